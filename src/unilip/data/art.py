@@ -1,0 +1,541 @@
+"""Emoji artwork: fetched once, rasterised once, handed out as sprites of any size, colour and skin tone.
+
+Goes in: three npm packages of SVG icons (``prepare``). Comes out: one atlas file (PNG bytes by key) and ``Atlas.sprite``,
+an RGBA picture whose longer visible side fills the asked size. Colours are painted by a shift of the dominant hue.
+The four shapes (heart, circle, square, triangle) are drawn here, in the fixed palette, and need no art.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from unilip.data.concepts import SHAPES, TONES, concept, concepts
+from unilip.data.errors import DataError
+from unilip.data.seeding import stable_hash
+
+if TYPE_CHECKING:
+    from unilip.data.world import World
+
+log = logging.getLogger(__name__)
+
+MASTER = 160  # pixels a side of the rasterised sprites
+ATLAS_FILE = "atlas-160.npz"
+RGB = tuple[int, int, int]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Style:
+    """One artist's drawings: the npm package that holds them and whom to credit."""
+
+    package: str
+    version: str
+    licence: str
+    credit: str
+
+    @property
+    def tarball(self) -> str:
+        """Name that ``npm pack`` gives to the package."""
+        return f"{self.package.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
+
+
+STYLES = {
+    "flat": Style(
+        "@iconify-json/fluent-emoji-flat",
+        "1.2.6",
+        "MIT",
+        "Fluent Emoji, (c) Microsoft Corporation, https://github.com/microsoft/fluentui-emoji",
+    ),
+    "glossy": Style(
+        "@iconify-json/noto",
+        "1.2.9",
+        "Apache-2.0",
+        "Noto Emoji, (c) Google Inc, https://github.com/googlefonts/noto-emoji",
+    ),
+    "cartoon": Style(
+        "@iconify-json/twemoji",
+        "1.2.5",
+        "CC-BY-4.0",
+        "Twemoji, (c) Twitter, Inc and other contributors, https://github.com/jdecked/twemoji, "
+        "https://creativecommons.org/licenses/by/4.0/; rasterised, and recoloured where a caption names a colour",
+    ),
+}
+
+PALETTE: dict[str, RGB] = {
+    "red": (222, 40, 48),
+    "orange": (246, 138, 30),
+    "yellow": (250, 208, 36),
+    "green": (48, 160, 72),
+    "blue": (44, 98, 218),
+    "purple": (136, 66, 186),
+    "pink": (244, 116, 178),
+    "black": (44, 44, 48),
+}
+
+
+@dataclass(frozen=True)
+class Background:
+    """What is behind the objects: a plain colour, a gradient from top to bottom, or a horizon (sky, then ground)."""
+
+    name: str
+    kind: str  # plain, gradient, horizon
+    top: RGB
+    bottom: RGB
+    phrases: tuple[str, ...]  # as in "a cat PHRASE"; the first is the canonical one
+    answer: str
+    target: str  # as in "change the background to TARGET"
+
+
+HORIZON = 0.6  # share of the height above the ground line
+
+
+def _plain(name: str, colour: RGB) -> Background:
+    article = "an" if name[0] in "aeiou" else "a"
+    words = (f"on {article} {name} background", f"in front of {article} {name} background")
+    return Background(name, "plain", colour, colour, words, name, name)
+
+
+def _gradient(name: str, top: RGB, bottom: RGB) -> Background:
+    if not name.endswith("sky"):
+        words: tuple[str, ...] = (f"on a {name} background",)
+        return Background(name, "gradient", top, bottom, words, name, name)
+    words = (f"in front of a {name}", f"against a {name}", f"under a {name}")
+    return Background(name, "gradient", top, bottom, words, f"a {name}", f"a {name}")
+
+
+def _horizon(name: str, ground: RGB) -> Background:
+    sky = (168, 206, 242)
+    return Background(name, "horizon", sky, ground, (f"on {name}", f"on the {name}"), name, name)
+
+
+BACKGROUNDS: dict[str, Background] = {
+    background.name: background
+    for background in (
+        _plain("white", (255, 255, 255)),
+        _plain("gray", (158, 160, 166)),
+        _plain("black", (22, 22, 26)),
+        _plain("red", (214, 92, 92)),
+        _plain("orange", (240, 166, 104)),
+        _plain("yellow", (252, 232, 140)),
+        _plain("green", (134, 194, 120)),
+        _plain("teal", (60, 150, 150)),
+        _plain("light blue", (176, 222, 248)),
+        _plain("blue", (92, 136, 220)),
+        _plain("purple", (160, 128, 204)),
+        _plain("pink", (250, 184, 208)),
+        _plain("brown", (136, 96, 68)),
+        _gradient("sunset sky", (96, 64, 136), (255, 158, 92)),
+        _gradient("blue sky", (84, 156, 240), (214, 236, 255)),
+        _gradient("night sky", (10, 12, 40), (56, 64, 118)),
+        _gradient("mint to teal", (190, 245, 215), (28, 128, 138)),
+        _horizon("grass", (106, 178, 80)),
+        _horizon("sand", (234, 208, 148)),
+        _horizon("snow", (246, 249, 253)),
+        _horizon("water", (62, 132, 206)),
+    )
+}
+
+
+def data_dir() -> Path:
+    """Return the folder that holds the art: $UNILIP_DATA, or ~/.cache/unilip/emoji."""
+    given = os.environ.get("UNILIP_DATA")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "unilip" / "emoji"
+
+
+# ---------------------------------------------------------------------------------------------- getting the art
+
+
+def prepare(
+    output: Path | None = None,
+    source: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Rasterise every concept in three styles and all skin tones to one atlas file, and return its path.
+
+    SOURCE may hold the three npm tarballs (``npm pack``) or the unpacked packages; without it ``npm pack`` fetches
+    them. OUTPUT is a folder (default ``data_dir()``); PROGRESS is called with (done, total). Raises DataError when
+    npm, a package or a drawing is missing.
+    """
+    folder = Path(output) if output is not None else data_dir()
+    sprites: dict[str, bytes] = {}
+    with tempfile.TemporaryDirectory(prefix="unilip-art-") as scratch:
+        if source is None:
+            source = _npm_pack(Path(scratch))
+        packages = {name: _open_package(style, Path(source), Path(scratch)) for name, style in STYLES.items()}
+    work = [
+        (name, c.name, tone)
+        for name in STYLES
+        for c in concepts().values()
+        if c.codepoint
+        for tone in (None, *(TONES if c.toned else ()))
+    ]
+    for done, (style, name, tone) in enumerate(work):
+        svg = packages[style].svg(concept(name).tone_codepoint(tone) if tone else concept(name).codepoint, name)
+        sprites[_key(style, name, tone)] = _rasterise(*svg)
+        if progress is not None:
+            progress(done + 1, len(work))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ATLAS_FILE
+    _write_atlas(path, sprites)
+    _replace(folder / "CREDITS.txt", _credits().encode())
+    log.info("wrote %d sprites to %s", len(sprites), path)
+    return path
+
+
+def _npm_pack(folder: Path) -> Path:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise DataError(
+            "npm was not found, and the art is fetched with it; install Node.js, or run `npm pack "
+            + " ".join(f"{s.package}@{s.version}" for s in STYLES.values())
+            + "` on another machine and give the folder as source (--source DIR)"
+        )
+    for style in STYLES.values():
+        command = [npm, "pack", f"{style.package}@{style.version}", "--silent", "--pack-destination", str(folder)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise DataError(
+                f"`{' '.join(command[:3])}` failed with exit status {result.returncode}: {result.stderr.strip()[-500:]}; "
+                "check the network, or give a folder that holds the packages as source (--source DIR)"
+            )
+    return folder
+
+
+@dataclass(frozen=True)
+class _Package:
+    """An opened Iconify package: icon bodies by name, and icon names by codepoint."""
+
+    label: str
+    icons: dict[str, Any]
+    aliases: dict[str, Any]
+    chars: dict[str, str]
+    width: float
+    height: float
+
+    def svg(self, codepoint: str, name: str) -> tuple[str, float, float]:
+        """Return (body, width, height) of the icon of CODEPOINT; raises DataError if the package lacks it."""
+        for variant in (codepoint, f"{codepoint}-fe0f", codepoint.replace("-fe0f", "")):
+            icon_name = self.chars.get(variant)
+            if icon_name is None:
+                continue
+            icon_name = self.aliases.get(icon_name, {}).get("parent", icon_name)
+            icon = self.icons[icon_name]
+            return icon["body"], icon.get("width", self.width), icon.get("height", self.height)
+        raise DataError(f"{self.label} has no drawing for {name!r} ({codepoint}); use the version named in art.STYLES")
+
+
+def _open_package(style: Style, source: Path, scratch: Path) -> _Package:
+    short = style.package.rsplit("/", 1)[-1]
+    candidates = [source / style.package, source / short, source / short / "package", source / f"node_modules/{style.package}"]
+    tarball = source / style.tarball
+    if tarball.is_file():
+        target = scratch / f"unpacked-{short}"
+        with tarfile.open(tarball) as archive:
+            archive.extractall(target, filter="data")
+        candidates.insert(0, target / "package")
+    for folder in candidates:
+        if (folder / "icons.json").is_file() and (folder / "chars.json").is_file():
+            icons = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
+            chars = json.loads((folder / "chars.json").read_text(encoding="utf-8"))
+            return _Package(
+                label=f"{style.package}@{style.version}",
+                icons=icons["icons"],
+                aliases=icons.get("aliases", {}),
+                chars=chars,
+                width=icons.get("width", 16),
+                height=icons.get("height", 16),
+            )
+    raise DataError(
+        f"{source} holds no {style.package}@{style.version}; expected {style.tarball} or a folder {short} with icons.json "
+        "and chars.json; run `npm pack` there, or leave source away to fetch it"
+    )
+
+
+def _rasterise(body: str, width: float, height: float) -> bytes:
+    """Draw an SVG body twice: once to find what is visible, once with that filling MASTER pixels."""
+    image = _resvg(body, (0.0, 0.0, width, height))
+    box = image.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox()
+    if box is None:
+        raise DataError("a drawing came out empty; the package may be damaged, fetch it again")
+    scale = max(width, height) / MASTER
+    left = box[0] * scale - (max(width, height) - width) / 2
+    top = box[1] * scale - (max(width, height) - height) / 2
+    tight = _resvg(body, (left, top, (box[2] - box[0]) * scale, (box[3] - box[1]) * scale))
+    buffer = io.BytesIO()
+    tight.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _resvg(body: str, box: tuple[float, float, float, float]) -> Image.Image:
+    try:
+        import resvg_py
+    except ImportError:
+        raise DataError("the package resvg_py is missing; install it with `pip install resvg_py`") from None
+    view = " ".join(f"{number:g}" for number in box)
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{view}" '
+        f'width="{MASTER}" height="{MASTER}">{body}</svg>'
+    )
+    data = resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True)
+    return Image.open(io.BytesIO(bytes(data))).convert("RGBA")
+
+
+def _credits() -> str:
+    lines = ["The sprites in this folder were rasterised from these drawings:", ""]
+    lines += [f"{name}: {s.package}@{s.version}, licence {s.licence}. {s.credit}" for name, s in STYLES.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _write_atlas(path: Path, sprites: dict[str, bytes]) -> None:
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        keys=np.array(list(sprites)),
+        ends=np.cumsum([len(data) for data in sprites.values()]),
+        data=np.frombuffer(b"".join(sprites.values()), dtype=np.uint8),
+    )
+    _replace(path, buffer.getvalue())
+
+
+def _key(style: str, name: str, tone: str | None) -> str:
+    return f"{style}/{name}/{tone}" if tone else f"{style}/{name}"
+
+
+# ---------------------------------------------------------------------------------------------- handing it out
+
+
+class Atlas:
+    """All sprites, compressed in memory (about 12 MB) and decoded on demand; picklable, caches stay behind."""
+
+    def __init__(self, sprites: dict[str, bytes], masters: int = 512, sized: int = 4096) -> None:
+        self._sprites = sprites
+        self._masters: _Cache[Image.Image] = _Cache(masters)
+        self._sized: _Cache[Image.Image] = _Cache(sized)
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> Atlas:
+        """Read an atlas file, or the one in folder PATH (default ``data_dir()``); raises DataError if it is missing."""
+        file = Path(path) if path is not None else data_dir()
+        if file.is_dir():
+            file = file / ATLAS_FILE
+        if not file.is_file():
+            raise DataError(
+                f"no atlas at {file}; run `unilip data prepare emoji` once, or point the environment variable "
+                "UNILIP_DATA at the folder that holds it"
+            )
+        with np.load(file, allow_pickle=False) as stored:
+            keys, ends, data = stored["keys"], stored["ends"], stored["data"].tobytes()
+        starts = [0, *ends[:-1].tolist()]
+        return cls({str(k): data[a:b] for k, a, b in zip(keys, starts, ends.tolist(), strict=True)})
+
+    @classmethod
+    def synthetic(cls, world: World, size: int = 48) -> Atlas:
+        """Return fake sprites for WORLD: a coloured polygon per concept and style, by hash. For tests without art."""
+        sprites = {}
+        for name in (*world.concepts, *world.extra):
+            c = concept(name)
+            for style in world.styles:
+                for tone in (None, *(TONES if c.toned else ())):
+                    if c.codepoint:
+                        sprites[_key(style, name, tone)] = _fake(_key(style, name, tone), size)
+        return cls(sprites)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"sprites": self._sprites, "masters": self._masters.size, "sized": self._sized.size}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["sprites"], state["masters"], state["sized"])  # type: ignore[misc]
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change when any sprite changes: pictures made with another atlas differ."""
+        digest = hashlib.blake2b(digest_size=8)
+        for key in sorted(self._sprites):
+            digest.update(key.encode() + b"\0" + self._sprites[key])
+        return digest.hexdigest()
+
+    def sprite(
+        self, name: str, style: str, size: int, colour: str | None = None, tone: str | None = None
+    ) -> Image.Image:
+        """Return the RGBA sprite of SIZE x SIZE pixels; do not write into it, it is cached.
+
+        COLOUR is a name of PALETTE, TONE one of concepts.TONES. A drawn shape needs a colour. Raises DataError for
+        a name, style, colour or tone that does not exist.
+        """
+        key = (name, style, size, colour, tone)
+        found = self._sized.get(key)
+        if found is None:
+            if size < 1:
+                raise DataError(f"sprite size {size} is not allowed; give at least 1 pixel")
+            master = self._master(name, style, colour, tone)
+            found = master if master.width == size else master.resize((size, size), Image.Resampling.LANCZOS)
+            self._sized.put(key, found)
+        return found
+
+    def _master(self, name: str, style: str, colour: str | None, tone: str | None) -> Image.Image:
+        key = (name, style, colour, tone)
+        found = self._masters.get(key)
+        if found is not None:
+            return found
+        if colour is not None and colour not in PALETTE:
+            raise DataError(f"unknown colour {colour!r}; allowed are {', '.join(PALETTE)}")
+        if name in SHAPES:
+            if colour is None:
+                raise DataError(f"the drawn shape {name!r} needs a colour; allowed are {', '.join(PALETTE)}")
+            image = draw_shape(name, PALETTE[colour])
+        else:
+            data = self._sprites.get(_key(style, name, tone))
+            if data is None:
+                known = sorted({k.split("/")[0] for k in self._sprites})
+                raise DataError(
+                    f"the atlas has no {name!r} in style {style!r}, tone {tone!r}; styles here are {', '.join(known)}; "
+                    "run `unilip data prepare emoji` again if the art is older than the package"
+                )
+            image = Image.open(io.BytesIO(data)).convert("RGBA")
+            if colour is not None:
+                image = recolour(image, PALETTE[colour])
+        self._masters.put(key, image)
+        return image
+
+
+class _Cache(Generic[T]):
+    """A dictionary that forgets what was used longest ago."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._items: OrderedDict[object, T] = OrderedDict()
+
+    def get(self, key: object) -> T | None:
+        found = self._items.get(key)
+        if found is not None:
+            self._items.move_to_end(key)
+        return found
+
+    def put(self, key: object, value: T) -> None:
+        self._items[key] = value
+        if len(self._items) > self.size:
+            self._items.popitem(last=False)
+
+
+# ---------------------------------------------------------------------------------------------- painting
+
+
+def recolour(image: Image.Image, colour: RGB, width: float = 40.0) -> Image.Image:
+    """Shift the dominant hue of an RGBA picture to COLOUR, shades included; hues over WIDTH degrees away stay.
+
+    The most common saturated tone lands on COLOUR itself, so that the word for it holds whatever the artist used.
+    """
+    pixels = np.asarray(image, dtype=np.float32)
+    hue, saturation, value = _to_hsv(pixels[..., :3] / 255.0)
+    weight = pixels[..., 3] / 255.0 * saturation * np.sqrt(value) * (saturation > 0.25) * (value > 0.15)
+    if weight.sum() < 1e-3:
+        return image
+    histogram = np.bincount((hue / 5.0).astype(int).ravel() % 72, weights=weight.ravel(), minlength=72)
+    smooth = sum(np.roll(histogram, k) * (4 - abs(k)) for k in range(-3, 4))
+    centre = float(np.argmax(smooth)) * 5.0 + 2.5
+    distance = np.abs((hue - centre + 180.0) % 360.0 - 180.0)
+    near = (distance < width) & (weight > 0)
+    level_s = _weighted_median(saturation[near], weight[near])
+    level_v = _weighted_median(value[near], weight[near])
+    to_hue, to_s, to_v = colorsys.rgb_to_hsv(*(c / 255.0 for c in colour))
+    # a soft edge in hue and saturation, so that outlines do not flicker between two colours
+    mix = np.clip((width + 12.0 - distance) / 12.0, 0, 1) * np.clip((saturation - 0.10) / 0.15, 0, 1)
+    new_hue = np.full_like(hue, to_hue * 360.0)
+    new_s = np.clip(saturation * (to_s / max(level_s, 0.05)), 0, 1)
+    ratio = value / max(level_v, 0.05)
+    # lighter shades move towards white in what room there is, darker ones scale
+    new_v = np.where(ratio > 1, 1 - (1 - to_v) * (1 - value) / max(1 - level_v, 0.02), to_v * ratio)
+    new_v = np.clip(new_v, 0, np.where(to_v < 0.4, to_v * 1.9, 1.0))
+    painted = _to_rgb(new_hue, new_s, np.clip(new_v, 0, 1)) * 255.0
+    mixed = pixels[..., :3] * (1 - mix[..., None]) + painted * mix[..., None]
+    out = np.concatenate([np.clip(mixed + 0.5, 0, 255), pixels[..., 3:]], axis=-1)
+    return Image.fromarray(out.astype(np.uint8), "RGBA")
+
+
+def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
+    order = np.argsort(values)
+    cumulative = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(cumulative, cumulative[-1] / 2)])
+
+
+def _to_hsv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    r, g, b = rgb[..., 0], rgb[..., 1], rgb[..., 2]
+    top, low = rgb.max(-1), rgb.min(-1)
+    spread = top - low
+    safe = np.where(spread == 0, 1, spread)
+    hue = np.where(top == r, (g - b) / safe % 6, np.where(top == g, (b - r) / safe + 2, (r - g) / safe + 4)) * 60.0
+    return np.where(spread == 0, 0, hue) % 360.0, spread / np.where(top == 0, 1, top), top
+
+
+def _to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
+    def channel(n: int) -> np.ndarray:
+        k = (n + hue / 60.0) % 6
+        return value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)
+
+    return np.stack([channel(5), channel(3), channel(1)], axis=-1)
+
+
+def draw_shape(name: str, colour: RGB, size: int = MASTER, over: int = 4) -> Image.Image:
+    """Draw one of SHAPES, filling SIZE x SIZE pixels, smoothed by drawing OVER times larger."""
+    n = size * over
+    mask = Image.new("L", (n, n), 0)
+    pen = ImageDraw.Draw(mask)
+    edge = n - 1
+    if name == "circle":
+        pen.ellipse((0, 0, edge, edge), fill=255)
+    elif name == "square":
+        margin = n // 20
+        pen.rounded_rectangle((margin, margin, edge - margin, edge - margin), radius=n // 16, fill=255)
+    elif name == "triangle":
+        pen.polygon([(n / 2, n * 0.04), (edge, n * 0.94), (0, n * 0.94)], fill=255)
+    elif name == "heart":
+        t = np.linspace(0, 2 * np.pi, 400)
+        x = 16 * np.sin(t) ** 3
+        y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+        points = np.stack([(x / 32 + 0.5) * edge, (0.5 - (y + 2.5) / 32) * edge], axis=-1)
+        pen.polygon([(float(a), float(b)) for a, b in points], fill=255)
+    else:
+        raise DataError(f"unknown shape {name!r}; allowed are {', '.join(SHAPES)}")
+    image = Image.new("RGBA", (size, size), (*colour, 0))
+    image.putalpha(mask.resize((size, size), Image.Resampling.BOX))
+    return image
+
+
+def _fake(key: str, size: int) -> bytes:
+    """Draw a polygon whose corners and two colours come from the hash of KEY."""
+    code = stable_hash("fake", key)
+    hue = (code % 360) / 360.0
+    outer = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.8, 0.85))
+    inner = tuple(int(255 * c) for c in colorsys.hsv_to_rgb((hue + 0.45) % 1, 0.7, 0.5))
+    image = Image.new("RGBA", (size, size), (0, 0, 0, 0))
+    pen = ImageDraw.Draw(image)
+    corners = 3 + code // 360 % 6
+    turn = code // 2160 % 360
+    for radius, colour in ((size / 2 - 1, outer), (size / 5, inner)):
+        pen.regular_polygon((size / 2, size / 2, radius), n_sides=corners, rotation=turn, fill=(*colour, 255))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

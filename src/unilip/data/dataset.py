@@ -1,0 +1,173 @@
+"""Deterministic, indexable datasets: item i depends on the seed, the split and i, on nothing else.
+
+Comes out: dictionaries of uint8 pictures (S, S, 3), strings and scene records. Any item can be made at any time in any
+process, so resuming is starting at another index, and nothing is stored. Picklable for loader workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from unilip.data.art import Atlas
+from unilip.data.captions import caption
+from unilip.data.edits import sample_edit
+from unilip.data.errors import DataError
+from unilip.data.knowledge import knowledge
+from unilip.data.questions import questions
+from unilip.data.render import render
+from unilip.data.seeding import generator
+from unilip.data.world import SPLITS, TASKS, Scene, World, sample_scene
+
+
+def pixels(scene: Scene, atlas: Atlas, world: World) -> np.ndarray:
+    """Return SCENE as a writable uint8 array (S, S, 3)."""
+    return np.array(render(scene, atlas, world), dtype=np.uint8)
+
+
+def _index(i: int, size: int) -> int:
+    if not -size <= i < size:
+        raise IndexError(f"index {i} is out of range for {size} items; allowed are {-size} to {size - 1}")
+    return i % size
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Pictures with captions: dict(image, caption, scene, task).
+
+    ``seen`` None means: validation shows held-out combinations where the task has any; ``pool`` limits the concepts.
+    """
+
+    world: World
+    atlas: Atlas
+    split: str
+    seed: int
+    size: int
+    purpose: str
+    tasks: Sequence[str] | None = None
+    seen: bool | None = None
+    pool: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        _check_split(self.split)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def draw(self, i: int) -> tuple[Scene, str, str]:
+        """Return scene, task and caption of item I without drawing the picture."""
+        rng = generator("scene", self.seed, self.split, _index(i, self.size))
+        task = rng.choice(self.tasks or TASKS)
+        scene = sample_scene(self.world, rng, task, self.split, self.purpose, self.seen, self.pool)
+        return scene, task, caption(scene, task, rng, self.world)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        scene, task, text = self.draw(i)
+        return {"image": pixels(scene, self.atlas, self.world), "caption": text, "scene": scene, "task": task}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Pictures with one question each: dict(image, question, answer, accepted, kind, scene).
+
+    A third of the questions ask for a description; the other kinds that the scene can answer share the rest.
+    """
+
+    world: World
+    atlas: Atlas
+    split: str
+    seed: int
+    size: int
+    tasks: Sequence[str] | None = None
+    kinds: Sequence[str] | None = None
+    seen: bool | None = None
+    describe: float = 0.33
+
+    def __post_init__(self) -> None:
+        _check_split(self.split)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        rng = generator("question", self.seed, self.split, _index(i, self.size))
+        for _ in range(1000):
+            task = rng.choice(self.tasks or TASKS)
+            scene = sample_scene(self.world, rng, task, self.split, "understanding", self.seen)
+            asked = questions(scene, rng, self.world, self.split)
+            if self.kinds is not None:
+                asked = [qa for qa in asked if qa.kind in self.kinds]
+            captions = [qa for qa in asked if qa.kind == "caption"]
+            others = [qa for qa in asked if qa.kind != "caption"]
+            if captions and (not others or rng.random() < self.describe):
+                others = captions
+            if others:
+                break
+        else:
+            raise DataError(f"no scene of tasks {self.tasks} can answer questions of the kinds {self.kinds}")
+        qa = rng.choice(others)
+        return {
+            "image": pixels(scene, self.atlas, self.world),
+            "question": qa.question,
+            "answer": qa.answer,
+            "accepted": qa.accepted,
+            "kind": qa.kind,
+            "scene": scene,
+        }
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Pairs of pictures: dict(source, target, instruction, kind, edit)."""
+
+    world: World
+    atlas: Atlas
+    split: str
+    seed: int
+    size: int
+    kinds: Sequence[str] | None = None
+    seen: bool = True
+
+    def __post_init__(self) -> None:
+        _check_split(self.split)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        rng = generator("edit", self.seed, self.split, _index(i, self.size))
+        kind = rng.choice(self.kinds or self.world.edits)
+        edit = sample_edit(self.world, rng, kind, self.split, self.seen)
+        return {
+            "source": pixels(edit.source, self.atlas, self.world),
+            "target": pixels(edit.target, self.atlas, self.world),
+            "instruction": edit.instruction,
+            "kind": edit.kind,
+            "edit": edit,
+        }
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """Text-only questions about the world's concepts: dict(question, answer), each once."""
+
+    world: World
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        _check_split(self.split)
+
+    def __len__(self) -> int:
+        return len(knowledge(self.world, self.split))
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        found = knowledge(self.world, self.split)[_index(i, len(self))]
+        return {"question": found.question, "answer": found.answer}
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r}; allowed are {', '.join(SPLITS)}")

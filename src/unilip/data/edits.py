@@ -1,0 +1,287 @@
+"""Edits with exact targets: a source scene, an instruction in one of several wordings, and the scene that results.
+
+Whatever the instruction does not name stays as it is, to the pixel: ``render.change_mask`` says where changes may be.
+The objects have the sizes of scenes with several objects, so that adding and removing leaves the others alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from unilip.data.art import BACKGROUNDS
+from unilip.data.captions import definite, indefinite
+from unilip.data.concepts import SHAPES, concept
+from unilip.data.errors import DataError
+from unilip.data.world import (
+    EDITS,
+    RELATIONS,
+    SPLITS,
+    Obj,
+    Scene,
+    World,
+    overlap,
+    place,
+    relation,
+    sample_background,
+    sample_look,
+)
+
+__all__ = ["EDITS", "Edit", "sample_edit"]
+
+BESIDE = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
+SIDES = {
+    "left": ("to the left", "to the left side"),
+    "right": ("to the right", "to the right side"),
+    "above": ("up", "to the top"),
+    "below": ("down", "to the bottom"),
+}
+COMBINING = ("add", "replace", "recolour")  # kinds whose target can be a combination that the source is not
+
+
+@dataclass(frozen=True)
+class Edit:
+    """SOURCE becomes TARGET when INSTRUCTION (a sentence without its full stop) is followed."""
+
+    source: Scene
+    instruction: str
+    target: Scene
+    kind: str
+
+
+def sample_edit(
+    world: World, rng: random.Random, kind: str, split: str = "train", seen: bool = True, purpose: str = "generation"
+) -> Edit:
+    """Draw an edit of KIND whose two scenes SPLIT and PURPOSE allow.
+
+    With SEEN false (validation only) the target of add, replace and recolour is a held-out combination. Raises
+    DataError for a kind that WORLD does not have.
+    """
+    if kind not in world.edits:
+        raise DataError(f"world {world.name!r} has no edit {kind!r}; allowed are {', '.join(world.edits)}")
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r}; allowed are {', '.join(SPLITS)}")
+    if split == "train" and not seen:
+        raise DataError("seen=False was given for the training split; only split='val' may hold unseen combinations")
+    wanted = seen or kind not in COMBINING
+    for _ in range(2000):
+        edit = _MAKERS[kind](world, rng, purpose)
+        if edit is None or edit.source == edit.target or not world.seen(edit.source):
+            continue
+        if world.seen(edit.target) != wanted:
+            continue
+        if all(world.allowed(scene, split, purpose) for scene in (edit.source, edit.target)):
+            return edit
+    raise DataError(f"no edit of kind {kind!r} could be drawn (split {split}, seen={seen}); try another kind")
+
+
+# ---------------------------------------------------------------------------------------------- scenes to edit
+
+
+def _style(world: World, rng: random.Random) -> str:
+    return world.default_style if rng.random() < 0.5 else rng.choice(world.styles)
+
+
+def _objects(world: World, rng: random.Random, names: Sequence[str], style: str, colours: float = 0.3) -> list[Obj]:
+    limit = max(2, len(names))
+    return [
+        replace(sample_look(world, rng, name, style, colours), size=rng.choice(world.sizes(limit))) for name in names
+    ]
+
+
+def _lay_out(
+    world: World, rng: random.Random, objects: Sequence[Obj], horizon: bool = True, where: str | None = None
+) -> Scene | None:
+    if all(obj.concept in SHAPES for obj in objects):
+        objects = [replace(obj, style=world.default_style) for obj in objects]
+    background = sample_background(world, rng, objects, horizon=horizon and where not in ("above", "below"))
+    placed = place(world, rng, objects, background, where) if background else None
+    return Scene(background, placed) if background and placed else None
+
+
+def _names(world: World, rng: random.Random, count: int, purpose: str, pool: Sequence[str] | None = None) -> list[str]:
+    return rng.sample(list(pool if pool is not None else world.pool("train", purpose)), count)
+
+
+def _count(world: World, rng: random.Random) -> int:
+    """Objects in the larger of the two scenes."""
+    return 2 if world.max_objects == 2 or rng.random() < 0.75 else 3
+
+
+def _scene(world: World, rng: random.Random, purpose: str) -> Scene | None:
+    count = 1 if rng.random() < 0.5 else 2
+    return _lay_out(world, rng, _objects(world, rng, _names(world, rng, count, purpose), _style(world, rng)))
+
+
+# ---------------------------------------------------------------------------------------------- the edits
+
+
+def _add(world: World, rng: random.Random, purpose: str) -> Edit | None:
+    count = _count(world, rng)
+    objects = _objects(world, rng, _names(world, rng, count, purpose), _style(world, rng))
+    where = rng.choice(RELATIONS)
+    target = _lay_out(world, rng, objects, horizon=count == 2, where=where)
+    if target is None:
+        return None
+    new, anchor = target.objects[0], target.objects[1]
+    source = Scene(target.background, target.objects[1:])
+    words = indefinite(new, world, style=_shown_style(world, source) != new.style)
+    verb = rng.choice(("add", "add", "put", "place", "draw"))
+    return Edit(source, f"{verb} {words} {BESIDE[where]} {definite(anchor, world)}", target, "add")
+
+
+def _shown_style(world: World, scene: Scene) -> str:
+    """The style that an unnamed new object takes: that of the others, or the default where shapes show none."""
+    return next((obj.style for obj in scene.objects if obj.concept not in SHAPES), world.default_style)
+
+
+def _remove(world: World, rng: random.Random, purpose: str) -> Edit | None:
+    count = _count(world, rng)
+    objects = _objects(world, rng, _names(world, rng, count, purpose), _style(world, rng))
+    source = _lay_out(world, rng, objects, horizon=count == 2)
+    if source is None:
+        return None
+    gone = rng.choice(source.objects)
+    target = Scene(source.background, tuple(obj for obj in source.objects if obj is not gone))
+    words = rng.choice(("remove {}", "delete {}", "erase {}", "take {} away")).format(definite(gone, world))
+    return Edit(source, words, target, "remove")
+
+
+def _replace(world: World, rng: random.Random, purpose: str) -> Edit | None:
+    source = _scene(world, rng, purpose)
+    if source is None:
+        return None
+    old = rng.choice(source.objects)
+    style = _shown_style(world, source)
+    new = sample_look(world, rng, rng.choice(world.pool("train", purpose)), style, 0.3)
+    new = replace(new, x=old.x, y=old.y, size=old.size)
+    if any(new.concept == obj.concept for obj in source.objects) or world.clashes(new, source.background):
+        return None
+    pattern = rng.choice(("replace {} with {}", "replace {} with {}", "turn {} into {}", "change {} to {}"))
+    words = pattern.format(definite(old, world), indefinite(new, world, style=False))
+    return Edit(source, words, _swap(source, {old: new}), "replace")
+
+
+def _swap(scene: Scene, changes: dict[Obj, Obj]) -> Scene:
+    return replace(scene, objects=tuple(changes.get(obj, obj) for obj in scene.objects))
+
+
+def _move(world: World, rng: random.Random, purpose: str) -> Edit | None:
+    source = _scene(world, rng, purpose)
+    if source is None:
+        return None
+    if len(source.objects) == 2 and rng.random() < 0.5:
+        return _exchange(world, rng, source)
+    obj = rng.choice(source.objects)
+    where = rng.choice(RELATIONS)
+    axis = world.positions(obj.size)
+    ends = {"left": (axis[0], obj.y), "above": (obj.x, axis[0]), "right": (axis[-1], obj.y), "below": (obj.x, axis[-1])}
+    x, y = ends[where]
+    moved = replace(obj, x=x, y=y)
+    # a move of less than a quarter of the picture would hardly be seen
+    if abs(moved.x - obj.x) + abs(moved.y - obj.y) < 0.25 * world.image_size:
+        return None
+    if any(overlap(moved, other, world.gap) for other in source.objects if other is not obj):
+        return None
+    if world.is_horizon(source.background) and not world.grounded(moved):
+        return None
+    words = f"move {definite(obj, world)} {rng.choice(SIDES[where])}"
+    return Edit(source, words, _swap(source, {obj: moved}), "move")
+
+
+def _exchange(world: World, rng: random.Random, source: Scene) -> Edit | None:
+    """Swap two objects of one size."""
+    a, b = source.objects
+    where = relation(a, b)
+    if where is None or a.size != b.size:
+        return None
+    target = _swap(source, {a: replace(a, x=b.x, y=b.y), b: replace(b, x=a.x, y=a.y)})
+    one, two = definite(a, world), definite(b, world)
+    words = rng.choice((f"swap {one} and {two}", f"exchange {one} and {two}"))
+    return Edit(source, words, target, "move")
+
+
+def _recolour(world: World, rng: random.Random, purpose: str) -> Edit | None:
+    style = _style(world, rng)
+    pool = world.pool("train", purpose)
+    paintable = [name for name in pool if world.colours_of(name, style)]
+    names = _names(world, rng, 1, purpose, paintable)
+    if rng.random() < 0.5:
+        names += _names(world, rng, 1, purpose, [name for name in pool if name not in names])
+    source = _lay_out(world, rng, _objects(world, rng, names, style, 0.6))
+    if source is None:
+        return None
+    obj = next(o for o in source.objects if o.concept == names[0])
+    colour = rng.choice(world.colours_of(obj.concept, style))
+    painted = replace(obj, colour=colour)
+    if colour == obj.colour or world.clashes(painted, source.background):
+        return None
+    thing = definite(obj, world)
+    patterns = (f"make {thing} {colour}", f"change the color of {thing} to {colour}", f"paint {thing} {colour}")
+    return Edit(source, rng.choice(patterns), _swap(source, {obj: painted}), "recolour")
+
+
+def _background(world: World, rng: random.Random, purpose: str) -> Edit | None:
+    target = _scene(world, rng, purpose)
+    if target is None:
+        return None
+    horizon = all(world.grounded(obj) for obj in target.objects)
+    before = sample_background(world, rng, target.objects, horizon=horizon, other_than=target.background)
+    if before is None:
+        return None
+    found = BACKGROUNDS[target.background]
+    if found.kind == "plain":
+        patterns: tuple[str, ...] = (
+            f"change the background to {found.name}",
+            f"make the background {found.name}",
+            f"change the background color to {found.name}",
+        )
+    elif found.kind == "gradient":
+        patterns = (f"change the background to {found.target}", f"make the background {found.target}")
+    else:
+        thing = definite(target.objects[0], world) if len(target.objects) == 1 else "everything"
+        patterns = (f"change the background to {found.target}", f"put {thing} on {found.target}")
+    return Edit(replace(target, background=before), rng.choice(patterns), target, "background")
+
+
+def _restyle(world: World, rng: random.Random, purpose: str) -> Edit | None:
+    source = _scene(world, rng, purpose)
+    if source is None or any(obj.concept in SHAPES for obj in source.objects):
+        return None
+    style = rng.choice([name for name in world.styles if name != source.objects[0].style])
+    changes = {obj: replace(obj, style=style) for obj in source.objects}
+    for obj in changes.values():
+        if obj.colour and obj.colour not in world.colours_of(obj.concept, style):
+            return None
+        if world.clashes(obj, source.background):
+            return None
+    patterns = (f"make it {style}", f"change the style to {style}", f"redraw it in {style} style")
+    return Edit(source, rng.choice(patterns), _swap(source, changes), "style")
+
+
+def _skin_tone(world: World, rng: random.Random, purpose: str) -> Edit | None:
+    pool = world.pool("train", purpose)
+    names = _names(world, rng, 1, purpose, [name for name in pool if concept(name).toned])
+    if rng.random() < 0.3:
+        names += _names(world, rng, 1, purpose, [name for name in pool if name not in names])
+    source = _lay_out(world, rng, _objects(world, rng, names, _style(world, rng)))
+    if source is None:
+        return None
+    obj = next(o for o in source.objects if o.concept == names[0])
+    tone = rng.choice(world.tones)
+    thing = definite(obj, world)
+    patterns = (f"give {thing} {tone} skin", f"change the skin tone of {thing} to {tone}")
+    return Edit(source, rng.choice(patterns), _swap(source, {obj: replace(obj, tone=tone)}), "skin_tone")
+
+
+_MAKERS = {
+    "add": _add,
+    "remove": _remove,
+    "replace": _replace,
+    "move": _move,
+    "recolour": _recolour,
+    "background": _background,
+    "style": _restyle,
+    "skin_tone": _skin_tone,
+}

@@ -1,0 +1,221 @@
+"""Scene -> questions with short answers, true by construction.
+
+Goes in: a scene graph. Comes out: ``QA`` records with the answer in its canonical form and all forms to accept.
+Yes and no are equally likely in every kind of question that can be answered so.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+from unilip.data.art import BACKGROUNDS
+from unilip.data.captions import (
+    NUMBERS,
+    canonical,
+    counted,
+    definite,
+    grouped,
+    indefinite,
+    listed,
+    noun,
+    scene_style,
+    with_article,
+)
+from unilip.data.concepts import SHAPES, concept
+from unilip.data.world import INVERSE, Obj, Scene, World, reading_order, relation
+
+KINDS = ("identity", "colour", "count", "position", "presence", "background", "style", "caption")
+DESCRIBE = ("Describe the picture.", "Describe this image.", "What does the picture show?", "Write a caption.")
+SIDES = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
+
+
+@dataclass(frozen=True)
+class QA:
+    """A question about one picture; ``accepted`` holds every right answer in lower case, ``answer`` first."""
+
+    question: str
+    answer: str
+    accepted: tuple[str, ...]
+    kind: str
+
+
+def _qa(kind: str, question: str, answer: str, *others: str) -> QA:
+    forms = dict.fromkeys(form.lower() for form in (answer, *others))
+    return QA(question, answer, tuple(forms), kind)
+
+
+def questions(scene: Scene, rng: random.Random, world: World, split: str = "train") -> list[QA]:
+    """Return one question of every kind that SCENE can answer, in random wordings.
+
+    In the training split no question names a held-out pair of concepts or of concept and colour.
+    """
+    found = [
+        _identity(scene, rng, world),
+        _colour(scene, rng, world, split),
+        _count(scene, rng, world),
+        _position(scene, rng, world),
+        _presence(scene, rng, world, split),
+        _background(scene, rng, world),
+        _style(scene, rng, world),
+        describe(scene, rng, world),
+    ]
+    return [qa for qa in found if qa is not None]
+
+
+def describe(scene: Scene, rng: random.Random, world: World) -> QA:
+    """Ask for a caption; the answer is the canonical one, which always names the background."""
+    answer = canonical(scene, "two", world, background=True)
+    place = BACKGROUNDS[scene.background].phrases[0]
+    return _qa("caption", rng.choice(DESCRIBE), answer, *(f"{words} {place}" for words in _orders(scene, world)))
+
+
+def _orders(scene: Scene, world: World) -> list[str]:
+    """All ways to list the objects of a scene, with and without colours and articles."""
+    forms: list[str] = []
+    for order in permutations(grouped(reading_order(scene))):
+        forms.append(listed([counted(obj, count, world) for obj, count in order]))
+        forms.append(listed([counted(obj, count, world, style=False) for obj, count in order]))
+        forms.append(listed([noun(obj, world, plural=count > 1, style=False) for obj, count in order]))
+    return forms
+
+
+def _plain(obj: Obj) -> str:
+    c = concept(obj.concept)
+    return with_article(obj.concept) if c.countable else obj.concept
+
+
+def _identity(scene: Scene, rng: random.Random, world: World) -> QA | None:
+    if not scene.objects:
+        return None
+    groups = grouped(reading_order(scene))
+    if len(groups) == 1 and groups[0][1] == 1:
+        obj = groups[0][0]
+        question = rng.choice(("What is this?", "What is in the picture?", "What do you see?", "What does this show?"))
+        return _qa("identity", question, _plain(obj), obj.concept, indefinite(obj, world, False), noun(obj, world))
+    if len(groups) == 1:
+        obj, count = groups[0]
+        question = rng.choice(("What are these?", "What do you see?", "What is in the picture?"))
+        many = concept(obj.concept).plural
+        exact = counted(obj, count, world, style=False)
+        return _qa("identity", question, many, exact, f"{NUMBERS[count]} {many}", noun(obj, world, True), _plain(obj))
+    question = rng.choice(("What is in the picture?", "What do you see?", "Which things are in the picture?"))
+    answer = listed([_plain(obj) if count == 1 else concept(obj.concept).plural for obj, count in groups])
+    forms = [listed([_plain(o) if n == 1 else concept(o.concept).plural for o, n in p]) for p in permutations(groups)]
+    return _qa("identity", question, answer, *forms, *_orders(scene, world))
+
+
+def _colour(scene: Scene, rng: random.Random, world: World, split: str) -> QA | None:
+    # a colour is asked for only where we painted it: artists disagree about the rest
+    painted = [(obj, count) for obj, count in grouped(scene.objects) if obj.colour]
+    painted = [entry for entry in painted if sum(o.concept == entry[0].concept for o in scene.objects) == entry[1]]
+    if not painted:
+        return None
+    obj, count = rng.choice(painted)
+    assert obj.colour is not None
+    things = f"the {concept(obj.concept).plural}" if count > 1 else definite(obj, world)
+    verb = "are" if count > 1 or obj.concept.startswith("pair") else "is"
+    if rng.random() < 0.65:
+        question = rng.choice((f"What color {verb} {things}?", f"What color {'do' if count > 1 else 'does'} {things} have?"))
+        return _qa("colour", question, obj.colour, f"{things} {verb} {obj.colour}", f"{verb} {obj.colour}")
+    if rng.random() < 0.5:
+        return _yes_no("colour", True, f"{verb.capitalize()} {things} {obj.colour}?")
+    # another object's colour is the hard wrong answer
+    others = [c for c in world.colours if c != obj.colour]
+    if split == "train":
+        others = [c for c in others if not world.colour_held_out(obj.concept, c)] or others
+    here = [o.colour for o in scene.objects if o.colour in others]
+    wrong = rng.choice(here) if here and rng.random() < 0.5 else rng.choice(others)
+    return _yes_no("colour", False, f"{verb.capitalize()} {things} {wrong}?")
+
+
+def _yes_no(kind: str, truth: bool, question: str) -> QA:
+    return _qa(kind, question, "yes" if truth else "no", "yes." if truth else "no.")
+
+
+def _count(scene: Scene, rng: random.Random, world: World) -> QA | None:
+    if not scene.objects:
+        return None
+    total = len(scene.objects)
+    obj = rng.choice(scene.objects)
+    same = sum(o.concept == obj.concept for o in scene.objects)
+    many = concept(obj.concept).plural
+    if not concept(obj.concept).countable or rng.random() < 0.25:
+        question = rng.choice(("How many objects are there?", "How many things are in the picture?"))
+        return _qa("count", question, NUMBERS[total], str(total), f"{NUMBERS[total]} objects", f"{NUMBERS[total]} things")
+    if rng.random() < 0.75:
+        question = rng.choice((f"How many {many} are there?", f"How many {many} do you see?", f"Count the {many}."))
+        named = f"{NUMBERS[same]} {many if same > 1 else obj.concept}"
+        return _qa("count", question, NUMBERS[same], str(same), named)
+    truth = rng.random() < 0.5
+    number = same if truth else rng.choice([n for n in range(1, world.max_count + 1) if n != same])
+    question = f"Are there {NUMBERS[number]} {many}?" if number > 1 else f"Is there exactly one {obj.concept}?"
+    return _yes_no("count", truth, question)
+
+
+def _position(scene: Scene, rng: random.Random, world: World) -> QA | None:
+    if len(scene.objects) < 2 or len({o.concept for o in scene.objects}) != len(scene.objects):
+        return None
+    pairs = [(a, b, where) for a, b in permutations(scene.objects, 2) if (where := relation(a, b))]
+    if not pairs:
+        return None
+    a, b, where = rng.choice(pairs)
+    words = {"left": "to the left of", "right": "to the right of"}.get(where, where)
+    the_a, the_b = definite(a, world), definite(b, world)
+    choice = rng.random()
+    if choice < 0.35 and len(scene.objects) == 2:
+        short = {"above": ("top", "above"), "below": ("bottom", "below")}.get(where, (where,))
+        relative = f"{words} {the_b}"
+        return _qa("position", f"Where is {the_a}?", SIDES[where], *short, relative, f"{the_a} is {SIDES[where]}", f"{the_a} is {relative}")
+    if choice < 0.65 and len(scene.objects) == 2:
+        question = rng.choice((f"What is {words} {the_b}?", f"What is {SIDES[where]}?"))
+        return _qa("position", question, _plain(a), a.concept, indefinite(a, world, False), noun(a, world, style=False))
+    truth = rng.random() < 0.5
+    asked = where if truth else INVERSE[where]
+    asked_words = {"left": "to the left of", "right": "to the right of"}.get(asked, asked)
+    return _yes_no("position", truth, f"Is {the_a} {asked_words} {the_b}?")
+
+
+def _presence(scene: Scene, rng: random.Random, world: World, split: str) -> QA | None:
+    present = list(dict.fromkeys(o.concept for o in scene.objects))
+    if not present:
+        return None
+    truth = rng.random() < 0.5
+    name = rng.choice(present) if truth else _absent(present, rng, world, split)
+    phrase = with_article(name) if concept(name).countable else name
+    start = rng.choice(("Is there {}?", "Is there {} in the picture?", "Do you see {}?", "Can you see {}?"))
+    return _yes_no("presence", truth, start.format(phrase))
+
+
+def _absent(present: Sequence[str], rng: random.Random, world: World, split: str) -> str:
+    group = concept(present[0]).group
+    alike = [name for name in world.concepts if name not in present and concept(name).group == group]
+    rest = [name for name in world.concepts if name not in present]
+    if split == "train":
+        alike = [n for n in alike if not any(world.pair_held_out(n, p) for p in present)]
+        rest = [n for n in rest if not any(world.pair_held_out(n, p) for p in present)]
+    return rng.choice(alike) if alike and rng.random() < 0.4 else rng.choice(rest)
+
+
+def _background(scene: Scene, rng: random.Random, world: World) -> QA:
+    found = BACKGROUNDS[scene.background]
+    if found.kind == "plain" and rng.random() < 0.7:
+        question = rng.choice(("What color is the background?", "Which color does the background have?"))
+        return _qa("background", question, found.answer, f"{found.answer} background", f"the background is {found.answer}")
+    if rng.random() < 0.5:
+        forms = (found.name, f"a {found.name} background", f"the {found.name}", *found.phrases)
+        return _qa("background", "What is the background?", found.answer, *forms)
+    truth = rng.random() < 0.5
+    name = found.name if truth else rng.choice([n for n in world.backgrounds if n != found.name])
+    other = BACKGROUNDS[name]
+    return _yes_no("background", truth, f"Is the background {other.answer}?")
+
+
+def _style(scene: Scene, rng: random.Random, world: World) -> QA | None:
+    if len(world.styles) < 2 or not scene.objects or all(o.concept in SHAPES for o in scene.objects):
+        return None
+    style = scene_style(scene, world)
+    question = rng.choice(("What style is this?", "In which style is this drawn?", "What is the style of the picture?"))
+    return _qa("style", question, style, f"{style} style", f"in {style} style", f"a {style} style")

@@ -1,0 +1,73 @@
+"""Scene -> picture, and the masks that say which pixels belong to what.
+
+Goes in: ``Scene``, ``Atlas``, ``World``. Comes out: an RGB picture of world.image_size pixels a side (S), or boolean
+arrays of shape (S, S). One renderer for training and evaluation: another one differs by more than a tokenizer's error.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+from unilip.data.art import BACKGROUNDS, HORIZON, Atlas
+from unilip.data.errors import DataError
+from unilip.data.world import Obj, Scene, World
+
+
+def render(scene: Scene, atlas: Atlas, world: World) -> Image.Image:
+    """Draw SCENE; returns a new RGB picture, world.image_size pixels a side."""
+    image = _background(scene.background, world.image_size).copy()
+    for obj in scene.objects:
+        sprite = atlas.sprite(obj.concept, obj.style, obj.size, obj.colour, obj.tone)
+        image.paste(sprite, (obj.x, obj.y), sprite)
+    return image
+
+
+@lru_cache(maxsize=128)
+def _background(name: str, size: int) -> Image.Image:
+    found = BACKGROUNDS.get(name)
+    if found is None:
+        raise DataError(f"unknown background {name!r}; allowed are {', '.join(BACKGROUNDS)}")
+    if found.kind == "plain":
+        return Image.new("RGB", (size, size), found.top)
+    rows = (np.arange(size) + 0.5) / size
+    share = rows if found.kind == "gradient" else (rows > HORIZON).astype(float)
+    top, bottom = np.array(found.top, float), np.array(found.bottom, float)
+    column = top + share[:, None] * (bottom - top)  # (S, 3)
+    pixels = np.repeat(np.round(column)[:, None], size, axis=1).astype(np.uint8)  # (S, S, 3)
+    return Image.fromarray(pixels, "RGB")
+
+
+def object_mask(obj: Obj, atlas: Atlas, world: World) -> np.ndarray:
+    """Return where OBJ covers the background at all: boolean (S, S)."""
+    mask = np.zeros((world.image_size, world.image_size), dtype=bool)
+    alpha = np.asarray(atlas.sprite(obj.concept, obj.style, obj.size, obj.colour, obj.tone).getchannel("A"))
+    mask[obj.y : obj.y + obj.size, obj.x : obj.x + obj.size] = alpha > 0
+    return mask
+
+
+def object_masks(scene: Scene, atlas: Atlas, world: World) -> np.ndarray:
+    """Return the masks of all objects of SCENE: boolean (objects, S, S)."""
+    if not scene.objects:
+        return np.zeros((0, world.image_size, world.image_size), dtype=bool)
+    return np.stack([object_mask(obj, atlas, world) for obj in scene.objects])
+
+
+def change_mask(source: Scene, target: Scene, atlas: Atlas, world: World) -> np.ndarray:
+    """Return where an edit from SOURCE to TARGET may change pixels: boolean (S, S).
+
+    Objects that only one of the two has, and with a new background everything that no kept object covers fully.
+    """
+    shared = set(source.objects) & set(target.objects)
+    if source.background != target.background:
+        mask = np.ones((world.image_size, world.image_size), dtype=bool)
+        for obj in shared:
+            alpha = np.asarray(atlas.sprite(obj.concept, obj.style, obj.size, obj.colour, obj.tone).getchannel("A"))
+            mask[obj.y : obj.y + obj.size, obj.x : obj.x + obj.size] &= alpha < 255
+    else:
+        mask = np.zeros((world.image_size, world.image_size), dtype=bool)
+    for obj in set(source.objects) ^ set(target.objects):
+        mask |= object_mask(obj, atlas, world)
+    return mask

@@ -1,0 +1,144 @@
+"""Train the tokenizer of the embedded models: byte-level BPE with the released special tokens.
+
+Goes in: a world, whose sentences are the corpus. Comes out: a folder that ``AutoTokenizer`` loads: tokenizer.json,
+tokenizer_config.json with the chat template, special_tokens_map.json. Same world and size, same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unilip.data.captions import canonical, caption
+from unilip.data.concepts import concept
+from unilip.data.edits import sample_edit
+from unilip.data.errors import DataError
+from unilip.data.knowledge import knowledge, riddles
+from unilip.data.questions import questions
+from unilip.data.seeding import generator
+from unilip.data.world import TASKS, World, sample_scene
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+PAD, EOS = "<|endoftext|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# words outside the pictures: what people also type to a demo
+SMALL_TALK = (
+    "Hello! What can you do?",
+    "I can describe a picture, answer questions about it, draw one from a caption and edit one.",
+    "Thank you.",
+    "Please draw it again, but larger. Numbers: 0 1 2 3 4 5 6 7 8 9.",
+    "This is not in my world, so I cannot draw a photograph.",
+)
+
+
+def corpus(world: World, n: int, seed: int = 0) -> Iterator[str]:
+    """Yield N sentences over all templates: captions, questions and answers, edits, knowledge, chat turns."""
+    known = knowledge(world, "train")
+    names = (*world.concepts, *world.extra)
+    for i in range(n):
+        rng = generator("corpus", seed, i)
+        choice = i % 8
+        if choice < 2:
+            yield "Generate an image: " + _caption(world, rng)
+        elif choice < 4:
+            scene = sample_scene(world, rng, rng.choice(TASKS))
+            qa = rng.choice(questions(scene, rng, world))
+            yield f"user\n{qa.question}\nassistant\n{qa.answer}\n"
+        elif choice == 4:
+            yield "Edit the image: " + sample_edit(world, rng, rng.choice(world.edits)).instruction
+        elif choice == 5 and known:
+            fact = rng.choice(known)
+            yield f"user\n{fact.question}\nassistant\n{fact.answer}\n"
+        elif choice == 6:
+            # names as answers, plural and alone, so that all of them become few tokens, those held out too
+            c = concept(rng.choice(names))
+            yield f"{c.phrase} and the {c.name}, three {c.plural}"
+        else:
+            yield rng.choice((*SMALL_TALK, _caption(world, rng)))
+
+
+def _caption(world: World, rng: random.Random) -> str:
+    task = rng.choice(TASKS)
+    scene = sample_scene(world, rng, task)
+    return caption(scene, task, rng, world) if rng.random() < 0.7 else canonical(scene, task, world)
+
+
+def train_tokenizer(
+    world: World, vocab_size: int | None = None, path: Path | None = None, sentences: int = 24_000, seed: int = 0
+) -> PreTrainedTokenizerFast:
+    """Train on WORLD's corpus, save to folder PATH if given, and return the tokenizer.
+
+    VOCAB_SIZE counts the special tokens; the default is 1536 for pico and 3072 for others. Raises DataError below 320.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    size = vocab_size if vocab_size is not None else (1536 if world.name == "pico" else 3072)
+    if size < 256 + len(SPECIAL_TOKENS) + 58:
+        raise DataError(f"vocab_size {size} is too small; give at least 320, for 256 bytes and the special tokens")
+    tokenizer = Tokenizer(models.BPE())
+    # Qwen's split: contractions, words with their space, single digits, punctuation, line breaks
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(world, sentences, seed), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=PAD,
+        additional_special_tokens=[token for token in SPECIAL_TOKENS if token not in (EOS, PAD)],
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+    if path is not None:
+        _save(tokenizer.to_str(pretty=False), Path(path))
+    return fast
+
+
+def _save(content: str, folder: Path) -> None:
+    """Write the files ourselves, so that they are the same whatever version of transformers trained them."""
+    special = {
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "additional_special_tokens": [token for token in SPECIAL_TOKENS if token not in (EOS, PAD)],
+    }
+    settings = {
+        **special,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 4096,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (
+        ("tokenizer.json", content),
+        ("tokenizer_config.json", json.dumps(settings, indent=2)),
+        ("special_tokens_map.json", json.dumps(special, indent=2)),
+    ):
+        temporary = folder / f"{name}.{os.getpid()}.tmp"
+        temporary.write_text(text + "\n", encoding="utf-8")
+        os.replace(temporary, folder / name)

@@ -1,0 +1,542 @@
+"""The emoji world: which things, colours, styles, sizes and places exist, what is held out, and scenes drawn from it.
+
+Goes in: a preset name and a seeded generator. Comes out: ``Scene`` records with exact ground truth (boxes in pixels,
+x to the right, y down, from the top left corner). Nothing here loads pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property, lru_cache
+from importlib.resources import files
+from itertools import combinations
+from typing import Any
+
+from unilip.data.art import BACKGROUNDS, HORIZON, PALETTE, STYLES
+from unilip.data.concepts import SHAPES, TONES, concept, concepts
+from unilip.data.errors import DataError
+from unilip.data.seeding import stable_fraction, stable_hash
+
+TASKS = ("single", "two", "counting", "colour", "position", "colour_attr")
+COMPOSITIONAL = ("two", "colour", "position", "colour_attr")
+EDITS = ("add", "remove", "replace", "move", "recolour", "background", "style", "skin_tone")
+PURPOSES = ("tokenizer", "understanding", "generation")
+SPLITS = ("train", "val")
+RELATIONS = ("left", "right", "above", "below")
+INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+
+PICO_CONCEPTS = (
+    "cat", "dog", "pig", "frog", "panda", "lion", "penguin", "fish", "butterfly", "turtle", "whale", "octopus",
+    "sunflower", "rose", "cactus", "tree", "mushroom", "red apple", "banana", "strawberry", "watermelon",
+    "slice of pizza", "donut", "hamburger", "car", "bus", "airplane", "rocket", "sailboat", "bicycle", "house",
+    "umbrella", "balloon", "gift box", "bell", "crown", "guitar", "soccer ball", "sun", "star",
+)  # fmt: skip
+PICO_EXTRA = ("carrot", "owl", "truck", "key")
+PICO_RECOLOURABLE = (
+    "car", "house", "star", "umbrella", "balloon", "gift box", "fish", "butterfly", "bell", "crown", "octopus", "cactus",
+)  # fmt: skip
+PICO_BACKGROUNDS = ("white", "gray", "black", "yellow", "green", "blue", "pink", "brown")
+
+# Looked at, style by style: a dominant-hue shift leaves these mixed, pale, or coloured in the wrong place.
+BADLY_RECOLOURED = {
+    "flat": (
+        "kite", "rabbit", "parrot", "pair of socks", "bee", "sneaker", "sailboat", "racing car", "motorcycle", "dragon",
+        "bicycle", "tent", "bear", "pig",
+    ),
+    "glossy": (
+        "kite", "rabbit", "parrot", "pair of socks", "bee", "t-shirt", "truck", "tractor", "shield", "motorcycle",
+        "racing car", "dragon", "bicycle", "bear", "pig",
+    ),
+    "cartoon": (
+        "rabbit", "parrot", "bee", "pair of gloves", "truck", "flamingo", "racing car", "motorcycle", "sailboat",
+        "tent", "bear", "pig",
+    ),
+}  # fmt: skip
+
+# Painted colours that would vanish on a background that does not carry their name.
+COLOUR_CLASHES = {
+    "light blue": ("blue",),
+    "gray": ("black",),
+    "sunset sky": ("orange", "purple"),
+    "blue sky": ("blue",),
+    "night sky": ("black", "blue", "purple"),
+    "mint to teal": ("green",),
+    "grass": ("green",),
+    "sand": ("yellow", "orange"),
+    "water": ("blue",),
+}
+
+
+@dataclass(frozen=True)
+class Obj:
+    """One drawn object: a square box of SIZE pixels with its top left corner at (x, y)."""
+
+    concept: str
+    style: str
+    colour: str | None
+    tone: str | None
+    x: int
+    y: int
+    size: int
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Left, top, right, bottom in pixels."""
+        return self.x, self.y, self.x + self.size, self.y + self.size
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """Middle of the box in pixels."""
+        return self.x + self.size / 2, self.y + self.size / 2
+
+    @property
+    def look(self) -> tuple[str, str | None, str | None]:
+        """What a caption can say of the object alone: concept, colour, tone."""
+        return self.concept, self.colour, self.tone
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background by name and the objects on it, none overlapping."""
+
+    background: str
+    objects: tuple[Obj, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dictionaries and lists, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Scene:
+        """Undo ``to_dict``."""
+        return cls(record["background"], tuple(Obj(**entry) for entry in record["objects"]))
+
+
+@dataclass(frozen=True)
+class World:
+    """What exists, how large it is drawn, and what is held out. All sizes in pixels.
+
+    ``concepts`` are in use, ``extra`` never appears in any training; ``recolourable`` names the styles in which a
+    concept takes a colour. Corners of objects lie on a lattice of ``grid`` pixels around the centred position;
+    a single object strays at most ``single_shift`` pixels from the middle (None: anywhere).
+    """
+
+    name: str
+    image_size: int
+    concepts: tuple[str, ...]
+    extra: tuple[str, ...]
+    generation_held_out: tuple[str, ...]
+    styles: tuple[str, ...]
+    colours: tuple[str, ...]
+    backgrounds: tuple[str, ...]
+    recolourable: dict[str, frozenset[str]]
+    single_sizes: tuple[int, ...]
+    multi_sizes: tuple[int, ...]
+    edits: tuple[str, ...]
+    tones: tuple[str, ...] = ()
+    max_objects: int = 2
+    max_count: int = 4
+    grid: int = 1
+    gap: int = 6
+    margin: int = 2
+    single_shift: int | None = None
+    default_background: str = "white"
+    default_style: str = "flat"
+
+    def __post_init__(self) -> None:
+        known = concepts()
+        for field, given, allowed in (
+            ("concepts", (*self.concepts, *self.extra, *self.generation_held_out, *self.recolourable), known),
+            ("styles", (*self.styles, self.default_style), STYLES),
+            ("colours", self.colours, PALETTE),
+            ("backgrounds", (*self.backgrounds, self.default_background), BACKGROUNDS),
+            ("tones", self.tones, TONES),
+            ("edits", self.edits, EDITS),
+        ):
+            wrong = [entry for entry in given if entry not in allowed]
+            if wrong:
+                raise DataError(f"World.{field} names {wrong[0]!r}, which does not exist; allowed: {', '.join(allowed)}")
+        largest = max(*self.single_sizes, *self.multi_sizes)
+        if largest + 2 * self.margin > self.image_size:
+            raise DataError(
+                f"World sizes go up to {largest} pixels, but image_size {self.image_size} less twice the margin "
+                f"{self.margin} leaves {self.image_size - 2 * self.margin}; use smaller sizes"
+            )
+        if set(self.concepts) & set(self.extra):
+            raise DataError("World.extra must not repeat concepts; extra is what no training ever sees")
+
+    # ------------------------------------------------------------------------------------------ presets
+
+    @classmethod
+    def preset(cls, name: str) -> World:
+        """Return the world called NAME, "nano" or "pico"; raises DataError for another name."""
+        makers = {"nano": cls.nano, "pico": cls.pico}
+        if name not in makers:
+            raise DataError(f"unknown world {name!r}; allowed are {', '.join(makers)}")
+        return makers[name]()
+
+    @classmethod
+    @cache
+    def nano(cls) -> World:
+        """224 pixels, three styles, all concepts. The art's own coloured hearts and shapes give way to ours."""
+        drawable = [
+            name
+            for name, c in concepts().items()
+            if c.codepoint and (name.split()[-1] not in SHAPES or name == "broken heart")
+        ]
+        # what pico knows stays in use here, so that one example prompt serves both worlds
+        plain = [name for name in drawable if name not in (*PICO_CONCEPTS, "boy", "girl", "broken heart")]
+        shuffled = sorted(plain, key=lambda name: stable_hash("held out of nano", name))
+        unseen, ungenerated = tuple(shuffled[:24]), tuple(shuffled[24:48])
+        listed = json.loads(files("unilip.data").joinpath("emoji_recolor.json").read_text(encoding="utf-8"))["objects"]
+        styles = tuple(STYLES)
+        paintable = {
+            name: frozenset(style for style in styles if name not in BADLY_RECOLOURED[style])
+            for name in listed
+            if name in drawable
+        }
+        return cls(
+            name="nano",
+            image_size=224,
+            concepts=(*(name for name in drawable if name not in unseen), *SHAPES),
+            extra=unseen,
+            generation_held_out=ungenerated,
+            styles=styles,
+            colours=tuple(PALETTE),
+            backgrounds=tuple(BACKGROUNDS),
+            recolourable={name: found for name, found in paintable.items() if found},
+            single_sizes=tuple(range(96, 161, 8)),
+            multi_sizes=tuple(range(56, 105, 8)),
+            edits=EDITS,
+            tones=tuple(TONES),
+            max_objects=4,
+        )
+
+    @classmethod
+    @cache
+    def pico(cls) -> World:
+        """112 pixels, one style, 40 concepts and four shapes in two sizes on plain backgrounds: learned on a CPU."""
+        candidates = [name for name in PICO_CONCEPTS if name not in PICO_RECOLOURABLE]
+        shuffled = sorted(candidates, key=lambda name: stable_hash("held out of pico", name))
+        return cls(
+            name="pico",
+            image_size=112,
+            concepts=(*PICO_CONCEPTS, *SHAPES),
+            extra=PICO_EXTRA,
+            generation_held_out=tuple(shuffled[:2]),
+            styles=("flat",),
+            colours=("red", "orange", "yellow", "green", "blue", "purple"),
+            backgrounds=PICO_BACKGROUNDS,
+            recolourable={name: frozenset(("flat",)) for name in PICO_RECOLOURABLE},
+            single_sizes=(72,),
+            multi_sizes=(48,),
+            edits=("add", "remove", "replace", "recolour", "background", "move"),
+            grid=14,
+            gap=4,
+            single_shift=14,
+        )
+
+    # ------------------------------------------------------------------------------------------ what is held out
+
+    def pair_held_out(self, a: str, b: str) -> bool:
+        """Whether concepts A and B never meet in a training picture (10 % of pairs)."""
+        return a != b and stable_fraction("pair", *sorted((a, b))) < 0.10
+
+    def colour_held_out(self, concept: str, colour: str) -> bool:
+        """Whether CONCEPT never has COLOUR in a training picture (15 % of pairs)."""
+        return stable_fraction("colour", concept, colour) < 0.15
+
+    def seen(self, scene: Scene) -> bool:
+        """Whether SCENE holds no held-out pair, colour or concept."""
+        return (
+            not any(obj.concept in self.extra for obj in scene.objects)
+            and not any(obj.colour and self.colour_held_out(obj.concept, obj.colour) for obj in scene.objects)
+            and not any(self.pair_held_out(a.concept, b.concept) for a, b in combinations(scene.objects, 2))
+        )
+
+    def allowed(self, scene: Scene, split: str, purpose: str) -> bool:
+        """Whether SCENE may be used: training never sees what is held out, validation may see all.
+
+        For the purpose "generation" the training split also lacks the concepts of ``generation_held_out``.
+        """
+        _check("split", split, SPLITS)
+        _check("purpose", purpose, PURPOSES)
+        if split == "val":
+            return True
+        barred = self.generation_held_out if purpose == "generation" else ()
+        return self.seen(scene) and not any(obj.concept in barred for obj in scene.objects)
+
+    def pool(self, split: str, purpose: str) -> tuple[str, ...]:
+        """Return the concepts that scenes are made of for PURPOSE unless a caller names others."""
+        _check("split", split, SPLITS)
+        _check("purpose", purpose, PURPOSES)
+        return self._generated if purpose == "generation" else self.concepts
+
+    @cached_property
+    def _generated(self) -> tuple[str, ...]:
+        return tuple(name for name in self.concepts if name not in self.generation_held_out)
+
+    # ------------------------------------------------------------------------------------------ what goes together
+
+    def colours_of(self, name: str, style: str) -> tuple[str, ...]:
+        """Return the colours that concept NAME can be painted in."""
+        return self.colours if name in SHAPES or style in self.recolourable.get(name, ()) else ()
+
+    def clashes(self, obj: Obj, background: str) -> bool:
+        """Whether OBJ would hardly show on BACKGROUND."""
+        if obj.colour is not None:
+            return obj.colour == background or obj.colour in COLOUR_CLASHES.get(background, ())
+        return background in _art_clashes().get(obj.style, {}).get(obj.concept, ())
+
+    def is_horizon(self, background: str) -> bool:
+        """Whether BACKGROUND has a ground that objects stand on."""
+        return BACKGROUNDS[background].kind == "horizon"
+
+    def grounded(self, obj: Obj) -> bool:
+        """Whether the foot of OBJ is on the ground of a horizon background."""
+        return obj.y + obj.size >= self.image_size * (HORIZON + 0.06)
+
+    def positions(self, size: int, single: bool = False) -> range:
+        """Return where a corner of an object of SIZE may lie, along x or y."""
+        middle = (self.image_size - size) // 2
+        reach = middle - self.margin
+        if single and self.single_shift is not None:
+            reach = min(reach, self.single_shift)
+        steps = reach // self.grid
+        return range(middle - steps * self.grid, middle + steps * self.grid + 1, self.grid)
+
+    def sizes(self, count: int) -> tuple[int, ...]:
+        """Return the object sizes for a scene of COUNT objects: the more, the smaller."""
+        if count == 1:
+            return self.single_sizes
+        limit = {2: 1.0, 3: 0.40, 4: 0.33}.get(count, 0.33) * self.image_size
+        return tuple(size for size in self.multi_sizes if size <= limit) or self.multi_sizes[:1]
+
+
+@cache
+def _art_clashes() -> dict[str, dict[str, list[str]]]:
+    """Backgrounds by style and concept on which over 45 % of an outline is within 20 CIELAB units: measured."""
+    found: dict[str, dict[str, list[str]]] = json.loads(
+        files("unilip.data").joinpath("emoji_clashes.json").read_text(encoding="utf-8")
+    )
+    return found
+
+
+def _check(what: str, given: str, allowed: Sequence[str]) -> None:
+    if given not in allowed:
+        raise DataError(f"unknown {what} {given!r}; allowed are {', '.join(allowed)}")
+
+
+# ---------------------------------------------------------------------------------------------- geometry
+
+
+def overlap(a: Obj, b: Obj, gap: int = 0) -> bool:
+    """Whether the boxes of A and B come closer than GAP pixels along both axes."""
+    return _near(a.x, b.x, a.size, b.size, gap) and _near(a.y, b.y, a.size, b.size, gap)
+
+
+def _near(a: int, b: int, size_a: int, size_b: int, gap: int) -> bool:
+    return a < b + size_b + gap and b < a + size_a + gap
+
+
+def relation(a: Obj, b: Obj) -> str | None:
+    """Return where A is, seen from B: one of RELATIONS, or None where people would disagree."""
+    (ax, ay), (bx, by) = a.centre, b.centre
+    dx, dy = ax - bx, ay - by
+    apart = (a.size + b.size) / 2
+    if abs(dx) >= apart and abs(dx) >= 1.5 * abs(dy):
+        return "left" if dx < 0 else "right"
+    if abs(dy) >= apart and abs(dy) >= 1.5 * abs(dx):
+        return "above" if dy < 0 else "below"
+    return None
+
+
+def reading_order(scene: Scene) -> tuple[Obj, ...]:
+    """Return the objects from left to right, those in one column from top to bottom."""
+    return tuple(sorted(scene.objects, key=lambda obj: (obj.centre[0], obj.centre[1])))
+
+
+@lru_cache(maxsize=256)
+def _lattice_layouts(
+    places: tuple[int, ...], size: int, gap: int, count: int
+) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """All ways to place COUNT equal objects on a coarse lattice, up to their order."""
+    cells = [(x, y) for x in places for y in places]
+    found: list[tuple[tuple[int, int], ...]] = []
+
+    def extend(chosen: tuple[tuple[int, int], ...], start: int) -> None:
+        if len(chosen) == count:
+            found.append(chosen)
+            return
+        for index in range(start, len(cells)):
+            x, y = cells[index]
+            if not any(_near(x, cx, size, size, gap) and _near(y, cy, size, size, gap) for cx, cy in chosen):
+                extend((*chosen, cells[index]), index + 1)
+
+    extend((), 0)
+    return tuple(found)
+
+
+def place(
+    world: World, rng: random.Random, objects: Sequence[Obj], background: str, where: str | None = None
+) -> tuple[Obj, ...] | None:
+    """Give OBJECTS corners at which they do not overlap; WHERE is the relation of the first to the second.
+
+    Returns None where no layout was found, so that the caller draws another scene.
+    """
+    single = len(objects) == 1 and objects[0].size in world.single_sizes
+    horizon = world.is_horizon(background)
+    sizes = {obj.size for obj in objects}
+    if len(sizes) == 1 and len(world.positions(objects[0].size, single)) <= 8:
+        places = tuple(world.positions(objects[0].size, single))
+        layouts = _lattice_layouts(places, objects[0].size, world.gap, len(objects))
+        for _ in range(64):
+            corners = list(rng.choice(layouts)) if layouts else []
+            rng.shuffle(corners)
+            placed = tuple(replace(obj, x=x, y=y) for obj, (x, y) in zip(objects, corners, strict=False))
+            if _fits(world, placed, len(objects), horizon, where):
+                return placed
+        return None
+    for _ in range(24):
+        done: list[Obj] = []
+        for obj in objects:
+            axis = world.positions(obj.size, single)
+            low = [y for y in (axis[0], axis[-1])]
+            if horizon:
+                low[0] = max(low[0], int(world.image_size * (HORIZON + 0.06)) + 1 - obj.size)
+            for _ in range(24):
+                y = rng.randrange(low[0], low[1] + 1) if world.grid == 1 else rng.choice(axis)
+                candidate = replace(obj, x=rng.choice(axis), y=y)
+                if not any(overlap(candidate, other, world.gap) for other in done):
+                    done.append(candidate)
+                    break
+            else:
+                break
+        if _fits(world, done, len(objects), horizon, where):
+            return tuple(done)
+    return None
+
+
+def _fits(world: World, placed: Sequence[Obj], count: int, horizon: bool, where: str | None) -> bool:
+    return (
+        len(placed) == count
+        and (not horizon or all(world.grounded(obj) for obj in placed))
+        and (where is None or relation(placed[0], placed[1]) == where)
+    )
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+
+
+def sample_scene(
+    world: World,
+    rng: random.Random,
+    task: str,
+    split: str = "train",
+    purpose: str = "tokenizer",
+    seen: bool | None = None,
+    pool: Sequence[str] | None = None,
+) -> Scene:
+    """Draw a scene for TASK that SPLIT and PURPOSE allow.
+
+    SEEN asks for combinations that training has (True) or lacks (False); by default validation takes held-out ones
+    for the tasks of COMPOSITIONAL. POOL names the concepts to draw from, such as ``world.extra``; with a pool
+    of never-seen concepts SEEN is not looked at.
+    """
+    _check("task", task, TASKS)
+    candidates = tuple(pool) if pool is not None else world.pool(split, purpose)
+    if seen is None:
+        seen = split == "train" or task not in COMPOSITIONAL
+    if split == "train" and not seen:
+        raise DataError("seen=False was given for the training split; only split='val' may hold unseen combinations")
+    free = pool is not None and split == "val" and any(name in world.extra for name in pool)
+    for _ in range(2000):
+        style = _sample_style(world, rng)
+        looks = _sample_looks(world, rng, task, style, candidates)
+        if looks is None:
+            continue
+        draft = Scene("", looks)
+        if not free and (world.seen(draft) != (seen or task not in COMPOSITIONAL)):
+            continue
+        if not world.allowed(draft, split, purpose):
+            continue
+        where = rng.choice(RELATIONS) if task == "position" else None
+        background = sample_background(world, rng, looks, horizon=len(looks) < 3 and where not in ("above", "below"))
+        if background is None:
+            continue
+        sized = _sample_sizes(world, rng, looks)
+        placed = place(world, rng, sized, background, where)
+        if placed is not None:
+            return Scene(background, placed)
+    raise DataError(
+        f"no scene for task {task!r} (split {split}, seen={seen}) could be drawn from {len(candidates)} concepts; "
+        "give a larger pool, or another task"
+    )
+
+
+def _sample_style(world: World, rng: random.Random) -> str:
+    others = [style for style in world.styles if style != world.default_style]
+    return world.default_style if not others or rng.random() < 0.5 else rng.choice(others)
+
+
+def _sample_looks(
+    world: World, rng: random.Random, task: str, style: str, pool: Sequence[str]
+) -> tuple[Obj, ...] | None:
+    """Draw what the objects are, without places."""
+    if task in ("colour", "colour_attr"):
+        pool = [name for name in pool if world.colours_of(name, style)]
+        if not pool:
+            return None
+    count = {"two": 2, "position": 2, "colour_attr": 2}.get(task, 1)
+    if len(pool) < count:
+        return None
+    chosen = rng.sample(list(pool), count) if count > 1 else [rng.choice(pool)]
+    rate = {"colour": 1.0, "colour_attr": 1.0, "counting": 0.4, "position": 0.25}.get(task, 0.0)
+    objects = tuple(sample_look(world, rng, name, style, rate) for name in chosen)
+    if task == "colour_attr" and objects[0].colour == objects[1].colour:
+        return None
+    if all(obj.concept in SHAPES for obj in objects):
+        objects = tuple(replace(obj, style=world.default_style) for obj in objects)
+    if task == "counting":
+        if not concept(objects[0].concept).countable:
+            return None
+        return objects * rng.randint(2, world.max_count)
+    return objects
+
+
+def sample_look(world: World, rng: random.Random, name: str, style: str, colour_rate: float = 0.0) -> Obj:
+    """Draw colour and skin tone for concept NAME; no place or size yet."""
+    colours = world.colours_of(name, style)
+    colour = rng.choice(colours) if colours and (name in SHAPES or rng.random() < colour_rate) else None
+    tone = rng.choice(world.tones) if world.tones and concept(name).toned and rng.random() < 0.5 else None
+    return Obj(name, style, colour, tone, 0, 0, 0)
+
+
+def _sample_sizes(world: World, rng: random.Random, looks: Sequence[Obj]) -> tuple[Obj, ...]:
+    sizes = world.sizes(len(looks))
+    if len(looks) > 1 and len({obj.look for obj in looks}) == 1:
+        size = rng.choice(sizes)
+        return tuple(replace(obj, size=size) for obj in looks)
+    return tuple(replace(obj, size=rng.choice(sizes)) for obj in looks)
+
+
+def sample_background(
+    world: World, rng: random.Random, objects: Sequence[Obj], horizon: bool = True, other_than: str | None = None
+) -> str | None:
+    """Draw a background on which all OBJECTS show; the default one comes up more often. None if there is none."""
+    fit = [
+        name
+        for name in world.backgrounds
+        if name != other_than
+        and (horizon or not world.is_horizon(name))
+        and not any(world.clashes(obj, name) for obj in objects)
+    ]
+    if not fit:
+        return None
+    # captions leave the default background unsaid, so it has to be common: see captions.caption
+    if world.default_background in fit and other_than is None and rng.random() < 0.27:
+        return world.default_background
+    return rng.choice(fit)

@@ -1,0 +1,87 @@
+"""Features -> latent -> pixels: what makes a CLIP encoder draw what it sees (paper, section 3.1).
+
+In:  features (M,N,D).
+Out: latent (M,32,h,w) by the latent head; pixels (M,3,28h,28w) in [-1,1] by the DC-AE decoder, which writes 32 px per
+     latent cell and is resized to the 28 px that an image token covers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_dc import Decoder as DCDecoder
+from torch import Tensor, nn
+
+from unilip.config import DECODER_PIXELS, TOKEN_PIXELS, UniLIPConfig
+
+
+class ResidualMLP(nn.Module):
+    """x + Linear(GELU(Linear(LayerNorm(x))))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width, eps=1e-6), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block to (...,D)."""
+        return x + self.mlp(x)
+
+
+class LatentHead(nn.Module):
+    """Features (M,N,D) -> latent (M,Z,h,w): residual blocks, then a narrow two-layer projection."""
+
+    def __init__(self, config: UniLIPConfig) -> None:
+        super().__init__()
+        width, channels = config.text.hidden_size, config.decoder.latent_channels
+        self.blocks = nn.ModuleList(ResidualMLP(width) for _ in range(config.latent_head_blocks))
+        self.out = nn.Sequential(
+            nn.LayerNorm(width, eps=1e-6), nn.Linear(width, channels), nn.GELU(), nn.Linear(channels, channels)
+        )
+
+    def forward(self, features: Tensor, height: int | None = None) -> Tensor:
+        """Return the latent grid; `height` is its number of rows, and may be left out for a square one."""
+        for block in self.blocks:
+            features = block(features)
+        tokens = self.out(features)  # M N Z
+        m, n, z = tokens.shape
+        rows = height or round(n**0.5)
+        return tokens.transpose(1, 2).reshape(m, z, rows, n // rows)  # M Z h w
+
+
+class PixelDecoder(nn.Module):
+    """The decoder half of DC-AE, followed by the resize from 32 to 28 pixels per cell."""
+
+    def __init__(self, config: UniLIPConfig) -> None:
+        super().__init__()
+        d = config.decoder
+        self.decoder = DCDecoder(
+            in_channels=3,
+            latent_channels=d.latent_channels,
+            attention_head_dim=d.attention_head_dim,
+            block_type=d.block_types,
+            block_out_channels=d.block_out_channels,
+            layers_per_block=d.layers_per_block,
+            qkv_multiscales=d.qkv_multiscales,
+            norm_type="rms_norm",
+            act_fn="silu",
+            upsample_block_type=d.upsample_block_type,
+        )
+        self.gradient_checkpointing = False
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Return the decoder's own resolution: (M,Z,h,w) -> (M,3,32h,32w), about [-1,1]."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(self.decoder, latent, use_reentrant=False)
+        return self.decoder(latent)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Return pixels (M,3,28h,28w), about [-1,1], of latents (M,Z,h,w)."""
+        return resize_to_tokens(self.decode(latent))
+
+
+def resize_to_tokens(pixels: Tensor) -> Tensor:
+    """Shrink (M,3,32h,32w) to (M,3,28h,28w): bilinear, no antialiasing, as the released models do."""
+    size = [side // DECODER_PIXELS * TOKEN_PIXELS for side in pixels.shape[-2:]]
+    return F.interpolate(pixels.float(), size=size, mode="bilinear", align_corners=False).to(pixels.dtype)

@@ -1,0 +1,28 @@
+"""Errors that a user can cause and mend.
+
+Everything in the library that rejects what a person gave raises `UniLIPError` (or a subclass) with one sentence that
+says what was given, what is allowed and what to do. The command line turns it into exit code 2 without a traceback,
+the server into a 4xx. Programming mistakes stay `AssertionError`, `TypeError` and the like.
+"""
+
+from __future__ import annotations
+
+
+class UniLIPError(ValueError):
+    """Bad input: the message names the value, the allowed values and the remedy."""
+
+
+class CheckpointError(UniLIPError):
+    """A checkpoint is missing, truncated, of the wrong kind, or does not fit the model."""
+
+
+class ConfigError(UniLIPError):
+    """A configuration value is unknown, out of range, or contradicts another one."""
+
+
+class ImageError(UniLIPError):
+    """An image cannot be read or has an impossible size."""
+
+
+class PromptError(UniLIPError):
+    """A prompt is empty, too long, or the tokenizer lacks the special tokens that it needs."""

@@ -1,0 +1,121 @@
+"""Flow matching as free functions: the straight path, its velocity, the loss, the schedules, sampling with guidance.
+
+x is a clean latent, e noise, s in [0,1] the noise level: x_s = (1-s) x + s e, velocity target e - x (paper, section
+3.2). Training uses the 1000 levels of the shift-1 schedule; sampling a shifted schedule and a multistep solver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from torch import Tensor
+
+from unilip.errors import UniLIPError
+
+TRAIN_TIMESTEPS = 1000
+SOLVERS = ("dpm++", "euler", "unipc")
+
+
+def interpolate(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Return (1-s) clean + s noise; sigma (B,) broadcasts over (B,Z,h,w)."""
+    sigma = sigma.view(-1, *[1] * (clean.dim() - 1))
+    return (1 - sigma) * clean + sigma * noise
+
+
+def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
+    """Return the velocity of the straight path, noise - clean."""
+    return noise - clean
+
+
+def flow_loss(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
+    """Mean squared error of the velocity, in float32 whatever the inputs are."""
+    return (velocity.float() - velocity_target(clean.float(), noise.float())).square().mean()
+
+
+def train_schedule() -> tuple[Tensor, Tensor]:
+    """Return the 1000 training timesteps and their sigmas, both descending (shift 1)."""
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_TIMESTEPS, shift=1.0)
+    return scheduler.timesteps, scheduler.sigmas[:TRAIN_TIMESTEPS]
+
+
+def logit_normal(count: int, generator: torch.Generator) -> Tensor:
+    """Draw `count` values u = sigmoid(Normal(0,1)) in (0,1), on the CPU."""
+    return torch.sigmoid(torch.randn(count, generator=generator))
+
+
+def train_levels(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Map u (B,) in [0,1) to training timesteps and sigmas (B,): the floor(1000 u)-th entry of the schedule."""
+    timesteps, sigmas = train_schedule()
+    index = (u.cpu() * TRAIN_TIMESTEPS).long().clamp(max=TRAIN_TIMESTEPS - 1)
+    return timesteps[index].to(u.device), sigmas[index].to(u.device)
+
+
+def make_scheduler(solver: str, shift: float) -> Any:
+    """Build the sampler: "dpm++" (DPM-Solver++ 2M midpoint, as published), "euler" or "unipc", with a shifted schedule.
+
+    Raises:
+        UniLIPError: unknown solver.
+    """
+    flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2)
+    if solver == "dpm++":
+        return DPMSolverMultistepScheduler(
+            num_train_timesteps=TRAIN_TIMESTEPS, algorithm_type="dpmsolver++", solver_type="midpoint",
+            lower_order_final=True, final_sigmas_type="zero", **flow,
+        )  # fmt: skip
+    if solver == "unipc":
+        return UniPCMultistepScheduler(num_train_timesteps=TRAIN_TIMESTEPS, final_sigmas_type="zero", **flow)
+    if solver == "euler":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_TIMESTEPS, shift=shift)
+    raise UniLIPError(f"There is no solver {solver!r}; allowed: {', '.join(SOLVERS)}.")
+
+
+def draw_noise(
+    count: int, shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None
+) -> Tensor:
+    """Draw float32 noise (count, *shape) on the CPU, one picture after the other.
+
+    A picture's noise depends on its generator's state alone, never on the batch it is drawn in: one generator serves
+    the pictures in order, a list holds one for each.
+    """
+    if isinstance(generator, torch.Generator) or generator is None:
+        generators: Sequence[torch.Generator | None] = [generator] * count
+    else:
+        generators = list(generator)
+        if len(generators) != count:
+            raise UniLIPError(f"{len(generators)} generators were given for {count} pictures; give one, or one for each.")
+    return torch.stack(
+        [torch.randn(*shape, generator=g, device=g.device if g is not None else "cpu").cpu() for g in generators]
+    )
+
+
+def denoise(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    scheduler: Any,
+    steps: int,
+    guidance_scale: float,
+    on_step: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
+) -> Tensor:
+    """Integrate from noise (B,Z,h,w) to clean latents.
+
+    With `guidance_scale` > 1, `velocity` receives the batch twice (unconditional rows first) and the result is
+    uncond + g (cond - uncond); otherwise once. `on_step(i, timestep, latents)` runs after each step and may return
+    replaced latents. The solver's state is kept in float32.
+    """
+    scheduler.set_timesteps(steps, device=noise.device)
+    latents = noise.float()
+    guided = guidance_scale > 1
+    for i, timestep in enumerate(scheduler.timesteps):
+        rows = torch.cat([latents, latents]) if guided else latents
+        prediction = velocity(rows, timestep.long().expand(rows.shape[0])).float()
+        if guided:
+            unconditional, conditional = prediction.chunk(2)
+            prediction = unconditional + guidance_scale * (conditional - unconditional)
+        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+        if on_step is not None:
+            replaced = on_step(i, timestep, latents)
+            latents = latents if replaced is None else replaced
+    return latents

@@ -1,0 +1,505 @@
+"""UniLIP: one model that answers, reconstructs, generates and edits, made of the parts of the files before.
+
+    pixels -encoder-> features -latent_head-> latent -pixel_decoder-> pixels                       (reconstruct)
+    text, features, queries -mllm-> hidden -connector-> condition; noise -dit, condition-> latent   (generate, edit)
+    text, features -mllm-> text                                                                     (ask)
+
+`conditions` is the one place where prompts and pictures become the condition of the diffusion transformer; training
+and sampling both call it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from unilip import checkpoint as checkpoints
+from unilip.config import TOKEN_PIXELS, UniLIPConfig
+from unilip.connector import Connector, copy_from_llm, substitute_features
+from unilip.decoder import LatentHead, PixelDecoder
+from unilip.dit import DiT
+from unilip.encoder import Encoder, init_encoder
+from unilip.errors import UniLIPError
+from unilip.flow import SOLVERS, denoise, draw_noise, make_scheduler
+from unilip.mllm import MLLM
+from unilip.preprocess import (
+    Fit,
+    ImageLike,
+    Message,
+    Processor,
+    Tokens,
+    check_prompt,
+    fit_square,
+    load_image,
+    tile,
+    to_images,
+    to_pixels,
+    unfit_square,
+)
+
+PARTS: dict[str, type[nn.Module]] = {
+    "encoder": Encoder,
+    "latent_head": LatentHead,
+    "pixel_decoder": PixelDecoder,
+    "mllm": MLLM,
+    "connector": Connector,
+    "dit": DiT,
+}
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+Generators = torch.Generator | Sequence[torch.Generator] | None
+StepCallback = Callable[["UniLIP", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
+
+
+@dataclass(frozen=True)
+class ImageOutput:
+    """Pictures of a call: a list of Pillow images, an array (B,H,W,3) or tensor (B,3,H,W) in [0,1], or latents."""
+
+    images: Any
+
+
+class UniLIP(nn.Module):
+    """The model. `parts` names what is built; a tokenizer checkpoint, for instance, has no LLM and no DiT."""
+
+    encoder: Encoder
+    latent_head: LatentHead
+    pixel_decoder: PixelDecoder
+    mllm: MLLM
+    connector: Connector
+    dit: DiT
+
+    def __init__(self, config: UniLIPConfig, processor: Processor | None = None, parts: Sequence[str] = tuple(PARTS)) -> None:
+        super().__init__()
+        unknown = sorted(set(parts) - set(PARTS))
+        if unknown:
+            raise UniLIPError(f"There are no parts {', '.join(unknown)}; allowed: {', '.join(PARTS)}.")
+        self.config = config
+        self.processor = processor
+        self.parts = tuple(name for name in PARTS if name in parts)
+        for name in self.parts:
+            self.add_module(name, PARTS[name](config))
+
+    # --- making and keeping ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls, config: UniLIPConfig, seed: int = 0, parts: Sequence[str] = tuple(PARTS)) -> UniLIP:
+        """Build a model with fresh random weights that depend on `seed` alone; the connector copies the LLM's end."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = cls(config, parts=parts)
+        generator = torch.Generator().manual_seed(seed)
+        if "encoder" in model.parts:
+            init_encoder(model.encoder, generator)
+        if "mllm" in model.parts:
+            with torch.no_grad():
+                model.mllm.queries.copy_(torch.randn(model.mllm.queries.shape, generator=generator) * 0.02)
+            if "connector" in model.parts:
+                copy_from_llm(model.connector, model.mllm)
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str] | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        parts: Sequence[str] | None = None,
+    ) -> UniLIP:
+        """Load a model: nothing for the embedded one, else a folder, a file or a hub id, in any known format.
+
+        Args:
+            source: our folder, the authors' folder, a stage-1 or tokenizer checkpoint, or "owner/name".
+            dtype: of the weights in memory; float32 by default, "auto" for what is stored.
+            device: where to put them; the CPU by default.
+            parts: load only these (of encoder, latent_head, pixel_decoder, mllm, connector, dit).
+
+        Raises:
+            CheckpointError: missing, truncated, of an unknown kind, or not exactly the weights that the model needs.
+        """
+        opened = checkpoints.open_checkpoint(source)
+        wanted = opened.parts if parts is None else tuple(parts)
+        missing = sorted(set(wanted) - set(opened.parts))
+        if missing:
+            raise UniLIPError(f"{opened.path} has no {', '.join(missing)}; it holds: {', '.join(opened.parts)}.")
+        with torch.device("meta"):
+            model = cls(opened.config, parts=wanted)
+        checkpoints.load_into(model, opened, dtype=dtype, device=device or "cpu", parts=model.parts)
+        if opened.tokenizer_path is not None:
+            model.processor = Processor.from_folder(opened.tokenizer_path, opened.config)
+        return model.eval()
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
+    ) -> None:
+        """Write config, weights (sharded above `max_shard_size`) and tokenizer to a folder, whole or not at all."""
+        tokenizer = self.processor.tokenizer if self.processor else None
+        checkpoints.save(self, self.config, folder, max_shard_size=max_shard_size, tokenizer=tokenizer, dtype=dtype)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Save to a temporary folder and upload it; returns the address."""
+        return checkpoints.push_model(self, repo_id, **options)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
+    def require(self, *parts: str) -> None:
+        """Raise a clear error when a part is not loaded."""
+        missing = [name for name in parts if name not in self.parts]
+        if missing:
+            raise UniLIPError(
+                f"This needs {', '.join(missing)}, but the model was loaded with {', '.join(self.parts)} only; "
+                "load a whole UniLIP checkpoint."
+            )
+
+    def _processor(self, image_size: int | None = None) -> Processor:
+        if self.processor is None:
+            raise UniLIPError("This model has no tokenizer; put the tokenizer files beside the checkpoint and load it again.")
+        return self.processor.resized(image_size)
+
+    # --- pieces that training shares --------------------------------------------------------------------------------
+
+    def conditions(self, tokens: Tokens, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Turn prompts, and the features (M,N,D) of their pictures, into the DiT's condition (paper, section 3.2).
+
+        Returns the condition (B,T+Q,C) and its mask (B,T+Q).
+        """
+        self.require("mllm", "connector")
+        embeddings = self.mllm.embed(tokens.input_ids, tokens.image_slots, features)
+        embeddings, mask = self.mllm.append_queries(embeddings, tokens.attention_mask)
+        hidden = self.mllm(embeddings, mask)
+        if features is not None:
+            hidden = substitute_features(hidden, tokens.image_slots, features)
+        return self.connector(hidden, mask), mask
+
+    def to_latent(self, features: Tensor, height: int | None = None) -> Tensor:
+        """Return the diffusion-space latent (M,Z,h,w) of features (M,N,D): latent head, then mean and factor."""
+        latent = self.latent_head(features, height)
+        mean, factor = self._latent_scale(latent)
+        return (latent - mean) * factor
+
+    def from_latent(self, latent: Tensor) -> Tensor:
+        """Return pixels (M,3,H,W) in [0,1] of diffusion-space latents (M,Z,h,w)."""
+        mean, factor = self._latent_scale(latent)
+        pixels = self.pixel_decoder((latent / factor + mean).to(self.dtype))
+        return ((pixels.float() + 1) / 2).clamp(0, 1)
+
+    def _latent_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean, factor = (
+            torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(-1, 1, 1)
+            for value in (self.config.latent_mean, self.config.latent_factor)
+        )
+        return mean, factor
+
+    # --- the four abilities -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: Generators = None,
+        solver: str | None = None,
+        image_size: int | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        progress: bool = True,
+    ) -> ImageOutput:
+        """Draw pictures of one prompt or several.
+
+        Args:
+            prompt: what to draw.
+            negative_prompt: what guidance moves away from, in place of the unconditional prompt.
+            num_images_per_prompt: pictures of each prompt; the result is ordered prompt by prompt.
+            num_inference_steps, guidance_scale, solver: of the sampler; the model's own defaults when left out.
+                Guidance at or below 1 is off and halves the work.
+            generator: one, used for the pictures in order, or a list with one for each picture.
+            image_size: square size in pixels, a multiple of 28; the model's own by default.
+            output_type: "pil", "np", "pt" or "latent".
+            callback_on_step_end: called as f(model, step, timestep, {"latents": ...}) after each step; may return
+                {"latents": ...} to replace them, may raise to stop.
+            progress: show a bar on a terminal.
+
+        Raises:
+            UniLIPError: a value out of range, an empty or overlong prompt, or a missing part.
+        """
+        prompts = [check_prompt(p) for p in ([prompt] if isinstance(prompt, str) else prompt)]
+        settings = self._sampling(num_inference_steps, guidance_scale, solver, num_images_per_prompt, output_type)
+        self.require("mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
+        processor = self._processor(image_size)
+        if not prompts:
+            return ImageOutput([])
+        negative = None if negative_prompt is None else check_prompt(negative_prompt, "negative prompt")
+        texts = [processor.generate_text(negative), *(processor.generate_text(p) for p in prompts)]
+        index = torch.arange(len(prompts)).repeat_interleave(num_images_per_prompt)
+        if settings.guidance_scale > 1:
+            rows = torch.cat([torch.zeros_like(index), index + 1])
+        else:
+            texts, rows = texts[1:], index
+        tokens = processor.tokenize(texts).to(self.device)
+        latents = self._sample(tokens, None, rows, settings, processor.image_size, generator, callback_on_step_end, progress)
+        return ImageOutput(self._output(latents, output_type))
+
+    @torch.no_grad()
+    def edit(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: Generators = None,
+        solver: str | None = None,
+        fit: Fit = "resize",
+        keep_aspect: bool = False,
+        image_size: int | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        progress: bool = True,
+    ) -> ImageOutput:
+        """Change pictures as instructed: one image and one instruction, or equally many of both.
+
+        Args:
+            image: the source picture(s), any size and mode.
+            prompt: the instruction(s). One instruction may serve several images, and the other way round.
+            fit: how a source becomes the model's square: "resize" stretches it, "crop" keeps its centre, "pad" adds a
+                white border.
+            keep_aspect: return Pillow pictures at the source's aspect ratio (undoes "resize" and "pad").
+
+        The other arguments are those of `generate`.
+        """
+        sources = [load_image(i) for i in _as_list(image)]
+        prompts = [check_prompt(p, "instruction") for p in ([prompt] if isinstance(prompt, str) else prompt)]
+        settings = self._sampling(num_inference_steps, guidance_scale, solver, num_images_per_prompt, output_type)
+        if keep_aspect and output_type != "pil":
+            raise UniLIPError(f'keep_aspect needs output_type "pil", not {output_type!r}.')
+        self.require(*(name for name in PARTS if name != "latent_head" and (output_type != "latent" or name != "pixel_decoder")))
+        processor = self._processor(image_size)
+        if not sources or not prompts:
+            return ImageOutput([])
+        if len(sources) != len(prompts) and 1 not in (len(sources), len(prompts)):
+            raise UniLIPError(f"{len(sources)} images and {len(prompts)} instructions were given; give one of either, or as many.")
+        count = max(len(sources), len(prompts))
+        sources = sources * count if len(sources) == 1 else sources
+        prompts = prompts * count if len(prompts) == 1 else prompts
+
+        pixels = processor.pixels(sources, fit).to(self.device)
+        features = self.encoder(pixels)  # B N D
+        negative = None if negative_prompt is None else check_prompt(negative_prompt, "negative prompt")
+        texts = [processor.edit_text(p) for p in prompts]
+        rows = torch.arange(count).repeat_interleave(num_images_per_prompt)
+        if settings.guidance_scale > 1:
+            texts = [processor.edit_text(negative)] * count + texts
+            features = torch.cat([features, features])
+            rows = torch.cat([rows, rows + count])
+        tokens = processor.tokenize(texts).to(self.device)
+        latents = self._sample(tokens, features, rows, settings, processor.image_size, generator, callback_on_step_end, progress)
+        images = self._output(latents, output_type)
+        if keep_aspect:
+            sizes = [source.size for source in sources for _ in range(num_images_per_prompt)]
+            images = [unfit_square(picture, size, fit) for picture, size in zip(images, sizes, strict=True)]
+        return ImageOutput(images)
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        *,
+        fit: Fit = "resize",
+        keep_aspect: bool = False,
+        image_size: int | None = None,
+        output_type: str = "pil",
+    ) -> ImageOutput:
+        """Encode pictures to features and draw them again; what is lost is what the encoder does not know.
+
+        `output_type` "latent" gives the latent (B,Z,h,w) in the diffusion transformer's scale.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise UniLIPError(f"There is no output type {output_type!r}; allowed: {', '.join(OUTPUT_TYPES)}.")
+        if keep_aspect and output_type != "pil":
+            raise UniLIPError(f'keep_aspect needs output_type "pil", not {output_type!r}.')
+        self.require("encoder", "latent_head", *(() if output_type == "latent" else ("pixel_decoder",)))
+        sources = [load_image(i) for i in _as_list(image)]
+        if not sources:
+            return ImageOutput([])
+        size = self.config.replace(image_size=image_size or self.config.image_size).image_size
+        pixels = to_pixels([fit_square(source, size, fit) for source in sources]).to(self.device)
+        images = self._output(self.to_latent(self.encoder(pixels)), output_type)
+        if keep_aspect:
+            images = [unfit_square(picture, source.size, fit) for picture, source in zip(images, sources, strict=True)]
+        return ImageOutput(images)
+
+    @torch.no_grad()
+    def ask(
+        self,
+        image: ImageLike | Sequence[Any] | None,
+        question: str | Sequence[str],
+        *,
+        history: Sequence[Mapping[str, Any]] = (),
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+        max_tiles: int = 1,
+        stream: bool = False,
+    ) -> str | list[str] | Iterator[str]:
+        """Answer a question about pictures.
+
+        Args:
+            image: a picture, a list of pictures that one question is about, or None. With a list of questions, a list
+                with an entry of that kind for each.
+            question: one question, or a list of them (answered as a batch).
+            history: earlier turns as {"role": "user" | "assistant", "content": text, "images": [...]}.
+            temperature, top_p, generator: greedy at temperature 0, else sampled.
+            max_tiles: cut each picture into up to this many squares plus a thumbnail (dynamic resolution).
+            stream: return an iterator of text pieces instead (one question only).
+
+        Raises:
+            UniLIPError: a value out of range, a list of another length, a missing part.
+        """
+        self.require("encoder", "mllm")
+        processor = self._processor()
+        if not math.isfinite(temperature) or temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1 or max_tiles < 1:
+            raise UniLIPError(
+                f"temperature must be >= 0 ({temperature}), top_p in (0,1] ({top_p}), max_new_tokens ({max_new_tokens}) and "
+                f"max_tiles ({max_tiles}) at least 1."
+            )
+        single = isinstance(question, str)
+        if single:
+            questions, pictures = [question], [image]
+        else:
+            questions = list(question)
+            pictures = list(image) if isinstance(image, (list, tuple)) else [image] * len(questions)
+            if len(pictures) != len(questions):
+                raise UniLIPError(f"{len(pictures)} images and {len(questions)} questions were given; give one for each.")
+        if stream and not single:
+            raise UniLIPError("Streaming answers one question at a time; give a string, not a list.")
+        if not questions:
+            return []
+
+        squares: list[Image.Image] = []
+
+        def cut(images: Any) -> int:
+            before = len(squares)
+            for picture in [] if images is None else _as_list(images):
+                squares.extend(tile(load_image(picture), processor.image_size, max_tiles))
+            return len(squares) - before
+
+        texts = []
+        for text, images in zip(questions, pictures, strict=True):
+            turns = [Message(t["role"], check_prompt(t["content"], "message"), cut(t.get("images"))) for t in history]
+            turns.append(Message("user", check_prompt(text, "question"), cut(images)))
+            texts.append(processor.chat_text(turns))
+        tokens = processor.tokenize(texts).to(self.device)
+        features = self.encoder(to_pixels(squares).to(self.device)) if squares else None
+        embeddings = self.mllm.embed(tokens.input_ids, tokens.image_slots, features)
+        columns = self.mllm.answer(
+            embeddings, tokens.attention_mask, end_id=processor.end_id, max_new_tokens=max_new_tokens,
+            temperature=temperature, top_p=top_p, generator=generator,
+        )  # fmt: skip
+        if stream:
+            return _stream(columns, processor)
+        answers = processor.decode(torch.stack(list(columns), 1))
+        return answers[0] if single else answers
+
+    # --- sampling ---------------------------------------------------------------------------------------------------
+
+    def _sampling(
+        self, steps: int | None, guidance: float | None, solver: str | None, images: int, output_type: str
+    ) -> Any:
+        settings = self.config.sampling
+        steps = settings.num_inference_steps if steps is None else steps
+        guidance = settings.guidance_scale if guidance is None else guidance
+        solver = settings.solver if solver is None else solver
+        if not 1 <= steps <= 1000:
+            raise UniLIPError(f"num_inference_steps is {steps}; it must be between 1 and 1000 (20 is usual).")
+        if not math.isfinite(guidance) or guidance < 0:
+            raise UniLIPError(f"guidance_scale is {guidance}; it must be a number of at least 0 (1 switches it off).")
+        if solver not in SOLVERS:
+            raise UniLIPError(f"There is no solver {solver!r}; allowed: {', '.join(SOLVERS)}.")
+        if images < 1:
+            raise UniLIPError(f"num_images_per_prompt is {images}; it must be at least 1.")
+        if output_type not in OUTPUT_TYPES:
+            raise UniLIPError(f"There is no output type {output_type!r}; allowed: {', '.join(OUTPUT_TYPES)}.")
+        return type(settings)(steps, float(guidance), settings.flow_shift, solver)
+
+    def _sample(
+        self,
+        tokens: Tokens,
+        features: Tensor | None,
+        rows: Tensor,
+        settings: Any,
+        image_size: int,
+        generator: Generators,
+        callback: StepCallback | None,
+        progress: bool,
+    ) -> Tensor:
+        """Denoise one latent per row; `rows` picks each one's condition, unconditional rows first under guidance."""
+        prepared = self.dit.prepare(*self.conditions(tokens, features)).select(rows.to(self.device))
+        grid = image_size // TOKEN_PIXELS
+        count = len(rows) // 2 if settings.guidance_scale > 1 else len(rows)
+        noise = draw_noise(count, (self.config.dit.latent_channels, grid, grid), generator).to(self.device)
+        bar = tqdm(total=settings.num_inference_steps, disable=None if progress else True, leave=False, unit="step")
+
+        def on_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
+            bar.update()
+            result = callback(self, step, timestep, {"latents": latents}) if callback else None
+            return None if result is None else result["latents"]
+
+        with contextlib.closing(bar):
+            return denoise(
+                lambda latents, timestep: self.dit(latents.to(self.dtype), timestep, prepared),
+                noise,
+                make_scheduler(settings.solver, settings.flow_shift),
+                settings.num_inference_steps,
+                settings.guidance_scale,
+                on_step,
+            )
+
+    def _output(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return latents
+        pixels = self.from_latent(latents)
+        if output_type == "pt":
+            return pixels
+        if output_type == "np":
+            return np.ascontiguousarray(pixels.movedim(1, -1).cpu().numpy())
+        return to_images(pixels)
+
+
+def _as_list(image: Any) -> list[Any]:
+    return list(image) if isinstance(image, (list, tuple)) else [image]
+
+
+def _stream(columns: Iterator[Tensor], processor: Processor) -> Iterator[str]:
+    """Yield text as it becomes final: a piece is held back while it may still be half a character."""
+    ids: list[Tensor] = []
+    shown = ""
+    for column in columns:
+        ids.append(column)
+        text = processor.decode(torch.stack(ids, 1))[0]
+        if text.startswith(shown) and not text.endswith("\ufffd") and len(text) > len(shown):
+            yield text[len(shown) :]
+            shown = text

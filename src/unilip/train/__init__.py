@@ -1,0 +1,1 @@
+"""Training: recipes (records), objectives, and one loop. Importing this package loads nothing heavy."""

@@ -1,0 +1,199 @@
+"""Every recipe by name, SIZE/STAGE: the embedded models' stages and the six stages of the paper.
+
+The stages of one size are functions of that size's numbers; a new size is a few lines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+
+from unilip.errors import ConfigError
+from unilip.train.recipe import Data, Flow, Optim, Recipe, Reconstruct, Understand
+
+TOKENIZER = (("encoder", 1.0), ("latent_head", 1.0), ("pixel_decoder", 1.0))
+CONNECT = (("mllm.queries", 1.0), ("connector", 1.0))
+GENERATE = (*CONNECT, ("dit", 1.0))
+WHOLE_TOKENIZER = "encoder,latent_head,pixel_decoder"
+
+
+def pico() -> list[Recipe]:
+    """The CPU edition: 112 px, one style, about forty concepts; hours on two cores."""
+    data = Data(world="pico")
+    common = dict(model="pico", data=data, sample_every=1000, save_every=500)
+    optim = Optim(lr=1e-3, weight_decay=0.01, grad_clip=1.0, final=0.02)
+    return [
+        Recipe(
+            name="pico/clip", objective=Understand(turns=1), trains=(("encoder", 1.0), ("mllm", 1.0)), steps=900,
+            batch_size=64, optim=optim, note="encoder and text model, contrast and word prediction", **common,
+        ),
+        Recipe(
+            name="pico/instruct", objective=Understand(contrastive=0.25, words=0.25, next_token=1.0, turns=4),
+            trains=(("encoder", 0.5), ("mllm", 1.0)), steps=1600, batch_size=32, optim=optim,
+            init=("encoder,mllm=pico/clip",), **(common | {"data": dataclasses.replace(data, text_share=0.125)}),
+            note="answers; its encoder is the teacher of every later stage",
+        ),
+        Recipe(
+            name="pico/recon", objective=Reconstruct(perceptual=0.0), trains=TOKENIZER[1:], steps=400, batch_size=16,
+            optim=dataclasses.replace(optim, lr=2e-3, final=0.5), init=("encoder=pico/instruct",), **common,
+        ),
+        Recipe(
+            name="pico/recon_distill", objective=Reconstruct(perceptual=0.0, distill=0.05), trains=TOKENIZER, steps=9000,
+            batch_size=16, optim=dataclasses.replace(optim, lr=1.5e-3), init=(f"{WHOLE_TOKENIZER}=pico/recon",), ema=0.995,
+            measure_latents=True, **common,
+        ),
+        Recipe(
+            name="pico/pretrain", objective=Flow(noises=4), trains=GENERATE, steps=5000, batch_size=32, optim=optim,
+            init=(f"{WHOLE_TOKENIZER}=pico/recon_distill", "mllm=pico/instruct"), ema=0.995, **common,
+            note="connector and pretrain in one: a DiT from nothing has no latents of its own to connect to first",
+        ),
+        Recipe(
+            name="pico/sft", objective=Flow(noises=4), trains=GENERATE, steps=2500, batch_size=32,
+            optim=dataclasses.replace(optim, lr=5e-4), init=("all=pico/pretrain",), ema=0.995,
+            **(common | {"data": dataclasses.replace(data, edit_share=0.6)}), note="edits mixed in",
+        ),
+    ]  # fmt: skip
+
+
+def nano() -> list[Recipe]:
+    """The embedded model proper: 224 px, all concepts; about half an hour of one H100."""
+    data = Data(world="nano", workers=14)
+    common = dict(model="nano", data=data, dtype="bfloat16", sample_every=500, save_every=500, log_every=50)
+    optim = Optim(lr=8e-4, weight_decay=0.01, final=0.02)
+    return [
+        Recipe(
+            name="nano/clip", objective=Understand(turns=1), trains=(("encoder", 1.0), ("mllm", 1.0)), steps=3000,
+            batch_size=512, optim=optim, **common,
+        ),
+        Recipe(
+            name="nano/instruct", objective=Understand(contrastive=0.25, words=0.25, next_token=1.0, turns=4),
+            trains=(("encoder", 0.5), ("mllm", 1.0)), steps=6000, batch_size=256, optim=optim,
+            init=("encoder,mllm=nano/clip",), **(common | {"data": dataclasses.replace(data, text_share=0.125)}),
+        ),
+        Recipe(
+            name="nano/recon", objective=Reconstruct(perceptual=0.0), trains=TOKENIZER[1:], steps=800, batch_size=128,
+            optim=dataclasses.replace(optim, lr=1e-3, final=0.5), init=("encoder=nano/instruct",), **common,
+        ),
+        Recipe(
+            name="nano/recon_distill", objective=Reconstruct(perceptual=0.02, distill=0.05), trains=TOKENIZER,
+            steps=12000, batch_size=128, optim=optim, init=(f"{WHOLE_TOKENIZER}=nano/recon",), ema=0.999,
+            measure_latents=True, **common,
+        ),
+        Recipe(
+            name="nano/pretrain", objective=Flow(noises=4), trains=GENERATE, steps=12000, batch_size=256, optim=optim,
+            init=(f"{WHOLE_TOKENIZER}=nano/recon_distill", "mllm=nano/instruct"), ema=0.999, **common,
+            note="connector and pretrain in one: a DiT from nothing has no latents of its own to connect to first",
+        ),
+        Recipe(
+            name="nano/sft", objective=Flow(noises=4), trains=GENERATE, steps=6000, batch_size=256,
+            optim=dataclasses.replace(optim, lr=4e-4), init=("all=nano/pretrain",), ema=0.999,
+            **(common | {"data": dataclasses.replace(data, edit_share=0.6)}),
+        ),
+    ]  # fmt: skip
+
+
+def tiny() -> list[Recipe]:
+    """Every stage in seconds, on drawn shapes instead of art: what the tests run."""
+    data = Data(world="tiny", path="synthetic")
+    common = dict(model="tiny", data=data, batch_size=2, steps=4, log_every=1, sample_every=2, save_every=2)
+    return [
+        Recipe(
+            name="tiny/clip", objective=Understand(turns=1), trains=(("encoder", 1.0), ("mllm", 1.0)), **common,
+        ),
+        Recipe(
+            name="tiny/instruct", objective=Understand(next_token=1.0), trains=(("encoder", 0.5), ("mllm", 1.0)),
+            init=("encoder,mllm=tiny/clip",), **(common | {"data": dataclasses.replace(data, text_share=0.5)}),
+        ),
+        Recipe(
+            name="tiny/recon", objective=Reconstruct(perceptual=0.1), trains=TOKENIZER[1:],
+            init=("encoder=tiny/instruct",), **common,
+        ),
+        Recipe(
+            name="tiny/recon_distill", objective=Reconstruct(perceptual=0.1, distill=0.1, gan=0.1, gan_start=2),
+            trains=TOKENIZER, init=(f"{WHOLE_TOKENIZER}=tiny/recon",), ema=0.9, measure_latents=True, **common,
+        ),
+        Recipe(
+            name="tiny/pretrain", objective=Flow(noises=2), trains=GENERATE, ema=0.9,
+            init=(f"{WHOLE_TOKENIZER}=tiny/recon_distill", "mllm=tiny/instruct"), **common,
+        ),
+        Recipe(
+            name="tiny/sft", objective=Flow(), trains=GENERATE, init=("all=tiny/pretrain",), ema=0.9,
+            **(common | {"data": dataclasses.replace(data, edit_share=0.5)}),
+        ),
+    ]  # fmt: skip
+
+
+def paper(size: str, internvl: str, sana: str) -> list[Recipe]:
+    """The paper's six stages at a released size (section 4.1); per-process batch, one process here.
+
+    The data are folders (`--set data.path=...`); starting points are looked for under their published names and can
+    be local folders (`--set init=...`).
+    """
+    dcae = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
+    pixels = Data(source="folder", path="data/images", image_size=224, workers=8)
+    pairs = Data(source="folder", path="data/pairs", image_size=448, workers=8)
+    common = dict(model=size, dtype="bfloat16", log_every=50, sample_every=2500, save_every=2500)
+    slow_encoder = (("encoder", 0.1), *TOKENIZER[1:])
+    recon = Optim(lr=1e-4, weight_decay=1e-4, warmup=0.025, final=0.1)
+    flow = Optim(lr=1e-4, weight_decay=0.0, warmup=0.003, final=0.1)
+    adversarial = Reconstruct(distill=1.0, gan=0.1, gan_start=200_000, perceptual_source="lpips")
+    return [
+        Recipe(
+            name=f"{size}/recon", objective=Reconstruct(perceptual_source="lpips"), trains=TOKENIZER[1:], steps=400_000,
+            batch_size=64, optim=recon, data=pixels, ema=0.999, init=(f"encoder={internvl}", f"pixel_decoder={dcae}"), **common,
+        ),
+        Recipe(
+            name=f"{size}/recon_distill", objective=adversarial, trains=slow_encoder, steps=400_000, batch_size=32,
+            optim=recon, data=pixels, ema=0.999, init=(f"{WHOLE_TOKENIZER}={size}/recon",), **common,
+        ),
+        Recipe(
+            name=f"{size}/recon_448", objective=dataclasses.replace(adversarial, gan_start=0), trains=slow_encoder,
+            steps=100_000, batch_size=16, optim=recon, data=dataclasses.replace(pixels, image_size=448), ema=0.999,
+            init=(f"{WHOLE_TOKENIZER}={size}/recon_distill",), gradient_checkpointing=True, **common,
+        ),
+        Recipe(
+            name=f"{size}/connector", objective=Flow(target="dcae"), trains=CONNECT, steps=50_000, batch_size=32,
+            optim=flow, data=pairs, init=(f"encoder,mllm={internvl}", f"dit={sana}", f"autoencoder={dcae}"), **common,
+            note="the frozen DiT knows only its own autoencoder's latents, so these are the target here",
+        ),
+        Recipe(
+            name=f"{size}/pretrain", objective=Flow(), trains=GENERATE, steps=200_000, batch_size=32, optim=flow,
+            data=dataclasses.replace(pairs, edit_share=0.2), gradient_checkpointing=True,
+            init=(f"{WHOLE_TOKENIZER}={size}/recon_448", f"mllm,connector,dit={size}/connector"), **common,
+        ),
+        Recipe(
+            name=f"{size}/sft", objective=Flow(), trains=GENERATE, steps=30_000, batch_size=32, optim=flow,
+            data=dataclasses.replace(pairs, edit_share=0.5), gradient_checkpointing=True,
+            init=(f"all={size}/pretrain",), **common,
+        ),
+    ]  # fmt: skip
+
+
+SIZES: dict[str, Callable[[], list[Recipe]]] = {
+    "tiny": tiny,
+    "pico": pico,
+    "nano": nano,
+    "1b": lambda: paper("1b", "OpenGVLab/InternVL3-1B-hf", "Efficient-Large-Model/Sana_600M_512px_diffusers"),
+    "3b": lambda: paper("3b", "OpenGVLab/InternVL3-2B-hf", "Efficient-Large-Model/Sana_1600M_512px_diffusers"),
+}
+
+
+def all_recipes() -> dict[str, Recipe]:
+    """Return every recipe by name, in the order in which stages follow each other."""
+    return {recipe.name: recipe for make in SIZES.values() for recipe in make()}
+
+
+def get_recipe(name: str) -> Recipe:
+    """Return a recipe by its name SIZE/STAGE.
+
+    Raises:
+        ConfigError: there is none of that name; the message has the nearest one.
+    """
+    recipes = all_recipes()
+    if name not in recipes:
+        near = difflib.get_close_matches(name, recipes, n=1)
+        raise ConfigError(
+            f"There is no recipe {name!r}.{f' Did you mean {near[0]}?' if near else ''} All of them: {', '.join(recipes)}."
+        )
+    return recipes[name]

@@ -1,0 +1,305 @@
+"""Recompute recorded numbers: does this checkpoint, on this machine, still give what the authors' code gave?
+
+In:  a checkpoint, and a safetensors file of recorded inputs and results (names are `group.entry`).
+Out: one `Row` per recorded result with the largest error. An entry that is not understood is a failed row.
+
+Groups: `t2i*` and `edit*` are generations (prompts first, then as many unconditional rows), `train_t2i*` and
+`train_edit*` training steps with gradients, `recon*` reconstructions, `sampler` and `train` the schedules.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unilip.checkpoint import Checkpoint, Source, Weights, load_into, open_checkpoint
+from unilip.connector import substitute_features
+from unilip.convert import Origin
+from unilip.decoder import resize_to_tokens
+from unilip.errors import CheckpointError
+from unilip.flow import denoise, flow_loss, interpolate, make_scheduler, train_levels, train_schedule
+from unilip.model import UniLIP
+from unilip.preprocess import Tokens
+
+Record = Mapping[str, Tensor]
+Results = Iterator[tuple[str, Tensor, Tensor | None]]  # entry, value, valid positions (B,L) if not everywhere
+Progress = Callable[[int, int, str], None]
+
+INPUTS = frozenset({
+    "input_ids", "attention_mask", "pixel_values", "noise", "guidance", "labels", "gen_image", "und_image", "u",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recorded entry: the largest absolute error, what is allowed, and a remark where there is one."""
+
+    name: str
+    max_abs_error: float
+    tolerance: float
+    ok: bool
+    note: str = ""
+
+
+def verify(
+    checkpoint: Source,
+    expected: str | os.PathLike[str],
+    tolerance: float = 1e-4,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str = "float32",
+    progress: Progress | None = None,
+    interpolation_scale: float | None | str = "config",
+) -> list[Row]:
+    """Recompute every entry of a file of recorded numbers with a checkpoint, and compare.
+
+    Values stored in float16 are measured from the interval of numbers that round to them, so the tolerance is the
+    same for them. Whole numbers must be equal.
+
+    Args:
+        checkpoint: anything that `open_checkpoint` takes.
+        expected: a safetensors file in the format described above.
+        tolerance: the largest absolute error allowed.
+        device, dtype: where and in what type to compute.
+        progress: called as f(entries done, entries in all, name of the entry).
+        interpolation_scale: overrides the DiT's position embedding, to see what it does; leave it alone otherwise.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    path = Path(expected)
+    if not path.is_file() or path.suffix != ".safetensors":
+        raise CheckpointError(f"{path} is no safetensors file of recorded numbers.")
+    opened = open_checkpoint(checkpoint)
+    if interpolation_scale != "config":
+        opened.config = opened.config.replace(dit=_with_scale(opened, interpolation_scale))
+    weights = Weights([path])
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name in weights.names:
+        group, _, entry = name.rpartition(".")
+        groups.setdefault(group, {})[entry] = weights.read(Origin(name))
+    with torch.device("meta"):
+        model = UniLIP(opened.config, parts=opened.parts)
+    load_into(model, opened, device=device, dtype=dtype, parts=model.parts)
+    model.eval()
+    total = sum(entry not in INPUTS for record in groups.values() for entry in record)
+    rows: list[Row] = []
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        if progress is not None:
+            progress(len(rows), total, row.name)
+
+    for group, record in groups.items():
+        wanted = {entry for entry in record if entry not in INPUTS}
+        recompute = _recipe(group)
+        if recompute is not None:
+            moved = {entry: value.to(device) if entry in INPUTS else value for entry, value in record.items()}
+            try:
+                for entry, value, valid in recompute(model, opened, moved):
+                    if entry in wanted:
+                        wanted.remove(entry)
+                        add(_compare(f"{group}.{entry}", value, record[entry], valid, tolerance))
+            except KeyError as error:
+                for entry in sorted(wanted):
+                    add(Row(f"{group}.{entry}", math.inf, tolerance, False, f"{group}.{error.args[0]} is not recorded"))
+                wanted.clear()
+        for entry in sorted(wanted):
+            add(Row(f"{group}.{entry}", math.inf, tolerance, False, "not understood"))
+    return rows
+
+
+def _with_scale(opened: Checkpoint, scale: float | None | str) -> object:
+    import dataclasses
+
+    return dataclasses.replace(opened.config.dit, interpolation_scale=scale)  # type: ignore[arg-type]
+
+
+def format_rows(rows: Iterable[Row]) -> str:
+    """Lay rows out as a text table, with a summary as its last line."""
+    rows = list(rows)
+    width = max([len(row.name) for row in rows], default=4)
+    lines = [f"{'entry':<{width}}  {'max error':>9}  {'allowed':>9}"]
+    lines += [
+        f"{r.name:<{width}}  {r.max_abs_error:>9.1e}  {r.tolerance:>9.1e}  {'ok' if r.ok else 'FAILED'}"
+        + (f"  ({r.note})" if r.note else "")
+        for r in rows
+    ]
+    failed = sum(not row.ok for row in rows)
+    lines.append(f"{len(rows)} entries, {f'{failed} FAILED' if failed else 'all within tolerance'}")
+    return "\n".join(lines)
+
+
+def _compare(name: str, value: Tensor, stored: Tensor, valid: Tensor | None, tolerance: float) -> Row:
+    value = value.detach().cpu()
+    if value.shape != stored.shape:
+        note = f"shape {list(value.shape)} instead of {list(stored.shape)}"
+        return Row(name, math.inf, tolerance, False, note)
+    if valid is not None:
+        value, stored = value[valid.cpu()], stored[valid.cpu()]
+    error = (value.double() - stored.double()).abs()
+    note = ""
+    if not stored.is_floating_point():
+        tolerance = 0.0
+    elif stored.dtype == torch.float16:
+        raw = float(error.max())
+        _, exponent = torch.frexp(stored.float())  # |stored| in [2^(e-1), 2^e), where float16 steps by 2^(e-11)
+        half_step = torch.ldexp(torch.ones(()).double(), (exponent - 12).clamp(min=-25))
+        error = (error - half_step).clamp(min=0)
+        note = f"beyond float16 rounding; {raw:.1e} with it"
+    worst = float(error.max()) if error.numel() else 0.0
+    return Row(name, worst, tolerance, worst <= tolerance, note)  # NaN compares false, so it fails
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------
+
+Recipe = Callable[[UniLIP, Checkpoint, Record], Results]
+
+
+def _recipe(group: str) -> Recipe | None:
+    for prefix, recipe in (
+        ("train_", _training), ("train", _train_schedule), ("sampler", _sampler), ("recon", _reconstruction),
+        ("t2i", _generation), ("edit", _generation),
+    ):  # fmt: skip
+        if group == prefix or (group.startswith(prefix) and prefix not in ("train", "sampler")):
+            return recipe
+    return None
+
+
+def _train_schedule(model: UniLIP, opened: Checkpoint, record: Record) -> Results:
+    timesteps, sigmas = train_schedule()
+    yield "timesteps", timesteps, None
+    yield "sigmas", sigmas, None
+
+
+def _sampler(model: UniLIP, opened: Checkpoint, record: Record) -> Results:
+    sampling = opened.config.sampling
+    scheduler = make_scheduler(sampling.solver, sampling.flow_shift)
+    scheduler.set_timesteps(len(record["timesteps"]) if "timesteps" in record else sampling.num_inference_steps)
+    yield "timesteps", scheduler.timesteps, None
+    yield "sigmas", scheduler.sigmas, None
+
+
+@torch.no_grad()
+def _reconstruction(model: UniLIP, opened: Checkpoint, record: Record) -> Results:
+    pixels = record["pixel_values"]
+    features = model.encoder(pixels)
+    yield "features", features, None
+    if not {"latents", "decoded", "image"} & set(record):
+        return
+    latents = model.latent_head(features, pixels.shape[-2] // 28)
+    yield "latents", latents, None
+    decoded = model.pixel_decoder.decode(latents)
+    yield "decoded", decoded, None
+    yield "image", resize_to_tokens(decoded), None
+
+
+@torch.no_grad()
+def _generation(model: UniLIP, opened: Checkpoint, record: Record) -> Results:
+    ids = record["input_ids"]
+    tokens = Tokens(ids, record["attention_mask"].long(), _slots(opened, record, "pixel_values"))
+    features = None
+    if "pixel_values" in record:
+        features = model.encoder(record["pixel_values"])
+        yield "image_features", features, None
+        features = features.repeat(len(ids) // len(features), 1, 1)
+    embeddings = model.mllm.embed(ids, tokens.image_slots, features)
+    embeddings, mask = model.mllm.append_queries(embeddings, tokens.attention_mask)
+    valid = mask.bool()
+    hidden = model.mllm(embeddings, mask)
+    yield "llm_hidden", hidden, valid
+    if features is not None:
+        hidden = substitute_features(hidden, tokens.image_slots, features)
+    connected = model.connector.connect(hidden, mask)
+    yield "connector", connected, valid
+    condition, mask = model.conditions(tokens, features)
+    yield "condition", condition, valid
+
+    sampling = opened.config.sampling
+    guidance = float(record["guidance"])
+    half = len(ids) // 2
+    order = torch.cat([torch.arange(half, 2 * half), torch.arange(half)]) if guidance > 1 else torch.arange(half)
+    order = order.to(ids.device)
+    prepared = model.dit.prepare(condition[order], mask[order])
+    outputs: list[Tensor] = []
+
+    def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
+        outputs.append(model.dit(latents.to(model.dtype), timestep, prepared))
+        return outputs[-1]
+
+    scheduler = make_scheduler(sampling.solver, sampling.flow_shift)
+    latents = denoise(velocity, record["noise"], scheduler, sampling.num_inference_steps, guidance)
+    yield "n_dit_calls", torch.tensor(len(outputs)), None
+    yield "dit_first", outputs[0], None
+    yield "dit_last", outputs[-1], None
+    yield "final_latents", latents, None
+    mean, factor = (
+        torch.as_tensor(v, device=latents.device).reshape(-1, 1, 1)
+        for v in (opened.config.latent_mean, opened.config.latent_factor)
+    )
+    yield "decoded", model.pixel_decoder.decode((latents / factor + mean).to(model.dtype)), None
+    yield "image", model.from_latent(latents)[0].movedim(0, -1), None
+
+
+@torch.enable_grad()
+def _training(model: UniLIP, opened: Checkpoint, record: Record) -> Results:
+    tokens, back, theirs = _without_queries(opened, record)
+    features = model.encoder(record["und_image"]).detach() if "und_image" in record else None
+    condition, mask = model.conditions(tokens, features)
+    rows = torch.arange(len(back), device=back.device)[:, None]
+    yield "condition", condition[rows, back], theirs
+    with torch.no_grad():
+        clean = model.to_latent(model.encoder(record["gen_image"]))
+    noise = record["noise"].to(clean.dtype)
+    timesteps, sigmas = train_levels(record["u"])
+    noisy = interpolate(clean, noise, sigmas.to(clean.dtype))
+    out = model.dit(noisy, timesteps, model.dit.prepare(condition, mask))
+    yield "dit_out", out, None
+    loss = flow_loss(out, clean, noise)
+    yield "loss", loss, None
+    wanted = {
+        "grad_latent_queries": model.mllm.queries,
+        "grad_projector_weight": model.connector.to_dit.weight,
+        "grad_dit_proj_out": model.dit.transformer.proj_out.weight,
+    }
+    for (entry, _), gradient in zip(wanted.items(), torch.autograd.grad(loss, list(wanted.values())), strict=True):
+        yield entry, gradient, None
+
+
+def _slots(opened: Checkpoint, record: Record, pixels: str) -> Tensor:
+    """Mark the image positions of a batch; none where there are no pixels."""
+    ids, mask = record["input_ids"], record["attention_mask"].bool()
+    if pixels not in record:
+        return torch.zeros_like(mask)
+    if opened.image_token_id is None:
+        raise CheckpointError(f"{opened.path} does not say which token is {'<IMG_CONTEXT>'}; add its tokenizer files.")
+    return (ids == opened.image_token_id) & mask
+
+
+def _without_queries(opened: Checkpoint, record: Record) -> tuple[Tokens, Tensor, Tensor]:
+    """Take the query slots out of training inputs.
+
+    Returns the prompts, where each of their positions (B,L) lies in our order [prompt][queries], and which are valid.
+    """
+    ids, mask, marked = record["input_ids"], record["attention_mask"].bool(), record["labels"] != -100
+    count = opened.config.num_queries
+    order = marked.long().cumsum(-1)
+    queries = marked & (order > order[:, -1:] - count)  # the last Q marked ones; `<img>` comes before them
+    prompt = mask & ~queries
+    slots = _slots(opened, record, "und_image") & prompt
+    length = int(prompt.sum(-1).max())
+    place = (prompt.long().cumsum(-1) - 1).clamp(min=0)  # left-aligned
+    back = torch.where(queries, length + queries.long().cumsum(-1) - 1, place)
+    shape = (len(ids), length)
+    new_ids, new_mask, new_slots = ids.new_zeros(shape), torch.zeros(shape).long().to(ids.device), slots.new_zeros(shape)
+    for row in range(len(ids)):
+        size = int(prompt[row].sum())
+        new_ids[row, :size] = ids[row, prompt[row]]
+        new_mask[row, :size] = 1
+        new_slots[row, :size] = slots[row, prompt[row]]
+    return Tokens(new_ids, new_mask, new_slots), back, mask
