@@ -1,4 +1,8 @@
-"""What every test gets: no network, few threads, a fixed seed, and GPU tests only where there is a GPU."""
+"""What every test gets: no network, few threads, a fixed seed, GPU tests only where there is a GPU, and a tiny model.
+
+`tiny_model` and `tiny_folder` are shared by the whole session: read them, never change them. A test that needs another
+precision, training mode or weights builds its own with `fresh_model`.
+"""
 
 import os
 
@@ -7,13 +11,28 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
+if TYPE_CHECKING:
+    from unilip.model import UniLIP
+
 SEED = 0
 MAX_THREADS = 2  # the models under test are tiny: more threads only get in each other's way
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+VOCABULARY = 400  # of the tiny preset
+SENTENCES = (
+    "user\nGenerate an image: three yellow stars above a blue house",
+    "user\nEdit the image: make the red apple green\n",
+    "assistant\nThere are two dogs and one cat in the picture. The dogs are brown.",
+    "What colour is the car? How many birds are there? Describe the image.",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,3 +60,56 @@ def seeded() -> None:
 def generator() -> torch.Generator:
     """A fresh CPU generator, always from the same seed."""
     return torch.Generator().manual_seed(SEED)
+
+
+def train_tiny_tokenizer(sentences: tuple[str, ...] = SENTENCES, special: tuple[str, ...] = SPECIAL_TOKENS) -> Any:
+    """A byte-level BPE tokenizer of at most `VOCABULARY` tokens, with the special tokens of the released models."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(special),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A tokenizer that fits the tiny preset."""
+    return train_tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def fresh_model(tiny_tokenizer: Any) -> Callable[..., "UniLIP"]:
+    """Build a tiny model with its processor that the test may change: f(seed=0, parts=all, **changes of the config)."""
+    from unilip.config import preset
+    from unilip.model import PARTS, UniLIP
+    from unilip.preprocess import Processor
+
+    def build(seed: int = 0, parts: tuple[str, ...] = tuple(PARTS), **changes: Any) -> "UniLIP":
+        model = UniLIP.from_config(preset("tiny").replace(**changes), seed=seed, parts=parts)
+        model.processor = Processor(tiny_tokenizer, model.config)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_model(fresh_model: Callable[..., "UniLIP"]) -> "UniLIP":
+    """The tiny preset with random weights and a tokenizer. Shared: do not change it."""
+    return fresh_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_model: "UniLIP", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model saved by `save_pretrained`. Shared: do not change it."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tiny_model.save_pretrained(folder)
+    return folder

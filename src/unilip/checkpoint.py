@@ -16,6 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import resources
 from math import prod
 from pathlib import Path
@@ -48,6 +49,7 @@ from unilip.preprocess import IMG_CONTEXT
 
 Source = str | os.PathLike[str] | None
 DType = torch.dtype | str | None
+Item = tuple[str, Shape, torch.dtype, Callable[[], Tensor]]  # name, shape, stored type, how to get it
 
 BESIDE = ("dit_config.json", "vae_config.json", "scheduler_config.json")
 TOKENIZER_FILES = (
@@ -89,8 +91,10 @@ def resolve(source: Source = None) -> Path:
     if hub and not str(source).startswith("."):
         return _fetch(hub[1], hub[2], hub[3])
     previous = _previous(path)
-    hint = f" An interrupted save left the old checkpoint whole in {previous}; rename it back." if previous.exists() else ""
-    raise CheckpointError(f'There is no checkpoint at {path}; give a folder, a file, or a hub id like "owner/name".{hint}')
+    hint = f" An interrupted save left the old one whole in {previous}; rename it back." if previous.exists() else ""
+    raise CheckpointError(
+        f'There is no checkpoint at {path}; give a folder, a file, or a hub id like "owner/name".{hint}'
+    )
 
 
 def _embedded() -> Path:
@@ -124,16 +128,28 @@ def _fetch(repo: str, file: str | None, revision: str | None) -> Path:
         if file is not None:
             return Path(hf_hub_download(repo, file, revision=revision))
         try:
-            patterns = needed_files(HfApi().list_repo_files(repo, revision=revision))
-        except (OSError, RuntimeError, ValueError):
+            there = HfApi().list_repo_files(repo, revision=revision)
+        except Exception:  # no network: perhaps it was fetched before
             return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        files = needed_files(there)
+        if not any(name.endswith(_SUFFIXES) for name in files):
+            single = [name for name in there if name.endswith(_FILE_SUFFIXES)]
+            raise CheckpointError(
+                f"{repo} has no weights under a known name"
+                + (f"; name one of its files, for example {repo}/{single[0]}." if single else ".")
+            )
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+    except CheckpointError:
+        raise
+    except Exception as error:  # the client lets errors of several libraries through
         raise CheckpointError(
-            f"{repo} is no folder here and could not be fetched from the hub ({reason}); check the name and the network, "
-            "or give a folder."
+            f"{repo} is no folder here and could not be fetched from the hub ({_reason(error)}); check the name and "
+            "the network, or give a folder."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # --- reading tensors ------------------------------------------------------------------------------------------------
@@ -208,7 +224,7 @@ class Weights:
         handle, path = self._where[origin.name]
         first, *_ = self.shape(origin.name) or (1,)
         if first % origin.parts:
-            raise CheckpointError(f"{path} holds {origin.name} with {first} rows, which are not {origin.parts} equal parts.")
+            raise CheckpointError(f"{path} holds {origin.name} with {first} rows, no multiple of {origin.parts}.")
         step = first // origin.parts
         if isinstance(handle, dict):
             tensor: Tensor = handle[origin.name]
@@ -232,8 +248,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors, and loading it could run code; it was refused. Save its tensors alone."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is truncated or damaged ({reason}); fetch or save it again.") from error
+        raise CheckpointError(f"{path} is truncated or damaged ({_reason(error)}); fetch or save it again.") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -254,7 +269,9 @@ def _find_weights(folder: Path) -> Weights:
     if len(only) == 1:
         return Weights(only)
     names = ", ".join(f"{stem}{suffix}" for suffix in _SUFFIXES for stem in _STEMS)
-    raise CheckpointError(f"{folder} has a config.json but no weights; expected one of {names}, or shards and their index.")
+    raise CheckpointError(
+        f"{folder} has a config.json but no weights; expected one of {names}, or shards and their index."
+    )
 
 
 def _open_shards(index: Path) -> Weights:
@@ -264,12 +281,16 @@ def _open_shards(index: Path) -> Weights:
     files = [index.parent / name for name in sorted(set(table.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise CheckpointError(f"{index.parent} lacks {', '.join(missing)}, named in {index.name}; fetch or save it again.")
+        raise CheckpointError(
+            f"{index.parent} lacks {', '.join(missing)}, named in {index.name}; fetch or save it again."
+        )
     weights = Weights(files)
     wrong = [name for name, file in table.items() if name not in weights or weights.file_of(name).name != file]
     wrong += [name for name in weights.names if name not in table]
     if wrong:
-        raise CheckpointError(f"{index} and its shards disagree about {wrong[0]} ({len(wrong)} in all); fetch them again.")
+        raise CheckpointError(
+            f"{index} and its shards disagree about {wrong[0]} ({len(wrong)} in all); fetch them again."
+        )
     return weights
 
 
@@ -280,7 +301,8 @@ class Checkpoint:
     """An opened checkpoint: what it is, and its tensors under our names, read when asked for.
 
     Attributes:
-        path: the local folder or file; kind: a key of `convert.KINDS`; config; parts: which of the model's parts it holds.
+        path: the local folder or file; kind: a key of `convert.KINDS`; config: ours.
+        parts: which of the model's parts it holds.
         names: our names of its tensors; absent: what its kind never holds although its parts have it (new queries).
         dropped: their name -> why it is left out; notes: remarks for people; metadata: text stored with the weights.
         tokenizer_path: the folder with tokenizer files, or None; image_token_id: of the image slots, if it is known.
@@ -330,7 +352,7 @@ class Checkpoint:
         if self.shape(HEAD) == self.shape(EMBEDDING) and torch.equal(self.tensor(HEAD), self.tensor(EMBEDDING)):
             self.dropped[self._origins.pop(HEAD).name] = "tied: the same numbers as the token embedding"
         else:
-            self.notes.append("The config calls the language head tied, but it differs from the embedding: both are used.")
+            self.notes.append("The language head is called tied, but differs from the embedding: both are used.")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -361,7 +383,9 @@ class Checkpoint:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file() or ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file())
+    return any(
+        all((folder / f).is_file() for f in files) for files in (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    )
 
 
 def open_checkpoint(source: Source = None) -> Checkpoint:
@@ -371,14 +395,13 @@ def open_checkpoint(source: Source = None) -> Checkpoint:
         CheckpointError: missing, truncated, of an unknown kind, or at odds with its own config.
     """
     path = resolve(source)
+    folder = path if path.is_dir() else path.parent
+    config = folder / "config.json"
     if path.is_file():
         if path.suffix not in _FILE_SUFFIXES:
             raise CheckpointError(f"{path} is no weights file ({', '.join(_FILE_SUFFIXES)}); give one, or a folder.")
-        weights = Weights([path])
-        config = path.parent / "config.json"
-        data = read_json(config) if config.is_file() else {}
-        return Checkpoint(path, _kind_of_names(path, weights.names, data), weights, data, path.parent)
-    config = path / "config.json"
+        weights, data = Weights([path]), read_json(config) if config.is_file() else {}
+        return Checkpoint(path, _kind(path, data, weights.names), weights, data, folder)
     if not config.is_file() and (path / "model_index.json").is_file() and (path / "transformer").is_dir():
         opened = open_checkpoint(path / "transformer")
         opened.notes.append(f"Of the pipeline {path.name} only the folder transformer is used.")
@@ -386,45 +409,34 @@ def open_checkpoint(source: Source = None) -> Checkpoint:
     if not config.is_file():
         files = sorted(p.name for p in path.glob("*.pth"))
         hint = f" It holds {files[0]}: give that file." if files else ""
-        raise CheckpointError(f"{path} has no config.json, so it is none of the kinds understood: {_understood()}.{hint}")
+        raise CheckpointError(f"{path} has no config.json, so it is none of these: {_understood()}.{hint}")
     data = read_json(config)
-    model_type = data.get("model_type")
+    _kind(path, data, ())  # a folder of another kind is named as such, even when its weights have other names too
+    weights = _find_weights(path)
+    return Checkpoint(path, _kind(path, data, weights.names), weights, data, path)
+
+
+def _kind(path: Path, data: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Tell the kind of a checkpoint by its config and, where that is not enough, by the names of its tensors."""
+    if {"mlp1", "down_mlp"} <= {name.split(".")[0] for name in names}:
+        return "tokenizer"
+    if not data:
+        raise CheckpointError(
+            f"{path} alone does not tell what it is; give its folder, with config.json. Known are: {_understood()}."
+        )
+    model_type, class_name = data.get("model_type"), data.get("_class_name")
+    if data.get("format") == FORMAT:
+        return "unilip"
+    if model_type in ("unilip_internvl", "unilip_vae_internvl"):  # their first stage may carry either
+        return "authors-stage1" if any(name.startswith("model.dcae.") for name in names) else "authors"
+    if model_type == "internvl":
+        return "internvl"
+    if class_name in ("AutoencoderDC", "SanaTransformer2DModel"):
+        return "dcae" if class_name == "AutoencoderDC" else "sana"
     if model_type == "internvl_chat":
         raise CheckpointError(f"{path} is InternVL3 in its original format; use the repository whose name ends in -hf.")
-    kind = {
-        ("format", FORMAT): "unilip",
-        ("model_type", "unilip_internvl"): "authors",
-        ("model_type", "unilip_vae_internvl"): "authors-stage1",
-        ("model_type", "internvl"): "internvl",
-        ("_class_name", "AutoencoderDC"): "dcae",
-        ("_class_name", "SanaTransformer2DModel"): "sana",
-    }
-    found = next((k for (field, value), k in kind.items() if data.get(field) == value), None)
-    if found is None:
-        what = model_type or data.get("_class_name") or data.get("format") or "nothing known"
-        raise CheckpointError(f"{path} is a checkpoint of {what!r}. Understood are: {_understood()}.")
-    weights = _find_weights(path)
-    if found.startswith("authors"):  # their first stage may carry the model type of the later ones
-        found = "authors-stage1" if any(name.startswith("model.dcae.") for name in weights.names) else "authors"
-    return Checkpoint(path, found, weights, data, path)
-
-
-def _kind_of_names(path: Path, names: Sequence[str], data: Mapping[str, Any]) -> str:
-    """Tell the kind of a single file by its names."""
-    heads = {name.split(".")[0] for name in names}
-    if heads <= set(PART_CLASSES) and data.get("format") == FORMAT and not {"encoder.vision_tower"}.isdisjoint(
-        {".".join(name.split(".")[:2]) for name in names} | {"encoder.vision_tower"}
-    ):
-        return "unilip"
-    if {"mlp1", "down_mlp"} <= heads:
-        return "tokenizer"
-    for kind, prefix in (("authors-stage1", "model.dcae."), ("authors", "model.vae_decoder.")):
-        if data and any(name.startswith(prefix) for name in names):
-            return kind
-    raise CheckpointError(
-        f"{path} alone is not enough to tell what it is (first tensor {names[0] if names else 'none'}); give its folder with "
-        f"config.json. Understood are: {_understood()}."
-    )
+    what = model_type or class_name or data.get("format") or "nothing known"
+    raise CheckpointError(f"{path} is a checkpoint of {what!r}. Understood are: {_understood()}.")
 
 
 # --- loading --------------------------------------------------------------------------------------------------------
@@ -465,7 +477,9 @@ def load_into(
     wanted = checkpoint.parts if parts is None else tuple(parts)
     lacking = [part for part in wanted if part not in checkpoint.parts]
     if lacking:
-        raise CheckpointError(f"{checkpoint.path} has no {', '.join(lacking)}; it holds: {', '.join(checkpoint.parts)}.")
+        raise CheckpointError(
+            f"{checkpoint.path} has no {', '.join(lacking)}; it holds: {', '.join(checkpoint.parts)}."
+        )
     modules = {part: model.get_submodule(part) for part in wanted}
     tied = "mllm" in modules and checkpoint.config.text.tie_embeddings
     expected = {f"{part}.{n}": tuple(t.shape) for part, m in modules.items() for n, t in m.state_dict().items()}
@@ -495,8 +509,8 @@ def load_into(
                 for key, value in _computed_buffers(module).items():
                     module._buffers[key] = value.to(device)
     if tied:
-        head, embedding = model.get_submodule(HEAD.rpartition(".")[0]), model.get_submodule(EMBEDDING.rpartition(".")[0])
-        head.weight = embedding.weight
+        llm: Any = model.get_submodule("mllm.language_model")
+        llm.lm_head.weight = llm.model.embed_tokens.weight
     left = [n for p in modules for n, t in _tensors(modules[p], p) if t.is_meta]
     assert not left, f"still on the meta device: {left[:4]}"
     return tuple(name for name in expected if name not in found)
@@ -536,7 +550,7 @@ def save(
     *,
     max_shard_size: str | int = "5GB",
     tokenizer: Any = None,
-    dtype: torch.dtype | None = None,
+    dtype: DType = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a checkpoint in our own format, whole or not at all; returns its folder.
@@ -556,15 +570,8 @@ def save(
     held = {name.split(".")[0] for name in names}
     expected = expected_shapes(config, [part for part in PART_CLASSES if part in held])
     check_shapes({name: tuple(state[name].shape) for name in names}, expected, "The model to be saved")
-    items = [(name, tuple(state[name].shape), state[name].dtype, _getter(state, name)) for name in names]
+    items = [(n, tuple(state[n].shape), state[n].dtype, partial(state.__getitem__, n)) for n in names]
     return _write_folder(folder, items, {"config.json": config.to_dict()}, max_shard_size, tokenizer, dtype, metadata)
-
-
-def _getter(state: Mapping[str, Tensor], name: str) -> Callable[[], Tensor]:
-    return lambda: state[name]
-
-
-Item = tuple[str, Shape, torch.dtype, Callable[[], Tensor]]
 
 
 def _write_folder(
@@ -573,13 +580,14 @@ def _write_folder(
     configs: Mapping[str, Mapping[str, Any]],
     max_shard_size: str | int,
     tokenizer: Any,
-    dtype: torch.dtype | None,
+    dtype: DType,
     metadata: Mapping[str, str] | None,
 ) -> Path:
     folder = Path(os.path.abspath(Path(folder).expanduser()))
     limit = parse_size(max_shard_size)
     with _replacing(folder) as new:
-        _write_weights(new, items, limit, dtype, {"format": "pt", **(metadata or {})})
+        stored = None if dtype is None else parse_dtype(dtype)
+        _write_weights(new, items, limit, stored, {"format": "pt", **(metadata or {})})
         if isinstance(tokenizer, (str, os.PathLike)):
             for name in TOKENIZER_FILES:
                 if (Path(tokenizer) / name).is_file():
@@ -598,7 +606,8 @@ def parse_size(size: str | int) -> int:
         CheckpointError: not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(KB|MB|GB|B)?\s*", str(size), re.IGNORECASE)
-    value = int(float(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}.get((match[2] or "B").upper(), 1)) if match else 0
+    units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    value = int(float(match[1]) * units[(match[2] or "B").upper()]) if match else 0
     if value <= 0:
         raise CheckpointError(f'max_shard_size is {size!r}; give a size like "5GB" or "200MB".')
     return value
@@ -619,7 +628,7 @@ def _write_weights(
             room = limit
         shards[-1].append(item)
         room -= size
-    table = {}
+    table: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {n: get().detach().to(device="cpu", dtype=final(t), copy=True).contiguous() for n, _, t, get in shard}
@@ -679,7 +688,7 @@ def _check_destination(folder: Path) -> None:
         return
     data = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if data.get("format") != FORMAT and data.get("model_type") != "unilip_internvl":
-        raise CheckpointError(f"{folder} holds something that is not a UniLIP checkpoint; it was left alone. Give a new folder.")
+        raise CheckpointError(f"{folder} holds something that is not a UniLIP checkpoint; give a new folder.")
 
 
 def _link(old: Path, new: Path) -> None:
@@ -720,13 +729,14 @@ def push_to_hub(
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         done = api.upload_folder(repo_id=repo_id, folder_path=path, revision=revision, commit_message=commit_message)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"The hub did not take {repo_id} ({reason}); check the name, the network and `hf auth login`.") from error
+    except Exception as error:  # the client lets errors of several libraries through
+        raise CheckpointError(
+            f"The hub did not take {repo_id} ({_reason(error)}); check the name, the network and `hf auth login`."
+        ) from error
     return str(done)
 
 
-def push_model(model: Any, repo_id: str, *, dtype: torch.dtype | None = None, **options: Any) -> str:
+def push_model(model: Any, repo_id: str, *, dtype: DType = None, **options: Any) -> str:
     """Save a model to a temporary folder and upload it; `options` are those of `push_to_hub`."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
@@ -742,7 +752,7 @@ def convert(
     destination: str | os.PathLike[str],
     to: str = "unilip",
     *,
-    dtype: torch.dtype | None = None,
+    dtype: DType = None,
     max_shard_size: str | int = "5GB",
 ) -> Path:
     """Rewrite any checkpoint in our format or in the authors'; at most one shard is in memory. Returns the folder.
@@ -760,22 +770,24 @@ def convert(
     if to == "unilip":
         configs: dict[str, dict[str, Any]] = {"config.json": opened.config.to_dict()}
         for name in opened.names:
-            items.append((name, opened.shape(name), opened.dtype(name), lambda name=name: opened.tensor(name)))  # type: ignore[misc]
+            items.append((name, opened.shape(name), opened.dtype(name), partial(opened.tensor, name)))
         expected = expected_shapes(opened.config, opened.parts)
         for name in opened.absent:
             shape, stored = expected[name], opened.dtype(opened.names[0])
-            items.append((name, shape, stored, lambda s=shape, t=stored: torch.zeros(s, dtype=t)))  # type: ignore[misc]
+            items.append((name, shape, stored, partial(torch.zeros, shape, dtype=stored)))
         if opened.absent:
             metadata["created"] = ",".join(opened.absent)
     else:
         lacking = [part for part in PART_CLASSES if part not in opened.parts]
         if lacking:
-            raise CheckpointError(f"{opened.path} has no {', '.join(lacking)}; the authors' format holds whole models only.")
+            raise CheckpointError(
+                f"{opened.path} has no {', '.join(lacking)}; the authors' format holds whole models only."
+            )
         configs = authors_configs(opened.config, opened.image_token_id)
         for theirs, group in unmap_names("authors", opened.names).items():
             first, *rest = opened.shape(group[0])
             shape = (first * len(group), *rest) if len(group) > 1 else opened.shape(group[0])
-            items.append((theirs, shape, opened.dtype(group[0]), lambda group=group: _stack(opened, group)))  # type: ignore[misc]
+            items.append((theirs, shape, opened.dtype(group[0]), partial(_stack, opened, group)))
     return _write_folder(destination, items, configs, max_shard_size, opened.tokenizer_path, dtype, metadata)
 
 

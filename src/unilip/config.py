@@ -9,30 +9,36 @@ N = h*w image tokens, T prompt tokens, Q queries, D LLM width, C caption channel
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from unilip.errors import ConfigError
 
 FORMAT = "unilip"
 TOKEN_PIXELS = 28  # one image token covers 2x2 patches of 14 px
 DECODER_PIXELS = 32  # one latent cell becomes 32 px in the DC-AE decoder
+BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")  # of the DC-AE decoder
+SOLVERS = ("dpm++", "euler", "unipc")
 
 
 def _positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        if not value > 0:
-            raise ConfigError(f"{type(owner).__name__}.{name} is {value!r}; it must be greater than 0.")
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{type(owner).__name__}.{name} is {value!r}; it must be a number greater than 0.")
 
 
 def _divides(owner: object, whole: str, part: str) -> None:
     a, b = getattr(owner, whole), getattr(owner, part)
     if a % b:
-        raise ConfigError(f"{type(owner).__name__}.{whole} ({a}) must be a multiple of {part} ({b}); change one of them.")
+        name = type(owner).__name__
+        raise ConfigError(f"{name}.{whole} ({a}) must be a multiple of {part} ({b}); change one of them.")
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,14 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "hidden_size", "num_layers", "num_heads", "intermediate_size", "image_size", "patch_size")
+        _positive(self, "norm_eps")
         _divides(self, "hidden_size", "num_heads")
         _divides(self, "image_size", "patch_size")
+        if 2 * self.patch_size != TOKEN_PIXELS:
+            raise ConfigError(
+                f"VisionConfig.patch_size is {self.patch_size}; it must be {TOKEN_PIXELS // 2}, because an image token "
+                f"covers 2x2 patches of {TOKEN_PIXELS} px."
+            )
 
 
 @dataclass(frozen=True)
@@ -71,8 +83,14 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
+        _positive(self, "rope_theta", "max_positions", "norm_eps")
         _divides(self, "hidden_size", "num_heads")
         _divides(self, "num_heads", "num_kv_heads")
+        if self.hidden_size // self.num_heads % 2:
+            raise ConfigError(
+                f"TextConfig.hidden_size / num_heads ({self.hidden_size} / {self.num_heads}) must be even, because "
+                "rotary positions turn pairs of channels."
+            )
 
 
 @dataclass(frozen=True)
@@ -97,10 +115,18 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "num_layers", "num_heads", "head_dim", "num_cross_heads", "cross_head_dim", "sample_size")
+        _positive(self, "caption_channels", "latent_channels", "mlp_ratio")
+        if self.interpolation_scale is not None:
+            _positive(self, "interpolation_scale")
+            if self.hidden_size % 4:
+                raise ConfigError(
+                    f"DiTConfig.num_heads x head_dim ({self.hidden_size}) must be a multiple of 4 for a position "
+                    "embedding; change them or set interpolation_scale to null."
+                )
         if self.num_cross_heads * self.cross_head_dim != self.hidden_size:
             raise ConfigError(
-                f"DiTConfig.num_cross_heads x cross_head_dim ({self.num_cross_heads} x {self.cross_head_dim}) must equal "
-                f"num_heads x head_dim ({self.hidden_size})."
+                f"DiTConfig.num_cross_heads x cross_head_dim ({self.num_cross_heads} x {self.cross_head_dim}) must "
+                f"equal num_heads x head_dim ({self.hidden_size})."
             )
 
     @property
@@ -127,14 +153,28 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         for name in ("block_out_channels", "layers_per_block", "block_types", "qkv_multiscales"):
-            if len(getattr(self, name)) != 6:
-                raise ConfigError(f"DecoderConfig.{name} has {len(getattr(self, name))} entries; the f32 decoder has 6 scales.")
+            count = len(getattr(self, name))
+            if count != 6:
+                raise ConfigError(f"DecoderConfig.{name} has {count} entries; the f32 decoder has 6 scales.")
+        _positive(self, "attention_head_dim", "latent_channels")
+        for name, least in (("block_out_channels", 1), ("layers_per_block", 0)):
+            if min(getattr(self, name)) < least:
+                raise ConfigError(f"DecoderConfig.{name} is {getattr(self, name)}; no entry may be below {least}.")
+        unknown = sorted(set(self.block_types) - set(BLOCK_TYPES))
+        if unknown:
+            raise ConfigError(
+                f"DecoderConfig.block_types has {', '.join(map(repr, unknown))}; allowed: {', '.join(BLOCK_TYPES)}."
+            )
         if self.upsample_block_type not in ("interpolate", "pixel_shuffle"):
             raise ConfigError(
-                f"DecoderConfig.upsample_block_type is {self.upsample_block_type!r}; allowed: interpolate, pixel_shuffle."
+                f"DecoderConfig.upsample_block_type is {self.upsample_block_type!r}; "
+                "allowed: interpolate, pixel_shuffle."
             )
         if self.block_out_channels[-1] % self.latent_channels:
-            raise ConfigError("DecoderConfig.block_out_channels[-1] must be a multiple of latent_channels.")
+            raise ConfigError(
+                f"DecoderConfig.block_out_channels ends in {self.block_out_channels[-1]}; it must be a multiple of "
+                f"latent_channels ({self.latent_channels})."
+            )
 
 
 @dataclass(frozen=True)
@@ -145,6 +185,21 @@ class SamplingConfig:
     guidance_scale: float = 4.5
     flow_shift: float = 3.0
     solver: str = "dpm++"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_inference_steps, bool) or not isinstance(self.num_inference_steps, int):
+            raise ConfigError(f"num_inference_steps is {self.num_inference_steps!r}; it must be a whole number.")
+        if not 1 <= self.num_inference_steps <= 1000:
+            raise ConfigError(
+                f"num_inference_steps is {self.num_inference_steps}; it must be between 1 and 1000 (20 is usual)."
+            )
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ConfigError(
+                f"guidance_scale is {self.guidance_scale}; it must be a number of at least 0 (1 switches it off)."
+            )
+        _positive(self, "flow_shift")
+        if self.solver not in SOLVERS:
+            raise ConfigError(f"There is no solver {self.solver!r}; allowed: {', '.join(SOLVERS)}.")
 
 
 @dataclass(frozen=True)
@@ -182,11 +237,24 @@ class UniLIPConfig:
                 f"LLM's last layers, of which there are only {self.text.num_layers}."
             )
         if self.dit.latent_channels != self.decoder.latent_channels:
-            raise ConfigError("UniLIPConfig: dit.latent_channels and decoder.latent_channels must be equal.")
+            raise ConfigError(
+                f"UniLIPConfig: dit.latent_channels ({self.dit.latent_channels}) and decoder.latent_channels "
+                f"({self.decoder.latent_channels}) must be equal."
+            )
+        if self.num_queries >= self.text.max_positions:
+            raise ConfigError(
+                f"UniLIPConfig.num_queries is {self.num_queries}, which leaves no room for a prompt in the "
+                f"{self.text.max_positions} positions of the LLM."
+            )
         for name in ("latent_mean", "latent_factor"):
             value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) != self.dit.latent_channels:
-                raise ConfigError(f"UniLIPConfig.{name} has {len(value)} entries for {self.dit.latent_channels} latent channels.")
+            channels = self.dit.latent_channels
+            if isinstance(value, tuple) and len(value) != channels:
+                raise ConfigError(f"UniLIPConfig.{name} has {len(value)} entries for {channels} latent channels.")
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(math.isfinite(v) for v in numbers) or (name == "latent_factor" and min(numbers) <= 0):
+                least = "greater than 0" if name == "latent_factor" else "finite"
+                raise ConfigError(f"UniLIPConfig.{name} is {value!r}; every number in it must be {least}.")
 
     @property
     def grid(self) -> int:
@@ -200,6 +268,10 @@ class UniLIPConfig:
 
     def replace(self, **changes: Any) -> UniLIPConfig:
         """Return a copy with some fields changed, checked again."""
+        hints = get_type_hints(UniLIPConfig)
+        for name in set(changes) & set(hints):
+            if not dataclasses.is_dataclass(hints[name]):
+                changes[name] = _typed(changes[name], hints[name], f"config.{name}")
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,33 +281,47 @@ class UniLIPConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> UniLIPConfig:
         """Build from `to_dict` output; an unknown or ill-typed field is a `ConfigError`."""
+        if data.get("format", FORMAT) != FORMAT:
+            raise ConfigError(f"config has the format {data['format']!r}; only {FORMAT!r} is read here.")
         rest = {key: value for key, value in data.items() if key != "format"}
         return build(cls, rest, "config")
 
 
 def build(kind: type, data: Mapping[str, Any], where: str) -> Any:
-    """Build the dataclass `kind` from a mapping, strictly: every key must be one of its fields."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    unknown = sorted(set(data) - set(fields))
+    """Build the dataclass `kind` from a mapping, strictly: known fields only, each of its declared type."""
+    hints = get_type_hints(kind)
+    unknown = sorted(set(data) - set(hints))
     if unknown:
-        raise ConfigError(f"{where} has unknown fields {', '.join(unknown)}; allowed: {', '.join(fields)}.")
-    children = {
-        "vision": VisionConfig, "text": TextConfig, "dit": DiTConfig, "decoder": DecoderConfig, "sampling": SamplingConfig,
-    }  # fmt: skip
+        raise ConfigError(f"{where} has unknown fields {', '.join(unknown)}; allowed: {', '.join(hints)}.")
     values: dict[str, Any] = {}
     for name, value in data.items():
-        if kind is UniLIPConfig and name in children:
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{where}.{name} must be a JSON object, not {type(value).__name__}.")
-            values[name] = build(children[name], value, f"{where}.{name}")
-        elif isinstance(value, list):
-            values[name] = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        hint: Any = hints[name]
+        place = f"{where}.{name}"
+        if not dataclasses.is_dataclass(hint):
+            values[name] = _typed(value, hint, place)
+        elif isinstance(value, Mapping):
+            values[name] = build(cast(type, hint), value, place)
         else:
-            values[name] = value
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ConfigError(f"{where} cannot be read: {error}.") from error
+            raise ConfigError(f"{place} must be a JSON object, not {type(value).__name__}.")
+    return kind(**values)
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """Return a JSON value as the declared type of a field: a plain one, a tuple of one, or a choice of these."""
+    if get_origin(hint) in (Union, types.UnionType):
+        for choice in get_args(hint):
+            with contextlib.suppress(ConfigError):
+                return _typed(value, choice, where)
+    elif get_origin(hint) is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_typed(v, get_args(hint)[0], where) for v in value)
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    elif type(value) is hint:
+        return value
+    expected = hint.__name__ if isinstance(hint, type) else str(hint)
+    raise ConfigError(f"{where} is {value!r}; it must be {expected}.")
 
 
 def _tiny() -> UniLIPConfig:
@@ -277,8 +363,8 @@ def _pico() -> UniLIPConfig:
             sample_size=4,
         ),
         decoder=DecoderConfig(
-            block_out_channels=(16, 32, 64, 128, 128, 256), layers_per_block=(0, 1, 1, 1, 1, 2),
-            upsample_block_type="pixel_shuffle",
+            block_out_channels=(16, 16, 32, 64, 128, 256), layers_per_block=(0, 1, 2, 2, 2, 1),
+            block_types=("ResBlock",) * 5 + ("EfficientViTBlock",), upsample_block_type="pixel_shuffle",
         ),
         sampling=SamplingConfig(guidance_scale=2.5),
     )  # fmt: skip

@@ -38,9 +38,10 @@ class Connector(nn.Module):
         super().__init__()
         text = qwen2_config(config.text, num_hidden_layers=config.connector_layers, layer_types=None)
         text._attn_implementation = "sdpa"
-        self.layers = nn.ModuleList(Qwen2DecoderLayer(text, i) for i in range(config.connector_layers))
-        for layer in self.layers:
+        layers = [Qwen2DecoderLayer(text, i) for i in range(config.connector_layers)]
+        for layer in layers:
             layer.self_attn.is_causal = False
+        self.layers = nn.ModuleList(layers)
         self.norm = Qwen2RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
         self.rotary = Qwen2RotaryEmbedding(text)
         self.to_dit = nn.Linear(text.hidden_size, config.dit.caption_channels)

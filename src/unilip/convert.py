@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from math import isqrt
 from typing import Any
 
@@ -119,6 +119,20 @@ def _original_vit(theirs: str) -> tuple[Rule, ...]:
     )
 
 
+def _internvl(prefix: str) -> tuple[Rule, ...]:
+    """InternVL under transformers' names, which gained a prefix and lost inner ones over its versions."""
+    return (
+        _drop(f"{prefix}vision_tower.embeddings.mask_token", "used by masked pre-training only"),
+        _pair(f"{prefix}vision_tower.{{rest}}", "encoder.vision_tower.{rest}"),
+        _pair(f"{prefix}multi_modal_projector.layer_norm.{{p}}", "encoder.projector.0.{p}"),
+        _pair(f"{prefix}multi_modal_projector.linear_1.{{p}}", "encoder.projector.1.{p}"),
+        _pair(f"{prefix}multi_modal_projector.linear_2.{{p}}", "encoder.projector.3.{p}"),
+        _pair(f"{prefix}language_model.lm_head.weight", HEAD),
+        _pair(f"{prefix}language_model.model.{{rest}}", "mllm.language_model.model.{rest}"),
+        _pair(f"{prefix}language_model.{{rest}}", "mllm.language_model.model.{rest}"),
+    )
+
+
 _ROTARY = _drop("{rest}.rotary_emb.inv_freq", "a constant that is computed from the config")
 
 _AUTHORS_BODY = (
@@ -173,22 +187,7 @@ KINDS: dict[str, Kind] = {
     ),
     "internvl": Kind(
         "InternVL3 in transformers' format (OpenGVLab/InternVL3-*-hf)",
-        tuple(
-            rule
-            for prefix in ("", "model.")
-            for rule in (
-                _drop(f"{prefix}vision_tower.embeddings.mask_token", "used by masked pre-training only"),
-                _pair(f"{prefix}vision_tower.{{rest}}", "encoder.vision_tower.{rest}"),
-                _pair(f"{prefix}multi_modal_projector.layer_norm.{{p}}", "encoder.projector.0.{p}"),
-                _pair(f"{prefix}multi_modal_projector.linear_1.{{p}}", "encoder.projector.1.{p}"),
-                _pair(f"{prefix}multi_modal_projector.linear_2.{{p}}", "encoder.projector.3.{p}"),
-                _ROTARY,
-                _pair(f"{prefix}language_model.lm_head.weight", HEAD),
-                _pair(f"{prefix}language_model.model.{{rest}}", "mllm.language_model.model.{rest}"),
-                _pair(f"{prefix}language_model.{{rest}}", "mllm.language_model.model.{rest}"),
-            )
-        )
-        + (_pair("lm_head.weight", HEAD),),
+        (_ROTARY, *_internvl(""), *_internvl("model."), _pair("lm_head.weight", HEAD)),
         ("encoder", "mllm"),
         (QUERIES,),
     ),
@@ -210,7 +209,7 @@ KINDS: dict[str, Kind] = {
 _PLACEHOLDERS = {"i": r"\d+", "p": "weight|bias", "rest": ".+"}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pattern(template: str) -> re.Pattern[str]:
     pieces = re.split(r"\{(\w+)\}", template)
     text = "".join(f"(?P<{s}>{_PLACEHOLDERS[s]})" if n % 2 else re.escape(s) for n, s in enumerate(pieces))
@@ -243,7 +242,8 @@ def map_names(kind: str, names: Iterable[str]) -> Mapped:
         else:
             unknown.append(name)
     if unknown:
-        raise CheckpointError(f"{_several(unknown, 'tensor')} not known in a checkpoint of kind {kind!r} ({KINDS[kind].title}).")
+        what = _several(unknown, "tensor")
+        raise CheckpointError(f"{what} not known in a checkpoint of kind {kind!r} ({KINDS[kind].title}).")
     return Mapped(origins, dropped)
 
 
@@ -268,7 +268,8 @@ def unmap_names(kind: str, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
             raise CheckpointError(f"{name} has no place in a checkpoint of kind {kind!r} ({KINDS[kind].title}).")
     for theirs, group in found.items():
         if None in group:
-            raise CheckpointError(f"{theirs} needs {len(group)} tensors, of which only {_list([n for n in group if n])} exist.")
+            there = _list([n for n in group if n])
+            raise CheckpointError(f"{theirs} needs {len(group)} tensors, of which only {there} exist.")
     return {theirs: tuple(n for n in group if n is not None) for theirs, group in found.items()}
 
 
@@ -287,7 +288,9 @@ def expected_shapes(config: UniLIPConfig, parts: Sequence[str]) -> dict[str, Sha
     return shapes
 
 
-def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str, absent: Sequence[str] = ()) -> None:
+def check_shapes(
+    found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str, absent: Sequence[str] = ()
+) -> None:
     """Compare names and shapes in both directions; `absent` may be missing.
 
     Raises:
@@ -364,8 +367,8 @@ def _infer(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[s
         changes["connector_layers"] = min(base.connector_layers, text.num_layers)
     elif "encoder" in parts and base.text.hidden_size != width:
         raise CheckpointError(
-            f"The tokenizer's width {width} is not a released one (896, 1536); put the config.json of the model that it "
-            "belongs to beside it."
+            f"The tokenizer's width {width} is not a released one (896, 1536); put the config.json of its model, in "
+            "this package's own format, beside it."
         )
     if QUERIES in shapes:
         changes["num_queries"] = shapes[QUERIES][1]
@@ -388,8 +391,10 @@ def _infer(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[s
     if "scheduler_config.json" in beside:
         changes["sampling"] = _sampling(beside["scheduler_config.json"])
     config = base.replace(**changes)
-    sizes = [n for n in ("1b", "3b") if (preset(n).text, preset(n).dit.hidden_size) == (config.text, config.dit.hidden_size)]
-    return config.replace(name=sizes[0] if sizes and "encoder" in parts else name or kind)
+    for size in ("1b", "3b"):
+        if "encoder" in parts and config.text.hidden_size == preset(size).text.hidden_size:
+            name = size
+    return config.replace(name=name or kind)
 
 
 def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
@@ -402,15 +407,15 @@ def _side(value: Any) -> int:
 
 def _vision(data: Json, shapes: Mapping[str, Shape]) -> VisionConfig:
     if data.get("norm_type", "layer_norm") != "layer_norm" or data.get("use_qk_norm", False):
-        raise CheckpointError("Its vision encoder is not InternViT-300M (other norms); UniLIP exists for InternVL3-1B and 2B.")
+        raise CheckpointError("Its vision encoder has other norms than InternViT-300M; use InternVL3-1B or 2B.")
     root = "encoder.vision_tower"
     _, positions, width = shapes[f"{root}.embeddings.position_embeddings"]
     patch = shapes[f"{root}.embeddings.patch_embeddings.projection.weight"][-1]
     heads = data.get("num_attention_heads", 16 if width == 1024 else None)
     if heads is None:
         raise CheckpointError(
-            f"The number of heads of a vision encoder {width} wide does not follow from its tensors; put the config.json "
-            "of the model that it belongs to beside it."
+            f"The number of heads of a vision encoder {width} wide does not follow from its tensors; put the "
+            "config.json of its model beside it."
         )
     return VisionConfig(
         hidden_size=width,
@@ -427,12 +432,13 @@ def _vision(data: Json, shapes: Mapping[str, Shape]) -> VisionConfig:
 def _text(data: Json, shapes: Mapping[str, Shape]) -> TextConfig:
     text: Json = data.get("text_config", {})
     if text.get("model_type", "qwen2") != "qwen2":
-        raise CheckpointError(f"Its language model is {text['model_type']!r}; UniLIP is built on Qwen2 (InternVL3-1B and 2B).")
+        raise CheckpointError(f"Its language model is {text['model_type']!r}, not Qwen2; use InternVL3-1B or 2B.")
     layer = "mllm.language_model.model.layers"
     for needed in ("num_attention_heads", "num_key_value_heads"):
         if needed not in text:
             raise CheckpointError(f"Its config.json has no text_config.{needed}; copy the original config.json there.")
     rope: Json = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    # "dynamic" changes nothing up to max_position_embeddings, and no longer sequence is ever read here
     if rope.get("rope_type", rope.get("type", "default")) not in ("default", "dynamic"):
         raise CheckpointError(f"Its position embedding {rope.get('rope_type', rope.get('type'))!r} is not supported.")
     vocabulary, width = shapes[EMBEDDING]
@@ -483,6 +489,8 @@ def _decoder(data: Json, shapes: Mapping[str, Shape]) -> DecoderConfig:
             channels[level] = shapes[f"{block}conv1.weight"][0]
         if first:
             pixel_shuffle = shapes[f"{prefix}0.conv.weight"][0] == 4 * channels[level]
+    if 0 in layers[1:]:
+        raise CheckpointError("The DC-AE decoder has an empty scale other than the finest, which is not supported.")
     if not layers[0]:
         pixel_shuffle = shapes[f"{root}.conv_out.conv.weight"][0] == 12
         channels[0] = _side(data.get("decoder_block_out_channels", [channels[1]]))
@@ -514,9 +522,11 @@ def _dit(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str
         )  # fmt: skip
         lacking = [field for field in heads if given.get(field) is None]
         if lacking:
-            raise CheckpointError(f"The SANA config lacks {_list(lacking)}; use the config.json of the transformer folder.")
+            raise CheckpointError(f"The SANA config lacks {_list(lacking)}; use that of SANA's transformer folder.")
         if given.get("guidance_embeds") or given.get("qk_norm") or given.get("patch_size", 1) != 1:
-            raise CheckpointError("Its diffusion transformer is a later SANA (guidance embedding, query-key norm, patches).")
+            raise CheckpointError(
+                "Its diffusion transformer is a later SANA, with guidance embedding, norms or patches."
+            )
         config = DiTConfig(
             num_heads=given["num_attention_heads"],
             head_dim=given["attention_head_dim"],
@@ -531,9 +541,9 @@ def _dit(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str
         known = _SANA_SIZES[match[1].upper()] if match else None
         if match is None or known is None or (known.hidden_size, known.num_layers) != (width, shaped["num_layers"]):
             raise CheckpointError(
-                f"The heads of a diffusion transformer {width} wide with {shaped['num_layers']} layers do not follow from its "
-                f"tensors, and dit_path {data.get('dit_path')!r} names no known SANA of that size. Put the config.json of "
-                "SANA's transformer folder beside the checkpoint, under the name dit_config.json."
+                f"The heads of a diffusion transformer {width} wide with {shaped['num_layers']} layers do not follow "
+                f"from its tensors, and dit_path {data.get('dit_path')!r} names no known SANA of that size. Put the "
+                "config.json of SANA's transformer folder beside the checkpoint, under the name dit_config.json."
             )
         config = replace(known, sample_size=int(match[2] or 512) // 32, interpolation_scale=None, **shaped)
     if kind != "sana" and config.interpolation_scale is None:
@@ -545,15 +555,13 @@ def _dit(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str
 def _factor(kind: str, data: Json, beside: Mapping[str, Json], base: UniLIPConfig) -> float:
     if kind == "authors":
         if "unilip_factor" not in data:
-            raise CheckpointError("Its config.json has no unilip_factor (10.6 in the 1B release, 9.5 in the 3B); add it.")
+            raise CheckpointError("Its config.json has no unilip_factor (10.6 in the 1B release, 9.5 in 3B); add it.")
         return float(data["unilip_factor"])
     if kind == "authors-stage1":
         return float(beside.get("vae_config.json", {}).get("scaling_factor", 0.41407))
     if kind == "dcae":
         return float(data.get("scaling_factor", 1.0))
-    factor = base.latent_factor
-    assert isinstance(factor, float)
-    return factor
+    return float(data.get("unilip_factor", base.latent_factor))
 
 
 def _sampling(data: Json) -> SamplingConfig:
@@ -568,10 +576,8 @@ def _sampling(data: Json) -> SamplingConfig:
     }  # fmt: skip
     wrong = [f"{k} {data[k]!r}" for k, v in dpm.items() if solver == "dpm++" and k in data and data[k] != v]
     if solver is None or wrong:
-        raise CheckpointError(
-            f"The sampler in scheduler_config.json is not one that is known ({_list(wrong) or data.get('_class_name')}); "
-            "remove the file to use the usual one."
-        )
+        what = _list(wrong) or data.get("_class_name")
+        raise CheckpointError(f"The sampler in scheduler_config.json is not known ({what}); remove the file.")
     return SamplingConfig(flow_shift=float(data.get("flow_shift", data.get("shift", 3.0))), solver=solver)
 
 
@@ -590,8 +596,10 @@ def authors_configs(config: UniLIPConfig, image_token_id: int | None = None) -> 
             "The authors' format always means a DiT with a position embedding, and this model has none "
             "(dit.interpolation_scale is None); keep it in this package's own format."
         )
-    if config.latent_mean != 0.0 or not isinstance(config.latent_factor, float):
-        raise CheckpointError("The authors' format has one factor for all latent channels and no mean; this model has more.")
+    if config.latent_mean != 0.0 or isinstance(config.latent_factor, tuple):
+        raise CheckpointError(
+            "The authors' format has one factor for all latent channels and no mean; this model more."
+        )
     large = t.hidden_size > 1000
     hub = "OpenGVLab/InternVL3-2B" if large else "OpenGVLab/InternVL3-1B"
     main: dict[str, Any] = {

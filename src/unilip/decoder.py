@@ -37,7 +37,7 @@ class LatentHead(nn.Module):
         width, channels = config.text.hidden_size, config.decoder.latent_channels
         self.blocks = nn.ModuleList(ResidualMLP(width) for _ in range(config.latent_head_blocks))
         self.out = nn.Sequential(
-            nn.LayerNorm(width, eps=1e-6), nn.Linear(width, channels), nn.GELU(), nn.Linear(channels, channels)
+            nn.LayerNorm(width), nn.Linear(width, channels), nn.GELU(), nn.Linear(channels, channels)
         )
 
     def forward(self, features: Tensor, height: int | None = None) -> Tensor:

@@ -61,7 +61,7 @@ class Encoder(nn.Module):
         height, width = pixels.shape[-2:]
         if height % TOKEN_PIXELS or width % TOKEN_PIXELS:
             raise ImageError(f"The encoder got {width}x{height} px; both sides must be multiples of {TOKEN_PIXELS}.")
-        pixels = pixels.to(self.projector[1].weight.dtype)
+        pixels = pixels.to(next(self.parameters()).dtype)
         patches = self.vision_tower(pixels).last_hidden_state[:, 1:]  # M (H/14 * W/14) E, without CLS
         return self.projector(pixel_unshuffle(patches, height // self.patch_size, width // self.patch_size))
 

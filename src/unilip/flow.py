@@ -13,10 +13,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
+from unilip.config import SOLVERS as SOLVERS
 from unilip.errors import UniLIPError
 
 TRAIN_TIMESTEPS = 1000
-SOLVERS = ("dpm++", "euler", "unipc")
 
 
 def interpolate(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -85,7 +85,9 @@ def draw_noise(
     else:
         generators = list(generator)
         if len(generators) != count:
-            raise UniLIPError(f"{len(generators)} generators were given for {count} pictures; give one, or one for each.")
+            raise UniLIPError(
+                f"{len(generators)} generators were given for {count} pictures; give one, or one for each."
+            )
     return torch.stack(
         [torch.randn(*shape, generator=g, device=g.device if g is not None else "cpu").cpu() for g in generators]
     )
@@ -105,7 +107,11 @@ def denoise(
     uncond + g (cond - uncond); otherwise once. `on_step(i, timestep, latents)` runs after each step and may return
     replaced latents. The solver's state is kept in float32.
     """
-    scheduler.set_timesteps(steps, device=noise.device)
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # its own choice spends the last step on almost no noise
+        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), device=noise.device)
+    else:
+        scheduler.set_timesteps(steps, device=noise.device)
+    scheduler.set_begin_index(0)  # else it is looked up by timestep, which fails where two steps share one
     latents = noise.float()
     guided = guidance_scale > 1
     for i, timestep in enumerate(scheduler.timesteps):
@@ -117,5 +123,5 @@ def denoise(
         latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         if on_step is not None:
             replaced = on_step(i, timestep, latents)
-            latents = latents if replaced is None else replaced
+            latents = latents if replaced is None else replaced.to(latents)
     return latents

@@ -103,8 +103,9 @@ class MLLM(nn.Module):
         ended = torch.zeros(embeddings.shape[0], dtype=torch.bool, device=embeddings.device)
         for _ in range(max_new_tokens):
             output = self.language_model.model(
-                inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            )
+                inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                use_cache=True,
+            )  # fmt: skip
             logits = self.logits(output.last_hidden_state[:, -1]).float()  # B V
             ids = next_token(logits, temperature, top_p, generator).masked_fill(ended, end_id)
             ended |= ids == end_id
@@ -120,7 +121,8 @@ def next_token(logits: Tensor, temperature: float, top_p: float, generator: torc
     """Choose one id per row of logits (B,V): the largest at temperature 0, else nucleus sampling."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits / temperature).softmax(-1).cpu()
+    logits = logits - logits.max(-1, keepdim=True).values  # so that a tiny temperature gives -inf, not NaN
+    probabilities = (logits / temperature).softmax(-1).to(generator.device if generator is not None else "cpu")
     ordered, ids = probabilities.sort(-1, descending=True)
     ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)  # the first token always stays
     choice = torch.multinomial(ordered, 1, generator=generator)

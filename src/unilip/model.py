@@ -11,6 +11,7 @@ and sampling both call it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,13 +25,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from unilip import checkpoint as checkpoints
-from unilip.config import TOKEN_PIXELS, UniLIPConfig
+from unilip.config import TOKEN_PIXELS, SamplingConfig, UniLIPConfig
 from unilip.connector import Connector, copy_from_llm, substitute_features
-from unilip.decoder import LatentHead, PixelDecoder
+from unilip.decoder import LatentHead, PixelDecoder, resize_to_tokens
 from unilip.dit import DiT
 from unilip.encoder import Encoder, init_encoder
-from unilip.errors import UniLIPError
-from unilip.flow import SOLVERS, denoise, draw_noise, make_scheduler
+from unilip.errors import PromptError, UniLIPError
+from unilip.flow import denoise, draw_noise, make_scheduler
 from unilip.mllm import MLLM
 from unilip.preprocess import (
     Fit,
@@ -77,7 +78,9 @@ class UniLIP(nn.Module):
     connector: Connector
     dit: DiT
 
-    def __init__(self, config: UniLIPConfig, processor: Processor | None = None, parts: Sequence[str] = tuple(PARTS)) -> None:
+    def __init__(
+        self, config: UniLIPConfig, processor: Processor | None = None, parts: Sequence[str] = tuple(PARTS)
+    ) -> None:
         super().__init__()
         unknown = sorted(set(parts) - set(PARTS))
         if unknown:
@@ -94,7 +97,7 @@ class UniLIP(nn.Module):
     def from_config(cls, config: UniLIPConfig, seed: int = 0, parts: Sequence[str] = tuple(PARTS)) -> UniLIP:
         """Build a model with fresh random weights that depend on `seed` alone; the connector copies the LLM's end."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # of the CPU alone, where the weights are drawn
             model = cls(config, parts=parts)
         generator = torch.Generator().manual_seed(seed)
         if "encoder" in model.parts:
@@ -149,6 +152,24 @@ class UniLIP(nn.Module):
         """Save to a temporary folder and upload it; returns the address."""
         return checkpoints.push_model(self, repo_id, **options)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UniLIP:
+        """Move or cast the model, but keep what is computed rather than learned (positions) in float32.
+
+        Rotary frequencies rounded to bfloat16 turn the far tokens of a prompt by a radian and more.
+        """
+        computed = {
+            (module, name): buffer
+            for module in self.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name in module._non_persistent_buffers_set
+        }
+        super()._apply(fn, recurse)
+        for (module, name), before in computed.items():
+            after = module._buffers[name]
+            if after is not None and after.dtype != before.dtype:
+                module._buffers[name] = before.to(after.device)
+        return self
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -170,7 +191,9 @@ class UniLIP(nn.Module):
 
     def _processor(self, image_size: int | None = None) -> Processor:
         if self.processor is None:
-            raise UniLIPError("This model has no tokenizer; put the tokenizer files beside the checkpoint and load it again.")
+            raise UniLIPError(
+                "This model has no tokenizer; put the tokenizer files beside the checkpoint and load it again."
+            )
         return self.processor.resized(image_size)
 
     # --- pieces that training shares --------------------------------------------------------------------------------
@@ -189,16 +212,17 @@ class UniLIP(nn.Module):
         return self.connector(hidden, mask), mask
 
     def to_latent(self, features: Tensor, height: int | None = None) -> Tensor:
-        """Return the diffusion-space latent (M,Z,h,w) of features (M,N,D): latent head, then mean and factor."""
-        latent = self.latent_head(features, height)
+        """Return the diffusion-space latent (M,Z,h,w), float32, of features (M,N,D): latent head, mean and factor."""
+        latent = self.latent_head(features, height).float()
         mean, factor = self._latent_scale(latent)
         return (latent - mean) * factor
 
     def from_latent(self, latent: Tensor) -> Tensor:
         """Return pixels (M,3,H,W) in [0,1] of diffusion-space latents (M,Z,h,w)."""
         mean, factor = self._latent_scale(latent)
-        pixels = self.pixel_decoder((latent / factor + mean).to(self.dtype))
-        return ((pixels.float() + 1) / 2).clamp(0, 1)
+        decoded = self.pixel_decoder.decode((latent / factor + mean).to(self.dtype))
+        pixels = resize_to_tokens(decoded.float().clamp(-1, 1))  # clamped before the resize, as the released code does
+        return (pixels + 1) / 2
 
     def _latent_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, factor = (
@@ -257,7 +281,9 @@ class UniLIP(nn.Module):
         else:
             texts, rows = texts[1:], index
         tokens = processor.tokenize(texts).to(self.device)
-        latents = self._sample(tokens, None, rows, settings, processor.image_size, generator, callback_on_step_end, progress)
+        latents = self._sample(
+            tokens, None, rows, settings, processor.image_size, generator, callback_on_step_end, progress
+        )
         return ImageOutput(self._output(latents, output_type))
 
     @torch.no_grad()
@@ -295,30 +321,35 @@ class UniLIP(nn.Module):
         settings = self._sampling(num_inference_steps, guidance_scale, solver, num_images_per_prompt, output_type)
         if keep_aspect and output_type != "pil":
             raise UniLIPError(f'keep_aspect needs output_type "pil", not {output_type!r}.')
-        self.require(*(name for name in PARTS if name != "latent_head" and (output_type != "latent" or name != "pixel_decoder")))
+        self.require("encoder", "mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
         processor = self._processor(image_size)
         if not sources or not prompts:
             return ImageOutput([])
         if len(sources) != len(prompts) and 1 not in (len(sources), len(prompts)):
-            raise UniLIPError(f"{len(sources)} images and {len(prompts)} instructions were given; give one of either, or as many.")
+            raise UniLIPError(
+                f"{len(sources)} images and {len(prompts)} instructions were given; give one of either, or as many."
+            )
+        negative = None if negative_prompt is None else check_prompt(negative_prompt, "negative prompt")
         count = max(len(sources), len(prompts))
-        sources = sources * count if len(sources) == 1 else sources
+        source_of = torch.arange(count) if len(sources) == count else torch.zeros(count, dtype=torch.long)
         prompts = prompts * count if len(prompts) == 1 else prompts
 
-        pixels = processor.pixels(sources, fit).to(self.device)
-        features = self.encoder(pixels)  # B N D
-        negative = None if negative_prompt is None else check_prompt(negative_prompt, "negative prompt")
+        features = self.encoder(processor.pixels(sources, fit).to(self.device))  # M N D
         texts = [processor.edit_text(p) for p in prompts]
-        rows = torch.arange(count).repeat_interleave(num_images_per_prompt)
+        own = features[source_of.to(self.device)]  # B N D
+        index = torch.arange(count).repeat_interleave(num_images_per_prompt)
         if settings.guidance_scale > 1:
-            texts = [processor.edit_text(negative)] * count + texts
-            features = torch.cat([features, features])
-            rows = torch.cat([rows, rows + count])
+            texts = [processor.edit_text(negative)] * len(sources) + texts
+            features, rows = torch.cat([features, own]), torch.cat([source_of[index], index + len(sources)])
+        else:
+            features, rows = own, index
         tokens = processor.tokenize(texts).to(self.device)
-        latents = self._sample(tokens, features, rows, settings, processor.image_size, generator, callback_on_step_end, progress)
+        latents = self._sample(
+            tokens, features, rows, settings, processor.image_size, generator, callback_on_step_end, progress
+        )
         images = self._output(latents, output_type)
         if keep_aspect:
-            sizes = [source.size for source in sources for _ in range(num_images_per_prompt)]
+            sizes = [sources[source].size for source in source_of[index]]
             images = [unfit_square(picture, size, fit) for picture, size in zip(images, sizes, strict=True)]
         return ImageOutput(images)
 
@@ -344,7 +375,7 @@ class UniLIP(nn.Module):
         sources = [load_image(i) for i in _as_list(image)]
         if not sources:
             return ImageOutput([])
-        size = self.config.replace(image_size=image_size or self.config.image_size).image_size
+        size = self.config.image_size if image_size is None else self.config.replace(image_size=image_size).image_size
         pixels = to_pixels([fit_square(source, size, fit) for source in sources]).to(self.device)
         images = self._output(self.to_latent(self.encoder(pixels)), output_type)
         if keep_aspect:
@@ -381,11 +412,13 @@ class UniLIP(nn.Module):
         """
         self.require("encoder", "mllm")
         processor = self._processor()
-        if not math.isfinite(temperature) or temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1 or max_tiles < 1:
-            raise UniLIPError(
-                f"temperature must be >= 0 ({temperature}), top_p in (0,1] ({top_p}), max_new_tokens ({max_new_tokens}) and "
-                f"max_tiles ({max_tiles}) at least 1."
-            )
+        if not 0 <= temperature < math.inf:
+            raise UniLIPError(f"temperature is {temperature}; it must be a number of at least 0 (0 is greedy).")
+        if not 0 < top_p <= 1:
+            raise UniLIPError(f"top_p is {top_p}; it must be greater than 0 and at most 1 (1 keeps every token).")
+        for name, value in (("max_new_tokens", max_new_tokens), ("max_tiles", max_tiles)):
+            if value < 1:
+                raise UniLIPError(f"{name} is {value}; it must be at least 1.")
         single = isinstance(question, str)
         if single:
             questions, pictures = [question], [image]
@@ -393,7 +426,9 @@ class UniLIP(nn.Module):
             questions = list(question)
             pictures = list(image) if isinstance(image, (list, tuple)) else [image] * len(questions)
             if len(pictures) != len(questions):
-                raise UniLIPError(f"{len(pictures)} images and {len(questions)} questions were given; give one for each.")
+                raise UniLIPError(
+                    f"{len(pictures)} images and {len(questions)} questions were given; give one for each."
+                )
         if stream and not single:
             raise UniLIPError("Streaming answers one question at a time; give a string, not a list.")
         if not questions:
@@ -401,15 +436,15 @@ class UniLIP(nn.Module):
 
         squares: list[Image.Image] = []
 
-        def cut(images: Any) -> int:
-            before = len(squares)
-            for picture in [] if images is None else _as_list(images):
-                squares.extend(tile(load_image(picture), processor.image_size, max_tiles))
-            return len(squares) - before
+        def cut(images: Any) -> tuple[int, ...]:
+            given = [] if images is None else _as_list(images)
+            tiles = [tile(load_image(image), processor.image_size, max_tiles) for image in given]
+            squares.extend(square for picture in tiles for square in picture)
+            return tuple(len(picture) for picture in tiles)
 
         texts = []
         for text, images in zip(questions, pictures, strict=True):
-            turns = [Message(t["role"], check_prompt(t["content"], "message"), cut(t.get("images"))) for t in history]
+            turns = [_turn(turn, cut) for turn in history]
             turns.append(Message("user", check_prompt(text, "question"), cut(images)))
             texts.append(processor.chat_text(turns))
         tokens = processor.tokenize(texts).to(self.device)
@@ -428,29 +463,21 @@ class UniLIP(nn.Module):
 
     def _sampling(
         self, steps: int | None, guidance: float | None, solver: str | None, images: int, output_type: str
-    ) -> Any:
-        settings = self.config.sampling
-        steps = settings.num_inference_steps if steps is None else steps
-        guidance = settings.guidance_scale if guidance is None else guidance
-        solver = settings.solver if solver is None else solver
-        if not 1 <= steps <= 1000:
-            raise UniLIPError(f"num_inference_steps is {steps}; it must be between 1 and 1000 (20 is usual).")
-        if not math.isfinite(guidance) or guidance < 0:
-            raise UniLIPError(f"guidance_scale is {guidance}; it must be a number of at least 0 (1 switches it off).")
-        if solver not in SOLVERS:
-            raise UniLIPError(f"There is no solver {solver!r}; allowed: {', '.join(SOLVERS)}.")
+    ) -> SamplingConfig:
+        given: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "solver": solver}
+        settings = dataclasses.replace(self.config.sampling, **{k: v for k, v in given.items() if v is not None})
         if images < 1:
             raise UniLIPError(f"num_images_per_prompt is {images}; it must be at least 1.")
         if output_type not in OUTPUT_TYPES:
             raise UniLIPError(f"There is no output type {output_type!r}; allowed: {', '.join(OUTPUT_TYPES)}.")
-        return type(settings)(steps, float(guidance), settings.flow_shift, solver)
+        return settings
 
     def _sample(
         self,
         tokens: Tokens,
         features: Tensor | None,
         rows: Tensor,
-        settings: Any,
+        settings: SamplingConfig,
         image_size: int,
         generator: Generators,
         callback: StepCallback | None,
@@ -466,7 +493,7 @@ class UniLIP(nn.Module):
         def on_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
             bar.update()
             result = callback(self, step, timestep, {"latents": latents}) if callback else None
-            return None if result is None else result["latents"]
+            return None if result is None else result.get("latents")
 
         with contextlib.closing(bar):
             return denoise(
@@ -489,17 +516,26 @@ class UniLIP(nn.Module):
         return to_images(pixels)
 
 
-def _as_list(image: Any) -> list[Any]:
-    return list(image) if isinstance(image, (list, tuple)) else [image]
+def _as_list(images: Any) -> list[Any]:
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def _turn(turn: Any, cut: Callable[[Any], tuple[int, ...]]) -> Message:
+    """Read an earlier turn of a conversation; `cut` takes its pictures and counts the squares of each."""
+    if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
+        raise PromptError('A turn of the history must be {"role": ..., "content": text}, with "images" if it has any.')
+    return Message(turn["role"], check_prompt(turn["content"], "message"), cut(turn.get("images")))
 
 
 def _stream(columns: Iterator[Tensor], processor: Processor) -> Iterator[str]:
     """Yield text as it becomes final: a piece is held back while it may still be half a character."""
     ids: list[Tensor] = []
-    shown = ""
+    shown = text = ""
     for column in columns:
         ids.append(column)
         text = processor.decode(torch.stack(ids, 1))[0]
         if text.startswith(shown) and not text.endswith("\ufffd") and len(text) > len(shown):
             yield text[len(shown) :]
             shown = text
+    if text.startswith(shown) and len(text) > len(shown):
+        yield text[len(shown) :]

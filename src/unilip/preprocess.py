@@ -8,8 +8,8 @@ Special tokens are asked of the tokenizer by name; no id is written anywhere.
 
 from __future__ import annotations
 
-import math
 import os
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,8 @@ from unilip.errors import CheckpointError, ImageError, PromptError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+TURN_START, TURN_END, TEXT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+NEEDED_TOKENS = (IMG_START, IMG_END, IMG_CONTEXT, TURN_START, TURN_END)
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 32_768
 MAX_PROMPT_CHARACTERS = 8_000
@@ -40,15 +41,18 @@ FITS = ("resize", "crop", "pad")
 
 
 def load_image(image: ImageLike) -> Image.Image:
-    """Return an upright 8-bit RGB picture of a path, Pillow image, array (H,W[,C]) or tensor (C,H,W) in [0,1].
+    """Return an upright 8-bit RGB picture of a path, Pillow image, array (H,W[,C]) or tensor ([C,]H,W).
 
-    Palettes, transparency (over white), 16-bit and CMYK are converted; EXIF rotation is applied.
+    Arrays and tensors hold floats in [0,1] or integers in 0..255 (uint16: 0..65535). Palettes, transparency (over
+    white), 16-bit and CMYK are converted; EXIF rotation is applied.
 
     Raises:
-        ImageError: unreadable, truncated, empty, or more than 100 million pixels.
+        ImageError: unreadable, truncated, empty, out of range, or more than 100 million pixels.
     """
     if isinstance(image, Tensor):
-        image = _array_to_image(image.detach().float().cpu().movedim(0, -1).numpy())
+        values = image.detach().cpu()
+        values = values.float() if values.is_floating_point() else values
+        image = _array_to_image((values.movedim(0, -1) if values.dim() == 3 else values).numpy())
     elif isinstance(image, np.ndarray):
         image = _array_to_image(image)
     elif isinstance(image, (str, os.PathLike)):
@@ -58,8 +62,12 @@ def load_image(image: ImageLike) -> Image.Image:
     check_size(*image.size)
     try:
         return _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"The image cannot be decoded ({error}); it may be truncated. Give a whole PNG or JPEG.") from error
+    except ImageError:
+        raise
+    except (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise ImageError(
+            f"The image cannot be decoded ({error}); it may be truncated. Give a whole PNG or JPEG."
+        ) from error
 
 
 def check_size(width: int, height: int) -> None:
@@ -68,19 +76,19 @@ def check_size(width: int, height: int) -> None:
         raise ImageError(f"The image is {width}x{height} px; both sides must be at least 1.")
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise ImageError(
-            f"The image is {width}x{height} px; at most {MAX_SIDE} px a side and {MAX_PIXELS // 1_000_000} million in all "
-            "are read. Scale it down first."
+            f"The image is {width}x{height} px; at most {MAX_SIDE} px a side and {MAX_PIXELS // 1_000_000} million in "
+            "all are read. Scale it down first."
         )
 
 
 def _open(path: Path) -> Image.Image:
-    if not path.exists():
-        raise ImageError(f"There is no image file {path}; check the path.")
     try:
         return Image.open(path)
+    except FileNotFoundError as error:
+        raise ImageError(f"There is no image file {path}; check the path.") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path} is too large to decode ({error}); scale it down first.") from error
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise ImageError(f"{path} is not an image that can be read (PNG, JPEG, WebP, ...).") from error
 
 
@@ -90,19 +98,32 @@ def _array_to_image(array: np.ndarray) -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)) or 0 in array.shape:
         raise ImageError(f"An image array must be (H,W), (H,W,3) or (H,W,4), not {array.shape}.")
     if array.dtype == np.uint16:
-        array = (array / 257).astype(np.uint8)
-    elif array.dtype != np.uint8:
-        if not np.isfinite(array).all():
-            raise ImageError("The image array holds NaN or infinite values; give uint8, or floats in [0,1].")
-        array = (np.clip(array, 0, 1) * 255).round().astype(np.uint8)
-    return Image.fromarray(array)
+        array = array / 65535
+    elif array.dtype.kind in "iu":
+        if array.min() < 0 or array.max() > 255:
+            raise ImageError(f"The image array holds integers from {array.min()} to {array.max()}; allowed: 0 to 255.")
+        return Image.fromarray(array.astype(np.uint8))
+    elif array.dtype.kind not in "fb":
+        raise ImageError(f"The image array holds {array.dtype}; give uint8, or floats in [0,1].")
+    return Image.fromarray(_unit_to_bytes(array))
+
+
+def _unit_to_bytes(array: np.ndarray) -> np.ndarray:
+    """Map [0,1] to 0..255; a little overshoot, as resizing makes it, is clipped, another range is refused."""
+    low, high = float(array.min()), float(array.max())
+    if not np.isfinite([low, high]).all():
+        raise ImageError("The image array holds NaN or infinite values; give uint8, or floats in [0,1].")
+    if low < -0.5 or high > 1.5:
+        raise ImageError(f"The image array holds values from {low:g} to {high:g}; give uint8, or floats in [0,1].")
+    return (np.clip(array, 0, 1) * 255).round().astype(np.uint8)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bit greys; Pillow's own conversion clips them
         grey = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if image.mode != "F" or grey.max(initial=0) > 1 else 1.0
-        image = Image.fromarray((np.clip(grey / top, 0, 1) * 255).round().astype(np.uint8))
+        high = grey.max()
+        top = 65535 if image.mode != "F" or high > 255 else 255 if high > 1.5 else 1
+        image = Image.fromarray(_unit_to_bytes(grey / top))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -116,8 +137,19 @@ def fit_square(image: Image.Image, size: int, fit: Fit = "resize") -> Image.Imag
     if fit == "crop":
         return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     if fit == "pad":
-        return ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color="white")
+        left, top, right, bottom = _inner_box(image.size, size)
+        square = Image.new("RGB", (size, size), "white")
+        square.paste(image.resize((right - left, bottom - top), Image.Resampling.BICUBIC), (left, top))
+        return square
     return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _inner_box(size: tuple[int, int], side: int) -> tuple[int, int, int, int]:
+    """Return the centred box (left, top, right, bottom) of a picture of `size` scaled to fit a square of `side` px."""
+    longest = max(size)
+    width, height = (max(1, round(length * side / longest)) for length in size)
+    left, top = (side - width) // 2, (side - height) // 2
+    return left, top, left + width, top + height
 
 
 def unfit_square(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
@@ -125,16 +157,12 @@ def unfit_square(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.I
 
     "resize" stretches back and "pad" cuts the border off; what "crop" removed cannot come back, so it stays square.
     """
-    width, height = size
-    if fit == "crop" or width == height:
+    if fit == "crop" or size[0] == size[1]:
         return image
-    side = image.width
-    scale = side / max(width, height)
-    target = (max(1, round(width * scale)), max(1, round(height * scale)))
+    left, top, right, bottom = _inner_box(size, image.width)
     if fit == "pad":
-        left, top = (side - target[0]) // 2, (side - target[1]) // 2
-        return image.crop((left, top, left + target[0], top + target[1]))
-    return image.resize(target, Image.Resampling.BICUBIC)
+        return image.crop((left, top, right, bottom))
+    return image.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
 
 
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:
@@ -161,23 +189,32 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(a) for a in array]
 
 
+def tile_grid(width: int, height: int, size: int, max_tiles: int) -> tuple[int, int]:
+    """Choose columns and rows, at most `max_tiles` in all, whose ratio is nearest to the picture's.
+
+    Of grids with the same ratio (1x1, 2x2, ...) the largest is taken that the picture fills to more than half.
+    """
+    grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1)]
+    best, nearest = (1, 1), float("inf")
+    for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+        distance = abs(width / height - columns / rows)
+        filled = width * height > 0.5 * size**2 * columns * rows
+        if distance < nearest or (distance == nearest and filled):
+            best, nearest = (columns, rows), distance
+    return best
+
+
 def tile(image: Image.Image, size: int, max_tiles: int) -> list[Image.Image]:
     """Cut an RGB picture into up to `max_tiles` squares of `size` px at the nearest aspect ratio, plus a thumbnail.
 
     This is InternVL's dynamic resolution for understanding. One tile means the plain resized picture.
     """
-    aspect = image.width / image.height
-    grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles + 1) if c * r <= max_tiles]
-    area = image.width * image.height
-    columns, rows = min(
-        grids, key=lambda g: (abs(math.log(aspect * g[1] / g[0])), -g[0] * g[1] if area > 0.5 * size**2 * g[0] * g[1] else g[0] * g[1])
-    )
+    columns, rows = tile_grid(image.width, image.height, size, max_tiles)
     if columns * rows == 1:
         return [fit_square(image, size)]
     whole = image.resize((columns * size, rows * size), Image.Resampling.BICUBIC)
-    tiles = [
-        whole.crop((c * size, r * size, (c + 1) * size, (r + 1) * size)) for r in range(rows) for c in range(columns)
-    ]
+    corners = [(column * size, row * size) for row in range(rows) for column in range(columns)]
+    tiles = [whole.crop((left, top, left + size, top + size)) for left, top in corners]
     return [*tiles, fit_square(image, size)]
 
 
@@ -199,11 +236,14 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation: `role` is "user" or "assistant"; `num_images` pictures come before the text."""
+    """One turn of a conversation: `role` is "user" or "assistant".
+
+    Its pictures come before the text; `squares` holds one number for each: how many squares it was cut into.
+    """
 
     role: str
     text: str
-    num_images: int = 0
+    squares: tuple[int, ...] = ()
 
 
 def check_prompt(prompt: object, what: str = "prompt") -> str:
@@ -214,10 +254,14 @@ def check_prompt(prompt: object, what: str = "prompt") -> str:
     if not text:
         raise PromptError(f"The {what} is empty; say in words what you want.")
     if len(text) > MAX_PROMPT_CHARACTERS:
-        raise PromptError(f"The {what} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are read. Shorten it.")
-    reserved = [token for token in (IMG_START, IMG_END, IMG_CONTEXT, TURN_START, TURN_END) if token in text]
+        raise PromptError(
+            f"The {what} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are read. Shorten it."
+        )
+    reserved = ", ".join(token for token in (*NEEDED_TOKENS, TEXT_END) if token in text)
     if reserved:
-        raise PromptError(f"The {what} contains {', '.join(reserved)}, which the model reserves for itself; leave it out.")
+        raise PromptError(f"The {what} contains {reserved}, which the model reserves for itself; leave it out.")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise PromptError(f"The {what} contains half of a surrogate pair, which is no character; send valid Unicode.")
     return text
 
 
@@ -226,14 +270,15 @@ class Processor:
 
     def __init__(self, tokenizer: Any, config: UniLIPConfig) -> None:
         vocabulary = tokenizer.get_vocab()
-        missing = [t for t in (IMG_START, IMG_END, IMG_CONTEXT, TURN_START, TURN_END) if t not in vocabulary]
+        missing = [t for t in NEEDED_TOKENS if t not in vocabulary]
         if missing:
             raise CheckpointError(
                 f"The tokenizer lacks {', '.join(missing)}; use the tokenizer files of the checkpoint itself."
             )
         if len(tokenizer) > config.text.vocab_size:
             raise CheckpointError(
-                f"The tokenizer has {len(tokenizer)} tokens, the model {config.text.vocab_size}; they do not belong together."
+                f"The tokenizer has {len(tokenizer)} tokens, the model {config.text.vocab_size}; they do not belong "
+                "together."
             )
         self.tokenizer = tokenizer
         self.config = config
@@ -251,7 +296,7 @@ class Processor:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # the tokenizers library raises nothing more special
             raise CheckpointError(f"{folder} holds no readable tokenizer ({str(error).splitlines()[0]}).") from error
         return cls(tokenizer, config)
 
@@ -263,9 +308,9 @@ class Processor:
 
     # prompts: the exact texts of the released models (no system turn)
 
-    def image_text(self, count: int = 1) -> str:
-        """Return the text that stands for `count` pictures: start, N context slots, end, each followed by a newline."""
-        return f"{IMG_START}{IMG_CONTEXT * self.num_image_tokens}{IMG_END}" * count
+    def image_text(self, squares: int = 1) -> str:
+        """Return the text that stands for one picture: start, N context slots for each of its squares, end."""
+        return f"{IMG_START}{IMG_CONTEXT * (self.num_image_tokens * squares)}{IMG_END}"
 
     @staticmethod
     def _request(user: str) -> str:
@@ -286,7 +331,7 @@ class Processor:
         for message in messages:
             if message.role not in ("user", "assistant"):
                 raise PromptError(f"A message has the role {message.role!r}; allowed: user, assistant.")
-            images = f"{self.image_text()}\n" * message.num_images
+            images = "".join(f"{self.image_text(squares)}\n" for squares in message.squares)
             turns.append(f"{TURN_START}{message.role}\n{images}{message.text}{TURN_END}\n")
         return "".join(turns) + (f"{TURN_START}assistant\n" if open_turn else "")
 
@@ -299,7 +344,9 @@ class Processor:
         rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         length = max(len(row) for row in rows)
         if length > self.max_tokens:
-            raise PromptError(f"The prompt has {length} tokens; this model reads at most {self.max_tokens}. Shorten it.")
+            raise PromptError(
+                f"The prompt has {length} tokens; this model reads at most {self.max_tokens}. Shorten it."
+            )
         ids = torch.full((len(rows), length), self.pad_id, dtype=torch.long)
         mask = torch.zeros(len(rows), length, dtype=torch.long)
         for i, row in enumerate(rows):
@@ -310,7 +357,8 @@ class Processor:
 
     def decode(self, ids: Tensor) -> list[str]:
         """Turn generated ids (B,T) into stripped text."""
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        rows = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [text.strip() for text in rows]
 
     def pixels(self, images: Sequence[ImageLike], fit: Fit = "resize") -> Tensor:
         """Load, fit and normalise pictures: -> (M,3,S,S)."""

@@ -1,8 +1,8 @@
 """Emoji artwork: fetched once, rasterised once, handed out as sprites of any size, colour and skin tone.
 
-Goes in: three npm packages of SVG icons (``prepare``). Comes out: one atlas file (PNG bytes by key) and ``Atlas.sprite``,
-an RGBA picture whose longer visible side fills the asked size. Colours are painted by a shift of the dominant hue.
-The four shapes (heart, circle, square, triangle) are drawn here, in the fixed palette, and need no art.
+Goes in: three npm packages of SVG icons (``prepare``). Comes out: one atlas file (PNG bytes by key), and
+``Atlas.sprite``, an RGBA picture whose longer visible side fills the asked size. Colours are painted by a shift of the
+dominant hue. The four shapes (heart, circle, square, triangle) are drawn here, in the fixed palette, and need no art.
 """
 
 from __future__ import annotations
@@ -212,8 +212,9 @@ def _npm_pack(folder: Path) -> Path:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             raise DataError(
-                f"`{' '.join(command[:3])}` failed with exit status {result.returncode}: {result.stderr.strip()[-500:]}; "
-                "check the network, or give a folder that holds the packages as source (--source DIR)"
+                f"`{' '.join(command[:3])}` failed with exit status {result.returncode}: "
+                f"{result.stderr.strip()[-500:]}; check the network, or give a folder that holds the packages as "
+                "source (--source DIR)"
             )
     return folder
 
@@ -243,7 +244,12 @@ class _Package:
 
 def _open_package(style: Style, source: Path, scratch: Path) -> _Package:
     short = style.package.rsplit("/", 1)[-1]
-    candidates = [source / style.package, source / short, source / short / "package", source / f"node_modules/{style.package}"]
+    candidates = [
+        source / style.package,
+        source / short,
+        source / short / "package",
+        source / f"node_modules/{style.package}",
+    ]
     tarball = source / style.tarball
     if tarball.is_file():
         target = scratch / f"unpacked-{short}"
@@ -263,8 +269,8 @@ def _open_package(style: Style, source: Path, scratch: Path) -> _Package:
                 height=icons.get("height", 16),
             )
     raise DataError(
-        f"{source} holds no {style.package}@{style.version}; expected {style.tarball} or a folder {short} with icons.json "
-        "and chars.json; run `npm pack` there, or leave source away to fetch it"
+        f"{source} holds no {style.package}@{style.version}; expected {style.tarball}, or a folder {short} with "
+        "icons.json and chars.json; run `npm pack` there, or leave source away to fetch it"
     )
 
 
@@ -377,6 +383,24 @@ class Atlas:
             digest.update(key.encode() + b"\0" + self._sprites[key])
         return digest.hexdigest()
 
+    def warm(self, world: World) -> Atlas:
+        """Decode and paint everything that WORLD can show, once (about 100 kB a sprite), and return the atlas itself.
+
+        Loader workers that are forked afterwards share the result.
+        """
+        work = [
+            (name, style, colour, tone)
+            for name in (*world.concepts, *world.extra)
+            if name not in SHAPES
+            for style in world.styles
+            for colour in (None, *world.colours_of(name, style))
+            for tone in (None, *(world.tones if concept(name).toned else ()))
+        ]
+        self._masters.size = max(self._masters.size, len(work))
+        for entry in work:
+            self._master(*entry)
+        return self
+
     def sprite(
         self, name: str, style: str, size: int, colour: str | None = None, tone: str | None = None
     ) -> Image.Image:
@@ -390,8 +414,11 @@ class Atlas:
         if found is None:
             if size < 1:
                 raise DataError(f"sprite size {size} is not allowed; give at least 1 pixel")
-            master = self._master(name, style, colour, tone)
-            found = master if master.width == size else master.resize((size, size), Image.Resampling.LANCZOS)
+            if name in SHAPES:
+                found = draw_shape(name, self._paint(name, colour), size)
+            else:
+                master = self._master(name, style, colour, tone)
+                found = master if master.width == size else master.resize((size, size), Image.Resampling.LANCZOS)
             self._sized.put(key, found)
         return found
 
@@ -400,25 +427,26 @@ class Atlas:
         found = self._masters.get(key)
         if found is not None:
             return found
-        if colour is not None and colour not in PALETTE:
-            raise DataError(f"unknown colour {colour!r}; allowed are {', '.join(PALETTE)}")
-        if name in SHAPES:
-            if colour is None:
-                raise DataError(f"the drawn shape {name!r} needs a colour; allowed are {', '.join(PALETTE)}")
-            image = draw_shape(name, PALETTE[colour])
-        else:
-            data = self._sprites.get(_key(style, name, tone))
-            if data is None:
-                known = sorted({k.split("/")[0] for k in self._sprites})
-                raise DataError(
-                    f"the atlas has no {name!r} in style {style!r}, tone {tone!r}; styles here are {', '.join(known)}; "
-                    "run `unilip data prepare emoji` again if the art is older than the package"
-                )
-            image = Image.open(io.BytesIO(data)).convert("RGBA")
-            if colour is not None:
-                image = recolour(image, PALETTE[colour])
+        data = self._sprites.get(_key(style, name, tone))
+        if data is None:
+            known = sorted({k.split("/")[0] for k in self._sprites})
+            raise DataError(
+                f"the atlas has no {name!r} in style {style!r}, tone {tone!r}; styles here are {', '.join(known)}; "
+                "run `unilip data prepare emoji` again if the art is older than the package"
+            )
+        image = Image.open(io.BytesIO(data)).convert("RGBA")
+        if colour is not None:
+            image = recolour(image, self._paint(name, colour))
         self._masters.put(key, image)
         return image
+
+    @staticmethod
+    def _paint(name: str, colour: str | None) -> RGB:
+        if colour is None:
+            raise DataError(f"the drawn shape {name!r} needs a colour; allowed are {', '.join(PALETTE)}")
+        if colour not in PALETTE:
+            raise DataError(f"unknown colour {colour!r}; allowed are {', '.join(PALETTE)}")
+        return PALETTE[colour]
 
 
 class _Cache(Generic[T]):
@@ -443,6 +471,38 @@ class _Cache(Generic[T]):
 # ---------------------------------------------------------------------------------------------- painting
 
 
+@dataclass(frozen=True)
+class Tone:
+    """The most common saturated tone of a picture: hue in degrees, saturation and value in 0..1."""
+
+    hue: float
+    saturation: float
+    value: float
+
+
+def dominant(image: Image.Image, width: float = 40.0) -> Tone | None:
+    """Return the tone that most of an RGBA picture has within WIDTH degrees of hue, or None if it is all grey."""
+    pixels = np.asarray(image, dtype=np.float32)
+    return _dominant(*_to_hsv(pixels[..., :3] / 255.0), pixels[..., 3] / 255.0, width)
+
+
+def _dominant(
+    hue: np.ndarray, saturation: np.ndarray, value: np.ndarray, alpha: np.ndarray, width: float
+) -> Tone | None:
+    weight = alpha * saturation * np.sqrt(value) * (saturation > 0.25) * (value > 0.15)
+    if weight.sum() < 1e-3:
+        return None
+    histogram = np.bincount((hue / 5.0).astype(int).ravel() % 72, weights=weight.ravel(), minlength=72)
+    smooth = sum((np.roll(histogram, k) * (4 - abs(k)) for k in range(-3, 4)), start=np.zeros(72))
+    centre = float(np.argmax(smooth)) * 5.0 + 2.5
+    near = (_hue_distance(hue, centre) < width) & (weight > 0)
+    return Tone(centre, _weighted_median(saturation[near], weight[near]), _weighted_median(value[near], weight[near]))
+
+
+def _hue_distance(hue: np.ndarray, centre: float) -> np.ndarray:
+    return np.abs((hue - centre + 180.0) % 360.0 - 180.0)
+
+
 def recolour(image: Image.Image, colour: RGB, width: float = 40.0) -> Image.Image:
     """Shift the dominant hue of an RGBA picture to COLOUR, shades included; hues over WIDTH degrees away stay.
 
@@ -450,29 +510,22 @@ def recolour(image: Image.Image, colour: RGB, width: float = 40.0) -> Image.Imag
     """
     pixels = np.asarray(image, dtype=np.float32)
     hue, saturation, value = _to_hsv(pixels[..., :3] / 255.0)
-    weight = pixels[..., 3] / 255.0 * saturation * np.sqrt(value) * (saturation > 0.25) * (value > 0.15)
-    if weight.sum() < 1e-3:
+    tone = _dominant(hue, saturation, value, pixels[..., 3] / 255.0, width)
+    if tone is None:
         return image
-    histogram = np.bincount((hue / 5.0).astype(int).ravel() % 72, weights=weight.ravel(), minlength=72)
-    smooth = sum(np.roll(histogram, k) * (4 - abs(k)) for k in range(-3, 4))
-    centre = float(np.argmax(smooth)) * 5.0 + 2.5
-    distance = np.abs((hue - centre + 180.0) % 360.0 - 180.0)
-    near = (distance < width) & (weight > 0)
-    level_s = _weighted_median(saturation[near], weight[near])
-    level_v = _weighted_median(value[near], weight[near])
     to_hue, to_s, to_v = colorsys.rgb_to_hsv(*(c / 255.0 for c in colour))
     # a soft edge in hue and saturation, so that outlines do not flicker between two colours
-    mix = np.clip((width + 12.0 - distance) / 12.0, 0, 1) * np.clip((saturation - 0.10) / 0.15, 0, 1)
-    new_hue = np.full_like(hue, to_hue * 360.0)
-    new_s = np.clip(saturation * (to_s / max(level_s, 0.05)), 0, 1)
-    ratio = value / max(level_v, 0.05)
+    near = np.clip((width + 12.0 - _hue_distance(hue, tone.hue)) / 12.0, 0, 1)
+    mix = (near * np.clip((saturation - 0.10) / 0.15, 0, 1))[..., None]
+    new_s = np.clip(saturation * (to_s / max(tone.saturation, 0.05)), 0, 1)
+    ratio = value / max(tone.value, 0.05)
     # lighter shades move towards white in what room there is, darker ones scale
-    new_v = np.where(ratio > 1, 1 - (1 - to_v) * (1 - value) / max(1 - level_v, 0.02), to_v * ratio)
-    new_v = np.clip(new_v, 0, np.where(to_v < 0.4, to_v * 1.9, 1.0))
-    painted = _to_rgb(new_hue, new_s, np.clip(new_v, 0, 1)) * 255.0
-    mixed = pixels[..., :3] * (1 - mix[..., None]) + painted * mix[..., None]
+    lighter = 1 - (1 - to_v) * (1 - value) / max(1 - tone.value, 0.02)
+    new_v = np.clip(np.where(ratio > 1, lighter, to_v * ratio), 0, to_v * 1.9 if to_v < 0.4 else 1.0)
+    painted = _to_rgb(np.full_like(hue, to_hue * 360.0), new_s, new_v) * 255.0
+    mixed = pixels[..., :3] * (1 - mix) + painted * mix
     out = np.concatenate([np.clip(mixed + 0.5, 0, 255), pixels[..., 3:]], axis=-1)
-    return Image.fromarray(out.astype(np.uint8), "RGBA")
+    return Image.fromarray(out.astype(np.uint8))
 
 
 def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
@@ -498,7 +551,7 @@ def _to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.nd
     return np.stack([channel(5), channel(3), channel(1)], axis=-1)
 
 
-def draw_shape(name: str, colour: RGB, size: int = MASTER, over: int = 4) -> Image.Image:
+def draw_shape(name: str, colour: RGB, size: int, over: int = 4) -> Image.Image:
     """Draw one of SHAPES, filling SIZE x SIZE pixels, smoothed by drawing OVER times larger."""
     n = size * over
     mask = Image.new("L", (n, n), 0)

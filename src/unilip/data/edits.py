@@ -215,10 +215,15 @@ def _recolour(world: World, rng: random.Random, purpose: str) -> Edit | None:
     obj = next(o for o in source.objects if o.concept == names[0])
     colour = rng.choice(world.colours_of(obj.concept, style))
     painted = replace(obj, colour=colour)
-    if colour == obj.colour or world.clashes(painted, source.background):
+    if world.looks(obj, colour) or world.clashes(painted, source.background):
         return None
     thing = definite(obj, world)
-    patterns = (f"make {thing} {colour}", f"change the color of {thing} to {colour}", f"paint {thing} {colour}")
+    patterns = (
+        f"make {thing} {colour}",
+        f"change the color of {thing} to {colour}",
+        f"change the colour of {thing} to {colour}",
+        f"paint {thing} {colour}",
+    )
     return Edit(source, rng.choice(patterns), _swap(source, {obj: painted}), "recolour")
 
 

@@ -118,7 +118,9 @@ def _colour(scene: Scene, rng: random.Random, world: World, split: str) -> QA | 
     things = f"the {concept(obj.concept).plural}" if count > 1 else definite(obj, world)
     verb = "are" if count > 1 or obj.concept.startswith("pair") else "is"
     if rng.random() < 0.65:
-        question = rng.choice((f"What color {verb} {things}?", f"What color {'do' if count > 1 else 'does'} {things} have?"))
+        helper = "do" if count > 1 else "does"
+        patterns = ("What color {v} {t}?", "What color {v} {t}?", "What colour {v} {t}?", "What color {h} {t} have?")
+        question = rng.choice(patterns).format(v=verb, t=things, h=helper)
         return _qa("colour", question, obj.colour, f"{things} {verb} {obj.colour}", f"{verb} {obj.colour}")
     if rng.random() < 0.5:
         return _yes_no("colour", True, f"{verb.capitalize()} {things} {obj.colour}?")
@@ -144,7 +146,8 @@ def _count(scene: Scene, rng: random.Random, world: World) -> QA | None:
     many = concept(obj.concept).plural
     if not concept(obj.concept).countable or rng.random() < 0.25:
         question = rng.choice(("How many objects are there?", "How many things are in the picture?"))
-        return _qa("count", question, NUMBERS[total], str(total), f"{NUMBERS[total]} objects", f"{NUMBERS[total]} things")
+        forms = (str(total), f"{NUMBERS[total]} objects", f"{NUMBERS[total]} things")
+        return _qa("count", question, NUMBERS[total], *forms)
     if rng.random() < 0.75:
         question = rng.choice((f"How many {many} are there?", f"How many {many} do you see?", f"Count the {many}."))
         named = f"{NUMBERS[same]} {many if same > 1 else obj.concept}"
@@ -168,7 +171,8 @@ def _position(scene: Scene, rng: random.Random, world: World) -> QA | None:
     if choice < 0.35 and len(scene.objects) == 2:
         short = {"above": ("top", "above"), "below": ("bottom", "below")}.get(where, (where,))
         relative = f"{words} {the_b}"
-        return _qa("position", f"Where is {the_a}?", SIDES[where], *short, relative, f"{the_a} is {SIDES[where]}", f"{the_a} is {relative}")
+        forms = (*short, relative, f"{the_a} is {SIDES[where]}", f"{the_a} is {relative}")
+        return _qa("position", f"Where is {the_a}?", SIDES[where], *forms)
     if choice < 0.65 and len(scene.objects) == 2:
         question = rng.choice((f"What is {words} {the_b}?", f"What is {SIDES[where]}?"))
         return _qa("position", question, _plain(a), a.concept, indefinite(a, world, False), noun(a, world, style=False))
@@ -202,8 +206,11 @@ def _absent(present: Sequence[str], rng: random.Random, world: World, split: str
 def _background(scene: Scene, rng: random.Random, world: World) -> QA:
     found = BACKGROUNDS[scene.background]
     if found.kind == "plain" and rng.random() < 0.7:
-        question = rng.choice(("What color is the background?", "Which color does the background have?"))
-        return _qa("background", question, found.answer, f"{found.answer} background", f"the background is {found.answer}")
+        question = rng.choice(
+            ("What color is the background?", "What colour is the background?", "Which color does the background have?")
+        )
+        said = (f"{found.answer} background", f"the background is {found.answer}")
+        return _qa("background", question, found.answer, *said)
     if rng.random() < 0.5:
         forms = (found.name, f"a {found.name} background", f"the {found.name}", *found.phrases)
         return _qa("background", "What is the background?", found.answer, *forms)

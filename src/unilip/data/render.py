@@ -37,7 +37,7 @@ def _background(name: str, size: int) -> Image.Image:
     top, bottom = np.array(found.top, float), np.array(found.bottom, float)
     column = top + share[:, None] * (bottom - top)  # (S, 3)
     pixels = np.repeat(np.round(column)[:, None], size, axis=1).astype(np.uint8)  # (S, S, 3)
-    return Image.fromarray(pixels, "RGB")
+    return Image.fromarray(pixels)
 
 
 def object_mask(obj: Obj, atlas: Atlas, world: World) -> np.ndarray:

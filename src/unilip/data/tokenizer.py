@@ -17,7 +17,7 @@ from unilip.data.captions import canonical, caption
 from unilip.data.concepts import concept
 from unilip.data.edits import sample_edit
 from unilip.data.errors import DataError
-from unilip.data.knowledge import knowledge, riddles
+from unilip.data.knowledge import knowledge
 from unilip.data.questions import questions
 from unilip.data.seeding import generator
 from unilip.data.world import TASKS, World, sample_scene
@@ -89,7 +89,8 @@ def train_tokenizer(
     tokenizer = Tokenizer(models.BPE())
     # Qwen's split: contractions, words with their space, single digits, punctuation, line breaks
     pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -18,6 +18,7 @@ from typing import Any
 from unilip.data.art import BACKGROUNDS, HORIZON, PALETTE, STYLES
 from unilip.data.concepts import SHAPES, TONES, concept, concepts
 from unilip.data.errors import DataError
+from unilip.data.measure import measured
 from unilip.data.seeding import stable_fraction, stable_hash
 
 TASKS = ("single", "two", "counting", "colour", "position", "colour_attr")
@@ -36,7 +37,8 @@ PICO_CONCEPTS = (
 )  # fmt: skip
 PICO_EXTRA = ("carrot", "owl", "truck", "key")
 PICO_RECOLOURABLE = (
-    "car", "house", "star", "umbrella", "balloon", "gift box", "fish", "butterfly", "bell", "crown", "octopus", "cactus",
+    "car", "house", "star", "umbrella", "balloon", "gift box", "fish", "butterfly", "bell", "crown", "octopus",
+    "cactus",
 )  # fmt: skip
 PICO_BACKGROUNDS = ("white", "gray", "black", "yellow", "green", "blue", "pink", "brown")
 
@@ -158,7 +160,7 @@ class World:
         ):
             wrong = [entry for entry in given if entry not in allowed]
             if wrong:
-                raise DataError(f"World.{field} names {wrong[0]!r}, which does not exist; allowed: {', '.join(allowed)}")
+                raise DataError(f"World.{field} names {wrong[0]!r}, which does not exist; use {', '.join(allowed)}")
         largest = max(*self.single_sizes, *self.multi_sizes)
         if largest + 2 * self.margin > self.image_size:
             raise DataError(
@@ -172,8 +174,8 @@ class World:
 
     @classmethod
     def preset(cls, name: str) -> World:
-        """Return the world called NAME, "nano" or "pico"; raises DataError for another name."""
-        makers = {"nano": cls.nano, "pico": cls.pico}
+        """Return the world called NAME, "nano", "pico" or "tiny"; raises DataError for another name."""
+        makers = {"nano": cls.nano, "pico": cls.pico, "tiny": cls.tiny}
         if name not in makers:
             raise DataError(f"unknown world {name!r}; allowed are {', '.join(makers)}")
         return makers[name]()
@@ -239,6 +241,26 @@ class World:
             single_shift=14,
         )
 
+    @classmethod
+    @cache
+    def tiny(cls) -> World:
+        """56 pixels, six concepts and four shapes: for tests, drawn without any art."""
+        return replace(
+            cls.pico(),
+            name="tiny",
+            image_size=56,
+            concepts=("cat", "dog", "fish", "car", "star", "house", *SHAPES),
+            extra=("owl",),
+            generation_held_out=(),
+            recolourable={name: frozenset(("flat",)) for name in ("fish", "car", "star", "house")},
+            single_sizes=(36,),
+            multi_sizes=(22,),
+            grid=7,
+            gap=2,
+            margin=1,
+            single_shift=7,
+        )
+
     # ------------------------------------------------------------------------------------------ what is held out
 
     def pair_held_out(self, a: str, b: str) -> bool:
@@ -289,7 +311,13 @@ class World:
         """Whether OBJ would hardly show on BACKGROUND."""
         if obj.colour is not None:
             return obj.colour == background or obj.colour in COLOUR_CLASHES.get(background, ())
-        return background in _art_clashes().get(obj.style, {}).get(obj.concept, ())
+        return background in measured()["clashes"].get(obj.style, {}).get(obj.concept, ())
+
+    def looks(self, obj: Obj, colour: str) -> bool:
+        """Whether OBJ already has COLOUR, painted or as the artist chose."""
+        if obj.colour is not None:
+            return obj.colour == colour
+        return colour in measured()["natural"].get(obj.style, {}).get(obj.concept, ())
 
     def is_horizon(self, background: str) -> bool:
         """Whether BACKGROUND has a ground that objects stand on."""
@@ -314,15 +342,6 @@ class World:
             return self.single_sizes
         limit = {2: 1.0, 3: 0.40, 4: 0.33}.get(count, 0.33) * self.image_size
         return tuple(size for size in self.multi_sizes if size <= limit) or self.multi_sizes[:1]
-
-
-@cache
-def _art_clashes() -> dict[str, dict[str, list[str]]]:
-    """Backgrounds by style and concept on which over 45 % of an outline is within 20 CIELAB units: measured."""
-    found: dict[str, dict[str, list[str]]] = json.loads(
-        files("unilip.data").joinpath("emoji_clashes.json").read_text(encoding="utf-8")
-    )
-    return found
 
 
 def _check(what: str, given: str, allowed: Sequence[str]) -> None:

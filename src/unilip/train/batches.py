@@ -175,6 +175,7 @@ class EmojiBatches(Batches):
                 "choose the world of the model's size."
             )
         atlas = Atlas.synthetic(world) if recipe.data.path == "synthetic" else Atlas.load(recipe.data.path or None)
+        atlas.warm(world)  # before loader workers fork: they share what is decoded here
         purpose = "generation" if isinstance(recipe.objective, Flow) else "tokenizer"
         purpose = "understanding" if isinstance(recipe.objective, Understand) else purpose
         common = dict(world=world, atlas=atlas, split="train", seed=recipe.seed, size=ENDLESS)

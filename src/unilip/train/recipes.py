@@ -25,21 +25,21 @@ def pico() -> list[Recipe]:
     optim = Optim(lr=1e-3, weight_decay=0.01, grad_clip=1.0, final=0.02)
     return [
         Recipe(
-            name="pico/clip", objective=Understand(turns=1), trains=(("encoder", 1.0), ("mllm", 1.0)), steps=900,
-            batch_size=64, optim=optim, note="encoder and text model, contrast and word prediction", **common,
+            name="pico/clip", objective=Understand(turns=1), trains=(("encoder", 1.0), ("mllm", 1.0)), steps=600,
+            batch_size=64, optim=optim, note="contrast and word prediction; this encoder is the teacher later", **common,
         ),
         Recipe(
-            name="pico/instruct", objective=Understand(contrastive=0.25, words=0.25, next_token=1.0, turns=4),
-            trains=(("encoder", 0.5), ("mllm", 1.0)), steps=1600, batch_size=32, optim=optim,
-            init=("encoder,mllm=pico/clip",), **(common | {"data": dataclasses.replace(data, text_share=0.125)}),
-            note="answers; its encoder is the teacher of every later stage",
+            name="pico/instruct", objective=Understand(contrastive=0.0, words=0.0, next_token=1.0, turns=4),
+            trains=(("mllm", 1.0),), steps=1600, batch_size=32, optim=optim, init=("encoder,mllm=pico/clip",),
+            **(common | {"data": dataclasses.replace(data, text_share=0.125)}),
+            note="the text model alone learns to answer, so the tokenizer's stages can run beside it",
         ),
         Recipe(
-            name="pico/recon", objective=Reconstruct(perceptual=0.0), trains=TOKENIZER[1:], steps=400, batch_size=16,
-            optim=dataclasses.replace(optim, lr=2e-3, final=0.5), init=("encoder=pico/instruct",), **common,
+            name="pico/recon", objective=Reconstruct(perceptual=0.0), trains=TOKENIZER[1:], steps=300, batch_size=16,
+            optim=dataclasses.replace(optim, lr=2e-3, final=0.5), init=("encoder=pico/clip",), **common,
         ),
         Recipe(
-            name="pico/recon_distill", objective=Reconstruct(perceptual=0.0, distill=0.05), trains=TOKENIZER, steps=9000,
+            name="pico/recon_distill", objective=Reconstruct(perceptual=0.0, distill=0.1), trains=TOKENIZER, steps=4500,
             batch_size=16, optim=dataclasses.replace(optim, lr=1.5e-3), init=(f"{WHOLE_TOKENIZER}=pico/recon",), ema=0.995,
             measure_latents=True, **common,
         ),

@@ -1,0 +1,478 @@
+"""Reads a picture of the emoji world without any trained network: background, and each object with place and colour.
+
+Goes in: a picture (H, W, 3) uint8, a World and its Atlas. Comes out: a ``Reading``. The background is the one that
+most pixels are close to in CIELAB. Every sprite is then laid over that background at all places and sizes, on a coarse
+grid (G x G cells a window) and, for the likeliest, in full resolution: a sprite explains as much of the picture's
+difference from its background as the squared error falls. The greatest wins, hides what it covers, and so on. Colours
+are named in CIELAB on the pixels that painting changes. The verdicts compare a Reading with the scene asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import permutations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from unilip.data.art import BACKGROUNDS, HORIZON, Atlas
+from unilip.data.concepts import SHAPES, concept
+from unilip.data.edits import Edit
+from unilip.data.render import change_mask
+from unilip.data.world import Obj, Scene, World
+from unilip.errors import UniLIPError
+
+UNKNOWN = "unknown"  # something is there that looks like no drawing of the world
+MIN_EXPLAINED = 0.60  # share of the picture's energy in a window that a sprite has to explain to be recognised
+MIN_AREA = 0.02  # share of the picture that something has to cover to be seen at all
+SOFTNESS = (0.0, 1.5, 2.5)  # further blur of a sprite, in pixels, that is tried before it is refused
+BACKGROUND_NEAR = 20.0  # CIELAB distance up to which a pixel may belong to a background
+BACKGROUND_SHARE = 0.20  # share of pixels that have to be near the background
+LIGHTNESS_WEIGHT = 0.5  # of L against a and b when a colour is named: shading is not colour
+
+
+@dataclass(frozen=True)
+class Found:
+    """One object read off a picture; the box is left, top, right, bottom in pixels, the score at most 1.
+
+    ``colour`` is the nearest of the colours that the concept can be painted in, None where it takes none.
+    """
+
+    concept: str
+    style: str
+    colour: str | None
+    box: tuple[float, float, float, float]
+    score: float
+    tone: str | None = None
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """Middle of the box in pixels."""
+        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+
+    @property
+    def size(self) -> float:
+        """Side of the box in pixels."""
+        return self.box[2] - self.box[0]
+
+    def __str__(self) -> str:
+        return f"{self.colour} {self.concept}" if self.colour else self.concept
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a picture shows; ``background`` is None where no background of the world is near."""
+
+    background: str | None
+    objects: tuple[Found, ...]
+
+    def __str__(self) -> str:
+        things = ", ".join(str(found) for found in self.objects) or "nothing"
+        return f"{things} on {self.background or 'an unclear background'}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a picture shows what was asked: each part by name, all of them together, and why not."""
+
+    ok: bool
+    parts: dict[str, bool] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How an object can look: the arguments of Atlas.sprite without the size."""
+
+    concept: str
+    style: str
+    colour: str | None
+    tone: str | None
+
+
+# ---------------------------------------------------------------------------------------------- colours
+
+
+def to_lab(rgb: np.ndarray) -> np.ndarray:
+    """sRGB in 0..255 -> CIELAB (D65), shape (..., 3)."""
+    c = np.asarray(rgb, dtype=np.float32) / 255
+    linear = np.where(c > 0.04045, ((c + 0.055) / 1.055) ** 2.4, c / 12.92)
+    matrix = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]], dtype=np.float32)
+    xyz = linear @ matrix.T / np.array([0.9505, 1.0, 1.089], dtype=np.float32)
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
+
+
+@lru_cache(maxsize=64)
+def _background_rows(name: str, size: int) -> np.ndarray:
+    """Colour of each row of a background: (S, 3) in 0..255, without rounding."""
+    found = BACKGROUNDS[name]
+    rows = (np.arange(size) + 0.5) / size
+    share = {"plain": rows * 0, "gradient": rows, "horizon": (rows > HORIZON).astype(float)}[found.kind]
+    top, bottom = np.array(found.top, float), np.array(found.bottom, float)
+    return (top + share[:, None] * (bottom - top)).astype(np.float32)
+
+
+def read_background(picture: np.ndarray, world: World) -> tuple[str | None, np.ndarray]:
+    """Return the background's name, or None where none is near, and its rows as they are in the picture (S, 3).
+
+    Every pixel votes for the backgrounds that it is near to in CIELAB, those at the border with three times the weight.
+    """
+    size = picture.shape[0]
+    lab = to_lab(smooth(picture.astype(np.float32), 1.0))  # S S 3
+    weight = np.ones((size, size), dtype=np.float32)
+    rim = max(2, size // 14)
+    weight[rim:-rim, rim:-rim] = 1 / 3
+    best: tuple[float, float, str] | None = None
+    for name in world.backgrounds:
+        distance = np.linalg.norm(lab - to_lab(_background_rows(name, size))[:, None], axis=-1)
+        cost = float((np.minimum(distance, BACKGROUND_NEAR) * weight).sum() / weight.sum())
+        share = float((distance < BACKGROUND_NEAR).mean())
+        if best is None or cost < best[0]:
+            best = (cost, share, name)
+    assert best is not None, "a world has at least one background"
+    _, share, name = best
+    rows = _background_rows(name, size)
+    near = np.linalg.norm(lab - to_lab(rows)[:, None], axis=-1) < BACKGROUND_NEAR
+    if not near.any():
+        return None, rows
+    # what the model drew may be off by a little: follow it, so that the difference is the objects alone
+    offset = np.median((picture - rows[:, None])[near], axis=0)
+    return (name if share >= BACKGROUND_SHARE else None), (rows + offset).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------- small image tools
+
+
+def smooth(picture: np.ndarray, sigma: float) -> np.ndarray:
+    """Blur (H, W, C) with a Gaussian of SIGMA pixels; edges are repeated."""
+    moved = torch.from_numpy(np.ascontiguousarray(picture, dtype=np.float32)).permute(2, 0, 1)[None]
+    return _blur(moved, sigma, "replicate")[0].permute(1, 2, 0).numpy()
+
+
+def _blur(images: torch.Tensor, sigma: float, mode: str) -> torch.Tensor:
+    reach = max(1, math.ceil(2.5 * sigma))
+    steps = torch.arange(-reach, reach + 1, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (steps / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, -1)
+    padded = F.pad(images, (reach,) * 4, mode=mode)
+    across = F.conv2d(padded, kernel[:, :, None, :], groups=images.shape[1])
+    return F.conv2d(across, kernel[:, :, :, None], groups=images.shape[1])
+
+
+def _premultiply(sprite: Image.Image) -> torch.Tensor:
+    """RGBA picture -> (4, S, S): colour times alpha, and alpha; colours in 0..1."""
+    pixels = torch.from_numpy(np.asarray(sprite, dtype=np.float32) / 255).permute(2, 0, 1)
+    return torch.cat([pixels[:3] * pixels[3:], pixels[3:]])
+
+
+def _template(layers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Layers (L, 4, s, s) of colour x alpha and alpha -> what is multiplied with _scene (L, 8, s, s), constant (L)."""
+    painted, alpha = layers[:, :3], layers[:, 3:]
+    return torch.cat([painted, alpha, painted * alpha, alpha * alpha], 1), (painted**2).sum((1, 2, 3))
+
+
+def _scene(difference: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
+    """Difference J and background B (3, h, w) -> (8, h, w) such that its product with a template is the gain.
+
+    The gain of laying a sprite (colour S, alpha a) over B is |J|^2 - |J - a (S - B)|^2, summed over the window.
+    """
+    dot = (difference * background).sum(0, keepdim=True)
+    square = (background**2).sum(0, keepdim=True)
+    return torch.cat([2 * difference, -2 * dot, 2 * background, -square])
+
+
+def _merit(gain: torch.Tensor, energy: torch.Tensor, fault: float = 0.5) -> torch.Tensor:
+    """What a sprite explains less FAULT times what it leaves unexplained of the energy in its window."""
+    return gain - fault * (energy - gain)
+
+
+# ---------------------------------------------------------------------------------------------- the judge
+
+
+class Judge:
+    """All sprites of a world, ready to be looked for; build it once (pico: 2 s) and read many pictures."""
+
+    def __init__(
+        self, world: World, atlas: Atlas, cells: int = 16, names: Sequence[str] | None = None, blur: float = 1.0
+    ) -> None:
+        self.world, self.atlas, self.cells, self.blur = world, atlas, cells, blur
+        wanted = tuple(names) if names is not None else (*world.concepts, *world.extra)
+        self.looks = [
+            _Look(name, style, colour, tone)
+            for name in wanted
+            for style in (world.styles if name not in SHAPES else (world.default_style,))
+            for colour in (*(() if name in SHAPES else (None,)), *world.colours_of(name, style))
+            for tone in (None, *(world.tones if concept(name).toned and colour is None else ()))
+        ]
+        layers = torch.stack([self._coarse(look) for look in self.looks])  # L 4 G G
+        weights, self._constant = _template(layers)
+        self._weights = weights.flatten(1)  # L 8GG
+        self._kinds = {kind: i for i, kind in enumerate(dict.fromkeys((k.concept, k.style) for k in self.looks))}
+        self._kind_of = torch.tensor([self._kinds[k.concept, k.style] for k in self.looks])
+        sizes = sorted({*world.single_sizes, *world.multi_sizes})
+        self.sizes = sorted({s for size in sizes for s in (round(size * 0.92), size, round(size * 1.08))})
+        if len(sizes) > 4:  # steps are fine already
+            self.sizes = [round(sizes[0] * 0.92), *sizes]
+        self.sizes = [s for s in self.sizes if s <= world.image_size]
+
+    def _coarse(self, look: _Look) -> torch.Tensor:
+        sprite = self.atlas.sprite(look.concept, look.style, self.cells * 10, look.colour, look.tone)
+        return F.avg_pool2d(_premultiply(sprite), 10)
+
+    # ------------------------------------------------------------------------------------------ reading
+
+    def read(self, picture: np.ndarray | Image.Image) -> Reading:
+        """Return what PICTURE, world.image_size pixels a side, shows."""
+        pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
+        side = self.world.image_size
+        if pixels.shape != (side, side, 3) or pixels.dtype != np.uint8:
+            raise UniLIPError(
+                f"the judge of world {self.world.name!r} reads uint8 pictures of shape {(side, side, 3)}; "
+                f"got {pixels.dtype} of shape {pixels.shape}; resize the picture, or take another world's judge"
+            )
+        background, rows = read_background(pixels, self.world)
+        image = torch.from_numpy(smooth(pixels.astype(np.float32) / 255, self.blur)).permute(2, 0, 1)  # 3 S S
+        behind = torch.from_numpy(rows / 255).T[:, :, None].expand(-1, -1, side).contiguous()
+        difference = image - behind
+        energy = (difference**2).sum(0)  # S S
+        floor = self._floor(energy)
+        objects: list[Found] = []
+        left = difference.clone()
+        for _ in range(self.world.max_count + 3):
+            found, covered = self._next(left, behind, energy, floor, objects)
+            if found is None:
+                break
+            objects.append(found)
+            left = left * (1 - covered)
+        objects = [self._name_colour(found, image, behind) for found in objects]
+        return Reading(background, tuple(objects))
+
+    @staticmethod
+    def _floor(energy: torch.Tensor) -> float:
+        """Energy of a pixel that still counts as background: from the quieter half of the picture."""
+        quiet = torch.quantile(energy.flatten(), 0.25)
+        return float(max(0.004, 4 * quiet))
+
+    def _next(
+        self, left: torch.Tensor, behind: torch.Tensor, energy: torch.Tensor, floor: float, before: Sequence[Found]
+    ) -> tuple[Found | None, torch.Tensor]:
+        """Find the sprite that explains most of what is LEFT; returns it and what it covers (S, S)."""
+        side = left.shape[-1]
+        nothing = torch.zeros(side, side)
+        remaining = (left**2).sum(0)
+        if float((remaining > floor).float().mean()) < MIN_AREA:
+            return None, nothing
+        candidates = self._search(left, behind, before)
+        best = self._refine(left, behind, candidates)
+        if best is not None:
+            look, x, y, size, layers = best
+            alpha = layers[3]
+            window = (slice(y, y + size), slice(x, x + size))
+            cover = torch.zeros(side, side)
+            cover[window] = (F.max_pool2d(alpha[None], 7, 1, 3)[0] > 0.15).float()
+            wide = (slice(max(0, y - 2), y + size + 2), slice(max(0, x - 2), x + size + 2))
+            total = remaining[wide].sum().clamp_min(1e-6)
+            score = 0.0
+            for softer in SOFTNESS:  # a decoder's pictures are softer than the art
+                soft = _blur(layers[None], softer, "constant")[0] if softer else layers
+                predicted = torch.zeros_like(left)
+                predicted[(slice(None), *window)] = soft[:3] - soft[3] * behind[(slice(None), *window)]
+                error = ((left - predicted) ** 2).sum(0)[wide].sum()
+                score = max(score, 1 - float(error / total))
+            grown = torch.zeros(side, side)
+            grown[wide] = 1
+            share = float((remaining[wide] > floor).float().sum()) / side**2
+            if score >= MIN_EXPLAINED and share >= MIN_AREA:
+                box = (float(x), float(y), float(x + size), float(y + size))
+                # the outline of a badly drawn object would be found again: hide the box, but not its neighbours
+                return Found(look.concept, look.style, look.colour, box, round(score, 4), look.tone), torch.maximum(
+                    cover, grown if self._alone(x, y, size, remaining, cover, floor) else cover
+                )
+        return self._unknown(remaining, floor)
+
+    @staticmethod
+    def _alone(x: int, y: int, size: int, remaining: torch.Tensor, cover: torch.Tensor, floor: float) -> bool:
+        """Whether what a window holds beyond its sprite is too little to be another object."""
+        rest = (remaining > floor).float() * (1 - cover)
+        return float(rest[max(0, y - 2) : y + size + 2, max(0, x - 2) : x + size + 2].sum()) < 0.12 * size * size
+
+    def _unknown(self, remaining: torch.Tensor, floor: float) -> tuple[Found | None, torch.Tensor]:
+        """Return a box of the smallest size around the strongest rest, if that is large enough to be a thing."""
+        side = remaining.shape[-1]
+        size = min(self.world.multi_sizes)
+        busy = (remaining > floor).float()
+        share = F.avg_pool2d(busy[None], size, 1)[0]
+        cover = torch.zeros(side, side)
+        best = int(share.argmax())
+        y, x = divmod(best, share.shape[-1])
+        if float(share.max()) * size * size < 0.2 * size * size:
+            return None, cover
+        cover[y : y + size, x : x + size] = 1
+        box = (float(x), float(y), float(x + size), float(y + size))
+        return Found(UNKNOWN, self.world.default_style, None, box, 0.0), cover
+
+    def _search(
+        self, left: torch.Tensor, behind: torch.Tensor, before: Sequence[Found], keep: int = 10
+    ) -> list[tuple[int, int, int, int]]:
+        """Slide all looks over the coarse picture at all sizes; returns (look, x, y, size) of the likeliest kinds."""
+        side, cells = left.shape[-1], self.cells
+        best = torch.full((len(self.looks),), -math.inf)
+        where = torch.zeros(len(self.looks), 3, dtype=torch.long)
+        for size in self.sizes:
+            steps = round(side * cells / size)
+            small = F.interpolate(torch.cat([left, behind])[None], size=(steps, steps), mode="area")[0]
+            windows = F.unfold(_scene(small[:3], small[3:])[None], cells)[0]  # 8GG P
+            columns = steps - cells + 1
+            full = F.avg_pool2d((small[:3] ** 2).sum(0, keepdim=True), cells, 1).flatten()
+            some = full > 0.15 * full.max()  # windows with next to nothing in them
+            index = some.nonzero()[:, 0]
+            gain = self._weights @ windows[:, index] - self._constant[:, None]  # L P
+            gain = (_merit(gain, full[index] * cells**2)) * (size / cells) ** 2
+            top, at = gain.max(1)
+            better = top > best
+            best = torch.where(better, top, best)
+            y, x = index[at] // columns, index[at] % columns
+            scale = side / steps
+            place = torch.stack([(x * scale).round().long(), (y * scale).round().long(), torch.full_like(x, size)], 1)
+            where = torch.where(better[:, None], place, where)
+        # one candidate a kind: colours of one drawing would crowd out the others
+        kinds = torch.full((len(self._kinds),), -math.inf).scatter_reduce(0, self._kind_of, best, "amax")
+        chosen: list[tuple[int, int, int, int]] = []
+        for kind in kinds.topk(min(keep, len(self._kinds))).indices.tolist():
+            members = (self._kind_of == kind).nonzero()[:, 0]
+            look = int(members[best[members].argmax()])
+            chosen.append((look, *(int(v) for v in where[look])))
+        return chosen
+
+    def _refine(
+        self, left: torch.Tensor, behind: torch.Tensor, candidates: Sequence[tuple[int, int, int, int]]
+    ) -> tuple[_Look, int, int, int, torch.Tensor] | None:
+        """Try each candidate in full resolution at sizes and places nearby; returns the best with its layers."""
+        side = left.shape[-1]
+        scene = _scene(left, behind)
+        energy = (left**2).sum(0, keepdim=True)
+        best: tuple[float, _Look, int, int, int, torch.Tensor] | None = None
+        for index, x, y, size in candidates:
+            look = self.looks[index]
+            reach = max(3, math.ceil(size / self.cells))
+            for scale in (0.94, 0.97, 1.0, 1.03, 1.06):
+                s = min(round(size * scale), side)
+                layers = self._layers(look, s)
+                weights, constant = _template(layers[None])
+                cx, cy = x + (size - s) // 2, y + (size - s) // 2
+                x0, y0 = max(0, min(cx - reach, side - s)), max(0, min(cy - reach, side - s))
+                x1, y1 = max(x0, min(cx + reach, side - s)), max(y0, min(cy + reach, side - s))
+                region = scene[:, y0 : y1 + s, x0 : x1 + s]
+                gain = F.conv2d(region[None], weights)[0, 0] - constant
+                full = F.avg_pool2d(energy[:, y0 : y1 + s, x0 : x1 + s], s, 1)[0] * s * s
+                gain = _merit(gain, full)
+                value = float(gain.max())
+                if best is None or value > best[0]:
+                    dy, dx = divmod(int(gain.argmax()), gain.shape[-1])
+                    best = (value, look, x0 + dx, y0 + dy, s, layers)
+        return None if best is None or best[0] <= 0 else best[1:]
+
+    def _layers(self, look: _Look, size: int) -> torch.Tensor:
+        """Colour x alpha and alpha of a sprite, blurred as the picture is: (4, size, size)."""
+        sprite = self.atlas.sprite(look.concept, look.style, size, look.colour, look.tone)
+        return _blur(_premultiply(sprite)[None], self.blur, "constant")[0]
+
+    # ------------------------------------------------------------------------------------------ colours
+
+    def _name_colour(self, found: Found, image: torch.Tensor, behind: torch.Tensor) -> Found:
+        """Name the colour by the pixels that painting changes: nearest painted variant in mean CIELAB."""
+        if found.concept == UNKNOWN:
+            return found
+        colours = self.world.colours_of(found.concept, found.style)
+        if not colours:
+            return Found(found.concept, found.style, None, found.box, found.score, found.tone)
+        x, y, size = int(found.box[0]), int(found.box[1]), int(found.size)
+        window = (slice(None), slice(y, y + size), slice(x, x + size))
+        seen = _lab_of(image[window])
+        variants = {}
+        for colour in colours:
+            layers = self._layers(_Look(found.concept, found.style, colour, None), size)
+            variants[colour] = (_lab_of(layers[:3] + (1 - layers[3]) * behind[window]), layers[3].numpy())
+        stack = np.stack([lab for lab, _ in variants.values()])
+        alpha = next(iter(variants.values()))[1]
+        spread = stack.std(0).sum(-1) * (alpha > 0.8)
+        weight = (spread > 0.5 * spread.max()).astype(np.float32)
+        mean = _mean(seen, weight)
+        scale = np.array([LIGHTNESS_WEIGHT, 1, 1])
+        distances = {c: float(np.linalg.norm((_mean(lab, weight) - mean) * scale)) for c, (lab, _) in variants.items()}
+        colour = min(distances, key=lambda name: distances[name])
+        return Found(found.concept, found.style, colour, found.box, found.score, found.tone)
+
+
+def _lab_of(image: torch.Tensor) -> np.ndarray:
+    return to_lab((image.clamp(0, 1) * 255).permute(1, 2, 0).numpy())
+
+
+def _mean(lab: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return (lab * weight[..., None]).sum((0, 1)) / max(float(weight.sum()), 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- verdicts
+
+
+def found_relation(a: Found, b: Found) -> str:
+    """Return where A is, seen from B, by the longer of the two distances between their middles."""
+    dx, dy = a.centre[0] - b.centre[0], a.centre[1] - b.centre[1]
+    if abs(dx) >= abs(dy):
+        return "left" if dx < 0 else "right"
+    return "above" if dy < 0 else "below"
+
+
+def assign(found: Sequence[Found], asked: Sequence[Obj]) -> tuple[int, ...] | None:
+    """Return for each asked object the index of a found one of the same concept, colours matched first, or None."""
+    if len(found) != len(asked) or sorted(f.concept for f in found) != sorted(o.concept for o in asked):
+        return None
+    orders = [
+        order
+        for order in permutations(range(len(found)))
+        if all(found[i].concept == obj.concept for i, obj in zip(order, asked, strict=True))
+    ]
+
+    def fit(order: tuple[int, ...]) -> tuple[int, float]:
+        pairs = [(found[i], obj) for i, obj in zip(order, asked, strict=True)]
+        colours = sum(obj.colour is None or f.colour == obj.colour for f, obj in pairs)
+        return colours, -sum(math.dist(f.centre, obj.centre) for f, obj in pairs)
+
+    return max(orders, key=fit)
+
+
+def judge_prompt(reading: Reading, asked: Scene, task: str, world: World) -> Verdict:
+    """Compare a reading with the scene that a prompt asked for, in what the prompt says.
+
+    Parts: background; objects (the right things and no others); count; colour (where the prompt names one); style
+    (where the world has several) and relation (task "position").
+    """
+    from unilip.data.world import relation  # the name is taken by a part below
+
+    names = sorted(obj.concept for obj in asked.objects)
+    seen = sorted(found.concept for found in reading.objects)
+    parts = {
+        "background": reading.background == asked.background,
+        "objects": set(seen) == set(names),
+        "count": len(seen) == len(names),
+    }
+    order = assign(reading.objects, asked.objects)
+    pairs = [] if order is None else [(reading.objects[i], obj) for i, obj in zip(order, asked.objects, strict=True)]
+    if any(obj.colour for obj in asked.objects):
+        parts["colour"] = bool(pairs) and all(obj.colour in (None, found.colour) for found, obj in pairs)
+    if len(world.styles) > 1 and any(obj.concept not in SHAPES for obj in asked.objects):
+        parts["style"] = bool(pairs) and all(o.concept in SHAPES or f.style == o.style for f, o in pairs)
+    if task == "position":
+        wanted = relation(asked.objects[0], asked.objects[1])
+        parts["relation"] = bool(pairs) and found_relation(pairs[0][0], pairs[1][0]) == wanted
+    ok = order is not None and all(parts.values())
+    wrong = [name for name, right in parts.items() if not right]
+    if order is None and not wrong:
+        wrong = ["objects"]
+    return Verdict(ok, parts, "" if ok else f"{', '.join(wrong)}: saw {reading}")

@@ -1,0 +1,224 @@
+"""Scenes: what is held out stays out, nothing overlaps, everything is reproducible."""
+
+import random
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+
+from unilip.data.art import Atlas
+from unilip.data.concepts import SHAPES, concepts
+from unilip.data.errors import DataError
+from unilip.data.render import change_mask, object_mask, object_masks, render
+from unilip.data.seeding import generator, stable_hash
+from unilip.data.world import (
+    COMPOSITIONAL,
+    PURPOSES,
+    TASKS,
+    Obj,
+    Scene,
+    World,
+    overlap,
+    reading_order,
+    relation,
+    sample_scene,
+)
+
+WORLDS = ("pico", "nano")
+
+
+@pytest.fixture(scope="module")
+def atlas():
+    return Atlas.synthetic(World.nano(), size=24)
+
+
+def scenes(world: World, task: str, n: int = 150, split: str = "train", purpose: str = "tokenizer", **more):
+    rng = random.Random(f"{world.name} {task} {split}")
+    return [sample_scene(world, rng, task, split, purpose, **more) for _ in range(n)]
+
+
+def test_hashes_do_not_depend_on_the_process():
+    assert stable_hash("pair", "cat", "dog") == 4688969809018821462
+    assert generator(1, "train", 2).random() == generator(1, "train", 2).random()
+    assert generator(1, "train", 2).random() != generator(1, "val", 2).random()
+
+
+def test_preset_worlds_are_as_announced():
+    nano, pico = World.preset("nano"), World.preset("pico")
+    assert (nano.image_size, pico.image_size) == (224, 112)
+    assert len(pico.concepts) == 44
+    assert len(pico.generation_held_out) == 2
+    assert len(pico.extra) == 4
+    assert len(nano.extra) == len(nano.generation_held_out) == 24
+    assert set(pico.concepts) <= set(nano.concepts) - set(nano.generation_held_out)
+    assert not set(nano.extra) & set(nano.concepts)
+    gone = set(concepts()) - set(nano.concepts) - set(nano.extra)
+    assert all(name.split()[-1] in SHAPES for name in gone)  # the art's coloured shapes give way to ours
+    with pytest.raises(DataError, match=r"milli.*nano, pico"):
+        World.preset("milli")
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_shares_held_out(name):
+    world = World.preset(name)
+    pairs = [world.pair_held_out(a, b) for a, b in combinations(world.concepts, 2)]
+    assert np.mean(pairs) == pytest.approx(0.10, abs=0.02)
+    nano = World.nano()
+    colours = [nano.colour_held_out(n, c) for n in (*nano.recolourable, *SHAPES) for c in nano.colours]
+    assert np.mean(colours) == pytest.approx(0.15, abs=0.03)
+    assert world.pair_held_out("dog", "cat") == world.pair_held_out("cat", "dog")
+    assert not world.pair_held_out("cat", "cat")
+
+
+@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("purpose", PURPOSES)
+def test_training_never_sees_what_is_held_out(name, purpose):
+    world = World.preset(name)
+    for task in TASKS:
+        for scene in scenes(world, task, purpose=purpose):
+            names = [obj.concept for obj in scene.objects]
+            assert not set(names) & set(world.extra)
+            assert not any(world.pair_held_out(a, b) for a, b in combinations(names, 2))
+            assert not any(obj.colour and world.colour_held_out(obj.concept, obj.colour) for obj in scene.objects)
+            if purpose == "generation":
+                assert not set(names) & set(world.generation_held_out)
+            assert world.allowed(scene, "train", purpose)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("task", TASKS)
+def test_validation_shows_held_out_combinations_and_seen_ones(name, task):
+    world = World.preset(name)
+    assert all(world.seen(scene) != (task in COMPOSITIONAL) for scene in scenes(world, task, 60, "val"))
+    assert all(world.seen(scene) for scene in scenes(world, task, 60, "val", seen=True))
+    with pytest.raises(DataError, match="split='val'"):
+        scenes(world, task, 1, "train", seen=False)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_unseen_concepts_can_be_asked_for_in_validation_only(name):
+    world = World.preset(name)
+    found = scenes(world, "single", 40, "val", pool=world.extra)
+    assert {obj.concept for scene in found for obj in scene.objects} <= set(world.extra)
+    held = scenes(world, "single", 40, "val", "generation", pool=world.generation_held_out)
+    assert {obj.concept for scene in held for obj in scene.objects} <= set(world.generation_held_out)
+    with pytest.raises(DataError, match="larger pool"):
+        sample_scene(world, random.Random(0), "single", "train", "tokenizer", pool=world.extra[:2])
+
+
+@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("task", TASKS)
+def test_objects_are_inside_apart_and_on_the_ground(name, task):
+    world = World.preset(name)
+    for scene in scenes(world, task):
+        count = len(scene.objects)
+        assert count == {"two": 2, "position": 2, "colour_attr": 2}.get(task, count)
+        assert (2 <= count <= world.max_count) if task == "counting" else count <= 2
+        for obj in scene.objects:
+            assert world.margin <= min(obj.box)
+            assert max(obj.box) <= world.image_size - world.margin
+            assert obj.size in (world.single_sizes if count == 1 else world.multi_sizes)
+            assert (obj.x - (world.image_size - obj.size) // 2) % world.grid == 0
+            assert obj.colour is None or obj.colour in world.colours_of(obj.concept, obj.style)
+            assert not world.clashes(obj, scene.background)
+            if world.is_horizon(scene.background):
+                assert world.grounded(obj)
+        assert not any(overlap(a, b, world.gap) for a, b in combinations(scene.objects, 2))
+        if task == "counting":
+            assert len({obj.look for obj in scene.objects}) == 1
+        if task == "position":
+            assert relation(*scene.objects) is not None
+        if task == "colour_attr":
+            assert len({obj.colour for obj in scene.objects} - {None}) == 2
+
+
+def test_every_count_relation_and_background_comes_up():
+    for world in (World.pico(), World.nano()):
+        assert {len(s.objects) for s in scenes(world, "counting")} == {2, 3, 4}
+        assert {relation(*s.objects) for s in scenes(world, "position")} == {"left", "right", "above", "below"}
+        assert {s.background for s in scenes(world, "single", 800)} == set(world.backgrounds)
+
+
+def test_relations():
+    def at(x, y):
+        return Obj("cat", "flat", None, None, x, y, 48)
+
+    middle = at(100, 100)
+    assert relation(at(30, 110), middle) == "left"
+    assert relation(at(170, 90), middle) == "right"
+    assert relation(at(110, 20), middle) == "above"
+    assert relation(at(90, 190), middle) == "below"
+    assert relation(at(30, 30), middle) is None  # a diagonal: people would disagree
+    assert relation(at(110, 110), middle) is None  # overlapping
+    assert reading_order(Scene("white", (middle, at(30, 110))))[0].x == 30
+
+
+def test_scenes_survive_json():
+    import json
+
+    for scene in scenes(World.nano(), "two", 20):
+        assert Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
+
+
+def test_the_same_generator_gives_the_same_scene_and_pixels(atlas):
+    world = World.nano()
+    for task in TASKS:
+        one, two = (sample_scene(world, generator(7, task), task) for _ in range(2))
+        assert one == two
+        assert render(one, atlas, world).tobytes() == render(two, atlas, world).tobytes()
+
+
+@pytest.mark.parametrize("background", ["red", "night sky", "snow"])
+def test_pixels_outside_the_masks_are_background(atlas, background):
+    world = World.nano()
+    objects = tuple(Obj("car", "flat", "blue", None, 20 + 100 * i, 120, 80) for i in range(2))
+    empty = np.asarray(render(Scene(background, ()), atlas, world))
+    full = np.asarray(render(Scene(background, objects), atlas, world))
+    masks = object_masks(Scene(background, objects), atlas, world)
+    assert full.shape == (224, 224, 3)
+    assert masks.shape == (2, 224, 224)
+    assert not (masks[0] & masks[1]).any()
+    assert np.array_equal(full[~masks.any(0)], empty[~masks.any(0)])
+    assert (full != empty).any(-1)[masks[0]].mean() > 0.9
+    assert object_masks(Scene(background, ()), atlas, world).shape == (0, 224, 224)
+
+
+def test_change_mask_of_a_new_background_spares_kept_objects(atlas):
+    world = World.nano()
+    obj = Obj("heart", "flat", "red", None, 60, 60, 96)
+    before, after = Scene("white", (obj,)), Scene("blue", (obj,))
+    mask = change_mask(before, after, atlas, world)
+    pictures = [np.asarray(render(scene, atlas, world)) for scene in (before, after)]
+    assert np.array_equal(mask, (pictures[0] != pictures[1]).any(-1))
+    assert not mask[100, 108]
+    assert object_mask(obj, atlas, world)[100, 108]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(("dance",), "single"), (("two", "test"), "train, val"), (("two", "train", "fun"), "tokenizer")],
+)
+def test_wrong_names_are_answered_with_the_right_ones(arguments, words):
+    with pytest.raises(DataError, match=words):
+        sample_scene(World.pico(), random.Random(0), *arguments)
+
+
+def test_a_world_checks_itself():
+    from dataclasses import replace
+
+    pico = World.pico()
+    with pytest.raises(DataError, match=r"120.*image_size 112"):
+        replace(pico, single_sizes=(120,))
+    with pytest.raises(DataError, match=r"styles.*oil"):
+        replace(pico, styles=("oil",))
+    with pytest.raises(DataError, match="extra"):
+        replace(pico, extra=("cat",))
+    with pytest.raises(DataError, match=r"unknown background"):
+        render(Scene("plaid", ()), Atlas({}), pico)
+
+
+def test_lattice_of_pico():
+    pico = World.pico()
+    assert list(pico.positions(48)) == [4, 18, 32, 46, 60]
+    assert list(pico.positions(72, single=True)) == [6, 20, 34]
+    assert all(b - a == 1 for a, b in pairwise(World.nano().positions(96)))
