@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 if TYPE_CHECKING:
     from unilip.model import UniLIP
@@ -81,6 +82,12 @@ def train_tiny_tokenizer(sentences: tuple[str, ...] = SENTENCES, special: tuple[
 
 
 @pytest.fixture(scope="session")
+def fresh_tokenizer() -> Callable[[tuple[str, ...]], Any]:
+    """Train a tokenizer that the test may change, with these special tokens: f(("<|im_start|>", ...))."""
+    return lambda special: train_tiny_tokenizer(special=special)
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """A tokenizer that fits the tiny preset."""
     return train_tiny_tokenizer()
@@ -113,3 +120,14 @@ def tiny_folder(tiny_model: "UniLIP", tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("tiny") / "model"
     tiny_model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[..., Image.Image]:
+    """Paint an RGB picture of smooth colours, different for each seed: f(width=56, height=56, seed=0)."""
+
+    def paint(width: int = 56, height: int = 56, seed: int = 0) -> Image.Image:
+        colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        return Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
+
+    return paint

@@ -39,7 +39,9 @@ LAYERS = {
 OTHERS = {
     "weights": (),
     "__init__": ROAD,
-    "cli": (*ROAD, *LAYERS, "weights", "__init__"),
+    "verify": ROAD,
+    "demo": (*ROAD, "weights", "__init__"),
+    "cli": (*ROAD, *LAYERS, "verify", "demo", "weights", "__init__"),
     "__main__": ("cli",),
 }
 
@@ -188,6 +190,8 @@ def test_starting_is_light(file):
         ("data/scenes.py", "from ..train import loop"),
         ("train/loop.py", "from unilip.eval.judge import judge"),
         ("eval/judge.py", "from unilip import cli"),
+        ("demo.py", "from unilip.data import scenes"),
+        ("model.py", "from unilip.verify import verify"),
     ],
 )
 def test_the_law_catches(file, source):

@@ -379,15 +379,15 @@ def _nano() -> UniLIPConfig:
         latent_factor=1.0,
         vision=VisionConfig(hidden_size=192, num_layers=6, num_heads=6, intermediate_size=768, image_size=224),
         text=TextConfig(
-            vocab_size=3072, hidden_size=320, num_layers=6, num_heads=10, num_kv_heads=2, intermediate_size=864,
+            vocab_size=3072, hidden_size=256, num_layers=6, num_heads=8, num_kv_heads=2, intermediate_size=704,
             rope_theta=10_000.0, max_positions=2048, tie_embeddings=True,
         ),
         dit=DiTConfig(
-            num_layers=9, num_heads=9, head_dim=32, num_cross_heads=9, cross_head_dim=32, caption_channels=320,
+            num_layers=10, num_heads=8, head_dim=32, num_cross_heads=8, cross_head_dim=32, caption_channels=256,
             sample_size=8,
         ),
         decoder=DecoderConfig(
-            block_out_channels=(32, 32, 64, 128, 256, 256), layers_per_block=(1, 1, 2, 2, 2, 2),
+            block_out_channels=(32, 32, 64, 128, 128, 256), layers_per_block=(1, 1, 2, 2, 2, 1),
         ),
         sampling=SamplingConfig(guidance_scale=3.0),
     )  # fmt: skip

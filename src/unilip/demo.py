@@ -111,19 +111,20 @@ def photograph(size: int = 224, seed: int = 0) -> Image.Image:
     rng = np.random.default_rng(seed)
     down, across = np.mgrid[0:size, 0:size] / size  # (S,S) each
 
-    def noise(finest: int) -> np.ndarray:
+    def noise(finest: int, falloff: float = 2.0) -> np.ndarray:
         total = np.zeros((size, size))
         for power in range(1, finest + 1):
             cells = Image.fromarray(rng.random((2**power + 1,) * 2).astype(np.float32))
-            total += np.asarray(cells.resize((size, size), Image.Resampling.BICUBIC)) / 2**power
+            total += np.asarray(cells.resize((size, size), Image.Resampling.BICUBIC)) / falloff**power
         return total / total.max()
 
     sky = np.array([0.38, 0.56, 0.80]) + down[..., None] * np.array([0.62, 0.36, 0.10])
     clouds = np.clip(noise(6) * 2.4 - 1.3, 0, 1)[..., None]
     picture = sky * (1 - clouds) + clouds
-    for height, tint, roughness in ((0.50, (0.42, 0.50, 0.58), 0.10), (0.60, (0.30, 0.40, 0.28), 0.14), (0.76, (0.22, 0.33, 0.12), 0.10)):
-        ridge = height + roughness * (noise(5)[0] - 0.5)  # (S)
-        shade = (0.55 + 0.75 * noise(7))[..., None] * np.array(tint)
+    hills = ((0.50, (0.50, 0.58, 0.66), 1.8), (0.60, (0.40, 0.50, 0.34), 1.4), (0.74, (0.42, 0.46, 0.20), 1.1))
+    for height, tint, falloff in hills:  # the nearer, the rougher
+        ridge = height + 0.12 * (noise(6)[0] - 0.5)  # (S)
+        shade = (0.2 + 1.1 * noise(7, falloff))[..., None] * np.array(tint)
         picture = np.where((down > ridge[None])[..., None], shade, picture)
     glow = np.exp(-((across - 0.72) ** 2 + (down - 0.30) ** 2) / 0.03)[..., None] * np.array([0.5, 0.4, 0.15])
     grain = rng.normal(0, 0.02, (size, size, 3))

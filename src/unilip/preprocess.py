@@ -9,7 +9,6 @@ Special tokens are asked of the tokenizer by name; no id is written anywhere.
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from unilip.config import UniLIPConfig
@@ -64,7 +63,7 @@ def load_image(image: ImageLike) -> Image.Image:
         return _to_rgb(ImageOps.exif_transpose(image))
     except ImageError:
         raise
-    except (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever the decoder of a format raises for a broken file
         raise ImageError(
             f"The image cannot be decoded ({error}); it may be truncated. Give a whole PNG or JPEG."
         ) from error
@@ -88,7 +87,7 @@ def _open(path: Path) -> Image.Image:
         raise ImageError(f"There is no image file {path}; check the path.") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path} is too large to decode ({error}); scale it down first.") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except Exception as error:
         raise ImageError(f"{path} is not an image that can be read (PNG, JPEG, WebP, ...).") from error
 
 
@@ -292,10 +291,12 @@ class Processor:
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str], config: UniLIPConfig) -> Processor:
         """Read the tokenizer files of a checkpoint folder."""
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+        # with a tokenizer.json nothing else needs to be guessed from the folder's config.json
+        kind = PreTrainedTokenizerFast if (Path(folder) / "tokenizer.json").exists() else AutoTokenizer
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # the tokenizers library raises nothing more special
             raise CheckpointError(f"{folder} holds no readable tokenizer ({str(error).splitlines()[0]}).") from error
         return cls(tokenizer, config)

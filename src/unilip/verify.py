@@ -246,8 +246,9 @@ def _generation(model: UniLIP, opened: Checkpoint, record: Record) -> Results:
     start = record["final_latents"].to(latents) if "final_latents" in record else latents
     image, own = model.from_latent(start)[0], model.from_latent(latents)[0]
     note = f"from the recorded latents; from ours {float((image - own).abs().max()):.1e} away"
-    mean, factor = model._latent_scale(start)
-    yield Result("decoded", model.pixel_decoder.decode((start / factor + mean).to(model.dtype)), None, note)
+    if "decoded" in record:
+        mean, factor = model._latent_scale(start)
+        yield Result("decoded", model.pixel_decoder.decode((start / factor + mean).to(model.dtype)), None, note)
     yield Result("image", image.movedim(0, -1), None, note)
 
 

@@ -10,10 +10,11 @@ are named in CIELAB on the pixels that painting changes. The verdicts compare a 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import permutations
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,16 +24,21 @@ from PIL import Image
 from unilip.data.art import BACKGROUNDS, HORIZON, Atlas
 from unilip.data.concepts import SHAPES, concept
 from unilip.data.edits import Edit
-from unilip.data.render import change_mask
-from unilip.data.world import Obj, Scene, World
+from unilip.data.render import change_mask, render
+from unilip.data.world import Obj, Scene, World, relation
 from unilip.errors import UniLIPError
 
+T = TypeVar("T")
 UNKNOWN = "unknown"  # something is there that looks like no drawing of the world
 MIN_EXPLAINED = 0.60  # share of the picture's energy in a window that a sprite has to explain to be recognised
 MIN_AREA = 0.02  # share of the picture that something has to cover to be seen at all
 SOFTNESS = (0.0, 1.5, 2.5)  # further blur of a sprite, in pixels, that is tried before it is refused
+SCALES = (0.94, 0.97, 1.03, 1.06)  # of the likeliest sprites, tried in full resolution
+FINALISTS = 3
+KEPT_PIXELS = 2_000_000  # of sprites kept ready, about 100 MB
 BACKGROUND_NEAR = 20.0  # CIELAB distance up to which a pixel may belong to a background
 BACKGROUND_SHARE = 0.20  # share of pixels that have to be near the background
+PLACE_TOLERANCE = 0.15  # of the picture, between the middles of an object and of its place
 LIGHTNESS_WEIGHT = 0.5  # of L against a and b when a colour is named: shading is not colour
 
 
@@ -213,6 +219,8 @@ class Judge:
         layers = torch.stack([self._coarse(look) for look in self.looks])  # L 4 G G
         weights, self._constant = _template(layers)
         self._weights = weights.flatten(1)  # L 8GG
+        self._kept: dict[tuple[_Look, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._kept_pixels = 0
         self._kinds = {kind: i for i, kind in enumerate(dict.fromkeys((k.concept, k.style) for k in self.looks))}
         self._kind_of = torch.tensor([self._kinds[k.concept, k.style] for k in self.looks])
         sizes = sorted({*world.single_sizes, *world.multi_sizes})
@@ -257,7 +265,7 @@ class Judge:
     def _floor(energy: torch.Tensor) -> float:
         """Energy of a pixel that still counts as background: from the quieter half of the picture."""
         quiet = torch.quantile(energy.flatten(), 0.25)
-        return float(max(0.004, 4 * quiet))
+        return float(max(0.004, 10 * quiet))
 
     def _next(
         self, left: torch.Tensor, behind: torch.Tensor, energy: torch.Tensor, floor: float, before: Sequence[Found]
@@ -271,7 +279,8 @@ class Judge:
         candidates = self._search(left, behind, before)
         best = self._refine(left, behind, candidates)
         if best is not None:
-            look, x, y, size, layers = best
+            look, x, y, size = best
+            layers = self._layers(look, size)
             alpha = layers[3]
             window = (slice(y, y + size), slice(x, x + size))
             cover = torch.zeros(side, side)
@@ -352,62 +361,97 @@ class Judge:
 
     def _refine(
         self, left: torch.Tensor, behind: torch.Tensor, candidates: Sequence[tuple[int, int, int, int]]
-    ) -> tuple[_Look, int, int, int, torch.Tensor] | None:
-        """Try each candidate in full resolution at sizes and places nearby; returns the best with its layers."""
-        side = left.shape[-1]
+    ) -> tuple[_Look, int, int, int] | None:
+        """Try each candidate in full resolution at sizes and places nearby; returns the best (look, x, y, size)."""
         scene = _scene(left, behind)
         energy = (left**2).sum(0, keepdim=True)
-        best: tuple[float, _Look, int, int, int, torch.Tensor] | None = None
-        for index, x, y, size in candidates:
-            look = self.looks[index]
-            reach = max(3, math.ceil(size / self.cells))
-            for scale in (0.94, 0.97, 1.0, 1.03, 1.06):
-                s = min(round(size * scale), side)
-                layers = self._layers(look, s)
-                weights, constant = _template(layers[None])
-                cx, cy = x + (size - s) // 2, y + (size - s) // 2
-                x0, y0 = max(0, min(cx - reach, side - s)), max(0, min(cy - reach, side - s))
-                x1, y1 = max(x0, min(cx + reach, side - s)), max(y0, min(cy + reach, side - s))
-                region = scene[:, y0 : y1 + s, x0 : x1 + s]
-                gain = F.conv2d(region[None], weights)[0, 0] - constant
-                full = F.avg_pool2d(energy[:, y0 : y1 + s, x0 : x1 + s], s, 1)[0] * s * s
-                gain = _merit(gain, full)
-                value = float(gain.max())
-                if best is None or value > best[0]:
-                    dy, dx = divmod(int(gain.argmax()), gain.shape[-1])
-                    best = (value, look, x0 + dx, y0 + dy, s, layers)
-        return None if best is None or best[0] <= 0 else best[1:]
+        tried = [self._fit(scene, energy, place, 1.0) for place in candidates]
+        tried.sort(key=lambda fit: -fit[0])
+        for value, look, x, y, size in tried[:FINALISTS]:
+            near = (self.looks.index(look), x, y, size)
+            tried += [self._fit(scene, energy, near, scale) for scale in SCALES if value > 0]
+        value, look, x, y, size = max(tried, key=lambda fit: fit[0])
+        return None if value <= 0 else (look, x, y, size)
+
+    def _fit(
+        self, scene: torch.Tensor, energy: torch.Tensor, place: tuple[int, int, int, int], scale: float
+    ) -> tuple[float, _Look, int, int, int]:
+        """Slide one look, SCALE times as large, around (look, x, y, size); returns merit, look, x, y, size."""
+        index, x, y, size = place
+        side = scene.shape[-1]
+        look, s = self.looks[index], min(round(size * scale), side)
+        reach = max(3, math.ceil(size / self.cells)) if scale == 1 else 2
+        weights, constant = self._fine(look, s)[1:]
+        cx, cy = x + (size - s) // 2, y + (size - s) // 2
+        x0, y0 = max(0, min(cx - reach, side - s)), max(0, min(cy - reach, side - s))
+        x1, y1 = max(x0, min(cx + reach, side - s)), max(y0, min(cy + reach, side - s))
+        gain = F.conv2d(scene[None, :, y0 : y1 + s, x0 : x1 + s], weights)[0, 0] - constant
+        full = F.avg_pool2d(energy[:, y0 : y1 + s, x0 : x1 + s], s, 1)[0] * s * s
+        merit = _merit(gain, full)
+        dy, dx = divmod(int(merit.argmax()), merit.shape[-1])
+        return float(merit.max()), look, x0 + dx, y0 + dy, s
+
+    def _fine(self, look: _Look, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Colour x alpha and alpha of a sprite, blurred as the picture is (4, size, size), and its template."""
+        key = (look, size)
+        if key not in self._kept:
+            sprite = self.atlas.sprite(look.concept, look.style, size, look.colour, look.tone)
+            layers = _blur(_premultiply(sprite)[None], self.blur, "constant")
+            if self._kept_pixels > KEPT_PIXELS:
+                self._kept.clear()
+                self._kept_pixels = 0
+            self._kept[key] = (layers[0], *_template(layers))
+            self._kept_pixels += size * size
+        return self._kept[key]
 
     def _layers(self, look: _Look, size: int) -> torch.Tensor:
-        """Colour x alpha and alpha of a sprite, blurred as the picture is: (4, size, size)."""
-        sprite = self.atlas.sprite(look.concept, look.style, size, look.colour, look.tone)
-        return _blur(_premultiply(sprite)[None], self.blur, "constant")[0]
+        return self._fine(look, size)[0]
 
     # ------------------------------------------------------------------------------------------ colours
 
     def _name_colour(self, found: Found, image: torch.Tensor, behind: torch.Tensor) -> Found:
-        """Name the colour by the pixels that painting changes: nearest painted variant in mean CIELAB."""
+        """Name colour or skin tone by the pixels that they change: the nearest variant in mean CIELAB."""
         if found.concept == UNKNOWN:
             return found
         colours = self.world.colours_of(found.concept, found.style)
-        if not colours:
-            return Found(found.concept, found.style, None, found.box, found.score, found.tone)
+        if colours:
+            looks = {name: _Look(found.concept, found.style, name, None) for name in colours}
+            return replace(found, colour=self._nearest(looks, found, image, behind), tone=None)
+        if self.world.tones and concept(found.concept).toned:
+            tones = {name: _Look(found.concept, found.style, None, name) for name in (None, *self.world.tones)}
+            return replace(found, colour=None, tone=self._nearest(tones, found, image, behind))
+        return replace(found, colour=None, tone=None)
+
+    def _nearest(self, looks: Mapping[T, _Look], found: Found, image: torch.Tensor, behind: torch.Tensor) -> T:
         x, y, size = int(found.box[0]), int(found.box[1]), int(found.size)
         window = (slice(None), slice(y, y + size), slice(x, x + size))
-        seen = _lab_of(image[window])
-        variants = {}
-        for colour in colours:
-            layers = self._layers(_Look(found.concept, found.style, colour, None), size)
-            variants[colour] = (_lab_of(layers[:3] + (1 - layers[3]) * behind[window]), layers[3].numpy())
-        stack = np.stack([lab for lab, _ in variants.values()])
-        alpha = next(iter(variants.values()))[1]
-        spread = stack.std(0).sum(-1) * (alpha > 0.8)
+        layers = {name: self._layers(look, size) for name, look in looks.items()}
+        labs = {name: _lab_of(each[:3] + (1 - each[3]) * behind[window]) for name, each in layers.items()}
+        alpha = next(iter(layers.values()))[3].numpy()
+        spread = np.stack(list(labs.values())).std(0).sum(-1) * (alpha > 0.8)
         weight = (spread > 0.5 * spread.max()).astype(np.float32)
-        mean = _mean(seen, weight)
-        scale = np.array([LIGHTNESS_WEIGHT, 1, 1])
-        distances = {c: float(np.linalg.norm((_mean(lab, weight) - mean) * scale)) for c, (lab, _) in variants.items()}
-        colour = min(distances, key=lambda name: distances[name])
-        return Found(found.concept, found.style, colour, found.box, found.score, found.tone)
+        seen = _mean(_lab_of(image[window]), weight)
+        scale = np.array([1 if concept(found.concept).toned else LIGHTNESS_WEIGHT, 1, 1])  # skin differs in lightness
+        distances = {name: float(np.linalg.norm((_mean(lab, weight) - seen) * scale)) for name, lab in labs.items()}
+        return min(distances, key=lambda name: distances[name])
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - a judge lives as long as its run
+    def colours_as(self, obj: Obj) -> tuple[str | None, ...]:
+        """Return the colour names that a reading may give OBJ: its own, or those nearest to the artist's drawing."""
+        colours = self.world.colours_of(obj.concept, obj.style)
+        if not colours:
+            return (None,)
+        if obj.colour is not None:
+            return (obj.colour,)
+        side = self.world.image_size
+        found = Found(obj.concept, obj.style, None, (0.0, 0.0, float(obj.size), float(obj.size)), 1.0)
+        behind = torch.full((3, side, side), 0.6)
+        layers = self._layers(_Look(obj.concept, obj.style, None, obj.tone), obj.size)
+        image = behind.clone()
+        image[:, : obj.size, : obj.size] = layers[:3] + (1 - layers[3]) * behind[:, : obj.size, : obj.size]
+        looks = {name: _Look(obj.concept, obj.style, name, None) for name in colours}
+        near = self._nearest(looks, found, image, behind)
+        return (near, *(name for name in colours if name != near and self.world.looks(obj, name)))
 
 
 def _lab_of(image: torch.Tensor) -> np.ndarray:
@@ -450,29 +494,119 @@ def assign(found: Sequence[Found], asked: Sequence[Obj]) -> tuple[int, ...] | No
 def judge_prompt(reading: Reading, asked: Scene, task: str, world: World) -> Verdict:
     """Compare a reading with the scene that a prompt asked for, in what the prompt says.
 
-    Parts: background; objects (the right things and no others); count; colour (where the prompt names one); style
-    (where the world has several) and relation (task "position").
+    Parts: background; objects (the right things and no others); count; colour and tone (where the prompt names one);
+    style (where the world has several); relation (task "position").
     """
-    from unilip.data.world import relation  # the name is taken by a part below
+    parts, pairs = _compare(reading, asked, world)
+    if any(obj.colour for obj in asked.objects):
+        parts["colour"] = bool(pairs) and all(obj.colour in (None, found.colour) for found, obj in pairs)
+    if any(obj.tone for obj in asked.objects):
+        parts["tone"] = bool(pairs) and all(obj.tone in (None, found.tone) for found, obj in pairs)
+    if task == "position":
+        wanted = relation(asked.objects[0], asked.objects[1])
+        parts["relation"] = bool(pairs) and found_relation(pairs[0][0], pairs[1][0]) == wanted
+    return _conclude(parts, reading)
 
-    names = sorted(obj.concept for obj in asked.objects)
-    seen = sorted(found.concept for found in reading.objects)
+
+def _compare(reading: Reading, asked: Scene, world: World) -> tuple[dict[str, bool], list[tuple[Found, Obj]]]:
+    """Return the parts that every prompt has, and which found object is which asked one (none if they do not fit)."""
+    names = [obj.concept for obj in asked.objects]
+    seen = [found.concept for found in reading.objects]
     parts = {
         "background": reading.background == asked.background,
         "objects": set(seen) == set(names),
         "count": len(seen) == len(names),
     }
     order = assign(reading.objects, asked.objects)
+    if order is None and all(parts.values()):
+        parts["objects"] = False  # two cats and a dog are not a cat and two dogs
     pairs = [] if order is None else [(reading.objects[i], obj) for i, obj in zip(order, asked.objects, strict=True)]
-    if any(obj.colour for obj in asked.objects):
-        parts["colour"] = bool(pairs) and all(obj.colour in (None, found.colour) for found, obj in pairs)
     if len(world.styles) > 1 and any(obj.concept not in SHAPES for obj in asked.objects):
         parts["style"] = bool(pairs) and all(o.concept in SHAPES or f.style == o.style for f, o in pairs)
-    if task == "position":
-        wanted = relation(asked.objects[0], asked.objects[1])
-        parts["relation"] = bool(pairs) and found_relation(pairs[0][0], pairs[1][0]) == wanted
-    ok = order is not None and all(parts.values())
+    return parts, pairs
+
+
+def _conclude(parts: dict[str, bool], reading: Reading) -> Verdict:
     wrong = [name for name, right in parts.items() if not right]
-    if order is None and not wrong:
-        wrong = ["objects"]
-    return Verdict(ok, parts, "" if ok else f"{', '.join(wrong)}: saw {reading}")
+    return Verdict(not wrong, parts, f"{', '.join(wrong)} wrong: saw {reading}" if wrong else "")
+
+
+# ---------------------------------------------------------------------------------------------- edits
+
+
+@dataclass(frozen=True)
+class EditVerdict:
+    """DONE: the instruction was followed. KEPT: what it does not name is still there. PSNR_OUTSIDE in decibels.
+
+    ``psnr_outside`` compares the result with the exact target where the edit may not change anything (None where it
+    may change everything, capped at 100).
+    """
+
+    done: bool
+    kept: bool
+    psnr_outside: float | None
+    parts: dict[str, bool] = field(default_factory=dict)
+    reason: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the instruction was followed and the rest kept."""
+        return self.done and self.kept
+
+
+def judge_edit(judge: Judge, result: np.ndarray | Image.Image, edit: Edit, reading: Reading | None = None) -> EditVerdict:
+    """Compare the RESULT of an edit with its target scene, object by object, and outside the mask pixel by pixel.
+
+    Objects are told apart by what they are, and have to be within PLACE_TOLERANCE of their place; a new object next
+    to another has to be on the side that the instruction names. READING saves reading the result again.
+    """
+    world, target = judge.world, edit.target
+    pixels = np.asarray(result)
+    reading = reading if reading is not None else judge.read(pixels)
+    parts, pairs = _compare(reading, target, world)
+    style = parts.pop("style", True)
+    before = set(edit.source.objects)
+    tolerance = PLACE_TOLERANCE * world.image_size
+
+    def there(found: Found, obj: Obj) -> bool:
+        return math.dist(found.centre, obj.centre) <= tolerance
+
+    def alike(found: Found, obj: Obj) -> bool:
+        tone = obj.tone == found.tone or not concept(obj.concept).toned or not world.tones
+        return found.colour in judge.colours_as(obj) and tone and (obj.concept in SHAPES or found.style == obj.style)
+
+    fits = parts["objects"] and parts["count"]
+    changed = [(found, obj) for found, obj in pairs if obj not in before]
+    same = [(found, obj) for found, obj in pairs if obj in before]
+    parts["kept"] = bool(pairs) and all(there(f, o) and alike(f, o) for f, o in same)
+    if edit.kind == "background":
+        done = parts["background"]
+    elif edit.kind == "add":
+        parts["place"] = bool(changed) and all(
+            found_relation(f, g) == relation(o, p) for f, o in changed for g, p in same[:1]
+        )
+        done = fits and parts["place"] and all(alike(f, o) for f, o in changed)
+    elif edit.kind == "remove":
+        done = fits
+    elif edit.kind == "style":
+        done = bool(pairs) and style
+    else:  # replace, move, recolour, skin_tone: the object is where and as the target says
+        parts["place"] = bool(changed) and all(there(f, o) for f, o in changed)
+        parts["looks"] = bool(changed) and all(alike(f, o) for f, o in changed)
+        done = fits and parts["place"] and parts["looks"]
+    kept = parts["kept"] and (edit.kind == "background" or parts["background"])
+    if edit.kind == "background":
+        kept = kept and fits
+    wrong = [*([] if done else [f"{edit.kind} not done"]), *([] if kept else ["rest not kept"])]
+    reason = f"{', '.join(wrong)}: saw {reading}" if wrong else ""
+    return EditVerdict(done, kept, psnr_outside(judge, pixels, edit), parts, reason)
+
+
+def psnr_outside(judge: Judge, result: np.ndarray, edit: Edit) -> float | None:
+    """Return the PSNR of RESULT against the target's render where EDIT may change nothing, in dB (at most 100)."""
+    outside = ~change_mask(edit.source, edit.target, judge.atlas, judge.world)
+    if not outside.any():
+        return None
+    target = np.asarray(render(edit.target, judge.atlas, judge.world), dtype=np.float32)
+    error = float(((result.astype(np.float32) - target) ** 2)[outside].mean())
+    return round(min(100.0, 10 * math.log10(255**2 / max(error, 1e-9))), 3)

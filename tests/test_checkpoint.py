@@ -1,0 +1,489 @@
+"""Checkpoints on disk: loading is exact and complete, saving is whole or nothing, and bad files say what is wrong."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from unilip import checkpoint as checkpoints
+from unilip.checkpoint import (
+    load_into,
+    needed_files,
+    open_checkpoint,
+    parse_dtype,
+    parse_size,
+    push_to_hub,
+    resolve,
+    save,
+)
+from unilip.config import preset
+from unilip.errors import CheckpointError
+from unilip.info import describe
+from unilip.model import PARTS, UniLIP
+
+
+def on_meta(config: Any, parts: tuple[str, ...] = tuple(PARTS)) -> UniLIP:
+    with torch.device("meta"):
+        return UniLIP(config, parts=parts)
+
+
+def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+
+
+def assert_same(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    left, right = tensors(a), tensors(b)
+    assert sorted(left) == sorted(right)
+    assert [n for n in left if left[n].dtype != right[n].dtype or not torch.equal(left[n], right[n])] == []
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_loaded_model_equals_the_saved_one_buffers_included(tiny_model: UniLIP, tiny_folder: Path) -> None:
+    loaded = UniLIP.from_pretrained(tiny_folder)
+    buffers = [name for name, _ in loaded.named_buffers()]
+    assert any("inv_freq" in name for name in buffers)
+    assert any("pos_embed" in name for name in buffers)
+    assert_same(loaded, tiny_model)
+    assert loaded.processor is not None
+    assert not any(t.is_meta for t in tensors(loaded).values())
+
+
+@pytest.mark.parametrize("size", ["tiny", "pico", "nano"])
+def test_computed_buffers_equal_those_of_a_model_built_normally(size: str, tmp_path: Path) -> None:
+    model = UniLIP.from_config(preset(size), parts=("mllm", "connector", "dit"))
+    save(model, model.config, tmp_path / "m")
+    assert_same(UniLIP.from_pretrained(tmp_path / "m"), model)
+
+
+def test_tied_weights_stay_tied_and_are_stored_once(tmp_path: Path, fresh_model: Callable[..., UniLIP]) -> None:
+    config = preset("tiny")
+    model = fresh_model(text=type(config.text)(**{**vars(config.text), "tie_embeddings": True}))
+    model.save_pretrained(tmp_path / "m")
+    assert "mllm.language_model.lm_head.weight" not in load_file(tmp_path / "m" / "model.safetensors")
+    loaded = UniLIP.from_pretrained(tmp_path / "m")
+    llm = loaded.mllm.language_model
+    assert llm.lm_head.weight is llm.model.embed_tokens.weight
+    assert_same(loaded, model)
+
+
+def test_dtype_device_and_trainability(tiny_folder: Path) -> None:
+    opened = open_checkpoint(tiny_folder)
+    model = on_meta(opened.config)
+    model.encoder.requires_grad_(False)
+    assert load_into(model, opened, dtype="bfloat16", device="cpu") == ()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in model.buffers()} == {torch.float32}  # positions and frequencies keep their precision
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+    assert all(p.requires_grad for p in model.dit.parameters())
+
+
+def test_stored_precision_is_kept_only_when_asked(tmp_path: Path, tiny_model: UniLIP) -> None:
+    tiny_model.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    assert UniLIP.from_pretrained(tmp_path / "half").dtype == torch.float32
+    assert UniLIP.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.float16
+    assert describe(tmp_path / "half")["dtype"] == "float16"
+
+
+def test_every_tensor_is_read_once_and_copied(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    opened = open_checkpoint(folder)
+    read: list[str] = []
+    original = opened.tensor
+    monkeypatch.setattr(opened, "tensor", lambda name: (read.append(name), original(name))[1])
+    model = on_meta(opened.config)
+    load_into(model, opened)
+    assert sorted(read) == sorted(opened.names)
+    weight = model.encoder.projector[1].weight
+    before = weight.clone()
+    os.truncate(folder / "model.safetensors", 100)  # the model does not depend on its file any more
+    assert torch.equal(weight, before)
+
+
+def test_parts(tiny_folder: Path) -> None:
+    model = UniLIP.from_pretrained(tiny_folder, parts=("encoder", "latent_head"))
+    assert model.parts == ("encoder", "latent_head")
+    opened = open_checkpoint(tiny_folder)
+    other = on_meta(opened.config)
+    load_into(other, opened, parts=["encoder"])
+    assert next(other.dit.parameters()).is_meta
+
+
+def test_a_model_of_another_shape_is_refused(tiny_folder: Path) -> None:
+    opened = open_checkpoint(tiny_folder)
+    with pytest.raises(CheckpointError, match=r"mllm\.queries \[1, 8, 64\] instead of \[1, 9, 64\]"):
+        load_into(on_meta(opened.config.replace(num_queries=9)), opened)
+    with pytest.raises(CheckpointError, match="missing"):
+        load_into(on_meta(opened.config.replace(connector_layers=3)), opened)
+    with pytest.raises(CheckpointError, match="unexpected"):
+        load_into(on_meta(opened.config.replace(connector_layers=1)), opened)
+
+
+def test_dtypes_by_name() -> None:
+    assert parse_dtype(None) == torch.float32
+    assert parse_dtype("bfloat16") == torch.bfloat16
+    assert parse_dtype("auto") is None
+    for wrong in ("int8", "float99", "nn", torch.int64):
+        with pytest.raises(CheckpointError, match="allowed: float32"):
+            parse_dtype(wrong)
+
+
+# --- bad files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(tiny_folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_folder, tmp_path / "broken")
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="There is no checkpoint at"):
+        open_checkpoint(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="could not be fetched from the hub"):
+        open_checkpoint("nobody/nothing")
+
+
+def test_truncated_weights(broken: Path) -> None:
+    for size in (0, 5, 1000, 500_000):
+        os.truncate(broken / "model.safetensors", size)
+        with pytest.raises(CheckpointError, match="truncated or damaged"):
+            open_checkpoint(broken)
+
+
+def test_a_git_lfs_pointer(broken: Path) -> None:
+    (broken / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        open_checkpoint(broken)
+
+
+def test_folders_of_other_kinds(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json.*InternVL3.*SANA"):
+        open_checkpoint(tmp_path)
+    config = tmp_path / "config.json"
+    for text, message in (
+        ("{", "cannot be read as JSON"),
+        ("[]", "no JSON object"),
+        ("{}", "alone does not tell"),
+        ('{"model_type": "llama"}', "'llama'.*Understood are"),
+        ('{"model_type": "internvl_chat"}', "ends in -hf"),
+        ('{"format": "unilip"}', "no weights"),
+    ):
+        config.write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="no weights file"):
+        open_checkpoint(config)
+    config.unlink()
+    torch.save({"encoder.x": torch.zeros(1)}, tmp_path / "1b_unilip.pth")
+    with pytest.raises(CheckpointError, match=r"1b_unilip\.pth: give that file"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="alone does not tell what it is"):
+        open_checkpoint(tmp_path / "1b_unilip.pth")
+
+
+def test_config_that_makes_no_sense(broken: Path) -> None:
+    data = json.loads((broken / "config.json").read_text())
+    for change, message in (
+        ({"image_size": 57}, "multiple of 28"),
+        ({"colour": "blue"}, "unknown fields colour"),
+        ({"num_queries": 9}, "of another shape"),
+        ({"connector_layers": 3}, "missing"),
+    ):
+        (broken / "config.json").write_text(json.dumps(data | change))
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(broken)
+
+
+class Trap:
+    """What a malicious pickle looks like: loading it would call a function."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("sprung",)
+
+
+def test_code_in_a_pickle_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"encoder.weight": torch.zeros(1), "trap": Trap()}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError, match="could run code; it was refused"):
+        open_checkpoint(tmp_path / "evil.pth")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_bad_torch_files(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"mlp1.0.weight": torch.randn(1000)}, path)
+    os.truncate(path, 900)
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        open_checkpoint(path)
+    torch.save([1, 2], path)
+    with pytest.raises(CheckpointError, match="not a dictionary of tensors"):
+        open_checkpoint(path)
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        open_checkpoint(path)
+
+
+def test_torch_weights_old_and_new_load_like_safetensors(tiny_folder: Path, tiny_model: UniLIP, tmp_path: Path) -> None:
+    for zipped in (True, False):
+        folder = tmp_path / str(zipped)
+        folder.mkdir()
+        shutil.copyfile(tiny_folder / "config.json", folder / "config.json")
+        torch.save(
+            load_file(tiny_folder / "model.safetensors"),
+            folder / "pytorch_model.bin",
+            _use_new_zipfile_serialization=zipped,
+        )
+        assert_same(UniLIP.from_pretrained(folder), tiny_model)
+
+
+def test_a_single_file_beside_its_config(tiny_folder: Path, tiny_model: UniLIP) -> None:
+    assert_same(UniLIP.from_pretrained(tiny_folder / "model.safetensors"), tiny_model)
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def test_shards_load_like_one_file_and_are_checked(tmp_path: Path, tiny_model: UniLIP) -> None:
+    tiny_model.save_pretrained(tmp_path / "m", max_shard_size="1MB")
+    shards = sorted((tmp_path / "m").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert all(shard.stat().st_size < 1.1e6 for shard in shards)
+    assert_same(UniLIP.from_pretrained(tmp_path / "m"), tiny_model)
+    assert describe(tmp_path / "m")["files"] == [shard.name for shard in shards]
+
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    text = index.read_text()
+    table = json.loads(text)
+    some = next(iter(table["weight_map"]))
+    for change in ({some: shards[-1].name}, {"ghost": shards[0].name}):
+        index.write_text(json.dumps({"weight_map": table["weight_map"] | change}))
+        with pytest.raises(CheckpointError, match="disagree about"):
+            open_checkpoint(tmp_path / "m")
+    index.write_text(json.dumps({"weight_map": {some: "../elsewhere.safetensors"}}))
+    with pytest.raises(CheckpointError, match="no weight_map of file names"):
+        open_checkpoint(tmp_path / "m")
+    index.write_text(text)
+    shards[0].unlink()
+    with pytest.raises(CheckpointError, match=rf"lacks {shards[0].name}"):
+        open_checkpoint(tmp_path / "m")
+
+
+def test_saving_again_replaces_shards_and_keeps_bystanders(tmp_path: Path, tiny_model: UniLIP) -> None:
+    folder = tmp_path / "m"
+    tiny_model.save_pretrained(folder, max_shard_size="1MB")
+    (folder / "trainer.json").write_text("{}")
+    (folder / "samples").mkdir()
+    (folder / "samples" / "a.txt").write_text("a")
+    tiny_model.save_pretrained(folder)
+    assert sorted(p.name for p in folder.glob("model*")) == ["model.safetensors"]
+    assert (folder / "trainer.json").exists()
+    assert (folder / "samples" / "a.txt").read_text() == "a"
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint_whole(
+    tmp_path: Path, tiny_model: UniLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "m"
+    tiny_model.save_pretrained(folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    real, calls = checkpoints.save_file, []
+
+    def interrupted(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(checkpoints, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_model.save_pretrained(folder, max_shard_size="1MB")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        tiny_model.save_pretrained(tmp_path / "new", max_shard_size="1MB")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_crash_between_the_two_renames_is_mended(tmp_path: Path, tiny_model: UniLIP) -> None:
+    folder = tmp_path / "m"
+    tiny_model.save_pretrained(folder)
+    folder.rename(tmp_path / ".m.previous")
+    with pytest.raises(CheckpointError, match=r"interrupted save left the old one whole in .*\.m\.previous"):
+        open_checkpoint(folder)
+    tiny_model.save_pretrained(folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_other_peoples_folders_are_left_alone(tmp_path: Path, tiny_model: UniLIP) -> None:
+    (tmp_path / "thesis.txt").write_text("words")
+    with pytest.raises(CheckpointError, match="not a UniLIP checkpoint"):
+        tiny_model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="not a UniLIP checkpoint"):
+        tiny_model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="is a file or a link"):
+        tiny_model.save_pretrained(tmp_path / "thesis.txt")
+    assert (tmp_path / "thesis.txt").read_text() == "words"
+    (tmp_path / "empty").mkdir()
+    tiny_model.save_pretrained(tmp_path / "empty")
+    assert open_checkpoint(tmp_path / "empty").kind == "unilip"
+
+
+def test_what_does_not_fit_its_config_is_not_saved(tmp_path: Path, tiny_model: UniLIP) -> None:
+    state = dict(tiny_model.state_dict())
+    state.pop("mllm.queries")
+    with pytest.raises(CheckpointError, match=r"mllm\.queries\) is missing"):
+        save(state, tiny_model.config, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_metadata_and_sizes(tmp_path: Path, tiny_model: UniLIP) -> None:
+    save(tiny_model, tiny_model.config, tmp_path / "m", metadata={"stage": "recon", "step": "7"})
+    assert open_checkpoint(tmp_path / "m").metadata == {"stage": "recon", "step": "7"}
+    assert (parse_size("5GB"), parse_size("1.5 mb"), parse_size(10)) == (5 * 10**9, 1_500_000, 10)
+    for wrong in ("", "5TB", "-1GB", 0):
+        with pytest.raises(CheckpointError, match="max_shard_size"):
+            parse_size(wrong)
+
+
+def test_converting_takes_tokenizer_dtype_and_shards_along(tmp_path: Path, tiny_folder: Path) -> None:
+    folder = checkpoints.convert(tiny_folder, tmp_path / "m", to="authors", dtype="bfloat16", max_shard_size="1MB")
+    assert (folder / "tokenizer.json").exists()
+    opened = open_checkpoint(folder)
+    assert opened.kind == "authors"
+    assert {opened.dtype(name) for name in opened.names} == {torch.bfloat16}
+    model = UniLIP.from_pretrained(folder)
+    assert model.processor is not None
+    assert (
+        opened.image_token_id
+        == model.processor.image_id
+        == json.loads((folder / "config.json").read_text())["image_token_id"]
+    )
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_embedded_model_or_a_clear_error(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints.resources, "files", lambda package: tmp_path)
+    with pytest.raises(CheckpointError, match="no embedded model"):
+        resolve(None)
+    shutil.copytree(tiny_folder, tmp_path / "weights" / "tiny")
+    assert resolve(None) == tmp_path / "weights" / "tiny"
+
+
+def test_only_what_is_needed_is_fetched() -> None:
+    released = [
+        ".gitattributes", "README.md", "config.json", "generation_config.json", "tokenizer.json", "merges.txt",
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
+        "demo.png", "pytorch_model.bin", "training_args.bin", "optimizer/model.safetensors",
+    ]  # fmt: skip
+    assert sorted(needed_files(released)) == [
+        "config.json", "merges.txt", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json", "tokenizer.json",
+    ]  # fmt: skip
+    sana = [
+        "model_index.json", "text_encoder/model.safetensors", "transformer/config.json",
+        "scheduler/scheduler_config.json",
+        "transformer/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.fp16.safetensors",
+        "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+    assert needed_files(sana) == [
+        "model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+
+
+def test_hub_ids_reach_the_client(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
+    import huggingface_hub
+
+    calls: list[Any] = []
+
+    class Api:
+        def __init__(self, token: str | None = None) -> None:
+            self.token = token
+
+        def list_repo_files(self, repo: str, revision: str | None) -> list[str]:
+            return ["1b_unilip.pth"] if repo == "some/tokenizer" else [p.name for p in tiny_folder.iterdir()]
+
+        def create_repo(self, repo: str, **options: Any) -> None:
+            calls.append(("create", repo, options["private"]))
+
+        def upload_folder(self, **options: Any) -> str:
+            calls.append(("upload", options["repo_id"], Path(options["folder_path"]).name))
+            return f"https://huggingface.co/{options['repo_id']}/commit/1"
+
+    def snapshot(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
+        calls.append((repo, revision, "model.safetensors" in allow_patterns))
+        return str(tiny_folder)
+
+    def download(repo: str, file: str, revision: str | None) -> str:
+        calls.append((repo, file, revision))
+        return str(tiny_folder / "model.safetensors")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert open_checkpoint("owner/name").kind == "unilip"
+    assert open_checkpoint("owner/name@v1.0").kind == "unilip"
+    assert open_checkpoint("owner/name/file.safetensors@main").kind == "unilip"
+    assert calls == [
+        ("owner/name", None, True),
+        ("owner/name", "v1.0", True),
+        ("owner/name", "file.safetensors", "main"),
+    ]
+    with pytest.raises(CheckpointError, match=r"some/tokenizer/1b_unilip\.pth"):
+        open_checkpoint("some/tokenizer")
+    calls.clear()
+    assert push_to_hub(tiny_folder, "me/mine", private=True).endswith("/commit/1")
+    assert calls == [("create", "me/mine", True), ("upload", "me/mine", tiny_folder.name)]
+    assert UniLIP.from_pretrained(tiny_folder).push_to_hub("me/mine").endswith("/commit/1")
+    assert calls[-1] == ("upload", "me/mine", "model")
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        push_to_hub(tiny_folder.parent, "me/mine")
+
+
+# --- describing -------------------------------------------------------------------------------------------------------
+
+
+def test_describe_says_what_there_is(tiny_folder: Path, tiny_model: UniLIP) -> None:
+    data = describe(tiny_folder)
+    assert json.loads(json.dumps(data)) == data
+    assert data["kind"] == "unilip"
+    assert data["parameters"] == sum(p.numel() for p in tiny_model.parameters()) == sum(data["parts"].values())
+    assert list(data["parts"]) == list(PARTS)
+    assert data["tokenizer"] is True
+    assert data["interpolation_scale"] == 1.0
+    assert data["size_on_disk"] == (tiny_folder / "model.safetensors").stat().st_size
+    assert data["config"]["format"] == "unilip"
+
+
+def test_describe_a_part(tmp_path: Path, fresh_model: Callable[..., UniLIP]) -> None:
+    fresh_model(parts=("encoder",)).save_pretrained(tmp_path / "m")
+    data = describe(tmp_path / "m")
+    assert data["interpolation_scale"] is None
+    assert data["position_embedding"] == "no diffusion transformer here"
+    assert data["language_head"] == "no language model here"
+
+
+def test_damaged_names_are_found_even_when_shapes_fit(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    state = load_file(folder / "model.safetensors")
+    state["dit.transformer.scale_shift_tab1e"] = state.pop("dit.transformer.scale_shift_table")
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"is missing; 1 tensor \(dit\.transformer\.scale_shift_tab1e\) is unexpected"
+    ):
+        open_checkpoint(folder)

@@ -1,0 +1,344 @@
+"""Checkpoints of every kind, written in their real formats, become ours tensor by tensor, and go back bit for bit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderDC, SanaTransformer2DModel
+from safetensors.torch import load_file, save_file
+
+from unilip.checkpoint import convert, load_into, open_checkpoint
+from unilip.config import UniLIPConfig, preset
+from unilip.convert import PART_CLASSES, authors_configs, expected_shapes, infer_config, map_names, unmap_names
+from unilip.errors import CheckpointError
+from unilip.info import describe
+from unilip.model import UniLIP
+
+PARITY = Path(__file__).parent / "parity"
+
+
+def read(name: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((PARITY / name).read_text())
+    return data
+
+
+def arguments(name: str) -> dict[str, Any]:
+    return {k: v for k, v in read(name).items() if not k.startswith("_")}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert sorted(a) == sorted(b)
+    assert [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])] == []
+
+
+# --- the released sizes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["1b", "3b"])
+def test_presets_have_the_released_names_and_shapes(size: str) -> None:
+    released = {name: tuple(shape) for name, shape in read(f"unilip-{size}-keys.json").items()}
+    ours = expected_shapes(preset(size), tuple(PART_CLASSES))
+    back = unmap_names("authors", ours)
+    shapes = {theirs: (ours[g[0]][0] * len(g), *ours[g[0]][1:]) for theirs, g in back.items()}
+    assert shapes == released
+    mapped = map_names("authors", released)
+    assert set(mapped.origins) == set(ours)
+    assert mapped.dropped == {}
+
+
+@pytest.mark.parametrize("size", ["1b", "3b"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_config_of_a_released_size_follows_from_its_own_config(size: str, beside: bool) -> None:
+    files = authors_configs(preset(size))
+    data = files.pop("config.json")
+    shapes = expected_shapes(preset(size), tuple(PART_CLASSES))
+    assert infer_config("authors", data, shapes, files if beside else {}) == preset(size)
+
+
+@pytest.mark.parametrize(("size", "width"), [("1b", 896), ("3b", 1536)])
+def test_config_of_a_released_tokenizer_follows_from_its_shapes(size: str, width: int) -> None:
+    shapes = expected_shapes(preset(size), ("encoder", "latent_head", "pixel_decoder"))
+    config = infer_config("tokenizer", {}, shapes, {})
+    assert config == preset(size)
+    assert config.text.hidden_size == width
+
+
+@pytest.mark.parametrize("size", ["pico", "nano", "1b", "3b"])
+def test_decoder_config_follows_from_shapes_alone(size: str) -> None:
+    shapes = expected_shapes(preset(size), ("pixel_decoder",))
+    first = preset(size).decoder.block_out_channels[0]
+    data = {"_class_name": "AutoencoderDC", "scaling_factor": 0.41407, "decoder_block_out_channels": [first]}
+    config = infer_config("dcae", data, shapes, {})
+    assert expected_shapes(config, ("pixel_decoder",)) == shapes
+    assert config.decoder.upsample_block_type == preset(size).decoder.upsample_block_type
+    assert config.decoder.block_types == preset(size).decoder.block_types
+    assert config.latent_factor == 0.41407
+
+
+# --- the authors' format ----------------------------------------------------------------------------------------------
+
+
+def test_authors_to_ours_and_back_is_bit_exact(tmp_path: Path) -> None:
+    ours = convert(PARITY, tmp_path / "ours")
+    back = convert(ours, tmp_path / "back", to="authors")
+    same(load_file(back / "model.safetensors"), load_file(PARITY / "model.safetensors"))
+    again = convert(back, tmp_path / "again")
+    same(load_file(again / "model.safetensors"), load_file(ours / "model.safetensors"))
+    assert open_checkpoint(back).kind == "authors"
+    assert open_checkpoint(back).config.replace(name="") == open_checkpoint(PARITY).config.replace(name="")
+    for name, value in read("config.json").items():
+        written = json.loads((back / "config.json").read_text())
+        if not isinstance(value, dict) and name != "transformers_version":
+            assert written[name] == value
+
+
+def test_fused_attention_is_split_and_stacked(tmp_path: Path) -> None:
+    opened = open_checkpoint(PARITY)
+    fused = load_file(PARITY / "model.safetensors")["model.vision_tower.encoder.layers.1.attn.qkv.weight"]
+    parts = [opened.tensor(f"encoder.vision_tower.encoder.layer.1.attention.{x}_proj.weight") for x in "qkv"]
+    assert torch.equal(torch.cat(parts), fused)
+
+
+def test_a_missing_language_head_means_tied(tmp_path: Path) -> None:
+    state = load_file(PARITY / "model.safetensors")
+    head = state.pop("lm_head.weight")
+    folder = authors_folder(tmp_path / "tied", state)
+    opened = open_checkpoint(folder)
+    assert opened.config.text.tie_embeddings
+    model = UniLIP.from_pretrained(folder)
+    assert model.mllm.language_model.lm_head.weight is model.mllm.language_model.model.embed_tokens.weight
+    back = convert(convert(folder, tmp_path / "ours"), tmp_path / "back", to="authors")
+    same(load_file(back / "model.safetensors"), state)
+    assert describe(folder)["language_head"] == "tied to the token embedding"
+
+    stored = {**state, "lm_head.weight": state["model.language_model.embed_tokens.weight"].clone()}
+    folder = authors_folder(tmp_path / "both", stored, tie_word_embeddings=True)
+    assert open_checkpoint(folder).dropped == {"lm_head.weight": "tied: the same numbers as the token embedding"}
+    folder = authors_folder(tmp_path / "untied", stored)
+    assert describe(folder)["language_head"] == "stored, equal to the token embedding"
+    folder = authors_folder(tmp_path / "differs", {**state, "lm_head.weight": head}, tie_word_embeddings=True)
+    assert not open_checkpoint(folder).config.text.tie_embeddings
+    assert "differs" in open_checkpoint(folder).notes[0]
+
+
+def authors_folder(folder: Path, state: dict[str, torch.Tensor], drop: tuple[str, ...] = (), **changes: Any) -> Path:
+    folder.mkdir(parents=True)
+    for name in ("dit_config.json", "vae_config.json", "scheduler_config.json"):
+        if name not in drop:
+            shutil.copyfile(PARITY / name, folder / name)
+    data = {k: v for k, v in (read("config.json") | changes).items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(data))
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+def test_what_shapes_cannot_decide_is_asked_for(tmp_path: Path) -> None:
+    state = load_file(PARITY / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"dit_config\.json"):
+        open_checkpoint(authors_folder(tmp_path / "a", state, drop=("dit_config.json",)))
+    with pytest.raises(CheckpointError, match="unilip_factor"):
+        open_checkpoint(authors_folder(tmp_path / "b", state, unilip_factor=None))
+    with pytest.raises(CheckpointError, match="num_attention_heads"):
+        open_checkpoint(authors_folder(tmp_path / "c", state, text_config={"hidden_size": 64}))
+    opened = open_checkpoint(authors_folder(tmp_path / "d", state, drop=("vae_config.json", "scheduler_config.json")))
+    assert opened.config.replace(name="") == open_checkpoint(PARITY).config.replace(name="")
+
+
+def test_position_embedding_is_on_whatever_the_authors_config_says() -> None:
+    assert read("dit_config.json")["interpolation_scale"] is None
+    assert open_checkpoint(PARITY).config.dit.interpolation_scale == 1.0
+    assert describe(PARITY)["position_embedding"].startswith("on, scale 1")
+
+
+def test_names_and_shapes_are_strict_in_both_directions(tmp_path: Path) -> None:
+    state = load_file(PARITY / "model.safetensors")
+    extra = {**state, "model.ghost.weight": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"1 tensor \(model\.ghost\.weight\) is not known"):
+        open_checkpoint(authors_folder(tmp_path / "extra", extra))
+    fewer = {k: v for k, v in state.items() if "latent_queries" not in k and "layers.1.mlp" not in k}
+    with pytest.raises(CheckpointError, match=r"\d+ tensors \(.*\.\.\.\) are missing"):
+        open_checkpoint(authors_folder(tmp_path / "fewer", fewer))
+    other = {**state, "model.projector.bias": torch.zeros(47)}
+    with pytest.raises(CheckpointError, match=r"connector\.to_dit\.bias \[47\] instead of \[48\]"):
+        open_checkpoint(authors_folder(tmp_path / "other", other))
+    odd = {**state, "model.dit.transformer_blocks.7.ghost": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match="unexpected"):
+        open_checkpoint(authors_folder(tmp_path / "odd", odd))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latent_mean": (0.1,) * 32}, "one factor"),
+        ({"latent_factor": (2.0,) * 32}, "one factor"),
+        ({"dit": None}, "position embedding"),
+    ],
+)
+def test_what_the_authors_format_cannot_say_is_refused(changes: dict[str, Any], message: str) -> None:
+    config = preset("tiny")
+    if "dit" in changes:
+        data = config.to_dict()
+        data["dit"]["interpolation_scale"] = None
+        config = UniLIPConfig.from_dict(data)
+    else:
+        config = config.replace(**changes)
+    with pytest.raises(CheckpointError, match=message):
+        authors_configs(config)
+
+
+def test_only_whole_models_go_back(tmp_path: Path, fresh_model: Callable[..., UniLIP]) -> None:
+    fresh_model(parts=("encoder",)).save_pretrained(tmp_path / "part")
+    with pytest.raises(CheckpointError, match="whole models only"):
+        convert(tmp_path / "part", tmp_path / "back", to="authors")
+    with pytest.raises(CheckpointError, match="unilip, authors"):
+        convert(tmp_path / "part", tmp_path / "back", to="gguf")
+    assert not (tmp_path / "back").exists()
+
+
+# --- the other kinds, in their real formats ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dcae() -> AutoencoderDC:
+    torch.manual_seed(1)
+    return AutoencoderDC(**arguments("vae_config.json"))
+
+
+def test_first_generation_stage(tmp_path: Path, dcae: AutoencoderDC) -> None:
+    state = {k: v for k, v in load_file(PARITY / "model.safetensors").items() if "vae_decoder" not in k}
+    state |= {f"model.dcae.{k}": v for k, v in dcae.state_dict().items()}
+    for model_type in ("unilip_vae_internvl", "unilip_internvl"):
+        folder = authors_folder(tmp_path / model_type, state, model_type=model_type)
+        opened = open_checkpoint(folder)
+        assert opened.kind == "authors-stage1"
+        assert opened.parts == ("encoder", "pixel_decoder", "mllm", "connector", "dit")
+        assert opened.config.latent_factor == 0.41407  # DC-AE's own, not UniLIP's
+        assert opened.config.dit.interpolation_scale == 1.0
+        assert all(name.startswith("model.dcae.encoder.") for name in opened.dropped)
+        assert len(opened.dropped) == len(dcae.encoder.state_dict())
+        some = next(iter(opened.dropped))
+        assert torch.equal(opened.dropped_tensor(some), state[some])
+    model = UniLIP.from_pretrained(folder)
+    latent = torch.randn(1, 32, 2, 2)
+    with torch.no_grad():
+        assert torch.equal(model.pixel_decoder.decode(latent), dcae.decode(latent).sample)
+
+
+def test_tokenizer_file(tmp_path: Path, fresh_model: Callable[..., UniLIP]) -> None:
+    state = {}
+    for name, value in load_file(PARITY / "model.safetensors").items():
+        for theirs, own in (("vision_tower", "encoder."), ("multi_modal_projector", "mlp1."), ("vae_decoder", "")):
+            if name.startswith(f"model.{theirs}."):
+                state[own + name.removeprefix(f"model.{theirs}.")] = value
+    path = tmp_path / "1b_unilip.pth"
+    torch.save({**state, "regressor.weight": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match=r"heads of a vision encoder 32 wide.*config\.json"):
+        open_checkpoint(path)
+    shutil.copyfile(convert(PARITY, tmp_path / "ours") / "config.json", tmp_path / "config.json")
+    opened = open_checkpoint(path)
+    assert opened.kind == "tokenizer"
+    assert opened.parts == ("encoder", "latent_head", "pixel_decoder")
+    assert list(opened.dropped) == ["regressor.weight"]
+    ours = load_file(convert(path, tmp_path / "tokenizer") / "model.safetensors")
+    whole = load_file(tmp_path / "ours" / "model.safetensors")
+    same(ours, {k: v for k, v in whole.items() if k.split(".")[0] in opened.parts})
+    back = unmap_names("tokenizer", ours)
+    same({t: torch.cat([ours[n] for n in g]) if len(g) > 1 else ours[g[0]] for t, g in back.items()}, state)
+    again = open_checkpoint(tmp_path / "tokenizer")
+    assert again.kind == "unilip"
+    assert again.parts == opened.parts
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("prefix", ["as saved", "model.", "bare"])
+def test_internvl(tmp_path: Path, tied: bool, prefix: str) -> None:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    torch.manual_seed(2)
+    parity = read("config.json")
+    text = {k: v for k, v in parity["text_config"].items() if k not in ("rope_scaling", "rope_theta")}
+    text |= {"tie_word_embeddings": tied, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    config = InternVLConfig(
+        text_config=text, vision_config=parity["vision_config"], image_token_id=290, tie_word_embeddings=tied
+    )
+    theirs = InternVLForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path)
+    if prefix != "as saved":  # the names of other versions of transformers
+        state = load_file(tmp_path / "model.safetensors")
+        renamed = {}
+        for name, value in state.items():
+            name = name.replace("language_model.lm_head.", "lm_head.").replace(
+                "language_model.model.", "language_model."
+            )
+            renamed[name if prefix == "bare" or name.startswith("lm_head") else prefix + name] = value
+        save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
+    opened = open_checkpoint(tmp_path)
+    assert (opened.kind, opened.parts, opened.absent) == ("internvl", ("encoder", "mllm"), ("mllm.queries",))
+    assert opened.config.text.tie_embeddings is tied
+    assert opened.config.text.rope_theta == 1e6
+    assert opened.image_token_id == 290
+    with torch.device("meta"):
+        model = UniLIP(opened.config, parts=opened.parts)
+    assert load_into(model, opened) == ("mllm.queries",)
+    assert not model.mllm.queries.any()
+    pixels, ids = torch.randn(1, 3, 56, 56), torch.tensor([[1, 290, 290, 290, 290, 2]])
+    with torch.no_grad():
+        features = model.encoder(pixels)
+        embeddings = model.mllm.embed(ids, ids == 290, features)
+        logits = model.mllm.logits(model.mllm(embeddings, torch.ones_like(ids)))
+        expected = theirs(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert convert(tmp_path, tmp_path / "ours").is_dir()
+    assert open_checkpoint(tmp_path / "ours").metadata["created"] == "mllm.queries"
+
+
+def test_dcae(tmp_path: Path, dcae: AutoencoderDC) -> None:
+    dcae.save_pretrained(tmp_path)
+    opened = open_checkpoint(tmp_path)
+    assert (opened.kind, opened.parts) == ("dcae", ("pixel_decoder",))
+    assert opened.config.latent_factor == 0.41407
+    assert len(opened.dropped) == len(dcae.encoder.state_dict())
+    model = UniLIP.from_pretrained(tmp_path)
+    latent = torch.randn(1, 32, 2, 2)
+    with torch.no_grad():
+        assert torch.equal(model.pixel_decoder.decode(latent), dcae.decode(latent).sample)
+
+
+@pytest.mark.parametrize("pipeline", [True, False])
+def test_sana(tmp_path: Path, pipeline: bool) -> None:
+    torch.manual_seed(3)
+    theirs = SanaTransformer2DModel(**arguments("dit_config.json")).eval()
+    theirs.save_pretrained(tmp_path / "transformer")
+    if pipeline:
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "SanaPipeline"}))
+    opened = open_checkpoint(tmp_path if pipeline else tmp_path / "transformer")
+    assert (opened.kind, opened.parts) == ("sana", ("dit",))
+    assert opened.config.dit.interpolation_scale is None  # plain SANA was made without
+    assert describe(opened.path)["position_embedding"].startswith("off")
+    model = UniLIP.from_pretrained(opened.path)
+    noise, condition, mask = torch.randn(2, 32, 16, 16), torch.randn(2, 5, 48), torch.tensor([[1] * 5, [0, 1, 1, 1, 1]])
+    steps = torch.tensor([500, 20])
+    with torch.no_grad():
+        out = model.dit(noise, steps, model.dit.prepare(condition, mask))
+        expected = theirs(noise, condition, steps, encoder_attention_mask=mask, return_dict=False)[0]
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    state = load_file(convert(opened.path, tmp_path / "ours") / "model.safetensors")
+    same({k.removeprefix("dit.transformer."): v for k, v in state.items()}, dict(theirs.state_dict()))
+
+
+def test_parts_of_several_sources_meet_in_one_model(tmp_path: Path, dcae: AutoencoderDC) -> None:
+    dcae.save_pretrained(tmp_path / "dcae")
+    whole, decoder = open_checkpoint(PARITY), open_checkpoint(tmp_path / "dcae")
+    with torch.device("meta"):
+        model = UniLIP(whole.config)
+    load_into(model, whole, parts=[part for part in PART_CLASSES if part != "pixel_decoder"])
+    assert next(model.pixel_decoder.parameters()).is_meta
+    load_into(model, decoder, parts=["pixel_decoder"])
+    assert not any(p.is_meta for p in model.parameters())
+    assert torch.equal(model.pixel_decoder.decoder.conv_in.weight, dcae.decoder.conv_in.weight)
+    with pytest.raises(CheckpointError, match="has no dit"):
+        load_into(model, decoder, parts=["dit"])

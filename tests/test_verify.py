@@ -1,0 +1,90 @@
+"""How recorded numbers are compared: honest about types, shapes and names, and never satisfied by nothing."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from unilip.errors import CheckpointError
+from unilip.verify import Row, format_rows, verify
+
+PARITY = Path(__file__).parent / "parity"
+
+
+def subset(tmp_path: Path, prefix: str, **changes: torch.Tensor) -> Path:
+    """Write one group of the recorded numbers, some entries changed or added."""
+    record = {k: v for k, v in load_file(PARITY / "expected.safetensors").items() if k.startswith(f"{prefix}.")}
+    record |= {f"{prefix}.{entry}": value for entry, value in changes.items()}
+    path = tmp_path / "expected.safetensors"
+    save_file(record, path)
+    return path
+
+
+def test_groups_that_are_absent_are_skipped_and_progress_is_reported(tmp_path: Path) -> None:
+    seen: list[tuple[int, int, str]] = []
+    rows = verify(PARITY, subset(tmp_path, "recon112"), progress=lambda *step: seen.append(step))
+    assert [row.name for row in rows] == ["recon112.features"]
+    assert seen == [(1, 1, "recon112.features")]
+
+
+def test_a_wrong_number_a_wrong_shape_and_nan_fail(tmp_path: Path) -> None:
+    features = load_file(PARITY / "expected.safetensors")["recon112.features"]
+    for wrong, error in ((features + 2e-4, 2e-4), (features[:, :3], math.inf)):
+        (row,) = verify(PARITY, subset(tmp_path, "recon112", features=wrong.contiguous()))
+        assert not row.ok
+        assert row.max_abs_error == pytest.approx(error, rel=0.05)
+    (row,) = verify(PARITY, subset(tmp_path, "recon112", features=features * math.nan))
+    assert not row.ok
+
+
+def test_names_that_are_not_understood_are_failed_rows(tmp_path: Path) -> None:
+    record = {"recon112.attention_maps": torch.zeros(2), "audio.waveform": torch.zeros(2)}
+    path = subset(tmp_path, "recon112", attention_maps=torch.zeros(2))
+    save_file(load_file(path) | record, path)
+    rows = {row.name: row for row in verify(PARITY, path)}
+    assert rows["recon112.features"].ok
+    for name in record:
+        assert not rows[name].ok
+        assert rows[name].note == "not understood"
+
+
+def test_a_group_without_its_inputs_fails_and_says_which(tmp_path: Path) -> None:
+    path = tmp_path / "expected.safetensors"
+    save_file({"recon.features": torch.zeros(2, 4, 64)}, path)
+    (row,) = verify(PARITY, path)
+    assert not row.ok
+    assert "recon.pixel_values is not recorded" in row.note
+
+
+def test_float16_entries_are_measured_from_their_rounding_interval(tmp_path: Path) -> None:
+    features = load_file(PARITY / "expected.safetensors")["recon112.features"]
+    (row,) = verify(PARITY, subset(tmp_path, "recon112", features=features.half()), tolerance=1e-5)
+    assert row.ok
+    assert row.tolerance == 1e-5
+    assert "float16" in row.note
+    (row,) = verify(PARITY, subset(tmp_path, "recon112", features=(features + 0.002).half()))
+    assert not row.ok  # a real difference is not hidden by it
+
+
+def test_whole_numbers_must_be_equal(tmp_path: Path) -> None:
+    timesteps = load_file(PARITY / "expected.safetensors")["sampler.timesteps"]
+    rows = verify(PARITY, subset(tmp_path, "sampler", timesteps=timesteps + 1), tolerance=10.0)
+    assert [row.ok for row in rows if row.name == "sampler.timesteps"] == [False]
+
+
+def test_rows_become_a_table() -> None:
+    rows = [Row("a.b", 1e-6, 1e-4, True), Row("longer.name", math.inf, 1e-4, False, "not understood")]
+    lines = format_rows(rows).splitlines()
+    assert lines[1].split() == ["a.b", "1.0e-06", "1.0e-04", "ok"]
+    assert lines[2].endswith("FAILED  (not understood)")
+    assert lines[3] == "2 entries, 1 FAILED"
+    assert format_rows(rows[:1]).endswith("1 entries, all within tolerance")
+
+
+def test_the_file_of_numbers_must_be_one() -> None:
+    with pytest.raises(CheckpointError, match="recorded numbers"):
+        verify(PARITY, PARITY / "config.json")
+    with pytest.raises(CheckpointError, match="recorded numbers"):
+        verify(PARITY, PARITY / "nothing.safetensors")
