@@ -1,6 +1,6 @@
 """Draw the pictures of the demo again, from the scenes in examples.json; needs the art (`unilip data prepare emoji`).
 
-    python scripts/render_examples.py
+python scripts/render_examples.py
 """
 
 from __future__ import annotations

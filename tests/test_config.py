@@ -47,7 +47,12 @@ def test_statistics_per_channel_survive_json():
 
 def test_the_released_sizes():
     one, three = preset("1b"), preset("3b")
-    assert (one.text.hidden_size, one.dit.hidden_size, one.num_image_tokens, one.latent_factor) == (896, 1152, 256, 10.6)
+    assert (one.text.hidden_size, one.dit.hidden_size, one.num_image_tokens, one.latent_factor) == (
+        896,
+        1152,
+        256,
+        10.6,
+    )
     assert (three.text.hidden_size, three.dit.hidden_size, three.grid, three.latent_factor) == (1536, 2240, 16, 9.5)
     assert one.dit.interpolation_scale == three.dit.interpolation_scale == 1.0
     assert one.sampling == SamplingConfig(20, 4.5, 3.0, "dpm++")

@@ -39,9 +39,10 @@ LAYERS = {
 OTHERS = {
     "weights": (),
     "__init__": ROAD,
+    "info": ROAD,
     "verify": ROAD,
     "demo": (*ROAD, "weights", "__init__"),
-    "cli": (*ROAD, *LAYERS, "verify", "demo", "weights", "__init__"),
+    "cli": (*ROAD, *LAYERS, "info", "verify", "demo", "weights", "__init__"),
     "__main__": ("cli",),
 }
 

@@ -193,7 +193,11 @@ def test_files(format, picture, tmp_path):
 
 def test_what_is_no_picture_is_refused(tmp_path):
     (tmp_path / "a.png").write_text("hello")
-    for path, words in ((tmp_path / "a.png", "not an image"), (tmp_path / "b.png", "no image file"), (tmp_path, "not an")):
+    for path, words in (
+        (tmp_path / "a.png", "not an image"),
+        (tmp_path / "b.png", "no image file"),
+        (tmp_path, "not an"),
+    ):
         with pytest.raises(ImageError, match=words):
             load_image(path)
     for path in ("x" * 5000, "\0"):

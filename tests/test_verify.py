@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from unilip.checkpoint import convert
 from unilip.errors import CheckpointError
 from unilip.verify import Row, format_rows, verify
 
@@ -58,6 +59,25 @@ def test_a_group_without_its_inputs_fails_and_says_which(tmp_path: Path) -> None
     assert "recon.pixel_values is not recorded" in row.note
 
 
+def test_a_checkpoint_without_the_parts_fails_and_says_which(tmp_path: Path) -> None:
+    state = {k: v for k, v in load_file(PARITY / "model.safetensors").items() if "model.vae_decoder." in k}
+    data = convert(PARITY, tmp_path / "ours") / "config.json"
+    folder = tmp_path / "decoder"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(data.read_bytes())
+    save_file(
+        {
+            "pixel_decoder." + k.removeprefix("model.vae_decoder."): v
+            for k, v in state.items()
+            if k.startswith("model.vae_decoder.decoder.")
+        },
+        folder / "model.safetensors",
+    )
+    (row,) = verify(folder, subset(tmp_path, "recon112"))
+    assert not row.ok
+    assert row.note == "the checkpoint has no encoder, latent_head"
+
+
 def test_float16_entries_are_measured_from_their_rounding_interval(tmp_path: Path) -> None:
     features = load_file(PARITY / "expected.safetensors")["recon112.features"]
     (row,) = verify(PARITY, subset(tmp_path, "recon112", features=features.half()), tolerance=1e-5)
@@ -80,7 +100,7 @@ def test_rows_become_a_table() -> None:
     assert lines[1].split() == ["a.b", "1.0e-06", "1.0e-04", "ok"]
     assert lines[2].endswith("FAILED  (not understood)")
     assert lines[3] == "2 entries, 1 FAILED"
-    assert format_rows(rows[:1]).endswith("1 entries, all within tolerance")
+    assert format_rows(rows[:1]).endswith("1 entry, all within tolerance")
 
 
 def test_the_file_of_numbers_must_be_one() -> None:

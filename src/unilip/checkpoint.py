@@ -467,8 +467,8 @@ def load_into(
 ) -> tuple[str, ...]:
     """Give parts of a model (built on the meta device, or any) the weights of a checkpoint, one tensor at a time.
 
-    Returns the names that the checkpoint never holds and that now are zero: new queries, to be initialised by whoever
-    trains them. Buffers that are computed rather than stored are computed, always in float32.
+    Returns the names that the checkpoint never holds and that were drawn at random, the same every time: the queries of
+    a language model that is no UniLIP yet. Buffers that are computed rather than stored are computed in float32.
 
     Raises:
         CheckpointError: a part is not in the checkpoint, or does not fit exactly.
@@ -490,7 +490,7 @@ def load_into(
 
     def read(name: str, like: Tensor) -> Tensor:
         if name not in found:
-            return torch.zeros(like.shape, dtype=target or like.dtype, device=device)
+            return fresh_tensor(tuple(like.shape), target or like.dtype).to(device)
         value = checkpoint.tensor(name)
         cast = target if value.is_floating_point() else None
         return value.to(device=device, dtype=cast or value.dtype, copy=True)  # a copy never depends on the file again
@@ -514,6 +514,11 @@ def load_into(
     left = [n for p in modules for n, t in _tensors(modules[p], p) if t.is_meta]
     assert not left, f"still on the meta device: {left[:4]}"
     return tuple(name for name in expected if name not in found)
+
+
+def fresh_tensor(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """Draw the start of a tensor that a kind of checkpoint never holds; always the same numbers, spread 0.02."""
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
 
 
 def _tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -774,7 +779,7 @@ def convert(
         expected = expected_shapes(opened.config, opened.parts)
         for name in opened.absent:
             shape, stored = expected[name], opened.dtype(opened.names[0])
-            items.append((name, shape, stored, partial(torch.zeros, shape, dtype=stored)))
+            items.append((name, shape, stored, partial(fresh_tensor, shape, stored)))
         if opened.absent:
             metadata["created"] = ",".join(opened.absent)
     else:

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from unilip.checkpoint import Checkpoint
     from unilip.model import UniLIP
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -109,8 +108,9 @@ def number(low: float, high: float = math.inf, hint: str = "", above: bool = Fal
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and low <= value <= high) or (above and value == low):
-            limits = f"{'above' if above else 'of at least'} {low:g}{f' and at most {high:g}' if high < math.inf else ''}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {limits}{hint}")
+            least = f"above {low:g}" if above else f"of at least {low:g}"
+            most = f" and at most {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {least}{most}{hint}")
         return value
 
     return read
@@ -119,7 +119,7 @@ def number(low: float, high: float = math.inf, hint: str = "", above: bool = Fal
 def device_name(text: str) -> str:
     """Read the name of a device; whether it is there is asked later."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"there is no device {text!r}; allowed: auto, cpu, cuda, cuda:0 (1, 2, ...), mps")
+        raise argparse.ArgumentTypeError(f"there is no device {text!r}; allowed: auto, cpu, cuda, cuda:N, mps")
     return text
 
 
@@ -150,19 +150,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "names in the current folder. A file is overwritten only with --force",
     ),
     "--force": dict(action="store_true", help="overwrite what is there"),
-    "--steps": dict(type=whole(1, 1000, " (20 is usual)"), metavar="N", help="sampling steps; the model's own by default"),
+    "--steps": dict(type=whole(1, 1000, " (20 is usual)"), metavar="N", help="sampling steps (the model's own)"),
     "--guidance-scale": dict(
         type=number(0, hint=" (1 switches guidance off)"), metavar="G",
-        help="how far to follow the words; 1 is off and twice as fast; the model's own by default",
+        help="how far to follow the words; 1 is off and twice as fast (the model's own)",
     ),
-    "--solver": dict(choices=SOLVERS, help="sampling method; the model's own by default"),
+    "--solver": dict(choices=SOLVERS, help="sampling method (the model's own)"),
     "--negative-prompt": dict(metavar="TEXT", help="what guidance moves away from"),
     "--num-images": dict(type=whole(1, 10_000), default=1, metavar="N", help="pictures of each prompt (1)"),
     "--batch-size": dict(
-        type=whole(1, 4096), default=4, metavar="N", help="how many to work on at once: speed and memory, not results (4)"
+        type=whole(1, 4096), default=4, metavar="N", help="how many at once: speed and memory, not results (4)"
     ),
     "--image-size": dict(
-        type=pixels, metavar="PX", help=f"side of the square that is drawn, a multiple of {TOKEN_PIXELS}; the model's own by default"
+        type=pixels, metavar="PX", help=f"side of the square, a multiple of {TOKEN_PIXELS} (the model's own)"
     ),
     "--fit": dict(
         choices=("resize", "crop", "pad"), default="resize",
@@ -171,12 +171,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--keep-aspect": dict(action="store_true", help="give the result the shape of the source again"),
     "--prompts": dict(
         metavar="FILE",
-        help='a prompt a line, or JSON lines {"prompt": ..., "image": ..., "seed": ...}, the last two optional; - is stdin',
+        help='a prompt a line, or JSON lines {"prompt": ..., "image": ..., "seed": ...}; - is stdin',
     ),
     "--together": dict(action="store_true", help="one question about all the images, not one about each"),
     "--max-new-tokens": dict(type=whole(1, 100_000), default=128, metavar="N", help="longest answer (128)"),
-    "--temperature": dict(type=number(0), default=0.0, metavar="T", help="0 gives the likeliest answer, more varies it (0)"),
-    "--top-p": dict(type=number(0, 1, above=True), default=1.0, metavar="P", help="sample from the likeliest share P (1)"),
+    "--temperature": dict(type=number(0), default=0.0, metavar="T", help="0 gives the likeliest answer (0)"),
+    "--top-p": dict(type=number(0, 1, above=True), default=1.0, metavar="P", help="sample the likeliest share P (1)"),
     "--max-tiles": dict(
         type=whole(1, 64), default=1, metavar="N", help="read large pictures as up to N squares and a thumbnail (1)"
     ),
@@ -189,22 +189,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--list": dict(action="store_true", dest="listing", help="list the recipes"),
     "--runs": dict(default="runs", metavar="DIR", help="folder of all runs; this one writes to DIR/RECIPE (runs)"),
     "--set": dict(
-        action="append", default=[], dest="settings", metavar="NAME=VALUE", help="change a setting of the recipe; repeatable"
+        action="append", default=[], dest="settings", metavar="NAME=VALUE", help="change a setting; repeatable"
     ),
     "--restart": dict(action="store_true", help="begin anew, even where checkpoints exist"),
     "--stop-after": dict(type=whole(1, 2**31 - 1), metavar="N", help="save and stop after N more steps"),
     "--to": dict(choices=("unilip", "authors"), default="unilip", help="format to write (unilip)"),
     "--max-shard-size": dict(default="5GB", metavar="SIZE", help="split the weights into files of this size (5GB)"),
     "--tolerance": dict(type=number(0), default=1e-4, metavar="E", help="largest absolute error allowed (1e-4)"),
-    "--source": dict(metavar="DIR", help="folder with the three npm packages, packed or unpacked; else npm fetches them"),
+    "--source": dict(metavar="DIR", help="folder of the three npm packages; without it npm fetches them"),
     "--count": dict(type=whole(1, 100_000), default=100, metavar="N", help="items of each part (100)"),
-    "--seeds": dict(type=whole(1, 1000), default=1, metavar="N", help="pictures of each prompt, with seeds 0 to N-1 (1)"),
+    "--seeds": dict(type=whole(1, 1000), default=1, metavar="N", help="pictures of each prompt (1)"),
     "--parts": dict(metavar="NAMES", help="which tests, separated by commas; all by default"),
     "--world": dict(metavar="NAME", help="the emoji world to ask about; the model's own by default"),
 }  # fmt: skip
 
 LOADING = ("--model", "--device", "--dtype")
-SAMPLING = ("--steps", "--guidance-scale", "--solver", "--negative-prompt", "--num-images", "--batch-size", "--image-size")
+SAMPLING = ("--steps", "--guidance-scale", "--solver", "--negative-prompt")
+DRAWING = (*SAMPLING, "--num-images", "--batch-size", "--image-size")
 WRITING = ("--output", "--force", "--no-metadata")
 TELLING = ("--no-progress", "--json", "--debug")
 
@@ -281,11 +282,12 @@ def _help_or_complain(argv: list[str], plain: list[str]) -> NoReturn:
         if plain and not group:
             raise UniLIPError(_no_verb(plain))
         width = max(len(name) for name in names)
-        print(f"usage: unilip {' '.join([*plain, 'VERB'])} [OPTIONS]\n\nOne CLIP encoder that understands, reconstructs, generates and edits.\n")
+        print(f"usage: unilip {' '.join([*plain, 'VERB'])} [OPTIONS]\n")
+        print("One CLIP encoder that understands, reconstructs, generates and edits.\n")
         print("\n".join(f"  {name:<{width}}  {VERBS[name].help.split('. ')[0].rstrip('.')}" for name in names))
         print("\n`unilip VERB --help` tells the options and gives an example; `unilip --version` the version.")
         raise SystemExit(0)
-    raise UniLIPError(f"unilip {' '.join(plain)} takes one of: {', '.join(group)}." if group else _no_verb(plain or argv))
+    raise UniLIPError(f"The verbs there are: {', '.join(group)}." if group else _no_verb(plain or argv))
 
 
 def _no_verb(words: list[str]) -> str:
@@ -315,7 +317,7 @@ def read_prompts(name: str) -> list[dict[str, Any]]:
     try:
         text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UniLIPError(f"--prompts {name} cannot be read as text ({_reason(error)}); give a UTF-8 text file.") from error
+        raise UniLIPError(f"--prompts {name} cannot be read ({_reason(error)}); give a UTF-8 text file.") from error
     lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise UniLIPError(f"--prompts {name} holds no prompt; write one on each line.")
@@ -332,7 +334,10 @@ def read_prompts(name: str) -> list[dict[str, Any]]:
             raise UniLIPError(f'{name}, line {i} has no "prompt"; write {{"prompt": "..."}}.')
         wrong = [k for k, v in entry.items() if k not in kinds or type(v) is not kinds[k]]
         if wrong or entry.get("seed", 0) < 0:
-            raise UniLIPError(f'{name}, line {i}: {wrong or ["seed"]} is not allowed; only "prompt", "image" (texts) and "seed" are.')
+            what = ", ".join(wrong) or "seed"
+            raise UniLIPError(
+                f"{name}, line {i}: {what} is not understood; allowed: prompt, image (texts), seed (>= 0)."
+            )
         entries.append(entry)
     return entries
 
@@ -379,7 +384,7 @@ def slug(text: str) -> str:
 
 
 class Destination:
-    """Where pictures go: one named file, or a folder in which free names are taken. Files appear whole or not at all."""
+    """Where pictures go: a named file, or a folder in which free names are taken. Files appear whole or not at all."""
 
     def __init__(self, output: str | None, force: bool, count: int) -> None:
         self.force = force
@@ -400,7 +405,7 @@ class Destination:
             raise UniLIPError(f"{self.folder} is a file, not a folder; give another --output.")
         base = self.folder if self.folder.exists() or self.file else self.folder.absolute().parent
         if not base.is_dir():
-            raise UniLIPError(f"The folder {base} does not exist, so {path} cannot be written; make it first: mkdir -p {base}")
+            raise UniLIPError(f"There is no folder {base} to write {path.name} to; make it first: mkdir -p {base}")
         if not os.access(base, os.W_OK):
             raise UniLIPError(f"The folder {base} cannot be written to; give another --output.")
 
@@ -549,8 +554,14 @@ def paint(
             path = out.write(image, f"{stem}-{request.seed}", kept)
             made.append({"path": str(path), **named})
             report.line(str(path))
-    report.end(f"{len(made)} picture{'s' if len(made) > 1 else ''} of {settings['num_inference_steps']} steps", images=made)
+    steps = settings["num_inference_steps"]
+    report.end(f"{plural(len(made), 'picture')} of {plural(steps, 'step')}", images=made)
     return 0
+
+
+def plural(count: int, noun: str) -> str:
+    """Return "1 picture", "2 pictures"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def each_image(o: Options, found: Sequence[Request]) -> list[Request]:
@@ -633,7 +644,7 @@ def reconstruct(o: Options) -> int:
             made.append({"path": str(path), "image": word, "psnr": round(score, 3) if math.isfinite(score) else None})
             report.line(str(path))
     mean = sum(entry["psnr"] or 0.0 for entry in made) / len(made)
-    report.end(f"{len(made)} picture{'s' if len(made) > 1 else ''}, PSNR {mean:.2f} dB,", images=made)
+    report.end(f"{plural(len(made), 'picture')}, PSNR {mean:.2f} dB,", images=made)
     return 0
 
 
@@ -648,7 +659,12 @@ def ask(o: Options) -> int:
             seen.setdefault(request.text, []).extend([request.image] if request.image else [])
         groups = [(images, Request(text, None, o.seed)) for text, images in seen.items()]
     model = load(o, "encoder", "mllm")
-    choices = {"max_new_tokens": o.max_new_tokens, "temperature": o.temperature, "top_p": o.top_p, "max_tiles": o.max_tiles}
+    choices = {
+        "max_new_tokens": o.max_new_tokens,
+        "temperature": o.temperature,
+        "top_p": o.top_p,
+        "max_tiles": o.max_tiles,
+    }
     report.record |= {**describe_model(o, model), "settings": choices}
     if len(groups) == 1 and not o.json:
         images, request = groups[0]
@@ -734,55 +750,31 @@ def convert(o: Options) -> int:
 
 def info(o: Options) -> int:
     """Tell what a checkpoint is and holds."""
-    from unilip.checkpoint import open_checkpoint
+    from unilip.info import describe
 
-    found = describe_checkpoint(open_checkpoint(o.words[0] if o.words else None))
+    found = describe(o.words[0] if o.words else None)
     if o.json:
         print(json.dumps(found, ensure_ascii=False))
         return 0
-    parts = found.pop("parts")
     config = found.pop("config")
+    parts = found.pop("parts")
+    dropped: dict[str, int] = {}
+    for reason in found.pop("dropped").values():
+        dropped[reason] = dropped.get(reason, 0) + 1
+    found["left_out"] = [f"{plural(count, 'tensor')}: {reason}" for reason, count in dropped.items()]
     for key, value in found.items():
+        if isinstance(value, dict):
+            value = [f"{name}: {entry}" for name, entry in value.items()]
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = f"{value:,}"
         for line in value if isinstance(value, list) else [value]:
-            print(f"{key.replace('_', ' ') + ':':<20} {line}")
-    print(f"\n{'part':<16}{'parameters':>14}  stored as")
-    for name, part in parts.items():
-        print(f"{name:<16}{part['parameters']:>14,}  {part['dtype']}")
-    print("\nconfig:")
+            print(f"{key.replace('_', ' '):<20} {line}")
+    print("\nparameters of each part")
+    for name, count in parts.items():
+        print(f"{name:<20} {count:,}")
+    print("\nconfig")
     print(json.dumps(config, indent=1))
     return 0
-
-
-def describe_checkpoint(opened: Checkpoint) -> dict[str, Any]:
-    """Collect what `unilip info` shows."""
-    from unilip.convert import KINDS
-
-    config = opened.config
-    parts = {}
-    for part in opened.parts:
-        names = [name for name in opened.names if name.split(".")[0] == part]
-        kinds = sorted({str(opened.dtype(name)).removeprefix("torch.") for name in names})
-        parts[part] = {"parameters": sum(math.prod(opened.shape(name)) for name in names), "dtype": ", ".join(kinds)}
-    scale = config.dit.interpolation_scale
-    reasons: dict[str, int] = {}
-    for reason in opened.dropped.values():
-        reasons[reason] = reasons.get(reason, 0) + 1
-    found: dict[str, Any] = {
-        "path": str(opened.path),
-        "kind": KINDS[opened.kind].title,
-        "name": config.name,
-        "parameters": sum(part["parameters"] for part in parts.values()),
-        "picture": f"{config.image_size} px, {config.num_image_tokens} tokens, {config.num_queries} queries",
-        "tokenizer": "yes" if opened.tokenizer_path else "none beside the weights",
-        "position_embedding": f"on (interpolation_scale {scale:g})" if scale is not None else "off (interpolation_scale null)",
-        "sampling": ", ".join(f"{key} {value}" for key, value in asdict(config.sampling).items()),
-        "left_out": [f"{count} tensors: {reason}" for reason, count in reasons.items()],
-        "not_there": list(opened.absent),
-        "notes": list(opened.notes),
-        "parts": parts,
-        "config": config.to_dict(),
-    }
-    return {key: value for key, value in found.items() if value not in ([], None)}
 
 
 def verify(o: Options) -> int:
@@ -840,7 +832,7 @@ def data_prepare_emoji(o: Options) -> int:
     from unilip.data.art import prepare
 
     if o.source is not None and not Path(o.source).is_dir():
-        raise UniLIPError(f"There is no folder {o.source}; give the one that holds the npm packages, or leave --source away.")
+        raise UniLIPError(f"There is no folder {o.source}; give the one with the npm packages, or leave --source away.")
     with tqdm(disable=None if o.progress else True, leave=False, unit="drawing") as bar:
 
         def progress(done: int, total: int) -> None:
@@ -866,7 +858,7 @@ VERBS: dict[str, Verb] = {
         'unilip generate "three yellow stars"\n'
         'unilip generate "a blue car" --num-images 4 --seed 7 --output pictures/\n'
         "unilip generate --prompts prompts.txt --output pictures --json",
-        ("--prompts", *SAMPLING, "--seed", *WRITING, *LOADING, *TELLING),
+        ("--prompts", *DRAWING, "--seed", *WRITING, *LOADING, *TELLING),
         (0, math.inf),
     ),
     "edit": Verb(
@@ -875,22 +867,29 @@ VERBS: dict[str, Verb] = {
         "Change pictures as told. One instruction is followed on every image.",
         'unilip edit car.png "change the color of the car to blue"\n'
         'unilip edit wide.jpg "change the background to pink" --fit pad --keep-aspect --output pink.png',
-        ("--prompts", *SAMPLING, "--fit", "--keep-aspect", "--seed", *WRITING, *LOADING, *TELLING),
+        ("--prompts", *DRAWING, "--fit", "--keep-aspect", "--seed", *WRITING, *LOADING, *TELLING),
         (0, math.inf),
     ),
     "ask": Verb(
         ask,
         "[OPTIONS] [IMAGE ...] QUESTION",
-        "Answer a question about pictures. Each image is asked about by itself; without an image the words alone decide.",
-        'unilip ask cat.png "What is this?"\n'
-        'unilip ask a.png b.png "How many stars are there?" --json',
+        "Answer a question about pictures. Each image is asked about by itself; without one only the words count.",
+        'unilip ask cat.png "What is this?"\nunilip ask a.png b.png "How many stars are there?" --json',
         (
-            "--prompts", "--together", "--max-new-tokens", "--temperature", "--top-p", "--max-tiles", "--batch-size", "--seed",
-            *LOADING, *TELLING,
+            "--prompts",
+            "--together",
+            "--max-new-tokens",
+            "--temperature",
+            "--top-p",
+            "--max-tiles",
+            "--batch-size",
+            "--seed",
+            *LOADING,
+            *TELLING,
         ),
         (0, math.inf),
         {"--seed": dict(help="of sampled answers, at a temperature above 0 (0)")},
-    ),  # fmt: skip
+    ),
     "reconstruct": Verb(
         reconstruct,
         "[OPTIONS] IMAGE [IMAGE ...]",
@@ -949,7 +948,7 @@ VERBS: dict[str, Verb] = {
     "data prepare emoji": Verb(
         data_prepare_emoji,
         "[OPTIONS]",
-        "Fetch the art of the emoji world and rasterise it. Training and evaluation of the embedded models need it, once.",
+        "Fetch the art of the emoji world and rasterise it. Training and judging the embedded models need it.",
         "unilip data prepare emoji",
         ("--source", "--output", *TELLING),
         changes={"--output": dict(metavar="DIR", help="folder of the art ($UNILIP_DATA, or ~/.cache/unilip/emoji)")},
@@ -960,11 +959,18 @@ VERBS: dict[str, Verb] = {
         "Measure a model in the emoji world. A judge that no network trains reads the pictures.",
         "unilip eval emoji --model runs/pico/sft/final --output results",
         (
-            "--output", "--count", "--seeds", "--parts", "--world", "--steps", "--guidance-scale", "--batch-size", *LOADING,
+            "--output",
+            "--count",
+            "--seeds",
+            "--parts",
+            "--world",
+            "--steps",
+            "--guidance-scale",
+            *LOADING,
             *TELLING,
         ),
         changes={"--output": dict(metavar="DIR", help="folder of the results")},
-    ),  # fmt: skip
+    ),
 }
 
 

@@ -88,7 +88,7 @@ def examples() -> Examples:
     try:
         record = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UniLIPError(f"This installation lacks the example pictures ({error}); install the package again.") from error
+        raise UniLIPError(f"This installation lacks the example pictures ({error}); install it again.") from error
     return Examples(
         tuple(Picture(folder / p["file"], p["caption"], _questions(p["questions"])) for p in record["pictures"]),
         tuple(Edit(folder / e["source"], e["instruction"], folder / e["target"]) for e in record["edits"]),
@@ -145,12 +145,12 @@ def check_folder(folder: Path) -> None:
     """Raise a clear error unless the demo may write here: a folder of its own, an empty one, or a new one."""
     if not folder.exists():
         if not folder.absolute().parent.is_dir():
-            raise UniLIPError(f"{folder.absolute().parent} does not exist; create it first, or give another output folder.")
+            raise UniLIPError(f"There is no folder {folder.absolute().parent}; make it first, or give another one.")
         return
     if not folder.is_dir():
         raise UniLIPError(f"{folder} is a file; give a folder for the demo's page and pictures.")
     if any(folder.iterdir()) and not (folder / MARKER).is_file():
-        raise UniLIPError(f"{folder} holds files that are not from an earlier demo; they were left alone. Give a new folder.")
+        raise UniLIPError(f"{folder} holds files that no demo made; they were left alone. Give a new folder.")
 
 
 def _replace_files(new: Path, folder: Path) -> None:
@@ -225,8 +225,8 @@ class _Show:
 
     def pair(self, source: Image.Image, name: str, made: Image.Image) -> tuple[str, float]:
         score = psnr(self.square(source), made)
-        cells = [(self.save(self.square(source), f"{name}-source"), "source"), (self.save(made, name), f"{score:.1f} dB")]
-        return _row(cells), score
+        names = self.save(self.square(source), f"{name}-source"), self.save(made, name)
+        return _row([(names[0], "source"), (names[1], f"{score:.1f} dB")]), score
 
     def reconstruct(self) -> tuple[str, str, str]:
         pictures = [load_image(picture.path) for picture in self.examples.pictures]
@@ -321,9 +321,10 @@ class _Show:
 # --- the page -------------------------------------------------------------------------------------------------------
 
 STYLE = """
-:root{color-scheme:light dark;--back:#fbfaf7;--ink:#22252b;--soft:#666b75;--card:#fff;--line:#e2e0d9;--yes:#1a7f46;--no:#b3392f}
-@media(prefers-color-scheme:dark){:root{--back:#15171b;--ink:#e8e8e4;--soft:#9ba1ab;--card:#1f2228;--line:#33373f;--yes:#5fca8c;
---no:#f0857b}}
+:root{color-scheme:light dark;--back:#fbfaf7;--ink:#22252b;--soft:#666b75;--card:#fff;--line:#e2e0d9;
+--yes:#1a7f46;--no:#b3392f}
+@media(prefers-color-scheme:dark){:root{--back:#15171b;--ink:#e8e8e4;--soft:#9ba1ab;--card:#1f2228;--line:#33373f;
+--yes:#5fca8c;--no:#f0857b}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:66rem;padding:1.2rem 1rem 3rem;background:var(--back);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
@@ -356,7 +357,8 @@ def _card(row: str, text: str, more: str = "") -> str:
 
 
 def _answer(question: Question, answer: str, right: bool) -> str:
-    mark = '<span class="yes">✓</span>' if right else f'<span class="no">✗ (truth: {html.escape(question.answers[0])})</span>'
+    truth = html.escape(question.answers[0])
+    mark = '<span class="yes">✓</span>' if right else f'<span class="no">✗ (truth: {truth})</span>'
     said = html.escape(answer) or "<i>nothing</i>"
     return f'<p><span class="soft">{html.escape(question.question)}</span><br>{said} {mark}</p>'
 
@@ -374,14 +376,17 @@ def _page(model: UniLIP, sections: Sequence[tuple[str, str, str]], result: dict[
         f"seed {result['seed']}; {seconds:.0f} seconds in all."
     )
     body = "\n".join(
-        f"<section><h2>{html.escape(title)}</h2><p>{html.escape(line)}</p>{inside}</section>" for title, line, inside in sections
+        f"<section><h2>{html.escape(title)}</h2><p>{html.escape(line)}</p>{inside}</section>"
+        for title, line, inside in sections
     )
+    by = f"Made by <code>unilip demo</code>, version {__version__}."
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>UniLIP: demo</title><style>{STYLE}</style></head><body>
 <header><h1>UniLIP</h1><p>One CLIP encoder that understands, reconstructs, generates and edits.</p>
-<p class="soft">{html.escape(facts)} The scenes were not in its training. Wrong answers and bad pictures are shown as they came.</p></header>
+<p class="soft">{html.escape(facts)} The scenes were not in its training.
+Wrong answers and bad pictures are shown as they came.</p></header>
 {body}
-<footer><small class="soft">{html.escape(examples().credits)} Made by <code>unilip demo</code>, version {__version__}.</small></footer>
+<footer><small class="soft">{html.escape(examples().credits)} {by}</small></footer>
 </body></html>
 """

@@ -267,7 +267,7 @@ class UniLIP(nn.Module):
         Raises:
             UniLIPError: a value out of range, an empty or overlong prompt, or a missing part.
         """
-        prompts = [check_prompt(p) for p in ([prompt] if isinstance(prompt, str) else prompt)]
+        prompts = [check_prompt(p) for p in _as_list(prompt)]
         settings = self._sampling(num_inference_steps, guidance_scale, solver, num_images_per_prompt, output_type)
         self.require("mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
         processor = self._processor(image_size)
@@ -317,7 +317,7 @@ class UniLIP(nn.Module):
         The other arguments are those of `generate`.
         """
         sources = [load_image(i) for i in _as_list(image)]
-        prompts = [check_prompt(p, "instruction") for p in ([prompt] if isinstance(prompt, str) else prompt)]
+        prompts = [check_prompt(p, "instruction") for p in _as_list(prompt)]
         settings = self._sampling(num_inference_steps, guidance_scale, solver, num_images_per_prompt, output_type)
         if keep_aspect and output_type != "pil":
             raise UniLIPError(f'keep_aspect needs output_type "pil", not {output_type!r}.')
@@ -419,11 +419,11 @@ class UniLIP(nn.Module):
         for name, value in (("max_new_tokens", max_new_tokens), ("max_tiles", max_tiles)):
             if value < 1:
                 raise UniLIPError(f"{name} is {value}; it must be at least 1.")
-        single = isinstance(question, str)
+        questions = _as_list(question)
+        single = not isinstance(question, (list, tuple))
         if single:
-            questions, pictures = [question], [image]
+            pictures = [image]
         else:
-            questions = list(question)
             pictures = list(image) if isinstance(image, (list, tuple)) else [image] * len(questions)
             if len(pictures) != len(questions):
                 raise UniLIPError(
@@ -516,8 +516,9 @@ class UniLIP(nn.Module):
         return to_images(pixels)
 
 
-def _as_list(images: Any) -> list[Any]:
-    return list(images) if isinstance(images, (list, tuple)) else [images]
+def _as_list(value: Any) -> list[Any]:
+    """Take one or several as a list: a list or tuple is several, anything else is one."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _turn(turn: Any, cut: Callable[[Any], tuple[int, ...]]) -> Message:

@@ -107,20 +107,22 @@ def verify(
 
     for group, record in groups.items():
         wanted = {entry for entry in record if entry not in INPUTS}
-        recompute = _recipe(group)
-        if recompute is not None:
-            moved = {entry: value.to(device) if entry in INPUTS else value for entry, value in record.items()}
+        recipe, needed = _recipe(group)
+        why = "not understood"
+        lacking = [part for part in needed if part not in model.parts]
+        if lacking:
+            why = f"the checkpoint has no {', '.join(lacking)}"
+        elif recipe is not None:
+            moved = _Recorded({e: value.to(device) if e in INPUTS else value for e, value in record.items()})
             try:
-                for result in recompute(model, opened, moved):
+                for result in recipe(model, opened, moved):
                     if result.entry in wanted:
                         wanted.remove(result.entry)
                         add(_compare(f"{group}.{result.entry}", result, record[result.entry], tolerance))
-            except KeyError as error:
-                for entry in sorted(wanted):
-                    add(Row(f"{group}.{entry}", math.inf, tolerance, False, f"{group}.{error.args[0]} is not recorded"))
-                wanted.clear()
+            except _NotRecordedError as error:
+                why = f"{group}.{error} is not recorded"
         for entry in sorted(wanted):
-            add(Row(f"{group}.{entry}", math.inf, tolerance, False, "not understood"))
+            add(Row(f"{group}.{entry}", math.inf, tolerance, False, why))
     return rows
 
 
@@ -135,7 +137,8 @@ def format_rows(rows: Iterable[Row]) -> str:
         for r in rows
     ]
     failed = sum(not row.ok for row in rows)
-    lines.append(f"{len(rows)} entries, {f'{failed} FAILED' if failed else 'all within tolerance'}")
+    what = "1 entry" if len(rows) == 1 else f"{len(rows)} entries"
+    lines.append(f"{what}, {failed} FAILED" if failed else f"{what}, all within tolerance")
     return "\n".join(lines)
 
 
@@ -164,14 +167,27 @@ def _compare(name: str, result: Result, stored: Tensor, tolerance: float) -> Row
 Recipe = Callable[[UniLIP, Checkpoint, Record], Results]
 
 
-def _recipe(group: str) -> Recipe | None:
-    for prefix, recipe in (
-        ("train_", _training), ("train", _train_schedule), ("sampler", _sampler), ("recon", _reconstruction),
-        ("t2i", _generation), ("edit", _generation),
-    ):  # fmt: skip
-        if group == prefix or (group.startswith(prefix) and prefix not in ("train", "sampler")):
-            return recipe
-    return None
+class _NotRecordedError(Exception):
+    """An input that a recipe needs is missing from the file."""
+
+
+class _Recorded(dict[str, Tensor]):
+    def __missing__(self, entry: str) -> Tensor:
+        raise _NotRecordedError(entry)
+
+
+def _recipe(group: str) -> tuple[Recipe | None, tuple[str, ...]]:
+    """Return how a group is recomputed and which parts of the model that takes."""
+    if group == "train":
+        return _train_schedule, ()
+    if group == "sampler":
+        return _sampler, ()
+    if group.startswith("recon"):
+        return _reconstruction, ("encoder", "latent_head", "pixel_decoder")
+    sampling = ("encoder", "pixel_decoder", "mllm", "connector", "dit")
+    if group.startswith(("t2i", "edit")):
+        return _generation, sampling
+    return (_training, (*sampling, "latent_head")) if group.startswith(("train_t2i", "train_edit")) else (None, ())
 
 
 def _train_schedule(model: UniLIP, opened: Checkpoint, record: Record) -> Results:

@@ -30,7 +30,10 @@ from unilip.errors import UniLIPError
 
 T = TypeVar("T")
 UNKNOWN = "unknown"  # something is there that looks like no drawing of the world
-MIN_EXPLAINED = 0.60  # share of the picture's energy in a window that a sprite has to explain to be recognised
+MIN_EXPLAINED = 0.65  # share of the picture's energy in a window that a sprite has to explain to be recognised
+MIN_DETAIL = (
+    0.25  # share of the sprite's detail that has to be there: a blob of the right colours is no recognised thing
+)
 MIN_AREA = 0.02  # share of the picture that something has to cover to be seen at all
 SOFTNESS = (0.0, 1.5, 2.5)  # further blur of a sprite, in pixels, that is tried before it is refused
 SCALES = (0.94, 0.97, 1.03, 1.06)  # of the likeliest sprites, tried in full resolution
@@ -198,6 +201,14 @@ def _merit(gain: torch.Tensor, energy: torch.Tensor, fault: float = 0.5) -> torc
     return gain - fault * (energy - gain)
 
 
+def _detail(seen: torch.Tensor, drawn: torch.Tensor, size: int) -> float:
+    """How much of the detail of DRAWN, at 1/25 to 1/8 of SIZE, is in SEEN: 1 for all of it, near 0 for a blurred blob."""
+    both = torch.stack([seen, drawn])  # 2 3 h w
+    fine, coarse = (_blur(both, share * size, "replicate") for share in (0.04, 0.12))
+    a, b = fine - coarse
+    return float((a * b).sum() / (b * b).sum().clamp_min(1e-6))
+
+
 # ---------------------------------------------------------------------------------------------- the judge
 
 
@@ -248,87 +259,71 @@ class Judge:
         image = torch.from_numpy(smooth(pixels.astype(np.float32) / 255, self.blur)).permute(2, 0, 1)  # 3 S S
         behind = torch.from_numpy(rows / 255).T[:, :, None].expand(-1, -1, side).contiguous()
         difference = image - behind
-        energy = (difference**2).sum(0)  # S S
-        floor = self._floor(energy)
+        floor = self._floor((difference**2).sum(0))
         objects: list[Found] = []
-        left = difference.clone()
         for _ in range(self.world.max_count + 3):
-            found, covered = self._next(left, behind, energy, floor, objects)
+            found, cover = self._next(difference, behind, floor)
             if found is None:
                 break
-            objects.append(found)
-            left = left * (1 - covered)
-        objects = [self._name_colour(found, image, behind) for found in objects]
+            objects.append(self._name_colour(found, image, behind))
+            difference = difference * (1 - cover)
         return Reading(background, tuple(objects))
 
     @staticmethod
     def _floor(energy: torch.Tensor) -> float:
-        """Energy of a pixel that still counts as background: from the quieter half of the picture."""
-        quiet = torch.quantile(energy.flatten(), 0.25)
-        return float(max(0.004, 10 * quiet))
+        """Energy above which a pixel is no background: ten times that of the quieter quarter, 0.06 RGB at least."""
+        return max(0.004, 10 * float(torch.quantile(energy.flatten(), 0.25)))
 
-    def _next(
-        self, left: torch.Tensor, behind: torch.Tensor, energy: torch.Tensor, floor: float, before: Sequence[Found]
-    ) -> tuple[Found | None, torch.Tensor]:
-        """Find the sprite that explains most of what is LEFT; returns it and what it covers (S, S)."""
-        side = left.shape[-1]
-        nothing = torch.zeros(side, side)
+    def _next(self, left: torch.Tensor, behind: torch.Tensor, floor: float) -> tuple[Found | None, torch.Tensor]:
+        """Find the sprite that explains most of what is LEFT (3, S, S); returns it and what it hides (S, S)."""
         remaining = (left**2).sum(0)
-        if float((remaining > floor).float().mean()) < MIN_AREA:
-            return None, nothing
-        candidates = self._search(left, behind, before)
-        best = self._refine(left, behind, candidates)
-        if best is not None:
-            look, x, y, size = best
-            layers = self._layers(look, size)
-            alpha = layers[3]
-            window = (slice(y, y + size), slice(x, x + size))
-            cover = torch.zeros(side, side)
-            cover[window] = (F.max_pool2d(alpha[None], 7, 1, 3)[0] > 0.15).float()
-            wide = (slice(max(0, y - 2), y + size + 2), slice(max(0, x - 2), x + size + 2))
-            total = remaining[wide].sum().clamp_min(1e-6)
-            score = 0.0
-            for softer in SOFTNESS:  # a decoder's pictures are softer than the art
-                soft = _blur(layers[None], softer, "constant")[0] if softer else layers
-                predicted = torch.zeros_like(left)
-                predicted[(slice(None), *window)] = soft[:3] - soft[3] * behind[(slice(None), *window)]
-                error = ((left - predicted) ** 2).sum(0)[wide].sum()
-                score = max(score, 1 - float(error / total))
-            grown = torch.zeros(side, side)
-            grown[wide] = 1
-            share = float((remaining[wide] > floor).float().sum()) / side**2
-            if score >= MIN_EXPLAINED and share >= MIN_AREA:
-                box = (float(x), float(y), float(x + size), float(y + size))
-                # the outline of a badly drawn object would be found again: hide the box, but not its neighbours
-                return Found(look.concept, look.style, look.colour, box, round(score, 4), look.tone), torch.maximum(
-                    cover, grown if self._alone(x, y, size, remaining, cover, floor) else cover
-                )
-        return self._unknown(remaining, floor)
-
-    @staticmethod
-    def _alone(x: int, y: int, size: int, remaining: torch.Tensor, cover: torch.Tensor, floor: float) -> bool:
-        """Whether what a window holds beyond its sprite is too little to be another object."""
-        rest = (remaining > floor).float() * (1 - cover)
-        return float(rest[max(0, y - 2) : y + size + 2, max(0, x - 2) : x + size + 2].sum()) < 0.12 * size * size
-
-    def _unknown(self, remaining: torch.Tensor, floor: float) -> tuple[Found | None, torch.Tensor]:
-        """Return a box of the smallest size around the strongest rest, if that is large enough to be a thing."""
-        side = remaining.shape[-1]
-        size = min(self.world.multi_sizes)
         busy = (remaining > floor).float()
+        if float(busy.mean()) < MIN_AREA:
+            return None, busy
+        fit = self._refine(left, behind, self._search(left, behind))
+        if fit is None:
+            return self._unknown(busy)
+        look, x, y, size = fit
+        layers = self._layers(look, size)
+        window = (slice(y, y + size), slice(x, x + size))
+        wide = (slice(max(0, y - 2), y + size + 2), slice(max(0, x - 2), x + size + 2))
+        total = remaining[wide].sum()
+        drawn = torch.zeros_like(left)
+        drawn[(slice(None), *window)] = layers[:3] - layers[3] * behind[(slice(None), *window)]
+        score, softness = -1.0, 0.0
+        for softer in SOFTNESS:  # a decoder's pictures are softer than the art
+            soft = _blur(layers[None], softer, "constant")[0] if softer else layers
+            rest = left.clone()
+            rest[(slice(None), *window)] -= soft[:3] - soft[3] * behind[(slice(None), *window)]
+            explained = 1 - float((rest**2).sum(0)[wide].sum() / total.clamp_min(1e-6))
+            if explained > score:
+                score, softness = explained, softer
+        area = float(busy[wide].sum()) / busy.numel()
+        wide3 = (slice(None), *wide)
+        if score < MIN_EXPLAINED or area < MIN_AREA or _detail(left[wide3], drawn[wide3], size) < MIN_DETAIL:
+            return self._unknown(busy)
+        reach = round(3 + 2 * softness)  # the soft outline belongs to the object
+        cover = torch.zeros_like(busy)
+        cover[window] = layers[3]
+        cover = (F.max_pool2d(cover[None], 2 * reach + 1, 1, reach)[0] > 0.15).float()
+        if float((busy * (1 - cover))[wide].sum()) < 0.12 * size * size:
+            cover[wide] = 1  # what little its window holds beside it is no object of its own
+        box = (float(x), float(y), float(x + size), float(y + size))
+        return Found(look.concept, look.style, look.colour, box, round(score, 4), look.tone), cover
+
+    def _unknown(self, busy: torch.Tensor) -> tuple[Found | None, torch.Tensor]:
+        """Return the window of the smallest size that holds most of the rest, if that is enough to be a thing."""
+        size = min(self.world.multi_sizes)
         share = F.avg_pool2d(busy[None], size, 1)[0]
-        cover = torch.zeros(side, side)
-        best = int(share.argmax())
-        y, x = divmod(best, share.shape[-1])
-        if float(share.max()) * size * size < 0.2 * size * size:
+        cover = torch.zeros_like(busy)
+        if float(share.max()) < 0.2:
             return None, cover
+        y, x = divmod(int(share.argmax()), share.shape[-1])
         cover[y : y + size, x : x + size] = 1
         box = (float(x), float(y), float(x + size), float(y + size))
         return Found(UNKNOWN, self.world.default_style, None, box, 0.0), cover
 
-    def _search(
-        self, left: torch.Tensor, behind: torch.Tensor, before: Sequence[Found], keep: int = 10
-    ) -> list[tuple[int, int, int, int]]:
+    def _search(self, left: torch.Tensor, behind: torch.Tensor, keep: int = 10) -> list[tuple[int, int, int, int]]:
         """Slide all looks over the coarse picture at all sizes; returns (look, x, y, size) of the likeliest kinds."""
         side, cells = left.shape[-1], self.cells
         best = torch.full((len(self.looks),), -math.inf)
@@ -342,7 +337,7 @@ class Judge:
             some = full > 0.15 * full.max()  # windows with next to nothing in them
             index = some.nonzero()[:, 0]
             gain = self._weights @ windows[:, index] - self._constant[:, None]  # L P
-            gain = (_merit(gain, full[index] * cells**2)) * (size / cells) ** 2
+            gain = _merit(gain, full[index] * cells**2) * (size / cells) ** 2
             top, at = gain.max(1)
             better = top > best
             best = torch.where(better, top, best)
@@ -554,7 +549,9 @@ class EditVerdict:
         return self.done and self.kept
 
 
-def judge_edit(judge: Judge, result: np.ndarray | Image.Image, edit: Edit, reading: Reading | None = None) -> EditVerdict:
+def judge_edit(
+    judge: Judge, result: np.ndarray | Image.Image, edit: Edit, reading: Reading | None = None
+) -> EditVerdict:
     """Compare the RESULT of an edit with its target scene, object by object, and outside the mask pixel by pixel.
 
     Objects are told apart by what they are, and have to be within PLACE_TOLERANCE of their place; a new object next

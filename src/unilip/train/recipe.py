@@ -8,16 +8,33 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from unilip.config import TOKEN_PIXELS
 from unilip.errors import ConfigError
+
+FREE_TO_CHANGE = ("log_every", "sample_every", "save_every", "keep", "note", "data.workers")
+
+
+def _check(record: object, where: str, rule: str, *names: str, least: float = 0, below: float = math.inf) -> None:
+    """Refuse numbers outside [least, below), NaN and infinity among them."""
+    for name in names:
+        value = getattr(record, name)
+        if not least <= value < below:
+            raise ConfigError(f"{where}{name} is {value}; it must be {rule}.")
 
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW with linear warm-up and cosine decay; `warmup` is a fraction of the steps, `final` a fraction of `lr`."""
+    """AdamW with linear warm-up and cosine decay; `warmup` is a fraction of the steps, `final` a fraction of `lr`.
+
+    `grad_clip` bounds the norm of the gradient of everything that trains, together.
+    """
 
     lr: float = 1e-4
     beta1: float = 0.9
@@ -28,25 +45,42 @@ class Optim:
     grad_clip: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ConfigError(f"optim.lr is {self.lr}; it must be greater than 0.")
-        if not 0 <= self.warmup < 1:
-            raise ConfigError(f"optim.warmup is {self.warmup}; it is a fraction of the steps, at least 0 and below 1.")
+        for name in ("lr", "grad_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"optim.{name} is {getattr(self, name)}; it must be a number greater than 0.")
+        _check(self, "optim.", "at least 0 and below 1", "beta1", "beta2", below=1)
+        _check(self, "optim.", "at least 0", "weight_decay")
+        _check(self, "optim.", "a fraction of the steps, at least 0 and below 1", "warmup", below=1)
+        if not 0 <= self.final <= 1:
+            raise ConfigError(f"optim.final is {self.final}; it must be a fraction of lr, between 0 and 1.")
 
 
 @dataclass(frozen=True)
 class Understand:
-    """Stage 0: image-text contrast, prediction of the caption's words, next token of answers. Weights of the three."""
+    """Stage 0: image-text contrast, prediction of the caption's words, next token of answers. Weights of the three.
+
+    `turns` is the most questions asked about one picture.
+    """
 
     contrastive: float = 1.0
     words: float = 1.0
     next_token: float = 0.0
     turns: int = 4
 
+    def __post_init__(self) -> None:
+        _check(self, "objective.", "a weight of at least 0", "contrastive", "words", "next_token")
+        _check(self, "objective.", "at least 1", "turns", least=1)
+        if not self.contrastive + self.words + self.next_token:
+            raise ConfigError("objective.contrastive, words and next_token are all 0; nothing would be learned.")
+
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Tokenizer stages: L2 in [0,1], perceptual, distillation to the frozen original features, hinge GAN."""
+    """Tokenizer stages: L2 in [0,1], perceptual, distillation to the frozen original features, hinge GAN.
+
+    The GAN, and the learning rate of its discriminator, begin at step `gan_start`. The original is the encoder that
+    the stage starts from, unless `init` names a "teacher".
+    """
 
     pixel: float = 1.0
     perceptual: float = 1.1
@@ -57,6 +91,9 @@ class Reconstruct:
     perceptual_source: str = "teacher"
 
     def __post_init__(self) -> None:
+        weights = ("pixel", "perceptual", "distill", "gan", "lecam")
+        _check(self, "objective.", "a weight of at least 0", *weights)
+        _check(self, "objective.", "at least 0", "gan_start")
         if self.perceptual_source not in ("teacher", "lpips"):
             raise ConfigError(
                 f"objective.perceptual_source is {self.perceptual_source!r}; allowed: teacher (features of the frozen "
@@ -69,7 +106,7 @@ class Flow:
     """Generation stages: `noises` noisy copies share one condition; `target` is the latent space that is learned.
 
     "unilip": features of the target picture through the latent head; "dcae": latents of a DC-AE autoencoder, which is
-    what a frozen pretrained SANA knows.
+    what a frozen pretrained SANA knows. A share `drop_prompt` of the prompts is replaced by the unconditional one.
     """
 
     noises: int = 1
@@ -87,7 +124,8 @@ class Flow:
 class Data:
     """Where batches come from: the emoji world by its name, or a folder of pictures with captions beside them.
 
-    `edit_share` is the share of batches that hold edits (each batch has one task). `workers` processes prepare them.
+    `edit_share` is the share of steps whose batches hold edits (a batch has one task); `text_share` adds that share of
+    questions without a picture. `image_size` replaces the model's own. `workers` processes prepare batches.
     """
 
     source: str = "emoji"
@@ -105,11 +143,20 @@ class Data:
             raise ConfigError("data.path is empty; data.source=folder needs the folder of the pictures.")
         if not (0 <= self.edit_share <= 1 and 0 <= self.text_share <= 1):
             raise ConfigError("data.edit_share and data.text_share are shares between 0 and 1.")
+        _check(self, "data.", "at least 0", "workers", "image_size")
+        if self.image_size % TOKEN_PIXELS:
+            raise ConfigError(
+                f"data.image_size is {self.image_size}; it must be a multiple of {TOKEN_PIXELS}, or 0 for the model's."
+            )
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. `init` lists where parts start: "part=source" pairs, a source being a recipe's result or a path."""
+    """A whole run. `init` lists where parts start: "part,part=source", a source being a recipe, a path or a hub id.
+
+    A step is `accumulate` batches of `batch_size`. `trains` pairs parameter-name prefixes with a factor on the
+    learning rate; the longest prefix decides, and what no prefix names is frozen.
+    """
 
     name: str
     model: str
@@ -133,20 +180,36 @@ class Recipe:
     note: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "sample_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not re.fullmatch(r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*", self.name):
+            raise ConfigError(f"name is {self.name!r}; it becomes a folder, so give words like size/stage.")
+        counts = ("steps", "batch_size", "accumulate", "log_every", "sample_every", "save_every", "keep")
+        _check(self, "", "at least 1", *counts, least=1)
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype is {self.dtype!r}; allowed: float32, bfloat16 (autocast; weights stay float32).")
-        if not 0 <= self.ema < 1:
-            raise ConfigError(f"ema is {self.ema}; it must be at least 0 (off) and below 1.")
-        if isinstance(self.objective, Flow) and not any(p.split(".")[0] in ("connector", "dit", "mllm") for p, _ in self.trains):
+        _check(self, "", "at least 0 (off) and below 1", "ema", below=1)
+        if not any(factor > 0 for _, factor in self.trains) or not all(0 <= f < math.inf for _, f in self.trains):
+            raise ConfigError(f"trains is {self.trains}; give prefixes with factors of at least 0, one of them above 0.")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        flow, kind = isinstance(self.objective, Flow), type(self.objective).__name__.lower()
+        reached = {prefix.split(".")[0] for prefix, factor in self.trains if factor > 0}
+        if flow and not reached & {"connector", "dit", "mllm"}:
             raise ConfigError("trains names nothing that a flow objective reaches; name connector, dit or mllm.queries.")
+        if self.data.edit_share and not flow:
+            raise ConfigError(f"data.edit_share is {self.data.edit_share}, but the objective {kind} has no edits.")
+        if self.data.text_share and not (isinstance(self.objective, Understand) and self.objective.next_token):
+            raise ConfigError(f"data.text_share is {self.data.text_share}, which needs objective.next_token above 0.")
+        if self.measure_latents and not isinstance(self.objective, Reconstruct):
+            raise ConfigError(f"measure_latents is for tokenizer stages; the objective {kind} makes no latents.")
 
     @property
     def stage(self) -> str:
         """The second half of the name: recon, sft, ..."""
         return self.name.split("/")[-1]
+
+
+# --- fields by dotted name --------------------------------------------------------------------------------------------
 
 
 def leaves(record: Any, prefix: str = "") -> dict[str, Any]:
@@ -161,41 +224,78 @@ def leaves(record: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as JSON-ready values by dotted name."""
+    values: dict[str, Any] = json.loads(json.dumps(leaves(recipe), allow_nan=False))
+    return values
+
+
+def changed_settings(recipe: Recipe, before: Mapping[str, Any]) -> str:
+    """Say in words which settings differ from those of an earlier run of the recipe; empty where none does."""
+    now = plain(recipe)
+    names = [name for name in {**now, **before} if name not in FREE_TO_CHANGE and now.get(name) != before.get(name)]
+    return ", ".join(f"{name} ({before.get(name)} -> {now.get(name)})" for name in names)
+
+
 def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """Apply "dotted.name=value" settings; an unknown name is refused with the nearest valid one."""
+    """Apply "dotted.name=value" settings, all at once; an unknown name is refused with the nearest valid one."""
+    names = leaves(recipe)
+    changes: dict[str, Any] = {}
     for setting in settings:
         name, sep, text = setting.partition("=")
-        names = leaves(recipe)
         if not sep:
             raise ConfigError(f"--set takes NAME=VALUE, not {setting!r}.")
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            near = _nearest(name, names)
+            hint = f" Did you mean {near}?" if near else ""
             raise ConfigError(f"{recipe.name} has no setting {name!r}.{hint} All of them: {', '.join(names)}.")
-        recipe = _replace(recipe, name.split("."), _parse(name, text, names[name]))
-    return recipe
+        changes[name] = _parse(name, text.strip(), names[name])
+    changed: Recipe = _replace(recipe, changes, "")
+    return changed
 
 
-def _replace(record: Any, path: list[str], value: Any) -> Any:
-    head, *rest = path
-    return dataclasses.replace(record, **{head: _replace(getattr(record, head), rest, value) if rest else value})
+def _nearest(name: str, names: Iterable[str]) -> str | None:
+    """The name that ends in what was given (lr: optim.lr), else the one that looks most like it."""
+    names = list(names)
+    last = name.split(".")[-1]
+    inside = [n for n in names if n.split(".")[-1] == last]
+    return next(iter(inside or difflib.get_close_matches(name, names, n=1, cutoff=0.3)), None)
+
+
+def _replace(record: Any, changes: Mapping[str, Any], prefix: str) -> Any:
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(record):
+        name, value = prefix + f.name, getattr(record, f.name)
+        if dataclasses.is_dataclass(value):
+            values[f.name] = _replace(value, changes, f"{name}.")
+        elif name in changes:
+            values[f.name] = changes[name]
+    return dataclasses.replace(record, **values)
 
 
 def _parse(name: str, text: str, old: Any) -> Any:
+    """Read a value as the type that the field has."""
     try:
         if isinstance(old, bool):
             if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
                 raise ValueError(text)
             return text.lower() in ("true", "1", "yes")
         if isinstance(old, int):
-            return int(text.replace("_", ""))
+            return int(text)
         if isinstance(old, float):
-            return float(text)
-        if name == "trains":
-            pairs = [part.rpartition(":") for part in text.split(",") if part]
-            return tuple((p or f, float(f) if p else 1.0) for p, _, f in pairs)
-        if isinstance(old, tuple):
-            return tuple(part for part in text.split(",") if part)
+            return _number(text)
+        if name == "trains":  # encoder:0.1,latent_head
+            pairs = [part.partition(":") for part in text.split(",") if part]
+            return tuple((prefix.strip(), _number(factor) if sep else 1.0) for prefix, sep, factor in pairs)
+        if name == "init":  # encoder,mllm=nano/clip,dit=FOLDER: a source ends where the next parts begin
+            return tuple(part.strip() for part in re.findall(r"[^=]*=[^,]*|[^=]+$", text.strip(",")) if part)
         return text
     except ValueError as error:
         raise ConfigError(f"{name}={text!r} cannot be read as {type(old).__name__}, which {old!r} is.") from error
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number

@@ -1,0 +1,399 @@
+"""Every verb of the command line, from its words to its files, on the tiny model."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unilip import cli, demo
+from unilip.errors import UniLIPError
+
+QUICK = ["--steps", "2", "--no-progress", "--device", "cpu"]
+
+
+@pytest.fixture
+def run(tiny_folder, tmp_path, monkeypatch, capsys):
+    """Run a verb on the tiny model in an empty folder: f("generate", ...) -> (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(verb, *words):
+        model = ["--model", str(tiny_folder)] if "--model" in cli.VERBS[verb].options else []
+        code = cli.main([*verb.split(), *words, *model])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def pictures(tmp_path, picture):
+    """Two pictures on disk, one of them wide."""
+    paths = [tmp_path / "cat.png", tmp_path / "wide.jpg"]
+    picture().save(paths[0])
+    picture(90, 40, seed=1).save(paths[1])
+    return [str(path) for path in paths]
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB"), dtype=int)
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def test_generate_names_pictures_after_prompt_and_seed(run):
+    code, out, err = run("generate", "Three yellow  stars!", "--num-images", "2", "--seed", "7", *QUICK)
+    assert code == 0
+    assert out.split() == ["three-yellow-stars-7.png", "three-yellow-stars-8.png"]
+    assert Image.open("three-yellow-stars-7.png").size == (56, 56)
+    assert "2 pictures of 2 steps" in err
+
+
+def test_words_without_quotes_are_one_prompt(run):
+    code, out, _ = run("generate", "three", "yellow", "stars", *QUICK)
+    assert code == 0 and out.split() == ["three-yellow-stars-0.png"]
+
+
+def test_a_seed_means_the_same_picture_alone_and_in_a_batch(run):
+    run("generate", "a star", "--num-images", "3", "--batch-size", "3", *QUICK, "--output", "together")
+    run("generate", "a star", "--num-images", "3", "--batch-size", "1", *QUICK, "--output", "alone")
+    run("generate", "a star", "--seed", "2", *QUICK, "--output", "late.png")
+    for name in ("a-star-0.png", "a-star-1.png", "a-star-2.png"):
+        assert abs(pixels(f"together/{name}") - pixels(f"alone/{name}")).max() <= 1  # the last bit of a rounding
+    assert abs(pixels("late.png") - pixels("alone/a-star-2.png")).max() <= 1
+    assert abs(pixels("alone/a-star-0.png") - pixels("alone/a-star-1.png")).max() > 1
+
+
+def test_free_names_are_taken_and_nothing_is_overwritten(run):
+    Path("a-star-0.png").write_text("mine")
+    assert run("generate", "a star", *QUICK)[1].split() == ["a-star-0-2.png"]
+    assert run("generate", "a star", *QUICK)[1].split() == ["a-star-0-3.png"]
+    assert Path("a-star-0.png").read_text() == "mine"
+    code, _, err = run("generate", "a star", *QUICK, "--output", "a-star-0.png")
+    assert code == 2 and "--force" in err and Path("a-star-0.png").read_text() == "mine"
+    assert run("generate", "a star", *QUICK, "--output", "a-star-0.png", "--force")[0] == 0
+    assert Image.open("a-star-0.png").size == (56, 56)
+    assert not [name for name in os.listdir() if name.endswith(".part")]
+
+
+def test_force_in_a_folder_does_not_overwrite_this_run(run):
+    Path("prompts.txt").write_text("a star\na star\n")
+    words = ["--prompts", "prompts.txt", *QUICK, "--output", "made", "--force"]
+    assert [Path(p).name for p in run("generate", *words)[1].split()] == ["a-star-0.png", "a-star-0-2.png"]
+    assert run("generate", *words)[0] == 0 and len(os.listdir("made")) == 2
+
+
+def test_metadata_tells_how_to_make_the_picture_again(run, tiny_folder):
+    run("generate", "ein grüner Stern", "--seed", "3", "--guidance-scale", "2", *QUICK, "--output", "a.png")
+    found = Image.open("a.png").text
+    expected = {"prompt": "ein grüner Stern", "seed": "3", "num_inference_steps": "2", "guidance_scale": "2.0"}
+    assert expected.items() <= found.items() and found["model"] == str(tiny_folder)
+    run("generate", "a star", *QUICK, "--output", "b.png", "--no-metadata")
+    assert not Image.open("b.png").text
+
+
+def test_json_has_paths_seeds_settings_and_seconds(run):
+    code, out, err = run("generate", "a star", "--seed", "5", *QUICK, "--json")
+    report = json.loads(out)
+    assert code == 0 and err == ""
+    assert report["images"] == [{"path": "a-star-5.png", "prompt": "a star", "seed": 5}]
+    assert report["settings"]["num_inference_steps"] == 2 and report["settings"]["guidance_scale"] == 4.5
+    assert report["device"] == "cpu" and report["dtype"] == "float32" and report["seconds"] > 0
+
+
+def test_prompts_come_from_lines_or_json_lines_or_stdin(run, monkeypatch):
+    Path("lines.txt").write_text("a star\n\n  a cat  \n")
+    assert run("generate", "--prompts", "lines.txt", *QUICK)[1].split() == ["a-star-0.png", "a-cat-0.png"]
+    Path("lines.jsonl").write_text('{"prompt": "a dog", "seed": 9}\n{"prompt": "a car"}\n')
+    assert run("generate", "--prompts", "lines.jsonl", *QUICK)[1].split() == ["a-dog-9.png", "a-car-0.png"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("a bus\n"))
+    assert run("generate", "--prompts", "-", *QUICK)[1].split() == ["a-bus-0.png"]
+
+
+def test_solver_negative_prompt_and_size_are_used(run):
+    run("generate", "a star", *QUICK, "--output", "plain.png")
+    for i, words in enumerate((["--solver", "euler"], ["--negative-prompt", "a cat"], ["--guidance-scale", "1"])):
+        assert run("generate", "a star", *QUICK, *words, "--output", f"{i}.png")[0] == 0
+        assert abs(pixels(f"{i}.png") - pixels("plain.png")).max() > 1, words
+    run("generate", "a star", *QUICK, "--image-size", "84", "--output", "large.webp")
+    assert Image.open("large.webp").size == (84, 84)
+
+
+def test_edit_follows_one_instruction_on_every_image(run, pictures):
+    code, out, _ = run("edit", *pictures, "make it blue", *QUICK, "--output", "made/", "--fit", "pad", "--keep-aspect")
+    made = out.split()
+    assert code == 0
+    assert [Path(path).name for path in made] == ["cat-make-it-blue-0.png", "wide-make-it-blue-0.png"]
+    assert Image.open(made[0]).size == (56, 56) and Image.open(made[1]).size == (56, 25)
+
+
+def test_options_may_stand_anywhere(run, pictures):
+    code, out, _ = run("edit", pictures[0], "--seed", "3", pictures[1], *QUICK, "make it blue")
+    assert code == 0 and out.split() == ["cat-make-it-blue-3.png", "wide-make-it-blue-3.png"]
+
+
+def test_reconstruct_reports_psnr(run, pictures):
+    code, out, _ = run("reconstruct", *pictures, "--json", "--device", "cpu", "--keep-aspect")
+    images = json.loads(out)["images"]
+    assert code == 0
+    assert [image["path"] for image in images] == ["cat-reconstructed.png", "wide-reconstructed.png"]
+    assert Image.open("wide-reconstructed.png").size == (56, 25)
+    assert images[0]["psnr"] == pytest.approx(
+        demo.psnr(Image.open(pictures[0]), Image.open(images[0]["path"])), abs=1e-3
+    )
+
+
+def test_dtype_is_used(run):
+    report = json.loads(run("generate", "a star", *QUICK, "--dtype", "bfloat16", "--json")[1])
+    assert report["dtype"] == "bfloat16"
+
+
+# --- answers --------------------------------------------------------------------------------------------------------
+
+
+def test_ask_prints_the_answer_alone(run, pictures, tiny_model):
+    code, out, err = run("ask", pictures[0], "What is this?", "--max-new-tokens", "4")
+    assert code == 0 and err == ""
+    assert out.strip() == tiny_model.ask(pictures[0], "What is this?", max_new_tokens=4)
+
+
+def test_ask_about_several_images(run, pictures, tiny_model):
+    code, out, _ = run("ask", *pictures, "What is this?", "--max-new-tokens", "4")
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert code == 0 and [line[:2] for line in lines] == [[path, "What is this?"] for path in pictures]
+    report = json.loads(run("ask", *pictures, "What is this?", "--together", "--max-new-tokens", "4", "--json")[1])
+    assert [answer["images"] for answer in report["answers"]] == [pictures]
+    assert report["answers"][0]["answer"] == tiny_model.ask(pictures, "What is this?", max_new_tokens=4)
+
+
+def test_ask_without_an_image(run, tiny_model):
+    code, out, _ = run("ask", "Which animal says moo?", "--max-new-tokens", "4")
+    assert code == 0 and out.strip() == tiny_model.ask(None, "Which animal says moo?", max_new_tokens=4)
+
+
+def test_sampled_answers_depend_on_the_seed_alone(run):
+    Path("q.txt").write_text("Who?\nWhat?\n")
+    words = ["--prompts", "q.txt", "--temperature", "2", "--max-new-tokens", "6"]
+    first = run("ask", *words, "--seed", "1")[1]
+    assert run("ask", *words, "--seed", "1")[1] == first != run("ask", *words, "--seed", "2")[1]
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_convert_and_info(run, tiny_folder):
+    code, out, _ = run("convert", str(tiny_folder), "theirs", "--to", "authors", "--dtype", "float16")
+    assert code == 0 and out.strip().endswith("theirs")
+    report = json.loads(run("info", "theirs", "--json")[1])
+    assert report["kind"] == "authors" and report["dtype"] == "float16"
+    code, out, _ = run("info", str(tiny_folder))
+    assert code == 0 and "position embedding   on, scale 1" in out and '"image_size": 56' in out
+    code, _, err = run("convert", str(tiny_folder), "theirs")
+    assert code == 2 and "--force" in err
+    assert run("convert", "theirs", "ours")[0] == 0
+
+
+def test_verify_tells_by_its_exit_code(run, tiny_folder, tiny_model):
+    import torch
+    from safetensors.torch import save_file
+
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = tiny_model.encoder(pixels)
+    save_file({"recon.pixel_values": pixels, "recon.features": features}, "good.safetensors")
+    save_file({"recon.pixel_values": pixels, "recon.features": features + 1}, "bad.safetensors")
+    code, out, _ = run("verify", str(tiny_folder), "good.safetensors", "--device", "cpu")
+    assert code == 0 and "all within tolerance" in out
+    code, out, _ = run("verify", str(tiny_folder), "bad.safetensors", "--json", "--device", "cpu")
+    assert code == 1 and json.loads(out)["ok"] is False
+    assert run("verify", str(tiny_folder), "bad.safetensors", "--tolerance", "2")[0] == 0
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def test_train_lists_its_recipes(run):
+    from unilip.train.recipes import all_recipes
+
+    code, out, _ = run("train", "--list")
+    lines = out.splitlines()
+    assert code == 0 and lines[0].split() == ["recipe", "objective", "steps", "batch", "trains", "note"]
+    assert [line.split()[0] for line in lines[1:]] == list(all_recipes())
+    assert json.loads(run("train", "--list", "--json")[1])["pico/sft"]["batch_size"] > 0
+
+
+def test_train_hands_its_options_on(run, monkeypatch):
+    from unilip.train import loop
+
+    seen = {}
+
+    def fake(recipe, runs, **options):
+        seen.update(options, steps=recipe.steps, lr=recipe.optim.lr, runs=runs)
+        return Path(runs) / recipe.name / "final"
+
+    monkeypatch.setattr(loop, "train", fake)
+    words = ["--set", "steps=7", "--set", "optim.lr=2e-3", "--runs", "r", "--restart", "--stop-after", "3"]
+    code, out, _ = run("train", "tiny/recon", *words, "--device", "cpu", "--no-progress")
+    assert code == 0 and out.strip() == str(Path("r/tiny/recon/final"))
+    expected = {
+        "steps": 7,
+        "lr": 2e-3,
+        "runs": "r",
+        "restart": True,
+        "stop_after": 3,
+        "device": "cpu",
+        "progress": False,
+    }
+    assert seen == expected
+
+
+def test_an_interrupted_training_says_how_to_go_on(run, monkeypatch):
+    from unilip.train import loop
+
+    def stopped(*words, **options):
+        raise loop.Interrupted("SIGINT at step 3 of 9; saved, the same command goes on from there.")
+
+    monkeypatch.setattr(loop, "train", stopped)
+    code, _, err = run("train", "tiny/recon")
+    assert code == 130 and "goes on from there" in err and "error" not in err
+
+
+# --- art and evaluation ---------------------------------------------------------------------------------------------
+
+
+def test_data_prepare_hands_its_folders_on(run, monkeypatch):
+    from unilip.data import art
+
+    monkeypatch.setattr(art, "prepare", lambda output, source, progress: progress(1, 1) or output / "atlas.npz")
+    Path("packed").mkdir()
+    code, out, _ = run("data prepare emoji", "--source", "packed", "--output", "art")
+    assert code == 0 and out.strip() == str(Path("art/atlas.npz"))
+
+
+# --- the demo -------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_makes_one_page_and_its_pictures(run):
+    code, out, err = run("demo", "--device", "cpu")
+    assert code == 0 and out.strip() == str(Path("demo/index.html"))
+    page = Path("demo/index.html").read_text(encoding="utf-8")
+    shown = {part.split('"')[0] for part in page.split('src="')[1:]}
+    assert shown == {path.name for path in Path("demo").glob("*.png")} and len(shown) > 20
+    assert "outside its world" in page and "as it should be" in page and "three yellow stars" in page
+    assert "https://" not in page.replace("https://github.com/microsoft/fluentui-emoji", "")  # it needs no network
+    for part in ("reconstruct:", "generate:", "edit:", "ask:"):
+        assert part in err
+    Path("demo/notes.txt").write_text("mine")
+    assert run("demo", "--device", "cpu")[0] == 0, "a demo may replace a demo"
+    assert Path("demo/notes.txt").read_text() == "mine"
+    assert sorted(os.listdir()) == ["demo"]
+
+
+def test_the_demo_leaves_other_folders_alone(run):
+    Path("mine").mkdir()
+    Path("mine/index.html").write_text("mine")
+    code, _, err = run("demo", "--output", "mine")
+    assert code == 2 and "no demo made" in err and os.listdir("mine") == ["index.html"]
+
+
+def test_a_failing_demo_changes_nothing(fresh_model, tmp_path):
+    model = fresh_model(parts=("encoder", "latent_head", "pixel_decoder"))
+    with pytest.raises(UniLIPError):
+        demo.run(model, tmp_path / "demo")
+    assert not list(tmp_path.iterdir())
+
+
+def test_examples_are_whole():
+    found = demo.examples()
+    assert len(found.pictures) >= 4 and len(found.edits) >= 2 and "three yellow stars" in found.prompts
+    assert "Microsoft" in found.credits
+    for path in [p.path for p in found.pictures] + [p for e in found.edits for p in (e.source, e.target)]:
+        assert Image.open(path).size == (112, 112)
+    assert found.pictures[0].questions[0].accepts("A panda.") and not found.pictures[0].questions[0].accepts("a cat")
+
+
+def test_a_photograph_is_no_drawing():
+    picture = np.asarray(demo.photograph(112))
+    assert picture.shape == (112, 112, 3)
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 5000  # a drawing of the world has a few hundred colours
+
+
+# --- the words themselves -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", cli.VERBS)
+def test_help_has_an_example_that_parses(name, capsys):
+    import shlex
+
+    assert cli.main([*name.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    examples = cli.VERBS[name].example.splitlines()
+    assert all(line in text for line in examples)
+    for line in examples:
+        words = shlex.split(line)
+        assert words[0] == "unilip" and cli.parse(words[1:])[0] == name
+
+
+@pytest.mark.parametrize("name", cli.VERBS)
+def test_every_option_is_typed(name):
+    parser = cli.make_parser(name, cli.VERBS[name])
+    known = cli.Options.__annotations__
+    assert {action.dest for action in parser._actions} - {"help"} <= set(known)
+
+
+def test_every_option_is_used_by_some_verb():
+    assert set(cli.OPTIONS) == {option for verb in cli.VERBS.values() for option in verb.options}
+
+
+def test_top_level_help_and_version(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in cli.VERBS)
+    assert cli.main([]) == 0 and cli.main(["data", "--help"]) == 0
+    assert "data prepare emoji" in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out.startswith("unilip ")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Three  yellow STARS!", "three-yellow-stars"),
+        ("../../etc", "etc"),
+        ("?!", "picture"),
+        ("猫", "猫"),
+        ("x" * 99, "x" * 48),
+    ],
+)
+def test_slug(text, name):
+    assert cli.slug(text) == name
+
+
+# --- as a program ---------------------------------------------------------------------------------------------------
+
+
+def program(*words, cwd):
+    source = str(Path(cli.__file__).parents[1])
+    command = [sys.executable, "-m", "unilip", *words]
+    environment = os.environ | {"PYTHONPATH": source}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment)
+
+
+def test_generate_as_a_program(tiny_folder, tmp_path):
+    done = program("generate", "a star", "--model", str(tiny_folder), "--steps", "1", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["images"][0]["path"] == "a-star-0.png" and done.stderr == ""
+    assert os.listdir(tmp_path) == ["a-star-0.png"]
+
+
+def test_a_wrong_verb_as_a_program(tmp_path):
+    done = program("generat", "a star", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines() == [
+        f"unilip: error: There is no verb 'generat'. Did you mean generate? All of them: {', '.join(cli.VERBS)}."
+    ]
