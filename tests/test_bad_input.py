@@ -3,8 +3,10 @@
 import contextlib
 import json
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -50,7 +52,7 @@ def broken(tiny_folder, fresh_tokenizer, tmp_path_factory):
     (root / "cut.png").write_bytes(whole[: len(whole) // 2])
     (root / "nothing.png").write_bytes(b"")
     Image.new("1", (50_000, 2)).save(root / "long.png")
-    Image.new("1", (50_000, 40_000)).save(root / "huge.png")
+    (root / "huge.png").write_bytes(hollow_png(50_000, 50_000))
 
     (root / "blank.txt").write_text("\n\n")
     (root / "latin.txt").write_bytes("grün".encode("latin-1"))
@@ -58,6 +60,17 @@ def broken(tiny_folder, fresh_tokenizer, tmp_path_factory):
     (root / "key.jsonl").write_text('{"prompt": "a star", "sed": 3}\n')
     (root / "nested.jsonl").write_text('{"text": "a star"}\n')
     return root
+
+
+def hollow_png(width, height):
+    """A PNG that says how large it is and holds no pixels."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"")), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 CASES = {
@@ -73,7 +86,7 @@ CASES = {
     "an ill-typed field": (["info", "{broken}/ill-typed"], "num_queries"),
     "a broken config": (["info", "{broken}/no-json"], "cannot be read as JSON"),
     "no tokenizer": (["generate", "a star", "--model", "{broken}/no-tokenizer"], "no tokenizer"),
-    "a tokenizer without image tokens": (["generate", "a star", "--model", "{broken}/plain-tokenizer"], "<IMG_CONTEXT>"),
+    "a tokenizer without image tokens": (["generate", "x", "--model", "{broken}/plain-tokenizer"], "<IMG_CONTEXT>"),
     "a conversion of nothing": (["convert", "nowhere", "new"], "There is no checkpoint at"),
     "a conversion to nowhere": (["convert", "{model}", "{broken}/good.png"], "give a folder"),
     "an unknown shard size": (["convert", "{model}", "new", "--max-shard-size", "big"], "max_shard_size"),
@@ -87,9 +100,10 @@ CASES = {
     "an empty image": (["ask", "{broken}/nothing.png", "What?", "--model", "{model}"], "not an image"),
     "a 50,000 px image": (["edit", "{broken}/long.png", "make it red", "--model", "{model}"], "50000x2"),
     "a huge image": (["reconstruct", "{broken}/huge.png", "--model", "{model}"], "too large"),
-    "one bad image of two": (["reconstruct", "{broken}/good.png", "{broken}/cut.png", "--model", "{model}"], "truncated"),
+    "one bad image of two": (["reconstruct", "{broken}/good.png", "{broken}/cut.png"], "truncated"),
     "no image": (["edit", "make it red", "--model", "{model}"], "There is no image"),
-    "no image to reconstruct": (["reconstruct", "--model", "{model}"], "usage"),
+    "no image to reconstruct": (["reconstruct", "--model", "{model}"], "IMAGE [IMAGE ...]` is how it works"),
+    "images and no instruction": (["edit", "{broken}/good.png", "{broken}/good.png"], "There is no instruction"),
     "an image and no question": (["ask", "{broken}/good.png", "--model", "{model}"], "There is no question"),
     # words
     "an empty prompt": (["generate", "  ", "--model", "{model}"], "The prompt is empty"),
@@ -99,6 +113,7 @@ CASES = {
     "a prompt with reserved tokens": (["generate", "a <img> star", "--model", "{model}"], "<img>"),
     "an empty negative prompt": ([*GENERATE, "--negative-prompt", ""], "negative prompt is empty"),
     "an empty question": (["ask", "{broken}/good.png", "", "--model", "{model}"], "The question is empty"),
+    "a question of 10,000 words": (["ask", "{broken}/good.png", "word " * 10_000], "49999 characters"),
     "a prompt and a file of them": ([*GENERATE, "--prompts", "{broken}/blank.txt"], "not both"),
     "a missing file of prompts": (["generate", "--prompts", "nowhere.txt"], "nowhere.txt"),
     "a file without prompts": (["generate", "--prompts", "{broken}/blank.txt"], "holds no prompt"),
@@ -137,7 +152,7 @@ CASES = {
     "half a verb": (["data"], "data prepare emoji"),
     "an unknown option": ([*GENERATE, "--step", "3"], "--step"),
     "an option of another verb": (["info", "--steps", "3"], "--steps"),
-    "too many words": (["convert", "a", "b", "c"], "usage"),
+    "too many words": (["convert", "a", "b", "c"], "3 were given"),
     "an unknown recipe": (["train", "pico/refine"], "There is no recipe"),
     "no recipe": (["train"], "--list"),
     "an unknown setting": (["train", "tiny/recon", "--set", "optim.rate=1"], "optim"),
@@ -146,7 +161,10 @@ CASES = {
     "a setting out of range": (["train", "tiny/recon", "--set", "steps=0"], "at least 1"),
     "a stage without its predecessor": (["train", "tiny/recon", "--no-progress"], "tiny/instruct"),
     "art from nowhere": (["data", "prepare", "emoji", "--source", "nowhere"], "There is no folder nowhere"),
-    "art from an empty folder": (["data", "prepare", "emoji", "--source", "{broken}/empty", "--output", "art"], "expected"),
+    "art from an empty folder": (["data", "prepare", "emoji", "--source", "{broken}/empty"], "expected"),
+    "an unknown part of the evaluation": (["eval", "emoji", "--parts", "gen,song"], "'song'"),
+    "an unknown world": (["eval", "emoji", "--world", "mega"], "unknown world"),
+    "results in a missing folder": (["eval", "emoji", "--output", "no/such"], "There is no folder"),
 }  # fmt: skip
 
 
@@ -164,7 +182,7 @@ def test_bad_input(case, tiny_folder, broken, tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert code == 2, err
     assert out == ""
-    assert err.count("\n") == 1 and err.startswith("unilip: error: ") and err.rstrip()[-1] in ".}`", err
+    assert err.count("\n") == 1 and err.startswith("unilip: error: "), err
     assert expected in err, err
     assert "Traceback" not in err and len(err) < 1200
     assert not list(tmp_path.iterdir()), "something was left behind"

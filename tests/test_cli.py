@@ -276,6 +276,20 @@ def test_data_prepare_hands_its_folders_on(run, monkeypatch):
     assert code == 0 and out.strip() == str(Path("art/atlas.npz"))
 
 
+def test_eval_hands_its_options_on(run, monkeypatch, tiny_folder):
+    from unilip.eval import emoji
+
+    seen = []
+    monkeypatch.setattr(emoji, "run", lambda *words, **options: seen.append((words, options)) or {"model": "tiny"})
+    words = ["--parts", "gen,edit", "--count", "3", "--seeds", "2", "--steps", "4", "--world", "tiny", "--output", "r"]
+    code, out, _ = run("eval emoji", *words, "--device", "cpu", "--json")
+    assert code == 0 and json.loads(out)["results"] == {"model": "tiny"}
+    (model, folder, world), options = seen[0]
+    assert (model, folder, world) == (str(tiny_folder), Path("r"), "tiny")
+    assert options["parts"] == ["gen", "edit"] and options["count"] == 3 and options["seeds"] == 2
+    assert options["steps"] == 4 and options["guidance_scale"] is None and options["device"] == "cpu"
+
+
 # --- the demo -------------------------------------------------------------------------------------------------------
 
 

@@ -83,6 +83,7 @@ def test_the_published_schedule():
     assert (scheduler.sigmas[0].item(), scheduler.sigmas[-1].item()) == (pytest.approx(0.99967, abs=1e-5), 0)
     settings = scheduler.config
     assert (settings.algorithm_type, settings.solver_type, settings.solver_order) == ("dpmsolver++", "midpoint", 2)
+    assert (settings.lower_order_final, settings.final_sigmas_type) == (True, "zero")
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

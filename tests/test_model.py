@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 from torch import Tensor
+from transformers import InternVLConfig, InternVLModel
 
 from unilip.config import preset
 from unilip.connector import bidirectional_mask, copy_from_llm, substitute_features
@@ -44,6 +45,23 @@ def test_a_token_is_two_by_two_patches_in_reading_order():
     assert tokens[0, 0].tolist() == [0, 0, 0, 1, 1, 0, 1, 1]
     assert tokens[0, 1].tolist() == [0, 2, 0, 3, 1, 2, 1, 3]
     assert tokens[0, 3].tolist() == [2, 0, 2, 1, 3, 0, 3, 1]
+
+
+def test_the_features_are_internvls(tiny_model):
+    encoder, tiny = tiny_model.encoder, preset("tiny")
+    theirs = InternVLModel(
+        InternVLConfig(
+            vision_config=encoder.vision_tower.config, text_config=tiny_model.mllm.language_model.config,
+            downsample_ratio=0.5, vision_feature_layer=-1, vision_feature_select_strategy="default",
+        )
+    ).eval()  # fmt: skip
+    theirs.vision_tower.load_state_dict(encoder.vision_tower.state_dict())
+    names = {"layer_norm": 0, "linear_1": 1, "linear_2": 3}
+    for name, i in names.items():
+        getattr(theirs.multi_modal_projector, name).load_state_dict(encoder.projector[i].state_dict())
+    pixels = torch.randn(2, 3, tiny.image_size, tiny.image_size)
+    expected = theirs.get_image_features(pixels).pooler_output
+    assert difference(encoder(pixels), expected.reshape(2, 4, 64)) < 1e-5
 
 
 @pytest.mark.parametrize(("height", "width"), [(56, 56), (112, 112), (28, 84)])

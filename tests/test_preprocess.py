@@ -310,6 +310,7 @@ def test_the_grid_is_internvls(most):
         ((5000, 5000), 1, (1, 1)),
         ((1000, 700), 12, (3, 2)),
         ((700, 1000), 12, (2, 3)),
+        ((720, 1000), 2, (1, 2)),  # differences of ratios, not of their logarithms
         ((1345, 1000), 12, (4, 3)),
         ((640, 448), 6, (3, 2)),
         ((500, 1000), 12, (1, 2)),
@@ -375,7 +376,7 @@ def test_image_slots(processor):
     tokens = processor.tokenize(texts)
     assert tokens.image_slots.sum(1).tolist() == [4, 0, 4]
     assert (tokens.input_ids[tokens.image_slots] == processor.image_id).all()
-    assert processor.resized(112).tokenize(texts[1:2] + [processor.resized(112).edit_text("x")]).image_slots.sum() == 16
+    assert processor.resized(112).tokenize([*texts[1:2], processor.resized(112).edit_text("x")]).image_slots.sum() == 16
 
 
 def test_padding_is_no_image_slot_even_where_they_share_an_id(tiny_tokenizer):

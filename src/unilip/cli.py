@@ -77,8 +77,8 @@ class Options(argparse.Namespace):
     max_shard_size: str
     tolerance: float
     source: str | None
-    count: int
-    seeds: int
+    count: int | None
+    seeds: int | None
     parts: str | None
     world: str | None
 
@@ -197,10 +197,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--max-shard-size": dict(default="5GB", metavar="SIZE", help="split the weights into files of this size (5GB)"),
     "--tolerance": dict(type=number(0), default=1e-4, metavar="E", help="largest absolute error allowed (1e-4)"),
     "--source": dict(metavar="DIR", help="folder of the three npm packages; without it npm fetches them"),
-    "--count": dict(type=whole(1, 100_000), default=100, metavar="N", help="items of each part (100)"),
-    "--seeds": dict(type=whole(1, 1000), default=1, metavar="N", help="pictures of each prompt (1)"),
-    "--parts": dict(metavar="NAMES", help="which tests, separated by commas; all by default"),
-    "--world": dict(metavar="NAME", help="the emoji world to ask about; the model's own by default"),
+    "--count": dict(type=whole(1, 100_000), metavar="N", help="prompts of each task and kind of edit (12)"),
+    "--seeds": dict(type=whole(1, 1000), metavar="N", help="pictures of each prompt (4)"),
+    "--parts": dict(metavar="NAMES", help="of recon,vqa,gen,edit,riddle, with commas between (all that the model can)"),
+    "--world": dict(metavar="NAME", help="pico, nano or tiny (the one with the model's picture size)"),
 }  # fmt: skip
 
 LOADING = ("--model", "--device", "--dtype")
@@ -268,7 +268,8 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
     options = make_parser(name, verb).parse_intermixed_args(argv[len(name.split()) :], Options())
     least, most = verb.words
     if not least <= len(options.words) <= most:
-        raise UniLIPError(f"{len(options.words)} words were given; the usage is: unilip {name} {verb.usage}")
+        given = f"{len(options.words)} were given" if options.words else "nothing was given"
+        raise UniLIPError(f"`unilip {name} {verb.usage}` is how it works, but {given}.")
     return name, options
 
 
@@ -348,17 +349,17 @@ def requests(o: Options, what: str, image: str) -> list[Request]:
     `what` is what a text is called; `image` says whether a picture is "never", "maybe" or "always" part of a request.
     """
     if o.prompts is not None:
-        images, entries = o.words, read_prompts(o.prompts)
         if image == "never" and o.words:
-            raise UniLIPError("Give a prompt or --prompts FILE, not both.")
+            raise UniLIPError("A prompt and --prompts FILE were given; give one of them, not both.")
+        images, entries = o.words, read_prompts(o.prompts)
     elif not o.words:
         raise UniLIPError(f"There is no {what}; say in words what you want, or give --prompts FILE.")
     elif image == "never":
         images, entries = [], [{"prompt": " ".join(o.words)}]
     else:
         images, entries = o.words[:-1], [{"prompt": o.words[-1]}]
-        if not images and Path(o.words[-1]).is_file():
-            raise UniLIPError(f"There is no {what} about {o.words[-1]}; put it behind the image, in quotes.")
+        if os.path.isfile(o.words[-1]):
+            raise UniLIPError(f"There is no {what} behind {o.words[-1]}; give it last, in quotes.")
     from unilip.preprocess import check_prompt, load_image
 
     found = []
@@ -405,7 +406,9 @@ class Destination:
             raise UniLIPError(f"{self.folder} is a file, not a folder; give another --output.")
         base = self.folder if self.folder.exists() or self.file else self.folder.absolute().parent
         if not base.is_dir():
-            raise UniLIPError(f"There is no folder {base} to write {path.name} to; make it first: mkdir -p {base}")
+            raise UniLIPError(
+                f"There is no folder {base} to write {path.name} to; make it first with `mkdir -p {base}`."
+            )
         if not os.access(base, os.W_OK):
             raise UniLIPError(f"The folder {base} cannot be written to; give another --output.")
 
@@ -847,7 +850,38 @@ def data_prepare_emoji(o: Options) -> int:
 
 def eval_emoji(o: Options) -> int:
     """Measure a model in the emoji world."""
-    raise UniLIPError("not yet")
+    report = Report(o, "eval emoji")
+    folder = Path(o.output or "results").expanduser()
+    if not folder.exists() and not folder.absolute().parent.is_dir():
+        raise UniLIPError(f"There is no folder {folder.absolute().parent}; make it first, or give another --output.")
+    device = choose_device(o.device)
+    from unilip.data.world import World
+    from unilip.eval import emoji
+
+    parts = None if o.parts is None else [part.strip() for part in o.parts.split(",")]
+    unknown = sorted(set(parts or ()) - set(emoji.PARTS))
+    if unknown:
+        raise UniLIPError(f"--parts names {', '.join(map(repr, unknown))}; allowed: {', '.join(emoji.PARTS)}.")
+    if o.world is not None:
+        World.preset(o.world)
+    results = emoji.run(
+        o.model,
+        folder,
+        o.world,
+        parts=parts,
+        count=o.count,
+        seeds=o.seeds,
+        steps=o.steps,
+        guidance_scale=o.guidance_scale,
+        device=device,
+        dtype=o.dtype,
+        batch_size=o.batch_size,
+        progress=o.progress and sys.stderr.isatty(),
+    )
+    for name in ("results.md", "index.html"):
+        report.line(str(folder / name))
+    report.end("measured", output=str(folder), results=results)
+    return 0
 
 
 VERBS: dict[str, Verb] = {
@@ -956,7 +990,7 @@ VERBS: dict[str, Verb] = {
     "eval emoji": Verb(
         eval_emoji,
         "[OPTIONS]",
-        "Measure a model in the emoji world. A judge that no network trains reads the pictures.",
+        "Measure a model in the emoji world. The items are held out; no network judges.",
         "unilip eval emoji --model runs/pico/sft/final --output results",
         (
             "--output",
@@ -966,10 +1000,14 @@ VERBS: dict[str, Verb] = {
             "--world",
             "--steps",
             "--guidance-scale",
+            "--batch-size",
             *LOADING,
             *TELLING,
         ),
-        changes={"--output": dict(metavar="DIR", help="folder of the results")},
+        changes={
+            "--output": dict(metavar="DIR", help="folder of the results; a rerun goes on where one stopped (results)"),
+            "--batch-size": dict(default=None, help="how many at once: speed and memory, not results (24)"),
+        },
     ),
 }
 

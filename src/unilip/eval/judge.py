@@ -11,24 +11,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import permutations
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from unilip.data.art import BACKGROUNDS, HORIZON, Atlas
+from unilip.data.art import BACKGROUNDS, HORIZON, PALETTE, Atlas, recolour
 from unilip.data.concepts import SHAPES, concept
 from unilip.data.edits import Edit
 from unilip.data.render import change_mask, render
 from unilip.data.world import Obj, Scene, World, relation
 from unilip.errors import UniLIPError
+from unilip.eval.measures import measure_psnr
 
 T = TypeVar("T")
+VERSION = 1  # raise it when a change here may change a verdict: old results are not mixed with new ones
 UNKNOWN = "unknown"  # something is there that looks like no drawing of the world
 MIN_EXPLAINED = 0.65  # share of the picture's energy in a window that a sprite has to explain to be recognised
 MIN_DETAIL = (
@@ -79,6 +81,16 @@ class Reading:
 
     background: str | None
     objects: tuple[Found, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dictionaries and lists, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Reading:
+        """Undo ``to_dict``."""
+        objects = (Found(**{**entry, "box": tuple(entry["box"])}) for entry in record["objects"])
+        return cls(record["background"], tuple(objects))
 
     def __str__(self) -> str:
         things = ", ".join(str(found) for found in self.objects) or "nothing"
@@ -202,7 +214,7 @@ def _merit(gain: torch.Tensor, energy: torch.Tensor, fault: float = 0.5) -> torc
 
 
 def _detail(seen: torch.Tensor, drawn: torch.Tensor, size: int) -> float:
-    """How much of the detail of DRAWN, at 1/25 to 1/8 of SIZE, is in SEEN: 1 for all of it, near 0 for a blurred blob."""
+    """How much of the detail of DRAWN, at 1/25 to 1/8 of SIZE, is in SEEN: 1 for all, near 0 for a blurred blob."""
     both = torch.stack([seen, drawn])  # 2 3 h w
     fine, coarse = (_blur(both, share * size, "replicate") for share in (0.04, 0.12))
     a, b = fine - coarse
@@ -210,6 +222,15 @@ def _detail(seen: torch.Tensor, drawn: torch.Tensor, size: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------- the judge
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """Merit of every look in every window that may hold an object (L, P), the best (P), and x, y, size (P, 3)."""
+
+    merits: torch.Tensor
+    best: torch.Tensor
+    places: torch.Tensor
 
 
 class Judge:
@@ -241,8 +262,12 @@ class Judge:
         self.sizes = [s for s in self.sizes if s <= world.image_size]
 
     def _coarse(self, look: _Look) -> torch.Tensor:
-        sprite = self.atlas.sprite(look.concept, look.style, self.cells * 10, look.colour, look.tone)
-        return F.avg_pool2d(_premultiply(sprite), 10)
+        """Colour x alpha and alpha of a look on the coarse grid: (4, G, G)."""
+        if look.colour is None or look.concept in SHAPES:
+            sprite = self.atlas.sprite(look.concept, look.style, self.cells * 3, look.colour, look.tone)
+        else:  # painting the small drawing is ten times faster, and as good for the coarse grid
+            sprite = recolour(self.atlas.sprite(look.concept, look.style, self.cells * 3), PALETTE[look.colour])
+        return F.avg_pool2d(_premultiply(sprite), 3)
 
     # ------------------------------------------------------------------------------------------ reading
 
@@ -260,9 +285,10 @@ class Judge:
         behind = torch.from_numpy(rows / 255).T[:, :, None].expand(-1, -1, side).contiguous()
         difference = image - behind
         floor = self._floor((difference**2).sum(0))
+        scan = self._scan(difference, behind, floor)
         objects: list[Found] = []
         for _ in range(self.world.max_count + 3):
-            found, cover = self._next(difference, behind, floor)
+            found, cover = self._next(difference, behind, floor, scan, objects)
             if found is None:
                 break
             objects.append(self._name_colour(found, image, behind))
@@ -274,13 +300,15 @@ class Judge:
         """Energy above which a pixel is no background: ten times that of the quieter quarter, 0.06 RGB at least."""
         return max(0.004, 10 * float(torch.quantile(energy.flatten(), 0.25)))
 
-    def _next(self, left: torch.Tensor, behind: torch.Tensor, floor: float) -> tuple[Found | None, torch.Tensor]:
+    def _next(
+        self, left: torch.Tensor, behind: torch.Tensor, floor: float, scan: _Scan, before: Sequence[Found]
+    ) -> tuple[Found | None, torch.Tensor]:
         """Find the sprite that explains most of what is LEFT (3, S, S); returns it and what it hides (S, S)."""
         remaining = (left**2).sum(0)
         busy = (remaining > floor).float()
         if float(busy.mean()) < MIN_AREA:
             return None, busy
-        fit = self._refine(left, behind, self._search(left, behind))
+        fit = self._refine(left, behind, self._candidates(scan, before))
         if fit is None:
             return self._unknown(busy)
         look, x, y, size = fit
@@ -301,7 +329,7 @@ class Judge:
         area = float(busy[wide].sum()) / busy.numel()
         wide3 = (slice(None), *wide)
         if score < MIN_EXPLAINED or area < MIN_AREA or _detail(left[wide3], drawn[wide3], size) < MIN_DETAIL:
-            return self._unknown(busy)
+            return self._unknown(busy, fit[1:])
         reach = round(3 + 2 * softness)  # the soft outline belongs to the object
         cover = torch.zeros_like(busy)
         cover[window] = layers[3]
@@ -311,47 +339,77 @@ class Judge:
         box = (float(x), float(y), float(x + size), float(y + size))
         return Found(look.concept, look.style, look.colour, box, round(score, 4), look.tone), cover
 
-    def _unknown(self, busy: torch.Tensor) -> tuple[Found | None, torch.Tensor]:
-        """Return the window of the smallest size that holds most of the rest, if that is enough to be a thing."""
-        size = min(self.world.multi_sizes)
-        share = F.avg_pool2d(busy[None], size, 1)[0]
-        cover = torch.zeros_like(busy)
-        if float(share.max()) < 0.2:
-            return None, cover
-        y, x = divmod(int(share.argmax()), share.shape[-1])
-        cover[y : y + size, x : x + size] = 1
-        box = (float(x), float(y), float(x + size), float(y + size))
-        return Found(UNKNOWN, self.world.default_style, None, box, 0.0), cover
+    def _unknown(
+        self, busy: torch.Tensor, place: tuple[int, int, int] | None = None
+    ) -> tuple[Found | None, torch.Tensor]:
+        """Return PLACE (x, y, size) as a thing without a name, or the window of the smallest size that holds most.
 
-    def _search(self, left: torch.Tensor, behind: torch.Tensor, keep: int = 10) -> list[tuple[int, int, int, int]]:
-        """Slide all looks over the coarse picture at all sizes; returns (look, x, y, size) of the likeliest kinds."""
-        side, cells = left.shape[-1], self.cells
-        best = torch.full((len(self.looks),), -math.inf)
-        where = torch.zeros(len(self.looks), 3, dtype=torch.long)
+        None where even that holds too little to be a thing.
+        """
+        cover = torch.zeros_like(busy)
+        size = min(self.world.multi_sizes)
+        if place is not None:
+            x, y, wide = place
+            enough = float(busy[y : y + wide, x : x + wide].sum()) >= 0.2 * size * size
+            place = place if enough else None
+        if place is None:
+            share = F.avg_pool2d(busy[None], size, 1)[0]
+            if float(share.max()) < 0.2:
+                return None, cover
+            y, x = divmod(int(share.argmax()), share.shape[-1])
+            place = (x, y, size)
+        x, y, size = place
+        reach = round(0.15 * size)
+        cover[max(0, y - reach) : y + size + reach, max(0, x - reach) : x + size + reach] = 1
+        return Found(UNKNOWN, self.world.default_style, None, (x, y, x + size, y + size), 0.0), cover
+
+    def _scan(self, difference: torch.Tensor, behind: torch.Tensor, floor: float) -> _Scan:
+        """Slide all looks over the coarse picture at all sizes."""
+        side, cells = difference.shape[-1], self.cells
+        busy = ((difference**2).sum(0, keepdim=True) > floor).float()
+        merits, places = [], []
         for size in self.sizes:
             steps = round(side * cells / size)
-            small = F.interpolate(torch.cat([left, behind])[None], size=(steps, steps), mode="area")[0]
-            windows = F.unfold(_scene(small[:3], small[3:])[None], cells)[0]  # 8GG P
-            columns = steps - cells + 1
-            full = F.avg_pool2d((small[:3] ** 2).sum(0, keepdim=True), cells, 1).flatten()
-            some = full > 0.15 * full.max()  # windows with next to nothing in them
-            index = some.nonzero()[:, 0]
-            gain = self._weights @ windows[:, index] - self._constant[:, None]  # L P
-            gain = _merit(gain, full[index] * cells**2) * (size / cells) ** 2
-            top, at = gain.max(1)
-            better = top > best
-            best = torch.where(better, top, best)
-            y, x = index[at] // columns, index[at] % columns
-            scale = side / steps
-            place = torch.stack([(x * scale).round().long(), (y * scale).round().long(), torch.full_like(x, size)], 1)
-            where = torch.where(better[:, None], place, where)
+            small = F.interpolate(torch.cat([difference, behind, busy])[None], size=(steps, steps), mode="area")[0]
+            energy = (small[:3] ** 2).sum(0, keepdim=True)
+            full = F.avg_pool2d(energy, cells, 1).flatten() * cells**2
+            around = F.avg_pool2d(F.pad(energy, (1, 1, 1, 1)), cells + 2, 1).flatten() * (cells + 2) ** 2
+            share = F.avg_pool2d(small[6:], cells, 1).flatten()
+            # an object ends where its window does: no window that is near empty, or cuts through things
+            index = ((share > 0.06) & (around - full < 0.3 * full)).nonzero()[:, 0]
+            windows = F.unfold(_scene(small[:3], small[3:6])[None], cells)[0, :, index]  # 8GG P
+            gain = self._weights @ windows - self._constant[:, None]  # L P
+            merits.append(_merit(gain, full[index]) * (size / cells) ** 2)
+            scale, columns = side / steps, steps - cells + 1
+            x, y = (index % columns * scale).round(), (index // columns * scale).round()
+            places.append(torch.stack([x, y, torch.full_like(x, size)], 1))
+        found = torch.cat(merits, 1)
+        return _Scan(found, found.amax(0), torch.cat(places))
+
+    def _candidates(self, scan: _Scan, before: Sequence[Found], keep: int = 10) -> list[tuple[int, int, int, int]]:
+        """Return (look, x, y, size) of the likeliest kinds around the place where a sprite explains most.
+
+        Windows that share their middle with an object found BEFORE are out.
+        """
+        size = scan.places[:, 2]
+        middle = scan.places[:, :2] + size[:, None] / 2  # P 2
+        free = torch.ones(len(size), dtype=torch.bool)
+        for found in before:
+            apart = (middle - torch.tensor(found.centre)).abs().amax(1)
+            free &= apart > torch.maximum(size, torch.tensor(found.size)) / 2
+        if not free.any():
+            return []
+        peak = int(torch.where(free, scan.best, -math.inf).argmax())
+        near = (free & ((middle - middle[peak]).abs().amax(1) < 0.25 * size[peak])).nonzero()[:, 0]
+        best, at = scan.merits[:, near].max(1)  # L
+        places = scan.places[near[at]]
         # one candidate a kind: colours of one drawing would crowd out the others
         kinds = torch.full((len(self._kinds),), -math.inf).scatter_reduce(0, self._kind_of, best, "amax")
         chosen: list[tuple[int, int, int, int]] = []
         for kind in kinds.topk(min(keep, len(self._kinds))).indices.tolist():
             members = (self._kind_of == kind).nonzero()[:, 0]
             look = int(members[best[members].argmax()])
-            chosen.append((look, *(int(v) for v in where[look])))
+            chosen.append((look, *(int(v) for v in places[look])))
         return chosen
 
     def _refine(
@@ -365,6 +423,8 @@ class Judge:
         for value, look, x, y, size in tried[:FINALISTS]:
             near = (self.looks.index(look), x, y, size)
             tried += [self._fit(scene, energy, near, scale) for scale in SCALES if value > 0]
+        if not tried:
+            return None
         value, look, x, y, size = max(tried, key=lambda fit: fit[0])
         return None if value <= 0 else (look, x, y, size)
 
@@ -600,10 +660,8 @@ def judge_edit(
 
 
 def psnr_outside(judge: Judge, result: np.ndarray, edit: Edit) -> float | None:
-    """Return the PSNR of RESULT against the target's render where EDIT may change nothing, in dB (at most 100)."""
+    """Return the PSNR of RESULT against the target's render where EDIT may change nothing, in dB."""
     outside = ~change_mask(edit.source, edit.target, judge.atlas, judge.world)
     if not outside.any():
         return None
-    target = np.asarray(render(edit.target, judge.atlas, judge.world), dtype=np.float32)
-    error = float(((result.astype(np.float32) - target) ** 2)[outside].mean())
-    return round(min(100.0, 10 * math.log10(255**2 / max(error, 1e-9))), 3)
+    return round(measure_psnr(result, np.asarray(render(edit.target, judge.atlas, judge.world)), outside), 3)

@@ -1,16 +1,16 @@
-"""Batches of a recipe: the item at index `step` is the whole batch of that step, a function of (seed, step) alone.
+"""Batches of a recipe: item i is the i-th batch, a function of (seed, i) alone, on any number of loader workers.
 
-So a run resumes anywhere, on any number of loader workers, with the same data. Pictures are uint8 (B,3,S,S); prompts
-are `Tokens`; conversations carry labels (B,T), -100 where nothing is learned.
+With accumulation a step takes several items in a row; everything random about a sample depends on the number of the
+sample, so one batch of four and two batches of two are the same data. Pictures are uint8 (B,3,S,S); prompts are
+`Tokens`; conversations carry labels (B,T), -100 where nothing is learned; `seeds` has one number for each sample.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import random
+import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from unilip.config import DECODER_PIXELS, TOKEN_PIXELS, UniLIPConfig
+from unilip.data.seeding import generator, stable_hash
 from unilip.errors import ConfigError
-from unilip.preprocess import TURN_END, TURN_START, Processor, Tokens, fit_square, load_image
+from unilip.preprocess import TURN_END, Message, Processor, Tokens
 from unilip.train.recipe import Flow, Recipe, Understand
 
 ENDLESS = 1 << 40
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-
-
-def step_random(seed: int, step: int, what: str = "") -> random.Random:
-    """A generator that depends on seed, step and purpose alone."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{what}".encode(), digest_size=8).digest()
-    return random.Random(int.from_bytes(digest, "big"))
+NOT_LEARNED = -100  # what cross entropy leaves out
+Turns = Sequence[tuple[str, str]]
 
 
 def stack(images: Sequence[np.ndarray]) -> Tensor:
@@ -38,26 +35,26 @@ def stack(images: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(images)).movedim(-1, 1).contiguous()
 
 
-def conversation(
-    processor: Processor, rows: Sequence[tuple[int, Sequence[tuple[str, str]]]]
-) -> tuple[Tokens, Tensor]:
-    """Tokenize rows of (number of pictures, question-answer turns), right-padded; only answers are learned."""
+def conversation(processor: Processor, rows: Sequence[tuple[int, Turns]]) -> tuple[Tokens, Tensor]:
+    """Tokenize rows of (number of pictures, question-answer turns), right-padded; only answers are learned.
+
+    An answer ends with the end of its turn, and everything before it is the text that `UniLIP.ask` would build.
+    """
     ids_rows, label_rows = [], []
     for pictures, turns in rows:
         ids: list[int] = []
         labels: list[int] = []
         for i, (question, answer) in enumerate(turns):
-            images = f"{processor.image_text()}\n" * pictures if i == 0 else ""
-            asked = f"{TURN_START}user\n{images}{question}{TURN_END}\n{TURN_START}assistant\n"
+            asked = processor.chat_text([Message("user", question, (1,) * (pictures if i == 0 else 0))])
             for text, learned in ((asked, False), (f"{answer}{TURN_END}", True), ("\n", False)):
                 piece = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
                 ids += piece
-                labels += piece if learned else [-100] * len(piece)
+                labels += piece if learned else [NOT_LEARNED] * len(piece)
         ids_rows.append(ids)
         label_rows.append(labels)
     length = max(len(ids) for ids in ids_rows)
     input_ids = torch.full((len(rows), length), processor.pad_id)
-    target = torch.full((len(rows), length), -100)
+    target = torch.full((len(rows), length), NOT_LEARNED)
     mask = torch.zeros(len(rows), length, dtype=torch.long)
     for i, (ids, labels) in enumerate(zip(ids_rows, label_rows, strict=True)):
         input_ids[i, : len(ids)] = torch.tensor(ids)
@@ -67,19 +64,36 @@ def conversation(
 
 
 class Batches(Dataset[dict[str, Any]]):
-    """Shared by all sources; a source supplies `caption_item`, `questions_item` and `edit_item` by index."""
+    """Shared by all sources; a source supplies single items by the number of the sample."""
 
-    def __init__(self, recipe: Recipe, processor: Processor) -> None:
-        self.recipe, self.processor = recipe, processor
+    def __init__(self, recipe: Recipe, config: UniLIPConfig, processor: Processor | None) -> None:
+        self.recipe = recipe
         self.size = recipe.batch_size
+        self.image_size = self.target_size = config.image_size
+        if isinstance(recipe.objective, Flow) and recipe.objective.target == "dcae":
+            self.target_size = config.image_size // TOKEN_PIXELS * DECODER_PIXELS  # what the autoencoder reads
+        self._processor = processor
         self._word_weights: Tensor | None = None
+
+    @property
+    def processor(self) -> Processor:
+        """The tokenizer; only a tokenizer stage on a folder of pictures can do without one."""
+        if self._processor is None:
+            raise ConfigError("This recipe starts from nothing that has a tokenizer; name one in init.")
+        return self._processor
 
     def __len__(self) -> int:
         return self.recipe.steps * self.recipe.accumulate
 
+    # what a source has
+
     def caption_item(self, index: int) -> tuple[np.ndarray, str]:
         """Return picture and caption."""
         raise AssertionError("a source must give captions")
+
+    def caption(self, index: int) -> str:
+        """Return the caption alone."""
+        return self.caption_item(index)[1]
 
     def questions_item(self, index: int, turns: int) -> tuple[np.ndarray, str, list[tuple[str, str]]]:
         """Return picture, caption, and question-answer turns."""
@@ -93,99 +107,128 @@ class Batches(Dataset[dict[str, Any]]):
         """Return a question and answer without picture."""
         raise AssertionError("a source must give texts")
 
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        start = step * self.size
+    # what a batch is
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        samples = range(index * self.size, (index + 1) * self.size)
         objective = self.recipe.objective
         if isinstance(objective, Understand):
-            return self.understanding(start, objective)
+            return self.understanding(samples, objective)
         if isinstance(objective, Flow):
-            choose = step_random(self.recipe.seed, step, "task")
-            edits = choose.random() < self.recipe.data.edit_share
-            return self.edits(start, objective, choose) if edits else self.generation(start, objective, choose)
-        return {"images": stack([self.caption_item(start + i)[0] for i in range(self.size)])}
+            step = index // self.recipe.accumulate  # all batches of a step have one task
+            edits = generator("task", self.recipe.seed, step).random() < self.recipe.data.edit_share
+            return self.edits(samples) if edits else self.generation(samples)
+        return {"images": stack([self.caption_item(i)[0] for i in samples])}
 
-    def generation(self, start: int, flow: Flow, choose: random.Random) -> dict[str, Any]:
+    def generation(self, samples: range) -> dict[str, Any]:
         """Prompts and the pictures they ask for."""
-        items = [self.caption_item(start + i) for i in range(self.size)]
-        texts = [
-            self.processor.generate_text(None if choose.random() < flow.drop_prompt else caption) for _, caption in items
-        ]
-        return {"targets": stack([image for image, _ in items]), "prompts": self.processor.tokenize(texts)}
+        items = [self.caption_item(i) for i in samples]
+        texts = [self.processor.generate_text(self._kept(text, i)) for i, (_, text) in zip(samples, items, strict=True)]
+        return {
+            "targets": stack([image for image, _ in items]),
+            "prompts": self.processor.tokenize(texts),
+            "seeds": self._seeds(samples),
+        }
 
-    def edits(self, start: int, flow: Flow, choose: random.Random) -> dict[str, Any]:
+    def edits(self, samples: range) -> dict[str, Any]:
         """Sources, instructions, targets."""
-        items = [self.edit_item(start + i) for i in range(self.size)]
-        texts = [self.processor.edit_text(None if choose.random() < flow.drop_prompt else text) for *_, text in items]
+        items = [self.edit_item(i) for i in samples]
+        texts = [self.processor.edit_text(self._kept(text, i)) for i, (*_, text) in zip(samples, items, strict=True)]
         return {
             "sources": stack([source for source, _, _ in items]),
             "targets": stack([target for _, target, _ in items]),
             "prompts": self.processor.tokenize(texts),
+            "seeds": self._seeds(samples),
         }
 
-    def understanding(self, start: int, objective: Understand) -> dict[str, Any]:
-        """Pictures with captions and conversations, a share of rows text only."""
+    def _kept(self, text: str, sample: int) -> str | None:
+        """The prompt, or None where it is replaced by the unconditional one."""
+        assert isinstance(self.recipe.objective, Flow)
+        dropped = generator("drop", self.recipe.seed, sample).random() < self.recipe.objective.drop_prompt
+        return None if dropped else text
+
+    def _seeds(self, samples: range) -> list[int]:
+        return [stable_hash("noise", self.recipe.seed, i) % (1 << 63) for i in samples]
+
+    def understanding(self, samples: range, objective: Understand) -> dict[str, Any]:
+        """Pictures with captions and conversations, and a share of conversations without a picture."""
         batch: dict[str, Any] = {}
-        items = [self.questions_item(start + i, objective.turns) for i in range(self.size)]
+        items = [self.questions_item(i, objective.turns) for i in samples]
         captions = [caption for _, caption, _ in items]
         batch["images"] = stack([image for image, _, _ in items])
-        if objective.contrastive or objective.words:
+        if objective.contrastive:
             batch["captions"] = self.processor.tokenize([c + TURN_END for c in captions], padding_side="right")
             batch["same"] = torch.tensor([[float(a == b) for b in captions] for a in captions])
+        if objective.words:
             batch["words"] = self.soft_words(captions)
         if objective.next_token:
-            rows: list[tuple[int, Sequence[tuple[str, str]]]] = [(1, turns) for _, _, turns in items]
-            texts = round(self.size * self.recipe.data.text_share)
-            rows += [(0, [self.text_item(start + i)]) for i in range(texts)]
+            rows: list[tuple[int, Turns]] = [(1, turns) for _, _, turns in items]
+            rows += [(0, [self.text_item(i)]) for i in samples[: round(self.size * self.recipe.data.text_share)]]
             batch["conversations"], batch["labels"] = conversation(self.processor, rows)
         return batch
 
     def soft_words(self, captions: Sequence[str]) -> Tensor:
         """Target distribution (B,V) over the tokens of each caption, weighted by inverse document frequency."""
-        if self._word_weights is None:
-            seen: Counter[int] = Counter()
-            for i in range(1000):
-                seen.update(set(self._words(self.caption_item(i)[1])))
-            weights = torch.full((self.processor.config.text.vocab_size,), math.log(1000.0))
-            for token, count in seen.items():
-                weights[token] = math.log(1000.0 / count) + 0.01
-            self._word_weights = weights
-        target = torch.zeros(len(captions), len(self._word_weights))
+        weights = self.word_weights()
+        target = torch.zeros(len(captions), len(weights))
         for row, caption in zip(target, captions, strict=True):
-            words = torch.tensor(sorted(set(self._words(caption))))
-            row[words] = self._word_weights[words]
+            words = torch.tensor(self._words(caption))
+            row[words] = weights[words]
         return target / target.sum(-1, keepdim=True)
 
+    def word_weights(self, count: int = 1000) -> Tensor:
+        """Return log inverse document frequencies (V,) over the first captions, a little above zero everywhere."""
+        if self._word_weights is None:
+            seen: Counter[int] = Counter()
+            for i in range(count):
+                seen.update(self._words(self.caption(i)))
+            weights = torch.full((self.processor.config.text.vocab_size,), math.log(count))
+            for token, often in seen.items():
+                weights[token] = math.log(count / often) + 0.01
+            self._word_weights = weights
+        return self._word_weights
+
     def _words(self, text: str) -> list[int]:
-        return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        """The different tokens of a text, in order of their ids."""
+        return sorted(set(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
 class EmojiBatches(Batches):
     """The embedded model's world: scenes, questions, edits and knowledge drawn on the fly."""
 
-    def __init__(self, recipe: Recipe, processor: Processor) -> None:
-        super().__init__(recipe, processor)
+    def __init__(self, recipe: Recipe, config: UniLIPConfig, processor: Processor | None) -> None:
+        super().__init__(recipe, config, processor)
         from unilip.data.art import Atlas
         from unilip.data.dataset import Edits, Knowledge, Scenes
         from unilip.data.world import World
 
         world = World.preset(recipe.data.world)
-        if world.image_size != processor.image_size:
+        if world.image_size != config.image_size:
             raise ConfigError(
-                f"data.world {recipe.data.world} draws {world.image_size} px, the model reads {processor.image_size}; "
+                f"data.world {recipe.data.world} draws {world.image_size} px, the model reads {config.image_size}; "
                 "choose the world of the model's size."
             )
-        atlas = Atlas.synthetic(world) if recipe.data.path == "synthetic" else Atlas.load(recipe.data.path or None)
+        atlas = (
+            Atlas.synthetic(world)
+            if recipe.data.path == "synthetic"
+            else Atlas.load(Path(recipe.data.path) if recipe.data.path else None)
+        )
         atlas.warm(world)  # before loader workers fork: they share what is decoded here
         purpose = "generation" if isinstance(recipe.objective, Flow) else "tokenizer"
         purpose = "understanding" if isinstance(recipe.objective, Understand) else purpose
-        common = dict(world=world, atlas=atlas, split="train", seed=recipe.seed, size=ENDLESS)
+        common: dict[str, Any] = dict(world=world, atlas=atlas, split="train", seed=recipe.seed, size=ENDLESS)
         self.scenes = Scenes(**common, purpose=purpose)
         self.edit_pairs = Edits(**common) if recipe.data.edit_share else None
         self.knowledge = Knowledge(world, "train")
+        if isinstance(recipe.objective, Understand) and recipe.objective.words:
+            self.word_weights()  # likewise
 
     def caption_item(self, index: int) -> tuple[np.ndarray, str]:
         item = self.scenes[index]
         return item["image"], item["caption"]
+
+    def caption(self, index: int) -> str:
+        return self.scenes.draw(index)[2]
 
     def questions_item(self, index: int, turns: int) -> tuple[np.ndarray, str, list[tuple[str, str]]]:
         from unilip.data.captions import caption
@@ -193,7 +236,7 @@ class EmojiBatches(Batches):
         from unilip.data.questions import questions
         from unilip.data.world import TASKS, sample_scene
 
-        rng = step_random(self.recipe.seed, index, "questions")
+        rng = generator("questions", self.recipe.seed, index)
         task = rng.choice(TASKS)
         scene = sample_scene(self.scenes.world, rng, task, "train", "understanding")
         asked = questions(scene, rng, self.scenes.world, "train")
@@ -207,79 +250,31 @@ class EmojiBatches(Batches):
         return item["source"], item["target"], item["instruction"]
 
     def text_item(self, index: int) -> tuple[str, str]:
-        item = self.knowledge[step_random(self.recipe.seed, index, "text").randrange(len(self.knowledge))]
+        item = self.knowledge[generator("text", self.recipe.seed, index).randrange(len(self.knowledge))]
         return item["question"], item["answer"]
 
 
-class FolderBatches(Batches):
-    """A folder of one's own: `name.png` + `name.txt`, and for edits `name.input.png`, `name.output.png`, `name.txt`."""
-
-    def __init__(self, recipe: Recipe, processor: Processor) -> None:
-        super().__init__(recipe, processor)
-        folder = Path(recipe.data.path)
-        if not folder.is_dir():
-            raise ConfigError(f"data.path {folder} is not a folder.")
-        pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        self.pairs = [(p, self._sibling(p)) for p in pictures if p.stem.endswith(".input")]
-        self.pictures = [p for p in pictures if not p.stem.endswith((".input", ".output"))]
-        if not self.pictures and not self.pairs:
-            raise ConfigError(f"data.path {folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}).")
-        if isinstance(recipe.objective, Understand):
-            raise ConfigError("data.source=folder has no questions; use data.source=emoji for the understanding stages.")
-        if recipe.data.edit_share and not self.pairs:
-            raise ConfigError(f"data.edit_share is {recipe.data.edit_share}, but {folder} holds no NAME.input/NAME.output pairs.")
-        if isinstance(recipe.objective, Flow):
-            for path in self.pictures:
-                if not path.with_suffix(".txt").exists():
-                    raise ConfigError(f"{path} has no caption; put one in {path.with_suffix('.txt')}.")
-
-    @staticmethod
-    def _sibling(source: Path) -> Path:
-        stem = source.name.removesuffix(f".input{source.suffix}")
-        found = [p for s in IMAGE_SUFFIXES if (p := source.with_name(f"{stem}.output{s}")).exists()]
-        if not found:
-            raise ConfigError(f"{source} has no {stem}.output picture beside it.")
-        if not source.with_name(f"{stem}.txt").exists():
-            raise ConfigError(f"{source} has no instruction; put one in {stem}.txt beside it.")
-        return found[0]
-
-    def _pick(self, index: int, count: int) -> int:
-        epoch, place = divmod(index, count)
-        order = list(range(count))
-        step_random(self.recipe.seed, epoch, "order").shuffle(order)
-        return order[place]
-
-    def _read(self, path: Path) -> np.ndarray:
-        return np.asarray(fit_square(load_image(path), self.processor.image_size, "crop"))
-
-    def caption_item(self, index: int) -> tuple[np.ndarray, str]:
-        paths = self.pictures or [source for source, _ in self.pairs]
-        path = paths[self._pick(index, len(paths))]
-        caption = path.with_suffix(".txt")
-        return self._read(path), caption.read_text().strip() if caption.exists() else ""
-
-    def edit_item(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
-        source, target = self.pairs[self._pick(index, len(self.pairs))]
-        text = source.with_name(source.name.removesuffix(f".input{source.suffix}") + ".txt").read_text().strip()
-        return self._read(source), self._read(target), text
-
-
-SOURCES: dict[str, type[Batches]] = {"emoji": EmojiBatches, "folder": FolderBatches}
-
-
-def make_batches(recipe: Recipe, processor: Processor) -> Batches:
+def make_batches(recipe: Recipe, config: UniLIPConfig, processor: Processor | None) -> Batches:
     """Open a recipe's data."""
-    return SOURCES[recipe.data.source](recipe, processor)
+    from unilip.train.folder import FolderBatches
+
+    sources: dict[str, type[Batches]] = {"emoji": EmojiBatches, "folder": FolderBatches}
+    return sources[recipe.data.source](recipe, config, processor)
 
 
-def iterate(batches: Batches, start: int) -> Iterator[dict[str, Any]]:
+def iterate(batches: Batches, start: int) -> Generator[dict[str, Any]]:
     """Yield the batches from index `start` on, prepared by the recipe's loader workers."""
     workers = batches.recipe.data.workers
-    loader = DataLoader(
+    yield from DataLoader(
         batches, batch_size=None, sampler=range(start, len(batches)), num_workers=workers,
-        persistent_workers=False, prefetch_factor=4 if workers else None,
+        prefetch_factor=4 if workers else None, worker_init_fn=_leave_signals,
     )  # fmt: skip
-    yield from loader
+
+
+def _leave_signals(worker: int) -> None:
+    """A Ctrl-C or a kill of the process group is for the loop, which saves first; a worker ends with its loader."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

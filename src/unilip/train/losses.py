@@ -1,4 +1,4 @@
-"""Perceptual distances and the adversary of the tokenizer stages.
+"""Losses that need more than a line: contrast, perceptual distances, and the adversary of the tokenizer stages.
 
 Pictures are (B,3,H,W) in [0,1] unless said otherwise; discriminator input is in [-1,1].
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,21 @@ from torch import Tensor, nn
 from unilip.encoder import Encoder
 from unilip.errors import ConfigError
 from unilip.preprocess import normalise
+
+LECAM_DECAY = 0.999  # of the running mean scores
+
+
+def contrastive_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric cross entropy between unit embeddings (B,D), and the share of pictures whose best text is right.
+
+    `same` (B,B) is 1 where two captions say the same: all of these share the right answer equally. In float32.
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        scores = image.float() @ text.float().T * scale.float()  # B B
+        target = same / same.sum(-1, keepdim=True)
+        loss = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
+    found = same.gather(1, scores.argmax(1, keepdim=True))
+    return loss, (found > 0).float().mean()
 
 
 class TeacherPerceptual(nn.Module):
@@ -56,9 +72,12 @@ class LPIPSConvNeXt(nn.Module):
             ) from error
         folder = os.environ.get("UNILIP_CONVNEXT", "facebook/convnext-small-224")
         try:
-            self.logits = ConvNextForImageClassification.from_pretrained(folder, local_files_only=Path(folder).exists())
+            logits: Any = ConvNextForImageClassification.from_pretrained(folder, local_files_only=Path(folder).exists())
         except OSError as error:
-            raise ConfigError(f"ConvNeXt-S cannot be loaded from {folder}; set UNILIP_CONVNEXT to its folder.") from error
+            raise ConfigError(
+                f"ConvNeXt-S cannot be loaded from {folder}; set UNILIP_CONVNEXT to its folder."
+            ) from error
+        self.logits = logits
         self.lpips = lpips.LPIPS(net="vgg")
         self.requires_grad_(False).eval()
 
@@ -66,7 +85,7 @@ class LPIPSConvNeXt(nn.Module):
         """Return the weighted distance."""
         close = self.lpips(output * 2 - 1, target * 2 - 1).mean()
         at_224 = [F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True) for x in (output, target)]
-        a, b = (self.logits(normalise(x)).logits for x in at_224)
+        a, b = (self.logits(normalise(x)).logits.float() for x in at_224)
         return (close + 0.1 * F.mse_loss(a, b)) / 1.1
 
 
@@ -80,6 +99,8 @@ def make_perceptual(source: str, teacher: Encoder | None) -> nn.Module:
 
 class BlurDown(nn.Module):
     """Halve the resolution after a [1,3,3,1] blur, so that the discriminator sees no aliasing."""
+
+    kernel: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +116,12 @@ class BlurDown(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Three blurred downsampling stages and a score per patch: (B,3,H,W) -> (B,1,H/8,W/8)."""
+    """Three blurred downsampling stages and a score per patch: (B,3,H,W) -> (B,1,H/8,W/8).
+
+    `means` (2,) are the running mean scores of real and of drawn pictures, which LeCam regularisation needs.
+    """
+
+    means: Tensor
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -107,10 +133,17 @@ class PatchDiscriminator(nn.Module):
             channels = wider
         layers.append(nn.Conv2d(channels, 1, 3, padding=1))
         self.net = nn.Sequential(*layers)
+        self.register_buffer("means", torch.zeros(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return patch scores; real pictures should score above 1, drawn ones below -1."""
-        return self.net(x)
+        scores: Tensor = self.net(x)
+        return scores
+
+    @torch.no_grad()
+    def remember(self, real: Tensor, fake: Tensor) -> None:
+        """Move the running means towards the mean scores of a batch."""
+        self.means.lerp_(torch.stack([real.mean(), fake.mean()]).to(self.means), 1 - LECAM_DECAY)
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:

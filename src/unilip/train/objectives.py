@@ -1,51 +1,57 @@
 """The three objectives of training, each an object that turns a batch into a loss for the one loop.
 
-`Objective.loss(batch, generator)` returns the scalar and its named terms; `heads` are weights that exist only for
-training; `adversary_loss` is the second player's loss where there is one. Batches are what `unilip.train.batches`
-makes. Shapes: B batch, K noises per condition, L condition length, V vocabulary.
+`Objective.loss(batch, step)` returns the scalar and its named terms; `heads` are weights that exist only for training;
+`adversary_loss` is the second player's loss where there is one. Batches are what `unilip.train.batches` makes.
+Shapes: B batch, K noises per condition, V vocabulary.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unilip.errors import ConfigError
-from unilip.flow import flow_loss, interpolate, logit_normal, train_levels
+from unilip.checkpoint import resolve
+from unilip.config import DECODER_PIXELS, TOKEN_PIXELS
+from unilip.encoder import Encoder
+from unilip.errors import CheckpointError, ConfigError
+from unilip.flow import denoise, draw_noise, flow_loss, interpolate, logit_normal, make_scheduler, train_levels
 from unilip.model import UniLIP
 from unilip.preprocess import Tokens, normalise
-from unilip.train.losses import PatchDiscriminator, discriminator_loss, lecam_penalty, make_perceptual
+from unilip.train.losses import (
+    PatchDiscriminator,
+    contrastive_loss,
+    discriminator_loss,
+    lecam_penalty,
+    make_perceptual,
+)
 from unilip.train.recipe import Flow, Recipe, Reconstruct, Understand
 
 Batch = dict[str, Any]
 Terms = dict[str, Tensor]
-
-
-def make_objective(recipe: Recipe, model: UniLIP) -> Objective:
-    """Build the objective that a recipe's record names."""
-    kinds: dict[type, type[Objective]] = {
-        Understand: UnderstandObjective,
-        Reconstruct: ReconstructObjective,
-        Flow: FlowObjective,
-    }
-    return kinds[type(recipe.objective)](recipe, model)
+SHOWN = 8  # pictures in a sample sheet
 
 
 class Objective:
-    """Interface of the three."""
-
-    parts: tuple[str, ...] = ()
+    """Interface of the three. `sources` says where weights beside the model come from: teacher, autoencoder."""
 
     def __init__(self, recipe: Recipe, model: UniLIP) -> None:
         self.recipe, self.model = recipe, model
-        self.heads: nn.Module = nn.Module()
+        self.heads = nn.ModuleDict()
         self.adversary: nn.Module | None = None
+        self.adversary_start = 0
 
-    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, Terms]:
+    def to(self, device: torch.device) -> None:
+        """Move everything that the objective owns; the model moves by itself."""
+        for value in vars(self).values():
+            if isinstance(value, nn.Module) and value is not self.model:
+                value.to(device)
+
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """Return the loss to minimise and its terms for the log."""
         raise AssertionError("an objective must say how its loss is computed")
 
@@ -53,9 +59,28 @@ class Objective:
         """Return the discriminator's loss on the pictures of the last `loss` call, where there is one."""
         return None
 
-    def samples(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return picture batches (B,3,H,W) in [0,1] worth looking at."""
+    def samples(self, batch: Batch) -> dict[str, Tensor]:
+        """Return sheets worth looking at, by name: rows of pictures (R,n,3,H,W) in [0,1]."""
         return {}
+
+
+def make_objective(recipe: Recipe, model: UniLIP, sources: Mapping[str, str]) -> Objective:
+    """Build the objective that a recipe's record names."""
+    if isinstance(recipe.objective, Understand):
+        return UnderstandObjective(recipe, model, recipe.objective)
+    if isinstance(recipe.objective, Reconstruct):
+        return ReconstructObjective(recipe, model, recipe.objective, sources)
+    return FlowObjective(recipe, model, recipe.objective, sources)
+
+
+def needed_parts(objective: Understand | Reconstruct | Flow) -> tuple[str, ...]:
+    """Return the parts of the model that an objective runs."""
+    if isinstance(objective, Understand):
+        return ("encoder", "mllm")
+    if isinstance(objective, Reconstruct):
+        return ("encoder", "latent_head", "pixel_decoder")
+    own_latents = ("latent_head",) if objective.target == "unilip" else ()
+    return ("encoder", *own_latents, "mllm", "connector", "dit")
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -66,14 +91,12 @@ def to_unit(images: Tensor) -> Tensor:
 class UnderstandObjective(Objective):
     """Contrast between pooled features and the LLM's reading of the caption, word prediction, next token."""
 
-    parts = ("encoder", "mllm")
-
-    def __init__(self, recipe: Recipe, model: UniLIP) -> None:
+    def __init__(self, recipe: Recipe, model: UniLIP, weights: Understand) -> None:
         super().__init__(recipe, model)
+        self.weights = weights
         width, vocabulary = model.config.text.hidden_size, model.config.text.vocab_size
-        self.weights: Any = recipe.objective
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
+            torch.default_generator.manual_seed(recipe.seed)
             self.heads = nn.ModuleDict(
                 {
                     "image": nn.Linear(2 * width, width),
@@ -83,79 +106,79 @@ class UnderstandObjective(Objective):
                 }
             )
 
-    def embed_images(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Pool features (B,N,D): -> unit image embedding (B,D), pooled (B,2D)."""
-        pooled = torch.cat([features.mean(1), features.amax(1)], -1)
-        return F.normalize(self.heads["image"](pooled), dim=-1), pooled
-
     def embed_texts(self, tokens: Tokens) -> Tensor:
-        """Unit embedding (B,D) of captions: the LLM's state at the last valid token."""
-        hidden = self.model.mllm(self.model.mllm.embed(tokens.input_ids), tokens.attention_mask)
-        last = tokens.attention_mask.cumsum(-1).argmax(-1)
-        return F.normalize(self.heads["text"](hidden[torch.arange(len(last)), last]), dim=-1)
+        """Read right-padded texts (B,T) with the LLM: -> unit embedding (B,D) of the last token."""
+        mllm = self.model.mllm
+        hidden = mllm(mllm.embed(tokens.input_ids), tokens.attention_mask)  # B T D
+        last = tokens.attention_mask.sum(-1) - 1
+        rows = torch.arange(len(last), device=last.device)
+        return F.normalize(self.heads["text"](hidden[rows, last]).float(), dim=-1)
 
-    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, Terms]:
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """Weighted sum of the terms whose weight is not zero."""
-        weights, terms = self.weights, {}
-        total = torch.zeros((), device=self.model.device)
-        features = None
-        if "images" in batch:
-            features = self.model.encoder(normalise(to_unit(batch["images"])))  # B N D
-            image, pooled = self.embed_images(features)
-            if weights.contrastive:
-                text = self.embed_texts(batch["captions"])
-                scores = image @ text.T * self.heads["scale"]["log"].clamp(max=4.6).exp()  # B B
-                same = batch["same"]  # B B: captions that say the same are all right answers
-                target = same / same.sum(-1, keepdim=True)
-                both = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
-                terms["contrastive"], total = both, total + weights.contrastive * both
-                terms["retrieval"] = (same.gather(1, scores.argmax(1, keepdim=True)) > 0).float().mean()
-            if weights.words:
-                words = F.cross_entropy(self.heads["words"](pooled), batch["words"])
-                terms["words"], total = words, total + weights.words * words
-        if weights.next_token:
-            tokens = batch["conversations"]
-            hidden = self.model.mllm(
-                self.model.mllm.embed(tokens.input_ids, tokens.image_slots, features), tokens.attention_mask
+        weights = self.weights
+        terms: Terms = {}
+        features = self.model.encoder(normalise(to_unit(batch["images"])))  # B N D
+        total = torch.zeros((), device=features.device)
+        pooled = torch.cat([features.mean(1), features.amax(1)], -1)  # B 2D
+        if weights.contrastive:
+            image = F.normalize(self.heads["image"](pooled).float(), dim=-1)
+            scale = self.heads.get_parameter("scale.log").clamp(max=4.6).exp()
+            contrast, terms["retrieval"] = contrastive_loss(
+                image, self.embed_texts(batch["captions"]), batch["same"], scale
             )
-            labels = batch["labels"][:, 1:]
-            chosen = labels != -100
-            logits = self.model.mllm.logits(hidden[:, :-1][chosen]).float()
-            answers = F.cross_entropy(logits, labels[chosen])
+            terms["contrastive"], total = contrast, total + weights.contrastive * contrast
+        if weights.words:
+            words = F.cross_entropy(self.heads["words"](pooled).float(), batch["words"])
+            terms["words"], total = words, total + weights.words * words
+        if weights.next_token:
+            answers, terms["token_accuracy"] = self.answer_loss(batch["conversations"], batch["labels"], features)
             terms["next_token"], total = answers, total + weights.next_token * answers
-            terms["token_accuracy"] = (logits.argmax(-1) == labels[chosen]).float().mean()
         return total, terms
+
+    def answer_loss(self, tokens: Tokens, labels: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross entropy of the tokens of answers (labels (B,T) of 0 and above), and the share guessed right."""
+        mllm = self.model.mllm
+        hidden = mllm(mllm.embed(tokens.input_ids, tokens.image_slots, features), tokens.attention_mask)  # B T D
+        chosen = labels[:, 1:] >= 0
+        wanted = labels[:, 1:][chosen]
+        logits = mllm.logits(hidden[:, :-1][chosen]).float()
+        return F.cross_entropy(logits, wanted), (logits.argmax(-1) == wanted).float().mean()
 
 
 class ReconstructObjective(Objective):
     """Pixels back from features, while the features stay those of the frozen original (paper, section 3.1)."""
 
-    parts = ("encoder", "latent_head", "pixel_decoder")
-
-    def __init__(self, recipe: Recipe, model: UniLIP) -> None:
+    def __init__(self, recipe: Recipe, model: UniLIP, weights: Reconstruct, sources: Mapping[str, str]) -> None:
         super().__init__(recipe, model)
-        self.weights: Any = recipe.objective
-        needs_teacher = self.weights.distill > 0 or (self.weights.perceptual > 0 and self.weights.perceptual_source == "teacher")
-        self.teacher = copy.deepcopy(model.encoder).eval().requires_grad_(False) if needs_teacher else None
-        self.perceptual = None
-        if self.weights.perceptual > 0:
-            self.perceptual = make_perceptual(self.weights.perceptual_source, self.teacher)
-        if self.weights.gan > 0:
+        self.weights = weights
+        self.teacher: Encoder | None = None
+        if weights.distill or (weights.perceptual and weights.perceptual_source == "teacher"):
+            if "teacher" in sources:
+                self.teacher = UniLIP.from_pretrained(sources["teacher"], parts=("encoder",)).encoder
+            else:
+                self.teacher = copy.deepcopy(model.encoder)
+            self.teacher.eval().requires_grad_(False)
+        self.perceptual: nn.Module | None = None
+        if weights.perceptual:
+            self.perceptual = make_perceptual(weights.perceptual_source, self.teacher)
+        self.adversary: PatchDiscriminator | None = None
+        if weights.gan:
+            self.adversary_start = weights.gan_start
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(recipe.seed)
+                torch.default_generator.manual_seed(recipe.seed)
                 self.adversary = PatchDiscriminator()
         self._pair: tuple[Tensor, Tensor] | None = None
-        self._means = torch.zeros(2)
 
     def reconstruct(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised pixels (B,3,H,W) -> features (B,N,D), pixels in [0,1] (not clamped)."""
         features = self.model.encoder(normalised)
-        rows = normalised.shape[-2] // 28
+        rows = normalised.shape[-2] // TOKEN_PIXELS
         pixels = self.model.pixel_decoder(self.model.latent_head(features, rows))
         return features, (pixels.float() + 1) / 2
 
-    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, Terms]:
-        """L2 + perceptual + distillation + (after its start) the generator's hinge term."""
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
+        """L2 + perceptual + distillation + (from its start on) the generator's hinge term."""
         weights = self.weights
         target = to_unit(batch["images"])
         normalised = normalise(target)
@@ -166,7 +189,7 @@ class ReconstructObjective(Objective):
         if self.perceptual is not None:
             perceptual = self.perceptual(output, target)
             terms["perceptual"], total = perceptual, total + weights.perceptual * perceptual
-        if weights.distill > 0:
+        if weights.distill:
             assert self.teacher is not None
             with torch.no_grad():
                 original = self.teacher(normalised)
@@ -175,8 +198,8 @@ class ReconstructObjective(Objective):
         self._pair = None
         if self.adversary is not None and step >= weights.gan_start:
             self._pair = (target, output.detach())
-            self.adversary.requires_grad_(False)
-            fool = -self.adversary(output * 2 - 1).mean()
+            self.adversary.requires_grad_(False)  # this term moves the pictures, not their judge
+            fool = -self.adversary(output * 2 - 1).float().mean()
             self.adversary.requires_grad_(True)
             terms["gan"], total = fool, total + weights.gan * fool
         return total, terms
@@ -185,90 +208,98 @@ class ReconstructObjective(Objective):
         """Hinge loss with LeCam regularisation on the last real and drawn pictures."""
         if self._pair is None or self.adversary is None:
             return None
-        real, fake = (self.adversary(x * 2 - 1) for x in self._pair)
+        real, fake = (self.adversary(x * 2 - 1).float() for x in self._pair)
         hinge = discriminator_loss(real, fake)
-        penalty = lecam_penalty(real, fake, self._means)
-        self._means = 0.99 * self._means + 0.01 * torch.stack([real.detach().mean(), fake.detach().mean()]).cpu()
+        penalty = lecam_penalty(real, fake, self.adversary.means.clone())
+        self.adversary.remember(real, fake)
         return hinge + self.weights.lecam * penalty, {"discriminator": hinge, "lecam": penalty}
 
     @torch.no_grad()
-    def samples(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+    def samples(self, batch: Batch) -> dict[str, Tensor]:
         """Input above reconstruction."""
-        target = to_unit(batch["images"][:8])
+        target = to_unit(batch["images"][:SHOWN])
         _, output = self.reconstruct(normalise(target))
-        return {"reconstruction": torch.cat([target, output.clamp(0, 1)])}
+        return {"reconstruction": torch.stack([target, output.clamp(0, 1)])}
 
 
 class FlowObjective(Objective):
     """Velocity of the straight path between latents and noise, under the dual condition (paper, section 3.2)."""
 
-    parts = ("encoder", "latent_head", "mllm", "connector", "dit")
-
-    def __init__(self, recipe: Recipe, model: UniLIP) -> None:
+    def __init__(self, recipe: Recipe, model: UniLIP, settings: Flow, sources: Mapping[str, str]) -> None:
         super().__init__(recipe, model)
-        self.settings: Any = recipe.objective
-        self.autoencoder: nn.Module | None = None
-        if self.settings.target == "dcae":
-            source = dict(pair.split("=", 1) for pair in recipe.init).get("autoencoder")
-            if source is None:
+        self.settings = settings
+        self.autoencoder: Any = None
+        if settings.target == "dcae":
+            if "autoencoder" not in sources:
                 raise ConfigError("objective.target=dcae needs init autoencoder=FOLDER, a diffusers AutoencoderDC.")
-            from diffusers import AutoencoderDC
-
-            self.autoencoder = AutoencoderDC.from_pretrained(source, local_files_only=True).eval().requires_grad_(False)
+            self.autoencoder = load_autoencoder(sources["autoencoder"])
 
     @torch.no_grad()
     def clean_latents(self, images: Tensor) -> Tensor:
         """Return the latents (B,Z,h,w) that the DiT learns, of uint8 pictures (B,3,H,W)."""
         unit = to_unit(images)
-        if self.autoencoder is not None:
-            side = unit.shape[-1] // 28 * 32
-            unit = F.interpolate(unit, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
-            return self.autoencoder.encode(unit * 2 - 1).latent * self.autoencoder.config.scaling_factor
-        return self.model.to_latent(self.model.encoder(normalise(unit)))
+        if self.autoencoder is None:
+            return self.model.to_latent(self.model.encoder(normalise(unit)))
+        size = self.model.config.grid * DECODER_PIXELS
+        if unit.shape[-1] != size:  # a source that draws in one size only
+            unit = F.interpolate(unit, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        latent: Tensor = self.autoencoder.encode(unit * 2 - 1).latent.float()
+        return latent * self.autoencoder.config.scaling_factor
 
-    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, Terms]:
+    @torch.no_grad()
+    def source_features(self, batch: Batch) -> Tensor | None:
+        """Return the frozen encoder's features (B,N,D) of the pictures to be edited, if this is a batch of edits."""
+        return self.model.encoder(normalise(to_unit(batch["sources"]))) if "sources" in batch else None
+
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """Mean squared velocity error, K noises for each condition."""
         model, k = self.model, self.settings.noises
-        clean = self.clean_latents(batch["targets"])
-        features = None
-        if "sources" in batch:
-            with torch.no_grad():
-                features = model.encoder(normalise(to_unit(batch["sources"])))
+        clean = self.clean_latents(batch["targets"])  # B Z h w
+        features = self.source_features(batch)
         prepared = model.dit.prepare(*model.conditions(batch["prompts"], features))
+        generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
+        noise = draw_noise(len(clean), (k, *clean.shape[1:]), generators).flatten(0, 1).to(clean)  # BK Z h w
+        timesteps, sigmas = train_levels(torch.cat([logit_normal(k, g) for g in generators]))
         rows = torch.arange(len(clean), device=clean.device).repeat_interleave(k)
         clean = clean.index_select(0, rows)  # BK Z h w
-        noise = torch.randn(clean.shape, generator=generator).to(clean)
-        timesteps, sigmas = train_levels(logit_normal(len(rows), generator))
         noisy = interpolate(clean, noise, sigmas.to(clean))
         velocity = model.dit(noisy, timesteps.to(clean.device).long(), prepared.select(rows))
         loss = flow_loss(velocity, clean, noise)
-        return loss, {"flow_edit" if features is not None else "flow": loss}
+        return loss, {"flow" if features is None else "flow_edit": loss}
 
     @torch.no_grad()
-    def samples(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Pictures drawn for the first prompts of the batch, under the targets."""
-        from unilip.flow import denoise, draw_noise, make_scheduler
-
+    def samples(self, batch: Batch) -> dict[str, Tensor]:
+        """Pictures drawn for the first prompts of the batch (without guidance), under the targets."""
         model = self.model
-        if "pixel_decoder" not in model.parts or self.autoencoder is not None:
+        if self.autoencoder is None and "pixel_decoder" not in model.parts:
             return {}
-        tokens = batch["prompts"]
-        count = min(8, len(tokens.input_ids))
-        features = None
-        if "sources" in batch:
-            features = model.encoder(normalise(to_unit(batch["sources"][:count])))
-        first = Tokens(tokens.input_ids[:count], tokens.attention_mask[:count], tokens.image_slots[:count])
-        prepared = model.dit.prepare(*model.conditions(first, features))
-        grid = model.config.grid
-        noise = draw_noise(count, (model.config.dit.latent_channels, grid, grid), generator).to(model.device)
-        sampling = model.config.sampling
+        config, prompts = model.config, batch["prompts"]
+        pictures: Batch = {name: batch[name][:SHOWN] for name in ("sources", "targets") if name in batch}
+        tokens = Tokens(prompts.input_ids[:SHOWN], prompts.attention_mask[:SHOWN], prompts.image_slots[:SHOWN])
+        prepared = model.dit.prepare(*model.conditions(tokens, self.source_features(pictures)))
+        shape = (config.dit.latent_channels, config.grid, config.grid)
+        noise = draw_noise(len(pictures["targets"]), shape, torch.Generator().manual_seed(0))
         latents = denoise(
-            lambda x, t: model.dit(x, t, prepared), noise, make_scheduler("dpm++", sampling.flow_shift), 20, 1.0
-        )
-        rows = [to_unit(batch["targets"][:count]), model.from_latent(latents)]
-        if "sources" in batch:
-            rows.insert(0, to_unit(batch["sources"][:count]))
-        return {"drawn": torch.cat(rows)}
+            lambda x, t: model.dit(x, t, prepared), noise.to(model.device),
+            make_scheduler("dpm++", config.sampling.flow_shift), 20, 1.0,
+        )  # fmt: skip
+        if self.autoencoder is None:
+            drawn = model.from_latent(latents)
+        else:
+            drawn = (self.autoencoder.decode(latents / self.autoencoder.config.scaling_factor).sample + 1) / 2
+        rows = [F.interpolate(to_unit(row), drawn.shape[-2:], mode="bilinear") for row in pictures.values()]
+        return {"drawn": torch.stack([*rows, drawn.clamp(0, 1)])}
 
 
+def load_autoencoder(source: str) -> Any:
+    """Open a whole diffusers AutoencoderDC, frozen; the model itself keeps only a decoder."""
+    from diffusers import AutoencoderDC
 
+    path = resolve(source)
+    try:
+        whole = AutoencoderDC.from_pretrained(str(path), local_files_only=True, low_cpu_mem_usage=False)
+        return whole.eval().requires_grad_(False)
+    except Exception as error:  # what diffusers raises for a folder of another kind is not documented
+        raise CheckpointError(
+            f"init autoencoder={source} is not a diffusers AutoencoderDC ({str(error).splitlines()[0]})."
+        ) from error

@@ -188,14 +188,18 @@ class Recipe:
             raise ConfigError(f"dtype is {self.dtype!r}; allowed: float32, bfloat16 (autocast; weights stay float32).")
         _check(self, "", "at least 0 (off) and below 1", "ema", below=1)
         if not any(factor > 0 for _, factor in self.trains) or not all(0 <= f < math.inf for _, f in self.trains):
-            raise ConfigError(f"trains is {self.trains}; give prefixes with factors of at least 0, one of them above 0.")
+            raise ConfigError(
+                f"trains is {self.trains}; give prefixes with factors of at least 0, one of them above 0."
+            )
         self._check_together()
 
     def _check_together(self) -> None:
         flow, kind = isinstance(self.objective, Flow), type(self.objective).__name__.lower()
         reached = {prefix.split(".")[0] for prefix, factor in self.trains if factor > 0}
         if flow and not reached & {"connector", "dit", "mllm"}:
-            raise ConfigError("trains names nothing that a flow objective reaches; name connector, dit or mllm.queries.")
+            raise ConfigError(
+                "trains names nothing that a flow objective reaches; name connector, dit or mllm.queries."
+            )
         if self.data.edit_share and not flow:
             raise ConfigError(f"data.edit_share is {self.data.edit_share}, but the objective {kind} has no edits.")
         if self.data.text_share and not (isinstance(self.objective, Understand) and self.objective.next_token):
@@ -288,7 +292,7 @@ def _parse(name: str, text: str, old: Any) -> Any:
             pairs = [part.partition(":") for part in text.split(",") if part]
             return tuple((prefix.strip(), _number(factor) if sep else 1.0) for prefix, sep, factor in pairs)
         if name == "init":  # encoder,mllm=nano/clip,dit=FOLDER: a source ends where the next parts begin
-            return tuple(part.strip() for part in re.findall(r"[^=]*=[^,]*|[^=]+$", text.strip(",")) if part)
+            return tuple(part.strip(", ") for part in re.findall(r"[^=]*=[^,]*|[^=]+$", text.strip(",")))
         return text
     except ValueError as error:
         raise ConfigError(f"{name}={text!r} cannot be read as {type(old).__name__}, which {old!r} is.") from error

@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable
+from typing import Any
 
 from unilip.errors import ConfigError
 from unilip.train.recipe import Data, Flow, Optim, Recipe, Reconstruct, Understand
 
+Fields = dict[str, Any]
 TOKENIZER = (("encoder", 1.0), ("latent_head", 1.0), ("pixel_decoder", 1.0))
 CONNECT = (("mllm.queries", 1.0), ("connector", 1.0))
 GENERATE = (*CONNECT, ("dit", 1.0))
@@ -21,16 +23,16 @@ WHOLE_TOKENIZER = "encoder,latent_head,pixel_decoder"
 def pico() -> list[Recipe]:
     """The CPU edition: 112 px, one style, about forty concepts; hours on two cores."""
     data = Data(world="pico")
-    common = dict(model="pico", data=data, sample_every=1000, save_every=500)
+    common: Fields = dict(model="pico", data=data, sample_every=1000, save_every=500)
     optim = Optim(lr=1e-3, weight_decay=0.01, grad_clip=1.0, final=0.02)
     return [
         Recipe(
             name="pico/clip", objective=Understand(turns=1), trains=(("encoder", 1.0), ("mllm", 1.0)), steps=600,
-            batch_size=64, optim=optim, note="contrast and word prediction; this encoder is the teacher later", **common,
+            batch_size=64, optim=optim, **common, note="contrast and word prediction; makes the later teacher",
         ),
         Recipe(
             name="pico/instruct", objective=Understand(contrastive=0.0, words=0.0, next_token=1.0, turns=4),
-            trains=(("mllm", 1.0),), steps=1600, batch_size=32, optim=optim, init=("encoder,mllm=pico/clip",),
+            trains=(("mllm", 1.0),), steps=1000, batch_size=32, optim=optim, init=("encoder,mllm=pico/clip",),
             **(common | {"data": dataclasses.replace(data, text_share=0.125)}),
             note="the text model alone learns to answer, so the tokenizer's stages can run beside it",
         ),
@@ -39,18 +41,24 @@ def pico() -> list[Recipe]:
             optim=dataclasses.replace(optim, lr=2e-3, final=0.5), init=("encoder=pico/clip",), **common,
         ),
         Recipe(
-            name="pico/recon_distill", objective=Reconstruct(perceptual=0.0, distill=0.1), trains=TOKENIZER, steps=4500,
-            batch_size=16, optim=dataclasses.replace(optim, lr=1.5e-3), init=(f"{WHOLE_TOKENIZER}=pico/recon",), ema=0.995,
-            measure_latents=True, **common,
+            name="pico/recon_distill", objective=Reconstruct(perceptual=0.0, distill=0.1), trains=TOKENIZER, steps=3000,
+            batch_size=16, optim=dataclasses.replace(optim, lr=1.5e-3), init=(f"{WHOLE_TOKENIZER}=pico/recon",),
+            ema=0.995, measure_latents=True, **common,
         ),
         Recipe(
-            name="pico/pretrain", objective=Flow(noises=4), trains=GENERATE, steps=5000, batch_size=32, optim=optim,
-            init=(f"{WHOLE_TOKENIZER}=pico/recon_distill", "mllm=pico/instruct"), ema=0.995, **common,
+            name="pico/decoder", objective=Reconstruct(perceptual=0.0), trains=(("pixel_decoder", 1.0),), steps=4000,
+            batch_size=16, optim=optim, init=(f"{WHOLE_TOKENIZER}=pico/recon_distill",), ema=0.998, **common,
+            note="sharper pixels of the same latents, so it can run beside pretrain",
+        ),
+        Recipe(
+            name="pico/pretrain", objective=Flow(noises=4), trains=GENERATE, steps=4000, batch_size=16, optim=optim,
+            init=(f"{WHOLE_TOKENIZER}=pico/recon_distill", "mllm=pico/instruct"), ema=0.998, **common,
             note="connector and pretrain in one: a DiT from nothing has no latents of its own to connect to first",
         ),
         Recipe(
-            name="pico/sft", objective=Flow(noises=4), trains=GENERATE, steps=2500, batch_size=32,
-            optim=dataclasses.replace(optim, lr=5e-4), init=("all=pico/pretrain",), ema=0.995,
+            name="pico/sft", objective=Flow(noises=4), trains=GENERATE, steps=1500, batch_size=16,
+            optim=dataclasses.replace(optim, lr=5e-4), ema=0.998,
+            init=("encoder,latent_head,mllm,connector,dit=pico/pretrain", "pixel_decoder=pico/decoder"),
             **(common | {"data": dataclasses.replace(data, edit_share=0.6)}), note="edits mixed in",
         ),
     ]  # fmt: skip
@@ -59,7 +67,7 @@ def pico() -> list[Recipe]:
 def nano() -> list[Recipe]:
     """The embedded model proper: 224 px, all concepts; about half an hour of one H100."""
     data = Data(world="nano", workers=14)
-    common = dict(model="nano", data=data, dtype="bfloat16", sample_every=500, save_every=500, log_every=50)
+    common: Fields = dict(model="nano", data=data, dtype="bfloat16", sample_every=500, save_every=500, log_every=50)
     optim = Optim(lr=8e-4, weight_decay=0.01, final=0.02)
     return [
         Recipe(
@@ -96,7 +104,7 @@ def nano() -> list[Recipe]:
 def tiny() -> list[Recipe]:
     """Every stage in seconds, on drawn shapes instead of art: what the tests run."""
     data = Data(world="tiny", path="synthetic")
-    common = dict(model="tiny", data=data, batch_size=2, steps=4, log_every=1, sample_every=2, save_every=2)
+    common: Fields = dict(model="tiny", data=data, batch_size=2, steps=4, log_every=1, sample_every=2, save_every=2)
     return [
         Recipe(
             name="tiny/clip", objective=Understand(turns=1), trains=(("encoder", 1.0), ("mllm", 1.0)), **common,
@@ -125,47 +133,58 @@ def tiny() -> list[Recipe]:
 
 
 def paper(size: str, internvl: str, sana: str) -> list[Recipe]:
-    """The paper's six stages at a released size (section 4.1); per-process batch, one process here.
+    """The paper's six stages at a released size (section 4.1 and the authors' settings).
 
-    The data are folders (`--set data.path=...`); starting points are looked for under their published names and can
-    be local folders (`--set init=...`).
+    One process runs a recipe, so `accumulate` makes up the authors' global batch: 512 for the flow stages (16 GPUs x
+    32), four GPUs' batches for the tokenizer's. The data are folders (`--set data.path=...`); starting points are
+    looked for under their published names and can be local folders (`--set init=...`).
     """
     dcae = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
     pixels = Data(source="folder", path="data/images", image_size=224, workers=8)
     pairs = Data(source="folder", path="data/pairs", image_size=448, workers=8)
-    common = dict(model=size, dtype="bfloat16", log_every=50, sample_every=2500, save_every=2500)
+    # Shares that follow from how often the authors repeat their edits: 10 x 1.5 M pairs beside 38 M captioned pictures;
+    # 3 x 46 k pairs (ShareGPT-4o-Image) beside its 45 k pictures and the 60 k of BLIP3o-60k.
+    with_edits = dataclasses.replace(pairs, edit_share=0.28)
+    curated = dataclasses.replace(pairs, edit_share=0.57)
+    common: Fields = dict(model=size, dtype="bfloat16", log_every=50, sample_every=2500, save_every=2500)
+    tokenizer: Fields = common | dict(ema=0.999, accumulate=4)
+    generator: Fields = common | dict(batch_size=32, accumulate=16)
     slow_encoder = (("encoder", 0.1), *TOKENIZER[1:])
-    recon = Optim(lr=1e-4, weight_decay=1e-4, warmup=0.025, final=0.1)
+    recon = Optim(lr=1e-4, weight_decay=1e-4, warmup=10_000 / 400_000, final=0.1)
     flow = Optim(lr=1e-4, weight_decay=0.0, warmup=0.003, final=0.1)
     adversarial = Reconstruct(distill=1.0, gan=0.1, gan_start=200_000, perceptual_source="lpips")
     return [
         Recipe(
             name=f"{size}/recon", objective=Reconstruct(perceptual_source="lpips"), trains=TOKENIZER[1:], steps=400_000,
-            batch_size=64, optim=recon, data=pixels, ema=0.999, init=(f"encoder={internvl}", f"pixel_decoder={dcae}"), **common,
+            batch_size=64, optim=recon, data=pixels, init=(f"encoder={internvl}", f"pixel_decoder={dcae}"),
+            note="the frozen encoder's pictures: what a CLIP encoder alone keeps", **tokenizer,
         ),
         Recipe(
             name=f"{size}/recon_distill", objective=adversarial, trains=slow_encoder, steps=400_000, batch_size=32,
-            optim=recon, data=pixels, ema=0.999, init=(f"{WHOLE_TOKENIZER}={size}/recon",), **common,
+            optim=recon, data=pixels, init=(f"{WHOLE_TOKENIZER}={size}/recon",),
+            note="the encoder learns to keep detail, held to its original by distillation", **tokenizer,
         ),
         Recipe(
             name=f"{size}/recon_448", objective=dataclasses.replace(adversarial, gan_start=0), trains=slow_encoder,
-            steps=100_000, batch_size=16, optim=recon, data=dataclasses.replace(pixels, image_size=448), ema=0.999,
-            init=(f"{WHOLE_TOKENIZER}={size}/recon_distill",), gradient_checkpointing=True, **common,
+            steps=100_000, batch_size=32, optim=dataclasses.replace(recon, warmup=10_000 / 100_000),
+            data=dataclasses.replace(pixels, image_size=448), gradient_checkpointing=True,
+            init=(f"{WHOLE_TOKENIZER}={size}/recon_distill", f"teacher={internvl}"),
+            note="full resolution; the teacher is still the original", **tokenizer,
         ),
         Recipe(
-            name=f"{size}/connector", objective=Flow(target="dcae"), trains=CONNECT, steps=50_000, batch_size=32,
-            optim=flow, data=pairs, init=(f"encoder,mllm={internvl}", f"dit={sana}", f"autoencoder={dcae}"), **common,
+            name=f"{size}/connector", objective=Flow(target="dcae"), trains=CONNECT, steps=50_000, optim=flow,
+            data=pairs, init=(f"encoder,mllm={internvl}", f"dit={sana}", f"autoencoder={dcae}"), **generator,
             note="the frozen DiT knows only its own autoencoder's latents, so these are the target here",
         ),
         Recipe(
-            name=f"{size}/pretrain", objective=Flow(), trains=GENERATE, steps=200_000, batch_size=32, optim=flow,
-            data=dataclasses.replace(pairs, edit_share=0.2), gradient_checkpointing=True,
-            init=(f"{WHOLE_TOKENIZER}={size}/recon_448", f"mllm,connector,dit={size}/connector"), **common,
+            name=f"{size}/pretrain", objective=Flow(), trains=GENERATE, steps=200_000, optim=flow, data=with_edits,
+            gradient_checkpointing=True,
+            init=(f"{WHOLE_TOKENIZER}={size}/recon_448", f"mllm,connector,dit={size}/connector"),
+            note="the DiT learns the tokenizer's own latents; generation and edits", **generator,
         ),
         Recipe(
-            name=f"{size}/sft", objective=Flow(), trains=GENERATE, steps=30_000, batch_size=32, optim=flow,
-            data=dataclasses.replace(pairs, edit_share=0.5), gradient_checkpointing=True,
-            init=(f"all={size}/pretrain",), **common,
+            name=f"{size}/sft", objective=Flow(), trains=GENERATE, steps=30_000, optim=flow, data=curated,
+            gradient_checkpointing=True, init=(f"all={size}/pretrain",), note="curated pictures and edits", **generator,
         ),
     ]  # fmt: skip
 
@@ -193,7 +212,6 @@ def get_recipe(name: str) -> Recipe:
     recipes = all_recipes()
     if name not in recipes:
         near = difflib.get_close_matches(name, recipes, n=1)
-        raise ConfigError(
-            f"There is no recipe {name!r}.{f' Did you mean {near[0]}?' if near else ''} All of them: {', '.join(recipes)}."
-        )
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"There is no recipe {name!r}.{hint} All of them: {', '.join(recipes)}.")
     return recipes[name]

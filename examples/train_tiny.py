@@ -1,0 +1,19 @@
+"""Train the stages of a model of toy size, one after the other; the result is a folder that loads like any other.
+
+python examples/train_tiny.py [RUNS]
+"""
+
+import sys
+
+from unilip import UniLIP
+from unilip.train.loop import train
+from unilip.train.recipe import override
+from unilip.train.recipes import all_recipes
+
+runs = sys.argv[1] if len(sys.argv) > 1 else "runs"
+for name, recipe in all_recipes().items():
+    if name.startswith("tiny/"):
+        result = train(override(recipe, ["steps=2", "optim.lr=1e-4"]), runs)
+        print(name, "->", result)
+model = UniLIP.from_pretrained(result)
+print(model.generate("a star", num_inference_steps=2).images)

@@ -1,0 +1,47 @@
+"""Make a finished run the package's embedded model: float16 weights in shards that stay small, and where they come from.
+
+    python scripts/embed_model.py runs/pico/sft/final --guidance-scale 2.5
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from unilip import UniLIP
+
+WEIGHTS = Path(__file__).parent.parent / "src" / "unilip" / "weights"
+
+
+def main() -> None:
+    """Load, set the default guidance, save as float16, and note the origin."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a model folder, such as runs/pico/sft/final")
+    parser.add_argument("--guidance-scale", type=float, help="default guidance of the embedded model")
+    parser.add_argument("--note", default="", help="a sentence for origin.json")
+    options = parser.parse_args()
+    model = UniLIP.from_pretrained(options.run)
+    if options.guidance_scale is not None:
+        sampling = dataclasses.replace(model.config.sampling, guidance_scale=options.guidance_scale)
+        model.config = model.config.replace(sampling=sampling)
+    model.save_pretrained(WEIGHTS, dtype=torch.float16, max_shard_size="14MB")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    recipe = options.run / "recipe.json"
+    origin = {
+        "date": date.today().isoformat(),
+        "code": commit,
+        "note": options.note,
+        "last_recipe": json.loads(recipe.read_text()) if recipe.exists() else None,
+    }
+    (WEIGHTS / "origin.json").write_text(json.dumps(origin, indent=1) + "\n")
+    print(f"{WEIGHTS}: {sum(f.stat().st_size for f in WEIGHTS.glob('*')) / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Pages that a person can check the judge by: a Markdown table, an HTML page and one contact sheet a part.
+
+Goes in: the results and judged items of a run. Comes out, in its folder: results.md, index.html, sheet-PART.png; right
+cases on the left, wrong ones on the right, each with what the judge says.
+"""
+
+from __future__ import annotations
+
+import html
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from unilip.data.sheet import contact_sheet
+
+Record = dict[str, Any]
+SHOWN = 4  # right ones and wrong ones of each group
+TITLES = {
+    "recon": "what a reconstruction keeps; right: the judge still reads the whole scene off it",
+    "vqa": "answers to questions about held-out pictures",
+    "gen": "pictures of held-out captions",
+    "edit": "edits of held-out pictures; each row shows source, result and exact target",
+    "riddle": "pictures of what is meant without being named",
+}
+COLUMNS = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "feature_distance": "feature distance",
+    "psnr_outside": "PSNR outside, dB",
+    "psnr_outside_reconstruction": "of a reconstruction, dB",
+    "another picture": "another picture",
+    "swapped prompts": "swapped prompts",
+}
+
+
+def write_report(folder: Path, results: Mapping[str, Any], records: Mapping[str, Sequence[Record]]) -> None:
+    """Write results.md, index.html and the contact sheets to FOLDER."""
+    table = make_table(results)
+    (folder / "results.md").write_text(table, encoding="utf-8")
+    for part, entries in records.items():
+        write_sheet(folder, part, entries)
+    (folder / "index.html").write_text(make_page(results, records), encoding="utf-8")
+
+
+def make_table(results: Mapping[str, Any]) -> str:
+    """Return the results as Markdown: one table a part, a row a group."""
+    lines = [f"# {results['model']} in the emoji world {results['world']!r}", "", _setting(results), ""]
+    for part, title in TITLES.items():
+        found = results.get(f"emoji-{part}")
+        if found is None:
+            continue
+        lines += [f"## emoji-{part}", "", f"{title[0].upper()}{title[1:]}.", ""]
+        head, rows = _rows(found)
+        lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+        lines += ["", _totals(found), ""]
+    return "\n".join(lines)
+
+
+def _setting(results: Mapping[str, Any]) -> str:
+    return (
+        f"{results['count']} prompts a group, {results['seeds']} pictures a prompt, {results['steps']} steps, guidance "
+        f"{results['guidance_scale']:g}, {results['dtype']} on {results['device']}, {results['date']}, "
+        f"{results['seconds']:.0f} s; weights {results['fingerprint']}, art {results['atlas']}, judge "
+        f"{results['judge']}. Shares are of pictures or answers; 95 % is the Wilson interval over prompts."
+    )
+
+
+def _rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    groups = dict(found["groups"])
+    if "no guidance" in found:
+        groups["all, no guidance"] = found["no guidance"]
+    parts = list(dict.fromkeys(name for row in groups.values() for name in row.get("parts", {})))
+    numbers = [name for name in COLUMNS if any(name in row for row in groups.values())]
+    head = ["group", "right", "95 %", *parts, *(COLUMNS[name] for name in numbers), "prompts", "items"]
+    rows = [
+        [
+            group,
+            _percent(row["right"]),
+            "{:.0f} to {:.0f} %".format(*(100 * bound for bound in row["interval"])),
+            *(_percent(row.get("parts", {}).get(name)) for name in parts),
+            *(_number(name, row.get(name)) for name in numbers),
+            str(row["prompts"]),
+            str(row["items"]),
+        ]
+        for group, row in groups.items()
+    ]
+    return head, rows
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _number(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if name in ("another picture", "swapped prompts"):
+        return _percent(value)
+    return f"{value:.2f}" if name.startswith("psnr") else f"{value:.3f}"
+
+
+def _totals(found: Mapping[str, Any]) -> str:
+    names = {"right": "Mean of the groups", "seen": "seen", "unseen": "unseen"}
+    controls = {
+        "swapped prompts": "judged against another prompt",
+        "another picture": "asked about another picture",
+    }
+    said = [f"{words} {_percent(found[name])}" for name, words in names.items() if name in found]
+    checked = [f"{words} {_percent(found[name])}" for name, words in controls.items() if name in found]
+    return f"{', '.join(said)}.{' Control: ' + ', '.join(checked) + '.' if checked else ''}"
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def choose(entries: Sequence[Record], shown: int = SHOWN) -> dict[str, tuple[list[Record], list[Record]]]:
+    """Return by group up to SHOWN right and SHOWN wrong items, of as many different prompts as there are."""
+    groups: dict[str, tuple[list[Record], list[Record]]] = defaultdict(lambda: ([], []))
+    seen: set[tuple[str, bool, int]] = set()
+    for first in (True, False):  # a second picture of one prompt only where prompts run out
+        for record in entries:
+            right, wrong = groups[record["group"]]
+            column = right if record["ok"] else wrong
+            mark = (record["group"], record["ok"], record["index"])
+            if len(column) < shown and record not in column and (not first or mark not in seen):
+                seen.add(mark)
+                column.append(record)
+    return dict(groups)
+
+
+def write_sheet(folder: Path, part: str, entries: Sequence[Record]) -> Path | None:
+    """Write sheet-PART.png: a row a group, right ones in the left half, wrong ones in the right half."""
+    pictures: list[Image.Image] = []
+    captions: list[str] = []
+    for group, columns in choose(entries).items():
+        for title, column in zip(("right", "WRONG"), columns, strict=True):
+            for n in range(SHOWN):
+                if n < len(column):
+                    with Image.open(folder / column[n]["picture"]) as stored:
+                        pictures.append(stored.convert("RGB"))
+                    captions.append(f"{title} ({group}): {column[n]['text']}. {column[n]['reason']}")
+                else:
+                    pictures.append(Image.fromarray(np.full((8, 8, 3), 238, dtype=np.uint8)))
+                    captions.append("")
+    if not pictures:
+        return None
+    path = folder / f"sheet-{part}.png"
+    contact_sheet(pictures, 2 * SHOWN, captions).save(path)
+    return path
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
+td, th { border-bottom: 1px solid #ddd; padding: .2rem .6rem; text-align: right } td:first-child { text-align: left }
+.two { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem }
+.items { display: flex; flex-wrap: wrap; gap: .8rem }
+figure { margin: 0; max-width: 22rem } figure img { display: block; max-width: 100%; border: 3px solid #3a8f4d }
+.wrong img { border-color: #c33 } figcaption { font-size: 12px; max-width: 14rem } h4 { margin: .4rem 0 }
+"""
+
+
+def make_page(results: Mapping[str, Any], records: Mapping[str, Sequence[Record]]) -> str:
+    """Return an HTML page: the tables, and for each group right and wrong cases side by side."""
+    title = f"{results['model']} in the emoji world {results['world']}"
+    out = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{html.escape(title)}</h1><p>{html.escape(_setting(results))}</p>",
+    ]
+    for part, entries in records.items():
+        found = results[f"emoji-{part}"]
+        head, rows = _rows(found)
+        out += [f"<h2>emoji-{part}</h2><p>{html.escape(TITLES[part])}</p><table><tr>"]
+        out += [f"<th>{html.escape(name)}</th>" for name in head]
+        out += ["</tr>"]
+        out += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+        out += [f"</table><p>{html.escape(_totals(found))}</p>"]
+        for group, (right, wrong) in choose(entries).items():
+            out += [f"<h3>{html.escape(group)}</h3>", '<div class="two">']
+            out += _figures("right", right) + _figures("wrong", wrong)
+            out += ["</div>"]
+    out += ["</body></html>", ""]
+    return "\n".join(out)
+
+
+def _figures(kind: str, column: Sequence[Record]) -> list[str]:
+    out = [f'<div class="{kind}"><h4>{kind}</h4><div class="items">']
+    for record in column:
+        text, reason = html.escape(record["text"]), html.escape(record["reason"])
+        source = html.escape(record["picture"], quote=True)
+        out.append(
+            f'<figure><img loading="lazy" src="{source}" alt="{text}"><figcaption><b>{text}</b> {reason}</figcaption>'
+            "</figure>"
+        )
+    return [*out, "</div></div>"]

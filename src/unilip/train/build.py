@@ -1,0 +1,188 @@
+"""Recipe -> model, objective, data and optimizers, checked against each other.
+
+Parts start from what `init` names (earlier stages, folders, hub ids), each with the child config that its weights were
+made for, or fresh. Nothing is loaded loosely: a part that does not fit the others is an error that names its tensors.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from unilip.checkpoint import open_checkpoint
+from unilip.config import UniLIPConfig, preset
+from unilip.connector import copy_from_llm
+from unilip.convert import check_shapes, expected_shapes
+from unilip.errors import ConfigError
+from unilip.mllm import MLLM
+from unilip.model import PARTS, UniLIP
+from unilip.preprocess import Processor
+from unilip.train.batches import Batches, make_batches
+from unilip.train.objectives import Objective, make_objective, needed_parts
+from unilip.train.recipe import Optim, Recipe
+from unilip.train.recipes import all_recipes
+
+BESIDE = ("autoencoder", "teacher")  # init names that are no part of the model: the objective loads them
+FOLLOWS = {  # the fields of the config that belong to a part, and come with its weights
+    "encoder": ("vision",),
+    "latent_head": ("latent_head_blocks", "latent_mean", "latent_factor"),
+    "pixel_decoder": ("decoder",),
+    "mllm": ("text", "num_queries"),
+    "connector": ("connector_layers",),
+    "dit": ("dit",),
+}
+Trained = dict[str, tuple[nn.Parameter, float]]
+
+
+def build(recipe: Recipe, runs: Path) -> tuple[UniLIP, Objective, Batches]:
+    """Build what a recipe names; what trains is marked by `requires_grad`.
+
+    Raises:
+        UniLIPError: a source is missing or unfinished, parts do not fit each other, or the data cannot be read.
+    """
+    sources = {parts[0]: locate(source, runs) for parts, source in parse_init(recipe) if parts[0] in BESIDE}
+    model = build_model(recipe, runs, needed_parts(recipe.objective))
+    batches = make_batches(recipe, model.config, model.processor)
+    objective = make_objective(recipe, model, sources)
+    model.requires_grad_(False)
+    for parameter, _ in trained_parameters(recipe, model).values():
+        parameter.requires_grad_(True)
+    return model, objective, batches
+
+
+def locate(source: str, runs: Path) -> str:
+    """Return the path of an init source: a recipe's result under `runs`, a path, or a hub id as it is."""
+    result = runs / source / "final"
+    if result.exists():
+        return str(result)
+    if not Path(source).exists() and (source in all_recipes() or (runs / source).exists()):
+        raise ConfigError(f"The recipe starts from {source}, which has not finished in {runs}; train {source} first.")
+    return source
+
+
+def parse_init(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
+    """Split "encoder,mllm=pico/clip" into parts and source; "all" means every part that the source has."""
+    pairs = []
+    for text in recipe.init:
+        names, sep, source = text.partition("=")
+        parts = tuple(names.split(","))
+        known = set(PARTS) if len(parts) > 1 else {*PARTS, *BESIDE, "all"}
+        if not sep or not source or not set(parts) <= known:
+            raise ConfigError(
+                f"init {text!r} must be PART,PART=SOURCE with parts of {', '.join(PARTS)}, or one of all, "
+                f"{', '.join(BESIDE)} = SOURCE."
+            )
+        pairs.append((parts, source))
+    return pairs
+
+
+def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
+    """Build the recipe's model: parts that are needed or named in `init`; later sources win over earlier ones."""
+    config = preset(recipe.model)
+    if recipe.data.image_size:
+        config = config.replace(image_size=recipe.data.image_size)
+    changes: dict[str, Any] = {}
+    loaded: dict[str, nn.Module] = {}
+    tokenizer: Any = None
+    for parts, source in parse_init(recipe):
+        if parts[0] in BESIDE:
+            continue
+        opened = open_checkpoint(locate(source, runs))
+        wanted = opened.parts if parts == ("all",) else parts
+        other = UniLIP.from_pretrained(opened.path, parts=wanted)
+        for part in wanted:
+            loaded[part] = getattr(other, part)
+            changes |= {name: getattr(other.config, name) for name in FOLLOWS[part]}
+        if "mllm.queries" in opened.absent and "mllm" in wanted:
+            new_queries(other.mllm, config.num_queries, recipe.seed)
+            changes.pop("num_queries")
+        if other.processor is not None and (tokenizer is None or "mllm" in wanted):
+            tokenizer = other.processor.tokenizer
+    config = config.replace(**changes)
+    names = tuple(name for name in PARTS if name in loaded or name in needed)
+    fresh = UniLIP.from_config(config, recipe.seed, [name for name in names if name not in loaded])
+    model = UniLIP(config, parts=())
+    model.parts = names
+    for name in names:
+        model.add_module(name, loaded[name] if name in loaded else getattr(fresh, name))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.text.tie_embeddings:
+        shapes.pop("mllm.language_model.lm_head.weight", None)
+    check_shapes(shapes, expected_shapes(config, names), f"{recipe.name}, put together from {', '.join(recipe.init)}:")
+    if "connector" in names and "connector" not in loaded:
+        copy_from_llm(model.connector, model.mllm)
+    if tokenizer is not None:
+        model.processor = Processor(tokenizer, config)
+    elif recipe.data.source == "emoji":
+        model.processor = world_processor(recipe.data.world, config, runs / recipe.name / "tokenizer")
+    return model.eval()
+
+
+@torch.no_grad()
+def new_queries(mllm: MLLM, count: int, seed: int) -> None:
+    """Give an LLM that never drew its first queries (1,Q,D): small, and different from each other."""
+    width = mllm.queries.shape[-1]
+    generator = torch.Generator().manual_seed(seed)
+    mllm.queries = nn.Parameter(torch.randn(1, count, width, generator=generator).to(mllm.queries.dtype) * 0.02)
+
+
+def world_processor(world: str, config: UniLIPConfig, folder: Path) -> Processor:
+    """Train (once) the tokenizer of an emoji world and open it."""
+    from unilip.data.tokenizer import train_tokenizer
+    from unilip.data.world import World
+
+    if not folder.exists():
+        temporary = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(temporary, ignore_errors=True)
+        train_tokenizer(World.preset(world), config.text.vocab_size, temporary)
+        temporary.rename(folder)
+    return Processor.from_folder(folder, config)
+
+
+def trained_parameters(recipe: Recipe, model: UniLIP) -> Trained:
+    """Return name -> (parameter, learning-rate factor) of what trains; the longest matching prefix decides."""
+    found: Trained = {}
+    used: set[str] = set()
+    for name, parameter in model.named_parameters():
+        matches = {prefix: factor for prefix, factor in recipe.trains if f"{name}.".startswith(f"{prefix}.")}
+        used.update(matches)
+        if matches and (factor := matches[max(matches, key=len)]) > 0:
+            found[name] = (parameter, factor)
+    unused = [prefix for prefix, _ in recipe.trains if prefix not in used]
+    if unused:
+        raise ConfigError(
+            f"{recipe.name} trains {', '.join(unused)}, which names nothing in the model ({', '.join(model.parts)})."
+        )
+    return found
+
+
+def make_optimizer(optim: Optim, parameters: Sequence[tuple[nn.Parameter, float]]) -> torch.optim.AdamW:
+    """AdamW with one group per (rate factor, decay or not); vectors and scales are not decayed."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter, factor in parameters:
+        decay = optim.weight_decay if parameter.dim() > 1 else 0.0
+        groups.setdefault((factor, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": p, "weight_decay": d, "factor": f} for (f, d), p in groups.items()],
+        lr=optim.lr, betas=(optim.beta1, optim.beta2),
+    )  # fmt: skip
+
+
+def enable_checkpointing(model: UniLIP) -> None:
+    """Recompute activations in the backward pass instead of keeping them; the library's layers do so in train mode.
+
+    Train mode changes nothing else: no part has dropout or batch statistics.
+    """
+    for name in {"connector", "dit", "pixel_decoder"} & set(model.parts):
+        getattr(model, name).gradient_checkpointing = True
+    library: list[Any] = [model.encoder.vision_tower] if "encoder" in model.parts else []
+    library += [model.mllm.language_model] if "mllm" in model.parts else []
+    for module in library:  # transformers renamed it during version 5
+        enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    model.train()

@@ -1,0 +1,331 @@
+"""Objectives: what they compute, and that memory savers, precision and accumulation do not change it."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderDC
+from torch import nn
+
+from unilip.errors import CheckpointError, ConfigError
+from unilip.flow import flow_loss, interpolate, train_schedule
+from unilip.preprocess import Tokens, normalise
+from unilip.train.batches import make_batches, to_device
+from unilip.train.build import enable_checkpointing, trained_parameters
+from unilip.train.objectives import make_objective, needed_parts
+from unilip.train.recipe import override
+from unilip.train.recipes import get_recipe
+
+KINDS = ["tiny/instruct", "tiny/recon_distill", "tiny/pretrain", "tiny/sft"]
+each_kind = pytest.mark.parametrize("name", KINDS)
+
+
+def prepared(name, model, *settings, sources=None):
+    """A recipe's objective and batches on a given model, frozen and trained parts marked."""
+    if name == "tiny/sft":
+        settings = ("data.edit_share=1", *settings)
+    recipe = override(get_recipe(name), ["steps=50", *settings])
+    model.requires_grad_(False)
+    for parameter, _ in trained_parameters(recipe, model).values():
+        parameter.requires_grad_(True)
+    return make_objective(recipe, model, sources or {}), make_batches(recipe, model.config, model.processor)
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+# --- what is computed -------------------------------------------------------------------------------------------------
+
+
+def test_flow_loss_is_the_formula(fresh_model):
+    """Recomputed from the published parts: path, velocity, schedule; each noise under its sample's own condition."""
+    model = fresh_model()
+    objective, batches = prepared("tiny/sft", model, "objective.noises=3")
+    batch = batches[0]
+    loss, terms = objective.loss(batch, 0)
+    assert list(terms) == ["flow_edit"]
+    timesteps, sigmas = train_schedule()
+    errors = []
+    with torch.no_grad():
+        for i, seed in enumerate(batch["seeds"]):
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.randn(3, 32, 2, 2, generator=generator)
+            index = (torch.sigmoid(torch.randn(3, generator=generator)) * 1000).long()
+            source, target = (normalise(batch[k][i : i + 1] / 255) for k in ("sources", "targets"))
+            clean = model.to_latent(model.encoder(target))
+            tokens = batch["prompts"]
+            one = Tokens(*(t[i : i + 1] for t in (tokens.input_ids, tokens.attention_mask, tokens.image_slots)))
+            condition = model.dit.prepare(*model.conditions(one, model.encoder(source)))
+            for k in range(3):
+                noisy = interpolate(clean, noise[k : k + 1], sigmas[index[k : k + 1]])
+                velocity = model.dit(noisy, timesteps[index[k : k + 1]].long(), condition)
+                errors.append(flow_loss(velocity, clean, noise[k : k + 1]))
+    torch.testing.assert_close(loss.detach(), torch.stack(errors).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_reconstruction_terms(fresh_model):
+    model = fresh_model(parts=needed_parts(get_recipe("tiny/recon").objective))
+    objective, batches = prepared("tiny/recon_distill", model, "objective.pixel=2")
+    batch = batches[0]
+    loss, terms = objective.loss(batch, step=1)
+    assert "gan" not in terms and objective.adversary_loss() is None, "before its start there is no GAN"
+    target = batch["images"] / 255
+    with torch.no_grad():
+        output = (model.pixel_decoder(model.latent_head(model.encoder(normalise(target)))) + 1) / 2
+    torch.testing.assert_close(terms["pixel"].detach(), F.mse_loss(output, target))
+    torch.testing.assert_close(terms["psnr"], -10 * F.mse_loss(output, target).log10())
+    torch.testing.assert_close(loss, 2 * terms["pixel"] + 0.1 * terms["perceptual"] + 0.1 * terms["distill"])
+    late, more = objective.loss(batch, step=2)
+    torch.testing.assert_close(late, loss + 0.1 * more["gan"])
+    late.backward()
+    assert all(p.grad is None for p in objective.adversary.parameters()), "the pictures fool it, it does not give in"
+    second, _ = objective.adversary_loss()
+    before = gradients(model)
+    before = {name: grad.clone() for name, grad in before.items()}
+    second.backward()
+    assert all(p.grad is not None for p in objective.adversary.parameters())
+    assert all(torch.equal(before[name], grad) for name, grad in gradients(model).items())
+    assert all(p.requires_grad for p in objective.adversary.parameters())
+
+
+def test_understanding_terms(fresh_model):
+    model = fresh_model(parts=("encoder", "mllm"))
+    objective, batches = prepared("tiny/instruct", model, "objective.contrastive=0.5", "objective.next_token=2")
+    loss, terms = objective.loss(batches[0], 0)
+    wanted = 0.5 * terms["contrastive"] + terms["words"] + 2 * terms["next_token"]
+    torch.testing.assert_close(loss, wanted)
+    assert 0 <= terms["retrieval"] <= 1 and 0 <= terms["token_accuracy"] <= 1
+    alone, batches = prepared("tiny/instruct", model, "objective.contrastive=0", "objective.words=0")
+    _, terms = alone.loss(batches[0], 0)
+    assert set(terms) == {"next_token", "token_accuracy"} and "captions" not in batches[0]
+
+
+def test_a_text_is_embedded_by_its_last_token_whatever_the_padding(fresh_model):
+    model = fresh_model(parts=("encoder", "mllm"))
+    objective, _ = prepared("tiny/clip", model)
+    short, long = "a cat<|im_end|>", "two red apples on the left<|im_end|>"
+    both = objective.embed_texts(model.processor.tokenize([short, long], padding_side="right"))
+    alone = objective.embed_texts(model.processor.tokenize([short]))
+    torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=1e-4)
+    assert (both[0] - both[1]).abs().max() > 0.01
+
+
+def test_answers_are_learned_from_the_token_before(fresh_model):
+    """The loss does not depend on a token that comes after the last learned one; it does on one before the first."""
+    model = fresh_model(parts=("encoder", "mllm"))
+    objective, batches = prepared("tiny/instruct", model, "batch_size=1", "data.text_share=0", "objective.turns=1")
+    batch = batches[0]
+    tokens, labels = batch["conversations"], batch["labels"]
+    features = model.encoder(normalise(batch["images"] / 255))
+    learned = (labels[0] >= 0).nonzero()[:, 0]
+
+    def loss_with(position):
+        ids = tokens.input_ids.clone()
+        ids[0, position] = (ids[0, position] + 1) % 256
+        return objective.answer_loss(Tokens(ids, tokens.attention_mask, tokens.image_slots), labels, features)[0]
+
+    exact = objective.answer_loss(tokens, labels, features)[0]
+    assert torch.equal(loss_with(learned[-1]), exact) and not torch.equal(loss_with(learned[0] - 1), exact)
+
+
+def test_noise_and_data_of_a_sample_do_not_depend_on_the_batch(fresh_model):
+    """Batch 4 = 2 x accumulate 2 for the flow objective: the same loss and the same gradients."""
+    model = fresh_model()
+    found = []
+    for settings in (("batch_size=4",), ("batch_size=2", "accumulate=2")):
+        objective, batches = prepared("tiny/pretrain", model, *settings)
+        pieces = 2 if "accumulate=2" in settings else 1
+        total = 0.0
+        for i in range(pieces):
+            loss, _ = objective.loss(batches[2 * pieces + i], 2)
+            (loss / pieces).backward()
+            total += loss.item() / pieces
+        found.append((total, {name: grad.clone() for name, grad in gradients(model).items()}))
+        model.zero_grad()
+    (whole, a), (parts, b) = found
+    assert whole == pytest.approx(parts, abs=1e-6) and a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-6, rtol=1e-4)
+
+
+# --- memory and precision ---------------------------------------------------------------------------------------------
+
+
+def one_layer_of_each(model) -> dict[str, nn.Module]:
+    """A module inside a layer of each part: the library leaves hooks of the layer itself outside the checkpoint."""
+    layers = {
+        "encoder": lambda: model.encoder.vision_tower.encoder.layer[0].mlp,
+        "pixel_decoder": lambda: model.pixel_decoder.decoder.conv_in,
+        "mllm": lambda: model.mllm.language_model.model.layers[0].mlp,
+        "connector": lambda: model.connector.layers[0].mlp,
+        "dit": lambda: model.dit.transformer.transformer_blocks[0].ff,
+    }
+    return {part: layers[part]() for part in model.parts if part in layers}
+
+
+@each_kind
+def test_gradient_checkpointing_recomputes_and_changes_nothing(name, fresh_model):
+    model = fresh_model(parts=needed_parts(get_recipe(name).objective))
+    objective, batches = prepared(name, model)
+    batch = batches[1]
+    step = 3 if name == "tiny/recon_distill" else 0
+    runs = {}
+    for saving in (False, True):
+        if saving:
+            enable_checkpointing(model)
+        calls = dict.fromkeys(one_layer_of_each(model), 0)
+
+        def counted(part, calls=calls):
+            return lambda *_: calls.__setitem__(part, calls[part] + 1)
+
+        hooks = [m.register_forward_pre_hook(counted(part)) for part, m in one_layer_of_each(model).items()]
+        loss, _ = objective.loss(batch, step)
+        forward = dict(calls)
+        loss.backward()
+        again = {part for part in calls if calls[part] > forward[part]}
+        runs[saving] = loss.item(), {k: v.clone() for k, v in gradients(model).items()}, again
+        model.zero_grad()
+        for hook in hooks:
+            hook.remove()
+    (plain, a, none), (saved, b, recomputed) = runs[False], runs[True]
+    assert plain == pytest.approx(saved, abs=1e-6) and a.keys() == b.keys() and a
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=1e-6, rtol=1e-4)
+    assert not none
+    needed = {"tiny/instruct": {"encoder", "mllm"}, "tiny/recon_distill": {"encoder", "pixel_decoder"}}
+    assert recomputed == needed.get(name, {"mllm", "connector", "dit"})
+
+
+def test_train_mode_is_free_of_chance(tiny_model):
+    """So checkpointing, which needs it, changes nothing, and evaluation mode while training loses nothing."""
+    for module in tiny_model.modules():
+        assert not isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            assert module.p == 0
+
+
+@each_kind
+def test_bfloat16_autocast(name, fresh_model):
+    model = fresh_model(parts=needed_parts(get_recipe(name).objective))
+    objective, batches = prepared(name, model)
+    step = 3 if name == "tiny/recon_distill" else 0
+    exact, _ = objective.loss(batches[0], step)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, terms = objective.loss(batches[0], step)
+    loss.backward()
+    assert loss.dtype == torch.float32 and all(value.dtype == torch.float32 for value in terms.values())
+    assert loss.item() == pytest.approx(exact.item(), rel=0.05) and loss.item() != exact.item()
+    grads = gradients(model)
+    assert grads and all(g.dtype == torch.float32 and bool(g.isfinite().all()) for g in grads.values())
+    second = objective.adversary_loss()
+    assert second is None or second[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["tiny/clip", "tiny/recon_distill", "tiny/pretrain", "tiny/sft"])
+def test_everything_moves_to_the_device(name, fresh_model, dcae):
+    """Nothing that a loss reads stays behind: tried with a device that holds no memory."""
+    model = fresh_model()
+    settings = ("objective.target=dcae",) if name == "tiny/pretrain" else ()
+    objective, batches = prepared(name, model, *settings, sources={"autoencoder": str(dcae)})
+    meta = torch.device("meta")
+    model.to(meta)
+    objective.to(meta)
+    owned = [m for m in vars(objective).values() if isinstance(m, nn.Module) and m is not model]
+    tensors = [t for module in owned for t in (*module.parameters(), *module.buffers())]
+    assert all(t.is_meta for t in tensors) and (tensors or name == "tiny/sft")
+    batch = to_device(batches[0], meta)
+    assert all(t.is_meta for t in batch.values() if isinstance(t, torch.Tensor))
+    if name != "tiny/clip":  # which reads values to choose rows
+        model.mllm.forward = lambda embeddings, mask: embeddings  # likewise
+        assert objective.loss(batch, 3)[0].is_meta
+
+
+# --- other sources of weights -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dcae(tmp_path_factory):
+    """A tiny diffusers AutoencoderDC in a folder, 32 px to a latent cell of 32 channels."""
+    folder = tmp_path_factory.mktemp("dcae")
+    widths = (8, 8, 8, 16, 16, 32)
+    AutoencoderDC(
+        latent_channels=32, attention_head_dim=8, encoder_block_out_channels=widths, decoder_block_out_channels=widths,
+        encoder_layers_per_block=(1,) * 6, decoder_layers_per_block=(1,) * 6, encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock", encoder_qkv_multiscales=((),) * 6, decoder_qkv_multiscales=((),) * 6,
+        downsample_block_type="conv", upsample_block_type="interpolate", scaling_factor=0.25,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def test_dcae_latents_are_the_target_of_the_connector_stage(fresh_model, dcae):
+    model = fresh_model(parts=("encoder", "mllm", "connector", "dit"))
+    settings = ("objective.target=dcae", "trains=mllm.queries,connector")
+    objective, batches = prepared("tiny/pretrain", model, *settings, sources={"autoencoder": str(dcae)})
+    assert needed_parts(objective.settings) == ("encoder", "mllm", "connector", "dit"), "no latent head of our own"
+    batch = batches[0]
+    autoencoder = AutoencoderDC.from_pretrained(dcae)
+    pixels = (
+        torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).mul(255).byte()
+    )  # as a folder has them
+    with torch.no_grad():
+        wanted = autoencoder.encode(pixels / 255 * 2 - 1).latent * 0.25
+    torch.testing.assert_close(objective.clean_latents(pixels), wanted)
+    assert objective.clean_latents(batch["targets"]).shape == (2, 32, 2, 2), "56 px become 64"
+    loss, _ = objective.loss(batch, 0)
+    loss.backward()
+    assert {name.split(".")[0] for name in gradients(model)} == {"mllm", "connector"}
+    assert gradients(model)["mllm.queries"].abs().sum() > 0
+    assert not any(p.requires_grad for p in objective.autoencoder.parameters())
+    assert objective.samples(batch)["drawn"].shape == (2, 2, 3, 64, 64)
+
+
+def test_dcae_needs_an_autoencoder(fresh_model, tiny_folder, tmp_path):
+    model = fresh_model(parts=("encoder", "mllm", "connector", "dit"))
+    with pytest.raises(ConfigError, match="needs init autoencoder="):
+        prepared("tiny/pretrain", model, "objective.target=dcae")
+    for folder in (tiny_folder, tmp_path):
+        with pytest.raises(CheckpointError, match="is not a diffusers AutoencoderDC"):
+            prepared("tiny/pretrain", model, "objective.target=dcae", sources={"autoencoder": str(folder)})
+
+
+def test_the_teacher_is_the_starting_encoder_unless_another_is_named(fresh_model, tiny_folder):
+    model = fresh_model(seed=3, parts=("encoder", "latent_head", "pixel_decoder"))
+    objective, batches = prepared("tiny/recon_distill", model)
+    assert objective.loss(batches[0], 0)[1]["distill"].item() == 0
+    named, _ = prepared("tiny/recon_distill", model, sources={"teacher": str(tiny_folder)})
+    other = fresh_model(parts=("encoder",)).encoder.state_dict()
+    assert all(torch.equal(value, other[key]) for key, value in named.teacher.state_dict().items())
+    assert named.loss(batches[0], 0)[1]["distill"].item() > 0
+    for found in (objective, named):
+        before = copy.deepcopy(found.teacher.state_dict())
+        found.loss(batches[0], 0)[0].backward()
+        assert not found.teacher.training and all(p.grad is None for p in found.teacher.parameters())
+        assert all(torch.equal(before[key], value) for key, value in found.teacher.state_dict().items())
+
+
+def test_heads_and_adversary_depend_on_the_seed_alone(fresh_model):
+    model = fresh_model(parts=("encoder", "latent_head", "pixel_decoder", "mllm"))
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    for name, part in (("tiny/clip", "heads"), ("tiny/recon_distill", "adversary")):
+        one, again, other = (prepared(name, model, f"seed={seed}")[0] for seed in (0, 0, 1))
+        weights = [torch.cat([p.flatten() for p in getattr(o, part).parameters()]) for o in (one, again, other)]
+        assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert torch.equal(torch.get_rng_state(), state), "and the caller's generator is left alone"
+
+
+def test_sample_sheets(fresh_model):
+    model = fresh_model()
+    for name, sheet, rows in (
+        ("tiny/recon", "reconstruction", 2),
+        ("tiny/pretrain", "drawn", 2),
+        ("tiny/sft", "drawn", 3),
+    ):
+        objective, batches = prepared(name, model)
+        pictures = objective.samples(batches[0])[sheet]
+        assert pictures.shape == (rows, 2, 3, 56, 56) and pictures.min() >= 0 and pictures.max() <= 1
+        target = batches[0]["images" if name == "tiny/recon" else "targets"] / 255
+        assert torch.equal(pictures[rows - 2], target), "what was wanted stands above what was made"
+    assert prepared("tiny/clip", model)[0].samples({}) == {}
