@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -301,7 +302,7 @@ def test_a_damaged_checkpoint_is_a_clear_error(fork, file):
     damaged = run / "step_00000002" / file
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
     with pytest.raises(
-        CheckpointError, match="step_00000002 is damaged .*delete it to resume from the checkpoint before"
+        CheckpointError, match=r"step_00000002 is damaged .*delete it to resume from the checkpoint before"
     ):
         train(recon("save_every=1"), fork, progress=False)
     shutil.rmtree(damaged.parent)
@@ -359,7 +360,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(fork, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match="No space left on device.*last whole checkpoint is kept"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*last whole checkpoint is kept"):
         train(recon(), fork, progress=False)
     assert newest(run).name == "step_00000002" and not list(run.glob(".step_*"))
 
@@ -375,7 +376,7 @@ def test_a_loss_that_is_no_number_stops_the_run(fork, monkeypatch):
         return (total * math.nan if step == 2 else total), terms
 
     monkeypatch.setattr(ReconstructObjective, "loss", broken)
-    with pytest.raises(UniLIPError, match="not a finite number at step 3 of tiny/recon; lower optim.lr"):
+    with pytest.raises(UniLIPError, match=r"not a finite number at step 3 of tiny/recon; lower optim\.lr"):
         train(recon("log_every=100", "steps=8"), fork, progress=False)
     run = fork / "tiny" / "recon"
     assert newest(run).name == "step_00000002"
@@ -437,7 +438,7 @@ def test_the_schedule():
     rates = [learning_rate(optim, step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert rates[10] == 2.0 and rates[55] == pytest.approx(2 * (0.25 + 0.75 / 2)) and max(rates) == 2.0
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[10:]))
     assert rates[99] == pytest.approx(0.5, rel=0.01) and learning_rate(optim, 100, 100) == 0.5
     assert learning_rate(Optim(lr=3.0, warmup=0.0), 0, 1) == 3.0
 
@@ -468,12 +469,12 @@ def test_low_precision_and_recomputation_in_a_run(fork):
 
 def test_bfloat16_only_where_the_gpu_has_it(monkeypatch):
     recipe = recon("dtype=bfloat16")
+    made = []
+    monkeypatch.setattr(torch, "autocast", lambda kind, **options: made.append((kind, options["enabled"])))
     for able in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda able=able: able)
-        made = []
-        monkeypatch.setattr(torch, "autocast", lambda kind, **options: made.append((kind, options["enabled"])))
         mixed_precision(recipe, torch.device("cuda"))
-        assert made == [("cuda", able)]
+    assert made == [("cuda", True), ("cuda", False)]
 
 
 def test_the_average_by_hand():

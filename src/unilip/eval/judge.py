@@ -2,7 +2,7 @@
 
 Goes in: a picture (H, W, 3) uint8, a World and its Atlas. Comes out: a ``Reading``. The background is the one that
 most pixels are close to in CIELAB. Every sprite is then laid over that background at all places and sizes, on a coarse
-grid (G x G cells a window) and, for the likeliest, in full resolution: a sprite explains as much of the picture's
+grid (CELLS a side of a window) and, for the likeliest, in full resolution: a sprite explains as much of the picture's
 difference from its background as the squared error falls. The greatest wins, hides what it covers, and so on. Colours
 are named in CIELAB on the pixels that painting changes. The verdicts compare a Reading with the scene asked for.
 """
@@ -33,10 +33,11 @@ T = TypeVar("T")
 VERSION = 1  # raise it when a change here may change a verdict: old results are not mixed with new ones
 UNKNOWN = "unknown"  # something is there that looks like no drawing of the world
 MIN_EXPLAINED = 0.65  # share of the picture's energy in a window that a sprite has to explain to be recognised
-MIN_DETAIL = (
-    0.25  # share of the sprite's detail that has to be there: a blob of the right colours is no recognised thing
-)
-MIN_AREA = 0.02  # share of the picture that something has to cover to be seen at all
+MIN_DETAIL = 0.25  # share of the sprite's detail that has to be there: a blob of the right colours is no thing
+MIN_AREA = 0.10  # share of the smallest object's box that something has to cover to be seen at all
+MIN_UNKNOWN = 0.20  # the same for what is recognised as nothing
+CELLS = 16  # of the coarse grid, along a side of any window
+BLUR = 1.0  # pixels of Gaussian blur of pictures and sprites: edges need not agree to the pixel
 SOFTNESS = (0.0, 1.5, 2.5)  # further blur of a sprite, in pixels, that is tried before it is refused
 SCALES = (0.94, 0.97, 1.03, 1.06)  # of the likeliest sprites, tried in full resolution
 FINALISTS = 3
@@ -236,21 +237,18 @@ class _Scan:
 class Judge:
     """All sprites of a world, ready to be looked for; build it once (pico: 2 s) and read many pictures."""
 
-    def __init__(
-        self, world: World, atlas: Atlas, cells: int = 16, names: Sequence[str] | None = None, blur: float = 1.0
-    ) -> None:
-        self.world, self.atlas, self.cells, self.blur = world, atlas, cells, blur
-        wanted = tuple(names) if names is not None else (*world.concepts, *world.extra)
+    def __init__(self, world: World, atlas: Atlas) -> None:
+        self.world, self.atlas = world, atlas
         self.looks = [
             _Look(name, style, colour, tone)
-            for name in wanted
+            for name in (*world.concepts, *world.extra)
             for style in (world.styles if name not in SHAPES else (world.default_style,))
             for colour in (*(() if name in SHAPES else (None,)), *world.colours_of(name, style))
             for tone in (None, *(world.tones if concept(name).toned and colour is None else ()))
         ]
-        layers = torch.stack([self._coarse(look) for look in self.looks])  # L 4 G G
+        layers = torch.stack([self._coarse(look) for look in self.looks])  # L 4 CELLS CELLS
         weights, self._constant = _template(layers)
-        self._weights = weights.flatten(1)  # L 8GG
+        self._weights = weights.flatten(1)  # L 8 x CELLS^2
         self._kept: dict[tuple[_Look, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._kept_pixels = 0
         self._kinds = {kind: i for i, kind in enumerate(dict.fromkeys((k.concept, k.style) for k in self.looks))}
@@ -262,11 +260,11 @@ class Judge:
         self.sizes = [s for s in self.sizes if s <= world.image_size]
 
     def _coarse(self, look: _Look) -> torch.Tensor:
-        """Colour x alpha and alpha of a look on the coarse grid: (4, G, G)."""
+        """Colour x alpha and alpha of a look on the coarse grid: (4, CELLS, CELLS)."""
         if look.colour is None or look.concept in SHAPES:
-            sprite = self.atlas.sprite(look.concept, look.style, self.cells * 3, look.colour, look.tone)
+            sprite = self.atlas.sprite(look.concept, look.style, CELLS * 3, look.colour, look.tone)
         else:  # painting the small drawing is ten times faster, and as good for the coarse grid
-            sprite = recolour(self.atlas.sprite(look.concept, look.style, self.cells * 3), PALETTE[look.colour])
+            sprite = recolour(self.atlas.sprite(look.concept, look.style, CELLS * 3), PALETTE[look.colour])
         return F.avg_pool2d(_premultiply(sprite), 3)
 
     # ------------------------------------------------------------------------------------------ reading
@@ -281,7 +279,7 @@ class Judge:
                 f"got {pixels.dtype} of shape {pixels.shape}; resize the picture, or take another world's judge"
             )
         background, rows = read_background(pixels, self.world)
-        image = torch.from_numpy(smooth(pixels.astype(np.float32) / 255, self.blur)).permute(2, 0, 1)  # 3 S S
+        image = torch.from_numpy(smooth(pixels.astype(np.float32) / 255, BLUR)).permute(2, 0, 1)  # 3 S S
         behind = torch.from_numpy(rows / 255).T[:, :, None].expand(-1, -1, side).contiguous()
         difference = image - behind
         floor = self._floor((difference**2).sum(0))
@@ -306,7 +304,8 @@ class Judge:
         """Find the sprite that explains most of what is LEFT (3, S, S); returns it and what it hides (S, S)."""
         remaining = (left**2).sum(0)
         busy = (remaining > floor).float()
-        if float(busy.mean()) < MIN_AREA:
+        smallest = min(self.world.multi_sizes) ** 2
+        if float(busy.sum()) < MIN_AREA * smallest:
             return None, busy
         fit = self._refine(left, behind, self._candidates(scan, before))
         if fit is None:
@@ -326,9 +325,9 @@ class Judge:
             explained = 1 - float((rest**2).sum(0)[wide].sum() / total.clamp_min(1e-6))
             if explained > score:
                 score, softness = explained, softer
-        area = float(busy[wide].sum()) / busy.numel()
         wide3 = (slice(None), *wide)
-        if score < MIN_EXPLAINED or area < MIN_AREA or _detail(left[wide3], drawn[wide3], size) < MIN_DETAIL:
+        seen = float(busy[wide].sum()) >= MIN_AREA * smallest
+        if not seen or score < MIN_EXPLAINED or _detail(left[wide3], drawn[wide3], size) < MIN_DETAIL:
             return self._unknown(busy, fit[1:])
         reach = round(3 + 2 * softness)  # the soft outline belongs to the object
         cover = torch.zeros_like(busy)
@@ -350,11 +349,11 @@ class Judge:
         size = min(self.world.multi_sizes)
         if place is not None:
             x, y, wide = place
-            enough = float(busy[y : y + wide, x : x + wide].sum()) >= 0.2 * size * size
+            enough = float(busy[y : y + wide, x : x + wide].sum()) >= MIN_UNKNOWN * size * size
             place = place if enough else None
         if place is None:
             share = F.avg_pool2d(busy[None], size, 1)[0]
-            if float(share.max()) < 0.2:
+            if float(share.max()) < MIN_UNKNOWN:
                 return None, cover
             y, x = divmod(int(share.argmax()), share.shape[-1])
             place = (x, y, size)
@@ -365,22 +364,22 @@ class Judge:
 
     def _scan(self, difference: torch.Tensor, behind: torch.Tensor, floor: float) -> _Scan:
         """Slide all looks over the coarse picture at all sizes."""
-        side, cells = difference.shape[-1], self.cells
+        side = difference.shape[-1]
         busy = ((difference**2).sum(0, keepdim=True) > floor).float()
         merits, places = [], []
         for size in self.sizes:
-            steps = round(side * cells / size)
+            steps = round(side * CELLS / size)
             small = F.interpolate(torch.cat([difference, behind, busy])[None], size=(steps, steps), mode="area")[0]
             energy = (small[:3] ** 2).sum(0, keepdim=True)
-            full = F.avg_pool2d(energy, cells, 1).flatten() * cells**2
-            around = F.avg_pool2d(F.pad(energy, (1, 1, 1, 1)), cells + 2, 1).flatten() * (cells + 2) ** 2
-            share = F.avg_pool2d(small[6:], cells, 1).flatten()
+            full = F.avg_pool2d(energy, CELLS, 1).flatten() * CELLS**2
+            around = F.avg_pool2d(F.pad(energy, (1, 1, 1, 1)), CELLS + 2, 1).flatten() * (CELLS + 2) ** 2
+            share = F.avg_pool2d(small[6:], CELLS, 1).flatten()
             # an object ends where its window does: no window that is near empty, or cuts through things
             index = ((share > 0.06) & (around - full < 0.3 * full)).nonzero()[:, 0]
-            windows = F.unfold(_scene(small[:3], small[3:6])[None], cells)[0, :, index]  # 8GG P
+            windows = F.unfold(_scene(small[:3], small[3:6])[None], CELLS)[0, :, index]  # 8 x CELLS^2, P
             gain = self._weights @ windows - self._constant[:, None]  # L P
-            merits.append(_merit(gain, full[index]) * (size / cells) ** 2)
-            scale, columns = side / steps, steps - cells + 1
+            merits.append(_merit(gain, full[index]) * (size / CELLS) ** 2)
+            scale, columns = side / steps, steps - CELLS + 1
             x, y = (index % columns * scale).round(), (index // columns * scale).round()
             places.append(torch.stack([x, y, torch.full_like(x, size)], 1))
         found = torch.cat(merits, 1)
@@ -420,22 +419,21 @@ class Judge:
         energy = (left**2).sum(0, keepdim=True)
         tried = [self._fit(scene, energy, place, 1.0) for place in candidates]
         tried.sort(key=lambda fit: -fit[0])
-        for value, look, x, y, size in tried[:FINALISTS]:
-            near = (self.looks.index(look), x, y, size)
-            tried += [self._fit(scene, energy, near, scale) for scale in SCALES if value > 0]
+        for value, index, x, y, size in tried[:FINALISTS]:
+            tried += [self._fit(scene, energy, (index, x, y, size), scale) for scale in SCALES if value > 0]
         if not tried:
             return None
-        value, look, x, y, size = max(tried, key=lambda fit: fit[0])
-        return None if value <= 0 else (look, x, y, size)
+        value, index, x, y, size = max(tried, key=lambda fit: fit[0])
+        return None if value <= 0 else (self.looks[index], x, y, size)
 
     def _fit(
         self, scene: torch.Tensor, energy: torch.Tensor, place: tuple[int, int, int, int], scale: float
-    ) -> tuple[float, _Look, int, int, int]:
+    ) -> tuple[float, int, int, int, int]:
         """Slide one look, SCALE times as large, around (look, x, y, size); returns merit, look, x, y, size."""
         index, x, y, size = place
         side = scene.shape[-1]
         look, s = self.looks[index], min(round(size * scale), side)
-        reach = max(3, math.ceil(size / self.cells)) if scale == 1 else 2
+        reach = max(3, math.ceil(size / CELLS)) if scale == 1 else 2
         weights, constant = self._fine(look, s)[1:]
         cx, cy = x + (size - s) // 2, y + (size - s) // 2
         x0, y0 = max(0, min(cx - reach, side - s)), max(0, min(cy - reach, side - s))
@@ -444,14 +442,14 @@ class Judge:
         full = F.avg_pool2d(energy[:, y0 : y1 + s, x0 : x1 + s], s, 1)[0] * s * s
         merit = _merit(gain, full)
         dy, dx = divmod(int(merit.argmax()), merit.shape[-1])
-        return float(merit.max()), look, x0 + dx, y0 + dy, s
+        return float(merit.max()), index, x0 + dx, y0 + dy, s
 
     def _fine(self, look: _Look, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Colour x alpha and alpha of a sprite, blurred as the picture is (4, size, size), and its template."""
         key = (look, size)
         if key not in self._kept:
             sprite = self.atlas.sprite(look.concept, look.style, size, look.colour, look.tone)
-            layers = _blur(_premultiply(sprite)[None], self.blur, "constant")
+            layers = _blur(_premultiply(sprite)[None], BLUR, "constant")
             if self._kept_pixels > KEPT_PIXELS:
                 self._kept.clear()
                 self._kept_pixels = 0

@@ -1,7 +1,8 @@
 """Validates the judge before anyone believes it: pictures whose contents are known, whole, broken and degraded.
 
 Goes in: a world and its atlas. Comes out: a record of how often the judge reads what is there (``right``), refuses
-what was broken on purpose (``refused``), and how both fare when pictures lose as much as a decoder's do (``degraded``).
+what was broken on purpose (``refused``), also when pictures lose as much as a decoder's do, by blur and noise or through
+a model's own reconstruction.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from unilip.data.concepts import SHAPES
 from unilip.data.dataset import Edits, Scenes, pixels
 from unilip.data.seeding import generator
 from unilip.data.world import Obj, Scene, World, relation, sample_background
-from unilip.eval.judge import Judge, judge_edit, judge_prompt, smooth
+from unilip.eval.judge import VERSION, Judge, judge_edit, judge_prompt, smooth
+from unilip.model import UniLIP
 
 Break = Callable[[Scene, str, World, random.Random], Scene | None]
 
@@ -124,9 +126,13 @@ def validate_judge(
     count: int = 200,
     seed: int = 0,
     decibels: Sequence[float] = (24.0,),
+    model: UniLIP | None = None,
     judge: Judge | None = None,
 ) -> dict[str, Any]:
-    """Judge COUNT held-out scenes and edits whole, broken and degraded; returns shares, counts and the misses."""
+    """Judge COUNT held-out scenes and edits whole, broken and degraded; returns shares, counts and the misses.
+
+    DECIBELS are the PSNRs to degrade pictures to; MODEL, where given, is a tokenizer to put them through as well.
+    """
     judge = judge or Judge(world, atlas)
     data = Scenes(world, atlas, "val", seed, count, "tokenizer")
     right: dict[str, list[bool]] = defaultdict(list)
@@ -152,12 +158,19 @@ def validate_judge(
         for decibel in decibels:
             poor = degrade(picture, decibel, np.random.default_rng(index))
             right[f"at {decibel:g} dB"].append(read(f"at {decibel:g} dB", poor, scene, task, index, True))
+        if model is not None:
+            again = np.asarray(model.reconstruct(picture).images[0])
+            right["reconstructed"].append(read("reconstructed", again, scene, task, index, True))
         rng = generator("broken", seed, index)
-        for name, breaker in BREAKS.items():
-            broken = breaker(scene, task, world, rng)
-            if broken is not None:
-                picture = pixels(broken, atlas, world)
-                refused[name].append(not read(name, picture, scene, task, index, False))
+        broken = {name: breaker(scene, task, world, rng) for name, breaker in BREAKS.items()}
+        wrong = {name: pixels(other, atlas, world) for name, other in broken.items() if other is not None}
+        for name, picture in wrong.items():
+            refused[name].append(not read(name, picture, scene, task, index, False))
+        chosen = rng.choice(sorted(wrong))
+        for decibel in decibels:
+            name = f"broken, at {decibel:g} dB"
+            poor = degrade(wrong[chosen], decibel, np.random.default_rng(index))
+            refused[name].append(not read(f"{chosen}, {name}", poor, scene, task, index, False))
     edits = Edits(world, atlas, "val", seed, count)
     done: dict[str, list[bool]] = defaultdict(list)
     ignored: dict[str, list[bool]] = defaultdict(list)
@@ -173,7 +186,9 @@ def validate_judge(
         if undone.done:
             misses.append(f"edit left undone, item {index}, {item['instruction']}: accepted")
     return {
+        "judge": VERSION,
         "world": world.name,
+        "atlas": atlas.fingerprint,
         "count": count,
         "seed": seed,
         "right": _shares(right),

@@ -1,0 +1,247 @@
+"""The evaluation in the emoji world with an untrained tiny model: its folder, its pages, and that it can be gone on with.
+
+In: the tiny model and world. Out: results, compared between runs, and what a perfect and a broken model would get.
+"""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from unilip.data.art import Atlas
+from unilip.data.dataset import Edits, pixels
+from unilip.data.questions import KINDS
+from unilip.data.world import Scene, World
+from unilip.errors import UniLIPError
+from unilip.eval import emoji
+from unilip.eval.emoji import PARTS, Bench, accepts, evaluate, normalise, quick_answers, quick_generation, run
+from unilip.eval.measures import measure_features, measure_psnr, measure_ssim
+
+WORLD = World.tiny()
+SMALL = dict(count=1, seeds=1, steps=1, progress=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval")
+    return folder, evaluate(tiny_model, folder, **SMALL)
+
+
+# --- measures -------------------------------------------------------------------------------------------------------
+
+
+def test_psnr():
+    black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    assert measure_psnr(black, black) == 100.0
+    assert measure_psnr(black, white) == pytest.approx(0.0)
+    half = black.copy()
+    half[:2] = 255
+    where = np.zeros((4, 4), bool)
+    where[:2] = True
+    assert measure_psnr(black, half, ~where) == 100.0
+    assert measure_psnr(black, half) == pytest.approx(10 * np.log10(2), abs=1e-4)
+
+
+def test_ssim_is_that_of_scikit_image():
+    skimage = pytest.importorskip("skimage.metrics")
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)
+    b = np.clip(a + rng.normal(0, 30, a.shape), 0, 255).astype(np.uint8)
+    theirs = skimage.structural_similarity(
+        a / 255.0, b / 255.0, channel_axis=-1, data_range=1.0, gaussian_weights=True, sigma=1.5,
+        use_sample_covariance=False,
+    )  # fmt: skip
+    assert measure_ssim(a, b) == pytest.approx(theirs, abs=1e-6)
+    assert measure_ssim(a, a) == pytest.approx(1.0)
+
+
+def test_feature_distance():
+    features = torch.randn(4, 8)
+    assert measure_features(features, 3 * features) == pytest.approx(0.0, abs=1e-6)
+    assert measure_features(features, -features) == pytest.approx(2.0, abs=1e-6)
+
+
+# --- answers --------------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_compared_in_what_counts():
+    assert normalise("  Two   Cats. ") == "two cats"
+    assert accepts("A cat.", ("a cat", "cat")) and accepts("the cat", ("a cat",))
+    assert not accepts("two cats", ("a cat", "cat")) and not accepts("", ("a cat",))
+
+
+# --- a whole run ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_all_it_promises(finished):
+    folder, results = finished
+    for name in ("results.json", "results.md", "index.html", "items.jsonl", "run.json"):
+        assert (folder / name).is_file(), name
+    assert json.loads((folder / "results.json").read_text()) == results
+    for part in PARTS:
+        assert (folder / f"sheet-{part}.png").is_file()
+        assert 0 <= results[f"emoji-{part}"]["right"] <= 1
+    assert set(results["emoji-vqa"]["groups"]) == set(KINDS) - {"style"}
+    assert {"two, seen", "two, unseen", "single, seen"} <= set(results["emoji-gen"]["groups"])
+    assert "no guidance" in results["emoji-gen"] and "swapped prompts" in results["emoji-gen"]
+    row = results["emoji-recon"]["groups"]["held-out scenes"]
+    assert row["psnr"] < 30 and -1 <= row["ssim"] <= 1 and row["feature_distance"] > 0
+    assert set(results["emoji-edit"]["groups"]) >= {f"{kind}, seen" for kind in WORLD.edits}
+    for line in (folder / "items.jsonl").read_text().splitlines():
+        assert (folder / json.loads(line)["picture"]).is_file()
+    page = (folder / "index.html").read_text()
+    assert page.count("<figure>") > 10 and "http" not in page
+    assert "| group |" in (folder / "results.md").read_text()
+
+
+def test_a_finished_run_draws_nothing_again(finished, tiny_model, monkeypatch):
+    folder, results = finished
+    monkeypatch.setattr(Bench, "perform", lambda *_: pytest.fail("an item was made again"))
+    again = evaluate(tiny_model, folder, **SMALL)
+    assert {**again, "date": ""} == {**results, "date": ""}
+
+
+def test_an_interrupted_run_goes_on_to_the_same_results(finished, tiny_model, tmp_path, monkeypatch):
+    _, results = finished
+    perform, calls = Bench.perform, []
+
+    def fail_later(self, items):
+        calls.append(len(items))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return perform(self, items)
+
+    parts = ("recon", "vqa", "gen")
+    monkeypatch.setattr(Bench, "perform", fail_later)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tiny_model, tmp_path, parts=parts, batch_size=5, **SMALL)
+    lines = (tmp_path / "items.jsonl").read_text().splitlines()
+    assert 0 < len(lines)
+    (tmp_path / "items.jsonl").write_text("\n".join(lines) + '\n{"key": "half a li')
+    monkeypatch.setattr(Bench, "perform", perform)
+    again = evaluate(tiny_model, tmp_path, parts=parts, batch_size=7, **SMALL)
+    assert again["emoji-gen"] == results["emoji-gen"]
+    assert again["emoji-vqa"] == results["emoji-vqa"]
+    assert again["emoji-recon"]["groups"]["held-out scenes"]["psnr"] == pytest.approx(
+        results["emoji-recon"]["groups"]["held-out scenes"]["psnr"], abs=0.01
+    )
+
+
+def test_more_items_keep_those_that_are_there(tiny_model, tmp_path):
+    evaluate(tiny_model, tmp_path, parts=("riddle",), **SMALL)
+    before = (tmp_path / "items.jsonl").read_text()
+    evaluate(tiny_model, tmp_path, parts=("riddle",), **{**SMALL, "count": 2})
+    after = (tmp_path / "items.jsonl").read_text()
+    assert after.startswith(before) and len(after) > len(before)
+
+
+def test_another_run_in_the_same_folder_is_refused(finished, tiny_model, fresh_model):
+    folder, _ = finished
+    with pytest.raises(UniLIPError, match="steps"):
+        evaluate(tiny_model, folder, **{**SMALL, "steps": 2})
+    with pytest.raises(UniLIPError, match="model"):
+        evaluate(fresh_model(seed=1), folder, **SMALL)
+
+
+def test_what_cannot_be_is_refused(tiny_model, tmp_path, fresh_model):
+    with pytest.raises(UniLIPError, match="allowed: recon, vqa"):
+        evaluate(tiny_model, tmp_path, parts=("geneval",), **SMALL)
+    with pytest.raises(UniLIPError, match="112"):
+        evaluate(tiny_model, tmp_path, World.pico(), Atlas.synthetic(World.pico()), **SMALL)
+    with pytest.raises(UniLIPError, match="at least 1"):
+        evaluate(tiny_model, tmp_path, **{**SMALL, "count": 0})
+    with pytest.raises(UniLIPError, match="needs"):
+        evaluate(fresh_model(parts=("encoder", "latent_head", "pixel_decoder")), tmp_path, parts=("gen",), **SMALL)
+    with pytest.raises(UniLIPError, match="84"):
+        evaluate(fresh_model(image_size=84), tmp_path, **SMALL)
+
+
+def test_a_tokenizer_alone_is_measured_in_what_it_can(fresh_model, tmp_path):
+    results = evaluate(fresh_model(parts=("encoder", "latent_head", "pixel_decoder")), tmp_path, **SMALL)
+    assert "emoji-recon" in results and "emoji-gen" not in results
+
+
+def test_run_loads_a_folder(tiny_folder, tmp_path):
+    results = run(tiny_folder, tmp_path, parts=["recon"], count=1, progress=False)
+    assert results["model"] == "tiny" and results["world"] == "tiny" and results["dtype"] == "float32"
+
+
+# --- models that are right or wrong ---------------------------------------------------------------------------------
+
+
+class Painter:
+    """Stands in for a model: reads the prompt's scene off the bench's plan and draws it, or something else."""
+
+    def __init__(self, model, bench, wrong: bool = False):
+        self.config, self.parts, self.encoder, self.device = model.config, model.parts, model.encoder, model.device
+        self.bench, self.wrong = bench, wrong
+        self.scenes = {item.data["prompt"]: item.data["scene"] for item in bench.plan("gen")}
+        self.edits = {}
+        for item in bench.plan("edit"):
+            entry = Edits(
+                WORLD, bench.atlas, "val", emoji.DATA_SEED, bench.count, (item.data["kind"],), item.data["seen"]
+            )
+            self.edits[entry[item.index]["instruction"]] = entry[item.index]
+
+    def generate(self, prompts, **_):
+        names = list(self.scenes)
+        shown = [names[(names.index(p) + self.wrong) % len(names)] for p in prompts]
+        return SimpleNamespace(images=[pixels(self.scenes[p], self.bench.atlas, WORLD) for p in shown])
+
+    def edit(self, sources, prompts, **_):
+        return SimpleNamespace(
+            images=[s if self.wrong else self.edits[p]["target"] for s, p in zip(sources, prompts, strict=True)]
+        )
+
+    def reconstruct(self, pictures, **_):
+        return SimpleNamespace(images=[np.zeros_like(p) if self.wrong else p for p in pictures])
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_perfect_model_is_right_and_a_deaf_one_is_wrong(tiny_model, wrong):
+    bench = Bench(tiny_model, WORLD, Atlas.synthetic(WORLD), count=2, seeds=1)
+    bench.model = Painter(tiny_model, bench, wrong)
+    for part in ("recon", "gen", "edit"):
+        items = bench.plan(part)
+        records = [
+            {**record, "group": item.group, "index": item.index, "mode": item.mode}
+            for batch in emoji._batches(items, 100)
+            for item, (record, _) in zip(batch, bench.perform(batch), strict=True)
+        ]
+        found = emoji.summarise(part, records, WORLD)
+        if wrong:
+            assert found["right"] <= 0.1, (part, found)
+        else:
+            assert found["right"] >= 0.95, (part, [r["reason"] for r in records if not r["ok"]])
+            if part == "gen":
+                assert found["swapped prompts"] <= 0.1
+            if part == "edit":
+                assert all(row.get("psnr_outside", 100) == 100 for row in found["groups"].values())
+
+
+def test_noise_belongs_to_the_picture_not_to_the_batch(tiny_model):
+    bench = Bench(tiny_model, WORLD, Atlas.synthetic(WORLD), count=1, seeds=2, steps=1)
+    items = [item for item in bench.plan("gen") if not item.mode][:3]
+    together = bench._draw(items)
+    alone = [bench._draw([item])[0] for item in items]
+    for a, b in zip(together, alone, strict=True):
+        assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+    assert np.abs(together[0].astype(int) - together[1].astype(int)).max() > 1  # another seed
+
+
+# --- probes ---------------------------------------------------------------------------------------------------------
+
+
+def test_quick_probes(tiny_model):
+    atlas = Atlas.synthetic(WORLD)
+    answers = quick_answers(tiny_model, WORLD, atlas, 6)
+    assert 0 <= answers["all"] <= 1
+    drawn = quick_generation(tiny_model, WORLD, atlas, 3, num_inference_steps=1)
+    assert {"all", "background", "objects", "count"} <= set(drawn)
+
+
+def test_scenes_survive_the_items_file():
+    scene = Scene("white", ())
+    assert Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
