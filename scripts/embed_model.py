@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import subprocess
+import tempfile
 from datetime import date
 from pathlib import Path
 
@@ -30,7 +32,11 @@ def main() -> None:
     if options.guidance_scale is not None:
         sampling = dataclasses.replace(model.config.sampling, guidance_scale=options.guidance_scale)
         model.config = model.config.replace(sampling=sampling)
-    model.save_pretrained(WEIGHTS, dtype=torch.float16, max_shard_size="14MB")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(Path(folder) / "model", dtype=torch.float16, max_shard_size="14MB")
+        for old in WEIGHTS.glob("model*"):
+            old.unlink()
+        shutil.copytree(Path(folder) / "model", WEIGHTS, dirs_exist_ok=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     recipe = options.run / "recipe.json"
     origin = {

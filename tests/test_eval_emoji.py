@@ -1,4 +1,4 @@
-"""The evaluation in the emoji world with an untrained tiny model: its folder, its pages, and that it can be gone on with.
+"""The evaluation in the emoji world with an untrained tiny model: its folder, its pages, and going on with it.
 
 In: the tiny model and world. Out: results, compared between runs, and what a perfect and a broken model would get.
 """
@@ -118,7 +118,7 @@ def test_an_interrupted_run_goes_on_to_the_same_results(finished, tiny_model, tm
     with pytest.raises(KeyboardInterrupt):
         evaluate(tiny_model, tmp_path, parts=parts, batch_size=5, **SMALL)
     lines = (tmp_path / "items.jsonl").read_text().splitlines()
-    assert 0 < len(lines)
+    assert lines
     (tmp_path / "items.jsonl").write_text("\n".join(lines) + '\n{"key": "half a li')
     monkeypatch.setattr(Bench, "perform", perform)
     again = evaluate(tiny_model, tmp_path, parts=parts, batch_size=7, **SMALL)

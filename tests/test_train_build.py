@@ -84,6 +84,17 @@ def test_the_order_of_parameters_does_not_depend_on_their_sources(folders, tmp_p
     assert names[0] == names[1]
 
 
+def test_queries_may_come_from_elsewhere_than_their_llm(folders, one, fresh_model, tmp_path):
+    fresh_model(seed=4, parts=("mllm",)).save_pretrained(tmp_path / "llm")
+    llm = UniLIP.from_pretrained(tmp_path / "llm").mllm
+    model = assembled(recipe(f"queries={folders / 'one'}", f"mllm={tmp_path / 'llm'}"), tmp_path)
+    assert equal(model.mllm.language_model, llm.language_model) and not equal(model.mllm.language_model, one.mllm)
+    assert torch.equal(model.mllm.queries, one.mllm.queries) and not torch.equal(llm.queries, one.mllm.queries)
+    fresh_model(num_queries=3, parts=("mllm",)).save_pretrained(tmp_path / "three")
+    with pytest.raises(ConfigError, match=r"no place for queries of the shape \(1, 3, 64\)"):
+        assembled(recipe(f"queries={tmp_path / 'three'}", f"mllm={tmp_path / 'llm'}"), tmp_path)
+
+
 def test_a_stage_that_has_not_finished_is_no_source(tmp_path):
     with pytest.raises(ConfigError, match="starts from tiny/clip, which has not finished"):
         assembled(recipe("encoder=tiny/clip"), tmp_path)

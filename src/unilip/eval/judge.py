@@ -358,8 +358,14 @@ class Judge:
             y, x = divmod(int(share.argmax()), share.shape[-1])
             place = (x, y, size)
         x, y, size = place
-        reach = round(0.15 * size)
-        cover[max(0, y - reach) : y + size + reach, max(0, x - reach) : x + size + reach] = 1
+        cover[y : y + size, x : x + size] = 1
+        # what hangs together is one thing, however blurred, as far as the largest thing would reach
+        reach = max(size, max(self.world.single_sizes)) // 2 + round(0.15 * size)
+        limit = torch.zeros_like(busy)
+        cx, cy = x + size // 2, y + size // 2
+        limit[max(0, cy - reach) : cy + reach, max(0, cx - reach) : cx + reach] = 1
+        for _ in range(reach // 3):
+            cover = torch.maximum(cover, F.max_pool2d(cover[None], 7, 1, 3)[0] * busy * limit)
         return Found(UNKNOWN, self.world.default_style, None, (x, y, x + size, y + size), 0.0), cover
 
     def _scan(self, difference: torch.Tensor, behind: torch.Tensor, floor: float) -> _Scan:
@@ -408,7 +414,8 @@ class Judge:
         for kind in kinds.topk(min(keep, len(self._kinds))).indices.tolist():
             members = (self._kind_of == kind).nonzero()[:, 0]
             look = int(members[best[members].argmax()])
-            chosen.append((look, *(int(v) for v in places[look])))
+            x, y, side = (int(value) for value in places[look])
+            chosen.append((look, x, y, side))
         return chosen
 
     def _refine(

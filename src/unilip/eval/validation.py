@@ -1,8 +1,8 @@
 """Validates the judge before anyone believes it: pictures whose contents are known, whole, broken and degraded.
 
 Goes in: a world and its atlas. Comes out: a record of how often the judge reads what is there (``right``), refuses
-what was broken on purpose (``refused``), also when pictures lose as much as a decoder's do, by blur and noise or through
-a model's own reconstruction.
+what was broken on purpose (``refused``), also when pictures lose as much as a decoder's do, by blur and noise
+or through a model's own reconstruction.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def break_side(scene: Scene, task: str, world: World, rng: random.Random) -> Sce
         return None
     a, b = scene.objects
     dx, dy = b.x + (b.size - a.size) // 2 - a.x, b.y + (b.size - a.size) // 2 - a.y
-    moved = (replace(a, x=a.x + dx, y=a.y + dy), replace(b, x=b.x - dx, y=b.y - dy))
-    moved = tuple(replace(o, x=_inside(o.x, o, world), y=_inside(o.y, o, world)) for o in moved)
-    return replace(scene, objects=moved) if relation(*moved) != relation(a, b) else None
+    one, two = _place(a, a.x + dx, a.y + dy, world), _place(b, b.x - dx, b.y - dy, world)
+    return replace(scene, objects=(one, two)) if relation(one, two) != relation(a, b) else None
 
 
-def _inside(value: int, obj: Obj, world: World) -> int:
-    return max(0, min(value, world.image_size - obj.size))
+def _place(obj: Obj, x: int, y: int, world: World) -> Obj:
+    limit = world.image_size - obj.size
+    return replace(obj, x=max(0, min(x, limit)), y=max(0, min(y, limit)))
 
 
 def break_count(scene: Scene, task: str, world: World, rng: random.Random) -> Scene | None:

@@ -71,28 +71,35 @@ def parse_init(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     for text in recipe.init:
         names, sep, source = text.partition("=")
         parts = tuple(names.split(","))
-        known = set(PARTS) if len(parts) > 1 else {*PARTS, *BESIDE, "all"}
+        known = set(PARTS) if len(parts) > 1 else {*PARTS, *BESIDE, "all", "queries"}
         if not sep or not source or not set(parts) <= known:
             raise ConfigError(
                 f"init {text!r} must be PART,PART=SOURCE with parts of {', '.join(PARTS)}, or one of all, "
-                f"{', '.join(BESIDE)} = SOURCE."
+                f"queries, {', '.join(BESIDE)} = SOURCE."
             )
         pairs.append((parts, source))
     return pairs
 
 
 def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
-    """Build the recipe's model: parts that are needed or named in `init`; later sources win over earlier ones."""
+    """Build the recipe's model: parts that are needed or named in `init`; later sources win over earlier ones.
+
+    "queries=SOURCE" takes the learned queries alone, where the language model comes from somewhere else.
+    """
     config = preset(recipe.model)
     if recipe.data.image_size:
         config = config.replace(image_size=recipe.data.image_size)
     changes: dict[str, Any] = {}
     loaded: dict[str, nn.Module] = {}
     tokenizer: Any = None
+    queries: torch.Tensor | None = None
     for parts, source in parse_init(recipe):
         if parts[0] in BESIDE:
             continue
         opened = open_checkpoint(locate(source, runs))
+        if parts == ("queries",):
+            queries = UniLIP.from_pretrained(opened.path, parts=("mllm",)).mllm.queries.detach()
+            continue
         wanted = opened.parts if parts == ("all",) else parts
         other = UniLIP.from_pretrained(opened.path, parts=wanted)
         for part in wanted:
@@ -114,6 +121,11 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
     if config.text.tie_embeddings:
         shapes.pop("mllm.language_model.lm_head.weight", None)
     check_shapes(shapes, expected_shapes(config, names), f"{recipe.name}, put together from {', '.join(recipe.init)}:")
+    if queries is not None:
+        if "mllm" not in names or model.mllm.queries.shape != queries.shape:
+            raise ConfigError(f"{recipe.name} has no place for queries of the shape {tuple(queries.shape)} in its LLM.")
+        with torch.no_grad():
+            model.mllm.queries.copy_(queries)
     if "connector" in names and "connector" not in loaded:
         copy_from_llm(model.connector, model.mllm)
     if tokenizer is not None:

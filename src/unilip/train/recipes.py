@@ -46,20 +46,22 @@ def pico() -> list[Recipe]:
             ema=0.995, measure_latents=True, **common,
         ),
         Recipe(
-            name="pico/decoder", objective=Reconstruct(perceptual=0.0), trains=(("pixel_decoder", 1.0),), steps=4000,
-            batch_size=16, optim=optim, init=(f"{WHOLE_TOKENIZER}=pico/recon_distill",), ema=0.998, **common,
-            note="sharper pixels of the same latents, so it can run beside pretrain",
+            name="pico/answer", objective=Understand(contrastive=0.0, words=0.0, next_token=1.0, turns=4),
+            trains=(("mllm", 1.0),), steps=1100, batch_size=32, optim=optim, seed=1,
+            init=("encoder=pico/recon_distill", "mllm=pico/instruct"),
+            **(common | {"data": dataclasses.replace(data, text_share=0.125)}),
+            note="the text model learns on, now from the tokenizer's own features; beside pretrain",
         ),
         Recipe(
-            name="pico/pretrain", objective=Flow(noises=4), trains=GENERATE, steps=4000, batch_size=16, optim=optim,
+            name="pico/pretrain", objective=Flow(noises=4), trains=GENERATE, steps=2500, batch_size=16, optim=optim,
             init=(f"{WHOLE_TOKENIZER}=pico/recon_distill", "mllm=pico/instruct"), ema=0.998, **common,
             note="connector and pretrain in one: a DiT from nothing has no latents of its own to connect to first",
         ),
         Recipe(
-            name="pico/sft", objective=Flow(noises=4), trains=GENERATE, steps=1500, batch_size=16,
-            optim=dataclasses.replace(optim, lr=5e-4), ema=0.998,
-            init=("encoder,latent_head,mllm,connector,dit=pico/pretrain", "pixel_decoder=pico/decoder"),
-            **(common | {"data": dataclasses.replace(data, edit_share=0.6)}), note="edits mixed in",
+            name="pico/sft", objective=Flow(noises=4), trains=GENERATE, steps=2000, batch_size=16,
+            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998,
+            init=(f"{WHOLE_TOKENIZER},connector,dit=pico/pretrain", "mllm=pico/answer", "queries=pico/pretrain"),
+            **(common | {"data": dataclasses.replace(data, edit_share=0.5)}), note="edits mixed in",
         ),
     ]  # fmt: skip
 
