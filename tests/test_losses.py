@@ -90,15 +90,26 @@ def test_contrast_by_hand():
 
 
 def test_captions_that_say_the_same_share_the_answer():
+    """Two pictures of which one caption holds: neither is the wrong answer to it."""
     same = torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]])
-    embedding = F.normalize(torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0]]), dim=-1)
-    scale = torch.tensor(40.0)
-    loss, right = contrastive_loss(embedding, embedding, same, scale)
-    # two of three rows split the answer over two equal scores: the least possible loss, ln 2; the third is certain
-    assert float(loss) == pytest.approx(2 / 3 * math.log(2), abs=1e-5)
+    text = torch.eye(3)[[0, 0, 2]]
+    image = torch.tensor([[1.0, 0, 0], [0.6, 0.8, 0], [0, 0, 1]])
+    loss, right = contrastive_loss(image, text, same, torch.tensor(5.0))
+    scores = (image @ text.T * 5).tolist()
+
+    def entropy(row, target):
+        total = math.log(sum(math.exp(v) for v in row))
+        return sum(t * (total - v) for v, t in zip(row, target, strict=True))
+
+    targets = [[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]]
+    columns = [list(column) for column in zip(*scores, strict=True)]
+    expected = sum(entropy(r, t) for rows in (scores, columns) for r, t in zip(rows, targets, strict=True)) / 6
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    alone, _ = contrastive_loss(image, text, torch.eye(3), torch.tensor(5.0))
+    assert float(alone) != pytest.approx(expected, rel=1e-2)
     assert float(right) == 1, "either of two equal captions is a right answer"
-    wrong, found = contrastive_loss(embedding, embedding[[2, 2, 0]], same, scale)
-    assert wrong > 10 and found == 0
+    _, found = contrastive_loss(image, text[[2, 2, 0]], same, torch.tensor(5.0))
+    assert found == 0
 
 
 def test_contrast_is_computed_in_float32_under_autocast():

@@ -106,6 +106,11 @@ def test_a_stage_that_has_not_finished_is_no_source(tmp_path):
     assert locate("owner/name", tmp_path) == "owner/name"
 
 
+def test_the_embedded_model_is_a_source(tmp_path, folders, one, monkeypatch):
+    monkeypatch.setattr("unilip.checkpoint._embedded", lambda: folders / "one")
+    assert equal(assembled(recipe("all=embedded"), tmp_path), one)
+
+
 def test_missing_and_unfitting_sources_are_refused(folders, tmp_path, fresh_model):
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         assembled(recipe(f"all={tmp_path / 'nowhere'}"), tmp_path)

@@ -185,22 +185,22 @@ def test_logs_and_pictures(stages):
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["clip", "recon_distill", "sft"])
-def test_two_halves_are_the_whole(stage, stages, fork):
-    """Weights, averages, optimizers, discriminator: four steps in one go are two and two, bit for bit."""
+@pytest.mark.parametrize(("stage", "half"), [("clip", 2), ("recon_distill", 3), ("sft", 2)])
+def test_two_halves_are_the_whole(stage, half, stages, fork):
+    """Weights, averages, optimizers, discriminator: a run in two pieces is the run in one, bit for bit."""
     recipe = quick(name=f"tiny/{stage}")
     whole, run = stages / "tiny" / stage, fork / "tiny" / stage
-    assert train(recipe, fork, progress=False, stop_after=2) == run and not (run / "final").exists()
-    assert newest(run).name == "step_00000002"
+    assert train(recipe, fork, progress=False, stop_after=half) == run and not (run / "final").exists()
+    assert newest(run).name == f"step_0000000{half}"
     torch.manual_seed(99)  # whatever the process drew in between
     assert train(recipe, fork, progress=False) == run / "final"
-    for step in ("step_00000002", "step_00000004"):
-        found, wanted = contents(run / step), contents(whole / step)
-        assert equal(found, wanted), [key for key in wanted if not equal(found[key], wanted[key])]
+    found, wanted = (contents(folder / "step_00000004") for folder in (run, whole))
+    assert equal(found, wanted), [key for key in wanted if not equal(found[key], wanted[key])]
     assert ("ema.safetensors" in wanted) == (stage != "clip")
     if stage == "recon_distill":
         heads = wanted["heads.safetensors"]
-        assert heads["adversary.means"].abs().sum() > 0 and len(wanted["optimizer"]) == 2
+        assert heads["adversary.means"].abs().sum() > 0
+        assert [bool(optimizer["state"]) for optimizer in wanted["optimizer"]] == [True, True]
     results = [folder / "final" for folder in (run, whole)]
     assert (
         results[0].joinpath("model.safetensors").read_bytes() == results[1].joinpath("model.safetensors").read_bytes()

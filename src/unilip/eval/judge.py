@@ -32,7 +32,8 @@ from unilip.eval.measures import measure_psnr
 T = TypeVar("T")
 VERSION = 1  # raise it when a change here may change a verdict: old results are not mixed with new ones
 UNKNOWN = "unknown"  # something is there that looks like no drawing of the world
-MIN_EXPLAINED = 0.65  # share of the picture's energy in a window that a sprite has to explain to be recognised
+MIN_EXPLAINED = 0.80  # share of the picture's energy in a window that a sprite has to explain to be recognised
+MIN_EXPLAINED_SHAPE = 0.92  # the same for drawn shapes: an outline in one colour is near to any blob of that colour
 MIN_DETAIL = 0.25  # share of the sprite's detail that has to be there: a blob of the right colours is no thing
 MIN_AREA = 0.10  # share of the smallest object's box that something has to cover to be seen at all
 MIN_UNKNOWN = 0.20  # the same for what is recognised as nothing
@@ -327,7 +328,8 @@ class Judge:
                 score, softness = explained, softer
         wide3 = (slice(None), *wide)
         seen = float(busy[wide].sum()) >= MIN_AREA * smallest
-        if not seen or score < MIN_EXPLAINED or _detail(left[wide3], drawn[wide3], size) < MIN_DETAIL:
+        enough = MIN_EXPLAINED_SHAPE if look.concept in SHAPES else MIN_EXPLAINED
+        if not seen or score < enough or _detail(left[wide3], drawn[wide3], size) < MIN_DETAIL:
             return self._unknown(busy, fit[1:])
         reach = round(3 + 2 * softness)  # the soft outline belongs to the object
         cover = torch.zeros_like(busy)

@@ -24,6 +24,7 @@ from unilip.data.world import Obj, Scene, World, relation, sample_background
 from unilip.eval.judge import VERSION, Judge, judge_edit, judge_prompt, smooth
 from unilip.model import UniLIP
 
+BLOB = 0.16  # blur, in sizes of the smallest object, after which nobody would tell what it was
 Break = Callable[[Scene, str, World, random.Random], Scene | None]
 
 
@@ -166,6 +167,10 @@ def validate_judge(
         wrong = {name: pixels(other, atlas, world) for name, other in broken.items() if other is not None}
         for name, picture in wrong.items():
             refused[name].append(not read(name, picture, scene, task, index, False))
+        if not any(obj.concept in SHAPES for obj in scene.objects):
+            blob = smooth(item["image"].astype(np.float32), BLOB * min(obj.size for obj in scene.objects))
+            blob = np.clip(blob + 0.5, 0, 255).astype(np.uint8)
+            refused["blurred to blobs"].append(not read("blurred to blobs", blob, scene, task, index, False))
         chosen = rng.choice(sorted(wrong))
         for decibel in decibels:
             name = f"broken, at {decibel:g} dB"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unilip.checkpoint import open_checkpoint
+from unilip.checkpoint import open_checkpoint, resolve
 from unilip.config import UniLIPConfig, preset
 from unilip.connector import copy_from_llm
 from unilip.convert import check_shapes, expected_shapes
@@ -56,7 +56,9 @@ def build(recipe: Recipe, runs: Path) -> tuple[UniLIP, Objective, Batches]:
 
 
 def locate(source: str, runs: Path) -> str:
-    """Return the path of an init source: a recipe's result under `runs`, a path, or a hub id as it is."""
+    """Return the path of an init source: a recipe's result under `runs`, "embedded", a path, or a hub id as it is."""
+    if source == "embedded":
+        return str(resolve(None))
     result = runs / source / "final"
     if result.exists():
         return str(result)
