@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from unilip.data.art import Atlas
+from unilip.data.art import PALETTE, Atlas
 from unilip.data.dataset import Edits, Scenes, pixels
 from unilip.data.edits import Edit
 from unilip.data.world import Obj, Scene, World
@@ -81,6 +81,17 @@ def test_a_blob_is_something_but_nothing_known(judge, atlas):
     assert [f.concept for f in reading.objects] == [UNKNOWN]
 
 
+@pytest.mark.parametrize("colour", WORLD.colours)
+def test_a_blob_has_a_colour_but_no_name(judge, atlas, colour):
+    asked = Scene("white", (replace(thing("star", 10, 10, colour), size=36),))
+    picture = draw(Scene("white", ()), atlas)
+    yy, xx = np.mgrid[:56, :56]
+    wobbly = np.hypot(xx - 28, yy - 28) < 11 + 5 * np.sin(3 * np.arctan2(yy - 28, xx - 28))
+    picture[wobbly] = PALETTE[colour]
+    verdict = judge_prompt(judge.read(picture), asked, "colour", WORLD)
+    assert verdict.parts["colour"] and not verdict.parts["objects"] and not verdict.ok
+
+
 def test_noise_is_no_scene(judge):
     picture = np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8)
     assert {f.concept for f in judge.read(picture).objects} <= {UNKNOWN}
@@ -146,7 +157,7 @@ def test_colours_have_to_be_on_their_objects():
 def test_one_cat_too_many_in_place_of_a_dog():
     asked = Scene("white", (thing("cat", 1, 1), thing("dog", 30, 1), thing("dog", 1, 30)))
     reading = Reading("white", (seen("cat", 1, 1), seen("cat", 30, 1), seen("dog", 1, 30)))
-    assert not judge_prompt(reading, asked, "two", WORLD).ok
+    assert not judge_prompt(reading, asked, "two", WORLD).parts["objects"]
 
 
 def test_equal_objects_are_matched_by_colour_then_place():

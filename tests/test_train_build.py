@@ -75,13 +75,13 @@ def test_fresh_parts_depend_on_the_seed_alone(folders, tmp_path):
         assert equal(layer, source), "a fresh connector copies the end of the LLM that was loaded"
 
 
-def test_the_order_of_parameters_does_not_depend_on_their_sources(folders, tmp_path):
+def test_the_order_of_parameters_does_not_depend_on_their_sources(folders, one, tmp_path):
     """Optimizer states are kept by position."""
     names = [
         [name for name, _ in assembled(recipe(*init), tmp_path).named_parameters()]
         for init in ((f"all={folders / 'one'}",), (f"mllm,pixel_decoder={folders / 'one'}",))
     ]
-    assert names[0] == names[1]
+    assert names[0] == names[1] == [name for name, _ in one.named_parameters()]
 
 
 def test_queries_may_come_from_elsewhere_than_their_llm(folders, one, fresh_model, tmp_path):

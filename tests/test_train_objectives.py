@@ -294,6 +294,9 @@ def test_the_teacher_is_the_starting_encoder_unless_another_is_named(fresh_model
     model = fresh_model(seed=3, parts=("encoder", "latent_head", "pixel_decoder"))
     objective, batches = prepared("tiny/recon_distill", model)
     assert objective.loss(batches[0], 0)[1]["distill"].item() == 0
+    with torch.no_grad():
+        model.encoder.projector[1].weight.mul_(1.5)
+    assert objective.loss(batches[0], 0)[1]["distill"].item() > 0, "the teacher stays where the stage began"
     named, _ = prepared("tiny/recon_distill", model, sources={"teacher": str(tiny_folder)})
     other = fresh_model(parts=("encoder",)).encoder.state_dict()
     assert all(torch.equal(value, other[key]) for key, value in named.teacher.state_dict().items())

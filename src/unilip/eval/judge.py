@@ -10,6 +10,7 @@ are named in CIELAB on the pixels that painting changes. The verdicts compare a 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -45,6 +46,7 @@ FINALISTS = 3
 KEPT_PIXELS = 2_000_000  # of sprites kept ready, about 100 MB
 BACKGROUND_NEAR = 20.0  # CIELAB distance up to which a pixel may belong to a background
 BACKGROUND_SHARE = 0.20  # share of pixels that have to be near the background
+BLOB_NEAR = 35.0  # CIELAB distance up to which a thing without a name has one of the palette's colours
 PLACE_TOLERANCE = 0.15  # of the picture, between the middles of an object and of its place
 LIGHTNESS_WEIGHT = 0.5  # of L against a and b when a colour is named: shading is not colour
 
@@ -474,7 +476,7 @@ class Judge:
     def _name_colour(self, found: Found, image: torch.Tensor, behind: torch.Tensor) -> Found:
         """Name colour or skin tone by the pixels that they change: the nearest variant in mean CIELAB."""
         if found.concept == UNKNOWN:
-            return found
+            return replace(found, colour=self._name_blob(found, image, behind))
         colours = self.world.colours_of(found.concept, found.style)
         if colours:
             looks = {name: _Look(found.concept, found.style, name, None) for name in colours}
@@ -496,6 +498,21 @@ class Judge:
         scale = np.array([1 if concept(found.concept).toned else LIGHTNESS_WEIGHT, 1, 1])  # skin differs in lightness
         distances = {name: float(np.linalg.norm((_mean(lab, weight) - seen) * scale)) for name, lab in labs.items()}
         return min(distances, key=lambda name: distances[name])
+
+    def _name_blob(self, found: Found, image: torch.Tensor, behind: torch.Tensor) -> str | None:
+        """Name the colour of a thing without a name: the palette's nearest to its median, None if none is near."""
+        left, top, right, bottom = (int(value) for value in found.box)
+        window = (slice(None), slice(top, bottom), slice(left, right))
+        seen = ((image - behind)[window] ** 2).sum(0) > 0.02
+        if not bool(seen.any()):
+            return None
+        median = to_lab(image[window][:, seen].median(1).values.numpy() * 255)
+        scale = np.array([LIGHTNESS_WEIGHT, 1, 1])
+        distances = {
+            c: float(np.linalg.norm((to_lab(np.array(PALETTE[c])) - median) * scale)) for c in self.world.colours
+        }
+        nearest = min(distances, key=lambda name: distances[name])
+        return nearest if distances[nearest] < BLOB_NEAR else None
 
     @lru_cache(maxsize=4096)  # noqa: B019 - a judge lives as long as its run
     def colours_as(self, obj: Obj) -> tuple[str | None, ...]:
@@ -557,11 +574,15 @@ def judge_prompt(reading: Reading, asked: Scene, task: str, world: World) -> Ver
     """Compare a reading with the scene that a prompt asked for, in what the prompt says.
 
     Parts: background; objects (the right things and no others); count; colour and tone (where the prompt names one);
-    style (where the world has several); relation (task "position").
+    style (where the world has several); relation (task "position"). Where the objects are not those asked for, the part
+    "colour" only says whether the colours asked for are there.
     """
     parts, pairs = _compare(reading, asked, world)
-    if any(obj.colour for obj in asked.objects):
-        parts["colour"] = bool(pairs) and all(obj.colour in (None, found.colour) for found, obj in pairs)
+    painted = [obj.colour for obj in asked.objects if obj.colour]
+    if painted and pairs:
+        parts["colour"] = all(obj.colour in (None, found.colour) for found, obj in pairs)
+    elif painted:  # the verdict is no already; the part still says whether the colours are there
+        parts["colour"] = not Counter(painted) - Counter(f.colour for f in reading.objects if f.colour)
     if any(obj.tone for obj in asked.objects):
         parts["tone"] = bool(pairs) and all(obj.tone in (None, found.tone) for found, obj in pairs)
     if task == "position":
@@ -580,7 +601,7 @@ def _compare(reading: Reading, asked: Scene, world: World) -> tuple[dict[str, bo
         "count": len(seen) == len(names),
     }
     order = assign(reading.objects, asked.objects)
-    if order is None and all(parts.values()):
+    if order is None and parts["objects"] and parts["count"]:
         parts["objects"] = False  # two cats and a dog are not a cat and two dogs
     pairs = [] if order is None else [(reading.objects[i], obj) for i, obj in zip(order, asked.objects, strict=True)]
     if len(world.styles) > 1 and any(obj.concept not in SHAPES for obj in asked.objects):
