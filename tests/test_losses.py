@@ -90,9 +90,9 @@ def test_contrast_by_hand():
 
 
 def test_captions_that_say_the_same_share_the_answer():
-    """Two pictures of which one caption holds: neither is the wrong answer to it."""
+    """Two pictures of which one caption holds: neither is the wrong answer to it, however the texts are embedded."""
     same = torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]])
-    text = torch.eye(3)[[0, 0, 2]]
+    text = torch.tensor([[1.0, 0, 0], [0.8, 0, 0.6], [0, 0, 1]])
     image = torch.tensor([[1.0, 0, 0], [0.6, 0.8, 0], [0, 0, 1]])
     loss, right = contrastive_loss(image, text, same, torch.tensor(5.0))
     scores = (image @ text.T * 5).tolist()

@@ -536,8 +536,8 @@ def test_without_tensorboard_the_log_is_enough(fork, monkeypatch, caplog):
     assert len(log_of(fork / "tiny" / "recon")) == 1 and "tensorboard is not installed" in caplog.text
 
 
-def test_every_recipe_of_the_shipped_kind_builds_from_the_one_before(fork):
-    """`build` alone, for the kind of run that the tests above do not take: the released stages on folders."""
+def test_a_folder_of_pictures_continues_a_trained_model(fork):
+    """Fine-tuning: the parts of a result, the captions of a folder."""
     place = fork / "pictures"
     place.mkdir()
     for i in range(2):

@@ -31,7 +31,7 @@ from unilip.errors import UniLIPError
 from unilip.eval.measures import measure_psnr
 
 T = TypeVar("T")
-VERSION = 1  # raise it when a change here may change a verdict: old results are not mixed with new ones
+VERSION = 2  # raise it when a change here may change a verdict: old results are not mixed with new ones
 UNKNOWN = "unknown"  # something is there that looks like no drawing of the world
 MIN_EXPLAINED = 0.80  # share of the picture's energy in a window that a sprite has to explain to be recognised
 MIN_EXPLAINED_SHAPE = 0.92  # the same for drawn shapes: an outline in one colour is near to any blob of that colour
@@ -41,6 +41,7 @@ MIN_UNKNOWN = 0.20  # the same for what is recognised as nothing
 CELLS = 16  # of the coarse grid, along a side of any window
 BLUR = 1.0  # pixels of Gaussian blur of pictures and sprites: edges need not agree to the pixel
 SOFTNESS = (0.0, 1.5, 2.5)  # further blur of a sprite, in pixels, that is tried before it is refused
+MAX_SHARED = 0.3  # share of the smaller of two boxes that may overlap
 SCALES = (0.94, 0.97, 1.03, 1.06)  # of the likeliest sprites, tried in full resolution
 FINALISTS = 3
 KEPT_PIXELS = 2_000_000  # of sprites kept ready, about 100 MB
@@ -398,14 +399,16 @@ class Judge:
     def _candidates(self, scan: _Scan, before: Sequence[Found], keep: int = 10) -> list[tuple[int, int, int, int]]:
         """Return (look, x, y, size) of the likeliest kinds around the place where a sprite explains most.
 
-        Windows that share their middle with an object found BEFORE are out.
+        Windows that share much of their area with an object found BEFORE are out.
         """
         size = scan.places[:, 2]
         middle = scan.places[:, :2] + size[:, None] / 2  # P 2
         free = torch.ones(len(size), dtype=torch.bool)
         for found in before:
-            apart = (middle - torch.tensor(found.centre)).abs().amax(1)
-            free &= apart > torch.maximum(size, torch.tensor(found.size)) / 2
+            smaller = size.clamp_max(found.size)
+            apart = (middle - torch.tensor(found.centre)).abs()
+            shared = ((size + found.size)[:, None] / 2 - apart).clamp_min(0).clamp_max(smaller[:, None]).prod(1)
+            free &= shared < MAX_SHARED * smaller**2
         if not free.any():
             return []
         peak = int(torch.where(free, scan.best, -math.inf).argmax())
