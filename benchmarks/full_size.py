@@ -37,13 +37,14 @@ def write(size: str, folder: str) -> dict[str, Any]:
 
     from unilip import UniLIP, preset
     from unilip.checkpoint import convert
-    from unilip.train.loop import world_processor
-    from unilip.train.recipe import Data
+    from unilip.data.tokenizer import train_tokenizer
+    from unilip.data.world import World
+    from unilip.preprocess import Processor
 
-    ours = Path(folder) / "ours"
-    processor = world_processor(Data(world="pico"), preset(size), Path(folder) / "tokenizer")
+    ours, words = Path(folder) / "ours", Path(folder) / "tokenizer"
+    train_tokenizer(World.preset("pico"), 1536, words)
     model = UniLIP.from_config(preset(size))
-    model.processor = processor
+    model.processor = Processor.from_folder(words, model.config)
     model.save_pretrained(ours, dtype=torch.bfloat16)
     convert(ours, Path(folder) / "authors", to="authors")
     return {"parameters": sum(p.numel() for p in model.parameters())}

@@ -944,7 +944,7 @@ VERBS: dict[str, Verb] = {
         convert,
         "[OPTIONS] SOURCE DESTINATION",
         "Rewrite a checkpoint in our format or in the authors'. Weights pass through memory one file at a time.",
-        "unilip convert kanashi6/UniLIP-1B unilip-1b\nunilip convert runs/1b/sft/final for-their-code --to authors",
+        "unilip convert kanashi6/UniLIP-1B unilip-1b\nunilip convert unilip-1b for-their-code --to authors",
         ("--to", "--dtype", "--max-shard-size", "--force", "--json", "--debug"),
         (2, 2),
         {

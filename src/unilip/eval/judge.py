@@ -33,7 +33,7 @@ from unilip.eval.measures import measure_psnr
 T = TypeVar("T")
 VERSION = 2  # raise it when a change here may change a verdict: old results are not mixed with new ones
 UNKNOWN = "unknown"  # something is there that looks like no drawing of the world
-MIN_EXPLAINED = 0.80  # share of the picture's energy in a window that a sprite has to explain to be recognised
+MIN_EXPLAINED = 0.85  # share of the picture's energy in a window that a sprite has to explain to be recognised
 MIN_EXPLAINED_SHAPE = 0.92  # the same for drawn shapes: an outline in one colour is near to any blob of that colour
 MIN_DETAIL = 0.25  # share of the sprite's detail that has to be there: a blob of the right colours is no thing
 MIN_AREA = 0.10  # share of the smallest object's box that something has to cover to be seen at all
