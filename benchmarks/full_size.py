@@ -60,7 +60,12 @@ def load(folder: str, dtype: str) -> dict[str, Any]:
     start = time.perf_counter()
     model = UniLIP.from_pretrained(folder, dtype=getattr(torch, dtype))
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
-    return {"seconds": time.perf_counter() - start, "weights_gib": weights, "peak_gib": peak_gib(), "before_gib": baseline}
+    return {
+        "seconds": time.perf_counter() - start,
+        "weights_gib": weights,
+        "peak_gib": peak_gib(),
+        "before_gib": baseline,
+    }
 
 
 def draw(folder: str, dtype: str, steps: int) -> dict[str, Any]:
@@ -75,7 +80,12 @@ def draw(folder: str, dtype: str, steps: int) -> dict[str, Any]:
         "a red car and a blue whale", num_inference_steps=steps, generator=torch.Generator().manual_seed(0)
     ).images[0]
     picture.save(Path(folder).parent / "picture.png")
-    return {"seconds": time.perf_counter() - start, "peak_gib": peak_gib(), "size": picture.size, "threads": torch.get_num_threads()}
+    return {
+        "seconds": time.perf_counter() - start,
+        "peak_gib": peak_gib(),
+        "size": picture.size,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""Make a finished run the package's embedded model: float16 weights in shards that stay small, and where they come from.
+"""Make a finished run the embedded model: float16 weights in shards that stay small, and where they come from.
 
-    python scripts/embed_model.py runs/pico/sft/final --guidance-scale 2.5
+python scripts/embed_model.py runs/pico/sft/final --guidance-scale 2.5
 """
 
 from __future__ import annotations

@@ -101,7 +101,9 @@ def _embedded() -> Path:
     root = Path(str(resources.files("unilip"))) / "weights"
     found = [root] if (root / "config.json").is_file() else sorted(p.parent for p in root.glob("*/config.json"))
     if not found:
-        raise CheckpointError(f"This installation has no embedded model ({root} holds none); name a checkpoint to load.")
+        raise CheckpointError(
+            f"This installation has no embedded model ({root} holds none); name a checkpoint to load."
+        )
     return found[0]
 
 
