@@ -258,7 +258,7 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tiny_folder, tmp_path, 
 
 
 def test_a_closed_pipe_is_quiet(tmp_path):
-    source = str(Path(cli.__file__).parents[1])
+    source = str(Path(cli.__file__).parents[2])
     code = (
         f"import sys; sys.path.insert(0, {source!r}); from unilip.cli import main; sys.exit(main(['train', '--list']))"
     )

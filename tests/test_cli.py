@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from unilip import cli, demo
+from unilip.cli.terminal import slug
 from unilip.errors import UniLIPError
 
 QUICK = ["--steps", "2", "--no-progress", "--device", "cpu"]
@@ -385,14 +386,14 @@ def test_top_level_help_and_version(capsys):
     ],
 )
 def test_slug(text, name):
-    assert cli.slug(text) == name
+    assert slug(text) == name
 
 
 # --- as a program ---------------------------------------------------------------------------------------------------
 
 
 def program(*words, cwd):
-    source = str(Path(cli.__file__).parents[1])
+    source = str(Path(cli.__file__).parents[2])
     command = [sys.executable, "-m", "unilip", *words]
     environment = os.environ | {"PYTHONPATH": source}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment)

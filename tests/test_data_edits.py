@@ -72,10 +72,11 @@ def _check(edit, world):
             assert [obj.look for obj in source.objects] == [obj.look for obj in target.objects]
             if words.startswith("move"):
                 dx, dy = new[0].x - gone[0].x, new[0].y - gone[0].y
-                assert ("left" in words) == (dx < 0)
-                assert ("right" in words) == (dx > 0)
-                assert (" up" in words or "top" in words) == (dy < 0)
-                assert ("down" in words or "bottom" in words) == (dy > 0)
+                said = words.split()
+                assert ("left" in said) == (dx < 0)
+                assert ("right" in said) == (dx > 0)
+                assert bool({"up", "top"} & set(said)) == (dy < 0)
+                assert bool({"down", "bottom"} & set(said)) == (dy > 0)
             else:
                 assert {obj.box for obj in gone} == {obj.box for obj in new}
         case "recolour":

@@ -46,8 +46,8 @@ OTHERS = {
     "__main__": ("cli",),
 }
 
-PRINTING = ("cli.py", "train/__main__.py")
-LIGHT = ("__init__.py", "cli.py")
+PRINTING = ("cli/", "train/__main__.py")  # files, and folders
+LIGHT = ("__init__.py", *(f"cli/{path.name}" for path in sorted((SOURCE / "cli").glob("*.py"))))
 HEAVY = {"torch", "torchvision", "transformers", "diffusers"}
 TOKENIZER_IDS = set(range(151665, 151668))  # <img>, </img>, <IMG_CONTEXT>: the tokenizer is asked for them by name
 
@@ -111,7 +111,7 @@ def broken_rules(source: str, file: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
             called = name_of(node.func)
-            if called == "print" and isinstance(node.func, ast.Name) and file not in PRINTING:
+            if called == "print" and isinstance(node.func, ast.Name) and not file.startswith(PRINTING):
                 found.append(f"{file}:{node.lineno} prints; library code logs, the command line speaks")
             for keyword in node.keywords:
                 off = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
@@ -151,7 +151,7 @@ def heavy_imports(source: str, file: str) -> list[str]:
 
 
 def test_the_package_is_found():
-    assert "__init__.py" in FILES and "cli.py" in FILES, f"no package in {SOURCE.name}/"
+    assert "__init__.py" in FILES and "cli/__init__.py" in FILES, f"no package in {SOURCE.name}/"
 
 
 def test_every_file_has_a_place():

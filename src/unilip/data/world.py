@@ -236,7 +236,7 @@ class World:
             single_sizes=(72,),
             multi_sizes=(48,),
             edits=("add", "remove", "replace", "recolour", "background", "move"),
-            grid=14,
+            grid=28,  # the size of a token: an object of one size meets the tokens in one way only
             gap=4,
             single_shift=14,
         )

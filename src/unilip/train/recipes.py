@@ -63,6 +63,24 @@ def pico() -> list[Recipe]:
             init=(f"{WHOLE_TOKENIZER},connector,dit=pico/pretrain", "mllm=pico/answer", "queries=pico/pretrain"),
             **(common | {"data": dataclasses.replace(data, edit_share=0.5)}), note="edits mixed in",
         ),
+        Recipe(
+            name="pico/answer_more", objective=Understand(contrastive=0.0, words=0.0, next_token=1.0, turns=4),
+            trains=(("mllm", 1.0),), steps=1800, batch_size=32, optim=dataclasses.replace(optim, lr=8e-4), seed=2,
+            init=("encoder=pico/recon_distill", "mllm=pico/answer"),
+            **(common | {"data": dataclasses.replace(data, text_share=0.125)}), note="beside sft_more",
+        ),
+        Recipe(
+            name="pico/sft_more", objective=Flow(noises=8), trains=(("connector", 1.0), ("dit", 1.0)), steps=2400,
+            batch_size=16, optim=dataclasses.replace(optim, final=0.3), init=("all=pico/sft",), ema=0.998, seed=2,
+            **(common | {"data": dataclasses.replace(data, edit_share=0.5)}),
+            note="the queries rest: no gradient passes the text model, which is most of a step's cost beside the DiT's",
+        ),
+        Recipe(
+            name="pico/sft_last", objective=Flow(noises=8), trains=GENERATE, steps=3000, batch_size=16,
+            optim=dataclasses.replace(optim, lr=8e-4), ema=0.998, seed=3,
+            init=(f"{WHOLE_TOKENIZER},connector,dit=pico/sft_more", "mllm=pico/answer_more", "queries=pico/sft_more"),
+            **(common | {"data": dataclasses.replace(data, edit_share=0.5)}), note="on the last text model",
+        ),
     ]  # fmt: skip
 
 

@@ -1,0 +1,139 @@
+"""The command line: `unilip VERB ...`, each verb a typed function of its options.
+
+Goes in: the words after `unilip`. Comes out: files, and lines on stdout (paths, answers, or one JSON object); messages
+and progress on stderr. Exit codes: 0 done, 1 failed or found a difference, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from unilip import __version__
+from unilip.cli import checkpoints, evaluation, options, pictures, training
+from unilip.cli.options import Options, Parser, Verb
+from unilip.cli.terminal import reason, say
+from unilip.errors import UniLIPError
+
+AREAS = (pictures, training, checkpoints, evaluation)
+VERBS: dict[str, Verb] = {name: verb for area in AREAS for name, verb in area.VERBS.items()}
+OPTIONS: dict[str, dict[str, Any]] = dict(options.OPTIONS)
+for area in AREAS:
+    OPTIONS |= getattr(area, "OPTIONS", {})
+
+
+def make_parser(name: str, verb: Verb) -> Parser:
+    """Build the parser of one verb."""
+    return options.make_parser(name, verb, OPTIONS)
+
+
+def parse(argv: Sequence[str]) -> tuple[str, Options]:
+    """Return the name of the verb that the words call, and its options.
+
+    Raises:
+        UniLIPError: there is no such verb or option, or a value out of range.
+        SystemExit: help or the version was asked for and printed.
+    """
+    argv = list(argv)
+    plain = []
+    for word in argv:
+        if word.startswith("-"):
+            break
+        plain.append(word)
+    name = next((" ".join(plain[:n]) for n in (3, 2, 1) if " ".join(plain[:n]) in VERBS), None)
+    if name is None:
+        _help_or_complain(argv, plain)
+    verb = VERBS[name]
+    found = make_parser(name, verb).parse_intermixed_args(argv[len(name.split()) :], Options())
+    least, most = verb.words
+    if not least <= len(found.words) <= most:
+        given = f"{len(found.words)} were given" if found.words else "nothing was given"
+        raise UniLIPError(f"`unilip {name} {verb.usage}` is how it works, but {given}.")
+    return name, found
+
+
+def _help_or_complain(argv: list[str], plain: list[str]) -> NoReturn:
+    group = [name for name in VERBS if plain and name.startswith(" ".join(plain) + " ")]
+    if "--version" in argv[:1]:
+        print(f"unilip {__version__}")
+        raise SystemExit(0)
+    if {"-h", "--help"} & set(argv) or not argv:
+        names = group or list(VERBS)
+        if plain and not group:
+            raise UniLIPError(_no_verb(plain))
+        width = max(len(name) for name in names)
+        print(f"usage: unilip {' '.join([*plain, 'VERB'])} [OPTIONS]\n")
+        print("One CLIP encoder that understands, reconstructs, generates and edits.\n")
+        print("\n".join(f"  {name:<{width}}  {VERBS[name].help.split('. ')[0].rstrip('.')}" for name in names))
+        print("\n`unilip VERB --help` tells the options and gives an example; `unilip --version` the version.")
+        raise SystemExit(0)
+    raise UniLIPError(f"The verbs there are: {', '.join(group)}." if group else _no_verb(plain or argv))
+
+
+def _no_verb(words: list[str]) -> str:
+    near = difflib.get_close_matches(words[0], VERBS, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"There is no verb {words[0]!r}.{hint} All of them: {', '.join(VERBS)}."
+
+
+class Speaker(logging.Handler):
+    """Shows the library's log to the person."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        say(record.getMessage())
+
+
+def set_up(debug: bool) -> None:
+    """Let our own log through, and silence what other libraries say unless it is wanted."""
+    logger = logging.getLogger("unilip")
+    if not any(isinstance(handler, Speaker) for handler in logger.handlers):
+        logger.addHandler(Speaker())
+    logger.setLevel(logging.INFO)
+    if not debug:
+        warnings.simplefilter("ignore")
+        for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+            os.environ.setdefault(name, "error")
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """Turn an error into one line and an exit code."""
+    text = reason(error)
+    if isinstance(error, UniLIPError):
+        return text, 2
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+        return "memory ran out; try a smaller --batch-size or --image-size, --dtype bfloat16, or another --device.", 1
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {error.name} is missing; install it, for example with pip install {error.name}.", 1
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}; --debug shows where.", 1
+    return f"unexpected {type(error).__name__}: {text[:300]}; --debug shows where it happened.", 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    try:
+        name, found = parse(argv)
+        set_up(debug)
+        return VERBS[name].run(found)
+    except SystemExit as stop:  # help was asked for
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        line, code = explain(error)
+        say(f"error: {line}")
+        return code

@@ -1,0 +1,156 @@
+"""The verbs about checkpoints: convert, info, verify, demo."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from unilip.cli.options import LOADING, TELLING, Options, Verb, number
+from unilip.cli.terminal import Report, choose_device, describe_model, load, plural, say
+from unilip.errors import UniLIPError
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--to": dict(choices=("unilip", "authors"), default="unilip", help="format to write (unilip)"),
+    "--max-shard-size": dict(default="5GB", metavar="SIZE", help="split the weights into files of this size (5GB)"),
+    "--tolerance": dict(type=number(0), default=1e-4, metavar="E", help="largest absolute error allowed (1e-4)"),
+}  # fmt: skip
+
+
+def convert(o: Options) -> int:
+    """Rewrite a checkpoint in another format."""
+    source, target = o.words
+    folder = Path(target).expanduser()
+    if folder.is_dir() and any(folder.iterdir()) and not o.force:
+        raise UniLIPError(f"{target} is not empty; give a new folder, or --force to replace a UniLIP checkpoint there.")
+    report = Report(o, "convert")
+    from unilip import checkpoint
+
+    checkpoint.parse_size(o.max_shard_size)
+    dtype = checkpoint.parse_dtype("auto" if o.dtype is None else o.dtype)
+    path = checkpoint.convert(source, folder, o.to, dtype=dtype, max_shard_size=o.max_shard_size)
+    report.line(str(path))
+    report.end(f"converted to the {o.to} format", source=source, path=str(path), format=o.to)
+    return 0
+
+
+def info(o: Options) -> int:
+    """Tell what a checkpoint is and holds."""
+    from unilip.info import describe
+
+    found = describe(o.words[0] if o.words else None)
+    if o.json:
+        print(json.dumps(found, ensure_ascii=False))
+        return 0
+    config = found.pop("config")
+    parts = found.pop("parts")
+    dropped: dict[str, int] = {}
+    for reason in found.pop("dropped").values():
+        dropped[reason] = dropped.get(reason, 0) + 1
+    found["left_out"] = [f"{plural(count, 'tensor')}: {reason}" for reason, count in dropped.items()]
+    for key, value in found.items():
+        if isinstance(value, dict):
+            value = [f"{name}: {entry}" for name, entry in value.items()]
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = f"{value:,}"
+        for line in value if isinstance(value, list) else [value]:
+            print(f"{key.replace('_', ' '):<20} {line}")
+    print("\nparameters of each part")
+    for name, count in parts.items():
+        print(f"{name:<20} {count:,}")
+    print("\nconfig")
+    print(json.dumps(config, indent=1))
+    return 0
+
+
+def verify(o: Options) -> int:
+    """Recompute recorded numbers with a checkpoint, and compare."""
+    report = Report(o, "verify")
+    checkpoint, expected = o.words
+    if not Path(expected).is_file():
+        raise UniLIPError(f"There is no file {expected}; give a safetensors file of recorded numbers.")
+    device = choose_device(o.device)
+    from tqdm.auto import tqdm
+
+    from unilip import verify as numbers
+
+    with tqdm(disable=None if o.progress else True, leave=False, unit="entry") as bar:
+
+        def progress(done: int, total: int, name: str) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        rows = numbers.verify(checkpoint, expected, o.tolerance, device, o.dtype or "float32", progress)
+    good = bool(rows) and all(row.ok for row in rows)
+    report.line(numbers.format_rows(rows))
+    entries = [asdict(row) | {"max_abs_error": finite(row.max_abs_error)} for row in rows]
+    report.end(ok=good, device=device, entries=entries)
+    return 0 if good else 1
+
+
+def finite(value: float) -> float | None:
+    """Give None in place of what JSON cannot hold."""
+    return value if math.isfinite(value) else None
+
+
+def demo(o: Options) -> int:
+    """Show what the embedded model can do."""
+    report = Report(o, "demo")
+    device = choose_device(o.device)
+    from unilip import demo as page
+
+    folder = Path(o.output or "demo").expanduser()
+    page.check_folder(folder)
+    page.examples()
+    model = load(o)
+    say(f"{describe_model(o, model)['model']} on {device}, loaded in {time.perf_counter() - report.started:.1f} s")
+    result = page.run(model, folder, o.seed, say)
+    report.line(f"{folder / page.PAGE}")
+    report.end("the page is ready,", **describe_model(o, model), **result)
+    return 0
+
+
+VERBS: dict[str, Verb] = {
+    "convert": Verb(
+        convert,
+        "[OPTIONS] SOURCE DESTINATION",
+        "Rewrite a checkpoint in our format or in the authors'. Weights pass through memory one file at a time.",
+        "unilip convert kanashi6/UniLIP-1B unilip-1b\nunilip convert unilip-1b for-their-code --to authors",
+        ("--to", "--dtype", "--max-shard-size", "--force", "--json", "--debug"),
+        (2, 2),
+        {
+            "--dtype": dict(default=None, help="stored type of the weights; as they are by default"),
+            "--force": dict(help="replace the UniLIP checkpoint at the destination"),
+        },
+    ),
+    "info": Verb(
+        info,
+        "[OPTIONS] [CHECKPOINT]",
+        "Tell what a checkpoint is and holds. Only names and shapes are read; the embedded model by default.",
+        "unilip info\nunilip info kanashi6/UniLIP-1B",
+        ("--json", "--debug"),
+        (0, 1),
+    ),
+    "verify": Verb(
+        verify,
+        "[OPTIONS] CHECKPOINT EXPECTED",
+        "Recompute recorded numbers with a checkpoint. Exit code 1 tells that they differ.",
+        "unilip verify kanashi6/UniLIP-1B expected.safetensors --tolerance 1e-4",
+        ("--tolerance", "--device", "--dtype", *TELLING),
+        (2, 2),
+    ),
+    "demo": Verb(
+        demo,
+        "[OPTIONS]",
+        "Show what the embedded model can do. Writes a web page with its pictures.",
+        "unilip demo --output demo",
+        ("--output", "--seed", *LOADING, "--json", "--debug"),
+        changes={
+            "--output": dict(metavar="DIR", help="a new or empty folder, or that of an earlier demo (demo)"),
+            "--seed": dict(help="of every picture (0)"),
+        },
+    ),
+}

@@ -1,0 +1,280 @@
+"""What verbs share: requests read and checked, where results go, what is told, and which model on which device.
+
+Heavy libraries are imported inside the functions that need them, after what can be checked without them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unilip.cli.options import Options
+from unilip.errors import UniLIPError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from unilip.model import UniLIP
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+# --- what to work on ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing to do: words, the picture they are about, if any, and the seed of the first result."""
+
+    text: str
+    image: str | None
+    seed: int
+
+
+def read_prompts(name: str) -> list[dict[str, Any]]:
+    """Read a file of prompts: a prompt a line, or JSON objects a line; `-` is standard input.
+
+    Raises:
+        UniLIPError: no such file, no prompt in it, or a line that cannot be understood.
+    """
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UniLIPError(f"--prompts {name} cannot be read ({reason(error)}); give a UTF-8 text file.") from error
+    lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise UniLIPError(f"--prompts {name} holds no prompt; write one on each line.")
+    if not lines[0][1].startswith("{"):
+        return [{"prompt": line} for _, line in lines]
+    entries = []
+    for i, line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise UniLIPError(f"{name}, line {i} is not JSON ({error}); write one object on each line.") from error
+        kinds = {"prompt": str, "image": str, "seed": int}
+        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+            raise UniLIPError(f'{name}, line {i} has no "prompt"; write {{"prompt": "..."}}.')
+        wrong = [k for k, v in entry.items() if k not in kinds or type(v) is not kinds[k]]
+        if wrong or entry.get("seed", 0) < 0:
+            what = ", ".join(wrong) or "seed"
+            raise UniLIPError(
+                f"{name}, line {i}: {what} is not understood; allowed: prompt, image (texts), seed (>= 0)."
+            )
+        entries.append(entry)
+    return entries
+
+
+def requests(o: Options, what: str, image: str) -> list[Request]:
+    """Turn words and --prompts into requests, and check every text and picture before any model is loaded.
+
+    `what` is what a text is called; `image` says whether a picture is "never", "maybe" or "always" part of a request.
+    """
+    if o.prompts is not None:
+        if image == "never" and o.words:
+            raise UniLIPError("A prompt and --prompts FILE were given; give one of them, not both.")
+        images, entries = o.words, read_prompts(o.prompts)
+    elif not o.words:
+        raise UniLIPError(f"There is no {what}; say in words what you want, or give --prompts FILE.")
+    elif image == "never":
+        images, entries = [], [{"prompt": " ".join(o.words)}]
+    else:
+        images, entries = o.words[:-1], [{"prompt": o.words[-1]}]
+        if os.path.isfile(o.words[-1]):
+            raise UniLIPError(f"There is no {what} behind {o.words[-1]}; give it last, in quotes.")
+    from unilip.preprocess import check_prompt, load_image
+
+    found = []
+    for entry in entries:
+        text = check_prompt(entry["prompt"], what)
+        own = [entry["image"]] if "image" in entry else images
+        if own and image == "never":
+            raise UniLIPError("A prompt of `unilip generate` takes no image; use `unilip edit` to change one.")
+        if not own and image == "always":
+            raise UniLIPError(f"There is no image; give at least one before the {what}.")
+        found += [Request(text, path, entry.get("seed", o.seed)) for path in own or [None]]
+    for path in dict.fromkeys(request.image for request in found if request.image is not None):
+        load_image(path)
+    return found
+
+
+def slug(text: str) -> str:
+    """Make a short file name of a text."""
+    return re.sub(r"\W+", "-", text.lower()).strip("-_")[:48].rstrip("-_") or "picture"
+
+
+# --- where results go -----------------------------------------------------------------------------------------------
+
+
+class Destination:
+    """Where pictures go: a named file, or a folder in which free names are taken. Files appear whole or not at all."""
+
+    def __init__(self, output: str | None, force: bool, count: int) -> None:
+        self.force = force
+        self.file: Path | None = None
+        self.written: list[Path] = []
+        path = Path(output or ".").expanduser()
+        if path.is_dir() or (output and (output.endswith(("/", os.sep)) or not path.suffix)):
+            self.folder = path
+        elif path.suffix.lower() not in FORMATS:
+            raise UniLIPError(f"{path} has an unknown ending; allowed: {', '.join(FORMATS)}, or a folder.")
+        elif count > 1:
+            raise UniLIPError(f"{path} is one file, but {count} pictures will be made; give a folder as --output.")
+        else:
+            self.folder, self.file = path.parent, path
+        if self.file is not None and self.file.exists() and not force:
+            raise UniLIPError(f"{path} exists already; give another --output, or --force to overwrite it.")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UniLIPError(f"{self.folder} is a file, not a folder; give another --output.")
+        base = self.folder if self.folder.exists() or self.file else self.folder.absolute().parent
+        if not base.is_dir():
+            raise UniLIPError(
+                f"There is no folder {base} to write {path.name} to; make it first with `mkdir -p {base}`."
+            )
+        if not os.access(base, os.W_OK):
+            raise UniLIPError(f"The folder {base} cannot be written to; give another --output.")
+
+    def write(self, image: Image.Image, stem: str, texts: Mapping[str, str]) -> Path:
+        """Write a picture under the name asked for, or under the first free one of stem.png, stem-2.png, ..."""
+        from PIL.PngImagePlugin import PngInfo
+
+        self.folder.mkdir(exist_ok=True)
+        suffix = self.file.suffix.lower() if self.file else ".png"
+        temporary = self.folder / f".unilip-{os.getpid()}{suffix}.part"
+        try:
+            if suffix == ".png":
+                info = PngInfo()
+                for key, value in texts.items():
+                    info.add_itxt(key, value) if not value.isascii() else info.add_text(key, value)
+                image.save(temporary, "PNG", pnginfo=info)
+            else:
+                image.save(temporary, FORMATS[suffix], quality=95)
+            path = self._publish(temporary, stem)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self.written.append(path)
+        return path
+
+    def _publish(self, temporary: Path, stem: str) -> Path:
+        for i in range(1, 1_000_000):
+            target = self.file or self.folder / f"{stem}{f'-{i}' if i > 1 else ''}.png"
+            if self.force and target not in self.written:
+                os.replace(temporary, target)
+                return target
+            try:
+                os.link(temporary, target)  # unlike a rename this fails where a file is, however it got there
+                return target
+            except FileExistsError:
+                if self.file:
+                    raise UniLIPError(f"{target} has appeared meanwhile; give another --output, or --force.") from None
+            except OSError:  # a file system without hard links
+                if not target.exists():
+                    os.replace(temporary, target)
+                    return target
+        raise UniLIPError(f"{self.folder} has no free name left for {stem}.png; give another --output.")
+
+
+class Report:
+    """Tells what was done: line by line for people and pipes, or as one JSON object at the end."""
+
+    def __init__(self, o: Options, verb: str) -> None:
+        self.as_json = o.json
+        self.record: dict[str, Any] = {"verb": verb}
+        self.started = time.perf_counter()
+
+    def line(self, text: str) -> None:
+        """Print a result."""
+        if not self.as_json:
+            print(text, flush=True)
+
+    def end(self, note: str = "", **more: Any) -> None:
+        """Print the JSON object, or a last remark on stderr."""
+        seconds = time.perf_counter() - self.started
+        if self.as_json:
+            print(json.dumps({**self.record, **more, "seconds": round(seconds, 3)}, ensure_ascii=False))
+        elif note:
+            say(f"{note} in {seconds:.1f} s")
+
+
+def say(message: str) -> None:
+    """Tell the person something that is no result."""
+    print(f"unilip: {message}", file=sys.stderr, flush=True)
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+def choose_device(name: str) -> str:
+    """Return a device that is there.
+
+    Raises:
+        UniLIPError: the one asked for is not.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        return "cuda" if gpus else "mps" if mps else "cpu"
+    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= gpus:
+        have = f"has {gpus} CUDA device{'s' if gpus > 1 else ''}, numbered from 0" if gpus else "offers no CUDA device"
+        raise UniLIPError(f"--device {name}: PyTorch {have} here; use --device cpu, or auto.")
+    if name == "mps" and not mps:
+        raise UniLIPError("--device mps: PyTorch offers no Apple GPU here; use --device cpu, or auto.")
+    return name
+
+
+def load(o: Options, *parts: str) -> UniLIP:
+    """Load the model that the options name, or only some of its parts."""
+    device = choose_device(o.device)
+    from unilip.model import UniLIP
+
+    return UniLIP.from_pretrained(o.model, device=device, dtype=o.dtype, parts=parts or None)
+
+
+def describe_model(o: Options, model: UniLIP) -> dict[str, str]:
+    """Name a model as reports and metadata do."""
+    name = f"embedded ({model.config.name})" if o.model is None else o.model
+    return {"model": name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the CPU, so that a seed means the same everywhere."""
+    import torch
+
+    return torch.Generator().manual_seed(seed)
+
+
+def sampling(o: Options, model: UniLIP) -> dict[str, Any]:
+    """The settings of `generate` and `edit`, the model's own where none are given."""
+    own = model.config.sampling
+    return {
+        "num_inference_steps": own.num_inference_steps if o.steps is None else o.steps,
+        "guidance_scale": own.guidance_scale if o.guidance_scale is None else o.guidance_scale,
+        "solver": own.solver if o.solver is None else o.solver,
+        "negative_prompt": o.negative_prompt,
+        "image_size": o.image_size or model.config.image_size,
+    }
+
+
+def batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    """Cut a sequence into pieces of at most `size`."""
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def plural(count: int, noun: str) -> str:
+    """Return "1 picture", "2 pictures"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def reason(error: BaseException) -> str:
+    """The message of an error on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,110 @@
+"""The verbs of training: train and the preparation of its data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from unilip.cli.options import TELLING, Options, Verb, whole
+from unilip.cli.terminal import Report, choose_device, say
+from unilip.errors import UniLIPError
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--list": dict(action="store_true", dest="listing", help="list the recipes"),
+    "--runs": dict(default="runs", metavar="DIR", help="folder of all runs; this one writes to DIR/RECIPE (runs)"),
+    "--set": dict(
+        action="append", default=[], dest="settings", metavar="NAME=VALUE", help="change a setting; repeatable"
+    ),
+    "--restart": dict(action="store_true", help="begin anew, even where checkpoints exist"),
+    "--stop-after": dict(type=whole(1, 2**31 - 1), metavar="N", help="save and stop after N more steps"),
+    "--source": dict(metavar="DIR", help="folder of the three npm packages; without it npm fetches them"),
+}  # fmt: skip
+
+
+def train(o: Options) -> int:
+    """Run a training recipe, or go on with it."""
+    from unilip.train.recipe import override
+    from unilip.train.recipes import all_recipes, get_recipe
+
+    if o.listing:
+        return list_recipes(o, all_recipes().values())
+    if not o.words:
+        raise UniLIPError("There is no recipe; give its name, or --list to see them all.")
+    recipe = override(get_recipe(o.words[0]), o.settings)
+    report = Report(o, "train")
+    device = choose_device(o.device)
+    from unilip.train import loop
+
+    try:
+        folder = loop.train(
+            recipe, o.runs, device=device, restart=o.restart, progress=o.progress, stop_after=o.stop_after
+        )
+    except loop.Interrupted as error:
+        say(str(error))
+        return 130
+    finished = folder.name == "final"
+    report.record |= {"recipe": recipe.name, "device": device, "finished": finished, "path": str(folder)}
+    report.line(str(folder))
+    report.end("finished" if finished else f"stopped; `unilip train {recipe.name}` goes on from there,")
+    return 0
+
+
+def list_recipes(o: Options, recipes: Iterable[Any]) -> int:
+    """Print the table of recipes."""
+    from unilip.train.recipe import leaves
+
+    recipes = list(recipes)
+    if o.json:
+        print(json.dumps({recipe.name: leaves(recipe) for recipe in recipes}))
+        return 0
+    rows = [("recipe", "objective", "steps", "batch", "trains", "note")]
+    for r in recipes:
+        trains = " ".join(part if factor == 1 else f"{part}:{factor:g}" for part, factor in r.trains)
+        rows.append((r.name, type(r.objective).__name__.lower(), f"{r.steps:,}", str(r.batch_size), trains, r.note))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row[:5], widths, strict=True)), row[5]]).rstrip())
+    return 0
+
+
+def data_prepare_emoji(o: Options) -> int:
+    """Fetch and rasterise the art of the emoji world."""
+    report = Report(o, "data prepare emoji")
+    from tqdm.auto import tqdm
+
+    from unilip.data.art import prepare
+
+    if o.source is not None and not Path(o.source).is_dir():
+        raise UniLIPError(f"There is no folder {o.source}; give the one with the npm packages, or leave --source away.")
+    with tqdm(disable=None if o.progress else True, leave=False, unit="drawing") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        path = prepare(Path(o.output) if o.output else None, Path(o.source) if o.source else None, progress)
+    report.line(str(path))
+    report.end("the art is ready,", path=str(path))
+    return 0
+
+
+VERBS: dict[str, Verb] = {
+    "train": Verb(
+        train,
+        "[OPTIONS] RECIPE | --list",
+        "Run a training recipe, or go on where it stopped. The result is a model folder, DIR/RECIPE/final.",
+        "unilip train --list\nunilip train pico/recon --set steps=500 --set optim.lr=2e-4",
+        ("--list", "--runs", "--set", "--restart", "--stop-after", "--device", *TELLING),
+        (0, 1),
+    ),
+    "data prepare emoji": Verb(
+        data_prepare_emoji,
+        "[OPTIONS]",
+        "Fetch the art of the emoji world and rasterise it. Training and judging the embedded models need it.",
+        "unilip data prepare emoji",
+        ("--source", "--output", *TELLING),
+        changes={"--output": dict(metavar="DIR", help="folder of the art ($UNILIP_DATA, or ~/.cache/unilip/emoji)")},
+    ),
+}
