@@ -1,0 +1,157 @@
+"""The processes of a run: who this one is, what it reads, and the few things that all of them agree on.
+
+`torchrun` tells each process its place in the environment; without it there is one process, and everything here is
+free. A recipe states the global batch, `batch_size` x `accumulate`; `divided` cuts it for any number of processes so
+that a step holds the same samples, and `own_batches` says which of its batches a process reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from unilip.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from unilip.train.recipe import Recipe
+
+TIMEOUT = datetime.timedelta(minutes=10)  # of a collective that waits for others, a slow checkpoint among them
+_groups: dict[str, Any] = {}  # "control": agreement between hosts; "checkpoint": of the thread that writes
+
+
+def rank() -> int:
+    """Number of this process among all, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    """How many processes there are, on all machines together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Number of this process on its machine: the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def first() -> bool:
+    """Whether this is the process that logs, draws and writes what is written once."""
+    return rank() == 0
+
+
+def divided(recipe: Recipe, processes: int) -> Recipe:
+    """Return the recipe with its step cut into batches for so many processes; the samples of a step stay the same.
+
+    The result's `accumulate` counts the batches of a step over all processes, so that the batch of an index, and the
+    step that an index belongs to, mean the same in each of them. One process gets the recipe as it is.
+
+    Raises:
+        ConfigError: the samples of a step cannot be shared out equally.
+    """
+    samples = recipe.batch_size * recipe.accumulate
+    if processes == 1:
+        return recipe
+    own = samples // processes
+    if samples % processes or (own > recipe.batch_size and own % recipe.batch_size):
+        raise ConfigError(
+            f"A step of {recipe.name} has batch_size x accumulate = {recipe.batch_size} x {recipe.accumulate} = "
+            f"{samples} samples, which {processes} processes cannot share equally in batches of at most "
+            f"{recipe.batch_size}; choose numbers that divide."
+        )
+    size = min(own, recipe.batch_size)
+    return dataclasses.replace(recipe, batch_size=size, accumulate=samples // size)
+
+
+def own_batches(start: int, end: int) -> range:
+    """Indices of the batches that this process reads, from `start` (the first of a step) to `end`."""
+    return range(start + rank(), end, world())
+
+
+# --- what needs torch -------------------------------------------------------------------------------------------------
+
+
+def own_device(device: str | torch.device) -> torch.device:
+    """Return the device of this process: `cuda` becomes the GPU of its number on the machine."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and world() > 1:
+        return torch.device("cuda", local_rank())
+    return device
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Join the others for the time of the block; nothing happens where there is one process."""
+    if world() == 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    already = dist.is_initialized()
+    if not already:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        for name in ("control", "checkpoint"):  # threads must not share a group: the order of calls would differ
+            _groups[name] = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        yield
+    finally:
+        _groups.clear()
+        if not already:
+            dist.destroy_process_group()
+
+
+def group(name: str) -> Any:
+    """Return a gloo group of all processes: "control" or "checkpoint"; None outside `joined`."""
+    return _groups.get(name)
+
+
+def wait() -> None:
+    """Wait for all processes."""
+    if group("control") is not None:
+        import torch.distributed as dist
+
+        dist.barrier(group=group("control"))
+
+
+def anywhere(flag: int) -> int:
+    """Return the largest of the numbers that the processes give: a signal that one received, for instance."""
+    if group("control") is None:
+        return flag
+    import torch
+    import torch.distributed as dist
+
+    shared = torch.tensor(flag)
+    dist.all_reduce(shared, dist.ReduceOp.MAX, group=group("control"))
+    return int(shared)
+
+
+def told(value: Any) -> Any:
+    """Return the first process's value in every process."""
+    if group("control") is None:
+        return value
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=group("control"))
+    return box[0]
+
+
+def mean_(values: Tensor) -> Tensor:
+    """Replace values (on the run's device) by their mean over the processes, without waiting for it."""
+    if group("control") is None:
+        return values
+    import torch.distributed as dist
+
+    dist.all_reduce(values)
+    return values.div_(world())
