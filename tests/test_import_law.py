@@ -41,6 +41,7 @@ OTHERS = {
     "__init__": ROAD,
     "info": ROAD,
     "verify": ROAD,
+    "pipeline": ROAD,
     "demo": (*ROAD, "weights", "__init__"),
     "cli": (*ROAD, *LAYERS, "info", "verify", "demo", "weights", "__init__"),
     "__main__": ("cli",),
