@@ -18,7 +18,9 @@ from typing import Any
 from unilip.config import TOKEN_PIXELS
 from unilip.errors import ConfigError
 
-FREE_TO_CHANGE = ("log_every", "sample_every", "save_every", "keep", "note", "data.workers")
+FREE_TO_CHANGE = (
+    "log_every", "sample_every", "save_every", "keep", "note", "data.workers", "parallel", "reduce_dtype", "skip_limit",
+)  # fmt: skip
 
 
 def _check(record: object, where: str, rule: str, *names: str, least: float = 0, below: float = math.inf) -> None:
@@ -121,6 +123,25 @@ class Flow:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """LoRA or DoRA in place of the weights that `trains` names: off at rank 0.
+
+    `targets` names linear layers by the last words of their names, with commas; empty means all that `trains` reaches.
+    The update is scaled by alpha / rank; alpha 0 stands for twice the rank.
+    """
+
+    rank: int = 0
+    alpha: float = 0.0
+    dora: bool = False
+    targets: str = ""
+
+    def __post_init__(self) -> None:
+        _check(self, "adapter.", "at least 0", "rank", "alpha")
+        if not self.rank and (self.alpha or self.dora or self.targets):
+            raise ConfigError("adapter.alpha, dora or targets is given, but adapter.rank is 0; give a rank, e.g. 8.")
+
+
+@dataclass(frozen=True)
 class Data:
     """Where batches come from: the emoji world by its name, or a folder of pictures with captions beside them.
 
@@ -154,8 +175,14 @@ class Data:
 class Recipe:
     """A whole run. `init` lists where parts start: "part,part=source", a source being a recipe, a path or a hub id.
 
-    A step is `accumulate` batches of `batch_size`. `trains` pairs parameter-name prefixes with a factor on the
-    learning rate; the longest prefix decides, and what no prefix names is frozen.
+    A step is `accumulate` batches of `batch_size`: their product is the global batch, which several processes share,
+    and `batch_size` the most samples that a process holds at once. `trains` pairs parameter-name prefixes with a
+    factor on the learning rate; the longest prefix decides, and what no prefix names is frozen.
+
+    `parallel` is how several processes share the model: ddp (each has all of it) or fsdp (each has a part).
+    `dtype` is the precision of the arithmetic, `weights_dtype` that in which trained weights and the optimizer's
+    averages are kept, `reduce_dtype` that of gradients on their way between processes. A step whose loss or gradient
+    is not finite is skipped; `skip_limit` of them in a row stop the run.
     """
 
     name: str
@@ -171,6 +198,11 @@ class Recipe:
     ema: float = 0.0
     seed: int = 0
     dtype: str = "float32"
+    weights_dtype: str = "float32"
+    reduce_dtype: str = "float32"
+    parallel: str = "ddp"
+    skip_limit: int = 5
+    adapter: Adapter = field(default_factory=Adapter)
     gradient_checkpointing: bool = False
     measure_latents: bool = False
     log_every: int = 20
@@ -182,10 +214,17 @@ class Recipe:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*", self.name):
             raise ConfigError(f"name is {self.name!r}; it becomes a folder, so give words like size/stage.")
-        counts = ("steps", "batch_size", "accumulate", "log_every", "sample_every", "save_every", "keep")
+        counts = ("steps", "batch_size", "accumulate", "log_every", "sample_every", "save_every", "keep", "skip_limit")
         _check(self, "", "at least 1", *counts, least=1)
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype is {self.dtype!r}; allowed: float32, bfloat16 (autocast; weights stay float32).")
+        for name in ("weights_dtype", "reduce_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16"):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: float32, bfloat16.")
+        if self.parallel not in ("ddp", "fsdp"):
+            raise ConfigError(
+                f"parallel is {self.parallel!r}; allowed: ddp (each process has the model), fsdp (a part)."
+            )
         _check(self, "", "at least 0 (off) and below 1", "ema", below=1)
         if not any(factor > 0 for _, factor in self.trains) or not all(0 <= f < math.inf for _, f in self.trains):
             raise ConfigError(
@@ -234,9 +273,25 @@ def plain(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
+def defaults(record: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the default of every setting that has one, as a JSON-ready value by dotted name."""
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(record):
+        value = getattr(record, f.name)
+        if dataclasses.is_dataclass(value):
+            found |= defaults(value, f"{prefix}{f.name}.")
+        elif f.default is not dataclasses.MISSING:
+            found[prefix + f.name] = json.loads(json.dumps(f.default))
+    return found
+
+
 def changed_settings(recipe: Recipe, before: Mapping[str, Any]) -> str:
-    """Say in words which settings differ from those of an earlier run of the recipe; empty where none does."""
+    """Say in words which settings differ from those of an earlier run of the recipe; empty where none does.
+
+    A setting that did not exist when the earlier run was made had its default.
+    """
     now = plain(recipe)
+    before = {name: value for name, value in defaults(recipe).items() if name in now} | dict(before)
     names = [name for name in {**now, **before} if name not in FREE_TO_CHANGE and now.get(name) != before.get(name)]
     return ", ".join(f"{name} ({before.get(name)} -> {now.get(name)})" for name in names)
 
