@@ -1,0 +1,159 @@
+"""What can be asked of an engine, and what it says back: plain records, without a model.
+
+In:  `Generate`, `Edit`, `Reconstruct`, `Ask`: words, Pillow pictures and settings. None means the model's own value.
+Out: `Event` while it works, one `Result` at the end, or one of the errors of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from PIL import Image
+
+from unilip.errors import UniLIPError
+from unilip.preprocess import Fit
+
+MAX_SEED = 2**63 - 1
+
+
+class EngineError(UniLIPError):
+    """A request was in order, but the engine could not serve it; it may be sent again.
+
+    `retry_after` is how many seconds it is wise to wait, None where waiting does not help.
+    """
+
+    retry_after: float | None = None
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.retry_after)
+
+
+class QueueFull(EngineError):
+    """Too much is waiting already; `retry_after` estimates when there will be room."""
+
+
+class Draining(EngineError):
+    """The engine is being shut down and takes nothing new."""
+
+
+class DeadlineExceeded(EngineError):
+    """The time that the request allowed for itself was over before it was done."""
+
+
+class Cancelled(EngineError):
+    """Whoever asked does not want the result any more."""
+
+
+class EngineFailed(EngineError):
+    """The model failed while it worked on the request (memory ran out, for instance); the log says how."""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Draw `count` pictures of a prompt. Picture i uses seed `seed` + i; without a seed one is drawn and reported."""
+
+    prompt: str
+    count: int = 1
+    seed: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    solver: str | None = None
+    negative_prompt: str | None = None
+    image_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Change a picture as told, `count` times. `fit` and `keep_aspect` are those of `UniLIP.edit`."""
+
+    image: Image.Image
+    prompt: str
+    count: int = 1
+    seed: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    solver: str | None = None
+    negative_prompt: str | None = None
+    image_size: int | None = None
+    fit: Fit = "resize"
+    keep_aspect: bool = False
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Encode a picture and draw it again."""
+
+    image: Image.Image
+    image_size: int | None = None
+    fit: Fit = "resize"
+    keep_aspect: bool = False
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An earlier turn of a conversation: `role` is "user" or "assistant"; its pictures come before its text."""
+
+    role: str
+    text: str
+    images: tuple[Image.Image, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Answer a question about pictures, or about none, after earlier turns. Temperature 0 is greedy."""
+
+    question: str
+    images: tuple[Image.Image, ...] = ()
+    history: tuple[Turn, ...] = ()
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    max_tiles: int = 1
+
+
+Job = Generate | Edit | Reconstruct | Ask
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happens to a job: "start" (it left the queue), "step" (`step` of `steps` done, all its pictures counted
+    together), "text" (a piece of an answer), and, always last, "end"."""
+
+    kind: Literal["start", "step", "text", "end"]
+    step: int = 0
+    steps: int = 0
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a job.
+
+    Args:
+        images: the pictures, in the order of their seeds.
+        seeds: one for each picture of `Generate` and `Edit`; of `Ask` the one that was used.
+        psnr: dB between each reconstructed picture and its source at the same size; infinite for equal ones.
+        text: the answer of `Ask`.
+        finish_reason: "stop", or "length" when `max_new_tokens` cut the answer.
+        prompt_tokens, completion_tokens: of `Ask`.
+        settings: the settings that were used, none left open.
+        waited, seconds: in the queue, and from submission to the end.
+    """
+
+    images: tuple[Image.Image, ...] = ()
+    seeds: tuple[int, ...] = ()
+    psnr: tuple[float, ...] = ()
+    text: str = ""
+    finish_reason: str = "stop"
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    waited: float = 0.0
+    seconds: float = 0.0
