@@ -1,0 +1,239 @@
+"""The ComfyUI nodes, without ComfyUI: loaded and fed as it does it, and run over the example workflow."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from unilip.errors import UniLIPError
+
+PACK = Path(__file__).resolve().parents[1] / "integrations" / "comfyui"
+WORKFLOW = json.loads((PACK / "workflows" / "draw-edit-ask.json").read_text(encoding="utf-8"))
+DRAW = {"seed": 3, "steps": 2, "guidance_scale": 0.0, "solver": "model's own", "count": 1}
+
+
+@pytest.fixture(scope="module")
+def pack():
+    spec = importlib.util.spec_from_file_location(
+        "custom_nodes_unilip", PACK / "__init__.py", submodule_search_locations=[str(PACK)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    for name in [name for name in sys.modules if name.startswith(spec.name)]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def node(pack):
+    """Call a node as ComfyUI does: a fresh object, the function it names, inputs by name."""
+
+    def call(name, **inputs):
+        made = pack.NODE_CLASS_MAPPINGS[name]()
+        result = getattr(made, made.FUNCTION)(**inputs)
+        return result["result"] if isinstance(result, dict) else result
+
+    return call
+
+
+class Cancelled(Exception):
+    pass
+
+
+@pytest.fixture
+def comfy(monkeypatch, tmp_path):
+    """Stand-ins for what the nodes use of ComfyUI; `.bars` is what its progress bars were told."""
+    seen = SimpleNamespace(bars=[], cancel_after=None, models=tmp_path)
+
+    class ProgressBar:
+        def __init__(self, total):
+            self.total = total
+
+        def update_absolute(self, value, total=None):
+            seen.bars.append((value, total))
+
+    def interrupted():
+        if seen.cancel_after is not None and len(seen.bars) >= seen.cancel_after:
+            raise Cancelled
+
+    modules = {
+        "folder_paths": {"models_dir": str(tmp_path)},
+        "comfy": {"__path__": []},
+        "comfy.utils": {"ProgressBar": ProgressBar},
+        "comfy.model_management": {
+            "throw_exception_if_processing_interrupted": interrupted,
+            "get_torch_device": lambda: torch.device("cpu"),
+        },
+    }
+    for name, content in modules.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    return seen
+
+
+@pytest.fixture
+def image(picture):
+    """An IMAGE (2,40,60,3)."""
+    arrays = [np.asarray(picture(60, 40, seed), dtype=np.float32) / 255 for seed in (0, 1)]
+    return torch.from_numpy(np.stack(arrays))
+
+
+def test_every_node_is_declared_as_comfyui_wants_it(pack):
+    assert set(pack.NODE_DISPLAY_NAME_MAPPINGS) == set(pack.NODE_CLASS_MAPPINGS)
+    for name, kind in pack.NODE_CLASS_MAPPINGS.items():
+        inputs = kind.INPUT_TYPES()
+        assert set(inputs) <= {"required", "optional"}, name
+        assert len(kind.RETURN_TYPES) == len(kind.RETURN_NAMES)
+        assert kind.CATEGORY == "UniLIP" and kind.DESCRIPTION
+        function = getattr(kind, kind.FUNCTION)
+        taken = function.__code__.co_varnames[1 : function.__code__.co_argcount]
+        assert set(taken) == {key for group in inputs.values() for key in group}, name
+        for key, spec in (item for group in inputs.values() for item in group.items()):
+            assert isinstance(spec, tuple) and isinstance(spec[0], (str, list)), key
+
+
+def check_workflow(workflow, nodes):
+    """Return what is wrong with a workflow in ComfyUI's API format."""
+    wrong = []
+    for key, step in workflow.items():
+        if step["class_type"] not in nodes:
+            continue  # one of ComfyUI's own
+        inputs = nodes[step["class_type"]].INPUT_TYPES()
+        known = {name: spec for group in inputs.values() for name, spec in group.items()}
+        wrong += [f"{key}: no {name}" for name in inputs["required"] if name not in step["inputs"]]
+        for name, value in step["inputs"].items():
+            if name not in known:
+                wrong.append(f"{key}: unknown {name}")
+            elif isinstance(value, list):
+                source = nodes[workflow[value[0]]["class_type"]]
+                if source.RETURN_TYPES[value[1]] != known[name][0]:
+                    wrong.append(f"{key}: {name} is a {known[name][0]}")
+            elif isinstance(known[name][0], list) and value not in known[name][0]:
+                wrong.append(f"{key}: {name} cannot be {value}")
+    return wrong
+
+
+def test_the_example_workflow_fits_the_nodes(pack):
+    assert check_workflow(WORKFLOW, pack.NODE_CLASS_MAPPINGS) == []
+    broken = json.loads(json.dumps(WORKFLOW))
+    broken["2"]["inputs"] |= {"solver": "magic", "colour": 1}
+    broken["4"]["inputs"]["image"] = ["1", 0]
+    assert len(check_workflow(broken, pack.NODE_CLASS_MAPPINGS)) == 3
+
+
+def test_the_example_workflow_runs(pack, node, comfy, tiny_folder):
+    (comfy.models / "unilip").mkdir()
+    (comfy.models / "unilip" / "embedded-tiny").symlink_to(tiny_folder)
+    results = {}
+    for key, step in WORKFLOW.items():
+        if step["class_type"] not in pack.NODE_CLASS_MAPPINGS:
+            continue
+        inputs = {k: results[v[0]][v[1]] if isinstance(v, list) else v for k, v in step["inputs"].items()}
+        if step["class_type"] == "UniLIPLoad":
+            inputs["model"] = "embedded-tiny"
+        if "steps" in inputs:
+            inputs["steps"] = 2
+        results[key] = node(step["class_type"], **inputs)
+    assert results["2"][0].shape == results["3"][0].shape == results["5"][0].shape == (2, 56, 56, 3)
+    assert isinstance(results["4"][0], str)
+    assert 0 < results["5"][1] < 60
+
+
+def test_loading_offers_the_folders_of_comfyui(pack, node, comfy, tiny_folder):
+    (comfy.models / "unilip").mkdir()
+    (comfy.models / "unilip" / "mine").symlink_to(tiny_folder)
+    (comfy.models / "unilip" / "notes.txt").write_text("no model")
+    offered = pack.NODE_CLASS_MAPPINGS["UniLIPLoad"].INPUT_TYPES()["required"]["model"][0]
+    assert offered == ["embedded", "mine", "kanashi6/UniLIP-1B", "kanashi6/UniLIP-3B"]
+    (model,) = node("UniLIPLoad", model="mine", device="auto", dtype="bfloat16")
+    assert model.dtype == torch.bfloat16 and model.device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["../mine", "/etc", "nobody/nothing", ""])
+def test_a_workflow_cannot_name_other_paths(node, comfy, name):
+    with pytest.raises(UniLIPError, match="models/unilip"):
+        node("UniLIPLoad", model=name, device="cpu", dtype="float32")
+
+
+def test_generate_draws_what_the_model_draws(node, tiny_model):
+    (made,) = node("UniLIPGenerate", model=tiny_model, prompt="stars", **(DRAW | {"count": 2}))
+    for i in range(2):
+        alone = tiny_model.generate(
+            "stars", num_inference_steps=2, generator=torch.Generator().manual_seed(3 + i), output_type="np"
+        )
+        assert np.allclose(made[i].numpy(), alone.images[0], atol=1e-4)
+    assert made.dtype == torch.float32 and made.min() >= 0 and made.max() <= 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 4}, {"steps": 3}, {"guidance_scale": 9.0}, {"solver": "euler"}, {"negative_prompt": "a dog"}],
+    ids=str,
+)
+def test_every_input_of_generate_counts(node, tiny_model, change):
+    plain = {"model": tiny_model, "prompt": "stars", **DRAW}
+    assert not torch.equal(node("UniLIPGenerate", **plain)[0], node("UniLIPGenerate", **(plain | change))[0])
+
+
+def test_edit_takes_a_batch(node, tiny_model, image):
+    inputs = {"model": tiny_model, "image": image, "instruction": "make it red", **(DRAW | {"count": 2})}
+    (made,) = node("UniLIPEdit", **inputs, fit="resize")
+    assert made.shape == (4, 56, 56, 3)
+    assert not torch.allclose(made[0], made[2], atol=1e-3)
+    assert not torch.equal(made, node("UniLIPEdit", **inputs, fit="pad")[0])
+
+
+def test_ask_answers_with_and_without_a_picture(pack, node, tiny_model, image):
+    inputs = {"model": tiny_model, "question": "What is this?", "max_new_tokens": 4, "temperature": 0.0, "seed": 0}
+    assert node("UniLIPAsk", **inputs, image=image)[0] == tiny_model.ask(
+        [(one * 255).round().byte().numpy() for one in image], "What is this?", max_new_tokens=4
+    )
+    assert node("UniLIPAsk", **inputs)[0] == tiny_model.ask(None, "What is this?", max_new_tokens=4)
+    warm = inputs | {"temperature": 2.0, "max_new_tokens": 16}
+    assert node("UniLIPAsk", **warm) != node("UniLIPAsk", **(warm | {"seed": 1}))
+    shown = pack.NODE_CLASS_MAPPINGS["UniLIPAsk"]().ask(**inputs)
+    assert shown["ui"]["text"] == list(shown["result"])
+
+
+def test_reconstruct_tells_the_psnr(node, tiny_model, image):
+    from skimage.metrics import peak_signal_noise_ratio
+
+    from unilip.preprocess import fit_square, load_image
+
+    made, psnr = node("UniLIPReconstruct", model=tiny_model, image=image, fit="crop")
+    seen = [np.asarray(fit_square(load_image(one.numpy()), 56, "crop")) / 255 for one in image]
+    wanted = [
+        peak_signal_noise_ratio(a, b.numpy().astype(float), data_range=1) for a, b in zip(seen, made, strict=True)
+    ]
+    assert psnr == pytest.approx(np.mean(wanted), abs=1e-3)
+
+
+def test_the_bar_moves_and_cancel_stops(node, comfy, tiny_model):
+    node("UniLIPGenerate", model=tiny_model, prompt="stars", **(DRAW | {"steps": 3}))
+    assert comfy.bars == [(1, 3), (2, 3), (3, 3)]
+    comfy.bars.clear()
+    comfy.cancel_after = 2
+    with pytest.raises(Cancelled):
+        node("UniLIPGenerate", model=tiny_model, prompt="stars", **(DRAW | {"steps": 9}))
+    assert len(comfy.bars) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "message"),
+    [
+        ("UniLIPGenerate", {"prompt": " ", **DRAW}, "is empty"),
+        ("UniLIPEdit", {"image": torch.zeros(4, 4), "instruction": "x", "fit": "pad", **DRAW}, r"\(B,H,W,3\)"),
+        ("UniLIPEdit", {"image": torch.zeros(1, 4, 4, 3), "instruction": "x", "fit": "melt", **DRAW}, "melt"),
+    ],
+    ids=["empty", "shape", "fit"],
+)
+def test_bad_input_is_explained(node, tiny_model, name, inputs, message):
+    with pytest.raises(UniLIPError, match=message):
+        node(name, model=tiny_model, **inputs)
