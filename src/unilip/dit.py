@@ -35,7 +35,10 @@ class PreparedCondition:
 
 
 class PreparedCrossAttention:
-    """Attention processor that takes ready keys and values in place of the encoder's hidden states."""
+    """Attention processor that takes ready keys and values in place of the encoder's hidden states.
+
+    For K x B rows of hidden states and B rows of keys, K rows in a row share one row of keys.
+    """
 
     def __call__(
         self,
@@ -47,9 +50,9 @@ class PreparedCrossAttention:
         """Return the attended states (B,n,W)."""
         key, value = encoder_hidden_states
         b, n, _ = hidden_states.shape
-        query = attn.to_q(hidden_states).view(b, n, attn.heads, -1).transpose(1, 2)  # B heads n d
+        query = attn.to_q(hidden_states).view(len(key), -1, attn.heads, key.shape[-1]).transpose(1, 2)  # B heads Kn d
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        out = out.transpose(1, 2).reshape(b, n, -1)  # B n W
+        out = out.transpose(1, 2).reshape(b, n, -1)  # BK n W
         return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
 
 
@@ -92,7 +95,10 @@ class DiT(nn.Module):
         return PreparedCondition(tuple(keys_values), mask.bool()[:, None, None, :])
 
     def forward(self, latent: Tensor, timestep: Tensor, condition: PreparedCondition) -> Tensor:
-        """Return the velocity (B,Z,h,w) of latents (B,Z,h,w) at integer timesteps (B,) in [0, 1000]."""
+        """Return the velocity (B,Z,h,w) of latents (B,Z,h,w) at integer timesteps (B,) in [0, 1000].
+
+        The condition has B rows or a divisor of it: with B/K rows, K latents in a row share one.
+        """
         net = self.transformer
         b, _, height, width = latent.shape
         hidden = net.patch_embed(latent)  # B hw W

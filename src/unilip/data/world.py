@@ -220,7 +220,10 @@ class World:
     @classmethod
     @cache
     def pico(cls) -> World:
-        """112 pixels, one style, 40 concepts and four shapes in two sizes on plain backgrounds: learned on a CPU."""
+        """112 pixels, one style, 40 concepts and four shapes in one size on plain backgrounds: learned on a CPU.
+
+        Objects lie in nine places, a token apart.
+        """
         candidates = [name for name in PICO_CONCEPTS if name not in PICO_RECOLOURABLE]
         shuffled = sorted(candidates, key=lambda name: stable_hash("held out of pico", name))
         return cls(
@@ -233,12 +236,11 @@ class World:
             colours=("red", "orange", "yellow", "green", "blue", "purple"),
             backgrounds=PICO_BACKGROUNDS,
             recolourable={name: frozenset(("flat",)) for name in PICO_RECOLOURABLE},
-            single_sizes=(72,),
+            single_sizes=(48,),
             multi_sizes=(48,),
             edits=("add", "remove", "replace", "recolour", "background", "move"),
-            grid=28,  # the size of a token: an object of one size meets the tokens in one way only
+            grid=28,  # the size of a token: every object meets the tokens in the same way
             gap=4,
-            single_shift=14,
         )
 
     @classmethod

@@ -260,10 +260,9 @@ class FlowObjective(Objective):
         generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
         noise = draw_noise(len(clean), (k, *clean.shape[1:]), generators).flatten(0, 1).to(clean)  # BK Z h w
         timesteps, sigmas = train_levels(torch.cat([logit_normal(k, g) for g in generators]))
-        rows = torch.arange(len(clean), device=clean.device).repeat_interleave(k)
-        clean = clean.index_select(0, rows)  # BK Z h w
+        clean = clean.repeat_interleave(k, 0)  # BK Z h w
         noisy = interpolate(clean, noise, sigmas.to(clean))
-        velocity = model.dit(noisy, timesteps.to(clean.device).long(), prepared.select(rows))
+        velocity = model.dit(noisy, timesteps.to(clean.device).long(), prepared)
         loss = flow_loss(velocity, clean, noise)
         return loss, {"flow" if features is None else "flow_edit": loss}
 

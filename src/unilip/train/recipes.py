@@ -70,14 +70,14 @@ def pico() -> list[Recipe]:
             **(common | {"data": dataclasses.replace(data, text_share=0.125)}), note="beside sft_more",
         ),
         Recipe(
-            name="pico/sft_more", objective=Flow(noises=8), trains=(("connector", 1.0), ("dit", 1.0)), steps=2400,
+            name="pico/sft_more", objective=Flow(noises=8), trains=(("connector", 1.0), ("dit", 1.0)), steps=1809,
             batch_size=16, optim=dataclasses.replace(optim, final=0.3), init=("all=pico/sft",), ema=0.998, seed=2,
             **(common | {"data": dataclasses.replace(data, edit_share=0.5)}),
             note="the queries rest: no gradient passes the text model, which is most of a step's cost beside the DiT's",
         ),
         Recipe(
-            name="pico/sft_last", objective=Flow(noises=8), trains=GENERATE, steps=3000, batch_size=16,
-            optim=dataclasses.replace(optim, lr=8e-4), ema=0.998, seed=3,
+            name="pico/sft_last", objective=Flow(noises=8), trains=GENERATE, steps=3800, batch_size=16, optim=optim,
+            ema=0.998, seed=3,
             init=(f"{WHOLE_TOKENIZER},connector,dit=pico/sft_more", "mllm=pico/answer_more", "queries=pico/sft_more"),
             **(common | {"data": dataclasses.replace(data, edit_share=0.5)}), note="on the last text model",
         ),
