@@ -23,6 +23,7 @@ from unilip.config import DECODER_PIXELS, TOKEN_PIXELS, UniLIPConfig
 from unilip.data.seeding import generator, stable_hash
 from unilip.errors import ConfigError
 from unilip.preprocess import TURN_END, Message, Processor, Tokens
+from unilip.train.processes import own_batches
 from unilip.train.recipe import Flow, Recipe, Understand
 
 ENDLESS = 1 << 40
@@ -263,10 +264,10 @@ def make_batches(recipe: Recipe, config: UniLIPConfig, processor: Processor | No
 
 
 def iterate(batches: Batches, start: int) -> Generator[dict[str, Any]]:
-    """Yield the batches from index `start` on, prepared by the recipe's loader workers."""
+    """Yield this process's batches from index `start` (the first of a step) on, prepared by loader workers."""
     workers = batches.recipe.data.workers
     yield from DataLoader(
-        batches, batch_size=None, sampler=range(start, len(batches)), num_workers=workers,
+        batches, batch_size=None, sampler=own_batches(start, len(batches)), num_workers=workers,
         prefetch_factor=4 if workers else None, worker_init_fn=_leave_signals,
     )  # fmt: skip
 
