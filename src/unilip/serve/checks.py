@@ -1,0 +1,202 @@
+"""Everything that can be wrong with a job is found here, before it is queued, and without the model's weights.
+
+In:  a job. Out: its units, ready for a batch (pictures already cut to the model's squares), or a `UniLIPError`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import secrets
+import threading
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from unilip.config import TOKEN_PIXELS, UniLIPConfig
+from unilip.errors import PromptError, UniLIPError
+from unilip.preprocess import FITS, Message, Processor, check_prompt, fit_square, load_image, tile
+from unilip.serve.jobs import MAX_SEED, Ask, Edit, Generate, Job, Reconstruct
+from unilip.serve.tickets import Ticket, Unit
+
+VERBS = ("generate", "edit", "reconstruct", "ask")
+NEEDS = {
+    "generate": ("mllm", "connector", "dit", "pixel_decoder"),
+    "edit": ("encoder", "mllm", "connector", "dit", "pixel_decoder"),
+    "reconstruct": ("encoder", "latent_head", "pixel_decoder"),
+    "ask": ("encoder", "mllm"),
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one job may ask for; whoever asks for more gets a `UniLIPError` that names the limit.
+
+    `image_size` is the largest square drawn, in pixels; None is twice the model's own.
+    """
+
+    count: int = 10
+    steps: int = 200
+    image_size: int | None = None
+    new_tokens: int = 1024
+    images: int = 16
+    tiles: int = 12
+
+
+class Checker:
+    """Checks jobs for a model of this configuration that has these parts loaded.
+
+    It has a tokenizer of its own, because callers check their prompts while a worker uses the model's.
+    """
+
+    def __init__(
+        self, config: UniLIPConfig, parts: Sequence[str], processor: Processor | None, limits: Limits | None = None
+    ) -> None:
+        limits = limits or Limits()
+        self.config = config
+        self.parts = tuple(parts)
+        self.limits = limits if limits.image_size else dataclasses.replace(limits, image_size=2 * config.image_size)
+        self._processor = Processor(copy.deepcopy(processor.tokenizer), config) if processor else None
+        self._checking = threading.Lock()
+
+    @property
+    def verbs(self) -> tuple[str, ...]:
+        """Of generate, edit, reconstruct and ask those whose parts are there."""
+        text = self._processor is not None
+        return tuple(v for v in VERBS if set(NEEDS[v]) <= set(self.parts) and (text or v == "reconstruct"))
+
+    def _require(self, *parts: str) -> None:
+        missing = [part for part in parts if part not in self.parts]
+        if missing:
+            raise UniLIPError(
+                f"This needs {', '.join(missing)}, but the model was loaded with {', '.join(self.parts)} only."
+            )
+
+    def prepare(self, job: Job, deadline: float | None) -> list[Unit]:
+        """Check a job and cut it into units."""
+        verb = type(job).__name__.lower()
+        if verb not in VERBS:
+            raise UniLIPError(f"There is no job {type(job).__name__}; give Generate, Edit, Reconstruct or Ask.")
+        self._require(*NEEDS[verb])
+        seed = 0
+        if not isinstance(job, Reconstruct):
+            count = 1 if isinstance(job, Ask) else job.count
+            if not 1 <= count <= self.limits.count:
+                raise UniLIPError(f"{count} pictures were asked for; between 1 and {self.limits.count} are drawn.")
+            seed = secrets.randbelow(2**31) if job.seed is None else job.seed
+            if not 0 <= seed <= MAX_SEED - count:
+                raise UniLIPError(f"The seed is {seed}; it must be at least 0 and below 2**63 - {count}.")
+        if isinstance(job, Ask):
+            return self._prepare_ask(job, seed, deadline)
+        size = self._check_size(job.image_size)
+        if isinstance(job, Reconstruct):
+            source = self._check_fit(job)
+            ticket = Ticket(verb, job, 1, deadline)
+            ticket.settings = {"image_size": size, "fit": job.fit}
+            square = fit_square(source, size, job.fit)
+            return [Unit(ticket, (verb, size), 0, 0, (square,), source.size)]
+        return self._prepare_drawing(job, verb, size, seed, deadline)
+
+    def _prepare_drawing(
+        self, job: Generate | Edit, verb: str, size: int, seed: int, deadline: float | None
+    ) -> list[Unit]:
+        given: dict[str, Any] = {
+            "num_inference_steps": job.steps,
+            "guidance_scale": job.guidance_scale,
+            "solver": job.solver,
+        }
+        settings = dataclasses.replace(
+            self.config.sampling, **{name: value for name, value in given.items() if value is not None}
+        )
+        steps, guidance = settings.num_inference_steps, settings.guidance_scale
+        if steps > self.limits.steps:
+            raise UniLIPError(f"{steps} steps were asked for; at most {self.limits.steps} are taken here.")
+        words = "prompt" if isinstance(job, Generate) else "instruction"
+        text = check_prompt(job.prompt, words)
+        negative = None if job.negative_prompt is None else check_prompt(job.negative_prompt, "negative prompt")
+        processor = self._need_processor(size)
+        make = processor.generate_text if isinstance(job, Generate) else processor.edit_text
+        self._count_tokens(processor, make(text))
+        if negative is not None:
+            self._count_tokens(processor, make(negative))
+        square, source_size, fit = (), (0, 0), None
+        if isinstance(job, Edit):
+            source = self._check_fit(job)
+            square, source_size, fit = (fit_square(source, size, job.fit),), source.size, job.fit  # type: ignore[assignment]
+        ticket = Ticket(verb, job, steps * job.count, deadline)
+        ticket.settings = {
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "solver": settings.solver,
+            "negative_prompt": negative,
+            "image_size": size,
+        } | ({} if fit is None else {"fit": fit})
+        key = (verb, size, steps, guidance, settings.solver, negative)
+        return [Unit(ticket, key, i, seed + i, square, source_size, text) for i in range(job.count)]
+
+    def _prepare_ask(self, job: Ask, seed: int, deadline: float | None) -> list[Unit]:
+        limits = self.limits
+        for name, value, most in (
+            ("max_new_tokens", job.max_new_tokens, limits.new_tokens),
+            ("max_tiles", job.max_tiles, limits.tiles),
+        ):
+            if not 1 <= value <= most:
+                raise UniLIPError(f"{name} is {value}; it must be between 1 and {most}.")
+        if not 0 <= job.temperature < math.inf:
+            raise UniLIPError(f"temperature is {job.temperature}; it must be a number of at least 0 (0 is greedy).")
+        if not 0 < job.top_p <= 1:
+            raise UniLIPError(f"top_p is {job.top_p}; it must be greater than 0 and at most 1.")
+        pictures = sum(len(turn.images) for turn in job.history) + len(job.images)
+        if pictures > limits.images:
+            raise UniLIPError(f"The conversation has {pictures} pictures; at most {limits.images} are read.")
+        processor = self._need_processor(self.config.image_size)
+        squares: list[Image.Image] = []
+
+        def cut(images: Sequence[Image.Image]) -> tuple[int, ...]:
+            tiles = [tile(load_image(image), processor.image_size, job.max_tiles) for image in images]
+            squares.extend(square for picture in tiles for square in picture)
+            return tuple(len(picture) for picture in tiles)
+
+        turns = [Message(turn.role, check_prompt(turn.text, "message"), cut(turn.images)) for turn in job.history]
+        turns.append(Message("user", check_prompt(job.question, "question"), cut(job.images)))
+        text = processor.chat_text(turns)
+        length = self._count_tokens(processor, text)
+        if length + job.max_new_tokens > self.config.text.max_positions:
+            raise PromptError(
+                f"The conversation has {length} tokens and the answer may have {job.max_new_tokens}; this model reads "
+                f"{self.config.text.max_positions} in all. Shorten it, or lower max_new_tokens."
+            )
+        ticket = Ticket("ask", job, job.max_new_tokens, deadline)
+        ticket.settings = {"max_new_tokens": job.max_new_tokens, "temperature": job.temperature, "top_p": job.top_p}
+        # a sampled answer draws from one generator, so it has a batch of its own
+        key: tuple[Hashable, ...] = ("ask",) if job.temperature == 0 else ("ask", id(ticket))
+        return [Unit(ticket, key, 0, seed, tuple(squares), text=text)]
+
+    def _check_size(self, size: int | None) -> int:
+        most = self.limits.image_size or self.config.image_size
+        if size is None:
+            return self.config.image_size
+        if not TOKEN_PIXELS <= size <= most or size % TOKEN_PIXELS:
+            raise UniLIPError(
+                f"image_size is {size}; it must be a multiple of {TOKEN_PIXELS} between {TOKEN_PIXELS} and {most}."
+            )
+        return size
+
+    @staticmethod
+    def _check_fit(job: Edit | Reconstruct) -> Image.Image:
+        if job.fit not in FITS:
+            raise UniLIPError(f"There is no way to fit an image called {job.fit!r}; allowed: {', '.join(FITS)}.")
+        return load_image(job.image)
+
+    def _need_processor(self, size: int) -> Processor:
+        if self._processor is None:
+            raise UniLIPError("This model has no tokenizer; put the tokenizer files beside the checkpoint.")
+        with self._checking:
+            return self._processor.resized(size)
+
+    def _count_tokens(self, processor: Processor, text: str) -> int:
+        with self._checking:
+            return processor.tokenize([text]).input_ids.shape[1]

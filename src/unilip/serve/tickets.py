@@ -1,0 +1,182 @@
+"""What a caller holds of a job that was accepted (`Ticket`), and what the queue holds of it (`Unit`).
+
+In: events and outcomes from the engine's worker. Out: events, a result or an error, for threads and for event loops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue as queues
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from unilip.errors import UniLIPError
+from unilip.serve.jobs import Cancelled, Event, Job, Result
+
+logger = logging.getLogger(__name__)
+
+
+class Ticket:
+    """A job that was accepted: follow it, wait for it, or give it up. Every method may be called from any thread."""
+
+    def __init__(self, verb: str, job: Job, total: int, deadline: float | None) -> None:
+        self.verb = verb
+        self.job = job
+        self.submitted = time.monotonic()
+        self.deadline = deadline
+        self.started: float | None = None
+        self.settings: dict[str, Any] = {}
+        self._total = total  # steps of all its pictures
+        self._steps: Counter[int] = Counter()
+        self._made: dict[int, Unit] = {}
+        self._past: list[Event] = []
+        self._listeners: list[Callable[[Event], None]] = []
+        self._result: Result | None = None
+        self._error: UniLIPError | None = None
+        self._lock = threading.RLock()
+        self._done = threading.Event()
+        self._on_cancel: Callable[[], None] = lambda: None
+
+    @property
+    def done(self) -> bool:
+        """Whether there is a result, or an error."""
+        return self._done.is_set()
+
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """Call `listener` with every event, past ones at once.
+
+        Later ones come from the worker's thread, under its locks: put them somewhere and return, and do not call the
+        engine from there.
+        """
+        with self._lock:
+            for event in self._past:
+                listener(event)
+            self._listeners.append(listener)
+
+    def cancel(self) -> bool:
+        """Give the job up: a waiting one leaves the queue, a running one stops after its present step.
+
+        Returns whether it was still unfinished. Waiting callers get `Cancelled`.
+        """
+        if not self._fail(Cancelled("The request was cancelled.")):
+            return False
+        self._on_cancel()
+        return True
+
+    def result(self, timeout: float | None = None) -> Result:
+        """Wait for the result.
+
+        Raises:
+            UniLIPError: the job failed: `Cancelled`, `DeadlineExceeded`, `EngineFailed`, `Draining`.
+            TimeoutError: `timeout` seconds passed; the job goes on.
+        """
+        if not self._done.wait(timeout):
+            raise TimeoutError(f"no result within {timeout} s")
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+    def events(self) -> Iterator[Event]:
+        """Yield events until the end, waiting for each. Ask `result()` afterwards; the job goes on if you stop."""
+        waiting: queues.SimpleQueue[Event] = queues.SimpleQueue()
+        self.listen(waiting.put)
+        while (event := waiting.get()).kind != "end":
+            yield event
+
+    async def events_async(self) -> AsyncIterator[Event]:
+        """Yield events until the end, in an event loop."""
+        loop, waiting = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+        def forward(event: Event) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(waiting.put_nowait, event)
+
+        self.listen(forward)
+        while (event := await waiting.get()).kind != "end":
+            yield event
+
+    async def result_async(self) -> Result:
+        """Wait for the result in an event loop; a task that is cancelled meanwhile cancels the job."""
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def forward(event: Event) -> None:
+            if event.kind == "end" and not loop.is_closed():
+                loop.call_soon_threadsafe(ended.set)
+
+        self.listen(forward)
+        try:
+            await ended.wait()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        return self.result(0)
+
+    # --- for the engine
+
+    def _emit(self, event: Event) -> None:
+        with self._lock:
+            if self.done and event.kind != "end":
+                return
+            self._past.append(event)
+            for listener in self._listeners:
+                try:
+                    listener(event)
+                except Exception:  # a caller that went away must not stop the others of the batch
+                    logger.debug("a listener failed", exc_info=True)
+
+    def _start(self) -> None:
+        with self._lock:
+            if self.started is None and not self.done:
+                self.started = time.monotonic()
+                self._emit(Event("start", 0, self._total))
+
+    def _step(self, picture: int) -> None:
+        self._steps[picture] += 1
+
+    def _tell_step(self) -> None:
+        self._emit(Event("step", sum(self._steps.values()), self._total))
+
+    def _fail(self, error: UniLIPError) -> bool:
+        with self._lock:
+            if self.done:
+                return False
+            self._error = error
+            self._done.set()
+            self._emit(Event("end"))
+            return True
+
+    def _succeed(self, **values: Any) -> None:
+        with self._lock:
+            if self.done:
+                return
+            now = time.monotonic()
+            waited = (self.started or now) - self.submitted
+            self._result = Result(settings=self.settings, waited=waited, seconds=now - self.submitted, **values)
+            self._done.set()
+            self._emit(Event("end"))
+
+
+@dataclass
+class Unit:
+    """One picture, or one answer, of a job: what the queue holds and a batch is made of."""
+
+    ticket: Ticket
+    key: tuple[Hashable, ...]
+    index: int
+    seed: int
+    squares: tuple[Image.Image, ...] = ()
+    source_size: tuple[int, int] = (0, 0)
+    text: str = ""
+    output: Any = None
+
+    @property
+    def alive(self) -> bool:
+        return not self.ticket.done
