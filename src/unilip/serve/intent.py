@@ -11,10 +11,11 @@ from typing import Literal
 
 Intent = Literal["generate", "edit", "ask"]
 
-_POLITE = (
+_POLITE = re.compile(
     r"^\W*(?:(?:please|now|then|ok(?:ay)?|and|also|hi|hello|hey|can you|could you|would you|will you|i want you to"
+    r"|i(?:'d| would) like you to|kindly|just)\b[\s,!:.]*)*",
+    re.IGNORECASE,
 )
-_POLITE += r"|i(?:'d| would) like you to|kindly|just)\b[\s,!:.]*)*"
 _PICTURE = r"(?:picture|image|photo|photograph|drawing|painting|illustration|sketch|icon|logo|emoji)s?"
 _DRAW = re.compile(
     rf"(?:draw|paint|sketch|illustrate|imagine|render)\b(?:\s+me\b)?(?:\s+(?:an?\s+)?(?:new\s+)?{_PICTURE}\s+of\b)?"
