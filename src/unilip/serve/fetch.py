@@ -1,0 +1,130 @@
+"""Pictures from addresses on the network, for servers that were told to allow it; made so that it cannot reach inside.
+
+In:  an http(s) URL of a stranger. Out: at most so many bytes of what it answers.
+The name is resolved once, every address it has must be a public one, and the connection goes to the very address that
+was checked (a second answer of the name server cannot change it); each redirect is checked anew. Standard ports only.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+from unilip.errors import ImageError
+
+MAX_REDIRECTS = 3
+PORTS = {"http": 80, "https": 443}
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_ORDINARY = ipaddress.ip_network("2000::/3")
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address is on the public internet, in whatever way it is written."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
+        if address in _NAT64:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if inner is not None:
+            return False  # an IPv4 address in disguise; the plain one may be given instead
+        if address not in _ORDINARY:
+            return False
+    return address.is_global and not (address.is_multicast or address.is_reserved)
+
+
+def resolve(host: str, port: int) -> list[str]:
+    """Ask the name server once: the addresses of a host."""
+    return sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
+
+
+class _Pinned(http.client.HTTPConnection):
+    """A connection that goes to an address already chosen, while host name and certificate are those of the URL."""
+
+    def __init__(self, host: str, port: int, address: str, secure: bool, timeout: float) -> None:
+        super().__init__(host, port, timeout=timeout)
+        self.address, self.secure = address, secure
+
+    def connect(self) -> None:
+        """Connect to the address, with TLS for the host where wanted."""
+        self.sock = socket.create_connection((self.address, self.port), self.timeout)
+        if self.secure:
+            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+
+
+def _check(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ImageError("The image URL is malformed; give a plain http or https address.") from error
+    if parts.scheme not in PORTS or not parts.hostname:
+        raise ImageError("An image URL must begin with http:// or https:// and name a host; or send a data URL.")
+    if parts.username is not None or parts.password is not None:
+        raise ImageError("An image URL must not hold a user name or password; leave them out.")
+    if port not in (None, PORTS[parts.scheme]):
+        raise ImageError("An image URL may only use the standard port of http (80) or https (443).")
+    if any(ord(c) <= 32 or ord(c) >= 127 for c in url):
+        raise ImageError("An image URL must be plain ASCII without spaces; percent-encode the rest.")
+    return parts
+
+
+def fetch(
+    url: str,
+    max_bytes: int,
+    *,
+    seconds: float = 10.0,
+    resolver: Callable[[str, int], list[str]] = resolve,
+    allowed: Callable[[Address], bool] = is_public,
+    ports: dict[str, int] | None = None,
+) -> bytes:
+    """Return what a URL answers, at most `max_bytes`, within `seconds` for all of it.
+
+    `resolver`, `allowed` and `ports` (the ports to connect to) are there for tests.
+
+    Raises:
+        ImageError: a forbidden or unreachable address, an answer other than 200, too large, or too slow.
+    """
+    end = time.monotonic() + seconds
+    for _ in range(MAX_REDIRECTS + 1):
+        parts = _check(url)
+        host, port = parts.hostname or "", (ports or PORTS)[parts.scheme]
+        try:
+            addresses = resolver(host, port)
+            public = bool(addresses) and all(allowed(ipaddress.ip_address(a.split("%")[0])) for a in addresses)
+        except (OSError, ValueError) as error:
+            raise ImageError(f"The host {host} of the image URL cannot be found; check it.") from error
+        if not public:
+            raise ImageError("The image URL leads to an address that is not public; such are not fetched.")
+        connection = _Pinned(host, port, addresses[0], parts.scheme == "https", max(0.1, end - time.monotonic()))
+        try:
+            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "unilip"})
+            response = connection.getresponse()
+            if response.status in (301, 302, 303, 307, 308):
+                url = urljoin(url, response.headers.get("Location", ""))
+                continue
+            if response.status != 200:
+                raise ImageError(f"The image URL answered {response.status}; give one that answers 200.")
+            return _read(response, max_bytes, end)
+        except (OSError, http.client.HTTPException) as error:
+            raise ImageError("The image URL could not be read; check it, or send the picture as a data URL.") from error
+        finally:
+            connection.close()
+    raise ImageError(f"The image URL redirects more than {MAX_REDIRECTS} times; give the final one.")
+
+
+def _read(response: http.client.HTTPResponse, max_bytes: int, end: float) -> bytes:
+    data = bytearray()
+    while piece := response.read1(65536):
+        data += piece
+        if len(data) > max_bytes:
+            raise ImageError(f"The image URL answers more than {max_bytes} bytes; give a smaller picture.")
+        if time.monotonic() > end:
+            raise ImageError("The image URL answers too slowly; send the picture as a data URL.")
+    return bytes(data)
