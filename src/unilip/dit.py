@@ -2,13 +2,16 @@
 
 In:  latent (B,Z,h,w), integer timestep (B,), condition (B,L,C) with mask (B,L).
 Out: velocity (B,Z,h,w).
-What does not depend on the timestep (caption projection, keys and values of the cross attention) is computed once by
-`prepare` and reused by every step.
+What does not depend on the latent is computed apart, once for a whole picture: keys and values of the cross attention by
+`prepare`, shifts, scales and gates of all timesteps by `modulate`. `step` does the rest, on tokens (B,n,W) throughout: a
+1x1 convolution is a matrix product there, and the depthwise one reads them as a picture without a copy.
+W is the width, n = h w the number of tokens, S a number of timesteps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from unilip.config import UniLIPConfig
+
+MODULATIONS = 6  # of each block: shift, 1 + scale and gate of the attention, then of the feed-forward
 
 
 @dataclass(frozen=True)
@@ -33,31 +38,32 @@ class PreparedCondition:
             self.mask.index_select(0, rows),
         )
 
+    def padded(self, length: int) -> PreparedCondition:
+        """Return it with L grown to `length` by positions that nobody attends to, in front."""
+        more = length - self.mask.shape[-1]
+        if more <= 0:
+            return self
+        return PreparedCondition(
+            tuple((F.pad(key, (0, 0, more, 0)), F.pad(value, (0, 0, more, 0))) for key, value in self.keys_values),
+            F.pad(self.mask, (more, 0)),
+        )
 
-class PreparedCrossAttention:
-    """Attention processor that takes ready keys and values in place of the encoder's hidden states.
 
-    For K x B rows of hidden states and B rows of keys, K rows in a row share one row of keys.
-    """
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Return the attended states (B,n,W)."""
-        key, value = encoder_hidden_states
-        b, n, _ = hidden_states.shape
-        query = attn.to_q(hidden_states).view(len(key), -1, attn.heads, key.shape[-1]).transpose(1, 2)  # B heads Kn d
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        out = out.transpose(1, 2).reshape(b, n, -1)  # BK n W
-        return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
+def concatenate(conditions: list[PreparedCondition]) -> PreparedCondition:
+    """Put the rows of several conditions below each other, padding the shorter ones."""
+    length = max(c.mask.shape[-1] for c in conditions)
+    conditions = [c.padded(length) for c in conditions]
+    return PreparedCondition(
+        tuple(
+            (torch.cat([key for key, _ in block]), torch.cat([value for _, value in block]))
+            for block in zip(*(c.keys_values for c in conditions), strict=True)
+        ),
+        torch.cat([c.mask for c in conditions]),
+    )
 
 
 class DiT(nn.Module):
-    """`SanaTransformer2DModel` with the parts that do not change over the steps split off."""
+    """`SanaTransformer2DModel`, which holds the weights, with the parts that do not change over the steps split off."""
 
     def __init__(self, config: UniLIPConfig) -> None:
         super().__init__()
@@ -76,8 +82,6 @@ class DiT(nn.Module):
             sample_size=d.sample_size,
             interpolation_scale=d.interpolation_scale,
         )
-        for block in self.transformer.transformer_blocks:
-            block.attn2.set_processor(PreparedCrossAttention())
         self.gradient_checkpointing = False
 
     def prepare(self, condition: Tensor, mask: Tensor) -> PreparedCondition:
@@ -94,20 +98,112 @@ class DiT(nn.Module):
             keys_values.append((key, value))
         return PreparedCondition(tuple(keys_values), mask.bool()[:, None, None, :])
 
-    def forward(self, latent: Tensor, timestep: Tensor, condition: PreparedCondition) -> Tensor:
-        """Return the velocity (B,Z,h,w) of latents (B,Z,h,w) at integer timesteps (B,) in [0, 1000].
+    def modulate(self, timesteps: Tensor) -> Tensor:
+        """Return the modulations (S,6*blocks+2,W) of integer timesteps (S,) in [0, 1000]; `step` takes one, or B.
 
-        The condition has B rows or a divisor of it: with B/K rows, K latents in a row share one.
+        The last two belong to the output: shift and 1 + scale.
         """
         net = self.transformer
-        b, _, height, width = latent.shape
-        hidden = net.patch_embed(latent)  # B hw W
-        modulation, embedded = net.time_embed(timestep, batch_size=b, hidden_dtype=hidden.dtype)
-        for block, keys_values in zip(net.transformer_blocks, condition.keys_values, strict=True):
-            inputs = (hidden, None, keys_values, condition.mask, modulation, height, width)
+        shared, embedded = net.time_embed(timesteps, hidden_dtype=net.patch_embed.proj.weight.dtype)  # S 6W, S W
+        tables = torch.stack([block.scale_shift_table for block in net.transformer_blocks])  # blocks 6 W
+        blocks = tables + shared.view(len(timesteps), 1, MODULATIONS, -1)  # S blocks 6 W
+        one = torch.zeros(MODULATIONS, 1, dtype=blocks.dtype, device=blocks.device)
+        one[1::3] = 1
+        end = net.scale_shift_table + embedded[:, None]  # S 2 W
+        return torch.cat([(blocks + one).flatten(1, 2), end + one[:2]], 1)
+
+    def step(self, latent: Tensor, modulation: Tensor, condition: PreparedCondition) -> Tensor:
+        """Return the velocity (B,Z,h,w) of latents (B,Z,h,w) under a modulation (1 or B,6*blocks+2,W)."""
+        hidden, last = self.first_block(latent, modulation, condition), len(condition.keys_values)
+        hidden = self.run_blocks(hidden, modulation, condition, 1, last, latent.shape[-2:])
+        return self.finish(hidden, modulation, latent.shape[-2:])
+
+    def first_block(self, latent: Tensor, modulation: Tensor, condition: PreparedCondition) -> Tensor:
+        """Return the tokens (B,n,W) of latents (B,Z,h,w) after the first block."""
+        hidden = self.transformer.patch_embed(latent)  # B n W
+        return self.run_blocks(hidden, modulation, condition, 0, 1, latent.shape[-2:])
+
+    def run_blocks(
+        self, hidden: Tensor, modulation: Tensor, condition: PreparedCondition, start: int, stop: int, size: torch.Size
+    ) -> Tensor:
+        """Run blocks `start` to `stop` on tokens (B,n,W) of a grid of `size` (h,w)."""
+        for i in range(start, stop):
+            own = modulation[:, MODULATIONS * i : MODULATIONS * (i + 1)]
+            inputs = (self.transformer.transformer_blocks[i], hidden, own, *condition.keys_values[i], condition.mask, size)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
+                hidden = torch.utils.checkpoint.checkpoint(run_block, *inputs, use_reentrant=False)
             else:
-                hidden = block(*inputs)
-        hidden = net.proj_out(net.norm_out(hidden, embedded, net.scale_shift_table))  # B hw Z
-        return hidden.transpose(1, 2).reshape(b, -1, height, width)  # B Z h w
+                hidden = run_block(*inputs)
+        return hidden
+
+    def finish(self, hidden: Tensor, modulation: Tensor, size: torch.Size) -> Tensor:
+        """Return the velocity (B,Z,h,w) of the last block's tokens (B,n,W)."""
+        net = self.transformer
+        hidden = net.proj_out(modulated_norm(net.norm_out.norm, hidden, modulation[:, -2:]))  # B n Z
+        return hidden.transpose(1, 2).reshape(len(hidden), -1, *size)  # B Z h w
+
+    def forward(self, latent: Tensor, timestep: Tensor, condition: PreparedCondition) -> Tensor:
+        """Return the velocity (B,Z,h,w) of latents (B,Z,h,w) at integer timesteps (B,) in [0, 1000]."""
+        return self.step(latent, self.modulate(timestep), condition)
+
+
+# --- one block, on tokens (B,n,W) -----------------------------------------------------------------------------------
+
+
+def run_block(
+    block: Any, hidden: Tensor, modulation: Tensor, key: Tensor, value: Tensor, mask: Tensor, size: torch.Size
+) -> Tensor:
+    """Linear self attention, cross attention to ready keys and values, gated convolutional feed-forward."""
+    attended = linear_attention(block.attn1, modulated_norm(block.norm1, hidden, modulation[:, 0:2]))
+    hidden = torch.addcmul(hidden, modulation[:, 2:3], attended)
+    hidden = hidden + cross_attention(block.attn2, hidden, key, value, mask)
+    mixed = feed_forward(block.ff, modulated_norm(block.norm2, hidden, modulation[:, 3:5]), size)
+    return torch.addcmul(hidden, modulation[:, 5:6], mixed)
+
+
+def modulated_norm(norm: nn.LayerNorm, hidden: Tensor, modulation: Tensor) -> Tensor:
+    """Normalise (B,n,W), then shift and scale it by (1 or B,2,W)."""
+    shift, scale = modulation[:, 0:1], modulation[:, 1:2]
+    if len(modulation) == 1:  # of all rows: the normalisation's own weight and bias
+        return F.layer_norm(hidden, norm.normalized_shape, scale.flatten(), shift.flatten(), norm.eps)
+    return torch.addcmul(shift, norm(hidden), scale).to(hidden.dtype)
+
+
+def linear_attention(attn: Attention, hidden: Tensor) -> Tensor:
+    """ReLU attention in time linear in n, its sums in float32: (B,n,W) -> (B,n,W)."""
+    b, n, _ = hidden.shape
+    query, key, value = (
+        linear(hidden).view(b, n, attn.heads, -1).transpose(1, 2).float() for linear in (attn.to_q, attn.to_k, attn.to_v)
+    )  # B heads n d
+    query, key = query.relu(), key.relu()
+    summed = key.transpose(2, 3) @ value  # B heads d d
+    weight = query @ key.sum(2).unsqueeze(-1)  # B heads n 1
+    out = (query @ summed / (weight + 1e-15)).transpose(1, 2).reshape(b, n, -1).to(hidden.dtype)
+    out = attn.to_out[0](out)
+    return out.clip(-65504, 65504) if out.dtype == torch.float16 else out
+
+
+def cross_attention(attn: Attention, hidden: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Attend from tokens (B,n,W) to keys and values (B,heads,L,d) under a mask (B,1,1,L)."""
+    b, n, _ = hidden.shape
+    query = attn.to_q(hidden).view(b, n, attn.heads, -1).transpose(1, 2)  # B heads n d
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return attn.to_out[0](out.transpose(1, 2).reshape(b, n, -1))
+
+
+def feed_forward(ff: Any, hidden: Tensor, size: torch.Size) -> Tensor:
+    """Widen, mix the 3x3 neighbours of each channel, gate, narrow: (B,n,W) -> (B,n,W)."""
+    fresh = not torch.is_grad_enabled()
+    wide = F.silu(pointwise(ff.conv_inverted, hidden, size), inplace=fresh)  # B n 2M
+    mixed = ff.conv_depth(wide.unflatten(1, size).permute(0, 3, 1, 2))  # B 2M h w, channels last
+    value, gate = mixed.permute(0, 2, 3, 1).flatten(1, 2).chunk(2, -1)  # B n M each
+    return pointwise(ff.conv_point, F.silu(gate) * value, size)
+
+
+def pointwise(layer: nn.Module, hidden: Tensor, size: torch.Size) -> Tensor:
+    """Apply a 1x1 convolution, a linear layer in its place, or what wraps either, to tokens (B,n,W)."""
+    if type(layer) is nn.Conv2d:
+        return F.linear(hidden, layer.weight.flatten(1), layer.bias)
+    if isinstance(layer, nn.Linear):
+        return layer(hidden)
+    return layer(hidden.unflatten(1, size).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
