@@ -193,9 +193,9 @@ def test_override_reads_every_kind_of_value(setting, value):
 
 
 def test_override_applies_all_settings_at_once():
-    settings = ["data.source=folder", "data.path=/x", "optim.lr=2", "optim.lr=3"]  # the first alone would be invalid
+    settings = ["data.source=files", "data.path=/x", "optim.lr=2", "optim.lr=3"]  # the first alone would be invalid
     recipe = override(get_recipe("tiny/recon"), settings)
-    assert (recipe.data.source, recipe.data.path, recipe.optim.lr) == ("folder", "/x", 3.0)
+    assert (recipe.data.source, recipe.data.path, recipe.optim.lr) == ("files", "/x", 3.0)
     assert get_recipe("tiny/recon").data.source == "emoji"
 
 
@@ -237,8 +237,8 @@ def test_unknown_setting_names_the_nearest(name, near):
         ("trains=encoder:x", "tuple"),
         ("objective.distill=-1", "at least 0"),
         ("objective.perceptual_source=vgg", "allowed: teacher"),
-        ("data.source=web", "allowed: emoji, folder"),
-        ("data.source=folder", "data.path is empty"),
+        ("data.source=web", "allowed: emoji, files"),
+        ("data.source=files", "data.path is empty"),
         ("data.image_size=100", "multiple of 28"),
         ("data.edit_share=0.5", "no edits"),
         ("data.text_share=0.5", "next_token"),
@@ -281,4 +281,5 @@ def test_changed_settings_are_told_but_for_those_free_to_change():
     assert changed_settings(free, plain(recipe)) == "" and set(FREE_TO_CHANGE) <= set(leaves(recipe))
     other = override(recipe, ["optim.lr=1", "objective.noises=3"])
     assert changed_settings(other, plain(recipe)) == "objective.noises (1 -> 3), optim.lr (0.0001 -> 1.0)"
-    assert "optim.lr" in changed_settings(recipe, {k: v for k, v in plain(recipe).items() if k != "optim.lr"})
+    earlier = {k: v for k, v in plain(recipe).items() if k not in ("optim.lr", "data.world")}
+    assert changed_settings(recipe, earlier) == "data.world (nano -> tiny)", "a new setting had its default before"

@@ -1,16 +1,14 @@
-"""Batches: the same for any number of workers, a function of seed and sample, labels where answers are, folders."""
+"""Batches: the same for any number of workers, a function of seed and sample, labels where answers are."""
 
 import dataclasses
 import os
 import signal
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from unilip.errors import ConfigError, ImageError, PromptError
-from unilip.preprocess import TURN_END, Message, Processor
+from unilip.errors import ConfigError
+from unilip.preprocess import TURN_END, Message
 from unilip.train.batches import NOT_LEARNED, _leave_signals, conversation, iterate, make_batches
 from unilip.train.recipe import override
 from unilip.train.recipes import get_recipe
@@ -169,144 +167,3 @@ def test_seed_and_step_decide_everything(tiny_model):
 def test_the_world_must_have_the_model_s_size(tiny_model):
     with pytest.raises(ConfigError, match="world of the model's size"):
         opened("tiny/recon", tiny_model, "data.world=pico")
-
-
-# --- folders ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path, picture):
-    """Six captioned pictures of odd sizes in two subfolders, and two edits."""
-    for i in range(6):
-        place = tmp_path / f"part{i % 2}"
-        place.mkdir(exist_ok=True)
-        picture(60 + i, 80, i).save(place / f"scene.{i}.png")
-        (place / f"scene.{i}.txt").write_text(f"a picture of {i}\n", encoding="utf-8")
-    for i in range(2):
-        picture(64, 64, 10 + i).save(tmp_path / f"e{i}.input.png")
-        picture(64, 64, 20 + i).save(tmp_path / f"e{i}.output.jpg")
-        (tmp_path / f"e{i}.txt").write_text(f"make it {i}", encoding="utf-8")
-    return tmp_path
-
-
-def from_folder(name, folder, model, *settings):
-    return opened(name, model, "data.source=folder", f"data.path={folder}", *settings)
-
-
-def prompts(batches, index):
-    return batches.processor.decode(batches[index]["prompts"].input_ids)
-
-
-def test_captions_and_edits_from_a_folder(folder, tiny_model):
-    batches = from_folder("tiny/sft", folder, tiny_model, "batch_size=3", "objective.drop_prompt=0", "steps=20")
-    kinds = {"sources" in batches[i]: i for i in range(20)}
-    captioned, edited = batches[kinds[False]], batches[kinds[True]]
-    assert captioned["targets"].shape == edited["sources"].shape == edited["targets"].shape == (3, 3, 56, 56)
-    assert all("Generate an image: a picture of" in text for text in prompts(batches, kinds[False]))
-    assert all("Edit the image: make it" in text for text in prompts(batches, kinds[True]))
-    assert batches.pairs[0][0].name == "e0.input.png" and batches.pairs[0][1].name == "e0.output.jpg"
-    assert len(batches.pictures) == 6, "pictures of edits are no captioned pictures"
-
-
-def test_pictures_are_cropped_in_the_middle(folder, tiny_model):
-    batches = from_folder("tiny/pretrain", folder, tiny_model)
-    path, _ = batches.pictures[batches._pick(0, 6)]
-    image = Image.open(path)
-    scale = 56 / image.width
-    tall = image.resize((56, round(image.height * scale)), Image.Resampling.BICUBIC)
-    top = (tall.height - 56) // 2
-    wanted = np.asarray(tall.crop((0, top, 56, top + 56)), dtype=float)
-    assert np.abs(batches.caption_item(0)[0] - wanted).mean() < 4
-
-
-def test_every_picture_comes_once_an_epoch_in_an_order_of_seed_and_epoch(folder, tiny_model):
-    batches = from_folder("tiny/pretrain", folder, tiny_model)
-    epochs = [[batches._pick(6 * epoch + i, 6) for i in range(6)] for epoch in range(3)]
-    assert all(sorted(epoch) == list(range(6)) for epoch in epochs) and len({tuple(e) for e in epochs}) > 1
-    again = from_folder("tiny/pretrain", folder, tiny_model)
-    assert [again._pick(6 + i, 6) for i in range(6)] == epochs[1], "any epoch can be begun with"
-    other = from_folder("tiny/pretrain", folder, tiny_model, "seed=5")
-    assert [[other._pick(6 * epoch + i, 6) for i in range(6)] for epoch in range(3)] != epochs
-
-
-def test_folder_batches_do_not_depend_on_workers(folder, tiny_model):
-    settings = ("steps=4", "batch_size=2")
-    alone = list(iterate(from_folder("tiny/sft", folder, tiny_model, *settings), 0))
-    workers = list(iterate(from_folder("tiny/sft", folder, tiny_model, *settings, "data.workers=2"), 0))
-    assert all(same(a, b) for a, b in zip(alone, workers, strict=True))
-
-
-def test_a_tokenizer_stage_takes_pictures_without_text_and_without_a_tokenizer(tmp_path, picture, tiny_model):
-    for i in range(3):
-        picture(60, 60, i).save(tmp_path / f"{i}.PNG")
-    recipe = override(get_recipe("tiny/recon"), ["data.source=folder", f"data.path={tmp_path}"])
-    batches = make_batches(recipe, tiny_model.config, None)
-    assert batches[5]["images"].shape == (2, 3, 56, 56)
-    with pytest.raises(ConfigError, match="no text"):
-        from_folder("tiny/pretrain", tmp_path, tiny_model)
-    recipe = override(get_recipe("tiny/pretrain"), ["data.source=folder", f"data.path={tmp_path}"])
-    with pytest.raises(ConfigError, match="starts from nothing that has a tokenizer"):
-        make_batches(recipe, tiny_model.config, None)
-
-
-def test_dcae_targets_are_read_at_the_autoencoder_s_size(folder, tiny_model):
-    batches = from_folder("tiny/pretrain", folder, tiny_model, "objective.target=dcae")
-    assert batches[0]["targets"].shape == (2, 3, 64, 64), "32 px, where the encoder has 28"
-
-
-def test_texts_that_are_too_long_are_left_out(folder, tiny_model, caplog):
-    (folder / "part0" / "scene.0.txt").write_text("x" * 1001)
-    (folder / "part0" / "scene.2.txt").write_text(
-        "é" * 999, encoding="utf-8"
-    )  # more bytes, but not too many characters
-    with caplog.at_level("INFO"):
-        batches = from_folder("tiny/pretrain", folder, tiny_model)
-    assert len(batches.pictures) == 5 and "scene.0.txt is left out" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("name", "harm", "error", "message"),
-    [
-        ("tiny/clip", lambda f: None, ConfigError, "no questions"),
-        ("tiny/sft", lambda f: (f / "e1.output.jpg").unlink(), ConfigError, r"e1\.input\.png has no e1\.output"),
-        ("tiny/sft", lambda f: (f / "e0.txt").unlink(), ConfigError, r"e0\.input\.png has no text.* e0\.txt"),
-        ("tiny/pretrain", lambda f: (f / "part1/scene.1.txt").unlink(), ConfigError, r"scene\.1\.png has no text"),
-        ("tiny/sft", lambda f: [p.unlink() for p in f.glob("e*")], ConfigError, "holds no NAME.input"),
-        ("tiny/recon", lambda f: [p.unlink() for p in f.rglob("*.*g")], ConfigError, "holds no pictures"),
-        ("tiny/pretrain", lambda f: [p.unlink() for p in f.rglob("part*/*")], ConfigError, "2 edits set"),
-    ],
-)  # fmt: skip
-def test_bad_folders_are_refused_when_opened(folder, tiny_model, name, harm, error, message):
-    harm(folder)
-    with pytest.raises(error, match=message):
-        from_folder(name, folder, tiny_model)
-
-
-def test_a_missing_folder_is_refused(tiny_model, tmp_path):
-    with pytest.raises(ConfigError, match="is not a folder"):
-        from_folder("tiny/recon", tmp_path / "nowhere", tiny_model)
-
-
-@pytest.mark.parametrize(
-    ("harm", "error", "message"),
-    [
-        (lambda png, txt: png.write_bytes(png.read_bytes()[:90]), ImageError, r"scene\.0\.png: The image"),
-        (lambda png, txt: txt.write_bytes(b"\xff\xfe\x00"), PromptError, r"scene\.0\.txt is not UTF-8"),
-        (lambda png, txt: txt.write_text(" \n"), PromptError, r"text in .*scene\.0\.txt is empty"),
-        (lambda png, txt: txt.write_text("an <IMG_CONTEXT>"), PromptError, r"scene\.0\.txt contains <IMG_CONTEXT>"),
-    ],
-)
-def test_broken_items_are_named(folder, tiny_model, harm, error, message):
-    """A bad sample stops the run and says which file it is; it is not silently replaced."""
-    place = folder / "part0"
-    harm(place / "scene.0.png", place / "scene.0.txt")
-    batches = from_folder("tiny/pretrain", folder, tiny_model, "batch_size=6")
-    with pytest.raises(error, match=message):
-        batches[0]
-
-
-def test_the_processor_of_a_resized_model_sets_the_size(tiny_tokenizer, tiny_model, folder):
-    config = tiny_model.config.replace(image_size=84)
-    recipe = override(get_recipe("tiny/sft"), ["data.source=folder", f"data.path={folder}", "data.edit_share=1"])
-    batch = make_batches(recipe, config, Processor(tiny_tokenizer, config))[0]
-    assert batch["sources"].shape[-1] == 84 and int(batch["prompts"].image_slots[0].sum()) == 9

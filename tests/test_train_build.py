@@ -177,7 +177,7 @@ def test_a_tokenizer_without_text_is_enough_for_pixels(tmp_path, picture):
     mine = recipe(
         f"all={tmp_path / 'bare'}", objective=Reconstruct(perceptual=0.0), trains=(("pixel_decoder", 1.0),)
     )  # fmt: skip
-    mine = override(mine, ["data.source=folder", f"data.path={tmp_path}"])
+    mine = override(mine, ["data.source=files", f"data.path={tmp_path}"])
     model, objective, batches = build(mine, tmp_path)
     assert model.processor is None and objective.loss(batches[0], 0)[0] > 0
 

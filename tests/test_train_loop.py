@@ -543,7 +543,7 @@ def test_a_folder_of_pictures_continues_a_trained_model(fork):
     for i in range(2):
         Image.new("RGB", (60, 60), (40 * i, 90, 10)).save(place / f"{i}.png")
         (place / f"{i}.txt").write_text(f"picture {i}")
-    recipe = quick("data.source=folder", f"data.path={place}", "data.edit_share=0", name="tiny/sft")
+    recipe = quick("data.source=files", f"data.path={place}", "data.edit_share=0", name="tiny/sft")
     model, objective, batches = build(recipe, fork)
     loss, terms = objective.loss(batches[0], 0)
     assert set(terms) == {"flow"} and loss.isfinite() and model.processor.image_size == 56

@@ -1,16 +1,19 @@
 """Batches of a recipe: item i is the i-th batch, a function of (seed, i) alone, on any number of loader workers.
 
-With accumulation a step takes several items in a row; everything random about a sample depends on the number of the
-sample, so one batch of four and two batches of two are the same data. Pictures are uint8 (B,3,S,S); prompts are
-`Tokens`; conversations carry labels (B,T), -100 where nothing is learned; `seeds` has one number for each sample.
+With accumulation, and with several processes, a step takes several items in a row; everything random about a sample
+depends on the number of the sample, so one batch of four and two batches of two are the same data. Pictures are uint8
+(B,3,S,S); prompts are `Tokens`; conversations carry labels (B,T), -100 where nothing is learned; `seeds` has one number
+for each sample. What a cache made beforehand comes in place of pictures, under its own names.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 from collections import Counter
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from unilip.config import DECODER_PIXELS, TOKEN_PIXELS, UniLIPConfig
+from unilip.data.errors import DataError
 from unilip.data.seeding import generator, stable_hash
-from unilip.errors import ConfigError
+from unilip.errors import ConfigError, UniLIPError
 from unilip.preprocess import TURN_END, Message, Processor, Tokens
 from unilip.train.processes import own_batches
 from unilip.train.recipe import Flow, Recipe, Understand
 
+logger = logging.getLogger(__name__)
 ENDLESS = 1 << 40
 NOT_LEARNED = -100  # what cross entropy leaves out
 Turns = Sequence[tuple[str, str]]
@@ -34,6 +39,17 @@ Turns = Sequence[tuple[str, str]]
 def stack(images: Sequence[np.ndarray]) -> Tensor:
     """uint8 pictures (H,W,3) -> (B,3,H,W)."""
     return torch.from_numpy(np.stack(images)).movedim(-1, 1).contiguous()
+
+
+def stacked(name: str, images: Sequence[Any]) -> dict[str, Tensor]:
+    """Pictures under NAME, or what stands for them: dictionaries of arrays, each stacked under its own key."""
+    if not isinstance(images[0], dict):
+        return {name: stack(images)}
+    found: dict[str, Tensor] = {}
+    for key in images[0]:
+        values = [image[key] for image in images]
+        found[key] = stack(values) if values[0].dtype == np.uint8 else torch.from_numpy(np.stack(values))
+    return found
 
 
 def conversation(processor: Processor, rows: Sequence[tuple[int, Turns]]) -> tuple[Tokens, Tensor]:
@@ -75,10 +91,11 @@ class Batches(Dataset[dict[str, Any]]):
             self.target_size = config.image_size // TOKEN_PIXELS * DECODER_PIXELS  # what the autoencoder reads
         self._processor = processor
         self._word_weights: Tensor | None = None
+        self.tally = Tally(recipe.data.max_skipped)  # of the last `iterate`
 
     @property
     def processor(self) -> Processor:
-        """The tokenizer; only a tokenizer stage on a folder of pictures can do without one."""
+        """The tokenizer; only a tokenizer stage on files of pictures can do without one."""
         if self._processor is None:
             raise ConfigError("This recipe starts from nothing that has a tokenizer; name one in init.")
         return self._processor
@@ -88,7 +105,7 @@ class Batches(Dataset[dict[str, Any]]):
 
     # what a source has
 
-    def caption_item(self, index: int) -> tuple[np.ndarray, str]:
+    def caption_item(self, index: int) -> tuple[Any, str]:
         """Return picture and caption."""
         raise AssertionError("a source must give captions")
 
@@ -96,11 +113,15 @@ class Batches(Dataset[dict[str, Any]]):
         """Return the caption alone."""
         return self.caption_item(index)[1]
 
-    def questions_item(self, index: int, turns: int) -> tuple[np.ndarray, str, list[tuple[str, str]]]:
+    def image_item(self, index: int) -> Any:
+        """Return a picture alone."""
+        return self.caption_item(index)[0]
+
+    def questions_item(self, index: int, turns: int) -> tuple[Any, str, Turns]:
         """Return picture, caption, and question-answer turns."""
         raise AssertionError("a source must give questions")
 
-    def edit_item(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
+    def edit_item(self, index: int) -> tuple[Any, Any, str]:
         """Return source, target, instruction."""
         raise AssertionError("a source must give edits")
 
@@ -117,16 +138,19 @@ class Batches(Dataset[dict[str, Any]]):
             return self.understanding(samples, objective)
         if isinstance(objective, Flow):
             step = index // self.recipe.accumulate  # all batches of a step have one task
-            edits = generator("task", self.recipe.seed, step).random() < self.recipe.data.edit_share
-            return self.edits(samples) if edits else self.generation(samples)
-        return {"images": stack([self.caption_item(i)[0] for i in samples])}
+            return self.edits(samples) if self.is_edit(step) else self.generation(samples)
+        return stacked("images", [self.image_item(i) for i in samples])
+
+    def is_edit(self, step: int) -> bool:
+        """Whether the batches of a step hold edits."""
+        return generator("task", self.recipe.seed, step).random() < self.recipe.data.edit_share
 
     def generation(self, samples: range) -> dict[str, Any]:
         """Prompts and the pictures they ask for."""
         items = [self.caption_item(i) for i in samples]
         texts = [self.processor.generate_text(self._kept(text, i)) for i, (_, text) in zip(samples, items, strict=True)]
         return {
-            "targets": stack([image for image, _ in items]),
+            **stacked("targets", [image for image, _ in items]),
             "prompts": self.processor.tokenize(texts),
             "seeds": self._seeds(samples),
         }
@@ -136,8 +160,8 @@ class Batches(Dataset[dict[str, Any]]):
         items = [self.edit_item(i) for i in samples]
         texts = [self.processor.edit_text(self._kept(text, i)) for i, (*_, text) in zip(samples, items, strict=True)]
         return {
-            "sources": stack([source for source, _, _ in items]),
-            "targets": stack([target for _, target, _ in items]),
+            **stacked("sources", [source for source, _, _ in items]),
+            **stacked("targets", [target for _, target, _ in items]),
             "prompts": self.processor.tokenize(texts),
             "seeds": self._seeds(samples),
         }
@@ -156,7 +180,7 @@ class Batches(Dataset[dict[str, Any]]):
         batch: dict[str, Any] = {}
         items = [self.questions_item(i, objective.turns) for i in samples]
         captions = [caption for _, caption, _ in items]
-        batch["images"] = stack([image for image, _, _ in items])
+        batch |= stacked("images", [image for image, _, _ in items])
         if objective.contrastive:
             batch["captions"] = self.processor.tokenize([c + TURN_END for c in captions], padding_side="right")
             batch["same"] = torch.tensor([[float(a == b) for b in captions] for a in captions])
@@ -257,19 +281,108 @@ class EmojiBatches(Batches):
 
 def make_batches(recipe: Recipe, config: UniLIPConfig, processor: Processor | None) -> Batches:
     """Open a recipe's data."""
-    from unilip.train.folder import FolderBatches
+    from unilip.train.files import FileBatches
 
-    sources: dict[str, type[Batches]] = {"emoji": EmojiBatches, "folder": FolderBatches}
+    sources: dict[str, type[Batches]] = {"emoji": EmojiBatches, "files": FileBatches}
     return sources[recipe.data.source](recipe, config, processor)
 
 
+# --- handing them out -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reading:
+    """What happened while a batch was read: how many samples were tried, and those not used as (reason, detail).
+
+    `left_out` are over a limit that was set, `skipped` could not be read.
+    """
+
+    tried: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Tally:
+    """Counts by reason what this process did not use, says so in the log, and stops where it is too much."""
+
+    NAMED = 20  # skipped samples that the log names one by one
+    LEAST = 1000  # samples to judge by: a share of a handful means nothing
+
+    def __init__(self, most: float) -> None:
+        self.most = most
+        self.tried = 0
+        self.skipped: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
+
+    def add(self, reading: Reading) -> None:
+        """Count a batch's.
+
+        Raises:
+            DataError: more than the allowed share cannot be read.
+        """
+        self.tried += reading.tried
+        for reason, detail in reading.skipped:
+            self.skipped[reason] += 1
+            if self.skipped.total() <= self.NAMED:
+                logger.warning("a sample is skipped: %s", detail)
+        self.left_out.update(reason for reason, _ in reading.left_out)
+        if self.skipped.total() > self.most * max(self.tried, self.LEAST):
+            raise DataError(
+                f"{self.skipped.total()} of {self.tried} samples cannot be read ({_reasons(self.skipped)}), the last: "
+                f"{reading.skipped[-1][1]}. Mend the data (`unilip data check` lists what is wrong), or allow a "
+                f"larger share with data.max_skipped, which is {self.most:g}."
+            )
+
+    def summary(self) -> str:
+        """Say in words what was not used; empty where all was."""
+        parts = []
+        if self.skipped:
+            parts.append(f"{self.skipped.total()} could not be read ({_reasons(self.skipped)})")
+        if self.left_out:
+            parts.append(f"{self.left_out.total()} were over a limit ({_reasons(self.left_out)})")
+        return f"of {self.tried} samples {' and '.join(parts)}" if parts else ""
+
+
+def _reasons(counts: Counter[str]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in counts.most_common())
+
+
+class _Carried(Dataset[Any]):
+    """Batches whose errors come as values: a loader's worker would wrap them in its own traceback."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.batches[index]
+        except UniLIPError as error:
+            return error
+
+
 def iterate(batches: Batches, start: int) -> Generator[dict[str, Any]]:
-    """Yield this process's batches from index `start` (the first of a step) on, prepared by loader workers."""
+    """Yield this process's batches from index `start` (the first of a step) on, prepared by loader workers.
+
+    Raises:
+        UniLIPError: a batch cannot be made, or more samples than allowed cannot be read.
+    """
     workers = batches.recipe.data.workers
-    yield from DataLoader(
-        batches, batch_size=None, sampler=own_batches(start, len(batches)), num_workers=workers,
+    tally = batches.tally = Tally(batches.recipe.data.max_skipped)
+    loader = DataLoader(
+        _Carried(batches), batch_size=None, sampler=own_batches(start, len(batches)), num_workers=workers,
         prefetch_factor=4 if workers else None, worker_init_fn=_leave_signals,
     )  # fmt: skip
+    try:
+        for batch in loader:
+            if isinstance(batch, UniLIPError):
+                raise batch
+            reading = batch.pop("reading", None)
+            if reading is not None:
+                tally.add(reading)
+            yield batch
+    finally:
+        if tally.summary():
+            logger.info("%s", tally.summary())
 
 
 def _leave_signals(worker: int) -> None:

@@ -143,28 +143,46 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Data:
-    """Where batches come from: the emoji world by its name, or a folder of pictures with captions beside them.
+    """Where batches come from: the emoji world by its name, or files of one's own: `path` says where, docs/data.md how.
 
     `edit_share` is the share of steps whose batches hold edits (a batch has one task); `text_share` adds that share of
-    questions without a picture. `image_size` replaces the model's own. `workers` processes prepare batches.
+    questions without a picture. `image_size` replaces the model's own; `fit` makes pictures square (auto: the centre of
+    what is drawn, the whole of what is talked about). Texts over `max_characters`, or over `max_tokens` (0: what the
+    model reads), are left out. Over a share `max_skipped` of samples that cannot be read the run stops. `window` shards
+    are shuffled together; `lanes` are disjoint sets of shards that fill their own part of every step; `keep_gb` bounds
+    the remote shards on disk. `cache` is a folder made by `unilip data cache`. `workers` processes prepare batches.
     """
 
     source: str = "emoji"
     world: str = "nano"
     path: str = ""
     image_size: int = 0
+    fit: str = "auto"
     edit_share: float = 0.0
     text_share: float = 0.0
+    max_characters: int = 1000
+    max_tokens: int = 0
+    max_skipped: float = 0.01
+    window: int = 4
+    lanes: int = 1
+    keep_gb: float = 50.0
+    cache: str = ""
     workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.source not in ("emoji", "folder"):
-            raise ConfigError(f"data.source is {self.source!r}; allowed: emoji, folder.")
-        if self.source == "folder" and not self.path:
-            raise ConfigError("data.path is empty; data.source=folder needs the folder of the pictures.")
-        if not (0 <= self.edit_share <= 1 and 0 <= self.text_share <= 1):
-            raise ConfigError("data.edit_share and data.text_share are shares between 0 and 1.")
-        _check(self, "data.", "at least 0", "workers", "image_size")
+        if self.source not in ("emoji", "files"):
+            raise ConfigError(f"data.source is {self.source!r}; allowed: emoji, files.")
+        if self.source == "files" and not self.path:
+            raise ConfigError("data.path is empty; data.source=files needs a folder, shards, a .jsonl file or hf:NAME.")
+        for name in ("edit_share", "text_share", "max_skipped"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"data.{name} is {getattr(self, name)}; it is a share between 0 and 1.")
+        if self.fit not in ("auto", "crop", "resize", "pad"):
+            raise ConfigError(f"data.fit is {self.fit!r}; allowed: auto, crop, resize, pad.")
+        if self.cache and self.source == "emoji":
+            raise ConfigError("data.cache is for data.source=files; the emoji world is drawn anew all the time.")
+        _check(self, "data.", "at least 0", "workers", "image_size", "max_characters", "max_tokens", "keep_gb")
+        _check(self, "data.", "at least 1", "window", "lanes", least=1)
         if self.image_size % TOKEN_PIXELS:
             raise ConfigError(
                 f"data.image_size is {self.image_size}; it must be a multiple of {TOKEN_PIXELS}, or 0 for the model's."
@@ -243,6 +261,11 @@ class Recipe:
             raise ConfigError(f"data.edit_share is {self.data.edit_share}, but the objective {kind} has no edits.")
         if self.data.text_share and not (isinstance(self.objective, Understand) and self.objective.next_token):
             raise ConfigError(f"data.text_share is {self.data.text_share}, which needs objective.next_token above 0.")
+        if self.batch_size * self.accumulate % self.data.lanes:
+            raise ConfigError(
+                f"data.lanes is {self.data.lanes}; it must divide the samples of a step, batch_size x accumulate = "
+                f"{self.batch_size} x {self.accumulate}."
+            )
         if self.measure_latents and not isinstance(self.objective, Reconstruct):
             raise ConfigError(f"measure_latents is for tokenizer stages; the objective {kind} makes no latents.")
 
@@ -288,12 +311,25 @@ def defaults(record: Any, prefix: str = "") -> dict[str, Any]:
 def changed_settings(recipe: Recipe, before: Mapping[str, Any]) -> str:
     """Say in words which settings differ from those of an earlier run of the recipe; empty where none does.
 
-    A setting that did not exist when the earlier run was made had its default.
+    A setting that did not exist then had its present default.
     """
     now = plain(recipe)
-    before = {name: value for name, value in defaults(recipe).items() if name in now} | dict(before)
+    before = _defaults(recipe) | dict(before)
     names = [name for name in {**now, **before} if name not in FREE_TO_CHANGE and now.get(name) != before.get(name)]
     return ", ".join(f"{name} ({before.get(name)} -> {now.get(name)})" for name in names)
+
+
+def _defaults(recipe: Recipe) -> dict[str, Any]:
+    """The default of every setting of a recipe that has one, by dotted name."""
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(recipe):
+        value = getattr(recipe, f.name)
+        if dataclasses.is_dataclass(value):
+            found |= leaves(type(value)(), f"{f.name}.")  # type: ignore[operator]
+        elif f.default is not dataclasses.MISSING:
+            found[f.name] = f.default
+    values: dict[str, Any] = json.loads(json.dumps(found))
+    return values
 
 
 def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:

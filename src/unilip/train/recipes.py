@@ -156,12 +156,12 @@ def paper(size: str, internvl: str, sana: str) -> list[Recipe]:
     """The paper's six stages at a released size (section 4.1 and the authors' settings).
 
     One process runs a recipe, so `accumulate` makes up the authors' global batch: 512 for the flow stages (16 GPUs x
-    32), four GPUs' batches for the tokenizer's. The data are folders (`--set data.path=...`); starting points are
+    32), four GPUs' batches for the tokenizer's. The data are files (`--set data.path=...`); starting points are
     looked for under their published names and can be local folders (`--set init=...`).
     """
     dcae = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
-    pixels = Data(source="folder", path="data/images", image_size=224, workers=8)
-    pairs = Data(source="folder", path="data/pairs", image_size=448, workers=8)
+    pixels = Data(source="files", path="data/images", image_size=224, workers=8)
+    pairs = Data(source="files", path="data/pairs", image_size=448, workers=8)
     # Shares that follow from how often the authors repeat their edits: 10 x 1.5 M pairs beside 38 M captioned pictures;
     # 3 x 46 k pairs (ShareGPT-4o-Image) beside its 45 k pictures and the 60 k of BLIP3o-60k.
     with_edits = dataclasses.replace(pairs, edit_share=0.28)

@@ -1,0 +1,142 @@
+"""A Hugging Face dataset as a source: streamed shard by shard through the `datasets` library.
+
+Goes in: `hf:NAME?split=train&caption=prompt`, NAME being a hub id or a folder that `load_dataset` takes. The fields are
+those of a JSONL line (image, caption; source, instruction, target; conversations); `field=column` renames, `name=`
+chooses a configuration, `revision=` a version. Comes out: samples by shard and place; a shard of the stream is written
+to the cache folder as a tar file when its turn comes, and from there on treated like any remote shard.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from unilip.data.errors import DataError
+from unilip.data.records import KINDS, Unreadable
+from unilip.data.shards import FORMAT, Shards, fetch
+
+SCHEME = "hf:"
+FIELDS = ("image", "caption", "source", "instruction", "target", "conversations")
+MEMBERS = {
+    "image": "jpg", "source": "input.jpg", "target": "output.jpg", "caption": "txt", "instruction": "txt",
+    "conversations": "json",
+}  # fmt: skip
+
+
+class HubStream(Shards):
+    """The samples of a dataset on the hub, or of a folder that `load_dataset` takes.
+
+    Raises:
+        DataError: it cannot be opened, or has no columns that make a sample.
+    """
+
+    def __init__(self, location: str, keep_gb: float = 50.0) -> None:
+        name, _, query = location.removeprefix(SCHEME).partition("?")
+        given = dict(parse_qsl(query, strict_parsing=True)) if query else {}
+        options: dict[str, str] = {key: given.pop(key) for key in ("split", "name", "revision") if key in given}
+        unknown = sorted(set(given) - set(FIELDS))
+        if unknown:
+            raise DataError(
+                f"{location} sets {', '.join(unknown)}; allowed: split, name, revision, {', '.join(FIELDS)}."
+            )
+        self._stream, self._rows = _open(name, options, location)
+        columns = set(self._stream.column_names or ())
+        self.columns = {field: given.get(field, field) for field in FIELDS if given.get(field, field) in columns}
+        missing = sorted(column for column in given.values() if column not in columns)
+        self._kinds = _kinds(self.columns)
+        if missing or not self._kinds:
+            have = ", ".join(sorted(columns)) or "none that are known"
+            want = f"no column {', '.join(missing)}" if missing else "no columns for a sample"
+            raise DataError(
+                f"{location} has {want}; its columns are: {have}. Name them, as in ?image=COLUMN&caption=COLUMN."
+            )
+        shards = [f"hf://{location.removeprefix(SCHEME)}#{i}" for i in range(self._stream.num_shards)]
+        super().__init__(shards, location, keep_gb)
+
+    def _head(self, shard: str) -> dict[str, Any]:
+        number = int(shard.rpartition("#")[2])
+        if self._rows is not None:
+            counts = {kind: self._rows[number] * self._kinds.get(kind, 0) for kind in KINDS}
+            return {"format": FORMAT, "fault": "", "counts": counts}
+        return super()._head(shard)
+
+    def _bring(self, location: str) -> Path:
+        return fetch(location, self.keep_gb, self._write)
+
+    def _write(self, location: str, path: Path) -> None:
+        """Write the samples of one shard of the stream to a tar file."""
+        import webdataset
+
+        number = int(location.rpartition("#")[2])
+        temporary = path.with_name(f".{path.name}.part")
+        try:
+            with temporary.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0.0) as writer:
+                for i, members in enumerate(self._samples(number)):
+                    writer.write({"__key__": f"{i:08d}", **members})
+        except Exception as error:  # of the network, of the format, of the library
+            temporary.unlink(missing_ok=True)
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise Unreadable("shard unreachable", f"{location}: {why}") from error
+        temporary.replace(path)
+
+    def _samples(self, number: int) -> Iterator[dict[str, bytes]]:
+        part = self._stream.shard(num_shards=self._stream.num_shards, index=number)
+        for row in part:
+            yield {MEMBERS[field]: _encoded(row[column]) for field, column in self.columns.items()}
+
+
+def _open(name: str, options: dict[str, str], location: str) -> tuple[Any, list[int] | None]:
+    """Open a stream with undecoded pictures, and the rows of its shards where they are Parquet files."""
+    import datasets
+
+    split = options.pop("split", "train")
+    try:
+        builder = datasets.load_dataset_builder(name, **options)
+        stream = datasets.load_dataset(name, split=split, streaming=True, **options)
+        for column, feature in (stream.features or {}).items():
+            if isinstance(feature, datasets.Image):
+                stream = stream.cast_column(column, datasets.Image(decode=False))
+        files = list((builder.config.data_files or {}).get(split, ()))
+        parquet = len(files) == stream.num_shards and all(str(file).endswith(".parquet") for file in files)
+        return stream, [_rows_of(str(file)) for file in files] if parquet else None
+    except Exception as error:  # the library documents none
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(f"{location} cannot be opened by the datasets library ({why}).") from error
+
+
+def _rows_of(file: str) -> int:
+    """Ask the footer of a Parquet file for its number of rows."""
+    import fsspec
+    import pyarrow.parquet
+
+    with fsspec.open(file, "rb") as opened:
+        return int(pyarrow.parquet.ParquetFile(opened).metadata.num_rows)
+
+
+def _kinds(columns: dict[str, str]) -> dict[str, int]:
+    """How many samples of each kind a row makes, as `unilip.data.shards.kinds_of` will find them."""
+    pictures = sum(field in columns for field in ("image", "source", "target"))
+    found = {"image": pictures} if pictures else {}
+    if {"source", "target"} <= columns.keys():
+        return found | {"edit": 1}
+    if "image" in columns:
+        talks = {"talk": 1} if "conversations" in columns else {}
+        return found | ({"caption": 1} if "caption" in columns or not talks else {}) | talks
+    return {"text": 1} if "conversations" in columns else {}
+
+
+def _encoded(value: Any) -> bytes:
+    """Return the bytes of a field; an empty member where there is nothing, so that the sample keeps its place."""
+    if isinstance(value, dict) and ("bytes" in value or "path" in value):
+        if value.get("bytes") is not None:
+            return bytes(value["bytes"])
+        path = value.get("path")
+        return Path(path).read_bytes() if path and Path(path).is_file() else b""
+    if isinstance(value, bytes):
+        return value
+    if value is None:
+        return b""
+    return value.encode() if isinstance(value, str) else json.dumps(value).encode()

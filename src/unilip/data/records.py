@@ -1,0 +1,140 @@
+"""One sample of somebody's data, as it lies there, and its reading: bytes -> RGB pictures, text, questions and answers.
+
+Whatever is wrong with a sample becomes `Unreadable` with a short reason, so that it can be skipped and counted.
+Kinds: "image" a picture alone; "caption" picture and text; "edit" source, target and instruction; "talk" a picture
+with questions and answers; "text" questions and answers without a picture.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from unilip.data.errors import DataError
+from unilip.errors import ImageError, PromptError
+from unilip.preprocess import Fit, check_prompt, fit_square, load_image
+
+KINDS = ("image", "caption", "edit", "talk", "text")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+PICTURE_MARK = "<image>"  # how conversations in the LLaVA manner mark the place of their picture
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+Turns = tuple[tuple[str, str], ...]
+
+
+class Unreadable(DataError):
+    """A sample that cannot be used. `reason` is what it is counted under; `left_out` means a limit, not a fault."""
+
+    def __init__(self, reason: str, detail: str = "", left_out: bool = False) -> None:
+        super().__init__(f"{reason}{f': {detail}' if detail else ''}")
+        self.reason, self.detail, self.left_out = reason, detail, left_out
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, self.detail, self.left_out)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A sample before anything is decoded: pictures as encoded bytes, texts as bytes or strings.
+
+    An edit has two pictures, source and target. `tensors` is what a cache holds in place of pictures, as npz.
+    """
+
+    name: str
+    pictures: tuple[bytes, ...] = ()
+    text: str | bytes | None = None
+    conversation: Any = None
+    tensors: bytes | None = None
+
+
+class Source(Protocol):
+    """Samples by kind, shard and place. `location` is where they lie, `faults` says what of it is damaged."""
+
+    location: str
+    faults: list[str]
+
+    def counts(self, kind: str) -> Sequence[int]:
+        """Return how many samples of a kind each shard has."""
+
+    def read(self, kind: str, shard: int, place: int) -> Record:
+        """Read one sample; raises `Unreadable`."""
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Hear which shards will be wanted next."""
+
+
+def read_bytes(path: Path, reason: str) -> bytes:
+    """Read a file of a sample."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        raise Unreadable(f"{reason} missing" if missing else f"{reason} unreadable", str(path)) from error
+
+
+def decode_picture(data: bytes) -> Image.Image:
+    """Decode an encoded picture to upright RGB."""
+    try:
+        return load_image(Image.open(io.BytesIO(data)))
+    except ImageError as error:
+        raise Unreadable("picture unreadable", str(error)) from error
+    except Exception as error:  # what Pillow's formats raise for foreign or broken bytes
+        raise Unreadable("picture unreadable", "no PNG, JPEG or WebP" if data else "it is empty") from error
+
+
+def square(data: bytes, size: int, fit: Fit) -> np.ndarray:
+    """Decode a picture and make it a uint8 square (S,S,3)."""
+    return np.asarray(fit_square(decode_picture(data), size, fit))
+
+
+def clean_text(text: str | bytes | None, what: str, longest: int = 0) -> str:
+    """Return the caption or instruction of a sample; more than `longest` characters (0: no limit) are left out."""
+    if text is None:
+        raise Unreadable(f"{what} missing")
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise Unreadable(f"{what} not UTF-8", str(error)) from error
+    if longest and len(text.strip()) > longest:
+        raise Unreadable(f"{what} over {longest} characters", f"it has {len(text.strip())}", left_out=True)
+    try:
+        return check_prompt(text, what)
+    except PromptError as error:
+        raise Unreadable(f"{what} empty" if not text.strip() else f"{what} refused", str(error)) from error
+
+
+def read_turns(conversation: Any) -> Turns:
+    """Return questions and answers of a conversation, in the manner of LLaVA (from, value) or OpenAI (role, content).
+
+    Marks of the picture are taken out, and a system turn, which the chat template does not have.
+    """
+    if isinstance(conversation, (bytes, str)):
+        try:
+            conversation = json.loads(conversation)
+        except ValueError as error:
+            raise Unreadable("conversation not JSON", str(error)) from error
+    if isinstance(conversation, Mapping):
+        conversation = conversation.get("conversations", conversation.get("messages"))
+    if not isinstance(conversation, (list, tuple)) or not all(isinstance(turn, Mapping) for turn in conversation):
+        raise Unreadable("conversation malformed", "it must be a list of turns {from, value} or {role, content}")
+    spoken = []
+    for turn in conversation:
+        role = SPEAKERS.get(str(turn.get("from", turn.get("role"))))
+        value = turn.get("value", turn.get("content"))
+        if role is None or not isinstance(value, str):
+            raise Unreadable("conversation malformed", f"a turn is {str(turn)[:80]}")
+        if role != "system":
+            spoken.append((role, value.replace(PICTURE_MARK, "").strip()))
+    roles = [role for role, _ in spoken]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise Unreadable("conversation malformed", "user and assistant must take turns, the user first")
+    said = [clean_text(text, "conversation") for _, text in spoken]
+    return tuple(zip(said[::2], said[1::2], strict=True))

@@ -1,0 +1,88 @@
+"""Where data lies -> sources: the kinds of places there are, told apart by their names, and mixtures of them.
+
+FOLDER                      pictures with texts beside them, or *.tar shards
+shards/{0000..0099}.tar     shards by a brace or * pattern, local or https://, s3://, hf://datasets/...
+samples.jsonl               a list of samples
+hf:OWNER/NAME?split=train   a Hugging Face dataset, streamed
+A:2,B:1                     a mixture; a number after a colon is a weight (without one: 1)
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from unilip.data.errors import DataError
+from unilip.data.folders import Folder, Lines
+from unilip.data.records import Source
+from unilip.data.shards import Shards, is_remote
+
+WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?)")
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A place with its weight in a mixture."""
+
+    location: str
+    weight: float = 1.0
+
+
+def parse_mixture(text: str) -> list[Weighted]:
+    """Split "A:2,B" into places with weights; commas in braces belong to a place.
+
+    Raises:
+        DataError: nothing is named.
+    """
+    parts = [part.strip() for part in re.split(r",(?![^{]*\})", text) if part.strip()]
+    if not parts:
+        raise DataError("data.path names no place; give a folder, shards, a .jsonl file or hf:NAME.")
+    found = []
+    for part in parts:
+        match = WEIGHT.fullmatch(part)
+        found.append(Weighted(match[1], float(match[2])) if match else Weighted(part))
+    return found
+
+
+def open_source(location: str, keep_gb: float = 50.0) -> Source:
+    """Open one place.
+
+    Raises:
+        DataError: there is nothing there, or nothing of a known kind.
+    """
+    if location.startswith("hf:") and not is_remote(location):
+        from unilip.data.hub import HubStream
+
+        return HubStream(location, keep_gb)
+    if location.endswith((".jsonl", ".ndjson")):
+        return Lines(Path(location).expanduser())
+    if is_remote(location) or ".tar" in location:
+        return Shards(expand(location), location, keep_gb)
+    folder = Path(location).expanduser()
+    shards = sorted(str(path) for path in folder.glob("*.tar")) if folder.is_dir() else []
+    return Shards(shards, location, keep_gb) if shards else Folder(folder)
+
+
+def expand(pattern: str) -> list[str]:
+    """Write out the braces of a pattern, and for local paths its * and ?.
+
+    Raises:
+        DataError: no local file fits.
+    """
+    import braceexpand
+
+    try:
+        names = list(braceexpand.braceexpand(pattern))
+    except ValueError as error:  # unbalanced
+        raise DataError(f"{pattern} has a brace that is not closed.") from error
+    if is_remote(pattern):
+        return names
+    found: list[str] = []
+    for name in names:
+        name = str(Path(name).expanduser())
+        found += sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+    if not found or not any(Path(name).exists() for name in found):
+        raise DataError(f"There is no shard {pattern}; check the path.")
+    return found

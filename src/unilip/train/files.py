@@ -1,0 +1,242 @@
+"""Files of one's own as batches: shards, folders, lists and hub datasets, mixed by weight (`unilip.data.sources`).
+
+Goes in: the recipe's `data`. Comes out: square uint8 pictures and texts by the number of the sample. Each task
+(pictures to draw, edits, questions) has its own stream, whose order is a function of (seed, epoch, lane); every sample
+comes once in an epoch, and any number can be asked for at once. A sample that cannot be read gives way to another of
+the same place, chosen by its number, and is counted.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from unilip.config import UniLIPConfig
+from unilip.data.errors import DataError
+from unilip.data.order import Mixture, Order
+from unilip.data.records import Record, Source, Unreadable, clean_text, read_turns, square
+from unilip.data.seeding import stable_hash
+from unilip.data.sources import Weighted, open_source, parse_mixture
+from unilip.errors import ConfigError
+from unilip.preprocess import Fit, Processor
+from unilip.train.batches import Batches, Reading, Turns, conversation
+from unilip.train.recipe import Flow, Recipe, Understand
+
+T = TypeVar("T")
+ATTEMPTS = 50  # samples in a row that may be unusable before something else must be wrong
+TURN_EXTRA = 16  # tokens of the template around a prompt, and more
+WORDS = {"image": "pictures", "caption": "pictures with captions", "edit": "edits (NAME.input, NAME.output, NAME.txt)",
+         "talk": "pictures with conversations", "text": "conversations without a picture"}  # fmt: skip
+
+
+class Stream:
+    """The samples of one kind in all sources that have it, mixed by weight."""
+
+    def __init__(self, kind: str, sources: Sequence[tuple[Weighted, Source]], recipe: Recipe, lanes: int) -> None:
+        self.kind, data = kind, recipe.data
+        self.sources = [source for _, source in sources]
+        self.orders = [
+            Order(source.counts(kind), recipe.seed, f"{place.location} ({WORDS[kind]})", data.window, lanes)
+            for place, source in sources
+        ]
+        weights = [place.weight for place, _ in sources]
+        self.mixtures = [Mixture(weights, recipe.seed, f"data.path ({kind}, {lane})") for lane in range(lanes)]
+
+    def place(self, number: int, lane: int) -> tuple[int, int, int]:
+        """Return source, shard and place of the draw of that number; what comes next is fetched meanwhile."""
+        which, own = self.mixtures[lane].pick(number)
+        order, source = self.orders[which], self.sources[which]
+        source.expect(order.ahead(own, lane))
+        return which, *order.place(own, lane)
+
+    def instead(self, which: int, draw: int, lane: int) -> tuple[int, int]:
+        """Return shard and place of another sample of the same source and lane."""
+        order = self.orders[which]
+        return order.place(draw % order.total(lane), lane)
+
+
+class FileBatches(Batches):
+    """Pictures, captions, edits and conversations from files.
+
+    Raises:
+        ConfigError: the files have nothing of the kind that the objective learns from.
+        DataError: a place cannot be opened.
+    """
+
+    def __init__(self, recipe: Recipe, config: UniLIPConfig, processor: Processor | None) -> None:
+        super().__init__(recipe, config, processor)
+        data, objective = recipe.data, recipe.objective
+        self.sources = [(place, open_source(place.location, data.keep_gb)) for place in parse_mixture(data.path)]
+        if data.cache:
+            from unilip.train.cache import cached_sources
+
+            self.sources = cached_sources(recipe, self.sources)
+        self.kinds = kinds_of_recipe(recipe)
+        self.streams = {kind: self._stream(kind) for kind in self.kinds}
+        self.step_samples = recipe.batch_size * recipe.accumulate
+        share = data.edit_share if isinstance(objective, Flow) else 0.0
+        self.tasks = Mixture([1 - share, share], recipe.seed, "data.edit_share")
+        self.longest = data.max_tokens or (processor.max_tokens if processor else 0)
+        if isinstance(objective, (Understand, Flow)):
+            _ = self.processor  # texts need one
+        self._reading = Reading()
+        if isinstance(objective, Understand) and objective.words:
+            self.word_weights()  # before loader workers fork
+
+    def _stream(self, kind: str) -> Stream:
+        having = [(place, source) for place, source in self.sources if sum(source.counts(kind)) and place.weight]
+        if not having:
+            have = {k: sum(sum(source.counts(k)) for _, source in self.sources) for k in WORDS}
+            found = ", ".join(f"{count} {WORDS[k]}" for k, count in have.items() if count and k != "image")
+            hint = "; for edits alone set data.edit_share=1" if kind == "caption" and have["edit"] else ""
+            raise ConfigError(
+                f"data.path {self.recipe.data.path} holds no {WORDS[kind]}, which {self.recipe.name} learns from. "
+                f"It holds {found or 'nothing else'}{hint}."
+            )
+        return Stream(kind, having, self.recipe, 1 if kind == "text" else self.recipe.data.lanes)
+
+    # --- which sample -----------------------------------------------------------------------------------------------
+
+    def is_edit(self, step: int) -> bool:
+        """Whether the batches of a step hold edits: exactly the share of them, in every 10,000 steps."""
+        return self.tasks.pick(step)[0] == 1
+
+    def _draw(self, kind: str, sample: int) -> tuple[int, int]:
+        """Turn the number of a sample in the run into lane and number in the stream of its kind."""
+        if kind == "text":
+            batch, place = divmod(sample, self.size)
+            return 0, batch * round(self.size * self.recipe.data.text_share) + place
+        step, inside = divmod(sample, self.step_samples)
+        turn = self.tasks.pick(step)[1]
+        own = self.step_samples // self.recipe.data.lanes
+        lane, place = divmod(inside, own)
+        return lane, turn * own + place
+
+    def _take(self, kind: str, sample: int, use: Callable[[Record], T]) -> T:
+        """Read a sample and use it; where that cannot be, another one, and so on."""
+        stream = self.streams[kind]
+        lane, number = self._draw(kind, sample)
+        which, shard, place = stream.place(number, lane)
+        self._reading.tried += 1
+        problem = ""
+        for attempt in range(1, ATTEMPTS + 1):
+            name = f"{stream.sources[which].location}, shard {shard}, sample {place}"
+            try:
+                record = stream.sources[which].read(kind, shard, place)
+                name = record.name
+                return use(record)
+            except Unreadable as error:
+                problem = f"{name}: {error}" if name not in str(error) else str(error)
+                noted = self._reading.left_out if error.left_out else self._reading.skipped
+                noted.append((error.reason, problem))
+            shard, place = stream.instead(which, stable_hash("instead", self.recipe.seed, kind, sample, attempt), lane)
+        raise DataError(
+            f"{ATTEMPTS} samples in a row of {stream.sources[which].location} cannot be used, the last: {problem}. "
+            "`unilip data check` lists what is wrong."
+        )
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self._reading = Reading()
+        batch = super().__getitem__(index)
+        batch["reading"] = self._reading
+        return batch
+
+    # --- what it holds ----------------------------------------------------------------------------------------------
+
+    def _picture(self, record: Record, place: int, size: int, kind: str, names: Sequence[str] = ()) -> Any:
+        """The picture of a record as a square, with what a cache has of it; only that where pictures are not kept."""
+        found: dict[str, Any] = {}
+        if record.tensors is not None:
+            with np.load(io.BytesIO(record.tensors)) as arrays:
+                found = {name: arrays[name] for name in arrays.files if not names or name in names}
+        if not record.pictures:
+            return found
+        picture = square(record.pictures[place], size, self.fit(kind))
+        return {"images": picture, **found} if found else picture
+
+    def fit(self, kind: str) -> Fit:
+        """How pictures of a kind become square."""
+        fit = self.recipe.data.fit
+        if fit == "auto":
+            fit = "resize" if kind == "talk" else "crop"
+        return fit  # type: ignore[return-value]
+
+    def text(self, record: Record, what: str, kind: str) -> str:
+        """The caption or instruction of a record, within the limits."""
+        text = clean_text(record.text, what, self.recipe.data.max_characters)
+        taken = TURN_EXTRA + (self.processor.num_image_tokens + 2 if kind == "edit" else 0)
+        self._check_tokens(text, taken, what)
+        return text
+
+    def _check_tokens(self, text: str, taken: int, what: str) -> None:
+        """Leave out what is longer than the model reads; a text never has more tokens than bytes."""
+        if taken + len(text.encode()) > self.longest:
+            count = taken + len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+            if count > self.longest:
+                raise Unreadable(f"{what} over {self.longest} tokens", f"it has {count}", left_out=True)
+
+    def image_item(self, index: int) -> Any:
+        return self._take("image", index, lambda r: self._picture(r, 0, self.target_size, "image"))
+
+    def caption_item(self, index: int) -> tuple[Any, str]:
+        def use(record: Record) -> tuple[Any, str]:
+            text = self.text(record, "caption", "caption")
+            return self._picture(record, 0, self.target_size, "caption"), text
+
+        return self._take("caption", index, use)
+
+    def caption(self, index: int) -> str:
+        kind = next(kind for kind in ("talk", "caption") if kind in self.streams)
+        return self._take(kind, index, lambda record: self.text(record, "caption", kind))
+
+    def edit_item(self, index: int) -> tuple[Any, Any, str]:
+        def use(record: Record) -> tuple[Any, Any, str]:
+            text = self.text(record, "instruction", "edit")
+            source = self._picture(record, 0, self.image_size, "edit", SOURCE_NAMES)
+            return source, self._picture(record, -1, self.target_size, "edit", TARGET_NAMES), text
+
+        return self._take("edit", index, use)
+
+    def questions_item(self, index: int, turns: int) -> tuple[Any, str, Turns]:
+        objective = self.recipe.objective
+        assert isinstance(objective, Understand)
+        kind = "talk" if objective.next_token else "caption"
+
+        def use(record: Record) -> tuple[Any, str, Turns]:
+            text = self.text(record, "caption", kind) if objective.contrastive or objective.words else ""
+            said = self._turns(record, turns, 1) if objective.next_token else ()
+            return self._picture(record, 0, self.image_size, "talk"), text, said
+
+        return self._take(kind, index, use)
+
+    def _turns(self, record: Record, most: int, pictures: int) -> Turns:
+        """The first turns of a conversation, as many as are wanted and fit."""
+        turns = read_turns(record.conversation)[:most]
+        tokens = conversation(self.processor, [(pictures, turns)])[0]
+        while tokens.input_ids.shape[1] > self.longest:
+            turns = turns[:-1]
+            if not turns:
+                raise Unreadable(f"conversation over {self.longest} tokens", left_out=True)
+            tokens = conversation(self.processor, [(pictures, turns)])[0]
+        return turns
+
+    def text_item(self, index: int) -> tuple[str, str]:
+        return self._take("text", index, lambda record: self._turns(record, 1, 0)[0])
+
+
+SOURCE_NAMES = ("features",)  # of a cached edit, what belongs to its source
+TARGET_NAMES = ("latents", "conditions", "unconditional")  # and to its target
+
+
+def kinds_of_recipe(recipe: Recipe) -> tuple[str, ...]:
+    """Return the kinds of samples that a recipe learns from."""
+    data, objective = recipe.data, recipe.objective
+    if isinstance(objective, Flow):
+        return (*(["caption"] if data.edit_share < 1 else []), *(["edit"] if data.edit_share > 0 else []))
+    if isinstance(objective, Understand):
+        main = "talk" if objective.next_token else "caption"
+        return (main, "text") if data.text_share else (main,)
+    return ("image",)
