@@ -22,6 +22,7 @@ from unilip.errors import ConfigError
 from unilip.mllm import MLLM
 from unilip.model import PARTS, UniLIP
 from unilip.preprocess import Processor
+from unilip.train import processes
 from unilip.train.batches import Batches, make_batches
 from unilip.train.objectives import Objective, make_objective, needed_parts
 from unilip.train.recipe import Optim, Recipe
@@ -40,14 +41,14 @@ Trained = dict[str, tuple[nn.Parameter, float]]
 
 
 def build(recipe: Recipe, runs: Path) -> tuple[UniLIP, Objective, Batches]:
-    """Build what a recipe names; what trains is marked by `requires_grad`.
+    """Build what a recipe names; what trains is marked by `requires_grad`. Batches are this process's share.
 
     Raises:
         UniLIPError: a source is missing or unfinished, parts do not fit each other, or the data cannot be read.
     """
     sources = {parts[0]: locate(source, runs) for parts, source in parse_init(recipe) if parts[0] in BESIDE}
     model = build_model(recipe, runs, needed_parts(recipe.objective))
-    batches = make_batches(recipe, model.config, model.processor)
+    batches = make_batches(processes.divided(recipe, processes.world()), model.config, model.processor)
     objective = make_objective(recipe, model, sources)
     model.requires_grad_(False)
     for parameter, _ in trained_parameters(recipe, model).values():
@@ -176,15 +177,24 @@ def trained_parameters(recipe: Recipe, model: UniLIP) -> Trained:
 
 
 def make_optimizer(optim: Optim, parameters: Sequence[tuple[nn.Parameter, float]]) -> torch.optim.AdamW:
-    """AdamW with one group per (rate factor, decay or not); vectors and scales are not decayed."""
+    """AdamW with one group per (rate factor, decay or not); vectors and scales are not decayed.
+
+    Fused: one pass over the weights, which skips a step on the device where its `found_inf` is set.
+    """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter, factor in parameters:
         decay = optim.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((factor, decay), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": p, "weight_decay": d, "factor": f} for (f, d), p in groups.items()],
-        lr=optim.lr, betas=(optim.beta1, optim.beta2),
+        lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True,
     )  # fmt: skip
+
+
+def cast_trained(recipe: Recipe, model: UniLIP, dtype: torch.dtype) -> None:
+    """Keep what trains, and so the optimizer's averages of it, in another precision."""
+    for parameter, _ in trained_parameters(recipe, model).values():
+        parameter.data = parameter.data.to(dtype)
 
 
 def enable_checkpointing(model: UniLIP) -> None:
@@ -195,7 +205,8 @@ def enable_checkpointing(model: UniLIP) -> None:
     for name in {"connector", "dit", "pixel_decoder"} & set(model.parts):
         getattr(model, name).gradient_checkpointing = True
     library: list[Any] = [model.encoder.vision_tower] if "encoder" in model.parts else []
-    library += [model.mllm.language_model] if "mllm" in model.parts else []
+    if "mllm" in model.parts and any(p.requires_grad for p in model.mllm.language_model.parameters()):
+        library += [model.mllm.language_model]  # a frozen one keeps the activations of the queries alone
     for module in library:  # transformers renamed it during version 5
         enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
         enable({"use_reentrant": False})

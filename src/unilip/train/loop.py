@@ -1,12 +1,13 @@
 """The one training loop: build what a recipe names, step, log, show, save, resume; the result is a model folder.
 
 Everything random in a step comes from the seed and the numbers of its samples, so a resumed run continues bit for bit
-on the same CPU.
+on the same CPU. Under `torchrun` every process runs this loop; the first one logs, draws and writes the result.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -14,7 +15,8 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,13 @@ from unilip.config import UniLIPConfig
 from unilip.errors import ConfigError, UniLIPError
 from unilip.model import UniLIP
 from unilip.preprocess import normalise, to_images
+from unilip.train import processes
 from unilip.train.batches import Batches, iterate, to_device
-from unilip.train.build import build, enable_checkpointing, make_optimizer, trained_parameters
+from unilip.train.build import build, cast_trained, enable_checkpointing, make_optimizer, trained_parameters
 from unilip.train.objectives import Objective, to_unit
+from unilip.train.parallel import Whole, accumulating, average_gradients, sharded, share, whole_tensor
 from unilip.train.recipe import Optim, Recipe, changed_settings, plain
-from unilip.train.state import EMA, State, newest
+from unilip.train.state import EMA, DamagedCheckpoint, State, wholes
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +54,8 @@ def train(
 ) -> Path:
     """Run a recipe to its end, resuming the newest whole checkpoint, and return the folder of the result.
 
+    In a process that `torchrun` started this is one of several that share the run; each must call it.
+
     Args:
         runs: folder of all runs; this one writes to runs/NAME.
         restart: begin anew: earlier checkpoints and logs are deleted; an earlier result stays until the new one.
@@ -57,36 +63,47 @@ def train(
         stop_after: stop, saved, after this many steps of this call; the folder of the run is returned.
 
     Raises:
-        UniLIPError: the recipe contradicts itself, its sources or data, or the run that it would resume; a loss that
-            is not a number.
+        UniLIPError: the recipe contradicts itself, its sources or data, or the run that it would resume; losses that
+            are no numbers, `skip_limit` in a row.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"stop_after is {stop_after}; it must be at least 1 step.")
-    runs, device = Path(runs), torch.device(device)
+    runs, device = Path(runs), processes.own_device(device)
+    if processes.again():  # what torchrun starts once more goes on from the checkpoint
+        restart = False
+    final = runs / recipe.name / "final"
+    with processes.joined(device):
+        if processes.told(final.exists()) and not restart:
+            check_finished(recipe, final)
+            logger.info("%s has finished already (%s); restart to train it again.", recipe.name, final)
+            return final
+        torch.set_flush_denormal(True)  # gradients near 1e-40 make a CPU's backward pass three to five times slower
+        try:
+            return run_recipe(recipe, runs, device, restart, progress, stop_after)
+        finally:
+            torch.set_flush_denormal(False)
+
+
+def run_recipe(
+    recipe: Recipe, runs: Path, device: torch.device, restart: bool, progress: bool, stop_after: int | None
+) -> Path:
+    """Build and run what has not finished; see `train`."""
     run = runs / recipe.name
-    final = run / "final"
-    if final.exists() and not restart:
-        check_finished(recipe, final)
-        logger.info("%s has finished already (%s); restart to train it again.", recipe.name, final)
-        return final
-    torch.set_flush_denormal(True)  # gradients near 1e-40 make a CPU's backward pass three to five times slower
-    try:
+    with processes.first_goes_first():
         model, objective, batches = build(recipe, runs)
         run.mkdir(parents=True, exist_ok=True)  # only now: what cannot be built leaves no folder
-        if restart:
+        if restart and processes.first():
             clear(run)
-        model.to(device)
-        objective.to(device)
-        if recipe.gradient_checkpointing:
-            enable_checkpointing(model)
-        loop = Loop(recipe, run, model, objective, batches)
-        start = loop.resume()
-        with loop.watching(progress, start):
-            loop.run(start, stop_after)
-        return run if loop.step < recipe.steps else finish(recipe, run, model, loop.state.ema, batches)
-    finally:
-        torch.set_flush_denormal(False)
+    model.to(device)
+    objective.to(device)
+    if recipe.gradient_checkpointing:
+        enable_checkpointing(model)
+    loop = Loop(recipe, run, model, objective, batches)
+    start = loop.resume()
+    with loop.watching(progress and processes.first(), start):
+        loop.run(start, stop_after)
+    return run if loop.step < recipe.steps else loop.finish()
 
 
 def check_finished(recipe: Recipe, final: Path) -> None:
@@ -103,7 +120,8 @@ def clear(run: Path) -> None:
     """Delete what an earlier run wrote, but for its result and its tokenizer."""
     for old in (*run.glob("step_*"), *run.glob(".*.part"), run / "tensorboard", run / "samples"):
         shutil.rmtree(old, ignore_errors=True)
-    (run / "log.jsonl").unlink(missing_ok=True)
+    for file in (run / "log.jsonl", *run.glob("skipped_*.pt")):
+        file.unlink(missing_ok=True)
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
@@ -124,12 +142,54 @@ def mixed_precision(recipe: Recipe, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
 
 
+class Health:
+    """Counts steps that were skipped because they were not finite, without making the device wait.
+
+    The answer of a step is looked at one step later, when a GPU has it at hand; on a CPU at once.
+    """
+
+    def __init__(self, device: torch.device, limit: int) -> None:
+        self.limit = limit
+        self.total = torch.zeros((), dtype=torch.long, device=device)
+        self.row = torch.zeros((), dtype=torch.long, device=device)
+        self._seen: deque[tuple[int, Tensor, Any, list[Any]]] = deque()
+
+    def note(self, step: int, whole: Tensor, batches: list[Any]) -> None:
+        """Take down whether a step was whole (a flag on the device), and the batches that it read."""
+        self.total += ~whole
+        self.row = torch.where(whole, 0, self.row + 1)
+        event = None
+        row = self.row
+        if row.device.type == "cuda":
+            row = torch.empty((), dtype=row.dtype, pin_memory=True).copy_(row, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._seen.append((step, row, event, batches))
+
+    def broken(self, now: bool) -> tuple[int, list[Any]] | None:
+        """Return step and batches of the step that made the row too long; `now` waits for the very last."""
+        while self._seen:
+            step, row, event, batches = self._seen[0]
+            if event is not None:
+                if not now and len(self._seen) == 1:
+                    return None
+                event.synchronize()
+            self._seen.popleft()
+            if int(row) >= self.limit:
+                return step, batches
+        return None
+
+
 class Loop:
     """Runs steps; knows when to log, show and save."""
 
     def __init__(self, recipe: Recipe, run: Path, model: UniLIP, objective: Objective, batches: Batches) -> None:
         self.recipe, self.run_folder = recipe, run
         self.model, self.objective, self.batches = model, objective, batches
+        self.own_batches = batches.recipe.accumulate // processes.world()  # of a step, in this process
+        if recipe.weights_dtype == "bfloat16":
+            cast_trained(recipe, model, torch.bfloat16)
+        self.whole = share(Whole(model, objective.heads), recipe)
         named = trained_parameters(recipe, model)
         heads = [(p, 1.0) for p in objective.heads.parameters()]
         optimizers = [make_optimizer(recipe.optim, [*named.values(), *heads])]
@@ -144,21 +204,35 @@ class Loop:
             optimizers,
             EMA(parameters, recipe.ema) if recipe.ema else None,
         )
+        self.state.counters = {"skipped": 0, "skipped_in_a_row": 0}
         self.mixed = mixed_precision(recipe, model.device)
-        self.broken = torch.full((), math.inf, device=model.device)  # the first step whose loss is not a number
+        self.health = Health(model.device, recipe.skip_limit)
         self.step = 0
         self.signal: int | None = None
         self.writer: Any = None
         self.bar: Any = None
 
     def resume(self) -> int:
-        """Load the newest checkpoint of the run, if any; returns the step to go on from."""
-        folder = newest(self.run_folder)
-        step = 0 if folder is None else self.state.restore(folder, self.recipe)
-        if folder is not None:
+        """Load the newest usable checkpoint of the run, if any; returns the step to go on from.
+
+        Raises:
+            DamagedCheckpoint: there are checkpoints, and none of them can be used.
+        """
+        step, folders = 0, processes.told(wholes(self.run_folder))
+        for i, folder in enumerate(folders):
+            try:
+                step = self.state.restore(folder, self.recipe)
+            except DamagedCheckpoint as error:
+                if i + 1 == len(folders):
+                    raise
+                logger.warning("%s Taking the one before.", error)
+                continue
             logger.info("resuming %s at step %d", self.recipe.name, step)
+            break
+        self.health.total.fill_(self.state.counters["skipped"])
+        self.health.row.fill_(self.state.counters["skipped_in_a_row"])
         log = self.run_folder / "log.jsonl"
-        if log.exists():  # a killed run logged steps that come again now
+        if processes.first() and log.exists():  # a killed run logged steps that come again now
             lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
             log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
         return step
@@ -167,9 +241,10 @@ class Loop:
     def watching(self, progress: bool, start: int) -> Iterator[None]:
         """Open TensorBoard and the bar; note SIGINT and SIGTERM while inside, for the loop to save first."""
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            if processes.first():
+                from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(self.run_folder / "tensorboard"), purge_step=start + 1)
+                self.writer = SummaryWriter(str(self.run_folder / "tensorboard"), purge_step=start + 1)
         except ImportError:
             logger.warning("tensorboard is not installed; scalars go to log.jsonl only")
 
@@ -199,78 +274,116 @@ class Loop:
         self.step = start
         end = recipe.steps if stop_after is None else min(recipe.steps, start + stop_after)
         seconds, since = 0.0, start  # of training alone, since the last line of the log
-        with contextlib.closing(iterate(self.batches, start * recipe.accumulate)) as loader:
+        with contextlib.closing(iterate(self.batches, start * self.batches.recipe.accumulate)) as loader:
             while self.step < end:
                 begun = time.perf_counter()
                 terms = self.one_step(loader)
                 self.step += 1
-                stopping = self.signal is not None
-                saving = self.step % recipe.save_every == 0 or self.step == end or stopping
+                stop_signal = processes.anywhere(self.signal or 0)
+                saving = self.step % recipe.save_every == 0 or self.step == end or stop_signal > 0
                 logging_now = self.step % recipe.log_every == 0 or self.step == end
-                if saving or logging_now:
-                    self.check()
+                self.check(saving or logging_now)
                 seconds += time.perf_counter() - begun
                 self.bar.update()
-                if logging_now:
+                if logging_now and processes.first():
                     samples = (self.step - since) * recipe.batch_size * recipe.accumulate
                     self.log(terms, samples / max(1e-9, seconds))
+                if logging_now:
                     seconds, since = 0.0, self.step
                 if saving:
-                    self.state.save(self.run_folder, self.step, recipe)
-                if stopping:
-                    name = signal.Signals(self.signal or 0).name
+                    self.save()
+                if stop_signal:
+                    self.state.settle()
                     raise Interrupted(
-                        f"{name} at step {self.step} of {recipe.steps}; saved, the same command goes on from there."
+                        f"{signal.Signals(stop_signal).name} at step {self.step} of {recipe.steps}; saved, the same "
+                        "command goes on from there."
                     )
                 if self.step % recipe.sample_every == 0:
                     self.show()
+        self.state.settle()
 
     def one_step(self, loader: Iterator[dict[str, Any]]) -> dict[str, Tensor]:
-        """Accumulate, clip, update; the adversary likewise where there is one. Returns the means of the terms."""
+        """Accumulate, clip, update; the adversary likewise where there is one. Returns the means of the terms.
+
+        A step that is not finite in any process changes nothing in all of them.
+        """
         recipe, device = self.recipe, self.model.device
+        adversary = self.objective.adversary
+        means_before = [] if adversary is None else [b.clone() for b in adversary.buffers()]
         found: dict[str, list[Tensor]] = {}
-        for _ in range(recipe.accumulate):
-            batch = to_device(next(loader), device)
-            with self.mixed:
-                loss, terms = self.objective.loss(batch, self.step)
-            (loss / recipe.accumulate).backward()
+        batches = []
+        for number in range(self.own_batches):
+            batches.append(next(loader))
+            batch = to_device(batches[-1], device)
+            with accumulating(self.whole, last=number + 1 == self.own_batches):
+                with self.mixed:
+                    loss, terms = self.whole(self.objective.loss, batch, self.step)
+                (loss / self.own_batches).backward()
             second = self.objective.adversary_loss()
             if second is not None:
-                (second[0] / recipe.accumulate).backward()
+                (second[0] / self.own_batches).backward()
                 terms = terms | second[1]
             for name, value in {"loss": loss, **terms}.items():
                 found.setdefault(name, []).append(value.detach())
+        if adversary is not None:
+            average_gradients(adversary)
         norms = []
+        for optimizer in self.state.optimizers:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norms.append(whole_tensor(nn.utils.clip_grad_norm_(parameters, recipe.optim.grad_clip)))
+        means = {name: torch.stack(values).mean() for name, values in found.items()}
+        if processes.world() > 1:
+            together = processes.mean_(torch.stack([value.float() for value in means.values()]))
+            means = dict(zip(means, together.unbind(), strict=True))
+        whole = (means["loss"] + sum(norms)).isfinite()
         for optimizer, first in zip(self.state.optimizers, self.starts, strict=True):
             rate = learning_rate(recipe.optim, max(0, self.step - first), max(1, recipe.steps - first))
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["factor"]
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norms.append(nn.utils.clip_grad_norm_(parameters, recipe.optim.grad_clip))
+            optimizer.found_inf = (~whole).float()  # type: ignore[attr-defined]  # fused AdamW then changes nothing
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if adversary is not None:
+            for buffer, before in zip(adversary.buffers(), means_before, strict=True):
+                buffer.copy_(torch.where(whole, buffer, before))
         if self.state.ema is not None:
             self.state.ema.update()
-        means = {name: torch.stack(values).mean() for name, values in found.items()}
-        whole = (means["loss"] + sum(norms)).isfinite()
-        self.broken = torch.where(whole, self.broken, self.broken.clamp(max=self.step + 1))
+        self.health.note(self.step + 1, whole, batches)
         return means | {"grad_norm": norms[0]}
 
-    def check(self) -> None:
-        """Stop on a loss or gradient that was not a number; asked before anything is kept, not in every step."""
-        first = float(self.broken)
-        if first < math.inf:
-            raise UniLIPError(
-                f"The loss or its gradient is not a finite number at step {int(first)} of {self.recipe.name}; lower "
-                "optim.lr or look at the data. The last checkpoint is from before."
-            )
+    def check(self, now: bool) -> None:
+        """Stop after too many skipped steps in a row; the batches of the last one are kept for inspection."""
+        broken = self.health.broken(now)
+        if broken is None:
+            return
+        step, batches = broken
+        suffix = f"_rank{processes.rank()}" if processes.world() > 1 else ""
+        file = self.run_folder / f"skipped_{step:08d}{suffix}.pt"
+        with contextlib.suppress(OSError, RuntimeError):  # a full disk: the reason to stop is the one below
+            torch.save([plain_batch(batch) for batch in batches], file)
+        self.state.settle()
+        raise UniLIPError(
+            f"The loss or its gradient is not a finite number at step {step} of {self.recipe.name}, the last of "
+            f"{self.recipe.skip_limit} in a row that were skipped; lower optim.lr or look at the data: the batches are "
+            f"in {file}. The weights are from before."
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        self.state.counters = {
+            "skipped": int(self.health.total), "skipped_in_a_row": int(self.health.row),
+        }  # fmt: skip
+        self.state.save(self.run_folder, self.step, self.recipe)
 
     def log(self, terms: dict[str, Tensor], rate: float) -> None:
         """Write scalars to log.jsonl, TensorBoard and the bar."""
         values = {name: float(value) for name, value in terms.items()}
+        if skipped := int(self.health.total):
+            values["skipped"] = skipped
         values |= {"samples_per_second": rate, "lr": self.state.optimizers[0].param_groups[0]["lr"]}
         with (self.run_folder / "log.jsonl").open("a") as file:
-            file.write(json.dumps({"step": self.step, "time": round(time.time(), 1), **values}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            file.write(json.dumps({"step": self.step, "time": round(time.time(), 1), **finite}) + "\n")
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, self.step)
@@ -278,14 +391,12 @@ class Loop:
 
     def show(self) -> None:
         """Write picture grids of a fixed batch, drawn with the averaged weights."""
-        ema = self.state.ema
-        if ema is not None:
-            ema.swap()
-        try:
-            pictures = self.objective.samples(to_device(self.batches[0], self.model.device))
-        finally:
-            if ema is not None:
-                ema.swap()
+        if not (processes.first() or sharded(self.whole)):
+            return
+        with self.averaged():
+            pictures = self.together(self.objective.samples, to_device(self.batches[0], self.model.device))
+        if not processes.first():
+            return
         for name, rows in pictures.items():
             sheet = rows.float().cpu().permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # R n 3 S S -> 3 RS nS
             if self.writer is not None:
@@ -294,23 +405,63 @@ class Loop:
             folder.mkdir(exist_ok=True)
             to_images(sheet[None])[0].save(folder / f"{name}_{self.step:08d}.png")
 
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Have the averaged weights in the model inside the block."""
+        ema = self.state.ema
+        if ema is not None:
+            ema.swap()
+        try:
+            yield
+        finally:
+            if ema is not None:
+                ema.swap()
 
-def finish(recipe: Recipe, run: Path, model: UniLIP, ema: EMA | None, batches: Batches) -> Path:
-    """Write the result: averaged weights, latent statistics where asked for, and the recipe, as a model folder."""
-    if ema is not None:
-        ema.swap()
-    model.eval()
-    if recipe.measure_latents:
-        model.config = measure_latents(model, batches)
-    temporary = run / ".final.part"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    (temporary / "recipe.json").write_text(json.dumps(plain(recipe), indent=1), encoding="utf-8")
-    final = run / "final"
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    return final
+    @torch.no_grad()
+    def together(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function that uses the model outside of a step; where it is sharded all processes take part."""
+        return self.whole(function, *arguments) if sharded(self.whole) else function(*arguments)
+
+    def finish(self) -> Path:
+        """Write the result: averaged weights, latent statistics where asked for, and the recipe, as a model folder."""
+        recipe, model, run = self.recipe, self.model, self.run_folder
+        final = run / "final"
+        if self.state.ema is not None:
+            self.state.ema.swap()
+        model.eval()
+        if recipe.measure_latents:
+            model.config = self.together(measure_latents, model, self.batches)
+        if sharded(self.whole):
+            model = gathered(model)
+        if processes.first():
+            temporary = run / ".final.part"
+            shutil.rmtree(temporary, ignore_errors=True)
+            model.save_pretrained(temporary)
+            (temporary / "recipe.json").write_text(json.dumps(plain(recipe), indent=1), encoding="utf-8")
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+        processes.wait()
+        return final
+
+
+def gathered(model: UniLIP) -> UniLIP:
+    """Return a model of whole tensors on the CPU, in the first process; an empty one in the others, which help."""
+    with torch.device("meta"):
+        copy = UniLIP(model.config, model.processor, parts=model.parts)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        one = whole_tensor(tensor)
+        if processes.first():
+            tensors[name] = one.cpu()
+    if processes.first():
+        copy.load_state_dict(tensors, assign=True)
+    return copy
+
+
+def plain_batch(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch whose records are dictionaries, which any program can load."""
+    return {k: dict(vars(v)) if dataclasses.is_dataclass(v) else v for k, v in batch.items()}
 
 
 @torch.no_grad()

@@ -46,6 +46,11 @@ def first() -> bool:
     return rank() == 0
 
 
+def again() -> bool:
+    """Whether `torchrun --max-restarts` has started the processes again after one of them died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def divided(recipe: Recipe, processes: int) -> Recipe:
     """Return the recipe with its step cut into batches for so many processes; the samples of a step stay the same.
 
@@ -122,6 +127,16 @@ def wait() -> None:
         import torch.distributed as dist
 
         dist.barrier(group=group("control"))
+
+
+@contextlib.contextmanager
+def first_goes_first() -> Iterator[None]:
+    """Let the first process through the block before the others: it makes the files that they find."""
+    if not first():
+        wait()
+    yield
+    if first():
+        wait()
 
 
 def anywhere(flag: int) -> int:

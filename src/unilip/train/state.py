@@ -1,24 +1,39 @@
 """What changes while training, and how it is kept: checkpoints that are whole or absent, and averaged weights (EMA).
 
-runs/NAME/step_00001000/{weights,ema,heads,optimizer}.* + state.json   while training, the newest few are kept
+runs/NAME/step_00001000/{weights,ema,heads,optimizer}.* + state.json   of one process; the newest few are kept
+runs/NAME/step_00001000/shards/* + state.json                          of several (torch's distributed checkpoint)
 runs/NAME/final/                                                       the result, a folder that from_pretrained takes
+Either kind is read by any number of processes. `state.json`, written last, has the size and CRC of every other file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unilip.errors import CheckpointError, ConfigError
+from unilip.train import processes
+from unilip.train.parallel import whole_tensor
 from unilip.train.recipe import Recipe, changed_settings, plain
+
+SHARDS = "shards"
+WRITING = (OSError, SafetensorError, RuntimeError)  # what a full disk raises, by the kind of file
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that cannot be read, or is not what was written."""
 
 
 class EMA:
@@ -49,7 +64,10 @@ class EMA:
 
 
 class State:
-    """Everything that changes: trained weights by name, training-only modules, optimizers, averages."""
+    """Everything that changes: trained weights by name, training-only modules, optimizers, averages.
+
+    `counters` are whole numbers that go with a checkpoint.
+    """
 
     def __init__(
         self,
@@ -62,33 +80,83 @@ class State:
         self.heads = nn.ModuleDict({name: module for name, module in heads.items() if module is not None})
         self.optimizers = list(optimizers)
         self.ema = ema
+        self.counters: dict[str, int] = {}
+        self._pending: Pending | None = None
 
     def save(self, run: Path, step: int, recipe: Recipe) -> Path:
-        """Write a checkpoint under a temporary name, rename it, and drop all but the newest `recipe.keep`."""
-        target = step_folder(run, step)
-        temporary = target.with_name(f".{target.name}.part")
-        for left in run.glob(".step_*.part"):  # of a run that was killed while it wrote
-            shutil.rmtree(left, ignore_errors=True)
-        about: dict[str, Any] = {"recipe": plain(recipe), "step": step}
-        try:
-            temporary.mkdir(parents=True)
-            _save_tensors(self.parameters, temporary / "weights.safetensors")
-            _save_tensors(self.heads.state_dict(), temporary / "heads.safetensors")
-            if self.ema is not None:
-                about["ema_count"] = self.ema.count
-                _save_tensors(self.ema.average, temporary / "ema.safetensors")
-            torch.save([o.state_dict() for o in self.optimizers], temporary / "optimizer.pt")
-            (temporary / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(temporary, target)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(
-                f"{target} cannot be written ({error}); the last whole checkpoint is kept."
-            ) from error
-        for old in sorted(run.glob("step_*"))[: -recipe.keep]:
-            shutil.rmtree(old, ignore_errors=True)
-        return target
+        """Write a checkpoint under a temporary name, rename it, and drop all but the newest `recipe.keep`.
+
+        Several processes write in the background; `settle` waits for the end of it.
+
+        Raises:
+            CheckpointError: it cannot be written; what was there before is whole still.
+        """
+        self.settle()
+        pending = Pending(run, step, recipe.keep, {"recipe": plain(recipe), "step": step, **self.counters})
+        if self.ema is not None:
+            pending.about["ema_count"] = self.ema.count
+        if processes.first():
+            pending.begin()
+        if processes.world() > 1:
+            self._pending = pending
+            self._write_shards(pending)
+        else:
+            with pending.writing():
+                self._write(pending.temporary)
+            pending.commit()
+            pending.check()
+        return pending.target
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one; all processes must ask.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.finish()
+            pending.error = processes.told(pending.error)
+            pending.check()
+
+    def _write(self, folder: Path) -> None:
+        """Write the files of one process."""
+        _save_tensors(self.parameters, folder / "weights.safetensors")
+        _save_tensors(self.heads.state_dict(), folder / "heads.safetensors")
+        if self.ema is not None:
+            _save_tensors(self.ema.average, folder / "ema.safetensors")
+        torch.save([o.state_dict() for o in self.optimizers], folder / "optimizer.pt")
+
+    def _write_shards(self, pending: Pending) -> None:
+        """Begin to write what each process holds, from a copy of it."""
+        from torch.distributed.checkpoint.state_dict_saver import async_save
+
+        pending.error = processes.told(pending.error)  # the folder could not be made
+        pending.check()
+        tensors = {name: t.detach().clone() if t.device.type == "cpu" else t for name, t in self._flat().items()}
+        future = async_save(
+            tensors, checkpoint_id=pending.temporary / SHARDS, process_group=processes.group("checkpoint")
+        )
+        pending.follow(future)
+
+    def _flat(self) -> dict[str, Tensor]:
+        """Every tensor by a name that does not depend on the number of processes."""
+        found: dict[str, Tensor] = {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
+        found |= {f"heads.{name}": t.detach() for name, t in self.heads.state_dict().items()}
+        if self.ema is not None:
+            found |= {f"ema.{name}": t for name, t in self.ema.average.items()}
+        for i, (name, parameter) in self._optimized():
+            state = self.optimizers[i].state.get(parameter, {})
+            found |= {f"optimizer.{i}.{name}.{kind}": torch.as_tensor(value) for kind, value in state.items()}
+        return found
+
+    def _optimized(self) -> Iterator[tuple[int, tuple[str, nn.Parameter]]]:
+        """Yield (number of the optimizer, (name, parameter)) of all that is optimized."""
+        named = {id(p): name for name, p in self.parameters.items()}
+        named |= {id(p): f"heads.{name}" for name, p in self.heads.named_parameters()}
+        for i, optimizer in enumerate(self.optimizers):
+            for group in optimizer.param_groups:
+                yield from ((i, (named[id(p)], p)) for p in group["params"])
 
     @torch.no_grad()
     def restore(self, folder: Path, recipe: Recipe) -> int:
@@ -96,31 +164,145 @@ class State:
 
         Raises:
             ConfigError: the recipe has other settings now.
-            CheckpointError: the folder is damaged, or holds other tensors.
+            DamagedCheckpoint: a file is missing, cut off, or not what was written.
+            CheckpointError: it holds other tensors.
         """
-        saved = _read(folder)
-        changed = changed_settings(recipe, saved["state"]["recipe"])
+        about = inspect(folder)
+        changed = changed_settings(recipe, about["recipe"])
         if changed:
             raise ConfigError(
                 f"{folder} was made with other settings: {changed}. Restart the run, or use another runs folder."
             )
+        if (folder / SHARDS).exists():
+            self._restore_shards(folder)
+        else:
+            self._restore_files(folder)
+        if self.ema is not None:
+            self.ema.count = about["ema_count"]
+        self.counters = {name: int(about.get(name, 0)) for name in self.counters}
+        return int(about["step"])
+
+    def _restore_files(self, folder: Path) -> None:
+        saved = _read(folder)
         pairs = [("weights", self.parameters), ("heads", self.heads.state_dict())]
         if self.ema is not None:
             pairs.append(("ema", self.ema.average))
-            self.ema.count = saved["state"]["ema_count"]
         for kind, own in pairs:
             theirs = saved[kind]
-            strange = sorted(
-                name for name in {**own, **theirs} if name not in own or name not in theirs
-                or own[name].shape != theirs[name].shape
-            )  # fmt: skip
-            if strange:
-                raise CheckpointError(f"{folder}/{kind}.safetensors does not fit the model: {', '.join(strange[:4])}.")
+            _must_fit(own, {name: t.shape for name, t in theirs.items()}, f"{folder}/{kind}.safetensors")
             for name, tensor in own.items():
-                tensor.copy_(theirs[name])
+                tensor.copy_(_like(tensor, theirs[name]))
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        return int(saved["state"]["step"])
+            flat = [p for group in optimizer.param_groups for p in group["params"]]
+            for number, values in state["state"].items():
+                values.update({kind: _like(flat[number], value) for kind, value in values.items()})
+            optimizer.load_state_dict(_current_groups(optimizer, state))
+
+    def _restore_shards(self, folder: Path) -> None:
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        reader = FileSystemReader(folder / SHARDS)
+        stored = {
+            name: entry
+            for name, entry in reader.read_metadata().state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        for i, (name, parameter) in self._optimized():  # an optimizer's averages begin with its first step
+            prefix = f"optimizer.{i}.{name}."
+            kinds = {key.removeprefix(prefix): entry for key, entry in stored.items() if key.startswith(prefix)}
+            kinds = {kind: entry for kind, entry in kinds.items() if "." not in kind}
+            if kinds:
+                self.optimizers[i].state[parameter] = {
+                    kind: torch.zeros_like(parameter, dtype=entry.properties.dtype)
+                    if entry.size == parameter.shape
+                    else torch.zeros(entry.size, dtype=entry.properties.dtype, device=parameter.device)
+                    for kind, entry in kinds.items()
+                }
+        own = self._flat()
+        _must_fit(own, {name: entry.size for name, entry in stored.items()}, str(folder / SHARDS))
+        alone = processes.world() == 1
+        load(own, storage_reader=reader, no_dist=alone, process_group=processes.group("checkpoint"))
+        for name, tensor in self.heads.state_dict().items():
+            tensor.copy_(own[f"heads.{name}"])
+
+
+class Pending:
+    """A checkpoint on its way from a temporary name to its own."""
+
+    def __init__(self, run: Path, step: int, keep: int, about: dict[str, Any]) -> None:
+        self.run, self.keep, self.about = run, keep, about
+        self.target = step_folder(run, step)
+        self.temporary = self.target.with_name(f".{self.target.name}.part")
+        self.error: str | None = None
+        self.future: Any = None
+        self._lock = threading.Lock()
+        self._done = False
+
+    def begin(self) -> None:
+        """Make the temporary folder, and clear away those of runs that were killed while they wrote."""
+        with self.writing():
+            for left in self.run.glob(".step_*.part"):
+                shutil.rmtree(left, ignore_errors=True)
+            self.temporary.mkdir(parents=True)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Note an error of writing, and leave nothing behind."""
+        try:
+            yield
+        except WRITING as error:
+            self.fail(error)
+
+    def follow(self, future: Any) -> None:
+        """Wait for the processes' files in the background; the first process then makes them a checkpoint."""
+        self.future = future
+        if processes.first():
+            future.add_done_callback(lambda _: self.finish())
+
+    def finish(self) -> None:
+        """Wait for the files, and make them a checkpoint, once."""
+        with self._lock:
+            if self._done:
+                return
+            self._done = True
+            if self.future is not None:
+                try:
+                    self.future.result()
+                except BaseException as error:  # CheckpointException of all processes' errors is no Exception
+                    self.fail(error)
+            if processes.first():
+                self.commit()
+
+    def commit(self) -> None:
+        """Describe the files, rename the folder, and drop the oldest."""
+        if self.error is not None:
+            return
+        with self.writing():
+            files = [file for file in sorted(self.temporary.rglob("*")) if file.is_file()]
+            self.about["files"] = {str(file.relative_to(self.temporary)): fingerprint(file) for file in files}
+            (self.temporary / "state.json").write_text(json.dumps(self.about, indent=1), encoding="utf-8")
+            shutil.rmtree(self.target, ignore_errors=True)
+            os.replace(self.temporary, self.target)
+            for old in sorted(self.run.glob("step_*"))[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def fail(self, error: BaseException) -> None:
+        """Note why it cannot be written."""
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        telling = [line for line in lines if "Error" in line or "error" in line]
+        self.error = (telling or lines)[-1].strip()
+        if processes.first():
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def check(self) -> None:
+        """Raise where it could not be written."""
+        if self.error is not None:
+            raise CheckpointError(
+                f"{self.target} cannot be written ({self.error}); the last whole checkpoint is kept. Make room and "
+                "give the same command again."
+            )
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -128,15 +310,83 @@ def step_folder(run: Path, step: int) -> Path:
     return run / f"step_{step:08d}"
 
 
+def wholes(run: Path) -> list[Path]:
+    """Return the whole checkpoints of a run, the latest first."""
+    return sorted((p for p in run.glob("step_*") if (p / "state.json").exists()), reverse=True)
+
+
 def newest(run: Path) -> Path | None:
     """The latest whole checkpoint of a run, if there is one."""
-    found = sorted(p for p in run.glob("step_*") if (p / "state.json").exists())
-    return found[-1] if found else None
+    return next(iter(wholes(run)), None)
+
+
+def fingerprint(file: Path) -> list[int]:
+    """Return the size of a file in bytes and its CRC-32."""
+    crc = 0
+    with file.open("rb") as opened:
+        while piece := opened.read(1 << 22):
+            crc = zlib.crc32(piece, crc)
+    return [file.stat().st_size, crc]
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """Return what a checkpoint's `state.json` says, once its files are found to be what was written.
+
+    Raises:
+        DamagedCheckpoint: they are not; the message names the file.
+    """
+    complaint, about = "", {}
+    if processes.first():
+        try:
+            about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            for name, (size, crc) in about.get("files", {}).items():
+                found = fingerprint(folder / name) if (folder / name).exists() else [-1, 0]
+                if found != [size, crc]:
+                    complaint = f"{name} is " + ("missing" if found[0] < 0 else "not what was written")
+                    break
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            complaint = f"state.json: {error}"
+    complaint, about = processes.told((complaint, about))
+    if complaint:
+        raise damaged(folder, complaint)
+    return dict(about)
+
+
+def damaged(folder: Path, why: object) -> DamagedCheckpoint:
+    """Say which checkpoint cannot be used, and why."""
+    return DamagedCheckpoint(
+        f"{folder} is damaged ({why}); delete it to resume from the checkpoint before, or restart the run."
+    )
+
+
+def _must_fit(own: Mapping[str, Tensor], shapes: Mapping[str, Any], where: str) -> None:
+    """Refuse tensors of other names or shapes."""
+    strange = sorted(
+        name for name in {**own, **shapes} if name not in own or name not in shapes or own[name].shape != shapes[name]
+    )
+    if strange:
+        raise CheckpointError(f"{where} does not fit the model: {', '.join(strange[:4])}.")
+
+
+def _like(own: Tensor, value: Any) -> Any:
+    """Cut a whole tensor as this process holds its own, where it holds a part; other values stay."""
+    mesh = getattr(own, "device_mesh", None)
+    if mesh is None or not isinstance(value, Tensor) or value.shape != own.shape:
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(own, DTensor)
+    return distribute_tensor(value.to(own.device), mesh, own.placements, src_data_rank=None)
+
+
+def _current_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Keep the settings of this run's optimizer (how it computes), and take the state alone."""
+    return {"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     if tensors:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file)
+        save_file({name: whole_tensor(t.detach()).cpu().contiguous() for name, t in tensors.items()}, file)
 
 
 def _load_tensors(file: Path) -> dict[str, Tensor]:
@@ -144,14 +394,11 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint back: weights, ema, heads, optimizers and the state's JSON."""
+    """Read the files of one process back: weights, ema, heads, optimizers."""
     try:
         return {
             **{kind: _load_tensors(folder / f"{kind}.safetensors") for kind in ("weights", "ema", "heads")},
             "optimizers": torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True),
-            "state": json.loads((folder / "state.json").read_text(encoding="utf-8")),
         }
     except Exception as error:  # each of three formats has its own errors
-        raise CheckpointError(
-            f"{folder} is damaged ({error}); delete it to resume from the checkpoint before, or restart the run."
-        ) from error
+        raise damaged(folder, error) from error

@@ -1,0 +1,66 @@
+"""`torchrun -m unilip.train RECIPE`: a run in the processes that torchrun starts, one for each GPU.
+
+    torchrun --nproc-per-node 8 -m unilip.train 1b/sft --set parallel=fsdp
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m unilip.train 3b/pretrain
+
+The options are those of `unilip train`. Exit codes: 0 done, 2 bad input, 130 stopped by a signal and saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from unilip.errors import UniLIPError
+from unilip.train import processes
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the reader of the options."""
+    found = argparse.ArgumentParser(
+        prog="torchrun -m unilip.train", description="Run a training recipe in several processes, or go on with it."
+    )
+    found.add_argument("recipe", help="its name; `unilip train --list` shows them all")
+    found.add_argument("--runs", default="runs", metavar="DIR", help="folder of all runs (runs)")
+    found.add_argument("--set", action="append", default=[], dest="settings", metavar="NAME=VALUE", help="repeatable")
+    found.add_argument("--restart", action="store_true", help="begin anew, even where checkpoints exist")
+    found.add_argument("--stop-after", type=int, metavar="N", help="save and stop after N more steps")
+    found.add_argument("--device", default="auto", help="auto, cpu or cuda (auto: CUDA where there is one)")
+    found.add_argument("--no-progress", action="store_false", dest="progress", help="no progress bar")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipe that the command line names; returns the exit code."""
+    options = parser().parse_args(argv)
+    level = logging.INFO if processes.first() else logging.ERROR
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("unilip").setLevel(level)
+    import torch
+
+    from unilip.train.loop import Interrupted, train
+    from unilip.train.recipe import override
+    from unilip.train.recipes import get_recipe
+
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        recipe = override(get_recipe(options.recipe), options.settings)
+        folder = train(
+            recipe, options.runs, device=device, restart=options.restart, progress=options.progress,
+            stop_after=options.stop_after,
+        )  # fmt: skip
+    except UniLIPError as error:
+        if processes.first():
+            print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr)
+        return 130 if isinstance(error, Interrupted) else 2
+    if processes.first():
+        print(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

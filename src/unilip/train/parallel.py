@@ -1,0 +1,130 @@
+"""One model in several processes: each holds all of it (DDP), or a part of every layer (FSDP2).
+
+In:  model and objective of `build`, on the device. Out: a module whose call runs a function of theirs with gradients
+kept in step. The model itself is not edited: what trains keeps its names, its parameters become sharded tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from unilip.model import UniLIP
+from unilip.train import processes
+from unilip.train.recipe import Flow, Recipe, Reconstruct
+
+
+class Whole(nn.Module):
+    """Everything that a step uses, as one module, because what shares a model over processes wraps a module's call."""
+
+    def __init__(self, model: UniLIP, heads: nn.ModuleDict) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = heads
+
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function that uses the model."""
+        return function(*arguments)
+
+
+def share(whole: Whole, recipe: Recipe) -> nn.Module:
+    """Share the model as the recipe says; one process gets it back as it is."""
+    if processes.world() == 1:
+        return whole
+    if recipe.parallel == "fsdp":
+        return shard(whole, recipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the argument has another name in later versions
+        module = DistributedDataParallel(
+            whole, broadcast_buffers=False, gradient_as_bucket_view=True,
+            find_unused_parameters=some_are_unused(whole.model, recipe),
+        )  # fmt: skip
+    if recipe.reduce_dtype == "bfloat16":
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+        module.register_comm_hook(None, bf16_compress_hook)
+    return module
+
+
+def some_are_unused(model: UniLIP, recipe: Recipe) -> bool:
+    """Whether weights that train get no gradient in a step: the queries, for instance, while answers are learned."""
+    used: tuple[str, ...] = ()
+    if isinstance(recipe.objective, Flow):
+        used = ("mllm.queries", "connector.", "dit.")
+    elif isinstance(recipe.objective, Reconstruct):
+        used = ("encoder.", "latent_head.", "pixel_decoder.")
+    return not all(name.startswith(used) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def shard(whole: Whole, recipe: Recipe) -> nn.Module:
+    """Shard every parameter over the processes (FSDP2): float32 masters, layers gathered in the run's precision."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    device = whole.model.device.type
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if recipe.dtype == "bfloat16" else None,
+        reduce_dtype=getattr(torch, recipe.reduce_dtype),
+        cast_forward_inputs=False,  # autocast does
+    )
+    settings: dict[str, Any] = dict(mesh=init_device_mesh(device, (processes.world(),)), mp_policy=policy)
+    for modules in units(whole.model):
+        fully_shard(modules, **settings)
+    # Sharded again after the forward pass, so that outside of a step every parameter is this process's own part.
+    fully_shard(whole, reshard_after_forward=True, **settings)
+    return whole
+
+
+def units(model: UniLIP) -> Iterator[list[nn.Module]]:
+    """Yield what is gathered together: the layers that are called one after the other."""
+    if "encoder" in model.parts:
+        yield from ([layer] for layer in model.encoder.vision_tower.encoder.layer)
+    if "mllm" in model.parts:
+        yield from ([layer] for layer in model.mllm.language_model.model.layers)
+    if "connector" in model.parts:
+        yield from ([layer] for layer in model.connector.layers)
+    if "dit" in model.parts:
+        for block in model.dit.transformer.transformer_blocks:
+            yield [block.attn2.to_k, block.attn2.to_v]  # called outside of their block, see `DiT.prepare`
+            yield [block]
+    if "pixel_decoder" in model.parts:
+        yield [model.pixel_decoder.decoder]
+
+
+def sharded(module: nn.Module) -> bool:
+    """Whether the processes hold parts, so that all of them must take part in every call."""
+    return processes.world() > 1 and not isinstance(module, DistributedDataParallel)
+
+
+@contextlib.contextmanager
+def accumulating(module: nn.Module, last: bool) -> Iterator[None]:
+    """Keep gradients at home until the last batch of a step; sharded ones are summed at once, to hold only a part."""
+    if isinstance(module, DistributedDataParallel) and not last:
+        with module.no_sync():
+            yield
+    else:
+        yield
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Average the gradients and running means of a small module that every process holds: the adversary."""
+    if processes.world() == 1:
+        return
+    tensors = [p.grad for p in module.parameters() if p.grad is not None]
+    tensors += [t for t in module.state_dict(keep_vars=True).values() if not isinstance(t, nn.Parameter)]
+    if tensors:
+        flat = processes.mean_(torch.cat([t.detach().flatten().float() for t in tensors]))
+        for tensor, value in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(value.view_as(tensor))
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor; all processes must ask. Others come back as they are."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
