@@ -115,6 +115,8 @@ def scan(path: Path) -> ShardIndex:
                 fault = _unfinished(path, tar.offset, size)
     except (tarfile.TarError, OSError, EOFError) as error:
         fault = f"no tar file ({error})"
+    if fault and len(groups) > 1 and len(list(groups.values())[-1]) < len(list(groups.values())[-2]):
+        groups.popitem()  # the sample that the damage cut in two
     samples: dict[str, list[tuple[str, Members]]] = {kind: [] for kind in KINDS}
     for key, members in groups.items():
         for kind, parts in kinds_of(members):
