@@ -26,7 +26,7 @@ from unilip.train.batches import Batches, Reading, Turns, conversation
 from unilip.train.recipe import Flow, Recipe, Understand
 
 T = TypeVar("T")
-ATTEMPTS = 50  # samples in a row that may be unusable before something else must be wrong
+ATTEMPTS = 50  # draws in a row that may be unusable before something else must be wrong
 TURN_EXTRA = 16  # tokens of the template around a prompt, and more
 WORDS = {"image": "pictures", "caption": "pictures with captions", "edit": "edits (NAME.input, NAME.output, NAME.txt)",
          "talk": "pictures with conversations", "text": "conversations without a picture"}  # fmt: skip
@@ -120,21 +120,23 @@ class FileBatches(Batches):
         stream = self.streams[kind]
         lane, number = self._draw(kind, sample)
         which, shard, place = stream.place(number, lane)
-        self._reading.tried += 1
-        problem = ""
+        source, tried, problem = stream.sources[which], set(), ""
         for attempt in range(1, ATTEMPTS + 1):
-            name = f"{stream.sources[which].location}, shard {shard}, sample {place}"
-            try:
-                record = stream.sources[which].read(kind, shard, place)
-                name = record.name
-                return use(record)
-            except Unreadable as error:
-                problem = f"{name}: {error}" if name not in str(error) else str(error)
-                noted = self._reading.left_out if error.left_out else self._reading.skipped
-                noted.append((error.reason, problem))
+            if (shard, place) not in tried:
+                tried.add((shard, place))
+                self._reading.tried += 1
+                name = ""  # what goes wrong before the record is there names its file itself
+                try:
+                    record = source.read(kind, shard, place)
+                    name = f"{record.name}: "
+                    return use(record)
+                except Unreadable as error:
+                    problem = f"{name}{error}"
+                    noted = self._reading.left_out if error.left_out else self._reading.skipped
+                    noted.append((error.reason, problem))
             shard, place = stream.instead(which, stable_hash("instead", self.recipe.seed, kind, sample, attempt), lane)
         raise DataError(
-            f"{ATTEMPTS} samples in a row of {stream.sources[which].location} cannot be used, the last: {problem}. "
+            f"{source.location} has no sample that can be used: {len(tried)} were tried in a row, the last: {problem}. "
             "`unilip data check` lists what is wrong."
         )
 

@@ -323,9 +323,9 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
     """The default of every setting of a recipe that has one, by dotted name."""
     found: dict[str, Any] = {}
     for f in dataclasses.fields(recipe):
-        value = getattr(recipe, f.name)
+        value: Any = getattr(recipe, f.name)
         if dataclasses.is_dataclass(value):
-            found |= leaves(type(value)(), f"{f.name}.")  # type: ignore[operator]
+            found |= leaves(value.__class__(), f"{f.name}.")
         elif f.default is not dataclasses.MISSING:
             found[f.name] = f.default
     values: dict[str, Any] = json.loads(json.dumps(found))
