@@ -3,6 +3,7 @@
 Usage: parallel_checks.py RUNS CHECK. One process imports everything and forks the others, as imports cost most.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -59,7 +60,7 @@ def together(processes: int, work, *arguments) -> None:
                 work(*arguments)
                 code = 0
             except BaseException as error:
-                print(f"rank {rank}: {type(error).__name__}: {error}", flush=True)
+                sys.stdout.write(f"rank {rank}: {type(error).__name__}: {error}\n")
             finally:
                 sys.stdout.flush()
                 os._exit(code)
@@ -79,10 +80,8 @@ def run(folder: Path, base: Path, recipes: list[Recipe], stops: int | None = Non
     """Train the recipes in a folder of runs of their own."""
     (folder / "start").mkdir(parents=True, exist_ok=True)
     if not (folder / "start" / "clip").exists():
-        try:
+        with contextlib.suppress(FileExistsError):  # made by another process
             (folder / "start" / "clip").symlink_to(base / "start" / "clip")
-        except FileExistsError:  # by another process
-            pass
     for one in recipes:
         train(one, folder, progress=False, stop_after=stops)
 
@@ -138,4 +137,4 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     shutil.rmtree(place, ignore_errors=True)
     {"fast": fast, "full": full}[sys.argv[2]](place)
-    print(json.dumps("done"))
+    sys.stdout.write(json.dumps("done") + "\n")

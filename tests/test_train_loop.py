@@ -18,14 +18,13 @@ from PIL import Image
 from tqdm import tqdm
 
 import unilip.data.tokenizer
-from unilip.errors import CheckpointError, ConfigError, UniLIPError
+from unilip.errors import CheckpointError, ConfigError
 from unilip.model import UniLIP
 from unilip.preprocess import normalise
 from unilip.train import loop as loops
 from unilip.train.batches import make_batches
 from unilip.train.build import build
 from unilip.train.loop import Interrupted, Loop, learning_rate, mixed_precision, train
-from unilip.train.objectives import ReconstructObjective
 from unilip.train.recipe import Optim, override, plain
 from unilip.train.recipes import get_recipe
 from unilip.train.state import EMA, newest
@@ -297,16 +296,33 @@ def test_a_run_killed_while_it_wrote_resumes_from_the_last_whole_checkpoint(fork
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.pt", "state.json"])
-def test_a_damaged_checkpoint_is_a_clear_error(fork, file):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(fork, file, caplog):
     run = train(recon("save_every=1"), fork, progress=False, stop_after=2)
     damaged = run / "step_00000002" / file
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    shutil.copytree(damaged.parent, fork / "kept")
+    train(recon("save_every=1"), fork, progress=False, stop_after=1)
+    assert f"step_00000002 is damaged ({file}" in caplog.text and "Taking the one before" in caplog.text
+    assert [line["step"] for line in log_of(run)] == [1, 2], "step 2 came again, after step 1"
+    shutil.rmtree(run / "step_00000001")
+    shutil.rmtree(run / "step_00000002")
+    shutil.copytree(fork / "kept", run / "step_00000002")
     with pytest.raises(
         CheckpointError, match=r"step_00000002 is damaged .*delete it to resume from the checkpoint before"
     ):
         train(recon("save_every=1"), fork, progress=False)
-    shutil.rmtree(damaged.parent)
-    assert train(recon("save_every=1"), fork, progress=False).name == "final"
+
+
+def test_a_single_wrong_bit_is_found(fork):
+    run = train(recon("save_every=1"), fork, progress=False, stop_after=1)
+    file = run / "step_00000001" / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"step_00000001 is damaged \(weights.safetensors is not what was written"
+    ):
+        train(recon("save_every=1"), fork, progress=False)
 
 
 def test_a_checkpoint_of_another_model_is_refused(fork):
@@ -317,6 +333,8 @@ def test_a_checkpoint_of_another_model_is_refused(fork):
     weights = load_file(file)
     name = sorted(weights)[0]
     save_file({k: v for k, v in weights.items() if k != name} | {"more": torch.zeros(1)}, file)
+    about = file.with_name("state.json")
+    about.write_text(json.dumps({k: v for k, v in json.loads(about.read_text()).items() if k != "files"}))
     with pytest.raises(CheckpointError, match=f"does not fit the model: {name}, more"):
         train(recon(), fork, progress=False)
 
@@ -366,21 +384,6 @@ def test_a_full_disk_keeps_the_last_checkpoint(fork, monkeypatch):
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_loss_that_is_no_number_stops_the_run(fork, monkeypatch):
-    loss = ReconstructObjective.loss
-
-    def broken(self, batch, step):
-        total, terms = loss(self, batch, step)
-        return (total * math.nan if step == 2 else total), terms
-
-    monkeypatch.setattr(ReconstructObjective, "loss", broken)
-    with pytest.raises(UniLIPError, match=r"not a finite number at step 3 of tiny/recon; lower optim\.lr"):
-        train(recon("log_every=100", "steps=8"), fork, progress=False)
-    run = fork / "tiny" / "recon"
-    assert newest(run).name == "step_00000002"
-    assert all(bool(t.isfinite().all()) for t in contents(newest(run))["weights.safetensors"].values())
 
 
 @pytest.fixture

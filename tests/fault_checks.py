@@ -1,0 +1,118 @@
+"""What tests/test_train_faults.py runs in a process of its own, which forks those that are killed.
+
+Usage: fault_checks.py kills RUNS TIMES | full RUNS. The last line of the output is what was found, as JSON.
+"""
+
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from parallel_checks import together
+from unilip.errors import CheckpointError
+from unilip.train import loop
+from unilip.train.loop import train
+from unilip.train.recipe import Recipe, override
+from unilip.train.recipes import get_recipe
+from unilip.train.state import State, newest
+
+
+def recipe(*settings: str) -> Recipe:
+    return override(get_recipe("tiny/clip"), ["log_every=1", "sample_every=1000", "save_every=1", "ema=0.9", *settings])
+
+
+def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint of one process."""
+    found = {}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        found |= {f"{file.stem}.{name}": tensor for name, tensor in load_file(file).items()}
+    for i, optimizer in enumerate(torch.load(checkpoint / "optimizer.pt", weights_only=True)):
+        for number, state in optimizer["state"].items():
+            found |= {f"optimizer.{i}.{number}.{kind}": value for kind, value in state.items()}
+    return found
+
+
+def kills(runs: Path, times: int) -> dict:
+    """Kill a run without warning, every other time while it writes a checkpoint, until it has been often enough."""
+    rng = random.Random(0)
+    run = runs / "tiny" / "clip"
+    killed = while_writing = 0
+    last = 0
+    while killed < times:
+        child = os.fork()
+        if child == 0:
+            train(recipe("steps=100000"), runs, progress=False)
+            os._exit(0)
+        writing = killed % 2 == 0
+        begun, aim = time.monotonic(), rng.uniform(0.2, 3.0)
+        while True:  # at least one new checkpoint, so that the run moves on
+            now = newest(run)
+            moved = now is not None and int(now.name[-8:]) > last
+            if moved and time.monotonic() - begun > aim and (not writing or list(run.glob(".step_*.part"))):
+                break
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.004) if writing else 0)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        killed += 1
+        while_writing += bool(list(run.glob(".step_*.part")))
+        last = int(newest(run).name[-8:])
+    child = os.fork()
+    if child == 0:
+        train(recipe("steps=100000"), runs, progress=False, stop_after=2)
+        os._exit(0)
+    os.waitpid(child, 0)
+    end = int(newest(run).name[-8:])
+    undisturbed = runs / "undisturbed"
+    shutil.copytree(run / "tokenizer", undisturbed / "tiny" / "clip" / "tokenizer")
+    train(recipe("steps=100000", "save_every=100000"), undisturbed, progress=False, stop_after=end)
+    one, other = contents(newest(run)), contents(newest(undisturbed / "tiny" / "clip"))
+    different = sorted(name for name in {**one, **other} if name not in one or not torch.equal(one[name], other[name]))
+    return {"kills": killed, "while_writing": while_writing, "steps": end, "different": different}
+
+
+def full(runs: Path) -> dict:
+    """Two processes whose shards cannot be written, and that go on when they can."""
+    errors = runs / "errors"
+    errors.mkdir()
+
+    def work() -> None:
+        train(recipe("parallel=fsdp"), runs, progress=False, stop_after=1)
+
+    def limited() -> None:
+        write = State._write_shards
+
+        def under_limit(self, pending):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            write(self, pending)
+
+        State._write_shards = under_limit
+        try:
+            train(recipe("parallel=fsdp", "log_every=1000"), runs, progress=False)
+        except CheckpointError as error:
+            (errors / os.environ["RANK"]).write_text(str(error))
+
+    together(2, work)
+    together(2, limited)
+    left = sorted(p.name for p in (runs / "tiny" / "clip").glob("*step_*"))
+    together(2, lambda: train(recipe("parallel=fsdp"), runs, progress=False))
+    finished = (runs / "tiny" / "clip" / "final").exists()
+    return {"errors": [file.read_text() for file in errors.iterdir()], "left": left, "finished": finished}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.ERROR)
+    loop.logger.setLevel(logging.ERROR)
+    place = Path(sys.argv[2])
+    found = kills(place, int(sys.argv[3])) if sys.argv[1] == "kills" else full(place)
+    sys.stdout.write(json.dumps(found) + "\n")
