@@ -23,7 +23,6 @@ from typing import Any, Literal, ParamSpec, cast
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from unilip import __version__
 from unilip.errors import ImageError, PromptError, UniLIPError
@@ -31,6 +30,7 @@ from unilip.preprocess import Fit, check_prompt, fit_square, load_image, unfit_s
 from unilip.serve.engine import Engine, Ticket, psnr
 from unilip.serve.intent import intent
 from unilip.serve.jobs import Ask, Cancelled, Edit, Event, Generate, Job, Reconstruct, Result, Turn
+from unilip.serve.pictures import encode
 
 logger = logging.getLogger(__name__)
 
@@ -112,11 +112,12 @@ class Desk:
         seeds = result.seeds if len(result.seeds) == len(images) else (None,) * len(images)
         files, origins = [], []
         for image, seed in zip(images, seeds, strict=True):
-            texts = {"Software": f"unilip {__version__}", "model": self.model, "prompt": text, "seed": seed}
+            about = {"model": self.model, "prompt": text, "seed": seed, **result.settings}
+            about = {key: value for key, value in about.items() if value not in (None, "")}
             name = f"{stem}-{seed}.png" if seed is not None else f"{stem}.png"
-            files.append(self._write(image, name, {**texts, **result.settings} if self.metadata else {}))
+            files.append(self._write(image, name, about if self.metadata else None))
         for i, image in enumerate(sources):
-            origins.append(self._write(image, f"{stem}-source{f'-{i + 1}' if i else ''}.png", {}))
+            origins.append(self._write(image, f"{stem}-source{f'-{i + 1}' if i else ''}.png", None))
         score = result.psnr[0] if result.psnr else None
         entry = Entry(
             number, time.strftime("%Y-%m-%dT%H:%M:%S%z"), verb, text, result.text, result.seeds,
@@ -129,13 +130,9 @@ class Desk:
                 self._remove(self.entries.pop(0))
         return files
 
-    def _write(self, image: Image.Image, name: str, texts: Mapping[str, Any]) -> Path:
-        info = PngInfo()
-        for key, value in texts.items():
-            if value is not None:
-                info.add_itxt(key, str(value)) if not str(value).isascii() else info.add_text(key, str(value))
+    def _write(self, image: Image.Image, name: str, about: Mapping[str, Any] | None) -> Path:
         path, part = self.folder / name, self.folder / f"{name}.part"
-        image.save(part, "PNG", pnginfo=info)
+        part.write_bytes(encode(image, "png", about=about))
         os.replace(part, path)
         return path
 
@@ -299,8 +296,8 @@ def kindly(handler: Callable[P, Iterator[Update]]) -> Callable[P, Iterator[Updat
             yield {"status": note("Cancelled. Nothing was changed.")}
         except UniLIPError as error:
             yield {"status": note(str(error), "error")}
-        except Exception:
-            logger.exception("the studio failed")
+        except Exception as error:
+            logger.exception("the studio failed: %r", error)
             yield {"status": note("Something went wrong here; the program's log says what. Try again.", "error")}
 
     return run
@@ -326,9 +323,8 @@ class Studio:
         ticket = self.engine.submit(job)
         desk.begin(place, ticket)
         try:
-            waiting = self.engine.stats().queued
-            if waiting > 1:
-                yield {"status": note(f"Waiting: {waiting} pictures or answers are asked for.")}
+            if ticket.started is None and self.engine.stats().running:
+                yield {"status": note("Waiting for earlier work to finish.")}
             for event in ticket.events():
                 yield show(event)
             return ticket.result()
@@ -341,13 +337,13 @@ class Studio:
 
     @kindly
     def generate(
-        self, desk: Desk, prompt: str, negative: str, seed: float | None, fresh: bool, steps: float,
+        self, desk: Desk, prompt: str, negative: str | None, seed: float | None, fresh: bool, steps: float,
         guidance: float, solver: str, count: float,
     ) -> Iterator[Update]:  # fmt: skip
         """Draw `count` pictures: "pictures" [(file, caption)], "seed" of the first. `fresh` takes a new seed."""
         job = Generate(
             prompt, count=int(count), seed=None if fresh else whole(seed, "The seed"), steps=int(steps),
-            guidance_scale=guidance, solver=solver, negative_prompt=negative.strip() or None,
+            guidance_scale=guidance, solver=solver, negative_prompt=(negative or "").strip() or None,
         )  # fmt: skip
         result = yield from self._follow(desk, "generate", job, self._step)
         files = desk.keep("generate", prompt.strip(), result, result.images)
@@ -360,7 +356,7 @@ class Studio:
 
     @kindly
     def edit(
-        self, desk: Desk, path: str | None, instruction: str, negative: str, seed: float | None, fresh: bool,
+        self, desk: Desk, path: str | None, instruction: str, negative: str | None, seed: float | None, fresh: bool,
         steps: float, guidance: float, solver: str, fit: str, keep_aspect: bool,
     ) -> Iterator[Update]:  # fmt: skip
         """Change a picture: "slider" (before, after), "difference", "edited" the file, "seed"."""
@@ -368,7 +364,7 @@ class Studio:
         shape = cast(Fit, fit)
         job = Edit(
             source, instruction, seed=None if fresh else whole(seed, "The seed"), steps=int(steps),
-            guidance_scale=guidance, solver=solver, negative_prompt=negative.strip() or None, fit=shape,
+            guidance_scale=guidance, solver=solver, negative_prompt=(negative or "").strip() or None, fit=shape,
             keep_aspect=keep_aspect,
         )  # fmt: skip
         result = yield from self._follow(desk, "edit", job, self._step)
@@ -434,8 +430,8 @@ class Studio:
         except UniLIPError as error:
             del desk.messages[shown:]
             yield {"messages": list(desk.messages), "box": dict(message), "status": note(str(error), "error")}
-        except Exception:
-            logger.exception("the studio failed")
+        except Exception as error:
+            logger.exception("the studio failed: %r", error)
             del desk.messages[shown:]
             text = "Something went wrong here; the program's log says what. Try again."
             yield {"messages": list(desk.messages), "box": dict(message), "status": note(text, "error")}
@@ -454,8 +450,9 @@ class Studio:
         desk.messages += [_message("user", {"path": path}) for path in files]
         desk.messages.append(_message("user", text))
         yield {"messages": list(desk.messages), "box": None, "status": bar(Event("start"))}
+        images: tuple[Image.Image, ...] = ()
         if wanted == "ask":
-            reply, images = (yield from self._answer(desk, text, pictures)), ()
+            reply = yield from self._answer(desk, text, pictures)
         else:
             job: Job = Generate(words) if wanted == "generate" else Edit(newest[-1], words)
             result = yield from self._follow(desk, "chat", job, self._step)
@@ -465,22 +462,12 @@ class Studio:
             reply = f"{'Drawn' if wanted == 'generate' else 'Changed'}: “{words}”, seed {result.seeds[0]}."
             desk.messages.append(_message("assistant", {"path": str(file), "alt_text": words}))
             desk.messages.append(_message("assistant", reply))
-        desk.turns += [Turn("user", text, pictures), Turn("assistant", reply, tuple(images))]
+        desk.turns += [Turn("user", text, pictures), Turn("assistant", reply, images)]
         yield {"messages": list(desk.messages), "status": note("")}
 
     def _answer(self, desk: Desk, question: str, pictures: tuple[Image.Image, ...]) -> Generator[Update, None, str]:
         """Stream an answer into the last message; the oldest turns are left out where the model cannot read all."""
-        history = list(desk.turns)
-        images = pictures
-        if not pictures:
-            since = max((i for i, turn in enumerate(history) if turn.images), default=None)
-            if since is not None:
-                images, history = history[since].images, history[since + 1 :]
-                if history:  # the picture goes where it was first asked about
-                    history[0] = Turn(history[0].role, history[0].text, images)
-                    images = ()
-        else:
-            history = []
+        history, images = _context(desk.turns, pictures)
         desk.messages.append(_message("assistant", ""))
 
         def show(event: Event) -> Update:
@@ -512,6 +499,25 @@ class Studio:
         desk.turns.clear()
         desk.messages.clear()
         return {"messages": [], "status": note("")}
+
+
+def _context(turns: Sequence[Turn], pictures: tuple[Image.Image, ...]) -> tuple[list[Turn], tuple[Image.Image, ...]]:
+    """Return the turns that a question builds on, and the pictures that it brings along itself.
+
+    That is what was said since the newest picture appeared. A picture that was drawn, and so has no question of its
+    own, goes with the first question about it.
+    """
+    if pictures:
+        return [], pictures
+    since = max((i for i, turn in enumerate(turns) if turn.images), default=None)
+    if since is None:
+        return list(turns), ()
+    if turns[since].role == "user":
+        return list(turns[since:]), ()
+    later, drawn = list(turns[since + 1 :]), turns[since].images
+    if not later:
+        return [], drawn
+    return [Turn(later[0].role, later[0].text, drawn), *later[1:]], ()
 
 
 def _message(role: str, content: Any) -> dict[str, Any]:
