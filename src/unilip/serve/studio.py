@@ -424,7 +424,8 @@ class Page:
             label=label, type="filepath", sources=["upload", "clipboard"], height=260, elem_id=f"{name}-source",
             image_mode=None,
         )  # fmt: skip
-        picture.preprocess = _path  # a subclass would make gradio write a stub beside this file
+        # set, not overridden: for a subclass gradio would write a stub beside this file
+        picture.preprocess = _path  # type: ignore[method-assign]
         return picture
 
     def _history(self) -> None:
