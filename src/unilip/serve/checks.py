@@ -119,7 +119,7 @@ class Checker:
         negative = None if job.negative_prompt is None else check_prompt(job.negative_prompt, "negative prompt")
         processor = self._need_processor(size)
         make = processor.generate_text if isinstance(job, Generate) else processor.edit_text
-        self._count_tokens(processor, make(text))
+        tokens = self._count_tokens(processor, make(text))
         if negative is not None:
             self._count_tokens(processor, make(negative))
         square, source_size, fit = (), (0, 0), None
@@ -127,6 +127,7 @@ class Checker:
             source = self._check_fit(job)
             square, source_size, fit = (fit_square(source, size, job.fit),), source.size, job.fit  # type: ignore[assignment]
         ticket = Ticket(verb, job, steps * job.count, deadline)
+        ticket.prompt_tokens = tokens
         ticket.settings = {
             "num_inference_steps": steps,
             "guidance_scale": guidance,
@@ -170,6 +171,7 @@ class Checker:
                 f"{self.config.text.max_positions} in all. Shorten it, or lower max_new_tokens."
             )
         ticket = Ticket("ask", job, job.max_new_tokens, deadline)
+        ticket.prompt_tokens = length
         ticket.settings = {"max_new_tokens": job.max_new_tokens, "temperature": job.temperature, "top_p": job.top_p}
         # a sampled answer draws from one generator, so it has a batch of its own
         key: tuple[Hashable, ...] = ("ask",) if job.temperature == 0 else ("ask", id(ticket))

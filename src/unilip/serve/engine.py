@@ -407,8 +407,7 @@ class Engine:
             temperature=first.temperature, top_p=first.top_p,
             generator=torch.Generator().manual_seed(batch[0].seed),
         )  # fmt: skip
-        lengths = tokens.attention_mask.sum(1).tolist()
-        answers = [_Answer(processor, unit, length) for unit, length in zip(batch, lengths, strict=True)]
+        answers = [_Answer(processor, unit) for unit in batch]
         for column in columns:
             for answer, token in zip(answers, column.tolist(), strict=True):
                 if answer.take(token):
@@ -423,9 +422,9 @@ class Engine:
 class _Answer:
     """The text of one row of a batch as it grows; a piece is held back while it may still be half a character."""
 
-    def __init__(self, processor: Processor, unit: Unit, prompt_tokens: int) -> None:
+    def __init__(self, processor: Processor, unit: Unit) -> None:
         assert isinstance(unit.ticket.job, Ask)
-        self.processor, self.unit, self.prompt_tokens = processor, unit, prompt_tokens
+        self.processor, self.unit = processor, unit
         self.limit = unit.ticket.job.max_new_tokens
         self.ids: list[int] = []
         self.shown = self.text = ""
@@ -455,7 +454,7 @@ class _Answer:
             self.shown = self.text
         ticket._succeed(
             text=self.text, seeds=(self.unit.seed,), finish_reason=self.reason or "stop",
-            prompt_tokens=self.prompt_tokens, completion_tokens=len(self.ids),
+            completion_tokens=len(self.ids),
         )  # fmt: skip
 
 

@@ -142,7 +142,8 @@ class Result:
         psnr: dB between each reconstructed picture and its source at the same size; infinite for equal ones.
         text: the answer of `Ask`.
         finish_reason: "stop", or "length" when `max_new_tokens` cut the answer.
-        prompt_tokens, completion_tokens: of `Ask`.
+        prompt_tokens: of the text that the model read, slots of pictures included.
+        completion_tokens: of the answer of `Ask`.
         settings: the settings that were used, none left open.
         waited, seconds: in the queue, and from submission to the end.
     """

@@ -33,7 +33,8 @@ class Ticket:
         self.deadline = deadline
         self.started: float | None = None
         self.settings: dict[str, Any] = {}
-        self._total = total  # steps of all its pictures
+        self.prompt_tokens = 0
+        self.total = total  # steps of all its pictures
         self._steps: Counter[int] = Counter()
         self._made: dict[int, Unit] = {}
         self._past: list[Event] = []
@@ -136,13 +137,13 @@ class Ticket:
         with self._lock:
             if self.started is None and not self.done:
                 self.started = time.monotonic()
-                self._emit(Event("start", 0, self._total))
+                self._emit(Event("start", 0, self.total))
 
     def _step(self, picture: int) -> None:
         self._steps[picture] += 1
 
     def _tell_step(self) -> None:
-        self._emit(Event("step", sum(self._steps.values()), self._total))
+        self._emit(Event("step", sum(self._steps.values()), self.total))
 
     def _fail(self, error: UniLIPError) -> bool:
         with self._lock:
@@ -159,7 +160,13 @@ class Ticket:
                 return
             now = time.monotonic()
             waited = (self.started or now) - self.submitted
-            self._result = Result(settings=self.settings, waited=waited, seconds=now - self.submitted, **values)
+            self._result = Result(
+                settings=self.settings,
+                prompt_tokens=self.prompt_tokens,
+                waited=waited,
+                seconds=now - self.submitted,
+                **values,
+            )
             self._done.set()
             self._emit(Event("end"))
 

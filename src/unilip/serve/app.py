@@ -1,0 +1,723 @@
+"""The HTTP application: OpenAI's endpoints for pictures and chat, on an engine.
+
+In:  requests that `Guard` let through; JSON, or forms with files. Out: JSON, server-sent events, pictures from memory.
+Jobs go to the engine, which may be this process's own or a set of replicas; the application only needs its `submit`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import logging
+import math
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from PIL import Image
+from pydantic import BaseModel, ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.responses import Response, StreamingResponse
+
+from unilip import __version__
+from unilip.config import UniLIPConfig
+from unilip.errors import UniLIPError
+from unilip.serve import schema
+from unilip.serve.checks import Limits
+from unilip.serve.conversation import Reader, read_conversation
+from unilip.serve.engine import Stats
+from unilip.serve.fetch import fetch
+from unilip.serve.guard import FILES, Guard, Rules
+from unilip.serve.jobs import Cancelled, Edit, Event, Generate, Job, QueueFull, Reconstruct, Result
+from unilip.serve.metrics import CONTENT_TYPE, Metrics
+from unilip.serve.pictures import FORMATS, decode, decode_mask, encode, outside_kept
+from unilip.serve.problems import JSON, Trouble, dumps, trouble, validation
+from unilip.serve.store import Store
+from unilip.serve.tickets import Ticket
+
+logger = logging.getLogger(__name__)
+
+MAX_FILES = 16
+DECODERS = 2  # pictures of strangers that are decoded at the same time
+FETCHERS = 8  # and fetched
+MARKDOWN = "![{}]({})"
+KEEP_ALIVE_SECONDS = 15.0
+
+B = TypeVar("B", bound=BaseModel)
+
+
+class Serving(Protocol):
+    """What the application needs of an engine."""
+
+    config: UniLIPConfig
+    limits: Limits
+
+    @property
+    def verbs(self) -> tuple[str, ...]: ...
+    @property
+    def alive(self) -> bool: ...
+    @property
+    def draining(self) -> bool: ...
+    def submit(self, job: Job, *, deadline: float | None = None) -> Ticket: ...
+    def stats(self) -> Stats: ...
+    def drain(self, timeout: float | None = None) -> bool: ...
+    def close(self, timeout: float = 0.0) -> None: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the application behaves.
+
+    Args:
+        model_name: what the model is called in answers, in /v1/models and in the metadata of pictures.
+        rules: who may ask, how often, how much.
+        max_pixels: of all pictures of one request together.
+        allow_url_images: fetch pictures from public http(s) addresses.
+        metadata: write model and seed into the pictures.
+        drain_seconds: at the end, how long to go on with what was accepted.
+    """
+
+    model_name: str = "unilip"
+    rules: Rules = field(default_factory=Rules)
+    max_pixels: int = 24_000_000
+    allow_url_images: bool = False
+    metadata: bool = True
+    drain_seconds: float = 30.0
+
+
+class _Refused(Exception):
+    """An answer that is not a success, from anywhere in a handler."""
+
+    def __init__(self, found: Trouble) -> None:
+        super().__init__(found.message)
+        self.trouble = found
+
+
+def create_app(engine: Serving, settings: Settings | None = None, metrics: Metrics | None = None) -> FastAPI:
+    """Build the application around an engine, which it drains and closes when it is shut down."""
+    settings = settings or Settings()
+    metrics = metrics or Metrics()
+    server = _Server(engine, settings, metrics)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(engine.close, settings.drain_seconds)
+
+    failures: dict[int | str, dict[str, Any]] = {
+        "4XX": {"model": schema.Failure, "description": "What is wrong with the request, or when to send it again."},
+        503: {"model": schema.Failure, "description": "Shutting down, or a replica was lost; send it again."},
+    }
+    app = FastAPI(
+        title="UniLIP",
+        version=__version__,
+        description="Pictures drawn, changed, asked about and reconstructed by one model; compatible with OpenAI.",
+        lifespan=lifespan,
+        responses=failures,
+        default_response_class=JSON,
+    )
+    app.state.engine, app.state.settings, app.state.metrics = engine, settings, metrics
+    app.add_middleware(Guard, rules=settings.rules, metrics=metrics)
+    metrics.watch(lambda: engine.stats().queued, lambda: engine.stats().running)
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, _Refused)
+        return error.trouble.response()
+
+    async def bad_input(request: Request, error: Exception) -> Response:
+        assert isinstance(error, UniLIPError)
+        return trouble(error).response()
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return validation(error.errors()).response()
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        status = 400 if error.status_code == 422 else error.status_code
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        text = "There is nothing here; see /docs for what there is." if status == 404 else str(error.detail)
+        return Trouble(status, text, codes.get(status, "bad_request"), headers=error.headers or {}).response()
+
+    handlers: dict[type[Exception], Any] = {
+        _Refused: refused, UniLIPError: bad_input, RequestValidationError: invalid, HTTPException: http_error
+    }  # fmt: skip
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)
+    _routes(app, server)
+    return app
+
+
+def _routes(app: FastAPI, server: _Server) -> None:
+    settings, engine = server.settings, server.engine
+    picture_answer: dict[int | str, dict[str, Any]] = {
+        200: {"description": "The pictures; a stream of events where `stream` was asked for."}
+    }
+
+    def form(kind: type[BaseModel], mask: bool = False) -> dict[str, Any]:
+        """The OpenAPI description of a form with files."""
+        fields = kind.model_json_schema()
+        file = {"type": "string", "contentMediaType": "application/octet-stream", "format": "binary"}
+        files: dict[str, Any] = {"image": {"type": "array", "items": file, "minItems": 1, "maxItems": MAX_FILES}}
+        if mask:
+            files["mask"] = file
+        required = [*fields.get("required", ()), "image"]
+        body = {**fields, "properties": {**fields["properties"], **files}, "required": required}
+        return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": body}}}}
+
+    @app.post("/v1/images/generations", responses=picture_answer, tags=["pictures"])
+    async def generations(request: Request, body: schema.Generations) -> Response:
+        """Draw pictures of a prompt."""
+        job = Generate(body.prompt, count=body.n or 1, **server.drawing(body))
+        return await server.pictures(request, body, [job], "image_generation")
+
+    @app.post("/v1/images/edits", responses=picture_answer, openapi_extra=form(schema.Edits, True), tags=["pictures"])
+    async def edits(request: Request) -> Response:
+        """Change pictures as told. Each `image` is changed by itself; outside a `mask` nothing changes."""
+        fields, files = await read_form(request, settings.rules.max_body, {"image", "image[]", "mask"})
+        body = parse(schema.Edits, fields)
+        images = await server.decoded([data for name, data in files if name != "mask"])
+        masks = [data for name, data in files if name == "mask"]
+        common = server.drawing(body)
+        jobs = [
+            Edit(image, body.prompt, count=body.n or 1, fit=body.fit, keep_aspect=body.keep_aspect, **common)
+            for image in images
+        ]
+        after = None
+        if masks:
+            after = await server.masked(masks, images, body)
+        return await server.pictures(request, body, jobs, "image_edit", after)
+
+    @app.post(
+        "/v1/images/reconstructions",
+        responses=picture_answer,
+        openapi_extra=form(schema.Reconstructions),
+        tags=["pictures"],
+    )
+    async def reconstructions(request: Request) -> Response:
+        """Encode pictures and draw them again, with the PSNR of each in dB."""
+        fields, files = await read_form(request, settings.rules.max_body, {"image", "image[]"})
+        body = parse(schema.Reconstructions, fields)
+        images = await server.decoded([data for _, data in files])
+        jobs = [Reconstruct(i, body.image_size, fit=body.fit, keep_aspect=body.keep_aspect) for i in images]
+        return await server.pictures(request, body, jobs, "image_reconstruction")
+
+    @app.post(
+        "/v1/chat/completions",
+        responses={200: {"description": "An answer; a stream of chunks where `stream` was asked for."}},
+        tags=["chat"],
+    )
+    async def chat(request: Request, body: schema.Chat) -> Response:
+        """Talk about pictures, have them drawn and changed."""
+        return await server.chat(request, body)
+
+    @app.get("/v1/models", tags=["models"])
+    async def models() -> Response:
+        """The one model."""
+        return JSON({"object": "list", "data": [server.model_card()]})
+
+    @app.get("/v1/models/{name:path}", tags=["models"])
+    async def model(name: str) -> Response:
+        """The model by its name."""
+        if name != settings.model_name:
+            raise _Refused(
+                Trouble(404, "There is no such model; /v1/models names the one there is.", "model_not_found")
+            )
+        return JSON(server.model_card())
+
+    @app.get(FILES + "{name}", tags=["pictures"], responses={200: {"content": {"image/png": {}}}})
+    async def file(name: str) -> Response:
+        """A picture that was asked for as a URL; it is forgotten after an hour."""
+        found = server.store.get(name)
+        if found is None:
+            raise _Refused(Trouble(404, "There is no such picture, or it was forgotten by now.", "not_found"))
+        data, media = found
+        return Response(data, media_type=media, headers={"Cache-Control": "private, max-age=3600"})
+
+    @app.get("/health", tags=["operation"])
+    async def health() -> Response:
+        """Whether the process does its work: 200, or 503."""
+        stats = engine.stats()
+        state = {"status": "ok" if engine.alive else "failed", "queued": stats.queued, "running": stats.running}
+        return JSON(state, 200 if engine.alive else 503)
+
+    @app.get("/ready", tags=["operation"])
+    async def ready() -> Response:
+        """Whether requests should be sent here: 200, or 503 while it shuts down."""
+        good = engine.alive and not engine.draining
+        return JSON({"status": "ready" if good else "not ready"}, 200 if good else 503)
+
+    @app.get("/metrics", tags=["operation"], responses={200: {"content": {"text/plain": {}}}})
+    async def metrics() -> Response:
+        """Counts for Prometheus."""
+        return Response(server.metrics.page(), headers={"Content-Type": CONTENT_TYPE})
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def parse(kind: type[B], fields: dict[str, Any]) -> B:
+    """Check form fields."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _Refused(validation([dict(e) for e in error.errors()])) from None
+
+
+async def read_form(
+    request: Request, max_body: int, allowed: set[str]
+) -> tuple[dict[str, str], list[tuple[str, bytes]]]:
+    """Read a form in memory: its fields, and its files as (name, bytes) in their order."""
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise _Refused(Trouble(400, "Send a form: multipart/form-data with the file `image`.", "invalid_form"))
+    parser = MultiPartParser(
+        request.headers, request.stream(), max_files=MAX_FILES + 1, max_fields=64, max_part_size=64 * 1024
+    )
+    parser.spool_max_size = max_body + 1  # what has no room in memory was refused before; nothing is spooled to disk
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise _Refused(Trouble(400, f"The form is malformed: {error.message}", "invalid_form")) from None
+    except (ValueError, KeyError) as error:
+        raise _Refused(Trouble(400, "The form is malformed; send multipart/form-data.", "invalid_form")) from error
+    fields: dict[str, str] = {}
+    files: list[tuple[str, bytes]] = []
+    for name, value in form.multi_items():
+        shown = name.encode("ascii", "backslashreplace").decode()[:64]
+        if isinstance(value, UploadFile):
+            if name not in allowed:
+                raise _Refused(Trouble(400, f"There is no file field {shown!r}.", "invalid_form", shown))
+            files.append((name, await value.read()))
+            await value.close()
+        elif name in allowed:
+            raise _Refused(Trouble(400, f"{shown} must be a file, not text.", "invalid_form", shown))
+        elif name in fields:
+            raise _Refused(Trouble(400, f"{shown} was given twice.", "invalid_form", shown))
+        else:
+            fields[name] = value
+    if not any(name != "mask" for name, _ in files):
+        raise _Refused(Trouble(400, "There is no picture; send it as the file `image`.", "invalid_form", "image"))
+    return fields, files
+
+
+# --- serving ----------------------------------------------------------------------------------------------------------
+
+After = Callable[[int, Image.Image], Image.Image]
+
+
+class _Server:
+    """What the routes share."""
+
+    def __init__(self, engine: Serving, settings: Settings, metrics: Metrics) -> None:
+        self.engine, self.settings, self.metrics = engine, settings, metrics
+        self.store = Store()
+        self._decoders = threading.BoundedSemaphore(DECODERS)
+        self._fetchers = threading.BoundedSemaphore(FETCHERS)
+        self._started = int(time.time())
+
+    def model_card(self) -> dict[str, Any]:
+        """Describe the model."""
+        return {
+            "id": self.settings.model_name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "unilip",
+            "abilities": list(self.engine.verbs),
+            "image_size": self.engine.config.image_size,
+            "limits": dataclasses.asdict(self.engine.limits),
+        }
+
+    def drawing(self, body: schema.Drawing) -> dict[str, Any]:
+        """The settings of a drawing, as a job takes them."""
+        steps = schema.steps_of(body.quality, self.engine.config.sampling) if body.quality else None
+        return {
+            "seed": body.seed,
+            "steps": body.steps or (None if steps is None else min(steps, self.engine.limits.steps)),
+            "guidance_scale": body.guidance,
+            "solver": body.solver,
+            "negative_prompt": body.negative_prompt,
+            "image_size": body.image_size,
+        }
+
+    def decode(self, data: bytes, max_pixels: int) -> Image.Image:
+        """Decode a picture in the calling thread, a few at a time: memory is what a decoder needs most."""
+        with self._decoders:
+            return decode(data, max_pixels)
+
+    def fetch(self, url: str, max_bytes: int) -> bytes:
+        """Fetch a picture in the calling thread; slow hosts must not keep all threads."""
+        if not self._fetchers.acquire(blocking=False):
+            raise QueueFull("Too many pictures are being fetched; send them as data URLs, or try again.", 5.0)
+        try:
+            return fetch(url, max_bytes)
+        finally:
+            self._fetchers.release()
+
+    async def decoded(self, files: Sequence[bytes]) -> list[Image.Image]:
+        """Decode pictures of one request, which share `max_pixels`."""
+        if len(files) > MAX_FILES:
+            raise _Refused(Trouble(400, f"{len(files)} pictures were sent; at most {MAX_FILES}.", "too_many", "image"))
+        images, left = [], self.settings.max_pixels
+        for data in files:
+            images.append(await run_in_threadpool(self.decode, data, left))
+            left -= images[-1].width * images[-1].height
+        return images
+
+    async def masked(self, masks: Sequence[bytes], images: Sequence[Image.Image], body: schema.Edits) -> After:
+        """Return what keeps the outside of the mask as it was."""
+        if len(masks) > 1:
+            raise _Refused(Trouble(400, "More than one mask was sent; send one.", "invalid_mask", "mask"))
+        if body.fit == "crop":
+            text = 'A mask cannot be kept when fit is "crop", which cuts the picture; use "resize" or "pad".'
+            raise _Refused(Trouble(400, text, "invalid_mask", "fit"))
+        if len(images) > 1:
+            text = "A mask belongs to one picture, but several were sent; send them one by one."
+            raise _Refused(Trouble(400, text, "invalid_mask", "mask"))
+        mask = await run_in_threadpool(decode_mask, masks[0], self.settings.max_pixels)
+        source = images[0]
+        if mask.size != source.size:
+            sizes = f"{mask.width}x{mask.height} px, the picture {source.width}x{source.height}"
+            text = f"The mask has {sizes}; make them equal."
+            raise _Refused(Trouble(400, text, "invalid_mask", "mask"))
+        return lambda job, result: outside_kept(result, source, mask, body.fit)
+
+    async def submit(self, jobs: Sequence[Job], deadline: float | None) -> list[Ticket]:
+        """Queue all jobs, or none."""
+        most = max(self.engine.limits.count, MAX_FILES)
+        pictures = sum(getattr(job, "count", 1) for job in jobs)
+        if pictures > most:
+            raise _Refused(Trouble(400, f"{pictures} pictures would be made; at most {most}.", "too_many", "n"))
+
+        def queue() -> list[Ticket]:
+            tickets: list[Ticket] = []
+            try:
+                for job in jobs:
+                    tickets.append(self.engine.submit(job, deadline=deadline))
+            except UniLIPError:
+                for ticket in tickets:
+                    ticket.cancel()
+                raise
+            return tickets
+
+        return await run_in_threadpool(queue)
+
+    async def finished(self, request: Request, tickets: Sequence[Ticket]) -> list[Result]:
+        """Wait for all results; a client that leaves meanwhile cancels them."""
+        results = asyncio.gather(*(ticket.result_async() for ticket in tickets))
+        gone = asyncio.ensure_future(_left(request))
+        try:
+            waiting: set[asyncio.Future[Any]] = {results, gone}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if not results.done():
+                raise Cancelled("The client left.")
+            return results.result()
+        finally:
+            gone.cancel()
+            for ticket in tickets:
+                ticket.cancel()
+            if not results.done():
+                results.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await results
+
+    # pictures
+
+    async def pictures(
+        self,
+        request: Request,
+        body: schema.Images | schema.Reconstructions,
+        jobs: Sequence[Job],
+        kind: str,
+        after: After | None = None,
+    ) -> Response:
+        """Answer with pictures: JSON, or a stream of events."""
+        tickets = await self.submit(jobs, body.deadline)
+        if getattr(body, "stream", False):
+            assert isinstance(body, schema.Images)
+            return events(self.picture_events(tickets, body, kind, after))
+        results = await self.finished(request, tickets)
+        base = str(request.base_url).rstrip("/")
+        data = await run_in_threadpool(self.picture_data, tickets, results, body, after, base)
+        return JSON({
+            "created": int(time.time()),
+            "model": self.settings.model_name,
+            "data": data,
+            "output_format": body.output_format,
+            "size": data[0]["size"],
+            "usage": self.picture_usage(tickets, results),
+        })  # fmt: skip
+
+    async def picture_events(
+        self, tickets: Sequence[Ticket], body: schema.Images, kind: str, after: After | None
+    ) -> AsyncIterator[str]:
+        """Yield progress, then a completed event for each picture."""
+        steps = [0] * len(tickets)
+        async for number, event in merged(tickets):
+            if event is None:
+                yield ": waiting\n\n"
+            elif event.kind == "step":
+                steps[number] = event.step
+                total = sum(ticket.total for ticket in tickets)
+                progress = {"type": f"{kind}.progress", "step": sum(steps), "steps": total}
+                yield f"event: {kind}.progress\ndata: {dumps(progress)}\n\n"
+        results = [ticket.result(0) for ticket in tickets]
+        usage = self.picture_usage(tickets, results)
+        for entry in await run_in_threadpool(self.picture_data, tickets, results, body, after, ""):
+            done = {
+                "type": f"{kind}.completed", **entry, "created_at": int(time.time()), "background": "opaque",
+                "output_format": body.output_format, "quality": _quality(body.quality), "usage": usage,
+            }  # fmt: skip
+            yield f"event: {kind}.completed\ndata: {dumps(done)}\n\n"
+
+    def picture_data(
+        self,
+        tickets: Sequence[Ticket],
+        results: Sequence[Result],
+        body: schema.Drawing | schema.Reconstructions,
+        after: After | None,
+        base: str,
+    ) -> list[dict[str, Any]]:
+        """Encode all pictures of some results."""
+        side = schema.side_of(getattr(body, "size", None))
+        data = []
+        for number, (ticket, result) in enumerate(zip(tickets, results, strict=True)):
+            for i, image in enumerate(result.images):
+                shaped = image if after is None else after(number, image)
+                if side is not None and shaped.size != (side, side):
+                    shaped = shaped.resize((side, side), Image.Resampling.BICUBIC)
+                about: dict[str, Any] = {"model": self.settings.model_name, "verb": ticket.verb}
+                entry: dict[str, Any] = {"size": f"{shaped.width}x{shaped.height}"}
+                if result.seeds:
+                    entry["seed"] = about["seed"] = result.seeds[i]
+                    names = ("num_inference_steps", "guidance_scale", "solver", "image_size")
+                    about |= {name: result.settings[name] for name in names}
+                if result.psnr:
+                    entry["psnr"] = round(result.psnr[i], 3) if math.isfinite(result.psnr[i]) else None
+                quality = 95 if body.output_compression is None else body.output_compression
+                noted = about if self.settings.metadata else None
+                encoded = encode(shaped, body.output_format, quality, noted)
+                if getattr(body, "response_format", "b64_json") == "url":
+                    name = self.store.put(encoded, FORMATS[body.output_format])
+                    entry["url"] = f"{base}{FILES}{name}"
+                else:
+                    entry["b64_json"] = base64.b64encode(encoded).decode()
+                data.append(entry)
+        return data
+
+    def picture_usage(self, tickets: Sequence[Ticket], results: Sequence[Result]) -> dict[str, Any]:
+        """Count tokens as OpenAI does: what was read, and the latent cells that were drawn."""
+        grid = 0
+        read = looked = 0
+        for ticket, result in zip(tickets, results, strict=True):
+            own = (int(result.settings["image_size"]) // 28) ** 2
+            grid += own * len(result.images)
+            seen = 0 if ticket.verb == "generate" else own
+            looked += seen
+            read += max(result.prompt_tokens, seen)
+        return {
+            "input_tokens": read,
+            "output_tokens": grid,
+            "total_tokens": read + grid,
+            "input_tokens_details": {"text_tokens": read - looked, "image_tokens": looked},
+        }
+
+    # chat
+
+    async def chat(self, request: Request, body: schema.Chat) -> Response:
+        """Answer the last message of a conversation."""
+        settings = self.settings
+        reader = Reader(
+            settings.max_pixels, settings.rules.max_body, settings.allow_url_images, self.store, self.decode, self.fetch
+        )
+        found = await run_in_threadpool(read_conversation, body, reader, self.engine)
+        common = self.drawing(body)
+        if found.verb == "generate":
+            jobs: list[Job] = [Generate(found.text, **common)]
+        elif found.verb == "edit":
+            jobs = [Edit(image, found.text, **common) for image in found.pictures]
+        else:
+            jobs = [dataclasses.replace(found.ask, max_new_tokens=self.answer_length(body))]
+        tickets = await self.submit(jobs, body.deadline)
+        talk = _Talk(self, body, tickets, found.text)
+        if body.stream:
+            return events(talk.chunks(), done="[DONE]")
+        return JSON(talk.whole(await self.finished(request, tickets)))
+
+    def answer_length(self, body: schema.Chat) -> int:
+        """The most tokens of an answer: what was asked for, as far as the server allows."""
+        asked = body.max_completion_tokens or body.max_tokens
+        return min(asked or 128, self.engine.limits.new_tokens)
+
+
+class _Talk:
+    """One answer of a conversation, whole or in chunks."""
+
+    def __init__(self, server: _Server, body: schema.Chat, tickets: Sequence[Ticket], text: str) -> None:
+        self.server, self.body, self.tickets, self.text = server, body, tickets, text
+        self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
+        stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        self.stops = [stop for stop in stops if stop]
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the answer is a picture."""
+        return self.tickets[0].verb != "ask"
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """What every chunk and the whole answer begin with."""
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.server.settings.model_name}
+
+    def pictures(self, results: Sequence[Result]) -> dict[str, Any]:
+        """The content of an answer with pictures: Markdown for those who show text, parts for those who know them."""
+        label = " ".join(self.text.split())[:80].translate(str.maketrans("[]()!", "     "))
+        urls = [
+            f"data:{FORMATS[self.body.output_format]};base64,{entry['b64_json']}"
+            for entry in self.server.picture_data(self.tickets, results, self.body, None, "")
+        ]
+        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        return {"content": "\n".join(MARKDOWN.format(label, url) for url in urls), "images": parts}
+
+    def about(self, results: Sequence[Result]) -> dict[str, Any]:
+        """What was done: an addition to OpenAI's fields."""
+        seeds = [seed for result in results for seed in result.seeds]
+        return {"verb": self.tickets[0].verb, "seeds": seeds, "settings": dict(results[0].settings)}
+
+    def usage(self, results: Sequence[Result]) -> dict[str, Any]:
+        """Count tokens."""
+        read = sum(result.prompt_tokens for result in results)
+        made = sum(result.completion_tokens for result in results)
+        if self.drawn:
+            made = self.server.picture_usage(self.tickets, results)["output_tokens"]
+        return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+
+    def whole(self, results: Sequence[Result]) -> dict[str, Any]:
+        """The answer as one object."""
+        reason = "stop" if self.drawn else results[0].finish_reason
+        if self.drawn:
+            content = self.pictures(results)
+        else:
+            text, cut = _cut(results[0].text, self.stops)
+            content, reason = {"content": text}, "stop" if cut else reason
+        message = {"role": "assistant", "refusal": None, **content}
+        choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
+        more = {"choices": [choice], "usage": self.usage(results), "unilip": self.about(results)}
+        return {**self.head("chat.completion"), **more}
+
+    def chunk(self, delta: dict[str, Any], reason: str | None = None, **more: Any) -> str:
+        """One event of the stream."""
+        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
+        return f"data: {dumps({**self.head('chat.completion.chunk'), 'choices': [choice], **more})}\n\n"
+
+    async def chunks(self) -> AsyncIterator[str]:
+        """Yield the answer as it comes."""
+        options = self.body.stream_options or schema.StreamOptions.model_validate({})
+        yield self.chunk({"role": "assistant", "content": ""})
+        steps = [0] * len(self.tickets)
+        text, sent, stopped = "", 0, False
+        hold = max((len(stop) - 1 for stop in self.stops), default=0)  # this much may be the beginning of a stop
+        async for number, event in merged(self.tickets):
+            if event is None:
+                yield ": waiting\n\n"
+            elif event.kind == "step" and options.include_progress:
+                steps[number] = event.step
+                total = sum(ticket.total for ticket in self.tickets)
+                yield self.chunk({}, unilip={"step": sum(steps), "steps": total})
+            elif event.kind == "text" and not stopped:
+                text, stopped = _cut(text + event.text, self.stops)
+                ready = len(text) if stopped else max(sent, len(text) - hold)
+                if ready > sent:
+                    yield self.chunk({"content": text[sent:ready]})
+                    sent = ready
+        results = [ticket.result(0) for ticket in self.tickets]
+        if self.drawn:
+            yield self.chunk(await run_in_threadpool(self.pictures, results))
+        elif sent < len(text):
+            yield self.chunk({"content": text[sent:]})
+        reason = "stop" if self.drawn or stopped else results[0].finish_reason
+        yield self.chunk({}, reason, unilip=self.about(results))
+        if options.include_usage:
+            usage = {**self.head("chat.completion.chunk"), "choices": [], "usage": self.usage(results)}
+            yield f"data: {dumps(usage)}\n\n"
+
+
+def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """End a text before the first of the stops in it."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+def _quality(quality: str | None) -> str:
+    return {"standard": "medium", "hd": "high", None: "auto"}.get(quality, quality or "auto")
+
+
+async def _left(request: Request) -> None:
+    """Return when the client has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Event | None]]:
+    """Yield the events of several tickets as they come, and None now and then when nothing happens.
+
+    Ends when all tickets have; a consumer that stops earlier cancels them.
+    """
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
+
+    def listener(number: int) -> Callable[[Event], None]:
+        def put(event: Event) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(queue.put_nowait, (number, event))
+
+        return put
+
+    for number, ticket in enumerate(tickets):
+        ticket.listen(listener(number))
+    left = len(tickets)
+    try:
+        while left:
+            try:
+                number, event = await asyncio.wait_for(queue.get(), KEEP_ALIVE_SECONDS)
+            except asyncio.TimeoutError:
+                yield 0, None
+                continue
+            if event.kind == "end":
+                left -= 1
+                tickets[number].result(0)
+            else:
+                yield number, event
+    finally:
+        for ticket in tickets:
+            ticket.cancel()
+
+
+def events(source: AsyncIterator[str], done: str | None = None) -> StreamingResponse:
+    """Send server-sent events; an error on the way becomes the last event."""
+
+    async def body() -> AsyncIterator[str]:
+        try:
+            async for event in source:
+                yield event
+        except UniLIPError as error:
+            yield f"data: {dumps(trouble(error).body)}\n\n"
+        except Exception:
+            logger.exception("a stream failed")
+            text = "Something went wrong in the server; its log says more."
+            yield f"data: {dumps(Trouble(500, text, 'internal_error').body)}\n\n"
+        finally:
+            closing: Callable[[], Coroutine[Any, Any, None]] | None = getattr(source, "aclose", None)
+            if closing is not None:
+                await closing()
+        if done is not None:
+            yield f"data: {done}\n\n"
+
+    return StreamingResponse(body(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})

@@ -1,0 +1,154 @@
+"""OpenAI's messages -> what the last of them wants, with the pictures it is about.
+
+In:  messages with text, data URLs, pictures in Markdown, pictures of earlier answers. Out: a verb, a text, pictures,
+     and the question with its history for the case that words are wanted.
+The model knows no system turn and has read pictures in the user's turns only: a system message goes before the user's
+first words, and pictures of an answer are put into the turn that follows it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from unilip.errors import ImageError, PromptError
+from unilip.preprocess import check_prompt
+from unilip.serve.fetch import fetch
+from unilip.serve.guard import FILES
+from unilip.serve.intent import intent
+from unilip.serve.jobs import Ask, Turn
+from unilip.serve.pictures import decode, from_data_url
+from unilip.serve.schema import Chat, ChatMessage
+from unilip.serve.store import Store
+
+MAX_PICTURES = 16
+_MARKDOWN = re.compile(r"!\[[^\[\]]{0,200}\]\((data:image/[a-z]{1,8};base64,[A-Za-z0-9+/=]+)\)")
+_SHOWN = "Here is the picture."
+
+
+class Able(Protocol):
+    """What can be done."""
+
+    @property
+    def verbs(self) -> tuple[str, ...]: ...
+
+
+@dataclass
+class Reader:
+    """Turns addresses of pictures into pictures, within the limits of one request."""
+
+    max_pixels: int
+    max_bytes: int
+    allow_urls: bool
+    store: Store
+    decode: Callable[[bytes, int], Image.Image] = decode
+    fetch: Callable[[str, int], bytes] = fetch
+    count: int = 0
+
+    def read(self, url: str) -> Image.Image:
+        """Return the picture of a data URL, of a URL that this server gave, or, where allowed, of any public one."""
+        self.count += 1
+        if self.count > MAX_PICTURES:
+            raise ImageError(f"The conversation has more than {MAX_PICTURES} pictures; leave old ones out.")
+        image = self.decode(self._bytes(url), self.max_pixels)
+        self.max_pixels -= image.width * image.height
+        return image
+
+    def _bytes(self, url: str) -> bytes:
+        if url[:5].lower() == "data:":
+            return from_data_url(url)
+        try:
+            path = urlsplit(url).path
+        except ValueError as error:
+            raise ImageError("The image URL is malformed; send the picture as a data URL.") from error
+        if path.startswith(FILES):
+            found = self.store.get(path.removeprefix(FILES))
+            if found is not None:
+                return found[0]
+        if not self.allow_urls:
+            raise ImageError(
+                "This server fetches no pictures from addresses; send a data URL (data:image/png;base64,...)."
+            )
+        return self.fetch(url, self.max_bytes)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the last message wants: `pictures` are those to change, `ask` is the question with all that was before."""
+
+    verb: str
+    text: str
+    pictures: tuple[Image.Image, ...]
+    ask: Ask
+
+
+def read_conversation(body: Chat, reader: Reader, able: Able) -> Wanted:
+    """Read all messages.
+
+    Raises:
+        ImageError, PromptError: a picture cannot be read; the last message is not the user's, or empty.
+    """
+    if body.messages[-1].role != "user":
+        raise PromptError("The last message must be the user's; put what you want to know there.")
+    turns: list[Turn] = []
+    system: list[str] = []
+    carried: tuple[Image.Image, ...] = ()
+    for message in body.messages:
+        text, images = _content(message, reader)
+        if message.role in ("system", "developer"):
+            if images:
+                raise PromptError("A system message has a picture; only the user's and the assistant's may.")
+            system += [text] if text else []
+        elif message.role == "assistant":
+            carried = (*carried, *images)
+            turns.append(Turn("assistant", text or _SHOWN))
+        else:
+            said = "\n".join([*system, text]).strip()
+            system = []
+            turns.append(Turn("user", said or _SHOWN, (*carried, *images)))
+            carried = ()
+            last = text
+    question = turns.pop()
+    shown = next((turn.images for turn in [question, *reversed(turns)] if turn.images), ())
+    if last.strip():
+        check_prompt(last, "message")
+    verb, words = _decide(body, last, bool(shown), able.verbs)
+    if verb == "ask" and not last.strip():
+        raise PromptError("The last message has no words; ask something, or say what to draw.")
+    ask = Ask(
+        question.text, question.images, tuple(turns), temperature=body.temperature or 0.0,
+        top_p=1.0 if body.top_p is None else body.top_p, seed=body.seed, max_tiles=body.max_tiles or 1,
+    )  # fmt: skip
+    return Wanted(verb, words, shown, ask)
+
+
+def _decide(body: Chat, text: str, has_picture: bool, verbs: tuple[str, ...]) -> tuple[str, str]:
+    modalities = set(body.modalities or ("text", "image"))
+    verb, words = intent(text, has_picture)
+    if modalities == {"text"}:
+        return "ask", text
+    if modalities == {"image"} and verb == "ask":
+        return ("edit" if has_picture else "generate"), text.strip()
+    return (verb, words) if verb in verbs or modalities == {"image"} else ("ask", text)
+
+
+def _content(message: ChatMessage, reader: Reader) -> tuple[str, tuple[Image.Image, ...]]:
+    """Return the words and the pictures of a message."""
+    words: list[str] = []
+    images: list[Image.Image] = []
+    content = message.content
+    for part in [content] if isinstance(content, str) else content or []:
+        text = part if isinstance(part, str) else part.text or ""
+        if not isinstance(part, str) and part.image_url is not None:
+            images.append(reader.read(part.image_url.url))
+        elif text:
+            images += [reader.read(url) for url in _MARKDOWN.findall(text)]
+            words.append(_MARKDOWN.sub("", text).strip())
+    if not images:  # an answer of ours has its pictures twice: in its words, and as parts
+        images = [reader.read(part.image_url.url) for part in message.images or () if part.image_url is not None]
+    return "\n".join(word for word in words if word), tuple(images)

@@ -1,0 +1,57 @@
+"""What an operator wants to know, in Prometheus' text format.
+
+In:  answers sent, batches run, the state of the queue. Out: the page /metrics. Each application has its own registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
+
+
+class Metrics:
+    """Counters of one server."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def own(kind: type, name: str, text: str, *labels: str, **more: object) -> object:
+            return kind(f"unilip_{name}", text, labels, registry=self.registry, **more)
+
+        self.requests: Counter = own(Counter, "requests", "Answers by route and status", "route", "status")  # type: ignore[assignment]
+        self.latency: Histogram = own(  # type: ignore[assignment]
+            Histogram, "request_seconds", "Seconds from a request to the end of its answer", "route", buckets=_SECONDS
+        )
+        self.batch_size: Histogram = own(  # type: ignore[assignment]
+            Histogram, "batch_size", "Pictures or questions in a batch", "verb", buckets=(1, 2, 4, 8, 16, 32, 64)
+        )
+        self.batch_seconds: Histogram = own(  # type: ignore[assignment]
+            Histogram, "batch_seconds", "Seconds that a batch took", "verb", buckets=_SECONDS
+        )
+        self.results: Counter = own(Counter, "results", "Pictures and answers made", "verb")  # type: ignore[assignment]
+        self._queued: Gauge = own(Gauge, "queue_length", "Pictures and questions that wait")  # type: ignore[assignment]
+        self._running: Gauge = own(Gauge, "running", "Pictures and questions in the present batch")  # type: ignore[assignment]
+
+    def batch(self, verb: str, size: int, seconds: float) -> None:
+        """Count a batch; an engine's `on_batch`."""
+        self.batch_size.labels(verb).observe(size)
+        self.batch_seconds.labels(verb).observe(seconds)
+        self.results.labels(verb).inc(size)
+
+    def answer(self, route: str, status: int, seconds: float) -> None:
+        """Count an answer."""
+        self.requests.labels(route, str(status)).inc()
+        self.latency.labels(route).observe(seconds)
+
+    def watch(self, queued: Callable[[], float], running: Callable[[], float]) -> None:
+        """Ask these for the state of the queue whenever the page is read."""
+        self._queued.set_function(queued)
+        self._running.set_function(running)
+
+    def page(self) -> bytes:
+        """Return the page."""
+        return generate_latest(self.registry)

@@ -1,0 +1,93 @@
+"""Errors -> answers in OpenAI's shape: {"error": {"message", "type", "param", "code"}}, and when to try again.
+
+In:  our errors, pydantic's and Starlette's. Out: a status and a body that say what to do, and nothing of the inside.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import Response
+
+from unilip.errors import ImageError, PromptError, UniLIPError
+from unilip.serve.jobs import Cancelled, DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull
+
+CLIENT_GONE = 499  # nobody reads it; it is for metrics and logs
+
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class JSON(Response):
+    """A JSON answer in plain ASCII, so that half a surrogate pair in what a client sent cannot break it."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """Encode the content."""
+        return dumps(content).encode("ascii")
+
+
+def dumps(content: Any) -> str:
+    """Encode as compact ASCII JSON; NaN is a mistake of ours."""
+    return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A status, what to say, and how long to wait before trying again."""
+
+    status: int
+    message: str
+    code: str
+    param: str | None = None
+    retry_after: float | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The body in OpenAI's shape."""
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSON:
+        """The answer."""
+        wait = {} if self.retry_after is None else {"Retry-After": str(max(1, round(self.retry_after)))}
+        return JSON(self.body, self.status, {**wait, **self.headers})
+
+
+_ENGINE: tuple[tuple[type[EngineError], int, str], ...] = (
+    (QueueFull, 429, "queue_full"),
+    (Draining, 503, "shutting_down"),
+    (DeadlineExceeded, 408, "deadline_exceeded"),
+    (Cancelled, CLIENT_GONE, "cancelled"),
+    (EngineFailed, 503, "engine_failed"),
+)
+
+
+def trouble(error: UniLIPError, param: str | None = None) -> Trouble:
+    """Turn one of our errors into a status and a code."""
+    for kind, status, code in _ENGINE:
+        if isinstance(error, kind):
+            return Trouble(status, str(error), code, param, error.retry_after)
+    code = "invalid_value"
+    if isinstance(error, ImageError):
+        code = "invalid_image"
+    elif isinstance(error, PromptError):
+        code = "invalid_prompt"
+    return Trouble(400, str(error), code, param)
+
+
+def validation(errors: Sequence[Mapping[str, Any]]) -> Trouble:
+    """Turn pydantic's complaints into one: the first, and how many more there are. What was sent is not repeated."""
+    first = errors[0] if errors else {"loc": (), "msg": "the request is malformed", "type": "value_error"}
+    place = ".".join(str(part) for part in first["loc"] if part != "body" and not str(part).startswith("list["))
+    place = place.encode("ascii", "backslashreplace").decode()[:200]
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "there is no such parameter; see /docs for all"
+    more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
+    text = f"{place}: {message}{more}" if place else f"{message}{more}"
+    return Trouble(400, text[:1000], str(first["type"])[:80], place or None)

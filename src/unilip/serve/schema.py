@@ -1,0 +1,220 @@
+"""The requests that the server understands: OpenAI's fields, and a few of ours.
+
+In:  JSON bodies and form fields of strangers. Out: typed records, or pydantic's errors, which become 400.
+Fields of OpenAI's that have no meaning here are accepted when they ask for nothing special; unknown ones are refused,
+so that a mistyped option is not silently ignored.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from unilip.config import SamplingConfig
+from unilip.preprocess import MAX_PROMPT_CHARACTERS
+from unilip.serve.jobs import MAX_SEED
+
+MAX_COUNT = 10
+MAX_OUTPUT_SIDE = 2048
+MAX_MESSAGES = 100
+
+Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+# How many times the model's own number of steps a quality takes.
+QUALITY = {"auto": 1.0, "medium": 1.0, "standard": 1.0, "low": 0.4, "high": 2.0, "hd": 2.0, "xhigh": 3.0, "max": 4.0}
+
+
+def steps_of(quality: str | None, sampling: SamplingConfig) -> int:
+    """Return the sampling steps that a quality stands for."""
+    return max(1, round(QUALITY[quality or "auto"] * sampling.num_inference_steps))
+
+
+def side_of(size: str | None) -> int | None:
+    """Return the side in pixels that a `size` asks for, None for the model's own.
+
+    Raises:
+        ValueError: not a square, or out of range.
+    """
+    if size in (None, "", "auto"):
+        return None
+    found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size or "")
+    if found is None:
+        raise ValueError('size must be "auto" or look like 512x512')
+    width, height = int(found[1]), int(found[2])
+    if width != height:
+        raise ValueError(f"this model draws squares; {width}x{height} is none, ask for {height}x{height}")
+    if not 16 <= width <= MAX_OUTPUT_SIDE:
+        raise ValueError(f"size must be between 16x16 and {MAX_OUTPUT_SIDE}x{MAX_OUTPUT_SIDE}")
+    return width
+
+
+class Drawing(BaseModel):
+    """What requests for pictures share."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(None, max_length=256, description="Any name; there is one model, see /v1/models.")
+    size: str | None = Field(
+        None, max_length=16, description='Of the answer: "auto" (the model\'s own) or a square such as "512x512".'
+    )
+    quality: Quality | None = Field(None, description="Sampling steps as a share of the model's own; see the docs.")
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp, 95 by default.")
+    seed: int | None = Field(
+        None, ge=0, le=MAX_SEED - MAX_COUNT, description="Picture i uses seed + i. Same request, same picture."
+    )
+    steps: int | None = Field(None, ge=1, le=1000, description="Sampling steps, instead of `quality`.")
+    guidance: Finite | None = Field(None, ge=0, le=100, description="How far to follow the words; 1 is off.")
+    solver: Literal["dpm++", "euler", "unipc"] | None = None
+    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT_CHARACTERS)
+    image_size: int | None = Field(None, ge=28, le=8192, description="Side at which the model draws, in pixels.")
+    deadline: Finite | None = Field(None, gt=0, le=86400, description="Seconds after which nobody wants it any more.")
+    user: str | None = Field(None, max_length=512)
+    safety_identifier: str | None = Field(None, max_length=512)
+
+    @field_validator("size")
+    @classmethod
+    def _square(cls, value: str | None) -> str | None:
+        side_of(value)
+        return value
+
+
+class Images(Drawing):
+    """What requests to the image endpoints share."""
+
+    prompt: str = Field(max_length=MAX_PROMPT_CHARACTERS)
+    n: int | None = Field(None, ge=1, le=MAX_COUNT)
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    stream: bool | None = Field(None, description="Answer by server-sent events: progress, then the pictures.")
+    partial_images: int | None = Field(None, ge=0, le=3, description="Accepted; no partial pictures are sent.")
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["low", "auto"] | None = None
+    style: Literal["vivid", "natural"] | None = None
+
+    @model_validator(mode="after")
+    def _no_urls_in_streams(self) -> Images:
+        if self.stream and self.response_format == "url":
+            raise ValueError("a stream carries the pictures themselves; leave response_format out")
+        return self
+
+
+class Generations(Images):
+    """POST /v1/images/generations."""
+
+
+class Edits(Images):
+    """POST /v1/images/edits: the fields beside the files `image` (or `image[]`) and `mask`."""
+
+    fit: Literal["resize", "crop", "pad"] = Field("resize", description="How a picture becomes the model's square.")
+    keep_aspect: bool = Field(False, description="Give the result the shape of its source.")
+    input_fidelity: Literal["low", "high"] | None = None
+
+
+class Reconstructions(BaseModel):
+    """POST /v1/images/reconstructions: the fields beside the files `image` (or `image[]`)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(None, max_length=256)
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: int | None = Field(None, ge=0, le=100)
+    image_size: int | None = Field(None, ge=28, le=8192)
+    fit: Literal["resize", "crop", "pad"] = "resize"
+    keep_aspect: bool = False
+    deadline: Finite | None = Field(None, gt=0, le=86400)
+    user: str | None = Field(None, max_length=512)
+
+
+class ImageURL(BaseModel):
+    """Where a picture is: a data URL; an http(s) one only where the server allows it."""
+
+    url: str
+    detail: Literal["auto", "low", "high", "original"] | None = None
+
+
+class Part(BaseModel):
+    """A piece of a message."""
+
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: ImageURL | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Part:
+        if getattr(self, self.type) is None:
+            raise ValueError(f'a part of type "{self.type}" needs the field {self.type}')
+        return self
+
+
+class ChatMessage(BaseModel):
+    """A message; `images` is what an answer of this server carried and a client sends back."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[Part], Field(max_length=64)] | None = None
+    images: Annotated[list[Part], Field(max_length=16)] | None = None
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells beside the text."""
+
+    include_usage: bool | None = None
+    include_progress: bool | None = Field(None, description="Send chunks with the sampling steps done.")
+    include_obfuscation: bool | None = None
+
+
+class TextFormat(BaseModel):
+    """Only plain text is answered."""
+
+    type: Literal["text"]
+
+
+class Chat(Drawing):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1, max_length=2)] | None = Field(
+        None, description='["text"] never draws, ["image"] always does; else the words decide.'
+    )
+    max_tokens: int | None = Field(None, ge=1, le=100_000)
+    max_completion_tokens: int | None = Field(None, ge=1, le=100_000)
+    temperature: Finite | None = Field(None, ge=0, le=2, description="0, the default, gives the likeliest answer.")
+    top_p: Finite | None = Field(None, gt=0, le=1)
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    max_tiles: int | None = Field(None, ge=1, le=64, description="Read large pictures as up to so many squares.")
+    n: Literal[1] | None = None
+    # accepted while they ask for nothing
+    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Literal[0] | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: TextFormat | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+
+
+class Problem(BaseModel):
+    """What went wrong, as OpenAI says it."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Failure(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: Problem
