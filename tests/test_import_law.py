@@ -24,6 +24,7 @@ ROAD = (
     "decoder",
     "convert",
     "checkpoint",
+    "adapters",
     "model",
 )
 

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from unilip import adapters
 from unilip import checkpoint as checkpoints
 from unilip.config import TOKEN_PIXELS, SamplingConfig, UniLIPConfig
 from unilip.connector import Connector, copy_from_llm, substitute_features
@@ -151,6 +152,28 @@ class UniLIP(nn.Module):
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Save to a temporary folder and upload it; returns the address."""
         return checkpoints.push_model(self, repo_id, **options)
+
+    def load_adapter(self, folder: str | os.PathLike[str], name: str | None = None, scale: float = 1.0) -> str:
+        """Put a LoRA or DoRA adapter (a folder in peft's format) beside the weights; returns its name.
+
+        It acts at once, `scale` times as strongly as trained, together with those loaded before it.
+
+        Raises:
+            UniLIPError: it does not fit the model, is damaged, or peft is missing.
+        """
+        return adapters.load_adapter(self, folder, name, scale)
+
+    def set_adapters(self, scales: Mapping[str, float]) -> None:
+        """Make exactly these loaded adapters act, each as strongly as said; an empty mapping switches all off."""
+        adapters.set_adapters(self, scales)
+
+    def merge_adapters(self) -> None:
+        """Add the acting adapters to the weights for good; the model can then be saved as any other."""
+        adapters.merge_adapters(self)
+
+    def unload_adapters(self) -> None:
+        """Take all adapters off."""
+        adapters.unload_adapters(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UniLIP:
         """Move or cast the model, but keep what is computed rather than learned (positions) in float32.
