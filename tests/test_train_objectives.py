@@ -160,7 +160,7 @@ def one_layer_of_each(model) -> dict[str, nn.Module]:
         "pixel_decoder": lambda: model.pixel_decoder.decoder.conv_in,
         "mllm": lambda: model.mllm.language_model.model.layers[0].mlp,
         "connector": lambda: model.connector.layers[0].mlp,
-        "dit": lambda: model.dit.transformer.transformer_blocks[0].ff,
+        "dit": lambda: model.dit.transformer.transformer_blocks[0].attn1.to_q,
     }
     return {part: layers[part]() for part in model.parts if part in layers}
 
@@ -195,7 +195,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(name, fresh_model
         torch.testing.assert_close(a[key], b[key], atol=1e-6, rtol=1e-4)
     assert not none
     needed = {"tiny/instruct": {"encoder", "mllm"}, "tiny/recon_distill": {"encoder", "pixel_decoder"}}
-    assert recomputed == needed.get(name, {"mllm", "connector", "dit"})
+    assert recomputed == needed.get(name, {"connector", "dit"})  # a frozen text model needs none
 
 
 def test_train_mode_is_free_of_chance(tiny_model):
@@ -332,3 +332,43 @@ def test_sample_sheets(fresh_model):
         target = batches[0]["images" if name == "tiny/recon" else "targets"] / 255
         assert torch.equal(pictures[rows - 2], target), "what was wanted stands above what was made"
     assert prepared("tiny/clip", model)[0].samples({}) == {}
+
+
+# --- the prompt is read once, without gradients -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny/pretrain", "tiny/sft"])
+def test_a_frozen_prompt_read_without_gradients_changes_nothing(name, fresh_model, monkeypatch):
+    model = fresh_model()
+    objective, batches = prepared(name, model)
+    batch = batches[0]
+    loss, _ = objective.loss(batch, 0)
+    loss.backward()
+    ours = gradients(model)
+    model.zero_grad()
+
+    def whole(embeddings, mask):  # the plain way: one pass with gradients over everything
+        sequence, mask = model.mllm.append_queries(embeddings, mask)
+        return model.mllm(sequence, mask), mask
+
+    monkeypatch.setattr(model.mllm, "read_with_queries", whole)
+    plain, _ = objective.loss(batch, 0)
+    plain.backward()
+    torch.testing.assert_close(loss, plain)
+    assert "mllm.queries" in ours
+    torch.testing.assert_close(ours, gradients(model), rtol=1e-4, atol=1e-7)
+
+
+def test_only_query_positions_keep_activations(fresh_model):
+    model = fresh_model()
+    objective, batches = prepared("tiny/sft", model)
+    lengths = []
+    layer = model.mllm.language_model.model.layers[0].mlp
+    layer.register_forward_hook(lambda _, inputs, output: lengths.append((inputs[0].shape[1], output.requires_grad)))
+    batch = batches[0]
+    objective.loss(batch, 0)
+    assert lengths == [(batch["prompts"].input_ids.shape[1], False), (model.config.num_queries, True)]
+    lengths.clear()
+    model.mllm.language_model.requires_grad_(True)  # one that learns needs the prompt's gradients too
+    objective.loss(batch, 0)
+    assert lengths == [(batch["prompts"].input_ids.shape[1] + model.config.num_queries, True)]

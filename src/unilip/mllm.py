@@ -81,6 +81,33 @@ class MLLM(nn.Module):
         queries = self.queries.to(embeddings.dtype).expand(b, -1, -1)
         return torch.cat([embeddings, queries], 1), torch.cat([mask, mask.new_ones(b, queries.shape[1])], 1)
 
+    def read_with_queries(self, embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Read prompts (B,T,D) with mask (B,T), then the queries: hidden states (B,T+Q,D) and their mask (B,T+Q).
+
+        The decoder is causal and the queries come last. So where nothing before them learns (a frozen language model,
+        frozen features), the prompts are read without gradients into a key-value cache, and only the queries' positions
+        keep activations: the same numbers and gradients for less time and memory.
+        """
+        sequence, whole = self.append_queries(embeddings, mask)
+        learns = embeddings.requires_grad or any(p.requires_grad for p in self.language_model.parameters())
+        if learns or not (torch.is_grad_enabled() and self.queries.requires_grad):
+            return self(sequence, whole), whole
+        positions = position_ids(whole)
+        length, total = mask.shape[1], whole.shape[1]
+        causal = torch.ones(total, total, dtype=torch.bool, device=mask.device).tril()
+        own = causal.triu()  # padding sees itself, so that no row of the attention is empty
+        visible = causal & (whole.bool()[:, None, None, :] | own)  # B 1 T+Q T+Q
+        cache = DynamicCache(config=self.language_model.config)
+        hidden = []
+        for part, grad in ((slice(0, length), False), (slice(length, total), True)):
+            with torch.set_grad_enabled(grad):
+                output = self.language_model.model(
+                    inputs_embeds=sequence[:, part], attention_mask=visible[:, :, part, : part.stop],
+                    position_ids=positions[:, part], past_key_values=cache, use_cache=True,
+                )  # fmt: skip
+            hidden.append(output.last_hidden_state)
+        return torch.cat(hidden, 1), whole
+
     @torch.no_grad()
     def answer(
         self,

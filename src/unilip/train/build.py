@@ -23,6 +23,7 @@ from unilip.mllm import MLLM
 from unilip.model import PARTS, UniLIP
 from unilip.preprocess import Processor
 from unilip.train import processes
+from unilip.train.adapters import add_adapter, is_adapter
 from unilip.train.batches import Batches, make_batches
 from unilip.train.objectives import Objective, make_objective, needed_parts
 from unilip.train.recipe import Optim, Recipe
@@ -51,6 +52,8 @@ def build(recipe: Recipe, runs: Path) -> tuple[UniLIP, Objective, Batches]:
     batches = make_batches(processes.divided(recipe, processes.world()), model.config, model.processor)
     objective = make_objective(recipe, model, sources)
     model.requires_grad_(False)
+    if recipe.adapter.rank:
+        add_adapter(recipe, model)
     for parameter, _ in trained_parameters(recipe, model).values():
         parameter.requires_grad_(True)
     return model, objective, batches
@@ -160,13 +163,17 @@ def world_processor(world: str, config: UniLIPConfig, folder: Path) -> Processor
 
 
 def trained_parameters(recipe: Recipe, model: UniLIP) -> Trained:
-    """Return name -> (parameter, learning-rate factor) of what trains; the longest matching prefix decides."""
+    """Return name -> (parameter, learning-rate factor) of what trains; the longest matching prefix decides.
+
+    With an adapter, its weights train in place of the model's own.
+    """
     found: Trained = {}
     used: set[str] = set()
     for name, parameter in model.named_parameters():
         matches = {prefix: factor for prefix, factor in recipe.trains if f"{name}.".startswith(f"{prefix}.")}
         used.update(matches)
-        if matches and (factor := matches[max(matches, key=len)]) > 0:
+        adapted = not recipe.adapter.rank or is_adapter(name)
+        if matches and adapted and (factor := matches[max(matches, key=len)]) > 0:
             found[name] = (parameter, factor)
     unused = [prefix for prefix, _ in recipe.trains if prefix not in used]
     if unused:
