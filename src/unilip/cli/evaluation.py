@@ -2,19 +2,76 @@
 
 from __future__ import annotations
 
+import argparse
+import math
+import os
 import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from unilip.cli.options import LOADING, TELLING, Options, Verb, whole
-from unilip.cli.terminal import Report, choose_device
+from unilip.cli.options import LOADING, TELLING, Options, Verb, number, whole
+from unilip.cli.terminal import Report, choose_device, plural, say
 from unilip.errors import UniLIPError
+
+if TYPE_CHECKING:
+    from unilip.eval.vlm import Terms
+
+
+def prices(text: str) -> tuple[float, float]:
+    """Read two prices, of a million tokens in and out."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low = high = -1.0
+    if min(low, high) < 0 or not math.isfinite(low + high):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two prices, such as 2.5,10")
+    return low, high
+
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--count": dict(type=whole(1, 100_000), metavar="N", help="prompts of each task and kind of edit (12)"),
     "--seeds": dict(type=whole(1, 1000), metavar="N", help="pictures of each prompt (4)"),
     "--parts": dict(metavar="NAMES", help="of recon,vqa,gen,edit,riddle, with commas between (all that the model can)"),
     "--world": dict(metavar="NAME", help="pico, nano or tiny (the one with the model's picture size)"),
+    "--protocol": dict(metavar="NAME", help="how it is measured; scores of two protocols are never comparable"),
+    "--own-prompts": dict(
+        action="store_true", help="take a prompt file whose hash is not the published one; every score says so"
+    ),
+    "--sources": dict(metavar="DIR", help="folder of the pictures to edit (ImgEdit's Benchmark.tar, unpacked)"),
+    "--no-generate": dict(
+        action="store_false", dest="drawing", help="make no pictures; only score those that are there"
+    ),
+    "--ray": dict(type=whole(1, 10_000), metavar="N", help="N Ray workers, here or in the cluster of RAY_ADDRESS"),
+    "--judge": dict(metavar="URL", help="an OpenAI-compatible API that judges; its key is in OPENAI_API_KEY"),
+    "--judge-model": dict(metavar="NAME", help="the judge's name there"),
+    "--judge-workers": dict(type=whole(1, 1024), default=8, metavar="N", help="questions under way at once (8)"),
+    "--judge-rate": dict(type=number(0, above=True), metavar="N", help="questions a minute at most (no limit)"),
+    "--judge-retries": dict(
+        type=whole(0, 100), default=6, metavar="N", help="after timeouts, 429 and 5xx, with growing pauses (6)"
+    ),
+    "--judge-timeout": dict(type=number(0, above=True), default=120.0, metavar="S", help="seconds for an answer (120)"),
+    "--judge-price": dict(type=prices, metavar="IN,OUT", help="of a million tokens; counts the cost"),
+    "--judge-cache": dict(metavar="DIR", help="folder of the judge's answers (judge-cache in the run's folder)"),
+    "--rubric": dict(metavar="PATH", help="the authors' wording: their file or checkout (our own wording)"),
+    "--questions": dict(metavar="FILE", help="dpg_bench.csv, with the questions of every prompt"),
+    "--detector": dict(metavar="MODEL", help="object detector or Mask2Former of transformers, folder or id"),
+    "--color-model": dict(metavar="MODEL", help="CLIP model of transformers that names colors (a plain rule)"),
+    "--official": dict(metavar="DIR", help="checkout of the authors' repository, whose own program scores"),
+    "--official-python": dict(metavar="FILE", help="Python of the environment that it needs (this one)"),
+    "--official-args": dict(metavar="WORDS", default="", help="more words for it, such as '--model-path weights'"),
+    "--measures": dict(
+        metavar="NAMES", default="psnr,ssim,ssim_paper", help="of psnr,ssim,ssim_paper,lpips,rfid (the first three)"
+    ),
+    "--features": dict(
+        metavar="NAME", default="torch-fidelity",
+        help="of rfid: torch-fidelity, a TorchScript file (inception-2015-12-05.pt), or encoder, the model's own, "
+        "which is no rFID and named so",
+    ),
+    "--images": dict(metavar="DIR", help="folder that the pictures' paths are relative to (the file's)"),
+    "--circular": dict(action="store_true", help="right only in every rotation of the options, as MMBench counts"),
+    "--pictures": dict(type=whole(0, 64), default=8, metavar="N", help="prompts whose pictures are shown (8)"),
 }  # fmt: skip
 
 
@@ -54,7 +111,338 @@ def eval_emoji(o: Options) -> int:
     return 0
 
 
+def output_of(o: Options, name: str) -> Path:
+    """Return the run folder, which may be new, but not its parent."""
+    folder = Path(o.output or f"eval-{name}").expanduser()
+    if not folder.exists() and not folder.absolute().parent.is_dir():
+        raise UniLIPError(f"There is no folder {folder.absolute().parent}; make it first, or give another --output.")
+    return folder
+
+
+def own_device(o: Options) -> str:
+    """Return this process's device: under torchrun each takes the CUDA device of its LOCAL_RANK."""
+    device = choose_device(o.device)
+    rank = os.environ.get("LOCAL_RANK", "")
+    if device == "cuda" and rank.isdigit():
+        import torch
+
+        return f"cuda:{int(rank) % torch.cuda.device_count()}"
+    return device
+
+
+def bars(o: Options) -> bool:
+    """Whether progress bars are shown."""
+    return o.progress and sys.stderr.isatty()
+
+
+def judge_terms(o: Options) -> Terms | None:
+    """Return whom to ask, or None where no judge was named."""
+    if o.judge is None:
+        if o.judge_model is not None:
+            raise UniLIPError("--judge-model needs --judge: the address of the API, such as http://127.0.0.1:8000/v1.")
+        return None
+    from unilip.eval.vlm import Terms
+
+    return Terms(
+        o.judge,
+        o.judge_model or "",
+        workers=o.judge_workers,
+        rate=o.judge_rate,
+        retries=o.judge_retries,
+        timeout=o.judge_timeout,
+        prices=o.judge_price,
+        cache=Path(o.judge_cache).expanduser() if o.judge_cache else None,
+    )
+
+
+def tell_scores(o: Options, report: Report, summaries: Sequence[Mapping[str, Any]], output: Path, **more: Any) -> int:
+    """Print scores, each under its protocol and scorer; returns 1 where an item is without one."""
+    from unilip.eval.scores import column, tell
+
+    left = 0
+    for summary in summaries:
+        for line in tell(summary):
+            report.line(line)
+        left += sum(n for status, n in summary["statuses"].items() if status != "ok")
+    told = [{"column": column(summary), **summary} for summary in summaries]
+    report.end(f"results in {output}", output=str(output), scores=told, open=left, **more)
+    if left:
+        say(f"{plural(left, 'item')} could not be scored; run the command again to ask for these alone.")
+    return 1 if left else 0
+
+
+def eval_benchmark(name: str, o: Options) -> int:
+    """Make a benchmark's pictures, and score them where a scorer is named."""
+    report = Report(o, f"eval {name}")
+    output = output_of(o, name)
+    terms = judge_terms(o)
+    from unilip.eval.benchmarks import open_benchmark
+
+    method = o.protocol if name == "geneval2" else None
+    source: dict[str, Any] = {
+        "name": name,
+        "prompts": o.prompts,
+        "protocol": None if name == "geneval2" else o.protocol,
+        "sources": o.sources if name == "imgedit" else None,
+        "samples": o.num_images if name == "geneval" else None,
+        "own_prompts": o.own_prompts,
+    }
+    if method is not None:
+        from unilip.eval.scoring import METHODS
+
+        if method not in METHODS:
+            raise UniLIPError(f"geneval2 has no protocol {method!r}; allowed: {', '.join(METHODS)}.")
+    benchmark = open_benchmark(**source).first(o.count)
+    from unilip.eval.rubrics import read_rubric
+
+    has_rubric = "--rubric" in VERBS[f"eval {name}"].options
+    rubric = read_rubric(name, benchmark.protocol, o.rubric if has_rubric else None)
+    from unilip.eval.runs import Place
+
+    place = Place.of_environment()
+    made: dict[str, Any] = {}
+    if o.drawing:
+        made = draw(o, benchmark, source, output)
+        if place.rank == 0:
+            done, there = made["made"], made["there"]
+            say(f"{plural(done, 'file')} made, {there} there before, {made['missing']} missing, in {output}")
+    else:
+        from unilip.eval.scoring import check_complete
+
+        check_complete(benchmark, output)
+    counts = {key: made[key] for key in ("made", "there", "missing") if key in made}
+    scorers = [getattr(o, "official", None), o.judge, getattr(o, "detector", None)]
+    if place.rank or not any(scorers):
+        if not place.rank:
+            report.line(str(output))
+            report.end("", output=str(output), scores=[], **counts)
+        return 0
+    if o.drawing and place.world > 1:
+        wait_for_others(benchmark, output)
+    return tell_scores(o, report, list(score(o, benchmark, output, rubric, method, terms)), output, **counts)
+
+
+def draw(o: Options, benchmark: Any, source: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Make what is missing of a benchmark's pictures, in this process or by Ray."""
+    from unilip.eval.generation import Settings, generate, generate_with_ray
+
+    device = own_device(o)
+    settings = Settings.resolve(
+        o.model,
+        steps=o.steps,
+        guidance_scale=o.guidance_scale,
+        solver=o.solver,
+        image_size=o.image_size,
+        seed=o.seed,
+        dtype=o.dtype,
+        fit=getattr(o, "fit", "resize"),
+    )
+    given: dict[str, Any] = {"output": output, "source": o.model, "settings": settings, "batch_size": o.batch_size}
+    if o.ray is None:
+        return generate(benchmark, device=device, progress=bars(o), **given)
+    if "WORLD_SIZE" in os.environ:
+        raise UniLIPError("--ray starts its own workers; do not start it with torchrun as well.")
+    gpus = 1.0 if device.startswith("cuda") else 0.0
+    return generate_with_ray(o.ray, gpus, benchmark=source, count=o.count, device=device, **given)
+
+
+def wait_for_others(benchmark: Any, output: Path) -> None:
+    """Return once the other processes of this run have made their pictures."""
+    import time
+
+    from unilip.eval.generation import finish, missing
+
+    while left := missing(benchmark, output):
+        say(f"waiting for {plural(len(left), 'file')} of other processes")
+        time.sleep(5)
+    finish(benchmark, output)
+
+
+def score(o: Options, benchmark: Any, output: Path, rubric: Any, method: str | None, terms: Terms | None) -> Any:
+    """Yield the summary of every scorer that the options name."""
+    from unilip.eval import scoring
+
+    if getattr(o, "official", None) is not None:
+        yield scoring.score_officially(
+            benchmark,
+            output,
+            o.official or "",
+            prompts=o.prompts or "",
+            python=o.official_python,
+            arguments=o.official_args,
+            terms=terms,
+        )
+    elif terms is not None:
+        questions = o.questions if benchmark.name == "dpg" else None
+        yield scoring.score_by_judge(
+            benchmark, output, terms, rubric=rubric, method=method, questions=questions, progress=bars(o)
+        )
+    if benchmark.name == "geneval" and o.detector is not None:
+        from unilip.eval.detection import ClipColors, Colors, PlainColors, TransformersDetector
+
+        device = choose_device(o.device)
+        colors: Colors = PlainColors() if o.color_model is None else ClipColors(o.color_model, device)
+        detector = TransformersDetector(o.detector, device)
+        yield scoring.score_by_detector(benchmark, output, detector, colors, o.batch_size, bars(o))
+
+
+def eval_recon(o: Options) -> int:
+    """Measure how much of pictures survives the tokenizer."""
+    report = Report(o, "eval recon")
+    output = output_of(o, "recon")
+    device = own_device(o)
+    from unilip.eval import recon
+    from unilip.eval.pictures import open_pictures
+
+    pictures = open_pictures(o.words[0], o.count)
+    summary = recon.evaluate(
+        pictures,
+        output,
+        o.model,
+        protocol=o.protocol or "256",
+        measures=[name.strip() for name in o.measures.split(",")],
+        features=o.features,
+        batch_size=o.batch_size,
+        device=device,
+        dtype=o.dtype,
+        progress=bars(o),
+    )
+    return 0 if summary is None else tell_scores(o, report, [summary], output)
+
+
+def eval_understand(o: Options) -> int:
+    """Ask multiple-choice or yes/no questions and score the answers."""
+    report = Report(o, "eval understand")
+    output = output_of(o, "understand")
+    device = own_device(o)
+    from unilip.eval import understand
+
+    sheet = understand.open_questions(o.words[0], o.images)
+    summaries = understand.evaluate(
+        sheet,
+        output,
+        o.model,
+        name=Path(o.words[0]).stem,
+        circular=o.circular,
+        count=o.count,
+        max_tiles=o.max_tiles,
+        max_new_tokens=o.max_new_tokens,
+        batch_size=o.batch_size,
+        device=device,
+        dtype=o.dtype,
+        progress=bars(o),
+    )
+    return 0 if summaries is None else tell_scores(o, report, summaries, output)
+
+
+def eval_compare(o: Options) -> int:
+    """Put runs side by side."""
+    report = Report(o, "eval compare")
+    output = output_of(o, "compare")
+    from unilip.eval.compare import compare, to_markdown
+
+    found = compare(o.words, output, o.pictures)
+    report.line(to_markdown(found["tables"], found["pictures"]))
+    report.end(f"comparison in {output}", output=str(output), tables=found["tables"])
+    return 0
+
+
+RUN = ("--output", "--batch-size", *LOADING, *TELLING)
+RUN_CHANGES: dict[str, dict[str, Any]] = {
+    "--output": dict(metavar="DIR", help="the run's folder; a rerun goes on where one stopped (eval-NAME)"),
+    "--batch-size": dict(default=8, help="how many at once: speed and memory (8)"),
+    "--count": dict(help="only the first N, in the file's order (all)"),
+}
+SAMPLING = ("--steps", "--guidance-scale", "--solver", "--image-size", "--seed")
+JUDGING = (
+    "--judge", "--judge-model", "--judge-workers", "--judge-rate", "--judge-retries", "--judge-timeout",
+    "--judge-price", "--judge-cache",
+)  # fmt: skip
+OFFICIAL = ("--official", "--official-python", "--official-args")
+DRAWN = ("--prompts", "--protocol", "--own-prompts", "--count", *SAMPLING, "--no-generate", "--ray", *JUDGING)
+TITLES = {
+    "geneval": ("GenEval: 553 prompts, four pictures each. Scored by its rules on what a detector finds.", "FILE"),
+    "geneval2": ("GenEval 2: 800 prompts, a picture each. Scored by questions about each part.", "FILE"),
+    "dpg": ("DPG-Bench: 1065 long prompts, four pictures tiled in a file. Scored by questions that depend.", "DIR"),
+    "wise": ("WISE: 1000 prompts that need knowledge. Scored by a judge, in two protocols.", "PATH"),
+    "imgedit": ("ImgEdit: 737 single-turn edits. Scored by a judge from 1 to 5.", "FILE"),
+    "gedit": ("GEdit-Bench: 1212 edits in English and Chinese. Scored by a judge from 0 to 10.", "PATH"),
+}
+EXAMPLES = {
+    "geneval": "unilip eval geneval --prompts evaluation_metadata.jsonl --detector mask2former-coco-instance",
+    "geneval2": "unilip eval geneval2 --prompts geneval2_data.jsonl --judge http://127.0.0.1:8000/v1 --judge-model q",
+    "dpg": "unilip eval dpg --prompts ELLA/dpg_bench/prompts --official ELLA",
+    "wise": "unilip eval wise --protocol verified --prompts WISE/data_verified --judge http://127.0.0.1:8000/v1 "
+    "--judge-model Qwen3.5-35B-A3B --rubric WISE",
+    "imgedit": "unilip eval imgedit --prompts basic_edit.json --sources singleturn --judge https://api.openai.com/v1 "
+    "--judge-model gpt-4o --rubric ImgEdit",
+    "gedit": "unilip eval gedit --prompts GEdit-Bench --judge https://api.openai.com/v1 --judge-model gpt-4.1",
+}
+PROTOCOL_HELP = {
+    "wise": "verified (1000 prompts, 0 or 1 each) or legacy (400/300/300, GPT-4o, three scores) (verified)",
+    "geneval2": "soft_tifa (the judge's probabilities) or tifa (its words) (soft_tifa)",
+}
+EXTRA = {
+    "geneval": (*OFFICIAL, "--num-images", "--detector", "--color-model"), "geneval2": OFFICIAL,
+    "dpg": (*OFFICIAL, "--questions"), "wise": (*OFFICIAL, "--rubric"),
+    "imgedit": ("--sources", "--fit", "--rubric"), "gedit": ("--fit", "--rubric"),
+}  # fmt: skip
+
+
+def _benchmark_verb(name: str) -> Verb:
+    kept = DRAWN if name in PROTOCOL_HELP else tuple(option for option in DRAWN if option != "--protocol")
+    title, kind = TITLES[name]
+    changes = {
+        **RUN_CHANGES,
+        "--prompts": dict(metavar=kind, help="the published prompts, on this machine; none are in this package"),
+        "--protocol": dict(help=PROTOCOL_HELP.get(name, "")),
+        "--num-images": dict(default=4, help="pictures of each prompt (4, as published)"),
+        "--seed": dict(help="of the run; a picture's own follows from it and its key, whatever the batch (0)"),
+        "--count": dict(help="only the first N prompts, in the file's order (all)"),
+    }
+    return Verb(
+        partial(eval_benchmark, name),
+        "[OPTIONS] --prompts " + kind,
+        title,
+        EXAMPLES[name],
+        (*kept, *EXTRA.get(name, ()), *RUN),
+        changes=changes,
+    )
+
+
 VERBS: dict[str, Verb] = {
+    "eval recon": Verb(
+        eval_recon,
+        "[OPTIONS] IMAGES",
+        "Measure how much of pictures survives the tokenizer. IMAGES: a folder, .tar or .parquet files, a dataset.",
+        "unilip eval recon imagenet/val --model kanashi6/UniLIP-1B --protocol 256 --measures psnr,ssim,ssim_paper,rfid "
+        "--features inception-2015-12-05.pt --device cuda --batch-size 64",
+        ("--protocol", "--measures", "--features", "--count", *RUN),
+        (1, 1),
+        {
+            **RUN_CHANGES,
+            "--protocol": dict(choices=("224", "256", "448", "native"), help="side; 256 is padded to 280 (256)"),
+        },
+    ),
+    **{f"eval {name}": _benchmark_verb(name) for name in TITLES},
+    "eval understand": Verb(
+        eval_understand,
+        "[OPTIONS] QUESTIONS",
+        "Ask multiple-choice or yes/no questions. QUESTIONS is a .tsv or .jsonl, MMVP's .csv, or MME's folder.",
+        "unilip eval understand MMBench_DEV_EN.tsv --circular --model kanashi6/UniLIP-1B --max-tiles 12 --device cuda",
+        ("--images", "--circular", "--count", "--max-tiles", "--max-new-tokens", *RUN),
+        (1, 1),
+        {**RUN_CHANGES, "--max-new-tokens": dict(default=16, help="longest answer (16)")},
+    ),
+    "eval compare": Verb(
+        eval_compare,
+        "[OPTIONS] RUN [RUN ...]",
+        "Put runs side by side. Tables with intervals, differences to the first run, and pictures of the same prompts.",
+        "unilip eval compare eval-wise-a eval-wise-b --output comparison",
+        ("--output", "--pictures", *TELLING),
+        (1, math.inf),
+        {"--output": dict(metavar="DIR", help="folder of the comparison (eval-compare)")},
+    ),
     "eval emoji": Verb(
         eval_emoji,
         "[OPTIONS]",

@@ -1,0 +1,421 @@
+"""Published prompt files -> items: what to draw or edit, and the file name under which the official scorer reads it.
+
+Goes in: the path of a prompt file that its authors published (none is in this package) and a protocol. Comes out: a
+`Benchmark` with its items in the file's order. The file's SHA-256 is compared with the published one. Formats are
+those of the authors' repositories:
+
+    geneval   evaluation_metadata.jsonl     images/<00000>/metadata.jsonl, images/<00000>/samples/<0000>.png
+    geneval2  geneval2_data.jsonl           images/<0000>.png, images.json {prompt: path}
+    dpg       folder of <name>.txt          images/<name>.png, four pictures tiled two by two
+    wise      three JSON files, or merged   images/<prompt_id>.png
+    imgedit   basic_edit.json, pictures     images/<key>.png
+    gedit     Parquet or saved dataset      images/fullset/<task>/<en|cn>/<key>.png and <key>_SRCIMG.png
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+from unilip.errors import PromptError, UniLIPError
+from unilip.eval.pictures import ParquetRows
+from unilip.eval.runs import PICTURES, file_hash, read_json, read_lines
+from unilip.preprocess import check_prompt
+
+GENEVAL_TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+GEDIT_TASKS = (
+    "background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change", "subject-add",
+    "subject-remove", "subject-replace", "text_change", "tone_transfer",
+)  # fmt: skip
+
+# The groups of WISE by protocol: first and last prompt id, weight in the overall score, categories in the files.
+WiseGroup = tuple[int, int, float, str]
+WISE: dict[str, dict[str, WiseGroup]] = {
+    "legacy": {
+        "culture": (1, 400, 0.4, "cultural knowledge"),
+        "time": (401, 567, 0.167, "time"),
+        "space": (568, 700, 0.133, "space"),
+        "biology": (701, 800, 0.1, "biology"),
+        "physics": (801, 900, 0.1, "physical knowledge"),
+        "chemistry": (901, 1000, 0.1, "chemistry"),
+    },
+    "verified": {
+        "culture": (1, 400, 0.4, "cultural knowledge"),
+        "time": (401, 520, 0.12, "time"),
+        "space": (521, 640, 0.12, "space"),
+        "biology": (641, 760, 0.12, "biology"),
+        "physics": (761, 880, 0.12, "physical knowledge"),
+        "chemistry": (881, 1000, 0.12, "chemistry"),
+    },
+}
+
+# SHA-256 of what the authors publish -> (benchmark, protocol or "", what it is)
+PUBLISHED: dict[str, tuple[str, str, str]] = {
+    "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13": ("geneval", "", "evaluation_metadata.jsonl"),
+    "d2e41cd8d752374e53ba6121e75101c742f550aa60aa6cec025c191b4c8d793f": (
+        "geneval",
+        "",
+        "UniLIP's geneval_prompt.jsonl",
+    ),
+    "09233adbc9f877fba205f1a20efa4a8640e7e62a91dfd55893562bed8a928e43": ("geneval2", "", "geneval2_data.jsonl"),
+    "c9c75784dc4dbc8442fd749fdae3b425f55e659a6277fa090611d47912d48fb5": ("dpg", "", "the 1065 prompts of ELLA"),
+    "7a59216c768698280cea37caa574b52f3faf054d73b398b9bb6b3161baf8e3aa": ("wise", "legacy", "cultural_common_sense"),
+    "b262fae58e413c7a4bd3c3d5a089f8c6529feac227e4b6606be261a949035544": ("wise", "legacy", "natural_science"),
+    "e27d797885ad86e64d857d0cc93d33e04be572a8dcae95692a2c7e7876233f9a": ("wise", "legacy", "spatio-temporal_reasoning"),
+    "4383290c349703776c24cfa864bfa3e065dae2e3f408cf46af702f2b7affea9f": ("wise", "rewritten", "cultural_common_sense"),
+    "6aee690e100ffb65b292de3fbe35ce89fa1ca2b92063a99d227d04eaa51af2b3": ("wise", "rewritten", "natural_science"),
+    "f63c98fff301e81c3ca6d3918683fb49757c3159d9b9e45dda8b2c9cf6a75d64": ("wise", "rewritten", "spatio-temporal"),
+    "23482925266e2784b2ba24b75239fdc6691bf85ae253d2c4aa38b71b45fefa89": ("wise", "verified", "cultural_common_sense"),
+    "6f346c336f16f611e5c73e0fcacdccb336c200d534cf111526b22d50ea912555": ("wise", "verified", "natural_science"),
+    "42c0b9d829365e392c2d4af283850dc76b1f922ab0c79198366de4f306eaf2b6": ("wise", "verified", "spatio-temporal"),
+    "10f2690624ed8f03f21bd3e9c535e26f791da8bab67ac857903bede65985b82d": ("wise", "verified", "merge.json"),
+    "5ee9b7d61e918692416f79896300f738598c83adff8de737b25be4aaff72dc69": ("imgedit", "", "basic_edit.json, 737 edits"),
+}
+HOMES = {
+    "geneval": "prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval",
+    "geneval2": "geneval2_data.jsonl of github.com/facebookresearch/GenEval2",
+    "dpg": "the folder dpg_bench/prompts of github.com/TencentQQGYLab/ELLA",
+    "wise": "data_verified (or WISE_legacy/data) of github.com/PKU-YuanGroup/WISE",
+    "imgedit": "Benchmark/Basic/basic_edit.json of github.com/PKU-YuanGroup/ImgEdit, and the pictures of Benchmark.tar",
+    "gedit": "the dataset stepfun-ai/GEdit-Bench",
+}
+PROTOCOLS = {
+    "geneval": ("553x4",), "geneval2": ("800x1",), "dpg": ("1065x4",), "wise": ("verified", "legacy"),
+    "imgedit": ("singleturn",), "gedit": ("fullset",),
+}  # fmt: skip
+SIZES = {"geneval": 553, "geneval2": 800, "dpg": 1065, "wise": 1000, "imgedit": 737, "gedit": 1212}
+NAMES = tuple(HOMES)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture file to make.
+
+    Attributes:
+        key: unique in the benchmark; the noise of a picture depends on it, not on its place in the file.
+        prompt: what to draw, or the instruction of an edit.
+        path: of the picture, in the run folder.
+        group: the row of the table that it counts for.
+        cluster: items of one prompt share it; intervals are over clusters.
+        pictures: how many are drawn for this file (four are tiled two by two).
+        data: what scoring needs of the prompt file.
+        split: what is never averaged with another split (languages).
+    """
+
+    key: str
+    prompt: str
+    path: str
+    group: str
+    cluster: str
+    pictures: int = 1
+    data: Mapping[str, Any] = field(default_factory=dict)
+    split: str = ""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark's items and how they are named.
+
+    Attributes:
+        weights: of the groups in the overall score; None where the mean is over items; an empty one where it is the
+            mean of the groups.
+        source: returns the picture that an item edits; None for benchmarks that draw from words.
+        keep_source: also writes the source, under this path, for the scorer.
+    """
+
+    name: str
+    protocol: str
+    items: tuple[Item, ...]
+    prompts: dict[str, Any]
+    weights: Mapping[str, float] | None = None
+    source: Callable[[Item], Image.Image] | None = None
+    beside: Callable[[Item], dict[str, Image.Image | bytes]] = lambda item: {}
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def first(self, count: int | None) -> Benchmark:
+        """Return the benchmark with its first COUNT prompts only."""
+        if count is None:
+            return self
+        kept = set(list(dict.fromkeys(item.cluster for item in self.items))[:count])
+        return _replace(self, items=tuple(item for item in self.items if item.cluster in kept))
+
+
+def _replace(benchmark: Benchmark, **changes: Any) -> Benchmark:
+    from dataclasses import replace
+
+    return replace(benchmark, **changes)
+
+
+def open_benchmark(
+    name: str,
+    prompts: str | Path | None,
+    *,
+    protocol: str | None = None,
+    sources: str | Path | None = None,
+    samples: int | None = None,
+    own_prompts: bool = False,
+) -> Benchmark:
+    """Read the prompt file of a benchmark.
+
+    Args:
+        name: one of NAMES.
+        prompts: the published file or folder, somewhere on this machine.
+        protocol: one of PROTOCOLS[name]; the first by default.
+        sources: imgedit only, the folder of the pictures to edit.
+        samples: geneval only, pictures of each prompt (4).
+        own_prompts: take a file whose hash is not the published one; every score says so.
+
+    Raises:
+        UniLIPError: no file, a file of another format, protocol or hash, or a repeated or impossible item.
+    """
+    if name not in NAMES:
+        raise UniLIPError(f"There is no benchmark {name!r}; allowed: {', '.join(NAMES)}.")
+    protocol = protocol or PROTOCOLS[name][0]
+    if protocol not in PROTOCOLS[name]:
+        raise UniLIPError(f"{name} has no protocol {protocol!r}; allowed: {', '.join(PROTOCOLS[name])}.")
+    if prompts is None:
+        raise UniLIPError(f"{name} needs --prompts: {HOMES[name]}, on this machine. It is not part of this package.")
+    path = Path(prompts).expanduser()
+    if not path.exists():
+        raise UniLIPError(f"There is no prompt file {path}; fetch {HOMES[name]} and give its path.")
+    readers: dict[str, Callable[[], Benchmark]] = {
+        "geneval": lambda: _geneval(path, protocol, samples or 4),
+        "geneval2": lambda: _geneval2(path, protocol),
+        "dpg": lambda: _dpg(path, protocol),
+        "wise": lambda: _wise(path, protocol),
+        "imgedit": lambda: _imgedit(path, protocol, sources),
+        "gedit": lambda: _gedit(path, protocol),
+    }
+    benchmark = readers[name]()
+    if not benchmark.items:
+        raise UniLIPError(f"{path} holds no prompt; fetch {HOMES[name]} again.")
+    _check_items(benchmark, path)
+    if benchmark.prompts["published"] is False and not own_prompts:
+        raise UniLIPError(
+            f"{path} is not the published file of {name} (SHA-256 {benchmark.prompts['sha256'][:16]}...); fetch "
+            f"{HOMES[name]}, or add --own-prompts, and every score will say so."
+        )
+    return benchmark
+
+
+def _check_items(benchmark: Benchmark, path: Path) -> None:
+    seen: dict[str, str] = {}
+    for item in benchmark.items:
+        try:
+            check_prompt(item.prompt, "prompt")
+        except PromptError as error:
+            raise UniLIPError(f"{path}, {item.key}: {error}") from error
+        if item.path in seen:
+            raise UniLIPError(f"{path} names {item.key!r} twice; each needs its own, because pictures are named so.")
+        seen[item.path] = item.key
+        parts = PurePosixPath(item.path).parts
+        if ".." in parts or item.path.startswith("/") or "\\" in item.path or "\0" in item.path:
+            raise UniLIPError(f"{path} has the name {item.key!r}, which leads out of the run folder; mend the file.")
+
+
+def describe_prompts(name: str, protocol: str, hashes: Sequence[str], count: int) -> dict[str, Any]:
+    """Return what a manifest says of a prompt file: hash, whether it is the published one, how many prompts.
+
+    Raises:
+        UniLIPError: it is the published file of another benchmark or protocol.
+    """
+    for digest in hashes:
+        if digest in PUBLISHED:
+            owner, kind, title = PUBLISHED[digest]
+            if owner != name or (kind and kind != protocol):
+                raise UniLIPError(
+                    f"The prompts given are {title} of {owner} {kind}, but {name} {protocol} was asked for; fetch "
+                    f"{HOMES[name]}, or give the --protocol of the file."
+                )
+    sha = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
+    return {"sha256": sha, "published": all(digest in PUBLISHED for digest in hashes), "count": count}
+
+
+def _text(row: Mapping[str, Any], key: str, path: Path, where: object) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise UniLIPError(f"{path}, {where}: {key!r} is {value!r}, not a text; is this the right prompt file?")
+    return value
+
+
+# --- the formats ----------------------------------------------------------------------------------------------------
+
+
+def _geneval(path: Path, protocol: str, samples: int) -> Benchmark:
+    rows = read_lines(path, "prompt file")
+    items = []
+    for n, row in enumerate(rows):
+        prompt, tag = _text(row, "prompt", path, f"line {n + 1}"), _text(row, "tag", path, f"line {n + 1}")
+        if tag not in GENEVAL_TASKS or not isinstance(row.get("include"), list):
+            raise UniLIPError(
+                f"{path}, line {n + 1}: a prompt of GenEval has a tag ({', '.join(GENEVAL_TASKS)}) and a list "
+                f"'include'; found tag {tag!r}. Fetch {HOMES['geneval']}."
+            )
+        for sample in range(samples):
+            path_of = f"{PICTURES}/{n:05d}/samples/{sample:04d}.png"
+            items.append(Item(f"{n:05d}/{sample:04d}", prompt, path_of, tag, f"{n:05d}", 1, row))
+    return Benchmark(
+        "geneval", protocol if samples == 4 else f"553x{samples}", tuple(items),
+        describe_prompts("geneval", protocol, [file_hash(path)], len(rows)), {},
+        beside=lambda item: {f"{PICTURES}/{item.cluster}/metadata.jsonl": (json.dumps(dict(item.data))).encode()},
+    )  # fmt: skip
+
+
+def _geneval2(path: Path, protocol: str) -> Benchmark:
+    rows = read_lines(path, "prompt file")
+    items = []
+    for n, row in enumerate(rows):
+        prompt = _text(row, "prompt", path, f"line {n + 1}")
+        questions, skills = row.get("vqa_list"), row.get("skills")
+        if (
+            not isinstance(questions, list)
+            or not questions
+            or not all(isinstance(q, list) and len(q) == 2 and all(isinstance(t, str) for t in q) for q in questions)
+            or not isinstance(skills, list)
+            or len(skills) != len(questions)
+        ):
+            raise UniLIPError(
+                f"{path}, line {n + 1}: a prompt of GenEval 2 has 'vqa_list' of [question, answer] and as many "
+                f"'skills'; fetch {HOMES['geneval2']}."
+            )
+        items.append(
+            Item(f"{n:04d}", prompt, f"{PICTURES}/{n:04d}.png", f"{row.get('atom_count')} atoms", prompt, 1, row)
+        )
+    if len({item.prompt for item in items}) != len(items):
+        raise UniLIPError(f"{path} has a prompt twice; the scorer of GenEval 2 finds pictures by their prompt.")
+    return Benchmark(
+        "geneval2", protocol, tuple(items), describe_prompts("geneval2", protocol, [file_hash(path)], len(rows))
+    )
+
+
+def _dpg(path: Path, protocol: str) -> Benchmark:
+    if not path.is_dir():
+        raise UniLIPError(f"{path} is no folder; dpg reads {HOMES['dpg']}, one text file for each prompt.")
+    files = sorted(path.glob("*.txt"))
+    digest = hashlib.sha256()
+    items = []
+    for file in files:
+        digest.update(f"{file.name}\0{file_hash(file)}\n".encode())
+        try:
+            prompt = file.read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise UniLIPError(f"{file} is no UTF-8 text ({error}); fetch {HOMES['dpg']} again.") from error
+        if "." in file.stem:
+            raise UniLIPError(f"{file.name} has a dot in its name; the scorer of DPG would not find its questions.")
+        items.append(Item(file.stem, prompt, f"{PICTURES}/{file.stem}.png", "all", file.stem, 4))
+    return Benchmark("dpg", protocol, tuple(items), describe_prompts("dpg", protocol, [digest.hexdigest()], len(files)))
+
+
+def _wise(path: Path, protocol: str) -> Benchmark:
+    files = [path] if path.is_file() else wise_files(path)
+    if not files:
+        raise UniLIPError(f"{path} holds no JSON file of WISE; fetch {HOMES['wise']}.")
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        value = read_json(file, "prompt file")
+        if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+            raise UniLIPError(f"{file} is not a list of prompts; fetch {HOMES['wise']}.")
+        rows += value
+    groups = WISE[protocol]
+    items = []
+    for row in sorted(rows, key=lambda row: row["prompt_id"] if type(row.get("prompt_id")) is int else -1):
+        number = row.get("prompt_id")
+        if type(number) is not int or not 1 <= number <= 1000:
+            raise UniLIPError(f"{path} has the prompt_id {number!r}; allowed: 1 to 1000.")
+        group = next(name for name, (low, high, _, _) in groups.items() if low <= number <= high)
+        category = _text(row, "Category", path, f"prompt_id {number}")
+        if category.strip().lower() != groups[group][3]:
+            other = "legacy" if protocol == "verified" else "verified"
+            raise UniLIPError(
+                f"{path} is not of WISE {protocol}: prompt_id {number} is {category!r}, but is {group} there. The two "
+                f"protocols number their prompts differently; try --protocol {other}."
+            )
+        _text(row, "Explanation", path, f"prompt_id {number}")
+        prompt = _text(row, "Prompt", path, f"prompt_id {number}")
+        items.append(Item(str(number), prompt, f"{PICTURES}/{number}.png", group, str(number), 1, row))
+    prompts = describe_prompts("wise", protocol, [file_hash(file) for file in files], len(items))
+    return Benchmark("wise", protocol, tuple(items), prompts, {name: group[2] for name, group in groups.items()})
+
+
+def wise_files(folder: Path) -> list[Path]:
+    """Return the JSON files of WISE in a folder: the three parts, and not the merged or rewritten copies."""
+    return sorted(file for file in folder.glob("*.json") if file.stem != "merge" and not file.stem.endswith("_rewrite"))
+
+
+def _imgedit(path: Path, protocol: str, sources: str | Path | None) -> Benchmark:
+    rows = read_json(path, "prompt file")
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+        raise UniLIPError(f"{path} is not an object of edits by key; fetch {HOMES['imgedit']}.")
+    if sources is None:
+        raise UniLIPError("imgedit needs --sources: the folder of the pictures to edit, from Benchmark.tar of ImgEdit.")
+    folder = Path(sources).expanduser()
+    items, missing = [], []
+    for key, row in rows.items():
+        prompt, kind = _text(row, "prompt", path, key), _text(row, "edit_type", path, key)
+        source = _text(row, "id", path, key)
+        if not (folder / source).is_file():
+            missing.append(source)
+        items.append(Item(key, prompt, f"{PICTURES}/{key}.png", kind, key, 1, row))
+    if missing:
+        raise UniLIPError(
+            f"{len(missing)} of {len(items)} pictures are not in {folder}, the first is {missing[0]}; give the folder "
+            "that holds animal/, style/ and so on as --sources."
+        )
+    prompts = describe_prompts("imgedit", protocol, [file_hash(path)], len(items))
+    return Benchmark(
+        "imgedit", protocol, tuple(items), prompts, source=lambda item: Image.open(folder / item.data["id"]),
+        extra={"sources": str(folder)},
+    )  # fmt: skip
+
+
+def _gedit(path: Path, protocol: str) -> Benchmark:
+    columns = ("key", "task_type", "instruction", "instruction_language", "Intersection_exist")
+    read: Callable[[int], Image.Image]
+    tables = [path] if path.suffix == ".parquet" else sorted(path.glob("**/*.parquet")) if path.is_dir() else []
+    if tables:
+        table = ParquetRows(tables)
+        _need(columns, table.columns, path)
+        rows, read = table.plain(columns), lambda i: table.image(i, "input_image")
+        digest = hashlib.sha256("".join(file_hash(file) for file in tables).encode()).hexdigest()
+    elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        from datasets import load_from_disk
+
+        data = load_from_disk(str(path))
+        data = data["train"] if hasattr(data, "keys") else data
+        _need(columns, data.column_names, path)
+        rows, read = data.select_columns(list(columns)).to_list(), lambda i: data[i]["input_image"]
+        digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+    else:
+        raise UniLIPError(f"{path} holds no Parquet files and no saved dataset; fetch {HOMES['gedit']}.")
+    items = []
+    for n, row in enumerate(rows):
+        task, language = _text(row, "task_type", path, f"row {n}"), _text(row, "instruction_language", path, f"row {n}")
+        if task not in GEDIT_TASKS or language not in ("en", "cn"):
+            raise UniLIPError(
+                f"{path}, row {n}: task {task!r} in {language!r} is none of GEdit; fetch {HOMES['gedit']}."
+            )
+        key, prompt = _text(row, "key", path, f"row {n}"), _text(row, "instruction", path, f"row {n}")
+        place = f"{PICTURES}/fullset/{task}/{language}/{key}.png"
+        wanted = {"row": n, "key": key, "task_type": task, "both": bool(row["Intersection_exist"])}
+        items.append(Item(f"{task}/{language}/{key}", prompt, place, task, f"{language}/{key}", 1, wanted, language))
+
+    def source(item: Item) -> Image.Image:
+        return read(item.data["row"])
+
+    prompts = describe_prompts("gedit", protocol, [digest], len(items)) | {"published": None}
+    return Benchmark(
+        "gedit", protocol, tuple(items), prompts, {}, source=source,
+        beside=lambda item: {item.path.removesuffix(".png") + "_SRCIMG.png": source(item).convert("RGB")},
+    )  # fmt: skip
+
+
+def _need(columns: Sequence[str], there: Sequence[str], path: Path) -> None:
+    missing = [name for name in (*columns, "input_image") if name not in there]
+    if missing:
+        raise UniLIPError(f"{path} has no column {', '.join(missing)}; fetch {HOMES['gedit']}.")

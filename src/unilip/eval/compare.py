@@ -1,0 +1,274 @@
+"""Runs side by side: tables with intervals, paired differences, and the same prompts' pictures in a row.
+
+Goes in: folders that `unilip eval` filled. Comes out: compare.md, compare.csv, compare.html and pictures-*.png. Scores
+share a table only if task, protocol, scorer, wording and prompts are the same. Differences are over the items that both
+runs have, with a bootstrap over prompts that draws the same prompts for both.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from unilip.data.sheet import contact_sheet
+from unilip.errors import UniLIPError
+from unilip.eval.runs import png_bytes, read_json, read_lines, read_manifest, write_bytes, write_text
+from unilip.eval.scores import RESAMPLES, Row, Rule, column, combine, interval, read_scores, summarise, tabulate
+
+SHOWN = 8  # prompts in a page of pictures
+CELL = 256
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The score of one run in one column."""
+
+    run: str
+    folder: Path
+    column: str
+    summary: Mapping[str, Any]
+    rows: Sequence[Row]
+
+    @property
+    def rule(self) -> Rule:
+        """How its items are averaged."""
+        return Rule(**self.summary["rule"])
+
+
+def load_runs(folders: Sequence[str | Path]) -> list[Scored]:
+    """Read the scores of runs; names are the folders', longer where they are equal.
+
+    Raises:
+        UniLIPError: a folder is missing, given twice, or has no scores.
+    """
+    paths = [Path(folder).expanduser() for folder in folders]
+    resolved = [path.resolve() for path in paths]
+    if len(set(resolved)) != len(resolved):
+        raise UniLIPError("A run was given twice; give each folder once.")
+    found = []
+    for path, name in zip(paths, _names(resolved), strict=True):
+        if not path.is_dir():
+            raise UniLIPError(f"There is no folder {path}; give folders that `unilip eval` made.")
+        if (path / "results.json").is_file() and not (path / "scores").is_dir():
+            found += _emoji(path, name)
+            continue
+        read_manifest(path)
+        found += [Scored(name, path, column(summary), summary, rows) for summary, rows in read_scores(path)]
+    return found
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    for depth in range(1, 20):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def _emoji(path: Path, name: str) -> list[Scored]:
+    results = read_json(path / "results.json", "results")
+    rows = read_lines(path / "items.jsonl", "items")
+    found = []
+    for part in dict.fromkeys(row["part"] for row in rows):
+        own: list[Row] = [
+            {
+                "key": row["key"], "cluster": f"{row['group']}/{row['index']}", "group": row["group"], "split": "",
+                "picture": row["picture"], "prompt": row.get("text", ""), "status": "ok",
+                "scores": {"right": float(row["ok"])},
+            }
+            for row in rows
+            if row["part"] == part and row["group"] != "no guidance"
+        ]  # fmt: skip
+        rule = Rule("groups")
+        summary: dict[str, Any] = {
+            "task": f"emoji-{part}", "protocol": f"world {results['world']}, {results['count']} prompts a group",
+            "scorer": f"emoji judge {results['judge']}", "model": results["model"],
+            "rule": {"over": "groups", "weights": {}}, "statuses": {"ok": len(own)}, "scores": summarise(own, rule),
+            "parts": {}, "items": len(own),
+        }  # fmt: skip
+        found.append(Scored(name, path, column(summary), summary, own))
+    return found
+
+
+def difference(a: Scored, b: Scored, metric: str, split: str, resamples: int = RESAMPLES) -> dict[str, Any] | None:
+    """Return B less A over the items that both have: value, interval and how many; None if they share none.
+
+    Clusters are drawn together, so what makes a prompt hard for both cancels.
+    """
+    kept: list[list[Row]] = []
+    keys = [
+        {row["key"] for row in one.rows if row["split"] == split and row["scores"] and metric in row["scores"]}
+        for one in (a, b)
+    ]
+    shared = keys[0] & keys[1]
+    if not shared:
+        return None
+    for one in (a, b):
+        kept.append(sorted((row for row in one.rows if row["key"] in shared), key=lambda row: str(row["key"])))
+    tables = [tabulate(rows, metric) for rows in kept]
+    rng = np.random.default_rng(0)
+    value = combine(tables[1], a.rule) - combine(tables[0], a.rule)
+    samples = np.empty(resamples)
+    groups = list(tables[0])
+    weight = a.rule.weight(groups)
+    for r in range(resamples):
+        if a.rule.over == "items":
+            merged = [[np.concatenate([t[g][k] for g in groups]) for k in (0, 1)] for t in tables]
+            index = rng.integers(0, len(merged[0][0]), len(merged[0][0]))
+            low, high = (s[index].sum() / n[index].sum() for s, n in merged)
+            samples[r] = high - low
+        else:
+            total = 0.0
+            for g, group in enumerate(groups):
+                index = rng.integers(0, len(tables[0][group][0]), len(tables[0][group][0]))
+                low, high = (t[group][0][index].sum() / t[group][1][index].sum() for t in tables)
+                total += weight[g] * (high - low)
+            samples[r] = total
+    low, high = interval(samples)
+    return {"value": value, "low": low, "high": high, "items": len(shared)}
+
+
+HEAD = (
+    "run", "model", "metric", "split", "value", "low", "high", "items", "open", "difference", "d_low", "d_high",
+    "shared",
+)  # fmt: skip
+
+
+def make_tables(runs: Sequence[Scored]) -> dict[str, list[dict[str, Any]]]:
+    """Return by column the rows of its table; differences are to the first run of the column."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for title in dict.fromkeys(run.column for run in runs):
+        own = [run for run in runs if run.column == title]
+        for run in own:
+            for split, metrics in run.summary["scores"].items():
+                for metric, entry in metrics.items():
+                    row: dict[str, Any] = {
+                        "run": run.run, "model": run.summary["model"], "metric": metric, "split": split,
+                        "value": entry["value"], "low": entry["low"], "high": entry["high"], "items": entry["items"],
+                        "open": sum(n for status, n in run.summary["statuses"].items() if status != "ok"),
+                    }  # fmt: skip
+                    other = difference(own[0], run, metric, split) if run is not own[0] else None
+                    if other:
+                        row |= {"difference": other["value"], "d_low": other["low"], "d_high": other["high"]}
+                        row["shared"] = other["items"]
+                    tables.setdefault(title, []).append(row)
+            for metric, value in run.summary.get("whole", {}).items():
+                row = {"run": run.run, "model": run.summary["model"], "metric": metric, "split": "", "value": value}
+                tables.setdefault(title, []).append(row)
+    for rows in tables.values():
+        rows.sort(key=lambda row: (row["metric"], row["split"]))
+    return tables
+
+
+def compare(folders: Sequence[str | Path], output: Path, pictures: int = SHOWN) -> dict[str, Any]:
+    """Write the comparison of runs to a folder; returns its tables by column.
+
+    Args:
+        pictures: prompts whose pictures are shown, where a column has pictures; 0 shows none.
+    """
+    runs = load_runs(folders)
+    tables = make_tables(runs)
+    sheets: dict[str, str] = {}
+    for n, title in enumerate(tables):
+        own = [run for run in runs if run.column == title]
+        sheet = _sheet(own, pictures) if pictures else None
+        if sheet is not None:
+            sheets[title] = f"pictures-{n + 1}.png"
+            write_bytes(output / sheets[title], png_bytes(sheet))
+    write_text(output / "compare.md", to_markdown(tables, sheets))
+    write_text(output / "compare.csv", to_csv(tables))
+    write_text(output / "compare.html", to_html(tables, sheets))
+    return {"tables": tables, "pictures": sheets}
+
+
+def _sheet(runs: Sequence[Scored], count: int) -> Image.Image | None:
+    """Return a page of pictures: a row a prompt, a column a run; None where there are no pictures."""
+    by_key = [{row["key"]: row for row in run.rows if row.get("picture")} for run in runs]
+    shared = [key for key in by_key[0] if all(key in rows for rows in by_key)]
+    chosen: dict[str, str] = {}
+    for key in shared:  # different prompts, spread over the file
+        chosen.setdefault(by_key[0][key]["cluster"], key)
+    keys = list(chosen.values())
+    keys = keys[:: max(1, len(keys) // count)][:count]
+    images, captions = [], []
+    for key in keys:
+        for run, rows in zip(runs, by_key, strict=True):
+            file = run.folder / rows[key]["picture"]
+            if not file.is_file():
+                return None
+            with Image.open(file) as picture:
+                images.append(picture.convert("RGB").resize((CELL, CELL), Image.Resampling.BICUBIC))
+            scores = rows[key]["scores"] or {}
+            said = ", ".join(f"{name} {value:.3g}" for name, value in scores.items()) or rows[key]["status"]
+            captions.append(f"{run.run}: {said}. {rows[key].get('prompt', '')[:90]}")
+    return contact_sheet(images, len(runs), captions) if images else None
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    if value is None or value == "":
+        return ""
+    if name in ("difference", "d_low", "d_high"):
+        return f"{value:+.4f}"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def to_markdown(tables: Mapping[str, Sequence[Mapping[str, Any]]], sheets: Mapping[str, str]) -> str:
+    """Return the tables as Markdown."""
+    out = ["# Comparison", "", NOTE, ""]
+    for title, rows in tables.items():
+        out += [f"## {title}", "", f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
+        out += ["| " + " | ".join(_cell(row, name).replace("|", "\\|") for name in HEAD) + " |" for row in rows]
+        out += ["", *([f"![pictures]({sheets[title]})", ""] if title in sheets else [])]
+    return "\n".join(out)
+
+
+def to_csv(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return the tables as CSV, the column's title in front."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["column", *HEAD], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({"column": title, **row} for title, rows in tables.items() for row in rows)
+    return text.getvalue()
+
+
+NOTE = (
+    "Low and high are 95 % bootstrap intervals over prompts; a difference is to the first run of its table, on the "
+    "items "
+    "that both have. Tables are apart where task, protocol, scorer or prompts differ: their numbers are not comparable."
+)
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
+td, th { border-bottom: 1px solid #ddd; padding: .2rem .6rem; text-align: right }
+td:nth-child(-n+4), th:nth-child(-n+4) { text-align: left } img { max-width: 100% } h2 { font-size: 1.1rem }
+"""
+
+
+def to_html(tables: Mapping[str, Sequence[Mapping[str, Any]]], sheets: Mapping[str, str]) -> str:
+    """Return the tables and pictures as a page."""
+    out = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width">',
+        f"<title>Comparison</title><style>{STYLE}</style></head><body><h1>Comparison</h1><p>{html.escape(NOTE)}</p>",
+    ]
+    for title, rows in tables.items():
+        out += [f"<h2>{html.escape(title)}</h2><table><tr>"]
+        out += [*(f"<th>{name}</th>" for name in HEAD), "</tr>"]
+        for row in rows:
+            out += ["<tr>", *(f"<td>{html.escape(_cell(row, name))}</td>" for name in HEAD), "</tr>"]
+        out += ["</table>"]
+        if title in sheets:
+            out += [f'<p><img loading="lazy" src="{html.escape(sheets[title], quote=True)}" alt="pictures"></p>']
+    return "\n".join([*out, "</body></html>", ""])

@@ -1,0 +1,291 @@
+"""Pictures for a benchmark, under the names that its official scorer reads.
+
+Goes in: a `Benchmark`, a model, settings. Comes out: a run folder with run.json (model, prompts, settings, versions),
+items.jsonl and images/. Every picture's noise depends on the seed and its own key alone; batches are the same for one
+process or many, so the files are too. What is there is never made again.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from unilip import __version__
+from unilip.checkpoint import Source, open_checkpoint
+from unilip.data.seeding import stable_hash
+from unilip.errors import UniLIPError
+from unilip.eval.benchmarks import Benchmark, Item
+from unilip.eval.runs import PICTURES, Place, RunFolder, batches, model_hash, png_bytes, write_json, write_lines
+from unilip.model import UniLIP
+from unilip.preprocess import Fit
+
+log = logging.getLogger(__name__)
+
+DRAWING = ("mllm", "connector", "dit", "pixel_decoder")
+ITEMS = "items.jsonl"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What pictures depend on beside model and prompt; all of it is in run.json.
+
+    Attributes:
+        steps, guidance_scale, solver, image_size: of the sampler; never None once resolved.
+        seed: of the run; each picture's own follows from it and the item's key.
+        dtype: of the weights.
+        fit: how the source of an edit becomes a square.
+    """
+
+    steps: int
+    guidance_scale: float
+    solver: str
+    image_size: int
+    seed: int = 0
+    dtype: str = "float32"
+    fit: Fit = "resize"
+
+    @classmethod
+    def resolve(
+        cls,
+        source: Source = None,
+        *,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        solver: str | None = None,
+        image_size: int | None = None,
+        seed: int = 0,
+        dtype: str | None = None,
+        fit: Fit = "resize",
+    ) -> Settings:
+        """Fill in the model's own values where none is given; reads its configuration, not its weights."""
+        config = open_checkpoint(source).config
+        own = config.sampling
+        return cls(
+            own.num_inference_steps if steps is None else steps,
+            float(own.guidance_scale if guidance_scale is None else guidance_scale),
+            solver or own.solver,
+            image_size or config.image_size,
+            seed,
+            dtype or "float32",
+            fit,
+        )
+
+
+def picture_seed(seed: int, item: Item, sample: int = 0) -> int:
+    """Return the seed of one picture: it depends on the run's seed, the item's key and which of its pictures it is."""
+    parts = (item.key,) if item.pictures == 1 else (item.key, sample)
+    return stable_hash("noise", seed, *parts) % 2**63
+
+
+def identify(benchmark: Benchmark, source: Source, settings: Settings) -> dict[str, Any]:
+    """Return what makes a run of pictures this run and no other."""
+    return {
+        "task": benchmark.name,
+        "protocol": benchmark.protocol,
+        "prompts": benchmark.prompts,
+        "model": model_hash(source),
+        "settings": asdict(settings),
+    }
+
+
+def generate(
+    benchmark: Benchmark,
+    output: Path,
+    source: Source = None,
+    settings: Settings | None = None,
+    *,
+    batch_size: int = 4,
+    device: str = "cpu",
+    place: Place | None = None,
+    progress: bool = False,
+    load: Callable[[], UniLIP] | None = None,
+) -> dict[str, Any]:
+    """Make the pictures of a benchmark that are not there yet.
+
+    Args:
+        output: the run folder; other processes of the run give the same one.
+        source: of the model.
+        settings: the model's own by default.
+        batch_size: pictures at once: speed and memory. The last bit of a picture may depend on it.
+        place: which process this is; from RANK and WORLD_SIZE by default.
+        load: returns the model, in place of loading `source`; only called if there is something to draw.
+
+    Returns:
+        "made" by this process, "there" before, "missing" elsewhere, and the "identity" of the run.
+
+    Raises:
+        UniLIPError: the folder holds another run, or pictures of another size.
+    """
+    settings = settings or Settings.resolve(source)
+    place = place or Place.of_environment()
+    identity = identify(benchmark, source, settings)
+    with RunFolder(output, identity, place, "embedded" if source is None else str(source)) as folder:
+        items = benchmark.items
+        if place.rank == 0:
+            write_lines(output / ITEMS, [describe_item(item, settings) for item in items])
+        there = {item.path for item in items if (output / item.path).is_file()}
+        check_sizes(output, [item for item in items if item.path in there], settings.image_size)
+        per_batch = max(1, batch_size // max(item.pictures for item in items))
+        work = [
+            (number, left)
+            for number, batch in batches(items, per_batch, place)
+            if (left := [item for item in batch if item.path not in there])
+        ]
+        made = sum(len(left) for _, left in work)
+        if work:
+            model = load() if load else _load(benchmark, source, settings, device)
+            total, before = len(items), len(there)
+            name = benchmark.name if place.world == 1 else f"{benchmark.name} {place.rank + 1}/{place.world}"
+            with tqdm(total=before + made, initial=before, desc=name, unit="file", disable=not progress) as bar:
+                for number, left in work:
+                    folder.commit(f"batch-{number:06d}", _draw(model, benchmark, left, settings, batch_size, identity))
+                    bar.update(len(left))
+            log.info("%s: %d of %d files made, %d were there", name, made, total, before)
+        finish(benchmark, output)
+    return {"made": made, "there": len(there), "missing": len(missing(benchmark, output)), "identity": identity}
+
+
+def _load(benchmark: Benchmark, source: Source, settings: Settings, device: str) -> UniLIP:
+    parts = DRAWING if benchmark.source is None else ("encoder", *DRAWING)
+    return UniLIP.from_pretrained(source, device=device, dtype=settings.dtype, parts=parts)
+
+
+def describe_item(item: Item, settings: Settings) -> dict[str, Any]:
+    """Return a line of items.jsonl."""
+    seeds = [picture_seed(settings.seed, item, n) for n in range(item.pictures)]
+    return {"key": item.key, "prompt": item.prompt, "picture": item.path, "group": item.group, "seeds": seeds}
+
+
+def _draw(
+    model: UniLIP, benchmark: Benchmark, items: Sequence[Item], settings: Settings, batch_size: int,
+    identity: Mapping[str, Any],
+) -> dict[str, bytes]:  # fmt: skip
+    """Draw the pictures of items; returns path -> bytes of everything that belongs to them."""
+    jobs = [(item, n) for item in items for n in range(item.pictures)]
+    drawn: list[Image.Image] = []
+    choices: dict[str, Any] = {
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "solver": settings.solver,
+        "image_size": settings.image_size,
+        "progress": False,
+    }
+    for start in range(0, len(jobs), batch_size):
+        chunk = jobs[start : start + batch_size]
+        prompts = [item.prompt for item, _ in chunk]
+        noise = [torch.Generator().manual_seed(picture_seed(settings.seed, item, n)) for item, n in chunk]
+        if benchmark.source is None:
+            drawn += model.generate(prompts, generator=noise, **choices).images
+        else:
+            sources = [benchmark.source(item) for item, _ in chunk]
+            drawn += model.edit(sources, prompts, generator=noise, fit=settings.fit, **choices).images
+    files: dict[str, bytes] = {}
+    done = 0
+    for item in items:
+        own = drawn[done : done + item.pictures]
+        done += item.pictures
+        seeds = ", ".join(str(picture_seed(settings.seed, item, n)) for n in range(item.pictures))
+        about = {
+            "Software": f"unilip {__version__}", "model": identity["model"], "prompt": item.prompt,
+            "seed": seeds, "num_inference_steps": str(settings.steps), "guidance_scale": f"{settings.guidance_scale:g}",
+        }  # fmt: skip
+        for path, value in benchmark.beside(item).items():
+            files[path] = value if isinstance(value, bytes) else png_bytes(value)
+        files[item.path] = png_bytes(own[0] if len(own) == 1 else tile(own), about)  # last: it says that all is there
+    return files
+
+
+def tile(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Lay four equal pictures out two by two: first row left to right, then the second."""
+    width, height = pictures[0].size
+    page = Image.new("RGB", (2 * width, 2 * height))
+    for n, picture in enumerate(pictures):
+        page.paste(picture, (n % 2 * width, n // 2 * height))
+    return page
+
+
+def expected_size(item: Item, image_size: int) -> tuple[int, int]:
+    """Return width and height of an item's file."""
+    side = image_size * (2 if item.pictures > 1 else 1)
+    return side, side
+
+
+def check_sizes(output: Path, items: Sequence[Item], image_size: int) -> None:
+    """Refuse pictures that this run cannot have made.
+
+    Raises:
+        UniLIPError: one has another size or is no picture.
+    """
+    for item in items:
+        wanted = expected_size(item, image_size)
+        try:
+            with Image.open(output / item.path) as picture:
+                size = picture.size
+                picture.verify()
+        except Exception as error:
+            raise UniLIPError(
+                f"{output / item.path} is no whole picture ({error}); remove it, and a rerun makes it again."
+            ) from error
+        if size != wanted:
+            raise UniLIPError(
+                f"{output / item.path} is {size[0]}x{size[1]} px, but this run makes {wanted[0]}x{wanted[1]}; "
+                f"remove it "
+                "or give another --output. Nothing was changed."
+            )
+
+
+def missing(benchmark: Benchmark, output: Path) -> list[Item]:
+    """Return the items whose file is not there."""
+    return [item for item in benchmark.items if not (output / item.path).is_file()]
+
+
+def finish(benchmark: Benchmark, output: Path) -> None:
+    """Write what a scorer needs beside the pictures, once all are there."""
+    if benchmark.name == "geneval2" and not missing(benchmark, output):
+        write_json(output / f"{PICTURES}.json", {item.prompt: item.path for item in benchmark.items})
+
+
+def load_picture(path: Path) -> Image.Image:
+    """Read a picture of a run into memory, RGB."""
+    with Image.open(io.BytesIO(path.read_bytes())) as picture:
+        return picture.convert("RGB")
+
+
+def generate_with_ray(workers: int, gpus: float, **arguments: Any) -> dict[str, Any]:
+    """Do what `generate` does in several Ray workers, here or in the cluster that RAY_ADDRESS names.
+
+    Args:
+        workers: how many; each is one process of the run, on the same file system.
+        gpus: of each worker.
+        arguments: of `open_benchmark` as "benchmark" and "count", of `generate` all others but `place`.
+    """
+    import ray
+
+    from unilip.eval.benchmarks import open_benchmark
+
+    def work(rank: int) -> dict[str, Any]:
+        given = dict(arguments)
+        benchmark = open_benchmark(**given.pop("benchmark")).first(given.pop("count"))
+        return generate(benchmark, place=Place(rank, workers), **given)
+
+    started = not ray.is_initialized()
+    if started:
+        here = None if os.environ.get("RAY_ADDRESS") else workers
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, num_cpus=here)
+    try:
+        task = ray.remote(num_gpus=gpus, max_retries=0)(work)
+        found = ray.get([task.remote(rank) for rank in range(workers)])
+    finally:
+        if started:
+            ray.shutdown()
+    total = {"made": sum(one["made"] for one in found), "there": min(one["there"] for one in found)}
+    return {**found[0], **total, "missing": min(one["missing"] for one in found)}

@@ -1,0 +1,112 @@
+"""UniLIP as a model of lmms-eval.
+
+Goes in: the kit's requests. Comes out: answers. The kit finds `manifest` through the entry point `lmms_eval.models`, so
+with both packages installed this is all:
+
+    python -m lmms_eval --model unilip --model_args pretrained=kanashi6/UniLIP-1B,max_tiles=12 --tasks mme
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from unilip.model import UniLIP as Model
+
+try:
+    from lmms_eval.api.model import lmms as Base
+except ImportError:  # importable without the kit, so that its presence is only needed where it is used
+    Base = object
+
+MODEL_ID = "unilip"
+
+
+def manifest() -> Any:
+    """Return how the kit finds the class."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id=MODEL_ID, simple_class_path=f"{__name__}.UniLIP")
+
+
+class UniLIP(Base):  # type: ignore[misc, valid-type]
+    """The model class: `generate_until` answers; likelihoods and several rounds are not offered.
+
+    Args:
+        pretrained: what `UniLIP.from_pretrained` takes; None is the embedded model.
+        device, dtype: where and how; CUDA if there is one, and what is stored.
+        batch_size: questions at once.
+        max_tiles: squares that a picture is cut into at most.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self, pretrained: str | None = None, device: str | None = None, dtype: str = "auto", batch_size: int | str = 1,
+        max_tiles: int | str = 12, **_: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        from unilip.eval.runs import Place
+
+        place = Place.of_environment()
+        self._rank, self._world_size = place.rank, place.world
+        cuda = f"cuda:{place.rank % max(1, torch.cuda.device_count())}" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device(cuda if device in (None, "cuda") and torch.cuda.is_available() else device or "cpu")
+        self.model = Model.from_pretrained(pretrained, device=self._device, dtype=dtype, parts=("encoder", "mllm"))
+        self.batch_size, self.max_tiles = int(batch_size), int(max_tiles)
+
+    @property
+    def rank(self) -> int:
+        """Which process this is."""
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        """How many there are."""
+        return self._world_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._device
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Return an answer to each request, in their order."""
+        answers: list[str] = []
+        with tqdm(total=len(requests), disable=self._rank != 0, desc="UniLIP answers") as bar:
+            for start in range(0, len(requests), self.batch_size):
+                batch = requests[start : start + self.batch_size]
+                pictures, texts, limits, stops = [], [], [], []
+                for request in batch:
+                    text, options, to_visual, doc_id, task, split = request.args
+                    visuals = to_visual(self.task_dict[task][split][doc_id])
+                    pictures.append([visual for visual in visuals or () if visual is not None])
+                    texts.append(text.replace("<image>", "").strip())
+                    limits.append(int(options.get("max_new_tokens", 1024)))
+                    until = options.get("until") or ()
+                    stops.append([until] if isinstance(until, str) else list(until))
+                most = max(1, max(len(images) for images in pictures))
+                said = self.model.ask(
+                    pictures, texts, max_new_tokens=max(limits), max_tiles=max(1, self.max_tiles // most)
+                )
+                answers += [cut(answer, stop) for answer, stop in zip(said, stops, strict=True)]
+                bar.update(len(batch))
+        return answers
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Not offered: raises NotImplementedError."""
+        raise NotImplementedError("UniLIP answers in words; choose tasks of the kind generate_until.")
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Not offered: raises NotImplementedError."""
+        raise NotImplementedError("UniLIP answers single rounds here; choose tasks of the kind generate_until.")
+
+
+def cut(answer: str, stops: Sequence[str]) -> str:
+    """Return an answer up to the first of the words that end it."""
+    for stop in stops:
+        if stop:
+            answer = answer.split(stop)[0]
+    return answer.strip()

@@ -1,0 +1,175 @@
+"""Pictures from where people keep them: a folder, tar shards, Parquet files or a saved dataset.
+
+Goes in: a path. Comes out: a `Pictures` that knows its names at once and decodes one picture at a time, so that fifty
+thousand of them need no memory.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from unilip.errors import ImageError, UniLIPError
+from unilip.preprocess import load_image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+COLUMNS = ("image", "jpg", "png", "img")  # of datasets, the first that is there
+
+
+class Pictures:
+    """Named pictures, decoded when asked for: `names[i]`, `load(i)`."""
+
+    def __init__(self, names: Sequence[str], read: Callable[[int], Image.Image]) -> None:
+        self.names = list(names)
+        self._read = read
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def load(self, index: int) -> Image.Image:
+        """Return an upright RGB picture.
+
+        Raises:
+            ImageError: it cannot be decoded; the message names it.
+        """
+        try:
+            return load_image(self._read(index))
+        except ImageError as error:
+            raise ImageError(f"{self.names[index]}: {error}") from error
+        except Exception as error:  # whatever the decoder of a format raises for a broken file
+            raise ImageError(f"{self.names[index]} cannot be decoded ({error}); remove or replace it.") from error
+
+
+def open_pictures(path: str | Path, count: int | None = None) -> Pictures:
+    """Find the pictures of a folder (its subfolders too), of .tar files, of .parquet files or of a saved dataset.
+
+    Args:
+        path: a folder of any of these, or one file.
+        count: only the first so many, in the order of their names.
+
+    Raises:
+        UniLIPError: nothing is there, or nothing of these kinds.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UniLIPError(f"There is nothing at {path}; give a folder of pictures, .tar or .parquet files.")
+    if path.is_file() and path.suffix.lower() in SUFFIXES:
+        found = Pictures([path.name], lambda _: Image.open(path))
+    elif shards := _files(path, ".tar"):
+        found = _of_tars(shards)
+    elif tables := _files(path, ".parquet"):
+        rows = ParquetRows(tables)
+        column = rows.image_column()
+        found = Pictures([f"{n:08d}" for n in range(len(rows))], lambda i: rows.image(i, column))
+    elif (path / "dataset_info.json").is_file():
+        found = _of_dataset(path)
+    else:
+        files = sorted(file for file in path.glob("**/*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        found = Pictures([file.relative_to(path).as_posix() for file in files], lambda i: Image.open(files[i]))
+    if not len(found):
+        raise UniLIPError(f"{path} holds no pictures; allowed: {', '.join(SUFFIXES)}, .tar, .parquet, a saved dataset.")
+    if count is not None:
+        found.names = found.names[:count]
+    return found
+
+
+def _files(path: Path, suffix: str) -> list[Path]:
+    if path.is_file():
+        return [path] if path.suffix == suffix else []
+    return sorted(path.glob(f"*{suffix}"))
+
+
+def _of_tars(shards: Sequence[Path]) -> Pictures:
+    places: list[tuple[Path, int, int]] = []
+    names = []
+    for shard in shards:
+        try:
+            with tarfile.open(shard) as archive:
+                for member in archive:
+                    if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
+                        places.append((shard, member.offset_data, member.size))
+                        names.append(f"{shard.name}/{member.name}")
+        except tarfile.TarError as error:
+            raise UniLIPError(f"{shard} is no whole tar file ({error}); fetch it again.") from error
+
+    def read(index: int) -> Image.Image:
+        shard, start, size = places[index]
+        with shard.open("rb") as stream:
+            stream.seek(start)
+            return Image.open(io.BytesIO(stream.read(size)))
+
+    return Pictures(names, read)
+
+
+def _of_dataset(path: Path) -> Pictures:
+    from datasets import load_from_disk
+
+    data = load_from_disk(str(path))
+    column = next((name for name in COLUMNS if name in data.column_names), None)
+    if column is None:
+        raise UniLIPError(f"{path} has no column of pictures; it has {', '.join(data.column_names)}.")
+    return Pictures([f"{n:08d}" for n in range(len(data))], lambda i: data[i][column])
+
+
+class ParquetRows:
+    """Rows of Parquet files: plain columns at once, pictures one row group at a time."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        import pyarrow.parquet as parquet
+
+        self.files = [parquet.ParquetFile(file) for file in files]
+        self.starts: list[tuple[int, int, int]] = []  # first row of a row group, file, row group
+        total = 0
+        for f, file in enumerate(self.files):
+            for group in range(file.num_row_groups):
+                self.starts.append((total, f, group))
+                total += file.metadata.row_group(group).num_rows
+        self.total = total
+        self.columns: list[str] = list(self.files[0].schema_arrow.names)
+        self._group = lru_cache(maxsize=2)(self._read_group)
+
+    def __len__(self) -> int:
+        return self.total
+
+    def plain(self, columns: Sequence[str]) -> list[dict[str, Any]]:
+        """Return these columns of all rows."""
+        return [row for file in self.files for row in file.read(columns=list(columns)).to_pylist()]
+
+    def image_column(self) -> str:
+        """Return the name of the column that holds the pictures."""
+        column = next((name for name in COLUMNS if name in self.columns), None)
+        if column is None:
+            raise UniLIPError(f"The Parquet files have no column of pictures; they have {', '.join(self.columns)}.")
+        return column
+
+    def image(self, row: int, column: str) -> Image.Image:
+        """Return the picture in a column of a row."""
+        n = int(np.searchsorted([start for start, _, _ in self.starts], row, side="right")) - 1
+        start, file, group = self.starts[n]
+        return decode(self._group(file, group, column)[row - start])
+
+    def _read_group(self, file: int, group: int, column: str) -> list[Any]:
+        values: list[Any] = self.files[file].read_row_group(group, columns=[column]).column(0).to_pylist()
+        return values
+
+
+def decode(cell: object) -> Image.Image:
+    """Open a picture of a table's cell: bytes, or {"bytes": ..., "path": ...} as datasets store it.
+
+    Raises:
+        ImageError: it is neither.
+    """
+    data = cell.get("bytes") if isinstance(cell, Mapping) else cell
+    if not isinstance(data, bytes):
+        raise ImageError(f"The cell holds {type(data).__name__}, not the bytes of a picture.")
+    try:
+        return Image.open(io.BytesIO(data))
+    except Exception as error:
+        raise ImageError(f"The cell holds no picture that can be read ({error}).") from error

@@ -1,0 +1,506 @@
+"""What a judge is asked about each picture, and how its answers become scores.
+
+Goes in: a benchmark's items with their pictures. Comes out: questions for `vlm.RemoteJudge`, and from its answers one
+row an item: status, scores, parts. The wording is ours (RUBRIC) or, for WISE, ImgEdit and GEdit, read from the authors'
+own file on this machine; which of them is part of a score's name. The rules of counting are the authors' (docstrings).
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from unilip.errors import UniLIPError
+from unilip.eval.benchmarks import Benchmark, Item
+from unilip.eval.generation import load_picture
+from unilip.eval.runs import file_hash, png_bytes, read_json
+from unilip.eval.vlm import STATUSES, Answer, Question
+
+RUBRIC = "unilip-1"  # of our wording; raised when a word of it changes
+Row = dict[str, Any]
+
+# SHA-256 of the authors' files that hold their wording
+OFFICIAL = {
+    "e6c51c2ae81e4eb0465755b248cbcefeef3fb8340e281bb3ac43ea9689e32192": ("wise", "verified"),
+    "06fd6dcd7cf45a638fe8a3634b880d936077f161f3641002e58d7bf51daa2407": ("wise", "legacy"),
+    "f9468dc848776ee0a6c2e2c31e678c7224e9cb61b013747c8c52d4a05627b5a0": ("imgedit", ""),
+    "010234af186eb0a70fcb99047cd32ad1da01bed59ca1a95a01335426417cf838": ("gedit", ""),
+}
+PLACES = {
+    "wise": {"verified": "vllm_eval.py", "legacy": "WISE_legacy/gpt_eval.py"},
+    "imgedit": {"singleturn": "Benchmark/Basic/prompts.json"},
+    "gedit": {"fullset": "GEdit-Bench/viescore/vie_prompts.py"},
+}
+RANGES = {  # the least and the most a score can be: what unjudged items could have had
+    "correct": (0.0, 1.0), "wiscore": (0.0, 1.0), "score": (1.0, 5.0), "semantics": (0.0, 10.0),
+    "quality": (0.0, 10.0), "overall": (0.0, 10.0), "dpg": (0.0, 1.0), "tifa": (0.0, 1.0), "soft_tifa_am": (0.0, 1.0),
+    "soft_tifa_gm": (0.0, 1.0), "soft_tifa_gm_most": (0.0, 1.0),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rubric:
+    """The wording of questions: its name, and texts by what they are for."""
+
+    name: str = RUBRIC
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
+# --- the authors' wording -------------------------------------------------------------------------------------------
+
+
+def read_rubric(name: str, protocol: str, path: str | Path | None) -> Rubric:
+    """Read the wording from a file of the benchmark's authors, or from a checkout of their repository.
+
+    The file is parsed, never run.
+
+    Raises:
+        UniLIPError: this benchmark has no such file, or the wording is not found in it.
+    """
+    if path is None:
+        return Rubric()
+    if name not in PLACES:
+        raise UniLIPError(f"{name} has no rubric file; leave --rubric out. Those with one: {', '.join(PLACES)}.")
+    file = Path(path).expanduser()
+    inside = PLACES[name][protocol]
+    file = file / inside if file.is_dir() else file
+    if not file.is_file():
+        raise UniLIPError(f"There is no rubric {file}; give {Path(inside).name} of the authors, or their checkout.")
+    digest = file_hash(file)
+    known = OFFICIAL.get(digest)
+    if known is not None and (known[0] != name or known[1] not in ("", protocol)):
+        raise UniLIPError(f"{file} is the rubric of {' '.join(known)}, not of {name} {protocol}; give that one.")
+    try:
+        texts = _RUBRICS[name](file)
+    except (SyntaxError, KeyError, ValueError, AttributeError) as error:
+        raise UniLIPError(f"The wording is not found in {file} ({error}); give {Path(inside).name} itself.") from error
+    return Rubric(f"{'official' if known else 'file'} {digest[:8]}", texts)
+
+
+def _wise_rubric(file: Path) -> dict[str, str]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    function = next(
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == "build_evaluation_messages"
+    )
+    texts = []
+    for node in ast.walk(function):
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant) and key.value == "text":
+                    texts.append(_template(value))
+    system = next(text for text in texts if "{Prompt}" not in text)
+    return {"system": system, "question": next(text for text in texts if "{Prompt}" in text)}
+
+
+def _template(node: ast.expr) -> str:
+    """Turn a constant or an f-string over prompt_data into a text with {Prompt} and {Explanation}."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if not isinstance(node, ast.JoinedStr):
+        raise ValueError("a text is neither a constant nor an f-string")
+    out = []
+    for part in node.values:
+        if isinstance(part, ast.Constant):
+            out.append(str(part.value))
+        else:
+            found = re.fullmatch(r"prompt_data\['(Prompt|Explanation)'\]", ast.unparse(part.value))  # type: ignore[attr-defined]
+            if not found:
+                raise ValueError("an f-string asks for something unknown")
+            out.append("{" + found[1] + "}")
+    return "".join(out)
+
+
+def _imgedit_rubric(file: Path) -> dict[str, str]:
+    texts = read_json(file, "rubric")
+    if not isinstance(texts, dict) or not all(isinstance(t, str) and "<edit_prompt>" in t for t in texts.values()):
+        raise ValueError("it is not an object of texts with <edit_prompt>")
+    return texts
+
+
+def _gedit_rubric(file: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            found[ast.unparse(node.targets[0])] = str(node.value.value)
+    context = found["_context_no_delimit"]
+    rule = found["_prompts_0shot_two_image_edit_rule"]
+    return {
+        "semantics": "\n".join([context, rule, found["_prompts_0shot_tie_rule_SC"]]),
+        "quality": "\n".join([context, found["_prompts_0shot_rule_PQ"]]),
+    }
+
+
+_RUBRICS: dict[str, Callable[[Path], dict[str, str]]] = {
+    "wise": _wise_rubric,
+    "imgedit": _imgedit_rubric,
+    "gedit": _gedit_rubric,
+}
+
+
+# --- our wording ----------------------------------------------------------------------------------------------------
+
+YES_NO = "Answer with one word, yes or no."
+GENEVAL = (
+    "The picture was drawn from this prompt: {prompt}. Look at it closely. Does it show every thing named, in "
+    "exactly the "
+    "number, the colors and the positions that are named? Other things may be there too. " + YES_NO
+)
+WISE_SYSTEM = "You check pictures that a program drew. Be strict, and answer in the form asked for."
+WISE_TEXT = {
+    "verified": (
+        "A picture was drawn from a prompt that only hints at what to show.\nPrompt: {Prompt}\nWhat is meant: "
+        "{Explanation}\nGive 1 if the picture clearly shows what is meant, with the right things and relations, and is "
+        "not so broken that this cannot be told. Otherwise, or in doubt, give 0.\nAnswer with this one "
+        "line:\nScore: 0 or 1"
+    ),
+    "legacy": (
+        "A picture was drawn from a prompt that only hints at what to show.\nPrompt: {Prompt}\nWhat is meant: "
+        "{Explanation}\nRate three things from 0 (fails) over 1 (partly) to 2 (without fault), in doubt the lower: "
+        "consistency (it shows what is meant), realism (it could be a photograph), aesthetic quality (it is "
+        "beautiful).\n"
+        "Answer with these three lines:\nConsistency: N\nRealism: N\nAesthetic Quality: N"
+    ),
+}
+IMGEDIT_TEXT = (
+    "The first picture was edited, the second is the result. The kind of edit is '{edit_type}', the instruction: "
+    "{prompt}\n"
+    "Rate three things from 1 (fails) to 5 (without fault); the second and third no higher than the first: compliance "
+    "(exactly what was asked was done), naturalness (no seams, smears or broken shapes), preservation (the rest of the "
+    "picture is as before, light and perspective are right).\nAnswer with these three lines:\nCompliance: N\n"
+    "Naturalness: N\nPreservation: N"
+)
+GEDIT_TEXT = {
+    "semantics": (
+        "The first picture was edited, the second is the result. Instruction: <instruction>\nRate from 0 (not at "
+        "all) to 10 "
+        "(perfectly) how well the instruction was followed, and from 0 (all is different) to 10 (nothing else "
+        "changed) how "
+        'well the rest was kept.\nAnswer with JSON only: {"score": [followed, kept], "reasoning": "a few words"}'
+    ),
+    "quality": (
+        "Rate this picture from 0 to 10: how natural it looks, and how free of distortions, smears and broken "
+        "shapes it is "
+        '(10: free of them).\nAnswer with JSON only: {"score": [natural, clean], "reasoning": "a few words"}'
+    ),
+}
+NUMBERS = {
+    word: str(n)
+    for n, word in enumerate(["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], 1)
+}  # fmt: skip
+
+
+# --- reading answers ------------------------------------------------------------------------------------------------
+
+
+def read_yes_no(text: str) -> bool | None:
+    """Read "yes" or "no" at the start of an answer; None is neither."""
+    found = re.match(r"\W*(yes|no)\b", text, re.IGNORECASE)
+    return None if found is None else found[1].lower() == "yes"
+
+
+def read_wise_verified(text: str) -> float | None:
+    """Read "Score: 0" or "Score: 1", or a bare 0 or 1 on a line."""
+    found = re.findall(r"\bscore\*{0,2}\s*[:：]?\s*\*{0,2}\s*([01])\b(?![./\d])", text, re.IGNORECASE)
+    found = found or re.findall(r"(?m)^\s*([01])\s*$", text)
+    return float(found[0]) if len(set(found)) == 1 else None
+
+
+def read_wise_legacy(text: str) -> dict[str, float] | None:
+    """Read consistency, realism and aesthetic quality, 0 to 2 each."""
+    out = {}
+    for name in ("consistency", "realism", "aesthetic quality"):
+        found = re.findall(rf"{name}\*{{0,2}}\s*[:：]?\s*\*{{0,2}}\s*([0-2])\b(?![.\d])", text, re.IGNORECASE)
+        if len(set(found)) != 1:
+            return None
+        out[name.replace(" ", "_")] = float(found[0])
+    return out
+
+
+def read_imgedit(text: str) -> list[float] | None:
+    """Read three lines "Name: N" with N from 1 to 5."""
+    found = re.findall(r"(?m)^\W*[A-Za-z][A-Za-z &]*\W{0,3}:\W{0,3}([1-5])(?:\s*/\s*5)?\W*$", text)
+    return [float(score) for score in found] if len(found) == 3 else None
+
+
+def read_viescore(text: str) -> float | None:
+    """Read the least of the scores (0 to 10) in {"score": [a, b]}; there must be two."""
+    found = re.search(r"\{.*\}", text, re.DOTALL)
+    try:
+        values = [float(score) for score in json.loads(found[0] if found else "{}")["score"]]
+    except (ValueError, TypeError, KeyError):
+        listed = re.search(r'"score"\s*:\s*\[\s*(\d+(?:\.\d+)?)\s*,\s*(\d+(?:\.\d+)?)\s*\]', text)
+        values = [float(score) for score in listed.groups()] if listed else []
+    return min(values) if len(values) == 2 and all(0 <= value <= 10 for value in values) else None
+
+
+def accepted_words(question: str, answer: str) -> tuple[str, ...]:
+    """Return the words that count as right for a question of GenEval 2: the number or its digit, or yes."""
+    if not question.startswith("How many"):
+        return ("Yes", "yes", " yes", " Yes")
+    forms = [answer, answer.capitalize(), NUMBERS.get(answer, "other")]
+    return tuple(dict.fromkeys([*forms, *(f" {form}" for form in forms)]))
+
+
+def read_soft(words: Sequence[str]) -> Callable[[str], list[float] | None]:
+    """Return a reader of token probabilities: [that of the right words, the most it can be]."""
+
+    def read(text: str) -> list[float] | None:
+        likely: dict[str, float] = json.loads(text)
+        right = sum(likely.get(word, 0.0) for word in words)
+        unseen = min(likely.values(), default=0.0) * sum(word not in likely for word in words)
+        return [min(1.0, right), min(1.0, right + min(unseen, max(0.0, 1 - sum(likely.values()))))]
+
+    return read
+
+
+def read_hard(words: Sequence[str]) -> Callable[[str], bool | None]:
+    """Return a reader of one-word answers: whether it is among the right words."""
+    wanted = {word.strip().lower() for word in words}
+
+    def read(text: str) -> bool | None:
+        found = re.match(r"\W*(\w+)", text)
+        return None if found is None or len(text.split()) > 6 else found[1].lower() in wanted
+
+    return read
+
+
+# --- questions ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Questionnaire:
+    """Asks about the pictures of one benchmark; `method` is "tifa" or "soft_tifa" for geneval2, else empty."""
+
+    benchmark: Benchmark
+    output: Path
+    rubric: Rubric = Rubric()
+    method: str = ""
+    questions: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # dpg: by item
+
+    def ask(self, item: Item) -> list[Question]:
+        """Return what to ask about an item's picture."""
+        picture = self.output / item.path
+        return _ASKERS[self.benchmark.name](self, item, picture)
+
+    def row(self, item: Item, answers: Sequence[Answer]) -> Row:
+        """Return what the answers about an item come to: scores only if every one could be read."""
+        status = min((answer.status for answer in answers), key=lambda status: -STATUSES.index(status))
+        row: Row = {
+            "key": item.key, "cluster": item.cluster, "group": item.group, "split": item.split, "picture": item.path,
+            "prompt": item.prompt, "status": status,
+            "answers": [{"text": a.text, "status": a.status, "reason": a.reason} for a in answers],
+            "scores": None,
+        }  # fmt: skip
+        if status == "ok":
+            row["scores"], parts = _SCORERS[self.benchmark.name](self, item, [answer.value for answer in answers])
+            if parts:
+                row["parts"] = parts
+        return row
+
+
+def _fill(text: str, values: Mapping[str, Any]) -> str:
+    return re.sub(r"\{(\w+)\}", lambda found: str(values[found[1]]) if found[1] in values else found[0], text)
+
+
+def _ask_geneval(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
+    text = _fill(GENEVAL, {"prompt": item.prompt})
+    return [Question(item.key, (text, picture.read_bytes()), read_yes_no, max_tokens=200)]
+
+
+def _ask_geneval2(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
+    data = picture.read_bytes()
+    soft = q.method == "soft_tifa"
+    found = []
+    for n, (question, answer) in enumerate(item.data["vqa_list"]):
+        words = accepted_words(question, answer)
+        read = read_soft(words) if soft else read_hard(words)
+        parts = (data, f"{question} Answer in one word.")
+        found.append(Question(f"{item.key}/{n}", parts, read, max_tokens=1 if soft else 8, logprobs=soft))
+    return found
+
+
+def _ask_dpg(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
+    page = load_picture(picture)
+    side = page.width // 2
+    found = []
+    for crop in range(item.pictures):
+        x, y = crop % 2 * side, crop // 2 * side
+        data = png_bytes(page.crop((x, y, x + side, y + side)))
+        for entry in q.questions[item.key]:
+            parts = (data, f"{entry['question']} {YES_NO}")
+            found.append(Question(f"{item.key}/{crop}/{entry['id']}", parts, read_yes_no, max_tokens=8))
+    return found
+
+
+def _ask_wise(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
+    protocol = q.benchmark.protocol
+    text = _fill(q.rubric.texts.get("question", WISE_TEXT[protocol]), item.data)
+    system = q.rubric.texts.get("system", WISE_SYSTEM)
+    read: Callable[[str], Any] = read_wise_verified if protocol == "verified" else read_wise_legacy
+    limit = 500 if protocol == "verified" else 2000
+    return [Question(item.key, (text, picture.read_bytes()), read, system, limit)]
+
+
+def _ask_imgedit(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
+    kind = item.data["edit_type"]
+    if q.rubric.texts and kind not in q.rubric.texts:
+        raise UniLIPError(f"The rubric has nothing for edits of the kind {kind!r}; it has {', '.join(q.rubric.texts)}.")
+    own = _fill(IMGEDIT_TEXT, {"edit_type": kind, "prompt": item.prompt})
+    text = q.rubric.texts[kind].replace("<edit_prompt>", item.prompt) if q.rubric.texts else own
+    assert q.benchmark.source is not None, "imgedit has sources"
+    source = png_bytes(q.benchmark.source(item).convert("RGB"))
+    return [Question(item.key, (text, source, picture.read_bytes()), read_imgedit, max_tokens=1024)]
+
+
+def _ask_gedit(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
+    texts = q.rubric.texts or GEDIT_TEXT
+    before = picture.with_name(f"{picture.stem}_SRCIMG.png")
+    source = before.read_bytes()
+    with Image.open(io.BytesIO(source)) as opened:
+        size = opened.size
+    result = png_bytes(load_picture(picture).resize(size, Image.Resampling.BICUBIC))  # as the authors' scorer does
+    follow = texts["semantics"].replace("<instruction>", item.prompt)
+    return [
+        Question(f"{item.key}/semantics", (follow, source, result), read_viescore, max_tokens=1400),
+        Question(f"{item.key}/quality", (texts["quality"], result), read_viescore, max_tokens=1400),
+    ]
+
+
+Asker = Callable[[Questionnaire, Item, Path], list[Question]]
+_ASKERS: dict[str, Asker] = {
+    "geneval": _ask_geneval, "geneval2": _ask_geneval2, "dpg": _ask_dpg, "wise": _ask_wise, "imgedit": _ask_imgedit,
+    "gedit": _ask_gedit,
+}  # fmt: skip
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+Parts = dict[str, list[float]]  # name -> [sum, how many]
+Scored = tuple[dict[str, float], Parts]
+
+
+def _score_geneval(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
+    return {"correct": float(values[0])}, {}
+
+
+def _score_geneval2(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
+    soft = q.method == "soft_tifa"
+    low = [float(value[0] if soft else value) for value in values]
+    parts: Parts = {}
+    for skill, value in zip(item.data["skills"], low, strict=True):
+        parts.setdefault(skill, [0.0, 0])
+        parts[skill][0] += value
+        parts[skill][1] += 1
+    mean = sum(low) / len(low)
+    if not soft:
+        return {"tifa": mean}, parts
+    most = [float(value[1]) for value in values]
+    return {
+        "soft_tifa_gm": _geometric(low),
+        "soft_tifa_gm_most": _geometric(most),
+        "soft_tifa_am": mean,
+    }, parts
+
+
+def _geometric(values: Sequence[float]) -> float:
+    return math.exp(sum(math.log(v) for v in values) / len(values)) if min(values) > 0 else 0.0
+
+
+def _score_dpg(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
+    """A question counts only where all those that it depends on are answered yes; the mean of four pictures."""
+    entries = q.questions[item.key]
+    per = len(entries)
+    scores = []
+    parts: Parts = {}
+    for crop in range(item.pictures):
+        said = {entry["id"]: float(values[crop * per + n]) for n, entry in enumerate(entries)}
+        for entry in entries:
+            known = parts.setdefault(entry["category"], [0.0, 0])
+            known[0] += said[entry["id"]]
+            known[1] += 1
+        counted = dict(said)
+        for entry in entries:
+            if any(parent and not counted.get(parent, 0.0) for parent in entry["needs"]):
+                counted[entry["id"]] = 0.0
+        scores.append(sum(counted.values()) / per)
+    return {"dpg": sum(scores) / len(scores)}, parts
+
+
+def _score_wise(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
+    """verified: 0 or 1. legacy: (0.7 consistency + 0.2 realism + 0.1 aesthetic quality) / 2."""
+    value = values[0]
+    if q.benchmark.protocol == "verified":
+        return {"wiscore": value}, {}
+    score = (0.7 * value["consistency"] + 0.2 * value["realism"] + 0.1 * value["aesthetic_quality"]) / 2
+    return {"wiscore": score}, {name: [points, 1] for name, points in value.items()}
+
+
+def _score_imgedit(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
+    """The mean of three scores from 1 to 5."""
+    return {"score": round(sum(values[0]) / 3, 2)}, {}
+
+
+def _score_gedit(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
+    """Semantics and quality are each the lesser of two scores; overall is the root of their product."""
+    semantics, quality = values
+    return {"overall": math.sqrt(semantics * quality), "semantics": semantics, "quality": quality}, {}
+
+
+Scorer = Callable[[Questionnaire, Item, Sequence[Any]], Scored]
+_SCORERS: dict[str, Scorer] = {
+    "geneval": _score_geneval, "geneval2": _score_geneval2, "dpg": _score_dpg, "wise": _score_wise,
+    "imgedit": _score_imgedit, "gedit": _score_gedit,
+}  # fmt: skip
+
+
+# --- the questions of DPG -------------------------------------------------------------------------------------------
+
+DPG_COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
+
+
+def read_dpg_questions(path: str | Path | None, items: Sequence[Item]) -> dict[str, list[dict[str, Any]]]:
+    """Read dpg_bench.csv: the questions of each item, what they depend on, and their category.
+
+    Raises:
+        UniLIPError: no such file, another format, or an item without questions.
+    """
+    if path is None:
+        raise UniLIPError("Judging dpg needs --questions: dpg_bench/dpg_bench.csv of github.com/TencentQQGYLab/ELLA.")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UniLIPError(f"There is no file of questions {file}; fetch dpg_bench/dpg_bench.csv of ELLA.")
+    found: dict[str, list[dict[str, Any]]] = {}
+    with file.open(encoding="utf-8", newline="") as stream:
+        reader = csv.DictReader(stream)
+        missing = [name for name in DPG_COLUMNS if name not in (reader.fieldnames or ())]
+        if missing:
+            raise UniLIPError(
+                f"{file} has no column {', '.join(missing)}; fetch dpg_bench/dpg_bench.csv of ELLA again."
+            )
+        for number, row in enumerate(reader, 2):
+            try:
+                entry = {
+                    "id": int(row["proposition_id"]),
+                    "needs": [int(part) for part in row["dependency"].split(",")],
+                    "category": row["tuple"].split("(")[0].split("-")[0].strip(),
+                    "question": row["question_natural_language"].strip(),
+                }
+            except (ValueError, AttributeError) as error:
+                raise UniLIPError(f"{file}, line {number} cannot be read ({error}); fetch the file again.") from error
+            found.setdefault(row["item_id"], []).append(entry)
+    lacking = [item.key for item in items if item.key not in found]
+    if lacking:
+        raise UniLIPError(f"{file} has no questions for {len(lacking)} prompts, the first is {lacking[0]!r}.")
+    return found

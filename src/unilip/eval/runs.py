@@ -1,0 +1,336 @@
+"""The folder of a run: what it is of (run.json), pictures that appear whole or not at all, and which process does what.
+
+Goes in: an identity (benchmark, protocol, model, settings). Comes out: a folder that a killed run goes on in, that
+refuses another run's identity, and that several processes fill together. A batch of files is first written aside,
+then committed by one rename and moved into place; so no batch is ever half there after a restart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from unilip import __version__
+from unilip.checkpoint import Source, open_checkpoint
+from unilip.errors import UniLIPError
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "run.json"
+PICTURES = "images"
+STAGING = ".staging"
+LIBRARIES = ("torch", "transformers", "diffusers", "numpy", "pillow")
+
+
+# --- small files ----------------------------------------------------------------------------------------------------
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text so that it is there whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that it is there whole or not at all."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write JSON lines so that they are there whole or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read JSON.
+
+    Raises:
+        UniLIPError: there is no such file, or it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UniLIPError(f"There is no {what} {path}; check the path.") from None
+    except (OSError, ValueError) as error:
+        raise UniLIPError(f"The {what} {path} cannot be read ({error}); give a whole JSON file.") from error
+
+
+def read_lines(path: Path, what: str) -> list[dict[str, Any]]:
+    """Read JSON lines, one object each; empty lines are skipped.
+
+    Raises:
+        UniLIPError: there is no such file, or a line is not a JSON object.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UniLIPError(f"There is no {what} {path}; check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UniLIPError(f"The {what} {path} cannot be read ({error}); give a UTF-8 text file.") from error
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UniLIPError(f"{path}, line {number} is not JSON ({error}); write one object on each line.") from error
+        if not isinstance(row, dict):
+            raise UniLIPError(f"{path}, line {number} is not a JSON object; write one object on each line.")
+        rows.append(row)
+    return rows
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def png_bytes(image: Image.Image, texts: Mapping[str, str] | None = None) -> bytes:
+    """Encode a picture as PNG with texts inside; equal pictures and texts give equal bytes."""
+    info = PngInfo()
+    for key, value in (texts or {}).items():
+        info.add_text(key, value) if value.isascii() else info.add_itxt(key, value)
+    stream = io.BytesIO()
+    image.save(stream, "PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+# --- what a run is of -----------------------------------------------------------------------------------------------
+
+
+def model_hash(source: Source = None) -> str:
+    """Return sixteen hex digits of a checkpoint's configuration and weight files, without loading it.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
+    opened = open_checkpoint(source)
+    digest = hashlib.sha256(json.dumps(opened.config.to_dict(), sort_keys=True).encode())
+    for file in sorted(opened.weights.files, key=lambda file: file.name):
+        digest.update(file_hash(file).encode())
+    return digest.hexdigest()[:16]
+
+
+def environment(place: Place) -> dict[str, Any]:
+    """Return versions and machine: what may change a last digit, but does not make it another run."""
+    versions = {"unilip": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {"versions": versions, "machine": platform.machine(), "processes": place.world}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of how many processes this is."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def of_environment(cls) -> Place:
+        """Read RANK and WORLD_SIZE, as torchrun sets them.
+
+        Raises:
+            UniLIPError: they are no numbers, or contradict each other.
+        """
+        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
+            raise UniLIPError(
+                f"RANK is {rank!r} and WORLD_SIZE is {world!r}; RANK counts from 0 and must be less than WORLD_SIZE. "
+                "Start with torchrun, or unset both."
+            )
+        return cls(int(rank), int(world))
+
+
+class RunFolder:
+    """The folder of one run, which processes of the same run share.
+
+    Args:
+        path: made if it is not there.
+        identity: what may not differ when the run goes on.
+        place: which process this is; every process of a run gives its own.
+        name: of the model, for people; the identity has its hash.
+
+    Raises:
+        UniLIPError: the folder holds another run, pictures of unknown origin, or is in use.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], place: Place, name: str = "") -> None:
+        self.path, self.place, self.name = path, place, name
+        self.identity = json.loads(json.dumps(identity))  # as it is read back
+        if path.exists() and not path.is_dir():
+            raise UniLIPError(f"{path} is a file, not a folder; give another --output.")
+        path.mkdir(parents=True, exist_ok=True)
+        self._claim()
+        self._lock = _lock(path / f".lock-{place.rank}", path)
+        self.staging = path / STAGING
+        self._clean()
+        self.finish_moves()
+
+    def _claim(self) -> None:
+        file = self.path / MANIFEST
+        if not file.is_file():
+            if next((self.path / PICTURES).glob("**/*.png"), None) is not None and not file.is_file():
+                raise UniLIPError(
+                    f"{self.path / PICTURES} holds pictures, but there is no {MANIFEST} that says how they were made; "
+                    "give an empty folder."
+                )
+            manifest = {"model": self.name, "identity": self.identity, "environments": [environment(self.place)]}
+            temporary = self.path / f".{MANIFEST}.{os.getpid()}.part"
+            write_json(temporary, manifest)
+            try:
+                os.link(temporary, file)  # unlike a rename this fails where another process was first
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links
+                if not file.exists():
+                    os.replace(temporary, file)
+            finally:
+                temporary.unlink(missing_ok=True)
+        before = read_manifest(self.path)
+        known = before["identity"]
+        other = [name for name in {**known, **self.identity} if known.get(name) != self.identity.get(name)]
+        if other:
+            name = other[0]
+            raise UniLIPError(
+                f"{self.path} holds another run: {', '.join(other)} differ ({name} is {_short(known.get(name))} there, "
+                f"{_short(self.identity.get(name))} here). Nothing was changed; give another --output, or the settings "
+                "of that run."
+            )
+        now = environment(self.place)
+        if self.place.rank == 0 and now not in before["environments"]:
+            log.warning("%s was begun with other versions or processes; both are noted in %s", self.path, MANIFEST)
+            write_json(file, {**before, "environments": [*before["environments"], now]})
+
+    def _clean(self) -> None:
+        """Remove what a killed process had not committed; another live process's work is left alone."""
+        for part in self.staging.glob("*.part"):
+            rank = part.name.split(".")[1].removeprefix("rank")
+            if rank.isdigit() and (
+                int(rank) == self.place.rank or (not self.place.rank and int(rank) >= self.place.world)
+            ):
+                shutil.rmtree(part, ignore_errors=True)
+
+    def commit(self, name: str, files: Mapping[str, bytes]) -> None:
+        """Put files (path in the run folder -> bytes) where they belong: all of them, even through a kill."""
+        part = self.staging / f"{name}.rank{self.place.rank}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        moves = {f"{n:05d}": target for n, target in enumerate(files)}
+        for stored, target in moves.items():
+            (part / stored).write_bytes(files[target])
+        (part / "moves.json").write_text(json.dumps(moves), encoding="utf-8")
+        done = self.staging / f"{name}.rank{self.place.rank}"
+        shutil.rmtree(done, ignore_errors=True)
+        os.replace(part, done)
+        self._move(done)
+
+    def finish_moves(self) -> None:
+        """Move into place what was committed before a kill."""
+        for done in sorted(self.staging.glob("*")):
+            if not done.name.endswith(".part"):
+                self._move(done)
+
+    def _move(self, done: Path) -> None:
+        try:
+            moves = json.loads((done / "moves.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:  # another process of this run was faster
+            return
+        for stored, target in moves.items():
+            place = self.path / target
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(done / stored, place)
+        shutil.rmtree(done, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+        if self.place.world == 1:
+            with contextlib.suppress(OSError):
+                self.staging.rmdir()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return run.json of a run folder.
+
+    Raises:
+        UniLIPError: the folder is none of a run, or the file is damaged.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        raise UniLIPError(
+            f"{path} is no folder of a run ({MANIFEST} is missing); give a folder that `unilip eval` made."
+        )
+    manifest = read_json(file, "manifest")
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("identity"), dict):
+        raise UniLIPError(f"{file} is no manifest of `unilip eval`; give another --output.")
+    manifest.setdefault("environments", [])
+    return manifest
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _lock(file: Path, folder: Path) -> io.TextIOWrapper | None:
+    try:
+        import fcntl
+    except ImportError:  # Windows: no lock, as before
+        return None
+    stream = file.open("w")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        stream.close()
+        raise UniLIPError(
+            f"Another process is working in {folder}; wait for it, or give another --output. Several processes at once "
+            "need RANK and WORLD_SIZE, as torchrun sets them."
+        ) from None
+    return stream
+
+
+def batches(items: Sequence[Any], size: int, place: Place) -> Iterator[tuple[int, Sequence[Any]]]:
+    """Yield (number, batch) of this process: the batches are those of a single process, dealt out in turn."""
+    for number, start in enumerate(range(0, len(items), max(1, size))):
+        if number % place.world == place.rank:
+            yield number, items[start : start + max(1, size)]

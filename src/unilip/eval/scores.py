@@ -1,0 +1,222 @@
+"""Rows of scored items -> a score with its protocol, scorer, interval, and what could not be scored.
+
+Goes in: rows {"key", "cluster", "group", "split", "picture", "status", "scores", "parts"} and a rule of averaging.
+Comes out: scores/NAME.json and NAME.jsonl in the run folder, and lines to print. Intervals are bootstraps over
+clusters (prompts), within groups where groups are averaged.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unilip.errors import UniLIPError
+from unilip.eval.runs import read_json, read_lines, write_json, write_lines
+
+Row = dict[str, Any]
+RESAMPLES = 2000
+FOLDER = "scores"
+DOWN = {"lpips", "rfid"}  # measures of which less is better
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How items become one number: the mean over items, over groups (weighted or not), or the sum of the groups."""
+
+    over: str = "items"
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.over in ("items", "groups", "sum"), self.over
+
+    @classmethod
+    def of(cls, weights: Mapping[str, float] | None) -> Rule:
+        """Return the rule of a benchmark's weights: None is over items, empty is the plain mean of the groups."""
+        return cls() if weights is None else cls("groups", weights)
+
+    def weight(self, groups: Sequence[str]) -> np.ndarray:
+        """Return the weights of the groups that are there; those of a mean come to one."""
+        values = np.array([self.weights.get(group, 1.0) for group in groups], dtype=float)
+        return values if self.over == "sum" else values / values.sum()
+
+
+def tabulate(rows: Sequence[Row], metric: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return by group the sums and counts of a metric, an entry for each cluster; only rows that have it."""
+    groups: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row["scores"] is not None and metric in row["scores"]:
+            entry = groups.setdefault(row["group"], {}).setdefault(row["cluster"], [0.0, 0.0])
+            entry[0] += row["scores"][metric]
+            entry[1] += 1
+    return {
+        group: (np.array([e[0] for e in entries.values()]), np.array([e[1] for e in entries.values()]))
+        for group, entries in groups.items()
+    }
+
+
+def combine(table: Mapping[str, tuple[np.ndarray, np.ndarray]], rule: Rule) -> float:
+    """Return the score of a table."""
+    if rule.over == "items":
+        return float(sum(s.sum() for s, _ in table.values()) / sum(n.sum() for _, n in table.values()))
+    means = np.array([s.sum() / n.sum() for s, n in table.values()])
+    return float(means @ rule.weight(list(table)))
+
+
+def bootstrap(
+    table: Mapping[str, tuple[np.ndarray, np.ndarray]], rule: Rule, resamples: int = RESAMPLES, seed: int = 0
+) -> np.ndarray:
+    """Return the scores (R,) of tables whose clusters are drawn again with replacement."""
+    rng = np.random.default_rng(seed)
+    if rule.over == "items":
+        sums, counts = (np.concatenate(parts) for parts in zip(*table.values(), strict=True))
+        drawn = _resample(rng, sums, counts, resamples)
+        found: np.ndarray = drawn[0] / drawn[1]
+        return found
+    means = np.stack([np.divide(*_resample(rng, s, n, resamples)) for s, n in table.values()])  # G R
+    weighted: np.ndarray = rule.weight(list(table)) @ means
+    return weighted
+
+
+def _resample(rng: np.random.Generator, sums: np.ndarray, counts: np.ndarray, resamples: int) -> tuple[np.ndarray, ...]:
+    size = len(sums)
+    out = np.empty((2, resamples))
+    for r in range(resamples):
+        index = rng.integers(0, size, size)
+        out[0, r], out[1, r] = sums[index].sum(), counts[index].sum()
+    return out[0], out[1]
+
+
+def interval(samples: np.ndarray) -> tuple[float, float]:
+    """Return the middle 95 % of samples."""
+    low, high = np.percentile(samples, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def summarise(
+    rows: Sequence[Row], rule: Rule, ranges: Mapping[str, tuple[float, float]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return by split the metrics: value, interval, and, where items are open, the least and the most it can be.
+
+    Raises:
+        UniLIPError: no item has a score.
+    """
+    ranges = ranges or {}
+    metrics = list(dict.fromkeys(name for row in rows if row["scores"] for name in row["scores"]))
+    if not metrics:
+        counts = Counter(row["status"] for row in rows)
+        raise UniLIPError(
+            f"None of {len(rows)} items has a score ({', '.join(f'{n} {status}' for status, n in counts.items())}); "
+            f"see the "
+            "reasons in the scores folder, then run again: what is open is asked again."
+        )
+    found: dict[str, dict[str, Any]] = {}
+    for split in dict.fromkeys(row["split"] for row in rows):
+        own = [row for row in rows if row["split"] == split]
+        for metric in metrics:
+            table = tabulate(own, metric)
+            if not table:
+                continue
+            low, high = interval(bootstrap(table, rule))
+            entry: dict[str, Any] = {"value": combine(table, rule), "low": low, "high": high}
+            if metric in ranges and any(row["scores"] is None for row in own):
+                for name, value in zip(("least", "most"), ranges[metric], strict=True):
+                    filled = [row if row["scores"] else {**row, "scores": {metric: value}} for row in own]
+                    entry[name] = combine(tabulate(filled, metric), rule)
+            entry["groups"] = {group: float(s.sum() / n.sum()) for group, (s, n) in table.items()}
+            entry["items"] = int(sum(n.sum() for _, n in table.values()))
+            found.setdefault(split, {})[metric] = entry
+    return found
+
+
+def add_parts(rows: Sequence[Row]) -> dict[str, float]:
+    """Return the means of the parts (skills, categories) over all items that have them."""
+    totals: dict[str, list[float]] = {}
+    for row in rows:
+        for name, (points, count) in (row.get("parts") or {}).items():
+            entry = totals.setdefault(name, [0.0, 0.0])
+            entry[0] += points
+            entry[1] += count
+    return {name: points / count for name, (points, count) in totals.items() if count}
+
+
+def write_scores(
+    output: Path, name: str, rows: Sequence[Row], rule: Rule, about: Mapping[str, Any],
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write scores/NAME.jsonl, then the summary scores/NAME.json; returns the summary.
+
+    Args:
+        about: what stands beside the score: task, protocol, scorer, model, prompts, and what else is to be kept.
+    """
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "scores"
+    folder = output / FOLDER
+    write_lines(folder / f"{slug}.jsonl", rows)  # first: the reasons are there even if nothing could be scored
+    scores = summarise(rows, rule, ranges)
+    summary = {
+        **about,
+        "items": len(rows),
+        "statuses": dict(Counter(row["status"] for row in rows)),
+        "rule": {"over": rule.over, "weights": dict(rule.weights)},
+        "scores": scores,
+        "parts": add_parts(rows),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    write_json(folder / f"{slug}.json", summary)
+    return summary
+
+
+def read_scores(run: Path) -> list[tuple[dict[str, Any], list[Row]]]:
+    """Return the summaries of a run folder with their rows.
+
+    Raises:
+        UniLIPError: there are none.
+    """
+    files = sorted((run / FOLDER).glob("*.json"))
+    if not files:
+        raise UniLIPError(f"{run} has no scores; run its `unilip eval` command with a scorer first.")
+    return [(read_json(file, "scores"), read_lines(file.with_suffix(".jsonl"), "rows of scores")) for file in files]
+
+
+def column(summary: Mapping[str, Any]) -> str:
+    """Return what makes scores comparable: task, protocol, scorer, prompts. Scores of two columns never mix."""
+    prompts = summary.get("prompts") or {}
+    marks = []
+    if prompts.get("published") is False:
+        marks.append(f"own prompts {str(prompts.get('sha256'))[:8]}")
+    if prompts.get("published") is None and prompts:
+        marks.append(f"prompts {str(prompts.get('sha256'))[:8]}")
+    if prompts.get("count") and summary.get("prompts_scored") not in (None, prompts["count"]):
+        marks.append(f"{summary['prompts_scored']} of {prompts['count']} prompts")
+    return "; ".join([f"{summary['task']} {summary['protocol']}", summary["scorer"], *marks])
+
+
+def tell(summary: Mapping[str, Any]) -> list[str]:
+    """Return the lines that tell a score: protocol and scorer first, then numbers, then what is not in them."""
+    lines = [column(summary)]
+    for split, metrics in summary["scores"].items():
+        for name, entry in metrics.items():
+            title = f"{name} ({split})" if split else name
+            bounds = f"; {entry['least']:.4f} to {entry['most']:.4f} with the open ones" if "least" in entry else ""
+            lines.append(
+                f"  {title:<20} {entry['value']:.4f}  95 % {entry['low']:.4f} to {entry['high']:.4f}, "
+                f"{entry['items']} items{bounds}"
+            )
+            if len(entry["groups"]) > 1:
+                lines += [f"    {group:<18} {value:.4f}" for group, value in entry["groups"].items()]
+    if summary["parts"]:
+        lines.append("  by part: " + ", ".join(f"{name} {value:.4f}" for name, value in summary["parts"].items()))
+    for name, value in summary.get("whole", {}).items():
+        lines.append(f"  {name:<20} {value:.4f}")
+    open_ones = {status: n for status, n in summary["statuses"].items() if status != "ok"}
+    if open_ones:
+        lines.append("  NOT SCORED: " + ", ".join(f"{n} {status}" for status, n in open_ones.items()))
+    if summary.get("cost"):
+        lines.append("  asking: " + ", ".join(f"{name} {value}" for name, value in summary["cost"].items()))
+    return lines

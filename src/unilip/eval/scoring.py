@@ -1,0 +1,302 @@
+"""Scores the pictures of a run: by a judge behind an address, by a detector, or by the authors' own program.
+
+Goes in: a benchmark and its run folder. Comes out: scores/NAME.json and .jsonl, whose "scorer" says who judged and by
+what wording. Pictures that are missing are an error; nothing is scored in their place.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from unilip.errors import UniLIPError
+from unilip.eval.benchmarks import Benchmark, wise_files
+from unilip.eval.detection import Colors, Detector, score_geneval
+from unilip.eval.generation import check_sizes, load_picture, missing
+from unilip.eval.rubrics import RANGES, Questionnaire, Row, Rubric, read_dpg_questions
+from unilip.eval.runs import PICTURES, read_lines, read_manifest, write_bytes
+from unilip.eval.scores import FOLDER, Rule, write_scores
+from unilip.eval.vlm import RemoteJudge, Terms
+
+log = logging.getLogger(__name__)
+
+CHUNK = 64  # items whose pictures are in memory at once
+METHODS = ("soft_tifa", "tifa")
+
+
+def check_complete(benchmark: Benchmark, output: Path) -> dict[str, Any]:
+    """Return the manifest of a run whose pictures are all there, of the right size, for these prompts.
+
+    Raises:
+        UniLIPError: it is another run, pictures are missing, or have another size.
+    """
+    manifest = read_manifest(output)
+    identity = manifest["identity"]
+    for name, here in (("task", benchmark.name), ("protocol", benchmark.protocol), ("prompts", benchmark.prompts)):
+        if identity.get(name) != json.loads(json.dumps(here)):
+            raise UniLIPError(
+                f"{output} is a run of {identity.get('task')} {identity.get('protocol')} with other {name}; give the "
+                "prompts and protocol that it was made with."
+            )
+    left = missing(benchmark, output)
+    if left:
+        raise UniLIPError(
+            f"{len(left)} of {len(benchmark.items)} pictures are missing in {output}, the first is {left[0].path}; "
+            f"run the "
+            "command without --no-generate to make them."
+        )
+    check_sizes(output, benchmark.items, identity["settings"]["image_size"])
+    return manifest
+
+
+def _about(benchmark: Benchmark, manifest: Mapping[str, Any], scorer: str) -> dict[str, Any]:
+    return {
+        "task": benchmark.name,
+        "protocol": benchmark.protocol,
+        "scorer": scorer,
+        "model": manifest["model"],
+        "model_hash": manifest["identity"]["model"],
+        "prompts": benchmark.prompts,
+        "prompts_scored": len({item.cluster for item in benchmark.items}),
+        "settings": manifest["identity"]["settings"],
+    }
+
+
+def score_by_judge(
+    benchmark: Benchmark,
+    output: Path,
+    terms: Terms,
+    *,
+    rubric: Rubric = Rubric(),  # noqa: B008
+    method: str | None = None,
+    questions: str | Path | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Ask a judge about every picture of a run; returns the summary that scores/judge-NAME.json holds.
+
+    Args:
+        terms: who is asked, and how.
+        rubric: the wording; ours by default.
+        method: geneval2 only, "soft_tifa" (probabilities of the words) or "tifa" (the words).
+        questions: dpg only, dpg_bench.csv.
+
+    Raises:
+        UniLIPError: missing pictures, or a judge that cannot be asked.
+    """
+    manifest = check_complete(benchmark, output)
+    if benchmark.name == "geneval2" and (method or "soft_tifa") not in METHODS:
+        raise UniLIPError(f"geneval2 has no method {method!r}; allowed: {', '.join(METHODS)}.")
+    sheet = Questionnaire(
+        benchmark,
+        output,
+        rubric,
+        (method or "soft_tifa") if benchmark.name == "geneval2" else "",
+        read_dpg_questions(questions, benchmark.items) if benchmark.name == "dpg" else {},
+    )
+    judge = RemoteJudge(replace(terms, cache=terms.cache or output / "judge-cache"))
+    rows: list[Row] = []
+    asked = 0
+    with tqdm(total=len(benchmark.items), desc=f"judge {terms.model}", unit="item", disable=not progress) as bar:
+        for start in range(0, len(benchmark.items), CHUNK):
+            items = benchmark.items[start : start + CHUNK]
+            lists = [sheet.ask(item) for item in items]
+            answers = iter(judge.ask([question for questions in lists for question in questions]))
+            for item, questions_of in zip(items, lists, strict=True):
+                asked += len(questions_of)
+                rows.append(sheet.row(item, [next(answers) for _ in questions_of]))
+                bar.update()
+    wording = f"rubric {rubric.name}" if benchmark.name not in ("geneval2", "dpg") else "the benchmark's questions"
+    named = f"{sheet.method} by " if sheet.method else ""
+    about = _about(benchmark, manifest, f"{named}judge {terms.model}, {wording}")
+    about["cost"] = judge.tally.to_dict(terms.prices)
+    about["questions"] = {"asked": asked, **dict(judge.tally.statuses)}
+    name = "-".join(["judge", terms.model, *([rubric.name] if "rubric" in wording else []), sheet.method]).rstrip("-")
+    return write_scores(output, name, rows, Rule.of(benchmark.weights), about, RANGES)
+
+
+def score_by_detector(
+    benchmark: Benchmark, output: Path, detector: Detector, colors: Colors, batch_size: int = 4, progress: bool = False
+) -> dict[str, Any]:
+    """Apply GenEval's rules to what a detector finds; returns the summary that scores/detector-NAME.json holds.
+
+    Raises:
+        UniLIPError: the benchmark is another one, or pictures are missing.
+    """
+    if benchmark.name != "geneval":
+        raise UniLIPError(f"Only geneval is scored by a detector, not {benchmark.name}; use --judge.")
+    manifest = check_complete(benchmark, output)
+    with tqdm(total=len(benchmark.items), desc=detector.name, unit="picture", disable=not progress) as bar:
+        rows = score_geneval(
+            benchmark.items, lambda item: load_picture(output / item.path), detector, colors, batch_size, bar.update
+        )
+    about = _about(benchmark, manifest, f"{detector.name}, {colors.name}, rules of GenEval")
+    prompts: dict[str, list[float]] = {}
+    for row in rows:
+        prompts.setdefault(row["cluster"], []).append(row["scores"]["correct"])
+    about["whole"] = {
+        "correct_pictures": sum(map(sum, prompts.values())) / len(rows),
+        "correct_prompts": sum(any(values) for values in prompts.values()) / len(prompts),
+    }
+    return write_scores(output, f"{detector.name}-{colors.name}", rows, Rule.of(benchmark.weights), about)
+
+
+# --- the authors' programs ------------------------------------------------------------------------------------------
+
+PROGRAMS = {
+    "geneval": ("evaluation/evaluate_images.py",),
+    "geneval2": ("evaluation.py",),
+    "dpg": ("dpg_bench/compute_dpg_bench.py",),
+    "wise": ("vllm_eval.py",),
+}
+
+
+def score_officially(
+    benchmark: Benchmark,
+    output: Path,
+    checkout: str | Path,
+    *,
+    prompts: str | Path,
+    python: str | None = None,
+    arguments: str = "",
+    terms: Terms | None = None,
+) -> dict[str, Any]:
+    """Run the scorer of a benchmark's authors on a run; returns the summary that scores/official.json holds.
+
+    Args:
+        checkout: of the authors' repository.
+        prompts: the prompt file of the run.
+        python: the interpreter of the environment that the scorer needs; this one by default.
+        arguments: more words for the program, such as GenEval's --model-path.
+        terms: wise only, the judge that their program asks.
+
+    Raises:
+        UniLIPError: no such program, it failed, or its results lack items.
+    """
+    name = benchmark.name
+    folder = Path(checkout).expanduser().resolve()
+    if name not in PROGRAMS:
+        raise UniLIPError(
+            f"The scorer of {name} has its judge's address and key written into its source, so it cannot be run as "
+            f"it is; "
+            "use --judge with --rubric, which asks the same questions."
+        )
+    program = folder / PROGRAMS[name][0]
+    if not program.is_file():
+        raise UniLIPError(f"There is no {PROGRAMS[name][0]} in {folder}; give a checkout of {name}'s repository.")
+    if name == "wise" and (benchmark.protocol != "verified" or terms is None):
+        raise UniLIPError(
+            "The official scorer of WISE is run for --protocol verified, and needs --judge and --judge-model."
+        )
+    manifest = check_complete(benchmark, output)
+    root, made = output.resolve(), output.resolve() / FOLDER / "official-files"
+    made.mkdir(parents=True, exist_ok=True)
+    size = manifest["identity"]["settings"]["image_size"]
+    executable = python or sys.executable
+    more = shlex.split(arguments)
+    source = Path(prompts).expanduser().resolve()
+    calls: list[list[str]] = []
+    if name == "geneval":
+        calls = [[str(root / PICTURES), "--outfile", str(made / "results.jsonl")]]
+    elif name == "geneval2":
+        calls = [[
+            "--benchmark_data", str(source), "--image_filepath_data", str(root / f"{PICTURES}.json"),
+            "--method", "soft_tifa_gm", "--output_file", str(made / "lists.json"),
+        ]]  # fmt: skip
+    elif name == "dpg":
+        calls = [[
+            "--image-root-path", str(root / PICTURES), "--resolution", str(size), "--pic-num", "4",
+            "--csv", str(folder / "dpg_bench/dpg_bench.csv"), "--res-path", str(made / "results.txt"),
+        ]]  # fmt: skip
+    else:
+        assert terms is not None
+        files = [source] if source.is_file() else wise_files(source)
+        calls = [
+            [
+                "--json_path", str(file), "--image_dir", str(root / PICTURES), "--output_dir", str(made), "--model",
+                terms.model, "--api_base", terms.url, "--max_workers", str(terms.workers),
+                "--timeout", str(math.ceil(terms.timeout)), "--result_full", f"{file.stem}_full.json",
+                "--result_scores", f"{file.stem}_scores.jsonl",
+            ]
+            for file in files
+        ]  # fmt: skip
+    for call in calls:
+        words = [executable, str(program), *call, *more]
+        if name == "wise" and terms is not None:
+            words += ["--api_key", terms.key or os.environ.get("OPENAI_API_KEY") or "none"]
+        log.info("running %s", shlex.join(words[:2]))
+        done = subprocess.run(words, cwd=root, capture_output=True, text=True)
+        write_bytes(made / "log.txt", (done.stdout + done.stderr).encode())
+        if done.returncode:
+            last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+            raise UniLIPError(
+                f"{program.name} ended with code {done.returncode}: {last[:200]}; all that it said is in "
+                f"{made / 'log.txt'}. It may need its own environment: --official-python."
+            )
+    rows = _READERS[name](benchmark, made)
+    lacking = [item.key for item in benchmark.items if item.key not in rows]
+    full = [
+        {
+            "key": item.key, "cluster": item.cluster, "group": item.group, "split": item.split, "prompt": item.prompt,
+            "picture": item.path, "status": "ok" if item.key in rows else "failed", "scores": rows.get(item.key),
+        }
+        for item in benchmark.items
+    ]  # fmt: skip
+    if lacking:
+        log.warning("%s gave no score for %d of %d items", program.name, len(lacking), len(full))
+    judge = f", judge {terms.model}" if name == "wise" and terms is not None else ""
+    about = _about(benchmark, manifest, f"official {PROGRAMS[name][0]}{judge}")
+    return write_scores(output, "official", full, Rule.of(benchmark.weights), about, RANGES)
+
+
+Found = dict[str, dict[str, float]]
+
+
+def _read_geneval(benchmark: Benchmark, made: Path) -> Found:
+    found = {}
+    for row in read_lines(made / "results.jsonl", "results of GenEval"):
+        path = Path(row["filename"])
+        found[f"{path.parents[1].name}/{path.stem}"] = {"correct": float(row["correct"])}
+    return found
+
+
+def _read_geneval2(benchmark: Benchmark, made: Path) -> Found:
+    lists = json.loads((made / "lists.json").read_text(encoding="utf-8"))
+    if len(lists) != len(benchmark.items):
+        raise UniLIPError(
+            f"evaluation.py scored {len(lists)} prompts, the run has {len(benchmark.items)}; run all of them."
+        )
+    return {
+        item.key: {
+            "soft_tifa_gm": math.exp(sum(math.log(v) for v in values) / len(values)) if min(values) > 0 else 0.0,
+            "soft_tifa_am": sum(values) / len(values),
+        }
+        for item, values in zip(benchmark.items, lists, strict=True)
+    }
+
+
+def _read_dpg(benchmark: Benchmark, made: Path) -> Found:
+    found = {}
+    for line in (made / "results.txt").read_text(encoding="utf-8").splitlines():
+        name, *values = line.rsplit(", ", 5)
+        if name.endswith(".png") and len(values) == 5:
+            found[Path(name).stem] = {"dpg": float(values[-1])}
+    return found
+
+
+def _read_wise(benchmark: Benchmark, made: Path) -> Found:
+    rows = [row for file in sorted(made.glob("*_scores.jsonl")) for row in read_lines(file, "results of WISE")]
+    return {str(row["prompt_id"]): {"wiscore": float(row["score"])} for row in rows}
+
+
+_READERS = {"geneval": _read_geneval, "geneval2": _read_geneval2, "dpg": _read_dpg, "wise": _read_wise}

@@ -1,0 +1,317 @@
+"""A vision-language model behind an OpenAI-compatible address, as a judge of pictures.
+
+Goes in: questions of texts and pictures, each with a reader of its answer. Comes out: an answer to each, with a status:
+"ok", "refused", "unparsable" or "failed"; only "ok" has a value. Answers are kept on disk, so a rerun asks only what is
+still open. Nothing that the judge did not say becomes a score.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from unilip.errors import UniLIPError
+from unilip.eval.runs import write_json
+
+log = logging.getLogger(__name__)
+
+STATUSES = ("ok", "refused", "unparsable", "failed")
+# A refusal is an answer that says so in its first words and that cannot be read as a score.
+REFUSAL = re.compile(
+    r"^\W*(i['’]?m (really |very )?sorry|i am sorry|sorry|i (can(no|')?t|can’t|am unable|am not able|won['’]?t)|"
+    r"unfortunately,? i|as an ai)",
+    re.IGNORECASE,
+)
+POLICY = ("content_policy_violation", "content_filter", "ResponsibleAIPolicyViolation", "moderation_blocked")
+THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing to ask: parts are texts and PNG or JPEG bytes, in order; `read` returns None for what it cannot read.
+
+    With `logprobs` the value is read from the likeliest first tokens: {token: probability}.
+    """
+
+    key: str
+    parts: tuple[str | bytes, ...]
+    read: Callable[[str], Any]
+    system: str = ""
+    max_tokens: int = 500
+    logprobs: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a question: the value only where the status is "ok"."""
+
+    key: str
+    status: str
+    text: str = ""
+    value: Any = None
+    reason: str = ""
+    tokens: tuple[int, int] = (0, 0)
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How a judge is asked.
+
+    Attributes:
+        url: of the API, such as https://api.openai.com/v1.
+        model: the judge's name there.
+        key: secret of the API; from OPENAI_API_KEY by default, "none" where there is no such variable.
+        workers: questions under way at once.
+        rate: questions a minute at most; None is no limit.
+        retries: after timeouts, lost connections, 408, 409, 429 and 5xx, with growing pauses (or Retry-After).
+        attempts: times that an answer that cannot be read is asked for.
+        timeout: seconds for one answer.
+        prices: of a million tokens in and out, in any currency; None is unknown.
+        cache: folder of the answers; None keeps none.
+    """
+
+    url: str
+    model: str
+    key: str | None = None
+    workers: int = 8
+    rate: float | None = None
+    retries: int = 6
+    attempts: int = 3
+    timeout: float = 120.0
+    prices: tuple[float, float] | None = None
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not re.match(r"https?://[^/\s]+", self.url):
+            raise UniLIPError(f"--judge is {self.url!r}; give the address of an API, such as http://127.0.0.1:8000/v1.")
+        if not self.model.strip():
+            raise UniLIPError("--judge needs --judge-model: the judge's name at that address.")
+
+
+@dataclass
+class Tally:
+    """What asking cost."""
+
+    asked: int = 0
+    cached: int = 0
+    retried: int = 0
+    tokens: list[int] = field(default_factory=lambda: [0, 0])
+    statuses: Counter[str] = field(default_factory=Counter)
+
+    def to_dict(self, prices: tuple[float, float] | None) -> dict[str, Any]:
+        """Return plain values; "cost" only where prices are known."""
+        cost = None if prices is None else sum(n * price for n, price in zip(self.tokens, prices, strict=True)) / 1e6
+        return {
+            "requests": self.asked,
+            "from_cache": self.cached,
+            "retries": self.retried,
+            "tokens_in": self.tokens[0],
+            "tokens_out": self.tokens[1],
+            **({} if cost is None else {"cost": round(cost, 6)}),
+        }
+
+
+class JudgeStopped(UniLIPError):
+    """The judge cannot be asked at all: wrong address, key or name. Answers so far are kept."""
+
+
+class RemoteJudge:
+    """Asks many questions of one judge.
+
+    Raises:
+        UniLIPError: the `openai` package is missing.
+    """
+
+    def __init__(self, terms: Terms) -> None:
+        try:
+            import openai
+        except ImportError as error:
+            raise UniLIPError(
+                "A judge needs the openai package; install it with pip install 'unilip[eval]'."
+            ) from error
+        self.terms = terms
+        self.tally = Tally()
+        self._errors = openai
+        self._client = openai.OpenAI(
+            base_url=terms.url,
+            api_key=terms.key or os.environ.get("OPENAI_API_KEY") or "none",
+            timeout=terms.timeout,
+            max_retries=terms.retries,
+        )
+        self._lock = threading.Lock()
+        self._next = 0.0
+        self._stop = threading.Event()
+
+    def ask(self, questions: Sequence[Question], progress: bool = False) -> list[Answer]:
+        """Return an answer to each question, in their order.
+
+        Raises:
+            JudgeStopped: address, key or model name are wrong; what was answered before is in the cache.
+        """
+        answers: list[Answer] = []
+        self._stop.clear()
+        with (
+            tqdm(total=len(questions), desc="judge", unit="question", disable=not progress) as bar,
+            ThreadPoolExecutor(max_workers=self.terms.workers) as pool,
+        ):
+            try:
+                for answer in pool.map(self._one, questions):
+                    answers.append(answer)
+                    self.tally.statuses[answer.status] += 1
+                    bar.update()
+            except BaseException:
+                self._stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        return answers
+
+    def _one(self, question: Question) -> Answer:
+        place = self._place(question)
+        if place is not None and place.is_file():
+            stored = json.loads(place.read_text(encoding="utf-8"))
+            value = _value(question, stored["text"], stored.get("tokens_likely"))
+            if value is not None:
+                with self._lock:
+                    self.tally.cached += 1
+                return Answer(question.key, "ok", stored["text"], value, cached=True)
+        answer = Answer(question.key, "failed", reason="not asked")
+        for _ in range(self.terms.attempts):
+            if self._stop.is_set():
+                return answer
+            answer, likely = self._request(question)
+            if answer.status in ("ok", "refused", "failed"):
+                break
+        if answer.status == "ok" and place is not None:
+            stored = {"model": self.terms.model, "key": question.key, "text": answer.text}
+            write_json(place, stored | ({"tokens_likely": likely} if likely is not None else {}))
+        return answer
+
+    def _request(self, question: Question) -> tuple[Answer, dict[str, float] | None]:
+        self._wait()
+        content: list[dict[str, Any]] = [
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {"type": "image_url", "image_url": {"url": _data_url(part)}}
+            for part in question.parts
+        ]
+        messages: list[Any] = [{"role": "system", "content": question.system}] if question.system else []
+        messages.append({"role": "user", "content": content})
+        extra: dict[str, Any] = {"logprobs": True, "top_logprobs": 20} if question.logprobs else {}
+        e = self._errors
+        try:
+            raw = self._client.chat.completions.with_raw_response.create(
+                model=self.terms.model, messages=messages, temperature=0.0, max_tokens=question.max_tokens, **extra
+            )
+            reply = raw.parse()
+        except (e.AuthenticationError, e.PermissionDeniedError, e.NotFoundError) as error:
+            self._stop.set()
+            raise JudgeStopped(
+                f"The judge {self.terms.model} at {self.terms.url} does not answer us ({_line(error)}); check --judge, "
+                "--judge-model and OPENAI_API_KEY. Pictures and answers so far are kept."
+            ) from error
+        except e.BadRequestError as error:
+            refused = any(code in str(error) for code in POLICY)
+            self._count(1, 0)
+            return Answer(question.key, "refused" if refused else "failed", reason=_line(error)), None
+        except Exception as error:  # timeouts, lost connections, what the server says after all retries, broken JSON
+            self._count(1, self.terms.retries)
+            return Answer(question.key, "failed", reason=_line(error)), None
+        self._count(1, raw.retries_taken)
+        choice = reply.choices[0] if getattr(reply, "choices", None) else None
+        if choice is None or choice.message is None:
+            return Answer(question.key, "unparsable", reason="the answer holds no message"), None
+        used = (reply.usage.prompt_tokens or 0, reply.usage.completion_tokens or 0) if reply.usage else (0, 0)
+        with self._lock:
+            self.tally.tokens[0] += used[0]
+            self.tally.tokens[1] += used[1]
+        text = THOUGHTS.sub("", choice.message.content or "").strip()
+        if choice.message.refusal or choice.finish_reason == "content_filter":
+            return Answer(
+                question.key, "refused", text, reason=str(choice.message.refusal or "filtered"), tokens=used
+            ), None
+        likely = _likely(choice) if question.logprobs else None
+        if question.logprobs and likely is None:
+            self._stop.set()
+            raise JudgeStopped(
+                f"The judge {self.terms.model} gives no probabilities of its words (logprobs), which this protocol "
+                "needs; take --protocol tifa, or a server that gives them, such as vLLM."
+            )
+        value = _value(question, text, likely)
+        if value is None:
+            status = "refused" if REFUSAL.match(text) else "unparsable"
+            return Answer(question.key, status, text, reason=text[:200] or "an empty answer", tokens=used), likely
+        return Answer(question.key, "ok", text, value, tokens=used), likely
+
+    def _count(self, asked: int, retried: int) -> None:
+        with self._lock:
+            self.tally.asked += asked
+            self.tally.retried += retried
+
+    def _wait(self) -> None:
+        """Keep to the rate: each question takes the next free moment."""
+        if self.terms.rate is None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            moment = max(now, self._next)
+            self._next = moment + 60.0 / self.terms.rate
+        time.sleep(max(0.0, moment - now))
+
+    def _place(self, question: Question) -> Path | None:
+        if self.terms.cache is None:
+            return None
+        digest = hashlib.sha256()
+        settings = (self.terms.url, self.terms.model, question.system, question.max_tokens, question.logprobs)
+        for part in (json.dumps(settings), *question.parts):
+            data = part.encode() if isinstance(part, str) else part
+            digest.update(len(data).to_bytes(8, "big") + data)
+        name = digest.hexdigest()
+        return self.terms.cache / name[:2] / f"{name}.json"
+
+
+def _value(question: Question, text: str, likely: dict[str, float] | None) -> Any:
+    if question.logprobs:
+        return None if likely is None else question.read(json.dumps(likely))
+    return question.read(text)
+
+
+def _likely(choice: Any) -> dict[str, float] | None:
+    import math
+
+    entries = choice.logprobs.content if choice.logprobs else None
+    if not entries:
+        return None
+    found: dict[str, float] = {}
+    for entry in entries[0].top_logprobs or [entries[0]]:
+        found[entry.token] = found.get(entry.token, 0.0) + math.exp(entry.logprob)
+    return found
+
+
+def _data_url(data: bytes) -> str:
+    kind = "jpeg" if data[:2] == b"\xff\xd8" else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
+def judged(answers: Sequence[Answer]) -> Iterator[tuple[str, int]]:
+    """Yield how many answers have each status, those that are there."""
+    counts = Counter(answer.status for answer in answers)
+    return ((status, counts[status]) for status in STATUSES if counts[status])

@@ -1,0 +1,108 @@
+"""UniLIP as a model of VLMEvalKit.
+
+Goes in: the kit's messages, a list of {"type": "text" | "image", "value": ...}. Comes out: the answer. The kit has no
+entry points, so `python -m unilip.eval.vlmevalkit` adds the model to its table and then runs its run.py, from the
+kit's checkout:
+
+    python -m unilip.eval.vlmevalkit --data MMBench_DEV_EN --model UniLIP --path kanashi6/UniLIP-1B
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unilip.errors import UniLIPError
+
+if TYPE_CHECKING:
+    from unilip.model import UniLIP
+
+NAME = "UniLIP"
+
+
+def split_message(message: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]:
+    """Return the pictures and the text of a message of the kit.
+
+    Raises:
+        UniLIPError: it holds something else, such as a video.
+    """
+    other = sorted({str(part["type"]) for part in message} - {"text", "image"})
+    if other:
+        raise UniLIPError(f"UniLIP understands texts and images, not {', '.join(other)}; choose another data set.")
+    images = [str(part["value"]) for part in message if part["type"] == "image"]
+    return images, "\n".join(str(part["value"]) for part in message if part["type"] == "text")
+
+
+def make_class(base: type) -> type:
+    """Return the model class on top of the kit's base class."""
+
+    class UniLIPForVLMEvalKit(base):  # type: ignore[misc]
+        """Answers the kit's messages; `path` is what `UniLIP.from_pretrained` takes, None the embedded model."""
+
+        INSTALL_REQ = False
+        INTERLEAVE = True
+
+        def __init__(
+            self, path: str | None = None, device: str | None = None, dtype: str = "auto", max_tiles: int = 12,
+            max_new_tokens: int = 1024, **_: Any,
+        ) -> None:  # fmt: skip
+            super().__init__()
+            import torch
+
+            from unilip.model import UniLIP
+
+            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            self.model: UniLIP = UniLIP.from_pretrained(path, device=device, dtype=dtype, parts=("encoder", "mllm"))
+            self.max_tiles, self.max_new_tokens = max_tiles, max_new_tokens
+
+        def generate_inner(self, message: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
+            """Return the answer to a message."""
+            images, text = split_message(message)
+            tiles = max(1, self.max_tiles // max(1, len(images)))
+            answer = self.model.ask(images or None, text, max_new_tokens=self.max_new_tokens, max_tiles=tiles)
+            return str(answer)
+
+    return UniLIPForVLMEvalKit
+
+
+def register(**settings: Any) -> None:
+    """Add the model to the kit's table of models.
+
+    Raises:
+        UniLIPError: the kit is not installed.
+    """
+    try:
+        from vlmeval.config import supported_VLM
+        from vlmeval.vlm.base import BaseModel
+    except ImportError as error:
+        raise UniLIPError(
+            f"VLMEvalKit cannot be imported ({error}); install it with pip install -e . in its checkout."
+        ) from error
+    supported_VLM[NAME] = partial(make_class(BaseModel), **settings)
+
+
+def main(words: Sequence[str]) -> None:
+    """Register the model with --path and --max-tiles, and run the kit's run.py with the other words."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m unilip.eval.vlmevalkit", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--path", help="folder, file or hub id; the embedded model by default")
+    parser.add_argument("--max-tiles", type=int, default=12)
+    found, rest = parser.parse_known_args(list(words))
+    script = Path("run.py")
+    if not script.is_file():
+        raise UniLIPError("There is no run.py here; start this in the checkout of VLMEvalKit.")
+    register(path=found.path, max_tiles=found.max_tiles)
+    sys.argv = ["run.py", *rest]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UniLIPError as problem:
+        sys.exit(f"unilip: error: {problem}")
