@@ -56,6 +56,10 @@ def build(recipe: Recipe, runs: Path) -> tuple[UniLIP, Objective, Batches]:
         add_adapter(recipe, model)
     for parameter, _ in trained_parameters(recipe, model).values():
         parameter.requires_grad_(True)
+    if recipe.data.cache:
+        from unilip.train.cache import check_cache
+
+        check_cache(recipe, model, objective)
     return model, objective, batches
 
 

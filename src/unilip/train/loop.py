@@ -29,6 +29,7 @@ from unilip.errors import ConfigError, UniLIPError
 from unilip.model import UniLIP
 from unilip.preprocess import normalise, to_images
 from unilip.train import processes
+from unilip.train.adapters import save_adapter
 from unilip.train.batches import Batches, iterate, to_device
 from unilip.train.build import build, cast_trained, enable_checkpointing, make_optimizer, trained_parameters
 from unilip.train.objectives import Objective, to_unit
@@ -423,7 +424,10 @@ class Loop:
         return self.whole(function, *arguments) if sharded(self.whole) else function(*arguments)
 
     def finish(self) -> Path:
-        """Write the result: averaged weights, latent statistics where asked for, and the recipe, as a model folder."""
+        """Write the result: averaged weights, latent statistics where asked for, and the recipe, as a model folder.
+
+        The result of a run that trained an adapter is the adapter's folder.
+        """
         recipe, model, run = self.recipe, self.model, self.run_folder
         final = run / "final"
         if self.state.ema is not None:
@@ -431,12 +435,16 @@ class Loop:
         model.eval()
         if recipe.measure_latents:
             model.config = self.together(measure_latents, model, self.batches)
-        if sharded(self.whole):
+        temporary = run / ".final.part"
+        if processes.first():
+            shutil.rmtree(temporary, ignore_errors=True)
+        if recipe.adapter.rank:
+            save_adapter(model, temporary)
+        elif sharded(self.whole):
             model = gathered(model)
         if processes.first():
-            temporary = run / ".final.part"
-            shutil.rmtree(temporary, ignore_errors=True)
-            model.save_pretrained(temporary)
+            if not recipe.adapter.rank:
+                model.save_pretrained(temporary)
             (temporary / "recipe.json").write_text(json.dumps(plain(recipe), indent=1), encoding="utf-8")
             if final.exists():
                 shutil.rmtree(final)

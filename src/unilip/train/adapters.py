@@ -1,0 +1,88 @@
+"""Fine-tuning by adapters: LoRA or DoRA on the linear layers that a recipe's `trains` reaches, by peft.
+
+In:  a built model. Out: the same model with adapters that train in place of its weights; and, at the end, the folder
+that `UniLIP.load_adapter` and `peft.PeftModel.from_pretrained` read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from unilip.adapters import CONFIG, KINDS, PREFIX, WEIGHTS, library, put_in
+from unilip.errors import ConfigError
+from unilip.model import UniLIP
+from unilip.train import processes
+from unilip.train.parallel import whole_tensor
+from unilip.train.recipe import Recipe
+
+NAME = "default"  # what peft calls the only adapter
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return any(f".{kind}." in name for kind in KINDS)
+
+
+def target_layers(recipe: Recipe, model: nn.Module) -> list[str]:
+    """Return the names of the linear layers that get an adapter.
+
+    Raises:
+        ConfigError: there are none, or a prefix of `trains` reaches none.
+    """
+    last_words = {word.strip() for word in recipe.adapter.targets.split(",") if word.strip()}
+    factors = dict(recipe.trains)
+    used: set[str] = set()
+    found, seen = [], set()
+    for name, module in model.named_modules():
+        reached = [prefix for prefix in factors if f"{name}.".startswith(f"{prefix}.")]
+        if not isinstance(module, nn.Linear) or not reached or factors[max(reached, key=len)] <= 0:
+            continue
+        if name.endswith("lm_head") and not last_words:  # often the embeddings' own weights
+            continue
+        seen.add(name.split(".")[-1])
+        if not last_words or any(f".{name}".endswith(f".{word}") for word in last_words):
+            found.append(name)
+            used.update(reached)
+    idle = [prefix for prefix, factor in recipe.trains if factor > 0 and prefix not in used]
+    if idle or not found:
+        raise ConfigError(
+            f"adapter: trains names {', '.join(idle or factors)}, where no linear layer is called "
+            f"{recipe.adapter.targets or 'anything'}; there are {', '.join(sorted(seen)) or 'none'}. Change trains "
+            "(an adapter trains no single parameters) or adapter.targets."
+        )
+    return found
+
+
+def add_adapter(recipe: Recipe, model: UniLIP) -> None:
+    """Put an adapter into the model: the first step starts from exactly what the model did before."""
+    settings = recipe.adapter
+    config = library().LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha or 2 * settings.rank, use_dora=settings.dora,
+        target_modules=target_layers(recipe, model), base_model_name_or_path=",".join(recipe.init),
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(recipe.seed)
+        put_in(model, config, NAME)
+
+
+def save_adapter(model: UniLIP, folder: Path) -> None:
+    """Write the adapter to a new folder in peft's format; where it is sharded, all processes must take part."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            stored = name.replace(f".{NAME}.weight", "" if ".lora_magnitude_vector." in name else ".weight")
+            tensors[PREFIX + stored] = whole_tensor(parameter.detach()).cpu().contiguous().clone()
+    if not processes.first():
+        return
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    configs: Any = model.peft_config  # peft puts it there
+    values = configs[NAME].to_dict()
+    values |= {"inference_mode": True, "target_modules": sorted(values["target_modules"])}
+    (folder / CONFIG).write_text(json.dumps(values, indent=1, default=str), encoding="utf-8")

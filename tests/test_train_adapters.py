@@ -1,0 +1,215 @@
+"""Adapters: trained in place of weights, kept in peft's format, loaded, weighed, stacked, merged, taken off."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import unilip.data.tokenizer
+from unilip.adapters import adapted_layers, adapter_names, adapter_scale
+from unilip.errors import CheckpointError, ConfigError, UniLIPError
+from unilip.train.adapters import add_adapter, is_adapter, save_adapter, target_layers
+from unilip.train.build import trained_parameters
+from unilip.train.loop import train
+from unilip.train.recipe import override
+from unilip.train.recipes import get_recipe
+
+peft = pytest.importorskip("peft")
+LORA = ("adapter.rank=2", "trains=connector,dit:0.5", "adapter.targets=to_q,to_v,q_proj")
+
+
+def recipe(*settings, name="tiny/sft"):
+    return override(get_recipe(name), [*LORA, *settings])
+
+
+def touched(model, *settings, seed=0):
+    """Give a model an adapter that changes what it does, as after training."""
+    one = recipe(f"seed={seed}", *settings)
+    add_adapter(one, model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folders(fresh_model, tmp_path_factory):
+    """Three adapters of the same model: two LoRAs and a DoRA."""
+    place = tmp_path_factory.mktemp("adapters")
+    for name, settings in {"red": ("seed=1",), "blue": ("seed=2",), "dora": ("adapter.dora=1",)}.items():
+        save_adapter(touched(fresh_model(), *settings, seed=len(name)), place / name)
+    return place
+
+
+def latent(model):
+    """What the model draws; the same model, the same numbers."""
+    with torch.no_grad():
+        return model.generate(
+            "a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent",
+            progress=False,
+        ).images  # fmt: skip
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_adapter_trains_and_starts_from_nothing(fresh_model):
+    model = fresh_model()
+    before = latent(model)
+    one = recipe()
+    layers = target_layers(one, model)
+    assert {name.split(".")[-1] for name in layers} == {"to_q", "to_v", "q_proj"}
+    assert {name.split(".")[0] for name in layers} == {"connector", "dit"}, "not the LLM, whose layers also have q_proj"
+    add_adapter(one, model)
+    trained = trained_parameters(one, model)
+    assert len(trained) == 2 * len(layers) and all(is_adapter(name) for name in trained)
+    assert {factor for name, (_, factor) in trained.items() if name.startswith("dit")} == {0.5}
+    assert torch.equal(latent(model), before), "an adapter that has learned nothing changes nothing"
+    again = fresh_model()
+    add_adapter(one, again)
+    assert all(torch.equal(p, trained_parameters(one, again)[name][0]) for name, (p, _) in trained.items())
+
+
+def test_all_linear_layers_but_the_language_head_by_default(fresh_model):
+    model = fresh_model()
+    names = target_layers(recipe("adapter.targets=", "trains=mllm,connector"), model)
+    assert any(name.endswith("gate_proj") for name in names) and "connector.to_dit" in names
+    assert "mllm.language_model.lm_head" not in names
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("adapter.targets=to_nothing",), "no linear layer is called to_nothing"),
+        (("trains=mllm.queries,connector", "adapter.targets="), r"trains names mllm.queries"),
+        (("adapter.rank=0",), "adapter.rank is 0"),
+    ],
+)
+def test_an_adapter_without_a_place_is_refused(fresh_model, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        target_layers(recipe(*settings), fresh_model())
+
+
+@pytest.mark.parametrize("dora", [0, 1])
+def test_a_run_leaves_an_adapter_and_resumes_bit_for_bit(fresh_model, tmp_path, monkeypatch, dora, picture):
+    make = unilip.data.tokenizer.train_tokenizer
+    monkeypatch.setattr(unilip.data.tokenizer, "train_tokenizer", lambda *a: make(*a, sentences=300))
+    base = fresh_model()
+    base.save_pretrained(tmp_path / "base")
+    settings = (
+        f"init=all={tmp_path / 'base'}", f"adapter.dora={dora}", "steps=3", "save_every=1", "sample_every=9",
+        "log_every=1", "batch_size=2",
+    )  # fmt: skip
+    whole = train(recipe("name=a/whole", *settings), tmp_path, progress=False)
+    train(recipe("name=a/parts", *settings), tmp_path, progress=False, stop_after=1)
+    parts = train(recipe("name=a/parts", *settings), tmp_path, progress=False)
+    assert {p.name for p in whole.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "recipe.json"}
+    assert (whole / "adapter_model.safetensors").read_bytes() == (parts / "adapter_model.safetensors").read_bytes()
+    kept = load_file(tmp_path / "a" / "whole" / "step_00000003" / "weights.safetensors")
+    assert all(is_adapter(name) for name in kept), "checkpoints hold the adapter alone"
+    before = latent(base)
+    assert base.load_adapter(whole) == "whole"
+    assert not torch.equal(latent(base), before)
+    base.unload_adapters()
+    assert torch.equal(latent(base), before)
+
+
+# --- at inference -----------------------------------------------------------------------------------------------------
+
+
+def test_the_format_is_pefts_own(fresh_model, folders):
+    """Read back by peft itself, without a line of ours, the adapter does the same; and ours reads what peft writes."""
+    ours = fresh_model()
+    ours.load_adapter(folders / "red")
+    theirs = fresh_model()
+    wrapped = peft.PeftModel.from_pretrained(theirs, str(folders / "red"))
+    torch.testing.assert_close(latent(ours), latent(theirs), atol=1e-5, rtol=1e-5)
+    wrapped.save_pretrained(str(folders / "written"))
+    again = fresh_model()
+    again.load_adapter(folders / "written")
+    assert torch.equal(latent(ours), latent(again))
+    shutil.rmtree(folders / "written")
+
+
+@pytest.mark.parametrize("name", ["red", "dora"])
+def test_loaded_scaled_merged(fresh_model, folders, name, tmp_path):
+    plain, model = fresh_model(), fresh_model()
+    before = latent(plain)
+    assert model.load_adapter(folders / name) == name and adapter_names(model) == [name]
+    full = latent(model)
+    assert (full - before).abs().max() > 1e-3
+    model.set_adapters({})
+    assert torch.equal(latent(model), before)
+    model.set_adapters({name: 1.0})
+    torch.testing.assert_close(latent(model), full)
+    model.merge_adapters()
+    assert not list(adapted_layers(model)) and model.state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(latent(model), full, atol=1e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path / "merged")
+    from unilip.model import UniLIP
+
+    torch.testing.assert_close(latent(UniLIP.from_pretrained(tmp_path / "merged")), full, atol=1e-4, rtol=1e-4)
+
+
+def test_scales_are_shares_of_the_update(fresh_model, folders):
+    weights = []
+    for scale in (0.0, 0.5, 1.0):
+        model = fresh_model()
+        model.load_adapter(folders / "red", scale=scale)
+        assert adapter_scale(model, "red") == pytest.approx(scale)
+        name = next(name for name, _ in adapted_layers(model))
+        model.merge_adapters()
+        weights.append(model.get_submodule(name).weight.detach())
+    torch.testing.assert_close(weights[1], (weights[0] + weights[2]) / 2)
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_stacked_adapters_add_up(fresh_model, folders):
+    both = fresh_model()
+    both.load_adapter(folders / "red", scale=0.5)
+    both.load_adapter(folders / "blue")
+    assert adapter_names(both) == ["blue", "red"] and adapter_scale(both, "red") == pytest.approx(0.5)
+    name, layer = next(adapted_layers(both))
+    base = layer.base_layer.weight.detach()
+    wanted = base + layer.get_delta_weight("red") + layer.get_delta_weight("blue")  # scaled already
+    drawn = latent(both)
+    both.merge_adapters()
+    torch.testing.assert_close(both.get_submodule(name).weight.detach(), wanted.detach())
+    torch.testing.assert_close(latent(both), drawn, atol=1e-4, rtol=1e-4)
+
+
+def test_what_does_not_fit_is_refused(fresh_model, folders, tmp_path):
+    model = fresh_model()
+    before = model.state_dict().keys()
+    with pytest.raises(CheckpointError, match="is no adapter"):
+        model.load_adapter(tmp_path)
+    broken = tmp_path / "broken"
+    shutil.copytree(folders / "red", broken)
+    tensors = load_file(broken / "adapter_model.safetensors")
+    name = sorted(tensors)[0]
+    for change, message in (
+        ({name: tensors[name][:, :-1].contiguous()}, "does not fit the model"),
+        ({name: None, name.replace("connector", "collector"): tensors[name]}, "does not fit the model"),
+        ({name: None}, "is not whole"),
+    ):
+        save_file({k: v for k, v in (tensors | change).items() if v is not None}, broken / "adapter_model.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            model.load_adapter(broken)
+    (broken / "adapter_model.safetensors").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        model.load_adapter(broken)
+    config = json.loads((folders / "red" / "adapter_config.json").read_text())
+    (broken / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
+    shutil.copy(folders / "red" / "adapter_model.safetensors", broken)
+    with pytest.raises(CheckpointError, match="of the kind IA3"):
+        model.load_adapter(broken)
+    assert model.state_dict().keys() == before, "nothing of them is left in the model"
+    model.load_adapter(folders / "red")
+    with pytest.raises(UniLIPError, match="loaded already"):
+        model.load_adapter(folders / "red")
+    with pytest.raises(UniLIPError, match="There is no adapter green; loaded: red"):
+        model.set_adapters({"green": 1.0})
