@@ -25,6 +25,8 @@ ROAD = (
     "convert",
     "checkpoint",
     "adapters",
+    "acceleration",
+    "memory",
     "model",
 )
 

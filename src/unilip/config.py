@@ -25,6 +25,8 @@ TOKEN_PIXELS = 28  # one image token covers 2x2 patches of 14 px
 DECODER_PIXELS = 32  # one latent cell becomes 32 px in the DC-AE decoder
 BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")  # of the DC-AE decoder
 SOLVERS = ("dpm++", "euler", "unipc")
+QUANTIZATIONS = ("int8", "int4", "fp8")
+SAMPLING_PRESETS = ("quality", "balanced", "fast")  # how many evaluations a picture may cost
 
 
 def _positive(owner: object, *names: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_dc import DCUpBlock2d, ResBlock
 from diffusers.models.autoencoders.autoencoder_dc import Decoder as DCDecoder
 from torch import Tensor, nn
 
@@ -69,12 +70,17 @@ class PixelDecoder(nn.Module):
             upsample_block_type=d.upsample_block_type,
         )
         self.gradient_checkpointing = False
+        self.strips = 1  # pieces that the last, local stages are decoded in
+        self.sliced = False  # one picture after the other
 
     def decode(self, latent: Tensor) -> Tensor:
         """Return the decoder's own resolution: (M,Z,h,w) -> (M,3,32h,32w), about [-1,1]."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(self.decoder, latent, use_reentrant=False)
-        return self.decoder(latent)
+        pieces = latent.split(1) if self.sliced and len(latent) > 1 else [latent]
+        decode = self.decoder if self.strips == 1 else lambda piece: decode_in_strips(self.decoder, piece, self.strips)
+        decoded = [decode(piece) for piece in pieces]
+        return decoded[0] if len(decoded) == 1 else torch.cat(decoded)
 
     def forward(self, latent: Tensor) -> Tensor:
         """Return pixels (M,3,28h,28w), about [-1,1], of latents (M,Z,h,w)."""
@@ -85,3 +91,50 @@ def resize_to_tokens(pixels: Tensor) -> Tensor:
     """Shrink (M,3,32h,32w) to (M,3,28h,28w): bilinear, no antialiasing, as the released models do."""
     size = [side // DECODER_PIXELS * TOKEN_PIXELS for side in pixels.shape[-2:]]
     return F.interpolate(pixels.float(), size=size, mode="bilinear", align_corners=False).to(pixels.dtype)
+
+
+# --- in strips ------------------------------------------------------------------------------------------------------
+
+
+def decode_in_strips(decoder: DCDecoder, latent: Tensor, strips: int) -> Tensor:
+    """Decode (M,Z,h,w) -> (M,3,32h,32w) with the stages after the last attention done in horizontal strips.
+
+    Those stages are local: an output row depends on a few input rows around its own. Each strip gets that many more,
+    and they are cut off again, so the pixels are those of the whole decoder; only what is held at once is less.
+    """
+    stages = list(reversed(decoder.up_blocks))
+    is_local = [all(isinstance(layer, (ResBlock, DCUpBlock2d)) for layer in stage) for stage in stages]
+    first = len(stages) - next((i for i, local in enumerate(reversed(is_local)) if not local), len(stages))
+    hidden = decoder.conv_in(latent)
+    if decoder.in_shortcut:
+        hidden = hidden + latent.repeat_interleave(decoder.in_shortcut_repeats, dim=1)
+    for stage in stages[:first]:
+        hidden = stage(hidden)  # M C r c
+    local = [*(layer for stage in stages[first:] for layer in stage), decoder.conv_out]
+    halo, scale = margin(local)
+    rows = hidden.shape[2]
+    size = -(-rows // min(strips, rows))
+    out: list[Tensor] = []
+    for top in range(0, rows, size):
+        start, stop = max(0, top - halo), min(rows, top + size + halo)
+        strip = hidden[:, :, start:stop]
+        for layer in local[:-1]:
+            strip = layer(strip)
+        strip = decoder.norm_out(strip.movedim(1, -1)).movedim(-1, 1)
+        strip = local[-1](decoder.conv_act(strip))
+        out.append(strip[:, :, (top - start) * scale : (min(top + size, rows) - start) * scale])
+    return torch.cat(out, 2)
+
+
+def margin(layers: list[nn.Module]) -> tuple[int, int]:
+    """Return how many rows around its own a row of local layers depends on, and how many rows one becomes."""
+    rows, scale = 0, 1
+    for layer in reversed(layers):
+        if isinstance(layer, DCUpBlock2d):
+            rows = (
+                -(-(rows + 1) // 2) if layer.interpolate else -(-rows // 2) + 1
+            )  # its 3x3 convolution, after or before
+            scale *= 2
+        else:
+            rows += 2 if isinstance(layer, ResBlock) else 1
+    return rows, scale

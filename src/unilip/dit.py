@@ -2,14 +2,15 @@
 
 In:  latent (B,Z,h,w), integer timestep (B,), condition (B,L,C) with mask (B,L).
 Out: velocity (B,Z,h,w).
-What does not depend on the latent is computed apart, once for a whole picture: keys and values of the cross attention by
-`prepare`, shifts, scales and gates of all timesteps by `modulate`. `step` does the rest, on tokens (B,n,W) throughout: a
-1x1 convolution is a matrix product there, and the depthwise one reads them as a picture without a copy.
+What does not depend on the latent is computed apart, once for a whole picture: keys and values of the cross attention
+by `prepare`, shifts, scales and gates of all timesteps by `modulate`. `step` does the rest, on tokens (B,n,W)
+throughout: a 1x1 convolution is a matrix product there, and the depthwise one reads them as a picture without a copy.
 W is the width, n = h w the number of tokens, S a number of timesteps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import SanaTransformer2DModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from torch import Tensor, nn
 
 from unilip.config import UniLIPConfig
-
-MODULATIONS = 6  # of each block: shift, 1 + scale and gate of the attention, then of the feed-forward
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,35 @@ class PreparedCondition:
 
     def select(self, rows: Tensor) -> PreparedCondition:
         """Take rows by index (R,), with repetition: one condition may serve several noises."""
+        return self.map(lambda tensor: tensor.index_select(0, rows))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> PreparedCondition:
+        """Return the same with every tensor changed."""
         return PreparedCondition(
-            tuple((key.index_select(0, rows), value.index_select(0, rows)) for key, value in self.keys_values),
-            self.mask.index_select(0, rows),
+            tuple((change(key), change(value)) for key, value in self.keys_values), change(self.mask)
         )
 
+    def part(self, rows: slice) -> PreparedCondition:
+        """Take a range of rows, without a copy."""
+        return self.map(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device | str) -> PreparedCondition:
+        """Move every tensor."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def clone(self) -> PreparedCondition:
+        """Copy every tensor."""
+        return self.map(Tensor.clone)
+
+    def copy_(self, other: PreparedCondition) -> None:
+        """Overwrite every tensor by that of a condition of the same shape."""
+        for ours, theirs in zip(self.keys_values, other.keys_values, strict=True):
+            ours[0].copy_(theirs[0])
+            ours[1].copy_(theirs[1])
+        self.mask.copy_(other.mask)
+
     def padded(self, length: int) -> PreparedCondition:
-        """Return it with L grown to `length` by positions that nobody attends to, in front."""
+        """Return it with L grown to `length` by positions in front that nobody attends to."""
         more = length - self.mask.shape[-1]
         if more <= 0:
             return self
@@ -49,16 +71,14 @@ class PreparedCondition:
         )
 
 
-def concatenate(conditions: list[PreparedCondition]) -> PreparedCondition:
+def stack(conditions: Sequence[PreparedCondition]) -> PreparedCondition:
     """Put the rows of several conditions below each other, padding the shorter ones."""
     length = max(c.mask.shape[-1] for c in conditions)
-    conditions = [c.padded(length) for c in conditions]
+    grown = [c.padded(length) for c in conditions]
+    blocks = zip(*(c.keys_values for c in grown), strict=True)
     return PreparedCondition(
-        tuple(
-            (torch.cat([key for key, _ in block]), torch.cat([value for _, value in block]))
-            for block in zip(*(c.keys_values for c in conditions), strict=True)
-        ),
-        torch.cat([c.mask for c in conditions]),
+        tuple((torch.cat([key for key, _ in block]), torch.cat([value for _, value in block])) for block in blocks),
+        torch.cat([c.mask for c in grown]),
     )
 
 
@@ -82,6 +102,8 @@ class DiT(nn.Module):
             sample_size=d.sample_size,
             interpolation_scale=d.interpolation_scale,
         )
+        for block in self.transformer.transformer_blocks:
+            block.__class__ = Block
         self.gradient_checkpointing = False
 
     def prepare(self, condition: Tensor, mask: Tensor) -> PreparedCondition:
@@ -99,21 +121,16 @@ class DiT(nn.Module):
         return PreparedCondition(tuple(keys_values), mask.bool()[:, None, None, :])
 
     def modulate(self, timesteps: Tensor) -> Tensor:
-        """Return the modulations (S,6*blocks+2,W) of integer timesteps (S,) in [0, 1000]; `step` takes one, or B.
+        """Return the modulations (S,8,W) of integer timesteps (S,) in [0, 1000]; `step` takes one, or B.
 
-        The last two belong to the output: shift and 1 + scale.
+        Six belong to the blocks, each of which adds its own table to them; the last two, shift and scale, to the end.
         """
         net = self.transformer
         shared, embedded = net.time_embed(timesteps, hidden_dtype=net.patch_embed.proj.weight.dtype)  # S 6W, S W
-        tables = torch.stack([block.scale_shift_table for block in net.transformer_blocks])  # blocks 6 W
-        blocks = tables + shared.view(len(timesteps), 1, MODULATIONS, -1)  # S blocks 6 W
-        one = torch.zeros(MODULATIONS, 1, dtype=blocks.dtype, device=blocks.device)
-        one[1::3] = 1
-        end = net.scale_shift_table + embedded[:, None]  # S 2 W
-        return torch.cat([(blocks + one).flatten(1, 2), end + one[:2]], 1)
+        return torch.cat([shared.unflatten(1, (6, -1)), net.scale_shift_table + embedded[:, None]], 1)
 
     def step(self, latent: Tensor, modulation: Tensor, condition: PreparedCondition) -> Tensor:
-        """Return the velocity (B,Z,h,w) of latents (B,Z,h,w) under a modulation (1 or B,6*blocks+2,W)."""
+        """Return the velocity (B,Z,h,w) of latents (B,Z,h,w) under a modulation (1 or B,8,W)."""
         hidden, last = self.first_block(latent, modulation, condition), len(condition.keys_values)
         hidden = self.run_blocks(hidden, modulation, condition, 1, last, latent.shape[-2:])
         return self.finish(hidden, modulation, latent.shape[-2:])
@@ -128,12 +145,12 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Run blocks `start` to `stop` on tokens (B,n,W) of a grid of `size` (h,w)."""
         for i in range(start, stop):
-            own = modulation[:, MODULATIONS * i : MODULATIONS * (i + 1)]
-            inputs = (self.transformer.transformer_blocks[i], hidden, own, *condition.keys_values[i], condition.mask, size)
+            key, value = condition.keys_values[i]
+            block, inputs = self.transformer.transformer_blocks[i], (hidden, modulation[:, :6], key, value)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = torch.utils.checkpoint.checkpoint(run_block, *inputs, use_reentrant=False)
+                hidden = torch.utils.checkpoint.checkpoint(block, *inputs, condition.mask, size, use_reentrant=False)
             else:
-                hidden = run_block(*inputs)
+                hidden = block(*inputs, condition.mask, size)
         return hidden
 
     def finish(self, hidden: Tensor, modulation: Tensor, size: torch.Size) -> Tensor:
@@ -150,20 +167,27 @@ class DiT(nn.Module):
 # --- one block, on tokens (B,n,W) -----------------------------------------------------------------------------------
 
 
-def run_block(
-    block: Any, hidden: Tensor, modulation: Tensor, key: Tensor, value: Tensor, mask: Tensor, size: torch.Size
-) -> Tensor:
-    """Linear self attention, cross attention to ready keys and values, gated convolutional feed-forward."""
-    attended = linear_attention(block.attn1, modulated_norm(block.norm1, hidden, modulation[:, 0:2]))
-    hidden = torch.addcmul(hidden, modulation[:, 2:3], attended)
-    hidden = hidden + cross_attention(block.attn2, hidden, key, value, mask)
-    mixed = feed_forward(block.ff, modulated_norm(block.norm2, hidden, modulation[:, 3:5]), size)
-    return torch.addcmul(hidden, modulation[:, 5:6], mixed)
+class Block(SanaTransformerBlock):
+    """A block of the transformer with another way through its weights, for ready keys, values and modulations."""
+
+    def forward(
+        self, hidden: Tensor, modulation: Tensor, key: Tensor, value: Tensor, mask: Tensor, size: torch.Size
+    ) -> Tensor:
+        """Linear self attention, cross attention, gated convolutional feed-forward: (B,n,W) -> (B,n,W).
+
+        The modulation (1 or B,6,W) of a timestep has shift, scale and gate of the attention, then of the feed-forward.
+        """
+        own = self.scale_shift_table + modulation
+        attended = linear_attention(self.attn1, modulated_norm(self.norm1, hidden, own[:, 0:2]))
+        hidden = torch.addcmul(hidden, own[:, 2:3], attended)
+        hidden = hidden + cross_attention(self.attn2, hidden, key, value, mask)
+        mixed = feed_forward(self.ff, modulated_norm(self.norm2, hidden, own[:, 3:5]), size)
+        return torch.addcmul(hidden, own[:, 5:6], mixed)
 
 
 def modulated_norm(norm: nn.LayerNorm, hidden: Tensor, modulation: Tensor) -> Tensor:
-    """Normalise (B,n,W), then shift and scale it by (1 or B,2,W)."""
-    shift, scale = modulation[:, 0:1], modulation[:, 1:2]
+    """Normalise (B,n,W), then shift it by the first, scale it by 1 + the second of (1 or B,2,W)."""
+    shift, scale = modulation[:, 0:1], 1 + modulation[:, 1:2]
     if len(modulation) == 1:  # of all rows: the normalisation's own weight and bias
         return F.layer_norm(hidden, norm.normalized_shape, scale.flatten(), shift.flatten(), norm.eps)
     return torch.addcmul(shift, norm(hidden), scale).to(hidden.dtype)
@@ -173,7 +197,8 @@ def linear_attention(attn: Attention, hidden: Tensor) -> Tensor:
     """ReLU attention in time linear in n, its sums in float32: (B,n,W) -> (B,n,W)."""
     b, n, _ = hidden.shape
     query, key, value = (
-        linear(hidden).view(b, n, attn.heads, -1).transpose(1, 2).float() for linear in (attn.to_q, attn.to_k, attn.to_v)
+        linear(hidden).view(b, n, attn.heads, -1).transpose(1, 2).float()
+        for linear in (attn.to_q, attn.to_k, attn.to_v)
     )  # B heads n d
     query, key = query.relu(), key.relu()
     summed = key.transpose(2, 3) @ value  # B heads d d
@@ -184,9 +209,12 @@ def linear_attention(attn: Attention, hidden: Tensor) -> Tensor:
 
 
 def cross_attention(attn: Attention, hidden: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Attend from tokens (B,n,W) to keys and values (B,heads,L,d) under a mask (B,1,1,L)."""
+    """Attend from tokens (KB,n,W) to keys and values (B,heads,L,d) under a mask (B,1,1,L).
+
+    K rows that follow each other share keys and values.
+    """
     b, n, _ = hidden.shape
-    query = attn.to_q(hidden).view(b, n, attn.heads, -1).transpose(1, 2)  # B heads n d
+    query = attn.to_q(hidden).view(len(key), -1, attn.heads, key.shape[-1]).transpose(1, 2)  # B heads Kn d
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return attn.to_out[0](out.transpose(1, 2).reshape(b, n, -1))
 

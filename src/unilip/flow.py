@@ -93,6 +93,16 @@ def draw_noise(
     )
 
 
+def start_schedule(scheduler: Any, steps: int, device: torch.device | str = "cpu") -> Tensor:
+    """Put a sampler at the beginning of a schedule; return its integer timesteps (S,) on a device."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # its own choice spends the last step on almost no noise
+        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), device=device)
+    else:
+        scheduler.set_timesteps(steps, device=device)
+    scheduler.set_begin_index(0)  # else it is looked up by timestep, which fails where two steps share one
+    return scheduler.timesteps.long()
+
+
 def denoise(
     velocity: Callable[[Tensor, Tensor], Tensor],
     noise: Tensor,
@@ -100,24 +110,33 @@ def denoise(
     steps: int,
     guidance_scale: float,
     on_step: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
+    guided: Sequence[bool] | None = None,
 ) -> Tensor:
     """Integrate from noise (B,Z,h,w) to clean latents.
 
     With `guidance_scale` > 1, `velocity` receives the batch twice (unconditional rows first) and the result is
-    uncond + g (cond - uncond); otherwise once. `on_step(i, timestep, latents)` runs after each step and may return
-    replaced latents. The solver's state is kept in float32.
+    uncond + g (cond - uncond); otherwise once, as in the steps that `guided` marks False. `on_step(i, timestep,
+    latents)` runs after each step and may return replaced latents. The solver's state is kept in float32.
     """
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # its own choice spends the last step on almost no noise
-        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), device=noise.device)
-    else:
-        scheduler.set_timesteps(steps, device=noise.device)
-    scheduler.set_begin_index(0)  # else it is looked up by timestep, which fails where two steps share one
+    start_schedule(scheduler, steps, noise.device)
+    return integrate(velocity, noise, scheduler, guidance_scale, on_step, guided)
+
+
+def integrate(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    scheduler: Any,
+    guidance_scale: float,
+    on_step: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
+    guided: Sequence[bool] | None = None,
+) -> Tensor:
+    """Do what `denoise` says with a sampler whose schedule has been started; nothing in it waits for the device."""
     latents = noise.float()
-    guided = guidance_scale > 1
     for i, timestep in enumerate(scheduler.timesteps):
-        rows = torch.cat([latents, latents]) if guided else latents
+        both = guidance_scale > 1 and (guided is None or guided[i])
+        rows = torch.cat([latents, latents]) if both else latents
         prediction = velocity(rows, timestep.long().expand(rows.shape[0])).float()
-        if guided:
+        if both:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + guidance_scale * (conditional - unconditional)
         latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]

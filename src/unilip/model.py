@@ -11,6 +11,7 @@ and sampling both call it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import os
@@ -26,13 +27,15 @@ from tqdm.auto import tqdm
 
 from unilip import adapters
 from unilip import checkpoint as checkpoints
+from unilip.acceleration import BUCKET, Compiled, Velocity, fingerprint, shortcut
 from unilip.config import TOKEN_PIXELS, SamplingConfig, UniLIPConfig
 from unilip.connector import Connector, copy_from_llm, substitute_features
 from unilip.decoder import LatentHead, PixelDecoder, resize_to_tokens
-from unilip.dit import DiT
+from unilip.dit import DiT, PreparedCondition, stack
 from unilip.encoder import Encoder, init_encoder
 from unilip.errors import PromptError, UniLIPError
-from unilip.flow import denoise, draw_noise, make_scheduler
+from unilip.flow import draw_noise, integrate, make_scheduler, start_schedule
+from unilip.memory import QUANTIZED, Offload, is_quantized, quantize
 from unilip.mllm import MLLM
 from unilip.preprocess import (
     Fit,
@@ -91,6 +94,10 @@ class UniLIP(nn.Module):
         self.parts = tuple(name for name in PARTS if name in parts)
         for name in self.parts:
             self.add_module(name, PARTS[name](config))
+        self._compiled: Compiled | None = None
+        self._offload: Offload | None = None
+        self._twin: list[DiT] = []  # on another device; in a list, so that it is no part of the model
+        self._unconditional: tuple[Any, PreparedCondition] | None = None  # what it was made of, and the condition
 
     # --- making and keeping ---------------------------------------------------------------------------------------
 
@@ -118,6 +125,8 @@ class UniLIP(nn.Module):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         parts: Sequence[str] | None = None,
+        quantization: str | None = None,
+        low_memory: bool = False,
     ) -> UniLIP:
         """Load a model: nothing for the embedded one, else a folder, a file or a hub id, in any known format.
 
@@ -126,6 +135,9 @@ class UniLIP(nn.Module):
             dtype: of the weights in memory; float32 by default, "auto" for what is stored.
             device: where to put them; the CPU by default.
             parts: load only these (of encoder, latent_head, pixel_decoder, mllm, connector, dit).
+            quantization: "int8", "int4" or "fp8": keep the weights of linear layers so; needs the package torchao.
+            low_memory: hold only the part that is at work, reading it from the checkpoint each time it is needed, and
+                decode one picture at a time, in strips. The pictures stay the same.
 
         Raises:
             CheckpointError: missing, truncated, of an unknown kind, or not exactly the weights that the model needs.
@@ -137,7 +149,23 @@ class UniLIP(nn.Module):
             raise UniLIPError(f"{opened.path} has no {', '.join(missing)}; it holds: {', '.join(opened.parts)}.")
         with torch.device("meta"):
             model = cls(opened.config, parts=wanted)
-        checkpoints.load_into(model, opened, dtype=dtype, device=device or "cpu", parts=model.parts)
+        where = torch.device(device or "cpu")
+
+        def load(part: str) -> None:
+            checkpoints.load_into(model, opened, dtype=dtype, device=where, parts=(part,))
+            if quantization is not None and part in QUANTIZED:
+                quantize(model.get_submodule(part), quantization)
+            model.get_submodule(part).eval()
+
+        if quantization is not None:
+            quantize(nn.Identity(), quantization)  # complains before anything is read
+        if low_memory:
+            model.to(checkpoints.parse_dtype(dtype))  # nothing is there yet: only what it says of itself changes
+            model._offload = Offload(model, model.parts, where, load)
+            model.enable_tiling()
+        else:
+            for part in model.parts:  # one by one, so that no more than one is ever there unquantised
+                load(part)
         if opened.tokenizer_path is not None:
             model.processor = Processor.from_folder(opened.tokenizer_path, opened.config)
         return model.eval()
@@ -146,6 +174,10 @@ class UniLIP(nn.Module):
         self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
     ) -> None:
         """Write config, weights (sharded above `max_shard_size`) and tokenizer to a folder, whole or not at all."""
+        if self._offload is not None or any(is_quantized(part) for part in self.children()):
+            raise UniLIPError(
+                "An offloaded or quantised model cannot be saved; load the checkpoint plainly to save it."
+            )
         tokenizer = self.processor.tokenizer if self.processor else None
         checkpoints.save(self, self.config, folder, max_shard_size=max_shard_size, tokenizer=tokenizer, dtype=dtype)
 
@@ -187,6 +219,7 @@ class UniLIP(nn.Module):
             if buffer is not None and name in module._non_persistent_buffers_set
         }
         super()._apply(fn, recurse)
+        self._unconditional = None
         for (module, name), before in computed.items():
             after = module._buffers[name]
             if after is not None and after.dtype != before.dtype:
@@ -195,13 +228,14 @@ class UniLIP(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
+        """Where the work is done: where the weights are, or where they are brought to."""
+        return next(self.parameters()).device if self._offload is None else self._offload.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return next(self.parameters()).dtype
+        """Of the weights; of those that are at work where parts come and go."""
+        present = () if self._offload is None else sorted(self._offload.present)
+        return next((self.get_submodule(present[0]) if present else self).parameters()).dtype
 
     def require(self, *parts: str) -> None:
         """Raise a clear error when a part is not loaded."""
@@ -211,6 +245,62 @@ class UniLIP(nn.Module):
                 f"This needs {', '.join(missing)}, but the model was loaded with {', '.join(self.parts)} only; "
                 "load a whole UniLIP checkpoint."
             )
+
+    # --- speed and memory -------------------------------------------------------------------------------------------
+
+    def compile(  # type: ignore[override]  # of `nn.Module`, which compiles `forward`; there is none here
+        self, *, bucket: int = BUCKET, **options: Any
+    ) -> UniLIP:
+        """Compile the step of the diffusion transformer and the pixel decoder; on CUDA record the loop as one graph.
+
+        The first picture of each size and each number of pictures at once is slow. Conditions grow to a multiple of
+        `bucket` tokens, so that the length of a prompt matters no more. A callback on each step, or a preset that
+        reuses blocks, runs compiled steps without the graph. `options` go to `torch.compile`.
+        """
+        self.require("dit")
+        if self._offload is not None:
+            raise UniLIPError("A model whose parts come and go cannot be compiled; choose one of the two.")
+        decode = self.pixel_decoder.decode if "pixel_decoder" in self.parts else nn.Identity()
+        self._compiled = Compiled(self.dit, decode, bucket, **options)
+        return self
+
+    def enable_cpu_offload(self, device: torch.device | str = "cuda") -> UniLIP:
+        """Keep the weights in main memory and bring each part to a device only while it works."""
+        if self._compiled is not None or self._twin:
+            raise UniLIPError("A compiled or split model cannot be offloaded; choose one of the two.")
+        self._unconditional = None
+        self._offload = Offload(self.to("cpu"), self.parts, torch.device(device))
+        return self
+
+    def enable_tiling(self, strips: int = 4) -> UniLIP:
+        """Decode one picture at a time, in strips where the decoder works locally: the same pixels in less memory."""
+        if strips < 1:
+            raise UniLIPError(f"strips is {strips}; it must be at least 1.")
+        if "pixel_decoder" in self.parts:
+            self.pixel_decoder.strips, self.pixel_decoder.sliced = strips, strips > 1
+        return self
+
+    def split_guidance(self, device: torch.device | str) -> UniLIP:
+        """Put a copy of the diffusion transformer on a second device, for the unconditional half of guidance."""
+        self.require("dit")
+        if self._offload is not None:
+            raise UniLIPError("A model whose parts come and go cannot be split over devices; choose one of the two.")
+        twin = copy.deepcopy(self.dit)
+        self._twin = [twin.to(device).eval()]
+        return self
+
+    def quantize(self, kind: str) -> UniLIP:
+        """Keep the weights of linear layers as "int8", "int4" or "fp8" from now on; needs the package torchao."""
+        if self._offload is not None:
+            raise UniLIPError("Quantise before offloading, or give `quantization` to `from_pretrained`.")
+        for part in set(self.parts) & set(QUANTIZED):
+            quantize(self.get_submodule(part), kind)
+        self._unconditional = None
+        return self
+
+    def _using(self, *parts: str) -> contextlib.AbstractContextManager[None]:
+        """Have these parts on the device for a while, and gone afterwards, if parts come and go at all."""
+        return contextlib.nullcontext() if self._offload is None else self._offload.using(*parts)
 
     def _processor(self, image_size: int | None = None) -> Processor:
         if self.processor is None:
@@ -227,23 +317,29 @@ class UniLIP(nn.Module):
         Returns the condition (B,T+Q,C) and its mask (B,T+Q).
         """
         self.require("mllm", "connector")
+        with self._using("mllm", "connector"):
+            return self._conditions(tokens, features)
+
+    def _conditions(self, tokens: Tokens, features: Tensor | None) -> tuple[Tensor, Tensor]:
         embeddings = self.mllm.embed(tokens.input_ids, tokens.image_slots, features)
-        embeddings, mask = self.mllm.append_queries(embeddings, tokens.attention_mask)
-        hidden = self.mllm(embeddings, mask)
+        hidden, mask = self.mllm.read_with_queries(embeddings, tokens.attention_mask)
         if features is not None:
             hidden = substitute_features(hidden, tokens.image_slots, features)
         return self.connector(hidden, mask), mask
 
     def to_latent(self, features: Tensor, height: int | None = None) -> Tensor:
         """Return the diffusion-space latent (M,Z,h,w), float32, of features (M,N,D): latent head, mean and factor."""
-        latent = self.latent_head(features, height).float()
+        with self._using("latent_head"):
+            latent = self.latent_head(features, height).float()
         mean, factor = self._latent_scale(latent)
         return (latent - mean) * factor
 
     def from_latent(self, latent: Tensor) -> Tensor:
         """Return pixels (M,3,H,W) in [0,1] of diffusion-space latents (M,Z,h,w)."""
         mean, factor = self._latent_scale(latent)
-        decoded = self.pixel_decoder.decode((latent / factor + mean).to(self.dtype))
+        decode = self.pixel_decoder.decode if self._compiled is None else self._compiled.decode
+        with self._using("pixel_decoder"):
+            decoded = decode((latent / factor + mean).to(self.dtype))
         pixels = resize_to_tokens(decoded.float().clamp(-1, 1))  # clamped before the resize, as the released code does
         return (pixels + 1) / 2
 
@@ -267,6 +363,7 @@ class UniLIP(nn.Module):
         guidance_scale: float | None = None,
         generator: Generators = None,
         solver: str | None = None,
+        preset: str = "quality",
         image_size: int | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
@@ -281,6 +378,8 @@ class UniLIP(nn.Module):
             num_inference_steps, guidance_scale, solver: of the sampler; the model's own defaults when left out.
                 Guidance at or below 1 is off and halves the work.
             generator: one, used for the pictures in order, or a list with one for each picture.
+            preset: "quality" samples as published; "balanced" and "fast" save evaluations for a part of the quality.
+                What is given besides (steps, solver) counts more than the preset.
             image_size: square size in pixels, a multiple of 28; the model's own by default.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: called as f(model, step, timestep, {"latents": ...}) after each step; may return
@@ -291,22 +390,26 @@ class UniLIP(nn.Module):
             UniLIPError: a value out of range, an empty or overlong prompt, or a missing part.
         """
         prompts = [check_prompt(p) for p in _as_list(prompt)]
-        settings = self._sampling(num_inference_steps, guidance_scale, solver, num_images_per_prompt, output_type)
+        settings = self._sampling(
+            num_inference_steps, guidance_scale, solver, num_images_per_prompt, output_type, preset
+        )
         self.require("mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
         processor = self._processor(image_size)
         if not prompts:
             return ImageOutput([])
         negative = None if negative_prompt is None else check_prompt(negative_prompt, "negative prompt")
-        texts = [processor.generate_text(negative), *(processor.generate_text(p) for p in prompts)]
-        index = torch.arange(len(prompts)).repeat_interleave(num_images_per_prompt)
-        if settings.guidance_scale > 1:
-            rows = torch.cat([torch.zeros_like(index), index + 1])
-        else:
-            texts, rows = texts[1:], index
-        tokens = processor.tokenize(texts).to(self.device)
-        latents = self._sample(
-            tokens, None, rows, settings, processor.image_size, generator, callback_on_step_end, progress
-        )
+        tokens = processor.tokenize([processor.generate_text(p) for p in prompts]).to(self.device)
+        index = torch.arange(len(prompts)).repeat_interleave(num_images_per_prompt).to(self.device)
+        with self._using("mllm", "connector"):
+            conditions = self.conditions(tokens)
+            blank = self._blank_condition(processor, negative) if settings.guidance_scale > 1 else None
+        with self._using("dit"):
+            prepared = self.dit.prepare(*conditions).select(index)
+            if blank is not None:
+                prepared = stack([blank().select(torch.zeros_like(index)), prepared])
+            latents = self._sample(
+                prepared, len(index), settings, preset, processor.image_size, generator, callback_on_step_end, progress
+            )
         return ImageOutput(self._output(latents, output_type))
 
     @torch.no_grad()
@@ -321,6 +424,7 @@ class UniLIP(nn.Module):
         guidance_scale: float | None = None,
         generator: Generators = None,
         solver: str | None = None,
+        preset: str = "quality",
         fit: Fit = "resize",
         keep_aspect: bool = False,
         image_size: int | None = None,
@@ -341,7 +445,9 @@ class UniLIP(nn.Module):
         """
         sources = [load_image(i) for i in _as_list(image)]
         prompts = [check_prompt(p, "instruction") for p in _as_list(prompt)]
-        settings = self._sampling(num_inference_steps, guidance_scale, solver, num_images_per_prompt, output_type)
+        settings = self._sampling(
+            num_inference_steps, guidance_scale, solver, num_images_per_prompt, output_type, preset
+        )
         if keep_aspect and output_type != "pil":
             raise UniLIPError(f'keep_aspect needs output_type "pil", not {output_type!r}.')
         self.require("encoder", "mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
@@ -357,7 +463,8 @@ class UniLIP(nn.Module):
         source_of = torch.arange(count) if len(sources) == count else torch.zeros(count, dtype=torch.long)
         prompts = prompts * count if len(prompts) == 1 else prompts
 
-        features = self.encoder(processor.pixels(sources, fit).to(self.device))  # M N D
+        with self._using("encoder"):
+            features = self.encoder(processor.pixels(sources, fit).to(self.device))  # M N D
         texts = [processor.edit_text(p) for p in prompts]
         own = features[source_of.to(self.device)]  # B N D
         index = torch.arange(count).repeat_interleave(num_images_per_prompt)
@@ -367,9 +474,12 @@ class UniLIP(nn.Module):
         else:
             features, rows = own, index
         tokens = processor.tokenize(texts).to(self.device)
-        latents = self._sample(
-            tokens, features, rows, settings, processor.image_size, generator, callback_on_step_end, progress
-        )
+        conditions = self.conditions(tokens, features)
+        with self._using("dit"):
+            prepared = self.dit.prepare(*conditions).select(rows.to(self.device))
+            latents = self._sample(
+                prepared, len(index), settings, preset, processor.image_size, generator, callback_on_step_end, progress
+            )
         images = self._output(latents, output_type)
         if keep_aspect:
             sizes = [sources[source].size for source in source_of[index]]
@@ -400,7 +510,9 @@ class UniLIP(nn.Module):
             return ImageOutput([])
         size = self.config.image_size if image_size is None else self.config.replace(image_size=image_size).image_size
         pixels = to_pixels([fit_square(source, size, fit) for source in sources]).to(self.device)
-        images = self._output(self.to_latent(self.encoder(pixels)), output_type)
+        with self._using("encoder"):
+            features = self.encoder(pixels)
+        images = self._output(self.to_latent(features), output_type)
         if keep_aspect:
             images = [unfit_square(picture, source.size, fit) for picture, source in zip(images, sources, strict=True)]
         return ImageOutput(images)
@@ -471,12 +583,20 @@ class UniLIP(nn.Module):
             turns.append(Message("user", check_prompt(text, "question"), cut(images)))
             texts.append(processor.chat_text(turns))
         tokens = processor.tokenize(texts).to(self.device)
-        features = self.encoder(to_pixels(squares).to(self.device)) if squares else None
-        embeddings = self.mllm.embed(tokens.input_ids, tokens.image_slots, features)
-        columns = self.mllm.answer(
-            embeddings, tokens.attention_mask, end_id=processor.end_id, max_new_tokens=max_new_tokens,
-            temperature=temperature, top_p=top_p, generator=generator,
-        )  # fmt: skip
+        features = None
+        if squares:
+            with self._using("encoder"):
+                features = self.encoder(to_pixels(squares).to(self.device))
+
+        def answer() -> Iterator[Tensor]:
+            with self._using("mllm"):
+                yield from self.mllm.answer(
+                    self.mllm.embed(tokens.input_ids, tokens.image_slots, features), tokens.attention_mask,
+                    end_id=processor.end_id, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+                    generator=generator,
+                )  # fmt: skip
+
+        columns = answer()
         if stream:
             return _stream(columns, processor)
         answers = processor.decode(torch.stack(list(columns), 1))
@@ -485,9 +605,15 @@ class UniLIP(nn.Module):
     # --- sampling ---------------------------------------------------------------------------------------------------
 
     def _sampling(
-        self, steps: int | None, guidance: float | None, solver: str | None, images: int, output_type: str
+        self, steps: int | None, guidance: float | None, solver: str | None, images: int, output_type: str, preset: str
     ) -> SamplingConfig:
-        given: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "solver": solver}
+        short = shortcut(preset)
+        given: dict[str, Any] = {
+            "num_inference_steps": short.steps if steps is None else steps,
+            "guidance_scale": guidance,
+            "solver": short.solver if solver is None else solver,
+            "flow_shift": short.shift,
+        }
         settings = dataclasses.replace(self.config.sampling, **{k: v for k, v in given.items() if v is not None})
         if images < 1:
             raise UniLIPError(f"num_images_per_prompt is {images}; it must be at least 1.")
@@ -495,23 +621,57 @@ class UniLIP(nn.Module):
             raise UniLIPError(f"There is no output type {output_type!r}; allowed: {', '.join(OUTPUT_TYPES)}.")
         return settings
 
+    def _blank_condition(self, processor: Processor, negative: str | None) -> Callable[[], PreparedCondition]:
+        """Return a function that gives the condition (1 row) of what guidance moves away from; needs the DiT at hand.
+
+        It is the same from call to call, so the last one is kept as long as the weights stay as they are.
+        """
+        weights = None if self.training else fingerprint([self.mllm, self.connector, self.dit])
+        key = (negative, weights)
+        if weights is not None and self._unconditional is not None and self._unconditional[0] == key:
+            kept = self._unconditional[1]
+            return lambda: kept
+        conditions = self.conditions(processor.tokenize([processor.generate_text(negative)]).to(self.device))
+
+        def prepare() -> PreparedCondition:
+            prepared = self.dit.prepare(*conditions)
+            self._unconditional = None if weights is None or self._offload is not None else (key, prepared)
+            return prepared
+
+        return prepare
+
     def _sample(
         self,
-        tokens: Tokens,
-        features: Tensor | None,
-        rows: Tensor,
+        prepared: PreparedCondition,
+        count: int,
         settings: SamplingConfig,
+        preset: str,
         image_size: int,
         generator: Generators,
         callback: StepCallback | None,
         progress: bool,
     ) -> Tensor:
-        """Denoise one latent per row; `rows` picks each one's condition, unconditional rows first under guidance."""
-        prepared = self.dit.prepare(*self.conditions(tokens, features)).select(rows.to(self.device))
-        grid = image_size // TOKEN_PIXELS
-        count = len(rows) // 2 if settings.guidance_scale > 1 else len(rows)
+        """Denoise `count` latents, one for each row of the condition; under guidance unconditional rows come first."""
+        grid, steps = image_size // TOKEN_PIXELS, settings.num_inference_steps
         noise = draw_noise(count, (self.config.dit.latent_channels, grid, grid), generator).to(self.device)
-        bar = tqdm(total=settings.num_inference_steps, disable=None if progress else True, leave=False, unit="step")
+        short, compiled = shortcut(preset), self._compiled
+        guided, reused = short.guided_steps(steps), short.reused_steps(steps)
+        twin = self._twin[0] if self._twin else None
+
+        def make(
+            condition: PreparedCondition, on_step: Callable[[int, Tensor, Tensor], Tensor | None] | None = None
+        ) -> Callable[[Tensor], Tensor]:
+            scheduler = make_scheduler(settings.solver, settings.flow_shift)
+            modulations = self.dit.modulate(start_schedule(scheduler, steps, self.device))
+            step = None if compiled is None else compiled.step
+            velocity = Velocity(self.dit, condition, modulations, count, reused, step, twin)
+            return lambda start: integrate(velocity, start, scheduler, settings.guidance_scale, on_step, guided)
+
+        if compiled is not None:
+            prepared = compiled.fit(prepared)
+            if callback is None and not reused and twin is None:
+                return compiled.loop((settings, preset), make, noise, prepared)
+        bar = tqdm(total=steps, disable=None if progress else True, leave=False, unit="step")
 
         def on_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
             bar.update()
@@ -519,14 +679,7 @@ class UniLIP(nn.Module):
             return None if result is None else result.get("latents")
 
         with contextlib.closing(bar):
-            return denoise(
-                lambda latents, timestep: self.dit(latents.to(self.dtype), timestep, prepared),
-                noise,
-                make_scheduler(settings.solver, settings.flow_shift),
-                settings.num_inference_steps,
-                settings.guidance_scale,
-                on_step,
-            )
+            return make(prepared, on_step)(noise)
 
     def _output(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from unilip.config import SOLVERS, TOKEN_PIXELS
+from unilip.config import QUANTIZATIONS, SAMPLING_PRESETS, SOLVERS, TOKEN_PIXELS
 from unilip.errors import UniLIPError
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -31,6 +31,10 @@ class Options(argparse.Namespace):
     steps: int | None
     guidance_scale: float | None
     solver: str | None
+    preset: str
+    compile: bool
+    low_memory: bool
+    quantize: str | None
     negative_prompt: str | None
     num_images: int
     batch_size: int
@@ -87,6 +91,17 @@ class Options(argparse.Namespace):
     pictures: int
     host: str
     port: int
+    api_key: list[str] | None
+    model_name: str | None
+    max_queue: int
+    max_batch: int
+    deadline: float
+    max_body: int
+    max_pixels: float
+    rate_limit: int
+    allow_url_images: bool
+    drain: float
+    max_replicas: int | None
     password: str | None
     open: bool
 
@@ -164,6 +179,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
         help="how far to follow the words; 1 is off and twice as fast (the model's own)",
     ),
     "--solver": dict(choices=SOLVERS, help="sampling method (the model's own)"),
+    "--preset": dict(
+        choices=SAMPLING_PRESETS, default="quality",
+        help="quality samples as published; balanced and fast take fewer steps and lose a little (quality)",
+    ),
+    "--compile": dict(
+        action="store_true", help="compile what runs often: slow once, then faster; for many pictures of one size"
+    ),
+    "--low-memory": dict(
+        action="store_true",
+        help="hold one part of the model at a time, and decode picture by picture, in strips; the same pictures, later",
+    ),
+    "--quantize": dict(
+        choices=QUANTIZATIONS, help="keep the weights of linear layers in few bits; needs the package torchao"
+    ),
     "--negative-prompt": dict(metavar="TEXT", help="what guidance moves away from"),
     "--num-images": dict(type=whole(1, 10_000), default=1, metavar="N", help="pictures of each prompt (1)"),
     "--batch-size": dict(
@@ -197,7 +226,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 LOADING = ("--model", "--device", "--dtype")
-SAMPLING = ("--steps", "--guidance-scale", "--solver", "--negative-prompt")
+SAVING = ("--low-memory", "--quantize")
+SAMPLING = ("--preset", "--steps", "--guidance-scale", "--solver", "--negative-prompt")
 DRAWING = (*SAMPLING, "--num-images", "--batch-size", "--image-size")
 WRITING = ("--output", "--force", "--no-metadata")
 TELLING = ("--no-progress", "--json", "--debug")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unilip import __version__
-from unilip.cli.options import DRAWING, LOADING, TELLING, WRITING, Options, Verb
+from unilip.cli.options import DRAWING, LOADING, SAVING, TELLING, WRITING, Options, Verb
 from unilip.cli.terminal import (
     Destination,
     Report,
@@ -175,7 +175,7 @@ VERBS: dict[str, Verb] = {
         'unilip generate "three yellow stars"\n'
         'unilip generate "a blue car" --num-images 4 --seed 7 --output pictures/\n'
         "unilip generate --prompts prompts.txt --output pictures --json",
-        ("--prompts", *DRAWING, "--seed", *WRITING, *LOADING, *TELLING),
+        ("--prompts", *DRAWING, "--seed", *WRITING, *LOADING, *SAVING, "--compile", *TELLING),
         (0, math.inf),
     ),
     "edit": Verb(
@@ -184,7 +184,7 @@ VERBS: dict[str, Verb] = {
         "Change pictures as told. One instruction is followed on every image.",
         'unilip edit car.png "change the color of the car to blue"\n'
         'unilip edit wide.jpg "change the background to pink" --fit pad --keep-aspect --output pink.png',
-        ("--prompts", *DRAWING, "--fit", "--keep-aspect", "--seed", *WRITING, *LOADING, *TELLING),
+        ("--prompts", *DRAWING, "--fit", "--keep-aspect", "--seed", *WRITING, *LOADING, *SAVING, "--compile", *TELLING),
         (0, math.inf),
     ),
     "ask": Verb(
@@ -202,6 +202,7 @@ VERBS: dict[str, Verb] = {
             "--batch-size",
             "--seed",
             *LOADING,
+            *SAVING,
             *TELLING,
         ),
         (0, math.inf),
@@ -212,7 +213,7 @@ VERBS: dict[str, Verb] = {
         "[OPTIONS] IMAGE [IMAGE ...]",
         "Encode pictures to CLIP features and draw them again. What is lost is what the encoder does not know.",
         "unilip reconstruct photo.jpg --output again.png",
-        ("--batch-size", "--image-size", "--fit", "--keep-aspect", *WRITING, *LOADING, *TELLING),
+        ("--batch-size", "--image-size", "--fit", "--keep-aspect", *WRITING, *LOADING, *SAVING, *TELLING),
         (1, math.inf),
     ),
 }

@@ -5,12 +5,13 @@ Heavy libraries are imported inside the functions that need them, after what can
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from unilip.model import UniLIP
 
+UNNEEDED = ("scipy", "peft", "torchao", "accelerate", "sklearn", "pandas", "trio", "torchvision")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -232,12 +234,40 @@ def choose_device(name: str) -> str:
     return name
 
 
+@contextlib.contextmanager
+def without_packages(*names: str) -> Iterator[None]:
+    """Import as if these packages were not installed.
+
+    transformers and diffusers import whatever optional package they find, which takes seconds and serves nothing here.
+    """
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            sys.modules.pop(name, None)
+
+
 def load(o: Options, *parts: str) -> UniLIP:
     """Load the model that the options name, or only some of its parts."""
     device = choose_device(o.device)
-    from unilip.model import UniLIP
+    with without_packages(*UNNEEDED):
+        from unilip.model import UniLIP
 
-    return UniLIP.from_pretrained(o.model, device=device, dtype=o.dtype, parts=parts or None)
+    saving: dict[str, Any] = {"quantization": getattr(o, "quantize", None)}
+    low_memory, compiled = getattr(o, "low_memory", False), getattr(o, "compile", False)
+    if low_memory and compiled:
+        raise UniLIPError("--compile and --low-memory exclude each other: compiled parts have to stay; leave one out.")
+    # beside a GPU plain weights rest in main memory; else they are read from disk (and quantised where they work)
+    on_gpu = low_memory and device != "cpu" and saving["quantization"] is None
+    model = UniLIP.from_pretrained(
+        o.model, device="cpu" if on_gpu else device, dtype=o.dtype, parts=parts or None,
+        low_memory=low_memory and not on_gpu, **saving,
+    )  # fmt: skip
+    if on_gpu:
+        model.enable_tiling().enable_cpu_offload(device)
+    return model.compile() if compiled else model
 
 
 def describe_model(o: Options, model: UniLIP) -> dict[str, str]:
@@ -255,11 +285,14 @@ def seeded(seed: int) -> torch.Generator:
 
 def sampling(o: Options, model: UniLIP) -> dict[str, Any]:
     """The settings of `generate` and `edit`, the model's own where none are given."""
-    own = model.config.sampling
+    from unilip.acceleration import shortcut
+
+    own, short = model.config.sampling, shortcut(o.preset)
     return {
-        "num_inference_steps": own.num_inference_steps if o.steps is None else o.steps,
+        "preset": o.preset,
+        "num_inference_steps": o.steps or short.steps or own.num_inference_steps,
         "guidance_scale": own.guidance_scale if o.guidance_scale is None else o.guidance_scale,
-        "solver": own.solver if o.solver is None else o.solver,
+        "solver": o.solver or short.solver or own.solver,
         "negative_prompt": o.negative_prompt,
         "image_size": o.image_size or model.config.image_size,
     }

@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from unilip.acceleration import shortcut
 from unilip.data.art import Atlas
 from unilip.data.captions import canonical
 from unilip.data.dataset import Edits, Questions, Scenes, pixels
@@ -109,6 +110,7 @@ class Bench:
         seeds: int = SEEDS,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        preset: str = "quality",
     ) -> None:
         if count < 1 or seeds < 1:
             raise UniLIPError(f"count is {count} and seeds is {seeds}; both must be at least 1.")
@@ -120,7 +122,8 @@ class Bench:
         self.model, self.world, self.atlas = model, world, atlas
         self.count, self.seeds = count, seeds
         settings = model.config.sampling
-        self.steps = settings.num_inference_steps if steps is None else steps
+        self.preset, own = preset, shortcut(preset).steps or settings.num_inference_steps
+        self.steps = own if steps is None else steps
         self.guidance_scale = settings.guidance_scale if guidance_scale is None else float(guidance_scale)
 
     @cached_property
@@ -287,6 +290,7 @@ class Bench:
             [item.data["prompt"] for item in items],
             generator=generators,
             num_inference_steps=self.steps,
+            preset=self.preset,
             guidance_scale=1.0 if items[0].mode == UNGUIDED else self.guidance_scale,
             progress=False,
         ).images
@@ -336,6 +340,7 @@ class Bench:
             [entry["instruction"] for entry in entries],
             generator=[noise_generator(item.key) for item in items],
             num_inference_steps=self.steps,
+            preset=self.preset,
             guidance_scale=self.guidance_scale,
             progress=False,
         ).images
@@ -455,6 +460,7 @@ def evaluate(
     seeds: int = SEEDS,
     steps: int | None = None,
     guidance_scale: float | None = None,
+    preset: str = "quality",
     batch_size: int = 24,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -466,6 +472,7 @@ def evaluate(
         count: prompts of each group (task, kind of edit); reconstructions and questions CHEAP times as many.
         seeds: pictures of each prompt; of each edit half as many.
         steps, guidance_scale: of the sampler; the model's own by default.
+        preset: of sampling, as in `UniLIP.generate`.
         batch_size: items at once: speed and memory, not results.
 
     Raises:
@@ -475,7 +482,7 @@ def evaluate(
     chosen = check_parts(parts, model)
     world = world if world is not None else world_of(model)
     atlas = atlas if atlas is not None else (Atlas.synthetic(world) if world.name == "tiny" else Atlas.load())
-    bench = Bench(model, world, atlas, count, seeds, steps, guidance_scale)
+    bench = Bench(model, world, atlas, count, seeds, steps, guidance_scale, preset)
     identity = {
         "model": fingerprint(model),
         "world": world.name,
@@ -485,6 +492,7 @@ def evaluate(
         "guidance_scale": bench.guidance_scale,
         "dtype": str(model.dtype).removeprefix("torch."),
         "data_seed": DATA_SEED,
+        **({} if preset == "quality" else {"preset": preset}),
     }
     folder = Folder(Path(output), identity)
     planned = {part: bench.plan(part) for part in chosen}
@@ -660,6 +668,7 @@ def run(
     seeds: int | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
+    preset: str = "quality",
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     batch_size: int | None = None,
@@ -675,6 +684,7 @@ def run(
         world,
         steps=steps,
         guidance_scale=guidance_scale,
+        preset=preset,
         progress=progress,
         **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
