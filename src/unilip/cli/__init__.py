@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from unilip import __version__
-from unilip.cli import checkpoints, evaluation, options, pictures, studio, training
+from unilip.cli import checkpoints, evaluation, options, pictures, serving, studio, training
 from unilip.cli.options import Options, Parser, Verb
 from unilip.cli.terminal import reason, say
 from unilip.errors import UniLIPError
 
-AREAS = (pictures, training, checkpoints, evaluation, studio)
+AREAS = (pictures, training, checkpoints, evaluation, serving, studio)
 VERBS: dict[str, Verb] = {name: verb for area in AREAS for name, verb in area.VERBS.items()}
 OPTIONS: dict[str, dict[str, Any]] = dict(options.OPTIONS)
 for area in AREAS:
@@ -99,6 +99,8 @@ def set_up(debug: bool) -> None:
         warnings.simplefilter("ignore")
         for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
             os.environ.setdefault(name, "error")
+        for name in ("torchao", "torch.utils._pytree"):  # optional kernels that do not load, deprecations within
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def explain(error: Exception) -> tuple[str, int]:

@@ -144,6 +144,10 @@ class Engine:
         """Whether the engine takes nothing new."""
         return self._draining
 
+    def stop_accepting(self) -> None:
+        """Take nothing new from now on; safe to call from a signal handler. `drain` waits as well."""
+        self._draining = True
+
     def stats(self) -> Stats:
         """Return counts for metrics and health pages."""
         with self._changed:

@@ -1,0 +1,148 @@
+"""The verb that serves a model to other programs over HTTP."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from unilip.cli.options import LOADING, Options, Verb, number, whole
+from unilip.cli.terminal import choose_device, describe_model, load, say
+from unilip.errors import UniLIPError
+
+KEYS = "UNILIP_API_KEY"
+MEGA = 2**20
+
+
+def name_of(o: Options) -> str:
+    """What the model is called to clients: never the path of a folder of this machine."""
+    if o.model_name:
+        return o.model_name
+    if o.model is None:
+        return "unilip"
+    return Path(o.model).name if os.path.exists(o.model) else o.model
+
+
+def serve(o: Options) -> int:
+    """Serve until a signal ends it."""
+    try:
+        from unilip.serve.app import Settings, create_app
+        from unilip.serve.guard import Rules
+        from unilip.serve.server import check_access, listen, run
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("unilip"):
+            raise
+        raise UniLIPError(
+            f"Serving needs the package {error.name}; install it with pip install 'unilip[serve]'."
+        ) from error
+    from unilip.serve.metrics import Metrics
+
+    given = o.api_key or [key for key in os.environ.get(KEYS, "").split(",") if key.strip()]
+    keys = tuple(key.strip() for key in given)
+    if not all(keys):
+        raise UniLIPError(f"An --api-key is empty; give one, or leave it and {KEYS} out.")
+    rules = check_access(o.host, Rules(keys, o.max_body * MEGA, o.rate_limit))
+    settings = Settings(name_of(o), rules, int(o.max_pixels * 1e6), o.allow_url_images, o.metadata, o.drain)
+    if o.max_replicas is not None and (o.ray is None or o.max_replicas < o.ray):
+        raise UniLIPError("--max-replicas goes with --ray N, and must be at least N.")
+    taken = listen(o.host, o.port)
+    metrics = Metrics()
+    common: dict[str, Any] = {"max_queue": o.max_queue, "max_batch": o.max_batch, "deadline": o.deadline}
+    if o.ray is not None:
+        engine, about = spread(o, common)
+    else:
+        from unilip.serve.engine import Engine
+
+        model = load(o)
+        about = f"{describe_model(o, model)['model']} on {model.device}"
+        engine = Engine(model, on_batch=metrics.batch, **common)
+    app = create_app(engine, settings, metrics)
+    host, port = taken.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def started() -> None:
+        if o.debug:
+            logging.getLogger("uvicorn").setLevel(logging.INFO)
+        key = "with an API key" if keys else "for this machine alone"
+        say(f"{about}; serving at {address}/v1 {key}, its description at {address}/docs (Ctrl+C ends it)")
+
+    run(app, taken, o.drain, started)
+    say("ended")
+    return 0
+
+
+def spread(o: Options, common: dict[str, Any]) -> tuple[Any, str]:
+    """Start the replicas."""
+    try:
+        from unilip.serve.remote import RemoteEngine, Replicas
+    except ModuleNotFoundError as error:
+        raise UniLIPError(
+            f"--ray needs the package {error.name}; install it with pip install 'unilip[ray]'."
+        ) from error
+    device = choose_device(o.device)
+    assert o.ray is not None
+    most = o.max_replicas or o.ray
+    replicas = Replicas(o.ray, most, gpus=1.0 if device.startswith("cuda") else 0.0)
+    say(f"starting {o.ray} replica{'s' if o.ray > 1 else ''} on Ray")
+    engine = RemoteEngine(o.model, device=device, dtype=o.dtype, replicas=replicas, **common)
+    return engine, f"{o.model or f'embedded ({engine.config.name})'} on {o.ray} to {most} replicas ({device})"
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--host": dict(
+        default="127.0.0.1", metavar="ADDRESS", help="where to listen; any but this machine needs a key or password"
+    ),
+    "--port": dict(type=whole(0, 65535), metavar="N", help="the TCP port"),
+    "--api-key": dict(
+        action="append", metavar="KEY",
+        help=f"clients must send it; may be given several times. Better kept in {KEYS}, with commas between",
+    ),
+    "--model-name": dict(metavar="NAME", help="what the model is called to clients (unilip, or the name of --model)"),
+    "--max-queue": dict(
+        type=whole(1, 100_000), default=64, metavar="N", help="pictures that may wait; more get 429 (64)"
+    ),
+    "--max-batch": dict(
+        type=whole(1, 4096), default=8, metavar="N", help="pictures drawn together when that many wait (8)"
+    ),
+    "--deadline": dict(
+        type=number(0, 86400, above=True), default=300.0, metavar="S", help="seconds for a request, in all (300)"
+    ),
+    "--max-body": dict(type=whole(1, 1024), default=32, metavar="MIB", help="largest body of a request (32)"),
+    "--max-pixels": dict(
+        type=number(0, 100, above=True), default=24.0, metavar="M", help="million pixels of a request's pictures (24)"
+    ),
+    "--rate-limit": dict(
+        type=whole(0, 1_000_000), default=600, metavar="N", help="requests a minute per key or address; 0: any (600)"
+    ),
+    "--allow-url-images": dict(
+        action="store_true", help="fetch pictures from public http(s) addresses in chats; private ones never"
+    ),
+    "--drain": dict(
+        type=number(0, 3600), default=30.0, metavar="S", help="seconds to finish accepted requests after SIGTERM (30)"
+    ),
+    "--ray": dict(type=whole(1, 10_000), metavar="N", help="N Ray workers, here or in the cluster of RAY_ADDRESS"),
+    "--max-replicas": dict(type=whole(1, 10_000), metavar="N", help="with --ray, add replicas up to N under load"),
+}  # fmt: skip
+
+VERBS: dict[str, Verb] = {
+    "serve": Verb(
+        serve,
+        "[OPTIONS]",
+        "Serve a model over HTTP, compatible with OpenAI's API. Only this machine can reach it unless told otherwise.",
+        "unilip serve\n"
+        "unilip serve --model kanashi6/UniLIP-1B --device cuda --dtype bfloat16 --port 9000 --max-batch 16\n"
+        "UNILIP_API_KEY=$(openssl rand -hex 24) unilip serve --host 0.0.0.0\n"
+        "unilip serve --ray 2 --max-replicas 4 --device cuda",
+        (
+            "--host", "--port", "--api-key", "--model-name", "--max-queue", "--max-batch", "--deadline", "--max-body",
+            "--max-pixels", "--rate-limit", "--allow-url-images", "--no-metadata", "--drain", "--ray", "--max-replicas",
+            *LOADING, "--debug",
+        ),
+        changes={
+            "--port": dict(default=8000, help="the TCP port (8000)"),
+            "--no-metadata": dict(help="do not write model and seed into the pictures"),
+            "--ray": dict(nargs="?", const=1, help="N replicas on Ray Serve, here or in the cluster RAY_ADDRESS (1)"),
+        },
+    ),
+}  # fmt: skip

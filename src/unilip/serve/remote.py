@@ -1,0 +1,287 @@
+"""The same application over many replicas: an engine whose jobs run in Ray Serve, on other processes, GPUs or machines.
+
+In:  jobs, checked here with the model's configuration and tokenizer alone. Out: tickets like those of `Engine`.
+Each replica holds a whole `Engine` with its own batches. Ray routes a job to the replica with less to do, starts
+another where one dies, and adds or removes replicas with the load. A job whose replica dies fails with `ReplicaLost`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from unilip.checkpoint import open_checkpoint
+from unilip.errors import UniLIPError
+from unilip.model import UniLIP
+from unilip.preprocess import Processor
+from unilip.serve.checks import Checker, Limits
+from unilip.serve.engine import Engine, Stats
+from unilip.serve.jobs import DeadlineExceeded, Draining, EngineFailed, Event, Job, QueueFull, Result
+from unilip.serve.tickets import Ticket
+
+logger = logging.getLogger(__name__)
+
+APP = "unilip"
+
+
+class ReplicaLost(EngineFailed):
+    """The replica that worked on the request is gone; another one will take the request when it is sent again."""
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """How many replicas there are, and what each needs. `most` above `least` lets their number follow the load."""
+
+    least: int = 1
+    most: int = 1
+    gpus: float = 0.0
+    cpus: float = 1.0
+
+
+class Replica:
+    """A process of the deployment: a model and its engine."""
+
+    def __init__(self, source: str | None, device: str, dtype: str | None, options: dict[str, Any]) -> None:
+        self.engine = Engine(UniLIP.from_pretrained(source, device=device, dtype=dtype), **options)
+
+    async def run(self, job: Job, deadline: float | None) -> AsyncIterator[Event | Result | UniLIPError]:
+        """Work on a job: yield its events, and at last its result or the error that it ended with."""
+        try:
+            ticket = await asyncio.to_thread(self.engine.submit, job, deadline=deadline)
+        except UniLIPError as error:
+            yield error
+            return
+        try:
+            async for event in ticket.events_async():
+                yield event
+            yield ticket.result(0)
+        except UniLIPError as error:
+            yield error
+        finally:
+            ticket.cancel()
+
+    def process(self) -> int:
+        """The number of this replica's process."""
+        return os.getpid()
+
+    def check_health(self) -> None:
+        """Raise when the engine's worker is gone, so that Ray starts another replica."""
+        if not self.engine.alive:
+            raise RuntimeError("the engine's worker has ended")
+
+
+class RemoteEngine:
+    """Serves a model by replicas; to its callers it is like `Engine`.
+
+    Args:
+        source, device, dtype: of the model, as `UniLIP.from_pretrained` takes them; every replica loads it.
+        replicas: how many, and what each needs.
+        max_queue: pictures and questions that may wait in front of all replicas.
+        max_batch, batch_wait, limits: of each replica's engine.
+        deadline: seconds that a job may take when it does not say so itself.
+        start_seconds: how long the first replicas may take to load.
+
+    It joins the Ray cluster that RAY_ADDRESS names, or starts one in this machine.
+    """
+
+    def __init__(
+        self,
+        source: str | None = None,
+        *,
+        device: str = "cpu",
+        dtype: str | None = None,
+        replicas: Replicas | None = None,
+        max_queue: int = 64,
+        max_batch: int = 8,
+        batch_wait: float = 0.005,
+        deadline: float | None = 300.0,
+        limits: Limits | None = None,
+        start_seconds: float = 600.0,
+    ) -> None:
+        import ray
+        from ray import serve
+
+        self.replicas = replicas or Replicas()
+        if not 1 <= self.replicas.least <= self.replicas.most:
+            raise UniLIPError(
+                f"There cannot be {self.replicas.least} to {self.replicas.most} replicas; 1 is the least."
+            )
+        opened = open_checkpoint(source)
+        processor = Processor.from_folder(opened.tokenizer_path, opened.config) if opened.tokenizer_path else None
+        self.config = opened.config
+        self.checker = Checker(opened.config, opened.parts, processor, limits)
+        self.limits = self.checker.limits
+        self.max_queue, self.max_batch, self.deadline = max_queue, max_batch, deadline
+        self._draining = False
+        self._changed = threading.Condition()
+        self._open: dict[int, Ticket] = {}
+        self._served: Counter[str] = Counter()
+        self._failed: Counter[str] = Counter()
+        self._pace = 0.0
+
+        if not ray.is_initialized():
+            ray.init(
+                address=os.environ.get("RAY_ADDRESS"), namespace=APP, include_dashboard=False, log_to_driver=False,
+                logging_level=logging.ERROR,
+            )  # fmt: skip
+        serve.start(proxy_location="Disabled")  # the application stays here; only the model is spread
+        options = dict(max_queue=8 * max_batch, max_batch=max_batch, batch_wait=batch_wait, limits=self.limits)
+        scaling: dict[str, Any] = {"num_replicas": self.replicas.least}
+        if self.replicas.most > self.replicas.least:
+            scaling = {
+                "autoscaling_config": {
+                    "min_replicas": self.replicas.least,
+                    "max_replicas": self.replicas.most,
+                    "target_ongoing_requests": max_batch,
+                }
+            }
+        deployment = serve.deployment(
+            Replica, name="Replica", max_ongoing_requests=4 * max_batch, health_check_period_s=2,
+            ray_actor_options={"num_cpus": self.replicas.cpus, "num_gpus": self.replicas.gpus}, **scaling,
+        )  # fmt: skip
+        bound: Any = deployment
+        self._handle = serve.run(bound.bind(source, device, dtype, options), name=APP, route_prefix=None)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="unilip-remote", daemon=True)
+        self._thread.start()
+        process = asyncio.run_coroutine_threadsafe(self._ask_process(), self._loop)
+        process.result(start_seconds)
+
+    @property
+    def verbs(self) -> tuple[str, ...]:
+        """What the model can do."""
+        return self.checker.verbs
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs can be sent."""
+        return self._thread.is_alive()
+
+    @property
+    def draining(self) -> bool:
+        """Whether nothing new is taken."""
+        return self._draining
+
+    def processes(self, tries: int = 20) -> set[int]:
+        """Ask the replicas for the numbers of their processes; with enough tries all of them answer."""
+
+        async def ask() -> set[int]:
+            return set(await asyncio.gather(*(self._ask_process() for _ in range(tries))))
+
+        return asyncio.run_coroutine_threadsafe(ask(), self._loop).result(60)
+
+    async def _ask_process(self) -> int:
+        return int(await self._handle.process.remote())
+
+    def stats(self) -> Stats:
+        """Return counts; what waits inside a replica counts as waiting."""
+        with self._changed:
+            tickets = list(self._open.values())
+            running = sum(_size(ticket) for ticket in tickets if ticket.started is not None)
+            queued = sum(map(_size, tickets)) - running
+            return Stats(queued, running, dict(self._served), dict(self._failed), 0, self._pace)
+
+    def stop_accepting(self) -> None:
+        """Take nothing new from now on."""
+        self._draining = True
+
+    def submit(self, job: Job, *, deadline: float | None = None) -> Ticket:
+        """Check a job and send it to a replica; see `Engine.submit`."""
+        seconds = self.deadline if deadline is None else deadline
+        if seconds is not None and not 0 < seconds < math.inf:
+            raise UniLIPError(f"The deadline is {seconds} s; it must be more than 0 seconds.")
+        end = None if seconds is None else time.monotonic() + seconds
+        ticket = self.checker.prepare(job, end)[0].ticket
+        if self._draining:
+            raise Draining("The server is shutting down; send the request again to another one, or later.", 5.0)
+        room = self.max_queue + self.replicas.most * self.max_batch
+        with self._changed:
+            waiting = sum(map(_size, self._open.values()))
+            if waiting + _size(ticket) > room:
+                wait = max(1.0, math.ceil((self._pace or 0.5) * waiting))
+                raise QueueFull(f"{waiting} of at most {room} pictures are waiting; try again in {wait:.0f} s.", wait)
+            self._open[id(ticket)] = ticket
+        future = asyncio.run_coroutine_threadsafe(self._follow(ticket, seconds), self._loop)
+        ticket._on_cancel = future.cancel  # type: ignore[assignment]
+        return ticket
+
+    async def _follow(self, ticket: Ticket, seconds: float | None) -> None:
+        """Send a job, pass on what comes back, and see that the ticket ends in every case."""
+        stream = None
+        try:
+            stream = self._handle.options(stream=True).run.remote(ticket.job, seconds)
+            await asyncio.wait_for(self._pass_on(ticket, stream), seconds)
+        except asyncio.TimeoutError:
+            ticket._fail(DeadlineExceeded(f"The request was not done within its {seconds:.0f} s; send it again.", 1.0))
+        except asyncio.CancelledError:
+            pass
+        except Exception as error:  # whatever Ray raises for an actor that died
+            logger.warning("a replica was lost: %s", str(error).splitlines()[0] if str(error) else type(error).__name__)
+            ticket._fail(ReplicaLost("The replica that held the request was lost; send the request again.", 1.0))
+        finally:
+            if stream is not None and not (ticket.done and ticket._error is None):
+                stream.cancel()
+            with self._changed:
+                self._open.pop(id(ticket), None)
+                if ticket._error is None and ticket.started is not None:
+                    self._served[ticket.verb] += 1
+                    pace = (time.monotonic() - ticket.started) / _size(ticket)
+                    self._pace = pace if not self._pace else 0.9 * self._pace + 0.1 * pace
+                elif ticket.done:
+                    self._failed[ticket.verb] += 1
+                self._changed.notify_all()
+
+    async def _pass_on(self, ticket: Ticket, stream: Any) -> None:
+        async for item in stream:
+            if isinstance(item, UniLIPError):
+                ticket._fail(item)
+            elif isinstance(item, Result):
+                ticket.settings = dict(item.settings)
+                ticket._succeed(**{name: getattr(item, name) for name in PASSED})
+            elif item.kind == "start":
+                ticket._start()
+            else:
+                ticket._emit(item)
+        if not ticket.done:
+            raise RuntimeError("the stream ended without a result")
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take nothing new and wait for what was accepted; see `Engine.drain`."""
+        self._draining = True
+        with self._changed:
+            finished = self._changed.wait_for(lambda: not self._open, timeout)
+            rest = list(self._open.values())
+        for ticket in rest:
+            if ticket._fail(Draining("The server shut down before the request was done; send it again.", 5.0)):
+                ticket._on_cancel()
+        return finished
+
+    def close(self, timeout: float = 0.0) -> None:
+        """Drain for at most `timeout` seconds and end the replicas."""
+        from ray import serve
+
+        self.drain(timeout)
+        serve.delete(APP)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+    def __enter__(self) -> RemoteEngine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+PASSED = ("images", "seeds", "psnr", "text", "finish_reason", "completion_tokens")
+
+
+def _size(ticket: Ticket) -> int:
+    return int(getattr(ticket.job, "count", 1))
