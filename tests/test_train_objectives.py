@@ -372,3 +372,20 @@ def test_only_query_positions_keep_activations(fresh_model):
     model.mllm.language_model.requires_grad_(True)  # one that learns needs the prompt's gradients too
     objective.loss(batch, 0)
     assert lengths == [(batch["prompts"].input_ids.shape[1] + model.config.num_queries, True)]
+
+
+def test_image_tokens_learn_their_places(fresh_model):
+    model = fresh_model()
+    objective, batches = prepared("tiny/sft", model, "objective.place=0.5")
+    batch = batches[0]
+    total, terms = objective.loss(batch, 0)
+    torch.testing.assert_close(total, terms["flow_edit"] + 0.5 * terms["place"])
+    optimizer = torch.optim.Adam([*model.connector.parameters(), *objective.heads.parameters()], lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        _, terms = objective.loss(batch, 0)
+        terms["place"].backward()
+        optimizer.step()
+    assert terms["place"] < 0.5  # the connector can tell; a guess costs log(4) = 1.4
+    objective, batches = prepared("tiny/pretrain", model, "objective.place=0.5")
+    assert set(objective.loss(batches[0], 0)[1]) == {"flow"}  # no image, no lesson

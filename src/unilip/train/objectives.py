@@ -118,7 +118,10 @@ class UnderstandObjective(Objective):
         """Weighted sum of the terms whose weight is not zero."""
         weights = self.weights
         terms: Terms = {}
-        features = self.model.encoder(normalise(to_unit(batch["images"])))  # B N D
+        if "features" in batch:
+            features = batch["features"].to(self.model.dtype)  # B N D
+        else:
+            features = self.model.encoder(normalise(to_unit(batch["images"])))
         total = torch.zeros((), device=features.device)
         pooled = torch.cat([features.mean(1), features.amax(1)], -1)  # B 2D
         if weights.contrastive:
@@ -170,9 +173,9 @@ class ReconstructObjective(Objective):
                 self.adversary = PatchDiscriminator()
         self._pair: tuple[Tensor, Tensor] | None = None
 
-    def reconstruct(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised pixels (B,3,H,W) -> features (B,N,D), pixels in [0,1] (not clamped)."""
-        features = self.model.encoder(normalised)
+    def reconstruct(self, normalised: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Normalised pixels (B,3,H,W) -> features (B,N,D) unless they are given, pixels in [0,1] (not clamped)."""
+        features = self.model.encoder(normalised) if features is None else features.to(self.model.dtype)
         rows = normalised.shape[-2] // TOKEN_PIXELS
         pixels = self.model.pixel_decoder(self.model.latent_head(features, rows))
         return features, (pixels.float() + 1) / 2
@@ -182,7 +185,7 @@ class ReconstructObjective(Objective):
         weights = self.weights
         target = to_unit(batch["images"])
         normalised = normalise(target)
-        features, output = self.reconstruct(normalised)
+        features, output = self.reconstruct(normalised, batch.get("features"))
         pixel = F.mse_loss(output, target)
         total = weights.pixel * pixel
         terms: Terms = {"pixel": pixel, "psnr": -10 * pixel.detach().clamp(min=1e-10).log10()}
@@ -192,7 +195,7 @@ class ReconstructObjective(Objective):
         if weights.distill:
             assert self.teacher is not None
             with torch.no_grad():
-                original = self.teacher(normalised)
+                original = batch["teacher"] if "teacher" in batch else self.teacher(normalised)
             distill = F.mse_loss(features.float(), original.float())
             terms["distill"], total = distill, total + weights.distill * distill
         self._pair = None
@@ -228,6 +231,11 @@ class FlowObjective(Objective):
     def __init__(self, recipe: Recipe, model: UniLIP, settings: Flow, sources: Mapping[str, str]) -> None:
         super().__init__(recipe, model)
         self.settings = settings
+        if settings.place:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(recipe.seed)
+                places = nn.Linear(model.config.dit.caption_channels, model.config.grid**2)
+            self.heads = nn.ModuleDict({"place": places})
         self.autoencoder: Any = None
         if settings.target == "dcae":
             if "autoencoder" not in sources:
@@ -249,14 +257,23 @@ class FlowObjective(Objective):
     @torch.no_grad()
     def source_features(self, batch: Batch) -> Tensor | None:
         """Return the frozen encoder's features (B,N,D) of the pictures to be edited, if this is a batch of edits."""
+        if "features" in batch:
+            features: Tensor = batch["features"].to(self.model.dtype)
+            return features
         return self.model.encoder(normalise(to_unit(batch["sources"]))) if "sources" in batch else None
+
+    def conditions(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the condition (B,T+Q,C) of a batch and its mask (B,T+Q)."""
+        if "conditions" in batch:
+            return batch["conditions"].to(self.model.dtype), batch["condition_mask"]
+        return self.model.conditions(batch["prompts"], self.source_features(batch))
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """Mean squared velocity error, K noises for each condition."""
         model, k = self.model, self.settings.noises
-        clean = self.clean_latents(batch["targets"])  # B Z h w
-        features = self.source_features(batch)
-        prepared = model.dit.prepare(*model.conditions(batch["prompts"], features))
+        clean = batch["latents"].float() if "latents" in batch else self.clean_latents(batch["targets"])  # B Z h w
+        condition, mask = self.conditions(batch)
+        prepared = model.dit.prepare(condition, mask)
         generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
         noise = draw_noise(len(clean), (k, *clean.shape[1:]), generators).flatten(0, 1).to(clean)  # BK Z h w
         timesteps, sigmas = train_levels(torch.cat([logit_normal(k, g) for g in generators]))
@@ -264,7 +281,17 @@ class FlowObjective(Objective):
         noisy = interpolate(clean, noise, sigmas.to(clean))
         velocity = model.dit(noisy, timesteps.to(clean.device).long(), prepared)
         loss = flow_loss(velocity, clean, noise)
-        return loss, {"flow" if features is None else "flow_edit": loss}
+        edits = "sources" in batch or "edits" in batch
+        terms = {"flow_edit" if edits else "flow": loss}
+        if self.settings.place and edits and "conditions" not in batch:  # ready ones have learned what they will
+            terms["place"] = self.place_loss(condition, batch["prompts"].image_slots)
+            loss = loss + self.settings.place * terms["place"]
+        return loss, terms
+
+    def place_loss(self, condition: Tensor, slots: Tensor) -> Tensor:
+        """Cross entropy of the place of each image token (slots (B,T)) told from the condition (B,T+Q,C) there."""
+        places = (slots.cumsum(-1) - 1)[slots] % self.model.config.grid**2
+        return F.cross_entropy(self.heads["place"](condition[:, : slots.shape[1]][slots]).float(), places)
 
     @torch.no_grad()
     def samples(self, batch: Batch) -> dict[str, Tensor]:
@@ -273,21 +300,27 @@ class FlowObjective(Objective):
         if self.autoencoder is None and "pixel_decoder" not in model.parts:
             return {}
         config, prompts = model.config, batch["prompts"]
-        pictures: Batch = {name: batch[name][:SHOWN] for name in ("sources", "targets") if name in batch}
-        tokens = Tokens(prompts.input_ids[:SHOWN], prompts.attention_mask[:SHOWN], prompts.image_slots[:SHOWN])
-        prepared = model.dit.prepare(*model.conditions(tokens, self.source_features(pictures)))
+        few: Batch = {name: value[:SHOWN] for name, value in batch.items() if isinstance(value, Tensor)}
+        few["prompts"] = Tokens(prompts.input_ids[:SHOWN], prompts.attention_mask[:SHOWN], prompts.image_slots[:SHOWN])
+        prepared = model.dit.prepare(*self.conditions(few))
         shape = (config.dit.latent_channels, config.grid, config.grid)
-        noise = draw_noise(len(pictures["targets"]), shape, torch.Generator().manual_seed(0))
+        noise = draw_noise(len(few["prompts"].input_ids), shape, torch.Generator().manual_seed(0))
         latents = denoise(
             lambda x, t: model.dit(x, t, prepared), noise.to(model.device),
             make_scheduler("dpm++", config.sampling.flow_shift), 20, 1.0,
         )  # fmt: skip
+        drawn = self.pixels(latents)
+        above = [to_unit(few[name]) for name in ("sources", "targets") if name in few]
+        above += [self.pixels(few["latents"].float())] if "latents" in few else []  # of a cache, without pictures
+        rows = [F.interpolate(row, drawn.shape[-2:], mode="bilinear") for row in above]
+        return {"drawn": torch.stack([*rows, drawn]).clamp(0, 1)}
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Return pictures (B,3,H,W) in about [0,1] of latents (B,Z,h,w) of the kind that is learned."""
         if self.autoencoder is None:
-            drawn = model.from_latent(latents)
-        else:
-            drawn = (self.autoencoder.decode(latents / self.autoencoder.config.scaling_factor).sample + 1) / 2
-        rows = [F.interpolate(to_unit(row), drawn.shape[-2:], mode="bilinear") for row in pictures.values()]
-        return {"drawn": torch.stack([*rows, drawn.clamp(0, 1)])}
+            return self.model.from_latent(latents)
+        drawn: Tensor = (self.autoencoder.decode(latents / self.autoencoder.config.scaling_factor).sample + 1) / 2
+        return drawn
 
 
 def load_autoencoder(source: str) -> Any:

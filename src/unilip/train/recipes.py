@@ -76,10 +76,16 @@ def pico() -> list[Recipe]:
             note="the queries rest: no gradient passes the text model, which is most of a step's cost beside the DiT's",
         ),
         Recipe(
-            name="pico/sft_last", objective=Flow(noises=8), trains=GENERATE, steps=3800, batch_size=16, optim=optim,
+            name="pico/sft_again", objective=Flow(noises=8), trains=GENERATE, steps=1546, batch_size=16, optim=optim,
             ema=0.998, seed=3,
             init=(f"{WHOLE_TOKENIZER},connector,dit=pico/sft_more", "mllm=pico/answer_more", "queries=pico/sft_more"),
             **(common | {"data": dataclasses.replace(data, edit_share=0.5)}), note="on the last text model",
+        ),
+        Recipe(
+            name="pico/sft_place", objective=Flow(noises=8, place=0.1), trains=GENERATE, steps=2100, batch_size=16,
+            optim=optim, ema=0.998, seed=4, init=("all=pico/sft_again",),
+            **(common | {"data": dataclasses.replace(data, edit_share=0.5)}),
+            note="the condition at an image token learns to say where in the picture it lies",
         ),
     ]  # fmt: skip
 
