@@ -44,7 +44,8 @@ class Unreadable(DataError):
 class Record:
     """A sample before anything is decoded: pictures as encoded bytes, texts as bytes or strings.
 
-    An edit has two pictures, source and target. `tensors` is what a cache holds in place of pictures, as npz.
+    An edit has two pictures, source and target. `tensors` is what a cache holds in place of pictures, as npz; `blank`
+    what it holds in place of a prompt that is dropped.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Record:
     text: str | bytes | None = None
     conversation: Any = None
     tensors: bytes | None = None
+    blank: bytes | None = None
 
 
 class Source(Protocol):

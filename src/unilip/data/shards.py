@@ -143,6 +143,13 @@ def split_name(name: str) -> tuple[str, str]:
 
 def kinds_of(members: Members) -> Iterator[tuple[str, Members]]:
     """Yield each kind that a sample can serve as, with the members that it needs."""
+    cached = next((kind for kind in KINDS if f"{kind}.npz" in members), None)
+    if cached is not None:
+        yield (
+            cached,
+            {part: members[part] for part in ("txt", "json") if part in members} | {"npz": members[f"{cached}.npz"]},
+        )
+        return
     plain = next((members[e] for e in PICTURES if e in members), None)
     pair = [
         next((members[f"{part}.{e}"] for e in PICTURES if f"{part}.{e}" in members), None)
@@ -163,9 +170,6 @@ def kinds_of(members: Members) -> Iterator[tuple[str, Members]]:
             yield "talk", {"image": plain} | talk
         elif not any(pair):
             yield "text", talk
-    for kind in KINDS:  # what a cache holds
-        if f"{kind}.npz" in members:
-            yield kind, {"npz": members[f"{kind}.npz"]} | text
 
 
 # --- shards ---------------------------------------------------------------------------------------------------------
@@ -283,9 +287,7 @@ class Shards:
             raise Unreadable("shard unreadable", f"{location}: {error}") from error
         if index.counts != self._heads[shard]["counts"]:
             file.close()
-            raise DataError(
-                f"{location} has changed since the run began; leave shards alone while it reads them."
-            )
+            raise DataError(f"{location} has changed since the run began; leave shards alone while it reads them.")
         self._open[shard] = file, index
         while len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)[1][0].close()
@@ -401,13 +403,17 @@ class ShardWriter:
         self._writer: Any = None
         folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, key: str, members: dict[str, bytes]) -> None:
-        """Add a sample: ending -> bytes."""
+    def begin(self) -> None:
+        """Begin a shard where none is being written; one that gets no sample is written, too."""
         import webdataset
 
         if self._writer is None:
             self._file = self._temporary().open("wb")
             self._writer = webdataset.TarWriter(self._file, encoder=False, mtime=0.0)
+
+    def write(self, key: str, members: dict[str, bytes]) -> None:
+        """Add a sample: ending -> bytes."""
+        self.begin()
         self._writer.write({"__key__": key, **members})
         self.inside += 1
         if self.inside >= self.count:

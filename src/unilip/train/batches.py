@@ -48,8 +48,22 @@ def stacked(name: str, images: Sequence[Any]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for key in images[0]:
         values = [image[key] for image in images]
-        found[key] = stack(values) if values[0].dtype == np.uint8 else torch.from_numpy(np.stack(values))
+        if key == "conditions":  # as long as their prompts are
+            found[key], found["condition_mask"] = left_padded(values)
+        else:
+            found[key] = stack(values) if values[0].dtype == np.uint8 else torch.from_numpy(np.stack(values))
     return found
+
+
+def left_padded(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Arrays (L,C) of different lengths -> (B,L,C), filled with zeros on the left, and their mask (B,L)."""
+    length = max(len(row) for row in rows)
+    whole = torch.zeros(len(rows), length, rows[0].shape[1], dtype=torch.from_numpy(rows[0][:0]).dtype)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        whole[i, length - len(row) :] = torch.from_numpy(row)
+        mask[i, length - len(row) :] = 1
+    return whole, mask
 
 
 def conversation(processor: Processor, rows: Sequence[tuple[int, Turns]]) -> tuple[Tokens, Tensor]:

@@ -22,7 +22,7 @@ from unilip.data.seeding import stable_hash
 from unilip.data.sources import Weighted, open_source, parse_mixture
 from unilip.errors import ConfigError
 from unilip.preprocess import Fit, Processor
-from unilip.train.batches import Batches, Reading, Turns, conversation
+from unilip.train.batches import Batches, Reading, Turns, conversation, stack
 from unilip.train.recipe import Flow, Recipe, Understand
 
 T = TypeVar("T")
@@ -148,16 +148,57 @@ class FileBatches(Batches):
 
     # --- what it holds ----------------------------------------------------------------------------------------------
 
+    def item(self, record: Record, kind: str, turns: int = 1) -> tuple[Any, ...]:
+        """Decode a record: (picture), (picture, caption), (source, target, instruction) or (picture, caption, turns).
+
+        What a cache holds comes in place of a picture, as a dictionary of arrays.
+        """
+        if kind == "image":
+            return (self._picture(record, 0, self.target_size, kind),)
+        if kind == "text":
+            return (self._turns(record, 1, 0),)
+        if kind == "caption" and isinstance(self.recipe.objective, Flow):
+            text = self.text(record, "caption", kind)
+            return self._picture(record, 0, self.target_size, kind), text
+        if kind == "edit":
+            text = self.text(record, "instruction", kind)
+            source = self._picture(record, 0, self.image_size, kind, ("features",))
+            return (
+                source,
+                self._picture(record, -1, self.target_size, kind, ("latents", "conditions", "unconditional")),
+                text,
+            )
+        objective = self.recipe.objective
+        assert isinstance(objective, Understand)
+        text = self.text(record, "caption", kind) if objective.contrastive or objective.words else ""
+        said = self._turns(record, turns, 1) if objective.next_token else ()
+        return self._picture(record, 0, self.image_size, "talk"), text, said
+
+    def assemble(self, kind: str, items: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+        """Put decoded records together as the frozen parts read them, with nothing dropped."""
+        if isinstance(self.recipe.objective, Flow):
+            text = self.processor.edit_text if kind == "edit" else self.processor.generate_text
+            prompts = self.processor.tokenize([text(item[-1]) for item in items])
+            sources = {"sources": stack([item[0] for item in items])} if kind == "edit" else {}
+            return {**sources, "targets": stack([item[-2] for item in items]), "prompts": prompts}
+        return {"images": stack([item[0] for item in items])}
+
     def _picture(self, record: Record, place: int, size: int, kind: str, names: Sequence[str] = ()) -> Any:
-        """The picture of a record as a square, with what a cache has of it; only that where pictures are not kept."""
-        found: dict[str, Any] = {}
-        if record.tensors is not None:
-            with np.load(io.BytesIO(record.tensors)) as arrays:
-                found = {name: arrays[name] for name in arrays.files if not names or name in names}
-        if not record.pictures:
-            return found
-        picture = square(record.pictures[place], size, self.fit(kind))
-        return {"images": picture, **found} if found else picture
+        """The picture of a record as a square; of a cache the arrays of these names, and the picture if it is read."""
+        if record.tensors is None:
+            return square(record.pictures[place], size, self.fit(kind))
+        found = {name: array for name, array in unpacked(record.tensors).items() if not names or name in names}
+        if record.pictures:
+            found["images"] = square(record.pictures[place], size, self.fit(kind))
+        return found
+
+    def _with_condition(self, target: Any, record: Record, index: int) -> Any:
+        """Choose, of what a cache holds, the condition of the prompt or of the one that replaces it."""
+        if isinstance(target, dict) and "conditions" in target:
+            blank = target.pop("unconditional", None)
+            if self._kept("", index) is None:
+                target["conditions"] = unpacked(record.blank or b"")["conditions"] if blank is None else blank
+        return target
 
     def fit(self, kind: str) -> Fit:
         """How pictures of a kind become square."""
@@ -181,12 +222,12 @@ class FileBatches(Batches):
                 raise Unreadable(f"{what} over {self.longest} tokens", f"it has {count}", left_out=True)
 
     def image_item(self, index: int) -> Any:
-        return self._take("image", index, lambda r: self._picture(r, 0, self.target_size, "image"))
+        return self._take("image", index, lambda record: self.item(record, "image"))[0]
 
     def caption_item(self, index: int) -> tuple[Any, str]:
         def use(record: Record) -> tuple[Any, str]:
-            text = self.text(record, "caption", "caption")
-            return self._picture(record, 0, self.target_size, "caption"), text
+            picture, text = self.item(record, "caption")
+            return self._with_condition(picture, record, index), text
 
         return self._take("caption", index, use)
 
@@ -196,21 +237,21 @@ class FileBatches(Batches):
 
     def edit_item(self, index: int) -> tuple[Any, Any, str]:
         def use(record: Record) -> tuple[Any, Any, str]:
-            text = self.text(record, "instruction", "edit")
-            source = self._picture(record, 0, self.image_size, "edit", SOURCE_NAMES)
-            return source, self._picture(record, -1, self.target_size, "edit", TARGET_NAMES), text
+            source, target, text = self.item(record, "edit")
+            return source, self._with_condition(target, record, index), text
 
         return self._take("edit", index, use)
 
+    def edits(self, samples: range) -> dict[str, Any]:
+        """Sources, instructions, targets; a cache holds nothing that tells them from captions."""
+        return super().edits(samples) | ({"edits": True} if self.recipe.data.cache else {})
+
     def questions_item(self, index: int, turns: int) -> tuple[Any, str, Turns]:
-        objective = self.recipe.objective
-        assert isinstance(objective, Understand)
-        kind = "talk" if objective.next_token else "caption"
+        kind = self.kinds[0]
 
         def use(record: Record) -> tuple[Any, str, Turns]:
-            text = self.text(record, "caption", kind) if objective.contrastive or objective.words else ""
-            said = self._turns(record, turns, 1) if objective.next_token else ()
-            return self._picture(record, 0, self.image_size, "talk"), text, said
+            picture, text, said = self.item(record, kind, turns)
+            return picture, text, said
 
         return self._take(kind, index, use)
 
@@ -226,11 +267,13 @@ class FileBatches(Batches):
         return turns
 
     def text_item(self, index: int) -> tuple[str, str]:
-        return self._take("text", index, lambda record: self._turns(record, 1, 0)[0])
+        return self._take("text", index, lambda record: self.item(record, "text"))[0][0]
 
 
-SOURCE_NAMES = ("features",)  # of a cached edit, what belongs to its source
-TARGET_NAMES = ("latents", "conditions", "unconditional")  # and to its target
+def unpacked(data: bytes) -> dict[str, np.ndarray]:
+    """Read the arrays of an npz file's bytes."""
+    with np.load(io.BytesIO(data)) as arrays:
+        return dict(arrays)
 
 
 def kinds_of_recipe(recipe: Recipe) -> tuple[str, ...]:
