@@ -1,0 +1,303 @@
+"""Time generation and editing against the reference path, in one process, taking turns.
+
+    python benchmarks/speed.py --preset ci
+    python benchmarks/speed.py --sizes 1b --tasks generate edit --batches 1 --json speed.json --plot speed.png
+    python benchmarks/speed.py --preset gpu --json speed.json
+
+Every size has random weights and a stand-in tokenizer, so nothing is downloaded; the work is that of the real model.
+For each size, task and number of pictures at once it prints the median time of the reference (benchmarks/reference.py)
+and of ours: exact (the default), compiled where asked for, and the presets `balanced` and `fast`. The floor is the time
+that the counted FLOPs of the exact path take at the rate of a large matrix product, measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from reference import Reference
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedTokenizerFast
+
+from unilip import UniLIP, preset
+from unilip.flow import draw_noise
+from unilip.preprocess import NEEDED_TOKENS, TEXT_END, Processor
+
+PROMPTS = ("three yellow stars above a blue house", "a red car", "two dogs and a cat on a green meadow", "a whale")
+INSTRUCTION = "change the background to pink"
+PRESETS: dict[str, dict[str, Any]] = {
+    "ci": dict(sizes=["tiny", "nano"], tasks=["generate", "edit"], batches=[1], repeats=3),
+    "cpu": dict(sizes=["nano", "1b"], tasks=["generate", "edit"], batches=[1], repeats=3),
+    "gpu": dict(
+        sizes=["nano", "1b", "3b"], tasks=["generate", "edit"], batches=[1, 4, 16], repeats=10, device="cuda",
+        dtype="bfloat16", compile=True,
+    ),
+}  # fmt: skip
+
+
+def stand_in_tokenizer() -> PreTrainedTokenizerFast:
+    """Make a byte-level tokenizer that fits every size."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = list(dict.fromkeys([TEXT_END, *NEEDED_TOKENS]))
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )  # fmt: skip
+    texts = ["user\nGenerate an image: ", "user\nEdit the image: ", "assistant\n", *PROMPTS, INSTRUCTION]
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=TEXT_END)
+
+
+def random_model(size: str, device: str, dtype: torch.dtype) -> UniLIP:
+    """Build a model of random weights."""
+    model = UniLIP.from_config(preset(size))
+    model.processor = Processor(stand_in_tokenizer(), model.config)
+    return model.to(device=device, dtype=dtype)
+
+
+class Clock:
+    """Measures calls: seconds, and the memory of this process or device at its peak."""
+
+    def __init__(self, device: str, cpu_time: bool) -> None:
+        self.device, self.now = device, time.process_time if cpu_time else time.perf_counter
+
+    def __call__(self, call: Callable[[], Any]) -> tuple[float, float | None, Any]:
+        """Return seconds, GiB at the peak (None where it cannot be told) and the result of a call."""
+        cuda = self.device.startswith("cuda")
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            forget_peak()
+        start = self.now()
+        result = call()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = self.now() - start
+        return seconds, torch.cuda.max_memory_allocated() / 2**30 if cuda else peak_gib(), result
+
+
+def forget_peak() -> None:
+    """Let Linux count this process's peak memory anew."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_gib() -> float | None:
+    """Return the peak resident memory since `forget_peak`, GiB; None where there is no /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+
+
+def matmul_rate(clock: Clock, dtype: torch.dtype) -> float:
+    """Return FLOP/s of a large matrix product, the best of several."""
+    side = 8192 if clock.device.startswith("cuda") else 1536
+    a = torch.randn(side, side, device=clock.device, dtype=dtype)
+    return max(2 * side**3 / clock(lambda: a @ a)[0] for _ in range(8))
+
+
+def work(model: UniLIP, task: str, count: int) -> tuple[list[str], list[Image.Image] | None]:
+    """Return the prompts or instructions of a batch, and its source pictures."""
+    if task == "generate":
+        return [PROMPTS[i % len(PROMPTS)] for i in range(count)], None
+    side = model.config.image_size
+    return [INSTRUCTION] * count, [Image.new("RGB", (side, side), (40 * i % 256, 90, 160)) for i in range(count)]
+
+
+def compare(
+    model: UniLIP, reference: Reference, task: str, count: int, steps: int, repeats: int, compiled: bool, clock: Clock
+) -> dict[str, Any]:
+    """Time one size, task and number of pictures; the paths take turns."""
+    prompts, images = work(model, task, count)
+    grid, guidance = model.config.grid, max(model.config.sampling.guidance_scale, 1.5)
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+    noise = draw_noise(count, (model.config.dit.latent_channels, grid, grid), generators())
+    latents: dict[str, Tensor] = {}
+
+    def ours(name: str, **settings: Any) -> Callable[[], None]:
+        def run() -> None:
+            settings.setdefault("num_inference_steps", None if "preset" in settings else steps)
+            common: dict[str, Any] = dict(
+                generator=generators(), guidance_scale=guidance, output_type="latent", progress=False
+            )
+            drawn = (
+                model.generate(prompts, **common, **settings)
+                if images is None
+                else model.edit(images, prompts, **common, **settings)
+            )
+            latents[name] = drawn.images.float().cpu()
+            model.from_latent(drawn.images)
+
+        return run
+
+    def plain() -> None:
+        latents["reference"] = reference.run(prompts, images, noise, steps, guidance)[0].float().cpu()
+
+    def compiled_run() -> None:
+        assert accelerated is not None
+        model._compiled = accelerated
+        try:
+            ours("compiled")()
+        finally:
+            model._compiled = None
+
+    accelerated = model.compile()._compiled if compiled else None
+    model._compiled = None
+    paths: dict[str, Callable[[], None]] = {"reference": plain, "exact": ours("exact")}
+    if compiled:
+        paths["compiled"] = compiled_run
+    paths |= {name: ours(name, preset=name) for name in ("balanced", "fast")}
+    with FlopCounterMode(display=False) as counter:  # the first run of each path is not timed
+        paths["exact"]()
+    for name, path in paths.items():
+        if name != "exact":
+            path()
+    seconds: dict[str, list[float]] = {name: [] for name in paths}
+    peaks: dict[str, list[float]] = {name: [] for name in paths}
+    for _ in range(repeats):
+        for name, path in paths.items():
+            taken, peak, _ = clock(path)
+            seconds[name].append(taken)
+            peaks[name] += [] if peak is None else [peak]
+    exact = latents["exact"]
+    differences = {name: float((latents[name] - latents["reference"]).abs().max()) for name in paths}
+    away = {name: float((latents[name] - exact).norm() / exact.norm()) for name in paths}
+    return {
+        "task": task,
+        "batch": count,
+        "steps": steps,
+        "flops": counter.get_total_flops(),
+        "paths": {
+            name: {
+                "median_s": statistics.median(seconds[name]),
+                "least_s": min(seconds[name]),
+                "ratio": statistics.median(seconds["reference"]) / statistics.median(seconds[name]),
+                "peak_gib": max(peaks[name], default=None),
+                "largest_difference": differences[name],
+                "relative_distance": away[name],
+            }
+            for name in paths
+        },
+    }
+
+
+def commit() -> str:
+    """Return the commit that is checked out, or "unknown"."""
+    words = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Lay the results out as a Markdown table."""
+    lines = [
+        "| size | task | pictures | path | median s | reference / it | floor s | of the floor | peak GiB | "
+        "largest difference of latents |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        for name, p in r["paths"].items():
+            peak = "" if p["peak_gib"] is None else f"{p['peak_gib']:.2f}"
+            exact = name in ("reference", "exact", "compiled")
+            floor = (f"{r['floor_s']:.3g}", f"{p['median_s'] / r['floor_s']:.2f}") if exact else ("", "")
+            apart = f"{p['largest_difference']:.1e}" if exact else f"{p['relative_distance']:.3f} relative to exact"
+            lines.append(
+                f"| {r['size']} | {r['task']} | {r['batch']} | {name} | {p['median_s']:.3g} | {p['ratio']:.2f} | "
+                f"{floor[0]} | {floor[1]} | {peak} | {apart} |"
+            )
+    return "\n".join(lines)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw the ratios as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [f"{r['size']} {r['task']} x{r['batch']}" for r in results]
+    paths = [name for name in results[0]["paths"] if name != "reference"]
+    figure, axes = pyplot.subplots(figsize=(2 + 1.4 * len(names), 4))
+    for k, name in enumerate(paths):
+        ratios = [r["paths"][name]["ratio"] for r in results]
+        axes.bar([i + k * 0.8 / len(paths) for i in range(len(names))], ratios, 0.8 / len(paths), label=name)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks([i + 0.4 - 0.4 / len(paths) for i in range(len(names))], names, rotation=20)
+    axes.set_ylabel("times as fast as the reference")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Read the options, measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, help="a choice of the options below; others may be given besides")
+    parser.add_argument("--sizes", nargs="+", choices=("tiny", "pico", "nano", "1b", "3b"), default=["nano"])
+    parser.add_argument("--tasks", nargs="+", choices=("generate", "edit"), default=["generate", "edit"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1], help="numbers of pictures at once")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="measure the compiled path, too")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a machine that others use")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    known, _ = parser.parse_known_args()
+    parser.set_defaults(**PRESETS.get(known.preset or "", {}))
+    o = parser.parse_args()
+    dtype, clock = getattr(torch, o.dtype), Clock(o.device, o.cpu_time)
+    torch.manual_seed(0)
+    rate = matmul_rate(clock, dtype)
+    name = torch.cuda.get_device_name() if o.device.startswith("cuda") else platform.processor() or platform.machine()
+    about = {
+        "date": time.strftime("%Y-%m-%d"), "commit": commit(), "hardware": name, "threads": torch.get_num_threads(),
+        "device": o.device, "dtype": o.dtype, "torch": torch.__version__, "matmul_flops": rate,
+        "clock": "processor time" if o.cpu_time else "wall time",
+    }  # fmt: skip
+    print(
+        ", ".join(
+            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in about.items()
+        )
+    )
+    results = []
+    for size in o.sizes:
+        model = random_model(size, o.device, dtype)
+        reference = Reference(model)
+        for task in o.tasks:
+            for count in o.batches:
+                found = compare(model, reference, task, count, o.steps, o.repeats, o.compile, clock)
+                results.append({"size": size, **found, "floor_s": found["flops"] / rate})
+                print(f"{size} {task} x{count}: exact {found['paths']['exact']['ratio']:.2f} times as fast", flush=True)
+        del model, reference
+    print(table(results))
+    if o.json:
+        o.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+    if o.plot:
+        plot(results, o.plot)
+
+
+if __name__ == "__main__":
+    main()
