@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import threading
 import webbrowser
 from typing import TYPE_CHECKING, Any
 
-from unilip.cli.options import LOADING, Options, Verb, whole
+from unilip.cli.options import LOADING, Options, Verb
 from unilip.cli.terminal import describe_model, load, say
 from unilip.errors import UniLIPError
 
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from unilip.serve.studio import About, Samples
 
 PASSWORD = "UNILIP_PASSWORD"
+LOCAL = ("localhost", "127.0.0.1", "[::1]")
 CAN = (
     "draw, change, describe and answer about scenes of one to four flat emoji drawings on a plain background, at "
     "112 px: kinds of things, counts, colours, places."
@@ -26,14 +26,6 @@ CANNOT = (
     "are."
 )
 OTHER = "what it was trained for; this page asks nothing of it that its parts cannot do."
-
-
-def is_local(host: str) -> bool:
-    """Whether an address is this machine alone."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def samples() -> Samples:
@@ -62,44 +54,40 @@ def studio(o: Options) -> int:
     password = o.password if o.password is not None else os.environ.get(PASSWORD)
     if password is not None and not password.strip():
         raise UniLIPError(f"The password is empty; give one, or leave --password and {PASSWORD} out.")
-    local = is_local(o.host)
-    if not local and not password:
-        raise UniLIPError(
-            f"--host {o.host} can be reached from other machines; give a --password too, or set {PASSWORD}."
-        )
     import uvicorn
 
+    from unilip.serve.server import MIN_KEY, is_local, listen
+
+    local = is_local(o.host)
+    if not local and len(password or "") < MIN_KEY:
+        raise UniLIPError(
+            f"--host {o.host} can be reached from other machines; give a --password of at least {MIN_KEY} characters, "
+            f"or set {PASSWORD}."
+        )
+    taken = listen(o.host, o.port)
+    port = taken.getsockname()[1]
+    host = "localhost" if o.host in ("0.0.0.0", "::") else f"[{o.host.strip('[]')}]" if ":" in o.host else o.host
     from unilip.serve.engine import Engine
     from unilip.serve.studio import create_app
 
-    model = load(o)
-    names = describe_model(o, model)
-    shown = f"[{o.host}]" if ":" in o.host else o.host
-    address = f"http://{'localhost' if o.host in ('0.0.0.0', '::') else shown}:{o.port}/"
-    with Engine(model) as engine:
-        hosts = ["localhost", "127.0.0.1", "[::1]", o.host] if local else ["*"]
-        app = create_app(
-            engine, about(o, names["model"]), samples(), hosts=hosts, password=password, metadata=o.metadata
-        )
-        say(f"{names['model']} on {names['device']}; the studio is at {address} (Ctrl+C ends it)")
-        if o.open:
-            threading.Timer(1.0, webbrowser.open, (address,)).start()
-        config = uvicorn.Config(
-            app, host=o.host, port=o.port, log_level="info" if o.debug else "warning", timeout_graceful_shutdown=3
-        )
-        server = uvicorn.Server(config)
-        try:
-            server.run()
-        except SystemExit as stop:  # uvicorn's way to say that it could not start
-            raise UniLIPError(f"The studio could not start at {address}; is port {o.port} taken? See --port.") from stop
+    with taken:
+        model = load(o)
+        names = describe_model(o, model)
+        with Engine(model) as engine:
+            app = create_app(
+                engine, about(o, names["model"]), samples(), hosts=[*LOCAL, host] if local else ["*"],
+                password=password, metadata=o.metadata,
+            )  # fmt: skip
+            address = f"http://{host}:{port}/"
+            say(f"{names['model']} on {names['device']}; the studio is at {address} (Ctrl+C ends it)")
+            if o.open:
+                threading.Timer(1.0, webbrowser.open, (address,)).start()
+            level = "info" if o.debug else "warning"
+            uvicorn.Server(uvicorn.Config(app, log_level=level, timeout_graceful_shutdown=3)).run(sockets=[taken])
     return 0
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "--host": dict(
-        default="127.0.0.1", metavar="ADDRESS", help="where to listen; any but this machine needs a key or password"
-    ),
-    "--port": dict(type=whole(0, 65535), default=7860, metavar="N", help="the TCP port (7860)"),
     "--password": dict(
         metavar="TEXT", help=f"ask for it, and the user unilip, before the page is shown ({PASSWORD} is read too)"
     ),

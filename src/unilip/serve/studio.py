@@ -32,10 +32,14 @@ from unilip.config import SOLVERS
 from unilip.errors import UniLIPError
 from unilip.preprocess import FITS
 from unilip.serve.engine import Engine
-from unilip.serve.studio_desk import Desk, Desks, Studio, Update, note, parameters
+from unilip.serve.studio_desk import Desks, Studio, Update, note, parameters
 
 logger = logging.getLogger(__name__)
 
+BUTTONS: list[Any] = [
+    "download",
+    "fullscreen",
+]  # of pictures; not "share", which would upload them to other people's machines
 USER = "unilip"  # who logs in where a password is set
 MAX_UPLOAD = "20mb"
 POLICY = "; ".join(
@@ -115,6 +119,10 @@ html{scrollbar-gutter:stable}
 background:var(--background-fill-secondary);font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 .note.done{border-left-color:#2e9e62}.note.error{border-left-color:#d0453a;font-weight:550}
 .note:empty{visibility:hidden}
+[aria-label=Share],[title=Share]{display:none!important}
+#edit-difference img,#reconstruct-seen img,#reconstruct-again img,#reconstruct-difference img,
+#edit-source img,#reconstruct-source img{width:100%;height:100%;object-fit:contain}
+#chat .message img{width:min(14rem,60vw);height:auto}
 .note progress{width:min(60%,24rem);height:.6rem;vertical-align:middle;accent-color:var(--primary-500);
 margin-right:.5rem}
 .keys{font-size:.82rem;color:var(--body-text-color-subdued)}
@@ -282,8 +290,18 @@ class Page:
                 stop = gr.Button("Cancel", variant="stop", elem_id="chat-stop", visible=False, min_width=90)
                 new = gr.Button("New conversation", size="sm", elem_id="chat-new", min_width=120)
             outputs = {"messages": chat, "box": box, "status": status}
-            bound = self._bind(self._say, outputs, box, stop, "chat")
-            self._on([box.submit], bound, [box, mode])
+            bound = self._bind(self.studio.say, outputs, box, stop, "chat")
+            message = gr.State(None)
+
+            def take(given: Any) -> tuple[Any, Any]:
+                return given, gr.MultimodalTextbox(value={"text": "", "files": []}, interactive=False)
+
+            box.submit(
+                take, box, [message, box], show_progress="hidden", trigger_mode="once", api_visibility="private"
+            ).then(
+                bound.__call__, [message, mode], bound.components, show_progress="hidden", concurrency_limit=16,
+                api_visibility="private",
+            )  # fmt: skip
 
             def forget(request: gr.Request) -> list[Any]:
                 update = self.studio.forget(self.desks.get(str(request.session_hash)))
@@ -295,12 +313,6 @@ class Page:
             if talks:
                 gr.Examples(talks, [box], label="Try one of these, then press Enter", elem_id="chat-examples")
             self.chat_box = box
-
-    def _say(self, desk: Desk, message: Mapping[str, Any] | None, mode: Any) -> Iterator[Update]:
-        for update in self.studio.say(desk, message or {}, mode):
-            if "box" in update and update["box"] is None:
-                update |= {"box": {"text": "", "files": []}}
-            yield update
 
     def _generate(self) -> None:
         with gr.Tab("Generate", id="generate"):
@@ -318,7 +330,7 @@ class Page:
                 with gr.Column(scale=3, min_width=300):
                     gallery = gr.Gallery(
                         label="Pictures", columns=2, object_fit="contain", format="png", elem_id="generate-gallery",
-                        height="auto", interactive=False, fit_columns=False,
+                        height="auto", interactive=False, fit_columns=False, buttons=BUTTONS,
                     )  # fmt: skip
                     with gr.Row():
                         self.edit_it = gr.Button("Edit this picture", size="sm", elem_id="generate-edit")
@@ -357,14 +369,14 @@ class Page:
                         keep = gr.Checkbox(False, label="Give the result the shape of the source", min_width=140)
                 with gr.Column(scale=3, min_width=300):
                     slider = gr.ImageSlider(
-                        label="Before / after", format="png", elem_id="edit-slider", interactive=False, max_height=460,
-                        type="filepath",
+                        label="Before / after", format="png", elem_id="edit-slider", interactive=False,
+                        max_height=460, type="filepath", buttons=BUTTONS,
                     )  # fmt: skip
                     edited = gr.State(None)
                     again = gr.Button("Go on with the result", size="sm", elem_id="edit-again")
                     gap = gr.Image(
                         label="Difference: black is unchanged, white changed most", format="png", interactive=False,
-                        elem_id="edit-difference", height=260,
+                        buttons=BUTTONS, elem_id="edit-difference", height=260,
                     )  # fmt: skip
             outputs = {"slider": slider, "difference": gap, "edited": edited, "seed": settings[1], "status": status}
             bound = self._bind(self.studio.edit, outputs, go, stop, "edit")
@@ -396,15 +408,15 @@ class Page:
                     with gr.Row():
                         seen = gr.Image(
                             label="As the model saw it", format="png", interactive=False, min_width=140, height=300,
-                            elem_id="reconstruct-seen",
+                            buttons=BUTTONS, elem_id="reconstruct-seen",
                         )  # fmt: skip
                         again = gr.Image(
                             label="Drawn again", format="png", interactive=False, min_width=140, height=300,
-                            elem_id="reconstruct-again",
+                            buttons=BUTTONS, elem_id="reconstruct-again",
                         )  # fmt: skip
                     gap = gr.Image(
                         label="Difference: black is none, white is most", format="png", interactive=False, height=220,
-                        elem_id="reconstruct-difference",
+                        buttons=BUTTONS, elem_id="reconstruct-difference",
                     )  # fmt: skip
             outputs = {"seen": seen, "again": again, "difference": gap, "status": status}
             bound = self._bind(self.studio.reconstruct, outputs, go, stop, "reconstruct")
@@ -422,7 +434,7 @@ class Page:
     def _upload(label: str, name: str) -> gr.Image:
         picture = gr.Image(
             label=label, type="filepath", sources=["upload", "clipboard"], height=260, elem_id=f"{name}-source",
-            image_mode=None,
+            image_mode=None, buttons=["fullscreen"],
         )  # fmt: skip
         # set, not overridden: for a subclass gradio would write a stub beside this file
         picture.preprocess = _path  # type: ignore[method-assign]
@@ -437,7 +449,7 @@ class Page:
             status = gr.HTML(note(""), elem_id="history-status", padding=False)
             gallery = gr.Gallery(
                 label="Pictures of this page, newest first", columns=4, object_fit="contain", format="png",
-                interactive=False, elem_id="history-gallery", height="auto", fit_columns=False,
+                interactive=False, elem_id="history-gallery", buttons=BUTTONS, height="auto", fit_columns=False,
             )  # fmt: skip
 
             def show(request: gr.Request) -> tuple[Any, str]:
@@ -513,7 +525,7 @@ def create_app(
     about: About,
     samples: Samples | None = None,
     *,
-    hosts: Sequence[str] = ("localhost", "127.0.0.1", "::1"),
+    hosts: Sequence[str] = ("localhost", "127.0.0.1", "[::1]"),
     password: str | None = None,
     metadata: bool = True,
 ) -> FastAPI:

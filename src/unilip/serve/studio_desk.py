@@ -418,7 +418,7 @@ class Studio:
     def say(self, desk: Desk, message: Mapping[str, Any], mode: Mode = "auto") -> Iterator[Update]:
         """Answer, draw or change a picture, as a message {"text", "files"} wants.
 
-        Yields "messages", the whole conversation as it is shown, and "box", what the field of the next message holds.
+        Yields "messages", the whole conversation as it is shown, and "box", the message again if it was refused.
         A picture that is asked about, or changed, is the newest one; an answer knows what was said since it appeared.
         """
         shown = len(desk.messages)
@@ -449,7 +449,7 @@ class Studio:
             raise ImageError("There is no picture to change yet; add one to your message, or have one drawn first.")
         desk.messages += [_message("user", {"path": path}) for path in files]
         desk.messages.append(_message("user", text))
-        yield {"messages": list(desk.messages), "box": None, "status": bar(Event("start"))}
+        yield {"messages": list(desk.messages), "status": bar(Event("start"))}
         images: tuple[Image.Image, ...] = ()
         if wanted == "ask":
             reply = yield from self._answer(desk, text, pictures)
