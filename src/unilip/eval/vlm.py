@@ -225,7 +225,8 @@ class RemoteJudge:
                 "--judge-model and OPENAI_API_KEY. Pictures and answers so far are kept."
             ) from error
         except e.BadRequestError as error:
-            refused = any(code in str(error) for code in POLICY)
+            said = f"{error} {error.code} {error.body}"
+            refused = any(code in said for code in POLICY)
             self._count(1, 0)
             return Answer(question.key, "refused" if refused else "failed", reason=_line(error)), None
         except Exception as error:  # timeouts, lost connections, what the server says after all retries, broken JSON
