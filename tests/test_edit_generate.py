@@ -202,10 +202,13 @@ def test_guidance_up_to_one_makes_no_unconditional_pass(guidance, draw, rows):
 
 def test_the_unconditional_prompt_is_read_once(tiny_model, draw):
     seen = []
+    tiny_model._unconditional = None
     hook = tiny_model.connector.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    draw(PROMPTS[:3], num_images_per_prompt=2)
+    first = draw(PROMPTS[:3], num_images_per_prompt=2)
+    again = draw(PROMPTS[:3], num_images_per_prompt=2)
     hook.remove()
-    assert seen == [4]
+    assert seen == [3, 1, 3]  # and kept for the next call
+    assert torch.equal(first, again)
 
 
 def test_guidance_is_the_unconditional_prompt_plus_g_times_the_difference(tiny_model, draw):

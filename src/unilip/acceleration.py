@@ -56,7 +56,7 @@ class Shortcut:
 PRESETS: dict[str, Shortcut] = {
     "quality": Shortcut(),
     "balanced": Shortcut(steps=10, solver="unipc", shift=2.0),
-    "fast": Shortcut(steps=6, solver="unipc", shift=2.0),
+    "fast": Shortcut(steps=6, solver="unipc", shift=2.5),
 }
 assert tuple(PRESETS) == SAMPLING_PRESETS
 
@@ -90,7 +90,7 @@ class Velocity:
         twin: DiT | None = None,
     ) -> None:
         self.dit, self.modulations, self.reuse = dit, modulations, reuse
-        self.step = dit.step if step is None else step
+        self.step = self._call if step is None else step
         guided = len(condition.mask) > count
         self.both = condition
         self.own = condition.part(slice(count, None)) if guided else condition
@@ -118,6 +118,10 @@ class Velocity:
             here = self.step(conditional, modulation, self.own)
             return torch.cat([there.to(here.device), here])
         return self.step(rows, modulation, self.both if guided else self.own)
+
+    def _call(self, latent: Tensor, modulation: Tensor, condition: PreparedCondition) -> Tensor:
+        velocity: Tensor = self.dit(latent, None, condition, modulation)
+        return velocity
 
     def _reusing(self, i: int, rows: Tensor, modulation: Tensor, condition: PreparedCondition) -> Tensor:
         """First-block caching: where a step is to reuse, add what the later blocks added in the step before."""

@@ -159,9 +159,17 @@ class DiT(nn.Module):
         hidden = net.proj_out(modulated_norm(net.norm_out.norm, hidden, modulation[:, -2:]))  # B n Z
         return hidden.transpose(1, 2).reshape(len(hidden), -1, *size)  # B Z h w
 
-    def forward(self, latent: Tensor, timestep: Tensor, condition: PreparedCondition) -> Tensor:
-        """Return the velocity (B,Z,h,w) of latents (B,Z,h,w) at integer timesteps (B,) in [0, 1000]."""
-        return self.step(latent, self.modulate(timestep), condition)
+    def forward(
+        self, latent: Tensor, timestep: Tensor | None, condition: PreparedCondition, modulation: Tensor | None = None
+    ) -> Tensor:
+        """Return the velocity (B,Z,h,w) of latents (B,Z,h,w) at integer timesteps (B,) in [0, 1000].
+
+        In place of timesteps, what `modulate` returned for them, or for the one of all rows, may be given.
+        """
+        if modulation is None:
+            assert timestep is not None
+            modulation = self.modulate(timestep)
+        return self.step(latent, modulation, condition)
 
 
 # --- one block, on tokens (B,n,W) -----------------------------------------------------------------------------------

@@ -1,0 +1,123 @@
+"""Where the time of a picture goes, part by part.
+
+    python benchmarks/profile.py --size nano
+    python benchmarks/profile.py --model FOLDER --task edit --steps 4 --operators
+
+For each part: calls, seconds, share, counted GFLOP and the rate they amount to. `--operators` adds the torch profiler's
+table. A size has random weights; a model is loaded as it is, and nothing loads the embedded one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from speed import PROMPTS, random_model, work
+from torch.profiler import ProfilerActivity
+from torch.utils.flop_counter import FlopCounterMode
+
+from unilip import UniLIP
+
+PLACES = {
+    "encoder": ("encoder", "forward"),
+    "language model": ("mllm", "read_with_queries"),
+    "connector": ("connector", "forward"),
+    "keys and values": ("dit", "prepare"),
+    "modulations": ("dit", "modulate"),
+    "steps": ("dit", "step"),
+    "decoder": ("pixel_decoder", "decode"),
+}
+
+
+class Watch:
+    """Counts calls, seconds and FLOPs of methods, by wrapping them on their objects."""
+
+    def __init__(self, model: UniLIP) -> None:
+        self.model, self.rows = model, {name: [0, 0.0, 0.0] for name in PLACES}
+        for name, (part, method) in PLACES.items():
+            if part in model.parts:
+                owner = model.get_submodule(part)
+                setattr(owner, method, self.wrap(name, getattr(owner, method)))
+
+    def now(self) -> float:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **options: Any) -> Any:
+            start = self.now()
+            if self.counting:
+                with FlopCounterMode(display=False) as counter:
+                    result = call(*arguments, **options)
+                self.rows[name][2] += counter.get_total_flops()
+                return result
+            result = call(*arguments, **options)
+            self.rows[name][0] += 1
+            self.rows[name][1] += self.now() - start
+            return result
+
+        return timed
+
+    counting = False
+
+
+def main() -> None:
+    """Read the options, draw, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("tiny", "pico", "nano", "1b", "3b"), help="random weights of this size")
+    parser.add_argument("--model", help="a checkpoint instead")
+    parser.add_argument("--task", choices=("generate", "edit"), default="generate")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--operators", action="store_true", help="the table of the torch profiler, too")
+    parser.add_argument("--json", type=Path)
+    o = parser.parse_args()
+    if o.size:
+        model = random_model(o.size, o.device, getattr(torch, o.dtype))
+    else:
+        model = UniLIP.from_pretrained(o.model, device=o.device, dtype=o.dtype)
+    prompts, images = work(model, o.task, o.batch)
+
+    def draw() -> None:
+        settings: dict[str, Any] = dict(num_inference_steps=o.steps, guidance_scale=4.5, progress=False)
+        settings["generator"] = [torch.Generator().manual_seed(i) for i in range(o.batch)]
+        if images is None:
+            model.generate(prompts, **settings)
+        else:
+            model.edit(images, prompts, **settings)
+
+    watch = Watch(model)
+    watch.counting = True
+    draw()  # also warms up
+    watch.counting = False
+    model._unconditional = None  # as in a first call
+    start = watch.now()
+    draw()
+    whole = watch.now() - start
+    rows = {name: row for name, row in watch.rows.items() if row[0]}
+    rows["the rest"] = [1, whole - sum(row[1] for row in rows.values()), 0.0]
+    print("| part | calls | seconds | share | GFLOP | GFLOP/s |\n|---|---|---|---|---|---|")
+    for name, (calls, seconds, flops) in rows.items():
+        rate = f"{flops / seconds / 1e9:.0f}" if flops and seconds else ""
+        print(f"| {name} | {calls} | {seconds:.3f} | {seconds / whole:.1%} | {flops / 1e9:.1f} | {rate} |")
+    print(f"| all | | {whole:.3f} | | {sum(row[2] for row in rows.values()) / 1e9:.1f} | |")
+    if o.json:
+        o.json.write_text(json.dumps({"seconds": whole, "parts": rows, "prompts": PROMPTS[: o.batch]}, indent=1) + "\n")
+    if o.operators:
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if o.device.startswith("cuda") else [])]
+        with torch.profiler.profile(activities=kinds) as profiler:
+            draw()
+        key = "self_cuda_time_total" if o.device.startswith("cuda") else "self_cpu_time_total"
+        print(profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=48))
+
+
+if __name__ == "__main__":
+    main()

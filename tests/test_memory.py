@@ -1,0 +1,269 @@
+"""Less memory, the same answers: parts that come and go, strips, few bits, and nothing kept after an interruption."""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unilip import cli
+from unilip.config import QUANTIZATIONS
+from unilip.decoder import decode_in_strips
+from unilip.errors import UniLIPError
+from unilip.memory import is_quantized, quantize
+from unilip.model import UniLIP
+
+
+def draw(model: UniLIP, **settings: Any) -> Tensor:
+    settings = {"generator": torch.Generator().manual_seed(0), "output_type": "pt", "progress": False, **settings}
+    images: Tensor = model.generate("a red star", num_inference_steps=4, **settings).images
+    return images
+
+
+def held(model: UniLIP) -> set[str]:
+    """The parts that have weights."""
+    return {part for part in model.parts if not any(p.is_meta for p in model.get_submodule(part).parameters())}
+
+
+# --- parts that come and go -----------------------------------------------------------------------------------------
+
+
+def everything(model: UniLIP, picture: Image.Image) -> list[Any]:
+    """A result of each ability."""
+    settings: dict[str, Any] = dict(num_inference_steps=3, output_type="pt", progress=False)
+    edited = model.edit(picture, "make it blue", generator=torch.Generator().manual_seed(1), **settings).images
+    streamed = "".join(model.ask(picture, "What is it?", max_new_tokens=4, stream=True))
+    return [draw(model), edited, model.reconstruct(picture, output_type="pt").images, streamed]
+
+
+def same(ours: list[Any], expected: list[Any]) -> bool:
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(ours, expected, strict=True))
+
+
+def test_parts_read_from_disk_as_needed_give_the_same(
+    tiny_model: UniLIP, tiny_folder: Path, picture: Callable[..., Image.Image]
+) -> None:
+    model = UniLIP.from_pretrained(tiny_folder, low_memory=True)
+    seen: set[str] = set()
+    model.dit.transformer.patch_embed.register_forward_pre_hook(lambda *_: seen.update(held(model)))
+    assert held(model) == set() and str(model.device) == "cpu"
+    ours, expected = everything(model, picture()), everything(tiny_model, picture())
+    assert same(ours[:1] + ours[3:], expected[:1] + expected[3:])
+    assert all(float((a - b).abs().max()) < 1e-5 for a, b in zip(ours[:3], expected[:3], strict=True))  # in strips
+    assert seen == {"dit"}  # nothing else was there while it worked
+    assert held(model) == set()
+
+
+def test_low_memory_keeps_the_type(tiny_folder: Path) -> None:
+    model = UniLIP.from_pretrained(tiny_folder, low_memory=True, dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(draw(model), draw(UniLIP.from_pretrained(tiny_folder, dtype="bfloat16").enable_tiling()))
+    assert draw(UniLIP.from_pretrained(tiny_folder, low_memory=True, dtype="auto")).isfinite().all()
+
+
+def test_offloaded_parts_are_moved_and_put_back(
+    tiny_model: UniLIP, fresh_model: Callable[..., UniLIP], picture: Callable[..., Image.Image]
+) -> None:
+    model = fresh_model(text=tiny_model.config.text)
+    homes = {name: p for name, p in model.named_parameters()}
+    model.enable_cpu_offload("cpu")
+    seen: list[set[str]] = []
+    model.dit.transformer.patch_embed.register_forward_pre_hook(lambda *_: seen.append(set(model._offload.present)))
+    assert same(everything(model, picture()), everything(tiny_model, picture()))
+    assert {frozenset(s) for s in seen} == {frozenset({"dit"})}
+    assert model._offload is not None and model._offload.present == set()
+    assert all(p is homes[name] for name, p in model.named_parameters())  # the originals are in their places
+
+
+def test_offloading_keeps_tied_weights_tied(fresh_model: Callable[..., UniLIP], tiny_model: UniLIP) -> None:
+    import dataclasses
+
+    model = fresh_model(text=dataclasses.replace(tiny_model.config.text, tie_embeddings=True)).enable_cpu_offload("cpu")
+    with model._using("mllm"):
+        llm: Any = model.mllm.language_model
+        assert llm.lm_head.weight is llm.model.embed_tokens.weight
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupt(*_: Any) -> None:
+    raise Stop
+
+
+def tensor_bytes() -> int:
+    gc.collect()
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is Tensor}
+    return sum(storages.values())
+
+
+def test_an_interrupted_run_frees_memory(fresh_model: Callable[..., UniLIP]) -> None:
+    model = fresh_model()
+    with pytest.raises(Stop):
+        draw(model, callback_on_step_end=interrupt)  # the unconditional condition is kept from here on
+    before = tensor_bytes()
+    for _ in range(2):
+        with pytest.raises(Stop):
+            draw(model, callback_on_step_end=interrupt, num_images_per_prompt=4)
+    assert tensor_bytes() <= before
+
+
+@pytest.mark.parametrize("kind", ["disk", "offload"])
+def test_an_interrupted_run_takes_its_parts_away(
+    kind: str, tiny_folder: Path, fresh_model: Callable[..., UniLIP]
+) -> None:
+    if kind == "disk":
+        model = UniLIP.from_pretrained(tiny_folder, low_memory=True)
+    else:
+        model = fresh_model().enable_cpu_offload("cpu")
+    with pytest.raises(Stop):
+        draw(model, callback_on_step_end=interrupt)
+    assert model._offload is not None and model._offload.present == set()
+    assert kind == "offload" or held(model) == set()
+    answer = model.ask(None, "What?", stream=True, max_new_tokens=5)
+    next(answer)  # type: ignore[arg-type]
+    assert model._offload.present == {"mllm"}
+    answer.close()  # type: ignore[union-attr]
+    assert model._offload.present == set()
+    assert draw(model).isfinite().all()  # and works again
+
+
+def test_what_cannot_go_together_says_so(fresh_model: Callable[..., UniLIP], tmp_path: Path) -> None:
+    model = fresh_model().enable_cpu_offload("cpu")
+    for call in (lambda: model.compile(), lambda: model.split_guidance("cpu"), lambda: model.quantize("int8")):
+        with pytest.raises(UniLIPError):
+            call()
+    with pytest.raises(UniLIPError, match="cannot be saved"):
+        model.save_pretrained(tmp_path / "x")
+    with pytest.raises(UniLIPError, match="choose one"):
+        fresh_model().compile().enable_cpu_offload("cpu")
+    with pytest.raises(UniLIPError, match="strips is 0"):
+        fresh_model().enable_tiling(0)
+
+
+# --- strips ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pixel_shuffle", "interpolate"])
+@pytest.mark.parametrize("strips", [2, 3, 100])
+def test_strips_decode_to_the_same_pixels(fresh_model: Callable[..., UniLIP], kind: str, strips: int) -> None:
+    import dataclasses
+
+    from unilip.config import preset
+
+    config = dataclasses.replace(preset("tiny").decoder, upsample_block_type=kind, layers_per_block=(1, 2, 1, 1, 1, 1))
+    decoder = fresh_model(parts=("pixel_decoder",), decoder=config).pixel_decoder
+    latent, heights = torch.randn(1, 32, 3, 2), []
+    with torch.no_grad():
+        whole = decoder.decode(latent)
+        decoder.decoder.norm_out.register_forward_hook(lambda _, inputs, out: heights.append(out.shape[1]))
+        pieces = decode_in_strips(decoder.decoder, latent, strips)
+    assert float((whole - pieces).abs().max()) < 2e-5 and whole.std() > 0.05
+    assert len(heights) >= 2 and max(heights) < whole.shape[2]  # no strip was as high as the picture
+
+
+def test_pictures_are_decoded_one_by_one(fresh_model: Callable[..., UniLIP]) -> None:
+    model, seen = fresh_model(), []
+    model.pixel_decoder.decoder.conv_in.register_forward_hook(lambda _, inputs, out: seen.append(len(out)))
+    latent = torch.randn(3, 32, 2, 2)
+    with torch.no_grad():
+        whole = model.from_latent(latent)
+        sliced = model.enable_tiling(2).from_latent(latent)
+    assert seen == [3, 1, 1, 1]
+    assert float((whole - sliced).abs().max()) < 1e-5
+
+
+# --- few bits -------------------------------------------------------------------------------------------------------
+
+NEAR = {"int8": 0.02, "int4": 0.25, "fp8": 0.1}  # of latents, relative; random weights suffer more than trained ones
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_quantised_models_answer_and_draw_nearly_the_same(
+    kind: str, tiny_model: UniLIP, tiny_folder: Path, picture: Callable[..., Image.Image], tmp_path: Path
+) -> None:
+    pytest.importorskip("torchao")
+    model = UniLIP.from_pretrained(tiny_folder, quantization=kind)
+    linear = model.dit.transformer.transformer_blocks[0]
+    assert is_quantized(linear.ff.conv_inverted) and is_quantized(linear.attn1.to_q)
+    assert is_quantized(model.mllm.language_model.model.layers[0]) and not is_quantized(model.pixel_decoder)
+    exact, near = (draw(m, output_type="latent") for m in (tiny_model, model))
+    assert 1e-5 < float((near - exact).norm() / exact.norm()) < NEAR[kind]
+    if kind == "int8":
+        assert model.ask(picture(), "What is it?") == tiny_model.ask(picture(), "What is it?")
+    low = UniLIP.from_pretrained(tiny_folder, quantization=kind, low_memory=True)
+    assert torch.equal(draw(low, output_type="latent"), near)
+    with pytest.raises(UniLIPError, match="cannot be saved"):
+        model.save_pretrained(tmp_path / "x")
+
+
+def test_int8_weights_take_a_quarter() -> None:
+    pytest.importorskip("torchao")
+    layer = torch.nn.Sequential(torch.nn.Linear(256, 256, bias=False))
+    quantize(layer, "int8")
+    weight: Any = layer[0].weight
+    stored = sum(getattr(weight, name).nbytes for name in weight.tensor_data_names)
+    assert stored < 0.3 * 256 * 256 * 4
+
+
+def test_a_head_that_shares_the_embedding_stays_shared(fresh_model: Callable[..., UniLIP], tiny_model: UniLIP) -> None:
+    pytest.importorskip("torchao")
+    import dataclasses
+
+    model = fresh_model(text=dataclasses.replace(tiny_model.config.text, tie_embeddings=True)).quantize("int8")
+    llm: Any = model.mllm.language_model
+    assert llm.lm_head.weight is llm.model.embed_tokens.weight
+
+
+def test_an_unknown_quantisation_lists_the_known_ones(tiny_folder: Path) -> None:
+    with pytest.raises(UniLIPError, match=r"'int3'.*int8, int4, fp8"):
+        UniLIP.from_pretrained(tiny_folder, quantization="int3")
+
+
+def test_without_torchao_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    with pytest.raises(UniLIPError, match=r"unilip\[quantize\]"):
+        quantize(torch.nn.Identity(), "int8")
+
+
+# --- from the command line ------------------------------------------------------------------------------------------
+
+
+def test_low_memory_and_quantize_on_the_command_line(tiny_folder: Path, tmp_path: Path) -> None:
+    def pixels(name: str, *options: str) -> Tensor:
+        path = tmp_path / f"{name}.png"
+        words = ["generate", "a star", "--model", str(tiny_folder), "--steps", "2", "--output", str(path), *options]
+        assert cli.main(words) == 0
+        return torch.tensor(list(Image.open(path).getdata()), dtype=torch.float32)
+
+    plain = pixels("plain")
+    assert float((pixels("low", "--low-memory") - plain).abs().max()) <= 1
+    pytest.importorskip("torchao")
+    assert 0 < float((pixels("few", "--quantize", "int4") - plain).abs().mean()) < 16
+
+
+def test_only_the_parts_that_a_verb_needs_are_loaded(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture: Callable[..., Image.Image]
+) -> None:
+    load, asked = UniLIP.from_pretrained, []
+
+    def spy(*arguments: Any, **options: Any) -> UniLIP:
+        asked.append(set(options["parts"]))
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(UniLIP, "from_pretrained", spy)
+    picture().save(tmp_path / "in.png")
+    assert (
+        cli.main(["reconstruct", str(tmp_path / "in.png"), "--model", str(tiny_folder), "--output", str(tmp_path)]) == 0
+    )
+    words = ["generate", "a star", "--model", str(tiny_folder), "--steps", "1", "--output", str(tmp_path)]
+    assert cli.main(words) == 0
+    assert asked[0] == {"encoder", "latent_head", "pixel_decoder"}
+    assert asked[1] == {"mllm", "connector", "dit", "pixel_decoder"}

@@ -1,0 +1,376 @@
+"""Less work for the same picture, and how much less for nearly the same: exact paths, presets, compilation."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from unilip import cli
+from unilip.acceleration import PRESETS, Compiled, Shortcut, fingerprint, shortcut
+from unilip.checkpoint import open_checkpoint
+from unilip.dit import PreparedCondition, stack
+from unilip.errors import UniLIPError
+from unilip.model import UniLIP
+from unilip.preprocess import Tokens
+
+ROOT = Path(__file__).resolve().parents[1]
+PARITY = ROOT / "tests" / "parity"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(n) for n in numbers]
+
+
+def draw(model: UniLIP, prompt: Any = "a red star", **settings: Any) -> Tensor:
+    count = len(prompt) if isinstance(prompt, list) else 1
+    settings = {"generator": seeds(*range(count)), "output_type": "latent", "progress": False, **settings}
+    images: Tensor = model.generate(prompt, **settings).images
+    return images
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+# --- the reference path ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def parity() -> tuple[UniLIP, Any]:
+    from reference import Reference
+
+    model = UniLIP.from_pretrained(PARITY)
+    return model, Reference(model)
+
+
+@pytest.mark.parametrize("task", ["t2i", "edit"])
+def test_the_reference_path_meets_the_recorded_numbers(parity: tuple[UniLIP, Any], task: str) -> None:
+    model, reference = parity
+    record = {n.removeprefix(f"{task}."): t for n, t in load_file(PARITY / "expected.safetensors").items()}
+    ids, mask = record["input_ids"].flip(0), record["attention_mask"].long().flip(0)  # unconditional row first
+    features, slots = None, torch.zeros_like(mask, dtype=torch.bool)
+    if task == "edit":
+        with torch.no_grad():
+            features = model.encoder(record["pixel_values"]).expand(2, -1, -1)
+        slots = (ids == open_checkpoint(PARITY).image_token_id) & mask.bool()
+    guidance = float(record["guidance"])
+    latents = reference.sample(Tokens(ids, mask, slots), features, record["noise"], 20, guidance)
+    assert apart(latents, record["final_latents"]) < 1e-4
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("task", ["generate", "edit"])
+def test_the_exact_path_is_the_reference(
+    tiny_model: UniLIP, picture: Callable[..., Any], task: str, batch: int
+) -> None:
+    from reference import Reference
+
+    from unilip.flow import draw_noise
+
+    prompts = ["a red star", "a much longer prompt about many blue things", "no"][:batch]
+    images = [picture(seed=i) for i in range(batch)] if task == "edit" else None
+    grid = tiny_model.config.grid
+    noise = draw_noise(batch, (tiny_model.config.dit.latent_channels, grid, grid), seeds(*range(batch)))
+    expected, pixels = Reference(tiny_model).run(prompts, images, noise, 20, 4.5)
+    settings: dict[str, Any] = dict(generator=seeds(*range(batch)), guidance_scale=4.5, output_type="latent")
+    ours = (
+        tiny_model.generate(prompts, **settings).images
+        if images is None
+        else tiny_model.edit(images, prompts, **settings).images
+    )
+    assert expected.std() > 0.1
+    assert apart(ours, expected) < 1e-4
+    with torch.no_grad():
+        assert apart(tiny_model.from_latent(expected), pixels) < 1e-5
+
+
+# --- what is computed once ------------------------------------------------------------------------------------------
+
+
+def test_modulations_of_a_schedule_are_those_of_its_timesteps(tiny_model: UniLIP) -> None:
+    dit, prompt = tiny_model.dit, torch.randn(2, 5, tiny_model.config.dit.caption_channels)
+    latent, steps = torch.randn(2, tiny_model.config.dit.latent_channels, 2, 2), torch.tensor([999, 500, 3])
+    with torch.no_grad():
+        prepared = dit.prepare(prompt, torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]))
+        whole = dit.modulate(steps)
+        for i, timestep in enumerate(steps):
+            expected = dit(latent, timestep.expand(2), prepared)
+            assert apart(dit.step(latent, whole[i : i + 1], prepared), expected) < 1e-6
+
+
+def test_conditions_of_different_lengths_stack(tiny_model: UniLIP) -> None:
+    dit, width = tiny_model.dit, tiny_model.config.dit.caption_channels
+    short, long = torch.randn(1, 3, width), torch.randn(1, 6, width)
+    latent = torch.randn(2, tiny_model.config.dit.latent_channels, 2, 2)
+    with torch.no_grad():
+        one, other = (dit.prepare(c, torch.ones(c.shape[:2])) for c in (short, long))
+        modulation = dit.modulate(torch.tensor([700]))
+        both = dit.step(latent, modulation, stack([one, other]))
+        alone = [dit.step(latent[i : i + 1], modulation, c) for i, c in enumerate((one, other))]
+    assert apart(both, torch.cat(alone)) < 1e-5
+
+
+def test_the_unconditional_condition_follows_the_weights(fresh_model: Callable[..., UniLIP]) -> None:
+    model = fresh_model()
+    before = draw(model, num_inference_steps=2)
+    kept = model._unconditional
+    assert kept is not None
+    draw(model, "another prompt", num_inference_steps=2)
+    assert model._unconditional is kept
+    draw(model, num_inference_steps=2, negative_prompt="blue")
+    assert model._unconditional is not kept
+    draw(model, num_inference_steps=2)
+    with torch.no_grad():
+        model.mllm.queries.add_(1.0)  # as a step of training does
+    changed = draw(model, num_inference_steps=2)
+    model._unconditional = None
+    assert torch.equal(changed, draw(model, num_inference_steps=2))
+    assert apart(before, changed) > 1e-3
+
+
+def test_a_fingerprint_tells_casts_and_adapters() -> None:
+    layer = torch.nn.Linear(2, 2)
+    first = fingerprint([layer])
+    assert first == fingerprint([layer]) and first is not None
+    assert fingerprint([layer.to(torch.bfloat16)]) != first
+    layer._active_adapter = ["a"]  # type: ignore[assignment]
+    switched = fingerprint([layer])
+    layer._active_adapter = ["b"]  # type: ignore[assignment]
+    assert fingerprint([layer]) != switched
+    with torch.inference_mode():
+        unknown = torch.nn.Linear(2, 2)
+    assert fingerprint([unknown]) is None
+
+
+def test_guidance_may_be_split_over_two_devices(fresh_model: Callable[..., UniLIP]) -> None:
+    model = fresh_model()
+    expected = draw(model, num_inference_steps=4)
+    asked: list[int] = []
+    model.split_guidance("cpu")
+    for dit in (model.dit, model._twin[0]):
+        dit.transformer.patch_embed.register_forward_pre_hook(lambda _, inputs: asked.append(len(inputs[0])))
+    assert apart(draw(model, num_inference_steps=4), expected) < 1e-5
+    assert asked == [1] * 8
+    assert not any("twin" in name for name, _ in model.named_modules())
+
+
+# --- presets --------------------------------------------------------------------------------------------------------
+
+
+def evaluations(model: UniLIP, **settings: Any) -> int:
+    rows: list[int] = []
+    hook = model.dit.transformer.patch_embed.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    draw(model, **settings)
+    hook.remove()
+    return sum(rows)
+
+
+def test_presets_evaluate_less_and_stay_near(tiny_model: UniLIP) -> None:
+    exact = draw(tiny_model)
+    counts = [evaluations(tiny_model, preset=name) for name in PRESETS]
+    assert counts[0] == 40 and counts == sorted(counts, reverse=True) and counts[1] <= 24 and counts[2] <= 14
+    assert apart(draw(tiny_model, preset="quality"), exact) == 0
+    for name in ("balanced", "fast"):
+        assert 0 < relative(draw(tiny_model, preset=name), exact) < 0.1
+    assert evaluations(tiny_model, preset="fast", num_inference_steps=3) == 6  # what is given counts more
+
+
+def test_a_preset_draws_the_same_in_any_batch(tiny_model: UniLIP) -> None:
+    for name in PRESETS:
+        both = draw(tiny_model, ["a red star", "two long green trains"], preset=name)
+        assert apart(both[:1], draw(tiny_model, preset=name)) < 1e-5
+
+
+def test_an_unknown_preset_lists_the_known_ones(tiny_model: UniLIP) -> None:
+    with pytest.raises(UniLIPError, match=r"'turbo'.*quality, balanced, fast"):
+        draw(tiny_model, preset="turbo")
+
+
+def test_guidance_in_an_interval_and_reuse_of_blocks(tiny_model: UniLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = draw(tiny_model, num_inference_steps=10)
+    monkeypatch.setitem(PRESETS, "interval", Shortcut(guided=(0.2, 0.6)))
+    assert evaluations(tiny_model, preset="interval", num_inference_steps=10) == 14  # 4 steps of 10 are guided
+    assert relative(draw(tiny_model, preset="interval", num_inference_steps=10), exact) > 1e-3
+    last = tiny_model.dit.transformer.transformer_blocks[-1]
+    ran: list[int] = []
+    hook = last.register_forward_hook(lambda *_: ran.append(1))
+    monkeypatch.setitem(PRESETS, "reuse", Shortcut(reuse=0.3, guided=(0.0, 0.5)))
+    near = draw(tiny_model, preset="reuse", num_inference_steps=10)
+    hook.remove()
+    assert len(ran) == 6  # steps 3, 5, 7 and 9 run the first block alone
+    monkeypatch.setitem(PRESETS, "half", Shortcut(guided=(0.0, 0.5)))
+    assert 0 < relative(near, draw(tiny_model, preset="half", num_inference_steps=10)) < 0.1
+
+
+def test_no_two_steps_in_a_row_reuse() -> None:
+    assert Shortcut(reuse=0.0).reused_steps(6) == {1, 3, 5}
+    assert Shortcut(reuse=0.5).reused_steps(6) == {3, 5}
+    assert Shortcut().reused_steps(6) == frozenset()
+    assert shortcut("quality") == Shortcut()
+
+
+# --- compiled -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled(fresh_model: Callable[..., UniLIP]) -> tuple[UniLIP, list[int]]:
+    """A model compiled by a backend that counts and changes nothing."""
+    torch._dynamo.reset()
+    made: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        made.append(len(graph.graph.nodes))
+        return graph.forward
+
+    return fresh_model().compile(backend=backend, bucket=64), made
+
+
+def test_prompts_of_any_length_share_their_code(
+    compiled: tuple[UniLIP, list[int]], tiny_model: UniLIP, picture: Callable[..., Any]
+) -> None:
+    model, made = compiled
+    assert apart(draw(model), draw(tiny_model)) < 1e-5
+    assert len(made) == 1  # the step, once for all twenty
+    longer = "a longer prompt"
+    assert apart(draw(model, longer), draw(tiny_model, longer)) < 1e-5
+    draw(model, "no", negative_prompt="a different text to move away from", num_inference_steps=7)
+    assert len(made) == 1
+    model.generate("a red star", num_inference_steps=2, progress=False)
+    assert len(made) == 2  # the decoder
+    model.generate("a blue star", num_inference_steps=2, progress=False)
+    model.edit(picture(), "make it blue", num_inference_steps=2, progress=False)
+    assert len(made) == 2
+    draw(model, ["a red star", "a blue star"])
+    assert len(made) == 3  # another number of pictures
+
+
+def test_a_compiled_model_takes_callbacks_and_presets(compiled: tuple[UniLIP, list[int]], tiny_model: UniLIP) -> None:
+    model, _ = compiled
+    seen: list[int] = []
+    draw(model, num_inference_steps=3, callback_on_step_end=lambda m, i, t, values: seen.append(i))
+    assert seen == [0, 1, 2]
+    assert apart(draw(model, preset="fast"), draw(tiny_model, preset="fast")) < 1e-5
+
+
+def test_a_loop_that_can_be_recorded_is_recorded_once_for_a_shape(
+    tiny_model: UniLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recording itself needs CUDA; here a stand-in shows when it is made, with what, and when it is replayed."""
+    from unilip import acceleration
+
+    made: list[tuple[int, ...]] = []
+
+    class Recorded:
+        def __init__(self, make: Any, noise: Tensor, condition: PreparedCondition) -> None:
+            made.append(tuple(noise.shape))
+            self.make, self.condition = make, condition.clone()
+
+        def __call__(self, noise: Tensor, condition: PreparedCondition) -> Tensor:
+            self.condition.copy_(condition)
+            return self.make(self.condition)(noise)
+
+    class OnCuda(Tensor):
+        device = torch.device("cuda")  # type: ignore[assignment]
+
+    monkeypatch.setattr(acceleration, "RecordedLoop", Recorded)
+    loops = Compiled(tiny_model.dit, torch.nn.Identity(), 64, backend="eager")
+    condition = PreparedCondition(((torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4, 2)),), torch.ones(1, 1, 1, 4))
+
+    def make(c: PreparedCondition) -> Callable[[Tensor], Tensor]:
+        return lambda noise: noise * c.mask.sum()
+
+    for value in (1.0, 2.0):
+        noise = torch.full((1, 2), value).as_subclass(OnCuda)
+        assert float(loops.loop(("a",), make, noise, condition).sum()) == 8 * value
+    assert made == [(1, 2)]
+    loops.loop(("b",), make, noise, condition)
+    assert len(made) == 2
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(acceleration, "RecordedLoop", fail)
+    assert float(loops.loop(("c",), make, noise, condition).sum()) == 16.0  # runs all the same
+
+
+@pytest.mark.gpu
+def test_a_recorded_loop_draws_what_the_plain_one_does(fresh_model: Callable[..., UniLIP]) -> None:
+    model = fresh_model().to("cuda")
+    expected = [draw(model, prompt) for prompt in ("a red star", "a blue star")]
+    model.compile()
+    for prompt, latents in zip(("a red star", "a blue star"), expected, strict=True):
+        assert apart(draw(model, prompt), latents) < 1e-3
+    assert model._compiled is not None and len(model._compiled.loops) == 1
+    assert all(loop is not None for loop in model._compiled.loops.values())
+
+
+def test_the_bucket_must_be_positive(fresh_model: Callable[..., UniLIP]) -> None:
+    with pytest.raises(UniLIPError, match="bucket is 0"):
+        fresh_model().compile(bucket=0)
+
+
+# --- from the command line ------------------------------------------------------------------------------------------
+
+
+def test_presets_on_the_command_line(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    common = ["a star", "--model", str(tiny_folder), "--json", "--output", str(tmp_path)]
+    assert cli.main(["generate", *common, "--preset", "fast"]) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    fast = PRESETS["fast"]
+    assert (settings["preset"], settings["num_inference_steps"], settings["solver"]) == (
+        "fast",
+        fast.steps,
+        fast.solver,
+    )
+    assert cli.main(["generate", *common, "--preset", "fast", "--steps", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["num_inference_steps"] == 2
+    assert cli.main(["generate", *common, "--compile", "--low-memory"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_compile_on_the_command_line(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[bool] = []
+    monkeypatch.setattr(UniLIP, "compile", lambda self: called.append(True) or self)
+    common = ["a star", "--model", str(tiny_folder), "--steps", "1", "--output", str(tmp_path)]
+    assert cli.main(["generate", *common]) == 0 and not called
+    assert cli.main(["generate", *common, "--compile"]) == 0 and called
+
+
+@pytest.mark.slow
+def test_the_speed_benchmark_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import json
+
+    import speed
+
+    words = [
+        "speed.py",
+        "--sizes",
+        "tiny",
+        "--repeats",
+        "1",
+        "--json",
+        str(tmp_path / "a"),
+        "--plot",
+        str(tmp_path / "b.png"),
+    ]
+    monkeypatch.setattr(sys, "argv", words)
+    speed.main()
+    found = json.loads((tmp_path / "a").read_text())["results"]
+    assert {row["task"] for row in found} == {"generate", "edit"}
+    assert all(row["paths"]["exact"]["largest_difference"] < 1e-4 for row in found)
+    assert (tmp_path / "b.png").stat().st_size > 1000
+    assert "| tiny | edit | 1 | fast |" in capsys.readouterr().out
