@@ -1,0 +1,373 @@
+"""Measure the server: throughput, latency, faults and memory, with the embedded model.
+
+    python benchmarks/serve.py                       # short: some minutes on a core
+    python benchmarks/serve.py --requests 10000      # the long run of mixed requests
+
+1. In a process of its own, an engine is called in sequence: one picture after the other.
+2. `unilip serve` is started in another, and as many pictures are drawn by one client and by `--clients` at once.
+   The pictures of all three must be the same.
+3. `--requests` of all kinds, 5 % of them malformed, by `--clients` clients: statuses, 5xx, resident memory.
+A table goes to stdout, and everything to a file with `--json FILE`. The server is a child of this process and uses the
+processors that it may use (`taskset`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+
+PROMPTS = (
+    "three yellow stars",
+    "a red car",
+    "two dogs",
+    "a blue circle and a green square",
+    "a cat on a pink background",
+)
+EDITS = ("change the background to pink", "remove the star", "make it blue", "add a red circle")
+QUESTIONS = ("What is this?", "How many stars are there?", "What color is the background?")
+BAD_SHARE = 0.05
+
+
+def in_sequence(pictures: int, steps: int | None, model: str | None) -> dict[str, Any]:
+    """Draw pictures one after the other with an engine of this process."""
+    from unilip import UniLIP
+    from unilip.serve.engine import Engine
+    from unilip.serve.jobs import Generate
+
+    with Engine(UniLIP.from_pretrained(model)) as engine:
+        engine.submit(Generate(PROMPTS[0], seed=0, steps=steps)).result()
+        started, seconds, images = time.perf_counter(), [], []
+        for seed in range(pictures):
+            result = engine.submit(Generate(PROMPTS[seed % len(PROMPTS)], seed=seed, steps=steps)).result()
+            seconds.append(result.seconds)
+            images.append(np.asarray(result.images[0]))
+        return {"seconds": time.perf_counter() - started, "latencies": seconds, "images": images}
+
+
+@contextmanager
+def server(options: list[str]) -> Any:
+    """Start `unilip serve`; give its address and its process, and end it by SIGTERM."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "unilip", "serve", "--port", str(port), "--rate-limit", "0", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    log: list[str] = []
+    reader = threading.Thread(target=lambda: log.extend(process.stderr or ()), daemon=True)
+    reader.start()
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            if process.poll() is not None:
+                sys.exit(f"the server ended with {process.returncode}:\n" + "".join(log))
+            try:
+                if httpx.get(f"{address}/ready", timeout=5).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        yield address, process, log
+    finally:
+        process.terminate()
+        process.wait(60)
+        reader.join(5)
+
+
+def opened(b64: str) -> np.ndarray:
+    """The pixels of a picture in base64."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64))))
+
+
+def draw(client: httpx.Client, seed: int, steps: int | None) -> tuple[float, np.ndarray]:
+    """Ask for a picture: seconds and pixels."""
+    started = time.perf_counter()
+    body = {"prompt": PROMPTS[seed % len(PROMPTS)], "seed": seed} | ({} if steps is None else {"steps": steps})
+    found = client.post("/v1/images/generations", json=body)
+    found.raise_for_status()
+    return time.perf_counter() - started, opened(found.json()["data"][0]["b64_json"])
+
+
+def at_once(address: str, clients: int, pictures: int, steps: int | None) -> dict[str, Any]:
+    """Draw pictures with so many clients at once."""
+    with ThreadPoolExecutor(clients) as pool, httpx.Client(base_url=address, timeout=600) as client:
+        started = time.perf_counter()
+        found = list(pool.map(lambda seed: draw(client, seed, steps), range(pictures)))
+        seconds = time.perf_counter() - started
+    return {"seconds": seconds, "latencies": [entry[0] for entry in found], "images": [entry[1] for entry in found]}
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value below which this share of them lies."""
+    return float(np.quantile(values, share))
+
+
+def batches(address: str) -> dict[str, float]:
+    """Read the metrics page: the number of drawn batches, the pictures in them, and their seconds."""
+    page = httpx.get(f"{address}/metrics").text
+
+    def value(name: str) -> float:
+        found = re.search(rf'^unilip_{name}{{verb="generate"}} (\S+)', page, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    count, pictures = value("batch_size_count"), value("batch_size_sum")
+    return {"batches": count, "pictures": pictures, "seconds": value("batch_seconds_sum")}
+
+
+def packed(image: Image.Image, form: str = "PNG") -> bytes:
+    """Encode a picture."""
+    out = io.BytesIO()
+    image.save(out, form)
+    return out.getvalue()
+
+
+def status(response: httpx.Response) -> int:
+    """The status of an answer; of a stream that ended in an error 599, though it began with 200."""
+    return 599 if 'data: {"error"' in response.text else response.status_code
+
+
+class Mix:
+    """Requests of all kinds, from a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        self.image = Image.fromarray(colours).resize((160, 120))
+        self.files = [packed(self.image), packed(self.image, "JPEG"), packed(self.image, "WEBP")]
+        self.url = "data:image/png;base64," + base64.b64encode(self.files[0]).decode()
+
+    def send(self, client: httpx.Client, number: int) -> tuple[str, int]:
+        """Send request `number`: its kind and the status of the answer."""
+        pick = random.Random(self.seed * 1_000_003 + number)
+        if pick.random() < BAD_SHARE:
+            return "malformed", self.malformed(client, pick)
+        kind = pick.choice(["generate", "generate", "edit", "reconstruct", "ask", "ask", "stream", "talk"])
+        steps = pick.choice([4, 4, 8])
+        file = pick.choice(self.files)
+        if kind in ("generate", "stream"):
+            body = {"prompt": pick.choice(PROMPTS), "seed": number, "steps": steps, "n": pick.choice([1, 1, 2])}
+            body |= (
+                {"stream": True} if kind == "stream" else {"response_format": pick.choice(["b64_json"] * 9 + ["url"])}
+            )
+            return kind, status(client.post("/v1/images/generations", json=body))
+        if kind == "edit":
+            fields = {"prompt": pick.choice(EDITS), "steps": str(steps), "seed": str(number)}
+            return kind, client.post("/v1/images/edits", data=fields, files={"image": file}).status_code
+        if kind == "reconstruct":
+            return kind, client.post("/v1/images/reconstructions", files={"image": file}).status_code
+        if kind == "ask":
+            content = [
+                {"type": "text", "text": pick.choice(QUESTIONS)}, {"type": "image_url", "image_url": {"url": self.url}}
+            ]  # fmt: skip
+        else:
+            content = [{"type": "text", "text": f"Draw {pick.choice(PROMPTS)}"}]
+        body = {
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": 16,
+            "steps": steps,
+            "stream": pick.random() < 0.5,
+        }
+        return kind, status(client.post("/v1/chat/completions", json=body))
+
+    def malformed(self, client: httpx.Client, pick: random.Random) -> int:
+        """Send something that must be refused."""
+        as_json = {"Content-Type": "application/json"}
+        whole = self.files[0]
+        image = bytes(pick.randrange(256) for _ in range(200))
+        choices = [
+            lambda: client.post("/v1/images/generations", json={"prompt": ""}),
+            lambda: client.post("/v1/images/generations", json={"prompt": "a", "steps": 10**6}),
+            lambda: client.post("/v1/images/generations", content=b'{"prompt": ', headers=as_json),
+            lambda: client.post("/v1/images/generations", content=b"[" * 20_000, headers=as_json),
+            lambda: client.post("/v1/images/edits", data={"prompt": "a"}, files={"image": image}),
+            lambda: client.post("/v1/images/edits", data={"prompt": "a"}, files={"image": whole[: len(whole) // 2]}),
+            lambda: client.post("/v1/images/reconstructions", files={"image": whole + b"PK\x03\x04"}),
+            lambda: client.post(
+                "/v1/images/reconstructions", content=b"--x", headers={"Content-Type": "multipart/form-data"}
+            ),
+            lambda: client.post("/v1/chat/completions", json={"messages": []}),
+            lambda: client.post(
+                "/v1/chat/completions", json={"messages": [{"role": "user", "content": "word " * 5000}]}
+            ),
+            lambda: client.get("/v1/" + "".join(pick.choice("abc/.%") for _ in range(12))),
+        ]
+        return pick.choice(choices)().status_code
+
+
+def resident(pid: int) -> float:
+    """Resident memory of a process in MiB (Linux)."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def mixed(address: str, pid: int, clients: int, requests: int, log: Any) -> dict[str, Any]:
+    """Send requests of all kinds; watch statuses and memory."""
+    mix, lock = Mix(1), threading.Lock()
+    statuses: dict[str, Counter[int]] = {}
+    memory: list[tuple[int, float]] = []
+    latencies: list[float] = []
+    done = 0
+    every = max(1, requests // 200)
+
+    def one(number: int) -> None:
+        nonlocal done
+        started = time.perf_counter()
+        kind, status = mix.send(client, number)
+        with lock:
+            latencies.append(time.perf_counter() - started)
+            statuses.setdefault(kind, Counter())[status] += 1
+            done += 1
+            if done % every == 0:
+                memory.append((done, resident(pid)))
+            if done % max(1, requests // 10) == 0:
+                log(f"  {done} of {requests} requests, {memory[-1][1] if memory else 0:.0f} MiB")
+
+    started = time.perf_counter()
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+    with ThreadPoolExecutor(clients) as pool, httpx.Client(base_url=address, timeout=600, limits=limits) as client:
+        list(pool.map(one, range(requests)))
+    seconds = time.perf_counter() - started
+    settled = [m for n, m in memory if 0.2 * requests < n <= 0.4 * requests] or [m for _, m in memory]
+    final = [m for n, m in memory if n > 0.9 * requests] or settled
+    before, after = statistics.mean(settled), statistics.mean(final)
+    every_status: Counter[int] = sum(statuses.values(), Counter())
+    return {
+        "requests": requests,
+        "seconds": seconds,
+        "statuses": {str(s): c for s, c in sorted(every_status.items())},
+        "by_kind": {kind: {str(s): c for s, c in sorted(found.items())} for kind, found in sorted(statuses.items())},
+        "server_errors": sum(count for status, count in every_status.items() if status >= 500),
+        "accepted_malformed": sum(c for s, c in statuses.get("malformed", Counter()).items() if s < 400),
+        "refused_good": sum(
+            c for k, found in statuses.items() if k != "malformed" for s, c in found.items() if s >= 400
+        ),
+        "p50": percentile(latencies, 0.5),
+        "p95": percentile(latencies, 0.95),
+        "memory_settled_mib": before,
+        "memory_final_mib": after,
+        "memory_drift": after / before - 1,
+        "memory": memory,
+    }
+
+
+def main() -> None:
+    """Run all and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", help="a folder or hub id; the embedded model by default")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--pictures", type=int, default=32, help="of each throughput run (32)")
+    parser.add_argument("--steps", type=int, help="of these pictures (the model's own)")
+    parser.add_argument("--max-batch", type=int, default=8)
+    parser.add_argument("--requests", type=int, default=200, help="of the mixed run (200; the long run has 10000)")
+    parser.add_argument("--json", metavar="FILE", help="write everything there")
+    o = parser.parse_args()
+
+    def log(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    log("1. the engine in sequence")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        sequence = pool.apply(in_sequence, (o.pictures, o.steps, o.model))
+    log("2. the server, one client and many")
+    model = [] if o.model is None else ["--model", o.model]
+    with server(["--max-batch", str(o.max_batch), "--max-queue", str(4 * o.clients), *model]) as (
+        address,
+        process,
+        noise,
+    ):
+        at_once(address, 1, 1, o.steps)
+        one = at_once(address, 1, o.pictures, o.steps)
+        before = batches(address)
+        many = at_once(address, o.clients, o.pictures, o.steps)
+        after = batches(address)
+        log(f"3. {o.requests} mixed requests")
+        load = mixed(address, process.pid, o.clients, o.requests, log)
+    run = {key: after[key] - before[key] for key in after}
+    batch_seconds = run["seconds"] / max(1, run["batches"])
+    # who arrives last finds all others before him: their batches, and his own
+    bound = (-(-o.clients // o.max_batch) + 1) * batch_seconds
+
+    rates = {
+        name: o.pictures / found["seconds"] for name, found in (("sequence", sequence), ("one", one), ("many", many))
+    }
+    difference = max(
+        int(np.abs(a.astype(int) - b.astype(int)).max())
+        for other in (one, many)
+        for a, b in zip(sequence["images"], other["images"], strict=True)
+    )
+    same = sum(np.array_equal(a, b) for a, b in zip(sequence["images"], many["images"], strict=True))
+    result = {
+        "pictures": o.pictures,
+        "clients": o.clients,
+        "max_batch": o.max_batch,
+        "pictures_per_second": rates,
+        "speedup": rates["many"] / rates["sequence"],
+        "latency": {
+            name: {f"p{round(100 * share)}": percentile(found["latencies"], share) for share in (0.5, 0.95, 1.0)}
+            for name, found in (("sequence", sequence), ("one", one), ("many", many))
+        },
+        "mean_batch": run["pictures"] / max(1, run["batches"]),
+        "batch_seconds": batch_seconds,
+        "latency_bound": bound,
+        "identical_pictures": same,
+        "largest_difference": difference,
+        "mixed": load,
+        "server_said": [line.strip() for line in noise],
+    }
+    rows = [
+        ("pictures/s, engine in sequence", f"{rates['sequence']:.2f}"),
+        ("pictures/s, server, 1 client", f"{rates['one']:.2f}"),
+        (f"pictures/s, server, {o.clients} clients", f"{rates['many']:.2f}"),
+        ("clients at once over sequence", f"{result['speedup']:.2f} x (wanted: 1.5)"),
+        ("mean batch, seconds of a batch", f"{result['mean_batch']:.1f}, {batch_seconds:.2f}"),
+        (
+            f"latency of {o.clients} clients, p50 / p95",
+            f"{result['latency']['many']['p50']:.2f} / {result['latency']['many']['p95']:.2f} s",
+        ),
+        ("bound: batches in front and one's own", f"{bound:.2f} s"),
+        (
+            "pictures equal to the sequence's bit by bit",
+            f"{same} of {o.pictures}, largest difference {difference} of 255",
+        ),
+        ("mixed requests, seconds", f"{load['requests']}, {load['seconds']:.0f}"),
+        ("statuses", ", ".join(f"{status}: {count}" for status, count in load["statuses"].items())),
+        ("5xx", str(load["server_errors"])),
+        (
+            "malformed that were accepted, good that were refused",
+            f"{load['accepted_malformed']}, {load['refused_good']}",
+        ),
+        (
+            "resident memory, settled / at the end",
+            f"{load['memory_settled_mib']:.0f} / {load['memory_final_mib']:.0f} MiB",
+        ),
+        ("drift", f"{100 * load['memory_drift']:+.1f} % (wanted: within 5)"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    if o.json:
+        temporary = f"{o.json}.part"
+        Path(temporary).write_text(json.dumps(result, indent=1), encoding="utf-8")
+        os.replace(temporary, o.json)
+
+
+if __name__ == "__main__":
+    main()
