@@ -6,6 +6,7 @@ x is a clean latent, e noise, s in [0,1] the noise level: x_s = (1-s) x + s e, v
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ def flow_loss(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
     return (velocity.float() - velocity_target(clean.float(), noise.float())).square().mean()
 
 
+@functools.cache
 def train_schedule() -> tuple[Tensor, Tensor]:
     """Return the 1000 training timesteps and their sigmas, both descending (shift 1)."""
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_TIMESTEPS, shift=1.0)
