@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from unilip import __version__
-from unilip.cli import checkpoints, evaluation, options, pictures, serving, studio, training
+from unilip.cli import checkpoints, data, evaluation, options, pictures, serving, studio, training
 from unilip.cli.options import Options, Parser, Verb
 from unilip.cli.terminal import reason, say
 from unilip.errors import UniLIPError
 
-AREAS = (pictures, training, checkpoints, evaluation, serving, studio)
+AREAS = (pictures, training, data, checkpoints, evaluation, serving, studio)
 VERBS: dict[str, Verb] = {name: verb for area in AREAS for name, verb in area.VERBS.items()}
 OPTIONS: dict[str, dict[str, Any]] = dict(options.OPTIONS)
 for area in AREAS:

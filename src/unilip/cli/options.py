@@ -60,6 +60,9 @@ class Options(argparse.Namespace):
     max_shard_size: str
     tolerance: float
     source: str | None
+    shard_size: int
+    shorter_side: int | None
+    samples: int
     count: int | None
     seeds: int | None
     parts: str | None

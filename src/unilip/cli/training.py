@@ -1,10 +1,9 @@
-"""The verbs of training: train and the preparation of its data."""
+"""The verb of training: train."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from unilip.cli.options import TELLING, Options, Verb, whole
@@ -19,7 +18,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ),
     "--restart": dict(action="store_true", help="begin anew, even where checkpoints exist"),
     "--stop-after": dict(type=whole(1, 2**31 - 1), metavar="N", help="save and stop after N more steps"),
-    "--source": dict(metavar="DIR", help="folder of the three npm packages; without it npm fetches them"),
 }  # fmt: skip
 
 
@@ -69,27 +67,6 @@ def list_recipes(o: Options, recipes: Iterable[Any]) -> int:
     return 0
 
 
-def data_prepare_emoji(o: Options) -> int:
-    """Fetch and rasterise the art of the emoji world."""
-    report = Report(o, "data prepare emoji")
-    from tqdm.auto import tqdm
-
-    from unilip.data.art import prepare
-
-    if o.source is not None and not Path(o.source).is_dir():
-        raise UniLIPError(f"There is no folder {o.source}; give the one with the npm packages, or leave --source away.")
-    with tqdm(disable=None if o.progress else True, leave=False, unit="drawing") as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        path = prepare(Path(o.output) if o.output else None, Path(o.source) if o.source else None, progress)
-    report.line(str(path))
-    report.end("the art is ready,", path=str(path))
-    return 0
-
-
 VERBS: dict[str, Verb] = {
     "train": Verb(
         train,
@@ -98,13 +75,5 @@ VERBS: dict[str, Verb] = {
         "unilip train --list\nunilip train pico/recon --set steps=500 --set optim.lr=2e-4",
         ("--list", "--runs", "--set", "--restart", "--stop-after", "--device", *TELLING),
         (0, 1),
-    ),
-    "data prepare emoji": Verb(
-        data_prepare_emoji,
-        "[OPTIONS]",
-        "Fetch the art of the emoji world and rasterise it. Training and judging the embedded models need it.",
-        "unilip data prepare emoji",
-        ("--source", "--output", *TELLING),
-        changes={"--output": dict(metavar="DIR", help="folder of the art ($UNILIP_DATA, or ~/.cache/unilip/emoji)")},
     ),
 }

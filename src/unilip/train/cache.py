@@ -166,23 +166,24 @@ class Worker:
         self, source: Source, kind: str, shard: int, places: Iterable[int]
     ) -> Iterator[tuple[int, dict[str, bytes]]]:
         """Yield the members of each place; a sample that cannot be used keeps its place, with the reason."""
-        usable = []
+        usable: list[tuple[int, Record, tuple[Any, ...]]] = []
+        found: dict[int, dict[str, bytes]] = {}
         for place in places:
             try:
                 record = source.read(kind, shard, place)
                 usable.append((place, record, self.batches.item(record, kind)))
             except Unreadable as error:
-                why = {"reason": error.reason, "detail": str(error), "left_out": error.left_out}
-                yield place, {f"{kind}.npz": b"", "txt": json.dumps(why).encode()}
-        if not usable:
-            return
-        rows = self.compute(kind, [item for _, _, item in usable]) if kind != "text" else [{} for _ in usable]
+                why = {"reason": error.reason, "detail": error.detail, "left_out": error.left_out}
+                found[place] = {f"{kind}.npz": b"", "txt": json.dumps(why).encode()}
+        rows = (
+            self.compute(kind, [item for _, _, item in usable]) if usable and kind != "text" else [{} for _ in usable]
+        )
         for (place, record, _), arrays in zip(usable, rows, strict=True):
-            members = {f"{kind}.npz": packed(arrays)}
+            found[place] = {f"{kind}.npz": packed(arrays)}
             for name, value in (("txt", record.text), ("json", record.conversation)):
                 if value is not None:
-                    members[name] = _as_bytes(value)
-            yield place, members
+                    found[place][name] = _as_bytes(value)
+        yield from sorted(found.items())  # the order of a shard is that of its source
 
     @torch.no_grad()
     def compute(self, kind: str, items: Sequence[tuple[Any, ...]]) -> list[dict[str, np.ndarray]]:
@@ -240,8 +241,7 @@ def make_cache(
     *,
     device: str = "cpu",
     dtype: str = "float32",
-    ray: str | None = None,
-    workers: int = 1,
+    ray: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Compute a recipe's cache, or go on with one that was interrupted; returns what `cache.json` says, with counts.
@@ -249,8 +249,8 @@ def make_cache(
     Args:
         folder: of the cache; with Ray it, the data and `runs` must be seen by every machine.
         dtype: of the stored arrays; float16 halves them, and the losses are no longer exactly those without a cache.
-        ray: None for this process alone; "local" for a Ray of this machine, "auto" or an address for a cluster.
-        workers: how many models work at once with Ray.
+        ray: None for this process alone; else how many models work at once with Ray, on this machine or in the cluster
+            that the environment variable RAY_ADDRESS names.
 
     Raises:
         UniLIPError: the recipe cannot be built, has nothing to cache, or the folder holds another cache.
@@ -281,7 +281,7 @@ def make_cache(
     if blank is not None:
         _write(folder / "unconditional.npz", packed({"conditions": blank}))
     tasks = [task for task in worker.tasks() if not _made(folder, task)]
-    done = _on_ray(recipe, str(runs), str(folder), device, dtype, tasks, ray, workers) if ray else map(worker, tasks)
+    done = _on_ray(recipe, str(runs), str(folder), device, dtype, tasks, ray) if ray else map(worker, tasks)
     total = {"made": 0, "unusable": 0, "shards": 0}
     for result in tqdm(done, total=len(tasks), unit="shard", desc="cache", disable=None if progress else True):
         total = {"made": total["made"] + result["made"], "unusable": total["unusable"] + result["unusable"],
@@ -290,9 +290,8 @@ def make_cache(
 
 
 def _on_ray(
-    recipe: Recipe, runs: str, folder: str, device: str, dtype: str, tasks: Sequence[dict[str, int]], address: str,
-    workers: int,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
+    recipe: Recipe, runs: str, folder: str, device: str, dtype: str, tasks: Sequence[dict[str, int]], workers: int
+) -> Iterator[dict[str, Any]]:
     """Make shards with Ray Data: an actor pool, each actor with its own model."""
     if not tasks:
         return
@@ -302,7 +301,7 @@ def _on_ray(
     except ImportError as error:
         raise ConfigError(f"The package ray is missing ({error}); install it with pip install unilip[ray].") from error
     if not ray.is_initialized():
-        ray.init(address=None if address == "local" else address, log_to_driver=False, include_dashboard=False)
+        ray.init(log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     absolute = tuple(str(Path(path).absolute()) for path in (runs, folder))
     made = ray.data.from_items(list(tasks)).repartition(len(tasks)).map(

@@ -1,0 +1,178 @@
+"""The verbs of data: prepare, convert, check and cache what training reads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from unilip.cli.options import TELLING, Options, Verb, whole
+from unilip.cli.terminal import Report, choose_device, plural, say
+from unilip.errors import UniLIPError
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--source": dict(metavar="DIR", help="folder of the three npm packages; without it npm fetches them"),
+    "--shard-size": dict(type=whole(1, 10**9), default=10_000, metavar="N", help="samples in a shard (10000)"),
+    "--shorter-side": dict(
+        type=whole(16, 10_000), metavar="PX", help="scale larger pictures down to this, as JPEG (as they are)"
+    ),
+    "--samples": dict(
+        type=whole(1, 2**62), default=1000, metavar="N", help="how many of each kind to read, spread evenly (1000)"
+    ),
+    "--ray": dict(type=whole(1, 10_000), metavar="N", help="N Ray workers, here or in the cluster of RAY_ADDRESS"),
+}  # fmt: skip
+
+
+@contextmanager
+def bar(o: Options, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on a terminal; yields what is told how much is done, of how much."""
+    from tqdm.auto import tqdm
+
+    with tqdm(disable=None if o.progress else True, leave=False, unit=unit) as shown:
+
+        def progress(done: int, total: int) -> None:
+            shown.total = total
+            shown.update(done - shown.n)
+
+        yield progress
+
+
+def data_prepare_emoji(o: Options) -> int:
+    """Fetch and rasterise the art of the emoji world."""
+    report = Report(o, "data prepare emoji")
+    from unilip.data.art import prepare
+
+    if o.source is not None and not Path(o.source).is_dir():
+        raise UniLIPError(f"There is no folder {o.source}; give the one with the npm packages, or leave --source away.")
+    with bar(o, "drawing") as progress:
+        path = prepare(Path(o.output) if o.output else None, Path(o.source) if o.source else None, progress)
+    report.line(str(path))
+    report.end("the art is ready,", path=str(path))
+    return 0
+
+
+def data_convert(o: Options) -> int:
+    """Write a published data set as shards."""
+    report = Report(o, "data convert")
+    from unilip.data.convert import convert
+
+    if o.output is None:
+        raise UniLIPError("There is no --output; give the folder of the shards.")
+    with bar(o, "sample") as progress:
+        done = convert(
+            o.words[0], o.words[1], Path(o.output), shard_size=o.shard_size, shorter_side=o.shorter_side,
+            progress=progress,
+        )  # fmt: skip
+    for path in done.shards:
+        report.line(str(path))
+    for name in done.named[:20]:
+        say(f"left out: {name}")
+    if done.skipped:
+        say(f"{done.skipped.total()} left out: {', '.join(f'{k}: {n}' for k, n in done.skipped.most_common())}")
+    report.end(
+        f"{plural(len(done.shards), 'shard')}, {plural(done.samples.total(), 'sample')} written now,",
+        shards=[str(path) for path in done.shards], samples=dict(done.samples), skipped=dict(done.skipped),
+        named=done.named[:20],
+    )  # fmt: skip
+    return 0
+
+
+def data_check(o: Options) -> int:
+    """Look at data before training on it: 1 where something of it cannot be used."""
+    report = Report(o, "data check")
+    from unilip.data.check import check
+    from unilip.data.sources import open_source, parse_mixture
+
+    sheet_path = None if o.output is None else Path(o.output)
+    if sheet_path is not None and (
+        sheet_path.suffix not in (".png", ".jpg") or not sheet_path.absolute().parent.is_dir()
+    ):
+        raise UniLIPError(f"--output {o.output} must be a .png or .jpg file in a folder that exists.")
+    found, fine = [], True
+    places = [place for text in o.words for place in parse_mixture(text)]
+    for number, place in enumerate(places):
+        with bar(o, "sample") as progress:
+            about, sheet = check(open_source(place.location), o.samples, progress=progress)
+        for line in about.lines():
+            report.line(line)
+        values = about.values()
+        if sheet is not None and sheet_path is not None:
+            path = sheet_path if len(places) == 1 else sheet_path.with_stem(f"{sheet_path.stem}-{number + 1}")
+            temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+            sheet.save(temporary)
+            temporary.replace(path)
+            report.line(str(path))
+            values["sheet"] = str(path)
+        found.append(values)
+        fine = fine and not about.bad and not about.damaged
+    report.end("checked" if fine else "checked, with faults,", places=found)
+    return 0 if fine else 1
+
+
+def data_cache(o: Options) -> int:
+    """Compute what a recipe's frozen parts make of its data."""
+    from unilip.train.recipe import override
+    from unilip.train.recipes import get_recipe
+
+    if o.output is None:
+        raise UniLIPError("There is no --output; give the folder of the cache.")
+    recipe = override(get_recipe(o.words[0]), o.settings)
+    report = Report(o, "data cache")
+    device = choose_device(o.device)
+    from unilip.train.cache import make_cache
+
+    made = make_cache(
+        recipe, o.output, o.runs, device=device, dtype=o.dtype or "float32", ray=o.ray,
+        progress=o.progress and sys.stderr.isatty(),
+    )  # fmt: skip
+    report.line(o.output)
+    note = f"{', '.join(made['names'])} of {plural(made['made'], 'sample')} in {plural(made['shards'], 'shard')},"
+    report.end(note, path=o.output, **{key: made[key] for key in ("names", "dtype", "made", "unusable", "shards")})
+    return 0
+
+
+VERBS: dict[str, Verb] = {
+    "data convert": Verb(
+        data_convert,
+        "[OPTIONS] LAYOUT FOLDER",
+        "Write a published data set as shards, or go on. Layouts: gpt-image-edit, sharegpt-4o-image, blip3o-60k.",
+        "unilip data convert sharegpt-4o-image downloads/ShareGPT-4o-Image --output data/sharegpt --shorter-side 512",
+        ("--output", "--shard-size", "--shorter-side", *TELLING),
+        (2, 2),
+        changes={"--output": dict(metavar="DIR", help="folder of the shards")},
+    ),
+    "data check": Verb(
+        data_check,
+        "[OPTIONS] PLACE ...",
+        "Look at data before training on it. Counts, sizes, lengths, broken files; exit code 1 where there are some.",
+        "unilip data check data/sharegpt --output sheet.png\nunilip data check 'blip3o/{0000..0099}.tar' --samples 200",
+        ("--output", "--samples", *TELLING),
+        (1, float("inf")),
+        changes={"--output": dict(metavar="FILE", help="where to draw a sheet of samples, .png or .jpg (none)")},
+    ),
+    "data cache": Verb(
+        data_cache,
+        "[OPTIONS] RECIPE",
+        "Compute once what a recipe's frozen parts make of its data, or go on. Training with data.cache reads it.",
+        "unilip data cache 1b/sft --set data.path=data/sharegpt --output cache/sft --device cuda",
+        ("--output", "--runs", "--set", "--device", "--dtype", "--ray", *TELLING),
+        (1, 1),
+        changes={
+            "--output": dict(metavar="DIR", help="folder of the cache"),
+            "--runs": dict(help="folder of all runs, where the recipe's starting points are looked for (runs)"),
+            "--dtype": dict(
+                choices=("float32", "float16"), help="of what is stored; float16 is half as large (float32)"
+            ),
+        },
+    ),
+    "data prepare emoji": Verb(
+        data_prepare_emoji,
+        "[OPTIONS]",
+        "Fetch the art of the emoji world and rasterise it. Training and judging the embedded models need it.",
+        "unilip data prepare emoji",
+        ("--source", "--output", *TELLING),
+        changes={"--output": dict(metavar="DIR", help="folder of the art ($UNILIP_DATA, or ~/.cache/unilip/emoji)")},
+    ),
+}

@@ -1,0 +1,313 @@
+"""Published data sets -> WebDataset shards that training reads.
+
+Goes in: the folder of a download. Comes out: `LAYOUT-000000.tar` ... with an index beside each. A sample that cannot be
+read is left out, counted by reason and named. A shard holds the same range of the data in every run, so that one that
+was interrupted goes on with the first shard that is missing.
+
+    gpt-image-edit      JSON lists of edits (input, output, instruction; or two images with a conversation), or shards
+    sharegpt-4o-image   text_to_image.json and text_and_image_to_image.json
+    blip3o-60k          tar files with jpg + txt, or any other place that training reads
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from unilip.data.errors import DataError
+from unilip.data.records import Record, Unreadable, clean_text, decode_picture
+from unilip.data.shards import INDEX_SUFFIX, ShardWriter
+from unilip.data.sources import open_source
+
+SOURCES = ("input", "input_image", "source", "source_image")  # what the lists of edits call their parts
+TARGETS = ("output", "output_image", "target", "target_image")
+TEXTS = ("instruction", "edit_instruction", "input_prompt", "prompt", "edit")
+ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+Entry = Callable[[], Record]
+
+
+@dataclass
+class Converted:
+    """What a conversion did: shards there now, samples by kind, and those left out, by reason."""
+
+    shards: list[Path] = field(default_factory=list)
+    samples: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    named: list[str] = field(default_factory=list)
+
+
+def convert(
+    layout: str,
+    source: str,
+    output: Path,
+    *,
+    shard_size: int = 10_000,
+    shorter_side: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Converted:
+    """Write a data set as shards, or go on with a conversion that was interrupted.
+
+    Args:
+        layout: one of `LAYOUTS`.
+        source: folder of the download.
+        shard_size: samples of the data set in a shard.
+        shorter_side: pictures whose shorter side is longer are scaled down to it and kept as JPEG; without it the
+            bytes of pictures stay as they are.
+        progress: told samples done and in all.
+
+    Raises:
+        DataError: an unknown layout, or nothing of it in the folder.
+    """
+    if layout not in LAYOUTS:
+        raise DataError(f"There is no layout {layout!r}; allowed: {', '.join(LAYOUTS)}.")
+    entries = LAYOUTS[layout](source)
+    if not entries:
+        raise DataError(f"{source} holds no sample of the layout {layout}.")
+    result = Converted()
+    for number, start in enumerate(range(0, len(entries), shard_size)):
+        path = output / f"{layout}-{number:06d}.tar"
+        part = entries[start : start + shard_size]
+        if not (path.exists() and Path(f"{path}{INDEX_SUFFIX}").exists()):
+            writer = ShardWriter(output, layout, 1 << 60, first=number)
+            writer.begin()
+            for i, (kind, read) in enumerate(part, start):
+                try:
+                    writer.write(f"{i:08d}", members(kind, read(), shorter_side))
+                    result.samples[kind] += 1
+                except Unreadable as error:
+                    result.skipped[error.reason] += 1
+                    result.named.append(str(error))
+                progress(i + 1, len(entries))
+            writer.close()
+        progress(start + len(part), len(entries))
+        result.shards.append(path)
+    return result
+
+
+def members(kind: str, record: Record, shorter_side: int | None) -> dict[str, bytes]:
+    """Turn a record into the members of a sample, after trying that each of them can be read."""
+    names = ("input.", "output.") if kind == "edit" else ("",)
+    try:
+        text = clean_text(record.text, "instruction" if kind == "edit" else "caption")
+        found = {"txt": text.encode()}
+        for name, data in zip(names, record.pictures, strict=True):
+            ending, data = encoded(data, shorter_side)
+            found[f"{name}{ending}"] = data
+    except Unreadable as error:
+        raise Unreadable(error.reason, f"{record.name}: {error}") from error
+    return found
+
+
+def encoded(data: bytes, shorter_side: int | None) -> tuple[str, bytes]:
+    """Return ending and bytes of a picture that can be read, scaled down if it is larger than wanted."""
+    picture = decode_picture(data)
+    if shorter_side is not None and min(picture.size) > shorter_side:
+        scale = shorter_side / min(picture.size)
+        size = tuple(max(shorter_side, round(side * scale)) for side in picture.size)
+        file = io.BytesIO()
+        picture.resize((size[0], size[1]), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
+        return "jpg", file.getvalue()
+    form = Image.open(io.BytesIO(data)).format or ""
+    if form not in ENDINGS:
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        return "png", file.getvalue()
+    return ENDINGS[form], data
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+class Files:
+    """Files of a download by their path inside it, on disk or in tar files that have not been unpacked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._members: dict[str, tuple[Path, int, int]] | None = None
+
+    def read(self, name: str) -> bytes:
+        """Return a file's bytes."""
+        path = self.folder / name
+        if path.is_file():
+            return path.read_bytes()
+        if self._members is None:
+            self._members = {}
+            for archive in sorted(self.folder.rglob("*.tar")):
+                with tarfile.open(archive, "r:") as tar:
+                    for member in tar:
+                        place = (archive, member.offset_data, member.size)
+                        self._members[member.name.removeprefix("./")] = place
+        found = self._members.get(name.removeprefix("./"))
+        if found is None:
+            raise Unreadable("picture missing", f"{name} is neither in {self.folder} nor in a tar file there")
+        archive, offset, size = found
+        with archive.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+def read_list(path: Path) -> list[Mapping[str, Any]]:
+    """Read a JSON list of objects, or one object a line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(x) for x in text.splitlines() if x.strip()]
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no JSON list that can be read ({error}).") from error
+    return [row for row in rows if isinstance(row, Mapping)]
+
+
+def sharegpt_4o_image(source: str) -> list[tuple[str, Entry]]:
+    """Entries of FreedomIntelligence/ShareGPT-4o-Image: 45 k pictures of prompts, 46 k edits."""
+    folder = _folder(source)
+    files = Files(folder)
+    lists = {"caption": folder / "text_to_image.json", "edit": folder / "text_and_image_to_image.json"}
+    if not any(path.exists() for path in lists.values()):
+        raise DataError(
+            f"{source} has neither {' nor '.join(path.name for path in lists.values())}; give the downloaded folder."
+        )
+    entries: list[tuple[str, Entry]] = []
+    for kind, path in lists.items():
+        for row in read_list(path) if path.exists() else ():
+            entries.append(
+                (
+                    kind,
+                    _Pictures(
+                        files, _paths(row, kind), row.get("input_prompt"), f"{path.name}: {row.get('output_image')}"
+                    ),
+                )
+            )
+    return entries
+
+
+def gpt_image_edit(source: str) -> list[tuple[str, Entry]]:
+    """Entries of UCSC-VLAA/GPT-Image-Edit-1.5M: every JSON list of edits in the folder, paths relative to it."""
+    folder = _folder(source)
+    lists = sorted(
+        p for p in folder.rglob("*") if p.suffix in (".json", ".jsonl") and not p.name.endswith(INDEX_SUFFIX)
+    )
+    if not lists and any(folder.glob("*.tar")):  # shards with input, output and text, as it is published, too
+        return [entry for entry in any_place(source) if entry[0] == "edit"]
+    if not lists:
+        raise DataError(f"{source} holds no .json or .jsonl list of edits; give the folder of the download.")
+    entries: list[tuple[str, Entry]] = []
+    for path in lists:
+        bases = [Files(folder)] if path.parent == folder else [Files(folder), Files(path.parent)]
+        for number, row in enumerate(read_list(path)):
+            entries.append(
+                ("edit", _Pictures(bases, _paths(row, "edit"), _instruction(row), f"{path.name}, entry {number}"))
+            )
+    return entries
+
+
+def any_place(source: str) -> list[tuple[str, Entry]]:
+    """Entries of a place that training reads as it is: captions and edits, checked and cut into new shards."""
+    place = open_source(source)
+    return [
+        (kind, _Again(place, kind, shard, i))
+        for kind in ("caption", "edit")
+        for shard, count in enumerate(place.counts(kind))
+        for i in range(count)
+    ]
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Reads an entry of a list: paths of pictures, and a text."""
+
+    files: Files | Sequence[Files]
+    paths: tuple[str, ...]
+    text: Any
+    name: str
+
+    def __call__(self) -> Record:
+        if not self.paths:
+            raise Unreadable("entry malformed", f"{self.name} does not name its pictures")
+        return Record(
+            self.name, tuple(self._read(path) for path in self.paths), self.text if isinstance(self.text, str) else None
+        )
+
+    def _read(self, path: str) -> bytes:
+        places = [self.files] if isinstance(self.files, Files) else list(self.files)
+        for files in places[:-1]:
+            if (files.folder / path).is_file():
+                return files.read(path)
+        return (
+            places[-1].read(path) if len(places) == 1 or (places[-1].folder / path).is_file() else places[0].read(path)
+        )
+
+
+@dataclass(frozen=True)
+class _Again:
+    """Reads a sample of a place that is open."""
+
+    place: Any
+    kind: str
+    shard: int
+    number: int
+
+    def __call__(self) -> Record:
+        record: Record = self.place.read(self.kind, self.shard, self.number)
+        return record
+
+
+def _folder(source: str) -> Path:
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder}; download the data set first.")
+    return folder
+
+
+def _first(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The value of the first of these names that a row has; a list with one entry counts as that entry."""
+    for name in names:
+        value = row.get(name)
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if isinstance(value, str):
+            return value
+    return None
+
+
+def _paths(row: Mapping[str, Any], kind: str) -> tuple[str, ...]:
+    """Paths of the pictures of a row; empty where it does not name what it needs."""
+    target = _first(row, TARGETS)
+    if kind == "caption":
+        return (target,) if target is not None else ()
+    both = row.get("image", row.get("images"))
+    if isinstance(both, list) and len(both) == 2 and all(isinstance(path, str) for path in both):
+        return both[0], both[1]
+    source = _first(row, SOURCES)
+    return (source, target) if source is not None and target is not None else ()
+
+
+def _instruction(row: Mapping[str, Any]) -> str | None:
+    """The instruction of a row: a field, or what the human says in its conversation."""
+    found = _first(row, TEXTS)
+    turns = row.get("conversations")
+    if found is None and isinstance(turns, list):
+        said: Iterator[Any] = (
+            t.get("value") for t in turns if isinstance(t, Mapping) and t.get("from") in ("human", "user")
+        )
+        value = next(said, None)
+        found = value.replace("<image>", "").strip() if isinstance(value, str) else None
+    return found
+
+
+LAYOUTS: dict[str, Callable[[str], list[tuple[str, Entry]]]] = {
+    "gpt-image-edit": gpt_image_edit,
+    "sharegpt-4o-image": sharegpt_4o_image,
+    "blip3o-60k": any_place,
+}
