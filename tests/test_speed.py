@@ -13,8 +13,10 @@ from torch import Tensor
 from unilip import cli
 from unilip.acceleration import PRESETS, Compiled, Shortcut, fingerprint, shortcut
 from unilip.checkpoint import open_checkpoint
+from unilip.config import SOLVERS
 from unilip.dit import PreparedCondition, stack
 from unilip.errors import UniLIPError
+from unilip.flow import denoise, make_scheduler
 from unilip.model import UniLIP
 from unilip.preprocess import Tokens
 
@@ -164,6 +166,33 @@ def test_guidance_may_be_split_over_two_devices(fresh_model: Callable[..., UniLI
     assert not any("twin" in name for name, _ in model.named_modules())
 
 
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_plan_does_what_the_library_does(solver: str, steps: int) -> None:
+    """Also where latents are replaced on the way: the library is given the same ones."""
+
+    def velocity(x: Tensor, timestep: Tensor) -> Tensor:
+        return torch.sin(3 * x) + timestep.view(-1, 1, 1, 1) / 1000
+
+    def replace(i: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
+        return latents.flip(-1) + 0.5 if i in (1, 4) else None
+
+    noise = torch.randn(2, 3, 2, 2)
+    scheduler = make_scheduler(solver, 3.0)
+    ours = denoise(velocity, noise, scheduler, steps, 1.0, replace)
+    library = make_scheduler(solver, 3.0)
+    if solver == "euler":
+        library.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+    else:
+        library.set_timesteps(steps)
+    library.set_begin_index(0)
+    state = noise
+    for i, timestep in enumerate(library.timesteps):
+        state = library.step(velocity(state, timestep.long().expand(2)), timestep, state, return_dict=False)[0]
+        state = state if (other := replace(i, timestep, state)) is None else other
+    assert apart(ours, state) < 1e-5
+
+
 # --- presets --------------------------------------------------------------------------------------------------------
 
 
@@ -291,16 +320,17 @@ def test_a_loop_that_can_be_recorded_is_recorded_once_for_a_shape(
 
     for value in (1.0, 2.0):
         noise = torch.full((1, 2), value).as_subclass(OnCuda)
-        assert float(loops.loop(("a",), make, noise, condition).sum()) == 8 * value
+        assert float(loops.loop(("a",), (0,), make, noise, condition).sum()) == 8 * value
     assert made == [(1, 2)]
-    loops.loop(("b",), make, noise, condition)
-    assert len(made) == 2
+    loops.loop(("b",), (0,), make, noise, condition)
+    loops.loop(("b",), (1,), make, noise, condition)
+    assert len(made) == 3  # the weights have changed
 
     def fail(*_: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(acceleration, "RecordedLoop", fail)
-    assert float(loops.loop(("c",), make, noise, condition).sum()) == 16.0  # runs all the same
+    assert float(loops.loop(("c",), (0,), make, noise, condition).sum()) == 16.0  # runs all the same
 
 
 @pytest.mark.gpu

@@ -152,6 +152,7 @@ class Compiled:
         self.step: Step = torch.compile(dit.step, fullgraph=True, dynamic=False, **options)
         self.decode: Callable[[Tensor], Tensor] = torch.compile(decode, dynamic=False, **options)
         self.loops: dict[tuple[Any, ...], RecordedLoop | None] = {}
+        self.weights: tuple[Any, ...] | None = None
 
     def fit(self, condition: PreparedCondition) -> PreparedCondition:
         """Return a condition grown to a multiple of the bucket."""
@@ -160,6 +161,7 @@ class Compiled:
     def loop(
         self,
         key: tuple[Any, ...],
+        weights: tuple[Any, ...] | None,
         make: Callable[[PreparedCondition], Callable[[Tensor], Tensor]],
         noise: Tensor,
         condition: PreparedCondition,
@@ -167,10 +169,13 @@ class Compiled:
         """Run a loop from noise (B,Z,h,w), as a recorded graph on CUDA, else directly.
 
         `make(condition)` returns a function that may run once: noise -> latents. `key` names everything else that the
-        loop depends on.
+        loop depends on; recordings are thrown away when `weights`, a fingerprint, changes.
         """
         if noise.device.type != "cuda":
             return make(condition)(noise)
+        if weights != self.weights:
+            self.loops.clear()
+            self.weights = weights
         key = (*key, tuple(noise.shape), noise.device, tuple(condition.mask.shape))
         if key not in self.loops:
             logger.info("recording the denoising loop for %d pictures; this happens once for a shape", len(noise))

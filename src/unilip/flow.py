@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -95,14 +97,50 @@ def draw_noise(
     )
 
 
-def start_schedule(scheduler: Any, steps: int, device: torch.device | str = "cpu") -> Tensor:
-    """Put a sampler at the beginning of a schedule; return its integer timesteps (S,) on a device."""
+@dataclass(frozen=True)
+class Plan:
+    """A solver on a schedule of S steps, as the matrix that it is: its states are sums of noise and velocities.
+
+    Attributes:
+        timesteps: integers (S,).
+        weights: (S,S+1): of the noise and of each velocity in the state after each step.
+        carried: (S,S): of what was added from outside after step j, in the state after step i.
+    """
+
+    timesteps: Tensor
+    weights: Tensor
+    carried: Tensor
+
+    def to(self, device: torch.device | str) -> Plan:
+        """Move all three tensors."""
+        return Plan(self.timesteps.to(device), self.weights.to(device), self.carried.to(device))
+
+
+def make_plan(scheduler: Any, steps: int) -> Plan:
+    """Read the plan off a sampler, by running it on the unit vectors in place of noise, velocities and changes.
+
+    So the formulas stay the library's, while the loop neither waits for the device nor launches dozens of tiny kernels.
+    """
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # its own choice spends the last step on almost no noise
-        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), device=device)
+        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
     else:
-        scheduler.set_timesteps(steps, device=device)
+        scheduler.set_timesteps(steps)
     scheduler.set_begin_index(0)  # else it is looked up by timestep, which fails where two steps share one
-    return scheduler.timesteps.long()
+    count = len(scheduler.timesteps)
+    units = torch.eye(2 * count + 1).view(2 * count + 1, 1, -1, 1, 1)
+    state, states = units[0], []
+    for i, timestep in enumerate(scheduler.timesteps):
+        state = scheduler.step(units[1 + i], timestep, state, return_dict=False)[0]
+        states.append(state.flatten())
+        state = state + units[1 + count + i]
+    table = torch.stack(states)
+    return Plan(scheduler.timesteps.long(), table[:, : count + 1], table[:, count + 1 :])
+
+
+@lru_cache(maxsize=32)
+def plan(solver: str, shift: float, steps: int) -> Plan:
+    """Return the plan of a solver by name, on the CPU; the same object each time."""
+    return make_plan(make_scheduler(solver, shift), steps)
 
 
 def denoise(
@@ -120,29 +158,39 @@ def denoise(
     uncond + g (cond - uncond); otherwise once, as in the steps that `guided` marks False. `on_step(i, timestep,
     latents)` runs after each step and may return replaced latents. The solver's state is kept in float32.
     """
-    start_schedule(scheduler, steps, noise.device)
-    return integrate(velocity, noise, scheduler, guidance_scale, on_step, guided)
+    planned = make_plan(scheduler, steps).to(noise.device)
+    return integrate(velocity, noise, planned, guidance_scale, on_step, guided)
 
 
 def integrate(
     velocity: Callable[[Tensor, Tensor], Tensor],
     noise: Tensor,
-    scheduler: Any,
+    planned: Plan,
     guidance_scale: float,
     on_step: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
     guided: Sequence[bool] | None = None,
 ) -> Tensor:
-    """Do what `denoise` says with a sampler whose schedule has been started; nothing in it waits for the device."""
+    """Do what `denoise` says along a plan on the device; nothing in it waits for the device."""
     latents = noise.float()
-    for i, timestep in enumerate(scheduler.timesteps):
+    history = latents.new_empty(len(planned.timesteps) + 1, *latents.shape)  # noise, then velocities
+    history[0] = latents
+    changes: list[tuple[int, Tensor]] = []
+    for i, timestep in enumerate(planned.timesteps):
         both = guidance_scale > 1 and (guided is None or guided[i])
         rows = torch.cat([latents, latents]) if both else latents
-        prediction = velocity(rows, timestep.long().expand(rows.shape[0])).float()
+        prediction = velocity(rows, timestep.expand(rows.shape[0])).float()
         if both:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + guidance_scale * (conditional - unconditional)
-        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+        history[i + 1] = prediction
+        # a sum of products, not a matrix product, which may be done in fewer bits
+        latents = (planned.weights[i, : i + 2].view(-1, *[1] * latents.dim()) * history[: i + 2]).sum(0)
+        for j, change in changes:
+            latents = latents + planned.carried[i, j] * change
         if on_step is not None:
             replaced = on_step(i, timestep, latents)
-            latents = latents if replaced is None else replaced.to(latents)
+            if replaced is not None:
+                replaced = replaced.to(latents)
+                changes.append((i, replaced - latents))
+                latents = replaced
     return latents

@@ -34,7 +34,7 @@ from unilip.decoder import LatentHead, PixelDecoder, resize_to_tokens
 from unilip.dit import DiT, PreparedCondition, stack
 from unilip.encoder import Encoder, init_encoder
 from unilip.errors import PromptError, UniLIPError
-from unilip.flow import draw_noise, integrate, make_scheduler, start_schedule
+from unilip.flow import draw_noise, integrate, plan
 from unilip.memory import QUANTIZED, Offload, is_quantized, quantize
 from unilip.mllm import MLLM
 from unilip.preprocess import (
@@ -661,16 +661,16 @@ class UniLIP(nn.Module):
         def make(
             condition: PreparedCondition, on_step: Callable[[int, Tensor, Tensor], Tensor | None] | None = None
         ) -> Callable[[Tensor], Tensor]:
-            scheduler = make_scheduler(settings.solver, settings.flow_shift)
-            modulations = self.dit.modulate(start_schedule(scheduler, steps, self.device))
+            planned = plan(settings.solver, settings.flow_shift, steps).to(self.device)
+            modulations = self.dit.modulate(planned.timesteps)
             step = None if compiled is None else compiled.step
             velocity = Velocity(self.dit, condition, modulations, count, reused, step, twin)
-            return lambda start: integrate(velocity, start, scheduler, settings.guidance_scale, on_step, guided)
+            return lambda start: integrate(velocity, start, planned, settings.guidance_scale, on_step, guided)
 
         if compiled is not None:
             prepared = compiled.fit(prepared)
             if callback is None and not reused and twin is None:
-                return compiled.loop((settings, preset), make, noise, prepared)
+                return compiled.loop((settings, preset), fingerprint([self.dit]), make, noise, prepared)
         bar = tqdm(total=steps, disable=None if progress else True, leave=False, unit="step")
 
         def on_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
