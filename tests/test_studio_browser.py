@@ -49,14 +49,16 @@ def address():
         port = free.getsockname()[1]
     with Engine(UniLIP.from_pretrained()) as engine:
         app = create_app(engine, About("embedded (pico)", CAN, CANNOT), samples())
-        server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+        config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=2)
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run)
         thread.start()
         while not server.started and thread.is_alive():
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}/"
-        server.should_exit = server.force_exit = True
-        thread.join(20)
+        server.should_exit = True
+        thread.join(60)
+    assert not app.state.desks.folder.parent.exists(), "the studio left files behind"
 
 
 class Visitor:
@@ -76,13 +78,13 @@ class Visitor:
         return self.all(css)[0]
 
     def until(self, condition, what, patience=PATIENCE):
-        from selenium.common.exceptions import StaleElementReferenceException
+        from selenium.common.exceptions import ElementNotInteractableException, StaleElementReferenceException
 
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             try:
                 found = condition()
-            except StaleElementReferenceException:
+            except (StaleElementReferenceException, ElementNotInteractableException):
                 found = None
             if found:
                 return found
@@ -113,8 +115,11 @@ class Visitor:
     def type(self, css, *keys):
         from selenium.webdriver.common.keys import Keys
 
-        field = self.one(css)
-        self.until(field.is_enabled, f"{css} takes no words")
+        def ready():
+            field = self.one(css)
+            return field if field.is_displayed() and field.is_enabled() else None
+
+        field = self.until(ready, f"{css} takes no words")
         field.send_keys(Keys.CONTROL, "a")
         field.send_keys(*keys)
 

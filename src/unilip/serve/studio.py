@@ -123,8 +123,12 @@ background:var(--background-fill-secondary);font-variant-numeric:tabular-nums;ov
 #edit-difference img,#reconstruct-seen img,#reconstruct-again img,#reconstruct-difference img,
 #edit-source img,#reconstruct-source img{width:100%;height:100%;object-fit:contain}
 #chat .message img{width:min(14rem,60vw);height:auto}
-.note progress{width:min(60%,24rem);height:.6rem;vertical-align:middle;accent-color:var(--primary-500);
-margin-right:.5rem}
+.note progress{appearance:none;border:0;width:min(60%,24rem);height:.6rem;vertical-align:middle;margin-right:.5rem;
+border-radius:.3rem;overflow:hidden;background:var(--border-color-primary)}
+.note progress::-webkit-progress-bar{background:var(--border-color-primary)}
+.note progress::-webkit-progress-value{background:var(--primary-500)}
+.note progress::-moz-progress-bar{background:var(--primary-500)}
+#chat-status .note:empty{display:none}
 .keys{font-size:.82rem;color:var(--body-text-color-subdued)}
 #theme{max-width:9rem;margin-left:auto}
 button:focus-visible,input:focus-visible,textarea:focus-visible,[tabindex]:focus-visible{
