@@ -82,7 +82,7 @@ def pico() -> list[Recipe]:
             **(common | {"data": dataclasses.replace(data, edit_share=0.5)}), note="on the last text model",
         ),
         Recipe(
-            name="pico/sft_place", objective=Flow(noises=8, place=0.1), trains=GENERATE, steps=2100, batch_size=16,
+            name="pico/sft_place", objective=Flow(noises=8, place=0.1), trains=GENERATE, steps=2400, batch_size=16,
             optim=optim, ema=0.998, seed=4, init=("all=pico/sft_again",),
             **(common | {"data": dataclasses.replace(data, edit_share=0.5)}),
             note="the condition at an image token learns to say where in the picture it lies",
@@ -115,12 +115,13 @@ def nano() -> list[Recipe]:
             measure_latents=True, **common,
         ),
         Recipe(
-            name="nano/pretrain", objective=Flow(noises=4), trains=GENERATE, steps=12000, batch_size=256, optim=optim,
-            init=(f"{WHOLE_TOKENIZER}=nano/recon_distill", "mllm=nano/instruct"), ema=0.999, **common,
+            name="nano/pretrain", objective=Flow(noises=4, place=0.1), trains=GENERATE, steps=12000, batch_size=256,
+            init=(f"{WHOLE_TOKENIZER}=nano/recon_distill", "mllm=nano/instruct"), ema=0.999, optim=optim,
+            **(common | {"data": dataclasses.replace(data, edit_share=0.3)}),
             note="connector and pretrain in one: a DiT from nothing has no latents of its own to connect to first",
         ),
         Recipe(
-            name="nano/sft", objective=Flow(noises=4), trains=GENERATE, steps=6000, batch_size=256,
+            name="nano/sft", objective=Flow(noises=4, place=0.1), trains=GENERATE, steps=6000, batch_size=256,
             optim=dataclasses.replace(optim, lr=4e-4), init=("all=nano/pretrain",), ema=0.999,
             **(common | {"data": dataclasses.replace(data, edit_share=0.6)}),
         ),

@@ -1,0 +1,220 @@
+"""One step of the generation stages, two ways in one run: the straightforward one and ours; seconds, memory, gradients.
+
+    python benchmarks/train.py --size 1b --fraction 6 --task generate
+    python benchmarks/train.py --size 1b --task edit --device cuda --dtype bfloat16 --fraction 1
+
+Straightforward: pictures are encoded in the step, the frozen language model reads prompt and queries in one pass with
+gradients, the diffusion transformer is diffusers' own forward, which projects the condition for itself.
+Ours: what `unilip train` does from a cache of latents and features (`unilip data cache`): the prompt is read without
+gradients into a key-value cache, so that the queries alone keep activations, and the condition is prepared once.
+Both see the same weights, prompts, latents and noise. `--fraction F` keeps one layer in F of every part, so that the
+parts keep their proportions on a small machine. Peak memory is that of what is kept for the backward pass: bytes that
+autograd saves, each storage once, weights left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from reference import plain_transformer
+from torch import Tensor, nn
+
+from unilip import UniLIP, preset
+from unilip.config import UniLIPConfig
+from unilip.connector import substitute_features
+from unilip.flow import flow_loss, interpolate, train_levels
+from unilip.preprocess import Tokens
+from unilip.train.build import enable_checkpointing
+
+PROMPT = 48  # tokens of words in a prompt, markers included
+TASKS = ("generate", "edit")
+
+
+def reduced(config: UniLIPConfig, fraction: int) -> UniLIPConfig:
+    """Keep one layer in `fraction` of each part."""
+
+    def less(count: int) -> int:
+        return max(1, round(count / fraction))
+
+    return config.replace(
+        vision=dataclasses.replace(config.vision, num_layers=less(config.vision.num_layers)),
+        text=dataclasses.replace(config.text, num_layers=less(config.text.num_layers)),
+        dit=dataclasses.replace(config.dit, num_layers=less(config.dit.num_layers)),
+        connector_layers=less(config.connector_layers),
+    )
+
+
+def plain_dit(model: UniLIP) -> nn.Module:
+    """Diffusers' own transformer with the very parameters of ours."""
+    plain = plain_transformer(model)
+    for name, parameter in model.dit.transformer.named_parameters():
+        owner, _, last = name.rpartition(".")
+        setattr(plain.get_submodule(owner), last, parameter)
+    return plain
+
+
+def make_batch(model: UniLIP, task: str, size: int, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
+    """Random pictures and prompts of one task, and the noise that both ways add."""
+    config = model.config
+    side, tokens = config.image_size, config.grid**2
+    length = PROMPT + (tokens if task == "edit" else 0)
+    ids = torch.randint(0, config.text.vocab_size, (size, length), generator=generator)
+    slots = torch.zeros(size, length, dtype=torch.bool)
+    if task == "edit":
+        slots[:, 4 : 4 + tokens] = True
+    mask = torch.ones(size, length, dtype=torch.long)
+    mask[0, : PROMPT // 4 if task == "generate" else 0] = 0  # prompts of different lengths
+    latents = (size, config.dit.latent_channels, config.grid, config.grid)
+    batch: dict[str, Any] = {
+        "targets": torch.randn(size, 3, side, side, generator=generator),
+        "sources": torch.randn(size, 3, side, side, generator=generator) if task == "edit" else None,
+        "noise": torch.randn(latents, generator=generator),
+        "levels": train_levels(torch.rand(size, generator=generator)),
+    }
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    moved["levels"] = tuple(t.to(device) for t in batch["levels"])
+    return moved | {"prompts": Tokens(ids, mask, slots).to(device)}
+
+
+def straightforward(model: UniLIP, batch: dict[str, Any], ready: dict[str, Any]) -> Tensor:
+    """Everything in the step, whole sequences with gradients."""
+    prompts: Tokens = batch["prompts"]
+    with torch.no_grad():
+        clean = model.to_latent(model.encoder(batch["targets"]))
+        features = None if batch["sources"] is None else model.encoder(batch["sources"])
+    embeddings = model.mllm.embed(prompts.input_ids, prompts.image_slots, features)
+    sequence, mask = model.mllm.append_queries(embeddings, prompts.attention_mask)
+    hidden = model.mllm(sequence, mask)
+    if features is not None:
+        hidden = substitute_features(hidden, prompts.image_slots, features)
+    condition = model.connector(hidden, mask)
+    timesteps, sigmas = batch["levels"]
+    noisy = interpolate(clean, batch["noise"], sigmas)
+    velocity = ready["plain"](
+        noisy.to(condition.dtype), encoder_hidden_states=condition, timestep=timesteps, encoder_attention_mask=mask,
+        return_dict=False,
+    )[0]  # fmt: skip
+    return flow_loss(velocity, clean, batch["noise"])
+
+
+def ours(model: UniLIP, batch: dict[str, Any], ready: dict[str, Any]) -> Tensor:
+    """From ready latents and features, the prompt read once without gradients."""
+    clean = ready["latents"]
+    prepared = model.dit.prepare(*model.conditions(batch["prompts"], ready["features"]))
+    timesteps, sigmas = batch["levels"]
+    velocity = model.dit(interpolate(clean, batch["noise"], sigmas).to(model.dtype), timesteps, prepared)
+    return flow_loss(velocity, clean, batch["noise"])
+
+
+def saved_bytes(model: UniLIP, loss: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """Run a forward pass: the loss, and the bytes that autograd keeps for the backward pass, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = loss()
+    return value, sum(kept.values())
+
+
+def gradients(model: UniLIP) -> dict[str, Tensor]:
+    """Take the gradients, and leave none."""
+    found = {name: p.grad.detach().float().clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compare the two ways; alternate them, and take medians."""
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    torch.manual_seed(0)
+    model = UniLIP.from_config(reduced(preset(arguments.size), arguments.fraction))
+    torch.nn.init.normal_(model.mllm.queries, std=0.02)
+    model.to(device=device, dtype=dtype)
+    model.requires_grad_(False)
+    for part in (model.connector, model.dit):
+        part.requires_grad_(True)
+    model.mllm.queries.requires_grad_(True)
+    if arguments.checkpointing:
+        enable_checkpointing(model)
+    batch = make_batch(model, arguments.task, arguments.batch_size, device, torch.Generator().manual_seed(0))
+    batch = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    with torch.no_grad():
+        ready = {
+            "plain": plain_dit(model),
+            "latents": model.to_latent(model.encoder(batch["targets"])),
+            "features": None if batch["sources"] is None else model.encoder(batch["sources"]),
+        }
+    ways = {"straightforward": straightforward, "ours": ours}
+    found: dict[str, Any] = {name: {"seconds": []} for name in ways}
+    kept: dict[str, dict[str, Tensor]] = {}
+    for name, way in ways.items():  # also the warm-up
+        loss, found[name]["saved_bytes"] = saved_bytes(model, lambda way=way: way(model, batch, ready))
+        loss.backward()
+        found[name]["loss"], kept[name] = loss.item(), gradients(model)
+    for _ in range(arguments.repeats):
+        for name, way in ways.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            way(model, batch, ready).backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                found[name]["peak_bytes"] = torch.cuda.max_memory_allocated()
+            found[name]["seconds"].append(time.perf_counter() - start)
+            model.zero_grad(set_to_none=True)
+    a, b = kept.values()
+    assert a.keys() == b.keys(), "the two ways do not train the same weights"
+    # some gradients are zero but for rounding (a key's bias, say): these are measured against all of them
+    least = 1e-4 * torch.stack([g.norm() for g in a.values()]).norm()
+    found["gradient_difference"] = max(((a[k] - b[k]).norm() / a[k].norm().clamp(min=least)).item() for k in a)
+    found["loss_difference"] = abs(found["straightforward"]["loss"] - found["ours"]["loss"])
+    plain, fast = (statistics.median(found[name]["seconds"]) for name in ways)
+    found["speed_ratio"] = plain / fast
+    found["memory_ratio"] = found["ours"]["saved_bytes"] / found["straightforward"]["saved_bytes"]
+    return found
+
+
+def main() -> None:
+    """Read the options, measure, and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="1b", choices=("tiny", "pico", "nano", "1b", "3b"))
+    parser.add_argument("--task", default="generate", choices=TASKS)
+    parser.add_argument("--fraction", type=int, default=6, help="keep one layer in this many (6)")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations, as the paper's recipes do")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    found = measure(arguments)
+    if arguments.json:
+        print(json.dumps(vars(arguments) | found))
+        return
+    print(f"{arguments.size}, {arguments.task}, batch {arguments.batch_size}, one layer in {arguments.fraction}")
+    for name in ("straightforward", "ours"):
+        seconds = statistics.median(found[name]["seconds"])
+        kept_mib = found[name]["saved_bytes"] / 2**20
+        print(f"{name:16} {seconds:8.3f} s  {kept_mib:9.1f} MiB kept  loss {found[name]['loss']:.6f}")
+    print(
+        f"{found['speed_ratio']:.2f} x as fast, {found['memory_ratio']:.2f} x the memory; largest relative difference"
+    )
+    print(f"of a gradient {found['gradient_difference']:.1e}, of the loss {found['loss_difference']:.1e}")
+
+
+if __name__ == "__main__":
+    main()
