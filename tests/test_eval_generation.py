@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from eval_support import GENEVAL, GENEVAL2, paint, wise_rows, write_prompts
 from PIL import Image
 
+from eval_support import GENEVAL, GENEVAL2, paint, wise_rows, write_prompts
 from unilip.errors import UniLIPError
 from unilip.eval import benchmarks, generation, runs
 from unilip.eval.benchmarks import open_benchmark

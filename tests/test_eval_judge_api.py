@@ -4,8 +4,8 @@ import json
 import time
 
 import pytest
-from eval_support import FakeJudge, completion, texts_of
 
+from eval_support import FakeJudge, completion, texts_of
 from unilip.errors import UniLIPError
 from unilip.eval.rubrics import read_yes_no
 from unilip.eval.vlm import JudgeStopped, Question, RemoteJudge, Terms

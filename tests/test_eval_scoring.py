@@ -6,9 +6,9 @@ import textwrap
 
 import numpy as np
 import pytest
-from eval_support import GENEVAL, FakeJudge, completion, pictures_of, texts_of, write_prompts
 from PIL import Image
 
+from eval_support import GENEVAL, FakeJudge, completion, pictures_of, texts_of, write_prompts
 from unilip.errors import UniLIPError
 from unilip.eval import rubrics, scores, scoring
 from unilip.eval.benchmarks import Item, open_benchmark
@@ -63,7 +63,7 @@ def judge():
         (rubrics.read_wise_verified, "Score: 1", 1.0),
         (rubrics.read_wise_verified, "**Score**: 0", 0.0),
         (rubrics.read_wise_verified, "1", 1.0),
-        (rubrics.read_wise_verified, "Score: 0 or 1", 0.0),
+        (rubrics.read_wise_verified, "Score: 0 or 1", None),
         (rubrics.read_wise_verified, "Score: 1\nScore: 0", None),
         (rubrics.read_wise_verified, "Score: 0.5", None),
         (rubrics.read_wise_verified, "Score: 7", None),
@@ -73,7 +73,7 @@ def judge():
         (rubrics.read_wise_legacy, "Consistency: 3\nRealism: 1\nAesthetic Quality: 0", None),
         (rubrics.read_imgedit, "Brief reasoning: fine.\nPrompt Compliance: 5\nVisual Naturalness: 4\n"
          "Physical & Detail Integrity: 3", [5.0, 4.0, 3.0]),
-        (rubrics.read_imgedit, "**Style Fidelity**: 2\nContent Preservation: 2/5\nRendering Quality: 1.", [2.0, 2.0, 1.0]),
+        (rubrics.read_imgedit, "**Style Fidelity**: 2\nPreservation: 2/5\nRendering Quality: 1.", [2.0, 2.0, 1.0]),
         (rubrics.read_imgedit, "Prompt Compliance: 5\nVisual Naturalness: 4", None),
         (rubrics.read_imgedit, "A: 6\nB: 4\nC: 3", None),
         (rubrics.read_viescore, '{"score": [7, 4], "reasoning": "x"}', 4.0),

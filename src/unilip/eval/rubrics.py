@@ -89,19 +89,21 @@ def read_rubric(name: str, protocol: str, path: str | Path | None) -> Rubric:
 
 def _wise_rubric(file: Path) -> dict[str, str]:
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    function = next(
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name == "build_evaluation_messages"
-    )
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    asking = [node for node in functions if node.name == "build_evaluation_messages"]
+    if not asking:
+        raise ValueError("there is no function build_evaluation_messages")
     texts = []
-    for node in ast.walk(function):
+    for node in ast.walk(asking[0]):
         if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
                 if isinstance(key, ast.Constant) and key.value == "text":
                     texts.append(_template(value))
-    system = next(text for text in texts if "{Prompt}" not in text)
-    return {"system": system, "question": next(text for text in texts if "{Prompt}" in text)}
+    systems = [text for text in texts if "{Prompt}" not in text]
+    questions = [text for text in texts if "{Prompt}" in text]
+    if len(systems) != 1 or len(questions) != 1:
+        raise ValueError(f"{len(systems)} texts without and {len(questions)} with the prompt, one of each expected")
+    return {"system": systems[0], "question": questions[0]}
 
 
 def _template(node: ast.expr) -> str:
@@ -212,7 +214,7 @@ def read_yes_no(text: str) -> bool | None:
 
 def read_wise_verified(text: str) -> float | None:
     """Read "Score: 0" or "Score: 1", or a bare 0 or 1 on a line."""
-    found = re.findall(r"\bscore\*{0,2}\s*[:：]?\s*\*{0,2}\s*([01])\b(?![./\d])", text, re.IGNORECASE)
+    found = re.findall(r"\bscore\*{0,2}\s*[:：]?\s*\*{0,2}\s*([01])\b(?!\s*or\b|[./\d])", text, re.IGNORECASE)
     found = found or re.findall(r"(?m)^\s*([01])\s*$", text)
     return float(found[0]) if len(set(found)) == 1 else None
 

@@ -252,18 +252,23 @@ def read_choice(answer: str, options: Sequence[str]) -> str | None:
     """Return the letter that an answer chooses; None if it cannot be told."""
     letters = LETTERS[: len(options)]
     text = answer.strip()
-    found = re.match(rf"\W*([{letters}])(?:[\s).:,]|$)", text) or re.match(rf"\(?([{letters.lower()}])[).]?\s*$", text)
-    if not found:
-        said = re.findall(rf"(?:answer|option|choice)(?: is|:)?\s*\(?([{letters}])\b", text, re.IGNORECASE)
-        if len({letter.upper() for letter in said}) == 1:
-            return str(said[0]).upper()
-        bare = _bare(text)
-        named = [letters[n] for n, option in enumerate(options) if _bare(option) == bare]
-        named = named or [
-            letters[n] for n, option in enumerate(options) if re.search(rf"\b{re.escape(_bare(option))}\b", bare)
-        ]
+    found = re.match(rf"\W*([{letters}])(?:[).:,*\]]|\s*$)", text) or re.match(
+        rf"\(?([{letters.lower()}])[).]?\s*$", text
+    )
+    if found:
+        return found[1].upper()
+    said = re.findall(rf"(?:answer|option|choice)(?: is|:)?\s*\(?([{letters}])\b", text, re.IGNORECASE)
+    if len({letter.upper() for letter in said}) == 1:
+        return str(said[0]).upper()
+    bare = _bare(text)
+    named = [letters[n] for n, option in enumerate(options) if _bare(option) == bare]
+    named = named or [
+        letters[n] for n, option in enumerate(options) if re.search(rf"\b{re.escape(_bare(option))}\b", bare)
+    ]
+    if named:  # before a letter in front of words, which may be the article of "A dog"
         return named[0] if len(named) == 1 else None
-    return found[1].upper()
+    found = re.match(rf"([{letters}])\s", text)
+    return found[1] if found and found[1] != "A" else None
 
 
 def read_verdict(answer: str) -> str | None:

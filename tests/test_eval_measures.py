@@ -1,0 +1,576 @@
+"""Reconstruction, questions and comparisons: measures against references, formats, resuming, bad input."""
+
+import base64
+import csv
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eval_support import paint, write_prompts
+from unilip.errors import ImageError, UniLIPError
+from unilip.eval import compare, recon, understand
+from unilip.eval.benchmarks import open_benchmark
+from unilip.eval.generation import Settings, generate
+from unilip.eval.pictures import open_pictures
+from unilip.eval.runs import Place
+from unilip.eval.scores import Rule, column, write_scores
+
+# --- measures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(generator):
+    a = torch.rand(2, 3, 24, 20, generator=generator)
+    return a, (a + 0.1 * torch.randn(a.shape, generator=generator)).clamp(0, 1)
+
+
+@pytest.mark.parametrize("data_range", [1.0, 2.0])
+def test_ssim_is_that_of_scikit_image(pair, data_range):
+    metrics = pytest.importorskip("skimage.metrics")
+    for a, b, value in zip(*pair, recon.ssim(*pair, data_range), strict=True):
+        x, y = (t.movedim(0, -1).double().numpy() for t in (a, b))
+        expected = metrics.structural_similarity(x, y, data_range=data_range, channel_axis=-1)
+        assert float(value) == pytest.approx(expected, abs=1e-9)
+
+
+def test_psnr_is_that_of_scikit_image(pair):
+    metrics = pytest.importorskip("skimage.metrics")
+    for a, b, value in zip(*pair, recon.psnr(*pair), strict=True):
+        expected = metrics.peak_signal_noise_ratio(a.double().numpy(), b.double().numpy(), data_range=1.0)
+        assert float(value) == pytest.approx(expected, abs=1e-9)
+    assert float(recon.psnr(pair[0], pair[0])[0]) == recon.PSNR_LIMIT
+
+
+def test_the_papers_ssim_reads_higher(pair):
+    assert (recon.ssim(*pair, 2.0) > recon.ssim(*pair, 1.0)).all()
+
+
+def test_frechet_distance_of_known_gaussians():
+    linalg = pytest.importorskip("scipy.linalg")
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(500, 4)), rng.normal(size=(400, 4)) @ np.diag([1, 2, 0.5, 1]) + [0, 0, 3, 0]
+    product = linalg.sqrtm(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(
+        np.cov(a, rowvar=False) + np.cov(b, rowvar=False) - 2 * product
+    )
+    assert recon.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+    assert recon.frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
+    few = rng.normal(size=(5, 40))  # singular covariance
+    assert np.isfinite(recon.frechet_distance(few, few + 1))
+    with pytest.raises(UniLIPError, match="at least two"):
+        recon.frechet_distance(a[:1], a)
+
+
+def test_the_real_inception_where_it_is_installed():
+    pytest.importorskip("torch_fidelity", reason="torch-fidelity, and torchvision that it needs, are not installed")
+    name, extract = recon.open_extractor("torch-fidelity")
+    assert name == "rfid" and extract(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 2048)
+
+
+def test_the_real_lpips_where_it_is_installed():
+    pytest.importorskip("lpips", reason="lpips, and torchvision that it needs, are not installed")
+    distance = recon.open_lpips()
+    assert float(distance(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64))[0]) == pytest.approx(0, abs=1e-6)
+
+
+class Means(torch.nn.Module):
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return pictures.float().mean((2, 3))
+
+
+def test_a_torchscript_extractor(tmp_path):
+    torch.jit.trace(Means(), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).save(str(tmp_path / "means.pt"))
+    name, extract = recon.open_extractor(str(tmp_path / "means.pt"))
+    assert (
+        name.startswith("fd[means ")
+        and extract(torch.full((2, 3, 8, 8), 7, dtype=torch.uint8)).tolist() == [[7] * 3] * 2
+    )
+    (tmp_path / "bad.pt").write_bytes(b"no script")
+    with pytest.raises(UniLIPError, match="no TorchScript"):
+        recon.open_extractor(str(tmp_path / "bad.pt"))
+    with pytest.raises(UniLIPError, match="is no file"):
+        recon.open_extractor("nothing.pt")
+
+
+# --- protocols ------------------------------------------------------------------------------------------------------
+
+
+def test_prepare_scales_the_shorter_side_and_cuts_the_middle():
+    picture = Image.new("RGB", (90, 30), "red")
+    picture.paste("blue", (30, 0, 60, 30))
+    done = recon.prepare(picture, 28)
+    assert done.size == (28, 28) and done.getpixel((14, 14)) == (0, 0, 255) and done.getpixel((4, 14)) == (0, 0, 255)
+    assert recon.prepare(Image.new("RGB", (31, 77)), 28).size == (28, 28)
+
+
+def test_256_is_padded_by_reflection_and_shrunk_with_aligned_corners(tiny_model, monkeypatch):
+    """The padding and the shrinking, with an encoder and a decoder that only look and resize."""
+    seen = {}
+    pictures = torch.randint(0, 256, (1, 3, 256, 256), dtype=torch.uint8)
+    mean = torch.tensor(recon.IMAGENET_MEAN)[:, None, None]
+    std = torch.tensor(recon.IMAGENET_STD)[:, None, None]
+
+    def encoder(pixels):
+        seen["pixels"] = pixels * std + mean
+        return torch.zeros(1, 100, tiny_model.config.text.hidden_size)
+
+    def decode(latent):
+        seen["latent"] = latent.shape
+        return (
+            torch.nn.functional.interpolate(seen["pixels"], size=(320, 320), mode="bilinear", align_corners=True) * 2
+            - 1
+        )
+
+    monkeypatch.setattr(type(tiny_model.encoder), "forward", lambda self, pixels: encoder(pixels))
+    monkeypatch.setattr(type(tiny_model.pixel_decoder), "decode", lambda self, latent: decode(latent))
+    made = recon.put_through(tiny_model, pictures, "256")
+    padded = np.pad(pictures[0].numpy(), ((0, 0), (12, 12), (12, 12)), mode="reflect")
+    assert np.allclose(seen["pixels"][0].numpy() * 255, padded, atol=1e-3)
+    assert tuple(seen["latent"])[2:] == (10, 10) and made.shape == (1, 3, 256, 256)
+    # smooth pictures come back as they were: nothing is shifted by the two resizes
+    pictures = torch.linspace(0, 255, 256).round().to(torch.uint8).expand(1, 3, 256, 256).contiguous()
+    again = recon.put_through(tiny_model, pictures, "256")
+    inside = (again.int() - pictures.int())[..., 16:-16].abs()
+    assert int(inside.max()) <= 1
+
+
+@pytest.mark.parametrize("protocol", ["native", "224"])
+def test_square_protocols_are_the_models_reconstruction(protocol, tiny_model, picture):
+    side = 56 if protocol == "native" else 224
+    image = picture(side, side)
+    made = recon.put_through(tiny_model, recon.to_bytes([image]), protocol)
+    expected = np.asarray(tiny_model.reconstruct(image, image_size=side).images[0])
+    assert np.abs(made[0].movedim(0, -1).numpy().astype(int) - expected).max() <= 1
+
+
+# --- reconstruction runs --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for n in range(5):
+        paint(folder / f"{n % 2}" / f"{n}.png", n, (70, 60 + n))
+    return folder
+
+
+def run_recon(tiny_folder, pictures, output, **more):
+    given = {"protocol": "native", "batch_size": 2, "place": Place(), **more}
+    return recon.evaluate(pictures, output, tiny_folder, **given)
+
+
+def test_a_run_writes_rows_scores_and_a_grid(tiny_folder, photos, tmp_path):
+    measures = ["psnr", "ssim", "ssim_paper", "lpips", "rfid"]
+    summary = run_recon(
+        tiny_folder, open_pictures(photos), tmp_path / "run", measures=measures, extractor=("fd[means]", Means()),
+        distance=lambda a, b: (a - b).abs().flatten(1).mean(1),
+    )  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "run/images.csv").open()))
+    assert [row["name"] for row in rows] == ["0/0.png", "0/2.png", "0/4.png", "1/1.png", "1/3.png"]
+    for name in measures[:4]:
+        mean = np.mean([float(row[name]) for row in rows])
+        assert summary["scores"][""][name]["value"] == pytest.approx(mean, abs=1e-5)
+    assert summary["whole"]["fd[means]"] > 0
+    assert Image.open(tmp_path / "run/worst-best.png").size[0] > 4 * 56
+    assert column(summary).startswith("recon native; compared at 56 px")
+
+
+def test_two_processes_and_a_rerun_give_the_rows_of_one(tiny_folder, photos, tmp_path):
+    pictures = open_pictures(photos)
+    run_recon(tiny_folder, pictures, tmp_path / "one")
+    assert run_recon(tiny_folder, pictures, tmp_path / "two", place=Place(1, 2)) is None
+    run_recon(tiny_folder, pictures, tmp_path / "two", place=Place(0, 2))
+    whole = (tmp_path / "one/images.csv").read_bytes()
+    assert (tmp_path / "two/images.csv").read_bytes() == whole
+    parts = sorted((tmp_path / "one/parts").iterdir())
+    parts[1].unlink()
+    times = {part: part.stat().st_mtime_ns for part in parts if part.exists()}
+    run_recon(tiny_folder, pictures, tmp_path / "one")
+    assert (tmp_path / "one/images.csv").read_bytes() == whole
+    assert {part: part.stat().st_mtime_ns for part in times} == times
+
+
+def test_other_measures_in_the_same_folder_are_refused(tiny_folder, photos, tmp_path):
+    pictures = open_pictures(photos, 2)
+    run_recon(tiny_folder, pictures, tmp_path / "run", measures=["psnr"])
+    with pytest.raises(UniLIPError, match="another run: measures"):
+        run_recon(tiny_folder, pictures, tmp_path / "run", measures=["psnr", "ssim"])
+    with pytest.raises(UniLIPError, match="no measure psnr2"):
+        run_recon(tiny_folder, pictures, tmp_path / "run", measures=["psnr2"])
+
+
+def test_pictures_come_from_folders_tars_parquet_and_datasets(photos, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    files = sorted(photos.rglob("*.png"))
+    with tarfile.open(tmp_path / "shard-0.tar", "w") as archive:
+        for n, file in enumerate(files[:3]):
+            archive.add(file, f"{n:04d}.png")
+            info = tarfile.TarInfo(f"{n:04d}.txt")
+            info.size = 2
+            archive.addfile(info, io.BytesIO(b"hi"))
+    (tmp_path / "table").mkdir()
+    rows = [{"image": {"bytes": file.read_bytes(), "path": None}, "label": 0} for file in files]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "table/a.parquet", row_group_size=2)
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"image": [str(file) for file in files]}).cast_column("image", datasets.Image())
+    data.save_to_disk(tmp_path / "saved")
+    expected = [Image.open(file).convert("RGB").tobytes() for file in files]
+    for source, count in ((photos, 5), (tmp_path / "shard-0.tar", 3), (tmp_path / "table", 5), (tmp_path / "saved", 5)):
+        found = open_pictures(source)
+        assert len(found) == count, source
+        assert [found.load(i).tobytes() for i in range(count)] == expected[:count], source
+    assert len(open_pictures(photos, 2)) == 2
+    with pytest.raises(UniLIPError, match="holds no pictures"):
+        open_pictures(_empty(tmp_path))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/x.png").write_bytes(b"nothing")
+    with pytest.raises(ImageError, match=r"x\.png"):
+        open_pictures(tmp_path / "bad").load(0)
+    (tmp_path / "bad.tar").write_bytes(b"nothing")
+    with pytest.raises(UniLIPError, match="no whole tar"):
+        open_pictures(tmp_path / "bad.tar")
+
+
+def _empty(folder: Path) -> Path:
+    (folder / "empty").mkdir()
+    return folder / "empty"
+
+
+# --- questions ------------------------------------------------------------------------------------------------------
+
+
+def coded(file: Path) -> str:
+    return base64.b64encode(file.read_bytes()).decode()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A file of questions in each published format."""
+    root = tmp_path_factory.mktemp("questions")
+    one, two = (coded(paint(root / f"p{n}.png", n, (56, 56))) for n in range(2))
+    head = "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\n"
+    (root / "mmbench.tsv").write_text(
+        head + f"1\tWhat?\t\tcat\tdog\tcow\t\tB\tidentity\t{one}\n241\tWhich?\tLook.\tred\tblue\t\t\tA\tcolor\t1\n"
+    )
+    lines = "".join(
+        f"{n}\t{category}\tIs it? Please answer yes or no.\t{answer}\t{image}\n"
+        for n, (category, answer, image) in enumerate(
+            [("existence", "Yes", one), ("existence", "No", one), ("existence", "Yes", two), ("existence", "No", two),
+             ("code_reasoning", "Yes", one), ("code_reasoning", "No", one)]
+        )
+    )  # fmt: skip
+    (root / "mme.tsv").write_text("index\tcategory\tquestion\tanswer\timage\n" + lines)
+    for task in ("existence", "OCR"):
+        folder = root / "MME" / task
+        folder.mkdir(parents=True)
+        paint(folder / "1.jpg", 1)
+        (folder / "1.txt").write_text("Is it? Please answer yes or no.\tYes\nIs it not? Please answer yes or no.\tNo\n")
+    pope = [
+        {"question_id": n, "image": "p0.png", "text": "Is there a dog?", "label": label}
+        for n, label in enumerate(["yes", "no", "yes"])
+    ]
+    (root / "pope.jsonl").write_text("\n".join(map(json.dumps, pope)))
+    choice = [{"question": "What?", "image": "p1.png", "options": ["a cat", "a dog"], "answer": 1}]
+    (root / "choice.jsonl").write_text("\n".join(map(json.dumps, choice)))
+    (root / "mmvp").mkdir()
+    (root / "mmvp/Questions.csv").write_text(
+        "lndex,Question,Options,Correct Answer\n"
+        + "".join(f"{n},Are they open?,(a) Open (b) Closed,({'ab'[n % 2]})\n" for n in (1, 2, 3, 4))
+    )
+    for n in range(1, 5):
+        paint(root / "mmvp/MMVP Images" / f"{n}.jpg", n)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    [("mmbench.tsv", "choice", 2), ("mme.tsv", "mme", 6), ("MME", "mme", 4), ("pope.jsonl", "yes_no", 3),
+     ("choice.jsonl", "choice", 1), ("mmvp/Questions.csv", "mmvp", 4)],
+)  # fmt: skip
+def test_published_formats_are_read(files, name, kind, count):
+    sheet = understand.open_questions(files / name)
+    assert (sheet.kind, len(sheet.questions)) == (kind, count)
+    assert all(asked.load().mode == "RGB" for asked in sheet.questions)
+
+
+def test_mmbench_rows_share_pictures_hints_and_options(files):
+    first, second = understand.open_questions(files / "mmbench.tsv").questions
+    assert first.options == ("cat", "dog", "cow") and first.prompt.startswith("What?\nA. cat\nB. dog\nC. cow\n")
+    assert second.prompt.startswith("Look.\nWhich?") and second.load().tobytes() == first.load().tobytes()
+
+
+def test_rotations_move_the_right_letter():
+    asked = understand.Asked("q", "What?", "B", lambda: Image.new("RGB", (8, 8)), ("cat", "dog", "cow"))
+    turned = understand.rotate(asked)
+    assert [one.options[understand.LETTERS.index(one.answer)] for one in turned] == ["dog"] * 3
+    assert [one.answer for one in turned] == ["B", "A", "C"] and {one.cluster for one in turned} == {"q"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"), ("B.", "B"), ("(B) dog", "B"), ("b", "B"), ("B. dog", "B"), ("The answer is B.", "B"),
+        ("dog", "B"), ("It is a dog.", "B"), ("a cat or a dog", None), ("E", None), ("", None), ("Because it is", None),
+        ("**A**", "A"), ("Answer: C", "C"), ("A cat", "A"), ("A dog", "B"), ("A fish", None), ("C it is", "C"),
+    ],
+)  # fmt: skip
+def test_choices_are_read(answer, letter):
+    assert understand.read_choice(answer, ("cat", "dog", "cow")) == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [
+        ("Yes", "yes"),
+        ("no.", "no"),
+        ("It is not; no", "no"),
+        ("yes and no", "yes"),
+        ("either yes or no", None),
+        ("", None),
+    ],
+)
+def test_verdicts_are_read(answer, verdict):
+    assert understand.read_verdict(answer) == verdict
+
+
+@pytest.fixture
+def ask(tiny_folder, monkeypatch):
+    """Ask a model that answers as the test says: f(sheet, output, answer) -> summaries."""
+    from unilip.model import UniLIP
+
+    def call(sheet, output, answer, **more):
+        asked = []
+
+        def reply(self, images, questions, **choices):
+            asked.extend(questions)
+            return [answer(question, image) for question, image in zip(questions, images, strict=True)]
+
+        monkeypatch.setattr(UniLIP, "ask", reply)
+        found = understand.evaluate(sheet, output, tiny_folder, batch_size=2, place=more.pop("place", Place()), **more)
+        return found, asked
+
+    return call
+
+
+def test_accuracy_and_unread_answers(files, ask, tmp_path):
+    sheet = understand.open_questions(files / "mmbench.tsv")
+    (summary,), _ = ask(sheet, tmp_path / "run", lambda q, image: "B" if "What" in q else "hmm")
+    entry = summary["scores"][""]["accuracy"]
+    assert entry["value"] == 0.5 and entry["groups"] == {"identity": 1.0, "color": 0.0}
+    assert summary["counted_wrong"] == 1
+    rows = [json.loads(line) for line in (tmp_path / "run/answers.jsonl").read_text().splitlines()]
+    assert [row["read"] for row in rows] == ["B", None]
+
+
+def test_circular_wants_every_rotation(files, ask, tmp_path):
+    sheet = understand.open_questions(files / "mmbench.tsv")
+
+    def right(question, image):
+        lines = question.splitlines()
+        wanted = "dog" if "What" in question else "red"
+        return next(line[0] for line in lines if line.endswith(f". {wanted}"))
+
+    (summary,), asked = ask(sheet, tmp_path / "a", right, circular=True)
+    assert summary["scores"][""]["circular_accuracy"]["value"] == 1.0 and len(asked) == 5
+    (summary,), _ = ask(sheet, tmp_path / "b", lambda q, image: "A", circular=True)
+    assert summary["scores"][""]["circular_accuracy"]["value"] == 0.0
+    assert summary["scores"][""]["accuracy"]["value"] == pytest.approx((1 / 3 + 1 / 2) / 2)
+    with pytest.raises(UniLIPError, match="--circular"):
+        ask(understand.open_questions(files / "pope.jsonl"), tmp_path / "c", right, circular=True)
+
+
+def test_mme_counts_questions_and_pictures(files, ask, tmp_path):
+    sheet = understand.open_questions(files / "mme.tsv")
+    summaries, _ = ask(sheet, tmp_path / "run", lambda q, image: "Yes")
+    by = {s["protocol"]: s["scores"][""] for s in summaries}
+    assert by["mme"]["accuracy"]["value"] == 0.5 and by["mme"]["accuracy_plus"]["value"] == 0.0
+    assert by["mme perception, sum of 1 tasks"]["mme_perception"]["value"] == 50.0
+    assert by["mme cognition, sum of 1 tasks"]["mme_cognition"]["value"] == 50.0
+
+
+def test_pope_has_precision_and_recall(files, ask, tmp_path):
+    (summary,), _ = ask(understand.open_questions(files / "pope.jsonl"), tmp_path / "run", lambda q, image: "yes")
+    assert summary["whole"]["precision"] == pytest.approx(2 / 3) and summary["whole"]["recall"] == 1.0
+
+
+def test_mmvp_counts_pairs(files, ask, tmp_path):
+    sheet = understand.open_questions(files / "mmvp/Questions.csv")
+    answers = iter("BAAA")
+    (summary,), _ = ask(sheet, tmp_path / "run", lambda q, image: next(answers))
+    assert summary["scores"][""]["pair_accuracy"]["value"] == 0.5
+    assert summary["scores"][""]["accuracy"]["value"] == 0.75
+
+
+def test_questions_are_not_asked_twice_and_processes_share_them(files, ask, tmp_path):
+    sheet = understand.open_questions(files / "mme.tsv")
+    found, first = ask(sheet, tmp_path / "run", lambda q, image: "Yes", place=Place(1, 2))
+    assert found is None and len(first) == 2
+    _, second = ask(sheet, tmp_path / "run", lambda q, image: "Yes", place=Place(0, 2))
+    _, third = ask(sheet, tmp_path / "run", lambda q, image: "No")
+    assert len(second) == 4 and third == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.tsv", "index\tquestion\tanswer\n1\tWhat?\tYes\n", "no image"),
+        ("a.tsv", "index\tquestion\tA\tB\tanswer\timage\n1\tWhat?\tx\ty\tC\tp\n", "2 options"),
+        ("a.tsv", "index\tquestion\tanswer\timage\n1\tWhat?\tmaybe\tp\n", "not yes or no"),
+        ("a.tsv", "index\tquestion\tanswer\timage\n1\tWhat?\tYes\tmissing.png\n", "--images"),
+        ("a.tsv", "index\tquestion\tanswer\timage\n1\tWhat?\tYes\t!!!\n", "neither base64"),
+        ("a.jsonl", '{"image": "x.png", "answer": "yes"}', "question or text"),
+        ("a.csv", "Question\nx\n", "MMVP"),
+        ("a.txt", "x", "unknown ending"),
+        ("a.tsv", "index\tquestion\tanswer\timage\n", "holds no questions"),
+    ],
+)
+def test_damaged_questions_are_told(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UniLIPError, match=message):
+        understand.open_questions(tmp_path / name)
+
+
+# --- the kits -------------------------------------------------------------------------------------------------------
+
+
+def test_the_class_for_vlmevalkit(tiny_folder, tmp_path):
+    from unilip.eval.vlmevalkit import make_class, split_message
+
+    class Base:
+        def __init__(self) -> None:
+            self.dump_image_func = None
+
+    model = make_class(Base)(path=str(tiny_folder), device="cpu", dtype="float32", max_tiles=1, max_new_tokens=4)
+    file = paint(tmp_path / "x.png", 0)
+    message = [
+        {"type": "image", "value": str(file)},
+        {"type": "text", "value": "What?"},
+        {"type": "text", "value": "A. x"},
+    ]
+    assert split_message(message) == ([str(file)], "What?\nA. x")
+    assert model.generate_inner(message) == model.model.ask([str(file)], "What?\nA. x", max_new_tokens=4)
+    with pytest.raises(UniLIPError, match="video"):
+        split_message([{"type": "video", "value": "x"}])
+
+
+def test_the_class_for_lmms_eval(tiny_folder, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from unilip.eval.lmms import UniLIP, cut
+
+    monkeypatch.delenv("RANK", raising=False)
+    model = UniLIP(pretrained=str(tiny_folder), device="cpu", dtype="float32", batch_size=2, max_tiles=1)
+    picture = Image.open(paint(tmp_path / "x.png", 0))
+    model.task_dict = {"task": {"test": [{"image": picture}, {"image": None}, {"image": picture}]}}
+    requests = [
+        SimpleNamespace(
+            args=("What? <image>", {"max_new_tokens": 4, "until": ["\n"]}, lambda d: [d["image"]], n, "task", "test")
+        )
+        for n in range(3)
+    ]
+    answers = model.generate_until(requests)
+    assert len(answers) == 3 and answers[0] == answers[2]
+    expected = model.model.ask([[picture], []], ["What?", "What?"], max_new_tokens=4)
+    assert answers[:2] == [cut(answer, ["\n"]) for answer in expected]
+    assert cut("one\n\ntwo", ["\n\n"]) == "one"
+
+
+def test_the_entry_point_of_lmms_eval_is_declared():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    module, function = project["entry-points"]["lmms_eval.models"]["unilip"].split(":")
+    import importlib
+
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+# --- comparing ------------------------------------------------------------------------------------------------------
+
+
+def write_run(folder: Path, values, scorer="judge a", noise=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = [
+        {"key": str(n), "cluster": str(n), "group": "g", "split": "", "picture": None, "status": "ok",
+         "scores": {"m": float(v + noise * rng.normal())}}
+        for n, v in enumerate(values)
+    ]  # fmt: skip
+    about = {
+        "task": "wise",
+        "protocol": "verified",
+        "scorer": scorer,
+        "model": folder.name,
+        "prompts": {"published": True},
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "run.json").write_text(json.dumps({"identity": {}, "environments": [], "model": folder.name}))
+    write_scores(folder, scorer, rows, Rule(), about)
+
+
+def test_differences_are_paired(tmp_path):
+    base = np.random.default_rng(1).normal(0, 5, 200)
+    write_run(tmp_path / "a", base)
+    write_run(tmp_path / "b", base + 0.3, noise=0.5)
+    tables = compare.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")["tables"]
+    (rows,) = tables.values()
+    a, b = rows
+    assert b["difference"] == pytest.approx(b["value"] - a["value"]) and b["shared"] == 200
+    assert b["d_low"] > 0.1 and b["d_high"] < 0.5  # prompts cancel
+    assert b["high"] - b["low"] > 1.0  # and do not for a single score
+    assert "difference" not in a
+
+
+def test_scores_of_other_scorers_are_other_tables(tmp_path):
+    write_run(tmp_path / "a", [1, 2, 3])
+    write_run(tmp_path / "b", [1, 2, 3], scorer="judge b")
+    tables = compare.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")["tables"]
+    assert len(tables) == 2 and all("difference" not in row for rows in tables.values() for row in rows)
+    text = (tmp_path / "out/compare.md").read_text()
+    assert "judge a" in text and "judge b" in text
+    page = (tmp_path / "out/compare.html").read_text()
+    assert page.count("<table>") == 2
+    listed = list(csv.DictReader((tmp_path / "out/compare.csv").open()))
+    assert {row["column"] for row in listed} == set(tables)
+
+
+def test_pictures_are_side_by_side(tiny_folder, tiny_model, tmp_path):
+    prompts = write_prompts(tmp_path / "files")
+    benchmark = open_benchmark("wise", **prompts["wise"])
+    for name in ("a", "b"):
+        settings = Settings.resolve(tiny_folder, steps=1, seed=ord(name))
+        generate(
+            benchmark, tmp_path / name, tiny_folder, settings, load=lambda: tiny_model, place=Place(), batch_size=12
+        )
+        rows = [
+            {"key": item.key, "cluster": item.cluster, "group": item.group, "split": "", "picture": item.path,
+             "prompt": "<b>" + item.prompt, "status": "ok", "scores": {"m": 1.0}}
+            for item in benchmark.items
+        ]  # fmt: skip
+        about = {"task": "wise", "protocol": "v", "scorer": "s", "model": "<i>m</i>", "prompts": {"published": True}}
+        write_scores(tmp_path / name, "s", rows, Rule(), about)
+    found = compare.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out", pictures=3)
+    sheet = Image.open(tmp_path / "out/pictures-1.png")
+    assert sheet.width < 3 * 2 * compare.CELL and sheet.height > 3 * compare.CELL
+    assert "pictures-1.png" in (tmp_path / "out/compare.html").read_text()
+    assert "<i>m</i>" not in (tmp_path / "out/compare.html").read_text()
+    assert list(found["pictures"].values()) == ["pictures-1.png"]
+    assert compare.compare([tmp_path / "a"], tmp_path / "none", pictures=0)["pictures"] == {}
+
+
+def test_impossible_comparisons_are_told(tmp_path):
+    write_run(tmp_path / "a", [1, 2])
+    (tmp_path / "empty").mkdir()
+    for folders, message in (
+        ([tmp_path / "a", tmp_path / "a"], "twice"),
+        ([tmp_path / "nothing"], "no folder"),
+        ([tmp_path / "empty"], r"run\.json is missing"),
+    ):
+        with pytest.raises(UniLIPError, match=message):
+            compare.compare(folders, tmp_path / "out")
