@@ -56,8 +56,13 @@ def address():
         while not server.started and thread.is_alive():
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}/"
+        deadline = time.monotonic() + 60
+        while len(app.state.desks) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        left = len(app.state.desks)
         server.should_exit = True
         thread.join(60)
+    assert left == 0, "a page that was closed left its desk behind"
     assert not app.state.desks.folder.parent.exists(), "the studio left files behind"
 
 
