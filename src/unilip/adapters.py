@@ -64,9 +64,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     return settings, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def load_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, scale: float = 1.0
-) -> str:
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, scale: float = 1.0) -> str:
     """Put an adapter beside the weights, active with those that are loaded already; returns its name.
 
     Args:
@@ -88,9 +86,7 @@ def load_adapter(
     shapes = {module: m.weight.shape for module, m in model.named_modules() if isinstance(m, nn.Linear)}
     for layer_name, layer in adapted_layers(model):
         shapes[layer_name] = layer.base_layer.weight.shape
-    strange = sorted(
-        key for key, tensor in tensors.items() if not _fits(shapes.get(_layer_of(key)), key, tensor)
-    )
+    strange = sorted(key for key, tensor in tensors.items() if not _fits(shapes.get(_layer_of(key)), key, tensor))
     if strange or not tensors:
         raise CheckpointError(
             f"{folder} does not fit the model: {', '.join(strange[:3]) or 'it is empty'}. It was made for "

@@ -56,6 +56,7 @@ class Options(argparse.Namespace):
     settings: list[str]
     restart: bool
     stop_after: int | None
+    preflight: str | None
     to: str
     max_shard_size: str
     tolerance: float

@@ -17,6 +17,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         action="append", default=[], dest="settings", metavar="NAME=VALUE", help="change a setting; repeatable"
     ),
     "--restart": dict(action="store_true", help="begin anew, even where checkpoints exist"),
+    "--preflight": dict(
+        metavar="HARDWARE",
+        help="only estimate memory and time on h100:8 (a name and how many) or here, and refuse what cannot fit",
+    ),
     "--stop-after": dict(type=whole(1, 2**31 - 1), metavar="N", help="save and stop after N more steps"),
 }  # fmt: skip
 
@@ -31,6 +35,8 @@ def train(o: Options) -> int:
     if not o.words:
         raise UniLIPError("There is no recipe; give its name, or --list to see them all.")
     recipe = override(get_recipe(o.words[0]), o.settings)
+    if o.preflight:
+        return estimate(o, recipe)
     report = Report(o, "train")
     device = choose_device(o.device)
     from unilip.train import loop
@@ -46,6 +52,21 @@ def train(o: Options) -> int:
     report.record |= {"recipe": recipe.name, "device": device, "finished": finished, "path": str(folder)}
     report.line(str(folder))
     report.end("finished" if finished else f"stopped; `unilip train {recipe.name}` goes on from there,")
+    return 0
+
+
+def estimate(o: Options, recipe: Any) -> int:
+    """Say what memory and time a recipe needs, or raise where it cannot fit."""
+    from unilip.train.preflight import hardware, preflight
+
+    report = Report(o, "train")
+    found = preflight(recipe, hardware(o.preflight or "here"))
+    for line in found.lines():
+        report.line(line)
+    report.end(
+        "it fits;", recipe=recipe.name, hardware=str(found.hardware), memory=found.memory, total=found.total,
+        seconds_per_step=found.seconds, hours=found.hours,
+    )  # fmt: skip
     return 0
 
 
@@ -72,8 +93,9 @@ VERBS: dict[str, Verb] = {
         train,
         "[OPTIONS] RECIPE | --list",
         "Run a training recipe, or go on where it stopped. The result is a model folder, DIR/RECIPE/final.",
-        "unilip train --list\nunilip train pico/recon --set steps=500 --set optim.lr=2e-4",
-        ("--list", "--runs", "--set", "--restart", "--stop-after", "--device", *TELLING),
+        "unilip train --list\nunilip train pico/recon --set steps=500 --set optim.lr=2e-4\n"
+        "unilip train 3b/sft --preflight h100:8",
+        ("--list", "--runs", "--set", "--restart", "--stop-after", "--preflight", "--device", *TELLING),
         (0, 1),
     ),
 }

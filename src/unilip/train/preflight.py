@@ -1,0 +1,372 @@
+"""Will a recipe fit, and how long will it take? Asked before a GPU hour is spent, on any computer, without weights.
+
+In:  a recipe and hardware ("h100:8"). Out: bytes for each process by what they are for, operations and seconds a step.
+A step is run on tensors that have shapes but no content, and what is alive at once is counted; so changes of the model
+need no new formulas. The rest is arithmetic on the recipe. Time assumes `EFFICIENCY` of the hardware's peak.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from unilip.config import TOKEN_PIXELS, UniLIPConfig, preset
+from unilip.errors import ConfigError
+from unilip.flow import train_levels
+from unilip.model import PARTS, UniLIP
+from unilip.preprocess import Tokens
+from unilip.train.adapters import target_layers
+from unilip.train.build import enable_checkpointing, trained_parameters
+from unilip.train.objectives import make_objective, needed_parts
+from unilip.train.parallel import units
+from unilip.train.processes import divided
+from unilip.train.recipe import Flow, Recipe, Reconstruct
+
+GIB = 1 << 30
+EFFICIENCY = 0.35  # of the peak of dense bfloat16 (or float32) products; an assumption, not a measurement
+TEXT_TOKENS = 128  # of a prompt, beside its pictures
+SPARE = (0.92, GIB)  # share of the memory that fragments do not take, and what a process's context needs
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One accelerator, or a computer without: bytes of memory, and peak operations a second by precision."""
+
+    name: str
+    memory: float
+    bfloat16: float
+    float32: float
+    count: int = 1
+
+    @property
+    def usable(self) -> float:
+        """Bytes that a run can count on."""
+        return self.memory * SPARE[0] - SPARE[1]
+
+    def __str__(self) -> str:
+        return f"{self.count} x {self.name} ({self.memory / GIB:.0f} GiB)"
+
+
+# Memory in GiB, and the makers' dense peaks in 10^12 operations a second: bfloat16, float32 without TF32.
+KNOWN = {
+    "l4": (24, 121, 30), "rtx4090": (24, 165, 83), "a100-40": (40, 312, 19.5), "l40s": (48, 362, 92),
+    "a100-80": (80, 312, 19.5), "h100": (80, 989, 67), "h200": (141, 989, 67), "b200": (180, 2250, 75),
+}  # fmt: skip
+
+
+def hardware(text: str) -> Hardware:
+    """Read "h100", "h100:8" or "here".
+
+    Raises:
+        ConfigError: nothing of that name is known.
+    """
+    found = re.fullmatch(r"([\w-]+?)(?::(\d+))?", text.lower())
+    name, count = (found[1], int(found[2] or 1)) if found else ("", 0)
+    if name == "here" and count:
+        return here(count)
+    if name not in KNOWN or not count:
+        raise ConfigError(
+            f"There is no hardware {text!r}; allowed: here, or NAME:COUNT with a name of {', '.join(KNOWN)}."
+        )
+    memory, bfloat16, float32 = KNOWN[name]
+    return Hardware(name, memory * GIB, bfloat16 * 1e12, float32 * 1e12, count)
+
+
+def here(count: int = 1) -> Hardware:
+    """Describe this computer: its GPUs, or its memory and how fast it multiplies."""
+    if torch.cuda.is_available():
+        about = torch.cuda.get_device_properties(0)
+        known = [k for k in KNOWN if k.split("-")[0] in about.name.lower().replace(" ", "")]
+        peaks = KNOWN[known[-1]][1:] if known else (100.0, 20.0)
+        return Hardware(about.name, about.total_memory, peaks[0] * 1e12, peaks[1] * 1e12, count)
+    import time
+
+    a = torch.ones(512, 512)
+    begun, rounds = time.perf_counter(), 0
+    while time.perf_counter() - begun < 0.2:
+        a @ a
+        rounds += 1
+    rate = rounds * 2 * 512**3 / (time.perf_counter() - begun)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
+    return Hardware("this CPU", memory, rate, rate, count)
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of tensors that are made inside and alive at once, and the operations of products.
+
+    `peak` is the most bytes there were; convolutions and attention are products too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.operations = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.operations += operations_of(function.overloadpacket, args, kwargs or {}, result)
+        given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage(), given)
+        return result
+
+    def _count(self, storage: Any, given: set[int]) -> None:
+        key = storage._cdata
+        if key in self._known or key in given:
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def gone() -> None:
+            self._known.discard(key)
+            self.now -= size
+
+        weakref.finalize(storage, gone)
+
+
+def operations_of(function: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Return how many additions and multiplications a call takes; those of single elements do not count."""
+    from torch.utils.flop_counter import flop_registry
+
+    if function in flop_registry:
+        return int(flop_registry[function](*args, **kwargs, out_val=result))
+    name = str(function)
+    if "scaled_dot_product" not in name:
+        return 0
+    query, key = args[1:3] if "backward" in name else args[:2]  # backward: the gradient comes first
+    products = 5 if "backward" in name else 2
+    return 2 * products * query.numel() * key.shape[-2]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step of some batch size needs: the model's sizes, and per batch the bytes alive and the operations."""
+
+    trained: int  # parameters
+    frozen: int
+    largest_unit: int  # parameters that FSDP2 gathers together, the largest such group
+    outside_units: int  # parameters in no such group: gathered for the whole step
+    activations: tuple[float, float]  # bytes: constant, and for each sample
+    operations: float  # of a sample, forward and backward
+
+
+def batch_of(recipe: Recipe, config: UniLIPConfig, size: int, edits: bool) -> dict[str, Any]:
+    """Make a batch of the shapes that a recipe's data have."""
+    images = torch.zeros(size, 3, config.image_size, config.image_size, dtype=torch.uint8)
+    if isinstance(recipe.objective, Reconstruct):
+        return {"images": images}
+    length = TEXT_TOKENS + (config.image_size // TOKEN_PIXELS) ** 2 * edits
+    slots = torch.zeros(size, length, dtype=torch.bool)
+    tokens = Tokens(torch.zeros(size, length, dtype=torch.long), torch.ones(size, length, dtype=torch.long), slots)
+    batch: dict[str, Any] = {"targets": images, "prompts": tokens, "seeds": list(range(size))}
+    return batch | ({"sources": images} if edits else {})
+
+
+def simplified(recipe: Recipe) -> Recipe:
+    """Replace what needs files by what is about as large: other teachers, another autoencoder's latents."""
+    objective = recipe.objective
+    if isinstance(objective, Reconstruct):
+        objective = dataclasses.replace(objective, perceptual_source="teacher", gan_start=0)
+    elif isinstance(objective, Flow):
+        objective = dataclasses.replace(objective, target="unilip")
+    else:
+        raise ConfigError(
+            f"{recipe.name} learns from text whose length decides its memory; a preflight is for flow and tokenizer "
+            "stages."
+        )
+    return dataclasses.replace(recipe, objective=objective)
+
+
+def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
+    """Run a recipe's step on tensors without content, at two batch sizes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    recipe = simplified(recipe)
+    config = preset(recipe.model)
+    if recipe.data.image_size:
+        config = config.replace(image_size=recipe.data.image_size)
+    train_levels(torch.tensor([0.5]))  # its table, made once, needs tensors with content
+    wanted = {*needed_parts(recipe.objective), *(prefix.split(".")[0] for prefix, _ in recipe.trains)}
+    low = recipe.dtype == "bfloat16"
+    peaks, operations = [], []
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = UniLIP(config, parts=[part for part in PARTS if part in wanted])
+        objective = make_objective(recipe, model, {})
+        model.requires_grad_(False)
+        named = trains(recipe, model)
+        for parameter in named:
+            parameter.requires_grad_(True)
+        if recipe.gradient_checkpointing:
+            enable_checkpointing(model)
+        for size in sizes:
+            batch = batch_of(recipe, config, size, edits=recipe.data.edit_share > 0)
+            with Alive() as alive:
+                with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                    loss, _ = objective.loss(batch, 0)
+                loss.backward()
+            peaks.append(alive.peak)
+            operations.append(alive.operations / size)
+            model.zero_grad(set_to_none=True)
+            objective.heads.zero_grad(set_to_none=True)
+        groups = [sum(_count(module) for module in modules) for modules in units(model)]
+        everything = _count(model)
+        moved = sum(p.numel() for p in named) + _count(objective.heads)
+    trained, frozen = moved, everything - sum(p.numel() for p in named)
+    if recipe.adapter.rank:
+        trained, frozen = adapter_size(recipe, named), everything
+    gradients = moved * 4  # alive at the end of the backward pass, and counted by themselves
+    rise = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
+    constant = max(0.0, peaks[0] - rise * sizes[0] - gradients)
+    held = max(groups, default=0)
+    outside = everything - sum(groups)
+    return Step(trained, frozen, held, outside, (constant, rise), operations[-1])
+
+
+def trains(recipe: Recipe, model: UniLIP) -> list[nn.Parameter]:
+    """Return what trains; for an adapter the weights beside which it stands, which need the same activations."""
+    if not recipe.adapter.rank:
+        return [parameter for parameter, _ in trained_parameters(recipe, model).values()]
+    return [model.get_parameter(f"{layer}.weight") for layer in target_layers(recipe, model)]
+
+
+def adapter_size(recipe: Recipe, weights: list[nn.Parameter]) -> int:
+    """Return how many parameters an adapter beside weights (out, in) has."""
+    rank, dora = recipe.adapter.rank, recipe.adapter.dora
+    return sum(rank * (w.shape[0] + w.shape[1]) + w.shape[0] * dora for w in weights)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes in each process by purpose, and seconds of a step and of the run."""
+
+    recipe: Recipe
+    hardware: Hardware
+    memory: dict[str, float]
+    operations: float
+    seconds: float
+
+    @property
+    def total(self) -> float:
+        """Bytes in each process."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the hardware has as much."""
+        return self.total <= self.hardware.usable
+
+    @property
+    def hours(self) -> float:
+        """Of the whole run."""
+        return self.seconds * self.recipe.steps / 3600
+
+    def lines(self) -> Iterator[str]:
+        """Yield what a person wants to know."""
+        for name, value in self.memory.items():
+            yield f"{name:12} {value / GIB:8.2f} GiB"
+        yield f"{'in all':12} {self.total / GIB:8.2f} GiB of {self.hardware.usable / GIB:.1f} usable in {self.hardware}"
+        yield (
+            f"about {self.operations / 1e12:.3g} x 10^12 operations and {self.seconds:.3g} s a step, "
+            f"{self.hours:.3g} h for {self.recipe.steps:,} steps, at {EFFICIENCY:.0%} of the hardware's peak"
+        )
+
+
+def estimate(recipe: Recipe, machine: Hardware, step: Step | None = None) -> Estimate:
+    """Estimate a run; `step` is what `measure` found for the recipe, where it is known already.
+
+    Raises:
+        ConfigError: the processes cannot share a step equally, or the recipe is of a kind that cannot be estimated.
+    """
+    own = divided(recipe, machine.count)
+    step = step or measure(recipe)
+    kept = 4 if recipe.weights_dtype == "float32" else 2
+    shares = machine.count if recipe.parallel == "fsdp" else 1
+    memory = {
+        "weights": (step.frozen * 4 + step.trained * kept) / shares,
+        "gradients": step.trained * kept / shares,
+        "optimizer": 2 * step.trained * kept / shares,
+        "averages": step.trained * 4 / shares if recipe.ema else 0.0,
+        "activations": step.activations[0] + step.activations[1] * own.batch_size,
+    }
+    if shares > 1:
+        compute = 2 if recipe.dtype == "bfloat16" else 4
+        memory["gathered"] = (2 * step.largest_unit + step.outside_units) * compute
+    operations = step.operations * recipe.batch_size * recipe.accumulate
+    rate = machine.bfloat16 if recipe.dtype == "bfloat16" else machine.float32
+    return Estimate(recipe, machine, memory, operations, operations / machine.count / rate / EFFICIENCY)
+
+
+def remedies(recipe: Recipe, machine: Hardware, step: Step) -> Iterator[tuple[str, Estimate]]:
+    """Yield (what to do, its estimate) of changes with which the run would fit; the global batch stays the same."""
+    changes: list[tuple[str, Recipe, Step]] = []
+    recomputed = dataclasses.replace(recipe, gradient_checkpointing=True)
+    steps = {recipe.gradient_checkpointing: step}
+    if not recipe.gradient_checkpointing:
+        steps[True] = measure(recomputed)
+        changes.append(("--set gradient_checkpointing=1", recomputed, steps[True]))
+    for base in dict.fromkeys((recipe, recomputed)):
+        size, accumulate, extra = (
+            base.batch_size,
+            base.accumulate,
+            "" if base == recipe else " gradient_checkpointing=1",
+        )
+        while size % 2 == 0:
+            size, accumulate = size // 2, accumulate * 2
+            small = dataclasses.replace(base, batch_size=size, accumulate=accumulate)
+            words = f"batch_size={size} accumulate={accumulate}{extra}".split()
+            text = " ".join(f"--set {word}" for word in words)
+            changes.append((text, small, steps[base.gradient_checkpointing]))
+    seen: set[bool] = set()
+    for text, changed, known in changes:
+        found = estimate(changed, machine, known)
+        if found.fits and changed.gradient_checkpointing not in seen:
+            seen.add(changed.gradient_checkpointing)
+            yield text, found
+    if recipe.parallel == "ddp":
+        for count in (2, 4, 8, 16, 32):
+            if count < machine.count or (recipe.batch_size * recipe.accumulate) % count:
+                continue
+            parts = dataclasses.replace(recomputed, parallel="fsdp")
+            found = estimate(parts, dataclasses.replace(machine, count=count), steps[True])
+            if found.fits:
+                yield f"--set parallel=fsdp --set gradient_checkpointing=1 on {count} of them", found
+                break
+    for name, (size, *_) in sorted(KNOWN.items(), key=lambda item: item[1][0]):
+        larger = hardware(f"{name}:{machine.count}")
+        if size * GIB > machine.memory and (found := estimate(recipe, larger, step)).fits:
+            yield f"as it is, on {larger}", found
+            break
+
+
+def preflight(recipe: Recipe, machine: Hardware) -> Estimate:
+    """Estimate a run, and refuse one that cannot fit.
+
+    Raises:
+        ConfigError: it cannot; the message says what would.
+    """
+    step = measure(recipe)
+    found = estimate(recipe, machine, step)
+    if not found.fits:
+        help_ = "; or ".join(text for text, _ in remedies(recipe, machine, step))
+        raise ConfigError(
+            f"{recipe.name} needs about {found.total / GIB:.1f} GiB in each process, but {machine} offers "
+            f"{max(0.0, machine.usable) / GIB:.1f}. It would fit with: {help_ or 'nothing that is known here'}."
+        )
+    return found
