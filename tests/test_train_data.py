@@ -102,6 +102,17 @@ def test_a_run_goes_on_in_the_middle_of_a_shard(shards, tiny_model, workers):
     assert {"sources" in batch for batch in whole} == {True, False} and "reading" not in whole[0]
 
 
+def test_a_parent_that_reads_meanwhile_disturbs_no_worker(shards, tiny_model):
+    """Sheets of pictures are drawn from the first batch, while workers that were forked read on."""
+    settings = ("steps=12", "batch_size=4", "data.window=1", *WHOLE)
+    place = shards(12, each=12)
+    alone = list(iterate(opened("tiny/pretrain", place, tiny_model, *settings), 0))
+    batches = opened("tiny/pretrain", place, tiny_model, *settings, "data.workers=2")
+    first = batches[0]["targets"]  # the files are open now
+    for wanted, batch in zip(alone, iterate(batches, 0), strict=True):
+        assert same(wanted, batch) and torch.equal(batches[0]["targets"], first)
+
+
 def test_processes_share_out_a_step(shards, tiny_model, monkeypatch):
     """The batches that four processes read are those that one reads."""
     recipe = override(

@@ -32,7 +32,8 @@ class Folder:
             raise DataError(f"{folder} is not a folder.")
         self.location = str(folder)
         self.faults: list[str] = []
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(folder.rglob("*"))
+        found = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
         if not found:
             raise DataError(f"{folder} holds no pictures to learn from ({', '.join(IMAGE_SUFFIXES)}).")
         plain = [p for p in found if not p.stem.endswith((".input", ".output"))]
@@ -42,7 +43,7 @@ class Folder:
                 if path.stem.endswith(part):
                     stem = path.with_name(path.stem.removesuffix(part))
                     pairs.setdefault(stem, [None, None])[place] = path
-        texts = {p for p in folder.rglob("*") if p.suffix in (".json", ".txt")}
+        texts = {p for p in files if p.suffix in (".json", ".txt")}
         talks = [p for p in plain if p.with_name(f"{p.stem}.json") in texts]
         alone = {p.with_name(f"{p.stem}.json") for p in plain}
         self._found: dict[str, list[Any]] = {

@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl
 
 from unilip.data.errors import DataError
 from unilip.data.records import KINDS, Unreadable
-from unilip.data.shards import FORMAT, Shards, fetch
+from unilip.data.shards import FORMAT, Shards, fetch, index_cache
 
 SCHEME = "hf:"
 FIELDS = ("image", "caption", "source", "instruction", "target", "conversations")
@@ -62,6 +62,10 @@ class HubStream(Shards):
             counts = {kind: self._rows[number] * self._kinds.get(kind, 0) for kind in KINDS}
             return {"format": FORMAT, "fault": "", "counts": counts}
         return super()._head(shard)
+
+    def _index_path(self, shard: str) -> tuple[Path | None, int | None]:
+        own = index_cache(shard)
+        return (own if own.exists() else None), None  # nothing lies beside a shard of a stream
 
     def _bring(self, location: str) -> Path:
         return fetch(location, self.keep_gb, self._write)

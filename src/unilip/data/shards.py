@@ -190,6 +190,7 @@ class Shards:
         self._open: OrderedDict[int, tuple[BinaryIO, ShardIndex]] = OrderedDict()
         self._pool: ThreadPoolExecutor | None = None
         self._coming: dict[int, Future[Path]] = {}
+        self._process = os.getpid()
         self._heads = [self._head(shard) for shard in self._watched()]
         for shard, head in zip(self.shards, self._heads, strict=True):
             if head["fault"]:
@@ -210,6 +211,7 @@ class Shards:
 
     def read(self, kind: str, shard: int, place: int) -> Record:
         """Read one sample; raises `Unreadable`."""
+        self._own_process()
         file, index = self._opened(shard)
         key, members = index.samples[kind][place]
         name = f"{self.shards[shard]}/{key}"
@@ -224,6 +226,7 @@ class Shards:
 
     def expect(self, shards: Sequence[int]) -> None:
         """Begin to fetch remote shards in the background."""
+        self._own_process()
         for shard in shards:
             if is_remote(self.shards[shard]) and shard not in self._coming and not _kept(self.shards[shard]).exists():
                 self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="fetch")
@@ -232,6 +235,11 @@ class Shards:
     def _bring(self, location: str) -> Path:
         """Return where a shard lies on this machine, after fetching it if need be."""
         return fetch(location, self.keep_gb) if is_remote(location) else Path(location)
+
+    def _own_process(self) -> None:
+        """Forget what a parent process opened: a forked one would share its places in files, and has no threads."""
+        if self._process != os.getpid():
+            self._open, self._pool, self._coming, self._process = OrderedDict(), None, {}, os.getpid()
 
     def _watched(self) -> Iterator[str]:
         """The shards, with a bar where there are many to be indexed."""
@@ -251,7 +259,7 @@ class Shards:
 
     def _index_path(self, shard: str) -> tuple[Path | None, int | None]:
         """Where the index of a shard lies, and the size that its shard must have (None: not known yet)."""
-        own = _index_cache(shard)
+        own = index_cache(shard)
         if is_remote(shard):
             if own.exists() or _fetch_index(shard, own):
                 return own, None
@@ -266,7 +274,7 @@ class Shards:
     def _build(self, shard: str) -> ShardIndex:
         index = scan(self._bring(shard))
         with contextlib.suppress(OSError):  # a cache folder that cannot be written costs time, not the run
-            index.write(_index_cache(shard))
+            index.write(index_cache(shard))
         return index
 
     def _opened(self, shard: int) -> tuple[BinaryIO, ShardIndex]:
@@ -307,7 +315,8 @@ def _name_in_cache(location: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
-def _index_cache(location: str) -> Path:
+def index_cache(location: str) -> Path:
+    """Where the index of a shard is kept."""
     return cache_folder() / f"{_name_in_cache(location)}{INDEX_SUFFIX}"
 
 
