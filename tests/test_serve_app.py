@@ -513,6 +513,15 @@ def test_pixels_are_counted_over_all_pictures(engine, picture):
     refusal(small.post("/v1/images/reconstructions", files=files * 2), 400, "invalid_image")
 
 
+def test_pixels_in_memory_are_limited_and_given_back(engine, picture, monkeypatch):
+    monkeypatch.setattr(application, "IN_MEMORY", 0)
+    small = client_for(engine, max_pixels=5000)
+    files = [("image", packed(picture(60, 50)))]
+    for _ in range(3):
+        assert small.post("/v1/images/reconstructions", files=files).status_code == 200
+    refusal(small.post("/v1/images/reconstructions", files=files * 2), 429, "queue_full")
+
+
 def test_bodies_are_limited(engine):
     small = client_for(engine, rules={"max_body": 1000})
     headers = {"Content-Type": "application/json"}

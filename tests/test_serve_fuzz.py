@@ -14,6 +14,7 @@ from schemathesis.checks import not_a_server_error
 from unilip.serve.app import Settings, create_app
 from unilip.serve.engine import Engine, Limits
 from unilip.serve.guard import Rules
+from unilip.serve.schema import Chat, Edits
 
 FEW, MANY = 12, 2000
 CALM = dict(
@@ -89,7 +90,7 @@ SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), WORDS,
 ANYTHING = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3), max_leaves=8
 )
-NAMES = ["prompt", "n", "size", "quality", "seed", "steps", "guidance", "solver", "negative_prompt", "image_size", "stream", "stop", "deadline", "output_format", "output_compression", "response_format", "background", "messages", "modalities", "temperature", "top_p", "max_tokens", "max_tiles", "stream_options", "tools"]
+NAMES = sorted({*Chat.model_fields, *Edits.model_fields})
 PARTS = st.one_of(
     ANYTHING,
     st.builds(lambda text: {"type": "text", "text": text}, WORDS),

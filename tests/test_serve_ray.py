@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -20,22 +22,38 @@ from unilip.serve.remote import RemoteEngine, ReplicaLost, Replicas
 pytestmark = pytest.mark.slow
 
 
+def free_ports(count):
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
 @pytest.fixture(scope="module")
 def engine(tiny_folder):
     import ray
+    from ray.cluster_utils import Cluster
 
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(
-        num_cpus=3, include_dashboard=False, log_to_driver=False, namespace="unilip",
-        object_store_memory=100 * 2**20,
-    )  # fmt: skip
-    with RemoteEngine(str(tiny_folder), replicas=Replicas(2, 2, cpus=1), max_queue=64) as made:
-        end = time.monotonic() + 300
-        while len(made.processes()) < 2:
-            assert time.monotonic() < end, "the second replica did not start"
-            time.sleep(0.5)
-        yield made
-    ray.shutdown()
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_agent_register_timeout_ms": "300000"}
+    # ports that are given need not be waited for, which on a busy machine takes longer than Ray is patient
+    names = ("metrics_agent_port", "dashboard_agent_listen_port", "metrics_export_port", "runtime_env_agent_port")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 3, "include_dashboard": False, "object_store_memory": 100 * 2**20, **ports},
+    )
+    try:
+        ray.init(address=cluster.address, log_to_driver=False, namespace="unilip")
+        with RemoteEngine(str(tiny_folder), replicas=Replicas(2, 2, cpus=1), max_queue=64) as made:
+            end = time.monotonic() + 300
+            while len(made.processes()) < 2:
+                assert time.monotonic() < end, "the second replica did not start"
+                time.sleep(0.5)
+            yield made
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def test_replicas_draw_what_the_model_draws(engine, tiny_model):

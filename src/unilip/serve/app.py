@@ -14,6 +14,7 @@ import math
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ logger = logging.getLogger(__name__)
 MAX_FILES = 16
 DECODERS = 2  # pictures of strangers that are decoded at the same time
 FETCHERS = 8  # and fetched
+IN_MEMORY = 8  # requests' worth of pixels that are kept at the same time
 MARKDOWN = "![{}]({})"
 KEEP_ALIVE_SECONDS = 15.0
 
@@ -324,6 +326,7 @@ class _Server:
         self.store = Store()
         self._decoders = threading.BoundedSemaphore(DECODERS)
         self._fetchers = threading.BoundedSemaphore(FETCHERS)
+        self._counting, self._pixels = threading.RLock(), 0
         self._started = int(time.time())
 
     def model_card(self) -> dict[str, Any]:
@@ -353,7 +356,17 @@ class _Server:
     def decode(self, data: bytes, max_pixels: int) -> Image.Image:
         """Decode a picture in the calling thread, a few at a time: memory is what a decoder needs most."""
         with self._decoders:
-            return decode(data, max_pixels)
+            if self._pixels > IN_MEMORY * self.settings.max_pixels:
+                raise QueueFull("Too many pictures are being read at once; send the request again.", 2.0)
+            image = decode(data, max_pixels)
+            size = image.width * image.height
+            self._count_pixels(size)
+        weakref.finalize(image, self._count_pixels, -size)  # given back with the picture's memory
+        return image
+
+    def _count_pixels(self, change: int) -> None:
+        with self._counting:
+            self._pixels += change
 
     def fetch(self, url: str, max_bytes: int) -> bytes:
         """Fetch a picture in the calling thread; slow hosts must not keep all threads."""
