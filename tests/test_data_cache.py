@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from unilip.cli import main
 from unilip.data.shards import ShardWriter
 from unilip.data.sources import open_source
 from unilip.errors import ConfigError
@@ -102,7 +103,9 @@ def test_the_losses_are_those_without_a_cache(place, tiny_folder, tmp_path, case
     if "conditions" in wanted:
         monkeypatch.setattr(type(model.mllm), "forward", lambda *a: pytest.fail("the language model ran"))
     found, names, after = losses(cached, tmp_path)
-    torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(plain), **TOLERANCE)
+    losses_of = [0, *range(2, found.shape[1])]
+    torch.testing.assert_close(found[:, losses_of], plain[:, losses_of], **TOLERANCE)
+    torch.testing.assert_close(found[:, 1], plain[:, 1], rtol=1e-3, atol=1e-6)  # gradients jump at kinks of the ReLUs
     assert set(wanted) - {"features"} <= names | {"features"}
     assert before.tally.skipped == after.tally.skipped and after.tally.skipped.total() > 0, "skips are the same, too"
 
@@ -206,3 +209,15 @@ def test_ray_makes_the_same_cache(place, tiny_folder, tmp_path, monkeypatch):
     assert about["shards"] == 2 and about["unusable"] == 1
     for file in sorted((tmp_path / "alone").iterdir()):
         assert (tmp_path / "ray" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_command(place, tiny_folder, tmp_path, capsys):
+    words = ["data", "cache", "tiny/sft", "--device", "cpu", "--runs", str(tmp_path), "--no-progress"]
+    for setting in ("data.source=files", f"data.path={place}", f"init=all={tiny_folder}"):
+        words += ["--set", setting]
+    assert main(words) == 2 and "no --output" in capsys.readouterr().err
+    assert main([*words, "--output", str(tmp_path / "cache"), "--dtype", "float16", "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["names"] == ["latents", "features"] and out["dtype"] == "float16" and out["unusable"] == 1
+    assert main([*words, "--output", str(tmp_path / "cache"), "--json"]) == 2, "another dtype in the same folder"
+    assert "differs in dtype" in capsys.readouterr().err
