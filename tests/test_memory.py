@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import unilip
 from unilip import cli
 from unilip.config import QUANTIZATIONS
 from unilip.decoder import decode_in_strips
@@ -25,7 +26,7 @@ def draw(model: UniLIP, **settings: Any) -> Tensor:
 
 
 def held(model: UniLIP) -> set[str]:
-    """The parts that have weights."""
+    """Return the parts that have weights."""
     return {part for part in model.parts if not any(p.is_meta for p in model.get_submodule(part).parameters())}
 
 
@@ -52,7 +53,7 @@ def test_parts_read_from_disk_as_needed_give_the_same(
     model.dit.transformer.patch_embed.register_forward_pre_hook(lambda *_: seen.update(held(model)))
     assert held(model) == set() and str(model.device) == "cpu"
     ours, expected = everything(model, picture()), everything(tiny_model, picture())
-    assert same(ours[:1] + ours[3:], expected[:1] + expected[3:])
+    assert ours[3] == expected[3]
     assert all(float((a - b).abs().max()) < 1e-5 for a, b in zip(ours[:3], expected[:3], strict=True))  # in strips
     assert seen == {"dit"}  # nothing else was there while it worked
     assert held(model) == set()
@@ -158,7 +159,7 @@ def test_strips_decode_to_the_same_pixels(fresh_model: Callable[..., UniLIP], ki
 
     config = dataclasses.replace(preset("tiny").decoder, upsample_block_type=kind, layers_per_block=(1, 2, 1, 1, 1, 1))
     decoder = fresh_model(parts=("pixel_decoder",), decoder=config).pixel_decoder
-    latent, heights = torch.randn(1, 32, 3, 2), []
+    latent, heights = torch.randn(1, 32, 6, 2), []
     with torch.no_grad():
         whole = decoder.decode(latent)
         decoder.decoder.norm_out.register_forward_hook(lambda _, inputs, out: heights.append(out.shape[1]))
@@ -180,12 +181,13 @@ def test_pictures_are_decoded_one_by_one(fresh_model: Callable[..., UniLIP]) -> 
 
 # --- few bits -------------------------------------------------------------------------------------------------------
 
+QUESTION = "What color is the background?"
 NEAR = {"int8": 0.02, "int4": 0.25, "fp8": 0.1}  # of latents, relative; random weights suffer more than trained ones
 
 
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
-def test_quantised_models_answer_and_draw_nearly_the_same(
-    kind: str, tiny_model: UniLIP, tiny_folder: Path, picture: Callable[..., Image.Image], tmp_path: Path
+def test_quantised_models_draw_nearly_the_same(
+    kind: str, tiny_model: UniLIP, tiny_folder: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("torchao")
     model = UniLIP.from_pretrained(tiny_folder, quantization=kind)
@@ -194,12 +196,29 @@ def test_quantised_models_answer_and_draw_nearly_the_same(
     assert is_quantized(model.mllm.language_model.model.layers[0]) and not is_quantized(model.pixel_decoder)
     exact, near = (draw(m, output_type="latent") for m in (tiny_model, model))
     assert 1e-5 < float((near - exact).norm() / exact.norm()) < NEAR[kind]
-    if kind == "int8":
-        assert model.ask(picture(), "What is it?") == tiny_model.ask(picture(), "What is it?")
     low = UniLIP.from_pretrained(tiny_folder, quantization=kind, low_memory=True)
     assert torch.equal(draw(low, output_type="latent"), near)
     with pytest.raises(UniLIPError, match="cannot be saved"):
         model.save_pretrained(tmp_path / "x")
+
+
+@pytest.fixture(scope="module")
+def embedded() -> tuple[UniLIP, Image.Image, str, Tensor]:
+    """The embedded model, a picture of its world, what it answers, and what it draws."""
+    model = UniLIP.from_pretrained()
+    image = Image.open(next((Path(unilip.__file__).parent / "weights" / "examples").glob("*.png")))
+    return model, image, str(model.ask(image, QUESTION, max_new_tokens=12)), draw(model)
+
+
+@pytest.mark.parametrize(("kind", "decibels"), [("int8", 35.0), ("fp8", 22.0)])
+def test_a_trained_model_answers_the_same_in_few_bits(
+    kind: str, decibels: float, embedded: tuple[UniLIP, Image.Image, str, Tensor]
+) -> None:
+    pytest.importorskip("torchao")
+    _, image, answer, drawn = embedded
+    model = UniLIP.from_pretrained(quantization=kind)
+    assert answer and model.ask(image, QUESTION, max_new_tokens=12) == answer
+    assert -10 * torch.log10((draw(model) - drawn).square().mean()) > decibels
 
 
 def test_int8_weights_take_a_quarter() -> None:
