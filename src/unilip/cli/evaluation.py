@@ -179,11 +179,12 @@ def eval_benchmark(name: str, o: Options) -> int:
     terms = judge_terms(o)
     from unilip.eval.benchmarks import open_benchmark
 
-    method = o.protocol if name == "geneval2" else None
+    protocol = getattr(o, "protocol", None)  # only where there are several
+    method = protocol if name == "geneval2" else None
     source: dict[str, Any] = {
         "name": name,
         "prompts": o.prompts,
-        "protocol": None if name == "geneval2" else o.protocol,
+        "protocol": None if name == "geneval2" else protocol,
         "sources": o.sources if name == "imgedit" else None,
         "samples": o.num_images if name == "geneval" else None,
         "own_prompts": o.own_prompts,
