@@ -94,7 +94,7 @@ def test_an_adapter_without_a_place_is_refused(fresh_model, settings, message):
         target_layers(recipe(*settings), fresh_model())
 
 
-@pytest.mark.parametrize("dora", [0, 1])
+@pytest.mark.parametrize("dora", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_leaves_an_adapter_and_resumes_bit_for_bit(fresh_model, tmp_path, monkeypatch, dora, picture):
     make = unilip.data.tokenizer.train_tokenizer
     monkeypatch.setattr(unilip.data.tokenizer, "train_tokenizer", lambda *a: make(*a, sentences=300))

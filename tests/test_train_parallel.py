@@ -95,8 +95,8 @@ def test_one_process_needs_no_others(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     assert (processes.rank(), processes.world(), processes.local_rank()) == (0, 1, 0)
-    with processes.joined(torch.device("cpu")):
-        assert processes.anywhere(3) == 3 and processes.told("x") == "x" and processes.group("control") is None
+    processes.join(torch.device("cpu"))
+    assert processes.anywhere(3) == 3 and processes.told("x") == "x" and processes.group("control") is None
     assert not torch.distributed.is_initialized()
 
 

@@ -72,6 +72,7 @@ def test_activations_are_those_of_a_real_step(step, fresh_model):
     assert alive.peak == pytest.approx(wanted, rel=0.1)
 
 
+@pytest.mark.slow
 def test_recomputation_holds_less_and_computes_more(step):
     less = measure(override(get_recipe("tiny/sft"), ["gradient_checkpointing=1"]))
     assert less.activations[1] < step.activations[1] and less.operations > step.operations
@@ -83,6 +84,7 @@ def test_an_adapter_trains_little():
     assert 0 < small.trained < 0.1 * small.frozen
 
 
+@pytest.mark.slow
 def test_tokenizer_stages_and_refusals():
     assert measure(get_recipe("tiny/recon_distill")).trained > 0
     with pytest.raises(ConfigError, match="for flow and tokenizer stages"):

@@ -59,7 +59,7 @@ def held_out_losses(model: UniLIP) -> dict[str, float]:
     )
     objective, processor = make_objective(plain, model, {}), model.processor
     assert processor is not None
-    common: dict[str, Any] = dict(world=home, atlas=atlas, split="test", seed=0, size=ANSWERS)
+    common: dict[str, Any] = dict(world=home, atlas=atlas, split="val", seed=0, size=ANSWERS)
     scenes, edits = Scenes(**common, purpose="generation"), Edits(**common)
     losses: dict[str, list[float]] = {"generation": [], "edits": []}
     for start in range(0, ANSWERS, 8):

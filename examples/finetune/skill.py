@@ -47,7 +47,7 @@ def main() -> None:
     data.mkdir(parents=True, exist_ok=True)
     home, atlas = world()
     common: dict[str, Any] = dict(world=home, atlas=atlas, seed=7, purpose="generation")
-    taught, held_out = Scenes(**common, split="train", size=200), Scenes(**common, split="test", size=SHOWN)
+    taught, held_out = Scenes(**common, split="train", size=200), Scenes(**common, split="val", size=SHOWN)
     for i in range(200):
         picture = taught[i]["image"]
         Image.fromarray(picture).save(data / f"{i:03}.input.png")

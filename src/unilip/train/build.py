@@ -188,16 +188,16 @@ def trained_parameters(recipe: Recipe, model: UniLIP) -> Trained:
 
 
 def make_optimizer(optim: Optim, parameters: Sequence[tuple[nn.Parameter, float]]) -> torch.optim.AdamW:
-    """AdamW with one group per (rate factor, decay or not); vectors and scales are not decayed.
+    """AdamW with one group per (rate factor, decay or not, single number or not); vectors and scales are not decayed.
 
     Fused: one pass over the weights, which skips a step on the device where its `found_inf` is set.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for parameter, factor in parameters:
         decay = optim.weight_decay if parameter.dim() > 1 else 0.0
-        groups.setdefault((factor, decay), []).append(parameter)
+        groups.setdefault((factor, decay, parameter.dim() == 0), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": p, "weight_decay": d, "factor": f} for (f, d), p in groups.items()],
+        [{"params": p, "weight_decay": d, "factor": f} for (f, d, _), p in groups.items()],
         lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True,
     )  # fmt: skip
 

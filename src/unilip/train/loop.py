@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from unilip.config import UniLIPConfig
@@ -33,7 +33,16 @@ from unilip.train.adapters import save_adapter
 from unilip.train.batches import Batches, iterate, to_device
 from unilip.train.build import build, cast_trained, enable_checkpointing, make_optimizer, trained_parameters
 from unilip.train.objectives import Objective, to_unit
-from unilip.train.parallel import Whole, accumulating, average_gradients, sharded, share, whole_tensor
+from unilip.train.parallel import (
+    Whole,
+    accumulating,
+    average_gradients,
+    average_scalars,
+    clip,
+    sharded,
+    share,
+    whole_tensor,
+)
 from unilip.train.recipe import Optim, Recipe, changed_settings, plain
 from unilip.train.state import EMA, DamagedCheckpoint, State, wholes
 
@@ -74,16 +83,16 @@ def train(
     if processes.again():  # what torchrun starts once more goes on from the checkpoint
         restart = False
     final = runs / recipe.name / "final"
-    with processes.joined(device):
-        if processes.told(final.exists()) and not restart:
-            check_finished(recipe, final)
-            logger.info("%s has finished already (%s); restart to train it again.", recipe.name, final)
-            return final
-        torch.set_flush_denormal(True)  # gradients near 1e-40 make a CPU's backward pass three to five times slower
-        try:
-            return run_recipe(recipe, runs, device, restart, progress, stop_after)
-        finally:
-            torch.set_flush_denormal(False)
+    processes.join(device)
+    if processes.told(final.exists()) and not restart:
+        check_finished(recipe, final)
+        logger.info("%s has finished already (%s); restart to train it again.", recipe.name, final)
+        return final
+    torch.set_flush_denormal(True)  # gradients near 1e-40 make a CPU's backward pass three to five times slower
+    try:
+        return run_recipe(recipe, runs, device, restart, progress, stop_after)
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def run_recipe(
@@ -328,10 +337,12 @@ class Loop:
                 found.setdefault(name, []).append(value.detach())
         if adversary is not None:
             average_gradients(adversary)
+        if sharded(self.whole):
+            average_scalars(self.whole)
         norms = []
         for optimizer in self.state.optimizers:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norms.append(whole_tensor(nn.utils.clip_grad_norm_(parameters, recipe.optim.grad_clip)))
+            norms.append(clip(parameters, recipe.optim.grad_clip))
         means = {name: torch.stack(values).mean() for name, values in found.items()}
         if processes.world() > 1:
             together = processes.mean_(torch.stack([value.float() for value in means.values()]))

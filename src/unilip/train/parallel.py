@@ -74,6 +74,9 @@ def shard(whole: Whole, recipe: Recipe) -> nn.Module:
         cast_forward_inputs=False,  # autocast does
     )
     settings: dict[str, Any] = dict(mesh=init_device_mesh(device, (processes.world(),)), mp_policy=policy)
+    scalars = {p for p in whole.parameters() if p.dim() == 0}
+    if scalars:  # cannot be cut
+        settings["ignored_params"] = scalars
     for modules in units(whole.model):
         fully_shard(modules, **settings)
     # Sharded again after the forward pass, so that outside of a step every parameter is this process's own part.
@@ -114,14 +117,36 @@ def accumulating(module: nn.Module, last: bool) -> Iterator[None]:
 
 def average_gradients(module: nn.Module) -> None:
     """Average the gradients and running means of a small module that every process holds: the adversary."""
-    if processes.world() == 1:
+    _average(
+        [p.grad for p in module.parameters() if p.grad is not None]
+        + [t for t in module.state_dict(keep_vars=True).values() if not isinstance(t, nn.Parameter)]
+    )
+
+
+def average_scalars(module: nn.Module) -> None:
+    """Average the gradients of single numbers, which every process holds beside its part of the rest."""
+    _average([p.grad for p in module.parameters() if p.dim() == 0 and p.grad is not None])
+
+
+def _average(tensors: list[Tensor]) -> None:
+    if processes.world() == 1 or not tensors:
         return
-    tensors = [p.grad for p in module.parameters() if p.grad is not None]
-    tensors += [t for t in module.state_dict(keep_vars=True).values() if not isinstance(t, nn.Parameter)]
-    if tensors:
-        flat = processes.mean_(torch.cat([t.detach().flatten().float() for t in tensors]))
-        for tensor, value in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(value.view_as(tensor))
+    flat = processes.mean_(torch.cat([t.detach().flatten().float() for t in tensors]))
+    for tensor, value in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(value.view_as(tensor))
+
+
+def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Scale gradients, sharded ones among them, so that their norm together is at most `limit`; returns the norm."""
+    parts = [p for p in parameters if hasattr(p, "full_tensor")]
+    rest = [p for p in parameters if not hasattr(p, "full_tensor")]
+    if not parts or not rest:
+        return whole_tensor(nn.utils.clip_grad_norm_(parameters, limit))
+    gradients = [[p.grad for p in some if p.grad is not None] for some in (parts, rest)]
+    norm = torch.stack([whole_tensor(nn.utils.get_total_norm(some)) for some in gradients]).norm()
+    for some in (parts, rest):
+        nn.utils.clip_grads_with_norm_(some, limit, norm)
+    return norm
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from unilip.flow import train_levels
 from unilip.model import PARTS, UniLIP
 from unilip.preprocess import Tokens
 from unilip.train.adapters import target_layers
-from unilip.train.build import enable_checkpointing, trained_parameters
+from unilip.train.build import enable_checkpointing, parse_init, trained_parameters
 from unilip.train.objectives import make_objective, needed_parts
 from unilip.train.parallel import units
 from unilip.train.processes import divided
@@ -200,6 +200,8 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
         config = config.replace(image_size=recipe.data.image_size)
     train_levels(torch.tensor([0.5]))  # its table, made once, needs tensors with content
     wanted = {*needed_parts(recipe.objective), *(prefix.split(".")[0] for prefix, _ in recipe.trains)}
+    for parts, _ in parse_init(recipe):
+        wanted |= set(PARTS) if parts == ("all",) else set(parts)
     low = recipe.dtype == "bfloat16"
     peaks, operations = [], []
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -7,6 +7,7 @@ that a step holds the same samples, and `own_batches` says which of its batches 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -92,32 +93,30 @@ def own_device(device: str | torch.device) -> torch.device:
     return device
 
 
-@contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[None]:
-    """Join the others for the time of the block; nothing happens where there is one process."""
-    if world() == 1:
-        yield
-        return
-    import torch
-    import torch.distributed as dist
+def join(device: torch.device) -> None:
+    """Join the others, for the rest of the program; nothing happens where there is one process."""
+    if world() > 1 and not _groups:
+        import torch
+        import torch.distributed as dist
 
-    already = dist.is_initialized()
-    if not already:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    try:
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            atexit.register(_leave)
         for name in ("control", "checkpoint"):  # threads must not share a group: the order of calls would differ
             _groups[name] = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        yield
-    finally:
-        _groups.clear()
-        if not already:
-            dist.destroy_process_group()
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    with contextlib.suppress(Exception):  # the others may be gone
+        dist.destroy_process_group()
 
 
 def group(name: str) -> Any:
-    """Return a gloo group of all processes: "control" or "checkpoint"; None outside `joined`."""
+    """Return a gloo group of all processes: "control" or "checkpoint"; None before `join`."""
     return _groups.get(name)
 
 
