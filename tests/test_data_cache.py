@@ -73,7 +73,7 @@ def losses(recipe, tmp_path):
         norm = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)
         found.append([float(loss.detach()), norm, *(float(v) for v in terms.values())])
         names = {*terms, *batch}
-    return torch.tensor(found, dtype=torch.float64) if len({len(f) for f in found}) == 1 else found, names, batches
+    return torch.tensor(found, dtype=torch.float64), names, batches
 
 
 CASES = {

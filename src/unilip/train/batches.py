@@ -340,7 +340,8 @@ class Tally:
             if self.skipped.total() <= self.NAMED:
                 logger.warning("a sample is skipped: %s", detail)
         self.left_out.update(reason for reason, _ in reading.left_out)
-        if self.skipped.total() > self.most * max(self.tried, self.LEAST):
+        expected = self.most * max(self.tried, self.LEAST)
+        if self.skipped.total() > expected + 3 * math.sqrt(expected):  # three deviations: not by chance
             raise DataError(
                 f"{self.skipped.total()} of {self.tried} samples cannot be read ({_reasons(self.skipped)}), the last: "
                 f"{reading.skipped[-1][1]}. Mend the data (`unilip data check` lists what is wrong), or allow a "
