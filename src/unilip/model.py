@@ -212,6 +212,8 @@ class UniLIP(nn.Module):
 
         Rotary frequencies rounded to bfloat16 turn the far tokens of a prompt by a radian and more.
         """
+        if self._offload is not None:
+            raise UniLIPError("The parts of this model come and go; give device and type when it is loaded.")
         computed = {
             (module, name): buffer
             for module in self.modules()
@@ -260,14 +262,18 @@ class UniLIP(nn.Module):
         self.require("dit")
         if self._offload is not None:
             raise UniLIPError("A model whose parts come and go cannot be compiled; choose one of the two.")
-        decode = self.pixel_decoder.decode if "pixel_decoder" in self.parts else nn.Identity()
+        decode: Callable[[Tensor], Tensor] = nn.Identity()
+        if "pixel_decoder" in self.parts:
+            decode = self.pixel_decoder.decode
+            if self.device.type == "cuda":  # where convolutions want it so; on the CPU it gains nothing
+                self.pixel_decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._compiled = Compiled(self.dit, decode, bucket, **options)
         return self
 
     def enable_cpu_offload(self, device: torch.device | str = "cuda") -> UniLIP:
         """Keep the weights in main memory and bring each part to a device only while it works."""
-        if self._compiled is not None or self._twin:
-            raise UniLIPError("A compiled or split model cannot be offloaded; choose one of the two.")
+        if self._compiled is not None or self._twin or self._offload is not None:
+            raise UniLIPError("A compiled, split or offloaded model cannot be offloaded; choose one of them.")
         self._unconditional = None
         self._offload = Offload(self.to("cpu"), self.parts, torch.device(device))
         return self
@@ -281,7 +287,7 @@ class UniLIP(nn.Module):
         return self
 
     def split_guidance(self, device: torch.device | str) -> UniLIP:
-        """Put a copy of the diffusion transformer on a second device, for the unconditional half of guidance."""
+        """Put a copy of the diffusion transformer, as it is now, on a second device, for the unconditional half."""
         self.require("dit")
         if self._offload is not None:
             raise UniLIPError("A model whose parts come and go cannot be split over devices; choose one of the two.")
