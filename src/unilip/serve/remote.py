@@ -133,7 +133,8 @@ class RemoteEngine:
                 logging_level=logging.ERROR,
             )  # fmt: skip
         serve.start(proxy_location="Disabled")  # the application stays here; only the model is spread
-        options = dict(max_queue=8 * max_batch, max_batch=max_batch, batch_wait=batch_wait, limits=self.limits)
+        self._room = max_queue + self.replicas.most * max_batch
+        options = dict(max_queue=self._room, max_batch=max_batch, batch_wait=batch_wait, limits=self.limits)
         scaling: dict[str, Any] = {"num_replicas": self.replicas.least}
         if self.replicas.most > self.replicas.least:
             scaling = {
@@ -202,7 +203,7 @@ class RemoteEngine:
         ticket = self.checker.prepare(job, end)[0].ticket
         if self._draining:
             raise Draining("The server is shutting down; send the request again to another one, or later.", 5.0)
-        room = self.max_queue + self.replicas.most * self.max_batch
+        room = self._room
         with self._changed:
             waiting = sum(map(_size, self._open.values()))
             if waiting + _size(ticket) > room:
