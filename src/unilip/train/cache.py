@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -37,7 +36,6 @@ from unilip.preprocess import normalise
 from unilip.train.objectives import FlowObjective, Objective, ReconstructObjective, UnderstandObjective, to_unit
 from unilip.train.recipe import Flow, Recipe, Reconstruct, Understand, leaves
 
-logger = logging.getLogger(__name__)
 FORMAT = 1
 ABOUT = "cache.json"
 DTYPES = {"float32": np.float32, "float16": np.float16}
@@ -112,7 +110,6 @@ class Worker:
         from unilip.train.files import FileBatches, kinds_of_recipe
         from unilip.train.loop import mixed_precision
 
-        logging.getLogger("unilip").setLevel(logging.WARNING)
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, cache=""))
         self.model, self.objective, batches = build(recipe, Path(runs))
         if not isinstance(batches, FileBatches):
