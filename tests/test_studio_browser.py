@@ -99,7 +99,7 @@ class Visitor:
 
     def tab(self, name):
         def click():
-            for button in self.all("#tabs button"):
+            for button in self.all("#tabs :not([aria-hidden=true]) > button"):  # not gradio's copies for measuring
                 if button.text.strip() == name and button.is_displayed():
                     self.driver.execute_script("arguments[0].click()", button)
                     return True

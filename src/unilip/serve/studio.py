@@ -149,6 +149,8 @@ HEAD = """
     try { localStorage.setItem('unilip-theme', wanted() === 'dark' ? 'light' : 'dark') } catch {}
     apply();
   };
+  const tabs = () => [...document.querySelectorAll('#tabs button')].filter(tab => !tab.closest('.visually-hidden'));
+  window.unilipTab = name => tabs().find(tab => tab.textContent.trim() === name)?.click();
   addEventListener('DOMContentLoaded', apply);
   addEventListener('load', () => setTimeout(apply, 0));
   addEventListener('keydown', event => {
@@ -156,7 +158,7 @@ HEAD = """
       for (const button of document.querySelectorAll('button.stop'))
         if (button.offsetParent && !button.disabled) button.click();
     if (event.altKey && event.key >= '1' && event.key <= '5')
-      document.querySelectorAll('#tabs button[role=tab]:not(.visually-hidden *)')[event.key - 1]?.click();
+      window.unilipTab(['Chat', 'Generate', 'Edit', 'Reconstruct', 'History'][event.key - 1]);
   });
 })();
 </script>
@@ -210,7 +212,7 @@ class Page:
                 with gr.Column(scale=1, min_width=120):
                     theme = gr.Button("Light / dark", size="sm", elem_id="theme")
             theme.click(None, js="() => window.unilipTheme()")
-            with gr.Tabs(elem_id="tabs") as self.tabs:
+            with gr.Tabs(elem_id="tabs"):
                 if "ask" in verbs:
                     self._chat()
                 if "generate" in verbs:
@@ -489,18 +491,22 @@ class Page:
         def chosen(gallery: Sequence[Any] | None, index: int) -> str | None:
             return gallery[min(index, len(gallery) - 1)][0] if gallery else None
 
-        def to_edit(gallery: Sequence[Any] | None, index: int) -> tuple[Any, Any]:
-            path = chosen(gallery, index)
-            return (path, gr.Tabs(selected="edit")) if path else (gr.skip(), gr.skip())
+        def to_edit(gallery: Sequence[Any] | None, index: int) -> Any:
+            return chosen(gallery, index) or gr.skip()
 
-        def to_chat(gallery: Sequence[Any] | None, index: int) -> tuple[Any, Any]:
+        def to_chat(gallery: Sequence[Any] | None, index: int) -> Any:
             path = chosen(gallery, index)
-            return ({"text": "", "files": [path]}, gr.Tabs(selected="chat")) if path else (gr.skip(), gr.skip())
+            return {"text": "", "files": [path]} if path else gr.skip()
 
+        # the tab changes in the browser, after the picture has arrived
+        picked = [self.gallery, self.chosen]
+        change = "(pictures) => { if (pictures && pictures.length) window.unilipTab('%s') }"
         if hasattr(self, "edit_source"):
-            self.edit_it.click(to_edit, [self.gallery, self.chosen], [self.edit_source, self.tabs], **private)
+            went = self.edit_it.click(to_edit, picked, self.edit_source, **private)
+            went.then(None, [self.gallery], None, js=change % "Edit")
         if hasattr(self, "chat_box"):
-            self.ask_it.click(to_chat, [self.gallery, self.chosen], [self.chat_box, self.tabs], **private)
+            went = self.ask_it.click(to_chat, picked, self.chat_box, **private)
+            went.then(None, [self.gallery], None, js=change % "Chat")
 
 
 def _index(event: gr.SelectData) -> int:
