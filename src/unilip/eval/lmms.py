@@ -31,7 +31,7 @@ def manifest() -> Any:
     return ModelManifest(model_id=MODEL_ID, simple_class_path=f"{__name__}.UniLIP")
 
 
-class UniLIP(Base):  # type: ignore[misc, valid-type]
+class UniLIP(Base):
     """The model class: `generate_until` answers; likelihoods and several rounds are not offered.
 
     Args:
@@ -88,9 +88,15 @@ class UniLIP(Base):  # type: ignore[misc, valid-type]
                     until = options.get("until") or ()
                     stops.append([until] if isinstance(until, str) else list(until))
                 most = max(1, max(len(images) for images in pictures))
-                said = self.model.ask(
-                    pictures, texts, max_new_tokens=max(limits), max_tiles=max(1, self.max_tiles // most)
-                )
+                tiles = max(1, self.max_tiles // most)
+                whole = [slice(None)] if len(set(limits)) == 1 else [slice(n, n + 1) for n in range(len(batch))]
+                said = [
+                    answer
+                    for part in whole  # one by one where their limits differ
+                    for answer in self.model.ask(
+                        pictures[part], texts[part], max_new_tokens=limits[part][0], max_tiles=tiles
+                    )
+                ]
                 answers += [cut(answer, stop) for answer, stop in zip(said, stops, strict=True)]
                 bar.update(len(batch))
         return answers

@@ -40,7 +40,7 @@ def split_message(message: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]
 def make_class(base: type) -> type:
     """Return the model class on top of the kit's base class."""
 
-    class UniLIPForVLMEvalKit(base):  # type: ignore[misc]
+    class UniLIPForVLMEvalKit(base):
         """Answers the kit's messages; `path` is what `UniLIP.from_pretrained` takes, None the embedded model."""
 
         INSTALL_REQ = False
