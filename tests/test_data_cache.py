@@ -199,6 +199,7 @@ def test_nothing_to_cache_is_said(place, tiny_folder, tmp_path):
 def test_ray_makes_the_same_cache(place, tiny_folder, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "600")  # a busy machine starts it slowly
     recipe = recipe_of("tiny/sft", place, tiny_folder)
     make_cache(recipe, tmp_path / "alone", tmp_path, progress=False)
     try:

@@ -243,6 +243,11 @@ def test_unknown_setting_names_the_nearest(name, near):
         ("data.edit_share=0.5", "no edits"),
         ("data.text_share=0.5", "next_token"),
         ("data.workers=-1", "at least 0"),
+        ("data.fit=stretch", "allowed: auto"),
+        ("data.max_skipped=2", "share between"),
+        ("data.window=0", "at least 1"),
+        ("data.lanes=3", "must divide"),
+        ("data.cache=x", "for data.source=files"),
         ("name=../../elsewhere", "folder"),
     ],
 )
