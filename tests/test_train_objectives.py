@@ -379,13 +379,16 @@ def test_image_tokens_learn_their_places(fresh_model):
     objective, batches = prepared("tiny/sft", model, "objective.place=0.5")
     batch = batches[0]
     total, terms = objective.loss(batch, 0)
-    torch.testing.assert_close(total, terms["flow_edit"] + 0.5 * terms["place"])
-    optimizer = torch.optim.Adam([*model.connector.parameters(), *objective.heads.parameters()], lr=3e-3)
+    torch.testing.assert_close(total, terms["flow_edit"] + 0.5 * (terms["place"] + terms["look"]))
+    learning = [*model.connector.parameters(), *model.dit.parameters(), *objective.heads.parameters()]
+    optimizer = torch.optim.Adam(learning, lr=3e-3)
+    before = terms["look"].item()
     for _ in range(60):
         optimizer.zero_grad()
         _, terms = objective.loss(batch, 0)
-        terms["place"].backward()
+        (terms["place"] + terms["look"]).backward()
         optimizer.step()
     assert terms["place"] < 0.5  # the connector can tell; a guess costs log(4) = 1.4
+    assert terms["look"] < 0.5 * before  # and the transformer looks there
     objective, batches = prepared("tiny/pretrain", model, "objective.place=0.5")
     assert set(objective.loss(batches[0], 0)[1]) == {"flow"}  # no image, no lesson

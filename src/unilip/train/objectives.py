@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from unilip.checkpoint import resolve
 from unilip.config import DECODER_PIXELS, TOKEN_PIXELS
+from unilip.dit import PreparedCondition
 from unilip.encoder import Encoder
 from unilip.errors import CheckpointError, ConfigError
 from unilip.flow import denoise, draw_noise, flow_loss, interpolate, logit_normal, make_scheduler, train_levels
@@ -236,6 +237,10 @@ class FlowObjective(Objective):
                 torch.default_generator.manual_seed(recipe.seed)
                 places = nn.Linear(model.config.dit.caption_channels, model.config.grid**2)
             self.heads = nn.ModuleDict({"place": places})
+            self.looks: dict[int, Tensor] = {}  # what every second cross attention asks for, by block
+            for i, block in enumerate(model.dit.transformer.transformer_blocks):
+                if i % 2:
+                    block.attn2.to_q.register_forward_hook(lambda _, __, query, i=i: self.looks.update({i: query}))
         self.autoencoder: Any = None
         if settings.target == "dcae":
             if "autoencoder" not in sources:
@@ -284,14 +289,31 @@ class FlowObjective(Objective):
         edits = "sources" in batch or "edits" in batch
         terms = {"flow_edit" if edits else "flow": loss}
         if self.settings.place and edits and "conditions" not in batch:  # ready ones have learned what they will
-            terms["place"] = self.place_loss(condition, batch["prompts"].image_slots)
-            loss = loss + self.settings.place * terms["place"]
+            slots = batch["prompts"].image_slots
+            terms["place"] = self.place_loss(condition, slots)
+            terms["look"] = self.look_loss(prepared, slots)
+            loss = loss + self.settings.place * (terms["place"] + terms["look"])
         return loss, terms
 
     def place_loss(self, condition: Tensor, slots: Tensor) -> Tensor:
         """Cross entropy of the place of each image token (slots (B,T)) told from the condition (B,T+Q,C) there."""
         places = (slots.cumsum(-1) - 1)[slots] % self.model.config.grid**2
         return F.cross_entropy(self.heads["place"](condition[:, : slots.shape[1]][slots]).float(), places)
+
+    def look_loss(self, prepared: PreparedCondition, slots: Tensor) -> Tensor:
+        """Cross entropy of the image token at which the first head of the chosen cross attentions looks."""
+        places = self.model.config.grid**2
+        own = torch.stack([row.nonzero()[:places, 0] for row in slots])  # B n, where each place's token is
+        total = torch.zeros((), device=slots.device)
+        for i, query in self.looks.items():
+            key = prepared.keys_values[i][0]
+            b, heads, _, d = key.shape
+            first = query.view(b, -1, heads, d)[:, :, 0]  # B Kn d
+            scores = (first @ key[:, 0].transpose(1, 2) / d**0.5).float()  # B Kn L
+            scores = scores.masked_fill(~prepared.mask[:, 0], torch.finfo(scores.dtype).min)
+            wanted = own.repeat(1, first.shape[1] // places)  # B Kn
+            total = total + F.cross_entropy(scores.flatten(0, 1), wanted.flatten())
+        return total / len(self.looks)
 
     @torch.no_grad()
     def samples(self, batch: Batch) -> dict[str, Tensor]:

@@ -109,9 +109,10 @@ class Flow:
 
     "unilip": features of the target picture through the latent head; "dcae": latents of a DC-AE autoencoder, which is
     what a frozen pretrained SANA knows. A share `drop_prompt` of the prompts is replaced by the unconditional one.
-    `place` weighs a lesson of edits that the paper has no need for: a linear layer, kept for training only, tells from
-    the condition at an image token where in the picture that token lies. Features of a small encoder do not say it, and
-    without it the diffusion transformer cannot copy what an edit must leave alone.
+    `place` weighs two lessons of edits that the paper has no need for. A linear layer, kept for training only, tells
+    from the condition at an image token where in the picture that token lies, as features of a small encoder do not say
+    it; and the first head of every second cross attention looks from each place at the image token of that place.
+    Without them a small diffusion transformer is slow to copy what an edit must leave alone.
     """
 
     noises: int = 1
