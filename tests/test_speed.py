@@ -22,7 +22,7 @@ from unilip.preprocess import Tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 PARITY = ROOT / "tests" / "parity"
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 
 
 def seeds(*numbers: int) -> list[torch.Generator]:

@@ -1,10 +1,11 @@
 """Where the time of a picture goes, part by part.
 
-    python benchmarks/profile.py --size nano
-    python benchmarks/profile.py --model FOLDER --task edit --steps 4 --operators
+    python benchmarks/profile_parts.py --size nano
+    python benchmarks/profile_parts.py --model FOLDER --task edit --steps 4 --operators
 
 For each part: calls, seconds, share, counted GFLOP and the rate they amount to. `--operators` adds the torch profiler's
-table. A size has random weights; a model is loaded as it is, and nothing loads the embedded one.
+table. A size has random weights; a model is loaded as it is, and nothing loads the embedded one. (The file is not called
+`profile`: scripts beside it would find it in place of Python's module of that name.)
 """
 
 from __future__ import annotations
