@@ -203,7 +203,7 @@ def test_ray_makes_the_same_cache(place, tiny_folder, tmp_path, monkeypatch):
     recipe = recipe_of("tiny/sft", place, tiny_folder)
     make_cache(recipe, tmp_path / "alone", tmp_path, progress=False)
     try:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         about = make_cache(recipe, tmp_path / "ray", tmp_path, ray=1, progress=False)
     finally:
         ray.shutdown()

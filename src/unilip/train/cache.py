@@ -298,7 +298,7 @@ def _on_ray(
     except ImportError as error:
         raise ConfigError(f"The package ray is missing ({error}); install it with pip install unilip[ray].") from error
     if not ray.is_initialized():
-        ray.init(log_to_driver=False)
+        ray.init(address=os.environ.get("RAY_ADDRESS") or "local", log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     absolute = tuple(str(Path(path).absolute()) for path in (runs, folder))
     made = ray.data.from_items(list(tasks)).repartition(len(tasks)).map(
