@@ -301,6 +301,7 @@ class Engine:
                     self.on_batch(batch[0].ticket.verb, len(batch), seconds)
                 except Exception:
                     logger.exception("on_batch failed")
+            batch = []  # else the pictures of the last batch would be kept until the next
 
     def _serve(self, batch: list[Unit]) -> None:
         for unit in batch:
