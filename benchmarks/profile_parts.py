@@ -4,8 +4,8 @@
     python benchmarks/profile_parts.py --model FOLDER --task edit --steps 4 --operators
 
 For each part: calls, seconds, share, counted GFLOP and the rate they amount to. `--operators` adds the torch profiler's
-table. A size has random weights; a model is loaded as it is, and nothing loads the embedded one. (The file is not called
-`profile`: scripts beside it would find it in place of Python's module of that name.)
+table. A size has random weights; a model is loaded as it is, and nothing loads the embedded one. (Not called `profile`:
+scripts beside it would find it in place of Python's module of that name.)
 """
 
 from __future__ import annotations
