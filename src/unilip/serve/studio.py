@@ -122,7 +122,7 @@ background:var(--background-fill-secondary);font-variant-numeric:tabular-nums;ov
 [aria-label=Share],[title=Share]{display:none!important}
 #edit-difference img,#reconstruct-seen img,#reconstruct-again img,#reconstruct-difference img,
 #edit-source img,#reconstruct-source img{width:100%;height:100%;object-fit:contain}
-#chat .message img{width:min(14rem,60vw);height:auto}
+#chat .message img{width:min(14rem,60vw)!important;height:auto!important;object-fit:fill!important}
 .note progress{appearance:none;border:0;width:min(60%,24rem);height:.6rem;vertical-align:middle;margin-right:.5rem;
 border-radius:.3rem;overflow:hidden;background:var(--border-color-primary)}
 .note progress::-webkit-progress-bar{background:var(--border-color-primary)}
