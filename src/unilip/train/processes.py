@@ -65,13 +65,12 @@ def divided(recipe: Recipe, processes: int) -> Recipe:
     if processes == 1:
         return recipe
     own = samples // processes
-    if samples % processes or (own > recipe.batch_size and own % recipe.batch_size):
+    if samples % processes:
         raise ConfigError(
             f"A step of {recipe.name} has batch_size x accumulate = {recipe.batch_size} x {recipe.accumulate} = "
-            f"{samples} samples, which {processes} processes cannot share equally in batches of at most "
-            f"{recipe.batch_size}; choose numbers that divide."
+            f"{samples} samples, which {processes} processes cannot share equally; choose numbers that divide."
         )
-    size = min(own, recipe.batch_size)
+    size = next(size for size in range(min(own, recipe.batch_size), 0, -1) if own % size == 0)
     return dataclasses.replace(recipe, batch_size=size, accumulate=samples // size)
 
 
