@@ -172,11 +172,12 @@ def test_cancelling_stops_between_steps_and_changes_nothing(studio, desk, engine
 
 def test_leaving_the_page_cancels_its_work(studio, engine, tmp_path):
     desks = Desks(tmp_path, "tiny")
-    work = studio.generate(desks.get("a"), **(DRAW | {"steps": 200, "count": 4}))
-    seen, closer = [], threading.Timer(0.3, desks.drop, ["a"])
-    closer.start()
+    work = studio.generate(desks.get("a"), **(DRAW | {"steps": 1000, "count": 4}))
+    seen = []
     for update in work:
         seen.append(update)
+        if len(seen) == 2:  # it has begun
+            threading.Thread(target=desks.drop, args=["a"]).start()
     assert "Cancelled" in seen[-1]["status"]
     assert len(desks) == 0 and not list(tmp_path.iterdir())
 

@@ -88,7 +88,7 @@ def pico() -> list[Recipe]:
             note="the condition at an image token learns to say where in the picture it lies",
         ),
         Recipe(
-            name="pico/sft_last", objective=Flow(noises=8, place=0.1), trains=GENERATE, steps=950, batch_size=16,
+            name="pico/sft_last", objective=Flow(noises=8, place=0.1), trains=GENERATE, steps=1300, batch_size=16,
             optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=5, init=("all=pico/sft_place",),
             **(common | {"data": dataclasses.replace(data, edit_share=0.7)}), note="edits are what is still weak",
         ),
