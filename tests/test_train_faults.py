@@ -106,8 +106,8 @@ def test_the_second_player_keeps_its_means(runs, monkeypatch):
     real = ReconstructObjective.reconstruct
     calls = []
 
-    def broken(self, normalised):
-        features, pixels = real(self, normalised)
+    def broken(self, normalised, *more):
+        features, pixels = real(self, normalised, *more)
         calls.append(1)
         return features, pixels * math.nan if len(calls) == 2 else pixels
 

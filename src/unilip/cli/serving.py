@@ -132,7 +132,7 @@ VERBS: dict[str, Verb] = {
         "Serve a model over HTTP, compatible with OpenAI's API. Only this machine can reach it unless told otherwise.",
         "unilip serve\n"
         "unilip serve --model kanashi6/UniLIP-1B --device cuda --dtype bfloat16 --port 9000 --max-batch 16\n"
-        "UNILIP_API_KEY=$(openssl rand -hex 24) unilip serve --host 0.0.0.0\n"
+        "unilip serve --host 0.0.0.0 --api-key KEY\n"
         "unilip serve --ray 2 --max-replicas 4 --device cuda",
         (
             "--host", "--port", "--api-key", "--model-name", "--max-queue", "--max-batch", "--deadline", "--max-body",
