@@ -238,7 +238,7 @@ def test_kill_in_the_middle_loses_nothing_and_repeats_nothing(prompts, draw, tin
 def test_ray_workers_make_the_files_of_one_process(prompts, draw, tiny_folder, tmp_path):
     ray = pytest.importorskip("ray")
     try:
-        ray.init(num_cpus=2, log_to_driver=False)
+        ray.init(address="local", num_cpus=2, log_to_driver=False)
     except Exception as error:  # a machine too busy for Ray's own time limit
         pytest.skip(f"Ray does not start here: {error}")
     benchmark = open_benchmark("wise", **prompts["wise"])

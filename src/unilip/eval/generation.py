@@ -279,8 +279,9 @@ def generate_with_ray(workers: int, gpus: float, **arguments: Any) -> dict[str, 
 
     started = not ray.is_initialized()
     if started:
-        here = None if os.environ.get("RAY_ADDRESS") else workers
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, num_cpus=here)
+        address = os.environ.get("RAY_ADDRESS")
+        cluster = {"address": address} if address else {"address": "local", "num_cpus": workers}
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, **cluster)
     try:
         task = ray.remote(num_gpus=gpus, max_retries=0)(work)
         found = ray.get([task.remote(rank) for rank in range(workers)])

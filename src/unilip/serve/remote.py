@@ -129,8 +129,8 @@ class RemoteEngine:
 
         if not ray.is_initialized():
             ray.init(
-                address=os.environ.get("RAY_ADDRESS"), namespace=APP, include_dashboard=False, log_to_driver=False,
-                logging_level=logging.ERROR,
+                address=os.environ.get("RAY_ADDRESS") or "local", namespace=APP, include_dashboard=False,
+                log_to_driver=False, logging_level=logging.ERROR,
             )  # fmt: skip
         serve.start(proxy_location="Disabled")  # the application stays here; only the model is spread
         self._room = max_queue + self.replicas.most * max_batch
