@@ -14,8 +14,9 @@ RUN python -m venv /opt/unilip
 
 # PyTorch goes first and alone: it is large, changes rarely, and is all that differs between the targets.
 FROM build AS build-cpu
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN /opt/unilip/bin/pip install --extra-index-url "${TORCH_INDEX}" torch
+# PyTorch's index of CPU builds makes the image some gigabytes smaller: --build-arg TORCH_INDEX=ADDRESS.
+ARG TORCH_INDEX=
+RUN /opt/unilip/bin/pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY src ./src
 RUN /opt/unilip/bin/pip install '.[serve,studio]' && /opt/unilip/bin/unilip info
