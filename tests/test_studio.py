@@ -172,7 +172,7 @@ def test_cancelling_stops_between_steps_and_changes_nothing(studio, desk, engine
 
 def test_leaving_the_page_cancels_its_work(studio, engine, tmp_path):
     desks = Desks(tmp_path, "tiny")
-    work = studio.generate(desks.get("a"), **(DRAW | {"steps": 1000, "count": 4}))
+    work = studio.generate(desks.get("a"), **(DRAW | {"steps": 200, "count": 4}))
     seen = []
     for update in work:
         seen.append(update)
