@@ -173,11 +173,12 @@ def test_cancelling_stops_between_steps_and_changes_nothing(studio, desk, engine
 def test_leaving_the_page_cancels_its_work(studio, engine, tmp_path):
     desks = Desks(tmp_path, "tiny")
     work = studio.generate(desks.get("a"), **(DRAW | {"steps": 200, "count": 4}))
-    seen = []
+    seen, leaving = [], threading.Thread(target=desks.drop, args=["a"])
     for update in work:
         seen.append(update)
         if len(seen) == 2:  # it has begun
-            threading.Thread(target=desks.drop, args=["a"]).start()
+            leaving.start()
+    leaving.join(20)
     assert "Cancelled" in seen[-1]["status"]
     assert len(desks) == 0 and not list(tmp_path.iterdir())
 
