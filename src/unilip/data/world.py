@@ -414,10 +414,10 @@ def place(
     if len(sizes) == 1 and len(world.positions(objects[0].size, single)) <= 8:
         places = tuple(world.positions(objects[0].size, single))
         layouts = _lattice_layouts(places, objects[0].size, world.gap, len(objects))
-        for _ in range(64):
-            corners = list(rng.choice(layouts)) if layouts else []
+        for _ in range(64 if layouts else 0):
+            corners = list(rng.choice(layouts))
             rng.shuffle(corners)
-            placed = tuple(replace(obj, x=x, y=y) for obj, (x, y) in zip(objects, corners, strict=False))
+            placed = tuple(replace(obj, x=x, y=y) for obj, (x, y) in zip(objects, corners, strict=True))
             if _fits(world, placed, len(objects), horizon, where):
                 return placed
         return None
