@@ -222,3 +222,24 @@ def enable_checkpointing(model: UniLIP) -> None:
         enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     model.train()
+
+
+def compile_layers(model: UniLIP) -> None:
+    """Compile each layer's forward pass by itself, once for all layers of a kind.
+
+    Names of weights stay as they are, and what is hooked to a layer (shards that are gathered, recomputation) stays
+    outside. Of the language model, norms and feed-forward: its attention writes into a cache under the layer's number,
+    for which each layer would be compiled anew.
+    """
+    layers: list[nn.Module] = []
+    if "encoder" in model.parts:
+        layers += model.encoder.vision_tower.encoder.layer
+    if "mllm" in model.parts:
+        for layer in model.mllm.language_model.model.layers:
+            layers += [layer.input_layernorm, layer.post_attention_layernorm, layer.mlp]
+    if "connector" in model.parts:
+        layers += model.connector.layers
+    if "dit" in model.parts:
+        layers += model.dit.transformer.transformer_blocks
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]

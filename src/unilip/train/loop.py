@@ -31,7 +31,14 @@ from unilip.preprocess import normalise, to_images
 from unilip.train import processes
 from unilip.train.adapters import save_adapter
 from unilip.train.batches import Batches, iterate, to_device
-from unilip.train.build import build, cast_trained, enable_checkpointing, make_optimizer, trained_parameters
+from unilip.train.build import (
+    build,
+    cast_trained,
+    compile_layers,
+    enable_checkpointing,
+    make_optimizer,
+    trained_parameters,
+)
 from unilip.train.objectives import Objective, to_unit
 from unilip.train.parallel import (
     Whole,
@@ -109,6 +116,8 @@ def run_recipe(
     objective.to(device)
     if recipe.gradient_checkpointing:
         enable_checkpointing(model)
+    if recipe.compile:
+        compile_layers(model)
     loop = Loop(recipe, run, model, objective, batches)
     start = loop.resume()
     with loop.watching(progress and processes.first(), start):

@@ -20,6 +20,7 @@ from unilip.errors import ConfigError
 
 FREE_TO_CHANGE = (
     "log_every", "sample_every", "save_every", "keep", "note", "data.workers", "parallel", "reduce_dtype", "skip_limit",
+    "compile",
 )  # fmt: skip
 
 
@@ -207,7 +208,7 @@ class Recipe:
     `parallel` is how several processes share the model: ddp (each has all of it) or fsdp (each has a part).
     `dtype` is the precision of the arithmetic, `weights_dtype` that in which trained weights and the optimizer's
     averages are kept, `reduce_dtype` that of gradients on their way between processes. A step whose loss or gradient
-    is not finite is skipped; `skip_limit` of them in a row stop the run.
+    is not finite is skipped; `skip_limit` of them in a row stop the run. `compile` compiles each layer by itself.
     """
 
     name: str
@@ -229,6 +230,7 @@ class Recipe:
     skip_limit: int = 5
     adapter: Adapter = field(default_factory=Adapter)
     gradient_checkpointing: bool = False
+    compile: bool = False
     measure_latents: bool = False
     log_every: int = 20
     sample_every: int = 500
