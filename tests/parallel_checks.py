@@ -4,6 +4,7 @@ Usage: parallel_checks.py RUNS CHECK. One process imports everything and forks t
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -130,11 +131,19 @@ def full(runs: Path) -> None:
         together(4, run, folder, runs, [recon(f"parallel={second}")])
 
 
+def compiled(runs: Path) -> None:
+    """Shards and recomputation with compiled layers; traced as always, but not turned into machine code."""
+    together(1, start, runs)
+    together(1, run, runs / "one", runs, [flow()])
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    together(2, run, runs / "fsdp", runs, [flow("parallel=fsdp", "compile=1", "gradient_checkpointing=1")])
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.ERROR)
     loop.logger.setLevel(logging.ERROR)
     place = Path(sys.argv[1])
     shutil.rmtree(place, ignore_errors=True)
-    {"fast": fast, "full": full}[sys.argv[2]](place)
+    {"fast": fast, "full": full, "compiled": compiled}[sys.argv[2]](place)
     sys.stdout.write(json.dumps("done") + "\n")
