@@ -9,15 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import unilip.data.tokenizer
 from unilip.errors import CheckpointError, UniLIPError
-from unilip.train.loop import Health, train
+from unilip.train.__main__ import main
+from unilip.train.loop import Health, Loop, train
 from unilip.train.objectives import ReconstructObjective, UnderstandObjective
 from unilip.train.recipe import override
 from unilip.train.recipes import get_recipe
@@ -159,6 +162,69 @@ def test_a_file_that_cannot_grow_is_a_clear_error_and_the_last_checkpoint_stays(
     assert [p.name for p in run.glob("*step_*")] == ["step_00000001"]
     assert {file.name: file.read_bytes() for file in (run / "step_00000001").iterdir()} == before
     assert train(recipe(), runs, progress=False).name == "final", "with room again it goes on"
+
+
+@pytest.mark.parametrize("what", ["log", "show"])
+def test_a_disk_that_is_full_for_anything_else_is_a_clear_error(runs, monkeypatch, what):
+    """The log, or a sheet of pictures; /dev/full refuses as a full disk does."""
+
+    def write(self, *_):
+        with open("/dev/full", "w") as file:
+            file.write("no room")
+
+    settings = ("steps=2", "sample_every=2")
+    train(recipe(*settings), runs, progress=False, stop_after=1)
+    monkeypatch.setattr(Loop, what, write)
+    with pytest.raises(UniLIPError, match=r"clip cannot be written .*No space left.*last whole checkpoint is kept"):
+        train(recipe(*settings), runs, progress=False)
+    monkeypatch.undo()
+    assert train(recipe(*settings), runs, progress=False).name == "final", "with room again it goes on"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_process_says_what_stopped_it(world, monkeypatch, capsys):
+    """What one of them alone could not read must not be lost."""
+    monkeypatch.setenv("RANK", str(world - 1))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    assert main(["tiny/clip", "--set", "steps=none"]) == 2
+    assert capsys.readouterr().err.startswith("error in process 1: " if world == 2 else "error: ")
+
+
+# --- what a step must not do ------------------------------------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Notes operations for whose result the program has to wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket._qualified_op_name
+        if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"):
+            self.found.append(f"{name} in {''.join(traceback.format_stack(limit=6)[:-1])}")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["tiny/sft", "tiny/recon_distill"])
+def test_a_step_never_waits_for_the_device(tokenizer, tmp_path, monkeypatch, name):
+    """No `.item()` between the batch and the update, in any way that it can be written."""
+    step, found = Loop.one_step, []
+
+    def watched(self, loader):
+        batches = [next(loader) for _ in range(self.own_batches)]
+        self.objective.loss(batches[0], self.step)  # the libraries look at some things once
+        with Waits() as waits:
+            terms = step(self, iter(batches))
+        found.append(waits.found)
+        return terms
+
+    monkeypatch.setattr(Loop, "one_step", watched)
+    shutil.copytree(tokenizer, tmp_path / name / "tokenizer")
+    settings = ("init=", "steps=2", "data.edit_share=1") if name == "tiny/sft" else ("init=", "steps=2")
+    train(recipe(*settings, "batch_size=2", "sample_every=9", "save_every=9", name=name), tmp_path, progress=False)
+    assert found == [[], []], found
 
 
 # --- kills ------------------------------------------------------------------------------------------------------------

@@ -54,8 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             stop_after=options.stop_after,
         )  # fmt: skip
     except UniLIPError as error:
-        if processes.first():
-            print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr)
+        if isinstance(error, Interrupted):
+            if processes.first():
+                print(error, file=sys.stderr)
+        else:  # which may be this process's alone: what it reads
+            where = f" in process {processes.rank()}" if processes.world() > 1 else ""
+            print(f"error{where}: {error}", file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 2
     if processes.first():
         print(folder)

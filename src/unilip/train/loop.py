@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import math
@@ -54,6 +55,7 @@ from unilip.train.recipe import Optim, Recipe, changed_settings, plain
 from unilip.train.state import EMA, DamagedCheckpoint, State, wholes
 
 logger = logging.getLogger(__name__)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what writing to a full disk, or over a quota, says
 
 
 class Interrupted(UniLIPError):
@@ -98,6 +100,13 @@ def train(
     torch.set_flush_denormal(True)  # gradients near 1e-40 make a CPU's backward pass three to five times slower
     try:
         return run_recipe(recipe, runs, device, restart, progress, stop_after)
+    except OSError as error:  # in the log, a sheet or the result; checkpoints say it themselves
+        if error.errno not in FULL:
+            raise
+        raise UniLIPError(
+            f"{final.parent} cannot be written ({error}); the last whole checkpoint is kept. Make room and give the "
+            "same command again."
+        ) from error
     finally:
         torch.set_flush_denormal(False)
 
