@@ -63,7 +63,7 @@ def test_every_size_has_its_stages():
 @each_recipe
 def test_recipe_is_a_plain_record(name):
     recipe = get_recipe(name)
-    assert recipe.name == name and recipe.model == name.split("/")[0] and recipe.stage == name.split("/")[1]
+    assert recipe.name == name and [recipe.model, recipe.stage] == name.split("/")[-2:]
     assert json.loads(json.dumps(plain(recipe))) == plain(recipe)
     assert changed_settings(recipe, plain(recipe)) == ""
     assert override(recipe, [f"{k}={v}" for k, v in leaves(recipe).items() if isinstance(v, (int, float))]) == recipe
@@ -83,8 +83,8 @@ def test_what_trains_exists_and_is_reached(name, shapes):
 def test_stages_start_from_earlier_stages_or_published_weights(name):
     recipe = get_recipe(name)
     size = recipe.model
-    earlier = [n for n in RECIPES if n.startswith(f"{size}/")]
-    earlier = earlier[: earlier.index(name)]
+    earlier = [n for n, other in RECIPES.items() if other.model == size]
+    earlier = [RECIPES[n].folder for n in earlier[: earlier.index(name)]]
     known = {*earlier, *PUBLISHED.get(size, ()), *([DCAE] if size in PUBLISHED else [])}
     sources = parse_init(recipe)
     assert {source for _, source in sources} <= known

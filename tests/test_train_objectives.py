@@ -13,7 +13,7 @@ from unilip.flow import flow_loss, interpolate, train_schedule
 from unilip.preprocess import Tokens, normalise
 from unilip.train.batches import make_batches, to_device
 from unilip.train.build import enable_checkpointing, trained_parameters
-from unilip.train.objectives import make_objective, needed_parts
+from unilip.train.objectives import embed_texts, make_objective, needed_parts
 from unilip.train.recipe import override
 from unilip.train.recipes import get_recipe
 
@@ -106,8 +106,8 @@ def test_a_text_is_embedded_by_its_last_token_whatever_the_padding(fresh_model):
     model = fresh_model(parts=("encoder", "mllm"))
     objective, _ = prepared("tiny/clip", model)
     short, long = "a cat<|im_end|>", "two red apples on the left<|im_end|>"
-    both = objective.embed_texts(model.processor.tokenize([short, long], padding_side="right"))
-    alone = objective.embed_texts(model.processor.tokenize([short]))
+    both = embed_texts(model, objective.heads, model.processor.tokenize([short, long], padding_side="right"))
+    alone = embed_texts(model, objective.heads, model.processor.tokenize([short]))
     torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=1e-4)
     assert (both[0] - both[1]).abs().max() > 0.01
 

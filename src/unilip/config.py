@@ -26,6 +26,7 @@ DECODER_PIXELS = 32  # one latent cell becomes 32 px in the DC-AE decoder
 BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")  # of the DC-AE decoder
 SOLVERS = ("dpm++", "euler", "unipc")
 QUANTIZATIONS = ("int8", "int4", "fp8")
+CONDITIONS = ("dual", "queries", "hidden")  # whose hidden states the DiT sees: prompt and queries, or one of the two
 SAMPLING_PRESETS = ("quality", "balanced", "fast")  # how many evaluations a picture may cost
 
 
@@ -210,7 +211,9 @@ class UniLIPConfig:
 
     `image_size` is the square size in pixels that the model reads and draws. Latents enter the diffusion transformer
     as `(latent - latent_mean) * latent_factor`; both are a number or one number per channel. `name` is free text
-    shown by `unilip info`.
+    shown by `unilip info`. `condition` and `substitute_features` are for ablations; released models have the defaults:
+    the DiT sees the hidden states of the prompt and of the queries ("dual"), and in edits the connector reads the
+    encoder's own features in place of the hidden states of the source picture.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -222,6 +225,8 @@ class UniLIPConfig:
     image_size: int = 448
     num_queries: int = 256
     connector_layers: int = 6
+    condition: str = "dual"
+    substitute_features: bool = True
     latent_head_blocks: int = 3
     latent_mean: float | tuple[float, ...] = 0.0
     latent_factor: float | tuple[float, ...] = 10.6
@@ -238,6 +243,8 @@ class UniLIPConfig:
                 f"UniLIPConfig.connector_layers is {self.connector_layers}, but the connector starts as a copy of the "
                 f"LLM's last layers, of which there are only {self.text.num_layers}."
             )
+        if self.condition not in CONDITIONS:
+            raise ConfigError(f"UniLIPConfig.condition is {self.condition!r}; allowed: {', '.join(CONDITIONS)}.")
         if self.dit.latent_channels != self.decoder.latent_channels:
             raise ConfigError(
                 f"UniLIPConfig: dit.latent_channels ({self.dit.latent_channels}) and decoder.latent_channels "

@@ -596,6 +596,12 @@ def authors_configs(config: UniLIPConfig, image_token_id: int | None = None) -> 
             "The authors' format always means a DiT with a position embedding, and this model has none "
             "(dit.interpolation_scale is None); keep it in this package's own format."
         )
+    if config.condition != "dual" or not config.substitute_features:
+        raise CheckpointError(
+            f"The authors' format always means the dual condition with substituted features, and this model has "
+            f"condition {config.condition!r}, substitute_features {config.substitute_features}; keep it in this "
+            "package's own format."
+        )
     if config.latent_mean != 0.0 or isinstance(config.latent_factor, tuple):
         raise CheckpointError(
             "The authors' format has one factor for all latent channels and no mean; this model more."

@@ -320,17 +320,23 @@ class UniLIP(nn.Module):
     def conditions(self, tokens: Tokens, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Turn prompts, and the features (M,N,D) of their pictures, into the DiT's condition (paper, section 3.2).
 
-        Returns the condition (B,T+Q,C) and its mask (B,T+Q).
+        Returns the condition (B,L,C) and its mask (B,L), L = T + Q; in ablations Q or T, as `config.condition` says.
         """
         self.require("mllm", "connector")
         with self._using("mllm", "connector"):
             return self._conditions(tokens, features)
 
     def _conditions(self, tokens: Tokens, features: Tensor | None) -> tuple[Tensor, Tensor]:
-        embeddings = self.mllm.embed(tokens.input_ids, tokens.image_slots, features)
-        hidden, mask = self.mllm.read_with_queries(embeddings, tokens.attention_mask)
-        if features is not None:
+        embeddings, mask = self.mllm.embed(tokens.input_ids, tokens.image_slots, features), tokens.attention_mask
+        if self.config.condition == "hidden":
+            hidden = self.mllm(embeddings, mask)
+        else:
+            hidden, mask = self.mllm.read_with_queries(embeddings, mask)
+        if features is not None and self.config.substitute_features:
             hidden = substitute_features(hidden, tokens.image_slots, features)
+        if self.config.condition == "queries":
+            prompt = tokens.attention_mask.shape[1]
+            hidden, mask = hidden[:, prompt:], mask[:, prompt:]
         return self.connector(hidden, mask), mask
 
     def to_latent(self, features: Tensor, height: int | None = None) -> Tensor:

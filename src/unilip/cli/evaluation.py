@@ -112,6 +112,36 @@ def eval_emoji(o: Options) -> int:
     return 0
 
 
+def eval_claims(o: Options) -> int:
+    """Test the paper's claims on the ablations that have been trained."""
+    report = Report(o, "eval claims")
+    output = output_of(o, "claims")
+    device = choose_device(o.device)
+    from unilip.eval import claims
+
+    found = claims.evaluate(
+        o.words[0],
+        output,
+        o.world,
+        parts=None if o.parts is None else [part.strip() for part in o.parts.split(",")],
+        model=o.model,
+        count=o.count,
+        seeds=o.seeds,
+        device=device,
+        dtype=o.dtype,
+        batch_size=o.batch_size,
+        progress=bars(o),
+    )
+    for size, record in found["sizes"].items():
+        for claim in record["claims"]:
+            report.line(f"{size} {claim['claim']}: {claim['verdict']}. {claim['words']}.")
+        for command in record["missing"].values():
+            report.line(f"not trained: {command}")
+    report.line(str(output / "results.md"))
+    report.end(f"evidence in {output}", output=str(output), results=found)
+    return 0
+
+
 def output_of(o: Options, name: str) -> Path:
     """Return the run folder, which may be new, but not its parent."""
     folder = Path(o.output or f"eval-{name}").expanduser()
@@ -465,6 +495,23 @@ VERBS: dict[str, Verb] = {
         ),
         changes={
             "--output": dict(metavar="DIR", help="folder of the results; a rerun goes on where one stopped (results)"),
+            "--batch-size": dict(default=None, help="how many at once: speed and memory, not results (24)"),
+        },
+    ),
+    "eval claims": Verb(
+        eval_claims,
+        "[OPTIONS] RUNS",
+        "Test the paper's claims on the ablations in RUNS. Tables with verdicts, curves, sweeps and picture grids.",
+        "unilip train ablation/pico/recon\nunilip train ablation/pico/recon_distill --set seed=1\n"
+        "unilip eval claims runs --output claims",
+        ("--output", "--parts", "--world", "--count", "--seeds", "--batch-size", *LOADING, *TELLING),
+        (1, 1),
+        {
+            "--output": dict(metavar="DIR", help="folder of the evidence; a rerun goes on (eval-claims)"),
+            "--parts": dict(help="of tokenizer,generation,sampling, with commas between (all)"),
+            "--world": dict(help="the size whose ablations are meant: tiny, pico or nano (all that there are)"),
+            "--seeds": dict(help="pictures of each prompt (2)"),
+            "--model": dict(help="whose guidance and steps are swept; the embedded model by default"),
             "--batch-size": dict(default=None, help="how many at once: speed and memory, not results (24)"),
         },
     ),

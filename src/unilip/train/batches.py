@@ -153,6 +153,9 @@ class Batches(Dataset[dict[str, Any]]):
         if isinstance(objective, Flow):
             step = index // self.recipe.accumulate  # all batches of a step have one task
             return self.edits(samples) if self.is_edit(step) else self.generation(samples)
+        if objective.contrastive:
+            items = [self.caption_item(i) for i in samples]
+            return stacked("images", [image for image, _ in items]) | self.contrast([text for _, text in items])
         return stacked("images", [self.image_item(i) for i in samples])
 
     def is_edit(self, step: int) -> bool:
@@ -196,8 +199,7 @@ class Batches(Dataset[dict[str, Any]]):
         captions = [caption for _, caption, _ in items]
         batch |= stacked("images", [image for image, _, _ in items])
         if objective.contrastive:
-            batch["captions"] = self.processor.tokenize([c + TURN_END for c in captions], padding_side="right")
-            batch["same"] = torch.tensor([[float(a == b) for b in captions] for a in captions])
+            batch |= self.contrast(captions)
         if objective.words:
             batch["words"] = self.soft_words(captions)
         if objective.next_token:
@@ -205,6 +207,13 @@ class Batches(Dataset[dict[str, Any]]):
             rows += [(0, [self.text_item(i)]) for i in samples[: round(self.size * self.recipe.data.text_share)]]
             batch["conversations"], batch["labels"] = conversation(self.processor, rows)
         return batch
+
+    def contrast(self, captions: Sequence[str]) -> dict[str, Any]:
+        """Captions for a text tower, right-padded, and which of them say the same (B,B)."""
+        return {
+            "captions": self.processor.tokenize([c + TURN_END for c in captions], padding_side="right"),
+            "same": torch.tensor([[float(a == b) for b in captions] for a in captions]),
+        }
 
     def soft_words(self, captions: Sequence[str]) -> Tensor:
         """Target distribution (B,V) over the tokens of each caption, weighted by inverse document frequency."""

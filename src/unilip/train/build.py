@@ -6,6 +6,7 @@ made for, or fresh. Nothing is loaded loosely: a part that does not fit the othe
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ FOLLOWS = {  # the fields of the config that belong to a part, and come with its
     "latent_head": ("latent_head_blocks", "latent_mean", "latent_factor"),
     "pixel_decoder": ("decoder",),
     "mllm": ("text", "num_queries"),
-    "connector": ("connector_layers",),
+    "connector": ("connector_layers", "condition", "substitute_features"),
     "dit": ("dit",),
 }
 Trained = dict[str, tuple[nn.Parameter, float]]
@@ -70,8 +71,10 @@ def locate(source: str, runs: Path) -> str:
     result = runs / source / "final"
     if result.exists():
         return str(result)
-    if not Path(source).exists() and (source in all_recipes() or (runs / source).exists()):
-        raise ConfigError(f"The recipe starts from {source}, which has not finished in {runs}; train {source} first.")
+    name, _, seed = source.partition("/seed")
+    if not Path(source).exists() and (name in all_recipes() or (runs / source).exists()):
+        first = f"{name} --set seed={seed}" if seed else name
+        raise ConfigError(f"The recipe starts from {source}, which has not finished in {runs}; train {first} first.")
     return source
 
 
@@ -79,7 +82,7 @@ def parse_init(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     """Split "encoder,mllm=pico/clip" into parts and source; "all" means every part that the source has."""
     pairs = []
     for text in recipe.init:
-        names, sep, source = text.partition("=")
+        names, sep, source = text.replace("{seed}", str(recipe.seed)).partition("=")
         parts = tuple(names.split(","))
         known = set(PARTS) if len(parts) > 1 else {*PARTS, *BESIDE, "all", "queries"}
         if not sep or not source or not set(parts) <= known:
@@ -94,12 +97,13 @@ def parse_init(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
 def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
     """Build the recipe's model: parts that are needed or named in `init`; later sources win over earlier ones.
 
-    "queries=SOURCE" takes the learned queries alone, where the language model comes from somewhere else.
+    "queries=SOURCE" takes the learned queries alone, where the language model comes from somewhere else. Queries are
+    new where the recipe's own `config` says how many there are.
     """
-    config = preset(recipe.model)
+    config = recipe_config(recipe)
     if recipe.data.image_size:
         config = config.replace(image_size=recipe.data.image_size)
-    changes: dict[str, Any] = {}
+    asked, changes = dict(recipe.config), dict[str, Any]()
     loaded: dict[str, nn.Module] = {}
     tokenizer: Any = None
     queries: torch.Tensor | None = None
@@ -115,12 +119,13 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
         for part in wanted:
             loaded[part] = getattr(other, part)
             changes |= {name: getattr(other.config, name) for name in FOLLOWS[part]}
-        if "mllm.queries" in opened.absent and "mllm" in wanted:
+        fresh_queries = "mllm.queries" in opened.absent or "num_queries" in asked
+        if fresh_queries and "mllm" in wanted:
             new_queries(other.mllm, config.num_queries, recipe.seed)
             changes.pop("num_queries")
         if other.processor is not None and (tokenizer is None or "mllm" in wanted):
             tokenizer = other.processor.tokenizer
-    config = config.replace(**changes)
+    config = config.replace(**(changes | asked))
     names = tuple(name for name in PARTS if name in loaded or name in needed)
     fresh = UniLIP.from_config(config, recipe.seed, [name for name in names if name not in loaded])
     model = UniLIP(config, parts=())
@@ -141,8 +146,29 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
     if tokenizer is not None:
         model.processor = Processor(tokenizer, config)
     elif recipe.data.source == "emoji":
-        model.processor = world_processor(recipe.data.world, config, runs / recipe.name / "tokenizer")
+        model.processor = world_processor(recipe.data.world, config, runs / recipe.folder / "tokenizer")
     return model.eval()
+
+
+def recipe_config(recipe: Recipe) -> UniLIPConfig:
+    """Return the config of a recipe's preset, changed as the recipe says.
+
+    Raises:
+        ConfigError: the recipe changes a field that there is not, or to a value that it cannot have.
+    """
+    config = preset(recipe.model)
+    known = {
+        f.name: type(value)
+        for f in dataclasses.fields(config)
+        if isinstance(value := getattr(config, f.name), (int, str))
+    }
+    for name, value in recipe.config:
+        if type(value) is not known.get(name):
+            raise ConfigError(
+                f"config changes {name} to {value!r}; allowed: "
+                f"{', '.join(f'{field} ({kind.__name__})' for field, kind in known.items())}."
+            )
+    return config.replace(**dict(recipe.config))
 
 
 @torch.no_grad()

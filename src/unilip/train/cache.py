@@ -85,6 +85,10 @@ def digests(names: Sequence[str], model: UniLIP, objective: Objective) -> dict[s
     modules |= {part: getattr(model, part) for part in sorted(parts) if part in model.parts}
     found = {name: fingerprint(module) for name, module in modules.items()}
     scale = model.config.latent_mean, model.config.latent_factor
+    if "conditions" in names:
+        found["condition"] = json.dumps((model.config.condition, model.config.substitute_features))
+    if "latents" in names and isinstance(objective, FlowObjective) and objective.target_encoder is not None:
+        found["target encoder"] = fingerprint(objective.target_encoder)
     return found | ({"latent scale": json.dumps(scale)} if "latents" in names and autoencoder is None else {})
 
 

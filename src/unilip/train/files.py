@@ -284,4 +284,4 @@ def kinds_of_recipe(recipe: Recipe) -> tuple[str, ...]:
     if isinstance(objective, Understand):
         main = "talk" if objective.next_token else "caption"
         return (main, "text") if data.text_share else (main,)
-    return ("image",)
+    return ("caption",) if objective.contrastive else ("image",)

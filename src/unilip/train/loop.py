@@ -91,7 +91,7 @@ def train(
     runs, device = Path(runs), processes.own_device(device)
     if processes.again():  # what torchrun starts once more goes on from the checkpoint
         restart = False
-    final = runs / recipe.name / "final"
+    final = runs / recipe.folder / "final"
     processes.join(device)
     if processes.told(final.exists()) and not restart:
         check_finished(recipe, final)
@@ -115,7 +115,7 @@ def run_recipe(
     recipe: Recipe, runs: Path, device: torch.device, restart: bool, progress: bool, stop_after: int | None
 ) -> Path:
     """Build and run what has not finished; see `train`."""
-    run = runs / recipe.name
+    run = runs / recipe.folder
     with processes.first_goes_first():
         model, objective, batches = build(recipe, runs)
         run.mkdir(parents=True, exist_ok=True)  # only now: what cannot be built leaves no folder

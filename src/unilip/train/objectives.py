@@ -79,14 +79,44 @@ def needed_parts(objective: Understand | Reconstruct | Flow) -> tuple[str, ...]:
     if isinstance(objective, Understand):
         return ("encoder", "mllm")
     if isinstance(objective, Reconstruct):
-        return ("encoder", "latent_head", "pixel_decoder")
-    own_latents = ("latent_head",) if objective.target == "unilip" else ()
+        return ("encoder", "latent_head", "pixel_decoder", *(("mllm",) if objective.contrastive else ()))
+    own_latents = () if objective.target == "dcae" else ("latent_head",)
     return ("encoder", *own_latents, "mllm", "connector", "dit")
 
 
 def to_unit(images: Tensor) -> Tensor:
     """uint8 (B,3,H,W) -> float [0,1]."""
     return images.float() / 255
+
+
+def contrast_heads(model: UniLIP) -> dict[str, nn.Module]:
+    """Return what joins pooled features and texts in one space, for training only."""
+    width = model.config.text.hidden_size
+    return {
+        "image": nn.Linear(2 * width, width),
+        "text": nn.Linear(width, width),
+        "scale": nn.ParameterDict({"log": nn.Parameter(torch.tensor(2.3))}),
+    }
+
+
+def embed_texts(model: UniLIP, heads: nn.ModuleDict, tokens: Tokens) -> Tensor:
+    """Read right-padded texts (B,T) with the LLM: -> unit embedding (B,D) of the last token."""
+    hidden = model.mllm(model.mllm.embed(tokens.input_ids), tokens.attention_mask)  # B T D
+    last = tokens.attention_mask.sum(-1) - 1
+    rows = torch.arange(len(last), device=last.device)
+    return F.normalize(heads["text"](hidden[rows, last]).float(), dim=-1)
+
+
+def contrast(model: UniLIP, heads: nn.ModuleDict, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Contrastive loss between features (B,N,D) and the LLM's reading of their captions, and the share found."""
+    image = F.normalize(heads["image"](pool(features)).float(), dim=-1)
+    scale = heads.get_parameter("scale.log").clamp(max=4.6).exp()
+    return contrastive_loss(image, embed_texts(model, heads, batch["captions"]), batch["same"], scale)
+
+
+def pool(features: Tensor) -> Tensor:
+    """Mean and maximum over the tokens: (B,N,D) -> (B,2D)."""
+    return torch.cat([features.mean(1), features.amax(1)], -1)
 
 
 class UnderstandObjective(Objective):
@@ -98,22 +128,9 @@ class UnderstandObjective(Objective):
         width, vocabulary = model.config.text.hidden_size, model.config.text.vocab_size
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)
-            self.heads = nn.ModuleDict(
-                {
-                    "image": nn.Linear(2 * width, width),
-                    "text": nn.Linear(width, width),
-                    "words": nn.Linear(2 * width, vocabulary),
-                    "scale": nn.ParameterDict({"log": nn.Parameter(torch.tensor(2.3))}),
-                }
-            )
-
-    def embed_texts(self, tokens: Tokens) -> Tensor:
-        """Read right-padded texts (B,T) with the LLM: -> unit embedding (B,D) of the last token."""
-        mllm = self.model.mllm
-        hidden = mllm(mllm.embed(tokens.input_ids), tokens.attention_mask)  # B T D
-        last = tokens.attention_mask.sum(-1) - 1
-        rows = torch.arange(len(last), device=last.device)
-        return F.normalize(self.heads["text"](hidden[rows, last]).float(), dim=-1)
+            first = contrast_heads(model)
+            scale = first.pop("scale")
+            self.heads = nn.ModuleDict({**first, "words": nn.Linear(2 * width, vocabulary), "scale": scale})
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """Weighted sum of the terms whose weight is not zero."""
@@ -124,16 +141,11 @@ class UnderstandObjective(Objective):
         else:
             features = self.model.encoder(normalise(to_unit(batch["images"])))
         total = torch.zeros((), device=features.device)
-        pooled = torch.cat([features.mean(1), features.amax(1)], -1)  # B 2D
         if weights.contrastive:
-            image = F.normalize(self.heads["image"](pooled).float(), dim=-1)
-            scale = self.heads.get_parameter("scale.log").clamp(max=4.6).exp()
-            contrast, terms["retrieval"] = contrastive_loss(
-                image, self.embed_texts(batch["captions"]), batch["same"], scale
-            )
-            terms["contrastive"], total = contrast, total + weights.contrastive * contrast
+            distance, terms["retrieval"] = contrast(self.model, self.heads, features, batch)
+            terms["contrastive"], total = distance, total + weights.contrastive * distance
         if weights.words:
-            words = F.cross_entropy(self.heads["words"](pooled).float(), batch["words"])
+            words = F.cross_entropy(self.heads["words"](pool(features)).float(), batch["words"])
             terms["words"], total = words, total + weights.words * words
         if weights.next_token:
             answers, terms["token_accuracy"] = self.answer_loss(batch["conversations"], batch["labels"], features)
@@ -163,6 +175,10 @@ class ReconstructObjective(Objective):
             else:
                 self.teacher = copy.deepcopy(model.encoder)
             self.teacher.eval().requires_grad_(False)
+        if weights.contrastive:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(recipe.seed)
+                self.heads = nn.ModuleDict(contrast_heads(model))
         self.perceptual: nn.Module | None = None
         if weights.perceptual:
             self.perceptual = make_perceptual(weights.perceptual_source, self.teacher)
@@ -182,7 +198,7 @@ class ReconstructObjective(Objective):
         return features, (pixels.float() + 1) / 2
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
-        """L2 + perceptual + distillation + (from its start on) the generator's hinge term."""
+        """L2 + perceptual + distillation + contrast + (from its start on) the generator's hinge term."""
         weights = self.weights
         target = to_unit(batch["images"])
         normalised = normalise(target)
@@ -199,6 +215,9 @@ class ReconstructObjective(Objective):
                 original = batch["teacher"] if "teacher" in batch else self.teacher(normalised)
             distill = F.mse_loss(features.float(), original.float())
             terms["distill"], total = distill, total + weights.distill * distill
+        if weights.contrastive:
+            distance, terms["retrieval"] = contrast(self.model, self.heads, features, batch)
+            terms["contrastive"], total = distance, total + weights.contrastive * distance
         self._pair = None
         if self.adversary is not None and step >= weights.gan_start:
             self._pair = (target, output.detach())
@@ -232,6 +251,8 @@ class FlowObjective(Objective):
     def __init__(self, recipe: Recipe, model: UniLIP, settings: Flow, sources: Mapping[str, str]) -> None:
         super().__init__(recipe, model)
         self.settings = settings
+        if settings.place and model.config.condition == "queries":
+            raise ConfigError("objective.place needs image tokens in the condition; config condition=queries has none.")
         if settings.place:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(recipe.seed)
@@ -241,6 +262,12 @@ class FlowObjective(Objective):
             for i, block in enumerate(model.dit.transformer.transformer_blocks):
                 if i % 2:
                     block.attn2.to_q.register_forward_hook(lambda _, __, query, i=i: self.looks.update({i: query}))
+        self.target_encoder: Encoder | None = None  # of another tokenizer; None: the model's own
+        if settings.target == "separate":
+            if "autoencoder" not in sources:
+                raise ConfigError("objective.target=separate needs init autoencoder=SOURCE, another tokenizer.")
+            other = UniLIP.from_pretrained(sources["autoencoder"], parts=("encoder",)).encoder
+            self.target_encoder = other.eval().requires_grad_(False)
         self.autoencoder: Any = None
         if settings.target == "dcae":
             if "autoencoder" not in sources:
@@ -252,7 +279,8 @@ class FlowObjective(Objective):
         """Return the latents (B,Z,h,w) that the DiT learns, of uint8 pictures (B,3,H,W)."""
         unit = to_unit(images)
         if self.autoencoder is None:
-            return self.model.to_latent(self.model.encoder(normalise(unit)))
+            encoder = self.model.encoder if self.target_encoder is None else self.target_encoder
+            return self.model.to_latent(encoder(normalise(unit)))
         size = self.model.config.grid * DECODER_PIXELS
         if unit.shape[-1] != size:  # a source that draws in one size only
             unit = F.interpolate(unit, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from unilip.config import TOKEN_PIXELS, UniLIPConfig, preset
+from unilip.config import TOKEN_PIXELS, UniLIPConfig
 from unilip.errors import ConfigError
 from unilip.flow import train_levels
 from unilip.model import PARTS, UniLIP
 from unilip.preprocess import Tokens
 from unilip.train.adapters import target_layers
-from unilip.train.build import enable_checkpointing, parse_init, trained_parameters
+from unilip.train.build import enable_checkpointing, parse_init, recipe_config, trained_parameters
 from unilip.train.objectives import make_objective, needed_parts
 from unilip.train.parallel import units
 from unilip.train.processes import divided
@@ -176,10 +176,10 @@ def batch_of(recipe: Recipe, config: UniLIPConfig, size: int, edits: bool) -> di
 
 
 def simplified(recipe: Recipe) -> Recipe:
-    """Replace what needs files by what is about as large: other teachers, another autoencoder's latents."""
+    """Replace what needs files by what is about as large: other teachers and latents; contrast is left out."""
     objective = recipe.objective
     if isinstance(objective, Reconstruct):
-        objective = dataclasses.replace(objective, perceptual_source="teacher", gan_start=0)
+        objective = dataclasses.replace(objective, perceptual_source="teacher", gan_start=0, contrastive=0.0)
     elif isinstance(objective, Flow):
         objective = dataclasses.replace(objective, target="unilip")
     else:
@@ -195,7 +195,7 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     recipe = simplified(recipe)
-    config = preset(recipe.model)
+    config = recipe_config(recipe)
     if recipe.data.image_size:
         config = config.replace(image_size=recipe.data.image_size)
     train_levels(torch.tensor([0.5]))  # its table, made once, needs tensors with content

@@ -79,7 +79,9 @@ class Understand:
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Tokenizer stages: L2 in [0,1], perceptual, distillation to the frozen original features, hinge GAN.
+    """Tokenizer stages: L2 in [0,1], perceptual, distillation to the frozen original features, contrast, hinge GAN.
+
+    Contrast with captions, read by a language model that `init` names, can stand in for distillation (an ablation).
 
     The GAN, and the learning rate of its discriminator, begin at step `gan_start`. The original is the encoder that
     the stage starts from, unless `init` names a "teacher".
@@ -88,13 +90,14 @@ class Reconstruct:
     pixel: float = 1.0
     perceptual: float = 1.1
     distill: float = 0.0
+    contrastive: float = 0.0
     gan: float = 0.0
     gan_start: int = 0
     lecam: float = 0.001
     perceptual_source: str = "teacher"
 
     def __post_init__(self) -> None:
-        weights = ("pixel", "perceptual", "distill", "gan", "lecam")
+        weights = ("pixel", "perceptual", "distill", "contrastive", "gan", "lecam")
         _check(self, "objective.", "a weight of at least 0", *weights)
         _check(self, "objective.", "at least 0", "gan_start")
         if self.perceptual_source not in ("teacher", "lpips"):
@@ -109,7 +112,9 @@ class Flow:
     """Generation stages: `noises` noisy copies share one condition; `target` is the latent space that is learned.
 
     "unilip": features of the target picture through the latent head; "dcae": latents of a DC-AE autoencoder, which is
-    what a frozen pretrained SANA knows. A share `drop_prompt` of the prompts is replaced by the unconditional one.
+    what a frozen pretrained SANA knows; "separate": as "unilip", but by the encoder of another tokenizer, which `init`
+    names as autoencoder, and whose latent head and pixel decoder the model has (two encoders, an ablation). A share
+    `drop_prompt` of the prompts is replaced by the unconditional one.
     `place` weighs two lessons of edits that the paper has no need for. A linear layer, kept for training only, tells
     from the condition at an image token where in the picture that token lies, as features of a small encoder do not say
     it; and the first head of every second cross attention looks from each place at the image token of that place.
@@ -122,8 +127,8 @@ class Flow:
     place: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.target not in ("unilip", "dcae"):
-            raise ConfigError(f"objective.target is {self.target!r}; allowed: unilip, dcae.")
+        if self.target not in ("unilip", "dcae", "separate"):
+            raise ConfigError(f"objective.target is {self.target!r}; allowed: unilip, dcae, separate.")
         if self.noises < 1 or not 0 <= self.drop_prompt <= 1 or not self.place >= 0:
             raise ConfigError(
                 "objective.noises must be at least 1, objective.drop_prompt in [0, 1] and objective.place at least 0."
@@ -201,6 +206,9 @@ class Data:
 class Recipe:
     """A whole run. `init` lists where parts start: "part,part=source", a source being a recipe, a path or a hub id.
 
+    `config` pairs fields of the model's config with values that differ from the preset's and from those of the sources.
+    With `per_seed` every seed has a folder of its own, and "{seed}" in a source stands for the recipe's seed.
+
     A step is `accumulate` batches of `batch_size`: their product is the global batch, which several processes share,
     and `batch_size` the most samples that a process holds at once. `trains` pairs parameter-name prefixes with a
     factor on the learning rate; the longest prefix decides, and what no prefix names is frozen.
@@ -218,6 +226,8 @@ class Recipe:
     steps: int
     batch_size: int
     init: tuple[str, ...] = ()
+    config: tuple[tuple[str, str | int | bool], ...] = ()
+    per_seed: bool = False
     optim: Optim = field(default_factory=Optim)
     data: Data = field(default_factory=Data)
     accumulate: int = 1
@@ -279,8 +289,13 @@ class Recipe:
             raise ConfigError(f"measure_latents is for tokenizer stages; the objective {kind} makes no latents.")
 
     @property
+    def folder(self) -> str:
+        """Where the run lies in the folder of all runs."""
+        return f"{self.name}/seed{self.seed}" if self.per_seed else self.name
+
+    @property
     def stage(self) -> str:
-        """The second half of the name: recon, sft, ..."""
+        """The last part of the name: recon, sft, ..."""
         return self.name.split("/")[-1]
 
 
@@ -392,11 +407,21 @@ def _parse(name: str, text: str, old: Any) -> Any:
         if name == "trains":  # encoder:0.1,latent_head
             pairs = [part.partition(":") for part in text.split(",") if part]
             return tuple((prefix.strip(), _number(factor) if sep else 1.0) for prefix, sep, factor in pairs)
+        if name == "config":  # condition=queries,num_queries=8
+            fields = [part.partition("=") for part in text.split(",") if part]
+            return tuple((field.strip(), _plain_value(value.strip())) for field, _, value in fields)
         if name == "init":  # encoder,mllm=nano/clip,dit=FOLDER: a source ends where the next parts begin
             return tuple(part.strip(", ") for part in re.findall(r"[^=]*=[^,]*|[^=]+$", text.strip(",")))
         return text
     except ValueError as error:
         raise ConfigError(f"{name}={text!r} cannot be read as {type(old).__name__}, which {old!r} is.") from error
+
+
+def _plain_value(text: str) -> str | int | bool:
+    """Read a word, a whole number, or true / false."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return int(text) if text.isdigit() else text
 
 
 def _number(text: str) -> float:

@@ -1,4 +1,4 @@
-"""Every recipe by name, SIZE/STAGE: the embedded models' stages and the six stages of the paper.
+"""Every recipe by name, SIZE/STAGE: the embedded models' stages, the paper's six, and the ablations of its claims.
 
 The stages of one size are functions of that size's numbers; a new size is a few lines.
 """
@@ -231,12 +231,14 @@ SIZES: dict[str, Callable[[], list[Recipe]]] = {
 
 
 def all_recipes() -> dict[str, Recipe]:
-    """Return every recipe by name, in the order in which stages follow each other."""
-    return {recipe.name: recipe for make in SIZES.values() for recipe in make()}
+    """Return every recipe by name, in the order in which stages follow each other; the ablations come last."""
+    from unilip.train.ablations import ablations  # which is made of the recipes above
+
+    return {recipe.name: recipe for recipe in (*(r for make in SIZES.values() for r in make()), *ablations())}
 
 
 def get_recipe(name: str) -> Recipe:
-    """Return a recipe by its name SIZE/STAGE.
+    """Return a recipe by its name, SIZE/STAGE or ablation/SIZE/VARIANT.
 
     Raises:
         ConfigError: there is none of that name; the message has the nearest one.

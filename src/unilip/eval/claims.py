@@ -1,0 +1,683 @@
+"""The paper's claims, tested on the ablations that have been trained: measures, comparisons, verdicts.
+
+Goes in: a folder of runs with runs/ablation/SIZE/VARIANT/seedN/final, and the size's original encoder and language
+model. Comes out, in a folder: what was measured of each run (a rerun goes on where one stopped), results.json,
+results.md, curves and picture grids. A comparison is paired: over the same held-out items, with the spread of the items
+and of the seeds as its error; a difference within two errors decides nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from unilip.checkpoint import open_checkpoint
+from unilip.data.art import Atlas
+from unilip.data.captions import canonical
+from unilip.data.dataset import Edits, Questions, Scenes
+from unilip.data.questions import KINDS
+from unilip.data.world import World
+from unilip.errors import UniLIPError
+from unilip.eval import emoji
+from unilip.eval.judge import VERSION, Judge
+from unilip.eval.measures import measure_features, measure_psnr, measure_ssim
+from unilip.eval.runs import read_json, read_lines, write_json
+from unilip.flow import draw_noise, interpolate, logit_normal, train_levels
+from unilip.model import UniLIP
+from unilip.preprocess import to_pixels
+
+log = logging.getLogger(__name__)
+
+PARTS = ("tokenizer", "generation", "sampling")
+COUNT, SEEDS = 12, 2  # prompts of each group, pictures of each prompt
+CHEAP = 5  # so many times COUNT reconstructions, and questions of each kind
+SHOWN = 8  # pictures in a grid
+NOISES = 4  # of each held-out sample of the flow loss
+GUIDANCE = (1.0, 2.0, 3.0, 4.5, 6.0)
+STEPS = (5, 10, 20)
+ORIGINAL = "original"  # stands for the encoder that no tokenizer training has touched
+LOWER = ("feature_distance", "flow", "flow_edit")  # measures that are better when they are less
+
+# The recipes whose results are the original encoder and the language model that learned to read it, by size.
+ORIGINALS: dict[str, tuple[str, str]] = {
+    "tiny": ("tiny/instruct", "tiny/instruct"),
+    "pico": ("pico/clip", "pico/instruct"),
+    "nano": ("nano/instruct", "nano/instruct"),
+}
+TOKENIZER_MEASURES = ("psnr", "ssim", "feature_distance", "answers")
+GENERATION_MEASURES = ("generation", "edits", "psnr_outside", "riddles", "flow", "flow_edit")
+TITLES = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "feature_distance": "feature distance to the original",
+    "answers": "answers of the unchanged LLM, %",
+    "generation": "generation right, %",
+    "edits": "edits right, %",
+    "psnr_outside": "PSNR outside the edit, dB",
+    "riddles": "riddles right, %",
+    "flow": "held-out flow loss",
+    "flow_edit": "of edits",
+}
+SHARES = ("answers", "generation", "edits", "riddles")
+
+
+@dataclass(frozen=True)
+class Statement:
+    """That variant `a` is better than `b` in a measure by more than `by` (below 0: not worse by more than that)."""
+
+    words: str
+    a: str
+    b: str
+    measure: str
+    by: float = 0.0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper: the variants it is about, and the statements that must all hold."""
+
+    name: str
+    words: str
+    variants: tuple[str, ...]
+    statements: tuple[Statement, ...]
+
+
+CLAIMS = (
+    Claim(
+        "1",
+        "Self-distillation: only two stages with distillation give both exact pictures and unchanged understanding",
+        ("recon_frozen", "recon_free", "recon_distill"),
+        (
+            Statement("its pictures are better than a frozen encoder's", "recon_distill", "recon_frozen", "psnr"),
+            Statement(
+                "the unchanged language model answers as before (5 points)", "recon_distill", ORIGINAL, "answers", -0.05
+            ),
+            Statement("and better than without distillation", "recon_distill", "recon_free", "answers"),
+            Statement("features stay nearer to the original", "recon_distill", "recon_free", "feature_distance"),
+        ),
+    ),
+    Claim(
+        "2a",
+        "Two stages are better than unfreezing from the start",
+        ("recon_one_stage", "recon_distill"),
+        (
+            Statement("better pictures", "recon_distill", "recon_one_stage", "psnr"),
+            Statement("features nearer to the original", "recon_distill", "recon_one_stage", "feature_distance"),
+        ),
+    ),
+    Claim(
+        "2b",
+        "The pixel decoder has to learn in stage 2",
+        ("recon_fixed_decoder", "recon_distill"),
+        (Statement("better pictures than with a frozen one", "recon_distill", "recon_fixed_decoder", "psnr"),),
+    ),
+    Claim(
+        "2c",
+        "A contrastive loss does not replace distillation",
+        ("recon_contrastive", "recon_distill"),
+        (
+            Statement("better answers with distillation", "recon_distill", "recon_contrastive", "answers"),
+            Statement("features nearer to the original", "recon_distill", "recon_contrastive", "feature_distance"),
+        ),
+    ),
+    Claim(
+        "3a",
+        "The dual condition draws better than queries or hidden states alone",
+        ("gen_queries", "gen_hidden", "gen_dual"),
+        (
+            Statement("more pictures right than with queries only", "gen_dual", "gen_queries", "generation"),
+            Statement("more pictures right than with hidden states only", "gen_dual", "gen_hidden", "generation"),
+            Statement("less flow loss than with queries only", "gen_dual", "gen_queries", "flow"),
+            Statement("less flow loss than with hidden states only", "gen_dual", "gen_hidden", "flow"),
+        ),
+    ),
+    Claim(
+        "3b",
+        "The dual condition edits better than queries or hidden states alone",
+        ("gen_queries", "gen_hidden", "gen_dual"),
+        (
+            Statement("more edits right than with queries only", "gen_dual", "gen_queries", "edits"),
+            Statement("more edits right than with hidden states only", "gen_dual", "gen_hidden", "edits"),
+            Statement("less flow loss than with queries only", "gen_dual", "gen_queries", "flow_edit"),
+            Statement("less flow loss than with hidden states only", "gen_dual", "gen_hidden", "flow_edit"),
+        ),
+    ),
+    Claim(
+        "3c",
+        "One encoder serves generation and edits as well as two (CLIP's, and an autoencoder's)",
+        ("gen_separate", "gen_shared"),
+        (
+            Statement("pictures right, not 5 points fewer", "gen_shared", "gen_separate", "generation", -0.05),
+            Statement("edits right, not 5 points fewer", "gen_shared", "gen_separate", "edits", -0.05),
+        ),
+    ),
+    Claim(
+        "4",
+        "Edits keep identity better with the encoder's features in place of the hidden states of the picture",
+        ("gen_unsubstituted", "gen_dual"),
+        (
+            Statement("the rest of the picture is kept better", "gen_dual", "gen_unsubstituted", "psnr_outside"),
+            Statement("more edits right", "gen_dual", "gen_unsubstituted", "edits"),
+            Statement("less flow loss of edits", "gen_dual", "gen_unsubstituted", "flow_edit"),
+        ),
+    ),
+    Claim(
+        "5",
+        "Riddles: what the language model knows from text alone is drawn, with the dual condition best",
+        ("gen_queries", "gen_hidden", "gen_dual"),
+        (
+            Statement("more riddles right than with queries only", "gen_dual", "gen_queries", "riddles"),
+            Statement("more riddles right than with hidden states only", "gen_dual", "gen_hidden", "riddles"),
+        ),
+    ),
+)
+SWEEPS = {"num_queries": "number of queries", "connector_layers": "layers of the connector"}
+SWEPT = "sweep_"  # ablations named sweep_FIELD_VALUE are points of a figure
+
+
+# --- what there is --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A finished ablation: its recipe, its log, and what was measured: measure -> item -> value."""
+
+    variant: str
+    seed: int
+    folder: Path
+    recipe: dict[str, Any]
+    values: dict[str, dict[str, float]] = field(default_factory=dict)
+    pictures: Path | None = None
+
+    @property
+    def is_tokenizer(self) -> bool:
+        """Whether it learned to reconstruct."""
+        return "objective.pixel" in self.recipe
+
+    @cached_property
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of its log."""
+        file = self.folder.parent / "log.jsonl"
+        return read_lines(file, "log") if file.is_file() else []
+
+    @property
+    def samples(self) -> int:
+        """Training samples of this run alone."""
+        return int(self.recipe["steps"] * self.recipe["batch_size"] * self.recipe["accumulate"])
+
+    @property
+    def minutes(self) -> float:
+        """Of training, by the logged speed."""
+        seconds, before = 0.0, 0
+        size = self.recipe["batch_size"] * self.recipe["accumulate"]
+        for line in self.lines:
+            seconds += (line["step"] - before) * size / max(1e-9, line["samples_per_second"])
+            before = line["step"]
+        return seconds / 60
+
+
+def find_runs(runs: Path, size: str) -> dict[str, list[Run]]:
+    """Return the finished ablations of a size by variant, in the order of their seeds.
+
+    Raises:
+        UniLIPError: a result has no recipe beside it.
+    """
+    found: dict[str, list[Run]] = defaultdict(list)
+    for final in sorted(runs.glob(f"ablation/{size}/*/seed*/final")):
+        recipe = read_json(final / "recipe.json", "recipe of the run")
+        found[final.parents[1].name].append(Run(final.parents[1].name, int(recipe["seed"]), final, recipe))
+    for several in found.values():
+        several.sort(key=lambda run: run.seed)
+    return dict(found)
+
+
+def budget(run: Run, runs: Mapping[str, Sequence[Run]]) -> int:
+    """Return the training samples of a run, with those of the tokenizer's first stage where it is the second."""
+    total = run.samples
+    if not run.is_tokenizer:
+        return total
+    prefix = f"ablation/{run.folder.parents[2].name}/"
+    sources = {text.partition("=")[2] for text in run.recipe["init"]}
+    for source in sources:
+        if source.startswith(prefix):
+            name = source.removeprefix(prefix).partition("/")[0]
+            total += next((r.samples for r in runs.get(name, ()) if r.seed == run.seed), 0)
+    return total
+
+
+def wanted() -> list[str]:
+    """Return the names of every variant that a claim is about."""
+    return list(dict.fromkeys(name for claim in CLAIMS for name in claim.variants))
+
+
+def missing(size: str, runs: Mapping[str, Sequence[Run]]) -> dict[str, str]:
+    """Return each variant that has not been trained, with the command that does it."""
+    return {name: f"unilip train ablation/{size}/{name}" for name in wanted() if name not in runs}
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+class Lab:
+    """The held-out items of a size's world, and the measures on them."""
+
+    def __init__(self, size: str, count: int, seeds: int, device: str, dtype: str | None, batch_size: int) -> None:
+        self.size, self.count, self.seeds = size, count, seeds
+        self.device, self.dtype, self.batch_size = device, dtype, batch_size
+        self.world = World.preset(size)
+        self.atlas = Atlas.synthetic(self.world) if size == "tiny" else Atlas.load()
+        self.progress = False
+
+    @cached_property
+    def scenes(self) -> list[dict[str, Any]]:
+        """Held-out scenes."""
+        data = Scenes(self.world, self.atlas, "val", emoji.DATA_SEED, CHEAP * self.count, "tokenizer")
+        return [data[i] for i in range(len(data))]
+
+    @cached_property
+    def questions(self) -> list[tuple[str, dict[str, Any]]]:
+        """Held-out questions of every kind, by key."""
+        kinds = [kind for kind in KINDS if kind != "style" or len(self.world.styles) > 1]
+        found = []
+        for kind in kinds:
+            data = Questions(self.world, self.atlas, "val", emoji.DATA_SEED, CHEAP * self.count, kinds=(kind,))
+            found += [(f"{kind}/{i:04d}", data[i]) for i in range(len(data))]
+        return found
+
+    def load(self, folder: str | os.PathLike[str], parts: Sequence[str] | None = None) -> UniLIP:
+        """Load a model on the device."""
+        return UniLIP.from_pretrained(folder, parts=parts, device=self.device, dtype=self.dtype)
+
+    def batches(self, items: Sequence[Any], words: str) -> Iterator[Sequence[Any]]:
+        """Yield items in batches, with a bar."""
+        with tqdm(total=len(items), desc=words, unit="item", disable=not self.progress) as bar:
+            for start in range(0, len(items), self.batch_size):
+                batch = items[start : start + self.batch_size]
+                yield batch
+                bar.update(len(batch))
+
+    @torch.no_grad()
+    def features(self, model: UniLIP, pictures: Sequence[np.ndarray]) -> Tensor:
+        """Return the encoder's features (B,N,D) of pictures."""
+        pixels = to_pixels([Image.fromarray(picture) for picture in pictures])
+        return model.encoder(pixels.to(model.device)).float().cpu()
+
+    def answers(self, encoder: UniLIP, llm: UniLIP, words: str) -> dict[str, float]:
+        """Ask the language model of one model through the encoder of another: key -> 1 where it is right."""
+        reader = UniLIP(llm.config, llm.processor, parts=())
+        reader.parts = ("encoder", "mllm")
+        reader.add_module("encoder", encoder.encoder)
+        reader.add_module("mllm", llm.mllm)
+        found = {}
+        for batch in self.batches(self.questions, f"{words}, answers"):
+            items = [item for _, item in batch]
+            answers = reader.ask([i["image"] for i in items], [i["question"] for i in items], max_new_tokens=48)
+            for (key, item), answer in zip(batch, answers, strict=True):
+                found[key] = float(emoji.accepts(str(answer), item["accepted"]))
+        return found
+
+    def tokenizer(self, model: UniLIP, original: UniLIP, llm: UniLIP, words: str) -> tuple[dict[str, Any], Image.Image]:
+        """Measure a tokenizer; returns the values and a strip of its reconstructions."""
+        values: dict[str, dict[str, float]] = {name: {} for name in TOKENIZER_MEASURES}
+        strip: list[np.ndarray] = []
+        numbered = list(enumerate(item["image"] for item in self.scenes))
+        for batch in self.batches(numbered, f"{words}, pictures"):
+            truths = [picture for _, picture in batch]
+            drawn = [np.asarray(image) for image in model.reconstruct(truths).images]
+            strip += drawn[: max(0, SHOWN - len(strip))]
+            ours, theirs = self.features(model, truths), self.features(original, truths)
+            for n, (index, truth) in enumerate(batch):
+                key = f"{index:04d}"
+                values["psnr"][key] = measure_psnr(drawn[n], truth)
+                values["ssim"][key] = measure_ssim(drawn[n], truth)
+                values["feature_distance"][key] = measure_features(ours[n], theirs[n])
+        values["answers"] = self.answers(model, llm, words)
+        return values, Image.fromarray(np.concatenate(strip, axis=1))
+
+    @torch.no_grad()
+    def flow_loss(self, model: UniLIP, words: str) -> dict[str, dict[str, float]]:
+        """Return the flow loss of held-out captions and edits, item by item, each with noises of its own."""
+        size = CHEAP * self.count
+        scenes = Scenes(self.world, self.atlas, "val", emoji.DATA_SEED, size, "generation")
+        edits = Edits(self.world, self.atlas, "val", emoji.DATA_SEED, size)
+        found: dict[str, dict[str, float]] = {"flow": {}, "flow_edit": {}}
+        processor = model.processor
+        assert processor is not None, "a model that generates has a tokenizer"
+        for name in found:
+            for batch in self.batches(range(size), f"{words}, {TITLES[name]}"):
+                features = None
+                if name == "flow":
+                    drawn = [scenes.draw(i) for i in batch]
+                    texts = [processor.generate_text(canonical(s, task, self.world)) for s, task, _ in drawn]
+                    targets = [scenes[i]["image"] for i in batch]
+                else:
+                    items = [edits[i] for i in batch]
+                    texts = [processor.edit_text(item["instruction"]) for item in items]
+                    targets = [item["target"] for item in items]
+                    features = self.features(model, [item["source"] for item in items]).to(model.device, model.dtype)
+                clean = model.to_latent(self.features(model, targets).to(model.device, model.dtype))
+                prepared = model.dit.prepare(*model.conditions(processor.tokenize(texts).to(model.device), features))
+                total = torch.zeros(len(batch))
+                generators = [emoji.noise_generator(name, i) for i in batch]
+                for _ in range(NOISES):
+                    noise = draw_noise(len(batch), tuple(clean.shape[1:]), generators).to(clean)
+                    timesteps, sigmas = train_levels(torch.cat([logit_normal(1, g) for g in generators]))
+                    noisy = interpolate(clean, noise, sigmas.to(clean))
+                    velocity = model.dit(noisy.to(model.dtype), timesteps.to(clean.device).long(), prepared)
+                    error = (velocity.float() - (noise - clean)).square().flatten(1).mean(1)
+                    total += error.cpu()
+                for i, value in zip(batch, (total / NOISES).tolist(), strict=True):
+                    found[name][f"{i:04d}"] = value
+        return found
+
+
+def measure_tokenizers(lab: Lab, runs: Path, found: Mapping[str, Sequence[Run]], output: Path) -> dict[str, Any] | None:
+    """Measure every tokenizer that was trained, and return the answers through the original encoder.
+
+    Raises:
+        UniLIPError: the original encoder or its language model is not in the folder of runs.
+    """
+    todo = [run for several in found.values() for run in several if run.is_tokenizer and run.variant in wanted()]
+    if not todo:
+        return None
+    encoder, reader = (runs / name / "final" for name in ORIGINALS[lab.size])
+    for folder, name in zip((encoder, reader), ORIGINALS[lab.size], strict=True):
+        if not folder.is_dir():
+            raise UniLIPError(f"There is no {folder}, which the ablations are compared with; unilip train {name}.")
+    original, llm = lab.load(encoder, ("encoder",)), lab.load(reader, ("encoder", "mllm"))
+    about = {
+        "original": emoji.fingerprint(original), "llm": emoji.fingerprint(llm), "count": lab.count,
+        "atlas": lab.atlas.fingerprint, "data_seed": emoji.DATA_SEED, "dtype": str(lab.dtype),
+    }  # fmt: skip
+    file = output / lab.size / ORIGINAL / "tokenizer.json"
+    before = _kept(file, about)
+    if before is None:
+        before = {"answers": lab.answers(original, llm, ORIGINAL)}
+        write_json(file, {"about": about, "values": before})
+    for run in todo:
+        place = output / lab.size / run.variant / f"seed{run.seed}"
+        model = lab.load(run.folder, ("encoder", "latent_head", "pixel_decoder"))
+        own = {**about, "model": emoji.fingerprint(model)}
+        values = _kept(place / "tokenizer.json", own)
+        run.pictures = place / "reconstructions.png"
+        if values is None or not run.pictures.is_file():
+            values, strip = lab.tokenizer(model, original, llm, f"{run.variant} {run.seed}")
+            place.mkdir(parents=True, exist_ok=True)
+            strip.save(run.pictures)
+            write_json(place / "tokenizer.json", {"about": own, "values": values})
+        run.values |= values
+    return before
+
+
+def _kept(file: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what was measured before of the same weights in the same way."""
+    if not file.is_file():
+        return None
+    record = read_json(file, "measurement")
+    if record.get("about") != about:
+        log.info("%s was measured of other weights or in another way; measuring again", file)
+        return None
+    values: dict[str, Any] = record["values"]
+    return values
+
+
+def measure_generators(lab: Lab, found: Mapping[str, Sequence[Run]], output: Path) -> None:
+    """Judge every trained generator's pictures, edits and riddles, and measure its held-out flow loss."""
+    for run in (run for several in found.values() for run in several if not run.is_tokenizer):
+        place = output / lab.size / run.variant / f"seed{run.seed}"
+        model = lab.load(run.folder)
+        mark = emoji.fingerprint(model)
+        run.pictures = place / f"emoji-{mark}"
+        emoji.evaluate(
+            model, run.pictures, lab.world, lab.atlas, parts=("gen", "edit", "riddle"), count=lab.count,
+            seeds=lab.seeds, batch_size=lab.batch_size, progress=lab.progress,
+        )  # fmt: skip
+        run.values |= judged(run.pictures, lab.count, lab.seeds)
+        if run.recipe["objective.target"] != "unilip":
+            continue  # a loss in other latents says nothing beside the rest
+        about = {
+            "model": mark, "count": lab.count, "noises": NOISES, "atlas": lab.atlas.fingerprint,
+            "data_seed": emoji.DATA_SEED, "dtype": str(lab.dtype),
+        }  # fmt: skip
+        values = _kept(place / "flow.json", about)
+        if values is None:
+            values = lab.flow_loss(model, f"{run.variant} {run.seed}")
+            write_json(place / "flow.json", {"about": about, "values": values})
+        run.values |= values
+
+
+def judged(folder: Path, count: int, seeds: int) -> dict[str, dict[str, float]]:
+    """Read the judged items of a folder of `unilip eval emoji`: measure -> prompt -> mean over its pictures."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    names = {"gen": "generation", "edit": "edits", "riddle": "riddles"}
+    for record in read_lines(folder / "items.jsonl", "list of judged items"):
+        size, number = (2 * count if record["part"] == "riddle" else count), int(record["key"].rpartition("/")[2])
+        last = max(1, seeds // 2) if record["part"] == "edit" else seeds
+        if record["group"] == emoji.UNGUIDED or record["index"] >= size or number >= last:
+            continue  # a control, or of an earlier run with more prompts
+        prompt = f"{record['group']}/{record['index']:04d}"
+        found[names[record["part"]]][prompt].append(float(record["ok"]))
+        if record.get("psnr_outside") is not None:
+            found["psnr_outside"][prompt].append(float(record["psnr_outside"]))
+    return {name: {key: float(np.mean(v)) for key, v in values.items()} for name, values in found.items()}
+
+
+def measure_sampling(lab: Lab, source: str | os.PathLike[str] | None, output: Path) -> dict[str, Any]:
+    """Judge a model's pictures over guidance and steps; each cell is kept as soon as it is there."""
+    model = lab.load(source) if source is not None else UniLIP.from_pretrained(device=lab.device, dtype=lab.dtype)
+    world = emoji.world_of(model)
+    atlas = lab.atlas if world.name == lab.size else Atlas.load()
+    about = {
+        "model": emoji.fingerprint(model), "name": model.config.name, "count": 4 * lab.count, "judge": VERSION,
+        "atlas": atlas.fingerprint,
+    }  # fmt: skip
+    file = output / "sampling.json"
+    values: dict[str, dict[str, float]] = _kept(file, about) or {}
+    judge = Judge(world, atlas)
+    cells = [(g, n) for g in GUIDANCE for n in STEPS]
+    for guidance, steps in tqdm(cells, desc="guidance x steps", unit="cell", disable=not lab.progress):
+        key = f"{guidance:g}x{steps}"
+        if key not in values:
+            values[key] = emoji.quick_generation(
+                model, world, atlas, 4 * lab.count, batch_size=lab.batch_size, judge=judge,
+                num_inference_steps=steps, guidance_scale=guidance,
+            )  # fmt: skip
+            write_json(file, {"about": about, "values": values})
+    return {"about": about, "values": values}
+
+
+# --- comparing ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """The mean of a measure over items and seeds, the standard deviation over seeds, and that of the item mean."""
+
+    mean: float
+    spread: float | None
+    error: float
+    seeds: int
+
+
+def score(runs: Sequence[Run], measure: str) -> Score | None:
+    """Return what a measure comes to over the seeds of a variant; None where none has it."""
+    means = [list(run.values[measure].values()) for run in runs if run.values.get(measure)]
+    if not means:
+        return None
+    by_seed = [float(np.mean(values)) for values in means]
+    spread = float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
+    error = float(
+        np.mean([np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0 for values in means])
+    )
+    return Score(float(np.mean(by_seed)), spread, error, len(by_seed))
+
+
+def difference(a: Sequence[Run], b: Sequence[Run], measure: str) -> tuple[float, float] | None:
+    """Return by how much variant A is better than B, and the standard error: over common items, and over seeds."""
+    ours, theirs = ([run.values[measure] for run in runs if run.values.get(measure)] for runs in (a, b))
+    if not ours or not theirs:
+        return None
+    keys = sorted(set.intersection(*(set(values) for values in (*ours, *theirs))))
+    if len(keys) < 2:  # one item says nothing about the rest
+        return None
+    table = [np.array([[values[key] for key in keys] for values in side]) for side in (ours, theirs)]  # seeds, items
+    gap = table[0].mean(0) - table[1].mean(0)
+    variance = float(gap.var(ddof=1)) / len(keys)
+    for side in table:
+        if len(side) > 1:
+            variance += float(side.mean(1).var(ddof=1)) / len(side)
+    sign = -1 if measure in LOWER else 1
+    return sign * float(gap.mean()), math.sqrt(variance)
+
+
+def check(statement: Statement, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+    """Return a statement's verdict, yes, no or undecided, with the numbers; "missing" where a run is."""
+    found = difference(runs.get(statement.a, ()), runs.get(statement.b, ()), statement.measure)
+    record: dict[str, Any] = {
+        "words": statement.words, "a": statement.a, "b": statement.b, "measure": statement.measure, "by": statement.by,
+    }  # fmt: skip
+    if found is None:
+        return record | {"verdict": "missing"}
+    gap, error = found
+    decided = abs(gap - statement.by) > 2 * error
+    verdict = "undecided" if not decided else "yes" if gap > statement.by else "no"
+    return record | {"difference": round(gap, 5), "error": round(error, 5), "verdict": verdict}
+
+
+def conclude(claim: Claim, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+    """Return a claim's verdict: reproduced, not reproduced, undecided within the spread, or not measured."""
+    statements = [check(statement, runs) for statement in claim.statements]
+    verdicts = {s["verdict"] for s in statements}
+    budgets = {name: budget(runs[name][0], runs) for name in claim.variants if name in runs}
+    seeds = min((len(runs[name]) for name in budgets), default=0)
+    if "missing" in verdicts:
+        verdict = "not measured"
+    elif len(set(budgets.values())) > 1:
+        verdict = "not comparable: the budgets differ"
+    else:
+        verdict = "not reproduced" if "no" in verdicts else "undecided within the spread"
+        verdict = "reproduced" if verdicts == {"yes"} else verdict
+    return {
+        "claim": claim.name, "words": claim.words, "verdict": verdict, "seeds": seeds, "budgets": budgets,
+        "statements": statements, "variants": list(claim.variants),
+    }  # fmt: skip
+
+
+# --- for the command line -------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    runs: Path | str,
+    output: Path | str,
+    size: str | None = None,
+    *,
+    parts: Sequence[str] | None = None,
+    model: str | os.PathLike[str] | None = None,
+    count: int | None = None,
+    seeds: int | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure the ablations in RUNS and write the evidence to OUTPUT; returns what results.json holds.
+
+    Args:
+        size: of ORIGINALS; by default every one that has a finished ablation.
+        parts: of PARTS; all by default. What an earlier call measured is in the results all the same.
+        model: whose pictures the sweep of guidance and steps judges; the embedded model by default.
+        count: prompts of each group; reconstructions and questions CHEAP times as many.
+        seeds: pictures of each prompt.
+
+    Raises:
+        UniLIPError: an unknown part or size, no ablation, or the original encoder is missing.
+    """
+    runs, output = Path(runs).expanduser(), Path(output)
+    count, seeds = COUNT if count is None else count, SEEDS if seeds is None else seeds
+    if count < 1 or seeds < 1:
+        raise UniLIPError(f"count is {count} and seeds is {seeds}; both must be at least 1.")
+    chosen = tuple(PARTS if parts is None else parts)
+    unknown = sorted(set(chosen) - set(PARTS))
+    if unknown or not chosen:
+        raise UniLIPError(f"There is no part {', '.join(unknown) or '(none given)'}; allowed: {', '.join(PARTS)}.")
+    if size is not None and size not in ORIGINALS:
+        raise UniLIPError(f"There are no ablations of the size {size!r}; allowed: {', '.join(ORIGINALS)}.")
+    if not runs.is_dir():
+        raise UniLIPError(f"There is no folder {runs}; give the folder of all runs (--runs of unilip train).")
+    sizes = [name for name in ORIGINALS if name == size or (size is None and find_runs(runs, name))]
+    if not any(find_runs(runs, name) for name in sizes) and chosen != ("sampling",):
+        raise UniLIPError(
+            f"{runs} has no finished ablation{f' of {size}' if size else ''}; "
+            f"unilip train ablation/{size or 'pico'}/recon --runs {runs} begins one, unilip train --list names all."
+        )
+    results: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "device": device, "dtype": dtype or "float32",
+        "count": count, "seeds": seeds, "data_seed": emoji.DATA_SEED, "sizes": {},
+    }  # fmt: skip
+    output.mkdir(parents=True, exist_ok=True)
+    from unilip.eval.claims_pages import write_pages
+
+    labs = {name: Lab(name, count, seeds, device, dtype, batch_size or 24) for name in sizes}
+    everything: dict[str, dict[str, list[Run]]] = {}
+    for name, lab in labs.items():
+        lab.progress = progress
+        found = find_runs(runs, name)
+        everything[name] = found
+        original = measure_tokenizers(lab, runs, found, output) if "tokenizer" in chosen else None
+        if "generation" in chosen:
+            measure_generators(lab, found, output)
+        if original is not None:
+            found[ORIGINAL] = [Run(ORIGINAL, 0, runs / ORIGINALS[name][0] / "final", {}, original)]
+        results["sizes"][name] = summarise(name, found)
+    if "sampling" in chosen:
+        lab = next(iter(labs.values()), None) or Lab("pico", count, seeds, device, dtype, 24)
+        lab.progress = progress
+        results["sampling"] = measure_sampling(lab, model, output)
+    write_json(output / "results.json", results)
+    write_pages(output, results, everything, {name: lab.scenes for name, lab in labs.items()})
+    return results
+
+
+def summarise(size: str, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+    """Return scores, budgets and verdicts of a size's runs."""
+    variants: dict[str, Any] = {}
+    for name, several in runs.items():
+        scores = {m: score(several, m) for m in (*TOKENIZER_MEASURES, *GENERATION_MEASURES)}
+        row: dict[str, Any] = {m: vars(s) for m, s in scores.items() if s is not None}
+        if name != ORIGINAL:
+            first = several[0]
+            row |= {
+                "seeds": [run.seed for run in several],
+                "steps": first.recipe["steps"],
+                "batch_size": first.recipe["batch_size"] * first.recipe["accumulate"],
+                "samples": budget(first, runs),
+                "minutes": round(float(np.mean([run.minutes for run in several])), 1),
+                **about_model(first.folder),
+            }
+        variants[name] = row
+    return {
+        "variants": variants,
+        "claims": [conclude(claim, runs) for claim in CLAIMS],
+        "missing": missing(size, runs),
+    }
+
+
+def about_model(folder: Path) -> dict[str, int]:
+    """Return the number of parameters of a model, and the fields that sweeps change."""
+    opened = open_checkpoint(folder)
+    count = sum(math.prod(opened.shape(name)) for name in opened.names)
+    return {"parameters": count, **{name: getattr(opened.config, name) for name in SWEEPS}}
