@@ -1,7 +1,13 @@
-"""Asking for help is quick. A clock would make this test flaky, so it looks at what is loaded instead."""
+"""Asking for help is quick, and a picture loads only what it needs.
+
+A clock would make these tests flaky, so they look at what is loaded instead.
+"""
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 HEAVY = ("torch", "torchvision", "transformers", "diffusers", "numpy", "matplotlib")
 
@@ -23,7 +29,7 @@ print(*[name for name in {HEAVY} if name in sys.modules])
 
 def run(*arguments: str) -> str:
     """What a fresh interpreter prints; its complaint, if it fails."""
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -41,3 +47,41 @@ def test_importing_the_command_line_loads_nothing_heavy():
 
 def test_help_loads_nothing_heavy():
     assert run("-c", LOADED_AFTER_HELP) == ""
+
+
+NOT_FOR_A_PICTURE = (
+    "torch._dynamo.eval_frame", "torch.distributed.tensor", "torch.distributed.fsdp", "sympy", "scipy", "peft",
+    "torchao", "pandas", "gradio", "datasets", "diffusers.models.unets.unet_3d_blocks",
+    "diffusers.models.autoencoders.autoencoder_kl",
+)  # fmt: skip
+
+LOADED_AFTER_A_PICTURE = f"""
+import sys
+import unilip.cli
+assert unilip.cli.main(["generate", "three yellow stars", "--steps", "1", "--output", sys.argv[1]]) == 0
+print(*[name for name in {NOT_FOR_A_PICTURE} if name in sys.modules])
+"""
+
+ASKED_FOR_AFTERWARDS = """
+from unilip.cli.lean import lean
+with lean():
+    from unilip.model import UniLIP
+import torch
+import diffusers, transformers, torch._dynamo, torch.distributed
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from transformers import AutoTokenizer, Qwen2Model, T5Config
+assert torch.distributed.is_available() and callable(torch._dynamo.optimize)
+assert issubclass(diffusers.models.autoencoders.AutoencoderDC, diffusers.ModelMixin)
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
+"""
+
+
+def test_a_picture_loads_only_what_it_needs(tmp_path: Path) -> None:
+    path = tmp_path / "stars.png"
+    assert run("-c", LOADED_AFTER_A_PICTURE, str(path)).splitlines() == [str(path)]
+    assert path.stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_what_was_left_out_is_there_for_who_asks() -> None:
+    assert run("-c", ASKED_FOR_AFTERWARDS) == ""

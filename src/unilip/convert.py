@@ -18,7 +18,8 @@ from math import isqrt
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from unilip.config import (
     DecoderConfig,
@@ -276,10 +277,27 @@ def unmap_names(kind: str, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 # --- strictness -----------------------------------------------------------------------------------------------------
 
 
+class Unmade(TorchFunctionMode):
+    """Modules built within it have names and shapes, but no weights: these are on the meta device, and not drawn.
+
+    What is small and computed, such as positions, stays real: torch has no quick way to pretend to compute.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Pass everything on but the reservation and the initialisation of weights."""
+        kwargs = kwargs or {}
+        if func is torch.empty:
+            return func(*args, **{**kwargs, "device": "meta"})
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and name in vars(nn.init):
+            return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        return func(*args, **kwargs)
+
+
 def expected_shapes(config: UniLIPConfig, parts: Sequence[str]) -> dict[str, Shape]:
     """Return names and shapes of every tensor that a checkpoint of this config must hold (tied ones once)."""
     shapes: dict[str, Shape] = {}
-    with torch.device("meta"):
+    with Unmade():
         for part in parts:
             state = PART_CLASSES[part](config).state_dict()
             shapes |= {f"{part}.{name}": tuple(value.shape) for name, value in state.items()}

@@ -77,9 +77,7 @@ class Offload:
             for module, name, tensor in self._home[part]:
                 place(module, name, tensor)  # nothing is copied back: the weights have not changed
             return
-        for module, name, tensor in own_tensors(self._model[0].get_submodule(part)):
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            place(module, name, nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty)
+        empty(self._model[0].get_submodule(part))
 
 
 def own_tensors(root: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -97,6 +95,16 @@ def place(module: nn.Module, name: str, tensor: Tensor) -> None:
         module._parameters[name] = tensor
     else:
         module._buffers[name] = tensor
+
+
+def empty(root: nn.Module) -> None:
+    """Take the data of every parameter and buffer under a module away; shapes and types stay."""
+    gone: dict[int, Tensor] = {}  # tied weights stay tied
+    for module, name, tensor in own_tensors(root):
+        if id(tensor) not in gone:
+            shape = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            gone[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
+        place(module, name, gone[id(tensor)])
 
 
 # --- few bits -------------------------------------------------------------------------------------------------------

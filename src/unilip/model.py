@@ -30,12 +30,13 @@ from unilip import checkpoint as checkpoints
 from unilip.acceleration import BUCKET, Compiled, Velocity, fingerprint, shortcut
 from unilip.config import TOKEN_PIXELS, SamplingConfig, UniLIPConfig
 from unilip.connector import Connector, copy_from_llm, substitute_features
+from unilip.convert import Unmade
 from unilip.decoder import LatentHead, PixelDecoder, resize_to_tokens
 from unilip.dit import DiT, PreparedCondition, stack
 from unilip.encoder import Encoder, init_encoder
 from unilip.errors import PromptError, UniLIPError
 from unilip.flow import draw_noise, integrate, plan
-from unilip.memory import QUANTIZED, Offload, is_quantized, quantize
+from unilip.memory import QUANTIZED, Offload, empty, is_quantized, quantize
 from unilip.mllm import MLLM
 from unilip.preprocess import (
     Fit,
@@ -147,8 +148,9 @@ class UniLIP(nn.Module):
         missing = sorted(set(wanted) - set(opened.parts))
         if missing:
             raise UniLIPError(f"{opened.path} has no {', '.join(missing)}; it holds: {', '.join(opened.parts)}.")
-        with torch.device("meta"):
+        with Unmade():
             model = cls(opened.config, parts=wanted)
+        empty(model)
         where = torch.device(device or "cpu")
 
         def load(part: str) -> None:

@@ -291,12 +291,13 @@ class Processor:
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str], config: UniLIPConfig) -> Processor:
         """Read the tokenizer files of a checkpoint folder."""
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
         # with a tokenizer.json nothing else needs to be guessed from the folder's config.json
-        kind = PreTrainedTokenizerFast if (Path(folder) / "tokenizer.json").exists() else AutoTokenizer
+        if (Path(folder) / "tokenizer.json").exists():
+            from transformers import PreTrainedTokenizerFast as Kind
+        else:
+            from transformers import AutoTokenizer as Kind
         try:
-            tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
+            tokenizer = Kind.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # the tokenizers library raises nothing more special
             raise CheckpointError(f"{folder} holds no readable tokenizer ({str(error).splitlines()[0]}).") from error
         return cls(tokenizer, config)

@@ -11,11 +11,12 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unilip.cli.lean import lean
 from unilip.cli.options import Options
 from unilip.errors import UniLIPError
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from unilip.model import UniLIP
 
-UNNEEDED = ("scipy", "peft", "torchao", "accelerate", "sklearn", "pandas", "trio", "torchvision")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -234,37 +234,22 @@ def choose_device(name: str) -> str:
     return name
 
 
-@contextlib.contextmanager
-def without_packages(*names: str) -> Iterator[None]:
-    """Import as if these packages were not installed.
-
-    transformers and diffusers import whatever optional package they find, which takes seconds and serves nothing here.
-    """
-    hidden = [name for name in names if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for name in hidden:
-            sys.modules.pop(name, None)
-
-
 def load(o: Options, *parts: str) -> UniLIP:
     """Load the model that the options name, or only some of its parts."""
-    device = choose_device(o.device)
-    with without_packages(*UNNEEDED):
-        from unilip.model import UniLIP
-
-    saving: dict[str, Any] = {"quantization": getattr(o, "quantize", None)}
-    low_memory, compiled = getattr(o, "low_memory", False), getattr(o, "compile", False)
+    quantized, low_memory = getattr(o, "quantize", None), getattr(o, "low_memory", False)
+    compiled = getattr(o, "compile", False)
     if low_memory and compiled:
         raise UniLIPError("--compile and --low-memory exclude each other: compiled parts have to stay; leave one out.")
+    with lean(compiler=compiled):
+        device = choose_device(o.device)
+        from unilip.model import UniLIP
     # beside a GPU plain weights rest in main memory; else they are read from disk (and quantised where they work)
-    on_gpu = low_memory and device != "cpu" and saving["quantization"] is None
-    model = UniLIP.from_pretrained(
-        o.model, device="cpu" if on_gpu else device, dtype=o.dtype, parts=parts or None,
-        low_memory=low_memory and not on_gpu, **saving,
-    )  # fmt: skip
+    on_gpu = low_memory and device != "cpu" and quantized is None
+    with lean(compiler=compiled) if quantized is None else contextlib.nullcontext():
+        model = UniLIP.from_pretrained(
+            o.model, device="cpu" if on_gpu else device, dtype=o.dtype, parts=parts or None,
+            low_memory=low_memory and not on_gpu, quantization=quantized,
+        )  # fmt: skip
     if on_gpu:
         model.enable_tiling().enable_cpu_offload(device)
     return model.compile() if compiled else model
