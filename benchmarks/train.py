@@ -1,12 +1,14 @@
 """One step of the generation stages, two ways in one run: the straightforward one and ours; seconds, memory, gradients.
 
     python benchmarks/train.py --size 1b --fraction 6 --task generate
+    python benchmarks/train.py --size 1b --fraction 6 --task generate --compile
     python benchmarks/train.py --size 1b --task edit --device cuda --dtype bfloat16 --fraction 1
 
 Straightforward: pictures are encoded in the step, the frozen language model reads prompt and queries in one pass with
 gradients, the diffusion transformer is diffusers' own forward, which projects the condition for itself.
 Ours: what `unilip train` does from a cache of latents and features (`unilip data cache`): the prompt is read without
-gradients into a key-value cache, so that the queries alone keep activations, and the condition is prepared once.
+gradients into a key-value cache, so that the queries alone keep activations, and the condition is prepared once. With
+`--compile` its layers are compiled one by one (recipes: `compile=1`).
 Both see the same weights, prompts, latents and noise. `--fraction F` keeps one layer in F of every part, so that the
 parts keep their proportions on a small machine. Peak memory is that of what is kept for the backward pass: bytes that
 autograd saves, each storage once, weights left out.
@@ -31,7 +33,7 @@ from unilip.config import UniLIPConfig
 from unilip.connector import substitute_features
 from unilip.flow import flow_loss, interpolate, train_levels
 from unilip.preprocess import Tokens
-from unilip.train.build import enable_checkpointing
+from unilip.train.build import compile_layers, enable_checkpointing
 
 PROMPT = 48  # tokens of words in a prompt, markers included
 TASKS = ("generate", "edit")
@@ -104,6 +106,22 @@ def straightforward(model: UniLIP, batch: dict[str, Any], ready: dict[str, Any])
     return flow_loss(velocity, clean, batch["noise"])
 
 
+class Layers:
+    """The compiled forward passes of a model's layers, which both ways share: in place for ours alone."""
+
+    def __init__(self, model: UniLIP) -> None:
+        compile_layers(model)
+        self.compiled = [(m, m.__dict__.pop("forward")) for m in model.modules() if "forward" in m.__dict__]
+
+    def put(self, there: bool) -> None:
+        """Have them in the model or not."""
+        for module, forward in self.compiled:
+            if there:
+                module.__dict__["forward"] = forward
+            else:
+                module.__dict__.pop("forward", None)
+
+
 def ours(model: UniLIP, batch: dict[str, Any], ready: dict[str, Any]) -> Tensor:
     """From ready latents and features, the prompt read once without gradients."""
     clean = ready["latents"]
@@ -149,6 +167,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     model.mllm.queries.requires_grad_(True)
     if arguments.checkpointing:
         enable_checkpointing(model)
+    layers = Layers(model) if arguments.compile else None
+
+    def use(name: str) -> None:
+        if layers is not None:
+            layers.put(name == "ours")
+
     batch = make_batch(model, arguments.task, arguments.batch_size, device, torch.Generator().manual_seed(0))
     batch = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in batch.items()}
     with torch.no_grad():
@@ -161,11 +185,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {name: {"seconds": []} for name in ways}
     kept: dict[str, dict[str, Tensor]] = {}
     for name, way in ways.items():  # also the warm-up
+        use(name)
+        if name == "ours" and layers is not None:
+            way(model, batch, ready).backward()
+            model.zero_grad(set_to_none=True)
         loss, found[name]["saved_bytes"] = saved_bytes(model, lambda way=way: way(model, batch, ready))
         loss.backward()
         found[name]["loss"], kept[name] = loss.item(), gradients(model)
     for _ in range(arguments.repeats):
         for name, way in ways.items():
+            use(name)
             if device.type == "cuda":
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
@@ -199,6 +228,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, as the paper's recipes do")
+    parser.add_argument("--compile", action="store_true", help="compile our layers")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     found = measure(arguments)
