@@ -1,0 +1,225 @@
+"""Draw the figures of docs/method.md: features before and after distillation, what queries read, denoising, edits.
+
+    python scripts/figures.py
+    python scripts/figures.py --before runs/pico/recon/final --only features
+
+Goes in: the embedded model with its bundled example pictures, and for `features` a checkpoint with the encoder as it
+was before distillation (with its own head and decoder where it has them, as the result of stage `recon` does). Comes
+out: docs/figures/*.png. Nothing is chosen by looking: the examples are the bundled ones in their order, the seed is 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unilip import UniLIP
+from unilip.preprocess import to_pixels
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "src" / "unilip" / "weights" / "examples"
+BEFORE = "runs/pico/recon/final"
+SHOWN_STEPS = (1, 8, 12, 16, 18, 20)
+
+
+def pyplot() -> Any:
+    """Import matplotlib without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as found
+
+    return found
+
+
+def bundled() -> dict[str, Any]:
+    """Return the record of the bundled examples."""
+    record: dict[str, Any] = json.loads((EXAMPLES / "examples.json").read_text(encoding="utf-8"))
+    return record
+
+
+def open_picture(name: str) -> Image.Image:
+    """Open a bundled picture."""
+    with Image.open(EXAMPLES / name) as stored:
+        return stored.convert("RGB")
+
+
+def grid(rows: Sequence[tuple[str, Sequence[Any]]], titles: Sequence[str], width: float = 1.25) -> Any:
+    """Lay pictures out in labelled rows; None leaves a place empty."""
+    count = max(len(pictures) for _, pictures in rows)
+    figure, axes = pyplot().subplots(
+        len(rows), count, figsize=(width * count + 1.1, width * len(rows) + 0.35), squeeze=False, layout="constrained"
+    )
+    for line, (label, pictures) in zip(axes, rows, strict=True):
+        line[0].set_ylabel(label, fontsize=8)
+        for n, axis in enumerate(line):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if n >= len(pictures) or pictures[n] is None:
+                axis.axis("off")
+            else:
+                axis.imshow(np.asarray(pictures[n]), interpolation="nearest")
+    for axis, title in zip(axes[0], titles, strict=False):
+        axis.set_title(title, fontsize=7)
+    return figure
+
+
+# --- features before and after distillation ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode(model: UniLIP, pictures: Sequence[Image.Image]) -> Tensor:
+    """Return features (B,N,D) of pictures."""
+    return model.encoder(to_pixels(list(pictures)))
+
+
+def as_colours(features: Tensor, basis: Tensor, mean: Tensor, scale: Tensor) -> list[np.ndarray]:
+    """Show the first three principal components of features (B,N,D) as red, green and blue, a square a token."""
+    side = round(features.shape[1] ** 0.5)
+    values = ((features - mean) @ basis / scale * 0.25 + 0.5).clamp(0, 1)
+    return list(values.reshape(len(features), side, side, 3).numpy())
+
+
+def draw_features(model: UniLIP, before: str) -> Any:
+    """Features of both encoders in one basis, and what each gives back of the pictures."""
+    old = UniLIP.from_pretrained(before)
+    pictures = [open_picture(entry["file"]) for entry in bundled()["pictures"]]
+    first, last = encode(old, pictures), encode(model, pictures)
+    flat = first.flatten(0, 1)
+    mean = flat.mean(0)
+    basis = torch.linalg.svd(flat - mean, full_matrices=False).Vh[:3].T  # D 3, of the original's features
+    scale = ((flat - mean) @ basis).std(0)
+    rows = [("input", pictures), ("features of\nthe original", as_colours(first, basis, mean, scale))]
+    if {"latent_head", "pixel_decoder"} <= set(old.parts):
+        rows.append(("drawn from\nthem", old.reconstruct(pictures).images))
+    rows.append(("features after\ndistillation", as_colours(last, basis, mean, scale)))
+    rows.append(("drawn from\nthem", model.reconstruct(pictures).images))
+    apart = float(1 - torch.nn.functional.cosine_similarity(first, last, dim=-1).mean())
+    print(f"distance of the features (1 - cosine, mean over tokens): {apart:.4f}")
+    return grid(rows, [])
+
+
+# --- what the queries read --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def draw_queries(model: UniLIP) -> Any:
+    """Attention of the queries to the words of a prompt, in every layer of the language model, mean over heads."""
+    prompt = bundled()["prompts"][3]
+    processor = model.processor
+    assert processor is not None, "the embedded model has a tokenizer"
+    tokens = processor.tokenize([processor.generate_text(prompt)])
+    words = [processor.tokenizer.decode([i]).replace("\n", "\\n") for i in tokens.input_ids[0].tolist()]
+    sequence, mask = model.mllm.append_queries(model.mllm.embed(tokens.input_ids), tokens.attention_mask)
+    language = model.mllm.language_model
+    language.set_attn_implementation("eager")  # the only one that tells its weights
+    found = language.model(inputs_embeds=sequence, attention_mask=mask, use_cache=False, output_attentions=True)
+    language.set_attn_implementation("sdpa")
+    length = len(words)
+    layers = [a[0].mean(0)[length:, 1:length] for a in found.attentions]  # Q T-1: the first position takes what is left
+    figure, axes = pyplot().subplots(
+        1, len(layers), figsize=(2.6 * len(layers), 3.4), sharey=True, layout="constrained"
+    )
+    for n, (axis, weights) in enumerate(zip(axes, layers, strict=True)):
+        axis.imshow((weights / weights.sum(-1, keepdim=True)).numpy(), aspect="auto", cmap="magma", vmin=0)
+        axis.set_xticks(range(length - 1), words[1:], rotation=90, fontsize=6)
+        axis.set_title(f"layer {n + 1}", fontsize=8)
+    axes[0].set_ylabel("query")
+    return figure
+
+
+# --- denoising --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def draw_denoising(model: UniLIP) -> Any:
+    """The latents of some steps, decoded as they are, for three prompts."""
+    prompts = bundled()["prompts"][:3]
+    kept: dict[int, Tensor] = {}
+
+    def keep(model: UniLIP, step: int, timestep: Tensor, state: dict[str, Tensor]) -> None:
+        kept[step + 1] = state["latents"].clone()
+
+    generators = [torch.Generator().manual_seed(0) for _ in prompts]
+    model.generate(
+        prompts, generator=generators, num_inference_steps=20, output_type="latent", callback_on_step_end=keep,
+        progress=False,
+    )  # fmt: skip
+    decoded = {step: model.from_latent(kept[step]).movedim(1, -1).numpy() for step in SHOWN_STEPS}
+    rows = [(prompt.replace(" on ", "\non "), [decoded[s][n] for s in SHOWN_STEPS]) for n, prompt in enumerate(prompts)]
+    return grid(rows, [f"step {step}" for step in SHOWN_STEPS])
+
+
+# --- an edit ----------------------------------------------------------------------------------------------------------
+
+
+def difference(a: Image.Image, b: Image.Image) -> np.ndarray:
+    """Return where two pictures differ, dark to bright: mean over the channels, brightest from a quarter on."""
+    apart = np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean(-1) / 255
+    colours: np.ndarray = pyplot().get_cmap("magma")(np.clip(apart * 4, 0, 1))[..., :3]
+    return colours
+
+
+@torch.no_grad()
+def draw_edits(model: UniLIP) -> Any:
+    """Each bundled edit: source, result, what changed, what should have changed."""
+    rows = []
+    for entry in bundled()["edits"]:
+        source, target = open_picture(entry["source"]), open_picture(entry["target"])
+        result = model.edit(source, entry["instruction"], generator=torch.Generator().manual_seed(0), progress=False)
+        made = result.images[0]
+        again = model.reconstruct(source).images[0]
+        words = entry["instruction"].split()
+        label = " ".join(words[: len(words) // 2]) + "\n" + " ".join(words[len(words) // 2 :])
+        rows.append((label, [source, again, made, target, difference(again, made), difference(source, target)]))
+    return grid(
+        rows, ["source", "reconstructed", "edited", "exact target", "what the edit changed", "what should change"]
+    )
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure as a small PNG of 256 colours, whole or not at all."""
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=80)
+    pyplot().close(figure)
+    small = Image.open(stream).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    temporary = path.with_name(f".{path.name}.part")
+    small.save(temporary, "PNG", optimize=True)
+    os.replace(temporary, path)
+    return path
+
+
+def main() -> None:
+    """Draw the figures that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ("features", "queries", "denoising", "edits")
+    parser.add_argument("--before", default=BEFORE, help=f"checkpoint with the encoder before distillation ({BEFORE})")
+    parser.add_argument("--model", help="the model; the embedded one by default")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "figures", help="folder (docs/figures)")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="these figures only")
+    o = parser.parse_args()
+    model = UniLIP.from_pretrained(o.model)
+    draw: dict[str, Callable[[], Any]] = {
+        "features": lambda: draw_features(model, o.before),
+        "queries": lambda: draw_queries(model),
+        "denoising": lambda: draw_denoising(model),
+        "edits": lambda: draw_edits(model),
+    }
+    o.output.mkdir(parents=True, exist_ok=True)
+    for name in o.only:
+        figure = draw[name]()
+        print(save(figure, o.output / f"{name}.png"))
+
+
+if __name__ == "__main__":
+    main()
