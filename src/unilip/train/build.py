@@ -268,4 +268,4 @@ def compile_layers(model: UniLIP) -> None:
     if "dit" in model.parts:
         layers += model.dit.transformer.transformer_blocks
     for layer in layers:
-        layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
+        layer.forward = torch.compile(layer.forward)
