@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unilip import cli
 from unilip.acceleration import PRESETS, Compiled, Shortcut, fingerprint, shortcut
@@ -16,7 +17,7 @@ from unilip.checkpoint import open_checkpoint
 from unilip.config import SOLVERS
 from unilip.dit import PreparedCondition, stack
 from unilip.errors import UniLIPError
-from unilip.flow import denoise, make_scheduler
+from unilip.flow import denoise, integrate, make_scheduler
 from unilip.model import UniLIP
 from unilip.preprocess import Tokens
 
@@ -193,6 +194,99 @@ def test_a_plan_does_what_the_library_does(solver: str, steps: int) -> None:
     assert apart(ours, state) < 1e-5
 
 
+class Waiting(TorchDispatchMode):
+    """Counts what makes a program wait for its device: values and sizes that Python asks for."""
+
+    NAMES = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "unique", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        name = func.overloadpacket.__name__
+        masked = name in ("index", "index_put", "index_put_") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        if name in self.NAMES or masked:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ask", [lambda t: t.sum().item(), lambda t: bool(t[0] > 0), lambda t: t[t > 0], float])
+def test_waiting_is_noticed(ask: Callable[[Tensor], Any]) -> None:
+    with Waiting() as waiting:
+        ask(torch.ones(1))
+    assert waiting.found
+
+
+@pytest.mark.parametrize("task", ["generate", "edit"])
+@pytest.mark.parametrize("preset", [*PRESETS, "reuse"])
+def test_nothing_in_the_loop_waits_for_the_device(
+    tiny_model: UniLIP, picture: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, task: str, preset: str
+) -> None:
+    monkeypatch.setitem(PRESETS, "reuse", Shortcut(steps=6, reuse=0.3, guided=(0.0, 0.5)))
+    waiting = Waiting()
+
+    def watched(*inputs: Any) -> Tensor:
+        with waiting:
+            return integrate(*inputs)
+
+    monkeypatch.setattr("unilip.model.integrate", watched)
+    settings: dict[str, Any] = dict(preset=preset, output_type="latent", progress=False)
+    if task == "generate":
+        tiny_model.generate("a red star", **settings)
+    else:
+        tiny_model.edit(picture(), "make it blue", **settings)
+    assert waiting.calls > 100 and waiting.found == []
+
+
+@pytest.mark.gpu
+def test_nothing_in_the_loop_waits_for_a_gpu(
+    fresh_model: Callable[..., UniLIP], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fresh_model().to("cuda")
+
+    def watched(*inputs: Any) -> Tensor:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return integrate(*inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    draw(model)
+    monkeypatch.setattr("unilip.model.integrate", watched)
+    assert draw(model).isfinite().all()
+
+
+def test_what_does_not_change_is_computed_once(tiny_model: UniLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny_model, "_unconditional", None)
+    net, language = tiny_model.dit.transformer, tiny_model.mllm.language_model
+    watched = {
+        "captions": net.caption_projection, "keys": net.transformer_blocks[0].attn2.to_k, "timesteps": net.time_embed,
+        "language model": language.model, "head": language.lm_head, "connector": tiny_model.connector,
+    }  # fmt: skip
+    counts = dict.fromkeys(watched, 0)
+    kept: list[bool] = []
+
+    def count(name: str, output: Any) -> None:
+        counts[name] += 1
+        if name == "language model":
+            kept.append(output.hidden_states is not None or output.past_key_values is not None)
+
+    hooks = [m.register_forward_hook(lambda _, i, out, name=name: count(name, out)) for name, m in watched.items()]
+    once = {"captions": 1, "keys": 1, "timesteps": 1, "language model": 1, "head": 0, "connector": 1}
+    draw(tiny_model, num_images_per_prompt=3, generator=seeds(0, 1, 2))  # the unconditional prompt once, besides
+    assert counts == {name: 2 * n if name != "timesteps" else n for name, n in once.items()}
+    counts.update(dict.fromkeys(counts, 0))
+    draw(tiny_model, "a blue star")
+    assert counts == once and not any(kept)
+    for hook in hooks:
+        hook.remove()
+
+
 # --- presets --------------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +375,34 @@ def test_prompts_of_any_length_share_their_code(
     assert len(made) == 2
     draw(model, ["a red star", "a blue star"])
     assert len(made) == 3  # another number of pictures
+
+
+def test_compiling_says_what_it_does_once_for_a_shape(
+    compiled: tuple[UniLIP, list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = compiled
+    caplog.set_level("INFO", "unilip")
+    for prompt in ("a red star", "a longer prompt"):
+        model.generate(prompt, num_inference_steps=2, progress=False)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split(";")[0] for line in said if line.startswith("compiling")] == [
+        "compiling the step of the transformer for 2 rows of 2x2 cells under conditions of 64 tokens",
+        "compiling the decoder for 1 pictures of 2x2 cells",
+    ]
+    assert sum(line.startswith("compiled in ") for line in said) == 2
+
+
+def test_the_decoder_turns_channels_last_on_cuda(
+    fresh_model: Callable[..., UniLIP], tiny_model: UniLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is a pretence; the layout is not."""
+    model, latent = fresh_model(), torch.randn(1, 32, 2, 2)
+    weight = model.pixel_decoder.decoder.conv_out.weight
+    monkeypatch.setattr(UniLIP, "device", torch.device("cuda"))
+    model.compile(backend="eager")
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    with torch.no_grad():
+        assert apart(model.pixel_decoder(latent), tiny_model.pixel_decoder(latent)) < 1e-5
 
 
 def test_a_compiled_model_takes_callbacks_and_presets(compiled: tuple[UniLIP, list[int]], tiny_model: UniLIP) -> None:

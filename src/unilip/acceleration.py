@@ -7,8 +7,10 @@ Out: the velocity that `flow.integrate` asks for, step by step. The preset "qual
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,10 +151,38 @@ class Compiled:
         if bucket < 1:
             raise UniLIPError(f"bucket is {bucket}; it must be at least 1.")
         self.bucket = bucket
-        self.step: Step = torch.compile(dit.step, fullgraph=True, dynamic=False, **options)
-        self.decode: Callable[[Tensor], Tensor] = torch.compile(decode, dynamic=False, **options)
+        self.told: set[tuple[Any, ...]] = set()
+        step = torch.compile(dit.step, fullgraph=True, dynamic=False, **options)
+        decoder = torch.compile(decode, dynamic=False, **options)
+
+        def told_step(latent: Tensor, modulation: Tensor, condition: PreparedCondition) -> Tensor:
+            rows, _, height, width = latent.shape
+            what = "%d rows of %dx%d cells under conditions of %d tokens"
+            with self.telling("the step of the transformer for " + what, rows, height, width, condition.mask.shape[-1]):
+                velocity: Tensor = step(latent, modulation, condition)
+                return velocity
+
+        def told_decode(latent: Tensor) -> Tensor:
+            with self.telling("the decoder for %d pictures of %dx%d cells", len(latent), *latent.shape[-2:]):
+                pixels: Tensor = decoder(latent)
+                return pixels
+
+        self.step: Step = told_step
+        self.decode: Callable[[Tensor], Tensor] = told_decode
         self.loops: dict[tuple[Any, ...], RecordedLoop | None] = {}
         self.weights: tuple[Any, ...] | None = None
+
+    @contextlib.contextmanager
+    def telling(self, what: str, *sizes: int) -> Iterator[None]:
+        """Say what is compiled and, when the block is done, how long that took; only the first time for a shape."""
+        first = (what, *sizes) not in self.told
+        start = time.perf_counter()
+        if first:
+            self.told.add((what, *sizes))
+            logger.info("compiling " + what + "; later pictures of this shape need not wait", *sizes)
+        yield
+        if first:
+            logger.info("compiled in %.1f s", time.perf_counter() - start)
 
     def fit(self, condition: PreparedCondition) -> PreparedCondition:
         """Return a condition grown to a multiple of the bucket."""
