@@ -71,8 +71,8 @@ def lean(compiler: bool = False) -> Iterator[None]:
     hidden = [name for name in UNNEEDED if name not in sys.modules]
     listing = importlib.metadata.packages_distributions
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
-    sys.meta_path.insert(0, packages)  # type: ignore[arg-type]
-    importlib.metadata.packages_distributions = dict  # type: ignore[assignment]  # reads every installed file's name
+    sys.meta_path.insert(0, packages)
+    importlib.metadata.packages_distributions = dict  # reads every installed file's name
     try:
         with contextlib.ExitStack() as stack:
             if "transformers" not in sys.modules:
@@ -84,7 +84,7 @@ def lean(compiler: bool = False) -> Iterator[None]:
             yield
     finally:
         importlib.metadata.packages_distributions = listing
-        sys.meta_path.remove(packages)  # type: ignore[arg-type]
+        sys.meta_path.remove(packages)
         packages.forget()
         for name in hidden:
             if sys.modules.get(name, packages) is None:
