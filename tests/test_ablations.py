@@ -95,7 +95,7 @@ def test_training_and_sampling_share_the_condition(fresh_model, condition):
     objective = make_objective(recipe, model, {})
     batch = make_batches(recipe, model.config, model.processor)[0]
     with torch.no_grad():
-        ours, mask = objective.conditions(batch)
+        ours, mask = objective.conditions(batch, objective.source_features(batch))
         theirs, other = model.conditions(batch["prompts"], objective.source_features(batch))
     assert torch.equal(ours, theirs) and torch.equal(mask, other)
     loss, _ = objective.loss(batch, 0)

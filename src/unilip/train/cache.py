@@ -52,9 +52,13 @@ def cacheable(recipe: Recipe, model: UniLIP, objective: Objective) -> tuple[str,
     frozen = {part for part in model.parts if not any(p.requires_grad for p in getattr(model, part).parameters())}
     names = []
     if isinstance(objective, FlowObjective):
-        place = objective.settings.place  # a loss of its own on the conditions
+        place = objective.settings.place  # losses of its own on the conditions, and on the source's latents
         if "encoder" in frozen and (objective.autoencoder is not None or "latent_head" in frozen):
-            names += ["latents", "conditions" if {"mllm", "connector"} <= frozen and not place else "features"]
+            names += ["latents"]
+            if {"mllm", "connector"} <= frozen and not place:
+                names += ["conditions"]
+            elif not place or objective.settings.target == "unilip":
+                names += ["features"]
     elif isinstance(objective, ReconstructObjective):
         names += ["features"] if "encoder" in frozen else []
         names += ["teacher"] if objective.weights.distill else []
@@ -220,7 +224,7 @@ class Worker:
     def _conditions(self, batch: dict[str, Any]) -> list[Tensor]:
         """The conditions of a batch without their padding: (L,C) each."""
         assert isinstance(self.objective, FlowObjective)
-        conditions, mask = self.objective.conditions(batch)
+        conditions, mask = self.objective.conditions(batch, self.objective.source_features(batch))
         return [row[keep.bool()] for row, keep in zip(conditions, mask, strict=True)]
 
     @torch.no_grad()

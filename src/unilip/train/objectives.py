@@ -257,7 +257,8 @@ class FlowObjective(Objective):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(recipe.seed)
                 places = nn.Linear(model.config.dit.caption_channels, model.config.grid**2)
-            self.heads = nn.ModuleDict({"place": places})
+                carry = nn.Linear(model.config.dit.cross_head_dim, model.config.dit.latent_channels)
+            self.heads = nn.ModuleDict({"place": places, "carry": carry})
             self.looks: dict[int, Tensor] = {}  # what every second cross attention asks for, by block
             for i, block in enumerate(model.dit.transformer.transformer_blocks):
                 if i % 2:
@@ -295,17 +296,24 @@ class FlowObjective(Objective):
             return features
         return self.model.encoder(normalise(to_unit(batch["sources"]))) if "sources" in batch else None
 
-    def conditions(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the condition (B,T+Q,C) of a batch and its mask (B,T+Q)."""
+    @torch.no_grad()
+    def source_latents(self, batch: Batch, features: Tensor) -> Tensor:
+        """Return the latents (B,Z,h,w) of the pictures to be edited, in the space that the DiT learns."""
+        own = self.settings.target == "unilip"
+        return self.model.to_latent(features) if own else self.clean_latents(batch["sources"])
+
+    def conditions(self, batch: Batch, features: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the condition (B,T+Q,C) of a batch whose sources have these features (B,N,D), and its mask (B,T+Q)."""
         if "conditions" in batch:
             return batch["conditions"].to(self.model.dtype), batch["condition_mask"]
-        return self.model.conditions(batch["prompts"], self.source_features(batch))
+        return self.model.conditions(batch["prompts"], features)
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """Mean squared velocity error, K noises for each condition."""
         model, k = self.model, self.settings.noises
         clean = batch["latents"].float() if "latents" in batch else self.clean_latents(batch["targets"])  # B Z h w
-        condition, mask = self.conditions(batch)
+        features = None if "conditions" in batch else self.source_features(batch)
+        condition, mask = self.conditions(batch, features)
         prepared = model.dit.prepare(condition, mask)
         generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
         noise = draw_noise(len(clean), (k, *clean.shape[1:]), generators).flatten(0, 1).to(clean)  # BK Z h w
@@ -316,11 +324,12 @@ class FlowObjective(Objective):
         loss = flow_loss(velocity, clean, noise)
         edits = "sources" in batch or "edits" in batch
         terms = {"flow_edit" if edits else "flow": loss}
-        if self.settings.place and edits and "conditions" not in batch:  # ready ones have learned what they will
+        if self.settings.place and edits and features is not None:  # ready conditions have learned what they will
             slots = batch["prompts"].image_slots
             terms["place"] = self.place_loss(condition, slots)
             terms["look"] = self.look_loss(prepared, slots)
-            loss = loss + self.settings.place * (terms["place"] + terms["look"])
+            terms["carry"] = self.carry_loss(prepared, slots, self.source_latents(batch, features))
+            loss = loss + self.settings.place * (terms["place"] + terms["look"] + terms["carry"])
         return loss, terms
 
     def place_loss(self, condition: Tensor, slots: Tensor) -> Tensor:
@@ -343,6 +352,15 @@ class FlowObjective(Objective):
             total = total + F.cross_entropy(scores.flatten(0, 1), wanted.flatten())
         return total / len(self.looks)
 
+    def carry_loss(self, prepared: PreparedCondition, slots: Tensor, latents: Tensor) -> Tensor:
+        """Squared error of the source's latents (B,Z,h,w) told from the values of those heads at its image tokens."""
+        wanted = latents.float().flatten(2).transpose(1, 2).flatten(0, 1)  # Bn Z
+        total = torch.zeros((), device=slots.device)
+        for i in self.looks:
+            value = prepared.keys_values[i][1][:, 0, : slots.shape[1]][slots]  # Bn d
+            total = total + F.mse_loss(self.heads["carry"](value).float(), wanted)
+        return total / len(self.looks)
+
     @torch.no_grad()
     def samples(self, batch: Batch) -> dict[str, Tensor]:
         """Pictures drawn for the first prompts of the batch (without guidance), under the targets."""
@@ -352,7 +370,7 @@ class FlowObjective(Objective):
         config, prompts = model.config, batch["prompts"]
         few: Batch = {name: value[:SHOWN] for name, value in batch.items() if isinstance(value, Tensor)}
         few["prompts"] = Tokens(prompts.input_ids[:SHOWN], prompts.attention_mask[:SHOWN], prompts.image_slots[:SHOWN])
-        prepared = model.dit.prepare(*self.conditions(few))
+        prepared = model.dit.prepare(*self.conditions(few, None if "conditions" in few else self.source_features(few)))
         shape = (config.dit.latent_channels, config.grid, config.grid)
         noise = draw_noise(len(few["prompts"].input_ids), shape, torch.Generator().manual_seed(0))
         latents = denoise(

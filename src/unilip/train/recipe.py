@@ -115,10 +115,11 @@ class Flow:
     what a frozen pretrained SANA knows; "separate": as "unilip", but by the encoder of another tokenizer, which `init`
     names as autoencoder, and whose latent head and pixel decoder the model has (two encoders, an ablation). A share
     `drop_prompt` of the prompts is replaced by the unconditional one.
-    `place` weighs two lessons of edits that the paper has no need for. A linear layer, kept for training only, tells
+    `place` weighs three lessons of edits that the paper has no need for. A linear layer, kept for training only, tells
     from the condition at an image token where in the picture that token lies, as features of a small encoder do not say
-    it; and the first head of every second cross attention looks from each place at the image token of that place.
-    Without them a small diffusion transformer is slow to copy what an edit must leave alone.
+    it; the first head of every second cross attention looks from each place at the image token of that place; and
+    another linear layer tells the source's latent there from that head's value. Without them a small diffusion
+    transformer is slow to copy what an edit must leave alone.
     """
 
     noises: int = 1
