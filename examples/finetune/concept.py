@@ -1,6 +1,6 @@
 """Teach the embedded model a new thing from 20 pictures: a carrot, which it has never seen and never read of.
 
-python examples/finetune/concept.py [--output finetune] [--steps 400]
+python examples/finetune/concept.py [--output finetune] [--steps 300]
 
 Writes OUTPUT/concept/: the pictures with captions, the run with its adapter, before-after.png (prompts that were not
 taught, two of them ordinary: above before, below after) and measured.json. "Right" is read off the pictures by a judge
@@ -38,7 +38,7 @@ def write_pictures(folder: Path, scenes: Scenes) -> list[str]:
 
 
 def main() -> None:
-    o: argparse.Namespace = options("a new thing from 20 pictures", steps=400)
+    o: argparse.Namespace = options("a new thing from 20 pictures", steps=300)
     output = Path(o.output) / "concept"
     home, atlas = world()
     thing = home.extra[0]  # no training of the model has shown these

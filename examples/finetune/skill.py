@@ -1,6 +1,6 @@
 """Teach the embedded model a new kind of edit from 200 pairs: "clear the picture" takes every object away.
 
-python examples/finetune/skill.py [--output finetune] [--steps 200]
+python examples/finetune/skill.py [--output finetune] [--steps 150]
 
 Writes OUTPUT/skill/: the pairs, the run with its adapter, before-after.png (held-out pictures: source, wanted; below
 each what was made before and after) and measured.json. "Right" is read off the pictures by a judge without any trained
@@ -27,7 +27,7 @@ NOT_TAUGHT = "clear it"  # the same in other words
 
 
 def main() -> None:
-    o = options("a new edit from 200 pairs", steps=200)
+    o = options("a new edit from 200 pairs", steps=150)
     output = Path(o.output) / "skill"
     home, atlas = world()
     common: dict[str, Any] = dict(world=home, atlas=atlas, seed=7, purpose="generation")
