@@ -1,6 +1,6 @@
 """What tests/test_train_faults.py runs in a process of its own, which forks those that are killed.
 
-Usage: fault_checks.py kills RUNS TIMES | full RUNS. The last line of the output is what was found, as JSON.
+Usage: fault_checks.py kills RUNS TIMES | full RUNS | rejoin RUNS. The last line of the output is what was found, in JSON.
 """
 
 import json
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from parallel_checks import together
 from unilip.errors import CheckpointError
-from unilip.train import loop
+from unilip.train import loop, processes
 from unilip.train.loop import train
 from unilip.train.recipe import Recipe, override
 from unilip.train.recipes import get_recipe
@@ -109,10 +109,42 @@ def full(runs: Path) -> dict:
     return {"errors": [file.read_text() for file in errors.iterdir()], "left": left, "finished": finished}
 
 
+def rejoin(runs: Path) -> dict:
+    """Processes that join again and again through one store, as torchrun's do; one of them late each time."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    sums = []
+    for attempt, late in enumerate((None, 0, 1)):
+        children = []
+        for rank in (0, 1):
+            child = os.fork()
+            if child == 0:
+                os.environ.update(
+                    RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
+                    TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=str(attempt),
+                )  # fmt: skip
+                time.sleep(2 if rank == late else 0)
+                processes.join(torch.device("cpu"))
+                (runs / f"{attempt}{rank}").write_text(str(processes.anywhere(10 * attempt + rank)))
+                os._exit(0)  # without a word, as what is killed
+            children.append(child)
+        end = time.monotonic() + 120
+        while children and time.monotonic() < end:
+            children = [child for child in children if os.waitpid(child, os.WNOHANG)[0] == 0]
+            time.sleep(0.05)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        sums.append([int(file.read_text()) for file in sorted(runs.glob(f"{attempt}[01]"))])
+    return {"found": sums}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.ERROR)
     loop.logger.setLevel(logging.ERROR)
     place = Path(sys.argv[2])
-    found = kills(place, int(sys.argv[3])) if sys.argv[1] == "kills" else full(place)
+    found = (
+        kills(place, int(sys.argv[3]))
+        if sys.argv[1] == "kills"
+        else {"full": full, "rejoin": rejoin}[sys.argv[1]](place)
+    )
     sys.stdout.write(json.dumps(found) + "\n")

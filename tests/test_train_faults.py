@@ -291,6 +291,11 @@ def test_a_process_that_dies_ends_the_others_within_a_minute(runs):
     assert not Path(f"/proc/{first}").exists()
 
 
+def test_who_starts_again_does_not_wait_for_the_dead(tmp_path):
+    """torchrun keeps one store over its restarts, with the addresses of the attempt before."""
+    assert fault_checks("rejoin", str(tmp_path))["found"] == [[1, 1], [11, 11], [21, 21]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_torchrun_restarts_from_the_checkpoint(runs, mode):

@@ -12,10 +12,12 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from unilip.errors import ConfigError
+from unilip.errors import ConfigError, UniLIPError
 
 if TYPE_CHECKING:
     import torch
@@ -101,10 +103,48 @@ def join(device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                store = dist.TCPStore(address, port, world(), is_master=False, timeout=TIMEOUT)
+                fresh = dist.PrefixStore(agree(store), store)
+                dist.init_process_group(backend, store=fresh, rank=rank(), world_size=world(), timeout=TIMEOUT)
+            else:
+                dist.init_process_group(backend, timeout=TIMEOUT)
             atexit.register(_leave)
         for name in ("control", "checkpoint"):  # threads must not share a group: the order of calls would differ
             _groups[name] = dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+
+def agree(store: Any) -> str:
+    """Agree with the other processes on a name that no earlier attempt had.
+
+    torchrun keeps one store over its restarts, where the addresses of processes that are gone still stand: who reads
+    one of these waits for a dead process. So each process says hello under a name of its own, the first answers what it
+    finds there until all have heard it, and what follows is stored under the first one's name.
+
+    Raises:
+        UniLIPError: a process does not come within the time that others are waited for.
+    """
+    own = uuid.uuid4().hex
+    if not first():
+        store.set(f"hello/{rank()}", own)
+        answer = f"answer/{own}"
+        store.wait([answer], TIMEOUT)
+        name = store.get(answer).decode()
+        store.set(f"heard/{name}/{rank()}", "1")
+        return str(name)
+    missing, end = set(range(1, world())), time.monotonic() + TIMEOUT.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"hello/{other}"]):
+                store.set(f"answer/{store.get(f'hello/{other}').decode()}", own)
+            if store.check([f"heard/{own}/{other}"]):
+                missing.discard(other)
+        if time.monotonic() > end:
+            raise UniLIPError(f"Process {min(missing)} of {world()} did not come within {TIMEOUT}; see its own output.")
+        time.sleep(0.02)
+    return own
 
 
 def _leave() -> None:
