@@ -1,6 +1,6 @@
 """What tests/test_train_faults.py runs in a process of its own, which forks those that are killed.
 
-Usage: fault_checks.py kills RUNS TIMES | full RUNS | rejoin RUNS. The last line of the output is what was found, in JSON.
+Usage: fault_checks.py kills RUNS TIMES | full RUNS | rejoin RUNS. The last line is what was found, as JSON.
 """
 
 import json
