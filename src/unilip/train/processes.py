@@ -106,8 +106,9 @@ def join(device: torch.device) -> None:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-                store = dist.TCPStore(address, port, world(), is_master=False, timeout=TIMEOUT)
-                fresh = dist.PrefixStore(agree(store), store)
+                stores: Any = dist  # which does not export their types
+                store = stores.TCPStore(address, port, world(), is_master=False, timeout=TIMEOUT)
+                fresh = stores.PrefixStore(agree(store), store)
                 dist.init_process_group(backend, store=fresh, rank=rank(), world_size=world(), timeout=TIMEOUT)
             else:
                 dist.init_process_group(backend, timeout=TIMEOUT)
