@@ -267,6 +267,7 @@ def test_records_check_themselves():
         lambda: Flow(noises=0),
         lambda: Flow(drop_prompt=1.5),
         lambda: Data(edit_share=-0.1),
+        lambda: Data(source="files", path="x", edits="add"),
         lambda: Optim(lr=math.inf),
     ):
         with pytest.raises(ConfigError):

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+from collections import Counter
 
 import pytest
 import torch
@@ -157,6 +158,19 @@ def test_shares_of_edits_and_of_dropped_prompts(tiny_model, share, drop):
     dropped = sum("image." in text.split("\n")[1] for text in texts) / 60
     assert edits == share if share in (0, 1) else abs(edits - share) < 0.2
     assert dropped == drop if drop in (0, 1) else abs(dropped - drop) < 0.2
+
+
+def test_kinds_of_edits_come_as_often_as_the_recipe_says(tiny_model):
+    source = opened("tiny/sft", tiny_model, "data.edit_share=1", "data.edits=recolour:3,background")
+    found = Counter(source.edit_pairs[i]["kind"] for i in range(400))
+    assert set(found) == {"recolour", "background"} and 0.6 < found["recolour"] / 400 < 0.9
+    assert len({opened("tiny/sft", tiny_model).edit_pairs[i]["kind"] for i in range(100)}) > 2
+
+
+@pytest.mark.parametrize("text", ["repaint", "recolour:0", "recolour:many", "recolour:-1"])
+def test_unknown_kinds_of_edits_are_refused(tiny_model, text):
+    with pytest.raises(ConfigError, match="data.edits .*KIND:TIMES"):
+        opened("tiny/sft", tiny_model, "data.edit_share=1", f"data.edits={text}")
 
 
 def test_seed_and_step_decide_everything(tiny_model):

@@ -66,6 +66,19 @@ def left_padded(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     return whole, mask
 
 
+def edit_kinds(text: str, known: Sequence[str]) -> list[str] | None:
+    """Read kinds of edits such as "recolour:3,background": each as often as it says. None for an empty text.
+
+    Raises ConfigError for a kind that is not among the known ones, or a number that is not a whole one above 0.
+    """
+    kinds: list[str] = []
+    for name, _, times in (part.strip().partition(":") for part in text.split(",") if part.strip()):
+        if name not in known or not (times or "1").isdigit() or not int(times or "1"):
+            raise ConfigError(f"data.edits is {text!r}; write KIND or KIND:TIMES, with kinds of {', '.join(known)}.")
+        kinds += [name] * int(times or "1")
+    return kinds or None
+
+
 def conversation(processor: Processor, rows: Sequence[tuple[int, Turns]]) -> tuple[Tokens, Tensor]:
     """Tokenize rows of (number of pictures, question-answer turns), right-padded; only answers are learned.
 
@@ -266,7 +279,8 @@ class EmojiBatches(Batches):
         purpose = "understanding" if isinstance(recipe.objective, Understand) else purpose
         common: dict[str, Any] = dict(world=world, atlas=atlas, split="train", seed=recipe.seed, size=ENDLESS)
         self.scenes = Scenes(**common, purpose=purpose)
-        self.edit_pairs = Edits(**common) if recipe.data.edit_share else None
+        kinds = edit_kinds(recipe.data.edits, world.edits)
+        self.edit_pairs = Edits(**common, kinds=kinds) if recipe.data.edit_share else None
         self.knowledge = Knowledge(world, "train")
         if isinstance(recipe.objective, Understand) and recipe.objective.words:
             self.word_weights()  # likewise

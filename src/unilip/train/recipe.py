@@ -159,8 +159,9 @@ class Adapter:
 class Data:
     """Where batches come from: the emoji world by its name, or files of one's own: `path` says where, docs/data.md how.
 
-    `edit_share` is the share of steps whose batches hold edits (a batch has one task); `text_share` adds that share of
-    questions without a picture. `image_size` replaces the model's own; `fit` makes pictures square (auto: the centre of
+    `edit_share` is the share of steps whose batches hold edits (a batch has one task); `edits` names kinds of the emoji
+    world's edits and how often each comes, as in "recolour:3,background" (empty: all alike); `text_share` adds that
+    share of questions without a picture. `image_size` replaces the model's own; `fit` makes pictures square (auto: the centre of
     what is drawn, the whole of what is talked about). Texts over `max_characters`, or over `max_tokens` (0: what the
     model reads), are left out. Over a share `max_skipped` of samples that cannot be read the run stops. `window` shards
     are shuffled together; `lanes` are disjoint sets of shards that fill their own part of every step; `keep_gb` bounds
@@ -173,6 +174,7 @@ class Data:
     image_size: int = 0
     fit: str = "auto"
     edit_share: float = 0.0
+    edits: str = ""
     text_share: float = 0.0
     max_characters: int = 1000
     max_tokens: int = 0
@@ -193,6 +195,8 @@ class Data:
                 raise ConfigError(f"data.{name} is {getattr(self, name)}; it is a share between 0 and 1.")
         if self.fit not in ("auto", "crop", "resize", "pad"):
             raise ConfigError(f"data.fit is {self.fit!r}; allowed: auto, crop, resize, pad.")
+        if self.edits and self.source == "files":
+            raise ConfigError("data.edits is for data.source=emoji; files hold the edits that they hold.")
         if self.cache and self.source == "emoji":
             raise ConfigError("data.cache is for data.source=files; the emoji world is drawn anew all the time.")
         _check(self, "data.", "at least 0", "workers", "image_size", "max_characters", "max_tokens", "keep_gb")

@@ -92,6 +92,24 @@ def pico() -> list[Recipe]:
             optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=5, init=("all=pico/sft_place",),
             **(common | {"data": dataclasses.replace(data, edit_share=0.7)}), note="edits are what is still weak",
         ),
+        Recipe(
+            name="pico/sft_end", objective=Flow(noises=8, place=0.1), trains=GENERATE, steps=1803, batch_size=16,
+            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=6, init=("all=pico/sft_last",),
+            **(common | {"data": dataclasses.replace(data, edit_share=0.6)}),
+        ),
+        Recipe(
+            name="pico/sft_carry", objective=Flow(noises=8, place=0.3), trains=GENERATE, steps=2000, batch_size=16,
+            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=7, init=("all=pico/sft_end",),
+            **(common | {"data": dataclasses.replace(data, edit_share=0.7)}),
+            note="heads that look at a place find its latent there",
+        ),
+        Recipe(
+            name="pico/sft_edits", objective=Flow(noises=8, place=0.3), trains=GENERATE, steps=1400, batch_size=16,
+            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=8, init=("all=pico/sft_carry",),
+            **(common | {"data": dataclasses.replace(
+                data, edit_share=0.75, edits="recolour:5,background:2,add,remove,replace,move")}),
+            note="recolouring is what is still weak; the last, which is embedded",
+        ),
     ]  # fmt: skip
 
 
