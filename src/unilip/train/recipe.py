@@ -159,13 +159,14 @@ class Adapter:
 class Data:
     """Where batches come from: the emoji world by its name, or files of one's own: `path` says where, docs/data.md how.
 
-    `edit_share` is the share of steps whose batches hold edits (a batch has one task); `edits` names kinds of the emoji
-    world's edits and how often each comes, as in "recolour:3,background" (empty: all alike); `text_share` adds that
-    share of questions without a picture. `image_size` replaces the model's own; `fit` makes pictures square (auto: the
-    centre of what is drawn, the whole of what is talked about). Texts over `max_characters`, or over `max_tokens` (0: what the
-    model reads), are left out. Over a share `max_skipped` of samples that cannot be read the run stops. `window` shards
-    are shuffled together; `lanes` are disjoint sets of shards that fill their own part of every step; `keep_gb` bounds
-    the remote shards on disk. `cache` is a folder made by `unilip data cache`. `workers` processes prepare batches.
+    `edit_share` is the share of steps whose batches hold edits (a batch has one task); `edits` names kinds of the
+    emoji world's edits and how often each comes, as in "recolour:3,background" (empty: all alike); `text_share`
+    adds that share of questions without a picture. `image_size` replaces the model's own; `fit` makes pictures
+    square (auto: the centre of what is drawn, the whole of what is talked about). Texts over `max_characters`, or
+    over `max_tokens` (0: what the model reads), are left out. Over a share `max_skipped` of samples that cannot be
+    read the run stops. `window` shards are shuffled together; `lanes` are disjoint sets of shards that fill their
+    own part of every step; `keep_gb` bounds the remote shards on disk. `cache` is a folder made by `unilip data
+    cache`. `workers` processes prepare batches.
     """
 
     source: str = "emoji"
