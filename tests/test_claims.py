@@ -1,5 +1,6 @@
 """`unilip eval claims`: comparisons that decide what they can, verdicts from numbers, and a folder that goes on."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -96,10 +97,13 @@ def test_a_claim_holds_where_all_its_statements_do(psnr, answers, verdict):
         "a": [run_of("a", {"psnr": psnr, "answers": answers})],
         "b": [run_of("b", {"psnr": [1, 1, 1.1], "answers": [1, 1, 1, 0]})],
     }
-    assert conclude(claim, runs)["verdict"] == verdict
+    assert conclude(claim, runs)["verdict"] == f"{verdict}, in one training run"
     assert conclude(claim, {"a": runs["a"]})["verdict"] == "not measured"
     runs["b"][0].recipe["steps"] = 20
-    assert conclude(claim, runs)["verdict"] == "not comparable: the budgets differ"
+    assert conclude(claim, runs)["verdict"].startswith("not comparable: the budgets differ")
+    runs["b"][0].recipe["steps"] = 10
+    twice = {name: [several[0], dataclasses.replace(several[0], seed=1)] for name, several in runs.items()}
+    assert conclude(claim, twice)["verdict"] == verdict
 
 
 def test_a_budget_has_the_first_stage_in_it():
