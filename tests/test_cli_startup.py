@@ -3,11 +3,16 @@
 A clock would make these tests flaky, so they look at what is loaded instead.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from unilip.cli import lean
+
+ROOT = Path(__file__).parent.parent
 
 HEAVY = ("torch", "torchvision", "transformers", "diffusers", "numpy", "matplotlib")
 
@@ -76,10 +81,21 @@ assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
 """
 
 
+@pytest.mark.skipif(not lean.tested(), reason="other versions than those in constraints.txt are imported whole")
 def test_a_picture_loads_only_what_it_needs(tmp_path: Path) -> None:
     path = tmp_path / "stars.png"
     assert run("-c", LOADED_AFTER_A_PICTURE, str(path)).splitlines() == [str(path)]
     assert path.stat().st_size > 1000
+
+
+def test_the_imports_are_known_of_the_pinned_versions(monkeypatch) -> None:
+    pins = re.findall(r"^(\S+)==([^;\s]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert set(lean.TESTED.items()) <= set(pins)
+    monkeypatch.setattr(lean.importlib.metadata, "version", lambda name: lean.TESTED[name] + "+cpu")
+    assert lean.tested()
+    monkeypatch.setattr(lean.importlib.metadata, "version", lambda name: "5.17.0")
+    with lean.lean():
+        assert not any(isinstance(finder, lean.HollowPackages) for finder in sys.meta_path)
 
 
 @pytest.mark.slow
