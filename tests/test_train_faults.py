@@ -1,6 +1,7 @@
 """What goes wrong in long runs: losses that are no numbers, full disks, kills at any moment, processes that die."""
 
 import json
+import logging
 import math
 import os
 import resource
@@ -186,7 +187,12 @@ def test_every_process_says_what_stopped_it(world, monkeypatch, capsys):
     """What one of them alone could not read must not be lost."""
     monkeypatch.setenv("RANK", str(world - 1))
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    assert main(["tiny/clip", "--set", "steps=none"]) == 2
+    logger = logging.getLogger("unilip")
+    before = logger.level
+    try:
+        assert main(["tiny/clip", "--set", "steps=none"]) == 2
+    finally:
+        logger.setLevel(before)
     assert capsys.readouterr().err.startswith("error in process 1: " if world == 2 else "error: ")
 
 

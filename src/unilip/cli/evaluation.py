@@ -502,8 +502,7 @@ VERBS: dict[str, Verb] = {
         eval_claims,
         "[OPTIONS] RUNS",
         "Test the paper's claims on the ablations in RUNS. Tables with verdicts, curves, sweeps and picture grids.",
-        "unilip train ablation/pico/recon\nunilip train ablation/pico/recon_distill --set seed=1\n"
-        "unilip eval claims runs --output claims",
+        "unilip eval claims runs --output claims\nunilip eval claims runs --world pico --parts tokenizer",
         ("--output", "--parts", "--world", "--count", "--seeds", "--batch-size", *LOADING, *TELLING),
         (1, 1),
         {

@@ -265,5 +265,5 @@ def get_recipe(name: str) -> Recipe:
     if name not in recipes:
         near = difflib.get_close_matches(name, recipes, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"There is no recipe {name!r}.{hint} All of them: {', '.join(recipes)}.")
+        raise ConfigError(f"There is no recipe {name!r}.{hint} `unilip train --list` shows all of them.")
     return recipes[name]
