@@ -26,14 +26,15 @@ CALM = dict(
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def app(tiny_model):
+    """An application of its own for each test: who runs it from the description may shut it down at the end."""
     limits = Limits(count=2, steps=2, new_tokens=4, image_size=56)
     with Engine(tiny_model, limits=limits, max_queue=64) as engine:
         yield create_app(engine, Settings("tiny", Rules(rate_limit=0)))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client(app):
     return TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
 
@@ -57,7 +58,7 @@ def fuzz_description(app, count):
 
     for operation in operations:
         posts = operation.method.upper() == "POST"
-        share = max(3, count // 5 if posts else count // 20)
+        share = max(3, count // 4 if posts else count // 20)
 
         @given(case=operation.as_strategy())
         @settings(max_examples=share, **CALM)
