@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from unilip import checkpoint as checkpoints
 from unilip.checkpoint import (
+    computes,
     load_into,
     needed_files,
     open_checkpoint,
@@ -88,8 +89,33 @@ def test_dtype_device_and_trainability(tiny_folder: Path) -> None:
 def test_stored_precision_is_kept_only_when_asked(tmp_path: Path, tiny_model: UniLIP) -> None:
     tiny_model.save_pretrained(tmp_path / "half", dtype=torch.float16)
     assert UniLIP.from_pretrained(tmp_path / "half").dtype == torch.float32
-    assert UniLIP.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.float16
     assert describe(tmp_path / "half")["dtype"] == "float16"
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("has", [True, False])
+def test_auto_keeps_what_the_processor_computes_in(
+    stored: torch.dtype, has: bool, tmp_path: Path, tiny_model: UniLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("avx512_bf16", "avx512_fp16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, has), raising=False)
+    tiny_model.save_pretrained(tmp_path / "stored", dtype=stored)
+    for low_memory in (False, True):
+        model = UniLIP.from_pretrained(tmp_path / "stored", dtype="auto", low_memory=low_memory)
+        drawn = model.generate("a red star", num_inference_steps=1, output_type="pt", progress=False).images
+        assert drawn.isfinite().all()
+        if not low_memory:
+            assert model.dtype == (stored if has else torch.float32)
+    assert computes(stored, "cuda") and computes(torch.float32, "cpu")
+
+
+def test_without_a_list_of_instructions_torch_is_asked_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    for amx, avx in ((True, False), (False, True), (False, False)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        assert computes(torch.bfloat16, "cpu") == (amx or avx)
+        assert not computes(torch.float16, "cpu")
 
 
 def test_every_tensor_is_read_once_and_copied(

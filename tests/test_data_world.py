@@ -8,6 +8,7 @@ import pytest
 
 from unilip.data.art import Atlas
 from unilip.data.concepts import SHAPES, concepts
+from unilip.data.edits import sample_edit
 from unilip.data.errors import DataError
 from unilip.data.render import change_mask, object_mask, object_masks, render
 from unilip.data.seeding import generator, stable_hash
@@ -56,6 +57,17 @@ def test_preset_worlds_are_as_announced():
     assert all(name.split()[-1] in SHAPES for name in gone)  # the art's coloured shapes give way to ours
     with pytest.raises(DataError, match=r"milli.*nano, pico"):
         World.preset("milli")
+
+
+def test_more_paint_never_shows_what_pico_holds_out():
+    pico, paint = World.preset("pico"), World.preset("pico_paint")
+    edits = [sample_edit(paint, random.Random(i), "recolour") for i in range(300)]
+    drawn = [scene for edit in edits for scene in (edit.source, edit.target)]
+    assert all(pico.allowed(scene, "train", "generation") for scene in drawn)
+    painted = {(obj.concept, obj.colour) for scene in drawn for obj in scene.objects if obj.colour}
+    assert {name for name, _ in painted} > set(pico.recolourable)
+    assert {colour for _, colour in painted} > set(pico.colours)
+    assert not any(pico.colour_held_out(name, colour) for name, colour in painted)
 
 
 @pytest.mark.parametrize("name", WORLDS)

@@ -212,7 +212,7 @@ def embedded() -> tuple[UniLIP, Image.Image, str, Tensor]:
     return model, image, str(model.ask(image, QUESTION, max_new_tokens=12)), draw(model)
 
 
-@pytest.mark.parametrize(("kind", "decibels"), [("int8", 35.0), ("fp8", 22.0)])
+@pytest.mark.parametrize(("kind", "decibels"), [("int8", 35.0), ("fp8", 22.0), ("int4", 30.0)])
 def test_a_trained_model_answers_the_same_in_few_bits(
     kind: str, decibels: float, embedded: tuple[UniLIP, Image.Image, str, Tensor]
 ) -> None:

@@ -447,6 +447,8 @@ def _kind(path: Path, data: Mapping[str, Any], names: Sequence[str]) -> str:
 def parse_dtype(dtype: DType) -> torch.dtype | None:
     """Return a floating type from its name; None (the default) is float32 and "auto" gives None, "as stored".
 
+    As stored means float32 on a processor that has no instructions for what is stored, see `computes`.
+
     Raises:
         CheckpointError: not a floating type of torch.
     """
@@ -456,6 +458,24 @@ def parse_dtype(dtype: DType) -> torch.dtype | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise CheckpointError(f"There is no dtype {dtype!r}; allowed: float32, bfloat16, float16, auto.")
     return found
+
+
+CPU_INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+
+
+def computes(dtype: torch.dtype, device: torch.device | str) -> bool:
+    """Whether DEVICE multiplies matrices in DTYPE itself; a processor without the instructions is faster in float32."""
+    if torch.device(device).type != "cpu" or dtype not in CPU_INSTRUCTIONS:
+        return True
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name, False) for name in CPU_INSTRUCTIONS[dtype])
+    return dtype == torch.bfloat16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _stored_as(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
+    """What "auto" makes of weights stored in DTYPE."""
+    return dtype if computes(dtype, device) else torch.float32
 
 
 @torch.no_grad()
@@ -494,8 +514,8 @@ def load_into(
         if name not in found:
             return fresh_tensor(tuple(like.shape), target or like.dtype).to(device)
         value = checkpoint.tensor(name)
-        cast = target if value.is_floating_point() else None
-        return value.to(device=device, dtype=cast or value.dtype, copy=True)  # a copy never depends on the file again
+        cast = (target or _stored_as(value.dtype, device)) if value.is_floating_point() else value.dtype
+        return value.to(device=device, dtype=cast, copy=True)  # a copy never depends on the file again
 
     for part, root in modules.items():
         for prefix, module in root.named_modules(prefix=part):

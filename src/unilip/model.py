@@ -133,7 +133,8 @@ class UniLIP(nn.Module):
 
         Args:
             source: our folder, the authors' folder, a stage-1 or tokenizer checkpoint, or "owner/name".
-            dtype: of the weights in memory; float32 by default, "auto" for what is stored.
+            dtype: of the weights in memory; float32 by default, "auto" for what is stored (float32 where the processor
+                has no instructions for that).
             device: where to put them; the CPU by default.
             parts: load only these (of encoder, latent_head, pixel_decoder, mllm, connector, dit).
             quantization: "int8", "int4" or "fp8": keep the weights of linear layers so; needs the package torchao.

@@ -165,7 +165,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         type=device_name, default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (auto: CUDA, MPS or CPU)"
     ),
     "--dtype": dict(
-        choices=DTYPES, default="float32", help="of the weights in memory; auto is what the checkpoint stores (float32)"
+        choices=DTYPES, default="float32",
+        help="of the weights in memory; auto is what is stored, if the device computes in it (float32)",
     ),
     "--seed": dict(
         type=whole(0, 2**63 - 1), default=0, metavar="N",

@@ -40,6 +40,7 @@ PICO_RECOLOURABLE = (
     "car", "house", "star", "umbrella", "balloon", "gift box", "fish", "butterfly", "bell", "crown", "octopus",
     "cactus",
 )  # fmt: skip
+PICO_PAINT = ("cat", "frog", "guitar", "mushroom", "rose", "sunflower", "tree", "turtle", "whale")
 PICO_BACKGROUNDS = ("white", "gray", "black", "yellow", "green", "blue", "pink", "brown")
 
 # Looked at, style by style: a dominant-hue shift leaves these mixed, pale, or coloured in the wrong place.
@@ -174,8 +175,8 @@ class World:
 
     @classmethod
     def preset(cls, name: str) -> World:
-        """Return the world called NAME, "nano", "pico" or "tiny"; raises DataError for another name."""
-        makers = {"nano": cls.nano, "pico": cls.pico, "tiny": cls.tiny}
+        """Return the world called NAME, a classmethod's of this class; raises DataError for another name."""
+        makers = {"nano": cls.nano, "pico": cls.pico, "pico_paint": cls.pico_paint, "tiny": cls.tiny}
         if name not in makers:
             raise DataError(f"unknown world {name!r}; allowed are {', '.join(makers)}")
         return makers[name]()
@@ -241,6 +242,22 @@ class World:
             edits=("add", "remove", "replace", "recolour", "background", "move"),
             grid=28,  # the size of a token: every object meets the tokens in the same way
             gap=4,
+        )
+
+    @classmethod
+    @cache
+    def pico_paint(cls) -> World:
+        """Pico with more to paint and in more colours: for training alone, so that a colour goes with any shape.
+
+        What pico holds out is held out here too.
+        """
+        pico = cls.pico()
+        paint = {name: frozenset(("flat",)) for name in PICO_PAINT}
+        return replace(
+            pico,
+            name="pico_paint",
+            colours=(*pico.colours, "pink", "black"),
+            recolourable={**pico.recolourable, **paint},
         )
 
     @classmethod

@@ -108,7 +108,14 @@ def pico() -> list[Recipe]:
             optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=8, init=("all=pico/sft_carry",),
             **(common | {"data": dataclasses.replace(
                 data, edit_share=0.75, edits="recolour:5,background:2,add,remove,replace,move")}),
-            note="recolouring is what is still weak; the last, which is embedded",
+            note="recolouring is what is still weak",
+        ),
+        Recipe(
+            name="pico/sft_paint", objective=Flow(noises=8, place=0.3), trains=GENERATE, steps=4000, batch_size=16,
+            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=9, init=("all=pico/sft_edits",),
+            **(common | {"data": dataclasses.replace(
+                data, world="pico_paint", edit_share=0.75, edits="recolour:4,background:2,add,remove,replace,move")}),
+            note="more objects to paint, in more colours, so that a colour goes with any shape; the last, embedded",
         ),
     ]  # fmt: skip
 
