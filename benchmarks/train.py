@@ -1,17 +1,19 @@
 """One step of the generation stages, two ways in one run: the straightforward one and ours; seconds, memory, gradients.
 
     python benchmarks/train.py --size 1b --fraction 6 --task generate
-    python benchmarks/train.py --size 1b --fraction 6 --task generate --compile
+    python benchmarks/train.py --size 1b --fraction 6 --task generate --ours selective --straightforward recomputed
     python benchmarks/train.py --size 1b --task edit --device cuda --dtype bfloat16 --fraction 1
 
 Straightforward: pictures are encoded in the step, the frozen language model reads prompt and queries in one pass with
-gradients, the diffusion transformer is diffusers' own forward, which projects the condition for itself.
+gradients, the diffusion transformer is diffusers' own forward, which projects the condition for itself. With
+`--straightforward recomputed` it recomputes every layer in the backward pass, as the authors' scripts do.
 Ours: what `unilip train` does from a cache of latents and features (`unilip data cache`): the prompt is read without
-gradients into a key-value cache, so that the queries alone keep activations, and the condition is prepared once. With
-`--compile` its layers are compiled one by one (recipes: `compile=1`).
+gradients into a key-value cache, so that the queries alone keep activations, and the condition is prepared once.
+`--ours selective` keeps results of products and computes what lies between again (recipes: selective_checkpointing=1);
+recomputed is gradient_checkpointing=1, compiled is compile=1.
 Both see the same weights, prompts, latents and noise. `--fraction F` keeps one layer in F of every part, so that the
-parts keep their proportions on a small machine. Peak memory is that of what is kept for the backward pass: bytes that
-autograd saves, each storage once, weights left out.
+parts keep their proportions on a small machine. Memory is that of all tensors made in the forward pass that are still
+there at its end, for the backward pass; with compiled layers, of those that autograd saves.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,8 +37,9 @@ from unilip.connector import substitute_features
 from unilip.flow import flow_loss, interpolate, train_levels
 from unilip.preprocess import Tokens
 from unilip.train.build import compile_layers, enable_checkpointing
+from unilip.train.preflight import Alive
 
-PROMPT = 48  # tokens of words in a prompt, markers included
+PROMPT = 132  # tokens of words in a prompt: 120 of a long caption (the average of BLIP3o's), the rest markers
 TASKS = ("generate", "edit")
 
 
@@ -62,17 +66,19 @@ def plain_dit(model: UniLIP) -> nn.Module:
     return plain
 
 
-def make_batch(model: UniLIP, task: str, size: int, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
+def make_batch(
+    model: UniLIP, task: str, size: int, words: int, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
     """Random pictures and prompts of one task, and the noise that both ways add."""
     config = model.config
     side, tokens = config.image_size, config.grid**2
-    length = PROMPT + (tokens if task == "edit" else 0)
+    length = words + (tokens if task == "edit" else 0)
     ids = torch.randint(0, config.text.vocab_size, (size, length), generator=generator)
     slots = torch.zeros(size, length, dtype=torch.bool)
     if task == "edit":
         slots[:, 4 : 4 + tokens] = True
     mask = torch.ones(size, length, dtype=torch.long)
-    mask[0, : PROMPT // 4 if task == "generate" else 0] = 0  # prompts of different lengths
+    mask[0, : words // 4 if task == "generate" else 0] = 0  # prompts of different lengths
     latents = (size, config.dit.latent_channels, config.grid, config.grid)
     batch: dict[str, Any] = {
         "targets": torch.randn(size, 3, side, side, generator=generator),
@@ -106,20 +112,46 @@ def straightforward(model: UniLIP, batch: dict[str, Any], ready: dict[str, Any])
     return flow_loss(velocity, clean, batch["noise"])
 
 
-class Layers:
-    """The compiled forward passes of a model's layers, which both ways share: in place for ours alone."""
+class Switch:
+    """What one way alone changes in the layers that both share, to be put in and taken out."""
 
-    def __init__(self, model: UniLIP) -> None:
-        compile_layers(model)
-        self.compiled = [(m, m.__dict__.pop("forward")) for m in model.modules() if "forward" in m.__dict__]
+    NAMES = ("forward", "checkpointing", "gradient_checkpointing")
+
+    def __init__(self, model: UniLIP, change: Callable[[UniLIP], Any]) -> None:
+        def state() -> dict[tuple[nn.Module, str], Any]:
+            return {(m, name): m.__dict__.get(name) for m in model.modules() for name in self.NAMES}
+
+        before = state()
+        change(model)
+        self.changes = {key: (before[key], value) for key, value in state().items() if value is not before[key]}
+        self.put(False)
 
     def put(self, there: bool) -> None:
-        """Have them in the model or not."""
-        for module, forward in self.compiled:
-            if there:
-                module.__dict__["forward"] = forward
+        """Have the changes in the model or not."""
+        for (module, name), values in self.changes.items():
+            if values[there] is None and name != "checkpointing":
+                module.__dict__.pop(name, None)
             else:
-                module.__dict__.pop("forward", None)
+                module.__dict__[name] = values[there]
+
+
+def nothing(_: UniLIP) -> None:
+    """Keep every activation."""
+
+
+def recompute_everything(model: UniLIP) -> None:
+    """Recompute connector and language model; the plain transformer does so by itself."""
+    enable_checkpointing(model)
+    model.mllm.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+THEIRS: dict[str, Callable[[UniLIP], None]] = {"kept": nothing, "recomputed": recompute_everything}
+OURS: dict[str, Callable[[UniLIP], None]] = {
+    "kept": nothing,
+    "selective": partial(enable_checkpointing, selective=True),
+    "recomputed": enable_checkpointing,
+    "compiled": compile_layers,
+}
 
 
 def ours(model: UniLIP, batch: dict[str, Any], ready: dict[str, Any]) -> Tensor:
@@ -131,8 +163,15 @@ def ours(model: UniLIP, batch: dict[str, Any], ready: dict[str, Any]) -> Tensor:
     return flow_loss(velocity, clean, batch["noise"])
 
 
-def saved_bytes(model: UniLIP, loss: Callable[[], Tensor]) -> tuple[Tensor, int]:
-    """Run a forward pass: the loss, and the bytes that autograd keeps for the backward pass, weights left out."""
+def kept_bytes(model: UniLIP, loss: Callable[[], Tensor], compiled: bool) -> tuple[Tensor, int]:
+    """Run a forward pass: the loss, and the bytes of what it made that is there at its end, for the backward pass.
+
+    Inside compiled layers nobody sees what is made; then it is what autograd saves, each storage once, without weights.
+    """
+    if not compiled:
+        with Alive() as alive:
+            value = loss()
+        return value, alive.now
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -165,19 +204,27 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for part in (model.connector, model.dit):
         part.requires_grad_(True)
     model.mllm.queries.requires_grad_(True)
-    if arguments.checkpointing:
-        enable_checkpointing(model)
-    layers = Layers(model) if arguments.compile else None
+    plain_transformer = plain_dit(model)
+    switches = {
+        "straightforward": Switch(model, THEIRS[arguments.straightforward]),
+        "ours": Switch(model, OURS[arguments.ours]),
+    }
+    if arguments.straightforward == "recomputed":
+        plain_transformer.train()
+        plain_transformer.enable_gradient_checkpointing()
 
     def use(name: str) -> None:
-        if layers is not None:
-            layers.put(name == "ours")
+        for switch in switches.values():
+            switch.put(False)
+        switches[name].put(True)
 
-    batch = make_batch(model, arguments.task, arguments.batch_size, device, torch.Generator().manual_seed(0))
+    compiled = arguments.ours == "compiled"
+    generator = torch.Generator().manual_seed(0)
+    batch = make_batch(model, arguments.task, arguments.batch_size, arguments.prompt, device, generator)
     batch = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in batch.items()}
     with torch.no_grad():
         ready = {
-            "plain": plain_dit(model),
+            "plain": plain_transformer,
             "latents": model.to_latent(model.encoder(batch["targets"])),
             "features": None if batch["sources"] is None else model.encoder(batch["sources"]),
         }
@@ -186,10 +233,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     kept: dict[str, dict[str, Tensor]] = {}
     for name, way in ways.items():  # also the warm-up
         use(name)
-        if name == "ours" and layers is not None:
+        if name == "ours" and compiled:
             way(model, batch, ready).backward()
             model.zero_grad(set_to_none=True)
-        loss, found[name]["saved_bytes"] = saved_bytes(model, lambda way=way: way(model, batch, ready))
+        loss, found[name]["kept_bytes"] = kept_bytes(model, lambda way=way: way(model, batch, ready), compiled)
         loss.backward()
         found[name]["loss"], kept[name] = loss.item(), gradients(model)
     clock = time.process_time if arguments.cpu_time else time.perf_counter
@@ -214,7 +261,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     found["loss_difference"] = abs(found["straightforward"]["loss"] - found["ours"]["loss"])
     plain, fast = (statistics.median(found[name]["seconds"]) for name in ways)
     found["speed_ratio"] = plain / fast
-    found["memory_ratio"] = found["ours"]["saved_bytes"] / found["straightforward"]["saved_bytes"]
+    found["memory_ratio"] = found["ours"]["kept_bytes"] / found["straightforward"]["kept_bytes"]
     return found
 
 
@@ -228,19 +275,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations, as the paper's recipes do")
+    parser.add_argument("--straightforward", default="kept", choices=THEIRS, help="what it does with activations")
+    parser.add_argument("--ours", default="kept", choices=OURS, help="what ours does with them")
+    parser.add_argument("--prompt", type=int, default=PROMPT, help=f"tokens of a prompt ({PROMPT})")
     parser.add_argument("--cpu-time", action="store_true", help="processor time, for a machine that others use too")
-    parser.add_argument("--compile", action="store_true", help="compile our layers")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     found = measure(arguments)
     if arguments.json:
         print(json.dumps(vars(arguments) | found))
         return
-    print(f"{arguments.size}, {arguments.task}, batch {arguments.batch_size}, one layer in {arguments.fraction}")
+    print(
+        f"{arguments.size}, {arguments.task}, batch {arguments.batch_size}, {arguments.prompt} tokens, one layer in "
+        f"{arguments.fraction}; straightforward {arguments.straightforward}, ours {arguments.ours}"
+    )
     for name in ("straightforward", "ours"):
         seconds = statistics.median(found[name]["seconds"])
-        kept_mib = found[name]["saved_bytes"] / 2**20
+        kept_mib = found[name]["kept_bytes"] / 2**20
         print(f"{name:16} {seconds:8.3f} s  {kept_mib:9.1f} MiB kept  loss {found[name]['loss']:.6f}")
     print(
         f"{found['speed_ratio']:.2f} x as fast, {found['memory_ratio']:.2f} x the memory; largest relative difference"

@@ -257,7 +257,7 @@ def test_recomputing_in_the_backward_pass_changes_no_gradient(part, fresh_model)
     module, gradients = getattr(model, part), []
     latent, condition = torch.randn(2, 32, 2, 2), torch.randn(2, 9, 48 if part == "dit" else 64)
     mask = torch.ones(2, 9, dtype=torch.long)
-    for module.gradient_checkpointing in (False, True):
+    for module.checkpointing in (None, {"use_reentrant": False}):
         model.zero_grad()
         with torch.enable_grad():
             if part == "dit":

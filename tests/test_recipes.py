@@ -248,13 +248,15 @@ def test_unknown_setting_names_the_nearest(name, near):
         ("data.window=0", "at least 1"),
         ("data.lanes=3", "must divide"),
         ("data.cache=x", "for data.source=files"),
+        ("gradient_checkpointing=1 selective_checkpointing=1", "set one of them"),
+        ("compile=1 selective_checkpointing=1", "set one of them"),
         ("name=../../elsewhere", "folder"),
     ],
 )
 def test_bad_values_are_refused(setting, word):
     recipe = dataclasses.replace(get_recipe("tiny/recon"), data=Data(world="tiny"))
     with pytest.raises(ConfigError, match=word):
-        override(recipe, [setting])
+        override(recipe, setting.split() if " " in setting else [setting])
 
 
 def test_records_check_themselves():

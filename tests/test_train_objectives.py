@@ -1,12 +1,14 @@
 """Objectives: what they compute, and that memory savers, precision and accumulation do not change it."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unilip.errors import CheckpointError, ConfigError
 from unilip.flow import flow_loss, interpolate, train_schedule
@@ -34,6 +36,33 @@ def prepared(name, model, *settings, sources=None):
 
 def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_products_are_kept_and_what_lies_between_is_not(fresh_model):
+    """Each product of a block is computed once; sums, norms, gates and the depthwise convolution twice."""
+    model = fresh_model(parts=needed_parts(get_recipe("tiny/sft").objective))
+    objective, batches = prepared("tiny/sft", model)
+    counts = {}
+    for selective in (False, True):
+        if selective:
+            enable_checkpointing(model, selective=True)
+        seen = counts[selective] = Counter()
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, arguments=(), named=None, seen=seen):
+                seen[function.overloadpacket] += 1
+                return function(*arguments, **(named or {}))
+
+        with Count():
+            loss, _ = objective.loss(batches[1], 0)
+            loss.backward()
+        model.zero_grad()
+    aten = torch.ops.aten
+    blocks = len(model.dit.transformer.transformer_blocks)
+    for product in (aten.mm, aten.addmm, aten.bmm):
+        assert counts[True][product] == counts[False][product]
+    assert counts[True][aten.silu] > counts[False][aten.silu]
+    assert counts[True][aten.convolution] == counts[False][aten.convolution] + blocks
 
 
 # --- what is computed -------------------------------------------------------------------------------------------------
@@ -158,15 +187,16 @@ def one_layer_of_each(model) -> dict[str, nn.Module]:
     layers = {
         "encoder": lambda: model.encoder.vision_tower.encoder.layer[0].mlp,
         "pixel_decoder": lambda: model.pixel_decoder.decoder.conv_in,
-        "mllm": lambda: model.mllm.language_model.model.layers[0].mlp,
+        "mllm": lambda: model.mllm.language_model.model.layers[0].mlp.gate_proj,
         "connector": lambda: model.connector.layers[0].mlp,
         "dit": lambda: model.dit.transformer.transformer_blocks[0].attn1.to_q,
     }
     return {part: layers[part]() for part in model.parts if part in layers}
 
 
+@pytest.mark.parametrize("selective", [False, True], ids=["full", "selective"])
 @each_kind
-def test_gradient_checkpointing_recomputes_and_changes_nothing(name, fresh_model):
+def test_gradient_checkpointing_recomputes_and_changes_nothing(name, selective, fresh_model):
     model = fresh_model(parts=needed_parts(get_recipe(name).objective))
     objective, batches = prepared(name, model)
     batch = batches[1]
@@ -174,7 +204,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(name, fresh_model
     runs = {}
     for saving in (False, True):
         if saving:
-            enable_checkpointing(model)
+            enable_checkpointing(model, selective)
         calls = dict.fromkeys(one_layer_of_each(model), 0)
 
         def counted(part, calls=calls):
@@ -195,7 +225,8 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(name, fresh_model
         torch.testing.assert_close(a[key], b[key], atol=1e-6, rtol=1e-4)
     assert not none
     needed = {"tiny/instruct": {"encoder", "mllm"}, "tiny/recon_distill": {"encoder", "pixel_decoder"}}
-    assert recomputed == needed.get(name, {"connector", "dit"})  # a frozen text model needs none
+    frozen_llm = {"mllm"} if selective else set()  # its norms and feed-forwards; its attention is never recomputed
+    assert recomputed == needed.get(name, {"connector", "dit", *frozen_llm})
 
 
 def test_train_mode_is_free_of_chance(tiny_model):

@@ -7,6 +7,8 @@ Out: condition (B,L,C). Attention is bidirectional over valid tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
@@ -45,7 +47,7 @@ class Connector(nn.Module):
         self.norm = Qwen2RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
         self.rotary = Qwen2RotaryEmbedding(text)
         self.to_dit = nn.Linear(text.hidden_size, config.dit.caption_channels)
-        self.gradient_checkpointing = False
+        self.checkpointing: dict[str, Any] | None = None  # in training: what torch.utils.checkpoint is told
 
     def connect(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Run the bidirectional layers and the norm: (B,L,D), (B,L) -> (B,L,D)."""
@@ -53,9 +55,9 @@ class Connector(nn.Module):
         rotary = self.rotary(hidden, positions)
         bias = bidirectional_mask(mask, hidden.dtype)
         for layer in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if self.checkpointing is not None and torch.is_grad_enabled():
                 hidden = torch.utils.checkpoint.checkpoint(
-                    layer, hidden, bias, positions, position_embeddings=rotary, use_reentrant=False
+                    layer, hidden, bias, positions, position_embeddings=rotary, **self.checkpointing
                 )
             else:
                 hidden = layer(hidden, attention_mask=bias, position_ids=positions, position_embeddings=rotary)

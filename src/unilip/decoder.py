@@ -7,6 +7,8 @@ Out: latent (M,32,h,w) by the latent head; pixels (M,3,28h,28w) in [-1,1] by the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_dc import DCUpBlock2d, ResBlock
@@ -69,14 +71,14 @@ class PixelDecoder(nn.Module):
             act_fn="silu",
             upsample_block_type=d.upsample_block_type,
         )
-        self.gradient_checkpointing = False
+        self.checkpointing: dict[str, Any] | None = None  # in training: what torch.utils.checkpoint is told
         self.strips = 1  # pieces that the last, local stages are decoded in
         self.sliced = False  # one picture after the other
 
     def decode(self, latent: Tensor) -> Tensor:
         """Return the decoder's own resolution: (M,Z,h,w) -> (M,3,32h,32w), about [-1,1]."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(self.decoder, latent, use_reentrant=False)
+        if self.checkpointing is not None and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(self.decoder, latent, **self.checkpointing)
         pieces = latent.split(1) if self.sliced and len(latent) > 1 else [latent]
         decode = self.decoder if self.strips == 1 else lambda piece: decode_in_strips(self.decoder, piece, self.strips)
         decoded = [decode(piece) for piece in pieces]

@@ -104,7 +104,7 @@ class DiT(nn.Module):
         )
         for block in self.transformer.transformer_blocks:
             block.__class__ = Block
-        self.gradient_checkpointing = False
+        self.checkpointing: dict[str, Any] | None = None  # in training: what torch.utils.checkpoint is told
 
     def prepare(self, condition: Tensor, mask: Tensor) -> PreparedCondition:
         """Project a condition (B,L,C) with mask (B,L) to the keys and values of every block."""
@@ -147,8 +147,8 @@ class DiT(nn.Module):
         for i in range(start, stop):
             key, value = condition.keys_values[i]
             block, inputs = self.transformer.transformer_blocks[i], (hidden, modulation[:, :6], key, value)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = torch.utils.checkpoint.checkpoint(block, *inputs, condition.mask, size, use_reentrant=False)
+            if self.checkpointing is not None and torch.is_grad_enabled():
+                hidden = torch.utils.checkpoint.checkpoint(block, *inputs, condition.mask, size, **self.checkpointing)
             else:
                 hidden = block(*inputs, condition.mask, size)
         return hidden

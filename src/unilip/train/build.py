@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from unilip.checkpoint import open_checkpoint, resolve
 from unilip.config import UniLIPConfig, preset
@@ -234,20 +236,48 @@ def cast_trained(recipe: Recipe, model: UniLIP, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def enable_checkpointing(model: UniLIP) -> None:
+PRODUCTS = (
+    "mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)  # fmt: skip
+
+
+def keep_products(_: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+    """Keep what is dear to compute, and recompute what lies between: sums, norms, gates, depthwise convolutions."""
+    dear = operation.overloadpacket in {getattr(torch.ops.aten, name) for name in PRODUCTS}
+    if operation.overloadpacket is torch.ops.aten.convolution and arguments[8] > 1:  # groups: each channel by itself
+        dear = False
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def enable_checkpointing(model: UniLIP, selective: bool = False) -> None:
     """Recompute activations in the backward pass instead of keeping them; the library's layers do so in train mode.
 
-    Train mode changes nothing else: no part has dropout or batch statistics.
+    Train mode changes nothing else: no part has dropout or batch statistics. With SELECTIVE, results of matrix products
+    and convolutions are kept; then norms and feed-forwards of a frozen language model are recomputed as well (its
+    attention writes into a cache, which must happen once).
     """
+    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # no layer draws random numbers
+    if selective:
+        how["context_fn"] = partial(create_selective_checkpoint_contexts, keep_products)
     for name in {"connector", "dit", "pixel_decoder"} & set(model.parts):
-        getattr(model, name).gradient_checkpointing = True
+        getattr(model, name).checkpointing = how
+    if selective and "mllm" in model.parts and not _trains(model.mllm.language_model):
+        for layer in model.mllm.language_model.model.layers:
+            for module in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+                module.forward = partial(checkpoint, module.forward, **how)
     library: list[Any] = [model.encoder.vision_tower] if "encoder" in model.parts else []
-    if "mllm" in model.parts and any(p.requires_grad for p in model.mllm.language_model.parameters()):
+    if "mllm" in model.parts and _trains(model.mllm.language_model):
         library += [model.mllm.language_model]  # a frozen one keeps the activations of the queries alone
     for module in library:  # transformers renamed it during version 5
         enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable(how)
     model.train()
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def compile_layers(model: UniLIP) -> None:

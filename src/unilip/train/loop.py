@@ -123,8 +123,8 @@ def run_recipe(
             clear(run)
     model.to(device)
     objective.to(device)
-    if recipe.gradient_checkpointing:
-        enable_checkpointing(model)
+    if recipe.gradient_checkpointing or recipe.selective_checkpointing:
+        enable_checkpointing(model, recipe.selective_checkpointing)
     if recipe.compile:
         compile_layers(model)
     loop = Loop(recipe, run, model, objective, batches)

@@ -211,8 +211,8 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
         named = trains(recipe, model)
         for parameter in named:
             parameter.requires_grad_(True)
-        if recipe.gradient_checkpointing:
-            enable_checkpointing(model)
+        if recipe.gradient_checkpointing or recipe.selective_checkpointing:
+            enable_checkpointing(model, recipe.selective_checkpointing)
         for size in sizes:
             batch = batch_of(recipe, config, size, edits=recipe.data.edit_share > 0)
             with Alive() as alive:
@@ -318,43 +318,48 @@ def estimate(recipe: Recipe, machine: Hardware, step: Step | None = None) -> Est
 def remedies(recipe: Recipe, machine: Hardware, step: Step) -> Iterator[tuple[str, Estimate]]:
     """Yield (what to do, its estimate) of changes with which the run would fit; the global batch stays the same."""
     changes: list[tuple[str, Recipe, Step]] = []
-    recomputed = dataclasses.replace(recipe, gradient_checkpointing=True)
-    steps = {recipe.gradient_checkpointing: step}
+    recomputed = dataclasses.replace(recipe, gradient_checkpointing=True, selective_checkpointing=False)
+    bases = [(recipe, "", step)]  # from what costs least time to what costs least memory
+    if not (recipe.gradient_checkpointing or recipe.selective_checkpointing or recipe.compile):
+        some = dataclasses.replace(recipe, selective_checkpointing=True)
+        bases.append((some, "selective_checkpointing=1", measure(some)))
     if not recipe.gradient_checkpointing:
-        steps[True] = measure(recomputed)
-        changes.append(("--set gradient_checkpointing=1", recomputed, steps[True]))
-    for base in dict.fromkeys((recipe, recomputed)):
-        size, accumulate, extra = (
-            base.batch_size,
-            base.accumulate,
-            "" if base == recipe else " gradient_checkpointing=1",
-        )
+        other = "selective_checkpointing=0 " if recipe.selective_checkpointing else ""
+        bases.append((recomputed, f"{other}gradient_checkpointing=1", measure(recomputed)))
+    smallest = bases[-1][2]
+    changes += [(_setting(extra), base, known) for base, extra, known in bases[1:]]
+    for base, extra, known in bases:
+        size, accumulate = base.batch_size, base.accumulate
         while size % 2 == 0:
             size, accumulate = size // 2, accumulate * 2
             small = dataclasses.replace(base, batch_size=size, accumulate=accumulate)
-            words = f"batch_size={size} accumulate={accumulate}{extra}".split()
-            text = " ".join(f"--set {word}" for word in words)
-            changes.append((text, small, steps[base.gradient_checkpointing]))
-    seen: set[bool] = set()
+            changes.append((_setting(f"batch_size={size} accumulate={accumulate} {extra}"), small, known))
+    seen: set[tuple[bool, bool]] = set()
     for text, changed, known in changes:
         found = estimate(changed, machine, known)
-        if found.fits and changed.gradient_checkpointing not in seen:
-            seen.add(changed.gradient_checkpointing)
+        kind = (changed.gradient_checkpointing, changed.selective_checkpointing)
+        if found.fits and kind not in seen:
+            seen.add(kind)
             yield text, found
     if recipe.parallel == "ddp":
         for count in (2, 4, 8, 16, 32):
             if count < machine.count or (recipe.batch_size * recipe.accumulate) % count:
                 continue
             parts = dataclasses.replace(recomputed, parallel="fsdp")
-            found = estimate(parts, dataclasses.replace(machine, count=count), steps[True])
+            found = estimate(parts, dataclasses.replace(machine, count=count), smallest)
             if found.fits:
-                yield f"--set parallel=fsdp --set gradient_checkpointing=1 on {count} of them", found
+                yield f"{_setting(f'parallel=fsdp {bases[-1][1]}')} on {count} of them", found
                 break
     for name, (size, *_) in sorted(KNOWN.items(), key=lambda item: item[1][0]):
         larger = hardware(f"{name}:{machine.count}")
         if size * GIB > machine.memory and (found := estimate(recipe, larger, step)).fits:
             yield f"as it is, on {larger}", found
             break
+
+
+def _setting(words: str) -> str:
+    """Write "name=value name=value" as options."""
+    return " ".join(f"--set {word}" for word in words.split())
 
 
 def preflight(recipe: Recipe, machine: Hardware) -> Estimate:

@@ -223,6 +223,8 @@ class Recipe:
     `dtype` is the precision of the arithmetic, `weights_dtype` that in which trained weights and the optimizer's
     averages are kept, `reduce_dtype` that of gradients on their way between processes. A step whose loss or gradient
     is not finite is skipped; `skip_limit` of them in a row stop the run. `compile` compiles each layer by itself.
+    `gradient_checkpointing` keeps only what goes into a layer and computes it again for the backward pass;
+    `selective_checkpointing` keeps its matrix products and convolutions as well, so that little is computed again.
     """
 
     name: str
@@ -246,6 +248,7 @@ class Recipe:
     skip_limit: int = 5
     adapter: Adapter = field(default_factory=Adapter)
     gradient_checkpointing: bool = False
+    selective_checkpointing: bool = False
     compile: bool = False
     measure_latents: bool = False
     log_every: int = 20
@@ -290,6 +293,11 @@ class Recipe:
             raise ConfigError(
                 f"data.lanes is {self.data.lanes}; it must divide the samples of a step, batch_size x accumulate = "
                 f"{self.batch_size} x {self.accumulate}."
+            )
+        if self.selective_checkpointing and (self.gradient_checkpointing or self.compile):
+            raise ConfigError(
+                "selective_checkpointing excludes gradient_checkpointing, which keeps less, and compile, which decides "
+                "by itself what to compute again; set one of them."
             )
         if self.measure_latents and not isinstance(self.objective, Reconstruct):
             raise ConfigError(f"measure_latents is for tokenizer stages; the objective {kind} makes no latents.")
