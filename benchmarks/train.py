@@ -142,7 +142,10 @@ def nothing(_: UniLIP) -> None:
 def recompute_everything(model: UniLIP) -> None:
     """Recompute connector and language model; the plain transformer does so by itself."""
     enable_checkpointing(model)
-    model.mllm.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    llm: Any = model.mllm.language_model
+    enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    llm.disable_input_require_grads()  # which would give the prompt gradients in ours, too
 
 
 THEIRS: dict[str, Callable[[UniLIP], None]] = {"kept": nothing, "recomputed": recompute_everything}
