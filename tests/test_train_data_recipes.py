@@ -84,8 +84,8 @@ def first_steps(name, shards, autoencoder, tokenizer, folder, monkeypatch, *sett
         "accumulate=1", "data.workers=0", "dtype=float32", *own, *settings,
     ])  # fmt: skip
     model, objective, batches = build(recipe, folder)
-    if recipe.gradient_checkpointing:
-        enable_checkpointing(model)
+    if recipe.gradient_checkpointing or recipe.selective_checkpointing:
+        enable_checkpointing(model, recipe.selective_checkpointing)
     trained = trained_parameters(recipe, model)
     assert all(p.requires_grad for p, _ in trained.values())
     tasks = {batches.is_edit(i): i for i in range(60, -1, -1)} if flow else {False: 0}

@@ -112,10 +112,19 @@ def test_what_cannot_fit_is_refused_with_what_would(monkeypatch):
     import unilip.train.preflight as module
 
     few = dataclasses.replace(STEP, activations=(1e9, 2e8))
-    monkeypatch.setattr(module, "measure", lambda recipe: few if recipe.gradient_checkpointing else STEP)
-    recipe = override(get_recipe("1b/sft"), ["gradient_checkpointing=0", "batch_size=32", "accumulate=16"])
-    with pytest.raises(ConfigError, match=r"needs about 8\d\.\d GiB .*would fit with: --set gradient_check"):
+    saved = dataclasses.replace(STEP, activations=(1e9, 3e8))
+    monkeypatch.setattr(
+        module, "measure",
+        lambda recipe: few if recipe.gradient_checkpointing else saved if recipe.selective_checkpointing else STEP,
+    )  # fmt: skip
+    recipe = override(get_recipe("1b/sft"), ["selective_checkpointing=0", "batch_size=32", "accumulate=16"])
+    with pytest.raises(ConfigError, match=r"needs about 8\d\.\d GiB .*would fit with: --set selective_check"):
         preflight(recipe, hardware("a100-40"))
+    already = override(recipe, ["selective_checkpointing=1"])
+    texts = [text for text, _ in remedies(already, hardware("a100-40"), STEP)]
+    assert "--set selective_checkpointing=0 --set gradient_checkpointing=1" in texts
+    compiled = [text for text, _ in remedies(override(recipe, ["compile=1"]), hardware("a100-40"), STEP)]
+    assert not any("selective" in text for text in compiled)
     found = list(remedies(recipe, hardware("a100-40"), STEP))
     assert found and all(one.fits for _, one in found)
     assert any("batch_size=" in text for text, _ in found) and any("on 1 x" in text for text, _ in found)

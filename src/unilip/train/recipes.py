@@ -235,13 +235,14 @@ def paper(size: str, internvl: str, sana: str) -> list[Recipe]:
         ),
         Recipe(
             name=f"{size}/pretrain", objective=Flow(), trains=GENERATE, steps=200_000, optim=flow, data=with_edits,
-            gradient_checkpointing=True,
+            selective_checkpointing=True,
             init=(f"{WHOLE_TOKENIZER}={size}/recon_448", f"mllm,connector,dit={size}/connector"),
             note="the DiT learns the tokenizer's own latents; generation and edits", **generator,
         ),
         Recipe(
             name=f"{size}/sft", objective=Flow(), trains=GENERATE, steps=30_000, optim=flow, data=curated,
-            gradient_checkpointing=True, init=(f"all={size}/pretrain",), note="curated pictures and edits", **generator,
+            selective_checkpointing=True, init=(f"all={size}/pretrain",), note="curated pictures and edits",
+            **generator,
         ),
     ]  # fmt: skip
 
