@@ -6,7 +6,6 @@ The models have the widths of the released sizes but one layer in each part, and
 import dataclasses
 
 import pytest
-import torch
 import webdataset
 from diffusers import AutoencoderDC
 
@@ -135,4 +134,5 @@ def test_first_steps_at_full_resolution(size, stage, shards, autoencoder, tiny_t
     wanted = TERMS[stage] - ({"gan", "discriminator", "lecam"} if stage == "recon_distill" else set())
     assert terms == wanted, "the adversary of recon_distill comes at half-time"
     assert model.config.image_size == (224 if stage in ("recon", "recon_distill") else 448)
-    assert torch.tensor([p.numel() for p in model.parameters()]).sum() > 5e7 or stage == "recon"
+    widths = (model.config.vision.hidden_size, model.config.text.hidden_size, model.config.dit.hidden_size)
+    assert widths == ((1024, 896, 1152) if size == "1b" else (1024, 1536, 2240)), "less deep, but as wide"
