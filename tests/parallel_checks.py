@@ -122,7 +122,7 @@ def full(runs: Path) -> None:
     for mode in ("ddp", "fsdp"):
         low = flow("reduce_dtype=bfloat16", "name=x/reduced", f"parallel={mode}")
         mixed = flow("dtype=bfloat16", "name=x/mixed", f"parallel={mode}")
-        halved = flow("weights_dtype=bfloat16", "name=x/halved", f"parallel={mode}")
+        halved = flow("weights_dtype=bfloat16", "dtype=bfloat16", "name=x/halved", f"parallel={mode}")
         together(2, run, runs / mode, runs, [low, mixed, halved])
     together(1, run, runs / "one", runs, [flow("dtype=bfloat16", "name=x/mixed")])
     for first, second in (("ddp", "fsdp"), ("fsdp", "ddp")):

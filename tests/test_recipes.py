@@ -231,6 +231,7 @@ def test_unknown_setting_names_the_nearest(name, near):
         ("optim.weight_decay=-1", "at least 0"),
         ("ema=1", "below 1"),
         ("dtype=float16", "allowed: float32, bfloat16"),
+        ("weights_dtype=bfloat16", "set dtype=bfloat16 as well"),
         ("gradient_checkpointing=perhaps", "bool"),
         ("trains=", "one of them above 0"),
         ("trains=encoder:-1", "at least 0"),

@@ -104,7 +104,7 @@ def test_arithmetic_by_hand():
     shared = estimate(override(recipe, ["parallel=fsdp"]), dataclasses.replace(machine, count=2), STEP)
     assert shared.memory["weights"] == 6e9 and shared.memory["optimizer"] == 4e9
     assert shared.memory["gathered"] == 3e8 * 4 and shared.seconds == pytest.approx(found.seconds / 2)
-    halved = estimate(override(recipe, ["weights_dtype=bfloat16"]), machine, STEP)
+    halved = estimate(override(recipe, ["weights_dtype=bfloat16", "dtype=bfloat16"]), machine, STEP)
     assert halved.memory["optimizer"] == 4e9 and halved.memory["weights"] == 10e9
 
 

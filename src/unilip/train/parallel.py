@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from unilip.model import UniLIP
@@ -46,9 +47,8 @@ def share(whole: Whole, recipe: Recipe) -> nn.Module:
             find_unused_parameters=some_are_unused(whole.model, recipe),
         )  # fmt: skip
     if recipe.reduce_dtype == "bfloat16":
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-        module.register_comm_hook(None, bf16_compress_hook)
+        # by another name than torch's own, which it keeps for NCCL; gloo can do it, too
+        module.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
     return module
 
 

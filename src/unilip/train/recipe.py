@@ -267,6 +267,11 @@ class Recipe:
         for name in ("weights_dtype", "reduce_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16"):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: float32, bfloat16.")
+        if self.weights_dtype == "bfloat16" and self.dtype != "bfloat16":
+            raise ConfigError(
+                "weights_dtype is bfloat16, but dtype is float32; weights in bfloat16 need arithmetic in it, so set "
+                "dtype=bfloat16 as well."
+            )
         if self.parallel not in ("ddp", "fsdp"):
             raise ConfigError(
                 f"parallel is {self.parallel!r}; allowed: ddp (each process has the model), fsdp (a part)."
