@@ -115,7 +115,14 @@ def pico() -> list[Recipe]:
             optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=9, init=("all=pico/sft_edits",),
             **(common | {"data": dataclasses.replace(
                 data, world="pico_paint", edit_share=0.75, edits="recolour:4,background:2,add,remove,replace,move")}),
-            note="more objects to paint, in more colours, so that a colour goes with any shape; the last, embedded",
+            note="more objects to paint, in more colours, so that a colour goes with any shape",
+        ),
+        Recipe(
+            name="pico/sft_paint_more", objective=Flow(noises=8, place=0.3), trains=GENERATE, steps=1300, batch_size=16,
+            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=10, init=("all=pico/sft_paint",),
+            **(common | {"data": dataclasses.replace(
+                data, world="pico_paint", edit_share=0.8, edits="recolour:6,background:2,add,remove,replace,move")}),
+            note="the same; the last, which is embedded",
         ),
     ]  # fmt: skip
 
