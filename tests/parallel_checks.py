@@ -135,6 +135,7 @@ def compiled(runs: Path) -> None:
     """Shards and recomputation with compiled layers; traced as always, but not turned into machine code."""
     together(1, start, runs)
     together(1, run, runs / "one", runs, [flow()])
+    together(2, run, runs / "selective", runs, [flow("parallel=fsdp", "selective_checkpointing=1")])
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
     together(2, run, runs / "fsdp", runs, [flow("parallel=fsdp", "compile=1", "gradient_checkpointing=1")])
 

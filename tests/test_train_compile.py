@@ -118,6 +118,7 @@ def test_compiled_layers_have_the_same_losses_and_gradients(saving, fresh_model)
 
 @pytest.mark.slow
 def test_shards_recomputation_and_compiled_layers_together(tmp_path: Path):
-    """Two processes with FSDP2 and recomputation, layers compiled: the losses of one process with neither."""
+    """Two processes with FSDP2 and recomputation, whole or selective, layers compiled: the losses of one plain process."""
     runs = checks(tmp_path / "runs", "compiled")
-    same_curve(log_of(runs / "one", "x/sft"), log_of(runs / "fsdp", "x/sft"))
+    for folder in ("fsdp", "selective"):
+        same_curve(log_of(runs / "one", "x/sft"), log_of(runs / folder, "x/sft"))

@@ -39,12 +39,13 @@ def log_of(runs: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (runs / name / "log.jsonl").read_text().splitlines()]
 
 
-def same_curve(one: list[dict], other: list[dict], tolerance: float = 1e-5) -> None:
+def same_curve(one: list[dict], other: list[dict], tolerance: float = 1e-5, norms: float = 1e-5) -> None:
     assert [line["step"] for line in one] == [line["step"] for line in other] != []
     for a, b in zip(one, other, strict=True):
         assert set(a) == set(b)
         for name in set(a) - {"time", "samples_per_second", "step"}:
-            assert b[name] == pytest.approx(a[name], rel=tolerance, abs=tolerance), (a["step"], name)
+            within = max(tolerance, norms) if name == "grad_norm" else tolerance
+            assert b[name] == pytest.approx(a[name], rel=within, abs=within), (a["step"], name)
 
 
 def weights_of(runs: Path, name: str) -> dict[str, torch.Tensor]:
@@ -139,7 +140,8 @@ def test_every_stage_precision_and_number_of_processes(tmp_path):
         for mode in ("ddp", "fsdp", "ddp4", "fsdp4"):
             # the discriminator's running means move once for each batch, so accumulating changes the second player
             tolerance = 1e-5 if name != "x/recon_accumulated" else 1e-3
-            same_curve(one, log_of(runs / mode, name), tolerance)
+            # convolutions sum one picture in another order than four: 3e-5 of the gradient norm in the second step
+            same_curve(one, log_of(runs / mode, name), tolerance, norms=1e-4)
     for folder in ("ddp_fsdp", "fsdp_ddp"):
         same_curve(log_of(runs / "one", "x/recon"), log_of(runs / folder, "x/recon"))
     exact = [line["loss"] for line in log_of(runs / "one", "x/mixed")]
