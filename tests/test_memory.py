@@ -223,6 +223,13 @@ def test_a_trained_model_answers_the_same_in_few_bits(
     assert -10 * torch.log10((draw(model) - drawn).square().mean()) > decibels
 
 
+def test_int4_leaves_rows_that_cannot_be_packed() -> None:
+    pytest.importorskip("torchao")
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 42), torch.nn.Linear(64, 48))
+    quantize(layers, "int4")
+    assert [is_quantized(layer) for layer in layers] == [False, True]
+
+
 def test_int8_weights_take_a_quarter() -> None:
     pytest.importorskip("torchao")
     layer = torch.nn.Sequential(torch.nn.Linear(256, 256, bias=False))

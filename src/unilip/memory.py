@@ -21,6 +21,7 @@ from unilip.errors import UniLIPError
 
 SMALLEST = 32  # linear layers with a narrower side stay as they are: they weigh nothing, and decide much
 QUANTIZED = ("encoder", "mllm", "connector", "dit")  # the decoder is nearly all 3x3 convolutions
+INT4_ROWS = 16  # what torchao packs together; a language head of an odd vocabulary stays as it is
 GROUPS = (128, 64, 32)  # columns that share a scale in int4, the largest that divides the layer
 
 
@@ -136,6 +137,7 @@ def quantize(module: nn.Module, kind: str) -> None:
             and not is_quantized(layer)
             and id(layer.weight) not in tied  # a language head that shares the embedding costs nothing as it is
             and layer.in_features % wanted == 0
+            and (kind != "int4" or layer.out_features % INT4_ROWS == 0)
         }
         if chosen:
             weight = next(iter(chosen)).weight
