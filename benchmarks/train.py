@@ -39,7 +39,7 @@ from unilip.preprocess import Tokens
 from unilip.train.build import compile_layers, enable_checkpointing
 from unilip.train.preflight import Alive
 
-PROMPT = 132  # tokens of words in a prompt: 120 of a long caption (the average of BLIP3o's), the rest markers
+PROMPT = 48  # tokens of a prompt: a caption of one or two sentences and the markers around it
 TASKS = ("generate", "edit")
 
 
@@ -207,14 +207,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for part in (model.connector, model.dit):
         part.requires_grad_(True)
     model.mllm.queries.requires_grad_(True)
-    plain_transformer = plain_dit(model)
+    theirs = plain_dit(model)
     switches = {
         "straightforward": Switch(model, THEIRS[arguments.straightforward]),
         "ours": Switch(model, OURS[arguments.ours]),
     }
     if arguments.straightforward == "recomputed":
-        plain_transformer.train()
-        plain_transformer.enable_gradient_checkpointing()
+        theirs.train()
+        theirs.enable_gradient_checkpointing()
 
     def use(name: str) -> None:
         for switch in switches.values():
@@ -227,7 +227,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     batch = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in batch.items()}
     with torch.no_grad():
         ready = {
-            "plain": plain_transformer,
+            "plain": theirs,
             "latents": model.to_latent(model.encoder(batch["targets"])),
             "features": None if batch["sources"] is None else model.encoder(batch["sources"]),
         }

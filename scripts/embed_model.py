@@ -30,7 +30,10 @@ def average(runs: Sequence[Path]) -> UniLIP:
     """Load the first run and give it the mean of all runs' weights."""
     model = UniLIP.from_pretrained(runs[0])
     for done, run in enumerate(runs[1:], 1):
-        other = dict(UniLIP.from_pretrained(run).named_parameters())
+        another = UniLIP.from_pretrained(run)
+        if another.config != model.config:
+            raise SystemExit(f"{run} and {runs[0]} differ in their configurations, so they have no mean.")
+        other = dict(another.named_parameters())
         for name, parameter in model.named_parameters():
             parameter.lerp_(other[name], 1 / (done + 1))
     return model

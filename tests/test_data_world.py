@@ -70,6 +70,22 @@ def test_more_paint_never_shows_what_pico_holds_out():
     assert not any(pico.colour_held_out(name, colour) for name, colour in painted)
 
 
+def test_guests_are_met_in_recolourings_alone():
+    world = World.preset("pico_guests")
+    pico, guests = World.preset("pico"), set(world.guests)
+    assert len(guests) > 40 and not guests & {*pico.concepts, *pico.extra}
+    met = {}
+    for kind in world.edits:
+        edits = [sample_edit(world, random.Random(i), kind) for i in range(200)]
+        met[kind] = {obj.concept for e in edits for scene in (e.source, e.target) for obj in scene.objects} & guests
+        assert all(world.allowed(scene, "train", "generation") for e in edits for scene in (e.source, e.target))
+    assert len(met.pop("recolour")) > 30
+    assert not any(met.values())
+    assert not any({obj.concept for obj in scene.objects} & guests for task in TASKS for scene in scenes(world, task))
+    painted = render(Scene("white", (Obj("vase", "flat", "blue", None, 32, 32, 48),)), Atlas.synthetic(world), world)
+    assert np.asarray(painted).min() < 200
+
+
 @pytest.mark.parametrize("name", WORLDS)
 def test_shares_held_out(name):
     world = World.preset(name)
@@ -225,6 +241,10 @@ def test_a_world_checks_itself():
         replace(pico, styles=("oil",))
     with pytest.raises(DataError, match="extra"):
         replace(pico, extra=("cat",))
+    with pytest.raises(DataError, match="guests must be recolourable"):
+        replace(pico, guests=("tractor",))
+    with pytest.raises(DataError, match="guests must be recolourable"):
+        replace(pico, guests=("car",))
     with pytest.raises(DataError, match=r"unknown background"):
         render(Scene("plaid", ()), Atlas({}), pico)
 

@@ -257,7 +257,7 @@ def test_unknown_setting_names_the_nearest(name, near):
 def test_bad_values_are_refused(setting, word):
     recipe = dataclasses.replace(get_recipe("tiny/recon"), data=Data(world="tiny"))
     with pytest.raises(ConfigError, match=word):
-        override(recipe, setting.split() if " " in setting else [setting])
+        override(recipe, setting.split())
 
 
 def test_records_check_themselves():

@@ -526,3 +526,26 @@ def test_the_speed_benchmark_runs(
     assert all(row["paths"]["exact"]["largest_difference"] < 1e-4 for row in found)
     assert (tmp_path / "b.png").stat().st_size > 1000
     assert "| tiny | edit | 1 | fast |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["generate", "edit"])
+def test_the_step_benchmark_runs(
+    task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import json
+
+    import train
+
+    def measured(*more: str) -> Any:
+        words = ["train.py", "--size", "tiny", "--fraction", "1", "--task", task, "--repeats", "1", "--json", *more]
+        monkeypatch.setattr(sys, "argv", words)
+        train.main()
+        return json.loads(capsys.readouterr().out)
+
+    kept, selective = measured(), measured("--ours", "selective", "--straightforward", "recomputed", "--prompt", "64")
+    for found in (kept, selective):
+        assert found["gradient_difference"] < 1e-4 and found["loss_difference"] < 1e-5
+    assert kept["ours"]["kept_bytes"] < kept["straightforward"]["kept_bytes"]
+    assert selective["ours"]["kept_bytes"] < kept["ours"]["kept_bytes"]
+    assert selective["straightforward"]["kept_bytes"] < kept["straightforward"]["kept_bytes"]
+    assert (kept["prompt"], selective["prompt"]) == (48, 64)

@@ -140,8 +140,9 @@ def test_every_stage_precision_and_number_of_processes(tmp_path):
         for mode in ("ddp", "fsdp", "ddp4", "fsdp4"):
             # the discriminator's running means move once for each batch, so accumulating changes the second player
             tolerance = 1e-5 if name != "x/recon_accumulated" else 1e-3
-            # convolutions sum one picture in another order than four: 3e-5 of the gradient norm in the second step
-            same_curve(one, log_of(runs / mode, name), tolerance, norms=1e-4)
+            # four processes: gradient norms were seen 3e-5 apart in the second step; from where was not traced
+            norms = 1e-4 if mode.endswith("4") and name != "x/accumulated" else 1e-5
+            same_curve(one, log_of(runs / mode, name), tolerance, norms)
     for folder in ("ddp_fsdp", "fsdp_ddp"):
         same_curve(log_of(runs / "one", "x/recon"), log_of(runs / folder, "x/recon"))
     exact = [line["loss"] for line in log_of(runs / "one", "x/mixed")]

@@ -473,11 +473,6 @@ def computes(dtype: torch.dtype, device: torch.device | str) -> bool:
     return dtype == torch.bfloat16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _stored_as(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
-    """What "auto" makes of weights stored in DTYPE."""
-    return dtype if computes(dtype, device) else torch.float32
-
-
 @torch.no_grad()
 def load_into(
     model: nn.Module,
@@ -514,7 +509,8 @@ def load_into(
         if name not in found:
             return fresh_tensor(tuple(like.shape), target or like.dtype).to(device)
         value = checkpoint.tensor(name)
-        cast = (target or _stored_as(value.dtype, device)) if value.is_floating_point() else value.dtype
+        stored = value.dtype if computes(value.dtype, device) else torch.float32
+        cast = (target or stored) if value.is_floating_point() else value.dtype
         return value.to(device=device, dtype=cast, copy=True)  # a copy never depends on the file again
 
     for part, root in modules.items():

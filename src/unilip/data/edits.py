@@ -205,7 +205,7 @@ def _exchange(world: World, rng: random.Random, source: Scene) -> Edit | None:
 def _recolour(world: World, rng: random.Random, purpose: str) -> Edit | None:
     style = _style(world, rng)
     pool = world.pool("train", purpose)
-    paintable = [name for name in pool if world.colours_of(name, style)]
+    paintable = [name for name in (*pool, *world.guests) if world.colours_of(name, style)]
     names = _names(world, rng, 1, purpose, paintable)
     if rng.random() < 0.5:
         names += _names(world, rng, 1, purpose, [name for name in pool if name not in names])

@@ -123,8 +123,9 @@ class World:
     """What exists, how large it is drawn, and what is held out. All sizes in pixels.
 
     ``concepts`` are in use, ``extra`` never appears in any training; ``recolourable`` names the styles in which a
-    concept takes a colour. Corners of objects lie on a lattice of ``grid`` pixels around the centred position;
-    a single object strays at most ``single_shift`` pixels from the middle (None: anywhere).
+    concept takes a colour; ``guests`` are met in recolourings alone. Corners of objects lie on a lattice of ``grid``
+    pixels around the centred position; a single object strays at most ``single_shift`` pixels from the middle (None:
+    anywhere).
     """
 
     name: str
@@ -140,6 +141,7 @@ class World:
     multi_sizes: tuple[int, ...]
     edits: tuple[str, ...]
     tones: tuple[str, ...] = ()
+    guests: tuple[str, ...] = ()
     max_objects: int = 2
     max_count: int = 4
     grid: int = 1
@@ -153,6 +155,7 @@ class World:
         known = concepts()
         for field, given, allowed in (
             ("concepts", (*self.concepts, *self.extra, *self.generation_held_out, *self.recolourable), known),
+            ("guests", self.guests, known),
             ("styles", (*self.styles, self.default_style), STYLES),
             ("colours", self.colours, PALETTE),
             ("backgrounds", (*self.backgrounds, self.default_background), BACKGROUNDS),
@@ -170,13 +173,18 @@ class World:
             )
         if set(self.concepts) & set(self.extra):
             raise DataError("World.extra must not repeat concepts; extra is what no training ever sees")
+        if set(self.guests) & {*self.concepts, *self.extra} or not set(self.guests) <= set(self.recolourable):
+            raise DataError("World.guests must be recolourable, and neither among concepts nor among extra")
 
     # ------------------------------------------------------------------------------------------ presets
 
     @classmethod
     def preset(cls, name: str) -> World:
-        """Return the world called NAME, a classmethod's of this class; raises DataError for another name."""
-        makers = {"nano": cls.nano, "pico": cls.pico, "pico_paint": cls.pico_paint, "tiny": cls.tiny}
+        """Return the world called NAME; raises DataError, naming them all, where there is none."""
+        makers = {
+            "nano": cls.nano, "pico": cls.pico, "pico_paint": cls.pico_paint, "pico_guests": cls.pico_guests,
+            "tiny": cls.tiny,
+        }  # fmt: skip
         if name not in makers:
             raise DataError(f"unknown world {name!r}; allowed are {', '.join(makers)}")
         return makers[name]()
@@ -258,6 +266,20 @@ class World:
             name="pico_paint",
             colours=(*pico.colours, "pink", "black"),
             recolourable={**pico.recolourable, **paint},
+        )
+
+    @classmethod
+    @cache
+    def pico_guests(cls) -> World:
+        """Pico_paint with everything else that takes paint as guests: recolouring is to keep a shape, known or not.
+
+        For training alone; what pico holds out is held out here too.
+        """
+        paint, flat = cls.pico_paint(), frozenset(("flat",))
+        taken = {*paint.concepts, *paint.extra}
+        guests = tuple(name for name, styles in cls.nano().recolourable.items() if flat <= styles and name not in taken)
+        return replace(
+            paint, name="pico_guests", guests=guests, recolourable={**paint.recolourable, **dict.fromkeys(guests, flat)}
         )
 
     @classmethod

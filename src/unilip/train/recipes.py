@@ -122,7 +122,14 @@ def pico() -> list[Recipe]:
             optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=10, init=("all=pico/sft_paint",),
             **(common | {"data": dataclasses.replace(
                 data, world="pico_paint", edit_share=0.8, edits="recolour:6,background:2,add,remove,replace,move")}),
-            note="the same; the last, which is embedded",
+            note="the same, with more recolourings",
+        ),
+        Recipe(
+            name="pico/sft_guests", objective=Flow(noises=8, place=0.3), trains=GENERATE, steps=3200, batch_size=16,
+            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=11, init=("all=pico/sft_paint_more",),
+            **(common | {"data": dataclasses.replace(
+                data, world="pico_guests", edit_share=0.8, edits="recolour:6,background:2,add,remove,replace,move")}),
+            note="recolours things that it never draws, so that a shape is kept whatever it is",
         ),
     ]  # fmt: skip
 
