@@ -1,0 +1,92 @@
+"""How near fewer evaluations of the transformer come to the full sampler: PSNR against 20 guided steps, same noise.
+
+    python benchmarks/shortcuts.py
+    python benchmarks/shortcuts.py --model FOLDER --count 16 --json shortcuts.json
+
+Held-out prompts and edits of the embedded model's world (`unilip data prepare emoji` fetches its art). The presets are
+measured beside the other ways that `acceleration.Shortcut` knows: solvers, shifts, guidance in some steps, reuse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unilip import UniLIP
+from unilip.acceleration import PRESETS, Shortcut
+from unilip.data.art import Atlas
+from unilip.data.dataset import Edits, Scenes
+from unilip.data.world import World
+
+WAYS = {
+    "DPM-Solver++, 12 steps": Shortcut(steps=12),
+    "UniPC, 8 steps, shift 2": Shortcut(steps=8, solver="unipc", shift=2.0),
+    "UniPC, 6 steps, shift 2.5": Shortcut(steps=6, solver="unipc", shift=2.5),
+    "UniPC, 5 steps, shift 2": Shortcut(steps=5, solver="unipc", shift=2.0),
+    "UniPC, 4 steps, shift 1.5": Shortcut(steps=4, solver="unipc", shift=1.5),
+    "first-block caching in every second of 20 steps": Shortcut(reuse=0.0),
+    "guidance in the first 80 % of 20 steps": Shortcut(guided=(0.0, 0.8)),
+    "guidance in the first 60 % of 20 steps": Shortcut(guided=(0.0, 0.6)),
+}
+
+
+def evaluations(way: Shortcut, blocks: int) -> float:
+    """Runs of a transformer of BLOCKS blocks for one picture: two in a guided step, one block of each where reused."""
+    steps = way.steps or 20
+    reused = way.reused_steps(steps)
+    guided = way.guided_steps(steps)
+    return sum((1 + guided[i]) / (blocks if i in reused else 1) for i in range(steps))
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Mean over pictures (B,3,H,W) in [0,1], in dB; equal pictures count 80."""
+    return float((-10 * ((a - b) ** 2).flatten(1).mean(1).clamp(min=1e-8).log10()).mean())
+
+
+def main() -> None:
+    """Draw everything in every way, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a checkpoint instead of the embedded model")
+    parser.add_argument("--world", default="pico")
+    parser.add_argument("--count", type=int, default=32, help="prompts, and edits (32)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path)
+    o = parser.parse_args()
+    model = UniLIP.from_pretrained(o.model, device=o.device)
+    world, atlas = World.preset(o.world), Atlas.load()
+    scenes = Scenes(world, atlas, "val", 5, o.count, purpose="generation")
+    prompts = [str(scenes[i]["caption"]) for i in range(o.count)]
+    edits = [Edits(world, atlas, "val", 5, o.count)[i] for i in range(o.count)]
+
+    def draw(name: str) -> tuple[Tensor, Tensor]:
+        def noise() -> list[torch.Generator]:
+            return [torch.Generator().manual_seed(i) for i in range(o.count)]
+
+        made = model.generate(prompts, preset=name, output_type="pt", progress=False, generator=noise()).images
+        edited = model.edit(
+            [Image.fromarray(e["source"]) for e in edits], [e["instruction"] for e in edits],
+            preset=name, output_type="pt", progress=False, generator=noise(),
+        ).images  # fmt: skip
+        return made, edited
+
+    exact = draw("quality")
+    rows = []
+    print("| way | evaluations | generation, dB | edits, dB |\n|---|---|---|---|")
+    for name, way in (*((f"preset {name}", way) for name, way in PRESETS.items()), *WAYS.items()):
+        PRESETS["measured"] = way  # as a preset of its own, so that everything goes the way it goes for users
+        made, edited = draw("measured")
+        runs = evaluations(way, model.config.dit.num_layers)
+        row = {"way": name, "evaluations": runs, "generate": psnr(made, exact[0]), "edit": psnr(edited, exact[1])}
+        rows.append(row)
+        print(f"| {name} | {runs:g} | {row['generate']:.1f} | {row['edit']:.1f} |", flush=True)
+    if o.json:
+        o.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
