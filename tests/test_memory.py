@@ -170,6 +170,39 @@ def test_strips_decode_to_the_same_pixels(fresh_model: Callable[..., UniLIP], ki
     assert len(heights) >= 2 and max(heights) < whole.shape[2]  # no strip was as high as the picture
 
 
+@pytest.mark.parametrize("kind", ["pixel_shuffle", "interpolate"])
+@pytest.mark.parametrize("widths", [(32, 32, 32, 32, 64, 64), (16, 32, 32, 64, 64, 256)])
+def test_less_work_decodes_to_the_same_pixels(
+    fresh_model: Callable[..., UniLIP], monkeypatch: pytest.MonkeyPatch, kind: str, widths: tuple[int, ...]
+) -> None:
+    import dataclasses
+
+    from unilip import decoder as module
+    from unilip.config import preset
+
+    config = dataclasses.replace(preset("tiny").decoder, upsample_block_type=kind, block_out_channels=widths)
+    decoder = fresh_model(parts=("pixel_decoder",), decoder=config).pixel_decoder
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() == 1 else parameter[0].numel() ** -0.5)
+    latent, ran = torch.randn(2, 32, 3, 2), []
+
+    def counted(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *given: (ran.append(1), run(*given))[1]
+
+    monkeypatch.setattr(module, "upsample", counted(module.upsample))
+    monkeypatch.setattr(module, "residual", counted(module.residual))
+    with torch.no_grad():
+        plain, lean = decoder.decoder(latent), decoder.decode(latent)
+    count = sum(type(layer) is module.ResBlock for stage in decoder.decoder.up_blocks for layer in stage)
+    assert len(ran) == count + (5 if kind == "interpolate" else 0) > 0
+    assert plain.std() > 0.05 and float((plain - lean).abs().max() / plain.std()) < 1e-4
+    spared = len(ran)
+    learning = decoder.decode(latent.requires_grad_())  # keeps what its gradients need
+    assert len(ran) == spared and float((learning.detach() - plain).abs().max() / plain.std()) < 1e-5
+    learning.sum().backward()
+    assert latent.grad is not None and latent.grad.abs().sum() > 0
+
+
 def test_pictures_are_decoded_one_by_one(fresh_model: Callable[..., UniLIP]) -> None:
     model, seen = fresh_model(), []
     model.pixel_decoder.decoder.conv_in.register_forward_hook(lambda _, inputs, out: seen.append(len(out)))

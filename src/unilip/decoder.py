@@ -80,7 +80,8 @@ class PixelDecoder(nn.Module):
         if self.checkpointing is not None and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(self.decoder, latent, **self.checkpointing)
         pieces = latent.split(1) if self.sliced and len(latent) > 1 else [latent]
-        decode = self.decoder if self.strips == 1 else lambda piece: decode_in_strips(self.decoder, piece, self.strips)
+        walked = self.strips > 1 or (can_spare(latent) and not self.decoder._forward_pre_hooks)  # of sharding, say
+        decode = (lambda piece: decode_in_strips(self.decoder, piece, self.strips)) if walked else self.decoder
         decoded = [decode(piece) for piece in pieces]
         return decoded[0] if len(decoded) == 1 else torch.cat(decoded)
 
@@ -95,7 +96,7 @@ def resize_to_tokens(pixels: Tensor) -> Tensor:
     return F.interpolate(pixels.float(), size=size, mode="bilinear", align_corners=False).to(pixels.dtype)
 
 
-# --- in strips ------------------------------------------------------------------------------------------------------
+# --- layer by layer, and in strips ----------------------------------------------------------------------------------
 
 
 def decode_in_strips(decoder: DCDecoder, latent: Tensor, strips: int) -> Tensor:
@@ -111,7 +112,8 @@ def decode_in_strips(decoder: DCDecoder, latent: Tensor, strips: int) -> Tensor:
     if decoder.in_shortcut:
         hidden = hidden + latent.repeat_interleave(decoder.in_shortcut_repeats, dim=1)
     for stage in stages[:first]:
-        hidden = stage(hidden)  # M C r c
+        for layer in stage:
+            hidden = run_layer(layer, hidden)  # M C r c
     local = [*(layer for stage in stages[first:] for layer in stage), decoder.conv_out]
     halo, scale = margin(local)
     rows = hidden.shape[2]
@@ -121,11 +123,66 @@ def decode_in_strips(decoder: DCDecoder, latent: Tensor, strips: int) -> Tensor:
         start, stop = max(0, top - halo), min(rows, top + size + halo)
         strip = hidden[:, :, start:stop]
         for layer in local[:-1]:
-            strip = layer(strip)
+            strip = run_layer(layer, strip)
         strip = decoder.norm_out(strip.movedim(1, -1)).movedim(-1, 1)
         strip = local[-1](decoder.conv_act(strip))
         out.append(strip[:, :, (top - start) * scale : (min(top + size, rows) - start) * scale])
-    return torch.cat(out, 2)
+    return out[0] if len(out) == 1 else torch.cat(out, 2)
+
+
+def can_spare(hidden: Tensor) -> bool:
+    """Whether the ways below may be gone: on a CPU, in float32, where nothing is differentiated or compiled."""
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not plain and hidden.device.type == "cpu" and hidden.dtype == torch.float32
+
+
+def run_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """Run a layer of the decoder as it is, or where `can_spare` says so, the same with less work and memory."""
+    if can_spare(hidden):
+        if type(layer) is DCUpBlock2d and layer.interpolate and layer.interpolation_mode == "nearest":
+            return upsample(layer, hidden)
+        if type(layer) is ResBlock and layer.norm_type == "rms_norm":
+            return residual(layer, hidden)
+    result: Tensor = layer(hidden)
+    return result
+
+
+def upsample(layer: DCUpBlock2d, x: Tensor) -> Tensor:
+    """Repeat every pixel 2x2, convolve by 3x3, add the shortcut: (M,C,h,w) -> (M,O,2h,2w), without repeating anything.
+
+    Among repeated pixels three taps fall on two, so each of the four outputs of a pixel is a 2x2 convolution of the
+    small picture with summed taps: 16 products in place of 36.
+    """
+    m, _, h, w = x.shape
+    weight, bias = layer.conv.weight, layer.conv.bias
+    out = x.new_empty(m, len(weight), 2 * h, 2 * w)
+    channels = torch.arange(len(weight), device=x.device) * 4
+    for top in (0, 1):
+        for left in (0, 1):
+            taps = fold(fold(weight, top, 2), left, 3)  # O C 2 2
+            part = F.conv2d(x, taps, bias, padding=1)[:, :, top : top + h, left : left + w]
+            if layer.shortcut:
+                part = part + x[:, (channels + 2 * top + left) // layer.repeats]
+            out[:, :, top::2, left::2] = part
+    return out
+
+
+def fold(weight: Tensor, second: int, dim: int) -> Tensor:
+    """Sum the two of three taps along DIM that fall on one pixel: the last two for its first output, else the first."""
+    a, b, c = weight.split(1, dim)
+    return torch.cat([a + b, c] if second else [a, b + c], dim)
+
+
+def residual(block: ResBlock, x: Tensor) -> Tensor:
+    """Two convolutions, a norm over channels, and the sum with what came in (M,C,h,w), in place where that is ours."""
+    hidden = block.conv1(x)
+    hidden = F.silu(hidden, inplace=True) if type(block.nonlinearity) is nn.SiLU else block.nonlinearity(hidden)
+    hidden = block.conv2(hidden)
+    norm = block.norm
+    scale = torch.linalg.vector_norm(hidden, dim=1, keepdim=True).square_().div_(hidden.shape[1]).add_(norm.eps)
+    hidden = hidden.mul_(scale.rsqrt_())
+    hidden = torch.addcmul(x, hidden, norm.weight[:, None, None], out=hidden)
+    return hidden.add_(norm.bias[:, None, None])
 
 
 def margin(layers: list[nn.Module]) -> tuple[int, int]:

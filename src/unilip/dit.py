@@ -233,7 +233,8 @@ def feed_forward(ff: Any, hidden: Tensor, size: torch.Size) -> Tensor:
     wide = F.silu(pointwise(ff.conv_inverted, hidden, size), inplace=fresh)  # B n 2M
     mixed = ff.conv_depth(wide.unflatten(1, size).permute(0, 3, 1, 2))  # B 2M h w, channels last
     value, gate = mixed.permute(0, 2, 3, 1).flatten(1, 2).chunk(2, -1)  # B n M each
-    return pointwise(ff.conv_point, F.silu(gate) * value, size)
+    gated = value.mul_(F.silu(gate, inplace=True)) if fresh else F.silu(gate) * value
+    return pointwise(ff.conv_point, gated, size)
 
 
 def pointwise(layer: nn.Module, hidden: Tensor, size: torch.Size) -> Tensor:
