@@ -88,6 +88,15 @@ PALETTE: dict[str, RGB] = {
     "pink": (244, 116, 178),
     "black": (44, 44, 48),
 }
+# Between those of the palette: for a model to learn that colours are a range. Nothing is measured on them.
+HUES: dict[str, RGB] = {
+    "amber": (248, 174, 32),
+    "lime": (150, 205, 50),
+    "teal": (30, 160, 160),
+    "indigo": (84, 70, 210),
+    "magenta": (200, 50, 170),
+}
+PAINTS = PALETTE | HUES
 
 
 @dataclass(frozen=True)
@@ -406,7 +415,7 @@ class Atlas:
     ) -> Image.Image:
         """Return the RGBA sprite of SIZE x SIZE pixels; do not write into it, it is cached.
 
-        COLOUR is a name of PALETTE, TONE one of concepts.TONES. A drawn shape needs a colour. Raises DataError for
+        COLOUR is a name of PAINTS, TONE one of concepts.TONES. A drawn shape needs a colour. Raises DataError for
         a name, style, colour or tone that does not exist.
         """
         key = (name, style, size, colour, tone)
@@ -443,10 +452,10 @@ class Atlas:
     @staticmethod
     def _paint(name: str, colour: str | None) -> RGB:
         if colour is None:
-            raise DataError(f"the drawn shape {name!r} needs a colour; allowed are {', '.join(PALETTE)}")
-        if colour not in PALETTE:
-            raise DataError(f"unknown colour {colour!r}; allowed are {', '.join(PALETTE)}")
-        return PALETTE[colour]
+            raise DataError(f"the drawn shape {name!r} needs a colour; allowed are {', '.join(PAINTS)}")
+        if colour not in PAINTS:
+            raise DataError(f"unknown colour {colour!r}; allowed are {', '.join(PAINTS)}")
+        return PAINTS[colour]
 
 
 class _Cache(Generic[T]):

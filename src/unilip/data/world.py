@@ -15,7 +15,7 @@ from importlib.resources import files
 from itertools import combinations
 from typing import Any
 
-from unilip.data.art import BACKGROUNDS, HORIZON, PALETTE, STYLES
+from unilip.data.art import BACKGROUNDS, HORIZON, HUES, PAINTS, PALETTE, STYLES
 from unilip.data.concepts import SHAPES, TONES, concept, concepts
 from unilip.data.errors import DataError
 from unilip.data.measure import measured
@@ -157,7 +157,7 @@ class World:
             ("concepts", (*self.concepts, *self.extra, *self.generation_held_out, *self.recolourable), known),
             ("guests", self.guests, known),
             ("styles", (*self.styles, self.default_style), STYLES),
-            ("colours", self.colours, PALETTE),
+            ("colours", self.colours, PAINTS),
             ("backgrounds", (*self.backgrounds, self.default_background), BACKGROUNDS),
             ("tones", self.tones, TONES),
             ("edits", self.edits, EDITS),
@@ -183,7 +183,7 @@ class World:
         """Return the world called NAME; raises DataError, naming them all, where there is none."""
         makers = {
             "nano": cls.nano, "pico": cls.pico, "pico_paint": cls.pico_paint, "pico_guests": cls.pico_guests,
-            "tiny": cls.tiny,
+            "pico_hues": cls.pico_hues, "tiny": cls.tiny,
         }  # fmt: skip
         if name not in makers:
             raise DataError(f"unknown world {name!r}; allowed are {', '.join(makers)}")
@@ -267,6 +267,16 @@ class World:
             colours=(*pico.colours, "pink", "black"),
             recolourable={**pico.recolourable, **paint},
         )
+
+    @classmethod
+    @cache
+    def pico_hues(cls) -> World:
+        """Pico_paint with colours between its own, so that one never met lies between two that were.
+
+        For training alone; what pico holds out is held out here too.
+        """
+        paint = cls.pico_paint()
+        return replace(paint, name="pico_hues", colours=(*paint.colours, *HUES))
 
     @classmethod
     @cache

@@ -131,6 +131,13 @@ def pico() -> list[Recipe]:
                 data, world="pico_guests", edit_share=0.8, edits="recolour:6,background:2,add,remove,replace,move")}),
             note="recolours things that it never draws, so that a shape is kept whatever it is",
         ),
+        Recipe(
+            name="pico/sft_hues", objective=Flow(noises=8, place=0.3), trains=GENERATE, steps=1700, batch_size=16,
+            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=12, init=("all=pico/sft_guests",),
+            **(common | {"data": dataclasses.replace(
+                data, world="pico_hues", edit_share=0.8, edits="recolour:7,background:2,add,remove,replace,move")}),
+            note="colours in between, so that one that an object never had lies between two that it had",
+        ),
     ]  # fmt: skip
 
 
