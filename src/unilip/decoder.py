@@ -114,6 +114,8 @@ def decode_in_strips(decoder: DCDecoder, latent: Tensor, strips: int) -> Tensor:
     for stage in stages[:first]:
         for layer in stage:
             hidden = run_layer(layer, hidden)  # M C r c
+    if can_spare(hidden):  # large pictures with few channels: channels last saves the convolutions from reordering them
+        hidden = hidden.contiguous(memory_format=torch.channels_last)
     local = [*(layer for stage in stages[first:] for layer in stage), decoder.conv_out]
     halo, scale = margin(local)
     rows = hidden.shape[2]
@@ -126,7 +128,7 @@ def decode_in_strips(decoder: DCDecoder, latent: Tensor, strips: int) -> Tensor:
             strip = run_layer(layer, strip)
         strip = decoder.norm_out(strip.movedim(1, -1)).movedim(-1, 1)
         strip = local[-1](decoder.conv_act(strip))
-        out.append(strip[:, :, (top - start) * scale : (min(top + size, rows) - start) * scale])
+        out.append(strip[:, :, (top - start) * scale : (min(top + size, rows) - start) * scale].contiguous())
     return out[0] if len(out) == 1 else torch.cat(out, 2)
 
 
@@ -155,14 +157,17 @@ def upsample(layer: DCUpBlock2d, x: Tensor) -> Tensor:
     """
     m, _, h, w = x.shape
     weight, bias = layer.conv.weight, layer.conv.bias
-    out = x.new_empty(m, len(weight), 2 * h, 2 * w)
-    channels = torch.arange(len(weight), device=x.device) * 4
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    out = torch.empty(
+        m, len(weight), 2 * h, 2 * w, dtype=x.dtype, device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )  # fmt: skip
     for top in (0, 1):
         for left in (0, 1):
             taps = fold(fold(weight, top, 2), left, 3)  # O C 2 2
             part = F.conv2d(x, taps, bias, padding=1)[:, :, top : top + h, left : left + w]
             if layer.shortcut:
-                part = part + x[:, (channels + 2 * top + left) // layer.repeats]
+                part += x.repeat_interleave(layer.repeats, 1)[:, 2 * top + left :: 4] if layer.repeats < 4 else x
             out[:, :, top::2, left::2] = part
     return out
 
