@@ -1,7 +1,7 @@
 """Make a finished run the embedded model: float16 weights in shards that stay small, and where they come from.
 
     python scripts/embed_model.py runs/pico/sft/final --guidance-scale 2.5
-    python scripts/embed_model.py runs/pico/sft_paint/final runs/pico/sft_paint_more/final
+    python scripts/embed_model.py runs/pico/sft_guests/final runs/pico/sft_hues/final
 
 Of several runs, each of which went on from the one before, the weights are averaged.
 """

@@ -58,7 +58,7 @@ class Shortcut:
 PRESETS: dict[str, Shortcut] = {
     "quality": Shortcut(),
     "balanced": Shortcut(steps=10, solver="unipc", shift=2.0),
-    "fast": Shortcut(steps=5, solver="unipc", shift=2.0, guided=(0.0, 0.8)),
+    "fast": Shortcut(steps=6, solver="unipc", shift=2.0, guided=(0.0, 0.6)),
 }
 assert tuple(PRESETS) == SAMPLING_PRESETS
 
