@@ -303,8 +303,8 @@ def test_presets_evaluate_less_and_stay_near(tiny_model: UniLIP) -> None:
     counts = [evaluations(tiny_model, preset=name) for name in PRESETS]
     assert counts[0] == 40 and counts == sorted(counts, reverse=True) and counts[1] <= 24 and counts[2] <= 14
     assert apart(draw(tiny_model, preset="quality"), exact) == 0
-    for name in ("balanced", "fast"):
-        assert 0 < relative(draw(tiny_model, preset=name), exact) < 0.1
+    for name, far in (("balanced", 0.1), ("fast", 0.2)):  # fast is unguided at the end, which tells on random weights
+        assert 0 < relative(draw(tiny_model, preset=name), exact) < far
     assert evaluations(tiny_model, preset="fast", num_inference_steps=3) == 6  # what is given counts more
 
 
