@@ -305,7 +305,7 @@ def test_presets_evaluate_less_and_stay_near(tiny_model: UniLIP) -> None:
     assert apart(draw(tiny_model, preset="quality"), exact) == 0
     for name, far in (("balanced", 0.1), ("fast", 0.2)):  # fast is unguided at the end, which tells on random weights
         assert 0 < relative(draw(tiny_model, preset=name), exact) < far
-    assert evaluations(tiny_model, preset="fast", num_inference_steps=3) == 6  # what is given counts more
+    assert evaluations(tiny_model, preset="fast", num_inference_steps=3) == 5  # what is given counts more
 
 
 def test_a_preset_draws_the_same_in_any_batch(tiny_model: UniLIP) -> None:
