@@ -171,7 +171,7 @@ def test_strips_decode_to_the_same_pixels(fresh_model: Callable[..., UniLIP], ki
 
 
 @pytest.mark.parametrize("kind", ["pixel_shuffle", "interpolate"])
-@pytest.mark.parametrize("widths", [(32, 32, 32, 32, 64, 64), (16, 32, 32, 64, 64, 256)])
+@pytest.mark.parametrize("widths", [(32, 32, 32, 32, 64, 64), (16, 32, 32, 64, 64, 256), (64, 32, 32, 32, 32, 32)])
 def test_less_work_decodes_to_the_same_pixels(
     fresh_model: Callable[..., UniLIP], monkeypatch: pytest.MonkeyPatch, kind: str, widths: tuple[int, ...]
 ) -> None:

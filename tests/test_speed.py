@@ -549,3 +549,27 @@ def test_the_step_benchmark_runs(
     assert selective["ours"]["kept_bytes"] < kept["ours"]["kept_bytes"]
     assert selective["straightforward"]["kept_bytes"] < kept["straightforward"]["kept_bytes"]
     assert (kept["prompt"], selective["prompt"]) == (48, 64)
+
+
+def test_the_comparison_of_shortcuts_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import json
+
+    import shortcuts
+
+    from unilip.data.art import Atlas
+    from unilip.data.world import World
+
+    art, ways = Atlas.synthetic(World.pico()), {name: shortcuts.WAYS[name] for name in list(shortcuts.WAYS)[-3:]}
+    monkeypatch.setattr(shortcuts.Atlas, "load", lambda: art)
+    monkeypatch.setattr(shortcuts, "WAYS", ways)
+    monkeypatch.setitem(PRESETS, "measured", Shortcut())  # so that it is gone afterwards
+    monkeypatch.setattr(sys, "argv", ["shortcuts.py", "--count", "2", "--json", str(tmp_path / "a.json")])
+    shortcuts.main()
+    rows = {row["way"]: row for row in json.loads((tmp_path / "a.json").read_text())}
+    assert [rows[f"preset {name}"]["evaluations"] for name in ("quality", "balanced", "fast")] == [40, 20, 10]
+    assert rows["preset quality"]["generate"] == rows["preset quality"]["edit"] == 80
+    assert rows["guidance in the first 80 % of 20 steps"]["evaluations"] == 36
+    assert all(10 < row[task] < 79 for way, row in rows.items() if way in ways for task in ("generate", "edit"))
+    assert "| preset fast | 10 |" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import unilip.data.tokenizer
@@ -24,7 +25,7 @@ from unilip.preprocess import normalise
 from unilip.train import loop as loops
 from unilip.train.batches import make_batches
 from unilip.train.build import build
-from unilip.train.loop import Interrupted, Loop, learning_rate, mixed_precision, train
+from unilip.train.loop import Float32Attention, Interrupted, Loop, learning_rate, mixed_precision, train
 from unilip.train.recipe import Optim, override, plain
 from unilip.train.recipes import get_recipe
 from unilip.train.state import EMA, newest
@@ -468,6 +469,41 @@ def test_low_precision_and_recomputation_in_a_run(fork):
     losses = [x["loss"] for x in log_of(low.parent)]
     assert losses == pytest.approx([x["loss"] for x in exact], rel=0.05) and losses != [x["loss"] for x in exact]
     assert UniLIP.from_pretrained(low, dtype="auto").dtype == torch.float32, "weights stay float32"
+
+
+class Attentions(TorchDispatchMode):
+    """Notes in which types attention and products ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.products, self.backward = set(), set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "scaled_dot_product" in str(func) or "fused_attention" in str(func):
+            self.attention.add(args[0].dtype)
+            self.backward += "backward" in str(func)
+        elif func is torch.ops.aten.mm.default:
+            self.products.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("saving", ["", "gradient_checkpointing=1", "selective_checkpointing=1"])
+def test_a_cpu_attends_in_float32_whatever_the_dtype(fork, saving):
+    settings = ("steps=2", "sample_every=100", "dtype=bfloat16", "name=tiny/low", *filter(None, [saving]))
+    with Attentions() as ran:
+        train(quick(*settings, name="tiny/sft"), fork, progress=False)
+    assert torch.bfloat16 in ran.products and ran.backward > 0
+    assert ran.attention == {torch.bfloat16 if saving else torch.float32}, "except where layers run again"
+
+
+def test_attention_is_left_alone_outside_of_autocast():
+    query = torch.randn(1, 2, 3, 4, dtype=torch.bfloat16)
+    with Float32Attention():
+        assert torch.nn.functional.scaled_dot_product_attention(query, query, query).dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            mask = torch.zeros(3, 3, dtype=torch.bfloat16)
+            out = torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+    assert out.dtype == torch.float32
 
 
 def test_bfloat16_only_where_the_gpu_has_it(monkeypatch):

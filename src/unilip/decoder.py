@@ -114,7 +114,7 @@ def decode_in_strips(decoder: DCDecoder, latent: Tensor, strips: int) -> Tensor:
     for stage in stages[:first]:
         for layer in stage:
             hidden = run_layer(layer, hidden)  # M C r c
-    if can_spare(hidden):  # large pictures with few channels: channels last saves the convolutions from reordering them
+    if can_spare(hidden):  # large pictures: convolutions need not reorder them
         hidden = hidden.contiguous(memory_format=torch.channels_last)
     local = [*(layer for stage in stages[first:] for layer in stage), decoder.conv_out]
     halo, scale = margin(local)
@@ -133,7 +133,7 @@ def decode_in_strips(decoder: DCDecoder, latent: Tensor, strips: int) -> Tensor:
 
 
 def can_spare(hidden: Tensor) -> bool:
-    """Whether the ways below may be gone: on a CPU, in float32, where nothing is differentiated or compiled."""
+    """Whether the shorter ways below apply: on a CPU, in float32, where nothing is differentiated or compiled."""
     plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
     return not plain and hidden.device.type == "cpu" and hidden.dtype == torch.float32
 
@@ -141,7 +141,7 @@ def can_spare(hidden: Tensor) -> bool:
 def run_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
     """Run a layer of the decoder as it is, or where `can_spare` says so, the same with less work and memory."""
     if can_spare(hidden):
-        if type(layer) is DCUpBlock2d and layer.interpolate and layer.interpolation_mode == "nearest":
+        if type(layer) is DCUpBlock2d and layer.interpolate and type(layer.conv) is nn.Conv2d:  # no adapter around it
             return upsample(layer, hidden)
         if type(layer) is ResBlock and layer.norm_type == "rms_norm":
             return residual(layer, hidden)
@@ -167,7 +167,7 @@ def upsample(layer: DCUpBlock2d, x: Tensor) -> Tensor:
             taps = fold(fold(weight, top, 2), left, 3)  # O C 2 2
             part = F.conv2d(x, taps, bias, padding=1)[:, :, top : top + h, left : left + w]
             if layer.shortcut:
-                part += x.repeat_interleave(layer.repeats, 1)[:, 2 * top + left :: 4] if layer.repeats < 4 else x
+                part += x if layer.repeats == 4 else x.repeat_interleave(layer.repeats, 1)[:, 2 * top + left :: 4]
             out[:, :, top::2, left::2] = part
     return out
 

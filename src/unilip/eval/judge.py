@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from unilip.data.art import BACKGROUNDS, HORIZON, PALETTE, Atlas, recolour
+from unilip.data.art import BACKGROUNDS, HORIZON, PAINTS, Atlas, recolour
 from unilip.data.concepts import SHAPES, concept
 from unilip.data.edits import Edit
 from unilip.data.render import change_mask, render
@@ -268,7 +268,7 @@ class Judge:
         if look.colour is None or look.concept in SHAPES:
             sprite = self.atlas.sprite(look.concept, look.style, CELLS * 3, look.colour, look.tone)
         else:  # painting the small drawing is ten times faster, and as good for the coarse grid
-            sprite = recolour(self.atlas.sprite(look.concept, look.style, CELLS * 3), PALETTE[look.colour])
+            sprite = recolour(self.atlas.sprite(look.concept, look.style, CELLS * 3), PAINTS[look.colour])
         return F.avg_pool2d(_premultiply(sprite), 3)
 
     # ------------------------------------------------------------------------------------------ reading
@@ -512,7 +512,7 @@ class Judge:
         median = to_lab(image[window][:, seen].median(1).values.numpy() * 255)
         scale = np.array([LIGHTNESS_WEIGHT, 1, 1])
         distances = {
-            c: float(np.linalg.norm((to_lab(np.array(PALETTE[c])) - median) * scale)) for c in self.world.colours
+            c: float(np.linalg.norm((to_lab(np.array(PAINTS[c])) - median) * scale)) for c in self.world.colours
         }
         nearest = min(distances, key=lambda name: distances[name])
         return nearest if distances[nearest] < BLOB_NEAR else None

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from unilip.config import UniLIPConfig
@@ -170,6 +172,24 @@ def mixed_precision(recipe: Recipe, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
 
 
+class Float32Attention(TorchFunctionMode):
+    """Attention in float32 inside of autocast, for a CPU: its backward pass in bfloat16 is six times slower than that.
+
+    Not for layers that run again in the backward pass: no such mode reaches into that.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or not torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+
+        def wide(value: Any) -> Any:
+            return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        with torch.autocast("cpu", enabled=False):
+            return func(*map(wide, args), **{name: wide(value) for name, value in kwargs.items()})
+
+
 class Health:
     """Counts steps that were skipped because they were not finite, without making the device wait.
 
@@ -234,6 +254,8 @@ class Loop:
         )
         self.state.counters = {"skipped": 0, "skipped_in_a_row": 0}
         self.mixed = mixed_precision(recipe, model.device)
+        once = not (recipe.compile or recipe.gradient_checkpointing or recipe.selective_checkpointing)
+        self.attention = Float32Attention() if once and model.device.type == "cpu" else contextlib.nullcontext()
         self.health = Health(model.device, recipe.skip_limit)
         self.step = 0
         self.signal: int | None = None
@@ -344,7 +366,7 @@ class Loop:
             batches.append(next(loader))
             batch = to_device(batches[-1], device)
             with accumulating(self.whole, last=number + 1 == self.own_batches):
-                with self.mixed:
+                with self.mixed, self.attention:
                     loss, terms = self.whole(self.objective.loss, batch, self.step)
                 (loss / self.own_batches).backward()
             second = self.objective.adversary_loss()
