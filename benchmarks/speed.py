@@ -123,7 +123,15 @@ def work(model: UniLIP, task: str, count: int) -> tuple[list[str], list[Image.Im
 
 
 def compare(
-    model: UniLIP, reference: Reference, task: str, count: int, steps: int, repeats: int, compiled: bool, clock: Clock
+    model: UniLIP,
+    reference: Reference,
+    task: str,
+    count: int,
+    steps: int,
+    repeats: int,
+    compiled: bool,
+    presets: list[str],
+    clock: Clock,
 ) -> dict[str, Any]:
     """Time one size, task and number of pictures; the paths take turns."""
     prompts, images = work(model, task, count)
@@ -147,7 +155,8 @@ def compare(
                 else model.edit(images, prompts, **common, **settings)
             )
             latents[name] = drawn.images.float().cpu()
-            model.from_latent(drawn.images)
+            with torch.no_grad():
+                model.from_latent(drawn.images)
 
         return run
 
@@ -167,7 +176,7 @@ def compare(
     paths: dict[str, Callable[[], None]] = {"reference": plain, "exact": ours("exact")}
     if compiled:
         paths["compiled"] = compiled_run
-    paths |= {name: ours(name, preset=name) for name in ("balanced", "fast")}
+    paths |= {name: ours(name, preset=name) for name in presets}
     with FlopCounterMode(display=False) as counter:  # the first run of each path is not timed
         paths["exact"]()
     for name, path in paths.items():
@@ -262,6 +271,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="measure the compiled path, too")
+    parser.add_argument("--presets", nargs="*", default=["balanced", "fast"], choices=("balanced", "fast"))
     parser.add_argument("--cpu-time", action="store_true", help="processor time, for a machine that others use")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -288,7 +298,7 @@ def main() -> None:
         reference = Reference(model)
         for task in o.tasks:
             for count in o.batches:
-                found = compare(model, reference, task, count, o.steps, o.repeats, o.compile, clock)
+                found = compare(model, reference, task, count, o.steps, o.repeats, o.compile, o.presets, clock)
                 results.append({"size": size, **found, "floor_s": found["flops"] / rate})
                 print(f"{size} {task} x{count}: exact {found['paths']['exact']['ratio']:.2f} times as fast", flush=True)
         del model, reference

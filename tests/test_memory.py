@@ -164,7 +164,7 @@ def test_strips_decode_to_the_same_pixels(fresh_model: Callable[..., UniLIP], ki
     latent, heights = torch.randn(1, 32, 6, 2), []
     with torch.no_grad():
         whole = decoder.decode(latent)
-        decoder.decoder.norm_out.register_forward_hook(lambda _, inputs, out: heights.append(out.shape[1]))
+        decoder.decoder.conv_act.register_forward_hook(lambda _, inputs, out: heights.append(out.shape[2]))
         pieces = decode_in_strips(decoder.decoder, latent, strips)
     assert float((whole - pieces).abs().max()) < 2e-5 and whole.std() > 0.05
     assert len(heights) >= 2 and max(heights) < whole.shape[2]  # no strip was as high as the picture

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_dc import DCUpBlock2d, ResBlock
 from diffusers.models.autoencoders.autoencoder_dc import Decoder as DCDecoder
+from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from unilip.config import DECODER_PIXELS, TOKEN_PIXELS, UniLIPConfig
@@ -126,7 +127,12 @@ def decode_in_strips(decoder: DCDecoder, latent: Tensor, strips: int) -> Tensor:
         strip = hidden[:, :, start:stop]
         for layer in local[:-1]:
             strip = run_layer(layer, strip)
-        strip = decoder.norm_out(strip.movedim(1, -1)).movedim(-1, 1)
+        if can_spare(strip) and local[:-1]:  # else it may be a part of what another strip needs, too
+            strip = unit(decoder.norm_out, strip)
+            shift, weight = decoder.norm_out.bias[:, None, None], decoder.norm_out.weight[:, None, None]
+            strip = torch.addcmul(shift, strip, weight, out=strip)
+        else:
+            strip = decoder.norm_out(strip.movedim(1, -1)).movedim(-1, 1)
         strip = local[-1](decoder.conv_act(strip))
         out.append(strip[:, :, (top - start) * scale : (min(top + size, rows) - start) * scale].contiguous())
     return out[0] if len(out) == 1 else torch.cat(out, 2)
@@ -184,10 +190,15 @@ def residual(block: ResBlock, x: Tensor) -> Tensor:
     hidden = F.silu(hidden, inplace=True) if type(block.nonlinearity) is nn.SiLU else block.nonlinearity(hidden)
     hidden = block.conv2(hidden)
     norm = block.norm
-    scale = torch.linalg.vector_norm(hidden, dim=1, keepdim=True).square_().div_(hidden.shape[1]).add_(norm.eps)
-    hidden = hidden.mul_(scale.rsqrt_())
+    hidden = unit(norm, hidden)
     hidden = torch.addcmul(x, hidden, norm.weight[:, None, None], out=hidden)
     return hidden.add_(norm.bias[:, None, None])
+
+
+def unit(norm: RMSNorm, hidden: Tensor) -> Tensor:
+    """Divide in place by the root mean square over channels (M,C,h,w)."""
+    scale = torch.linalg.vector_norm(hidden, dim=1, keepdim=True).square_().div_(hidden.shape[1]).add_(norm.eps)
+    return hidden.mul_(scale.rsqrt_())
 
 
 def margin(layers: list[nn.Module]) -> tuple[int, int]:

@@ -6,7 +6,7 @@ has been trained.
 
 `recon_*` teach a tokenizer, all from the same short first stage; `gen_*` and `sweep_*` teach generation and edits. At
 pico a diffusion transformer from nothing learns too little in minutes, so there queries and connector are new and the
-rest goes on from `pico/sft_last`, which was trained with the dual condition; the variants that need other latents
+rest goes on from `pico/sft_hues`, which was trained with the dual condition; the variants that need other latents
 (`gen_separate` and `gen_shared` beside it) start from nothing at every size.
 """
 
@@ -52,6 +52,7 @@ class Base:
     contrast: float = 0.05
     ema: float = 0.99
     noises: int = 4
+    flow_dtype: str = ""  # where it is another than the tokenizer's
 
 
 def pico() -> Base:
@@ -59,8 +60,9 @@ def pico() -> Base:
     optim = Optim(lr=1e-3, weight_decay=0.01, final=0.02)
     return Base(
         size="pico", encoder="pico/clip", llm="pico/instruct", tokenizer="pico/recon_distill",
-        generator="pico/sft_last", first=100, second=400, flow=300, whole=1500, recon_batch=16, flow_batch=16,
+        generator="pico/sft_hues", first=100, second=400, flow=800, whole=1500, recon_batch=16, flow_batch=16,
         recon_optim=dataclasses.replace(optim, lr=1.5e-3), flow_optim=optim, distill=0.1,
+        flow_dtype="bfloat16",
         common=dict(model="pico", data=Data(world="pico"), sample_every=300, save_every=50, keep=1, log_every=10),
     )  # fmt: skip
 
@@ -152,6 +154,7 @@ def generators(base: Base) -> list[Recipe]:
             optim=base.flow_optim, ema=base.ema, init=init, data=data,
             config=tuple({"num_queries": usual.num_queries, **(config or {})}.items()),
         )  # fmt: skip
+        fields |= {"dtype": base.flow_dtype} if base.flow_dtype else {}
         return variant(base, name, note, **(fields | changes))
 
     nothing = (f"mllm={base.llm}",)

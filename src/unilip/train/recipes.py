@@ -139,7 +139,7 @@ def pico() -> list[Recipe]:
             note="colours in between, so that one that an object never had lies between two that it had",
         ),
         Recipe(
-            name="pico/sft_all", objective=Flow(noises=8, place=0.3), trains=GENERATE, steps=3400, batch_size=16,
+            name="pico/sft_all", objective=Flow(noises=8, place=0.3), trains=GENERATE, steps=2600, batch_size=16,
             optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=13, init=("all=pico/sft_hues",),
             **(common | {"dtype": "bfloat16", "data": dataclasses.replace(
                 data, world="pico_hues", edit_share=0.5,
