@@ -1,4 +1,5 @@
-"""Draw the figures of docs/method.md: features before and after distillation, what queries read, denoising, edits.
+"""Draw the figures of README and docs/method.md: all abilities, features before and after distillation, what queries
+read, denoising, edits.
 
     python scripts/figures.py
     python scripts/figures.py --before runs/pico/recon/final --only features
@@ -12,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +74,47 @@ def grid(rows: Sequence[tuple[str, Sequence[Any]]], titles: Sequence[str], width
                 axis.imshow(np.asarray(pictures[n]), interpolation="nearest")
     for axis, title in zip(axes[0], titles, strict=False):
         axis.set_title(title, fontsize=7)
+    return figure
+
+
+# --- all that the model does ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def draw_overview(model: UniLIP) -> Any:
+    """All bundled examples: the first question of each picture, its reconstruction, the prompts, the edits."""
+    record = bundled()
+
+    def generators(count: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(0) for _ in range(count)]
+
+    entries, prompts, edits = record["pictures"], record["prompts"], record["edits"]
+    pictures = [open_picture(entry["file"]) for entry in entries]
+    questions = [entry["questions"][0]["question"] for entry in entries]
+    answers = model.ask(pictures, questions, max_new_tokens=32)
+    sources, wanted = [open_picture(e["source"]) for e in edits], [e["instruction"] for e in edits]
+    edited = model.edit(sources, wanted, generator=generators(len(edits)), progress=False).images
+    drawn = model.generate(prompts, generator=generators(len(prompts)), progress=False).images
+    rows: list[tuple[str, list[tuple[str, Any]]]] = [
+        ("understand", [(f"{q} -- {a}", p) for q, a, p in zip(questions, answers, pictures, strict=True)]),
+        ("reconstruct", [("", image) for image in model.reconstruct(pictures).images]),
+        ("generate", [(prompt, image) for prompt, image in zip(prompts, drawn, strict=True)]),
+        ("edit", [x for a, w, b in zip(sources, wanted, edited, strict=True) for x in (("", a), (w, b))]),
+    ]
+    count = max(len(cells) for _, cells in rows)
+    figure, axes = pyplot().subplots(
+        len(rows), count, figsize=(1.7 * count + 0.4, 2.05 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for line, (label, cells) in zip(axes, rows, strict=True):
+        line[0].set_ylabel(label, fontsize=11)
+        for axis, (title, picture) in itertools.zip_longest(line, cells, fillvalue=("", None)):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if picture is None:
+                axis.axis("off")
+            else:
+                axis.imshow(np.asarray(picture), interpolation="nearest")
+                axis.set_title(textwrap.fill(title, 24), fontsize=7.5)
     return figure
 
 
@@ -202,7 +246,7 @@ def save(figure: Any, path: Path) -> Path:
 def main() -> None:
     """Draw the figures that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("features", "queries", "denoising", "edits")
+    names = ("overview", "features", "queries", "denoising", "edits")
     parser.add_argument("--before", default=BEFORE, help=f"checkpoint with the encoder before distillation ({BEFORE})")
     parser.add_argument("--model", help="the model; the embedded one by default")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "figures", help="folder (docs/figures)")
@@ -210,6 +254,7 @@ def main() -> None:
     o = parser.parse_args()
     model = UniLIP.from_pretrained(o.model)
     draw: dict[str, Callable[[], Any]] = {
+        "overview": lambda: draw_overview(model),
         "features": lambda: draw_features(model, o.before),
         "queries": lambda: draw_queries(model),
         "denoising": lambda: draw_denoising(model),
