@@ -19,6 +19,7 @@ ROAD = (
     "encoder",
     "mllm",
     "connector",
+    "packing",
     "dit",
     "flow",
     "decoder",

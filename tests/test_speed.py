@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unilip import cli
+from unilip import cli, packing
 from unilip.acceleration import PRESETS, Compiled, Shortcut, fingerprint, shortcut
 from unilip.checkpoint import open_checkpoint
 from unilip.config import SOLVERS
@@ -285,6 +285,79 @@ def test_what_does_not_change_is_computed_once(tiny_model: UniLIP, monkeypatch: 
     assert counts == once and not any(kept)
     for hook in hooks:
         hook.remove()
+
+
+# --- packed weights -------------------------------------------------------------------------------------------------
+
+
+def packs(dtype: torch.dtype) -> bool:
+    return packing.can_pack(nn.Linear(8, 8, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("make", [nn.Linear, lambda *sizes, **more: nn.Conv2d(*sizes, 1, **more)])
+def test_packed_weights_multiply_alike(make: Callable[..., nn.Module], bias: bool, dtype: torch.dtype) -> None:
+    if not packs(dtype):
+        pytest.skip(f"torch cannot pack {dtype} on this machine")
+    torch.manual_seed(0)
+    layer, tokens = make(48, 80, bias=bias, dtype=dtype), torch.randn(2, 16, 48, dtype=dtype)
+    names = set(layer.state_dict())
+    with torch.no_grad():
+        plain = [packing.product(layer, rows) for rows in (tokens, tokens[:1])]
+        with packing.packing([layer], rows=32, calls=64):
+            assert layer.packed is not None and set(layer.state_dict()) == names
+            packed = [packing.product(layer, rows) for rows in (tokens, tokens[:1])]  # as packed, and half as many
+    assert not hasattr(layer, "packed")
+    for ours, expected in zip(packed, plain, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+def test_what_is_not_a_plain_product_is_not_packed() -> None:
+    class Wrapped(nn.Linear):
+        """Does something else."""
+
+    hooked = nn.Linear(8, 8)
+    hooked.register_forward_hook(lambda *_: None)
+    others = [Wrapped(8, 8), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1, groups=2), nn.Linear(8, 8).double(), hooked]
+    others += [nn.Linear(8, 8, device="meta"), nn.LayerNorm(8)]
+    assert not any(packing.can_pack(layer) for layer in others)
+    layer = nn.Linear(8, 8)
+    with packing.packing([layer, *others], rows=1, calls=packing.ENOUGH - 1):
+        assert not hasattr(layer, "packed")  # too few to be worth it
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_denoising_multiplies_by_packed_weights(
+    fresh_model: Callable[..., UniLIP], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    if not packs(dtype):
+        pytest.skip(f"torch cannot pack {dtype} on this machine")
+    model, calls = fresh_model().to(dtype), []
+    times = packing.Packed.times
+    monkeypatch.setattr(packing.Packed, "times", lambda *given: calls.append(1) or times(*given))
+    monkeypatch.setattr(packing, "ENOUGH", 10**9)
+    plain = draw(model, ["a red star", "a dog"], num_inference_steps=3)
+    assert not calls
+    monkeypatch.setattr(packing, "ENOUGH", 1)
+    packed = draw(model, ["a red star", "a dog"], num_inference_steps=3)
+    blocks = len(model.dit.transformer.transformer_blocks)
+    assert len(calls) == 3 * 8 * blocks
+    assert apart(packed, plain) < (0.05 if dtype == torch.bfloat16 else 1e-5)
+
+    def stop(*_: Any) -> None:
+        assert any(hasattr(layer, "packed") for layer in model.dit.modules())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(model, num_inference_steps=3, callback_on_step_end=stop)
+    assert not any(hasattr(layer, "packed") for layer in model.modules())
+
+
+def test_low_memory_packs_nothing(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "ENOUGH", 1)
+    monkeypatch.setattr(packing.Packed, "of", lambda *_: pytest.fail("packed"))
+    draw(UniLIP.from_pretrained(tiny_folder, low_memory=True), num_inference_steps=2)
 
 
 # --- presets --------------------------------------------------------------------------------------------------------

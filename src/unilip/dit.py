@@ -10,7 +10,8 @@ W is the width, n = h w the number of tokens, S a number of timesteps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from torch import Tensor, nn
 
 from unilip.config import UniLIPConfig
+from unilip.packing import packing, product
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,23 @@ class DiT(nn.Module):
         shared, embedded = net.time_embed(timesteps, hidden_dtype=net.patch_embed.proj.weight.dtype)  # S 6W, S W
         return torch.cat([shared.unflatten(1, (6, -1)), net.scale_shift_table + embedded[:, None]], 1)
 
+    @contextlib.contextmanager
+    def with_packed_weights(self, rows: int, calls: int) -> Iterator[None]:
+        """Inside, on a CPU, multiply by packed weights: where steps have `rows` tokens, and there are `calls` of them.
+
+        Takes as much memory again as the blocks' weights. Only calls without gradients use it.
+        """
+        layers = (
+            layer
+            for block in self.transformer.transformer_blocks
+            for layer in (
+                block.attn1.to_q, block.attn1.to_k, block.attn1.to_v, block.attn1.to_out[0],
+                block.attn2.to_q, block.attn2.to_out[0], block.ff.conv_inverted, block.ff.conv_point,
+            )
+        )  # fmt: skip
+        with packing(layers, rows, calls):
+            yield
+
     def step(self, latent: Tensor, modulation: Tensor, condition: PreparedCondition) -> Tensor:
         """Return the velocity (B,Z,h,w) of latents (B,Z,h,w) under a modulation (1 or B,8,W)."""
         hidden, last = self.first_block(latent, modulation, condition), len(condition.keys_values)
@@ -205,14 +224,14 @@ def linear_attention(attn: Attention, hidden: Tensor) -> Tensor:
     """ReLU attention in time linear in n, its sums in float32: (B,n,W) -> (B,n,W)."""
     b, n, _ = hidden.shape
     query, key, value = (
-        linear(hidden).view(b, n, attn.heads, -1).transpose(1, 2).float()
+        product(linear, hidden).view(b, n, attn.heads, -1).transpose(1, 2).float()
         for linear in (attn.to_q, attn.to_k, attn.to_v)
     )  # B heads n d
     query, key = query.relu(), key.relu()
     summed = key.transpose(2, 3) @ value  # B heads d d
     weight = query @ key.sum(2).unsqueeze(-1)  # B heads n 1
     out = (query @ summed / (weight + 1e-15)).transpose(1, 2).reshape(b, n, -1).to(hidden.dtype)
-    out = attn.to_out[0](out)
+    out = product(attn.to_out[0], out)
     return out.clip(-65504, 65504) if out.dtype == torch.float16 else out
 
 
@@ -222,9 +241,9 @@ def cross_attention(attn: Attention, hidden: Tensor, key: Tensor, value: Tensor,
     K rows that follow each other share keys and values.
     """
     b, n, _ = hidden.shape
-    query = attn.to_q(hidden).view(len(key), -1, attn.heads, key.shape[-1]).transpose(1, 2)  # B heads Kn d
+    query = product(attn.to_q, hidden).view(len(key), -1, attn.heads, key.shape[-1]).transpose(1, 2)  # B heads Kn d
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return attn.to_out[0](out.transpose(1, 2).reshape(b, n, -1))
+    return product(attn.to_out[0], out.transpose(1, 2).reshape(b, n, -1))
 
 
 def feed_forward(ff: Any, hidden: Tensor, size: torch.Size) -> Tensor:
@@ -239,8 +258,6 @@ def feed_forward(ff: Any, hidden: Tensor, size: torch.Size) -> Tensor:
 
 def pointwise(layer: nn.Module, hidden: Tensor, size: torch.Size) -> Tensor:
     """Apply a 1x1 convolution, a linear layer in its place, or what wraps either, to tokens (B,n,W)."""
-    if type(layer) is nn.Conv2d:
-        return F.linear(hidden, layer.weight.flatten(1), layer.bias)
-    if isinstance(layer, nn.Linear):
-        return layer(hidden)
+    if type(layer) is nn.Conv2d or isinstance(layer, nn.Linear):
+        return product(layer, hidden)
     return layer(hidden.unflatten(1, size).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)

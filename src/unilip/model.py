@@ -693,7 +693,12 @@ class UniLIP(nn.Module):
             result = callback(self, step, timestep, {"latents": latents}) if callback else None
             return None if result is None else result.get("latents")
 
-        with contextlib.closing(bar):
+        guidance = len(prepared.mask) > count
+        calls = sum(i not in reused and (not guidance or now) for i, now in enumerate(guided))
+        if compiled is not None or self._offload is not None:  # code of its own; little memory
+            calls = 0
+        rows = len(prepared.mask) * grid * grid
+        with contextlib.closing(bar), self.dit.with_packed_weights(rows, calls):
             return make(prepared, on_step)(noise)
 
     def _output(self, latents: Tensor, output_type: str) -> Any:
