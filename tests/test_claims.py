@@ -82,6 +82,12 @@ def test_a_statement(statement, a, b, verdict):
     assert found["difference"] == pytest.approx(np.mean(a) - np.mean(b), abs=1e-4)
 
 
+@pytest.mark.parametrize(("right", "verdict"), [(0, "undecided"), (5, "undecided"), (6, "yes")])
+def test_two_that_can_do_nothing_are_not_called_equal(right, verdict):
+    results = {name: [run_of(name, {"edits": [1] * right + [0] * (100 - right)})] for name in ("a", "b")}
+    assert check(Statement("not 5 points fewer", "a", "b", "edits", -0.05), results)["verdict"] == verdict
+
+
 @pytest.mark.parametrize(
     ("psnr", "answers", "verdict"),
     [

@@ -354,6 +354,35 @@ def test_denoising_multiplies_by_packed_weights(
     assert not any(hasattr(layer, "packed") for layer in model.modules())
 
 
+def test_weights_are_not_packed_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(64, 64)
+    if not packing.can_pack(layer):
+        pytest.skip("torch cannot pack float32 on this machine")
+    bytes_of = 64 * 64 * 4
+    for spare, expected in ((4 * bytes_of, True), (4 * bytes_of - 1, False)):
+        monkeypatch.setattr(packing, "spare_memory", lambda spare=spare: spare)
+        with packing.packing([layer], rows=packing.ENOUGH, calls=1):
+            assert hasattr(layer, "packed") == expected
+
+
+def test_spare_memory_is_that_of_the_machine_or_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n", "/sys/fs/cgroup/memory.current": "1000\n"}
+
+    def read(path: Path) -> str:
+        if str(path) in files:
+            return files[str(path)]
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert packing.spare_memory() == 8000 * 1024
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert packing.spare_memory() == 8000 * 1024
+    files["/sys/fs/cgroup/memory.max"] = "5000\n"
+    assert packing.spare_memory() == 4000
+    files.clear()
+    assert packing.spare_memory() == 4 << 30
+
+
 def test_low_memory_packs_nothing(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "ENOUGH", 1)
     monkeypatch.setattr(packing.Packed, "of", lambda *_: pytest.fail("packed"))

@@ -12,13 +12,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SHARE = 4  # that many times what is packed must be free
 ENOUGH = 2048  # rows times calls; packing takes about as long as is gained at half of that
+CONTROLS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,12 @@ def packing(layers: Iterable[nn.Module], rows: int, calls: int) -> Iterator[None
     """Keep the weights of layers packed for `rows` rows inside, if `calls` of them make that worth it.
 
     Takes plain layers on a CPU in float32 or bfloat16, as far as this build of torch can pack them; all others stay as
-    they are. The weights must not change meanwhile.
+    they are. So do all where their weights would take more than a quarter of the memory that is left. The weights must
+    not change meanwhile.
     """
     chosen = [layer for layer in layers if rows * calls >= ENOUGH and can_pack(layer)]
+    if chosen and SHARE * sum(matrix(layer).nbytes for layer in chosen) > spare_memory():
+        chosen = []
     try:
         for layer in chosen:
             vars(layer)["packed"] = Packed.of(matrix(layer), rows)
@@ -76,6 +82,20 @@ def packing(layers: Iterable[nn.Module], rows: int, calls: int) -> Iterator[None
     finally:
         for layer in chosen:
             vars(layer).pop("packed", None)
+
+
+def spare_memory() -> int:
+    """Return how many bytes of memory are free, as Linux and its control groups tell; elsewhere a guess of 4 GiB."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 4 << 30
+    group = Path("/sys/fs/cgroup")
+    for limit, used in CONTROLS:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            free = min(free, int((group / limit).read_text()) - int((group / used).read_text()))
+    return free
 
 
 def can_pack(layer: nn.Module) -> bool:
