@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flops import counter
 from speed import PROMPTS, random_model, work
 from torch.profiler import ProfilerActivity
-from torch.utils.flop_counter import FlopCounterMode
 
 from unilip import UniLIP
 
@@ -54,9 +54,9 @@ class Watch:
         def timed(*arguments: Any, **options: Any) -> Any:
             start = self.now()
             if self.counting:
-                with FlopCounterMode(display=False) as counter:
+                with counter() as counted:
                     result = call(*arguments, **options)
-                self.rows[name][2] += counter.get_total_flops()
+                self.rows[name][2] += counted.get_total_flops()
                 return result
             result = call(*arguments, **options)
             self.rows[name][0] += 1
