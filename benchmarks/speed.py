@@ -134,19 +134,25 @@ def compare(
     clock: Clock,
 ) -> dict[str, Any]:
     """Time one size, task and number of pictures; the paths take turns."""
-    prompts, images = work(model, task, count)
+    everything = work(model, task, count)
     grid, guidance = model.config.grid, max(model.config.sampling.guidance_scale, 1.5)
 
-    def generators() -> list[torch.Generator]:
+    def generators(count: int = count) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in range(count)]
 
     noise = draw_noise(count, (model.config.dit.latent_channels, grid, grid), generators())
+
+    def first(count: int) -> tuple[list[str], list[Image.Image] | None]:
+        prompts, images = everything
+        return prompts[:count], images and images[:count]
+
     latents: dict[str, Tensor] = {}
 
     def ours(name: str, **settings: Any) -> Callable[..., None]:
-        def run(steps: int | None = None if "preset" in settings else steps) -> None:
+        def run(steps: int | None = None if "preset" in settings else steps, count: int = count) -> None:
+            prompts, images = first(count)
             common: dict[str, Any] = dict(
-                generator=generators(), guidance_scale=guidance, output_type="latent", progress=False,
+                generator=generators(count), guidance_scale=guidance, output_type="latent", progress=False,
                 num_inference_steps=steps, **settings,
             )  # fmt: skip
             drawn = model.generate(prompts, **common) if images is None else model.edit(images, prompts, **common)
@@ -156,14 +162,14 @@ def compare(
 
         return run
 
-    def plain(steps: int = steps) -> None:
-        latents["reference"] = reference.run(prompts, images, noise, steps, guidance)[0].float().cpu()
+    def plain(steps: int = steps, count: int = count) -> None:
+        latents["reference"] = reference.run(*first(count), noise[:count], steps, guidance)[0].float().cpu()
 
-    def compiled_run(steps: int = steps) -> None:
+    def compiled_run(steps: int = steps, count: int = count) -> None:
         assert accelerated is not None
         model._compiled = accelerated
         try:
-            ours("compiled")(steps)
+            ours("compiled")(steps, count)
         finally:
             model._compiled = None
 
@@ -173,14 +179,15 @@ def compare(
     if compiled:
         paths["compiled"] = compiled_run
     paths |= {name: ours(name, preset=name) for name in presets}
-    # The first run of each path is not timed; on a CPU, where it only has to touch everything once, it is short.
-    short = {} if clock.device.startswith("cuda") else {"steps": 1}
+    # The first run of each path is not timed; on a CPU, where it only has to touch everything once, it is short and of
+    # one picture. So is what is counted, which would otherwise take as long as what is timed.
+    short = {} if clock.device.startswith("cuda") else {"steps": 1, "count": 1}
     for path in paths.values():
         path(**short)
     flops = []
     for few in (1, 2):  # after the first run, which computes what is kept for later ones
         with counter() as counted:
-            paths["exact"](few)
+            paths["exact"](few, 1)
         flops.append(counted.get_total_flops())
     seconds: dict[str, list[float]] = {name: [] for name in paths}
     peaks: dict[str, list[float]] = {name: [] for name in paths}
@@ -196,7 +203,7 @@ def compare(
         "task": task,
         "batch": count,
         "steps": steps,
-        "flops": flops[0] + (steps - 1) * (flops[1] - flops[0]),
+        "flops": count * (flops[0] + (steps - 1) * (flops[1] - flops[0])),
         "paths": {
             name: {
                 "median_s": statistics.median(seconds[name]),
