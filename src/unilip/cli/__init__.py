@@ -52,8 +52,10 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
     found = make_parser(name, verb).parse_intermixed_args(argv[len(name.split()) :], Options())
     least, most = verb.words
     if not least <= len(found.words) <= most:
-        given = f"{len(found.words)} were given" if found.words else "nothing was given"
-        raise UniLIPError(f"`unilip {name} {verb.usage}` is how it works, but {given}.")
+        given = f"{len(found.words)} were given: {' '.join(found.words)}" if found.words else "nothing was given"
+        loose = [word for word in found.words if "=" in word and "--set" in argv]
+        hint = f" Each setting has a --set of its own: --set {' --set '.join(loose)}." if loose else ""
+        raise UniLIPError(f"`unilip {name} {verb.usage}` is how it works, but {given}.{hint}")
     return name, found
 
 
