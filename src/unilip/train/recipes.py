@@ -146,6 +146,14 @@ def pico() -> list[Recipe]:
                 edits="recolour:3,remove:2,move:2,replace:2,add:2,background")}),
             note="everything, since the stages before were for recolouring",
         ),
+        Recipe(
+            name="pico/sft_next", objective=Flow(noises=8, place=0.3), trains=GENERATE, steps=4000, batch_size=16,
+            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=14, init=("all=pico/sft_all",),
+            **(common | {"dtype": "bfloat16", "data": dataclasses.replace(
+                data, world="pico_hues", edit_share=0.5,
+                edits="recolour:2,remove:2,move:2,replace:2,add:2,background")}),
+            note="the same for longer, every kind of edit as often",
+        ),
     ]  # fmt: skip
 
 
