@@ -313,6 +313,18 @@ def test_packed_weights_multiply_alike(make: Callable[..., nn.Module], bias: boo
         torch.testing.assert_close(ours, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_benchmarks_count_packed_products(dtype: torch.dtype) -> None:
+    from flops import counter
+
+    if not packs(dtype):
+        pytest.skip(f"torch cannot pack {dtype} on this machine")
+    layer, tokens = nn.Linear(48, 80, dtype=dtype), torch.randn(2, 16, 48, dtype=dtype)
+    with torch.no_grad(), packing.packing([layer], rows=32, calls=64), counter() as counted:
+        packing.product(layer, tokens)
+    assert counted.get_total_flops() == 2 * 32 * 48 * 80
+
+
 def test_what_is_not_a_plain_product_is_not_packed() -> None:
     class Wrapped(nn.Linear):
         """Does something else."""

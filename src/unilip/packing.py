@@ -3,8 +3,8 @@
 In:  linear layers or 1x1 convolutions, the rows of their inputs, how often each will be called.
 Out: `product` multiplies tokens (...,C) -> (...,D) by the packed weight of a layer that has one.
 
-A matrix product of a few hundred rows spends much of its time on reordering the weights, anew in every call: at 1b an
-eighth in float32 (MKL), up to half in bfloat16 (oneDNN, AMX). Denoising calls the same layers tens of times.
+A matrix product of a few hundred rows spends part of its time on reordering the weights, anew in every call, and
+denoising calls the same layers tens of times. What it saves is measured in docs/results.md.
 """
 
 from __future__ import annotations
