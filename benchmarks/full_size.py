@@ -37,8 +37,8 @@ def write(size: str, folder: str) -> dict[str, Any]:
 
     from unilip import UniLIP, preset
     from unilip.checkpoint import convert
-    from unilip.data.tokenizer import train_tokenizer
-    from unilip.data.world import World
+    from unilip.emoji.tokenizer import train_tokenizer
+    from unilip.emoji.world import World
     from unilip.preprocess import Processor
 
     ours, words = Path(folder) / "ours", Path(folder) / "tokenizer"

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from unilip import UniLIP
 from unilip.acceleration import PRESETS, Shortcut
-from unilip.data.art import Atlas
-from unilip.data.dataset import Edits, Scenes
-from unilip.data.world import World
+from unilip.emoji.art import Atlas
+from unilip.emoji.dataset import Edits, Scenes
+from unilip.emoji.world import World
 from unilip.eval.recon import psnr
 
 WAYS = {

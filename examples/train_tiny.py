@@ -6,9 +6,9 @@ python examples/train_tiny.py [RUNS]
 import sys
 
 from unilip import UniLIP
+from unilip.recipes.catalog import all_recipes
+from unilip.recipes.record import override
 from unilip.train.loop import train
-from unilip.train.recipe import override
-from unilip.train.recipes import all_recipes
 
 runs = sys.argv[1] if len(sys.argv) > 1 else "runs"
 for name, recipe in all_recipes().items():

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from unilip.data.art import Atlas
-from unilip.data.render import render
-from unilip.data.world import Scene, World
+from unilip.emoji.art import Atlas
+from unilip.emoji.render import render
+from unilip.emoji.world import Scene, World
 
 FOLDER = Path(__file__).resolve().parents[1] / "src" / "unilip" / "weights" / "examples"
 

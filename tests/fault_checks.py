@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 from parallel_checks import together
 from unilip.errors import CheckpointError
+from unilip.recipes.catalog import get_recipe
+from unilip.recipes.record import Recipe, override
 from unilip.train import loop, processes
 from unilip.train.loop import train
-from unilip.train.recipe import Recipe, override
-from unilip.train.recipes import get_recipe
 from unilip.train.state import State, newest
 
 

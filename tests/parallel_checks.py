@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-import unilip.data.tokenizer
+import unilip.emoji.tokenizer
+from unilip.recipes.catalog import get_recipe
+from unilip.recipes.record import Recipe, override
 from unilip.train import loop
 from unilip.train.loop import train
-from unilip.train.recipe import Recipe, override
-from unilip.train.recipes import get_recipe
 
 QUICK = ("batch_size=4", "steps=3", "log_every=1", "sample_every=100", "save_every=100", "ema=0.9")
 FLOW = (*QUICK, "init=encoder,mllm=start/clip", "data.edit_share=0.5", "name=x/sft")
@@ -72,8 +72,8 @@ def together(processes: int, work, *arguments) -> None:
 
 def start(runs: Path) -> None:
     """Make what every recipe here begins with: an encoder and a language model with their tokenizer."""
-    make = unilip.data.tokenizer.train_tokenizer
-    unilip.data.tokenizer.train_tokenizer = lambda *a: make(*a, sentences=300)
+    make = unilip.emoji.tokenizer.train_tokenizer
+    unilip.emoji.tokenizer.train_tokenizer = lambda *a: make(*a, sentences=300)
     train(recipe("tiny/clip", "steps=1", "sample_every=9", "name=start/clip"), runs, progress=False)
 
 

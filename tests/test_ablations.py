@@ -10,14 +10,14 @@ from unilip.config import CONDITIONS, UniLIPConfig, preset
 from unilip.convert import authors_configs
 from unilip.errors import CheckpointError, ConfigError
 from unilip.model import UniLIP
-from unilip.train.ablations import ablations, nano, pico, tiny
+from unilip.recipes.ablations import ablations, nano, pico, tiny
+from unilip.recipes.catalog import get_recipe
+from unilip.recipes.record import leaves, override, plain
 from unilip.train.batches import make_batches
 from unilip.train.build import build, build_model, parse_init, recipe_config
 from unilip.train.cache import digests
 from unilip.train.loop import train
 from unilip.train.objectives import contrast, make_objective, needed_parts
-from unilip.train.recipe import leaves, override, plain
-from unilip.train.recipes import get_recipe
 
 ALL = {recipe.name: recipe for recipe in ablations()}
 each_condition = pytest.mark.parametrize("condition", CONDITIONS)

@@ -11,8 +11,8 @@ from unilip import cli
 from unilip.errors import UniLIPError
 from unilip.eval import claims, claims_pages
 from unilip.eval.claims import CLAIMS, Claim, Run, Statement, budget, check, conclude, difference, evaluate, score
-from unilip.train.ablations import ablations, nano, pico, tiny
-from unilip.train.recipe import plain
+from unilip.recipes.ablations import ablations, nano, pico, tiny
+from unilip.recipes.record import plain
 
 RECIPES = {recipe.name: recipe for recipe in ablations()}
 

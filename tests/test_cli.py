@@ -220,7 +220,7 @@ def test_verify_tells_by_its_exit_code(run, tiny_folder, tiny_model):
 
 
 def test_train_lists_its_recipes(run):
-    from unilip.train.recipes import all_recipes
+    from unilip.recipes.catalog import all_recipes
 
     code, out, _ = run("train", "--list")
     lines = out.splitlines()
@@ -269,7 +269,7 @@ def test_an_interrupted_training_says_how_to_go_on(run, monkeypatch):
 
 
 def test_data_prepare_hands_its_folders_on(run, monkeypatch):
-    from unilip.data import art
+    from unilip.emoji import art
 
     monkeypatch.setattr(art, "prepare", lambda output, source, progress: progress(1, 1) or output / "atlas.npz")
     Path("packed").mkdir()
@@ -278,7 +278,7 @@ def test_data_prepare_hands_its_folders_on(run, monkeypatch):
 
 
 def test_eval_hands_its_options_on(run, monkeypatch, tiny_folder):
-    from unilip.eval import emoji
+    from unilip.emoji import score as emoji
 
     seen = []
     monkeypatch.setattr(emoji, "run", lambda *words, **options: seen.append((words, options)) or {"model": "tiny"})

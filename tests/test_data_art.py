@@ -8,10 +8,10 @@ import tarfile
 import numpy as np
 import pytest
 
-from unilip.data import art
-from unilip.data.concepts import SHAPES, TONES, concept, concepts
 from unilip.data.errors import DataError
-from unilip.data.world import World
+from unilip.emoji import art
+from unilip.emoji.concepts import SHAPES, TONES, concept, concepts
+from unilip.emoji.world import World
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from unilip.cli import main
 from unilip.data.shards import ShardWriter
 from unilip.data.sources import open_source
 from unilip.errors import ConfigError
+from unilip.recipes.catalog import get_recipe
+from unilip.recipes.record import override
 from unilip.train.batches import iterate
 from unilip.train.build import build
 from unilip.train.cache import ABOUT, make_cache
 from unilip.train.files import unpacked
-from unilip.train.recipe import override
-from unilip.train.recipes import get_recipe
 
 TOLERANCE = dict(rtol=2e-6, atol=2e-6)
 

@@ -6,12 +6,12 @@ import random
 import numpy as np
 import pytest
 
-from unilip.data.art import Atlas
-from unilip.data.dataset import Edits, Knowledge, Questions, Scenes
-from unilip.data.edits import EDITS, sample_edit
 from unilip.data.errors import DataError
-from unilip.data.render import change_mask, render
-from unilip.data.world import World, overlap, relation
+from unilip.emoji.art import Atlas
+from unilip.emoji.dataset import Edits, Knowledge, Questions, Scenes
+from unilip.emoji.edits import EDITS, sample_edit
+from unilip.emoji.render import change_mask, render
+from unilip.emoji.world import World, overlap, relation
 
 WORLDS = ("pico", "nano")
 KINDS = [(name, kind) for name in WORLDS for kind in World.preset(name).edits]

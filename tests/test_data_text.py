@@ -7,14 +7,14 @@ import re
 
 import pytest
 
-from unilip.data.art import BACKGROUNDS
-from unilip.data.captions import NUMBERS, canonical, caption, counted, indefinite, listed, noun, with_article
-from unilip.data.concepts import concept, concepts
 from unilip.data.errors import DataError
-from unilip.data.knowledge import CLUES, knowledge, riddles
-from unilip.data.questions import KINDS, questions
-from unilip.data.tokenizer import SPECIAL_TOKENS, corpus, train_tokenizer
-from unilip.data.world import TASKS, Obj, Scene, World, relation, sample_scene
+from unilip.emoji.art import BACKGROUNDS
+from unilip.emoji.captions import NUMBERS, canonical, caption, counted, indefinite, listed, noun, with_article
+from unilip.emoji.concepts import concept, concepts
+from unilip.emoji.knowledge import CLUES, knowledge, riddles
+from unilip.emoji.questions import KINDS, questions
+from unilip.emoji.tokenizer import SPECIAL_TOKENS, corpus, train_tokenizer
+from unilip.emoji.world import TASKS, Obj, Scene, World, relation, sample_scene
 
 WORLDS = ("pico", "nano")
 NANO = World.nano()

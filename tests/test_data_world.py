@@ -6,13 +6,13 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from unilip.data.art import Atlas
-from unilip.data.concepts import SHAPES, concepts
-from unilip.data.edits import sample_edit
 from unilip.data.errors import DataError
-from unilip.data.render import change_mask, object_mask, object_masks, render
 from unilip.data.seeding import generator, stable_hash
-from unilip.data.world import (
+from unilip.emoji.art import Atlas
+from unilip.emoji.concepts import SHAPES, concepts
+from unilip.emoji.edits import sample_edit
+from unilip.emoji.render import change_mask, object_mask, object_masks, render
+from unilip.emoji.world import (
     COMPOSITIONAL,
     PURPOSES,
     TASKS,

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from unilip.data.art import Atlas
-from unilip.data.dataset import Edits, pixels
-from unilip.data.questions import KINDS
-from unilip.data.world import Scene, World
+from unilip.emoji import score as emoji
+from unilip.emoji.art import Atlas
+from unilip.emoji.dataset import Edits, pixels
+from unilip.emoji.questions import KINDS
+from unilip.emoji.score import PARTS, Bench, accepts, evaluate, normalise, quick_answers, quick_generation, run
+from unilip.emoji.world import Scene, World
 from unilip.errors import UniLIPError
-from unilip.eval import emoji
-from unilip.eval.emoji import PARTS, Bench, accepts, evaluate, normalise, quick_answers, quick_generation, run
-from unilip.eval.measures import measure_features, measure_psnr, measure_ssim
+from unilip.pictures import measure_features, measure_psnr, measure_ssim
 
 WORLD = World.tiny()
 SMALL = dict(count=1, seeds=1, steps=1, progress=False)

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from unilip import UniLIP
-from unilip.data.art import Atlas
-from unilip.data.world import World
+from unilip.emoji.art import Atlas
+from unilip.emoji.world import World
 
 FEW = {
     "common": {"REPLAYED": 4, "HELD_OUT": 8, "DRAWN": 2},

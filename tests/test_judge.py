@@ -8,12 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from unilip.data.art import PALETTE, Atlas
-from unilip.data.dataset import Edits, Scenes, pixels
-from unilip.data.edits import Edit
-from unilip.data.world import Obj, Scene, World
-from unilip.errors import UniLIPError
-from unilip.eval.judge import (
+from unilip.emoji.art import PALETTE, Atlas
+from unilip.emoji.dataset import Edits, Scenes, pixels
+from unilip.emoji.edits import Edit
+from unilip.emoji.judge import (
     UNKNOWN,
     Found,
     Judge,
@@ -26,7 +24,9 @@ from unilip.eval.judge import (
     smooth,
     to_lab,
 )
-from unilip.eval.validation import BREAKS, degrade, validate_judge
+from unilip.emoji.validation import BREAKS, degrade, validate_judge
+from unilip.emoji.world import Obj, Scene, World
+from unilip.errors import UniLIPError
 
 WORLD = World.tiny()
 SIZE = WORLD.multi_sizes[0]
@@ -238,7 +238,7 @@ def test_broken_scenes_differ_from_what_was_asked(atlas):
 
 @pytest.mark.parametrize("decibel", [20.0, 24.0, 30.0])
 def test_degrading_hits_the_decibels_asked_for(atlas, decibel):
-    from unilip.eval.measures import measure_psnr
+    from unilip.pictures import measure_psnr
 
     picture = draw(TWO, atlas)
     assert measure_psnr(degrade(picture, decibel, np.random.default_rng(0)), picture) == pytest.approx(decibel, abs=1)

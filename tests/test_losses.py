@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from unilip.errors import ConfigError
 from unilip.preprocess import normalise
+from unilip.recipes.record import Recipe, Reconstruct
 from unilip.train.losses import (
     LECAM_DECAY,
     BlurDown,
@@ -22,7 +23,6 @@ from unilip.train.losses import (
     make_perceptual,
 )
 from unilip.train.objectives import make_objective
-from unilip.train.recipe import Recipe, Reconstruct
 
 TOKENIZER = ("encoder", "latent_head", "pixel_decoder")
 

@@ -29,8 +29,8 @@ def commands(program):
 def test_commands_parse(words):
     name, options = cli.parse(words)
     if name == "train" and options.words:
-        from unilip.train.recipe import override
-        from unilip.train.recipes import get_recipe
+        from unilip.recipes.catalog import get_recipe
+        from unilip.recipes.record import override
 
         override(get_recipe(options.words[0]), options.settings)
 

@@ -10,9 +10,8 @@ import torch
 from unilip.config import PRESETS, preset
 from unilip.errors import ConfigError
 from unilip.model import PARTS, UniLIP
-from unilip.train.build import BESIDE, parse_init, trained_parameters
-from unilip.train.objectives import needed_parts
-from unilip.train.recipe import (
+from unilip.recipes.catalog import SIZES, all_recipes, get_recipe
+from unilip.recipes.record import (
     FREE_TO_CHANGE,
     Data,
     Flow,
@@ -25,7 +24,8 @@ from unilip.train.recipe import (
     override,
     plain,
 )
-from unilip.train.recipes import SIZES, all_recipes, get_recipe
+from unilip.train.build import BESIDE, parse_init, trained_parameters
+from unilip.train.objectives import needed_parts
 
 RECIPES = all_recipes()
 PUBLISHED = {

@@ -672,8 +672,8 @@ def test_the_comparison_of_shortcuts_runs(
 
     import shortcuts
 
-    from unilip.data.art import Atlas
-    from unilip.data.world import World
+    from unilip.emoji.art import Atlas
+    from unilip.emoji.world import World
 
     art, ways = Atlas.synthetic(World.pico()), {name: shortcuts.WAYS[name] for name in list(shortcuts.WAYS)[-3:]}
     monkeypatch.setattr(shortcuts.Atlas, "load", lambda: art)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import unilip.data.tokenizer
+import unilip.emoji.tokenizer
 from unilip.adapters import adapted_layers, adapter_names, adapter_scale
 from unilip.errors import CheckpointError, ConfigError, UniLIPError
+from unilip.recipes.catalog import get_recipe
+from unilip.recipes.record import override
 from unilip.train.adapters import add_adapter, is_adapter, save_adapter, target_layers
 from unilip.train.build import trained_parameters
 from unilip.train.loop import train
-from unilip.train.recipe import override
-from unilip.train.recipes import get_recipe
 
 peft = pytest.importorskip("peft")
 LORA = ("adapter.rank=2", "trains=connector,dit:0.5", "adapter.targets=to_q,to_v,q_proj")
@@ -96,8 +96,8 @@ def test_an_adapter_without_a_place_is_refused(fresh_model, settings, message):
 
 @pytest.mark.parametrize("dora", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_leaves_an_adapter_and_resumes_bit_for_bit(fresh_model, tmp_path, monkeypatch, dora, picture):
-    make = unilip.data.tokenizer.train_tokenizer
-    monkeypatch.setattr(unilip.data.tokenizer, "train_tokenizer", lambda *a: make(*a, sentences=300))
+    make = unilip.emoji.tokenizer.train_tokenizer
+    monkeypatch.setattr(unilip.emoji.tokenizer, "train_tokenizer", lambda *a: make(*a, sentences=300))
     base = fresh_model()
     base.save_pretrained(tmp_path / "base")
     settings = (

@@ -10,9 +10,9 @@ import torch
 
 from unilip.errors import ConfigError
 from unilip.preprocess import TURN_END, Message
+from unilip.recipes.catalog import get_recipe
+from unilip.recipes.record import override
 from unilip.train.batches import NOT_LEARNED, _leave_signals, conversation, iterate, make_batches
-from unilip.train.recipe import override
-from unilip.train.recipes import get_recipe
 
 
 def opened(name: str, model, *settings: str):

@@ -9,9 +9,9 @@ from diffusers import SanaTransformer2DModel
 from unilip.config import preset
 from unilip.errors import CheckpointError, ConfigError, UniLIPError
 from unilip.model import UniLIP
+from unilip.recipes.record import Data, Flow, Optim, Recipe, Reconstruct, override
 from unilip.train.build import build, build_model, locate, make_optimizer, trained_parameters, world_processor
 from unilip.train.objectives import needed_parts
-from unilip.train.recipe import Data, Flow, Optim, Recipe, Reconstruct, override
 
 TOKENIZER = ("encoder", "latent_head", "pixel_decoder")
 
@@ -183,7 +183,7 @@ def test_a_tokenizer_without_text_is_enough_for_pixels(tmp_path, picture):
 
 
 def test_the_tokenizer_of_a_world_is_trained_once_and_whole(tmp_path, monkeypatch):
-    import unilip.data.tokenizer as tokenizers
+    import unilip.emoji.tokenizer as tokenizers
 
     train, times = tokenizers.train_tokenizer, []
     monkeypatch.setattr(tokenizers, "train_tokenizer", lambda *a: times.append(a) or train(*a, sentences=300))

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import unilip.data.tokenizer
+import unilip.emoji.tokenizer
 from test_train_parallel import checks, log_of, same_curve
+from unilip.recipes.catalog import get_recipe
+from unilip.recipes.record import override
 from unilip.train.batches import make_batches
 from unilip.train.build import compile_layers, enable_checkpointing, trained_parameters
 from unilip.train.loop import train
 from unilip.train.objectives import make_objective, needed_parts
-from unilip.train.recipe import override
-from unilip.train.recipes import get_recipe
 
 LAYERS = {  # of each kind of recipe: what is compiled, by the end of its name
     "tiny/instruct": {"layer", "norm", "mlp"},
@@ -69,14 +69,14 @@ def test_each_layer_is_compiled_by_itself(name, fresh_model, monkeypatch):
 
 
 def test_only_where_the_recipe_says_so(tmp_path, monkeypatch):
-    make, count = unilip.data.tokenizer.train_tokenizer, 0
+    make, count = unilip.emoji.tokenizer.train_tokenizer, 0
 
     def note(function):
         nonlocal count
         count += 1
         return function
 
-    monkeypatch.setattr(unilip.data.tokenizer, "train_tokenizer", lambda *a: make(*a, sentences=300))
+    monkeypatch.setattr(unilip.emoji.tokenizer, "train_tokenizer", lambda *a: make(*a, sentences=300))
     monkeypatch.setattr(torch, "compile", note)
     recipe = override(get_recipe("tiny/clip"), ["steps=1", "batch_size=2", "sample_every=9", "log_every=1"])
     run = train(recipe, tmp_path / "plain", progress=False).parent

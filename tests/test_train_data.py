@@ -15,10 +15,10 @@ from unilip.data.order import Order
 from unilip.data.shards import ShardWriter
 from unilip.errors import ConfigError
 from unilip.preprocess import Processor
+from unilip.recipes.catalog import get_recipe
+from unilip.recipes.record import override
 from unilip.train import processes
 from unilip.train.batches import NOT_LEARNED, iterate, make_batches
-from unilip.train.recipe import override
-from unilip.train.recipes import get_recipe
 
 
 @pytest.fixture(autouse=True)

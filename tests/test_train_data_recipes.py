@@ -12,10 +12,10 @@ from diffusers import AutoencoderDC
 from unilip.config import DecoderConfig, preset
 from unilip.model import UniLIP
 from unilip.preprocess import Processor
+from unilip.recipes.catalog import get_recipe
+from unilip.recipes.record import Flow, override
 from unilip.train import build as building
 from unilip.train.build import build, enable_checkpointing, trained_parameters
-from unilip.train.recipe import Flow, override
-from unilip.train.recipes import get_recipe
 
 STAGES = ("recon", "recon_distill", "recon_448", "connector", "pretrain", "sft")
 NARROW = (16, 16, 32, 32, 64, 64)

@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import unilip.data.tokenizer
+import unilip.emoji.tokenizer
 from unilip.errors import CheckpointError, UniLIPError
+from unilip.recipes.catalog import get_recipe
+from unilip.recipes.record import override
 from unilip.train.__main__ import main
 from unilip.train.loop import Health, Loop, train
 from unilip.train.objectives import ReconstructObjective, UnderstandObjective
-from unilip.train.recipe import override
-from unilip.train.recipes import get_recipe
 from unilip.train.state import newest
 
 HERE = Path(__file__).parent
@@ -39,9 +39,9 @@ def recipe(*settings, name="tiny/clip"):
 def tokenizer(tmp_path_factory) -> Path:
     """A folder of runs with a tokenizer, which takes longest to make."""
     runs = tmp_path_factory.mktemp("faults")
-    make = unilip.data.tokenizer.train_tokenizer
+    make = unilip.emoji.tokenizer.train_tokenizer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unilip.data.tokenizer, "train_tokenizer", lambda *a: make(*a, sentences=300))
+        patch.setattr(unilip.emoji.tokenizer, "train_tokenizer", lambda *a: make(*a, sentences=300))
         train(recipe("steps=1"), runs, progress=False)
     return runs / "tiny" / "clip" / "tokenizer"
 

@@ -18,16 +18,16 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-import unilip.data.tokenizer
+import unilip.emoji.tokenizer
 from unilip.errors import CheckpointError, ConfigError
 from unilip.model import UniLIP
 from unilip.preprocess import normalise
+from unilip.recipes.catalog import get_recipe
+from unilip.recipes.record import Optim, override, plain
 from unilip.train import loop as loops
 from unilip.train.batches import make_batches
 from unilip.train.build import build
 from unilip.train.loop import Float32Attention, Interrupted, Loop, learning_rate, mixed_precision, train
-from unilip.train.recipe import Optim, override, plain
-from unilip.train.recipes import get_recipe
 from unilip.train.state import EMA, newest
 
 STAGES = ("clip", "instruct", "recon", "recon_distill", "pretrain", "sft")
@@ -38,9 +38,9 @@ QUICK = ("objective.perceptual=0", "sample_every=100", "log_every=1", "save_ever
 def stages(tmp_path_factory) -> Path:
     """The six tiny stages, trained one from the other; the folder of their runs."""
     runs = tmp_path_factory.mktemp("runs")
-    make = unilip.data.tokenizer.train_tokenizer
+    make = unilip.emoji.tokenizer.train_tokenizer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unilip.data.tokenizer, "train_tokenizer", lambda *a: make(*a, sentences=1000))
+        patch.setattr(unilip.emoji.tokenizer, "train_tokenizer", lambda *a: make(*a, sentences=1000))
         for stage in STAGES:
             assert train(get_recipe(f"tiny/{stage}"), runs, progress=False) == runs / "tiny" / stage / "final"
     return runs
@@ -214,8 +214,8 @@ CHILD = """
     import sys, torch
     torch.set_num_threads({threads})
     from unilip.train import loop
-    from unilip.train.recipe import override
-    from unilip.train.recipes import get_recipe
+    from unilip.recipes.record import override
+    from unilip.recipes.catalog import get_recipe
     step = loop.Loop.one_step
 
     def slow(self, loader):

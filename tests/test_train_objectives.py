@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unilip.errors import CheckpointError, ConfigError
 from unilip.flow import flow_loss, interpolate, train_schedule
 from unilip.preprocess import Tokens, normalise
+from unilip.recipes.catalog import get_recipe
+from unilip.recipes.record import override
 from unilip.train.batches import make_batches, to_device
 from unilip.train.build import enable_checkpointing, trained_parameters
 from unilip.train.objectives import embed_texts, make_objective, needed_parts
-from unilip.train.recipe import override
-from unilip.train.recipes import get_recipe
 
 KINDS = ["tiny/instruct", "tiny/recon_distill", "tiny/pretrain", "tiny/sft"]
 each_kind = pytest.mark.parametrize("name", KINDS)

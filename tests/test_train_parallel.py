@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from unilip.errors import ConfigError
+from unilip.recipes.catalog import get_recipe
+from unilip.recipes.record import override
 from unilip.train import processes
 from unilip.train.processes import divided, own_batches
-from unilip.train.recipe import override
-from unilip.train.recipes import get_recipe
 
 CHECKS = Path(__file__).with_name("parallel_checks.py")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes to fork here")

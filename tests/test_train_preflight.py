@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from unilip.errors import ConfigError
+from unilip.recipes.catalog import get_recipe
+from unilip.recipes.record import override
 from unilip.train.build import trained_parameters
 from unilip.train.preflight import (
     GIB,
@@ -18,8 +20,6 @@ from unilip.train.preflight import (
     preflight,
     remedies,
 )
-from unilip.train.recipe import override
-from unilip.train.recipes import get_recipe
 
 STEP = Step(
     trained=10**9, frozen=2 * 10**9, largest_unit=10**8, outside_units=10**8, activations=(1e9, 2e9), operations=1e13

@@ -18,15 +18,15 @@ import torch
 from PIL import Image
 
 from unilip import UniLIP
-from unilip.data.art import Atlas
-from unilip.data.dataset import Edits, Scenes
-from unilip.data.world import World
-from unilip.eval.emoji import quick_generation
-from unilip.eval.judge import Judge
+from unilip.emoji.art import Atlas
+from unilip.emoji.dataset import Edits, Scenes
+from unilip.emoji.judge import Judge
+from unilip.emoji.score import quick_generation
+from unilip.emoji.world import World
+from unilip.recipes.record import Adapter, Data, Flow, Optim, Recipe
 from unilip.train.batches import stack
 from unilip.train.loop import train
 from unilip.train.objectives import make_objective
-from unilip.train.recipe import Adapter, Data, Flow, Optim, Recipe
 
 HELD_OUT = 32  # pictures and edits for each loss
 DRAWN = 32  # held-out captions that are drawn and judged

@@ -18,9 +18,9 @@ from common import noises, options, recipe, teach, world, write_replay
 from PIL import Image
 
 from unilip import UniLIP
-from unilip.data.captions import with_article
-from unilip.data.dataset import Scenes
-from unilip.eval.judge import Judge
+from unilip.emoji.captions import with_article
+from unilip.emoji.dataset import Scenes
+from unilip.emoji.judge import Judge
 
 PICTURES = 20
 ASKED, TIMES = 4, 4  # prompts that are asked afterwards, pictures of each

@@ -17,9 +17,9 @@ from common import noises, options, recipe, teach, world, write_replay
 from PIL import Image
 
 from unilip import UniLIP
-from unilip.data.dataset import Scenes, pixels
-from unilip.data.world import Scene
-from unilip.eval.judge import Judge
+from unilip.emoji.dataset import Scenes, pixels
+from unilip.emoji.judge import Judge
+from unilip.emoji.world import Scene
 
 PAIRS, ASKED, SHOWN = 200, 24, 8
 INSTRUCTIONS = ("clear the picture", "take everything away", "make it empty")

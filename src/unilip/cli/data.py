@@ -42,7 +42,7 @@ def bar(o: Options, unit: str) -> Iterator[Callable[[int, int], None]]:
 def data_prepare_emoji(o: Options) -> int:
     """Fetch and rasterise the art of the emoji world."""
     report = Report(o, "data prepare emoji")
-    from unilip.data.art import prepare
+    from unilip.emoji.art import prepare
 
     if o.source is not None and not Path(o.source).is_dir():
         raise UniLIPError(f"There is no folder {o.source}; give the one with the npm packages, or leave --source away.")
@@ -113,8 +113,8 @@ def data_check(o: Options) -> int:
 
 def data_cache(o: Options) -> int:
     """Compute what a recipe's frozen parts make of its data."""
-    from unilip.train.recipe import override
-    from unilip.train.recipes import get_recipe
+    from unilip.recipes.catalog import get_recipe
+    from unilip.recipes.record import override
 
     if o.output is None:
         raise UniLIPError("There is no --output; give the folder of the cache.")

@@ -82,8 +82,8 @@ def eval_emoji(o: Options) -> int:
     if not folder.exists() and not folder.absolute().parent.is_dir():
         raise UniLIPError(f"There is no folder {folder.absolute().parent}; make it first, or give another --output.")
     device = choose_device(o.device)
-    from unilip.data.world import World
-    from unilip.eval import emoji
+    from unilip.emoji import score as emoji
+    from unilip.emoji.world import World
 
     parts = None if o.parts is None else [part.strip() for part in o.parts.split(",")]
     unknown = sorted(set(parts or ()) - set(emoji.PARTS))

@@ -27,8 +27,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def train(o: Options) -> int:
     """Run a training recipe, or go on with it."""
-    from unilip.train.recipe import override
-    from unilip.train.recipes import all_recipes, get_recipe
+    from unilip.recipes.catalog import all_recipes, get_recipe
+    from unilip.recipes.record import override
 
     if o.listing:
         return list_recipes(o, all_recipes().values())
@@ -72,7 +72,7 @@ def estimate(o: Options, recipe: Any) -> int:
 
 def list_recipes(o: Options, recipes: Iterable[Any]) -> int:
     """Print the table of recipes."""
-    from unilip.train.recipe import leaves
+    from unilip.recipes.record import leaves
 
     recipes = list(recipes)
     if o.json:

@@ -1,5 +1,4 @@
-"""The emoji world of the embedded models: art, scenes with exact ground truth, captions, questions, edits, riddles.
+"""A user's own files as training data: shards, folders, lists and Hub datasets, mixed, ordered, checked and converted.
 
-Goes in: three npm packages of emoji drawings (see ``art.prepare``). Comes out: deterministic, indexable datasets
-(``dataset``) and a tokenizer (``tokenizer``). Importing this package is cheap: it loads neither torch nor the art.
+Goes in: paths. Comes out: sources of records (``sources.open_source``). Importing this package is cheap.
 """

@@ -1,4 +1,4 @@
-"""Evaluation: the judge of the emoji world, which no network trains (``judge``), and the runs that use it (``emoji``).
+"""Evaluation of a model on files, benchmarks and the paper's claims; that of the emoji world is in ``unilip.emoji``.
 
-Importing this package loads neither torch nor the art; import the module that is wanted.
+Importing this package loads neither torch nor a model; import the module that is wanted.
 """

@@ -26,18 +26,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from unilip.checkpoint import open_checkpoint
-from unilip.data.art import Atlas
-from unilip.data.captions import canonical
-from unilip.data.dataset import Edits, Questions, Scenes
-from unilip.data.questions import KINDS
-from unilip.data.world import World
+from unilip.emoji import score as emoji
+from unilip.emoji.art import Atlas
+from unilip.emoji.captions import canonical
+from unilip.emoji.dataset import Edits, Questions, Scenes
+from unilip.emoji.judge import VERSION, Judge
+from unilip.emoji.questions import KINDS
+from unilip.emoji.world import World
 from unilip.errors import UniLIPError
-from unilip.eval import emoji
-from unilip.eval.judge import VERSION, Judge
-from unilip.eval.measures import measure_features, measure_psnr, measure_ssim
 from unilip.eval.runs import read_json, read_lines, write_json
 from unilip.flow import draw_noise, interpolate, logit_normal, train_levels
 from unilip.model import UniLIP
+from unilip.pictures import measure_features, measure_psnr, measure_ssim
 from unilip.preprocess import to_pixels
 
 log = logging.getLogger(__name__)

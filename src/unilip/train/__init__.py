@@ -1,1 +1,1 @@
-"""Training: recipes (records), objectives, and one loop. Importing this package loads nothing heavy."""
+"""Training: objectives, and one loop that runs a recipe. Importing this package loads nothing heavy."""

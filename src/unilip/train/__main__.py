@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("unilip").setLevel(level)
     import torch
 
+    from unilip.recipes.catalog import get_recipe
+    from unilip.recipes.record import override
     from unilip.train.loop import Interrupted, train
-    from unilip.train.recipe import override
-    from unilip.train.recipes import get_recipe
 
     device = options.device
     if device == "auto":

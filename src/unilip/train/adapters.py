@@ -17,9 +17,9 @@ from torch import nn
 from unilip.adapters import CONFIG, KINDS, PREFIX, WEIGHTS, library, put_in
 from unilip.errors import ConfigError
 from unilip.model import UniLIP
+from unilip.recipes.record import Recipe
 from unilip.train import processes
 from unilip.train.parallel import whole_tensor
-from unilip.train.recipe import Recipe
 
 NAME = "default"  # what peft calls the only adapter
 

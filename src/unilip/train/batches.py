@@ -27,8 +27,8 @@ from unilip.data.errors import DataError
 from unilip.data.seeding import generator, stable_hash
 from unilip.errors import ConfigError, UniLIPError
 from unilip.preprocess import TURN_END, Message, Processor, Tokens
+from unilip.recipes.record import Flow, Recipe, Understand
 from unilip.train.processes import own_batches
-from unilip.train.recipe import Flow, Recipe, Understand
 
 logger = logging.getLogger(__name__)
 ENDLESS = 1 << 40
@@ -259,9 +259,9 @@ class EmojiBatches(Batches):
 
     def __init__(self, recipe: Recipe, config: UniLIPConfig, processor: Processor | None) -> None:
         super().__init__(recipe, config, processor)
-        from unilip.data.art import Atlas
-        from unilip.data.dataset import Edits, Knowledge, Scenes
-        from unilip.data.world import World
+        from unilip.emoji.art import Atlas
+        from unilip.emoji.dataset import Edits, Knowledge, Scenes
+        from unilip.emoji.world import World
 
         world = World.preset(recipe.data.world)
         if world.image_size != config.image_size:
@@ -293,10 +293,10 @@ class EmojiBatches(Batches):
         return self.scenes.draw(index)[2]
 
     def questions_item(self, index: int, turns: int) -> tuple[np.ndarray, str, list[tuple[str, str]]]:
-        from unilip.data.captions import caption
-        from unilip.data.dataset import pixels
-        from unilip.data.questions import questions
-        from unilip.data.world import TASKS, sample_scene
+        from unilip.emoji.captions import caption
+        from unilip.emoji.dataset import pixels
+        from unilip.emoji.questions import questions
+        from unilip.emoji.world import TASKS, sample_scene
 
         rng = generator("questions", self.recipe.seed, index)
         task = rng.choice(TASKS)

@@ -25,12 +25,12 @@ from unilip.errors import ConfigError
 from unilip.mllm import MLLM
 from unilip.model import PARTS, UniLIP
 from unilip.preprocess import Processor
+from unilip.recipes.catalog import all_recipes
+from unilip.recipes.record import Optim, Recipe
 from unilip.train import processes
 from unilip.train.adapters import add_adapter, is_adapter
 from unilip.train.batches import Batches, make_batches
 from unilip.train.objectives import Objective, make_objective, needed_parts
-from unilip.train.recipe import Optim, Recipe
-from unilip.train.recipes import all_recipes
 
 BESIDE = ("autoencoder", "teacher")  # init names that are no part of the model: the objective loads them
 FOLLOWS = {  # the fields of the config that belong to a part, and come with its weights
@@ -183,8 +183,8 @@ def new_queries(mllm: MLLM, count: int, seed: int) -> None:
 
 def world_processor(world: str, config: UniLIPConfig, folder: Path) -> Processor:
     """Train (once) the tokenizer of an emoji world and open it."""
-    from unilip.data.tokenizer import train_tokenizer
-    from unilip.data.world import World
+    from unilip.emoji.tokenizer import train_tokenizer
+    from unilip.emoji.world import World
 
     if not folder.exists():
         temporary = folder.with_name(f".{folder.name}.part")

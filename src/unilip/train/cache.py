@@ -33,8 +33,8 @@ from unilip.data.sources import Weighted
 from unilip.errors import ConfigError
 from unilip.model import UniLIP
 from unilip.preprocess import normalise
+from unilip.recipes.record import Flow, Recipe, Reconstruct, Understand, leaves
 from unilip.train.objectives import FlowObjective, Objective, ReconstructObjective, UnderstandObjective, to_unit
-from unilip.train.recipe import Flow, Recipe, Reconstruct, Understand, leaves
 
 FORMAT = 1
 ABOUT = "cache.json"

@@ -22,8 +22,8 @@ from unilip.data.seeding import stable_hash
 from unilip.data.sources import Weighted, open_source, parse_mixture
 from unilip.errors import ConfigError
 from unilip.preprocess import Fit, Processor
+from unilip.recipes.record import Flow, Recipe, Understand
 from unilip.train.batches import Batches, Reading, Turns, conversation, stack
-from unilip.train.recipe import Flow, Recipe, Understand
 
 T = TypeVar("T")
 ATTEMPTS = 50  # draws in a row that may be unusable before something else must be wrong

@@ -31,6 +31,7 @@ from unilip.config import UniLIPConfig
 from unilip.errors import ConfigError, UniLIPError
 from unilip.model import UniLIP
 from unilip.preprocess import normalise, to_images
+from unilip.recipes.record import Optim, Recipe, changed_settings, plain
 from unilip.train import processes
 from unilip.train.adapters import save_adapter
 from unilip.train.batches import Batches, iterate, to_device
@@ -53,7 +54,6 @@ from unilip.train.parallel import (
     share,
     whole_tensor,
 )
-from unilip.train.recipe import Optim, Recipe, changed_settings, plain
 from unilip.train.state import EMA, DamagedCheckpoint, State, wholes
 
 logger = logging.getLogger(__name__)

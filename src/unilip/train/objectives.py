@@ -23,6 +23,7 @@ from unilip.errors import CheckpointError, ConfigError
 from unilip.flow import denoise, draw_noise, flow_loss, interpolate, logit_normal, make_scheduler, train_levels
 from unilip.model import UniLIP
 from unilip.preprocess import Tokens, normalise
+from unilip.recipes.record import Flow, Recipe, Reconstruct, Understand
 from unilip.train.losses import (
     PatchDiscriminator,
     contrastive_loss,
@@ -30,7 +31,6 @@ from unilip.train.losses import (
     lecam_penalty,
     make_perceptual,
 )
-from unilip.train.recipe import Flow, Recipe, Reconstruct, Understand
 
 Batch = dict[str, Any]
 Terms = dict[str, Tensor]

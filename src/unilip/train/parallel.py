@@ -17,8 +17,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from unilip.model import UniLIP
+from unilip.recipes.record import Flow, Recipe, Reconstruct
 from unilip.train import processes
-from unilip.train.recipe import Flow, Recipe, Reconstruct
 
 
 class Whole(nn.Module):

@@ -25,12 +25,12 @@ from unilip.errors import ConfigError
 from unilip.flow import train_levels
 from unilip.model import PARTS, UniLIP
 from unilip.preprocess import Tokens
+from unilip.recipes.record import Flow, Recipe, Reconstruct
 from unilip.train.adapters import target_layers
 from unilip.train.build import enable_checkpointing, parse_init, recipe_config, trained_parameters
 from unilip.train.objectives import make_objective, needed_parts
 from unilip.train.parallel import units
 from unilip.train.processes import divided
-from unilip.train.recipe import Flow, Recipe, Reconstruct
 
 GIB = 1 << 30
 EFFICIENCY = 0.35  # of the peak of dense bfloat16 (or float32) products; an assumption, not a measurement

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from unilip.train.recipe import Recipe
+    from unilip.recipes.record import Recipe
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective that waits for others, a slow checkpoint among them
 _groups: dict[str, Any] = {}  # "control": agreement between hosts; "checkpoint": of the thread that writes

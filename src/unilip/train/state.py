@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unilip.errors import CheckpointError, ConfigError
+from unilip.recipes.record import Recipe, changed_settings, plain
 from unilip.train import processes
 from unilip.train.parallel import whole_tensor
-from unilip.train.recipe import Recipe, changed_settings, plain
 
 SHARDS = "shards"
 WRITING = (OSError, SafetensorError, RuntimeError)  # what a full disk raises, by the kind of file

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unilip.data.captions import canonical, caption
-from unilip.data.concepts import concept
-from unilip.data.edits import sample_edit
 from unilip.data.errors import DataError
-from unilip.data.knowledge import knowledge
-from unilip.data.questions import questions
 from unilip.data.seeding import generator
-from unilip.data.world import TASKS, World, sample_scene
+from unilip.emoji.captions import canonical, caption
+from unilip.emoji.concepts import concept
+from unilip.emoji.edits import sample_edit
+from unilip.emoji.knowledge import knowledge
+from unilip.emoji.questions import questions
+from unilip.emoji.world import TASKS, World, sample_scene
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

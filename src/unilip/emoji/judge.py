@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from unilip.data.art import BACKGROUNDS, HORIZON, PAINTS, Atlas, recolour
-from unilip.data.concepts import SHAPES, concept
-from unilip.data.edits import Edit
-from unilip.data.render import change_mask, render
-from unilip.data.world import Obj, Scene, World, relation
+from unilip.emoji.art import BACKGROUNDS, HORIZON, PAINTS, Atlas, recolour
+from unilip.emoji.concepts import SHAPES, concept
+from unilip.emoji.edits import Edit
+from unilip.emoji.render import change_mask, render
+from unilip.emoji.world import Obj, Scene, World, relation
 from unilip.errors import UniLIPError
-from unilip.eval.measures import measure_psnr
+from unilip.pictures import measure_psnr
 
 T = TypeVar("T")
 VERSION = 2  # raise it when a change here may change a verdict: old results are not mixed with new ones

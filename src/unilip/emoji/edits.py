@@ -10,11 +10,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from unilip.data.art import BACKGROUNDS
-from unilip.data.captions import definite, indefinite
-from unilip.data.concepts import SHAPES, concept
 from unilip.data.errors import DataError
-from unilip.data.world import (
+from unilip.emoji.art import BACKGROUNDS
+from unilip.emoji.captions import definite, indefinite
+from unilip.emoji.concepts import SHAPES, concept
+from unilip.emoji.world import (
     EDITS,
     RELATIONS,
     SPLITS,

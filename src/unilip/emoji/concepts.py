@@ -1,6 +1,6 @@
 """The concepts of the emoji world: 384 drawings that exist in all three styles, and four shapes that we draw.
 
-Goes in: ``emoji_concepts.json`` beside this file (names checked by eye). Comes out: ``Concept`` records by name.
+Goes in: ``concepts.json`` beside this file (names checked by eye). Comes out: ``Concept`` records by name.
 A drawn shape exists only in a named colour, so the art's own coloured hearts, circles and squares step aside for it.
 """
 
@@ -49,7 +49,7 @@ class Concept:
 @cache
 def concepts() -> dict[str, Concept]:
     """Return all concepts by name, the four drawn shapes last."""
-    records = json.loads(files("unilip.data").joinpath("emoji_concepts.json").read_text(encoding="utf-8"))
+    records = json.loads(files("unilip.emoji").joinpath("concepts.json").read_text(encoding="utf-8"))
     found = {
         r["name"]: Concept(
             name=r["name"],
@@ -73,5 +73,5 @@ def concept(name: str) -> Concept:
         return concepts()[name]
     except KeyError:
         raise DataError(
-            f"unknown concept {name!r}; allowed are the {len(concepts())} names of unilip.data.concepts.concepts()"
+            f"unknown concept {name!r}; allowed are the {len(concepts())} names of unilip.emoji.concepts.concepts()"
         ) from None

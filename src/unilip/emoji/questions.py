@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
-from unilip.data.art import BACKGROUNDS
-from unilip.data.captions import (
+from unilip.emoji.art import BACKGROUNDS
+from unilip.emoji.captions import (
     NUMBERS,
     canonical,
     counted,
@@ -24,8 +24,8 @@ from unilip.data.captions import (
     scene_style,
     with_article,
 )
-from unilip.data.concepts import SHAPES, concept
-from unilip.data.world import INVERSE, Obj, Scene, World, reading_order, relation
+from unilip.emoji.concepts import SHAPES, concept
+from unilip.emoji.world import INVERSE, Obj, Scene, World, reading_order, relation
 
 KINDS = ("identity", "colour", "count", "position", "presence", "background", "style", "caption")
 DESCRIBE = ("Describe the picture.", "Describe this image.", "What does the picture show?", "Write a caption.")

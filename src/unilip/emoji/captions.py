@@ -9,9 +9,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from unilip.data.art import BACKGROUNDS
-from unilip.data.concepts import concept
-from unilip.data.world import INVERSE, Obj, Scene, World, reading_order, relation
+from unilip.emoji.art import BACKGROUNDS
+from unilip.emoji.concepts import concept
+from unilip.emoji.world import INVERSE, Obj, Scene, World, reading_order, relation
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RELATION_WORDS = {

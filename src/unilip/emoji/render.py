@@ -11,9 +11,9 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from unilip.data.art import BACKGROUNDS, HORIZON, Atlas
 from unilip.data.errors import DataError
-from unilip.data.world import Obj, Scene, World
+from unilip.emoji.art import BACKGROUNDS, HORIZON, Atlas
+from unilip.emoji.world import Obj, Scene, World
 
 
 def render(scene: Scene, atlas: Atlas, world: World) -> Image.Image:

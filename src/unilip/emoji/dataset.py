@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from unilip.data.art import Atlas
-from unilip.data.captions import caption
-from unilip.data.edits import sample_edit
 from unilip.data.errors import DataError
-from unilip.data.knowledge import knowledge
-from unilip.data.questions import questions
-from unilip.data.render import render
 from unilip.data.seeding import generator
-from unilip.data.world import SPLITS, TASKS, Scene, World, sample_scene
+from unilip.emoji.art import Atlas
+from unilip.emoji.captions import caption
+from unilip.emoji.edits import sample_edit
+from unilip.emoji.knowledge import knowledge
+from unilip.emoji.questions import questions
+from unilip.emoji.render import render
+from unilip.emoji.world import SPLITS, TASKS, Scene, World, sample_scene
 
 
 def pixels(scene: Scene, atlas: Atlas, world: World) -> np.ndarray:

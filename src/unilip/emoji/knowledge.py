@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from unilip.data.concepts import concept
 from unilip.data.seeding import stable_hash
-from unilip.data.world import World
+from unilip.emoji.concepts import concept
+from unilip.emoji.world import World
 
 # concept: what kind of thing, then what is true of it and of no other concept here, as in "the KIND that CLUE"
 CLUES: dict[str, tuple[str, tuple[str, ...]]] = {

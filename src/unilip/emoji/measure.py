@@ -1,4 +1,4 @@
-"""Measure the art once, for what a world has to avoid: the result is ``emoji_measured.json`` beside this file.
+"""Measure the art once, for what a world has to avoid: the result is ``measured.json`` beside this file.
 
 Goes in: an atlas. Comes out: by style and concept, the plain backgrounds on which the drawing would hardly show
 ("clashes"), and the palette colour that the drawing already has ("natural").
@@ -14,8 +14,8 @@ from importlib.resources import files
 import numpy as np
 from PIL import Image, ImageFilter
 
-from unilip.data.art import BACKGROUNDS, PALETTE, STYLES, Atlas, dominant
-from unilip.data.concepts import concepts
+from unilip.emoji.art import BACKGROUNDS, PALETTE, STYLES, Atlas, dominant
+from unilip.emoji.concepts import concepts
 
 Measured = dict[str, dict[str, dict[str, list[str]]]]
 
@@ -23,7 +23,7 @@ Measured = dict[str, dict[str, dict[str, list[str]]]]
 @cache
 def measured() -> Measured:
     """Return the stored measurements: ["clashes" or "natural"][style][concept] -> names."""
-    text = files("unilip.data").joinpath("emoji_measured.json").read_text(encoding="utf-8")
+    text = files("unilip.emoji").joinpath("measured.json").read_text(encoding="utf-8")
     found: Measured = json.loads(text)
     return found
 

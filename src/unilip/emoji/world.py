@@ -15,11 +15,11 @@ from importlib.resources import files
 from itertools import combinations
 from typing import Any
 
-from unilip.data.art import BACKGROUNDS, HORIZON, HUES, PAINTS, PALETTE, STYLES
-from unilip.data.concepts import SHAPES, TONES, concept, concepts
 from unilip.data.errors import DataError
-from unilip.data.measure import measured
 from unilip.data.seeding import stable_fraction, stable_hash
+from unilip.emoji.art import BACKGROUNDS, HORIZON, HUES, PAINTS, PALETTE, STYLES
+from unilip.emoji.concepts import SHAPES, TONES, concept, concepts
+from unilip.emoji.measure import measured
 
 TASKS = ("single", "two", "counting", "colour", "position", "colour_attr")
 COMPOSITIONAL = ("two", "colour", "position", "colour_attr")
@@ -202,7 +202,7 @@ class World:
         plain = [name for name in drawable if name not in (*PICO_CONCEPTS, "boy", "girl", "broken heart")]
         shuffled = sorted(plain, key=lambda name: stable_hash("held out of nano", name))
         unseen, ungenerated = tuple(shuffled[:24]), tuple(shuffled[24:48])
-        listed = json.loads(files("unilip.data").joinpath("emoji_recolor.json").read_text(encoding="utf-8"))["objects"]
+        listed = json.loads(files("unilip.emoji").joinpath("recolor.json").read_text(encoding="utf-8"))["objects"]
         styles = tuple(STYLES)
         paintable = {
             name: frozenset(style for style in styles if name not in BADLY_RECOLOURED[style])

@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 from PIL import Image, ImageDraw
 
-from unilip.data.concepts import SHAPES, TONES, concept, concepts
 from unilip.data.errors import DataError
 from unilip.data.seeding import stable_hash
+from unilip.emoji.concepts import SHAPES, TONES, concept, concepts
 
 if TYPE_CHECKING:
-    from unilip.data.world import World
+    from unilip.emoji.world import World
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,739 @@
+"""Evaluation of a model in the emoji world: reconstructions, answers, generations, edits and riddles, all held out.
+
+Goes in: a model, its world and the atlas. Comes out, in a folder: items.jsonl (one judged item a line), pictures/,
+results.json, results.md, index.html and one contact sheet a part. Every item is made and seeded by its own key, so a
+rerun goes on where the last one stopped, and no picture depends on the batch it was made in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from unilip.acceleration import shortcut
+from unilip.data.seeding import stable_hash
+from unilip.emoji.art import Atlas
+from unilip.emoji.captions import canonical
+from unilip.emoji.dataset import Edits, Questions, Scenes, pixels
+from unilip.emoji.edits import COMBINING
+from unilip.emoji.judge import VERSION, Judge, Reading, judge_edit, judge_prompt, psnr_outside
+from unilip.emoji.knowledge import riddles
+from unilip.emoji.questions import KINDS
+from unilip.emoji.report import write_report
+from unilip.emoji.world import COMPOSITIONAL, TASKS, Scene, World
+from unilip.errors import UniLIPError
+from unilip.model import UniLIP
+from unilip.pictures import measure_features, measure_psnr, measure_ssim
+from unilip.preprocess import to_pixels
+
+log = logging.getLogger(__name__)
+
+PARTS = ("recon", "vqa", "gen", "edit", "riddle")
+NEEDS = {
+    "recon": ("encoder", "latent_head", "pixel_decoder"),
+    "vqa": ("encoder", "mllm"),
+    "gen": ("mllm", "connector", "dit", "pixel_decoder"),
+    "edit": ("encoder", "mllm", "connector", "dit", "pixel_decoder"),
+    "riddle": ("mllm", "connector", "dit", "pixel_decoder"),
+}
+COUNT, SEEDS = 12, 4  # prompts of each group, and pictures of each prompt
+CHEAP = 5  # reconstructions and questions cost little: so many times COUNT
+DATA_SEED = 20_000  # of the held-out items; training and its probes use other seeds
+SWAPPED = "swapped prompts"
+UNGUIDED = "no guidance"
+UNSEEN_PICTURE = "another picture"
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to do: GROUP is the row of the table that it counts for, DATA what its part needs.
+
+    ``index`` numbers the prompt within its group; items of one ``mode`` go through the model together.
+    """
+
+    key: str
+    part: str
+    group: str
+    index: int
+    data: dict[str, Any] = field(default_factory=dict)
+    mode: str = ""
+
+
+# ---------------------------------------------------------------------------------------------- answers
+
+
+def normalise(answer: str) -> str:
+    """Lower case, no punctuation at the ends, single spaces: what counts of an answer."""
+    return re.sub(r"\s+", " ", answer.lower()).strip(" .,!?;:\"'")
+
+
+def accepts(answer: str, accepted: Sequence[str]) -> bool:
+    """Whether ANSWER is one of the accepted forms, after ``normalise`` and without a leading article."""
+
+    def bare(text: str) -> str:
+        return re.sub(r"^(a|an|the) ", "", normalise(text))
+
+    return bare(answer) in {bare(form) for form in accepted}
+
+
+# ---------------------------------------------------------------------------------------------- the bench
+
+
+class Bench:
+    """A model on a world: plans the items of each part and performs them batch by batch."""
+
+    def __init__(
+        self,
+        model: UniLIP,
+        world: World,
+        atlas: Atlas,
+        count: int = COUNT,
+        seeds: int = SEEDS,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        preset: str = "quality",
+    ) -> None:
+        if count < 1 or seeds < 1:
+            raise UniLIPError(f"count is {count} and seeds is {seeds}; both must be at least 1.")
+        if model.config.image_size != world.image_size:
+            raise UniLIPError(
+                f"The model draws {model.config.image_size} pixels a side, world {world.name!r} has "
+                f"{world.image_size}; take the world that the model was trained in."
+            )
+        self.model, self.world, self.atlas = model, world, atlas
+        self.count, self.seeds = count, seeds
+        settings = model.config.sampling
+        self.preset, own = preset, shortcut(preset).steps or settings.num_inference_steps
+        self.steps = own if steps is None else steps
+        self.guidance_scale = settings.guidance_scale if guidance_scale is None else float(guidance_scale)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """The judge of the world, built when the first picture is to be read."""
+        return Judge(self.world, self.atlas)
+
+    def plan(self, part: str) -> list[Item]:
+        """Return the items of PART, always the same ones in the same order."""
+        plans: dict[str, Callable[[], list[Item]]] = {
+            "recon": self._plan_recon,
+            "vqa": self._plan_vqa,
+            "gen": self._plan_gen,
+            "edit": self._plan_edit,
+            "riddle": self._plan_riddle,
+        }
+        return plans[part]()
+
+    def perform(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
+        """Put items of one part and mode through the model; returns for each its record and a picture to look at."""
+        performers: dict[str, Callable[[Sequence[Item]], list[tuple[Record, np.ndarray]]]] = {
+            "recon": self._reconstruct,
+            "vqa": self._ask,
+            "gen": self._generate,
+            "edit": self._edit,
+            "riddle": self._riddle,
+        }
+        return performers[items[0].part](items)
+
+    # ------------------------------------------------------------------------------------------ planning
+
+    def _plan_recon(self) -> list[Item]:
+        size = CHEAP * self.count
+        groups = {
+            "held-out scenes": Scenes(self.world, self.atlas, "val", DATA_SEED, size, "tokenizer"),
+            "held-out concepts": Scenes(
+                self.world, self.atlas, "val", DATA_SEED, size, "tokenizer", tasks=("single",), pool=self.world.extra
+            ),
+        }
+        return [
+            Item(f"recon/{group}/{i:04d}", "recon", group, i, {"scene": scene, "task": task})
+            for group, data in groups.items()
+            if group == "held-out scenes" or self.world.extra
+            for i in range(size)
+            for scene, task, _ in (data.draw(i),)
+        ]
+
+    def _plan_vqa(self) -> list[Item]:
+        size = CHEAP * self.count
+        kinds = [kind for kind in KINDS if kind != "style" or len(self.world.styles) > 1]
+        return [Item(f"vqa/{kind}/{i:04d}", "vqa", kind, i, {"size": size}) for kind in kinds for i in range(size)]
+
+    def _plan_gen(self) -> list[Item]:
+        items = []
+        for group, data in self._generation_groups().items():
+            for i in range(self.count):
+                scene, task, _ = data.draw(i)
+                asked = {"scene": scene, "task": task, "prompt": canonical(scene, task, self.world)}
+                items += [
+                    Item(f"gen/{group}/{i:04d}/{seed}", "gen", group, i, {**asked, "seed": seed})
+                    for seed in range(self.seeds)
+                ]
+        if self.guidance_scale > 1:
+            items += [
+                Item(f"gen/{UNGUIDED}/{item.key}", "gen", UNGUIDED, n, item.data, UNGUIDED)
+                for n, item in enumerate(item for item in items if item.data["seed"] == 0)
+            ]
+        return items
+
+    def _generation_groups(self) -> dict[str, Scenes]:
+        def scenes(task: str, seen: bool | None = None, pool: Sequence[str] | None = None) -> Scenes:
+            return Scenes(self.world, self.atlas, "val", DATA_SEED, self.count, "generation", (task,), seen, pool)
+
+        groups = {}
+        for task in TASKS:
+            if task in COMPOSITIONAL:
+                groups[f"{task}, seen"] = scenes(task, True)
+                groups[f"{task}, unseen"] = scenes(task, False)
+            else:
+                groups[f"{task}, seen"] = scenes(task, True)
+        if self.world.generation_held_out:
+            groups["concepts never generated"] = scenes("single", None, self.world.generation_held_out)
+        return groups
+
+    def _plan_edit(self) -> list[Item]:
+        items = []
+        for kind in self.world.edits:
+            for seen in (True, False) if kind in COMBINING else (True,):
+                group = f"{kind}, {'seen' if seen else 'unseen'}"
+                items += [
+                    Item(f"edit/{group}/{i:04d}/{seed}", "edit", group, i, {"kind": kind, "seen": seen, "seed": seed})
+                    for i in range(self.count)
+                    for seed in range(max(1, self.seeds // 2))
+                ]
+        return items
+
+    def _plan_riddle(self) -> list[Item]:
+        known = [riddle for riddle in riddles(self.world) if riddle.concept not in self.world.generation_held_out]
+        known.sort(key=lambda riddle: stable_hash("riddle", DATA_SEED, riddle.caption))
+        return [
+            Item(
+                f"riddle/{i:04d}/{seed}", "riddle", "riddles", i,
+                {"prompt": riddle.caption, "concept": riddle.concept, "seed": seed},
+            )
+            for i, riddle in enumerate(known[: 2 * self.count])
+            for seed in range(self.seeds)
+        ]  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------ performing
+
+    def _reconstruct(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
+        truths = [pixels(item.data["scene"], self.atlas, self.world) for item in items]
+        results = [np.asarray(image) for image in self.model.reconstruct(truths).images]
+        with torch.no_grad():
+            images = [Image.fromarray(picture) for picture in (*truths, *results)]
+            features = self.model.encoder(to_pixels(images).to(self.model.device))  # 2B N D
+        done = []
+        for n, (item, truth, result) in enumerate(zip(items, truths, results, strict=True)):
+            reading = self.judge.read(result)
+            verdict = judge_prompt(reading, item.data["scene"], item.data["task"], self.world)
+            record = {
+                "ok": verdict.ok,
+                "parts": verdict.parts,
+                "reason": verdict.reason,
+                "text": canonical(item.data["scene"], item.data["task"], self.world),
+                "psnr": round(measure_psnr(result, truth), 3),
+                "ssim": round(measure_ssim(result, truth), 4),
+                "feature_distance": round(measure_features(features[len(items) + n], features[n]), 5),
+            }
+            done.append((record, np.concatenate([truth, result], axis=1)))
+        return done
+
+    def _ask(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
+        asked, others = [], []
+        for item in items:
+            size = item.data["size"]
+            data = Questions(self.world, self.atlas, "val", DATA_SEED, size + 1, kinds=(item.group,))
+            asked.append(data[item.index])
+            others.append(data[item.index + 1]["image"])
+        questions = [entry["question"] for entry in asked]
+        answers = self._answer([entry["image"] for entry in asked], questions)
+        blind = self._answer(others, questions)
+        done = []
+        for entry, answer, guess in zip(asked, answers, blind, strict=True):
+            ok = accepts(answer, entry["accepted"])
+            record = {
+                "ok": ok,
+                "control": accepts(guess, entry["accepted"]),
+                "text": entry["question"],
+                "reason": f"{answer!r}" if ok else f"{answer!r}, not {entry['answer']!r}",
+            }
+            done.append((record, entry["image"]))
+        return done
+
+    def _answer(self, pictures: Sequence[np.ndarray], questions: Sequence[str]) -> list[str]:
+        answers = self.model.ask(list(pictures), list(questions), max_new_tokens=48)
+        assert isinstance(answers, list), "a list of questions has a list of answers"
+        return answers
+
+    def _draw(self, items: Sequence[Item]) -> list[np.ndarray]:
+        # the noise belongs to prompt and seed: without guidance the same picture begins from the same noise
+        generators = [noise_generator(item.data["prompt"], item.data["seed"]) for item in items]
+        images = self.model.generate(
+            [item.data["prompt"] for item in items],
+            generator=generators,
+            num_inference_steps=self.steps,
+            preset=self.preset,
+            guidance_scale=1.0 if items[0].mode == UNGUIDED else self.guidance_scale,
+            progress=False,
+        ).images
+        return [np.asarray(image) for image in images]
+
+    def _generate(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
+        done = []
+        for item, picture in zip(items, self._draw(items), strict=True):
+            reading = self.judge.read(picture)
+            scene, task = item.data["scene"], item.data["task"]
+            verdict = judge_prompt(reading, scene, task, self.world)
+            record = {
+                "ok": verdict.ok,
+                "parts": verdict.parts,
+                "reason": verdict.reason,
+                "text": item.data["prompt"],
+                "reading": reading.to_dict(),
+                "scene": scene.to_dict(),
+                "task": task,
+            }
+            done.append((record, picture))
+        return done
+
+    def _riddle(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
+        done = []
+        for item, picture in zip(items, self._draw(items), strict=True):
+            reading = self.judge.read(picture)
+            seen = {found.concept for found in reading.objects}
+            ok = seen == {item.data["concept"]}
+            record = {
+                "ok": ok,
+                "text": item.data["prompt"],
+                "reason": str(reading) if ok else f"saw {reading}, meant was {item.data['concept']}",
+                "concept": item.data["concept"],
+                "seen": sorted(seen),
+            }
+            done.append((record, picture))
+        return done
+
+    def _edit(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
+        entries = []
+        for item in items:
+            data = Edits(self.world, self.atlas, "val", DATA_SEED, self.count, (item.data["kind"],), item.data["seen"])
+            entries.append(data[item.index])
+        results = self.model.edit(
+            [entry["source"] for entry in entries],
+            [entry["instruction"] for entry in entries],
+            generator=[noise_generator(item.key) for item in items],
+            num_inference_steps=self.steps,
+            preset=self.preset,
+            guidance_scale=self.guidance_scale,
+            progress=False,
+        ).images
+        kept = self.model.reconstruct([entry["source"] for entry in entries]).images
+        done = []
+        for entry, image, copy in zip(entries, results, kept, strict=True):
+            result = np.asarray(image)
+            verdict = judge_edit(self.judge, result, entry["edit"])
+            record = {
+                "ok": verdict.ok,
+                "parts": {"done": verdict.done, "rest kept": verdict.kept},
+                "reason": verdict.reason,
+                "text": entry["instruction"],
+                "psnr_outside": verdict.psnr_outside,
+                "psnr_outside_reconstruction": psnr_outside(self.judge, np.asarray(copy), entry["edit"]),
+            }
+            done.append((record, np.concatenate([entry["source"], result, entry["target"]], axis=1)))
+        return done
+
+
+def noise_generator(*parts: object) -> torch.Generator:
+    """Return a CPU generator seeded by the text of PARTS: one picture's noise, whatever the batch."""
+    return torch.Generator().manual_seed(stable_hash("noise", *parts) % 2**63)
+
+
+# ---------------------------------------------------------------------------------------------- the folder
+
+
+class Folder:
+    """The output folder: what the run is of, and the items done so far."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
+        self.records: dict[str, Record] = {}
+        path.mkdir(parents=True, exist_ok=True)
+        self._check(identity)
+        self._items = path / "items.jsonl"
+        if self._items.is_file():
+            self._read()
+
+    def _check(self, identity: dict[str, Any]) -> None:
+        file = self.path / "run.json"
+        if not file.is_file():
+            if (self.path / "items.jsonl").exists():
+                raise UniLIPError(f"{self.path} holds items but no run.json; give an empty folder.")
+            _write(file, json.dumps(identity, indent=1) + "\n")
+            return
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            raise UniLIPError(f"{file} cannot be read; give an empty folder.") from None
+        other = [name for name in identity if before.get(name) != identity[name]]
+        if other:
+            name = other[0]
+            raise UniLIPError(
+                f"{self.path} holds results of another run: {', '.join(other)} differ ({name} is {before.get(name)!r} "
+                f"there, {identity[name]!r} here). Give an empty folder, or remove this one."
+            )
+
+    def _read(self) -> None:
+        whole = []
+        for line in self._items.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # a run that was killed while it wrote
+                continue
+            self.records[record["key"]] = record
+            whole.append(line)
+        _write(self._items, "".join(line + "\n" for line in whole))
+
+    def add(self, item: Item, record: Record, picture: np.ndarray) -> None:
+        """Keep a judged item and its picture."""
+        name = re.sub(r"[^a-z0-9]+", "-", item.key.split("/", 1)[1].lower())
+        file = self.path / "pictures" / item.part / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(file)
+        record = {
+            "key": item.key,
+            "part": item.part,
+            "group": item.group,
+            "index": item.index,
+            **record,
+            "picture": file.relative_to(self.path).as_posix(),
+        }
+        with self._items.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+        self.records[item.key] = record
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def fingerprint(model: UniLIP) -> str:
+    """Return sixteen hex digits of configuration and weights."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- evaluating
+
+
+def evaluate(
+    model: UniLIP,
+    output: Path | str,
+    world: World | None = None,
+    atlas: Atlas | None = None,
+    *,
+    parts: Sequence[str] | None = None,
+    count: int = COUNT,
+    seeds: int = SEEDS,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    preset: str = "quality",
+    batch_size: int = 24,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Evaluate MODEL on held-out items and write everything to the folder OUTPUT; returns what results.json holds.
+
+    Args:
+        world, atlas: by default the world of the model's picture size, and the atlas in ``data_dir()``.
+        parts: of PARTS; by default all that the model's own parts allow.
+        count: prompts of each group (task, kind of edit); reconstructions and questions CHEAP times as many.
+        seeds: pictures of each prompt; of each edit half as many.
+        steps, guidance_scale: of the sampler; the model's own by default.
+        preset: of sampling, as in `UniLIP.generate`.
+        batch_size: items at once: speed and memory, not results.
+
+    Raises:
+        UniLIPError: an unknown part, a world of another size, or a folder that holds another run's results.
+        DataError: the atlas is missing.
+    """
+    chosen = check_parts(parts, model)
+    world = world if world is not None else world_of(model)
+    atlas = atlas if atlas is not None else (Atlas.synthetic(world) if world.name == "tiny" else Atlas.load())
+    bench = Bench(model, world, atlas, count, seeds, steps, guidance_scale, preset)
+    identity = {
+        "model": fingerprint(model),
+        "world": world.name,
+        "atlas": atlas.fingerprint,
+        "judge": VERSION,
+        "steps": bench.steps,
+        "guidance_scale": bench.guidance_scale,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "data_seed": DATA_SEED,
+        **({} if preset == "quality" else {"preset": preset}),
+    }
+    folder = Folder(Path(output), identity)
+    planned = {part: bench.plan(part) for part in chosen}
+    for part, items in planned.items():
+        _perform(bench, folder, part, items, batch_size, progress)
+    records = {
+        part: [{**folder.records[item.key], "mode": item.mode} for item in items] for part, items in planned.items()
+    }
+    results: dict[str, Any] = {
+        "model": model.config.name,
+        **{"fingerprint" if name == "model" else name: value for name, value in identity.items()},
+        "count": count,
+        "seeds": seeds,
+        "date": time.strftime("%Y-%m-%d"),
+        "device": _device(model),
+        "seconds": round(sum(record["seconds"] for entries in records.values() for record in entries), 1),
+        "torch": torch.__version__,
+    }
+    for part, entries in records.items():
+        results[f"emoji-{part}"] = summarise(part, entries, world)
+    _write(folder.path / "results.json", json.dumps(results, indent=1) + "\n")
+    write_report(folder.path, results, records)
+    log.info("wrote %s", folder.path / "index.html")
+    return results
+
+
+def check_parts(parts: Sequence[str] | None, model: UniLIP) -> tuple[str, ...]:
+    """Return the parts to run in their order; raises UniLIPError for one that does not exist or that MODEL lacks."""
+    if parts is None:
+        able = tuple(part for part in PARTS if set(NEEDS[part]) <= set(model.parts))
+        if not able:
+            raise UniLIPError(f"A model with {', '.join(model.parts)} only can do none of {', '.join(PARTS)}.")
+        return able
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or not parts:
+        raise UniLIPError(f"There is no part {', '.join(unknown) or '(none given)'}; allowed: {', '.join(PARTS)}.")
+    for part in parts:
+        model.require(*NEEDS[part])
+    return tuple(part for part in PARTS if part in parts)
+
+
+def world_of(model: UniLIP) -> World:
+    """Return the world whose pictures have the model's size."""
+    worlds = [World.preset(name) for name in ("pico", "nano", "tiny")]
+    for world in worlds:
+        if world.image_size == model.config.image_size:
+            return world
+    sizes = ", ".join(f"{world.name} {world.image_size}" for world in worlds)
+    raise UniLIPError(
+        f"No emoji world has pictures of {model.config.image_size} pixels ({sizes}); only the embedded models can be "
+        "evaluated here."
+    )
+
+
+def _device(model: UniLIP) -> str:
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_name(model.device)
+    return f"{model.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _perform(bench: Bench, folder: Folder, part: str, items: Sequence[Item], batch_size: int, progress: bool) -> None:
+    left = [item for item in items if item.key not in folder.records]
+    with tqdm(
+        total=len(items), initial=len(items) - len(left), desc=f"emoji-{part}", unit="item", disable=not progress
+    ) as bar:
+        for batch in _batches(left, batch_size):
+            started = time.monotonic()
+            done = bench.perform(batch)
+            seconds = round((time.monotonic() - started) / len(batch), 4)
+            for item, (record, picture) in zip(batch, done, strict=True):
+                folder.add(item, {**record, "seconds": seconds}, picture)
+                bar.update()
+
+
+def _batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    for _, run in groupby(items, key=lambda item: item.mode):
+        same = list(run)
+        for start in range(0, len(same), size):
+            yield same[start : start + size]
+
+
+# ---------------------------------------------------------------------------------------------- summing up
+
+
+def summarise(part: str, records: Sequence[Record], world: World) -> dict[str, Any]:
+    """Return what the records of PART come to: by group, and over all that are no control."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record["group"]].append(record)
+    found: dict[str, Any] = {"groups": {name: _sum_up(entries) for name, entries in groups.items()}}
+    proper = {name: row for name, row in found["groups"].items() if name != UNGUIDED}
+    if part in ("gen", "edit"):
+        for kind in ("seen", "unseen"):
+            shares = [row["right"] for name, row in proper.items() if name.endswith(f", {kind}")]
+            if shares:
+                found[kind] = round(float(np.mean(shares)), 4)
+    found["right"] = round(float(np.mean([row["right"] for row in proper.values()])), 4)
+    if part == "gen":
+        for name, entries in groups.items():
+            found["groups"][name][SWAPPED] = _swap_prompts(entries, world)
+        found[SWAPPED] = round(float(np.mean([row[SWAPPED] for row in proper.values()])), 4)
+        if UNGUIDED in groups:
+            found[UNGUIDED] = found["groups"].pop(UNGUIDED)
+    if part == "riddle":
+        concepts = [record["concept"] for record in records]
+        moved = concepts[len(concepts) // 2 :] + concepts[: len(concepts) // 2]
+        swapped = [r["seen"] == [c] for r, c in zip(records, moved, strict=True) if r["concept"] != c]
+        found[SWAPPED] = _share(swapped) if swapped else 0.0
+    if part == "vqa":
+        found[UNSEEN_PICTURE] = _share([record["control"] for record in records])
+    return found
+
+
+def _sum_up(entries: Sequence[Record]) -> dict[str, Any]:
+    by_prompt = {record["index"] for record in entries}
+    right = _share([record["ok"] for record in entries])
+    row: dict[str, Any] = {
+        "right": right,
+        "interval": _bound(right, len(by_prompt)),
+        "prompts": len(by_prompt),
+        "items": len(entries),
+    }
+    parts: dict[str, list[bool]] = defaultdict(list)
+    for record in entries:
+        for name, value in record.get("parts", {}).items():
+            parts[name].append(value)
+    if parts:
+        row["parts"] = {name: _share(values) for name, values in parts.items()}
+    if "control" in entries[0]:
+        row[UNSEEN_PICTURE] = _share([record["control"] for record in entries])
+    for name in ("psnr", "ssim", "feature_distance", "psnr_outside", "psnr_outside_reconstruction"):
+        numbers = [record[name] for record in entries if record.get(name) is not None]
+        if numbers:
+            row[name] = round(float(np.mean(numbers)), 4)
+    return row
+
+
+def _bound(share: float, prompts: int) -> list[float]:
+    """Return the 95 % Wilson interval, as if the pictures of one prompt were one: they are not independent."""
+    z = 1.96
+    middle = (share + z**2 / (2 * prompts)) / (1 + z**2 / prompts)
+    reach = z * math.sqrt(share * (1 - share) / prompts + z**2 / (4 * prompts**2)) / (1 + z**2 / prompts)
+    return [round(max(0.0, middle - reach), 4), round(min(1.0, middle + reach), 4)]
+
+
+def _share(values: Sequence[bool]) -> float:
+    return round(float(np.mean(values)), 4)
+
+
+def _swap_prompts(entries: Sequence[Record], world: World) -> float:
+    """Judge every picture against the next prompt of its group that asks for something else."""
+    right = []
+    for n, record in enumerate(entries):
+        reading = Reading.from_dict(record["reading"])
+        for step in range(1, len(entries)):
+            other = entries[(n + step) % len(entries)]
+            if other["text"] != record["text"]:
+                right.append(judge_prompt(reading, Scene.from_dict(other["scene"]), other["task"], world).ok)
+                break
+    return _share(right) if right else 0.0
+
+
+# ---------------------------------------------------------------------------------------------- for the command line
+
+
+def run(
+    model_source: str | os.PathLike[str] | None,
+    output: Path | str,
+    world_name: str | None = None,
+    *,
+    parts: Sequence[str] | None = None,
+    count: int | None = None,
+    seeds: int | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    preset: str = "quality",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Load a model (None: the embedded one) and ``evaluate`` it; None means the default everywhere."""
+    world = World.preset(world_name) if world_name else None
+    loaded = UniLIP.from_pretrained(model_source, device=device, dtype=dtype)
+    given = {"parts": parts, "count": count, "seeds": seeds, "batch_size": batch_size}
+    return evaluate(
+        loaded,
+        output,
+        world,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        preset=preset,
+        progress=progress,
+        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+    )
+
+
+# ---------------------------------------------------------------------------------------------- probes for training
+
+
+def quick_answers(
+    model: UniLIP, world: World, atlas: Atlas, count: int = 200, seed: int = 0, batch_size: int = 32
+) -> dict[str, float]:
+    """Ask COUNT held-out questions and return the accuracy by kind, and over all ("all")."""
+    data = Questions(world, atlas, "val", seed, count)
+    right: dict[str, list[bool]] = defaultdict(list)
+    for start in range(0, count, batch_size):
+        items = [data[i] for i in range(start, min(start + batch_size, count))]
+        answers = model.ask([item["image"] for item in items], [item["question"] for item in items], max_new_tokens=48)
+        for item, answer in zip(items, answers, strict=True):
+            right[item["kind"]].append(accepts(answer, item["accepted"]))
+    found = {kind: float(np.mean(values)) for kind, values in sorted(right.items())}
+    return {**found, "all": float(np.mean([value for values in right.values() for value in values]))}
+
+
+def quick_generation(
+    model: UniLIP,
+    world: World,
+    atlas: Atlas,
+    count: int = 48,
+    seed: int = 0,
+    batch_size: int = 16,
+    judge: Judge | None = None,
+    **sampling: Any,
+) -> dict[str, float]:
+    """Draw COUNT held-out captions and return how often each part of the verdict is right, and all of it ("all").
+
+    JUDGE may be given to save building it again; SAMPLING goes to ``UniLIP.generate``. ``all/TASK`` is by task.
+    """
+    judge = judge or Judge(world, atlas)
+    data = Scenes(world, atlas, "val", seed, count, "generation")
+    right: dict[str, list[bool]] = defaultdict(list)
+    for start in range(0, count, batch_size):
+        drawn = [data.draw(i) for i in range(start, min(start + batch_size, count))]
+        prompts = [canonical(scene, task, world) for scene, task, _ in drawn]
+        generators = [noise_generator("quick", seed, start + i) for i in range(len(drawn))]
+        images = model.generate(prompts, generator=generators, progress=False, **sampling).images
+        for image, (scene, task, _) in zip(images, drawn, strict=True):
+            verdict = judge_prompt(judge.read(image), scene, task, world)
+            for part, value in verdict.parts.items():
+                right[part].append(value)
+            right["all"].append(verdict.ok)
+            right[f"all/{task}"].append(verdict.ok)
+    return {part: float(np.mean(values)) for part, values in sorted(right.items())}
