@@ -24,6 +24,7 @@ ROAD = (
     "dit",
     "flow",
     "decoder",
+    "checkpoints",
     "convert",
     "checkpoint",
     "adapters",
