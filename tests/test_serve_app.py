@@ -397,7 +397,7 @@ def test_bad_drawings(client, body, param):
         b"",
         b"{",
         b"\xff\xfe",
-        b"[" * 100_000,
+        b"[" * 60_000,
         b'{"prompt": NaN}',
         b'{"prompt": "a", "guidance": 1e999}',
         b"null",

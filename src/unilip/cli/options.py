@@ -103,6 +103,7 @@ class Options(argparse.Namespace):
     max_body: int
     max_pixels: float
     rate_limit: int
+    allow_origin: list[str] | None
     allow_url_images: bool
     drain: float
     max_replicas: int | None

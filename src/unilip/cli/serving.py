@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ def serve(o: Options) -> int:
     keys = tuple(key.strip() for key in given)
     if not all(keys):
         raise UniLIPError(f"An --api-key is empty; give one, or leave it and {KEYS} out.")
-    rules = check_access(o.host, Rules(keys, o.max_body * MEGA, o.rate_limit))
+    rules = check_access(o.host, Rules(keys, o.max_body * MEGA, o.rate_limit, origins=tuple(o.allow_origin or ())))
     settings = Settings(name_of(o), rules, int(o.max_pixels * 1e6), o.allow_url_images, o.metadata, o.drain)
     if o.max_replicas is not None and (o.ray is None or o.max_replicas < o.ray):
         raise UniLIPError("--max-replicas goes with --ray N, and must be at least N.")
@@ -89,6 +91,13 @@ def spread(o: Options, common: dict[str, Any]) -> tuple[Any, str]:
     return engine, f"{o.model or f'embedded ({engine.config.name})'} on {o.ray} to {most} replicas ({device})"
 
 
+def origin(text: str) -> str:
+    """Check an origin as browsers write it."""
+    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text.lower()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no origin; it must look like https://chat.example or be *")
+    return text.lower()
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "--host": dict(
         default="127.0.0.1", metavar="ADDRESS", help="where to listen; any but this machine needs a key or password"
@@ -97,6 +106,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--api-key": dict(
         action="append", metavar="KEY",
         help=f"clients must send it; may be given several times. Better kept in {KEYS}, with commas between",
+    ),
+    "--allow-origin": dict(
+        action="append", metavar="URL", type=origin,
+        help="let pages of this origin (https://chat.example) ask from a browser; * allows all. May be given again",
     ),
     "--model-name": dict(metavar="NAME", help="what the model is called to clients (unilip, or the name of --model)"),
     "--max-queue": dict(
@@ -135,9 +148,9 @@ VERBS: dict[str, Verb] = {
         "unilip serve --host 0.0.0.0 --api-key KEY\n"
         "unilip serve --ray 2 --max-replicas 4 --device cuda",
         (
-            "--host", "--port", "--api-key", "--model-name", "--max-queue", "--max-batch", "--deadline", "--max-body",
-            "--max-pixels", "--rate-limit", "--allow-url-images", "--no-metadata", "--drain", "--ray", "--max-replicas",
-            *LOADING, "--debug",
+            "--host", "--port", "--api-key", "--allow-origin", "--model-name", "--max-queue", "--max-batch",
+            "--deadline", "--max-body", "--max-pixels", "--rate-limit", "--allow-url-images", "--no-metadata", 
+            "--drain", "--ray", "--max-replicas", *LOADING, "--debug",
         ),
         changes={
             "--port": dict(default=8000, help="the TCP port (8000)"),

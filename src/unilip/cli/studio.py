@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from unilip.serve.studio import About, Samples
 
 PASSWORD = "UNILIP_PASSWORD"
-LOCAL = ("localhost", "127.0.0.1", "[::1]")
 CAN = (
     "draw, change, describe and answer about scenes of one to four flat emoji drawings on a plain background, at "
     "112 px: kinds of things, counts, colours, places."
@@ -54,9 +53,8 @@ def studio(o: Options) -> int:
     password = o.password if o.password is not None else os.environ.get(PASSWORD)
     if password is not None and not password.strip():
         raise UniLIPError(f"The password is empty; give one, or leave --password and {PASSWORD} out.")
-    import uvicorn
-
-    from unilip.serve.server import MIN_KEY, is_local, listen
+    from unilip.serve.guard import LOCAL_HOSTS
+    from unilip.serve.server import MIN_KEY, is_local, listen, run
 
     local = is_local(o.host)
     if not local and len(password or "") < MIN_KEY:
@@ -75,15 +73,14 @@ def studio(o: Options) -> int:
         names = describe_model(o, model)
         with Engine(model) as engine:
             app = create_app(
-                engine, about(o, names["model"]), samples(), hosts=[*LOCAL, host] if local else ["*"],
-                password=password, metadata=o.metadata,
+                engine, about(o, names["model"]), samples(), hosts=[*LOCAL_HOSTS, host.lower()] if local else ["*"],
+                origins=o.allow_origin or (), password=password, metadata=o.metadata,
             )  # fmt: skip
             address = f"http://{host}:{port}/"
             say(f"{names['model']} on {names['device']}; the studio is at {address} (Ctrl+C ends it)")
             if o.open:
                 threading.Timer(1.0, webbrowser.open, (address,)).start()
-            level = "info" if o.debug else "warning"
-            uvicorn.Server(uvicorn.Config(app, log_level=level, timeout_graceful_shutdown=3)).run(sockets=[taken])
+            run(app, taken, 3.0)
     return 0
 
 
@@ -100,7 +97,7 @@ VERBS: dict[str, Verb] = {
         "[OPTIONS]",
         "Open a web page to chat, draw, edit and reconstruct. It needs no other host, and reports to nobody.",
         "unilip studio --open\nunilip studio --model runs/pico/sft/final --port 8080",
-        ("--host", "--port", "--password", "--open", "--no-metadata", *LOADING, "--debug"),
+        ("--host", "--port", "--password", "--open", "--allow-origin", "--no-metadata", *LOADING, "--debug"),
         changes={"--port": dict(default=7860, help="the TCP port (7860)")},
     ),
 }

@@ -13,9 +13,10 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unilip.serve.metrics import Metrics
@@ -24,10 +25,14 @@ from unilip.serve.problems import CLIENT_GONE, Trouble
 logger = logging.getLogger(__name__)
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-OPEN_PATHS = ("/health", "/ready", "/openapi.json", "/docs", "/redoc")
 FILES = "/v1/images/files/"
-BODY_SECONDS = 60.0
+OPEN_PATHS = ("/health", "/ready", "/openapi.json", "/docs", "/redoc", FILES)
+MAX_TEXT = 64 * 1024
+BODIES: Mapping[str, int] = {"/v1/images/generations": MAX_TEXT}
+BODY_SECONDS = 60.0  # for a whole body
+PIECE_SECONDS = 10.0  # between two pieces of one
 MAX_CALLERS = 10_000
+WRONG_KEYS = 60  # a minute from one address
 
 
 @dataclass(frozen=True)
@@ -35,18 +40,24 @@ class Rules:
     """Who may ask what of the server.
 
     Args:
-        api_keys: any of them is good; without keys nobody is asked, and only `hosts` are answered for.
+        api_keys: any of them is good; without keys nobody is asked.
         max_body: bytes of one request's body; eight times as much for all requests that are being read.
         rate_limit: requests a minute for a key (or an address, where there are no keys), saved up to a minute's worth;
             0 is no limit.
         hosts: names under which a server without keys may be addressed, so that no web page can reach it by a name of
-            its own.
+            its own; "*" allows all.
+        origins: other origins ("https://chat.example") whose pages may ask from a browser; "*" allows all.
+        bodies: smaller limits of single paths. Nothing is read for GET, nor for an open path that is not here.
+        open_paths: what needs no key; a path that ends with "/" stands for all below it.
     """
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     max_body: int = 32 * 2**20
     rate_limit: int = 600
     hosts: tuple[str, ...] = LOCAL_HOSTS
+    origins: tuple[str, ...] = ()
+    bodies: Mapping[str, int] = field(default_factory=lambda: BODIES)
+    open_paths: tuple[str, ...] = OPEN_PATHS
 
 
 class Bucket:
@@ -68,12 +79,18 @@ class Bucket:
 
 
 class Guard:
-    """ASGI middleware that holds `rules`."""
+    """ASGI middleware that holds `rules`, in front of the server and of the studio.
 
-    def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics) -> None:
-        self.app, self.rules, self.metrics = app, rules, metrics
-        self._keys = [hashlib.sha256(key.encode()).digest() for key in rules.api_keys]
+    `known` tells of a request whether its sender has logged in by other means than a key; None is no such means.
+    """
+
+    def __init__(
+        self, app: ASGIApp, rules: Rules, metrics: Metrics | None = None, known: Callable[[Scope], bool] | None = None
+    ) -> None:
+        self.app, self.rules, self.metrics, self.known = app, rules, metrics, known
+        self._keys = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in rules.api_keys]
         self._buckets: OrderedDict[bytes, Bucket] = OrderedDict()
+        self._guesses = min(WRONG_KEYS, rules.rate_limit or WRONG_KEYS)
         self._reading = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,31 +104,34 @@ class Guard:
             return
         started, status = time.perf_counter(), 0
         name = secrets.token_hex(8).encode()
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        added = [(b"x-request-id", name), (b"x-content-type-options", b"nosniff"), *self._shared(headers)]
 
         async def marked(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    (b"x-request-id", name),
-                    (b"x-content-type-options", b"nosniff"),
-                ]
+                message["headers"] = [*message.get("headers", ()), *added]
             await send(message)
 
         body = 0
         try:
-            found = self._check(scope)
+            found: Trouble | bytes | None = self._check(scope, headers)
+            if found is None and _asks_leave(scope, headers):
+                await Response(status_code=204, headers=PREFLIGHT)(scope, receive, marked)
+                return
             if found is None:
-                data = await self._read(scope, receive)
-                if data is None:
+                found = await self._read(scope, receive)
+                if found is None:
                     status = CLIENT_GONE
                     return
-                if isinstance(data, bytes):
-                    body = len(data)
-                    await self.app(scope, _replay(data, receive), marked)
-                    return
-                found = data
+            if isinstance(found, bytes):
+                body = len(found)
+                if not body and ("transfer-encoding" in headers or headers.get("content-length", "0") != "0"):
+                    added.append(CLOSE)
+                await self.app(scope, replay(found, receive), marked)
+                return
+            added.append(CLOSE)
             await found.response()(scope, receive, marked)
         except Exception:
             logger.exception("request %s failed", name.decode())
@@ -121,61 +141,87 @@ class Guard:
             await Trouble(500, text, "internal_error").response()(scope, receive, marked)
         finally:
             self._reading -= body
-            self.metrics.answer(_route(scope), status or CLIENT_GONE, time.perf_counter() - started)
+            if self.metrics is not None:
+                self.metrics.answer(_route(scope), status or CLIENT_GONE, time.perf_counter() - started)
 
-    def _check(self, scope: Scope) -> Trouble | None:
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        client = (scope.get("client") or ("unknown", 0))[0]
-        caller = f"address {client}".encode()
-        if self._keys:
-            if scope["path"] in OPEN_PATHS or scope["path"].startswith(FILES):
-                return None
+    def _check(self, scope: Scope, headers: Mapping[str, str]) -> Trouble | None:
+        found = self._from_a_web_page(scope, headers)
+        if found is not None or _asks_leave(scope, headers):
+            return found
+        caller = f"address {(scope.get('client') or ('unknown', 0))[0]}".encode()
+        opened = self._is_open(scope["path"])
+        if self._keys and not opened:
             given = headers.get("authorization", "")
             key = given[7:].strip() if given[:7].lower() == "bearer " else headers.get("api-key", "")
-            digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+            digest = hashlib.sha256(key.encode("latin-1")).digest()  # the very bytes that were sent
             good = [hmac.compare_digest(digest, known) for known in self._keys]  # all of them, whichever fits
             if not any(good):
-                return self._limit(caller) or Trouble(
+                return self._limit(b"wrong " + caller, self._guesses) or Trouble(
                     401, "The API key is missing or wrong; send it as Authorization: Bearer KEY.", "invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )  # fmt: skip
             caller = digest
-        else:
-            found = self._from_a_web_page(headers)
-            if found is not None:
-                return found
-            if scope["path"] in OPEN_PATHS:
-                return None
-        return self._limit(caller)
+        if self.known is not None and not opened and not self.known(scope):
+            return Trouble(401, "Log in first.", "not_logged_in")
+        if opened:  # a form to log in is what can be posted without a key
+            return self._limit(b"wrong " + caller, self._guesses) if scope["method"] == "POST" else None
+        return self._limit(caller, self.rules.rate_limit)
 
-    def _from_a_web_page(self, headers: Mapping[str, str]) -> Trouble | None:
+    def _is_open(self, path: str) -> bool:
+        return any(path == one or (one[1:].endswith("/") and path.startswith(one)) for one in self.rules.open_paths)
+
+    def _from_a_web_page(self, scope: Scope, headers: Mapping[str, str]) -> Trouble | None:
         """Refuse what a web page elsewhere may send to this machine behind the back of its reader."""
-        host = headers.get("host", "")
+        host = headers.get("host", "").lower()
         name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
-        if name.lower() not in self.rules.hosts:
-            return Trouble(403, "Without an API key this server answers only as localhost.", "forbidden_host")
+        if not self._keys and not {"*", name} & set(self.rules.hosts):
+            text = f"This server answers only as {', '.join(self.rules.hosts)}; give it a key to allow other names."
+            return Trouble(403, text, "forbidden_host")
         origin = headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != host:
-            return Trouble(403, "Requests from pages of other origins need an API key.", "forbidden_origin")
+        if origin is None:  # a picture or a script of a page, or nothing of a page at all
+            foreign = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+            foreign = foreign and headers.get("sec-fetch-mode") != "navigate" and not scope["path"].startswith(FILES)
+        else:
+            own = host != "" and origin.lower().partition("://")[2] == host
+            foreign = not own and not {"*", origin.lower()} & set(self.rules.origins)
+        if foreign:
+            text = "Requests from pages of other origins are refused; allow one with --allow-origin."
+            return Trouble(403, text, "forbidden_origin")
         return None
 
-    def _limit(self, caller: bytes) -> Trouble | None:
-        if not self.rules.rate_limit:
+    def _shared(self, headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+        """The headers that let an allowed page of another origin read the answer."""
+        origin = headers.get("origin", "")
+        if not {"*", origin.lower()} & set(self.rules.origins):
+            return []
+        return [
+            (b"access-control-allow-origin", origin.encode("latin-1")),
+            (b"access-control-expose-headers", b"Retry-After, X-Request-Id"),
+            (b"vary", b"Origin"),
+        ]
+
+    def _limit(self, caller: bytes, most: int) -> Trouble | None:
+        if not most:
             return None
-        bucket = self._buckets.pop(caller, None) or Bucket(self.rules.rate_limit)
+        bucket = self._buckets.pop(caller, None) or Bucket(most)
         self._buckets[caller] = bucket
         if len(self._buckets) > MAX_CALLERS:
             self._buckets.popitem(last=False)
         wait = bucket.take()
         if not wait:
             return None
-        text = f"More than {self.rules.rate_limit} requests a minute; wait {max(1, round(wait))} s."
+        text = f"More than {most} requests a minute; wait {max(1, round(wait))} s."
         return Trouble(429, text, "rate_limit_exceeded", retry_after=wait)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | Trouble | None:
         """Return the whole body, or what is wrong with it, or None for a client that left."""
-        most = self.rules.max_body
-        too_large = Trouble(413, f"The body is larger than {most} bytes; send smaller pictures.", "body_too_large")
+        path, bodies = scope["path"], self.rules.bodies
+        if scope["method"] in ("GET", "HEAD", "OPTIONS") or (path not in bodies and self._is_open(path)):
+            return b""
+        most = min(bodies.get(path, self.rules.max_body), self.rules.max_body)
+        too_large = Trouble(
+            413, f"The body is larger than {most} bytes; send less, or smaller pictures.", "body_too_large"
+        )
         for name, value in scope["headers"]:
             if name == b"content-length" and value.isdigit() and int(value[:18]) > most:
                 return too_large
@@ -184,9 +230,11 @@ class Guard:
         try:
             while True:
                 try:
-                    message = await asyncio.wait_for(receive(), max(0.01, end - time.monotonic()))
+                    patience = min(PIECE_SECONDS, end - time.monotonic())
+                    message = await asyncio.wait_for(receive(), max(0.01, patience))
                 except asyncio.TimeoutError:
-                    return Trouble(408, f"The body did not arrive within {BODY_SECONDS:.0f} s.", "body_too_slow")
+                    text = f"The body stopped for {PIECE_SECONDS:.0f} s, or took more than {BODY_SECONDS:.0f} s in all."
+                    return Trouble(408, text, "body_too_slow")
                 if message["type"] == "http.disconnect":
                     return None
                 piece = message.get("body", b"")
@@ -194,7 +242,7 @@ class Guard:
                 self._reading += len(piece)
                 if len(data) > most:
                     return too_large
-                if self._reading > 8 * most:
+                if self._reading > 8 * self.rules.max_body:
                     return Trouble(429, "Too much is being sent at once; try again.", "busy", retry_after=2)
                 if not message.get("more_body", False):
                     kept = True
@@ -204,7 +252,20 @@ class Guard:
                 self._reading -= len(data)
 
 
-def _replay(data: bytes, receive: Receive) -> Receive:
+CLOSE = (b"connection", b"close")  # else the body of what was refused would be read to its end
+PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+    "Access-Control-Allow-Headers": "*, Authorization",
+    "Access-Control-Max-Age": "600",
+}
+
+
+def _asks_leave(scope: Scope, headers: Mapping[str, str]) -> bool:
+    """Whether this is a browser's question if a page may send its request (a CORS preflight)."""
+    return scope["method"] == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
+
+
+def replay(data: bytes, receive: Receive) -> Receive:
     """Give the body that was read already, then what really comes (the end of the connection)."""
     given = False
 

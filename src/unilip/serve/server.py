@@ -5,6 +5,7 @@ In:  an application and where to listen. Out: nothing; it returns when a signal 
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import logging
 import signal
@@ -16,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from unilip.errors import UniLIPError
-from unilip.serve.guard import LOCAL_HOSTS, Rules
+from unilip.serve.guard import Rules
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def check_access(host: str, rules: Rules) -> Rules:
             raise UniLIPError(f"An API key for --host {host} needs at least {MIN_KEY} characters; make a longer one.")
     shown = f"[{host.strip('[]')}]" if ":" in host else host
     hosts = rules.hosts if shown in rules.hosts else (*rules.hosts, shown)
-    return Rules(rules.api_keys, rules.max_body, rules.rate_limit, hosts or LOCAL_HOSTS)
+    return dataclasses.replace(rules, hosts=hosts)
 
 
 def listen(host: str, port: int) -> socket.socket:

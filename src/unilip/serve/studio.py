@@ -12,19 +12,22 @@ import os
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read by gradio whenever it would report something
 
+import asyncio
 import hmac
+import json
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unilip import __version__
@@ -32,7 +35,9 @@ from unilip.config import SOLVERS
 from unilip.errors import UniLIPError
 from unilip.preprocess import FITS
 from unilip.serve.engine import Engine
-from unilip.serve.studio_desk import Desks, Studio, Update, note, parameters
+from unilip.serve.guard import LOCAL_HOSTS, MAX_TEXT, Guard, Rules, replay
+from unilip.serve.problems import Trouble
+from unilip.serve.studio_desk import Desks, Studio, Update, is_within, note, parameters
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +46,24 @@ BUTTONS: list[Any] = [
     "fullscreen",
 ]  # of pictures; not "share", which would upload them to other people's machines
 USER = "unilip"  # who logs in where a password is set
-MAX_UPLOAD = "20mb"
+MAX_UPLOAD = 20 * 2**20  # bytes of one request
+MAX_DISK = 2 * 2**30  # bytes of all files of all pages; a file counts as at least MIN_FILE
+MIN_FILE = 64 * 2**10
+UPLOAD = "/gradio_api/upload"
+# what the page asks for, and nothing else that Gradio has: the bodies of what is posted, and the rest as a pattern
+BODIES = {
+    "/login": MAX_TEXT,
+    UPLOAD: MAX_UPLOAD,
+    "/gradio_api/queue/join": 4 * MAX_TEXT,
+    "/gradio_api/cancel": MAX_TEXT,
+    "/gradio_api/reset": MAX_TEXT,
+}
+PAGE = ("/", "/theme.css", "/favicon.ico", "/robots.txt", "/static/", "/assets/", "/svelte/")
+READ = re.compile(
+    "|".join(map(re.escape, PAGE[:4]))
+    + r"|/(static|assets|svelte)/.*|/(config|logout|manifest\.json)|/gradio_api/((theme\.css|upload_progress|queue/data"
+    r"|startup-events|info|login_check|user|token|app_id)/?|heartbeat/[^/]*|file=.*)"
+)
 POLICY = "; ".join(
     (
         "default-src 'self'",
@@ -198,9 +220,9 @@ class _Bound:
 class Page:
     """Builds the page, a tab at a time."""
 
-    def __init__(self, engine: Engine, desks: Desks, about: About, samples: Samples) -> None:
+    def __init__(self, engine: Engine, desks: Desks, about: About, samples: Samples, folder: Path) -> None:
         self.engine, self.desks, self.about, self.samples = engine, desks, about, samples
-        self.studio = Studio(engine)
+        self.studio = Studio(engine, folder)
 
     def build(self) -> gr.Blocks:
         """Return the page; tabs are there for what the model can do."""
@@ -513,14 +535,42 @@ def _index(event: gr.SelectData) -> int:
     return int(event.index)
 
 
-class Headers:
-    """Adds the headers that keep a page to its own host."""
+def names_outside(content: Any, folder: Path) -> bool:
+    """Whether JSON of a browser holds a file (an object with a "path") that does not lie in a folder."""
+    if isinstance(content, dict):
+        path = content.get("path")
+        if path is not None and not is_within(path, folder):
+            return True
+        content = list(content.values())
+    return isinstance(content, list) and any(names_outside(one, folder) for one in content)
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+
+def disk_use(folder: Path) -> int:
+    """Bytes of all files below a folder; each counts as at least MIN_FILE."""
+    sizes = []
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # it was deleted meanwhile
+            sizes.append(max(MIN_FILE, path.stat().st_size))
+    return sum(sizes)
+
+
+class Fence:
+    """What of Gradio is served: the routes of this page, files of `folder`, uploads while there is room.
+
+    It also adds the headers that keep a page to its own host. Gradio has checks of its own, which a version may drop.
+    """
+
+    def __init__(self, app: ASGIApp, folder: Path) -> None:
+        self.app, self.folder = app, folder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
+        if scope["type"] == "http":
+            os.environ["GRADIO_TEMP_DIR"] = str(self.folder)  # of the latest studio in this process, if there are more
+            found, receive = await self._check(scope, receive)
+            if found is not None:
+                await found.response()(scope, receive, send)
+                return
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -529,13 +579,33 @@ class Headers:
 
         await self.app(scope, receive, with_headers if scope["type"] == "http" else send)
 
+    async def _check(self, scope: Scope, receive: Receive) -> tuple[Trouble | None, Receive]:
+        path = scope["path"]
+        if not (path in BODIES if scope["method"] == "POST" else READ.fullmatch(path)):
+            return Trouble(404, "There is nothing here.", "not_found"), receive
+        if "/file=" in path and not is_within(path.partition("/file=")[2], self.folder):
+            return Trouble(403, "This file is none of the page's.", "forbidden_file"), receive
+        if path == UPLOAD and await asyncio.to_thread(disk_use, self.folder) > MAX_DISK:
+            text = "The studio's folder is full; close pages that are not needed, or try again later."
+            return Trouble(507, text, "full"), receive
+        if scope["method"] != "POST" or path in (UPLOAD, "/login"):
+            return None, receive
+        body = (await receive()).get("body", b"")  # whole: it comes from Guard
+        try:
+            if names_outside(json.loads(body), self.folder):
+                return Trouble(403, "A file is named that is none of the page's.", "forbidden_file"), receive
+        except (ValueError, RecursionError):
+            return Trouble(400, "This is no JSON.", "invalid_json"), receive
+        return None, replay(body, receive)
+
 
 def create_app(
     engine: Engine,
     about: About,
     samples: Samples | None = None,
     *,
-    hosts: Sequence[str] = ("localhost", "127.0.0.1", "[::1]"),
+    hosts: Sequence[str] = LOCAL_HOSTS,
+    origins: Sequence[str] = (),
     password: str | None = None,
     metadata: bool = True,
 ) -> FastAPI:
@@ -547,13 +617,14 @@ def create_app(
         samples: what can be tried at once.
         hosts: names by which the page may be called; others are refused, so that no other web page can reach it
             through a name of its own. "*" allows all.
+        origins: the page's own address where a proxy stands before it that gives another Host.
         password: of the user "unilip"; nobody has to log in without one.
         metadata: write model, prompt, seed and settings into the PNG files.
     """
-    folder = Path(tempfile.mkdtemp(prefix="unilip-studio-"))
-    os.environ["GRADIO_TEMP_DIR"] = str(folder / "cache")
+    folder = Path(tempfile.mkdtemp(prefix="unilip-studio-")).resolve()
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
     desks = Desks(folder / "desks", about.name, metadata)
-    page = Page(engine, desks, about, samples or Samples()).build()
+    page = Page(engine, desks, about, samples or Samples(), folder).build()
     page.queue(default_concurrency_limit=16, max_size=256)
 
     @asynccontextmanager
@@ -567,13 +638,23 @@ def create_app(
         return hmac.compare_digest(user.encode(), USER.encode()) and right
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    app.add_middleware(Headers)
     app = gr.mount_gradio_app(
         app, page, path="/", theme=THEME, css=STYLE, head=HEAD, footer_links=[], run_history=False, ssr_mode=False,
         mcp_server=False, pwa=False, enable_monitoring=False, show_error=False, max_file_size=MAX_UPLOAD,
         auth=allowed if password else None,
         auth_message=f"The user is {html.escape(USER)}; the password was chosen by whoever started the studio.",
     )  # fmt: skip
-    app.state.desks = desks
+    page.has_launched = page.is_running = True  # else Gradio takes paths on trust, and serves scripts in pictures
+    inner = next(route.app for route in app.routes if isinstance(getattr(route, "app", None), gr.routes.App))
+
+    def known(scope: Scope) -> bool:
+        return any(token in inner.tokens for token in HTTPConnection(scope).cookies.values())
+
+    rules = Rules(
+        max_body=MAX_UPLOAD, rate_limit=0, hosts=tuple(hosts), origins=tuple(origins), bodies=BODIES,
+        open_paths=(*PAGE, "/login"),
+    )  # fmt: skip
+    app.add_middleware(Fence, folder=folder)
+    app.add_middleware(Guard, rules=rules, known=known if password else None)
+    app.state.desks, app.state.engine = desks, engine
     return app

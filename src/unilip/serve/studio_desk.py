@@ -11,6 +11,7 @@ import html
 import json
 import logging
 import os
+import secrets
 import shutil
 import threading
 import time
@@ -26,11 +27,11 @@ from PIL import Image
 
 from unilip import __version__
 from unilip.errors import ImageError, PromptError, UniLIPError
-from unilip.preprocess import Fit, check_prompt, fit_square, load_image, unfit_square
+from unilip.preprocess import Fit, check_prompt, fit_square, unfit_square
 from unilip.serve.engine import Engine, Ticket, psnr
 from unilip.serve.intent import intent
 from unilip.serve.jobs import Ask, Cancelled, Edit, Event, Generate, Job, Reconstruct, Result, Turn
-from unilip.serve.pictures import encode
+from unilip.serve.pictures import decode, encode
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ Mode = Literal["auto", "ask", "generate", "edit"]
 P = ParamSpec("P")
 MAX_PICTURES = 300  # of a desk's history; the oldest go first
 MAX_DESKS = 200
+MAX_PIXELS = 24_000_000  # of an uploaded picture
 SAME_COLOUR = 8  # of 255: a pixel that differs by no more counts as unchanged
 
 
@@ -197,7 +199,6 @@ class Desks:
     def __init__(self, folder: Path, model: str, metadata: bool = True) -> None:
         self.folder, self.model, self.metadata = folder, model, metadata
         self._desks: dict[str, Desk] = {}
-        self._made = 0
         self._lock = threading.Lock()
 
     def get(self, key: str) -> Desk:
@@ -208,8 +209,7 @@ class Desks:
                 return self._desks[key]
             idle = [k for k, desk in self._desks.items() if not desk.busy]
             old = [self._desks.pop(k) for k in idle[: max(0, len(self._desks) + 1 - MAX_DESKS)]]
-            self._made += 1
-            desk = self._desks[key] = Desk(self.folder / f"desk-{self._made}", self.model, self.metadata)
+            desk = self._desks[key] = Desk(self.folder / secrets.token_hex(16), self.model, self.metadata)
         for one in old:
             one.close()
         return desk
@@ -262,18 +262,31 @@ def difference(one: Image.Image, other: Image.Image) -> tuple[Image.Image, float
     return Image.fromarray(shades.round().astype(np.uint8)[gap]), float((gap > SAME_COLOUR).mean())
 
 
-def read_picture(path: str | None, what: str) -> Image.Image:
+def read_picture(path: str | None, what: str, folder: Path | None = None) -> Image.Image:
     """Return an uploaded picture as upright RGB.
 
     Raises:
-        ImageError: there is none, or it cannot be read; only the file's own name is told.
+        ImageError: there is none, it is not in `folder`, or it cannot be read; only the file's own name is told.
     """
     if not path:
         raise ImageError(f"There is no {what} yet; upload, paste or drop one, or click an example.")
+    name = Path(path).name
+    if folder is not None and not is_within(path, folder):
+        raise ImageError(f"{name} was not uploaded here.")
     try:
-        return load_image(path)
+        return decode(Path(path).read_bytes(), MAX_PIXELS)
+    except OSError as error:
+        raise ImageError(f"{name} is gone; upload it again.") from error
     except ImageError as error:
-        raise ImageError(str(error).replace(str(path), Path(path).name)) from error
+        raise ImageError(f"{name} is not an image that can be read: {error}") from error
+
+
+def is_within(path: Any, folder: Path) -> bool:
+    """Whether this is the path of something in a folder, links followed."""
+    try:
+        return isinstance(path, str) and Path(path).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError):  # a null byte, a loop of links
+        return False
 
 
 def whole(value: float | None, what: str) -> int | None:
@@ -307,10 +320,11 @@ def kindly(handler: Callable[P, Iterator[Update]]) -> Callable[P, Iterator[Updat
 
 
 class Studio:
-    """The handlers of the page: each takes a desk and inputs, and yields updates."""
+    """The handlers of the page: each takes a desk and inputs, and yields updates. Pictures are read from `folder`."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, folder: Path | None = None) -> None:
         self.engine = engine
+        self.folder = folder
         self.size = engine.config.image_size
 
     def _follow(
@@ -360,7 +374,7 @@ class Studio:
         steps: float, guidance: float, solver: str, fit: str, keep_aspect: bool,
     ) -> Iterator[Update]:  # fmt: skip
         """Change a picture: "slider" (before, after), "difference", "edited" the file, "seed"."""
-        source = read_picture(path, "picture to change")
+        source = read_picture(path, "picture to change", self.folder)
         shape = cast(Fit, fit)
         job = Edit(
             source, instruction, seed=None if fresh else whole(seed, "The seed"), steps=int(steps),
@@ -392,7 +406,7 @@ class Studio:
     @kindly
     def reconstruct(self, desk: Desk, path: str | None, fit: str) -> Iterator[Update]:
         """Encode a picture and draw it again: "seen", "again" (files), "difference", the PSNR in "score"."""
-        source = read_picture(path, "picture to reconstruct")
+        source = read_picture(path, "picture to reconstruct", self.folder)
         shape = cast(Fit, fit)
         result = yield from self._follow(
             desk, "reconstruct", Reconstruct(source, fit=shape), lambda event: {"status": bar(event)}
@@ -439,7 +453,7 @@ class Studio:
     def _say(self, desk: Desk, message: Mapping[str, Any], mode: Mode) -> Iterator[Update]:
         files = list(message.get("files") or ())
         text = str(message.get("text") or "").strip()
-        pictures = tuple(read_picture(path, "picture") for path in files)
+        pictures = tuple(read_picture(path, "picture", self.folder) for path in files)
         text = check_prompt(text, "message") if text or not pictures else "Describe the picture."
         newest = pictures or next((turn.images for turn in reversed(desk.turns) if turn.images), ())
         wanted, words = intent(text, bool(newest)) if mode == "auto" else (mode, text)
