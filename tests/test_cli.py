@@ -14,6 +14,7 @@ from PIL import Image
 from unilip import cli, demo
 from unilip.cli.terminal import slug
 from unilip.errors import UniLIPError
+from unilip.pictures import picture_psnr
 
 QUICK = ["--steps", "2", "--no-progress", "--device", "cpu"]
 
@@ -146,7 +147,7 @@ def test_reconstruct_reports_psnr(run, pictures):
     assert [image["path"] for image in images] == ["cat-reconstructed.png", "wide-reconstructed.png"]
     assert Image.open("wide-reconstructed.png").size == (56, 25)
     assert images[0]["psnr"] == pytest.approx(
-        demo.psnr(Image.open(pictures[0]), Image.open(images[0]["path"])), abs=1e-3
+        picture_psnr(Image.open(pictures[0]), Image.open(images[0]["path"])), abs=1e-3
     )
 
 

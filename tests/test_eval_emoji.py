@@ -14,10 +14,20 @@ from unilip.emoji import score as emoji
 from unilip.emoji.art import Atlas
 from unilip.emoji.dataset import Edits, pixels
 from unilip.emoji.questions import KINDS
-from unilip.emoji.score import PARTS, Bench, accepts, evaluate, normalise, quick_answers, quick_generation, run
+from unilip.emoji.score import (
+    PARTS,
+    Bench,
+    accepts,
+    evaluate,
+    measure_features,
+    normalise,
+    quick_answers,
+    quick_generation,
+    run,
+)
 from unilip.emoji.world import Scene, World
 from unilip.errors import UniLIPError
-from unilip.pictures import measure_features, measure_psnr, measure_ssim
+from unilip.pictures import picture_psnr, picture_ssim
 
 WORLD = World.tiny()
 SMALL = dict(count=1, seeds=1, steps=1, progress=False)
@@ -34,14 +44,14 @@ def finished(tiny_model, tmp_path_factory):
 
 def test_psnr():
     black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
-    assert measure_psnr(black, black) == 100.0
-    assert measure_psnr(black, white) == pytest.approx(0.0)
+    assert picture_psnr(black, black) == 100.0
+    assert picture_psnr(black, white) == pytest.approx(0.0)
     half = black.copy()
     half[:2] = 255
     where = np.zeros((4, 4), bool)
     where[:2] = True
-    assert measure_psnr(black, half, ~where) == 100.0
-    assert measure_psnr(black, half) == pytest.approx(10 * np.log10(2), abs=1e-4)
+    assert picture_psnr(black, half, ~where) == 100.0
+    assert picture_psnr(black, half) == pytest.approx(10 * np.log10(2), abs=1e-4)
 
 
 def test_ssim_is_that_of_scikit_image():
@@ -53,8 +63,8 @@ def test_ssim_is_that_of_scikit_image():
         a / 255.0, b / 255.0, channel_axis=-1, data_range=1.0, gaussian_weights=True, sigma=1.5,
         use_sample_covariance=False,
     )  # fmt: skip
-    assert measure_ssim(a, b) == pytest.approx(theirs, abs=1e-6)
-    assert measure_ssim(a, a) == pytest.approx(1.0)
+    assert picture_ssim(a, b) == pytest.approx(theirs, abs=1e-6)
+    assert picture_ssim(a, a) == pytest.approx(1.0)
 
 
 def test_feature_distance():

@@ -17,7 +17,8 @@ from unilip.errors import UniLIPError
 from unilip.eval import benchmarks, generation, runs
 from unilip.eval.benchmarks import open_benchmark
 from unilip.eval.generation import Settings, generate, picture_seed
-from unilip.eval.runs import Place, RunFolder
+from unilip.eval.runs import RunFolder
+from unilip.machine import Place
 
 NAMES = ("geneval", "geneval2", "dpg", "wise", "imgedit", "gedit")
 
@@ -199,7 +200,7 @@ import torch
 torch.set_num_threads(1)
 from unilip.eval import generation
 from unilip.eval.benchmarks import open_benchmark
-from unilip.eval.runs import Place
+from unilip.machine import Place
 folder, prompts, output = map(Path, sys.argv[1:])
 draw = generation._draw
 def slowly(*arguments):

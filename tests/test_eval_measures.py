@@ -18,8 +18,8 @@ from unilip.eval import compare, recon, understand
 from unilip.eval.benchmarks import open_benchmark
 from unilip.eval.generation import Settings, generate
 from unilip.eval.pictures import open_pictures
-from unilip.eval.runs import Place
 from unilip.eval.scores import Rule, column, write_scores
+from unilip.machine import Place
 
 # --- measures -------------------------------------------------------------------------------------------------------
 

@@ -14,9 +14,9 @@ from unilip.eval import rubrics, scores, scoring
 from unilip.eval.benchmarks import Item, open_benchmark
 from unilip.eval.detection import Detection, PlainColors, check_item, cut_out, find_relations, score_geneval
 from unilip.eval.generation import Settings, generate
-from unilip.eval.runs import Place
 from unilip.eval.scores import Rule, bootstrap, column, combine, summarise, tabulate, tell
 from unilip.eval.vlm import Terms
+from unilip.machine import Place
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "unilip"
 # The core, in reading order: a file imports only from files above it.
 ROAD = (
     "errors",
+    "files",
+    "machine",
     "pictures",
     "config",
     "preprocess",

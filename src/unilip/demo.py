@@ -27,7 +27,7 @@ from PIL import Image
 from unilip import __version__
 from unilip.errors import UniLIPError
 from unilip.model import UniLIP
-from unilip.preprocess import fit_square, load_image
+from unilip.pictures import fit_square, load_image, picture_psnr
 
 MARKER = ".unilip-demo"  # lists the files of a demo, so that the next one replaces these and nothing else
 PAGE = "index.html"
@@ -131,13 +131,6 @@ def photograph(size: int = 224, seed: int = 0) -> Image.Image:
     return Image.fromarray((np.clip(picture + glow + grain, 0, 1) * 255).round().astype(np.uint8))
 
 
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two RGB pictures of one size, in decibels; infinite where they are equal."""
-    error = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    mean = float(np.square(error).mean())
-    return float("inf") if mean == 0 else float(10 * np.log10(255**2 / mean))
-
-
 # --- the folder -----------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +217,7 @@ class _Show:
         return fit_square(image, self.model.config.image_size)
 
     def pair(self, source: Image.Image, name: str, made: Image.Image) -> tuple[str, float]:
-        score = psnr(self.square(source), made)
+        score = picture_psnr(self.square(source), made)
         names = self.save(self.square(source), f"{name}-source"), self.save(made, name)
         return _row([(names[0], "source"), (names[1], f"{score:.1f} dB")]), score
 

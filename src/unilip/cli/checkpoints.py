@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from unilip.cli.options import LOADING, TELLING, Options, Verb, number
-from unilip.cli.terminal import Report, choose_device, describe_model, load, plural, say
+from unilip.cli.terminal import Report, describe_model, load, plural, say
 from unilip.errors import UniLIPError
+from unilip.machine import choose_device
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--to": dict(choices=("unilip", "authors"), default="unilip", help="format to write (unilip)"),

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from unilip.cli.options import TELLING, Options, Verb, whole
-from unilip.cli.terminal import Report, choose_device, plural, say
+from unilip.cli.terminal import Report, plural, say
 from unilip.errors import UniLIPError
+from unilip.machine import choose_device
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--source": dict(metavar="DIR", help="folder of the three npm packages; without it npm fetches them"),
@@ -84,6 +85,7 @@ def data_check(o: Options) -> int:
     report = Report(o, "data check")
     from unilip.data.check import check
     from unilip.data.sources import open_source, parse_mixture
+    from unilip.files import replacing
 
     sheet_path = None if o.output is None else Path(o.output)
     if sheet_path is not None and (
@@ -100,9 +102,8 @@ def data_check(o: Options) -> int:
         values = about.values()
         if sheet is not None and sheet_path is not None:
             path = sheet_path if len(places) == 1 else sheet_path.with_stem(f"{sheet_path.stem}-{number + 1}")
-            temporary = path.with_name(f".{path.stem}.part{path.suffix}")
-            sheet.save(temporary)
-            temporary.replace(path)
+            with replacing(path) as temporary:
+                sheet.save(temporary, {".png": "PNG", ".jpg": "JPEG"}[path.suffix])
             report.line(str(path))
             values["sheet"] = str(path)
         found.append(values)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unilip.cli.options import LOADING, TELLING, Options, Verb, number, whole
-from unilip.cli.terminal import Report, choose_device, plural, say
+from unilip.cli.terminal import Report, plural, say
 from unilip.errors import UniLIPError
+from unilip.machine import choose_device
 
 if TYPE_CHECKING:
     from unilip.eval.vlm import Terms
@@ -150,17 +151,6 @@ def output_of(o: Options, name: str) -> Path:
     return folder
 
 
-def own_device(o: Options) -> str:
-    """Return this process's device: under torchrun each takes the CUDA device of its LOCAL_RANK."""
-    device = choose_device(o.device)
-    rank = os.environ.get("LOCAL_RANK", "")
-    if device == "cuda" and rank.isdigit():
-        import torch
-
-        return f"cuda:{int(rank) % torch.cuda.device_count()}"
-    return device
-
-
 def bars(o: Options) -> bool:
     """Whether progress bars are shown."""
     return o.progress and sys.stderr.isatty()
@@ -229,7 +219,7 @@ def eval_benchmark(name: str, o: Options) -> int:
 
     has_rubric = "--rubric" in VERBS[f"eval {name}"].options
     rubric = read_rubric(name, benchmark.protocol, o.rubric if has_rubric else None)
-    from unilip.eval.runs import Place
+    from unilip.machine import Place
 
     place = Place.of_environment()
     made: dict[str, Any] = {}
@@ -258,7 +248,7 @@ def draw(o: Options, benchmark: Any, source: dict[str, Any], output: Path) -> di
     """Make what is missing of a benchmark's pictures, in this process or by Ray."""
     from unilip.eval.generation import Settings, generate, generate_with_ray
 
-    device = own_device(o)
+    device = choose_device(o.device)
     settings = Settings.resolve(
         o.model,
         steps=o.steps,
@@ -322,7 +312,7 @@ def eval_recon(o: Options) -> int:
     """Measure how much of pictures survives the tokenizer."""
     report = Report(o, "eval recon")
     output = output_of(o, "recon")
-    device = own_device(o)
+    device = choose_device(o.device)
     from unilip.eval import recon
     from unilip.eval.pictures import open_pictures
 
@@ -346,7 +336,7 @@ def eval_understand(o: Options) -> int:
     """Ask multiple-choice or yes/no questions and score the answers."""
     report = Report(o, "eval understand")
     output = output_of(o, "understand")
-    device = own_device(o)
+    device = choose_device(o.device)
     from unilip.eval import understand
 
     sheet = understand.open_questions(o.words[0], o.images)

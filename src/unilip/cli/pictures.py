@@ -107,7 +107,7 @@ def reconstruct(o: Options) -> int:
         load_image(word)
     out = Destination(o.output, o.force, len(o.words))
     model = load(o, "encoder", "latent_head", "pixel_decoder")
-    from unilip.demo import psnr
+    from unilip.pictures import picture_psnr
 
     size = o.image_size or model.config.image_size
     about = describe_model(o, model)
@@ -119,13 +119,13 @@ def reconstruct(o: Options) -> int:
         for word, source, square, image in zip(
             batch, sources, squares, model.reconstruct(squares, image_size=size).images, strict=True
         ):
-            score = psnr(square, image)
+            score = picture_psnr(square, image)
             texts = {"Software": f"unilip {__version__}", "model": about["model"], "image": word} if o.metadata else {}
             shaped = unfit_square(image, source.size, o.fit) if o.keep_aspect else image  # type: ignore[arg-type]
             path = out.write(shaped, f"{Path(word).stem}-reconstructed", texts)
-            made.append({"path": str(path), "image": word, "psnr": round(score, 3) if math.isfinite(score) else None})
+            made.append({"path": str(path), "image": word, "psnr": round(score, 3)})
             report.line(str(path))
-    mean = sum(entry["psnr"] or 0.0 for entry in made) / len(made)
+    mean = sum(entry["psnr"] for entry in made) / len(made)
     report.end(f"{plural(len(made), 'picture')}, PSNR {mean:.2f} dB,", images=made)
     return 0
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from unilip.cli.options import LOADING, Options, Verb, number, whole
-from unilip.cli.terminal import choose_device, describe_model, load, say
+from unilip.cli.terminal import describe_model, load, say
 from unilip.errors import UniLIPError
+from unilip.machine import choose_device
 
 KEYS = "UNILIP_API_KEY"
 MEGA = 2**20

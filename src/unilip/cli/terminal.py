@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from unilip.cli.lean import lean
 from unilip.cli.options import Options
 from unilip.errors import UniLIPError
+from unilip.files import png_bytes
+from unilip.machine import choose_device
 
 if TYPE_CHECKING:
     import torch
@@ -146,17 +148,12 @@ class Destination:
 
     def write(self, image: Image.Image, stem: str, texts: Mapping[str, str]) -> Path:
         """Write a picture under the name asked for, or under the first free one of stem.png, stem-2.png, ..."""
-        from PIL.PngImagePlugin import PngInfo
-
         self.folder.mkdir(exist_ok=True)
         suffix = self.file.suffix.lower() if self.file else ".png"
         temporary = self.folder / f".unilip-{os.getpid()}{suffix}.part"
         try:
             if suffix == ".png":
-                info = PngInfo()
-                for key, value in texts.items():
-                    info.add_itxt(key, value) if not value.isascii() else info.add_text(key, value)
-                image.save(temporary, "PNG", pnginfo=info)
+                temporary.write_bytes(png_bytes(image, texts))
             else:
                 image.save(temporary, FORMATS[suffix], quality=95)
             path = self._publish(temporary, stem)
@@ -212,26 +209,6 @@ def say(message: str) -> None:
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
-
-
-def choose_device(name: str) -> str:
-    """Return a device that is there.
-
-    Raises:
-        UniLIPError: the one asked for is not.
-    """
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    mps = torch.backends.mps.is_available()
-    if name == "auto":
-        return "cuda" if gpus else "mps" if mps else "cpu"
-    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= gpus:
-        have = f"has {gpus} CUDA device{'s' if gpus > 1 else ''}, numbered from 0" if gpus else "offers no CUDA device"
-        raise UniLIPError(f"--device {name}: PyTorch {have} here; use --device cpu, or auto.")
-    if name == "mps" and not mps:
-        raise UniLIPError("--device mps: PyTorch offers no Apple GPU here; use --device cpu, or auto.")
-    return name
 
 
 def load(o: Options, *parts: str) -> UniLIP:

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from unilip.cli.options import TELLING, Options, Verb, whole
-from unilip.cli.terminal import Report, choose_device, say
+from unilip.cli.terminal import Report, say
 from unilip.errors import UniLIPError
+from unilip.machine import choose_device
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--list": dict(action="store_true", dest="listing", help="list the recipes"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -17,6 +18,7 @@ from urllib.parse import parse_qsl
 from unilip.data.errors import DataError
 from unilip.data.records import KINDS, Unreadable
 from unilip.data.shards import FORMAT, Shards, fetch, index_cache
+from unilip.files import replacing
 
 SCHEME = "hf:"
 FIELDS = ("image", "caption", "source", "instruction", "target", "conversations")
@@ -75,16 +77,14 @@ class HubStream(Shards):
         import webdataset
 
         number = int(location.rpartition("#")[2])
-        temporary = path.with_name(f".{path.name}.part")
         try:
-            with temporary.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0.0) as writer:
+            tar = partial(webdataset.TarWriter, encoder=False, mtime=0.0)
+            with replacing(path) as part, part.open("wb") as file, tar(file) as writer:
                 for i, members in enumerate(self._samples(number)):
                     writer.write({"__key__": f"{i:08d}", **members})
         except Exception as error:  # of the network, of the format, of the library
-            temporary.unlink(missing_ok=True)
             why = " ".join(str(error).split()) or type(error).__name__
             raise Unreadable("shard unreachable", f"{location}: {why}") from error
-        temporary.replace(path)
 
     def _samples(self, number: int) -> Iterator[dict[str, bytes]]:
         part = self._stream.shard(num_shards=self._stream.num_shards, index=number)

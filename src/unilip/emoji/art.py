@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw
 from unilip.data.errors import DataError
 from unilip.data.seeding import stable_hash
 from unilip.emoji.concepts import SHAPES, TONES, concept, concepts
+from unilip.files import write_bytes
 
 if TYPE_CHECKING:
     from unilip.emoji.world import World
@@ -203,7 +204,7 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ATLAS_FILE
     _write_atlas(path, sprites)
-    _replace(folder / "CREDITS.txt", _credits().encode())
+    write_bytes(folder / "CREDITS.txt", _credits().encode())
     log.info("wrote %d sprites to %s", len(sprites), path)
     return path
 
@@ -318,12 +319,6 @@ def _credits() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def _write_atlas(path: Path, sprites: dict[str, bytes]) -> None:
     buffer = io.BytesIO()
     np.savez(
@@ -332,7 +327,7 @@ def _write_atlas(path: Path, sprites: dict[str, bytes]) -> None:
         ends=np.cumsum([len(data) for data in sprites.values()]),
         data=np.frombuffer(b"".join(sprites.values()), dtype=np.uint8),
     )
-    _replace(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
 def _key(style: str, name: str, tone: str | None) -> str:

@@ -28,7 +28,7 @@ from unilip.emoji.edits import Edit
 from unilip.emoji.render import change_mask, render
 from unilip.emoji.world import Obj, Scene, World, relation
 from unilip.errors import UniLIPError
-from unilip.pictures import measure_psnr
+from unilip.pictures import picture_psnr
 
 T = TypeVar("T")
 VERSION = 2  # raise it when a change here may change a verdict: old results are not mixed with new ones
@@ -695,4 +695,4 @@ def psnr_outside(judge: Judge, result: np.ndarray, edit: Edit) -> float | None:
     outside = ~change_mask(edit.source, edit.target, judge.atlas, judge.world)
     if not outside.any():
         return None
-    return round(measure_psnr(result, np.asarray(render(edit.target, judge.atlas, judge.world)), outside), 3)
+    return round(picture_psnr(result, np.asarray(render(edit.target, judge.atlas, judge.world)), outside), 3)

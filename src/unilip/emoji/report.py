@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from unilip.data.sheet import contact_sheet
+from unilip.files import write_text
 
 Record = dict[str, Any]
 SHOWN = 4  # right ones and wrong ones of each group
@@ -40,10 +41,10 @@ COLUMNS = {
 def write_report(folder: Path, results: Mapping[str, Any], records: Mapping[str, Sequence[Record]]) -> None:
     """Write results.md, index.html and the contact sheets to FOLDER."""
     table = make_table(results)
-    (folder / "results.md").write_text(table, encoding="utf-8")
+    write_text(folder / "results.md", table)
     for part, entries in records.items():
         write_sheet(folder, part, entries)
-    (folder / "index.html").write_text(make_page(results, records), encoding="utf-8")
+    write_text(folder / "index.html", make_page(results, records))
 
 
 def make_table(results: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -40,8 +41,9 @@ from unilip.emoji.questions import KINDS
 from unilip.emoji.report import write_report
 from unilip.emoji.world import COMPOSITIONAL, TASKS, Scene, World
 from unilip.errors import UniLIPError
+from unilip.files import write_json, write_text
 from unilip.model import UniLIP
-from unilip.pictures import measure_features, measure_psnr, measure_ssim
+from unilip.pictures import picture_psnr, picture_ssim
 from unilip.preprocess import to_pixels
 
 log = logging.getLogger(__name__)
@@ -249,8 +251,8 @@ class Bench:
                 "parts": verdict.parts,
                 "reason": verdict.reason,
                 "text": canonical(item.data["scene"], item.data["task"], self.world),
-                "psnr": round(measure_psnr(result, truth), 3),
-                "ssim": round(measure_ssim(result, truth), 4),
+                "psnr": round(picture_psnr(result, truth), 3),
+                "ssim": round(picture_ssim(result, truth), 4),
                 "feature_distance": round(measure_features(features[len(items) + n], features[n]), 5),
             }
             done.append((record, np.concatenate([truth, result], axis=1)))
@@ -361,6 +363,11 @@ class Bench:
         return done
 
 
+def measure_features(features: torch.Tensor, truth: torch.Tensor) -> float:
+    """Return 1 less the cosine of two pictures' features (N, D), mean over the N tokens: 0 is the same meaning."""
+    return float(1 - F.cosine_similarity(features.float(), truth.float(), dim=-1).mean())
+
+
 def noise_generator(*parts: object) -> torch.Generator:
     """Return a CPU generator seeded by the text of PARTS: one picture's noise, whatever the batch."""
     return torch.Generator().manual_seed(stable_hash("noise", *parts) % 2**63)
@@ -386,7 +393,7 @@ class Folder:
         if not file.is_file():
             if (self.path / "items.jsonl").exists():
                 raise UniLIPError(f"{self.path} holds items but no run.json; give an empty folder.")
-            _write(file, json.dumps(identity, indent=1) + "\n")
+            write_json(file, identity)
             return
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
@@ -409,7 +416,7 @@ class Folder:
                 continue
             self.records[record["key"]] = record
             whole.append(line)
-        _write(self._items, "".join(line + "\n" for line in whole))
+        write_text(self._items, "".join(line + "\n" for line in whole))
 
     def add(self, item: Item, record: Record, picture: np.ndarray) -> None:
         """Keep a judged item and its picture."""
@@ -428,12 +435,6 @@ class Folder:
         with self._items.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
         self.records[item.key] = record
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def fingerprint(model: UniLIP) -> str:
@@ -513,7 +514,7 @@ def evaluate(
     }
     for part, entries in records.items():
         results[f"emoji-{part}"] = summarise(part, entries, world)
-    _write(folder.path / "results.json", json.dumps(results, indent=1) + "\n")
+    write_json(folder.path / "results.json", results)
     write_report(folder.path, results, records)
     log.info("wrote %s", folder.path / "index.html")
     return results

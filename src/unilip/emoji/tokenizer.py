@@ -7,7 +7,6 @@ tokenizer_config.json with the chat template, special_tokens_map.json. Same worl
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from unilip.emoji.edits import sample_edit
 from unilip.emoji.knowledge import knowledge
 from unilip.emoji.questions import questions
 from unilip.emoji.world import TASKS, World, sample_scene
+from unilip.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -140,6 +140,4 @@ def _save(content: str, folder: Path) -> None:
         ("tokenizer_config.json", json.dumps(settings, indent=2)),
         ("special_tokens_map.json", json.dumps(special, indent=2)),
     ):
-        temporary = folder / f"{name}.{os.getpid()}.tmp"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, folder / name)
+        write_text(folder / name, text + "\n")

@@ -34,10 +34,10 @@ from unilip.emoji.judge import VERSION, Judge
 from unilip.emoji.questions import KINDS
 from unilip.emoji.world import World
 from unilip.errors import UniLIPError
-from unilip.eval.runs import read_json, read_lines, write_json
+from unilip.files import read_json, read_lines, write_json
 from unilip.flow import draw_noise, interpolate, logit_normal, train_levels
 from unilip.model import UniLIP
-from unilip.pictures import measure_features, measure_psnr, measure_ssim
+from unilip.pictures import picture_psnr, picture_ssim
 from unilip.preprocess import to_pixels
 
 log = logging.getLogger(__name__)
@@ -346,9 +346,9 @@ class Lab:
             ours, theirs = self.features(model, truths), self.features(original, truths)
             for n, (index, truth) in enumerate(batch):
                 key = f"{index:04d}"
-                values["psnr"][key] = measure_psnr(drawn[n], truth)
-                values["ssim"][key] = measure_ssim(drawn[n], truth)
-                values["feature_distance"][key] = measure_features(ours[n], theirs[n])
+                values["psnr"][key] = picture_psnr(drawn[n], truth)
+                values["ssim"][key] = picture_ssim(drawn[n], truth)
+                values["feature_distance"][key] = emoji.measure_features(ours[n], theirs[n])
         values["answers"] = self.answers(model, llm, words)
         return values, Image.fromarray(np.concatenate(strip, axis=1))
 

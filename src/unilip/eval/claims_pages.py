@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from unilip.eval import claims
-from unilip.eval.runs import read_lines, write_text
+from unilip.files import read_lines, write_text
 
 if TYPE_CHECKING:
     from unilip.eval.claims import Run

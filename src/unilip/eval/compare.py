@@ -20,8 +20,9 @@ from PIL import Image
 
 from unilip.data.sheet import contact_sheet
 from unilip.errors import UniLIPError
-from unilip.eval.runs import png_bytes, read_json, read_lines, read_manifest, write_bytes, write_text
+from unilip.eval.runs import read_manifest
 from unilip.eval.scores import RESAMPLES, Row, Rule, column, combine, interval, read_scores, summarise, tabulate
+from unilip.files import png_bytes, read_json, read_lines, write_bytes, write_text
 
 SHOWN = 8  # prompts in a page of pictures
 CELL = 256

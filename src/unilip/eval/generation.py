@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,9 @@ from unilip.checkpoint import Source, open_checkpoint
 from unilip.data.seeding import stable_hash
 from unilip.errors import UniLIPError
 from unilip.eval.benchmarks import Benchmark, Item
-from unilip.eval.runs import PICTURES, Place, RunFolder, batches, model_hash, png_bytes, write_json, write_lines
+from unilip.eval.runs import PICTURES, RunFolder, batches, model_hash
+from unilip.files import png_bytes, write_json, write_lines
+from unilip.machine import Place, start_ray
 from unilip.model import UniLIP
 from unilip.preprocess import Fit
 
@@ -268,8 +269,6 @@ def generate_with_ray(workers: int, gpus: float, **arguments: Any) -> dict[str, 
         gpus: of each worker.
         arguments: of `open_benchmark` as "benchmark" and "count", of `generate` all others but `place`.
     """
-    import ray
-
     from unilip.eval.benchmarks import open_benchmark
 
     def work(rank: int) -> dict[str, Any]:
@@ -277,11 +276,9 @@ def generate_with_ray(workers: int, gpus: float, **arguments: Any) -> dict[str, 
         benchmark = open_benchmark(**given.pop("benchmark")).first(given.pop("count"))
         return generate(benchmark, place=Place(rank, workers), **given)
 
-    started = not ray.is_initialized()
-    if started:
-        address = os.environ.get("RAY_ADDRESS")
-        cluster = {"address": address} if address else {"address": "local", "num_cpus": workers}
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, **cluster)
+    started = start_ray(num_cpus=workers)
+    import ray
+
     try:
         task = ray.remote(num_gpus=gpus, max_retries=0)(work)
         found = ray.get([task.remote(rank) for rank in range(workers)])

@@ -48,7 +48,7 @@ class UniLIP(Base):
         max_tiles: int | str = 12, **_: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        from unilip.eval.runs import Place
+        from unilip.machine import Place
 
         place = Place.of_environment()
         self._rank, self._world_size = place.rank, place.world

@@ -36,10 +36,12 @@ from tqdm.auto import tqdm
 from unilip.checkpoint import Source, open_checkpoint
 from unilip.errors import ConfigError, UniLIPError
 from unilip.eval.pictures import Pictures
-from unilip.eval.runs import Place, RunFolder, batches, file_hash, model_hash, png_bytes, write_bytes
+from unilip.eval.runs import RunFolder, batches, model_hash
 from unilip.eval.scores import Rule, write_scores
+from unilip.files import file_hash, png_bytes, write_bytes
+from unilip.machine import Place
 from unilip.model import UniLIP
-from unilip.preprocess import IMAGENET_MEAN, IMAGENET_STD, load_image
+from unilip.pictures import IMAGENET_MEAN, IMAGENET_STD, load_image, psnr, ssim
 
 log = logging.getLogger(__name__)
 
@@ -48,45 +50,12 @@ MEASURES = ("psnr", "ssim", "ssim_paper", "lpips", "rfid")
 PLAIN = MEASURES[:3]  # need nothing but this package
 TOKENIZER = ("encoder", "latent_head", "pixel_decoder")
 PAD = 12  # pixels at each side that make 280 of 256
-PSNR_LIMIT = 100.0  # in dB, for pictures that are equal
 SHOWN = 8  # pictures at each end of worst-best.png
 Extractor = Callable[[Tensor], Tensor]  # uint8 (B,3,H,W) -> features (B,F)
 Distance = Callable[[Tensor, Tensor], Tensor]  # two of [0,1] (B,3,H,W) -> (B,)
 
 
 # --- measures -------------------------------------------------------------------------------------------------------
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio (B,) in dB of pictures (B,3,H,W) in [0,1], at most PSNR_LIMIT."""
-    error = (a.double() - b.double()).square().flatten(1).mean(1)
-    return (-10 * torch.log10(error.clamp_min(1e-30))).clamp_max(PSNR_LIMIT)
-
-
-def ssim(a: Tensor, b: Tensor, data_range: float = 1.0) -> Tensor:
-    """Return the structural similarity (B,) of pictures (B,3,H,W) in [0,1].
-
-    As scikit-image's default: a uniform 7 x 7 window, sample covariance, mean over channels and the inside. The paper's
-    numbers were made with a `data_range` of 2.0.
-
-    Raises:
-        UniLIPError: a side is shorter than the window.
-    """
-    window = 7
-    if min(a.shape[-2:]) < window:
-        raise UniLIPError(f"SSIM needs pictures of at least {window} pixels a side, not {tuple(a.shape[-2:])}.")
-    a, b = a.double(), b.double()
-
-    def mean(values: Tensor) -> Tensor:
-        return F.avg_pool2d(values, window, stride=1)
-
-    share = window**2 / (window**2 - 1)
-    mean_a, mean_b = mean(a), mean(b)
-    var_a, var_b = share * (mean(a * a) - mean_a**2), share * (mean(b * b) - mean_b**2)
-    both = share * (mean(a * b) - mean_a * mean_b)
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    value = (2 * mean_a * mean_b + c1) * (2 * both + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    return value.flatten(1).mean(1)
 
 
 def frechet_distance(real: np.ndarray, made: np.ndarray) -> float:

@@ -23,8 +23,8 @@ from PIL import Image
 from unilip.errors import UniLIPError
 from unilip.eval.benchmarks import Benchmark, Item
 from unilip.eval.generation import load_picture
-from unilip.eval.runs import file_hash, png_bytes, read_json
 from unilip.eval.vlm import STATUSES, Answer, Question
+from unilip.files import file_hash, png_bytes, read_json
 
 RUBRIC = "unilip-1"  # of our wording; raised when a word of it changes
 Row = dict[str, Any]

@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import logging
 import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
 from unilip import __version__
 from unilip.checkpoint import Source, open_checkpoint
 from unilip.errors import UniLIPError
+from unilip.files import Lock, file_hash, read_json, write_json
+from unilip.machine import Place
 
 log = logging.getLogger(__name__)
 
@@ -34,94 +31,6 @@ MANIFEST = "run.json"
 PICTURES = "images"
 STAGING = ".staging"
 LIBRARIES = ("torch", "transformers", "diffusers", "numpy", "pillow")
-
-
-# --- small files ----------------------------------------------------------------------------------------------------
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text so that it is there whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that it is there whole or not at all."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
-
-
-def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write JSON lines so that they are there whole or not at all."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_json(path: Path, what: str) -> Any:
-    """Read JSON.
-
-    Raises:
-        UniLIPError: there is no such file, or it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UniLIPError(f"There is no {what} {path}; check the path.") from None
-    except (OSError, ValueError) as error:
-        raise UniLIPError(f"The {what} {path} cannot be read ({error}); give a whole JSON file.") from error
-
-
-def read_lines(path: Path, what: str) -> list[dict[str, Any]]:
-    """Read JSON lines, one object each; empty lines are skipped.
-
-    Raises:
-        UniLIPError: there is no such file, or a line is not a JSON object.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UniLIPError(f"There is no {what} {path}; check the path.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UniLIPError(f"The {what} {path} cannot be read ({error}); give a UTF-8 text file.") from error
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UniLIPError(f"{path}, line {number} is not JSON ({error}); write one object on each line.") from error
-        if not isinstance(row, dict):
-            raise UniLIPError(f"{path}, line {number} is not a JSON object; write one object on each line.")
-        rows.append(row)
-    return rows
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def png_bytes(image: Image.Image, texts: Mapping[str, str] | None = None) -> bytes:
-    """Encode a picture as PNG with texts inside; equal pictures and texts give equal bytes."""
-    info = PngInfo()
-    for key, value in (texts or {}).items():
-        info.add_text(key, value) if value.isascii() else info.add_itxt(key, value)
-    stream = io.BytesIO()
-    image.save(stream, "PNG", pnginfo=info)
-    return stream.getvalue()
 
 
 # --- what a run is of -----------------------------------------------------------------------------------------------
@@ -149,29 +58,6 @@ def environment(place: Place) -> dict[str, Any]:
     return {"versions": versions, "machine": platform.machine(), "processes": place.world}
 
 
-@dataclass(frozen=True)
-class Place:
-    """Which of how many processes this is."""
-
-    rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def of_environment(cls) -> Place:
-        """Read RANK and WORLD_SIZE, as torchrun sets them.
-
-        Raises:
-            UniLIPError: they are no numbers, or contradict each other.
-        """
-        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
-            raise UniLIPError(
-                f"RANK is {rank!r} and WORLD_SIZE is {world!r}; RANK counts from 0 and must be less than WORLD_SIZE. "
-                "Start with torchrun, or unset both."
-            )
-        return cls(int(rank), int(world))
-
-
 class RunFolder:
     """The folder of one run, which processes of the same run share.
 
@@ -192,7 +78,11 @@ class RunFolder:
             raise UniLIPError(f"{path} is a file, not a folder; give another --output.")
         path.mkdir(parents=True, exist_ok=True)
         self._claim()
-        self._lock = _lock(path / f".lock-{place.rank}", path)
+        self._lock = Lock(
+            path / f".lock-{place.rank}",
+            f"Another process is working in {path}; wait for it, or give another --output. Several processes at once "
+            "need RANK and WORLD_SIZE, as torchrun sets them.",
+        )
         self.staging = path / STAGING
         self._clean()
         self.finish_moves()
@@ -275,9 +165,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Let another process have the folder."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
         if self.place.world == 1:
             with contextlib.suppress(OSError):
                 self.staging.rmdir()
@@ -310,23 +198,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _lock(file: Path, folder: Path) -> io.TextIOWrapper | None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: no lock, as before
-        return None
-    stream = file.open("w")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        stream.close()
-        raise UniLIPError(
-            f"Another process is working in {folder}; wait for it, or give another --output. Several processes at once "
-            "need RANK and WORLD_SIZE, as torchrun sets them."
-        ) from None
-    return stream
 
 
 def batches(items: Sequence[Any], size: int, place: Place) -> Iterator[tuple[int, Sequence[Any]]]:

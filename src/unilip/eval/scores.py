@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from unilip.errors import UniLIPError
-from unilip.eval.runs import read_json, read_lines, write_json, write_lines
+from unilip.files import read_json, read_lines, write_json, write_lines
 
 Row = dict[str, Any]
 RESAMPLES = 2000

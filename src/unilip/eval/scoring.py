@@ -25,9 +25,10 @@ from unilip.eval.benchmarks import Benchmark, wise_files
 from unilip.eval.detection import Colors, Detector, score_geneval
 from unilip.eval.generation import check_sizes, load_picture, missing
 from unilip.eval.rubrics import RANGES, Questionnaire, Row, Rubric, read_dpg_questions
-from unilip.eval.runs import PICTURES, read_lines, read_manifest, write_bytes
+from unilip.eval.runs import PICTURES, read_manifest
 from unilip.eval.scores import FOLDER, Rule, write_scores
 from unilip.eval.vlm import RemoteJudge, Terms
+from unilip.files import read_lines, write_bytes
 
 log = logging.getLogger(__name__)
 

@@ -33,8 +33,10 @@ from tqdm.auto import tqdm
 from unilip.checkpoint import Source
 from unilip.errors import UniLIPError
 from unilip.eval.pictures import SUFFIXES
-from unilip.eval.runs import Place, RunFolder, batches, file_hash, model_hash, read_json, read_lines, write_lines
+from unilip.eval.runs import RunFolder, batches, model_hash
 from unilip.eval.scores import Rule, write_scores
+from unilip.files import file_hash, read_json, read_lines, write_lines
+from unilip.machine import Place
 from unilip.model import UniLIP
 from unilip.preprocess import load_image
 

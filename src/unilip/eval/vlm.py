@@ -25,7 +25,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from unilip.errors import UniLIPError
-from unilip.eval.runs import write_json
+from unilip.files import write_json
 
 log = logging.getLogger(__name__)
 

@@ -16,13 +16,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from unilip.errors import UniLIPError
 from unilip.model import UniLIP
+from unilip.pictures import picture_psnr
 from unilip.preprocess import (
     Processor,
     to_pixels,
@@ -393,7 +392,7 @@ class Engine:
             assert isinstance(job, Reconstruct)
             shaped = unfit_square(image, unit.source_size, job.fit) if job.keep_aspect else image
             self._count(unit.ticket)
-            unit.ticket._succeed(images=(shaped,), psnr=(psnr(square, image),))
+            unit.ticket._succeed(images=(shaped,), psnr=(picture_psnr(square, image),))
 
     @torch.no_grad()
     def _answer(self, batch: list[Unit]) -> None:
@@ -461,9 +460,3 @@ class _Answer:
             text=self.text, seeds=(self.unit.seed,), finish_reason=self.reason or "stop",
             completion_tokens=len(self.ids),
         )  # fmt: skip
-
-
-def psnr(one: Image.Image, other: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB of two 8-bit pictures of one size; infinite when they are equal."""
-    error = np.square(np.asarray(one, np.float64) - np.asarray(other, np.float64)).mean()
-    return math.inf if error == 0 else float(10 * np.log10(255**2 / error))

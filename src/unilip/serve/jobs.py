@@ -139,7 +139,7 @@ class Result:
     Args:
         images: the pictures, in the order of their seeds.
         seeds: one for each picture of `Generate` and `Edit`; of `Ask` the one that was used.
-        psnr: dB between each reconstructed picture and its source at the same size; infinite for equal ones.
+        psnr: dB between each reconstructed picture and its source at the same size, at most 100.
         text: the answer of `Ask`.
         finish_reason: "stop", or "length" when `max_new_tokens` cut the answer.
         prompt_tokens: of the text that the model read, slots of pictures included.

@@ -20,6 +20,7 @@ from typing import Any
 
 from unilip.checkpoint import open_checkpoint
 from unilip.errors import UniLIPError
+from unilip.machine import start_ray
 from unilip.model import UniLIP
 from unilip.preprocess import Processor
 from unilip.serve.checks import Checker, Limits
@@ -106,7 +107,6 @@ class RemoteEngine:
         limits: Limits | None = None,
         start_seconds: float = 600.0,
     ) -> None:
-        import ray
         from ray import serve
 
         self.replicas = replicas or Replicas()
@@ -127,11 +127,7 @@ class RemoteEngine:
         self._failed: Counter[str] = Counter()
         self._pace = 0.0
 
-        if not ray.is_initialized():
-            ray.init(
-                address=os.environ.get("RAY_ADDRESS") or "local", namespace=APP, include_dashboard=False,
-                log_to_driver=False, logging_level=logging.ERROR,
-            )  # fmt: skip
+        start_ray(namespace=APP)
         serve.start(proxy_location="Disabled")  # the application stays here; only the model is spread
         self._room = max_queue + self.replicas.most * max_batch
         options = dict(max_queue=self._room, max_batch=max_batch, batch_wait=batch_wait, limits=self.limits)

@@ -27,8 +27,9 @@ from PIL import Image
 
 from unilip import __version__
 from unilip.errors import ImageError, PromptError, UniLIPError
+from unilip.pictures import picture_psnr
 from unilip.preprocess import Fit, check_prompt, fit_square, unfit_square
-from unilip.serve.engine import Engine, Ticket, psnr
+from unilip.serve.engine import Engine, Ticket
 from unilip.serve.intent import intent
 from unilip.serve.jobs import Ask, Cancelled, Edit, Event, Generate, Job, Reconstruct, Result, Turn
 from unilip.serve.pictures import decode, encode
@@ -392,7 +393,7 @@ class Studio:
             "edited": str(file),
             "seed": result.seeds[0],
             "status": note(
-                f"{share:.0%} of the pixels changed, {psnr(before, made):.1f} dB between before and after; "
+                f"{share:.0%} of the pixels changed, {picture_psnr(before, made):.1f} dB between before and after; "
                 f"seed {result.seeds[0]}, {result.seconds:.1f} s.",
                 "done",
             ),

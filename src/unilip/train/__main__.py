@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from unilip.errors import UniLIPError
+from unilip.machine import choose_device
 from unilip.train import processes
 
 
@@ -38,20 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     level = logging.INFO if processes.first() else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("unilip").setLevel(level)
-    import torch
-
     from unilip.recipes.catalog import get_recipe
     from unilip.recipes.record import override
     from unilip.train.loop import Interrupted, train
 
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         recipe = override(get_recipe(options.recipe), options.settings)
         folder = train(
-            recipe, options.runs, device=device, restart=options.restart, progress=options.progress,
-            stop_after=options.stop_after,
+            recipe, options.runs, device=choose_device(options.device), restart=options.restart,
+            progress=options.progress, stop_after=options.stop_after,
         )  # fmt: skip
     except UniLIPError as error:
         if isinstance(error, Interrupted):

@@ -7,7 +7,6 @@ made for, or fresh. Nothing is loaded loosely: a part that does not fit the othe
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from unilip.config import UniLIPConfig, preset
 from unilip.connector import copy_from_llm
 from unilip.convert import check_shapes, expected_shapes
 from unilip.errors import ConfigError
+from unilip.files import replacing
 from unilip.mllm import MLLM
 from unilip.model import PARTS, UniLIP
 from unilip.preprocess import Processor
@@ -187,10 +187,8 @@ def world_processor(world: str, config: UniLIPConfig, folder: Path) -> Processor
     from unilip.emoji.world import World
 
     if not folder.exists():
-        temporary = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(temporary, ignore_errors=True)
-        train_tokenizer(World.preset(world), config.text.vocab_size, temporary)
-        temporary.rename(folder)
+        with replacing(folder) as temporary:
+            train_tokenizer(World.preset(world), config.text.vocab_size, temporary)
     return Processor.from_folder(folder, config)
 
 

@@ -31,6 +31,8 @@ from unilip.data.records import Record, Source, Unreadable
 from unilip.data.shards import INDEX_SUFFIX, Shards, ShardWriter
 from unilip.data.sources import Weighted
 from unilip.errors import ConfigError
+from unilip.files import write_bytes, write_json
+from unilip.machine import start_ray
 from unilip.model import UniLIP
 from unilip.preprocess import normalise
 from unilip.recipes.record import Flow, Recipe, Reconstruct, Understand, leaves
@@ -281,10 +283,10 @@ def make_cache(
             f"{folder} holds a cache that differs in {', '.join(changed)}; give another folder, or empty it."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / ABOUT, json.dumps(about, indent=1).encode())
+    write_json(folder / ABOUT, about)
     blank = worker.unconditional()
     if blank is not None:
-        _write(folder / "unconditional.npz", packed({"conditions": blank}))
+        write_bytes(folder / "unconditional.npz", packed({"conditions": blank}))
     tasks = [task for task in worker.tasks() if not _made(folder, task)]
     done = _on_ray(recipe, str(runs), str(folder), device, dtype, tasks, ray) if ray else map(worker, tasks)
     total = {"made": 0, "unusable": 0, "shards": 0}
@@ -300,13 +302,9 @@ def _on_ray(
     """Make shards with Ray Data: an actor pool, each actor with its own model."""
     if not tasks:
         return
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ConfigError(f"The package ray is missing ({error}); install it with pip install unilip[ray].") from error
-    if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS") or "local", log_to_driver=False)
+    start_ray()
+    import ray.data
+
     ray.data.DataContext.get_current().enable_progress_bars = False
     absolute = tuple(str(Path(path).absolute()) for path in (runs, folder))
     made = ray.data.from_items(list(tasks)).repartition(len(tasks)).map(
@@ -335,12 +333,6 @@ def _as_bytes(value: Any) -> bytes:
     if isinstance(value, bytes):
         return value
     return value.encode() if isinstance(value, str) else json.dumps(value).encode()
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from unilip.config import UniLIPConfig
 from unilip.errors import ConfigError, UniLIPError
+from unilip.machine import choose_device
 from unilip.model import UniLIP
 from unilip.preprocess import normalise, to_images
 from unilip.recipes.record import Optim, Recipe, changed_settings, plain
@@ -90,7 +91,7 @@ def train(
     """
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"stop_after is {stop_after}; it must be at least 1 step.")
-    runs, device = Path(runs), processes.own_device(device)
+    runs, device = Path(runs), torch.device(choose_device(str(device)))
     if processes.again():  # what torchrun starts once more goes on from the checkpoint
         restart = False
     final = runs / recipe.folder / "final"

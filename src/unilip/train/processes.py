@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from unilip.errors import ConfigError, UniLIPError
+from unilip.machine import Place
 
 if TYPE_CHECKING:
     import torch
@@ -31,17 +32,12 @@ _groups: dict[str, Any] = {}  # "control": agreement between hosts; "checkpoint"
 
 def rank() -> int:
     """Number of this process among all, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    return Place.of_environment().rank
 
 
 def world() -> int:
     """How many processes there are, on all machines together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_rank() -> int:
-    """Number of this process on its machine: the number of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return Place.of_environment().world
 
 
 def first() -> bool:
@@ -82,16 +78,6 @@ def own_batches(start: int, end: int) -> range:
 
 
 # --- what needs torch -------------------------------------------------------------------------------------------------
-
-
-def own_device(device: str | torch.device) -> torch.device:
-    """Return the device of this process: `cuda` becomes the GPU of its number on the machine."""
-    import torch
-
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None and world() > 1:
-        return torch.device("cuda", local_rank())
-    return device
 
 
 def join(device: torch.device) -> None:

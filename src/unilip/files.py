@@ -1,0 +1,272 @@
+"""Files: written whole or not at all, read with an error that says what is wrong, and told apart by their content.
+
+In:  paths, text, JSON values, JSON lines, pictures with notes.
+Out: files that a killed process never leaves half there; values read as UTF-8 with or without a byte order mark;
+     fingerprints that change when a file's content does, whatever its name, time or size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import time
+import weakref
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from unilip.errors import UniLIPError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+T = TypeVar("T")
+PART = ".part"  # ending of what is not finished
+TAIL = 64  # bytes at the end of a file's data that, with its size, tell pictures apart without reading them whole
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a hidden name beside `path` for a file or a new folder, which takes its place when the block ends well.
+
+    On any error it vanishes. The name is short whatever `path` is called, and of this process alone.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = hashlib.blake2b(path.name.encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+    temporary = path.with_name(f".{name}.{os.getpid()}{PART}")
+    remove(temporary)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all that it holds, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; makes its folder."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """Write a JSON value whole or not at all."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines whole or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def png_bytes(image: Image.Image, notes: Mapping[str, str] | None = None) -> bytes:
+    """Encode a picture as PNG with text chunks; equal pictures and notes give equal bytes."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in (notes or {}).items():
+        info.add_text(key, value) if value.isascii() else info.add_itxt(key, value)
+    stream = io.BytesIO()
+    image.save(stream, "PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def decode_text(data: bytes) -> str:
+    """Decode UTF-8, without a byte order mark if there is one; raises UnicodeDecodeError."""
+    return data.decode("utf-8-sig")
+
+
+def read_text(path: Path, what: str = "file") -> str:
+    """Read UTF-8 text, without a byte order mark if there is one.
+
+    Raises:
+        UniLIPError: there is no such file, or it is no UTF-8 text.
+    """
+    try:
+        return decode_text(path.read_bytes())
+    except FileNotFoundError:
+        raise UniLIPError(f"There is no {what} {path}; check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UniLIPError(f"The {what} {path} cannot be read ({error}); give a UTF-8 text file.") from error
+
+
+def read_json(path: Path, what: str = "file") -> Any:
+    """Read a JSON value.
+
+    Raises:
+        UniLIPError: there is no such file, or it is not JSON.
+    """
+    text = read_text(path, what)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UniLIPError(f"The {what} {path} cannot be read ({error}); give a whole JSON file.") from error
+
+
+def lines_of(text: str) -> list[str]:
+    r"""Split text at \n and \r\n alone: U+2028 and its kin may stand inside a JSON string."""
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
+def read_lines(path: Path, what: str = "file") -> list[dict[str, Any]]:
+    """Read JSON lines, one object each; empty lines are skipped.
+
+    Raises:
+        UniLIPError: there is no such file, or a line is not a JSON object.
+    """
+    rows = []
+    for number, line in enumerate(lines_of(read_text(path, what)), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UniLIPError(f"{path}, line {number} is not JSON ({error}); write one object on each line.") from error
+        if not isinstance(row, dict):
+            raise UniLIPError(f"{path}, line {number} is not a JSON object; write one object on each line.")
+        rows.append(row)
+    return rows
+
+
+def retried(call: Callable[[], T], attempts: int = 3, wait: float = 0.2) -> T:
+    """Return what `call` returns, trying again after `wait`, 4 x `wait`, ... seconds; the last error is raised."""
+    for attempt in range(attempts - 1):
+        try:
+            return call()
+        except Exception:  # each file system and network library has its own
+            time.sleep(wait * 4**attempt)
+    return call()
+
+
+# --- telling apart by content ---------------------------------------------------------------------------------------
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def content_hash(*parts: object) -> str:
+    """Return 24 hex digits of bytes, strings and JSON-like values; the order of a mapping's keys does not count."""
+    digest = hashlib.blake2b(digest_size=12)
+    for part in parts:
+        if isinstance(part, str):
+            data = part.encode("utf-8", "surrogateescape")
+        else:
+            data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """Return a hash of a file's content, or of a folder's: the names in it and the content of every file."""
+    if path.is_file():
+        return file_hash(path)[:24]
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return content_hash([(file.relative_to(path).as_posix(), file_hash(file)) for file in files])
+
+
+def stamp(path: Path) -> list[int]:
+    """Return what the file system says of a file: size, times of change and inode. Equal stamps, equal content.
+
+    The inode's time of change cannot be set back, as the file's own can (rsync -a, cp -p).
+    """
+    about = path.stat()
+    return [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
+
+
+def mark(path: Path) -> list[int]:
+    """Return size and a checksum of the last bytes of a file: cheap, and different for different pictures."""
+    with path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        stream.seek(max(0, size - TAIL))
+        return [size, zlib.crc32(stream.read(TAIL))]
+
+
+def crc(path: Path) -> list[int]:
+    """Return the size of a file in bytes and the CRC-32 of all of it."""
+    value = size = 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            value, size = zlib.crc32(block, value), size + len(block)
+    return [size, value]
+
+
+# --- locks ----------------------------------------------------------------------------------------------------------
+
+
+class Lock:
+    """A lock file that one process holds; it is let go when the process ends, however it does.
+
+    Raises:
+        UniLIPError: another process holds it; `busy` says so.
+    """
+
+    def __init__(self, file: Path, busy: str) -> None:
+        self._stream: io.TextIOWrapper | None = None
+        try:
+            import fcntl
+        except ImportError:  # Windows: no lock
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream = file.open("w")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()
+            raise UniLIPError(busy) from None
+        except OSError:  # a file system without locks
+            stream.close()
+            return
+        self._stream = stream
+        _held.add(self)
+
+    def release(self) -> None:
+        """Let another process have it."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _let_go() -> None:
+    """In a forked child: close what it inherited, or it would hold its parent's locks when the parent is gone."""
+    for lock in list(_held):
+        lock.release()
+
+
+_held: weakref.WeakSet[Lock] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

@@ -1,0 +1,77 @@
+"""The machine: which of a run's processes this is, on which device it computes, and Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from unilip.errors import ConfigError, UniLIPError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of how many processes this is, and which on its own machine."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @classmethod
+    def of_environment(cls) -> Place:
+        """Read RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them.
+
+        Raises:
+            UniLIPError: they are no numbers, or contradict each other.
+        """
+        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        local = os.environ.get("LOCAL_RANK", "0")
+        if not (rank.isdigit() and world.isdigit() and local.isdigit() and int(rank) < int(world)):
+            raise UniLIPError(
+                f"RANK is {rank!r}, WORLD_SIZE {world!r} and LOCAL_RANK {local!r}; they are numbers, and RANK counts "
+                "from 0 and must be less than WORLD_SIZE. Start with torchrun, or unset all of them."
+            )
+        return cls(int(rank), int(world), int(local))
+
+
+def choose_device(name: str = "auto") -> str:
+    """Return a device that is there: "auto" is CUDA, Apple's GPU or the CPU; of several processes each has its GPU.
+
+    Raises:
+        UniLIPError: the one asked for is not there.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if gpus else "mps" if mps else "cpu"
+    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= gpus:
+        have = f"has {gpus} CUDA device{'s' if gpus > 1 else ''}, numbered from 0" if gpus else "offers no CUDA device"
+        raise UniLIPError(f"--device {name}: PyTorch {have} here; use --device cpu, or auto.")
+    if name == "mps" and not mps:
+        raise UniLIPError("--device mps: PyTorch offers no Apple GPU here; use --device cpu, or auto.")
+    place = Place.of_environment()
+    return f"cuda:{place.local % gpus}" if name == "cuda" and place.world > 1 else name
+
+
+def start_ray(**options: Any) -> bool:
+    """Join the Ray cluster of RAY_ADDRESS, or start one here; False where this process has joined one already.
+
+    Raises:
+        ConfigError: Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError(f"The package ray is missing ({error}); install it with pip install unilip[ray].") from error
+    if ray.is_initialized():
+        return False
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        options.pop("num_cpus", None)  # the cluster knows
+    ray.init(
+        address=address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options
+    )
+    return True
