@@ -36,7 +36,7 @@ def write(size: str, folder: str) -> dict[str, Any]:
     import torch
 
     from unilip import UniLIP, preset
-    from unilip.checkpoint import convert
+    from unilip.checkpoints.write import convert
     from unilip.emoji.tokenizer import train_tokenizer
     from unilip.emoji.world import World
     from unilip.preprocess import Processor

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
+from unilip.checkpoints.foreign import authors_configs
 from unilip.config import CONDITIONS, UniLIPConfig, preset
-from unilip.convert import authors_configs
 from unilip.errors import CheckpointError, ConfigError
 from unilip.model import UniLIP
 from unilip.recipes.ablations import ablations, nano, pico, tiny

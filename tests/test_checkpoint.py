@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from unilip import checkpoint as checkpoints
-from unilip.checkpoint import (
-    computes,
-    load_into,
-    needed_files,
-    open_checkpoint,
-    parse_dtype,
-    parse_size,
-    push_to_hub,
-    resolve,
-    save,
-)
+from unilip.checkpoints import hub, write
+from unilip.checkpoints.hub import needed_files, push_to_hub, resolve
+from unilip.checkpoints.read import Weights, computes, load_into, open_checkpoint, parse_dtype
+from unilip.checkpoints.write import parse_size, save
 from unilip.config import preset
 from unilip.errors import CheckpointError
 from unilip.info import describe
@@ -322,7 +316,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint_whole(
     folder = tmp_path / "m"
     tiny_model.save_pretrained(folder)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    real, calls = checkpoints.save_file, []
+    real, calls = write.save_file, []
 
     def interrupted(*args: Any) -> None:
         calls.append(1)
@@ -330,7 +324,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint_whole(
             raise KeyboardInterrupt
         real(*args)
 
-    monkeypatch.setattr(checkpoints, "save_file", interrupted)
+    monkeypatch.setattr(write, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tiny_model.save_pretrained(folder, max_shard_size="1MB")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
@@ -384,7 +378,7 @@ def test_metadata_and_sizes(tmp_path: Path, tiny_model: UniLIP) -> None:
 
 
 def test_converting_takes_tokenizer_dtype_and_shards_along(tmp_path: Path, tiny_folder: Path) -> None:
-    folder = checkpoints.convert(tiny_folder, tmp_path / "m", to="authors", dtype="bfloat16", max_shard_size="1MB")
+    folder = write.convert(tiny_folder, tmp_path / "m", to="authors", dtype="bfloat16", max_shard_size="1MB")
     assert (folder / "tokenizer.json").exists()
     opened = open_checkpoint(folder)
     assert opened.kind == "authors"
@@ -404,11 +398,11 @@ def test_converting_takes_tokenizer_dtype_and_shards_along(tmp_path: Path, tiny_
 def test_the_embedded_model_or_a_clear_error(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(hub.resources, "files", lambda package: tmp_path)
     with pytest.raises(CheckpointError, match="no embedded model"):
         resolve(None)
-    shutil.copytree(tiny_folder, tmp_path / "weights" / "tiny")
-    assert resolve(None) == tmp_path / "weights" / "tiny"
+    shutil.copytree(tiny_folder, tmp_path / "weights")
+    assert resolve(None) == tmp_path / "weights"
 
 
 def test_only_what_is_needed_is_fetched() -> None:
@@ -513,3 +507,115 @@ def test_damaged_names_are_found_even_when_shapes_fit(tiny_folder: Path, tmp_pat
         CheckpointError, match=r"is missing; 1 tensor \(dit\.transformer\.scale_shift_tab1e\) is unexpected"
     ):
         open_checkpoint(folder)
+
+
+# --- hostile and ambiguous folders ------------------------------------------------------------------------------------
+
+
+def test_an_index_and_a_single_file_side_by_side_are_not_chosen_between(tmp_path: Path, tiny_model: UniLIP) -> None:
+    tiny_model.save_pretrained(tmp_path / "shards", max_shard_size="1MB")
+    tiny_model.save_pretrained(tmp_path / "single")
+    for first, second in (("shards", "single"), ("single", "shards")):
+        both = shutil.copytree(tmp_path / first, tmp_path / f"{first}-first")
+        shutil.copytree(tmp_path / second, both, dirs_exist_ok=True)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors and model\.safetensors\.index\.json"):
+            open_checkpoint(both)
+        (both / "model.safetensors.index.json").unlink()
+        assert open_checkpoint(both).weights.files == (both / "model.safetensors",)
+
+
+def test_files_have_the_mode_that_the_umask_leaves(tmp_path: Path, tiny_model: UniLIP) -> None:
+    before = os.umask(0o027)
+    try:
+        tiny_model.save_pretrained(tmp_path / "m", max_shard_size="1MB")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "m").iterdir()} == {0o640}
+
+
+def test_one_shard_is_held_at_a_time(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor that was read for one file is gone before the first of the next is read."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most, read = [0], Weights.read
+
+    def watched(self: Weights, origin: Any) -> torch.Tensor:
+        tensor = read(self, origin)
+        alive[:] = [ref for ref in alive if ref() is not None]
+        alive.append(weakref.ref(tensor))
+        most[0] = max(most[0], len(alive))
+        return tensor
+
+    monkeypatch.setattr(Weights, "read", watched)
+    real, tensors_of_file = write.save_file, []
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def saving(tensors: dict[str, torch.Tensor], *rest: Any) -> None:
+        assert all(ref() is None for ref in held), "the last file's tensors are still there"
+        held[:] = [weakref.ref(t) for t in tensors.values()]
+        tensors_of_file.append(len(tensors))
+        real(tensors, *rest)
+
+    monkeypatch.setattr(write, "save_file", saving)
+    write.convert(tiny_folder, tmp_path / "m", max_shard_size="500KB")
+    assert len(tensors_of_file) > 2 and most[0] <= 2, "tensors are copied one by one"
+
+
+def test_configurations_that_no_weights_bear_out_are_refused_at_once(tiny_folder: Path, tmp_path: Path) -> None:
+    data = json.loads((tiny_folder / "config.json").read_text())
+    cases = {
+        "layers": {"text": data["text"] | {"num_layers": 10**9}},
+        "blocks": {"decoder": data["decoder"] | {"layers_per_block": [1, 1, 1, 1, 1, 10**7]}},
+        "scales": {"decoder": data["decoder"] | {"qkv_multiscales": [[], [], [], [5] * 10**5, [5], [5]]}},
+        "width": {"dit": data["dit"] | {"num_heads": 10**12, "num_cross_heads": 10**12}},
+        "grid": {"dit": data["dit"] | {"sample_size": 10**6}},
+        "queries": {"num_queries": 10**15, "text": data["text"] | {"max_positions": 10**16}},
+        "ratio": {"dit": data["dit"] | {"mlp_ratio": 1e300}},
+        "text": {"text": {"num_layers": "4"}},
+        "nan": {"latent_factor": float("nan")},
+    }
+    folder, passed = shutil.copytree(tiny_folder, tmp_path / "m"), []
+    for name, change in cases.items():
+        (folder / "config.json").write_text(json.dumps(data | change))
+        started = time.perf_counter()
+        try:
+            open_checkpoint(folder)
+            passed.append(name)
+        except CheckpointError as error:
+            assert len(str(error)) < 1000 and time.perf_counter() - started < 3, name
+    assert passed == []
+
+
+def test_hostile_weights_and_foreign_configs_are_errors_of_ours(tiny_folder: Path, tmp_path: Path) -> None:
+    parity = Path(__file__).parent / "parity"
+    data, passed = json.loads((parity / "config.json").read_text()), []
+    changes: tuple[dict[str, Any], ...] = (
+        {"text_config": []}, {"text_config": {}}, {"vision_config": 7}, {"vision_config": {"norm_type": ["x"]}},
+        {"text_config": data["text_config"] | {"num_attention_heads": "4"}}, {"unilip_factor": "much"},
+        {"text_config": data["text_config"] | {"rope_scaling": "x"}}, {"unilip_factor": 10**400},
+        {"text_config": data["text_config"] | {"rms_norm_eps": None}}, {"dit_path": 5, "connect_layer": {}},
+        {"text_config": data["text_config"] | {"max_position_embeddings": 1e3}},
+    )  # fmt: skip
+    for number, change in enumerate(changes):
+        folder = shutil.copytree(parity, tmp_path / str(number))
+        (folder / "config.json").write_text(json.dumps(data | change))
+        try:
+            open_checkpoint(folder)
+            passed.append(change)
+        except CheckpointError:
+            pass
+    assert passed == [{"dit_path": 5, "connect_layer": {}}], "all but what is not needed"
+    path = tmp_path / "bomb.pth"
+    for state in (
+        {"mlp1.0.weight": torch.zeros(1).expand(10**12)},
+        {"mlp1.0.weight": torch.zeros(2, 2).to_sparse()},
+        {5: torch.zeros(1)},
+    ):
+        torch.save(state, path)
+        with pytest.raises(CheckpointError, match="not supported"):
+            open_checkpoint(path)
+    header = b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,8]}}'
+    for size, text in ((10**15, b"{}"), (len(header), header + bytes(8)), (0x59544F4344213C, b"PE html>")):
+        content = size.to_bytes(8, "little") + text
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(CheckpointError, match="truncated or damaged"):
+            open_checkpoint(tmp_path / "model.safetensors")

@@ -22,7 +22,7 @@ FEW = {
 @pytest.mark.parametrize(("name", "rows", "columns"), [("concept", 2, 6), ("skill", 8, 4)])
 def test_an_example_teaches_and_measures(name, rows, columns, tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples" / "finetune")
-    monkeypatch.setattr("unilip.checkpoint._embedded", lambda: tiny_folder)
+    monkeypatch.setattr("unilip.checkpoints.hub.embedded", lambda: tiny_folder)
     try:
         modules = {module: importlib.import_module(module) for module in ("common", name)}
         for module, values in FEW.items():

@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from unilip.checkpoint import convert, load_into, open_checkpoint
+from unilip.checkpoints.read import load_into, open_checkpoint
+from unilip.checkpoints.write import convert
 from unilip.model import UniLIP
 from unilip.preprocess import Tokens
 from unilip.verify import INPUTS, Row, verify

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from unilip import cli, packing
 from unilip.acceleration import PRESETS, Compiled, Shortcut, fingerprint, shortcut
-from unilip.checkpoint import open_checkpoint
+from unilip.checkpoints.read import open_checkpoint
 from unilip.config import SOLVERS
 from unilip.dit import PreparedCondition, stack
 from unilip.errors import UniLIPError

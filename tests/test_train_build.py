@@ -107,7 +107,7 @@ def test_a_stage_that_has_not_finished_is_no_source(tmp_path):
 
 
 def test_the_embedded_model_is_a_source(tmp_path, folders, one, monkeypatch):
-    monkeypatch.setattr("unilip.checkpoint._embedded", lambda: folders / "one")
+    monkeypatch.setattr("unilip.checkpoints.hub.embedded", lambda: folders / "one")
     assert equal(assembled(recipe("all=embedded"), tmp_path), one)
 
 

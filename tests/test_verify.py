@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from unilip.checkpoint import convert
+from unilip.checkpoints.write import convert
 from unilip.errors import CheckpointError
 from unilip.verify import Row, format_rows, verify
 

@@ -1,6 +1,6 @@
 """Describe a checkpoint without loading it.
 
-In:  anything that `checkpoint.open_checkpoint` takes.
+In:  anything that `checkpoints.read.open_checkpoint` takes.
 Out: plain values ready for JSON: what it is, its parts and sizes, its config, and what the position embedding of its
      diffusion transformer means.
 """
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from unilip.checkpoint import Checkpoint, Source, open_checkpoint
-from unilip.convert import EMBEDDING, HEAD, KINDS
+from unilip.checkpoints.hub import Source
+from unilip.checkpoints.read import Checkpoint, open_checkpoint
+from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS
 
 
 def describe(source: Source = None) -> dict[str, Any]:

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from unilip import adapters
-from unilip import checkpoint as checkpoints
 from unilip.acceleration import BUCKET, Compiled, Velocity, fingerprint, shortcut
+from unilip.checkpoints import read, write
+from unilip.checkpoints.infer import Unmade
 from unilip.config import TOKEN_PIXELS, SamplingConfig, UniLIPConfig
 from unilip.connector import Connector, copy_from_llm, substitute_features
-from unilip.convert import Unmade
 from unilip.decoder import LatentHead, PixelDecoder, resize_to_tokens
 from unilip.dit import DiT, PreparedCondition, stack
 from unilip.encoder import Encoder, init_encoder
@@ -144,7 +144,7 @@ class UniLIP(nn.Module):
         Raises:
             CheckpointError: missing, truncated, of an unknown kind, or not exactly the weights that the model needs.
         """
-        opened = checkpoints.open_checkpoint(source)
+        opened = read.open_checkpoint(source)
         wanted = opened.parts if parts is None else tuple(parts)
         missing = sorted(set(wanted) - set(opened.parts))
         if missing:
@@ -155,7 +155,7 @@ class UniLIP(nn.Module):
         where = torch.device(device or "cpu")
 
         def load(part: str) -> None:
-            checkpoints.load_into(model, opened, dtype=dtype, device=where, parts=(part,))
+            read.load_into(model, opened, dtype=dtype, device=where, parts=(part,))
             if quantization is not None and part in QUANTIZED:
                 quantize(model.get_submodule(part), quantization)
             model.get_submodule(part).eval()
@@ -163,7 +163,7 @@ class UniLIP(nn.Module):
         if quantization is not None:
             quantize(nn.Identity(), quantization)  # complains before anything is read
         if low_memory:
-            model.to(checkpoints.parse_dtype(dtype))  # nothing is there yet: only what it says of itself changes
+            model.to(read.parse_dtype(dtype))  # nothing is there yet: only what it says of itself changes
             model._offload = Offload(model, model.parts, where, load)
             model.enable_tiling()
         else:
@@ -182,11 +182,11 @@ class UniLIP(nn.Module):
                 "An offloaded or quantised model cannot be saved; load the checkpoint plainly to save it."
             )
         tokenizer = self.processor.tokenizer if self.processor else None
-        checkpoints.save(self, self.config, folder, max_shard_size=max_shard_size, tokenizer=tokenizer, dtype=dtype)
+        write.save(self, self.config, folder, max_shard_size=max_shard_size, tokenizer=tokenizer, dtype=dtype)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Save to a temporary folder and upload it; returns the address."""
-        return checkpoints.push_model(self, repo_id, **options)
+        return write.push_model(self, repo_id, **options)
 
     def load_adapter(self, folder: str | os.PathLike[str], name: str | None = None, scale: float = 1.0) -> str:
         """Put a LoRA or DoRA adapter (a folder in peft's format) beside the weights; returns its name.

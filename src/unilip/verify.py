@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unilip.checkpoint import Checkpoint, Source, Weights, load_into, open_checkpoint
+from unilip.checkpoints.hub import Source
+from unilip.checkpoints.read import Checkpoint, Weights, load_into, open_checkpoint
+from unilip.checkpoints.tables import Origin
 from unilip.connector import substitute_features
-from unilip.convert import Origin
 from unilip.decoder import resize_to_tokens
 from unilip.errors import CheckpointError
 from unilip.flow import denoise, flow_loss, interpolate, make_scheduler, train_levels, train_schedule

@@ -46,14 +46,14 @@ class Tokenizer:
         where: what errors call the place that they came from.
 
     Attributes:
-        vocabulary: every token -> its id, added ones included; pad_id: of the padding token, if one is named.
+        files: as given; vocabulary: every token, added ones included -> its id; pad_id: of the padding token, or None.
 
     Raises:
         CheckpointError: a file is missing, damaged, or asks for more than byte-level BPE.
     """
 
     def __init__(self, files: Mapping[str, bytes], where: str = "The tokenizer") -> None:
-        self._files = dict(files)
+        self.files = dict(files)
         self._where = where
         self._data = self._json("tokenizer.json") if "tokenizer.json" in files else self._assemble()
         added = self._data.get("added_tokens") or []
@@ -101,7 +101,7 @@ class Tokenizer:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the files, byte for byte as they were read, into a folder that exists."""
-        for name, content in self._files.items():
+        for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
 
     @cached_property
@@ -117,7 +117,7 @@ class Tokenizer:
 
     def _assemble(self) -> dict[str, Any]:
         """Make the contents of a tokenizer.json from the older files of a Qwen2 tokenizer."""
-        if "vocab.json" not in self._files or "merges.txt" not in self._files:
+        if "vocab.json" not in self.files or "merges.txt" not in self.files:
             raise CheckpointError(
                 f"{self._where} has no tokenizer; expected tokenizer.json, or vocab.json and merges.txt."
             )
@@ -150,7 +150,7 @@ class Tokenizer:
 
     def _text(self, name: str) -> str:
         try:
-            return self._files[name].decode("utf-8-sig")
+            return self.files[name].decode("utf-8-sig")
         except ValueError as error:
             raise self._damaged(error, name) from error
 
@@ -164,7 +164,7 @@ class Tokenizer:
         return data
 
     def _settings(self, name: str) -> dict[str, Any]:
-        return self._json(name) if name in self._files else {}
+        return self._json(name) if name in self.files else {}
 
     def _damaged(self, error: object, name: str = "its tokenizer") -> CheckpointError:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]

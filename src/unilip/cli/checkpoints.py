@@ -15,7 +15,7 @@ from unilip.errors import UniLIPError
 from unilip.machine import choose_device
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "--to": dict(choices=("unilip", "authors"), default="unilip", help="format to write (unilip)"),
+    "--to": dict(choices=("unilip", "authors", "transformers"), default="unilip", help="format to write (unilip)"),
     "--max-shard-size": dict(default="5GB", metavar="SIZE", help="split the weights into files of this size (5GB)"),
     "--tolerance": dict(type=number(0), default=1e-4, metavar="E", help="largest absolute error allowed (1e-4)"),
 }  # fmt: skip
@@ -28,11 +28,11 @@ def convert(o: Options) -> int:
     if folder.is_dir() and any(folder.iterdir()) and not o.force:
         raise UniLIPError(f"{target} is not empty; give a new folder, or --force to replace a UniLIP checkpoint there.")
     report = Report(o, "convert")
-    from unilip import checkpoint
+    from unilip.checkpoints import read, write
 
-    checkpoint.parse_size(o.max_shard_size)
-    dtype = checkpoint.parse_dtype("auto" if o.dtype is None else o.dtype)
-    path = checkpoint.convert(source, folder, o.to, dtype=dtype, max_shard_size=o.max_shard_size)
+    write.parse_size(o.max_shard_size)
+    dtype = read.parse_dtype("auto" if o.dtype is None else o.dtype)
+    path = write.convert(source, folder, o.to, dtype=dtype, max_shard_size=o.max_shard_size)
     report.line(str(path))
     report.end(f"converted to the {o.to} format", source=source, path=str(path), format=o.to)
     return 0
@@ -118,7 +118,8 @@ VERBS: dict[str, Verb] = {
     "convert": Verb(
         convert,
         "[OPTIONS] SOURCE DESTINATION",
-        "Rewrite a checkpoint in our format or in the authors'. Weights pass through memory one file at a time.",
+        "Rewrite a checkpoint in our format, the authors', or as InternVL of transformers, which answers but does not "
+        "draw. Weights pass through memory one file at a time.",
         "unilip convert kanashi6/UniLIP-1B unilip-1b\nunilip convert unilip-1b for-their-code --to authors",
         ("--to", "--dtype", "--max-shard-size", "--force", "--json", "--debug"),
         (2, 2),

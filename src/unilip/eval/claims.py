@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from unilip.checkpoint import open_checkpoint
+from unilip.checkpoints.read import open_checkpoint
 from unilip.emoji import score as emoji
 from unilip.emoji.art import Atlas
 from unilip.emoji.captions import canonical

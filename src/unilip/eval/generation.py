@@ -19,7 +19,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from unilip import __version__
-from unilip.checkpoint import Source, open_checkpoint
+from unilip.checkpoints.hub import Source
+from unilip.checkpoints.read import open_checkpoint
 from unilip.data.seeding import stable_hash
 from unilip.errors import UniLIPError
 from unilip.eval.benchmarks import Benchmark, Item

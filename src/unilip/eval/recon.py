@@ -33,7 +33,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from unilip.checkpoint import Source, open_checkpoint
+from unilip.checkpoints.hub import Source
+from unilip.checkpoints.read import open_checkpoint
 from unilip.errors import ConfigError, UniLIPError
 from unilip.eval.pictures import Pictures
 from unilip.eval.runs import RunFolder, batches, model_hash

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from unilip import __version__
-from unilip.checkpoint import Source, open_checkpoint
+from unilip.checkpoints.hub import Source
+from unilip.checkpoints.read import open_checkpoint
 from unilip.errors import UniLIPError
 from unilip.files import Lock, file_hash, read_json, write_json
 from unilip.machine import Place

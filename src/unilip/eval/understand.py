@@ -30,7 +30,7 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from unilip.checkpoint import Source
+from unilip.checkpoints.hub import Source
 from unilip.errors import UniLIPError
 from unilip.eval.pictures import SUFFIXES
 from unilip.eval.runs import RunFolder, batches, model_hash

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from unilip.checkpoint import open_checkpoint
+from unilip.checkpoints.read import open_checkpoint
 from unilip.errors import UniLIPError
 from unilip.machine import start_ray
 from unilip.model import UniLIP

@@ -16,10 +16,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from unilip.checkpoint import open_checkpoint, resolve
+from unilip.checkpoints.hub import resolve
+from unilip.checkpoints.infer import expected_shapes
+from unilip.checkpoints.read import open_checkpoint
+from unilip.checkpoints.tables import check_shapes
 from unilip.config import UniLIPConfig, preset
 from unilip.connector import copy_from_llm
-from unilip.convert import check_shapes, expected_shapes
 from unilip.errors import ConfigError
 from unilip.files import replacing
 from unilip.mllm import MLLM

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unilip.checkpoint import resolve
+from unilip.checkpoints.hub import resolve
 from unilip.config import DECODER_PIXELS, TOKEN_PIXELS
 from unilip.dit import PreparedCondition
 from unilip.encoder import Encoder

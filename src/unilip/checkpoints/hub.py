@@ -1,0 +1,192 @@
+"""Where checkpoints come from and go to: this machine, the Hugging Face hub, or the package itself.
+
+In:  a source as people write it. Out: a local folder or file, fetched where it must be. Or, on the way up: the address
+     of a commit, and the model card that tells what was uploaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+
+from unilip.checkpoints.tokenizer import TOKENIZER_FILES
+from unilip.config import UniLIPConfig
+from unilip.errors import CheckpointError
+
+Source = str | os.PathLike[str] | None
+
+BESIDE = ("dit_config.json", "vae_config.json", "scheduler_config.json")
+STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
+SUFFIXES = (".safetensors", ".bin")
+FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+CARD = "README.md"
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:/([\w.-]+\.(?:pth|pt|bin|safetensors)))?(?:@([\w./-]+))?")
+
+
+def resolve(source: Source = None) -> Path:
+    """Return the local folder or file of a source, fetching it from the hub if it is "owner/name".
+
+    "owner/name@revision" and "owner/name/file.pth" work too. None is the embedded model.
+
+    Raises:
+        CheckpointError: nothing is there.
+    """
+    if source is None:
+        return embedded()
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    hub = _HUB_ID.fullmatch(str(source))
+    if hub and not str(source).startswith("."):
+        return _fetch(hub[1], hub[2], hub[3])
+    previous = previous_of(path)
+    hint = f" An interrupted save left the old one whole in {previous}; rename it back." if previous.exists() else ""
+    raise CheckpointError(
+        f'There is no checkpoint at {path}; give a folder, a file, or a hub id like "owner/name".{hint}'
+    )
+
+
+def embedded() -> Path:
+    """Return the folder of the model that the package carries."""
+    root = Path(str(resources.files("unilip"))) / "weights"
+    if not (root / "config.json").is_file():
+        raise CheckpointError(f"This installation has no embedded model ({root} is empty); name a checkpoint to load.")
+    return root
+
+
+def previous_of(folder: Path) -> Path:
+    """Where a checkpoint is for the instant in which another takes its place."""
+    return folder.with_name(f".{folder.name}.previous")
+
+
+def needed_files(files: Iterable[str]) -> list[str]:
+    """Choose what to fetch of a repository: configs, tokenizer and weights, each in one format, of the part we read."""
+    files = list(files)
+    if "model_index.json" in files:  # a diffusers pipeline: its transformer only
+        inner = [f.removeprefix("transformer/") for f in files if f.startswith("transformer/")]
+        return ["model_index.json", *(f"transformer/{f}" for f in needed_files(inner))]
+    top = [f for f in files if "/" not in f]
+    chosen = [f for f in top if f == "config.json" or f in BESIDE or f in TOKENIZER_FILES]
+    for suffix in SUFFIXES:
+        shards = re.compile(rf"({'|'.join(STEMS)})(-\d+-of-\d+)?{re.escape(suffix)}(\.index\.json)?")
+        weights = [f for f in top if shards.fullmatch(f)]
+        if weights:
+            return chosen + weights
+    return chosen
+
+
+def _fetch(repo: str, file: str | None, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    try:
+        if file is not None:
+            return Path(hf_hub_download(repo, file, revision=revision))
+        try:
+            there = HfApi().list_repo_files(repo, revision=revision)
+        except Exception:  # no network: perhaps it was fetched before
+            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        files = needed_files(there)
+        if not any(name.endswith(SUFFIXES) for name in files):
+            single = [name for name in there if name.endswith(FILE_SUFFIXES)]
+            hint = f"; name one of its files, for example {repo}/{single[0]}" if single else ""
+            raise CheckpointError(f"{repo} has no weights under a known name{hint}.")
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+    except CheckpointError:
+        raise
+    except Exception as error:  # the client lets errors of several libraries through
+        raise CheckpointError(
+            f"{repo} is no folder here and could not be fetched from the hub ({reason(error)}); check the name and "
+            "the network, or give a folder."
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of what an error says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def push_to_hub(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload UniLIP checkpoint",
+) -> str:
+    """Upload a checkpoint folder to the hub, with the model card that it holds; returns the address of the commit.
+
+    Raises:
+        CheckpointError: the folder is no checkpoint, or the hub refused.
+    """
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} has no config.json; save a checkpoint there first.")
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        done = api.upload_folder(repo_id=repo_id, folder_path=path, revision=revision, commit_message=commit_message)
+    except Exception as error:  # the client lets errors of several libraries through
+        raise CheckpointError(
+            f"The hub did not take {repo_id} ({reason(error)}); check the name, the network and `hf auth login`."
+        ) from error
+    return str(done)
+
+
+# --- the model card -------------------------------------------------------------------------------------------------
+
+TASKS = {  # what a model can do: the part that it takes, a tag of the hub, the call that shows it
+    "dit": ("text-to-image", 'model.generate("three yellow stars").images[0].save("stars.png")'),
+    "mllm": ("image-text-to-text", 'print(model.ask("photo.png", "What is in the picture?"))'),
+    "latent_head": ("image-to-image", 'model.reconstruct("photo.png").images[0].save("again.png")'),
+}
+RELEASED = {"1b": "kanashi6/UniLIP-1B", "3b": "kanashi6/UniLIP-3B"}
+OURS = """The recipes of this size train on pictures drawn with Fluent Emoji by Microsoft (MIT), Noto Emoji by Google
+(Apache-2.0) and Twemoji (CC BY 4.0); the drawings themselves are no part of the weights."""
+THEIRS = "Say here what these weights were trained on, and under which licence they are given."
+TEMPLATE = """---
+{head}
+---
+# UniLIP {name}
+
+Weights of [UniLIP](https://arxiv.org/abs/2507.23278), one CLIP encoder that understands, reconstructs, generates and
+edits images. This checkpoint holds {parts} in {dtype}, for pictures of {size} pixels.
+
+```python
+from unilip import UniLIP
+
+model = UniLIP.from_pretrained("OWNER/NAME")
+{calls}
+```
+
+{origin}
+
+All sizes and settings are in `config.json`; `unilip info OWNER/NAME` explains them.
+"""
+
+
+def model_card(config: UniLIPConfig, parts: Sequence[str], dtype: str) -> str:
+    """Return the README.md of a checkpoint folder: the hub's metadata, usage, what the weights are, credits.
+
+    Licence and art are known of the sizes that this project trains, pico and nano; of others their publisher tells.
+    """
+    ours = config.name in ("pico", "nano")
+    tasks = [TASKS[part] for part in TASKS if part in parts]
+    head = ["library_name: unilip", f"license: {'apache-2.0' if ours else 'other'}"]
+    head += [f"base_model: {RELEASED[config.name]}"] if config.name in RELEASED else []
+    head += [f"pipeline_tag: {tasks[0][0]}"] if tasks else []
+    head += ["tags:", *(f"- {tag}" for tag in ("unilip", *(task for task, _ in tasks)))]
+    return TEMPLATE.format(
+        head="\n".join(head),
+        name=config.name,
+        parts=", ".join(parts),
+        dtype=dtype,
+        size=config.image_size,
+        calls="\n".join(call for _, call in tasks),
+        origin=OURS if ours else THEIRS,
+    )

@@ -1,0 +1,350 @@
+"""What a checkpoint should hold, and the configuration of one that does not say it.
+
+In:  a configuration of ours -> names and shapes of all its tensors. Or, of another kind: names and shapes, its own
+     config.json, and the JSON files beside it -> a `UniLIPConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from unilip.checkpoints.foreign import DPM
+from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS, PARTS, QUERIES, Shape, listed
+from unilip.config import DecoderConfig, DiTConfig, SamplingConfig, TextConfig, UniLIPConfig, VisionConfig, preset
+from unilip.connector import Connector
+from unilip.decoder import LatentHead, PixelDecoder
+from unilip.dit import DiT
+from unilip.encoder import Encoder
+from unilip.errors import CheckpointError, ConfigError
+from unilip.mllm import MLLM
+
+Json = Mapping[str, Any]
+
+PART_CLASSES: dict[str, type[nn.Module]] = dict(
+    zip(PARTS, (Encoder, LatentHead, PixelDecoder, MLLM, Connector, DiT), strict=True)
+)
+LARGEST = 2**24  # of any number in a configuration
+LARGEST_GRID = 1024  # latent cells along a side
+
+
+# --- names and shapes -----------------------------------------------------------------------------------------------
+
+
+class Unmade(TorchFunctionMode):
+    """Modules built within it have names and shapes, but no weights: these are on the meta device, and not drawn.
+
+    What is small and computed, such as positions, stays real: torch has no quick way to pretend to compute.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Pass everything on but the reservation and the initialisation of weights."""
+        kwargs = kwargs or {}
+        if func is torch.empty:
+            return func(*args, **{**kwargs, "device": "meta"})
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and name in vars(nn.init):
+            return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        return func(*args, **kwargs)
+
+
+def expected_shapes(config: UniLIPConfig, parts: Sequence[str]) -> dict[str, Shape]:
+    """Return names and shapes of every tensor that a checkpoint of this config must hold (tied ones once)."""
+    shapes: dict[str, Shape] = {}
+    with Unmade():
+        for part in parts:
+            state = PART_CLASSES[part](config).state_dict()
+            shapes |= {f"{part}.{name}": tuple(value.shape) for name, value in state.items()}
+    if config.text.tie_embeddings:
+        shapes.pop(HEAD, None)
+    return shapes
+
+
+def check_sizes(config: UniLIPConfig, parts: Sequence[str], tensors: int) -> None:
+    """Refuse, before anything is built, numbers that this many tensors cannot bear out.
+
+    Raises:
+        CheckpointError: more layers than tensors, or a number beyond any network's.
+    """
+    blocks = sum(config.decoder.layers_per_block) + sum(map(len, config.decoder.qkv_multiscales))
+    layers = {
+        "encoder": config.vision.num_layers,
+        "latent_head": config.latent_head_blocks,
+        "pixel_decoder": blocks,
+        "mllm": config.text.num_layers,
+        "connector": config.connector_layers,
+        "dit": config.dit.num_layers,
+    }
+    count = sum(layers[part] for part in parts)
+    if count > tensors:
+        raise CheckpointError(f"Its configuration has {count} layers, and its weights {tensors} tensors in all.")
+    largest = max(_numbers(dataclasses.asdict(config)))
+    if largest > LARGEST or config.dit.sample_size > LARGEST_GRID:
+        raise CheckpointError(f"Its configuration has the number {max(largest, config.dit.sample_size)}: too large.")
+
+
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, (dict, list, tuple)):
+        values = value.values() if isinstance(value, dict) else value
+        return [number for inner in values for number in _numbers(inner)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+# --- configs of other kinds -----------------------------------------------------------------------------------------
+
+_SANA_NAME = re.compile(r"sana.*?_(600M|1600M)(?:_(\d+)px)?", re.IGNORECASE)
+
+
+def infer_config(
+    kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str, Json], name: str = ""
+) -> UniLIPConfig:
+    """Work out our config of another kind of checkpoint.
+
+    Args:
+        kind: one of `KINDS` but "unilip".
+        data: its own config.json; empty where there is none.
+        shapes: its tensors under *our* names.
+        beside: JSON files lying beside it, by file name (dit_config.json, vae_config.json, scheduler_config.json).
+        name: what to call the model when it is not one of the released sizes.
+
+    Raises:
+        CheckpointError: the shapes leave something open; says which file to put there.
+    """
+    try:  # there and back checks the type of every field
+        return UniLIPConfig.from_dict(_infer(kind, data, shapes, beside, name).to_dict())
+    except KeyError as error:
+        raise CheckpointError(f"The checkpoint lacks {error.args[0]}, which its config follows from.") from error
+    except (ConfigError, TypeError, AttributeError, ValueError, ArithmeticError, IndexError) as error:
+        raise CheckpointError(f"The checkpoint's configuration makes no sense: {error}") from error
+
+
+def _infer(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str, Json], name: str) -> UniLIPConfig:
+    parts = KINDS[kind].parts
+    changes: dict[str, Any] = {}
+    base = UniLIPConfig()
+    if "encoder" in parts:
+        width = shapes["encoder.projector.3.weight"][0]
+        base = next((preset(n) for n in ("1b", "3b") if preset(n).text.hidden_size == width), base)
+        changes["vision"] = _vision(data.get("vision_config", {}), shapes)
+        changes["image_size"] = changes["vision"].image_size
+    if "mllm" in parts:
+        text = _text(data, shapes)
+        changes["text"] = text
+        changes["connector_layers"] = min(base.connector_layers, text.num_layers)
+    elif "encoder" in parts and base.text.hidden_size != width:
+        raise CheckpointError(
+            f"The tokenizer's width {width} is not a released one (896, 1536); put the config.json of its model, in "
+            "this package's own format, beside it."
+        )
+    if QUERIES in shapes:
+        changes["num_queries"] = shapes[QUERIES][1]
+    if "connector" in parts:
+        changes["connector_layers"] = _count(shapes, "connector.layers.")
+    if "latent_head" in parts:
+        changes["latent_head_blocks"] = _count(shapes, "latent_head.blocks.")
+    if "pixel_decoder" in parts:
+        changes["decoder"] = _decoder(data if kind == "dcae" else beside.get("vae_config.json", {}), shapes)
+        base = base.replace(dit=dataclasses.replace(base.dit, latent_channels=changes["decoder"].latent_channels))
+    if "dit" in parts:
+        changes["dit"] = _dit(kind, data, shapes, beside)
+        if "decoder" not in changes:
+            changes["decoder"] = dataclasses.replace(base.decoder, latent_channels=changes["dit"].latent_channels)
+        if "encoder" not in parts:
+            changes["image_size"] = changes["dit"].sample_size * 28
+    elif "decoder" in changes:
+        changes["dit"] = base.dit
+    changes["latent_factor"] = _factor(kind, data, beside, base)
+    if "scheduler_config.json" in beside:
+        changes["sampling"] = _sampling(beside["scheduler_config.json"])
+    config = base.replace(**changes)
+    for size in ("1b", "3b"):
+        if "encoder" in parts and config.text.hidden_size == preset(size).text.hidden_size:
+            name = size
+    return config.replace(name=name or kind)
+
+
+def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
+    return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
+
+
+def _side(value: Any) -> int:
+    return int(value[0] if isinstance(value, (list, tuple)) else value)
+
+
+def _vision(data: Json, shapes: Mapping[str, Shape]) -> VisionConfig:
+    if data.get("norm_type", "layer_norm") != "layer_norm" or data.get("use_qk_norm", False):
+        raise CheckpointError("Its vision encoder has other norms than InternViT-300M; use InternVL3-1B or 2B.")
+    root = "encoder.vision_tower"
+    _, positions, width = shapes[f"{root}.embeddings.position_embeddings"]
+    patch = shapes[f"{root}.embeddings.patch_embeddings.projection.weight"][-1]
+    heads = data.get("num_attention_heads", 16 if width == 1024 else None)
+    if heads is None:
+        raise CheckpointError(
+            f"The number of heads of a vision encoder {width} wide does not follow from its tensors; put the "
+            "config.json of its model beside it."
+        )
+    return VisionConfig(
+        hidden_size=width,
+        num_layers=_count(shapes, f"{root}.encoder.layer."),
+        num_heads=heads,
+        intermediate_size=shapes[f"{root}.encoder.layer.0.mlp.fc1.weight"][0],
+        image_size=isqrt(positions - 1) * patch,
+        patch_size=patch,
+        layer_scale_init=data.get("layer_scale_init_value", 0.1),
+        norm_eps=data.get("layer_norm_eps", 1e-6),
+    )
+
+
+def _text(data: Json, shapes: Mapping[str, Shape]) -> TextConfig:
+    text: Json = data.get("text_config", {})
+    if text.get("model_type", "qwen2") != "qwen2":
+        raise CheckpointError(f"Its language model is {text['model_type']!r}, not Qwen2; use InternVL3-1B or 2B.")
+    layer = "mllm.language_model.model.layers"
+    for needed in ("num_attention_heads", "num_key_value_heads"):
+        if needed not in text:
+            raise CheckpointError(f"Its config.json has no text_config.{needed}; copy the original config.json there.")
+    rope: Json = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    # "dynamic" changes nothing up to max_position_embeddings, and no longer sequence is ever read here
+    if rope.get("rope_type", rope.get("type", "default")) not in ("default", "dynamic"):
+        raise CheckpointError(f"Its position embedding {rope.get('rope_type', rope.get('type'))!r} is not supported.")
+    vocabulary, width = shapes[EMBEDDING]
+    return TextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_layers=_count(shapes, f"{layer}."),
+        num_heads=text["num_attention_heads"],
+        num_kv_heads=text["num_key_value_heads"],
+        intermediate_size=shapes[f"{layer}.0.mlp.gate_proj.weight"][0],
+        rope_theta=float(text.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
+        max_positions=text.get("max_position_embeddings", 32768),
+        norm_eps=text.get("rms_norm_eps", 1e-6),
+        tie_embeddings=HEAD not in shapes,
+    )
+
+
+def _decoder(data: Json, shapes: Mapping[str, Shape]) -> DecoderConfig:
+    """Everything about the decoder follows from its shapes; its config only says whether it is of the known make."""
+    known = {"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu", "decoder_conv_act_fn": "relu"}
+    for field, value in known.items():
+        given = data.get(field, value)
+        if {given} != {value} if isinstance(given, str) else set(given) != {value}:
+            raise CheckpointError(f"The DC-AE config has {field} {given!r}; only {value!r} is supported.")
+    root = "pixel_decoder.decoder"
+    conv_in = shapes[f"{root}.conv_in.weight"]
+    channels: list[int] = [0] * 6
+    layers: list[int] = [0] * 6
+    types = ["ResBlock"] * 6
+    scales: list[tuple[int, ...]] = [()] * 6
+    head_dim = data.get("attention_head_dim", 32)
+    pixel_shuffle = False
+    for level in range(5, -1, -1):
+        prefix = f"{root}.up_blocks.{level}."
+        first = 0 if level == 5 else 1  # every other scale opens with its upsampling convolution
+        layers[level] = max(0, _count(shapes, prefix) - first)
+        block = f"{prefix}{first}."
+        if layers[level] == 0:
+            continue
+        if f"{block}attn.to_q.weight" in shapes:
+            types[level] = "EfficientViTBlock"
+            channels[level] = shapes[f"{block}attn.to_out.weight"][0]
+            convolutions = _count(shapes, f"{block}attn.to_qkv_multiscale.")
+            names = [f"{block}attn.to_qkv_multiscale.{n}" for n in range(convolutions)]
+            scales[level] = tuple(shapes[f"{n}.proj_in.weight"][-1] for n in names)
+            head_dim = shapes[f"{names[0]}.proj_out.weight"][1] if names else head_dim
+        else:
+            channels[level] = shapes[f"{block}conv1.weight"][0]
+        if first:
+            pixel_shuffle = shapes[f"{prefix}0.conv.weight"][0] == 4 * channels[level]
+    if 0 in layers[1:]:
+        raise CheckpointError("The DC-AE decoder has an empty scale other than the finest, which is not supported.")
+    if not layers[0]:
+        pixel_shuffle = shapes[f"{root}.conv_out.conv.weight"][0] == 12
+        channels[0] = _side(data.get("decoder_block_out_channels", [channels[1]]))
+    return DecoderConfig(
+        block_out_channels=tuple(channels),
+        layers_per_block=tuple(layers),
+        block_types=tuple(types),
+        qkv_multiscales=tuple(scales),
+        attention_head_dim=head_dim,
+        latent_channels=conv_in[1],
+        upsample_block_type="pixel_shuffle" if pixel_shuffle else "interpolate",
+    )
+
+
+def _dit(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str, Json]) -> DiTConfig:
+    root = "dit.transformer"
+    width = shapes[f"{root}.scale_shift_table"][1]
+    shaped: dict[str, Any] = dict(
+        num_layers=_count(shapes, f"{root}.transformer_blocks."),
+        caption_channels=shapes[f"{root}.caption_projection.linear_1.weight"][1],
+        mlp_ratio=shapes[f"{root}.transformer_blocks.0.ff.conv_inverted.weight"][0] / (2 * width),
+        latent_channels=shapes[f"{root}.patch_embed.proj.weight"][1],
+    )
+    given: Json | None = data if kind == "sana" else beside.get("dit_config.json")
+    if given is not None:
+        heads = (
+            "num_attention_heads", "attention_head_dim", "num_cross_attention_heads", "cross_attention_head_dim",
+            "sample_size",
+        )  # fmt: skip
+        lacking = [field for field in heads if given.get(field) is None]
+        if lacking:
+            raise CheckpointError(f"The SANA config lacks {listed(lacking)}; use that of SANA's transformer folder.")
+        if given.get("guidance_embeds") or given.get("qk_norm") or given.get("patch_size", 1) != 1:
+            raise CheckpointError(
+                "Its diffusion transformer is a later SANA, with guidance embedding, norms or patches."
+            )
+        config = DiTConfig(
+            num_heads=given["num_attention_heads"],
+            head_dim=given["attention_head_dim"],
+            num_cross_heads=given["num_cross_attention_heads"],
+            cross_head_dim=given["cross_attention_head_dim"],
+            sample_size=given["sample_size"],
+            interpolation_scale=given.get("interpolation_scale"),
+            **shaped,
+        )
+    else:
+        match = _SANA_NAME.search(str(data.get("dit_path", "")))
+        known = preset("1b" if match[1].upper() == "600M" else "3b").dit if match else None
+        if match is None or known is None or (known.hidden_size, known.num_layers) != (width, shaped["num_layers"]):
+            raise CheckpointError(
+                f"The heads of a diffusion transformer {width} wide with {shaped['num_layers']} layers do not follow "
+                f"from its tensors, and dit_path {data.get('dit_path')!r} names no known SANA of that size. Put the "
+                "config.json of SANA's transformer folder beside the checkpoint, under the name dit_config.json."
+            )
+        config = dataclasses.replace(known, sample_size=int(match[2] or 512) // 32, interpolation_scale=None, **shaped)
+    if kind != "sana" and config.interpolation_scale is None:
+        # The authors' library read None as this number, so every weight of theirs was trained with the embedding.
+        config = dataclasses.replace(config, interpolation_scale=float(max(config.sample_size // 64, 1)))
+    return config
+
+
+def _factor(kind: str, data: Json, beside: Mapping[str, Json], base: UniLIPConfig) -> float:
+    if kind == "authors":
+        if "unilip_factor" not in data:
+            raise CheckpointError("Its config.json has no unilip_factor (10.6 in the 1B release, 9.5 in 3B); add it.")
+        return float(data["unilip_factor"])
+    if kind == "authors-stage1":
+        return float(beside.get("vae_config.json", {}).get("scaling_factor", 0.41407))
+    if kind == "dcae":
+        return float(data.get("scaling_factor", 1.0))
+    return float(data.get("unilip_factor", base.latent_factor))
+
+
+def _sampling(data: Json) -> SamplingConfig:
+    solver = {"DPMSolverMultistepScheduler": "dpm++", "FlowMatchEulerDiscreteScheduler": "euler"}.get(
+        str(data.get("_class_name", "DPMSolverMultistepScheduler"))
+    )
+    off = "euler_at_final thresholding use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas"
+    dpm = DPM | dict.fromkeys(off.split(), False)
+    wrong = [f"{k} {data[k]!r}" for k, v in dpm.items() if solver == "dpm++" and k in data and data[k] != v]
+    if solver is None or wrong:
+        what = listed(wrong) or data.get("_class_name")
+        raise CheckpointError(f"The sampler in scheduler_config.json is not known ({what}); remove the file.")
+    return SamplingConfig(flow_shift=float(data.get("flow_shift", data.get("shift", 3.0))), solver=solver)

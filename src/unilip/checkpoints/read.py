@@ -1,0 +1,485 @@
+"""Open checkpoints of every kind, and load them into a model part by part.
+
+In:  a folder, a file, a hub id or nothing (the embedded model), in any format that `tables.KINDS` names.
+Out: a `Checkpoint` whose tensors have our names and are read from disk one at a time; or a model with nothing left on
+     the meta device. Every tensor is accounted for in both directions; nothing is loaded loosely.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from unilip.checkpoints.hub import BESIDE, FILE_SUFFIXES, STEMS, SUFFIXES, Source, reason, resolve
+from unilip.checkpoints.infer import PART_CLASSES, Unmade, check_sizes, expected_shapes, infer_config
+from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS, UNDERSTOOD, Origin, Shape, check_shapes, map_names
+from unilip.checkpoints.tokenizer import Tokenizer, load_tokenizer
+from unilip.config import FORMAT, UniLIPConfig
+from unilip.errors import CheckpointError, ConfigError
+from unilip.preprocess import IMG_CONTEXT
+
+DType = torch.dtype | str | None
+
+LARGEST_JSON = 16 * 2**20  # bytes
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, or say what is wrong with the file."""
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"more than {LARGEST_JSON >> 20} MiB")
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}).") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds no JSON object.")
+    return data
+
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+
+class SafeFile:
+    """A safetensors file: checked as a whole when opened, then closed; tensors are read into fresh memory.
+
+    Nothing stays mapped, so what was read of a file no longer counts as memory of the process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with safe_open(path, framework="pt", device="cpu") as checked:
+            self.metadata: dict[str, str] = checked.metadata() or {}
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            self._entries: dict[str, Any] = json.loads(file.read(size))
+        self._entries.pop("__metadata__", None)
+        self._start = 8 + size
+        self.names = tuple(self._entries)
+
+    def shape(self, name: str) -> Shape:
+        """Shape of a tensor."""
+        return tuple(self._entries[name]["shape"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor."""
+        code = self._entries[name]["dtype"]
+        if code not in DTYPES:
+            raise CheckpointError(f"{self.path} holds {name} in {code}, which is not supported; convert it to BF16.")
+        return DTYPES[code]
+
+    def read(self, name: str, part: int, parts: int) -> Tensor:
+        """Read one of several equal pieces of a tensor, along its first dimension."""
+        begin, end = self._entries[name]["data_offsets"]
+        shape, size = self.shape(name), (end - begin) // parts
+        data = torch.empty(size, dtype=torch.uint8)
+        with self.path.open("rb") as file:
+            file.seek(self._start + begin + part * size)
+            if size and file.readinto(data.numpy().data) != size:
+                raise CheckpointError(f"{self.path} was cut off while it was read; fetch or save it again.")
+        return data.view(self.dtype(name)).reshape(shape if parts == 1 else (shape[0] // parts, *shape[1:]))
+
+
+class TorchFile:
+    """A file of torch.save with tensors only, whatever else the file would like to be."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.metadata = path, dict[str, str]()
+        self._state = _load_pickle(path)
+        self.names = tuple(self._state)
+
+    def shape(self, name: str) -> Shape:
+        """Shape of a tensor."""
+        return tuple(self._state[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor."""
+        return self._state[name].dtype
+
+    def read(self, name: str, part: int, parts: int) -> Tensor:
+        """Copy one of several equal pieces of a tensor, along its first dimension."""
+        tensor = self._state[name]
+        return (tensor if parts == 1 else tensor.chunk(parts)[part]).detach().clone()
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    """Load a torch file, tensors only: code inside it is never run."""
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            state = torch.load(path, map_location="cpu", weights_only=True)  # the format before 2020
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors, and loading it could run code; it was refused. Save its tensors alone."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({reason(error)}); fetch or save it again.") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} is not a dictionary of tensors.")
+    for name, value in state.items():
+        plain = isinstance(name, str) and value.layout == torch.strided and not value.is_quantized
+        if not plain or value.nbytes > value.untyped_storage().nbytes():  # a view may repeat few numbers endlessly
+            raise CheckpointError(f"{path} holds {str(name)[:120]} in a form that is not supported; save it as plain.")
+    return dict(state)
+
+
+class Weights:
+    """Named tensors in one file or several; only names, shapes and types are known until a tensor is asked for."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = tuple(files)
+        self.metadata: dict[str, str] = {}
+        self._where: dict[str, SafeFile | TorchFile] = {}
+        for path in files:
+            opened = self._open(path)
+            self.metadata |= opened.metadata
+            self._where |= dict.fromkeys(opened.names, opened)
+
+    @staticmethod
+    def _open(path: Path) -> SafeFile | TorchFile:
+        try:
+            with path.open("rb") as file:
+                if file.read(40).startswith(b"version https://git-lfs"):
+                    raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there.")
+            return SafeFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch or save it again.") from error
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor's name, as in the files."""
+        return tuple(self._where)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
+
+    def file_of(self, name: str) -> Path:
+        """Which file holds a tensor."""
+        return self._where[name].path
+
+    def shape(self, name: str) -> Shape:
+        """Shape of a tensor, without reading it."""
+        return self._where[name].shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor, without reading it."""
+        return self._where[name].dtype(name)
+
+    def read(self, origin: Origin) -> Tensor:
+        """Read a tensor, or one part of a stacked one, into memory of its own."""
+        name, parts = origin.name, origin.parts
+        rows = (self.shape(name) or (1,))[0]
+        if rows % parts:
+            raise CheckpointError(f"{self.file_of(name)} holds {name} with {rows} rows, no multiple of {parts}.")
+        return self._where[name].read(name, origin.part, parts)
+
+
+def _find_weights(folder: Path) -> Weights:
+    for suffix in SUFFIXES:
+        for stem in STEMS:
+            index, single = folder / f"{stem}{suffix}.index.json", folder / f"{stem}{suffix}"
+            if index.is_file() and single.is_file():
+                raise CheckpointError(
+                    f"{folder} holds {single.name} and {index.name}: one of the two is left from another model. "
+                    "Delete what is out of date (an index goes with its shards)."
+                )
+            if index.is_file():
+                return _open_shards(index)
+            if single.is_file():
+                return Weights([single])
+    only = sorted(folder.glob("*.safetensors"))
+    if len(only) == 1:
+        return Weights(only)
+    names = ", ".join(f"{stem}{suffix}" for suffix in SUFFIXES for stem in STEMS)
+    raise CheckpointError(
+        f"{folder} has a config.json but no weights; expected one of {names}, or shards and their index."
+    )
+
+
+def _open_shards(index: Path) -> Weights:
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(v, str) and "/" not in v for v in table.values()):
+        raise CheckpointError(f"{index} has no weight_map of file names; fetch or save it again.")
+    files = [index.parent / name for name in sorted(set(table.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index.parent} lacks {', '.join(missing)}, named in {index.name}; fetch or save it again."
+        )
+    weights = Weights(files)
+    wrong = [name for name, file in table.items() if name not in weights or weights.file_of(name).name != file]
+    wrong += [name for name in weights.names if name not in table]
+    if wrong:
+        raise CheckpointError(
+            f"{index} and its shards disagree about {wrong[0]} ({len(wrong)} in all); fetch them again."
+        )
+    return weights
+
+
+# --- opening --------------------------------------------------------------------------------------------------------
+
+
+class Checkpoint:
+    """An opened checkpoint: what it is, and its tensors under our names, read when asked for.
+
+    Attributes:
+        path: the local folder or file; kind: a key of `tables.KINDS`; config: ours.
+        parts: which of the model's parts it holds; tokenizer_path: the folder with tokenizer files, or None.
+        names: our names of its tensors; absent: what its kind never holds although its parts have it (new queries).
+        dropped: their name -> why it is left out; notes: remarks for people; metadata: text stored with the weights.
+    """
+
+    def __init__(self, path: Path, kind: str, weights: Weights, data: Mapping[str, Any], folder: Path) -> None:
+        self.path, self.kind, self.weights = path, kind, weights
+        self.metadata = {k: v for k, v in weights.metadata.items() if k != "format"}
+        self._origins, self.dropped = map_names(kind, weights.names)
+        self._data = data
+        self.notes: list[str] = []
+        self._untie()
+        shapes = {name: self.shape(name) for name in self._origins}
+        if kind == "unilip" or data.get("format") == FORMAT:
+            try:
+                self.config = UniLIPConfig.from_dict(data)
+            except ConfigError as error:
+                raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+        else:
+            beside = {name: read_json(folder / name) for name in BESIDE if (folder / name).is_file()}
+            self.config = infer_config(kind, data, shapes, beside, path.stem if path.is_file() else path.name)
+        held = {name.split(".")[0] for name in shapes}
+        allowed = KINDS[kind].parts
+        self.parts = tuple(p for p in allowed if p in held) if kind == "unilip" else allowed
+        try:
+            check_sizes(self.config, self.parts, len(shapes))
+            expected = expected_shapes(self.config, self.parts)
+        except (CheckpointError, RuntimeError, TypeError, ValueError, ArithmeticError, MemoryError) as error:
+            raise CheckpointError(f"{path} does not fit its config: {reason(error)}") from error
+        self.absent = tuple(name for name in KINDS[kind].absent if name in expected and name not in shapes)
+        check_shapes(shapes, expected, str(path), self.absent)
+        self.tokenizer_path = folder if _has_tokenizer(folder) else None
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer beside the weights, read when first asked for."""
+        return None if self.tokenizer_path is None else load_tokenizer(self.tokenizer_path)
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The id of the image slots: by the tokenizer, else as the config or the weights' metadata say."""
+        found = self.tokenizer.token_id(IMG_CONTEXT) if self.tokenizer else None
+        said = self._data.get("image_token_id", self.metadata.get("image_token_id"))
+        return found if found is not None or not str(said).isdecimal() else int(str(said))
+
+    def _untie(self) -> None:
+        """Drop a stored language head that the config calls tied, if it really equals the embedding."""
+        data, text = self._data, self._data.get("text_config")
+        said = data.get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings"))
+        if data.get("format") == FORMAT or not said or HEAD not in self._origins or EMBEDDING not in self._origins:
+            return
+        if self.shape(HEAD) == self.shape(EMBEDDING) and torch.equal(self.tensor(HEAD), self.tensor(EMBEDDING)):
+            self.dropped[self._origins.pop(HEAD).name] = "tied: the same numbers as the token embedding"
+        else:
+            self.notes.append("The language head is called tied, but differs from the embedding: both are used.")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Our names of the tensors that it holds."""
+        return tuple(self._origins)
+
+    def shape(self, name: str) -> Shape:
+        """Shape of a tensor of ours, without reading it."""
+        origin = self._origins[name]
+        shape = self.weights.shape(origin.name)
+        return shape if origin.parts == 1 else (shape[0] // origin.parts, *shape[1:])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored type of a tensor of ours."""
+        return self.weights.dtype(self._origins[name].name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read a tensor of ours into memory of its own."""
+        return self.weights.read(self._origins[name])
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(
+        all((folder / f).is_file() for f in files) for files in (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    )
+
+
+def open_checkpoint(source: Source = None) -> Checkpoint:
+    """Find and open a checkpoint of any kind; tensors stay on disk, names and shapes are checked.
+
+    Raises:
+        CheckpointError: missing, truncated, of an unknown kind, or at odds with its own config.
+    """
+    path = resolve(source)
+    folder = path if path.is_dir() else path.parent
+    config = folder / "config.json"
+    if path.is_file():
+        if path.suffix not in FILE_SUFFIXES:
+            raise CheckpointError(f"{path} is no weights file ({', '.join(FILE_SUFFIXES)}); give one, or a folder.")
+        weights, data = Weights([path]), read_json(config) if config.is_file() else {}
+        return Checkpoint(path, _kind(path, data, weights.names), weights, data, folder)
+    if not config.is_file() and (path / "model_index.json").is_file() and (path / "transformer").is_dir():
+        opened = open_checkpoint(path / "transformer")
+        opened.notes.append(f"Of the pipeline {path.name} only the folder transformer is used.")
+        return opened
+    if not config.is_file():
+        files = sorted(p.name for p in path.glob("*.pth"))
+        hint = f" It holds {files[0]}: give that file." if files else ""
+        raise CheckpointError(f"{path} has no config.json, so it is none of these: {UNDERSTOOD}.{hint}")
+    data = read_json(config)
+    _kind(path, data, ())  # a folder of another kind is named as such, even when its weights have other names too
+    weights = _find_weights(path)
+    return Checkpoint(path, _kind(path, data, weights.names), weights, data, path)
+
+
+def _kind(path: Path, data: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Tell the kind of a checkpoint by its config and, where that is not enough, by the names of its tensors."""
+    if {"mlp1", "down_mlp"} <= {name.split(".")[0] for name in names}:
+        return "tokenizer"
+    if not data:
+        raise CheckpointError(
+            f"{path} alone does not tell what it is; give its folder, with config.json. Known are: {UNDERSTOOD}."
+        )
+    model_type, class_name = data.get("model_type"), data.get("_class_name")
+    if data.get("format") == FORMAT:
+        return "unilip"
+    if model_type in ("unilip_internvl", "unilip_vae_internvl"):  # their first stage may carry either
+        return "authors-stage1" if any(name.startswith("model.dcae.") for name in names) else "authors"
+    if model_type == "internvl":
+        return "internvl"
+    if class_name in ("AutoencoderDC", "SanaTransformer2DModel"):
+        return "dcae" if class_name == "AutoencoderDC" else "sana"
+    if model_type == "internvl_chat":
+        raise CheckpointError(f"{path} is InternVL3 in its original format; use the repository whose name ends in -hf.")
+    what = model_type or class_name or data.get("format") or "nothing known"
+    raise CheckpointError(f"{path} is a checkpoint of {what!r}. Understood are: {UNDERSTOOD}.")
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def parse_dtype(dtype: DType) -> torch.dtype | None:
+    """Return a floating type from its name; None (the default) is float32 and "auto" gives None, "as stored".
+
+    As stored means float32 on a processor that has no instructions for what is stored, see `computes`.
+
+    Raises:
+        CheckpointError: not a floating type of torch.
+    """
+    if dtype == "auto":
+        return None
+    found = torch.float32 if dtype is None else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CheckpointError(f"There is no dtype {dtype!r}; allowed: float32, bfloat16, float16, auto.")
+    return found
+
+
+CPU_INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+
+
+def computes(dtype: torch.dtype, device: torch.device | str) -> bool:
+    """Whether DEVICE multiplies matrices in DTYPE itself; a processor without the instructions is faster in float32."""
+    if torch.device(device).type != "cpu" or dtype not in CPU_INSTRUCTIONS:
+        return True
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name, False) for name in CPU_INSTRUCTIONS[dtype])
+    return dtype == torch.bfloat16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@torch.no_grad()
+def load_into(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    dtype: DType = None,
+    device: torch.device | str = "cpu",
+    parts: Sequence[str] | None = None,
+) -> tuple[str, ...]:
+    """Give parts of a model (built on the meta device, or any) the weights of a checkpoint, one tensor at a time.
+
+    Returns the names that the checkpoint never holds and that were drawn at random, the same every time: the queries of
+    a language model that is no UniLIP yet. Buffers that are computed rather than stored are computed in float32.
+
+    Raises:
+        CheckpointError: a part is not in the checkpoint, or does not fit exactly.
+    """
+    target = parse_dtype(dtype)
+    wanted = checkpoint.parts if parts is None else tuple(parts)
+    lacking = [part for part in wanted if part not in checkpoint.parts]
+    if lacking:
+        raise CheckpointError(
+            f"{checkpoint.path} has no {', '.join(lacking)}; it holds: {', '.join(checkpoint.parts)}."
+        )
+    modules = {part: model.get_submodule(part) for part in wanted}
+    tied = "mllm" in modules and checkpoint.config.text.tie_embeddings
+    expected = {f"{part}.{n}": tuple(t.shape) for part, m in modules.items() for n, t in m.state_dict().items()}
+    if tied:
+        expected.pop(HEAD)
+    found = {name: checkpoint.shape(name) for name in checkpoint.names if name.split(".")[0] in modules}
+    check_shapes(found, expected, str(checkpoint.path), checkpoint.absent)
+
+    def read(name: str, like: Tensor) -> Tensor:
+        if name not in found:
+            return fresh_tensor(tuple(like.shape), target or like.dtype).to(device)
+        value = checkpoint.tensor(name)
+        stored = value.dtype if computes(value.dtype, device) else torch.float32
+        return value.to(device, (target or stored) if value.is_floating_point() else value.dtype)
+
+    for part, root in modules.items():
+        computed = _computed_buffers(part, root, checkpoint.config)
+        for prefix, module in root.named_modules(prefix=part):
+            for key, old in list(module._parameters.items()):
+                name = f"{prefix}.{key}"
+                if old is not None and not (tied and name == HEAD):
+                    setattr(module, key, nn.Parameter(read(name, old), requires_grad=old.requires_grad))
+            for key, buffer in list(module._buffers.items()):
+                name = f"{prefix}.{key}"
+                if buffer is not None:
+                    module._buffers[key] = computed[name].to(device) if name in computed else read(name, buffer)
+    if tied:
+        llm: Any = model.get_submodule("mllm.language_model")
+        llm.lm_head.weight = llm.model.embed_tokens.weight
+    left = [n for p in modules for n, t in _tensors(modules[p], p) if t.is_meta]
+    assert not left, f"still on the meta device: {left[:4]}"
+    return tuple(name for name in expected if name not in found)
+
+
+def fresh_tensor(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """Draw the start of a tensor that a kind of checkpoint never holds; always the same numbers, spread 0.02."""
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+
+
+def _tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(prefix=prefix)
+    yield from module.named_buffers(prefix=prefix)
+
+
+def _computed_buffers(part: str, root: nn.Module, config: UniLIPConfig) -> dict[str, Tensor]:
+    """Compute the buffers that no checkpoint stores, by building the part once more without its weights."""
+    names = {
+        f"{prefix}.{key}" for prefix, m in root.named_modules(prefix=part) for key in m._non_persistent_buffers_set
+    }
+    if not names:
+        return {}
+    with Unmade():
+        return {n: b for n, b in PART_CLASSES[part](config).named_buffers(prefix=part) if n in names}

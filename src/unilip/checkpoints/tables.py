@@ -1,0 +1,269 @@
+"""Names of other people's tensors <-> ours: one table per kind of checkpoint, read in both directions.
+
+In:  tensor names and shapes. No tensor data passes through here.
+Out: for each of our tensors the source tensor (and which part of it), for each tensor left out the reason. Everything
+     is strict: a name is used, named as dropped, or an error.
+
+A table row pairs a template of their names with ours. `{i}` is a number, `{p}` weight or bias, `{rest}` anything;
+several names of ours share one tensor of theirs, stacked along its first dimension (fused query, key, value).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from unilip.errors import CheckpointError
+
+Shape = tuple[int, ...]
+
+PARTS = ("encoder", "latent_head", "pixel_decoder", "mllm", "connector", "dit")
+QUERIES = "mllm.queries"
+EMBEDDING = "mllm.language_model.model.embed_tokens.weight"
+HEAD = "mllm.language_model.lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of a table: a template of their names and ours; no name of ours means dropped, for `reason`."""
+
+    theirs: str
+    ours: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where one of our tensors comes from: part `part` of `parts` equal pieces (first dimension) of tensor `name`."""
+
+    name: str
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of checkpoint: what it is, its table, the parts that it holds and our tensors that it never has."""
+
+    title: str
+    rules: tuple[Rule, ...]
+    parts: tuple[str, ...]
+    absent: tuple[str, ...] = ()
+
+
+def _pair(theirs: str, *ours: str) -> Rule:
+    return Rule(theirs, ours)
+
+
+def _drop(theirs: str, reason: str) -> Rule:
+    return Rule(theirs, (), reason)
+
+
+def _original_vit(theirs: str) -> tuple[Rule, ...]:
+    """InternViT under its original names, with query, key and value fused."""
+    ours, layer = "encoder.vision_tower.embeddings", "encoder.vision_tower.encoder.layer.{i}"
+    return (
+        _pair(f"{theirs}.embeddings.class_embedding", f"{ours}.cls_token"),
+        _pair(f"{theirs}.embeddings.position_embedding", f"{ours}.position_embeddings"),
+        _pair(f"{theirs}.embeddings.patch_embedding.{{p}}", f"{ours}.patch_embeddings.projection.{{p}}"),
+        _pair(
+            f"{theirs}.encoder.layers.{{i}}.attn.qkv.{{p}}",
+            *(f"{layer}.attention.{x}_proj.{{p}}" for x in ("q", "k", "v")),
+        ),
+        _pair(f"{theirs}.encoder.layers.{{i}}.attn.proj.{{p}}", f"{layer}.attention.projection_layer.{{p}}"),
+        _pair(f"{theirs}.encoder.layers.{{i}}.ls1", f"{layer}.lambda_1"),
+        _pair(f"{theirs}.encoder.layers.{{i}}.ls2", f"{layer}.lambda_2"),
+        _pair(f"{theirs}.encoder.layers.{{i}}.norm1.{{p}}", f"{layer}.layernorm_before.{{p}}"),
+        _pair(f"{theirs}.encoder.layers.{{i}}.norm2.{{p}}", f"{layer}.layernorm_after.{{p}}"),
+        _pair(f"{theirs}.encoder.layers.{{i}}.mlp.{{rest}}", f"{layer}.mlp.{{rest}}"),
+    )
+
+
+def _internvl(prefix: str) -> tuple[Rule, ...]:
+    """InternVL under transformers' names, which gained a prefix and lost inner ones over its versions."""
+    return (
+        _drop(f"{prefix}vision_tower.embeddings.mask_token", "used by masked pre-training only"),
+        _pair(f"{prefix}vision_tower.{{rest}}", "encoder.vision_tower.{rest}"),
+        _pair(f"{prefix}multi_modal_projector.layer_norm.{{p}}", "encoder.projector.0.{p}"),
+        _pair(f"{prefix}multi_modal_projector.linear_1.{{p}}", "encoder.projector.1.{p}"),
+        _pair(f"{prefix}multi_modal_projector.linear_2.{{p}}", "encoder.projector.3.{p}"),
+        _pair(f"{prefix}language_model.lm_head.weight", HEAD),
+        _pair(f"{prefix}language_model.model.{{rest}}", "mllm.language_model.model.{rest}"),
+        _pair(f"{prefix}language_model.{{rest}}", "mllm.language_model.model.{rest}"),
+    )
+
+
+_ROTARY = _drop("{rest}.rotary_emb.inv_freq", "a constant that is computed from the config")
+
+_AUTHORS_BODY = (
+    _ROTARY,
+    _pair("model.latent_queries", QUERIES),
+    *_original_vit("model.vision_tower"),
+    _pair("model.multi_modal_projector.{rest}", "encoder.projector.{rest}"),
+    _pair("model.language_model.{rest}", "mllm.language_model.model.{rest}"),
+    _pair("lm_head.weight", HEAD),
+    _pair("model.llm_connector.layers.{rest}", "connector.layers.{rest}"),
+    _pair("model.llm_connector.norm.{rest}", "connector.norm.{rest}"),
+    _pair("model.projector.{p}", "connector.to_dit.{p}"),
+    _pair("model.dit.{rest}", "dit.transformer.{rest}"),
+)
+
+KINDS: dict[str, Kind] = {
+    "unilip": Kind(
+        "UniLIP, this package's own format",
+        tuple(_pair(f"{part}.{{rest}}", f"{part}.{{rest}}") for part in PARTS),
+        PARTS,
+    ),
+    "authors": Kind(
+        "UniLIP as released by its authors (unilip_internvl)",
+        (
+            *_AUTHORS_BODY,
+            _pair("model.vae_decoder.decoder.{rest}", "pixel_decoder.decoder.{rest}"),
+            _pair("model.vae_decoder.down_blocks.{i}.mlp.{rest}", "latent_head.blocks.{i}.mlp.{rest}"),
+            _pair("model.vae_decoder.down_mlp.{rest}", "latent_head.out.{rest}"),
+        ),
+        PARTS,
+    ),
+    "authors-stage1": Kind(
+        "UniLIP after the authors' first generation stage (unilip_vae_internvl)",
+        (
+            *_AUTHORS_BODY,
+            _pair("model.dcae.decoder.{rest}", "pixel_decoder.decoder.{rest}"),
+            _drop("model.dcae.encoder.{rest}", "the DC-AE encoder: training targets only, no part of UniLIP"),
+        ),
+        ("encoder", "pixel_decoder", "mllm", "connector", "dit"),
+    ),
+    "tokenizer": Kind(
+        "UniLIP tokenizer (*_unilip.pth)",
+        (
+            *_original_vit("encoder"),
+            _pair("mlp1.{rest}", "encoder.projector.{rest}"),
+            _pair("down_blocks.{i}.mlp.{rest}", "latent_head.blocks.{i}.mlp.{rest}"),
+            _pair("down_mlp.{rest}", "latent_head.out.{rest}"),
+            _pair("decoder.{rest}", "pixel_decoder.decoder.{rest}"),
+            _drop("regressor.{rest}", "a training head that the authors' own loader deletes too"),
+        ),
+        ("encoder", "latent_head", "pixel_decoder"),
+    ),
+    "internvl": Kind(
+        "InternVL3 in transformers' format (OpenGVLab/InternVL3-*-hf)",
+        (_ROTARY, *_internvl(""), *_internvl("model."), _pair("lm_head.weight", HEAD)),
+        ("encoder", "mllm"),
+        (QUERIES,),
+    ),
+    "dcae": Kind(
+        "DC-AE in diffusers' format (AutoencoderDC)",
+        (
+            _pair("decoder.{rest}", "pixel_decoder.decoder.{rest}"),
+            _drop("encoder.{rest}", "the DC-AE encoder: training targets only, no part of UniLIP"),
+        ),
+        ("pixel_decoder",),
+    ),
+    "sana": Kind(
+        "SANA in diffusers' format (SanaTransformer2DModel)",
+        (_pair("{rest}", "dit.transformer.{rest}"),),
+        ("dit",),
+    ),
+}
+
+UNDERSTOOD = "; ".join(kind.title for kind in KINDS.values())
+_PLACEHOLDERS = {"i": r"\d+", "p": "weight|bias", "rest": ".+"}
+
+
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
+    pieces = re.split(r"\{(\w+)\}", template)
+    text = "".join(f"(?P<{s}>{_PLACEHOLDERS[s]})" if n % 2 else re.escape(s) for n, s in enumerate(pieces))
+    return re.compile(text)
+
+
+def map_names(kind: str, names: Iterable[str]) -> tuple[dict[str, Origin], dict[str, str]]:
+    """Put the names of a source into ours: -> where each of ours comes from, and why each one left out is.
+
+    Raises:
+        CheckpointError: a name that the table does not know, or two names for one tensor.
+    """
+    rules = KINDS[kind].rules
+    origins: dict[str, Origin] = {}
+    dropped: dict[str, str] = {}
+    unknown = []
+    for name in names:
+        for rule in rules:
+            match = _pattern(rule.theirs).fullmatch(name)
+            if match is None:
+                continue
+            if not rule.ours:
+                dropped[name] = rule.reason
+            for part, template in enumerate(rule.ours):
+                ours = template.format(**match.groupdict())
+                if ours in origins:
+                    raise CheckpointError(f"The checkpoint holds {ours} twice: as {origins[ours].name} and as {name}.")
+                origins[ours] = Origin(name, part, len(rule.ours))
+            break
+        else:
+            unknown.append(name)
+    if unknown:
+        what = several(unknown, "tensor")
+        raise CheckpointError(f"{what} not known in a checkpoint of kind {kind!r} ({KINDS[kind].title}).")
+    return origins, dropped
+
+
+def unmap_names(kind: str, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Return the way back: each of their names with the names of ours that are stacked in it.
+
+    Raises:
+        CheckpointError: a tensor of ours has no place there, or one of several to be stacked is missing.
+    """
+    rules = [rule for rule in KINDS[kind].rules if rule.ours]
+    found: dict[str, list[str | None]] = {}
+    for name in names:
+        for rule in rules:
+            places = ((part, _pattern(template).fullmatch(name)) for part, template in enumerate(rule.ours))
+            part, match = next(((part, match) for part, match in places if match), (0, None))
+            if match is None:
+                continue
+            theirs = rule.theirs.format(**match.groupdict())
+            found.setdefault(theirs, [None] * len(rule.ours))[part] = name
+            break
+        else:
+            raise CheckpointError(f"{name} has no place in a checkpoint of kind {kind!r} ({KINDS[kind].title}).")
+    for theirs, group in found.items():
+        if None in group:
+            there = listed([n for n in group if n])
+            raise CheckpointError(f"{theirs} needs {len(group)} tensors, of which only {there} exist.")
+    return {theirs: tuple(n for n in group if n is not None) for theirs, group in found.items()}
+
+
+def check_shapes(
+    found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str, absent: Sequence[str] = ()
+) -> None:
+    """Compare names and shapes in both directions; `absent` may be missing.
+
+    Raises:
+        CheckpointError: missing or unexpected tensors, or other shapes; names the first few and how many.
+    """
+    problems = {
+        "missing": [name for name in expected if name not in found and name not in absent],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} {list(found[name])} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ],
+    }
+    said = [f"{several(names, 'tensor')} {problem}" for problem, names in problems.items() if names]
+    if said:
+        raise CheckpointError(f"{where} does not fit its config: {'; '.join(said)}.")
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """Return the first few names, for an error."""
+    return ", ".join(name[:120] for name in names[:most]) + (", ..." if len(names) > most else "")
+
+
+def several(names: Sequence[str], noun: str) -> str:
+    """Return "1 tensor (a) is" or "5 tensors (a, b, c, d, ...) are"."""
+    one = len(names) == 1
+    return f"{len(names)} {noun}{'' if one else 's'} ({listed(names)}) {'is' if one else 'are'}"

@@ -1,0 +1,287 @@
+"""Save and convert checkpoints: whole or not at all, at most one shard in memory.
+
+In:  a model or its state dict, or a checkpoint of any kind. Out: a folder of config.json, model.safetensors (or shards
+     and their index), tokenizer files and a model card.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from unilip.checkpoints.foreign import authors_configs, internvl_files
+from unilip.checkpoints.hub import BESIDE, CARD, Source, model_card, previous_of, push_to_hub
+from unilip.checkpoints.infer import expected_shapes
+from unilip.checkpoints.read import Checkpoint, DType, fresh_tensor, open_checkpoint, parse_dtype, read_json
+from unilip.checkpoints.tables import HEAD, PARTS, QUERIES, Shape, check_shapes, unmap_names
+from unilip.checkpoints.tokenizer import TOKENIZER_FILES, Tokenizer
+from unilip.config import FORMAT, UniLIPConfig
+from unilip.errors import CheckpointError
+
+Files = Mapping[str, Mapping[str, Any] | str]  # content by name
+Item = tuple[str, Shape, torch.dtype, Callable[[], Tensor]]  # name, shape, stored type, how to get it
+
+FORMATS = ("unilip", "authors", "transformers")
+OTHER_FILES = ("generation_config.json", "preprocessor_config.json", "processor_config.json")  # of InternVL
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+
+
+def save(
+    model: nn.Module | Mapping[str, Tensor],
+    config: UniLIPConfig,
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_size: str | int = "5GB",
+    tokenizer: Any = None,
+    dtype: DType = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a checkpoint in our own format, whole or not at all; returns its folder.
+
+    Args:
+        model: a model, or its state dict (any subset of whole parts).
+        folder: new, empty, or an older checkpoint, which is replaced; other files in it are kept.
+        tokenizer: one of `checkpoints.tokenizer`, or of transformers.
+        dtype: stored type of floating tensors; as they are by default.
+        metadata: texts kept inside the weights file.
+
+    Raises:
+        CheckpointError: the folder holds something else, or the tensors do not fit the config.
+    """
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    names = [name for name in state if not (name == HEAD and config.text.tie_embeddings)]
+    held = {name.split(".")[0] for name in names}
+    expected = expected_shapes(config, [part for part in PARTS if part in held])
+    check_shapes({name: tuple(state[name].shape) for name in names}, expected, "The model to be saved")
+    items: list[Item] = [(n, tuple(state[n].shape), state[n].dtype, partial(state.__getitem__, n)) for n in names]
+    return _write_folder(folder, items, _own_files(config, items, dtype), max_shard_size, tokenizer, dtype, metadata)
+
+
+def _own_files(config: UniLIPConfig, items: Sequence[Item], dtype: DType) -> Files:
+    held = {name.split(".")[0] for name, *_ in items}
+    stored = items[0][2] if dtype is None else parse_dtype(dtype) or items[0][2]
+    card = model_card(config, [part for part in PARTS if part in held], str(stored).removeprefix("torch."))
+    return {CARD: card, "config.json": config.to_dict()}
+
+
+def _write_folder(
+    folder: str | os.PathLike[str],
+    items: Sequence[Item],
+    files: Files,
+    max_shard_size: str | int,
+    tokenizer: Any,
+    dtype: DType,
+    metadata: Mapping[str, str] | None,
+) -> Path:
+    folder = Path(os.path.abspath(Path(folder).expanduser()))
+    limit = parse_size(max_shard_size)
+    with _replacing(folder) as new:
+        stored = None if dtype is None else parse_dtype(dtype)
+        _write_weights(new, items, limit, stored, {"format": "pt", **(metadata or {})})
+        if isinstance(tokenizer, Tokenizer):
+            tokenizer.save(new)
+        elif tokenizer is not None:
+            tokenizer.save_pretrained(str(new))
+        for name, data in files.items():
+            if name != CARD or not (folder / name).exists():  # a card that somebody wrote stays
+                text = data if isinstance(data, str) else json.dumps(data, indent=2) + "\n"
+                (new / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def parse_size(size: str | int) -> int:
+    """Return bytes of "5GB", "200MB" or a number.
+
+    Raises:
+        CheckpointError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(KB|MB|GB|B)?\s*", str(size), re.IGNORECASE)
+    units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    value = int(float(match[1]) * units[(match[2] or "B").upper()]) if match else 0
+    if value <= 0:
+        raise CheckpointError(f'max_shard_size is {size!r}; give a size like "5GB" or "200MB".')
+    return value
+
+
+def _write_weights(
+    folder: Path, items: Sequence[Item], limit: int, dtype: torch.dtype | None, metadata: dict[str, str]
+) -> None:
+    def final(stored: torch.dtype) -> torch.dtype:
+        return dtype if dtype is not None and stored.is_floating_point else stored
+
+    get = {name: (call, final(stored)) for name, _, stored, call in items}
+    empty = {name: torch.empty(shape, dtype=final(stored), device="meta") for name, shape, stored, _ in items}
+    split = split_torch_state_dict_into_shards(
+        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=limit
+    )
+    for file, names in split.filename_to_tensors.items():
+        _write_shard(folder / file, {name: get[name] for name in names}, metadata)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(
+    path: Path, sources: Mapping[str, tuple[Callable[[], Tensor], torch.dtype]], metadata: dict[str, str]
+) -> None:
+    """Write one file of weights; what it takes to hold its tensors is free again when this returns."""
+    path.touch()
+    mode = path.stat().st_mode  # as the umask has it; the library would let nobody else read the file
+    save_file(
+        {name: get().detach().to("cpu", dtype, copy=True).contiguous() for name, (get, dtype) in sources.items()},
+        path,
+        metadata,
+    )
+    path.chmod(mode)
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Yield a hidden sibling folder that takes the place of `folder` once all is written, or vanishes on any error."""
+    previous = previous_of(folder)
+    if previous.exists() and not folder.exists():
+        previous.rename(folder)  # a save was interrupted between its two renames
+    _check_destination(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f".{folder.name}.saving-{os.getpid()}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+        if not folder.exists():
+            new.rename(folder)
+            return
+        for old in folder.iterdir():
+            if not _is_ours(old) and not (new / old.name).exists():
+                _link(old, new / old.name)
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+        new.rename(folder)
+        shutil.rmtree(previous, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        if previous.exists() and not folder.exists():
+            previous.rename(folder)
+        raise
+
+
+def _is_ours(path: Path) -> bool:
+    name = path.name
+    others = ("config.json", *BESIDE, *TOKENIZER_FILES, *OTHER_FILES)
+    return name in others or bool(_WEIGHTS.fullmatch(name))
+
+
+def _check_destination(folder: Path) -> None:
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not folder.is_dir() or folder.is_symlink():
+        raise CheckpointError(f"{folder} is a file or a link; give a folder to save into.")
+    if not any(folder.iterdir()):
+        return
+    data = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if data.get("format") != FORMAT and data.get("model_type") != "unilip_internvl":
+        raise CheckpointError(f"{folder} holds something that is not a UniLIP checkpoint; give a new folder.")
+
+
+def _link(old: Path, new: Path) -> None:
+    """Bring a bystander along without moving it: a hard link, or a copy where there are none."""
+
+    def one(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
+    if old.is_dir():
+        shutil.copytree(old, new, copy_function=one)
+    else:
+        one(str(old), str(new))
+
+
+def push_model(model: Any, repo_id: str, *, dtype: DType = None, **options: Any) -> str:
+    """Save a model to a temporary folder and upload it; `options` are those of `push_to_hub`."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        model.save_pretrained(folder, dtype=dtype)
+        return push_to_hub(folder, repo_id, **options)
+
+
+# --- converting -----------------------------------------------------------------------------------------------------
+
+
+def convert(
+    source: Source,
+    destination: str | os.PathLike[str],
+    to: str = "unilip",
+    *,
+    dtype: DType = None,
+    max_shard_size: str | int = "5GB",
+) -> Path:
+    """Rewrite any checkpoint in our format, in the authors', or, without its drawing half, as InternVL of transformers.
+
+    At most one shard is in memory. Returns the folder.
+
+    Raises:
+        CheckpointError: an unknown format, or a model that the format cannot hold.
+    """
+    if to not in FORMATS:
+        raise CheckpointError(f"There is no format {to!r} to convert to; allowed: {', '.join(FORMATS)}.")
+    opened = open_checkpoint(source)
+    metadata = dict(opened.metadata)
+    if opened.image_token_id is not None:
+        metadata["image_token_id"] = str(opened.image_token_id)
+    items: list[Item]
+    files: Files
+    if to == "unilip":
+        items = [(n, opened.shape(n), opened.dtype(n), partial(opened.tensor, n)) for n in opened.names]
+        expected = expected_shapes(opened.config, opened.parts)
+        for name in opened.absent:
+            shape, stored = expected[name], opened.dtype(opened.names[0])
+            items.append((name, shape, stored, partial(fresh_tensor, shape, stored)))
+        if opened.absent:
+            metadata["created"] = ",".join(opened.absent)
+        files = _own_files(opened.config, items, dtype)
+    elif to == "authors":
+        _require(opened, PARTS, "the authors' format holds whole models only")
+        files = authors_configs(opened.config, opened.image_token_id)
+        items = _renamed(opened, "authors", opened.names)
+    else:
+        _require(opened, ("encoder", "mllm"), "InternVL needs them")
+        files = internvl_files(opened.config, opened.tokenizer)
+        kept = [name for name in opened.names if name.startswith(("encoder.", "mllm.")) and name != QUERIES]
+        items = _renamed(opened, "internvl", kept)
+    return _write_folder(destination, items, files, max_shard_size, opened.tokenizer, dtype, metadata)
+
+
+def _require(opened: Checkpoint, parts: Sequence[str], why: str) -> None:
+    lacking = [part for part in parts if part not in opened.parts]
+    if lacking:
+        raise CheckpointError(f"{opened.path} has no {', '.join(lacking)}; {why}.")
+
+
+def _renamed(opened: Checkpoint, kind: str, names: Sequence[str]) -> list[Item]:
+    """Give tensors of ours under their names, stacked where theirs are."""
+    items: list[Item] = []
+    for theirs, group in unmap_names(kind, names).items():
+        first, *rest = opened.shape(group[0])
+        shape = (first * len(group), *rest)
+        items.append((theirs, shape, opened.dtype(group[0]), partial(_stack, opened, group)))
+    return items
+
+
+def _stack(opened: Checkpoint, group: Sequence[str]) -> Tensor:
+    tensors = [opened.tensor(name) for name in group]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
