@@ -39,7 +39,7 @@ def write(size: str, folder: str) -> dict[str, Any]:
     from unilip.checkpoints.write import convert
     from unilip.emoji.tokenizer import train_tokenizer
     from unilip.emoji.world import World
-    from unilip.preprocess import Processor
+    from unilip.method.text import Processor
 
     ours, words = Path(folder) / "ours", Path(folder) / "tokenizer"
     train_tokenizer(World.preset("pico"), 1536, words)

@@ -64,7 +64,7 @@ def measure(
     cuda = device.startswith("cuda")
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if "encoder" in model.parts:
-        from unilip.preprocess import to_images
+        from unilip.pictures import to_images
 
         answer = model.ask(to_images(pixels)[0], "What is in the picture?", max_new_tokens=12)
     path = Path(folder) / f"{name}.pt"

@@ -16,8 +16,8 @@ from diffusers import DPMSolverMultistepScheduler, SanaTransformer2DModel
 from torch import Tensor, nn
 
 from unilip import UniLIP
-from unilip.connector import bidirectional_mask
-from unilip.preprocess import Tokens
+from unilip.method.connector import bidirectional_mask
+from unilip.method.text import Tokens
 
 
 def plain_transformer(model: UniLIP) -> SanaTransformer2DModel:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from unilip import UniLIP
-from unilip.acceleration import PRESETS, Shortcut
+from unilip.fast.loop import PRESETS, Shortcut
 from unilip.emoji.art import Atlas
 from unilip.emoji.dataset import Edits, Scenes
 from unilip.emoji.world import World

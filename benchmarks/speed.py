@@ -31,8 +31,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from unilip import UniLIP, preset
-from unilip.flow import draw_noise
-from unilip.preprocess import NEEDED_TOKENS, TEXT_END, Processor
+from unilip.method.flow import draw_noise
+from unilip.method.text import NEEDED_TOKENS, TEXT_END, Processor
 
 PROMPTS = ("three yellow stars above a blue house", "a red car", "two dogs and a cat on a green meadow", "a whale")
 INSTRUCTION = "change the background to pink"

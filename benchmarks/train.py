@@ -32,10 +32,10 @@ from reference import plain_transformer
 from torch import Tensor, nn
 
 from unilip import UniLIP, preset
-from unilip.config import UniLIPConfig
-from unilip.connector import substitute_features
-from unilip.flow import flow_loss, interpolate, train_levels
-from unilip.preprocess import Tokens
+from unilip.method.config import UniLIPConfig
+from unilip.method.connector import substitute_features
+from unilip.method.flow import flow_loss, interpolate, train_levels
+from unilip.method.text import Tokens
 from unilip.train.build import compile_layers, enable_checkpointing
 from unilip.train.preflight import Alive
 

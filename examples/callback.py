@@ -6,7 +6,7 @@ python examples/callback.py [MODEL]
 import sys
 
 from unilip import UniLIP
-from unilip.preprocess import to_images
+from unilip.pictures import to_images
 
 model = UniLIP.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else None)
 

@@ -7,7 +7,7 @@ import sys
 
 from unilip import UniLIP
 from unilip.demo import examples, psnr
-from unilip.preprocess import fit_square, load_image
+from unilip.pictures import fit_square, load_image
 
 tokenizer = ("encoder", "latent_head", "pixel_decoder")  # no language model, no diffusion transformer
 model = UniLIP.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else None, parts=tokenizer)

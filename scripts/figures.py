@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from unilip import UniLIP
-from unilip.preprocess import to_pixels
+from unilip.pictures import to_pixels
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "src" / "unilip" / "weights" / "examples"

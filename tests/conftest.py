@@ -10,6 +10,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,8 @@ def generator() -> torch.Generator:
 def train_tiny_tokenizer(sentences: tuple[str, ...] = SENTENCES, special: tuple[str, ...] = SPECIAL_TOKENS) -> Any:
     """A byte-level BPE tokenizer of at most `VOCABULARY` tokens, with the special tokens of the released models."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+
+    from unilip.checkpoints.tokenizer import Tokenizer as Ours
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -78,7 +80,8 @@ def train_tiny_tokenizer(sentences: tuple[str, ...] = SENTENCES, special: tuple[
         show_progress=False,
     )
     tokenizer.train_from_iterator(sentences, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    names = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    return Ours({"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(names).encode()})
 
 
 @pytest.fixture(scope="session")
@@ -96,9 +99,9 @@ def tiny_tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def fresh_model(tiny_tokenizer: Any) -> Callable[..., "UniLIP"]:
     """Build a tiny model with its processor that the test may change: f(seed=0, parts=all, **changes of the config)."""
-    from unilip.config import preset
+    from unilip.method.config import preset
+    from unilip.method.text import Processor
     from unilip.model import PARTS, UniLIP
-    from unilip.preprocess import Processor
 
     def build(seed: int = 0, parts: tuple[str, ...] = tuple(PARTS), **changes: Any) -> "UniLIP":
         model = UniLIP.from_config(preset("tiny").replace(**changes), seed=seed, parts=parts)

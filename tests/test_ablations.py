@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from unilip.checkpoints.foreign import authors_configs
-from unilip.config import CONDITIONS, UniLIPConfig, preset
 from unilip.errors import CheckpointError, ConfigError
+from unilip.method.config import CONDITIONS, UniLIPConfig, preset
 from unilip.model import UniLIP
 from unilip.recipes.ablations import ablations, nano, pico, tiny
 from unilip.recipes.catalog import get_recipe

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from unilip.errors import ImageError, PromptError, UniLIPError
-from unilip.mllm import next_token
-from unilip.preprocess import Message, to_pixels
+from unilip.method.mllm import next_token
+from unilip.method.text import Message
+from unilip.pictures import to_pixels
 
 QUESTIONS = ["What colour is the car?", "How many birds?", "Describe the image. Are there two dogs and one cat in it?"]
 

@@ -17,9 +17,9 @@ from unilip.checkpoints import hub, write
 from unilip.checkpoints.hub import needed_files, push_to_hub, resolve
 from unilip.checkpoints.read import Weights, computes, load_into, open_checkpoint, parse_dtype
 from unilip.checkpoints.write import parse_size, save
-from unilip.config import preset
 from unilip.errors import CheckpointError
 from unilip.info import describe
+from unilip.method.config import preset
 from unilip.model import PARTS, UniLIP
 
 

@@ -205,7 +205,7 @@ def test_ask_answers_with_and_without_a_picture(pack, node, tiny_model, image):
 def test_reconstruct_tells_the_psnr(node, tiny_model, image):
     from skimage.metrics import peak_signal_noise_ratio
 
-    from unilip.preprocess import fit_square, load_image
+    from unilip.pictures import fit_square, load_image
 
     made, psnr = node("UniLIPReconstruct", model=tiny_model, image=image, fit="crop")
     seen = [np.asarray(fit_square(load_image(one.numpy()), 56, "crop")) / 255 for one in image]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from unilip.config import (
+from unilip.errors import ConfigError, UniLIPError
+from unilip.method.config import (
     PRESETS,
     DecoderConfig,
     DiTConfig,
@@ -18,7 +19,6 @@ from unilip.config import (
     VisionConfig,
     preset,
 )
-from unilip.errors import ConfigError, UniLIPError
 from unilip.model import UniLIP
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "unilip"

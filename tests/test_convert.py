@@ -12,13 +12,13 @@ from diffusers import AutoencoderDC, SanaTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from unilip.checkpoints.foreign import authors_configs
-from unilip.checkpoints.infer import PART_CLASSES, expected_shapes, infer_config
+from unilip.checkpoints.infer import PARTS, expected_shapes, infer_config
 from unilip.checkpoints.read import load_into, open_checkpoint
 from unilip.checkpoints.tables import map_names, unmap_names
 from unilip.checkpoints.write import convert
-from unilip.config import UniLIPConfig, preset
 from unilip.errors import CheckpointError
 from unilip.info import describe
+from unilip.method.config import UniLIPConfig, preset
 from unilip.model import UniLIP
 
 PARITY = Path(__file__).parent / "parity"
@@ -44,7 +44,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("size", ["1b", "3b"])
 def test_presets_have_the_released_names_and_shapes(size: str) -> None:
     released = {name: tuple(shape) for name, shape in read(f"unilip-{size}-keys.json").items()}
-    ours = expected_shapes(preset(size), tuple(PART_CLASSES))
+    ours = expected_shapes(preset(size), tuple(PARTS))
     back = unmap_names("authors", ours)
     shapes = {theirs: (ours[g[0]][0] * len(g), *ours[g[0]][1:]) for theirs, g in back.items()}
     assert shapes == released
@@ -58,7 +58,7 @@ def test_presets_have_the_released_names_and_shapes(size: str) -> None:
 def test_config_of_a_released_size_follows_from_its_own_config(size: str, beside: bool) -> None:
     files = authors_configs(preset(size))
     data = files.pop("config.json")
-    shapes = expected_shapes(preset(size), tuple(PART_CLASSES))
+    shapes = expected_shapes(preset(size), tuple(PARTS))
     assert infer_config("authors", data, shapes, files if beside else {}) == preset(size)
 
 
@@ -341,7 +341,7 @@ def test_parts_of_several_sources_meet_in_one_model(tmp_path: Path, dcae: Autoen
     whole, decoder = open_checkpoint(PARITY), open_checkpoint(tmp_path / "dcae")
     with torch.device("meta"):
         model = UniLIP(whole.config)
-    load_into(model, whole, parts=[part for part in PART_CLASSES if part != "pixel_decoder"])
+    load_into(model, whole, parts=[part for part in PARTS if part != "pixel_decoder"])
     assert next(model.pixel_decoder.parameters()).is_meta
     load_into(model, decoder, parts=["pixel_decoder"])
     assert not any(p.is_meta for p in model.parameters())

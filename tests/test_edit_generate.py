@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unilip.config import SamplingConfig
 from unilip.errors import ConfigError, ImageError, PromptError, UniLIPError
+from unilip.method.config import SamplingConfig
 from unilip.model import ImageOutput
 
 PROMPTS = [

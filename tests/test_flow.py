@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from unilip.errors import UniLIPError
-from unilip.flow import (
+from unilip.method.flow import (
     SOLVERS,
     denoise,
     draw_noise,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from unilip.errors import ConfigError
-from unilip.preprocess import normalise
+from unilip.pictures import normalise
 from unilip.recipes.record import Recipe, Reconstruct
 from unilip.train.losses import (
     LECAM_DECAY,

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import unilip
 from unilip import cli
-from unilip.config import QUANTIZATIONS
-from unilip.decoder import decode_in_strips
 from unilip.errors import UniLIPError
-from unilip.memory import is_quantized, quantize
+from unilip.fast.decoder import decode_in_strips
+from unilip.fast.quantise import is_quantized, quantize
+from unilip.method.config import QUANTIZATIONS
 from unilip.model import UniLIP
 
 
@@ -157,7 +157,7 @@ def test_what_cannot_go_together_says_so(fresh_model: Callable[..., UniLIP], tmp
 def test_strips_decode_to_the_same_pixels(fresh_model: Callable[..., UniLIP], kind: str, strips: int) -> None:
     import dataclasses
 
-    from unilip.config import preset
+    from unilip.method.config import preset
 
     config = dataclasses.replace(preset("tiny").decoder, upsample_block_type=kind, layers_per_block=(1, 2, 1, 1, 1, 1))
     decoder = fresh_model(parts=("pixel_decoder",), decoder=config).pixel_decoder
@@ -178,7 +178,7 @@ def test_less_work_decodes_to_the_same_pixels(
     import dataclasses
 
     from unilip import decoder as module
-    from unilip.config import preset
+    from unilip.method.config import preset
 
     config = dataclasses.replace(preset("tiny").decoder, upsample_block_type=kind, block_out_channels=widths)
     decoder = fresh_model(parts=("pixel_decoder",), decoder=config).pixel_decoder

@@ -11,13 +11,15 @@ from diffusers import SanaTransformer2DModel
 from torch import Tensor
 from transformers import InternVLConfig, InternVLModel
 
-from unilip.config import preset
-from unilip.connector import bidirectional_mask, copy_from_llm, substitute_features
-from unilip.encoder import pixel_unshuffle
 from unilip.errors import ConfigError, ImageError, UniLIPError
-from unilip.mllm import fill_slots, position_ids
+from unilip.method.config import preset
+from unilip.method.connector import bidirectional_mask, copy_from_llm, substitute_features
+from unilip.method.encoder import pixel_unshuffle
+from unilip.method.mllm import fill_slots
+from unilip.method.qwen2 import position_ids
+from unilip.method.text import Processor
 from unilip.model import PARTS, UniLIP
-from unilip.preprocess import Processor, to_pixels
+from unilip.pictures import to_pixels
 
 TOKENIZER_PARTS = ("encoder", "latent_head", "pixel_decoder")
 

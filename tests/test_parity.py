@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from unilip.checkpoints.read import load_into, open_checkpoint
 from unilip.checkpoints.write import convert
+from unilip.method.text import Tokens
 from unilip.model import UniLIP
-from unilip.preprocess import Tokens
 from unilip.verify import INPUTS, Row, verify
 
 PARITY = Path(__file__).parent / "parity"

@@ -10,16 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from unilip.config import preset
+from unilip.checkpoints.tokenizer import load_tokenizer
 from unilip.errors import CheckpointError, ConfigError, ImageError, PromptError
-from unilip.preprocess import (
+from unilip.method.config import preset
+from unilip.method.text import MAX_PROMPT_CHARACTERS, Message, Processor, check_prompt
+from unilip.pictures import (
     FITS,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    MAX_PROMPT_CHARACTERS,
-    Message,
-    Processor,
-    check_prompt,
     fit_square,
     load_image,
     normalise,
@@ -365,8 +363,8 @@ def test_special_tokens_are_one_id_each_and_asked_by_name(processor, tiny_tokeni
     tokens = processor.tokenize([processor.edit_text("blue")])
     ids = tokens.input_ids[0].tolist()
     for name, count in {"<img>": 2, "</img>": 1, "<IMG_CONTEXT>": 4, "<|im_start|>": 2, "<|im_end|>": 1}.items():
-        assert ids.count(tiny_tokenizer.get_vocab()[name]) == count
-    assert processor.image_id == tiny_tokenizer.get_vocab()["<IMG_CONTEXT>"]
+        assert ids.count(tiny_tokenizer.vocabulary[name]) == count
+    assert processor.image_id == tiny_tokenizer.vocabulary["<IMG_CONTEXT>"]
     assert tiny_tokenizer.decode(ids) == processor.edit_text("blue")
 
 
@@ -459,7 +457,7 @@ def test_a_folder_without_a_readable_tokenizer_is_refused(tmp_path):
         if content is not None:
             (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(CheckpointError, match="no readable tokenizer"):
-            Processor.from_folder(tmp_path, preset("tiny"))
+            Processor(load_tokenizer(tmp_path), preset("tiny"))
 
 
 def test_resized(processor):

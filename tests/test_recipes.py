@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from unilip.config import PRESETS, preset
 from unilip.errors import ConfigError
+from unilip.method.config import PRESETS, preset
 from unilip.model import PARTS, UniLIP
 from unilip.recipes.catalog import SIZES, all_recipes, get_recipe
 from unilip.recipes.record import (

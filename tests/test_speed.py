@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unilip import cli, packing
-from unilip.acceleration import PRESETS, Compiled, Shortcut, fingerprint, shortcut
 from unilip.checkpoints.read import open_checkpoint
-from unilip.config import SOLVERS
-from unilip.dit import PreparedCondition, stack
 from unilip.errors import UniLIPError
-from unilip.flow import denoise, integrate, make_scheduler
+from unilip.fast.dit import PreparedCondition, stack
+from unilip.fast.loop import PRESETS, Compiled, Shortcut, fingerprint, shortcut
+from unilip.fast.solver import integrate
+from unilip.method.config import SOLVERS
+from unilip.method.flow import denoise, make_scheduler
+from unilip.method.text import Tokens
 from unilip.model import UniLIP
-from unilip.preprocess import Tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 PARITY = ROOT / "tests" / "parity"
@@ -78,7 +79,7 @@ def test_the_exact_path_is_the_reference(
 ) -> None:
     from reference import Reference
 
-    from unilip.flow import draw_noise
+    from unilip.method.flow import draw_noise
 
     prompts = ["a red star", "a much longer prompt about many blue things", "no"][:batch]
     images = [picture(seed=i) for i in range(batch)] if task == "edit" else None

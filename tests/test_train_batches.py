@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from unilip.errors import ConfigError
-from unilip.preprocess import TURN_END, Message
+from unilip.method.text import TURN_END, Message
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
 from unilip.train.batches import NOT_LEARNED, _leave_signals, conversation, iterate, make_batches

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 
-from unilip.config import preset
 from unilip.errors import CheckpointError, ConfigError, UniLIPError
+from unilip.method.config import preset
 from unilip.model import UniLIP
 from unilip.recipes.record import Data, Flow, Optim, Recipe, Reconstruct, override
 from unilip.train.build import build, build_model, locate, make_optimizer, trained_parameters, world_processor
@@ -61,7 +61,7 @@ def test_parts_of_several_sources_with_what_belongs_to_them(folders, one, two, t
         source = two if name in ("latent_head", "encoder") else one
         assert equal(getattr(model, name), getattr(source, name)), name
     assert (model.config.latent_mean, model.config.latent_factor) == (0.5, 2.0), "the scale belongs to the latent head"
-    assert model.processor.tokenizer.get_vocab() == one.processor.tokenizer.get_vocab()
+    assert model.processor.tokenizer.vocabulary == one.processor.tokenizer.vocabulary
     swapped = assembled(recipe(f"all={folders / 'one'}", f"pixel_decoder={folders / 'two'}"), tmp_path)
     assert swapped.config.latent_factor == one.config.latent_factor, "a pixel decoder alone does not bring the scale"
 
@@ -191,7 +191,7 @@ def test_the_tokenizer_of_a_world_is_trained_once_and_whole(tmp_path, monkeypatc
     (tmp_path / ".tokenizer.part" / "tokenizer.json").write_text("half")  # of a run that was killed
     first = world_processor("tiny", preset("tiny"), tmp_path / "tokenizer")
     again = world_processor("tiny", preset("tiny"), tmp_path / "tokenizer")
-    assert len(times) == 1 and first.tokenizer.get_vocab() == again.tokenizer.get_vocab()
+    assert len(times) == 1 and first.tokenizer.vocabulary == again.tokenizer.vocabulary
     assert not (tmp_path / ".tokenizer.part").exists()
 
 

@@ -14,7 +14,7 @@ from unilip.data.errors import DataError
 from unilip.data.order import Order
 from unilip.data.shards import ShardWriter
 from unilip.errors import ConfigError
-from unilip.preprocess import Processor
+from unilip.method.text import Processor
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
 from unilip.train import processes

@@ -9,9 +9,9 @@ import pytest
 import webdataset
 from diffusers import AutoencoderDC
 
-from unilip.config import DecoderConfig, preset
+from unilip.method.config import DecoderConfig, preset
+from unilip.method.text import Processor
 from unilip.model import UniLIP
-from unilip.preprocess import Processor
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import Flow, override
 from unilip.train import build as building

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import unilip.emoji.tokenizer
 from unilip.errors import CheckpointError, ConfigError
 from unilip.model import UniLIP
-from unilip.preprocess import normalise
+from unilip.pictures import normalise
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import Optim, override, plain
 from unilip.train import loop as loops

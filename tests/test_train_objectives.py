@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unilip.errors import CheckpointError, ConfigError
-from unilip.flow import flow_loss, interpolate, train_schedule
-from unilip.preprocess import Tokens, normalise
+from unilip.method.flow import flow_loss, interpolate, train_schedule
+from unilip.method.text import Tokens
+from unilip.pictures import normalise
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
 from unilip.train.batches import make_batches, to_device

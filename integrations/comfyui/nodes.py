@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unilip import UniLIP, UniLIPError
-from unilip.preprocess import fit_square, load_image
+from unilip.pictures import fit_square, load_image
 
 CATEGORY = "UniLIP"
 EMBEDDED = "embedded"

@@ -15,16 +15,16 @@ __version__ = "0.1.0"
 __all__ = ["ImageOutput", "UniLIP", "UniLIPConfig", "UniLIPError", "preset"]
 
 if TYPE_CHECKING:
-    from unilip.config import UniLIPConfig, preset
     from unilip.errors import UniLIPError
+    from unilip.method.config import UniLIPConfig, preset
     from unilip.model import ImageOutput, UniLIP
 
 _HOMES = {
     "ImageOutput": "unilip.model",
     "UniLIP": "unilip.model",
-    "UniLIPConfig": "unilip.config",
+    "UniLIPConfig": "unilip.method.config",
     "UniLIPError": "unilip.errors",
-    "preset": "unilip.config",
+    "preset": "unilip.method.config",
 }
 
 

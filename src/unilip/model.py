@@ -1,18 +1,15 @@
-"""UniLIP: one model that answers, reconstructs, generates and edits, made of the parts of the files before.
+"""UniLIP for users: load, save, generate, edit, reconstruct, ask, encode, decode.
 
-    pixels -encoder-> features -latent_head-> latent -pixel_decoder-> pixels                       (reconstruct)
-    text, features, queries -mllm-> hidden -connector-> condition; noise -dit, condition-> latent   (generate, edit)
-    text, features -mllm-> text                                                                     (ask)
-
-`conditions` is the one place where prompts and pictures become the condition of the diffusion transformer; training
-and sampling both call it.
+The networks and what they compute are `unilip.method`'s; how fast and in how much memory, `unilip.fast`'s. Here values
+are checked, before any work is done, and pictures become what the caller asked for.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import copy
-import dataclasses
+import io
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,85 +19,66 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
-from unilip import adapters
-from unilip.acceleration import BUCKET, Compiled, Velocity, fingerprint, shortcut
+from unilip import adapters, sampling
 from unilip.checkpoints import read, write
-from unilip.checkpoints.infer import Unmade
-from unilip.config import TOKEN_PIXELS, SamplingConfig, UniLIPConfig
-from unilip.connector import Connector, copy_from_llm, substitute_features
-from unilip.decoder import LatentHead, PixelDecoder, resize_to_tokens
-from unilip.dit import DiT, PreparedCondition, stack
-from unilip.encoder import Encoder, init_encoder
-from unilip.errors import PromptError, UniLIPError
-from unilip.flow import draw_noise, integrate, plan
-from unilip.memory import QUANTIZED, Offload, empty, is_quantized, quantize
-from unilip.mllm import MLLM
-from unilip.preprocess import (
-    Fit,
-    ImageLike,
-    Message,
-    Processor,
-    Tokens,
-    check_prompt,
-    fit_square,
-    load_image,
-    tile,
-    to_images,
-    to_pixels,
-    unfit_square,
-)
+from unilip.checkpoints.tokenizer import load_tokenizer
+from unilip.errors import ImageError, PromptError, UniLIPError
+from unilip.fast.loop import BUCKET, Compiled, Settings
+from unilip.fast.offload import Offload, empty
+from unilip.fast.quantise import QUANTIZED, check_quantisation, is_quantised, quantise
+from unilip.machine import choose_device
+from unilip.method.config import UniLIPConfig
+from unilip.method.model import PARTS, Network, Reader, initialise
+from unilip.method.text import Message, Processor, Prompt, Tokens, check_prompt
+from unilip.pictures import FITS, Fit, ImageLike, fit_square, load_image, tile, to_images, to_pixels, unfit_square
+from unilip.sampling import Generators, Runtime, TextStream, check_generator, check_number
 
-PARTS: dict[str, type[nn.Module]] = {
-    "encoder": Encoder,
-    "latent_head": LatentHead,
-    "pixel_decoder": PixelDecoder,
-    "mllm": MLLM,
-    "connector": Connector,
-    "dit": DiT,
-}
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-Generators = torch.Generator | Sequence[torch.Generator] | None
 StepCallback = Callable[["UniLIP", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
 
 @dataclass(frozen=True)
 class ImageOutput:
-    """Pictures of a call: a list of Pillow images, an array (B,H,W,3) or tensor (B,3,H,W) in [0,1], or latents."""
+    """Pictures of a call: a list of Pillow images, an array (B,H,W,3) or tensor (B,3,H,W) in [0,1], or latents.
+
+    `output[0]`, `len(output)` and iteration give the pictures; a notebook shows them.
+    """
 
     images: Any
 
+    def __len__(self) -> int:
+        return len(self.images)
 
-class UniLIP(nn.Module):
+    def __getitem__(self, index: Any) -> Any:
+        return self.images[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.images)
+
+    def _repr_html_(self) -> str:
+        shown = []
+        for image in self.images:
+            if not isinstance(image, Image.Image):
+                return f"<pre>{type(self.images).__name__} {list(getattr(self.images, 'shape', ()))}</pre>"
+            file = io.BytesIO()
+            image.save(file, "PNG")
+            shown.append(f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
+        return "\n".join(shown)
+
+
+class UniLIP(Network):
     """The model. `parts` names what is built; a tokenizer checkpoint, for instance, has no LLM and no DiT."""
-
-    encoder: Encoder
-    latent_head: LatentHead
-    pixel_decoder: PixelDecoder
-    mllm: MLLM
-    connector: Connector
-    dit: DiT
 
     def __init__(
         self, config: UniLIPConfig, processor: Processor | None = None, parts: Sequence[str] = tuple(PARTS)
     ) -> None:
-        super().__init__()
-        unknown = sorted(set(parts) - set(PARTS))
-        if unknown:
-            raise UniLIPError(f"There are no parts {', '.join(unknown)}; allowed: {', '.join(PARTS)}.")
-        self.config = config
+        super().__init__(config, parts)
         self.processor = processor
-        self.parts = tuple(name for name in PARTS if name in parts)
-        for name in self.parts:
-            self.add_module(name, PARTS[name](config))
-        self._compiled: Compiled | None = None
-        self._offload: Offload | None = None
-        self._twin: list[DiT] = []  # on another device; in a list, so that it is no part of the model
-        self._unconditional: tuple[Any, PreparedCondition] | None = None  # what it was made of, and the condition
+        self.runtime = Runtime()
 
-    # --- making and keeping ---------------------------------------------------------------------------------------
+    # --- making and keeping ---
 
     @classmethod
     def from_config(cls, config: UniLIPConfig, seed: int = 0, parts: Sequence[str] = tuple(PARTS)) -> UniLIP:
@@ -108,14 +86,7 @@ class UniLIP(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # of the CPU alone, where the weights are drawn
             model = cls(config, parts=parts)
-        generator = torch.Generator().manual_seed(seed)
-        if "encoder" in model.parts:
-            init_encoder(model.encoder, generator)
-        if "mllm" in model.parts:
-            with torch.no_grad():
-                model.mllm.queries.copy_(torch.randn(model.mllm.queries.shape, generator=generator) * 0.02)
-            if "connector" in model.parts:
-                copy_from_llm(model.connector, model.mllm)
+        initialise(model, seed)
         return model.eval()
 
     @classmethod
@@ -135,49 +106,51 @@ class UniLIP(nn.Module):
             source: our folder, the authors' folder, a stage-1 or tokenizer checkpoint, or "owner/name".
             dtype: of the weights in memory; float32 by default, "auto" for what is stored (float32 where the processor
                 has no instructions for that).
-            device: where to put them; the CPU by default.
+            device: where to put them; the CPU by default, "auto" for CUDA where there is one.
             parts: load only these (of encoder, latent_head, pixel_decoder, mllm, connector, dit).
-            quantization: "int8", "int4" or "fp8": keep the weights of linear layers so; needs the package torchao.
+            quantization: "int8", "int4" or "fp8": weight-only quantisation of linear layers; needs torchao.
             low_memory: hold only the part that is at work, reading it from the checkpoint each time it is needed, and
                 decode one picture at a time, in strips. The pictures stay the same.
 
         Raises:
             CheckpointError: missing, truncated, of an unknown kind, or not exactly the weights that the model needs.
         """
+        if not (source is None or isinstance(source, (str, os.PathLike))):
+            raise UniLIPError(f"source is {source!r}; give a folder, a file or a hub id as text or path.")
+        where = _device(device or "cpu")
+        if quantization is not None:
+            check_quantisation(quantization)
         opened = read.open_checkpoint(source)
-        wanted = opened.parts if parts is None else tuple(parts)
+        wanted = opened.parts if parts is None else _names(parts)
         missing = sorted(set(wanted) - set(opened.parts))
         if missing:
             raise UniLIPError(f"{opened.path} has no {', '.join(missing)}; it holds: {', '.join(opened.parts)}.")
-        with Unmade():
-            model = cls(opened.config, parts=wanted)
-        empty(model)
-        where = torch.device(device or "cpu")
+        processor = None
+        if opened.tokenizer_path is not None:
+            processor = Processor(load_tokenizer(opened.tokenizer_path), opened.config)
+        with torch.device("meta"):
+            model = cls(opened.config, processor, wanted)
 
         def load(part: str) -> None:
             read.load_into(model, opened, dtype=dtype, device=where, parts=(part,))
             if quantization is not None and part in QUANTIZED:
-                quantize(model.get_submodule(part), quantization)
+                quantise(model.get_submodule(part), quantization)
             model.get_submodule(part).eval()
 
-        if quantization is not None:
-            quantize(nn.Identity(), quantization)  # complains before anything is read
         if low_memory:
-            model.to(read.parse_dtype(dtype))  # nothing is there yet: only what it says of itself changes
-            model._offload = Offload(model, model.parts, where, load)
+            empty(model.to(read.parse_dtype(dtype)))  # nothing is there yet: only what it says of itself changes
+            model.runtime.offload = Offload(model, model.parts, where, load)
             model.enable_tiling()
         else:
             for part in model.parts:  # one by one, so that no more than one is ever there unquantised
                 load(part)
-        if opened.tokenizer_path is not None:
-            model.processor = Processor.from_folder(opened.tokenizer_path, opened.config)
         return model.eval()
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
     ) -> None:
         """Write config, weights (sharded above `max_shard_size`) and tokenizer to a folder, whole or not at all."""
-        if self._offload is not None or any(is_quantized(part) for part in self.children()):
+        if self.runtime.offload is not None or any(is_quantised(part) for part in self.children()):
             raise UniLIPError(
                 "An offloaded or quantised model cannot be saved; load the checkpoint plainly to save it."
             )
@@ -196,50 +169,41 @@ class UniLIP(nn.Module):
         Raises:
             UniLIPError: it does not fit the model, is damaged, or peft is missing.
         """
+        self.runtime.forget()
         return adapters.load_adapter(self, folder, name, scale)
 
     def set_adapters(self, scales: Mapping[str, float]) -> None:
         """Make exactly these loaded adapters act, each as strongly as said; an empty mapping switches all off."""
+        self.runtime.forget()
         adapters.set_adapters(self, scales)
 
     def merge_adapters(self) -> None:
         """Add the acting adapters to the weights for good; the model can then be saved as any other."""
+        self.runtime.forget()
         adapters.merge_adapters(self)
 
     def unload_adapters(self) -> None:
         """Take all adapters off."""
+        self.runtime.forget()
         adapters.unload_adapters(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UniLIP:
-        """Move or cast the model, but keep what is computed rather than learned (positions) in float32.
-
-        Rotary frequencies rounded to bfloat16 turn the far tokens of a prompt by a radian and more.
-        """
-        if self._offload is not None:
+        if self.runtime.offload is not None:
             raise UniLIPError("The parts of this model come and go; give device and type when it is loaded.")
-        computed = {
-            (module, name): buffer
-            for module in self.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None and name in module._non_persistent_buffers_set
-        }
         super()._apply(fn, recurse)
-        self._unconditional = None
-        for (module, name), before in computed.items():
-            after = module._buffers[name]
-            if after is not None and after.dtype != before.dtype:
-                module._buffers[name] = before.to(after.device)
         return self
 
     @property
     def device(self) -> torch.device:
         """Where the work is done: where the weights are, or where they are brought to."""
-        return next(self.parameters()).device if self._offload is None else self._offload.device
+        offload = self.runtime.offload
+        return next(self.parameters()).device if offload is None else offload.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights; of those that are at work where parts come and go."""
-        present = () if self._offload is None else sorted(self._offload.present)
+        offload = self.runtime.offload
+        present = () if offload is None else sorted(offload.present)
         return next((self.get_submodule(present[0]) if present else self).parameters()).dtype
 
     def require(self, *parts: str) -> None:
@@ -251,121 +215,109 @@ class UniLIP(nn.Module):
                 "load a whole UniLIP checkpoint."
             )
 
-    # --- speed and memory -------------------------------------------------------------------------------------------
+    def using(self, *parts: str) -> contextlib.AbstractContextManager[None]:
+        """Have parts on the device within the block; for whoever calls `model.encoder` and its like directly."""
+        return self.runtime.using(*parts)
+
+    # --- speed and memory ---
 
     def compile(  # type: ignore[override]  # of `nn.Module`, which compiles `forward`; there is none here
         self, *, bucket: int = BUCKET, **options: Any
     ) -> UniLIP:
         """Compile the step of the diffusion transformer and the pixel decoder; on CUDA record the loop as one graph.
 
-        The first picture of each size and each number of pictures at once is slow. Conditions grow to a multiple of
-        `bucket` tokens, so that the length of a prompt matters no more. A callback on each step, or a preset that
-        reuses blocks, runs compiled steps without the graph. `options` go to `torch.compile`.
+        The first picture of each size and each number of pictures at once is slow. Conditions are left-padded to a
+        multiple of `bucket` tokens, so that the length of a prompt matters no more. A callback on each step runs
+        compiled steps without the graph. `options` go to `torch.compile`.
         """
         self.require("dit")
-        if self._offload is not None:
+        if self.runtime.offload is not None:
             raise UniLIPError("A model whose parts come and go cannot be compiled; choose one of the two.")
-        decode: Callable[[Tensor], Tensor] = nn.Identity()
-        if "pixel_decoder" in self.parts:
-            decode = self.pixel_decoder.decode
-            if self.device.type == "cuda":  # where convolutions want it so; on the CPU it gains nothing
-                self.pixel_decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._compiled = Compiled(self.dit, decode, bucket, **options)
+        if "pixel_decoder" in self.parts and self.device.type == "cuda":  # convolutions want it so there
+            self.pixel_decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.runtime.compiled = Compiled(self, bucket, **options)
         return self
 
     def enable_cpu_offload(self, device: torch.device | str = "cuda") -> UniLIP:
-        """Keep the weights in main memory and bring each part to a device only while it works."""
-        if self._compiled is not None or self._twin or self._offload is not None:
+        """CPU offload: keep the weights in main memory and bring each part to a device only while it works."""
+        runtime = self.runtime
+        if runtime.compiled is not None or runtime.twin is not None or runtime.offload is not None:
             raise UniLIPError("A compiled, split or offloaded model cannot be offloaded; choose one of them.")
-        self._unconditional = None
-        self._offload = Offload(self.to("cpu"), self.parts, torch.device(device))
+        where = _device(device)
+        runtime.offload = Offload(self.to("cpu"), self.parts, where)
         return self
 
     def enable_tiling(self, strips: int = 4) -> UniLIP:
         """Decode one picture at a time, in strips where the decoder works locally: the same pixels in less memory."""
-        if strips < 1:
-            raise UniLIPError(f"strips is {strips}; it must be at least 1.")
-        if "pixel_decoder" in self.parts:
-            self.pixel_decoder.strips, self.pixel_decoder.sliced = strips, strips > 1
+        self.runtime.strips = check_number("strips", strips, 1, whole=True)
         return self
 
     def split_guidance(self, device: torch.device | str) -> UniLIP:
         """Put a copy of the diffusion transformer, as it is now, on a second device, for the unconditional half."""
         self.require("dit")
-        if self._offload is not None:
+        if self.runtime.offload is not None:
             raise UniLIPError("A model whose parts come and go cannot be split over devices; choose one of the two.")
-        twin = copy.deepcopy(self.dit)
-        self._twin = [twin.to(device).eval()]
+        where = _device(device)
+        self.runtime.twin = copy.deepcopy(self.dit).to(where).eval()
         return self
 
     def quantize(self, kind: str) -> UniLIP:
-        """Keep the weights of linear layers as "int8", "int4" or "fp8" from now on; needs the package torchao."""
-        if self._offload is not None:
+        """Weight-only quantisation of linear layers from now on: "int8", "int4" or "fp8"; needs torchao."""
+        if self.runtime.offload is not None:
             raise UniLIPError("Quantise before offloading, or give `quantization` to `from_pretrained`.")
         for part in set(self.parts) & set(QUANTIZED):
-            quantize(self.get_submodule(part), kind)
-        self._unconditional = None
+            quantise(self.get_submodule(part), kind)
+        self.runtime.forget()
         return self
 
-    def _using(self, *parts: str) -> contextlib.AbstractContextManager[None]:
-        """Have these parts on the device for a while, and gone afterwards, if parts come and go at all."""
-        return contextlib.nullcontext() if self._offload is None else self._offload.using(*parts)
+    # --- features and latents ---
 
-    def _processor(self, image_size: int | None = None) -> Processor:
-        if self.processor is None:
-            raise UniLIPError(
-                "This model has no tokenizer; put the tokenizer files beside the checkpoint and load it again."
-            )
-        return self.processor.resized(image_size)
+    @torch.no_grad()
+    def encode(self, image: Any, *, fit: Fit = "resize", image_size: int | None = None) -> Tensor:
+        """Return the features (M,N,D) of pictures: what the LLM reads, edits keep, and `decode` draws."""
+        self.require("encoder")
+        size = self._size(image_size)
+        sources = _pictures(image, fit)
+        if not sources:
+            width = self.config.text.hidden_size
+            return torch.empty(0, (size // 28) ** 2, width, device=self.device)
+        return self._features([fit_square(source, size, fit) for source in sources])
 
-    # --- pieces that training shares --------------------------------------------------------------------------------
+    def features(self, pixels: Tensor) -> Tensor:
+        """Return the features (M,N,D) of normalised pixels (M,3,H,W), as `pictures.to_pixels` makes them."""
+        return sampling.encode(self, self.runtime, pixels.to(self.device))
 
-    def conditions(self, tokens: Tokens, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Turn prompts, and the features (M,N,D) of their pictures, into the DiT's condition (paper, section 3.2).
+    def _features(self, squares: Sequence[Image.Image]) -> Tensor:
+        return self.features(to_pixels(squares))
 
-        Returns the condition (B,L,C) and its mask (B,L), L = T + Q; in ablations Q or T, as `config.condition` says.
-        """
-        self.require("mllm", "connector")
-        with self._using("mllm", "connector"):
-            return self._conditions(tokens, features)
-
-    def _conditions(self, tokens: Tokens, features: Tensor | None) -> tuple[Tensor, Tensor]:
-        embeddings, mask = self.mllm.embed(tokens.input_ids, tokens.image_slots, features), tokens.attention_mask
-        if self.config.condition == "hidden":
-            hidden = self.mllm(embeddings, mask)
-        else:
-            hidden, mask = self.mllm.read_with_queries(embeddings, mask)
-        if features is not None and self.config.substitute_features:
-            hidden = substitute_features(hidden, tokens.image_slots, features)
-        if self.config.condition == "queries":
-            prompt = tokens.attention_mask.shape[1]
-            hidden, mask = hidden[:, prompt:], mask[:, prompt:]
-        return self.connector(hidden, mask), mask
+    @torch.no_grad()
+    def decode(self, values: Tensor, *, output_type: str = "pil") -> ImageOutput:
+        """Draw features (M,N,D), or latents (M,Z,h,w) in the diffusion transformer's scale."""
+        self.require("pixel_decoder", *(("latent_head",) if _dimensions(values) == 3 else ()))
+        _check_output(output_type)
+        values = values.to(self.device)
+        return ImageOutput(self._output(self.to_latent(values) if values.dim() == 3 else values, output_type))
 
     def to_latent(self, features: Tensor, height: int | None = None) -> Tensor:
-        """Return the diffusion-space latent (M,Z,h,w), float32, of features (M,N,D): latent head, mean and factor."""
-        with self._using("latent_head"):
-            latent = self.latent_head(features, height).float()
-        mean, factor = self._latent_scale(latent)
-        return (latent - mean) * factor
+        """Return the latent (M,Z,h,w) in the diffusion transformer's scale, float32, of features (M,N,D)."""
+        with self.runtime.using("latent_head"):
+            return super().to_latent(features, height)
 
-    def from_latent(self, latent: Tensor) -> Tensor:
-        """Return pixels (M,3,H,W) in [0,1] of diffusion-space latents (M,Z,h,w)."""
-        mean, factor = self._latent_scale(latent)
-        decode = self.pixel_decoder.decode if self._compiled is None else self._compiled.decode
-        with self._using("pixel_decoder"):
-            decoded = decode((latent / factor + mean).to(self.dtype))
-        pixels = resize_to_tokens(decoded.float().clamp(-1, 1))  # clamped before the resize, as the released code does
-        return (pixels + 1) / 2
+    def from_latent(self, latent: Tensor, decode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Return pixels (M,3,H,W) in [0,1] of latents (M,Z,h,w) in the diffusion transformer's scale."""
+        if decode is not None or torch.is_grad_enabled():
+            return super().from_latent(latent, decode)
+        return sampling.decode(self, self.runtime, latent)
 
-    def _latent_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean, factor = (
-            torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(-1, 1, 1)
-            for value in (self.config.latent_mean, self.config.latent_factor)
-        )
-        return mean, factor
+    def condition(
+        self, tokens: Tokens, features: Tensor | None = None, read: Reader | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Turn prompts, and the features (M,N,D) of their pictures, into the DiT's condition; see `Network`."""
+        self.require("mllm", "connector")
+        with self.runtime.using("mllm", "connector"):
+            return super().condition(tokens, features, read)
 
-    # --- the four abilities -----------------------------------------------------------------------------------------
+    # --- the four abilities ---
 
     @torch.no_grad()
     def generate(
@@ -388,11 +340,11 @@ class UniLIP(nn.Module):
 
         Args:
             prompt: what to draw.
-            negative_prompt: what guidance moves away from, in place of the unconditional prompt.
+            negative_prompt: what guidance moves away from, in place of the unconditional prompt; "" means none.
             num_images_per_prompt: pictures of each prompt; the result is ordered prompt by prompt.
             num_inference_steps, guidance_scale, solver: of the sampler; the model's own defaults when left out.
                 Guidance at or below 1 is off and halves the work.
-            generator: one, used for the pictures in order, or a list with one for each picture.
+            generator: one or a seed, used for the pictures in order, or a list with one for each picture.
             preset: "quality" samples as published; "balanced" and "fast" save evaluations for a part of the quality.
                 What is given besides (steps, solver) counts more than the preset.
             image_size: square size in pixels, a multiple of 28; the model's own by default.
@@ -402,29 +354,22 @@ class UniLIP(nn.Module):
             progress: show a bar on a terminal.
 
         Raises:
-            UniLIPError: a value out of range, an empty or overlong prompt, or a missing part.
+            UniLIPError: a value out of range, an empty or overlong prompt, NaN or infinity in a result, a missing part.
         """
         prompts = [check_prompt(p) for p in _as_list(prompt)]
-        settings = self._sampling(
-            num_inference_steps, guidance_scale, solver, num_images_per_prompt, output_type, preset
-        )
+        settings = self._settings(preset, num_inference_steps, guidance_scale, solver)
+        copies = check_number("num_images_per_prompt", num_images_per_prompt, 1, whole=True)
+        generator = check_generator(generator)
+        _check_output(output_type)
         self.require("mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
         processor = self._processor(image_size)
+        negative = _negative(negative_prompt)
         if not prompts:
             return ImageOutput([])
-        negative = None if negative_prompt is None else check_prompt(negative_prompt, "negative prompt")
-        tokens = processor.tokenize([processor.generate_text(p) for p in prompts]).to(self.device)
-        index = torch.arange(len(prompts)).repeat_interleave(num_images_per_prompt).to(self.device)
-        with self._using("mllm", "connector"):
-            conditions = self.conditions(tokens)
-            blank = self._blank_condition(processor, negative) if settings.guidance_scale > 1 else None
-        with self._using("dit"):
-            prepared = self.dit.prepare(*conditions).select(index)
-            if blank is not None:
-                prepared = stack([blank().select(torch.zeros_like(index)), prepared])
-            latents = self._sample(
-                prepared, len(index), settings, preset, processor.image_size, generator, callback_on_step_end, progress
-            )
+        latents = sampling.draw(
+            self, self.runtime, processor, prompts, settings, negative=negative, copies=copies, generator=generator,
+            on_step=self._step(callback_on_step_end), progress=progress,
+        )  # fmt: skip
         return ImageOutput(self._output(latents, output_type))
 
     @torch.no_grad()
@@ -450,7 +395,7 @@ class UniLIP(nn.Module):
         """Change pictures as instructed: one image and one instruction, or equally many of both.
 
         Args:
-            image: the source picture(s), any size and mode.
+            image: the source picture(s), any size and mode; batches (B,3,H,W) and (B,H,W,3) too.
             prompt: the instruction(s). One instruction may serve several images, and the other way round.
             fit: how a source becomes the model's square: "resize" stretches it, "crop" keeps its centre, "pad" adds a
                 white border.
@@ -458,46 +403,32 @@ class UniLIP(nn.Module):
 
         The other arguments are those of `generate`.
         """
-        sources = [load_image(i) for i in _as_list(image)]
         prompts = [check_prompt(p, "instruction") for p in _as_list(prompt)]
-        settings = self._sampling(
-            num_inference_steps, guidance_scale, solver, num_images_per_prompt, output_type, preset
-        )
-        if keep_aspect and output_type != "pil":
-            raise UniLIPError(f'keep_aspect needs output_type "pil", not {output_type!r}.')
+        settings = self._settings(preset, num_inference_steps, guidance_scale, solver)
+        copies = check_number("num_images_per_prompt", num_images_per_prompt, 1, whole=True)
+        generator = check_generator(generator)
+        _check_output(output_type, keep_aspect)
         self.require("encoder", "mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
         processor = self._processor(image_size)
+        negative = _negative(negative_prompt)
+        sources = _pictures(image, fit)
         if not sources or not prompts:
             return ImageOutput([])
         if len(sources) != len(prompts) and 1 not in (len(sources), len(prompts)):
             raise UniLIPError(
                 f"{len(sources)} images and {len(prompts)} instructions were given; give one of either, or as many."
             )
-        negative = None if negative_prompt is None else check_prompt(negative_prompt, "negative prompt")
         count = max(len(sources), len(prompts))
-        source_of = torch.arange(count) if len(sources) == count else torch.zeros(count, dtype=torch.long)
-        prompts = prompts * count if len(prompts) == 1 else prompts
-
-        with self._using("encoder"):
-            features = self.encoder(processor.pixels(sources, fit).to(self.device))  # M N D
-        texts = [processor.edit_text(p) for p in prompts]
-        own = features[source_of.to(self.device)]  # B N D
-        index = torch.arange(count).repeat_interleave(num_images_per_prompt)
-        if settings.guidance_scale > 1:
-            texts = [processor.edit_text(negative)] * len(sources) + texts
-            features, rows = torch.cat([features, own]), torch.cat([source_of[index], index + len(sources)])
-        else:
-            features, rows = own, index
-        tokens = processor.tokenize(texts).to(self.device)
-        conditions = self.conditions(tokens, features)
-        with self._using("dit"):
-            prepared = self.dit.prepare(*conditions).select(rows.to(self.device))
-            latents = self._sample(
-                prepared, len(index), settings, preset, processor.image_size, generator, callback_on_step_end, progress
-            )
+        source_of = list(range(count)) if len(sources) == count else [0] * count
+        latents = sampling.draw(
+            self, self.runtime, processor, prompts * count if len(prompts) == 1 else prompts, settings,
+            features=self._features([fit_square(source, processor.image_size, fit) for source in sources]),
+            source_of=source_of, negative=negative, copies=copies, generator=generator,
+            on_step=self._step(callback_on_step_end), progress=progress,
+        )  # fmt: skip
         images = self._output(latents, output_type)
         if keep_aspect:
-            sizes = [sources[source].size for source in source_of[index]]
+            sizes = [sources[source].size for source in source_of for _ in range(copies)]
             images = [unfit_square(picture, size, fit) for picture, size in zip(images, sizes, strict=True)]
         return ImageOutput(images)
 
@@ -515,18 +446,13 @@ class UniLIP(nn.Module):
 
         `output_type` "latent" gives the latent (B,Z,h,w) in the diffusion transformer's scale.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise UniLIPError(f"There is no output type {output_type!r}; allowed: {', '.join(OUTPUT_TYPES)}.")
-        if keep_aspect and output_type != "pil":
-            raise UniLIPError(f'keep_aspect needs output_type "pil", not {output_type!r}.')
+        _check_output(output_type, keep_aspect)
         self.require("encoder", "latent_head", *(() if output_type == "latent" else ("pixel_decoder",)))
-        sources = [load_image(i) for i in _as_list(image)]
+        size = self._size(image_size)
+        sources = _pictures(image, fit)
         if not sources:
             return ImageOutput([])
-        size = self.config.image_size if image_size is None else self.config.replace(image_size=image_size).image_size
-        pixels = to_pixels([fit_square(source, size, fit) for source in sources]).to(self.device)
-        with self._using("encoder"):
-            features = self.encoder(pixels)
+        features = self._features([fit_square(source, size, fit) for source in sources])
         images = self._output(self.to_latent(features), output_type)
         if keep_aspect:
             images = [unfit_square(picture, source.size, fit) for picture, source in zip(images, sources, strict=True)]
@@ -542,7 +468,7 @@ class UniLIP(nn.Module):
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | int | None = None,
         max_tiles: int = 1,
         stream: bool = False,
     ) -> str | list[str] | Iterator[str]:
@@ -562,13 +488,15 @@ class UniLIP(nn.Module):
         """
         self.require("encoder", "mllm")
         processor = self._processor()
-        if not 0 <= temperature < math.inf:
-            raise UniLIPError(f"temperature is {temperature}; it must be a number of at least 0 (0 is greedy).")
-        if not 0 < top_p <= 1:
+        temperature = check_number("temperature", temperature, 0)
+        top_p = check_number("top_p", top_p, 0, 1)
+        if top_p == 0:
             raise UniLIPError(f"top_p is {top_p}; it must be greater than 0 and at most 1 (1 keeps every token).")
-        for name, value in (("max_new_tokens", max_new_tokens), ("max_tiles", max_tiles)):
-            if value < 1:
-                raise UniLIPError(f"{name} is {value}; it must be at least 1.")
+        most = check_number("max_new_tokens", max_new_tokens, 1, whole=True)
+        max_tiles = check_number("max_tiles", max_tiles, 1, whole=True)
+        chosen = check_generator(generator)
+        if isinstance(chosen, list):
+            raise UniLIPError("ask takes one generator or seed, not a list of them.")
         questions = _as_list(question)
         single = not isinstance(question, (list, tuple))
         if single:
@@ -587,124 +515,77 @@ class UniLIP(nn.Module):
         squares: list[Image.Image] = []
 
         def cut(images: Any) -> tuple[int, ...]:
-            given = [] if images is None else _as_list(images)
-            tiles = [tile(load_image(image), processor.image_size, max_tiles) for image in given]
+            given = [] if images is None else _pictures(images)
+            tiles = [tile(picture, processor.image_size, max_tiles) for picture in given]
             squares.extend(square for picture in tiles for square in picture)
             return tuple(len(picture) for picture in tiles)
 
-        texts = []
+        texts: list[Prompt] = []
         for text, images in zip(questions, pictures, strict=True):
             turns = [_turn(turn, cut) for turn in history]
             turns.append(Message("user", check_prompt(text, "question"), cut(images)))
             texts.append(processor.chat_text(turns))
-        tokens = processor.tokenize(texts).to(self.device)
-        features = None
-        if squares:
-            with self._using("encoder"):
-                features = self.encoder(to_pixels(squares).to(self.device))
-
-        def answer() -> Iterator[Tensor]:
-            with self._using("mllm"):
-                yield from self.mllm.answer(
-                    self.mllm.embed(tokens.input_ids, tokens.image_slots, features), tokens.attention_mask,
-                    end_id=processor.end_id, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-                    generator=generator,
-                )  # fmt: skip
-
-        columns = answer()
+        processor.tokenize(texts)  # complains before anything is computed
+        columns = sampling.answer(
+            self, self.runtime, processor, texts, self._features(squares) if squares else None, max_new_tokens=most,
+            temperature=temperature, top_p=top_p, generator=chosen,
+        )  # fmt: skip
+        answers = [TextStream(processor, most) for _ in texts]
         if stream:
-            return _stream(columns, processor)
-        answers = processor.decode(torch.stack(list(columns), 1))
-        return answers[0] if single else answers
+            return _stream(columns, answers[0])
+        for column in columns:
+            for answer, token in zip(answers, column, strict=True):
+                answer.take(token)
+        return answers[0].text if single else [answer.text for answer in answers]
 
-    # --- sampling ---------------------------------------------------------------------------------------------------
+    # --- checks and results ---
 
-    def _sampling(
-        self, steps: int | None, guidance: float | None, solver: str | None, images: int, output_type: str, preset: str
-    ) -> SamplingConfig:
-        short = shortcut(preset)
-        given: dict[str, Any] = {
-            "num_inference_steps": short.steps if steps is None else steps,
-            "guidance_scale": guidance,
-            "solver": short.solver if solver is None else solver,
-            "flow_shift": short.shift,
-        }
-        settings = dataclasses.replace(self.config.sampling, **{k: v for k, v in given.items() if v is not None})
-        if images < 1:
-            raise UniLIPError(f"num_images_per_prompt is {images}; it must be at least 1.")
-        if output_type not in OUTPUT_TYPES:
-            raise UniLIPError(f"There is no output type {output_type!r}; allowed: {', '.join(OUTPUT_TYPES)}.")
-        return settings
+    def _processor(self, image_size: int | None = None) -> Processor:
+        if self.processor is None:
+            raise UniLIPError(
+                "This model has no tokenizer; put the tokenizer files beside the checkpoint and load it again."
+            )
+        return self.processor.resized(self._size(image_size))
 
-    def _blank_condition(self, processor: Processor, negative: str | None) -> Callable[[], PreparedCondition]:
-        """Return a function that gives the condition (1 row) of what guidance moves away from; needs the DiT at hand.
+    def _size(self, image_size: int | None) -> int:
+        if image_size is None:
+            return self.config.image_size
+        return self.config.replace(image_size=check_number("image_size", image_size, -math.inf, whole=True)).image_size
 
-        It is the same from call to call, so the last one is kept as long as the weights stay as they are.
-        """
-        weights = None if self.training else fingerprint([self.mllm, self.connector, self.dit])
-        key = (negative, weights)
-        if weights is not None and self._unconditional is not None and self._unconditional[0] == key:
-            kept = self._unconditional[1]
-            return lambda: kept
-        conditions = self.conditions(processor.tokenize([processor.generate_text(negative)]).to(self.device))
+    def _settings(self, preset: str, steps: int | None, guidance: float | None, solver: str | None) -> Settings:
+        if steps is not None:
+            steps = check_number("num_inference_steps", steps, 1, 1000, whole=True)
+        if guidance is not None:
+            guidance = check_number("guidance_scale", guidance, 0)
+        given = {"num_inference_steps": steps, "guidance_scale": guidance, "solver": solver}
+        return Settings.of(self.config.sampling, preset, **given)
 
-        def prepare() -> PreparedCondition:
-            prepared = self.dit.prepare(*conditions)
-            self._unconditional = None if weights is None or self._offload is not None else (key, prepared)
-            return prepared
-
-        return prepare
-
-    def _sample(
-        self,
-        prepared: PreparedCondition,
-        count: int,
-        settings: SamplingConfig,
-        preset: str,
-        image_size: int,
-        generator: Generators,
-        callback: StepCallback | None,
-        progress: bool,
-    ) -> Tensor:
-        """Denoise `count` latents, one for each row of the condition; under guidance unconditional rows come first."""
-        grid, steps = image_size // TOKEN_PIXELS, settings.num_inference_steps
-        noise = draw_noise(count, (self.config.dit.latent_channels, grid, grid), generator).to(self.device)
-        short, compiled = shortcut(preset), self._compiled
-        guided, reused = short.guided_steps(steps), short.reused_steps(steps)
-        twin = self._twin[0] if self._twin else None
-
-        def make(
-            condition: PreparedCondition, on_step: Callable[[int, Tensor, Tensor], Tensor | None] | None = None
-        ) -> Callable[[Tensor], Tensor]:
-            planned = plan(settings.solver, settings.flow_shift, steps).to(self.device)
-            modulations = self.dit.modulate(planned.timesteps)
-            step = None if compiled is None else compiled.step
-            velocity = Velocity(self.dit, condition, modulations, count, reused, step, twin)
-            return lambda start: integrate(velocity, start, planned, settings.guidance_scale, on_step, guided)
-
-        if compiled is not None:
-            prepared = compiled.fit(prepared)
-            if callback is None and not reused and twin is None:
-                return compiled.loop((settings, preset), fingerprint([self.dit]), make, noise, prepared)
-        bar = tqdm(total=steps, disable=None if progress else True, leave=False, unit="step")
+    def _step(self, callback: StepCallback | None) -> sampling.OnStep | None:
+        if callback is None:
+            return None
+        if not callable(callback):
+            raise UniLIPError(f"callback_on_step_end is {callback!r}; give f(model, step, timestep, values).")
 
         def on_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
-            bar.update()
-            result = callback(self, step, timestep, {"latents": latents}) if callback else None
-            return None if result is None else result.get("latents")
+            result = callback(self, step, timestep, {"latents": latents})
+            if result is None:
+                return None
+            if not isinstance(result, Mapping):
+                raise UniLIPError(
+                    f"callback_on_step_end returned {type(result).__name__}; return None, or {{'latents': tensor}}."
+                )
+            changed = result.get("latents")
+            if changed is not None and (not isinstance(changed, Tensor) or changed.shape != latents.shape):
+                shape = list(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
+                raise UniLIPError(f"callback_on_step_end returned latents {shape}; they must be {list(latents.shape)}.")
+            return changed
 
-        guidance = len(prepared.mask) > count
-        calls = sum(i not in reused and (not guidance or now) for i, now in enumerate(guided))
-        if compiled is not None or self._offload is not None:  # code of its own; little memory
-            calls = 0
-        rows = len(prepared.mask) * grid * grid
-        with contextlib.closing(bar), self.dit.with_packed_weights(rows, calls):
-            return make(prepared, on_step)(noise)
+        return on_step
 
     def _output(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return latents
-        pixels = self.from_latent(latents)
+        pixels = sampling.decode(self, self.runtime, latents)
         if output_type == "pt":
             return pixels
         if output_type == "np":
@@ -712,9 +593,52 @@ class UniLIP(nn.Module):
         return to_images(pixels)
 
 
+def _names(parts: Sequence[str]) -> tuple[str, ...]:
+    """Take names of parts: a list of them, or a single one."""
+    return (parts,) if isinstance(parts, str) else tuple(parts)
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(choose_device(device) if isinstance(device, str) else device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UniLIPError(f"There is no device {device!r}; allowed: auto, cpu, cuda, cuda:N, mps.") from error
+
+
 def _as_list(value: Any) -> list[Any]:
     """Take one or several as a list: a list or tuple is several, anything else is one."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _pictures(value: Any, fit: str = "resize") -> list[Image.Image]:
+    """Load one picture or several; a batch (B,3,H,W) or (B,H,W,3) is several."""
+    if fit not in FITS:
+        raise ImageError(f"There is no way to fit an image called {fit!r}; allowed: {', '.join(FITS)}.")
+    if isinstance(value, ImageOutput):
+        value = value.images
+    batch = isinstance(value, (Tensor, np.ndarray)) and value.ndim == 4
+    return [load_image(image) for image in (list(value) if batch else _as_list(value))]
+
+
+def _dimensions(values: Any) -> int:
+    if not isinstance(values, Tensor) or values.dim() not in (3, 4):
+        shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise UniLIPError(f"decode takes features (M,N,D) or latents (M,Z,h,w), not {shape}.")
+    return values.dim()
+
+
+def _check_output(output_type: str, keep_aspect: bool = False) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise UniLIPError(f"There is no output type {output_type!r}; allowed: {', '.join(OUTPUT_TYPES)}.")
+    if keep_aspect and output_type != "pil":
+        raise UniLIPError(f'keep_aspect needs output_type "pil", not {output_type!r}.')
+
+
+def _negative(prompt: Any) -> str | None:
+    """Take a negative prompt; None and an empty one, the default of many programs, are none."""
+    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
+        return None
+    return check_prompt(prompt, "negative prompt")
 
 
 def _turn(turn: Any, cut: Callable[[Any], tuple[int, ...]]) -> Message:
@@ -724,15 +648,10 @@ def _turn(turn: Any, cut: Callable[[Any], tuple[int, ...]]) -> Message:
     return Message(turn["role"], check_prompt(turn["content"], "message"), cut(turn.get("images")))
 
 
-def _stream(columns: Iterator[Tensor], processor: Processor) -> Iterator[str]:
-    """Yield text as it becomes final: a piece is held back while it may still be half a character."""
-    ids: list[Tensor] = []
-    shown = text = ""
-    for column in columns:
-        ids.append(column)
-        text = processor.decode(torch.stack(ids, 1))[0]
-        if text.startswith(shown) and not text.endswith("\ufffd") and len(text) > len(shown):
-            yield text[len(shown) :]
-            shown = text
-    if text.startswith(shown) and len(text) > len(shown):
-        yield text[len(shown) :]
+def _stream(columns: Iterator[list[int]], answer: TextStream) -> Iterator[str]:
+    with contextlib.closing(columns):  # type: ignore[type-var]
+        for column in columns:
+            if piece := answer.take(column[0]):
+                yield piece
+    if piece := answer.rest():
+        yield piece

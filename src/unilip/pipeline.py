@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unilip.config import UniLIPConfig
 from unilip.errors import UniLIPError
+from unilip.method.config import UniLIPConfig
 from unilip.model import Generators, ImageOutput, UniLIP
-from unilip.preprocess import Fit, ImageLike, to_images
+from unilip.pictures import Fit, ImageLike, to_images
 
 TENSOR_INPUTS = ("latents",)  # what a callback can be given and can replace
 PipelineCallback = Callable[["UniLIPPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]

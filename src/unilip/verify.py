@@ -21,12 +21,20 @@ from torch import Tensor
 from unilip.checkpoints.hub import Source
 from unilip.checkpoints.read import Checkpoint, Weights, load_into, open_checkpoint
 from unilip.checkpoints.tables import Origin
-from unilip.connector import substitute_features
-from unilip.decoder import resize_to_tokens
 from unilip.errors import CheckpointError
-from unilip.flow import denoise, flow_loss, interpolate, make_scheduler, train_levels, train_schedule
-from unilip.model import UniLIP
-from unilip.preprocess import IMG_CONTEXT, Tokens
+from unilip.method.decoder import resize_to_tokens
+from unilip.method.flow import (
+    TRAIN_TIMESTEPS,
+    flow_loss,
+    guide,
+    interpolate,
+    make_schedule,
+    sample,
+    train_levels,
+)
+from unilip.method.mllm import fill_slots
+from unilip.method.model import Network
+from unilip.method.text import IMG_CONTEXT, Tokens
 
 Record = Mapping[str, Tensor]
 Progress = Callable[[int, int, str], None]
@@ -95,7 +103,7 @@ def verify(
         group, _, entry = name.rpartition(".")
         groups.setdefault(group, {})[entry] = weights.read(Origin(name))
     with torch.device("meta"):
-        model = UniLIP(opened.config, parts=opened.parts)
+        model = Network(opened.config, opened.parts)
     load_into(model, opened, device=device, dtype=dtype, parts=model.parts)
     model.eval()
     total = sum(entry not in INPUTS for record in groups.values() for entry in record)
@@ -165,7 +173,7 @@ def _compare(name: str, result: Result, stored: Tensor, tolerance: float) -> Row
 
 # --- recipes --------------------------------------------------------------------------------------------------------
 
-Recipe = Callable[[UniLIP, Checkpoint, Record], Results]
+Recipe = Callable[[Network, Checkpoint, Record], Results]
 
 
 class _NotRecordedError(Exception):
@@ -191,22 +199,22 @@ def _recipe(group: str) -> tuple[Recipe | None, tuple[str, ...]]:
     return (_training, (*sampling, "latent_head")) if group.startswith(("train_t2i", "train_edit")) else (None, ())
 
 
-def _train_schedule(model: UniLIP, opened: Checkpoint, record: Record) -> Results:
-    timesteps, sigmas = train_schedule()
+def _train_schedule(model: Network, opened: Checkpoint, record: Record) -> Results:
+    timesteps, sigmas = train_levels(torch.arange(TRAIN_TIMESTEPS, dtype=torch.float64) / TRAIN_TIMESTEPS)
     yield Result("timesteps", timesteps)
     yield Result("sigmas", sigmas)
 
 
-def _sampler(model: UniLIP, opened: Checkpoint, record: Record) -> Results:
+def _sampler(model: Network, opened: Checkpoint, record: Record) -> Results:
     sampling = opened.config.sampling
-    scheduler = make_scheduler(sampling.solver, sampling.flow_shift)
-    scheduler.set_timesteps(len(record["timesteps"]) if "timesteps" in record else sampling.num_inference_steps)
-    yield Result("timesteps", scheduler.timesteps)
-    yield Result("sigmas", scheduler.sigmas)
+    steps = len(record["timesteps"]) if "timesteps" in record else sampling.num_inference_steps
+    schedule = make_schedule(sampling.solver, sampling.flow_shift, steps)
+    yield Result("timesteps", schedule.timesteps)
+    yield Result("sigmas", torch.tensor(schedule.levels))
 
 
 @torch.no_grad()
-def _reconstruction(model: UniLIP, opened: Checkpoint, record: Record) -> Results:
+def _reconstruction(model: Network, opened: Checkpoint, record: Record) -> Results:
     pixels = record["pixel_values"]
     features = model.encoder(pixels)
     yield Result("features", features)
@@ -220,7 +228,7 @@ def _reconstruction(model: UniLIP, opened: Checkpoint, record: Record) -> Result
 
 
 @torch.no_grad()
-def _generation(model: UniLIP, opened: Checkpoint, record: Record) -> Results:
+def _generation(model: Network, opened: Checkpoint, record: Record) -> Results:
     ids = record["input_ids"]
     tokens = Tokens(ids, record["attention_mask"].long(), _slots(opened, record, "pixel_values"))
     features = None
@@ -229,15 +237,14 @@ def _generation(model: UniLIP, opened: Checkpoint, record: Record) -> Results:
         yield Result("image_features", features)
         features = features.repeat(len(ids) // len(features), 1, 1)
     embeddings = model.mllm.embed(ids, tokens.image_slots, features)
-    embeddings, mask = model.mllm.append_queries(embeddings, tokens.attention_mask)
+    hidden, mask = model.mllm.read_with_queries(embeddings, tokens.attention_mask)
     valid = mask.bool()
-    hidden = model.mllm(embeddings, mask)
     yield Result("llm_hidden", hidden, valid)
     if features is not None:
-        hidden = substitute_features(hidden, tokens.image_slots, features)
+        hidden = fill_slots(hidden, tokens.image_slots, features)
     connected = model.connector.connect(hidden, mask)
     yield Result("connector", connected, valid)
-    condition, mask = model.conditions(tokens, features)
+    condition, mask = model.condition(tokens, features)
     yield Result("condition", condition, valid)
 
     sampling = opened.config.sampling
@@ -245,15 +252,15 @@ def _generation(model: UniLIP, opened: Checkpoint, record: Record) -> Results:
     half = len(ids) // 2
     order = torch.cat([torch.arange(half, 2 * half), torch.arange(half)]) if guidance > 1 else torch.arange(half)
     order = order.to(ids.device)
-    prepared = model.dit.prepare(condition[order], mask[order])
     outputs: list[Tensor] = []
 
     def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
-        outputs.append(model.dit(latents.to(model.dtype), timestep, prepared))
-        return outputs[-1]
+        rows = torch.cat([latents, latents]) if guidance > 1 else latents
+        outputs.append(model.dit(rows, timestep.to(rows.device).expand(len(rows)), condition[order], mask[order]))
+        return guide(outputs[-1].float(), guidance) if guidance > 1 else outputs[-1].float()
 
-    scheduler = make_scheduler(sampling.solver, sampling.flow_shift)
-    latents = denoise(velocity, record["noise"], scheduler, sampling.num_inference_steps, guidance)
+    schedule = make_schedule(sampling.solver, sampling.flow_shift, sampling.num_inference_steps)
+    latents = sample(velocity, record["noise"], schedule)
     yield Result("n_dit_calls", torch.tensor(len(outputs)))
     yield Result("dit_first", outputs[0])
     yield Result("dit_last", outputs[-1])
@@ -264,16 +271,16 @@ def _generation(model: UniLIP, opened: Checkpoint, record: Record) -> Results:
     image, own = model.from_latent(start)[0], model.from_latent(latents)[0]
     note = f"from the recorded latents; from ours {float((image - own).abs().max()):.1e} away"
     if "decoded" in record:
-        mean, factor = model._latent_scale(start)
-        yield Result("decoded", model.pixel_decoder.decode((start / factor + mean).to(model.dtype)), None, note)
+        mean, factor = model.latent_scale(start)
+        yield Result("decoded", model.pixel_decoder.decode(start / factor + mean), None, note)
     yield Result("image", image.movedim(0, -1), None, note)
 
 
 @torch.enable_grad()
-def _training(model: UniLIP, opened: Checkpoint, record: Record) -> Results:
+def _training(model: Network, opened: Checkpoint, record: Record) -> Results:
     tokens, back, theirs = _without_queries(opened, record)
     features = model.encoder(record["und_image"]).detach() if "und_image" in record else None
-    condition, mask = model.conditions(tokens, features)
+    condition, mask = model.condition(tokens, features)
     rows = torch.arange(len(back), device=back.device)[:, None]
     yield Result("condition", condition[rows, back], theirs)
     with torch.no_grad():
@@ -281,7 +288,7 @@ def _training(model: UniLIP, opened: Checkpoint, record: Record) -> Results:
     noise = record["noise"].to(clean.dtype)
     timesteps, sigmas = train_levels(record["u"])
     noisy = interpolate(clean, noise, sigmas.to(clean.dtype))
-    out = model.dit(noisy, timesteps, model.dit.prepare(condition, mask))
+    out = model.dit(noisy, timesteps, condition, mask)
     yield Result("dit_out", out)
     loss = flow_loss(out, clean, noise)
     yield Result("loss", loss)

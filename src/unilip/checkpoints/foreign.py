@@ -10,9 +10,9 @@ import json
 from typing import Any
 
 from unilip.checkpoints.tokenizer import Tokenizer
-from unilip.config import TextConfig, UniLIPConfig, VisionConfig
 from unilip.errors import CheckpointError
-from unilip.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from unilip.method.config import TextConfig, UniLIPConfig, VisionConfig
+from unilip.pictures import IMAGENET_MEAN, IMAGENET_STD
 
 Json = dict[str, Any]
 DPM: Json = {  # the sampler of the released models, in the words of diffusers

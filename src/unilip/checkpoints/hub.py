@@ -13,8 +13,8 @@ from importlib import resources
 from pathlib import Path
 
 from unilip.checkpoints.tokenizer import TOKENIZER_FILES
-from unilip.config import UniLIPConfig
 from unilip.errors import CheckpointError
+from unilip.method.config import UniLIPConfig
 
 Source = str | os.PathLike[str] | None
 

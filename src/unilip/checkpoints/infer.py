@@ -13,24 +13,23 @@ from math import isqrt
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from unilip.checkpoints.foreign import DPM
-from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS, PARTS, QUERIES, Shape, listed
-from unilip.config import DecoderConfig, DiTConfig, SamplingConfig, TextConfig, UniLIPConfig, VisionConfig, preset
-from unilip.connector import Connector
-from unilip.decoder import LatentHead, PixelDecoder
-from unilip.dit import DiT
-from unilip.encoder import Encoder
+from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS, QUERIES, Shape, listed
 from unilip.errors import CheckpointError, ConfigError
-from unilip.mllm import MLLM
+from unilip.method.config import (
+    DecoderConfig,
+    DiTConfig,
+    SamplingConfig,
+    TextConfig,
+    UniLIPConfig,
+    VisionConfig,
+    preset,
+)
+from unilip.method.model import PARTS
 
 Json = Mapping[str, Any]
 
-PART_CLASSES: dict[str, type[nn.Module]] = dict(
-    zip(PARTS, (Encoder, LatentHead, PixelDecoder, MLLM, Connector, DiT), strict=True)
-)
 LARGEST = 2**24  # of any number in a configuration
 LARGEST_GRID = 1024  # latent cells along a side
 
@@ -38,29 +37,12 @@ LARGEST_GRID = 1024  # latent cells along a side
 # --- names and shapes -----------------------------------------------------------------------------------------------
 
 
-class Unmade(TorchFunctionMode):
-    """Modules built within it have names and shapes, but no weights: these are on the meta device, and not drawn.
-
-    What is small and computed, such as positions, stays real: torch has no quick way to pretend to compute.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Pass everything on but the reservation and the initialisation of weights."""
-        kwargs = kwargs or {}
-        if func is torch.empty:
-            return func(*args, **{**kwargs, "device": "meta"})
-        name = getattr(func, "__name__", "")
-        if name.endswith("_") and name in vars(nn.init):
-            return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        return func(*args, **kwargs)
-
-
 def expected_shapes(config: UniLIPConfig, parts: Sequence[str]) -> dict[str, Shape]:
     """Return names and shapes of every tensor that a checkpoint of this config must hold (tied ones once)."""
     shapes: dict[str, Shape] = {}
-    with Unmade():
+    with torch.device("meta"):
         for part in parts:
-            state = PART_CLASSES[part](config).state_dict()
+            state = PARTS[part](config).state_dict()
             shapes |= {f"{part}.{name}": tuple(value.shape) for name, value in state.items()}
     if config.text.tie_embeddings:
         shapes.pop(HEAD, None)

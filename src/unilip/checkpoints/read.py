@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from unilip.checkpoints.hub import BESIDE, FILE_SUFFIXES, STEMS, SUFFIXES, Source, reason, resolve
-from unilip.checkpoints.infer import PART_CLASSES, Unmade, check_sizes, expected_shapes, infer_config
-from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS, UNDERSTOOD, Origin, Shape, check_shapes, map_names
+from unilip.checkpoints.infer import check_sizes, expected_shapes, infer_config
+from unilip.checkpoints.tables import (
+    EMBEDDING,
+    HEAD,
+    KINDS,
+    POINTWISE,
+    UNDERSTOOD,
+    Origin,
+    Shape,
+    check_shapes,
+    map_names,
+)
 from unilip.checkpoints.tokenizer import Tokenizer, load_tokenizer
-from unilip.config import FORMAT, UniLIPConfig
 from unilip.errors import CheckpointError, ConfigError
-from unilip.preprocess import IMG_CONTEXT
+from unilip.method.config import FORMAT, UniLIPConfig
+from unilip.method.text import IMG_CONTEXT
 
 DType = torch.dtype | str | None
 
@@ -306,6 +316,8 @@ class Checkpoint:
         """Shape of a tensor of ours, without reading it."""
         origin = self._origins[name]
         shape = self.weights.shape(origin.name)
+        if POINTWISE.fullmatch(name) and shape[2:] == (1, 1):
+            return shape[:2]
         return shape if origin.parts == 1 else (shape[0] // origin.parts, *shape[1:])
 
     def dtype(self, name: str) -> torch.dtype:
@@ -314,7 +326,8 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Read a tensor of ours into memory of its own."""
-        return self.weights.read(self._origins[name])
+        tensor = self.weights.read(self._origins[name])
+        return tensor.flatten(1) if POINTWISE.fullmatch(name) else tensor
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -418,7 +431,7 @@ def load_into(
     """Give parts of a model (built on the meta device, or any) the weights of a checkpoint, one tensor at a time.
 
     Returns the names that the checkpoint never holds and that were drawn at random, the same every time: the queries of
-    a language model that is no UniLIP yet. Buffers that are computed rather than stored are computed in float32.
+    a language model that is no UniLIP yet.
 
     Raises:
         CheckpointError: a part is not in the checkpoint, or does not fit exactly.
@@ -446,20 +459,15 @@ def load_into(
         return value.to(device, (target or stored) if value.is_floating_point() else value.dtype)
 
     for part, root in modules.items():
-        computed = _computed_buffers(part, root, checkpoint.config)
         for prefix, module in root.named_modules(prefix=part):
             for key, old in list(module._parameters.items()):
                 name = f"{prefix}.{key}"
                 if old is not None and not (tied and name == HEAD):
                     setattr(module, key, nn.Parameter(read(name, old), requires_grad=old.requires_grad))
-            for key, buffer in list(module._buffers.items()):
-                name = f"{prefix}.{key}"
-                if buffer is not None:
-                    module._buffers[key] = computed[name].to(device) if name in computed else read(name, buffer)
     if tied:
         llm: Any = model.get_submodule("mllm.language_model")
         llm.lm_head.weight = llm.model.embed_tokens.weight
-    left = [n for p in modules for n, t in _tensors(modules[p], p) if t.is_meta]
+    left = [n for p in modules for n, t in modules[p].named_parameters(p) if t.is_meta]
     assert not left, f"still on the meta device: {left[:4]}"
     return tuple(name for name in expected if name not in found)
 
@@ -467,19 +475,3 @@ def load_into(
 def fresh_tensor(shape: Shape, dtype: torch.dtype) -> Tensor:
     """Draw the start of a tensor that a kind of checkpoint never holds; always the same numbers, spread 0.02."""
     return (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
-
-
-def _tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(prefix=prefix)
-    yield from module.named_buffers(prefix=prefix)
-
-
-def _computed_buffers(part: str, root: nn.Module, config: UniLIPConfig) -> dict[str, Tensor]:
-    """Compute the buffers that no checkpoint stores, by building the part once more without its weights."""
-    names = {
-        f"{prefix}.{key}" for prefix, m in root.named_modules(prefix=part) for key in m._non_persistent_buffers_set
-    }
-    if not names:
-        return {}
-    with Unmade():
-        return {n: b for n, b in PART_CLASSES[part](config).named_buffers(prefix=part) if n in names}

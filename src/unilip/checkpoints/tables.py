@@ -21,6 +21,8 @@ Shape = tuple[int, ...]
 
 PARTS = ("encoder", "latent_head", "pixel_decoder", "mllm", "connector", "dit")
 QUERIES = "mllm.queries"
+# 1x1 convolutions that are linear layers in our transformer: others store (O,I,1,1), we (O,I)
+POINTWISE = re.compile(r"dit\.transformer\.transformer_blocks\.\d+\.ff\.conv_(inverted|point)\.weight")
 EMBEDDING = "mllm.language_model.model.embed_tokens.weight"
 HEAD = "mllm.language_model.lm_head.weight"
 

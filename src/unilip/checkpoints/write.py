@@ -26,10 +26,10 @@ from unilip.checkpoints.foreign import authors_configs, internvl_files
 from unilip.checkpoints.hub import BESIDE, CARD, Source, model_card, previous_of, push_to_hub
 from unilip.checkpoints.infer import expected_shapes
 from unilip.checkpoints.read import Checkpoint, DType, fresh_tensor, open_checkpoint, parse_dtype, read_json
-from unilip.checkpoints.tables import HEAD, PARTS, QUERIES, Shape, check_shapes, unmap_names
+from unilip.checkpoints.tables import HEAD, PARTS, POINTWISE, QUERIES, Shape, check_shapes, unmap_names
 from unilip.checkpoints.tokenizer import TOKENIZER_FILES, Tokenizer
-from unilip.config import FORMAT, UniLIPConfig
 from unilip.errors import CheckpointError
+from unilip.method.config import FORMAT, UniLIPConfig
 
 Files = Mapping[str, Mapping[str, Any] | str]  # content by name
 Item = tuple[str, Shape, torch.dtype, Callable[[], Tensor]]  # name, shape, stored type, how to get it
@@ -277,11 +277,12 @@ def _renamed(opened: Checkpoint, kind: str, names: Sequence[str]) -> list[Item]:
     items: list[Item] = []
     for theirs, group in unmap_names(kind, names).items():
         first, *rest = opened.shape(group[0])
-        shape = (first * len(group), *rest)
+        shape = (first * len(group), *rest, *((1, 1) if POINTWISE.fullmatch(group[0]) else ()))
         items.append((theirs, shape, opened.dtype(group[0]), partial(_stack, opened, group)))
     return items
 
 
 def _stack(opened: Checkpoint, group: Sequence[str]) -> Tensor:
     tensors = [opened.tensor(name) for name in group]
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return whole[..., None, None] if POINTWISE.fullmatch(group[0]) else whole

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from unilip.config import QUANTIZATIONS, SAMPLING_PRESETS, SOLVERS, TOKEN_PIXELS
 from unilip.errors import UniLIPError
+from unilip.method.config import QUANTIZATIONS, SAMPLING_PRESETS, SOLVERS, TOKEN_PIXELS
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 

@@ -57,7 +57,7 @@ def each_image(o: Options, found: Sequence[Request]) -> list[Request]:
 def check_negative(o: Options) -> None:
     """Complain about a negative prompt before the model is loaded."""
     if o.negative_prompt is not None:
-        from unilip.preprocess import check_prompt
+        from unilip.method.text import check_prompt
 
         check_prompt(o.negative_prompt, "negative prompt")
 
@@ -101,7 +101,7 @@ def edit(o: Options) -> int:
 def reconstruct(o: Options) -> int:
     """Encode pictures and draw them again from their features."""
     report = Report(o, "reconstruct")
-    from unilip.preprocess import fit_square, load_image, unfit_square
+    from unilip.pictures import fit_square, load_image, unfit_square
 
     for word in o.words:
         load_image(word)

@@ -5,7 +5,6 @@ Heavy libraries are imported inside the functions that need them, after what can
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unilip.cli.lean import lean
 from unilip.cli.options import Options
 from unilip.errors import UniLIPError
 from unilip.files import png_bytes
@@ -94,7 +92,8 @@ def requests(o: Options, what: str, image: str) -> list[Request]:
         images, entries = o.words[:-1], [{"prompt": o.words[-1]}]
         if os.path.isfile(o.words[-1]):
             raise UniLIPError(f"There is no {what} behind {o.words[-1]}; give it last, in quotes.")
-    from unilip.preprocess import check_prompt, load_image
+    from unilip.method.text import check_prompt
+    from unilip.pictures import load_image
 
     found = []
     for entry in entries:
@@ -217,16 +216,15 @@ def load(o: Options, *parts: str) -> UniLIP:
     compiled = getattr(o, "compile", False)
     if low_memory and compiled:
         raise UniLIPError("--compile and --low-memory exclude each other: compiled parts have to stay; leave one out.")
-    with lean(compiler=compiled):
-        device = choose_device(o.device)
-        from unilip.model import UniLIP
+    from unilip.model import UniLIP
+
+    device = choose_device(o.device)
     # beside a GPU plain weights rest in main memory; else they are read from disk (and quantised where they work)
     on_gpu = low_memory and device != "cpu" and quantized is None
-    with lean(compiler=compiled) if quantized is None else contextlib.nullcontext():
-        model = UniLIP.from_pretrained(
-            o.model, device="cpu" if on_gpu else device, dtype=o.dtype, parts=parts or None,
-            low_memory=low_memory and not on_gpu, quantization=quantized,
-        )  # fmt: skip
+    model = UniLIP.from_pretrained(
+        o.model, device="cpu" if on_gpu else device, dtype=o.dtype, parts=parts or None,
+        low_memory=low_memory and not on_gpu, quantization=quantized,
+    )  # fmt: skip
     if on_gpu:
         model.enable_tiling().enable_cpu_offload(device)
     return model.compile() if compiled else model
@@ -247,14 +245,15 @@ def seeded(seed: int) -> torch.Generator:
 
 def sampling(o: Options, model: UniLIP) -> dict[str, Any]:
     """The settings of `generate` and `edit`, the model's own where none are given."""
-    from unilip.acceleration import shortcut
+    from unilip.fast.loop import Settings
 
-    own, short = model.config.sampling, shortcut(o.preset)
+    given = {"num_inference_steps": o.steps, "guidance_scale": o.guidance_scale, "solver": o.solver}
+    settings = Settings.of(model.config.sampling, o.preset, **given)
     return {
         "preset": o.preset,
-        "num_inference_steps": o.steps or short.steps or own.num_inference_steps,
-        "guidance_scale": own.guidance_scale if o.guidance_scale is None else o.guidance_scale,
-        "solver": o.solver or short.solver or own.solver,
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "solver": settings.solver,
         "negative_prompt": o.negative_prompt,
         "image_size": o.image_size or model.config.image_size,
     }

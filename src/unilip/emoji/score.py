@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
 
-from unilip.acceleration import shortcut
 from unilip.data.seeding import stable_hash
 from unilip.emoji.art import Atlas
 from unilip.emoji.captions import canonical
@@ -41,10 +40,10 @@ from unilip.emoji.questions import KINDS
 from unilip.emoji.report import write_report
 from unilip.emoji.world import COMPOSITIONAL, TASKS, Scene, World
 from unilip.errors import UniLIPError
+from unilip.fast.loop import Settings
 from unilip.files import write_json, write_text
 from unilip.model import UniLIP
-from unilip.pictures import picture_psnr, picture_ssim
-from unilip.preprocess import to_pixels
+from unilip.pictures import picture_psnr, picture_ssim, to_pixels
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +123,7 @@ class Bench:
         self.model, self.world, self.atlas = model, world, atlas
         self.count, self.seeds = count, seeds
         settings = model.config.sampling
-        self.preset, own = preset, shortcut(preset).steps or settings.num_inference_steps
+        self.preset, own = preset, Settings.of(settings, preset).num_inference_steps
         self.steps = own if steps is None else steps
         self.guidance_scale = settings.guidance_scale if guidance_scale is None else float(guidance_scale)
 
@@ -241,7 +240,7 @@ class Bench:
         results = [np.asarray(image) for image in self.model.reconstruct(truths).images]
         with torch.no_grad():
             images = [Image.fromarray(picture) for picture in (*truths, *results)]
-            features = self.model.encoder(to_pixels(images).to(self.model.device))  # 2B N D
+            features = self.model.features(to_pixels(images))  # 2B N D
         done = []
         for n, (item, truth, result) in enumerate(zip(items, truths, results, strict=True)):
             reading = self.judge.read(result)

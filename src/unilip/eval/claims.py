@@ -35,10 +35,9 @@ from unilip.emoji.questions import KINDS
 from unilip.emoji.world import World
 from unilip.errors import UniLIPError
 from unilip.files import read_json, read_lines, write_json
-from unilip.flow import draw_noise, interpolate, logit_normal, train_levels
+from unilip.method.flow import draw_noise, interpolate, logit_normal, train_levels
 from unilip.model import UniLIP
-from unilip.pictures import picture_psnr, picture_ssim
-from unilip.preprocess import to_pixels
+from unilip.pictures import picture_psnr, picture_ssim, to_pixels
 
 log = logging.getLogger(__name__)
 
@@ -318,7 +317,7 @@ class Lab:
     def features(self, model: UniLIP, pictures: Sequence[np.ndarray]) -> Tensor:
         """Return the encoder's features (B,N,D) of pictures."""
         pixels = to_pixels([Image.fromarray(picture) for picture in pictures])
-        return model.encoder(pixels.to(model.device)).float().cpu()
+        return model.features(pixels).float().cpu()
 
     def answers(self, encoder: UniLIP, llm: UniLIP, words: str) -> dict[str, float]:
         """Ask the language model of one model through the encoder of another: key -> 1 where it is right."""
@@ -374,14 +373,14 @@ class Lab:
                     targets = [item["target"] for item in items]
                     features = self.features(model, [item["source"] for item in items]).to(model.device, model.dtype)
                 clean = model.to_latent(self.features(model, targets).to(model.device, model.dtype))
-                prepared = model.dit.prepare(*model.conditions(processor.tokenize(texts).to(model.device), features))
+                condition = model.condition(processor.tokenize(texts).to(model.device), features)
                 total = torch.zeros(len(batch))
                 generators = [emoji.noise_generator(name, i) for i in batch]
                 for _ in range(NOISES):
                     noise = draw_noise(len(batch), tuple(clean.shape[1:]), generators).to(clean)
                     timesteps, sigmas = train_levels(torch.cat([logit_normal(1, g) for g in generators]))
                     noisy = interpolate(clean, noise, sigmas.to(clean))
-                    velocity = model.dit(noisy.to(model.dtype), timesteps.to(clean.device).long(), prepared)
+                    velocity = model.dit(noisy, timesteps.to(clean.device), *condition)
                     error = (velocity.float() - (noise - clean)).square().flatten(1).mean(1)
                     total += error.cpu()
                 for i, value in zip(batch, (total / NOISES).tolist(), strict=True):

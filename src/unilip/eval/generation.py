@@ -28,7 +28,7 @@ from unilip.eval.runs import PICTURES, RunFolder, batches, model_hash
 from unilip.files import png_bytes, write_json, write_lines
 from unilip.machine import Place, start_ray
 from unilip.model import UniLIP
-from unilip.preprocess import Fit
+from unilip.pictures import Fit
 
 log = logging.getLogger(__name__)
 

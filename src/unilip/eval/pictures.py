@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from unilip.errors import ImageError, UniLIPError
-from unilip.preprocess import load_image
+from unilip.pictures import load_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 COLUMNS = ("image", "jpg", "png", "img")  # of datasets, the first that is there

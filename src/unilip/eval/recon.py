@@ -128,7 +128,7 @@ def _encoder_features(model: UniLIP) -> Extractor:
     def extract(pictures: Tensor) -> Tensor:
         size = model.config.image_size
         values = F.interpolate(pictures.float() / 255, size=(size, size), mode="bilinear", antialias=True)
-        return model.encoder(_normalise(values).to(model.device, model.dtype)).float().mean(1).cpu()
+        return model.features(_normalise(values)).float().mean(1).cpu()
 
     return extract
 
@@ -195,12 +195,13 @@ def put_through(model: UniLIP, pictures: Tensor, protocol: str) -> Tensor:
     """Return the reconstructions, uint8 (B,3,S,S), of uint8 pictures (B,3,S,S)."""
     values = pictures.to(model.device).float() / 255
     if protocol != "256":
-        features = model.encoder(_normalise(values).to(model.dtype))
+        features = model.features(_normalise(values))
         made = model.from_latent(model.to_latent(features))
     else:
         padded = F.pad(values, (PAD, PAD, PAD, PAD), mode="reflect")  # B 3 280 280
-        latent = model.latent_head(model.encoder(_normalise(padded).to(model.dtype)))  # B Z 10 10
-        decoded = model.pixel_decoder.decode(latent.to(model.dtype)).float()  # B 3 320 320
+        features = model.features(_normalise(padded))
+        with model.using("latent_head", "pixel_decoder"):
+            decoded = model.pixel_decoder.decode(model.latent_head(features)).float()  # B 3 320 320
         size = padded.shape[-2:]
         shrunk = F.interpolate(decoded, size=size, mode="bilinear", align_corners=True)  # B 3 280 280
         made = (shrunk[..., PAD:-PAD, PAD:-PAD] + 1) / 2

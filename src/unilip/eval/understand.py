@@ -38,7 +38,7 @@ from unilip.eval.scores import Rule, write_scores
 from unilip.files import file_hash, read_json, read_lines, write_lines
 from unilip.machine import Place
 from unilip.model import UniLIP
-from unilip.preprocess import load_image
+from unilip.pictures import load_image
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from unilip.config import preset
+from unilip.method.config import preset
 from unilip.recipes.catalog import GENERATE, TOKENIZER, WHOLE_TOKENIZER
 from unilip.recipes.record import Data, Flow, Optim, Recipe, Reconstruct
 

@@ -82,64 +82,64 @@ def pico() -> list[Recipe]:
             **(common | {"data": dataclasses.replace(data, edit_share=0.5)}), note="on the last text model",
         ),
         Recipe(
-            name="pico/sft_place", objective=Flow(noises=8, place=0.1), trains=GENERATE, steps=1391, batch_size=16,
+            name="pico/sft_place", objective=Flow(noises=8), trains=GENERATE, steps=1391, batch_size=16,
             optim=optim, ema=0.998, seed=4, init=("all=pico/sft_again",),
             **(common | {"data": dataclasses.replace(data, edit_share=0.5)}),
             note="the condition at an image token learns to say where in the picture it lies",
         ),
         Recipe(
-            name="pico/sft_last", objective=Flow(noises=8, place=0.1), trains=GENERATE, steps=1300, batch_size=16,
+            name="pico/sft_last", objective=Flow(noises=8), trains=GENERATE, steps=1300, batch_size=16,
             optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=5, init=("all=pico/sft_place",),
             **(common | {"data": dataclasses.replace(data, edit_share=0.7)}), note="edits are what is still weak",
         ),
         Recipe(
-            name="pico/sft_end", objective=Flow(noises=8, place=0.1), trains=GENERATE, steps=1803, batch_size=16,
+            name="pico/sft_end", objective=Flow(noises=8), trains=GENERATE, steps=1803, batch_size=16,
             optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=6, init=("all=pico/sft_last",),
             **(common | {"data": dataclasses.replace(data, edit_share=0.6)}),
         ),
         Recipe(
-            name="pico/sft_carry", objective=Flow(noises=8, place=0.3), trains=GENERATE, steps=2000, batch_size=16,
+            name="pico/sft_carry", objective=Flow(noises=8), trains=GENERATE, steps=2000, batch_size=16,
             optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=7, init=("all=pico/sft_end",),
             **(common | {"data": dataclasses.replace(data, edit_share=0.7)}),
             note="heads that look at a place find its latent there",
         ),
         Recipe(
-            name="pico/sft_edits", objective=Flow(noises=8, place=0.3), trains=GENERATE, steps=1400, batch_size=16,
+            name="pico/sft_edits", objective=Flow(noises=8), trains=GENERATE, steps=1400, batch_size=16,
             optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=8, init=("all=pico/sft_carry",),
             **(common | {"data": dataclasses.replace(
                 data, edit_share=0.75, edits="recolour:5,background:2,add,remove,replace,move")}),
             note="recolouring is what is still weak",
         ),
         Recipe(
-            name="pico/sft_paint", objective=Flow(noises=8, place=0.3), trains=GENERATE, steps=4000, batch_size=16,
+            name="pico/sft_paint", objective=Flow(noises=8), trains=GENERATE, steps=4000, batch_size=16,
             optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=9, init=("all=pico/sft_edits",),
             **(common | {"data": dataclasses.replace(
                 data, world="pico_paint", edit_share=0.75, edits="recolour:4,background:2,add,remove,replace,move")}),
             note="more objects to paint, in more colours, so that a colour goes with any shape",
         ),
         Recipe(
-            name="pico/sft_paint_more", objective=Flow(noises=8, place=0.3), trains=GENERATE, steps=1300, batch_size=16,
+            name="pico/sft_paint_more", objective=Flow(noises=8), trains=GENERATE, steps=1300, batch_size=16,
             optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=10, init=("all=pico/sft_paint",),
             **(common | {"data": dataclasses.replace(
                 data, world="pico_paint", edit_share=0.8, edits="recolour:6,background:2,add,remove,replace,move")}),
             note="the same, with more recolourings",
         ),
         Recipe(
-            name="pico/sft_guests", objective=Flow(noises=8, place=0.3), trains=GENERATE, steps=3200, batch_size=16,
+            name="pico/sft_guests", objective=Flow(noises=8), trains=GENERATE, steps=3200, batch_size=16,
             optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=11, init=("all=pico/sft_paint_more",),
             **(common | {"data": dataclasses.replace(
                 data, world="pico_guests", edit_share=0.8, edits="recolour:6,background:2,add,remove,replace,move")}),
             note="recolours things that it never draws, so that a shape is kept whatever it is",
         ),
         Recipe(
-            name="pico/sft_hues", objective=Flow(noises=8, place=0.3), trains=GENERATE, steps=1700, batch_size=16,
+            name="pico/sft_hues", objective=Flow(noises=8), trains=GENERATE, steps=1700, batch_size=16,
             optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=12, init=("all=pico/sft_guests",),
             **(common | {"data": dataclasses.replace(
                 data, world="pico_hues", edit_share=0.8, edits="recolour:7,background:2,add,remove,replace,move")}),
             note="colours in between, so that one that an object never had lies between two that it had",
         ),
         Recipe(
-            name="pico/sft_all", objective=Flow(noises=8, place=0.3), trains=GENERATE, steps=2600, batch_size=16,
+            name="pico/sft_all", objective=Flow(noises=8), trains=GENERATE, steps=2600, batch_size=16,
             optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=13, init=("all=pico/sft_hues",),
             **(common | {"dtype": "bfloat16", "data": dataclasses.replace(
                 data, world="pico_hues", edit_share=0.5,
@@ -147,7 +147,7 @@ def pico() -> list[Recipe]:
             note="everything, since the stages before were for recolouring",
         ),
         Recipe(
-            name="pico/sft_next", objective=Flow(noises=8, place=0.3), trains=GENERATE, steps=4000, batch_size=16,
+            name="pico/sft_next", objective=Flow(noises=8), trains=GENERATE, steps=4000, batch_size=16,
             optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=14, init=("all=pico/sft_all",),
             **(common | {"dtype": "bfloat16", "data": dataclasses.replace(
                 data, world="pico_hues", edit_share=0.5,
@@ -182,13 +182,13 @@ def nano() -> list[Recipe]:
             measure_latents=True, **common,
         ),
         Recipe(
-            name="nano/pretrain", objective=Flow(noises=4, place=0.1), trains=GENERATE, steps=12000, batch_size=256,
+            name="nano/pretrain", objective=Flow(noises=4), trains=GENERATE, steps=12000, batch_size=256,
             init=(f"{WHOLE_TOKENIZER}=nano/recon_distill", "mllm=nano/instruct"), ema=0.999, optim=optim,
             **(common | {"data": dataclasses.replace(data, edit_share=0.3)}),
             note="connector and pretrain in one: a DiT from nothing has no latents of its own to connect to first",
         ),
         Recipe(
-            name="nano/sft", objective=Flow(noises=4, place=0.1), trains=GENERATE, steps=6000, batch_size=256,
+            name="nano/sft", objective=Flow(noises=4), trains=GENERATE, steps=6000, batch_size=256,
             optim=dataclasses.replace(optim, lr=4e-4), init=("all=nano/pretrain",), ema=0.999,
             **(common | {"data": dataclasses.replace(data, edit_share=0.6)}),
         ),

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from unilip.config import TOKEN_PIXELS
 from unilip.errors import ConfigError
+from unilip.method.config import TOKEN_PIXELS
 
 FREE_TO_CHANGE = (
     "log_every", "sample_every", "save_every", "keep", "note", "data.workers", "parallel", "reduce_dtype", "skip_limit",
@@ -115,25 +115,17 @@ class Flow:
     what a frozen pretrained SANA knows; "separate": as "unilip", but by the encoder of another tokenizer, which `init`
     names as autoencoder, and whose latent head and pixel decoder the model has (two encoders, an ablation). A share
     `drop_prompt` of the prompts is replaced by the unconditional one.
-    `place` weighs three lessons of edits that the paper has no need for. A linear layer, kept for training only, tells
-    from the condition at an image token where in the picture that token lies, as features of a small encoder do not say
-    it; the first head of every second cross attention looks from each place at the image token of that place; and
-    another linear layer tells the source's latent there from that head's value. Without them a small diffusion
-    transformer is slow to copy what an edit must leave alone.
     """
 
     noises: int = 1
     drop_prompt: float = 0.1
     target: str = "unilip"
-    place: float = 0.0
 
     def __post_init__(self) -> None:
         if self.target not in ("unilip", "dcae", "separate"):
             raise ConfigError(f"objective.target is {self.target!r}; allowed: unilip, dcae, separate.")
-        if self.noises < 1 or not 0 <= self.drop_prompt <= 1 or not self.place >= 0:
-            raise ConfigError(
-                "objective.noises must be at least 1, objective.drop_prompt in [0, 1] and objective.place at least 0."
-            )
+        if self.noises < 1 or not 0 <= self.drop_prompt <= 1:
+            raise ConfigError("objective.noises must be at least 1 and objective.drop_prompt in [0, 1].")
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import Response, StreamingResponse
 
 from unilip import __version__
-from unilip.config import UniLIPConfig
 from unilip.errors import UniLIPError
+from unilip.method.config import UniLIPConfig
 from unilip.serve import schema
 from unilip.serve.checks import Limits
 from unilip.serve.conversation import Reader, read_conversation

@@ -16,9 +16,10 @@ from typing import Any
 
 from PIL import Image
 
-from unilip.config import TOKEN_PIXELS, UniLIPConfig
 from unilip.errors import PromptError, UniLIPError
-from unilip.preprocess import FITS, Message, Processor, check_prompt, fit_square, load_image, tile
+from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
+from unilip.method.text import Message, Processor, Prompt, check_prompt
+from unilip.pictures import FITS, fit_square, load_image, tile
 from unilip.serve.jobs import MAX_SEED, Ask, Edit, Generate, Job, Reconstruct
 from unilip.serve.tickets import Ticket, Unit
 
@@ -199,6 +200,6 @@ class Checker:
         with self._checking:
             return self._processor.resized(size)
 
-    def _count_tokens(self, processor: Processor, text: str) -> int:
+    def _count_tokens(self, processor: Processor, text: str | Prompt) -> int:
         with self._checking:
             return processor.tokenize([text]).input_ids.shape[1]

@@ -8,6 +8,7 @@ picture has a generator of its own: what it looks like does not depend on what i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -21,12 +22,8 @@ from torch import Tensor
 
 from unilip.errors import UniLIPError
 from unilip.model import UniLIP
-from unilip.pictures import picture_psnr
-from unilip.preprocess import (
-    Processor,
-    to_pixels,
-    unfit_square,
-)
+from unilip.pictures import picture_psnr, to_pixels, unfit_square
+from unilip.sampling import TextStream, answer
 from unilip.serve.checks import Checker
 from unilip.serve.checks import Limits as Limits
 from unilip.serve.jobs import (
@@ -394,69 +391,41 @@ class Engine:
             self._count(unit.ticket)
             unit.ticket._succeed(images=(shaped,), psnr=(picture_psnr(square, image),))
 
-    @torch.no_grad()
     def _answer(self, batch: list[Unit]) -> None:
         model, processor = self.model, self.model.processor
         assert processor is not None
-        jobs = [unit.ticket.job for unit in batch]
-        tokens = processor.tokenize([unit.text for unit in batch]).to(model.device)
+        jobs = [unit.ticket.job for unit in batch if isinstance(unit.ticket.job, Ask)]
         squares = [square for unit in batch for square in unit.squares]
-        features = model.encoder(to_pixels(squares).to(model.device)) if squares else None
-        embeddings = model.mllm.embed(tokens.input_ids, tokens.image_slots, features)
-        first = jobs[0]
-        assert isinstance(first, Ask)
-        columns = model.mllm.answer(
-            embeddings, tokens.attention_mask, end_id=processor.end_id,
-            max_new_tokens=max(job.max_new_tokens for job in jobs if isinstance(job, Ask)),
-            temperature=first.temperature, top_p=first.top_p,
-            generator=torch.Generator().manual_seed(batch[0].seed),
+        with torch.no_grad():
+            features = model.features(to_pixels(squares)) if squares else None
+        columns = answer(
+            model, model.runtime, processor, [unit.text for unit in batch], features,
+            max_new_tokens=max(job.max_new_tokens for job in jobs), temperature=jobs[0].temperature,
+            top_p=jobs[0].top_p, generator=torch.Generator().manual_seed(batch[0].seed),
         )  # fmt: skip
-        answers = [_Answer(processor, unit) for unit in batch]
-        for column in columns:
-            for answer, token in zip(answers, column.tolist(), strict=True):
-                if answer.take(token):
-                    self._count(answer.unit.ticket)
-                    answer.end()
-            self._checkpoint(batch)
-        # the loop ends by _Stop when the last answer ends, or here when all rows ended together
-        for answer in answers:
-            answer.end()
+        streams = [TextStream(processor, job.max_new_tokens) for job in jobs]
+        with contextlib.closing(columns):  # the loop ends by _Stop when the last answer ends, or when all rows did
+            for column in columns:
+                for unit, stream, token in zip(batch, streams, column, strict=True):
+                    if stream.reason or not unit.alive:
+                        continue
+                    self._tell(unit, stream, stream.take(token))
+                    if stream.reason:
+                        self._count(unit.ticket)
+                        self._end(unit, stream)
+                self._checkpoint(batch)
+        for unit, stream in zip(batch, streams, strict=True):
+            self._end(unit, stream)
 
+    @staticmethod
+    def _tell(unit: Unit, stream: TextStream, piece: str) -> None:
+        if piece:
+            unit.ticket._emit(Event("text", len(stream.ids), stream.limit, piece))
 
-class _Answer:
-    """The text of one row of a batch as it grows; a piece is held back while it may still be half a character."""
-
-    def __init__(self, processor: Processor, unit: Unit) -> None:
-        assert isinstance(unit.ticket.job, Ask)
-        self.processor, self.unit = processor, unit
-        self.limit = unit.ticket.job.max_new_tokens
-        self.ids: list[int] = []
-        self.shown = self.text = ""
-        self.reason = ""
-
-    def take(self, token: int) -> bool:
-        """Add a token; return whether the answer ended with it."""
-        if self.reason or not self.unit.alive:
-            return False
-        if token == self.processor.end_id:
-            self.reason = "stop"
-            return True
-        self.ids.append(token)
-        self.text = self.processor.decode(torch.tensor([self.ids]))[0]
-        if self.text.startswith(self.shown) and not self.text.endswith("\ufffd") and len(self.text) > len(self.shown):
-            self.unit.ticket._emit(Event("text", len(self.ids), self.limit, self.text[len(self.shown) :]))
-            self.shown = self.text
-        if len(self.ids) >= self.limit:
-            self.reason = "length"
-        return bool(self.reason)
-
-    def end(self) -> None:
+    def _end(self, unit: Unit, stream: TextStream) -> None:
         """Give the rest of the text, and the result."""
-        ticket = self.unit.ticket
-        if self.text.startswith(self.shown) and len(self.text) > len(self.shown):
-            ticket._emit(Event("text", len(self.ids), self.limit, self.text[len(self.shown) :]))
-            self.shown = self.text
-        ticket._succeed(
-            text=self.text, seeds=(self.unit.seed,), finish_reason=self.reason or "stop",
-            completion_tokens=len(self.ids),
+        self._tell(unit, stream, stream.rest())
+        unit.ticket._succeed(
+            text=stream.text, seeds=(unit.seed,), finish_reason=stream.reason or "stop",
+            completion_tokens=len(stream.ids),
         )  # fmt: skip

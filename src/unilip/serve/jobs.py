@@ -13,7 +13,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from unilip.errors import UniLIPError
-from unilip.preprocess import Fit
+from unilip.pictures import Fit
 
 MAX_SEED = 2**63 - 1
 

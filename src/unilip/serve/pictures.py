@@ -22,7 +22,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from unilip import __version__
 from unilip.errors import ImageError
-from unilip.preprocess import MAX_SIDE, load_image, unfit_square
+from unilip.pictures import MAX_SIDE, load_image, unfit_square
 
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 _JPEG_ALONE = {0x01, *range(0xD0, 0xD8)}  # markers without a length

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from unilip.checkpoints.read import open_checkpoint
+from unilip.checkpoints.tokenizer import load_tokenizer
 from unilip.errors import UniLIPError
 from unilip.machine import start_ray
+from unilip.method.text import Processor
 from unilip.model import UniLIP
-from unilip.preprocess import Processor
 from unilip.serve.checks import Checker, Limits
 from unilip.serve.engine import Engine, Stats
 from unilip.serve.jobs import DeadlineExceeded, Draining, EngineFailed, Event, Job, QueueFull, Result
@@ -115,7 +116,7 @@ class RemoteEngine:
                 f"There cannot be {self.replicas.least} to {self.replicas.most} replicas; 1 is the least."
             )
         opened = open_checkpoint(source)
-        processor = Processor.from_folder(opened.tokenizer_path, opened.config) if opened.tokenizer_path else None
+        processor = Processor(load_tokenizer(opened.tokenizer_path), opened.config) if opened.tokenizer_path else None
         self.config = opened.config
         self.checker = Checker(opened.config, opened.parts, processor, limits)
         self.limits = self.checker.limits

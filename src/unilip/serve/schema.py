@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from unilip.config import SamplingConfig
-from unilip.preprocess import MAX_PROMPT_CHARACTERS
+from unilip.method.config import SamplingConfig
+from unilip.method.text import MAX_PROMPT_CHARACTERS
 from unilip.serve.jobs import MAX_SEED
 
 MAX_COUNT = 10

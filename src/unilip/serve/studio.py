@@ -31,9 +31,9 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unilip import __version__
-from unilip.config import SOLVERS
 from unilip.errors import UniLIPError
-from unilip.preprocess import FITS
+from unilip.method.config import SOLVERS
+from unilip.pictures import FITS
 from unilip.serve.engine import Engine
 from unilip.serve.guard import LOCAL_HOSTS, MAX_TEXT, Guard, Rules, replay
 from unilip.serve.problems import Trouble

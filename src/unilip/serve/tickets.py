@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from unilip.errors import UniLIPError
+from unilip.method.text import Prompt
 from unilip.serve.jobs import Cancelled, Event, Job, Result
 
 logger = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ class Unit:
     seed: int
     squares: tuple[Image.Image, ...] = ()
     source_size: tuple[int, int] = (0, 0)
-    text: str = ""
+    text: str | Prompt = ""
     output: Any = None
 
     @property

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from unilip.config import DECODER_PIXELS, TOKEN_PIXELS, UniLIPConfig
 from unilip.data.errors import DataError
 from unilip.data.seeding import generator, stable_hash
 from unilip.errors import ConfigError, UniLIPError
-from unilip.preprocess import TURN_END, Message, Processor, Tokens
+from unilip.method.config import DECODER_PIXELS, TOKEN_PIXELS, UniLIPConfig
+from unilip.method.text import Message, Processor, Tokens
 from unilip.recipes.record import Flow, Recipe, Understand
 from unilip.train.processes import own_batches
 
@@ -90,8 +90,8 @@ def conversation(processor: Processor, rows: Sequence[tuple[int, Turns]]) -> tup
         labels: list[int] = []
         for i, (question, answer) in enumerate(turns):
             asked = processor.chat_text([Message("user", question, (1,) * (pictures if i == 0 else 0))])
-            for text, learned in ((asked, False), (f"{answer}{TURN_END}", True), ("\n", False)):
-                piece = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text, learned in ((asked, False), ((answer, processor.end_id), True), ("\n", False)):
+                piece = processor.ids(text)
                 ids += piece
                 labels += piece if learned else [NOT_LEARNED] * len(piece)
         ids_rows.append(ids)
@@ -224,7 +224,7 @@ class Batches(Dataset[dict[str, Any]]):
     def contrast(self, captions: Sequence[str]) -> dict[str, Any]:
         """Captions for a text tower, right-padded, and which of them say the same (B,B)."""
         return {
-            "captions": self.processor.tokenize([c + TURN_END for c in captions], padding_side="right"),
+            "captions": self.processor.tokenize([(c, self.processor.end_id) for c in captions], padding_side="right"),
             "same": torch.tensor([[float(a == b) for b in captions] for a in captions]),
         }
 
@@ -251,7 +251,7 @@ class Batches(Dataset[dict[str, Any]]):
 
     def _words(self, text: str) -> list[int]:
         """The different tokens of a text, in order of their ids."""
-        return sorted(set(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        return sorted(set(self.processor.ids(text)))
 
 
 class EmojiBatches(Batches):

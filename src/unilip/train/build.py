@@ -20,13 +20,15 @@ from unilip.checkpoints.hub import resolve
 from unilip.checkpoints.infer import expected_shapes
 from unilip.checkpoints.read import open_checkpoint
 from unilip.checkpoints.tables import check_shapes
-from unilip.config import UniLIPConfig, preset
-from unilip.connector import copy_from_llm
+from unilip.checkpoints.tokenizer import load_tokenizer
 from unilip.errors import ConfigError
 from unilip.files import replacing
-from unilip.mllm import MLLM
+from unilip.method.config import UniLIPConfig, preset
+from unilip.method.connector import copy_from_llm
+from unilip.method.mllm import MLLM
+from unilip.method.qwen2 import Layers
+from unilip.method.text import Processor
 from unilip.model import PARTS, UniLIP
-from unilip.preprocess import Processor
 from unilip.recipes.catalog import all_recipes
 from unilip.recipes.record import Optim, Recipe
 from unilip.train import processes
@@ -191,7 +193,7 @@ def world_processor(world: str, config: UniLIPConfig, folder: Path) -> Processor
     if not folder.exists():
         with replacing(folder) as temporary:
             train_tokenizer(World.preset(world), config.text.vocab_size, temporary)
-    return Processor.from_folder(folder, config)
+    return Processor(load_tokenizer(folder), config)
 
 
 def trained_parameters(recipe: Recipe, model: UniLIP) -> Trained:
@@ -252,28 +254,25 @@ def keep_products(_: Any, operation: Any, *arguments: Any, **named: Any) -> Chec
 
 
 def enable_checkpointing(model: UniLIP, selective: bool = False) -> None:
-    """Recompute activations in the backward pass instead of keeping them; the library's layers do so in train mode.
+    """Recompute activations in the backward pass instead of keeping them, layer by layer.
 
-    Train mode changes nothing else: no part has dropout or batch statistics. With SELECTIVE, results of matrix products
-    and convolutions are kept; then norms and feed-forwards of a frozen language model are recomputed as well (its
-    attention writes into a cache, which must happen once).
+    With SELECTIVE, results of matrix products and convolutions are kept; then the layers of a frozen language model are
+    recomputed as well, of which else only what the queries need is there.
     """
     how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # no layer draws random numbers
     if selective:
         how["context_fn"] = partial(create_selective_checkpoint_contexts, keep_products)
-    for name in {"connector", "dit", "pixel_decoder"} & set(model.parts):
-        getattr(model, name).checkpointing = how
-    if selective and "mllm" in model.parts and not _trains(model.mllm.language_model):
-        for layer in model.mllm.language_model.model.layers:
-            for module in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
-                module.forward = partial(checkpoint, module.forward, **how)
-    library: list[Any] = [model.encoder.vision_tower] if "encoder" in model.parts else []
-    if "mllm" in model.parts and _trains(model.mllm.language_model):
-        library += [model.mllm.language_model]  # a frozen one keeps the activations of the queries alone
-    for module in library:  # transformers renamed it during version 5
-        enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
-        enable(how)
-    model.train()
+
+    def around(layer: nn.Module, *inputs: Any) -> torch.Tensor:
+        result: torch.Tensor = checkpoint(layer, *inputs, **how) if torch.is_grad_enabled() else layer(*inputs)
+        return result
+
+    for name in model.parts:
+        if name == "mllm" and not selective and not _trains(model.mllm.language_model):
+            continue
+        for module in model.get_submodule(name).modules():
+            if isinstance(module, Layers):
+                module.around = around
 
 
 def _trains(module: nn.Module) -> bool:
@@ -281,21 +280,10 @@ def _trains(module: nn.Module) -> bool:
 
 
 def compile_layers(model: UniLIP) -> None:
-    """Compile each layer's forward pass by itself, once for all layers of a kind.
-
-    Names of weights stay as they are, and what is hooked to a layer (shards that are gathered, recomputation) stays
-    outside. Of the language model, norms and feed-forward: its attention writes into a cache under the layer's number,
-    for which each layer would be compiled anew.
-    """
-    layers: list[nn.Module] = []
-    if "encoder" in model.parts:
-        layers += model.encoder.vision_tower.encoder.layer
-    if "mllm" in model.parts:
-        for layer in model.mllm.language_model.model.layers:
-            layers += [layer.input_layernorm, layer.post_attention_layernorm, layer.mlp]
-    if "connector" in model.parts:
-        layers += model.connector.layers
-    if "dit" in model.parts:
-        layers += model.dit.transformer.transformer_blocks
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward)
+    """Compile each layer by itself, once for all layers of a kind; names of weights stay as they are."""
+    for name in ("encoder", "mllm", "connector", "dit"):
+        if name in model.parts:
+            for module in model.get_submodule(name).modules():
+                if isinstance(module, Layers):
+                    for layer in module:
+                        layer.compile()

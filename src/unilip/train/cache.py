@@ -34,7 +34,7 @@ from unilip.errors import ConfigError
 from unilip.files import write_bytes, write_json
 from unilip.machine import start_ray
 from unilip.model import UniLIP
-from unilip.preprocess import normalise
+from unilip.pictures import normalise
 from unilip.recipes.record import Flow, Recipe, Reconstruct, Understand, leaves
 from unilip.train.objectives import FlowObjective, Objective, ReconstructObjective, UnderstandObjective, to_unit
 

@@ -14,14 +14,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from unilip.config import UniLIPConfig
 from unilip.data.errors import DataError
 from unilip.data.order import Mixture, Order
 from unilip.data.records import Record, Source, Unreadable, clean_text, read_turns, square
 from unilip.data.seeding import stable_hash
 from unilip.data.sources import Weighted, open_source, parse_mixture
 from unilip.errors import ConfigError
-from unilip.preprocess import Fit, Processor
+from unilip.method.config import UniLIPConfig
+from unilip.method.text import Processor
+from unilip.pictures import Fit
 from unilip.recipes.record import Flow, Recipe, Understand
 from unilip.train.batches import Batches, Reading, Turns, conversation, stack
 
@@ -217,7 +218,7 @@ class FileBatches(Batches):
     def _check_tokens(self, text: str, taken: int, what: str) -> None:
         """Leave out what is longer than the model reads; a text never has more tokens than bytes."""
         if taken + len(text.encode()) > self.longest:
-            count = taken + len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+            count = taken + len(self.processor.ids(text))
             if count > self.longest:
                 raise Unreadable(f"{what} over {self.longest} tokens", f"it has {count}", left_out=True)
 

@@ -27,11 +27,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-from unilip.config import UniLIPConfig
 from unilip.errors import ConfigError, UniLIPError
 from unilip.machine import choose_device
+from unilip.method.config import UniLIPConfig
 from unilip.model import UniLIP
-from unilip.preprocess import normalise, to_images
+from unilip.pictures import normalise, to_images
 from unilip.recipes.record import Optim, Recipe, changed_settings, plain
 from unilip.train import processes
 from unilip.train.adapters import save_adapter

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unilip.encoder import Encoder
 from unilip.errors import ConfigError
-from unilip.preprocess import normalise
+from unilip.method.encoder import Encoder
+from unilip.pictures import normalise
 
 LECAM_DECAY = 0.999  # of the running mean scores
 
@@ -45,7 +45,7 @@ class TeacherPerceptual(nn.Module):
         tower = self.teacher[0].vision_tower
         hidden = tower.embeddings(normalise(pixels))
         found = []
-        for layer in tower.encoder.layer:
+        for layer in tower.encoder["layer"]:
             hidden = layer(hidden)
             found.append(F.normalize(hidden[:, 1:].float(), dim=-1))
         return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unilip.checkpoints.hub import resolve
-from unilip.config import DECODER_PIXELS, TOKEN_PIXELS
-from unilip.dit import PreparedCondition
-from unilip.encoder import Encoder
 from unilip.errors import CheckpointError, ConfigError
-from unilip.flow import denoise, draw_noise, flow_loss, interpolate, logit_normal, make_scheduler, train_levels
+from unilip.fast.mllm import read_in_two_passes
+from unilip.method.config import DECODER_PIXELS, TOKEN_PIXELS
+from unilip.method.encoder import Encoder
+from unilip.method.flow import draw_noise, flow_loss, interpolate, logit_normal, make_schedule, sample, train_levels
+from unilip.method.text import Tokens
 from unilip.model import UniLIP
-from unilip.preprocess import Tokens, normalise
+from unilip.pictures import normalise
 from unilip.recipes.record import Flow, Recipe, Reconstruct, Understand
 from unilip.train.losses import (
     PatchDiscriminator,
@@ -252,18 +254,6 @@ class FlowObjective(Objective):
     def __init__(self, recipe: Recipe, model: UniLIP, settings: Flow, sources: Mapping[str, str]) -> None:
         super().__init__(recipe, model)
         self.settings = settings
-        if settings.place and model.config.condition == "queries":
-            raise ConfigError("objective.place needs image tokens in the condition; config condition=queries has none.")
-        if settings.place:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(recipe.seed)
-                places = nn.Linear(model.config.dit.caption_channels, model.config.grid**2)
-                carry = nn.Linear(model.config.dit.cross_head_dim, model.config.dit.latent_channels)
-            self.heads = nn.ModuleDict({"place": places, "carry": carry})
-            self.looks: dict[int, Tensor] = {}  # what every second cross attention asks for, by block
-            for i, block in enumerate(model.dit.transformer.transformer_blocks):
-                if i % 2:
-                    block.attn2.to_q.register_forward_hook(lambda _, __, query, i=i: self.looks.update({i: query}))
         self.target_encoder: Encoder | None = None  # of another tokenizer; None: the model's own
         if settings.target == "separate":
             if "autoencoder" not in sources:
@@ -297,17 +287,12 @@ class FlowObjective(Objective):
             return features
         return self.model.encoder(normalise(to_unit(batch["sources"]))) if "sources" in batch else None
 
-    @torch.no_grad()
-    def source_latents(self, batch: Batch, features: Tensor) -> Tensor:
-        """Return the latents (B,Z,h,w) of the pictures to be edited, in the space that the DiT learns."""
-        own = self.settings.target == "unilip"
-        return self.model.to_latent(features) if own else self.clean_latents(batch["sources"])
-
     def conditions(self, batch: Batch, features: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the condition (B,T+Q,C) of a batch whose sources have these features (B,N,D), and its mask (B,T+Q)."""
         if "conditions" in batch:
             return batch["conditions"].to(self.model.dtype), batch["condition_mask"]
-        return self.model.conditions(batch["prompts"], features)
+        read = partial(read_in_two_passes, self.model.mllm)
+        return self.model.condition(batch["prompts"], features, read)
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """Mean squared velocity error, K noises for each condition."""
@@ -315,52 +300,14 @@ class FlowObjective(Objective):
         clean = batch["latents"].float() if "latents" in batch else self.clean_latents(batch["targets"])  # B Z h w
         features = None if "conditions" in batch else self.source_features(batch)
         condition, mask = self.conditions(batch, features)
-        prepared = model.dit.prepare(condition, mask)
         generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
         noise = draw_noise(len(clean), (k, *clean.shape[1:]), generators).flatten(0, 1).to(clean)  # BK Z h w
         timesteps, sigmas = train_levels(torch.cat([logit_normal(k, g) for g in generators]))
         clean = clean.repeat_interleave(k, 0)  # BK Z h w
         noisy = interpolate(clean, noise, sigmas.to(clean))
-        velocity = model.dit(noisy, timesteps.to(clean.device).long(), prepared)
+        velocity = model.dit(noisy, timesteps.to(clean.device), condition, mask)
         loss = flow_loss(velocity, clean, noise)
-        edits = "sources" in batch or "edits" in batch
-        terms = {"flow_edit" if edits else "flow": loss}
-        if self.settings.place and edits and features is not None:  # ready conditions have learned what they will
-            slots = batch["prompts"].image_slots
-            terms["place"] = self.place_loss(condition, slots)
-            terms["look"] = self.look_loss(prepared, slots)
-            terms["carry"] = self.carry_loss(prepared, slots, self.source_latents(batch, features))
-            loss = loss + self.settings.place * (terms["place"] + terms["look"] + terms["carry"])
-        return loss, terms
-
-    def place_loss(self, condition: Tensor, slots: Tensor) -> Tensor:
-        """Cross entropy of the place of each image token (slots (B,T)) told from the condition (B,T+Q,C) there."""
-        places = (slots.cumsum(-1) - 1)[slots] % self.model.config.grid**2
-        return F.cross_entropy(self.heads["place"](condition[:, : slots.shape[1]][slots]).float(), places)
-
-    def look_loss(self, prepared: PreparedCondition, slots: Tensor) -> Tensor:
-        """Cross entropy of the image token at which the first head of the chosen cross attentions looks."""
-        places = self.model.config.grid**2
-        own = torch.stack([row.nonzero()[:places, 0] for row in slots])  # B n, where each place's token is
-        total = torch.zeros((), device=slots.device)
-        for i, query in self.looks.items():
-            key = prepared.keys_values[i][0]
-            b, heads, _, d = key.shape
-            first = query.view(b, -1, heads, d)[:, :, 0]  # B Kn d
-            scores = (first @ key[:, 0].transpose(1, 2) / d**0.5).float()  # B Kn L
-            scores = scores.masked_fill(~prepared.mask[:, 0], torch.finfo(scores.dtype).min)
-            wanted = own.repeat(1, first.shape[1] // places)  # B Kn
-            total = total + F.cross_entropy(scores.flatten(0, 1), wanted.flatten())
-        return total / len(self.looks)
-
-    def carry_loss(self, prepared: PreparedCondition, slots: Tensor, latents: Tensor) -> Tensor:
-        """Squared error of the source's latents (B,Z,h,w) told from the values of those heads at its image tokens."""
-        wanted = latents.float().flatten(2).transpose(1, 2).flatten(0, 1)  # Bn Z
-        total = torch.zeros((), device=slots.device)
-        for i in self.looks:
-            value = prepared.keys_values[i][1][:, 0, : slots.shape[1]][slots]  # Bn d
-            total = total + F.mse_loss(self.heads["carry"](value).float(), wanted)
-        return total / len(self.looks)
+        return loss, {"flow_edit" if "sources" in batch or "edits" in batch else "flow": loss}
 
     @torch.no_grad()
     def samples(self, batch: Batch) -> dict[str, Tensor]:
@@ -371,12 +318,12 @@ class FlowObjective(Objective):
         config, prompts = model.config, batch["prompts"]
         few: Batch = {name: value[:SHOWN] for name, value in batch.items() if isinstance(value, Tensor)}
         few["prompts"] = Tokens(prompts.input_ids[:SHOWN], prompts.attention_mask[:SHOWN], prompts.image_slots[:SHOWN])
-        prepared = model.dit.prepare(*self.conditions(few, None if "conditions" in few else self.source_features(few)))
+        condition = self.conditions(few, None if "conditions" in few else self.source_features(few))
         shape = (config.dit.latent_channels, config.grid, config.grid)
-        noise = draw_noise(len(few["prompts"].input_ids), shape, torch.Generator().manual_seed(0))
-        latents = denoise(
-            lambda x, t: model.dit(x, t, prepared), noise.to(model.device),
-            make_scheduler("dpm++", config.sampling.flow_shift), 20, 1.0,
+        noise = draw_noise(len(few["prompts"].input_ids), shape, torch.Generator().manual_seed(0)).to(model.device)
+        latents = sample(
+            lambda x, t: model.dit(x, t.to(x.device).expand(len(x)), *condition).float(), noise,
+            make_schedule("dpm++", config.sampling.flow_shift, 20),
         )  # fmt: skip
         drawn = self.pixels(latents)
         above = [to_unit(few[name]) for name in ("sources", "targets") if name in few]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from unilip.method.qwen2 import Layers
 from unilip.model import UniLIP
 from unilip.recipes.record import Flow, Recipe, Reconstruct
 from unilip.train import processes
@@ -86,16 +87,11 @@ def shard(whole: Whole, recipe: Recipe) -> nn.Module:
 
 def units(model: UniLIP) -> Iterator[list[nn.Module]]:
     """Yield what is gathered together: the layers that are called one after the other."""
-    if "encoder" in model.parts:
-        yield from ([layer] for layer in model.encoder.vision_tower.encoder.layer)
-    if "mllm" in model.parts:
-        yield from ([layer] for layer in model.mllm.language_model.model.layers)
-    if "connector" in model.parts:
-        yield from ([layer] for layer in model.connector.layers)
-    if "dit" in model.parts:
-        for block in model.dit.transformer.transformer_blocks:
-            yield [block.attn2.to_k, block.attn2.to_v]  # called outside of their block, see `DiT.prepare`
-            yield [block]
+    for name in ("encoder", "mllm", "connector", "dit"):
+        if name in model.parts:
+            for module in model.get_submodule(name).modules():
+                if isinstance(module, Layers):
+                    yield from ([layer] for layer in module)
     if "pixel_decoder" in model.parts:
         yield [model.pixel_decoder.decoder]
 

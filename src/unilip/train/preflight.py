@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from unilip.config import TOKEN_PIXELS, UniLIPConfig
 from unilip.errors import ConfigError
-from unilip.flow import train_levels
+from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
+from unilip.method.text import Tokens
 from unilip.model import PARTS, UniLIP
-from unilip.preprocess import Tokens
 from unilip.recipes.record import Flow, Recipe, Reconstruct
 from unilip.train.adapters import target_layers
 from unilip.train.build import enable_checkpointing, parse_init, recipe_config, trained_parameters
@@ -198,7 +197,6 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
     config = recipe_config(recipe)
     if recipe.data.image_size:
         config = config.replace(image_size=recipe.data.image_size)
-    train_levels(torch.tensor([0.5]))  # its table, made once, needs tensors with content
     wanted = {*needed_parts(recipe.objective), *(prefix.split(".")[0] for prefix, _ in recipe.trains)}
     for parts, _ in parse_init(recipe):
         wanted |= set(PARTS) if parts == ("all",) else set(parts)

@@ -1,0 +1,91 @@
+"""CPU offload: parts of a model are on the device only while they work.
+
+Their weights rest in main memory, or nowhere: with `load` they are read from the checkpoint each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Offload:
+    """Brings parts of a model to a device: from the first `using` that names one to the end of that block."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: Sequence[str],
+        device: torch.device,
+        load: Callable[[str], None] | None = None,
+    ) -> None:
+        self.device = device
+        self.present: set[str] = set()
+        self._model = [model]  # in a list: a module that knew its owner would be a part of itself
+        self._load = load
+        self._home: dict[str, list[tuple[nn.Module, str, Tensor]]] = {}
+        if load is None:
+            self._home = {part: list(own_tensors(model.get_submodule(part))) for part in parts}
+
+    @contextlib.contextmanager
+    def using(self, *parts: str) -> Iterator[None]:
+        """Have parts on the device within the block."""
+        fresh = [part for part in parts if part not in self.present]
+        try:
+            for part in fresh:
+                self.present.add(part)
+                self._bring(part)
+            yield
+        finally:
+            for part in fresh:
+                self._drop(part)
+                self.present.discard(part)
+
+    def _bring(self, part: str) -> None:
+        if self._load is not None:
+            self._load(part)
+            return
+        moved: dict[int, Tensor] = {}  # tied weights stay tied
+        for module, name, tensor in self._home[part]:
+            if id(tensor) not in moved:
+                there = tensor.detach().to(self.device, non_blocking=True)
+                is_weight = isinstance(tensor, nn.Parameter)
+                moved[id(tensor)] = nn.Parameter(there, tensor.requires_grad) if is_weight else there
+            place(module, name, moved[id(tensor)])
+
+    def _drop(self, part: str) -> None:
+        if self._load is None:
+            for module, name, tensor in self._home[part]:
+                place(module, name, tensor)  # nothing is copied back: the weights have not changed
+            return
+        empty(self._model[0].get_submodule(part))
+
+
+def own_tensors(root: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Give every parameter and buffer under a module with the module that holds it and its name there."""
+    for module in root.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield module, name, tensor
+
+
+def place(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a parameter or buffer in place of the one of that name."""
+    if name in module._parameters:
+        assert isinstance(tensor, nn.Parameter)
+        module._parameters[name] = tensor
+    else:
+        module._buffers[name] = tensor
+
+
+def empty(root: nn.Module) -> None:
+    """Take the data of every parameter and buffer under a module away; shapes and types stay."""
+    gone: dict[int, Tensor] = {}  # tied weights stay tied
+    for module, name, tensor in own_tensors(root):
+        if id(tensor) not in gone:
+            shape = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            gone[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
+        place(module, name, gone[id(tensor)])

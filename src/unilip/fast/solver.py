@@ -1,0 +1,90 @@
+"""A solver on a schedule as the matrix that it is: its states are sums of noise and velocities.
+
+In:  the name of a solver, a shift, a number of steps S.
+Out: a `Plan`, read off `method.flow.sample` by running it on unit vectors; `integrate` follows it with no tiny kernels
+     and no waiting for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from unilip.method.flow import OnStep, guide, make_schedule, sample
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule and its coefficients.
+
+    Attributes:
+        timesteps: integers (S,).
+        weights: (S,S+1), of the noise and of each velocity in the state after each step.
+        carried: (S,S), of what was added from outside after step j, in the state after step i.
+    """
+
+    timesteps: Tensor
+    weights: Tensor
+    carried: Tensor
+
+    def to(self, device: torch.device | str) -> Plan:
+        """Move all three tensors."""
+        return Plan(self.timesteps.to(device), self.weights.to(device), self.carried.to(device))
+
+
+@lru_cache(maxsize=32)
+def plan(solver: str, shift: float, steps: int) -> Plan:
+    """Return the plan of a solver by name, on the CPU; the same object each time."""
+    schedule = make_schedule(solver, shift, steps)
+    units = torch.eye(2 * steps + 1, dtype=torch.float64).view(2 * steps + 1, 1, -1, 1, 1)
+    states: list[Tensor] = []
+
+    def velocity(x: Tensor, timestep: Tensor) -> Tensor:
+        return units[1 + len(states)]
+
+    def on_step(i: int, timestep: Tensor, state: Tensor) -> Tensor:
+        states.append(state.flatten())
+        return state + units[1 + steps + i]
+
+    sample(velocity, units[0], schedule, on_step)
+    table = torch.stack(states).float()
+    return Plan(schedule.timesteps, table[:, : steps + 1], table[:, steps + 1 :])
+
+
+def integrate(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    planned: Plan,
+    guidance_scale: float,
+    on_step: OnStep | None = None,
+    guided: Sequence[bool] | None = None,
+) -> Tensor:
+    """Go from noise (B,Z,h,w) to clean latents, in float32.
+
+    With `guidance_scale` > 1, `velocity` receives the batch twice (unconditional rows first); otherwise, and in the
+    steps that `guided` marks False, once. `on_step` may return replaced latents.
+    """
+    latents = noise.float()
+    history = latents.new_empty(len(planned.timesteps) + 1, *latents.shape)  # noise, then velocities
+    history[0] = latents
+    changes: list[tuple[int, Tensor]] = []
+    for i, timestep in enumerate(planned.timesteps):
+        both = guidance_scale > 1 and (guided is None or guided[i])
+        rows = torch.cat([latents, latents]) if both else latents
+        prediction = velocity(rows, timestep.expand(len(rows))).float()
+        history[i + 1] = guide(prediction, guidance_scale) if both else prediction
+        # a sum of products, not a matrix product, which may be done in fewer bits
+        latents = (planned.weights[i, : i + 2].view(-1, *[1] * latents.dim()) * history[: i + 2]).sum(0)
+        for j, change in changes:
+            latents = latents + planned.carried[i, j] * change
+        if on_step is not None:
+            replaced = on_step(i, timestep, latents)
+            if replaced is not None:
+                replaced = replaced.to(latents)
+                changes.append((i, replaced - latents))
+                latents = replaced
+    return latents

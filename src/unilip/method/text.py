@@ -1,0 +1,193 @@
+"""Words -> token ids: the prompts of the released models, the chat template, slots for pictures.
+
+In:  strings, conversations, the number of image tokens N of a picture.
+Out: `Tokens`: input_ids (B,T), attention_mask (B,T), image_slots (B,T), true where one of N features of a picture goes.
+A prompt is a tuple of plain texts and of ids of special tokens. What a person writes is always plain text; special
+tokens are asked of the tokenizer by name, and no id is written anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from unilip.errors import CheckpointError, PromptError
+from unilip.method.config import UniLIPConfig
+
+IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+TURN_START, TURN_END, TEXT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+NEEDED_TOKENS = (IMG_START, IMG_END, IMG_CONTEXT, TURN_START, TURN_END)
+FORBIDDEN = (TURN_START, TURN_END, TEXT_END, IMG_CONTEXT)  # nobody means these as words
+MAX_PROMPT_CHARACTERS = 8_000
+
+Prompt = tuple[str | int, ...]
+
+
+class TextTokenizer(Protocol):
+    """What is asked of a tokenizer; `special` says whether names of special tokens in a text mean the tokens."""
+
+    pad_id: int | None
+
+    def __len__(self) -> int: ...
+    def encode(self, text: str, special: bool) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def token_id(self, name: str) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch of prompts; `image_slots` marks the positions that take image features, in order."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    image_slots: Tensor
+
+    def to(self, device: torch.device | str) -> Tokens:
+        """Move all three tensors."""
+        return Tokens(self.input_ids.to(device), self.attention_mask.to(device), self.image_slots.to(device))
+
+
+@dataclass(frozen=True)
+class Message:
+    """A turn of a conversation: `role` "user" or "assistant"; pictures come before the text, `squares` for each."""
+
+    role: str
+    text: str
+    squares: tuple[int, ...] = ()
+
+
+def check_prompt(prompt: object, what: str = "prompt") -> str:
+    """Return a prompt stripped of surrounding space, or say what is wrong with it.
+
+    Raises:
+        PromptError: no string, empty, over 8000 characters, with control tokens of the chat template, or no Unicode.
+    """
+    if not isinstance(prompt, str):
+        raise PromptError(f"The {what} must be a string, not {type(prompt).__name__}.")
+    text = prompt.strip()
+    if not text:
+        raise PromptError(f"The {what} is empty; say in words what you want.")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise PromptError(
+            f"The {what} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are read. Shorten it."
+        )
+    reserved = ", ".join(token for token in FORBIDDEN if token in text)
+    if reserved:
+        raise PromptError(f"The {what} contains {reserved}, which the model reserves for itself; leave it out.")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise PromptError(f"The {what} contains half of a surrogate pair, which is no character; send valid Unicode.")
+    return text
+
+
+class Processor:
+    """Builds every batch of text that a model reads.
+
+    Raises:
+        CheckpointError: the tokenizer lacks a special token, or has more tokens than the model.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, config: UniLIPConfig) -> None:
+        missing = [name for name in NEEDED_TOKENS if tokenizer.token_id(name) is None]
+        if missing:
+            raise CheckpointError(
+                f"The tokenizer lacks {', '.join(missing)}; use the tokenizer files of the checkpoint itself."
+            )
+        if len(tokenizer) > config.text.vocab_size:
+            raise CheckpointError(
+                f"The tokenizer has {len(tokenizer)} tokens, the model {config.text.vocab_size}; they do not belong "
+                "together."
+            )
+        self.tokenizer, self.config = tokenizer, config
+        self.image_size, self.num_image_tokens = config.image_size, config.num_image_tokens
+        self.max_tokens = config.text.max_positions - config.num_queries
+        self.image_id, self.end_id = self._special(IMG_CONTEXT), self._special(TURN_END)
+        self.pad_id = self.end_id if tokenizer.pad_id is None else tokenizer.pad_id
+
+    def _special(self, name: str) -> int:
+        token = self.tokenizer.token_id(name)
+        assert token is not None
+        return token
+
+    def resized(self, image_size: int | None) -> Processor:
+        """Return a processor for another square size in pixels (a multiple of 28), or itself for None."""
+        if image_size is None or image_size == self.image_size:
+            return self
+        return Processor(self.tokenizer, self.config.replace(image_size=image_size))
+
+    # --- prompts (no system turn) ---
+
+    def image(self, squares: int = 1) -> Prompt:
+        """Return what stands for one picture: start, N context slots for each of its squares, end."""
+        slots = (self.image_id,) * (self.num_image_tokens * squares)
+        return (self._special(IMG_START), *slots, self._special(IMG_END))
+
+    def _turn(self, role: str, *content: str | int) -> Prompt:
+        return (self._special(TURN_START), f"{role}\n", *content, self.end_id, "\n")
+
+    def _request(self, *content: str | int) -> Prompt:
+        """A user's turn, then the assistant's, which begins with a picture: the queries come next."""
+        return (*self._turn("user", *content), self._special(TURN_START), "assistant\n", self._special(IMG_START))
+
+    def generate_text(self, prompt: str | None) -> Prompt:
+        """Return the generation prompt; None gives the unconditional one."""
+        return self._request("Generate an image." if prompt is None else f"Generate an image: {prompt}")
+
+    def edit_text(self, instruction: str | None) -> Prompt:
+        """Return the editing prompt with slots for the source picture; None gives the unconditional one."""
+        head = "Edit the image." if instruction is None else f"Edit the image: {instruction}"
+        return self._request(f"{head}\n", *self.image())
+
+    def chat_text(self, messages: Sequence[Message], *, open_turn: bool = True) -> Prompt:
+        """Return a conversation in the chat template, ending with an open assistant turn unless told otherwise."""
+        parts: list[str | int] = []
+        for message in messages:
+            if message.role not in ("user", "assistant"):
+                raise PromptError(f"A message has the role {message.role!r}; allowed: user, assistant.")
+            images = [part for squares in message.squares for part in (*self.image(squares), "\n")]
+            parts += self._turn(message.role, *images, message.text)
+        return (*parts, *((self._special(TURN_START), "assistant\n") if open_turn else ()))
+
+    # --- ids ---
+
+    def ids(self, prompt: str | Prompt) -> list[int]:
+        """Return the token ids of a prompt. Texts that touch are read as one."""
+        parts: list[str | int] = []
+        for part in (prompt,) if isinstance(prompt, str) else prompt:
+            if isinstance(part, str) and parts and isinstance(parts[-1], str):
+                parts[-1] += part
+            else:
+                parts.append(part)
+        return [
+            token
+            for part in parts
+            for token in ([part] if isinstance(part, int) else self.tokenizer.encode(part, special=False))
+        ]
+
+    def tokenize(self, texts: Sequence[str | Prompt], padding_side: Literal["left", "right"] = "left") -> Tokens:
+        """Tokenize prompts and pad them to the longest: -> `Tokens` of (B,T).
+
+        Raises:
+            PromptError: a prompt is longer than the model's positions allow.
+        """
+        rows = [self.ids(text) for text in texts]
+        length = max((len(row) for row in rows), default=0)
+        if length > self.max_tokens:
+            raise PromptError(
+                f"The prompt has {length} tokens; this model reads at most {self.max_tokens}. Shorten it."
+            )
+        ids = torch.full((len(rows), length), self.pad_id, dtype=torch.long)
+        mask = torch.zeros(len(rows), length, dtype=torch.long)
+        for i, row in enumerate(rows):
+            place = slice(length - len(row), length) if padding_side == "left" else slice(0, len(row))
+            ids[i, place] = torch.tensor(row, dtype=torch.long)
+            mask[i, place] = 1
+        return Tokens(ids, mask, (ids == self.image_id) & mask.bool())
+
+    def decode(self, ids: Tensor | Sequence[Sequence[int]]) -> list[str]:
+        """Turn generated ids (B,T) into stripped text."""
+        rows = ids.tolist() if isinstance(ids, Tensor) else ids
+        return [self.tokenizer.decode(row).strip() for row in rows]

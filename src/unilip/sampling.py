@@ -1,0 +1,234 @@
+"""A request becomes a batch, and a batch a result: the one place for the model, the server, commands and evaluation.
+
+In:  a network and its `Runtime`, checked prompts, features of pictures, settings.
+Out: features, latents, pixels in [0,1], answers token by token.
+Parts bring themselves to the device, so a model whose parts come and go does everything that any other does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.std import tqdm
+
+from unilip.errors import UniLIPError
+from unilip.fast import decoder, loop
+from unilip.fast.dit import prepare
+from unilip.fast.loop import Compiled, Settings
+from unilip.fast.offload import Offload
+from unilip.method.config import TOKEN_PIXELS
+from unilip.method.dit import DiT
+from unilip.method.flow import draw_noise
+from unilip.method.model import Network
+from unilip.method.text import Processor, Prompt
+
+Generators = torch.Generator | int | Sequence[torch.Generator | int] | None
+OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
+
+
+@dataclass
+class Runtime:
+    """How a network is run: what comes and goes, what is compiled, the copy on a second device, strips of decoding."""
+
+    offload: Offload | None = None
+    compiled: Compiled | None = None
+    twin: DiT | None = None
+    strips: int = 1
+
+    def using(self, *parts: str) -> contextlib.AbstractContextManager[None]:
+        """Have these parts on the device for a while, and gone afterwards, if parts come and go at all."""
+        return contextlib.nullcontext() if self.offload is None else self.offload.using(*parts)
+
+    def forget(self) -> None:
+        """Drop what was recorded of the network's computation; for whoever changes it."""
+        if self.compiled is not None:
+            self.compiled.forget()
+
+
+def check_number(name: str, value: Any, least: float, most: float = math.inf, *, whole: bool = False) -> Any:
+    """Return a number in range, or say what was given and what is allowed.
+
+    Raises:
+        UniLIPError: no number, no whole one where that is asked for, or out of range.
+    """
+    kind = "whole number" if whole else "number"
+    number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    if isinstance(number, bool) or not isinstance(number, int if whole else (int, float)):
+        raise UniLIPError(f"{name} is {value!r}; it must be a {kind}.")
+    if not least <= number <= most or math.isinf(number):
+        allowed = f"at least {least:g}" if math.isinf(most) else f"between {least:g} and {most:g}"
+        raise UniLIPError(f"{name} is {value!r}; it must be a {kind} {allowed}.")
+    return number
+
+
+def check_generator(generator: Any) -> torch.Generator | list[torch.Generator] | None:
+    """Take generators, or whole numbers as seeds of them; one, or a list with one for each picture."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    if isinstance(generator, (list, tuple)):
+        if any(one is None or isinstance(one, (list, tuple)) for one in generator):
+            raise UniLIPError("generator holds something else than a torch.Generator or a seed for each picture.")
+        return [check_generator(one) for one in generator]  # type: ignore[misc]
+    return torch.Generator().manual_seed(check_number("generator", generator, -(2**63), 2**64 - 1, whole=True))
+
+
+def check_finite(values: Tensor, part: str) -> Tensor:
+    """Return values that are numbers, or say which part made others.
+
+    Raises:
+        UniLIPError: NaN or infinity, which would become a black picture.
+    """
+    if not bool(torch.isfinite(values).all()):
+        raise UniLIPError(
+            f"The {part} computed NaN or infinite values in {str(values.dtype).removeprefix('torch.')}: its weights "
+            "are damaged, or overflow in this precision; load with dtype bfloat16 or float32."
+        )
+    return values
+
+
+def encode(network: Network, runtime: Runtime, pixels: Tensor) -> Tensor:
+    """Features (M,N,D) of normalised pixels (M,3,H,W)."""
+    with runtime.using("encoder"):
+        return check_finite(network.encoder(pixels), "encoder")
+
+
+def decode(network: Network, runtime: Runtime, latent: Tensor) -> Tensor:
+    """Pixels (M,3,H,W) in [0,1] of latents (M,Z,h,w) in the DiT's scale."""
+
+    def run(z: Tensor) -> Tensor:
+        z = z.to(network.pixel_decoder.decoder.conv_in.weight.dtype)
+        if runtime.compiled is not None and runtime.strips == 1:
+            return check_finite(runtime.compiled.decode(z), "pixel_decoder")
+        return check_finite(decoder.decode(network.pixel_decoder.decoder, z, runtime.strips), "pixel_decoder")
+
+    with runtime.using("pixel_decoder"):
+        return network.from_latent(latent, run)
+
+
+def draw(
+    network: Network,
+    runtime: Runtime,
+    processor: Processor,
+    prompts: Sequence[str],
+    settings: Settings,
+    *,
+    features: Tensor | None = None,
+    source_of: Sequence[int] = (),
+    negative: str | None = None,
+    copies: int = 1,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    on_step: OnStep | None = None,
+    progress: bool = True,
+) -> Tensor:
+    """Draw latents (R,Z,h,w), R = prompts x copies in this order; edits where features (S,N,D) of sources are given.
+
+    Args:
+        source_of: which source each prompt edits.
+        negative: what guidance moves away from; None for the unconditional prompt.
+        on_step: called as f(step, timestep, latents) after each step; may return latents in their place.
+    """
+    device = next(network.parameters()).device if runtime.offload is None else runtime.offload.device
+    index = torch.arange(len(prompts)).repeat_interleave(copies)
+    write = processor.generate_text if features is None else processor.edit_text
+    texts = [write(prompt) for prompt in prompts]
+    rows = index
+    if features is not None:
+        features = features.to(device)
+        own = features[torch.tensor(source_of, device=device)]
+    if settings.guidance_scale > 1:  # the unconditional rows, one for each source, are read together with the prompts
+        blanks = 1 if features is None else len(features)
+        texts = [write(negative)] * blanks + texts
+        blank = torch.zeros_like(index) if features is None else torch.tensor(source_of)[index]
+        rows = torch.cat([blank, index + blanks])
+        features = None if features is None else torch.cat([features, own])
+    elif features is not None:
+        features = own
+    tokens = processor.tokenize(texts).to(device)
+    with runtime.using("mllm", "connector"):
+        condition, mask = network.condition(tokens, features)
+    grid = processor.image_size // TOKEN_PIXELS
+    noise = draw_noise(len(index), (network.config.dit.latent_channels, grid, grid), generator).to(device)
+    with runtime.using("dit"):
+        prepared = prepare(network.dit.transformer, condition, mask).select(rows.to(device))
+        # a bar alone does not keep the loop from being recorded as one graph
+        watched = on_step is not None or (progress and runtime.compiled is None)
+        steps, hidden = settings.num_inference_steps, None if watched and progress else True
+        with tqdm(total=steps, disable=hidden, leave=False, unit="step") as bar:
+
+            def after(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
+                bar.update()
+                return None if on_step is None else on_step(step, timestep, latents)
+
+            latents = loop.denoise(
+                network.dit, prepared, noise, settings, compiled=runtime.compiled, twin=runtime.twin,
+                packed=runtime.offload is None, on_step=after if watched else None,
+            )  # fmt: skip
+        return check_finite(latents, "dit")
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def answer(
+    network: Network,
+    runtime: Runtime,
+    processor: Processor,
+    prompts: Sequence[Prompt],
+    features: Tensor | None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Iterator[list[int]]:
+    """Continue conversations as text: yield the next id of each until all have ended."""
+    device = next(network.parameters()).device if runtime.offload is None else runtime.offload.device
+    tokens = processor.tokenize(prompts).to(device)
+    with torch.no_grad(), runtime.using("mllm"):
+        embeddings = network.mllm.embed(tokens.input_ids, tokens.image_slots, features)
+        columns = network.mllm.answer(
+            embeddings, tokens.attention_mask, end_id=processor.end_id, max_new_tokens=max_new_tokens,
+            temperature=temperature, top_p=top_p, generator=generator,
+        )  # fmt: skip
+        for column in columns:
+            yield column.tolist()
+
+
+class TextStream:
+    """The text of one answer as it grows; a piece is held back while it may still be half a character.
+
+    Attributes:
+        text: all of it, stripped; ids: its tokens; reason: "" while it grows, then "stop" or "length".
+    """
+
+    def __init__(self, processor: Processor, limit: int) -> None:
+        self.processor, self.limit = processor, limit
+        self.ids: list[int] = []
+        self.text = self.reason = self._shown = ""
+
+    def take(self, token: int) -> str:
+        """Add a token; return the text that became final by it."""
+        if self.reason:
+            return ""
+        if token == self.processor.end_id:
+            self.reason = "stop"
+            return self.rest()
+        self.ids.append(token)
+        self.text = self.processor.decode([self.ids])[0]
+        if len(self.ids) >= self.limit:
+            self.reason = "length"
+            return self.rest()
+        return "" if self.text.endswith("\ufffd") else self.rest()
+
+    def rest(self) -> str:
+        """Return the text that was held back so far."""
+        if not self.text.startswith(self._shown):
+            return ""
+        piece, self._shown = self.text[len(self._shown) :], self.text
+        return piece
