@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 from unilip.data.errors import DataError
 
@@ -32,7 +33,6 @@ class Concept:
     plural: str
     group: str
     codepoint: str = ""
-    keywords: tuple[str, ...] = ()
     toned: bool = False
 
     @property
@@ -57,13 +57,23 @@ def concepts() -> dict[str, Concept]:
             plural=r["plural"],
             group=r["group"],
             codepoint=r["codepoint"],
-            keywords=tuple(r["keywords"]),
-            toned=bool(r["skin_tones"]),
+            toned=r.get("toned", False),
         )
         for r in records
     }
     for shape in SHAPES:
         found[shape] = Concept(name=shape, phrase=f"a {shape}", plural=f"{shape}s", group="drawn shapes")
+    return found
+
+
+@cache
+def measured() -> dict[str, dict[str, dict[str, list[str]]]]:
+    """Return what was measured of the drawings: ["clashes" or "natural"][style][concept] -> names.
+
+    "clashes" are the plain backgrounds on which a drawing would hardly show, "natural" is the palette colour that it
+    already has.
+    """
+    found: dict[str, Any] = json.loads(files("unilip.emoji").joinpath("measured.json").read_text(encoding="utf-8"))
     return found
 
 

@@ -48,13 +48,6 @@ def object_mask(obj: Obj, atlas: Atlas, world: World) -> np.ndarray:
     return mask
 
 
-def object_masks(scene: Scene, atlas: Atlas, world: World) -> np.ndarray:
-    """Return the masks of all objects of SCENE: boolean (objects, S, S)."""
-    if not scene.objects:
-        return np.zeros((0, world.image_size, world.image_size), dtype=bool)
-    return np.stack([object_mask(obj, atlas, world) for obj in scene.objects])
-
-
 def change_mask(source: Scene, target: Scene, atlas: Atlas, world: World) -> np.ndarray:
     """Return where an edit from SOURCE to TARGET may change pixels: boolean (S, S).
 

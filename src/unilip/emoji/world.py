@@ -18,8 +18,7 @@ from typing import Any
 from unilip.data.errors import DataError
 from unilip.data.seeding import stable_fraction, stable_hash
 from unilip.emoji.art import BACKGROUNDS, HORIZON, HUES, PAINTS, PALETTE, STYLES
-from unilip.emoji.concepts import SHAPES, TONES, concept, concepts
-from unilip.emoji.measure import measured
+from unilip.emoji.concepts import SHAPES, TONES, concept, concepts, measured
 
 TASKS = ("single", "two", "counting", "colour", "position", "colour_attr")
 COMPOSITIONAL = ("two", "colour", "position", "colour_attr")

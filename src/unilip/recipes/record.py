@@ -331,18 +331,6 @@ def plain(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def defaults(record: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the default of every setting that has one, as a JSON-ready value by dotted name."""
-    found: dict[str, Any] = {}
-    for f in dataclasses.fields(record):
-        value = getattr(record, f.name)
-        if dataclasses.is_dataclass(value):
-            found |= defaults(value, f"{prefix}{f.name}.")
-        elif f.default is not dataclasses.MISSING:
-            found[prefix + f.name] = json.loads(json.dumps(f.default))
-    return found
-
-
 def changed_settings(recipe: Recipe, before: Mapping[str, Any]) -> str:
     """Say in words which settings differ from those of an earlier run of the recipe; empty where none does.
 
