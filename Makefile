@@ -36,9 +36,10 @@ test-slow: $(STAMP)  ## run the slow tests only
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(STAMP)  ## check style, layout and types; change nothing
-	@echo "lint: ruff (rules and layout), then mypy"
+	@echo "lint: ruff (rules and layout), import contracts, then mypy"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-cache --no-logo
 	@$(BIN)/mypy
 
 format: $(STAMP)  ## sort imports, apply safe fixes and lay the code out

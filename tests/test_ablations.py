@@ -13,9 +13,8 @@ from unilip.model import UniLIP
 from unilip.recipes.ablations import ablations, nano, pico, tiny
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import leaves, override, plain
-from unilip.train.batches import make_batches
-from unilip.train.build import build, build_model, parse_init, recipe_config
-from unilip.train.cache import digests
+from unilip.train.build import build, build_model, make_batches, parse_init, recipe_config
+from unilip.train.cached import digests
 from unilip.train.loop import train
 from unilip.train.objectives import contrast, make_objective, needed_parts
 

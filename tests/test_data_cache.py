@@ -14,7 +14,8 @@ from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
 from unilip.train.batches import iterate
 from unilip.train.build import build
-from unilip.train.cache import ABOUT, make_cache
+from unilip.train.cache import make_cache
+from unilip.train.cached import ABOUT
 from unilip.train.files import unpacked
 
 TOLERANCE = dict(rtol=2e-6, atol=2e-6)

@@ -12,7 +12,8 @@ from unilip.errors import ConfigError
 from unilip.method.text import TURN_END, Message
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
-from unilip.train.batches import NOT_LEARNED, _leave_signals, conversation, iterate, make_batches
+from unilip.train.batches import NOT_LEARNED, _leave_signals, conversation, iterate
+from unilip.train.build import make_batches
 
 
 def opened(name: str, model, *settings: str):

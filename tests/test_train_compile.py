@@ -11,8 +11,7 @@ import unilip.emoji.tokenizer
 from test_train_parallel import checks, log_of, same_curve
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
-from unilip.train.batches import make_batches
-from unilip.train.build import compile_layers, enable_checkpointing, trained_parameters
+from unilip.train.build import compile_layers, enable_checkpointing, make_batches, trained_parameters
 from unilip.train.loop import train
 from unilip.train.objectives import make_objective, needed_parts
 

@@ -18,7 +18,8 @@ from unilip.method.text import Processor
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
 from unilip.train import processes
-from unilip.train.batches import NOT_LEARNED, iterate, make_batches
+from unilip.train.batches import NOT_LEARNED, iterate
+from unilip.train.build import make_batches
 
 
 @pytest.fixture(autouse=True)

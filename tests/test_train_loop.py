@@ -25,8 +25,7 @@ from unilip.pictures import normalise
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import Optim, override, plain
 from unilip.train import loop as loops
-from unilip.train.batches import make_batches
-from unilip.train.build import build
+from unilip.train.build import build, make_batches
 from unilip.train.loop import Float32Attention, Interrupted, Loop, learning_rate, mixed_precision, train
 from unilip.train.state import EMA, newest
 

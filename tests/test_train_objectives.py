@@ -16,8 +16,8 @@ from unilip.method.text import Tokens
 from unilip.pictures import normalise
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
-from unilip.train.batches import make_batches, to_device
-from unilip.train.build import enable_checkpointing, trained_parameters
+from unilip.train.batches import to_device
+from unilip.train.build import enable_checkpointing, make_batches, trained_parameters
 from unilip.train.objectives import embed_texts, make_objective, needed_parts
 
 KINDS = ["tiny/instruct", "tiny/recon_distill", "tiny/pretrain", "tiny/sft"]

@@ -42,12 +42,25 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     name = hashlib.blake2b(path.name.encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
     temporary = path.with_name(f".{name}.{os.getpid()}{PART}")
-    remove(temporary)
+    for left in path.parent.glob(f".{name}.*{PART}"):  # of processes that were killed
+        if left == temporary or not _alive(left.name.split(".")[2]):
+            remove(left)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         remove(temporary)
+
+
+def _alive(process: str) -> bool:
+    """Whether a process of this machine is there; what is no number of one counts as being so."""
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):
+        return True
+    return True
 
 
 def remove(path: Path) -> None:

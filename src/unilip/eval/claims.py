@@ -34,6 +34,18 @@ from unilip.emoji.judge import VERSION, Judge
 from unilip.emoji.questions import KINDS
 from unilip.emoji.world import World
 from unilip.errors import UniLIPError
+from unilip.eval.claims_pages import (
+    GENERATION_MEASURES,
+    GUIDANCE,
+    ORIGINAL,
+    SHARES,
+    SHOWN,
+    STEPS,
+    SWEEPS,
+    TITLES,
+    TOKENIZER_MEASURES,
+    write_pages,
+)
 from unilip.files import read_json, read_lines, write_json
 from unilip.method.flow import draw_noise, interpolate, logit_normal, train_levels
 from unilip.model import UniLIP
@@ -44,12 +56,7 @@ log = logging.getLogger(__name__)
 PARTS = ("tokenizer", "generation", "sampling")
 COUNT, SEEDS = 12, 2  # prompts of each group, pictures of each prompt
 CHEAP = 5  # so many times COUNT reconstructions, and questions of each kind
-SHOWN = 8  # pictures in a grid
 NOISES = 4  # of each held-out sample of the flow loss
-GUIDANCE = (1.0, 2.0, 3.0, 4.5, 6.0)
-STEPS = (5, 10, 20)
-ORIGINAL = "original"  # stands for the encoder that no tokenizer training has touched
-SHARES = ("answers", "generation", "edits", "riddles")  # measures that are shares of right ones, 0 to 1
 LOWER = ("feature_distance", "flow", "flow_edit")  # measures that are better when they are less
 
 # The recipes whose results are the original encoder and the language model that learned to read it, by size.
@@ -58,21 +65,6 @@ ORIGINALS: dict[str, tuple[str, str]] = {
     "pico": ("pico/clip", "pico/instruct"),
     "nano": ("nano/instruct", "nano/instruct"),
 }
-TOKENIZER_MEASURES = ("psnr", "ssim", "feature_distance", "answers")
-GENERATION_MEASURES = ("generation", "edits", "psnr_outside", "riddles", "flow", "flow_edit")
-TITLES = {
-    "psnr": "PSNR, dB",
-    "ssim": "SSIM",
-    "feature_distance": "feature distance to the original",
-    "answers": "answers of the unchanged LLM, %",
-    "generation": "generation right, %",
-    "edits": "edits right, %",
-    "psnr_outside": "PSNR outside the edit, dB",
-    "riddles": "riddles right, %",
-    "flow": "held-out flow loss",
-    "flow_edit": "of edits",
-}
-SHARES = ("answers", "generation", "edits", "riddles")
 
 
 @dataclass(frozen=True)
@@ -188,8 +180,6 @@ CLAIMS = (
         ),
     ),
 )
-SWEEPS = {"num_queries": "number of queries", "connector_layers": "layers of the connector"}
-SWEPT = "sweep_"  # ablations named sweep_FIELD_VALUE are points of a figure
 
 
 # --- what there is --------------------------------------------------------------------------------------------------
@@ -643,8 +633,6 @@ def evaluate(
         "count": count, "seeds": seeds, "data_seed": emoji.DATA_SEED, "sizes": {},
     }  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
-    from unilip.eval.claims_pages import write_pages
-
     labs = {name: Lab(name, count, seeds, device, dtype, batch_size or 24) for name in sizes}
     everything: dict[str, dict[str, list[Run]]] = {}
     for name, lab in labs.items():

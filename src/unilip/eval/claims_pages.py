@@ -13,11 +13,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from unilip.eval import claims
 from unilip.files import read_lines, write_text
 
 if TYPE_CHECKING:
     from unilip.eval.claims import Run
+
+SHOWN = 8  # pictures in a grid
+GUIDANCE = (1.0, 2.0, 3.0, 4.5, 6.0)
+STEPS = (5, 10, 20)
+ORIGINAL = "original"  # stands for the encoder that no tokenizer training has touched
+SHARES = ("answers", "generation", "edits", "riddles")  # measures that are shares of right ones, 0 to 1
+TOKENIZER_MEASURES = ("psnr", "ssim", "feature_distance", "answers")
+GENERATION_MEASURES = ("generation", "edits", "psnr_outside", "riddles", "flow", "flow_edit")
+TITLES = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "feature_distance": "feature distance to the original",
+    "answers": "answers of the unchanged LLM, %",
+    "generation": "generation right, %",
+    "edits": "edits right, %",
+    "psnr_outside": "PSNR outside the edit, dB",
+    "riddles": "riddles right, %",
+    "flow": "held-out flow loss",
+    "flow_edit": "of edits",
+}
+SWEEPS = {"num_queries": "number of queries", "connector_layers": "layers of the connector"}
+SWEPT = "sweep_"  # ablations named sweep_FIELD_VALUE are points of a figure
 
 Runs = Mapping[str, Sequence["Run"]]
 SMOOTH = 0.8  # of a running mean over the lines of a log
@@ -70,13 +91,13 @@ def claim_lines(claim: Mapping[str, Any], variants: Mapping[str, Any]) -> list[s
     """Return a claim's table, statements and verdict."""
     lines = [f"### Claim {claim['claim']}: {claim['words']}", ""]
     compared = {s["measure"] for s in claim["statements"]}
-    tokenizer = bool(compared & set(claims.TOKENIZER_MEASURES))
+    tokenizer = bool(compared & set(TOKENIZER_MEASURES))
     rows = [
         *claim["variants"],
-        *([claims.ORIGINAL] if any(s["b"] == claims.ORIGINAL for s in claim["statements"]) else []),
+        *([ORIGINAL] if any(s["b"] == ORIGINAL for s in claim["statements"]) else []),
     ]
     rows = [name for name in rows if name in variants]
-    order = claims.TOKENIZER_MEASURES if tokenizer else claims.GENERATION_MEASURES
+    order = TOKENIZER_MEASURES if tokenizer else GENERATION_MEASURES
     measures = [m for m in order if any(m in variants[name] for name in rows)]
     if rows:
         lines += variant_table({name: variants[name] for name in rows}, measures)
@@ -85,7 +106,7 @@ def claim_lines(claim: Mapping[str, Any], variants: Mapping[str, Any]) -> list[s
         limit = f" (limit {number(s['measure'], s['by'])})" if s["by"] else ""
         gap = number(s["measure"], s["difference"]) if "difference" in s else ""
         error = number(s["measure"], s["error"]) if "error" in s else ""
-        what = f"{s['words']}: {s['a']} - {s['b']}, {claims.TITLES[s['measure']]}{limit}"
+        what = f"{s['words']}: {s['a']} - {s['b']}, {TITLES[s['measure']]}{limit}"
         lines.append(f"| {what} | {gap} | {error} | {s['verdict']} |")
     seeds = f" ({claim['seeds']} seed{'s' if claim['seeds'] > 1 else ''})" if claim["seeds"] else ""
     return [*lines, "", f"Verdict: **{claim['verdict']}**{seeds}.", ""]
@@ -95,7 +116,7 @@ def variant_table(variants: Mapping[str, Any], measures: Sequence[str]) -> list[
     """Return a table of variants with their budgets."""
     head = [
         "variant",
-        *(claims.TITLES[m] for m in measures),
+        *(TITLES[m] for m in measures),
         "steps x batch",
         "samples in all",
         "minutes",
@@ -127,14 +148,14 @@ def cell(measure: str, score: Mapping[str, Any] | None) -> str:
 
 def number(measure: str, value: float) -> str:
     """Write a value of a measure; shares as percent."""
-    if measure in claims.SHARES:
+    if measure in SHARES:
         return f"{100 * value:.1f}"
     return f"{value:.2f}" if measure.startswith("psnr") else f"{value:.4f}"
 
 
 def sweep_points(variants: Mapping[str, Any], name: str) -> list[tuple[int, Mapping[str, Any]]]:
     """Return the values of a swept field with their variants, in order; the base setting is one of them."""
-    prefix = f"{claims.SWEPT}{name}_"
+    prefix = f"{SWEPT}{name}_"
     points = [(int(v.removeprefix(prefix)), row) for v, row in variants.items() if v.startswith(prefix)]
     if points and "gen_dual" in variants:
         points.append((int(variants["gen_dual"][name]), variants["gen_dual"]))
@@ -144,11 +165,11 @@ def sweep_points(variants: Mapping[str, Any], name: str) -> list[tuple[int, Mapp
 def sweep_lines(variants: Mapping[str, Any]) -> list[str]:
     """Return the tables of the sweeps."""
     lines = []
-    for name, title in claims.SWEEPS.items():
+    for name, title in SWEEPS.items():
         points = sweep_points(variants, name)
         if points:
             rows = {f"{title} {value}": row for value, row in points}
-            measures = [m for m in claims.GENERATION_MEASURES if any(m in row for row in rows.values())]
+            measures = [m for m in GENERATION_MEASURES if any(m in row for row in rows.values())]
             lines += [f"### Sweep: {title}", "", *variant_table(rows, measures)]
     return lines
 
@@ -160,11 +181,11 @@ def sampling_lines(sampling: Mapping[str, Any]) -> list[str]:
         "## Guidance and steps", "",
         f"{about['name']} (weights {about['model']}), {about['count']} held-out captions of all tasks, share right in "
         "% (and share of backgrounds, objects, counts, colours and relations right, in the mean).", "",
-        f"| guidance | {' | '.join(f'{n} steps' for n in claims.STEPS)} |", f"|{'---|' * (1 + len(claims.STEPS))}",
+        f"| guidance | {' | '.join(f'{n} steps' for n in STEPS)} |", f"|{'---|' * (1 + len(STEPS))}",
     ]  # fmt: skip
-    for guidance in claims.GUIDANCE:
+    for guidance in GUIDANCE:
         cells = []
-        for steps in claims.STEPS:
+        for steps in STEPS:
             found = values[f"{guidance:g}x{steps}"]
             cells.append(f"{100 * found['all']:.1f} ({100 * partly(found):.1f})")
         lines.append(f"| {guidance:g} | {' | '.join(cells)} |")
@@ -225,19 +246,19 @@ def smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 def draw_sweeps(folder: Path, size: str, variants: Mapping[str, Any]) -> list[str]:
     """Draw a figure for each swept field."""
     names = []
-    for name, title in claims.SWEEPS.items():
+    for name, title in SWEEPS.items():
         points = sweep_points(variants, name)
-        measures = [m for m in claims.GENERATION_MEASURES if sum(m in row for _, row in points) > 1]
+        measures = [m for m in GENERATION_MEASURES if sum(m in row for _, row in points) > 1]
         if not measures:
             continue
         figure, axes = _pyplot().subplots(1, len(measures), figsize=(3 * len(measures), 3), squeeze=False)
         for axis, measure in zip(axes[0], measures, strict=True):
             known = [(value, row[measure]) for value, row in points if measure in row]
-            scale = 100 if measure in claims.SHARES else 1
+            scale = 100 if measure in SHARES else 1
             errors = [scale * (s["error"] if s["spread"] is None else s["spread"]) for _, s in known]
             axis.errorbar([v for v, _ in known], [scale * s["mean"] for _, s in known], errors, marker="o", capsize=3)
             axis.set_xlabel(title)
-            axis.set_title(claims.TITLES[measure], fontsize=9)
+            axis.set_title(TITLES[measure], fontsize=9)
         names.append(_save(figure, folder, f"sweep-{name}-{size}.png"))
     return names
 
@@ -248,9 +269,9 @@ def draw_sampling(folder: Path, sampling: Mapping[str, Any]) -> list[str]:
     for axis, (title, read) in zip(
         axes, (("right, %", lambda f: f["all"]), ("parts right, %", partly)), strict=True
     ):  # fmt: skip
-        for steps in claims.STEPS:
-            y = [100 * read(sampling["values"][f"{g:g}x{steps}"]) for g in claims.GUIDANCE]
-            axis.plot(claims.GUIDANCE, y, marker="o", label=f"{steps} steps")
+        for steps in STEPS:
+            y = [100 * read(sampling["values"][f"{g:g}x{steps}"]) for g in GUIDANCE]
+            axis.plot(GUIDANCE, y, marker="o", label=f"{steps} steps")
         axis.set_xlabel("guidance")
         axis.set_title(title, fontsize=10)
     axes[0].legend()
@@ -283,7 +304,7 @@ def draw_grids(folder: Path, size: str, runs: Runs, scenes: Sequence[Mapping[str
         n: several[0].pictures for n, several in runs.items() if several[0].pictures and several[0].is_tokenizer
     }
     if tokenizers:
-        rows = {"input": np.concatenate([item["image"] for item in scenes[: claims.SHOWN]], axis=1)}
+        rows = {"input": np.concatenate([item["image"] for item in scenes[:SHOWN]], axis=1)}
         for name, file in tokenizers.items():
             with Image.open(file) as strip:
                 rows[name] = np.asarray(strip.convert("RGB"))
@@ -309,7 +330,7 @@ def picture_rows(part: str, folders: Mapping[str, Path]) -> dict[str, np.ndarray
     keys, groups = list[str](), set[str]()
     for key in (key for key in first if key in common):
         group = first[key]["group"] if part != "riddle" else key.rpartition("/")[0]
-        if group not in groups and len(keys) < claims.SHOWN and not key.startswith("gen/no guidance"):
+        if group not in groups and len(keys) < SHOWN and not key.startswith("gen/no guidance"):
             groups.add(group)
             keys.append(key)
     rows: dict[str, np.ndarray] = {}

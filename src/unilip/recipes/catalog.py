@@ -11,13 +11,21 @@ from collections.abc import Callable
 from typing import Any
 
 from unilip.errors import ConfigError
-from unilip.recipes.record import Data, Flow, Optim, Recipe, Reconstruct, Understand
+from unilip.recipes.ablations import ablations
+from unilip.recipes.record import (
+    CONNECT,
+    GENERATE,
+    TOKENIZER,
+    WHOLE_TOKENIZER,
+    Data,
+    Flow,
+    Optim,
+    Recipe,
+    Reconstruct,
+    Understand,
+)
 
 Fields = dict[str, Any]
-TOKENIZER = (("encoder", 1.0), ("latent_head", 1.0), ("pixel_decoder", 1.0))
-CONNECT = (("mllm.queries", 1.0), ("connector", 1.0))
-GENERATE = (*CONNECT, ("dit", 1.0))
-WHOLE_TOKENIZER = "encoder,latent_head,pixel_decoder"
 
 
 def pico() -> list[Recipe]:
@@ -295,8 +303,6 @@ SIZES: dict[str, Callable[[], list[Recipe]]] = {
 
 def all_recipes() -> dict[str, Recipe]:
     """Return every recipe by name, in the order in which stages follow each other; the ablations come last."""
-    from unilip.recipes.ablations import ablations  # which is made of the recipes above
-
     return {recipe.name: recipe for recipe in (*(r for make in SIZES.values() for r in make()), *ablations())}
 
 

@@ -316,14 +316,6 @@ class EmojiBatches(Batches):
         return item["question"], item["answer"]
 
 
-def make_batches(recipe: Recipe, config: UniLIPConfig, processor: Processor | None) -> Batches:
-    """Open a recipe's data."""
-    from unilip.train.files import FileBatches
-
-    sources: dict[str, type[Batches]] = {"emoji": EmojiBatches, "files": FileBatches}
-    return sources[recipe.data.source](recipe, config, processor)
-
-
 # --- handing them out -----------------------------------------------------------------------------------------------
 
 

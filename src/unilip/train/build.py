@@ -33,7 +33,9 @@ from unilip.recipes.catalog import all_recipes
 from unilip.recipes.record import Optim, Recipe
 from unilip.train import processes
 from unilip.train.adapters import add_adapter, is_adapter
-from unilip.train.batches import Batches, make_batches
+from unilip.train.batches import Batches, EmojiBatches
+from unilip.train.cached import check_cache
+from unilip.train.files import FileBatches
 from unilip.train.objectives import Objective, make_objective, needed_parts
 
 BESIDE = ("autoencoder", "teacher")  # init names that are no part of the model: the objective loads them
@@ -64,10 +66,13 @@ def build(recipe: Recipe, runs: Path) -> tuple[UniLIP, Objective, Batches]:
     for parameter, _ in trained_parameters(recipe, model).values():
         parameter.requires_grad_(True)
     if recipe.data.cache:
-        from unilip.train.cache import check_cache
-
         check_cache(recipe, model, objective)
     return model, objective, batches
+
+
+def make_batches(recipe: Recipe, config: UniLIPConfig, processor: Processor | None) -> Batches:
+    """Open a recipe's data."""
+    return {"emoji": EmojiBatches, "files": FileBatches}[recipe.data.source](recipe, config, processor)
 
 
 def locate(source: str, runs: Path) -> str:

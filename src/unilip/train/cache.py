@@ -15,7 +15,6 @@ One machine does one shard after the other; with Ray a cluster does many at once
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -25,101 +24,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unilip.data.records import Record, Source, Unreadable
-from unilip.data.shards import INDEX_SUFFIX, Shards, ShardWriter
-from unilip.data.sources import Weighted
+from unilip.data.shards import INDEX_SUFFIX, ShardWriter
 from unilip.errors import ConfigError
 from unilip.files import write_bytes, write_json
 from unilip.machine import start_ray
-from unilip.model import UniLIP
 from unilip.pictures import normalise
-from unilip.recipes.record import Flow, Recipe, Reconstruct, Understand, leaves
-from unilip.train.objectives import FlowObjective, Objective, ReconstructObjective, UnderstandObjective, to_unit
+from unilip.recipes.record import Recipe
+from unilip.train.build import build
+from unilip.train.cached import ABOUT, FORMAT, cacheable, digests, read_about, settings_of
+from unilip.train.files import FileBatches, kinds_of_recipe
+from unilip.train.loop import mixed_precision
+from unilip.train.objectives import FlowObjective, to_unit
 
-FORMAT = 1
-ABOUT = "cache.json"
 DTYPES = {"float32": np.float32, "float16": np.float16}
-FREE = (  # data settings that change nothing about a sample by itself
-    "world", "path", "edit_share", "text_share", "workers", "max_skipped", "window", "lanes", "keep_gb", "cache",
-)  # fmt: skip
-
-
-# --- what can be cached -----------------------------------------------------------------------------------------------
-
-
-def cacheable(recipe: Recipe, model: UniLIP, objective: Objective) -> tuple[str, ...]:
-    """Return the names of what frozen parts make for a recipe's loss; `build` has marked what trains."""
-    frozen = {part for part in model.parts if not any(p.requires_grad for p in getattr(model, part).parameters())}
-    names = []
-    if isinstance(objective, FlowObjective):
-        place = objective.settings.place  # losses of its own on the conditions, and on the source's latents
-        if "encoder" in frozen and (objective.autoencoder is not None or "latent_head" in frozen):
-            names += ["latents"]
-            if {"mllm", "connector"} <= frozen and not place:
-                names += ["conditions"]
-            elif not place or objective.settings.target == "unilip":
-                names += ["features"]
-    elif isinstance(objective, ReconstructObjective):
-        names += ["features"] if "encoder" in frozen else []
-        names += ["teacher"] if objective.weights.distill else []
-    elif isinstance(objective, UnderstandObjective):
-        names += ["features"] if "encoder" in frozen else []
-    return tuple(names)
-
-
-def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings that decide what a sample becomes."""
-    data = {f"data.{name}": value for name, value in leaves(recipe.data).items() if name not in FREE}
-    kinds: dict[type, tuple[str, ...]] = {Flow: ("target",), Understand: (), Reconstruct: ()}
-    chosen = {f"objective.{name}": getattr(recipe.objective, name) for name in kinds[type(recipe.objective)]}
-    return {"objective": type(recipe.objective).__name__.lower(), "dtype": recipe.dtype, **data, **chosen}
-
-
-def digests(names: Sequence[str], model: UniLIP, objective: Objective) -> dict[str, str]:
-    """Return a fingerprint of the weights behind each part that made what a cache holds."""
-    modules: dict[str, Any] = {}
-    parts = {part for name in names for part in {"latents": ("encoder", "latent_head"), "features": ("encoder",),
-             "conditions": ("encoder", "mllm", "connector"), "teacher": ()}[name]}  # fmt: skip
-    autoencoder = getattr(objective, "autoencoder", None)
-    if "latents" in names and autoencoder is not None:
-        modules["autoencoder"] = autoencoder
-        parts -= {"latent_head"}
-    if "teacher" in names:
-        modules["teacher"] = getattr(objective, "teacher", None)
-    modules |= {part: getattr(model, part) for part in sorted(parts) if part in model.parts}
-    found = {name: fingerprint(module) for name, module in modules.items()}
-    scale = model.config.latent_mean, model.config.latent_factor
-    if "conditions" in names:
-        found["condition"] = json.dumps((model.config.condition, model.config.substitute_features))
-    if "latents" in names and isinstance(objective, FlowObjective) and objective.target_encoder is not None:
-        found["target encoder"] = fingerprint(objective.target_encoder)
-    return found | ({"latent scale": json.dumps(scale)} if "latents" in names and autoencoder is None else {})
-
-
-@torch.no_grad()
-def fingerprint(module: nn.Module) -> str:
-    """Hash the names, shapes and values of a module's weights."""
-    state = hashlib.blake2b(digest_size=12)
-    for name, tensor in sorted(module.state_dict().items()):
-        values = tensor.detach().cpu().contiguous()
-        state.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-        state.update(values.reshape(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()
-
-
-# --- making -----------------------------------------------------------------------------------------------------------
 
 
 class Worker:
     """Makes shards of a cache; holds the recipe's model. Called with {"source": number, "shard": number} by Ray."""
 
     def __init__(self, recipe: Recipe, runs: str, folder: str, device: str, dtype: str) -> None:
-        from unilip.train.build import build
-        from unilip.train.files import FileBatches, kinds_of_recipe
-        from unilip.train.loop import mixed_precision
-
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, cache=""))
         self.model, self.objective, batches = build(recipe, Path(runs))
         if not isinstance(batches, FileBatches):
@@ -333,110 +259,3 @@ def _as_bytes(value: Any) -> bytes:
     if isinstance(value, bytes):
         return value
     return value.encode() if isinstance(value, str) else json.dumps(value).encode()
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-class Cached:
-    """A source whose samples come from a cache; their pictures are read from where they lie only if they are needed."""
-
-    def __init__(self, original: Source, shards: Shards, pictures: bool, blank: bytes | None) -> None:
-        self.location, self.faults = original.location, original.faults
-        self.original, self.shards, self.pictures, self.blank = original, shards, pictures, blank
-
-    def counts(self, kind: str) -> Sequence[int]:
-        """Return how many samples of a kind each shard has."""
-        return self.shards.counts(kind)
-
-    def read(self, kind: str, shard: int, place: int) -> Record:
-        """Read one sample; raises `Unreadable`."""
-        record = self.shards.read(kind, shard, place)
-        if not record.tensors:
-            why = json.loads(record.text or b"{}")
-            raise Unreadable(why["reason"], why["detail"], why["left_out"])
-        if self.pictures and kind != "text":
-            record = dataclasses.replace(record, pictures=self.original.read(kind, shard, place).pictures)
-        return dataclasses.replace(record, blank=self.blank)
-
-    def expect(self, shards: Sequence[int]) -> None:
-        """Hear which shards will be wanted next."""
-        self.shards.expect(shards)
-        if self.pictures:
-            self.original.expect(shards)
-
-
-def cached_sources(recipe: Recipe, sources: Sequence[tuple[Weighted, Source]]) -> list[tuple[Weighted, Source]]:
-    """Put the cache that a recipe names before its sources.
-
-    Raises:
-        ConfigError: the cache was made with other settings, of other data, or is not finished.
-    """
-    folder = Path(recipe.data.cache).expanduser()
-    about = read_about(folder)
-    wanted = settings_of(recipe)
-    changed = [
-        f"{name} ({about['settings'].get(name)} there, {wanted[name]} here)"
-        for name in wanted
-        if about["settings"].get(name) != wanted[name]
-    ]
-    if changed:
-        raise ConfigError(f"data.cache {folder} was made with other settings: {', '.join(changed)}. Make a new one.")
-    pictures = isinstance(recipe.objective, Reconstruct)  # what its pixels are compared with
-    blank = folder / "unconditional.npz"
-    found: list[tuple[Weighted, Source]] = []
-    locations = [source["location"] for source in about["sources"]]
-    for place, source in sources:
-        if place.location not in locations:
-            raise ConfigError(
-                f"data.cache {folder} has nothing of {place.location}; it was made of {', '.join(locations)}."
-            )
-        number = locations.index(place.location)
-        paths = [folder / f"s{number:02d}-{shard:06d}.tar" for shard in range(about["sources"][number]["shards"])]
-        missing = [path for path in paths if not path.exists()]
-        if missing:
-            raise ConfigError(
-                f"data.cache {folder} is not finished: {len(missing)} of {len(paths)} shards are missing. "
-                "Give the same `unilip data cache` again, it goes on."
-            )
-        shards = Shards([str(path) for path in paths], str(folder))
-        for kind in ("image", "caption", "edit", "talk", "text"):
-            if sum(shards.counts(kind)) and list(shards.counts(kind)) != list(source.counts(kind)):
-                raise ConfigError(
-                    f"data.cache {folder} does not fit {place.location} any more: other samples lie there. "
-                    "Make a new one."
-                )
-        found.append((place, Cached(source, shards, pictures, blank.read_bytes() if blank.exists() else None)))
-    return found
-
-
-def check_cache(recipe: Recipe, model: UniLIP, objective: Objective) -> None:
-    """Refuse a cache whose makers train now, or had other weights.
-
-    Raises:
-        ConfigError: it does not fit the model that will be trained from it.
-    """
-    folder = Path(recipe.data.cache).expanduser()
-    about = read_about(folder)
-    moving = sorted(set(about["names"]) - set(cacheable(recipe, model, objective)))
-    if moving:
-        raise ConfigError(
-            f"data.cache {folder} holds {', '.join(moving)}, which change while {recipe.name} trains. Make a new one."
-        )
-    now = digests(about["names"], model, objective)
-    other = [name for name in now if now[name] != about["weights"].get(name)]
-    if other:
-        raise ConfigError(f"data.cache {folder} was made with other weights of {', '.join(other)}. Make a new one.")
-
-
-def read_about(folder: Path) -> dict[str, Any]:
-    """Read `cache.json`."""
-    try:
-        about: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.cache {folder} is no cache ({error}); make one with `unilip data cache`.") from error
-    if about.get("format") != FORMAT:
-        raise ConfigError(
-            f"data.cache {folder} has the format {about.get('format')}, known is {FORMAT}. Make a new one."
-        )
-    return about

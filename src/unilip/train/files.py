@@ -25,6 +25,7 @@ from unilip.method.text import Processor
 from unilip.pictures import Fit
 from unilip.recipes.record import Flow, Recipe, Understand
 from unilip.train.batches import Batches, Reading, Turns, conversation, stack
+from unilip.train.cached import cached_sources
 
 T = TypeVar("T")
 ATTEMPTS = 50  # draws in a row that may be unusable before something else must be wrong
@@ -72,8 +73,6 @@ class FileBatches(Batches):
         data, objective = recipe.data, recipe.objective
         self.sources = [(place, open_source(place.location, data.keep_gb)) for place in parse_mixture(data.path)]
         if data.cache:
-            from unilip.train.cache import cached_sources
-
             self.sources = cached_sources(recipe, self.sources)
         self.kinds = kinds_of_recipe(recipe)
         self.streams = {kind: self._stream(kind) for kind in self.kinds}
