@@ -303,6 +303,26 @@ def test_another_model_in_the_same_folder_is_refused_and_nothing_is_lost(prompts
     assert tree(tmp_path / "run") == before
 
 
+def test_other_sources_under_the_same_names_are_refused(prompts, draw, tmp_path):
+    given = {"prompts": prompts["imgedit"]["prompts"], "own_prompts": True}
+    before = open_benchmark("imgedit", sources=prompts["imgedit"]["sources"], **given)
+    draw(before.first(1), tmp_path / "run")
+    for n, name in enumerate(("animal/1.jpg", "for_add/2.jpg")):
+        paint(tmp_path / "other" / name, n + 5)
+    with pytest.raises(UniLIPError, match="another run: prompts"):
+        draw(open_benchmark("imgedit", sources=tmp_path / "other", **given), tmp_path / "run")
+    assert draw(before, tmp_path / "run")["made"] == 1
+
+
+def test_a_picture_of_another_run_is_not_taken_for_this_ones(prompts, draw, tmp_path):
+    benchmark = open_benchmark("geneval2", **prompts["geneval2"])
+    draw(benchmark, tmp_path / "run")
+    draw(benchmark, tmp_path / "seed 1", settings={"seed": 1})
+    (tmp_path / "run/images/0000.png").write_bytes((tmp_path / "seed 1/images/0000.png").read_bytes())
+    with pytest.raises(UniLIPError, match=r"0000\.png is of another seed"):
+        draw(benchmark, tmp_path / "run")
+
+
 def test_the_same_model_under_another_path_goes_on(prompts, draw, tiny_model, tmp_path):
     benchmark = open_benchmark("geneval2", **prompts["geneval2"])
     draw(benchmark.first(1), tmp_path / "run")

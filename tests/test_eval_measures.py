@@ -108,6 +108,9 @@ def test_prepare_scales_the_shorter_side_and_cuts_the_middle():
     done = recon.prepare(picture, 28)
     assert done.size == (28, 28) and done.getpixel((14, 14)) == (0, 0, 255) and done.getpixel((4, 14)) == (0, 0, 255)
     assert recon.prepare(Image.new("RGB", (31, 77)), 28).size == (28, 28)
+    strip = Image.new("RGB", (2, 10_000), "red")  # as a whole 28 x 140,000 px
+    strip.paste("blue", (0, 4_990, 2, 5_010))
+    assert recon.prepare(strip, 28).getpixel((14, 14)) == (0, 0, 255)
 
 
 def test_256_is_padded_by_reflection_and_shrunk_with_aligned_corners(tiny_model, monkeypatch):
@@ -179,6 +182,7 @@ def test_a_run_writes_rows_scores_and_a_grid(tiny_folder, photos, tmp_path):
         assert summary["scores"][""][name]["value"] == pytest.approx(mean, abs=1e-5)
     assert summary["whole"]["fd[means]"] > 0
     assert Image.open(tmp_path / "run/worst-best.png").size[0] > 4 * 56
+    assert summary["whole"].keys() == {"fd[means]"}
     assert column(summary).startswith("recon native; compared at 56 px")
 
 
@@ -195,6 +199,31 @@ def test_two_processes_and_a_rerun_give_the_rows_of_one(tiny_folder, photos, tmp
     run_recon(tiny_folder, pictures, tmp_path / "one")
     assert (tmp_path / "one/images.csv").read_bytes() == whole
     assert {part: part.stat().st_mtime_ns for part in times} == times
+
+
+def test_another_set_with_the_same_names_gets_its_own_numbers(tiny_folder, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    values = {}
+    for n, name in enumerate(("a", "b")):
+        cells = [
+            {"image": {"bytes": paint(tmp_path / f"{name}{i}.png", 10 * n + i, (60, 60)).read_bytes()}}
+            for i in range(3)
+        ]
+        parquet.write_table(pa.Table.from_pylist(cells), tmp_path / f"{name}.parquet")
+        pictures = open_pictures(tmp_path / f"{name}.parquet")
+        values[name] = run_recon(tiny_folder, pictures, tmp_path / "run")["scores"][""]["psnr"]["value"]
+    fresh = run_recon(tiny_folder, pictures, tmp_path / "fresh")["scores"][""]["psnr"]["value"]
+    assert values["b"] == fresh != values["a"]
+    few = run_recon(tiny_folder, open_pictures(tmp_path / "a.parquet", 2), tmp_path / "run", batch_size=1)
+    assert few["items"] == 2 and (tmp_path / "run/images.csv").read_text().count("\n") == 3
+
+
+def test_equal_pictures_are_counted_and_said(tiny_folder, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(recon, "put_through", lambda model, pictures, protocol: pictures.clone())
+    summary = run_recon(tiny_folder, open_pictures(photos, 2), tmp_path / "run", measures=["psnr"])
+    assert summary["whole"] == {"equal pictures, counted as 100 dB": 2}
 
 
 def test_other_measures_in_the_same_folder_are_refused(tiny_folder, photos, tmp_path):
@@ -248,195 +277,82 @@ def _empty(folder: Path) -> Path:
 # --- questions ------------------------------------------------------------------------------------------------------
 
 
-def coded(file: Path) -> str:
-    return base64.b64encode(file.read_bytes()).decode()
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A file of questions in each published format."""
-    root = tmp_path_factory.mktemp("questions")
-    one, two = (coded(paint(root / f"p{n}.png", n, (56, 56))) for n in range(2))
-    head = "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\n"
-    (root / "mmbench.tsv").write_text(
-        head + f"1\tWhat?\t\tcat\tdog\tcow\t\tB\tidentity\t{one}\n241\tWhich?\tLook.\tred\tblue\t\t\tA\tcolor\t1\n"
-    )
-    lines = "".join(
-        f"{n}\t{category}\tIs it? Please answer yes or no.\t{answer}\t{image}\n"
-        for n, (category, answer, image) in enumerate(
-            [("existence", "Yes", one), ("existence", "No", one), ("existence", "Yes", two), ("existence", "No", two),
-             ("code_reasoning", "Yes", one), ("code_reasoning", "No", one)]
-        )
-    )  # fmt: skip
-    (root / "mme.tsv").write_text("index\tcategory\tquestion\tanswer\timage\n" + lines)
-    for task in ("existence", "OCR"):
-        folder = root / "MME" / task
-        folder.mkdir(parents=True)
-        paint(folder / "1.jpg", 1)
-        (folder / "1.txt").write_text("Is it? Please answer yes or no.\tYes\nIs it not? Please answer yes or no.\tNo\n")
-    pope = [
-        {"question_id": n, "image": "p0.png", "text": "Is there a dog?", "label": label}
-        for n, label in enumerate(["yes", "no", "yes"])
-    ]
-    (root / "pope.jsonl").write_text("\n".join(map(json.dumps, pope)))
-    choice = [{"question": "What?", "image": "p1.png", "options": ["a cat", "a dog"], "answer": 1}]
-    (root / "choice.jsonl").write_text("\n".join(map(json.dumps, choice)))
-    (root / "mmvp").mkdir()
-    (root / "mmvp/Questions.csv").write_text(
-        "lndex,Question,Options,Correct Answer\n"
-        + "".join(f"{n},Are they open?,(a) Open (b) Closed,({'ab'[n % 2]})\n" for n in (1, 2, 3, 4))
-    )
-    for n in range(1, 5):
-        paint(root / "mmvp/MMVP Images" / f"{n}.jpg", n)
-    return root
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "count"),
-    [("mmbench.tsv", "choice", 2), ("mme.tsv", "mme", 6), ("MME", "mme", 4), ("pope.jsonl", "yes_no", 3),
-     ("choice.jsonl", "choice", 1), ("mmvp/Questions.csv", "mmvp", 4)],
-)  # fmt: skip
-def test_published_formats_are_read(files, name, kind, count):
-    sheet = understand.open_questions(files / name)
-    assert (sheet.kind, len(sheet.questions)) == (kind, count)
-    assert all(asked.load().mode == "RGB" for asked in sheet.questions)
-
-
-def test_mmbench_rows_share_pictures_hints_and_options(files):
-    first, second = understand.open_questions(files / "mmbench.tsv").questions
-    assert first.options == ("cat", "dog", "cow") and first.prompt.startswith("What?\nA. cat\nB. dog\nC. cow\n")
-    assert second.prompt.startswith("Look.\nWhich?") and second.load().tobytes() == first.load().tobytes()
-
-
-def test_rotations_move_the_right_letter():
-    asked = understand.Asked("q", "What?", "B", lambda: Image.new("RGB", (8, 8)), ("cat", "dog", "cow"))
-    turned = understand.rotate(asked)
-    assert [one.options[understand.LETTERS.index(one.answer)] for one in turned] == ["dog"] * 3
-    assert [one.answer for one in turned] == ["B", "A", "C"] and {one.cluster for one in turned} == {"q"}
-
-
-@pytest.mark.parametrize(
-    ("answer", "letter"),
-    [
-        ("B", "B"), ("B.", "B"), ("(B) dog", "B"), ("b", "B"), ("B. dog", "B"), ("The answer is B.", "B"),
-        ("dog", "B"), ("It is a dog.", "B"), ("a cat or a dog", None), ("E", None), ("", None), ("Because it is", None),
-        ("**A**", "A"), ("Answer: C", "C"), ("A cat", "A"), ("A dog", "B"), ("A fish", None), ("C it is", "C"),
-    ],
-)  # fmt: skip
-def test_choices_are_read(answer, letter):
-    assert understand.read_choice(answer, ("cat", "dog", "cow")) == letter
-
-
-@pytest.mark.parametrize(
-    ("answer", "verdict"),
-    [
-        ("Yes", "yes"),
-        ("no.", "no"),
-        ("It is not; no", "no"),
-        ("yes and no", "yes"),
-        ("either yes or no", None),
-        ("", None),
-    ],
-)
-def test_verdicts_are_read(answer, verdict):
-    assert understand.read_verdict(answer) == verdict
-
-
 @pytest.fixture
-def ask(tiny_folder, monkeypatch):
-    """Ask a model that answers as the test says: f(sheet, output, answer) -> summaries."""
+def ask(tiny_folder, tmp_path, monkeypatch):
+    """Ask a model that answers by a picture's first pixel: f(rows, images, output) -> (answers, asked, found)."""
     from unilip.model import UniLIP
 
-    def call(sheet, output, answer, **more):
+    def call(rows, images="a", output="run", **more):
         asked = []
 
         def reply(self, images, questions, **choices):
             asked.extend(questions)
-            return [answer(question, image) for question, image in zip(questions, images, strict=True)]
+            return [
+                f"{q.split()[0]} {[p.getpixel((0, 0)) for p in own]}" for q, own in zip(questions, images, strict=True)
+            ]
 
         monkeypatch.setattr(UniLIP, "ask", reply)
-        found = understand.evaluate(sheet, output, tiny_folder, batch_size=2, place=more.pop("place", Place()), **more)
-        return found, asked
+        (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        sheet = understand.open_questions(tmp_path / "q.jsonl", tmp_path / images)
+        given = {"batch_size": 2, "place": Place(), **more}
+        found = understand.evaluate(sheet, tmp_path / output, tiny_folder, **given)
+        file = tmp_path / output / "answers.jsonl"
+        lines = file.read_text().splitlines() if file.is_file() else []
+        return [json.loads(line)["answer"] for line in lines], asked, found
 
+    for n, name in enumerate("ab"):
+        paint(tmp_path / name / "1.png", n, (56, 56))
+        paint(tmp_path / name / "2.png", n + 2, (56, 56))
     return call
 
 
-def test_accuracy_and_unread_answers(files, ask, tmp_path):
-    sheet = understand.open_questions(files / "mmbench.tsv")
-    (summary,), _ = ask(sheet, tmp_path / "run", lambda q, image: "B" if "What" in q else "hmm")
-    entry = summary["scores"][""]["accuracy"]
-    assert entry["value"] == 0.5 and entry["groups"] == {"identity": 1.0, "color": 0.0}
-    assert summary["counted_wrong"] == 1
-    rows = [json.loads(line) for line in (tmp_path / "run/answers.jsonl").read_text().splitlines()]
-    assert [row["read"] for row in rows] == ["B", None]
+QUESTIONS = [
+    {"id": 7, "question": "What?", "image": "1.png", "answer": "what"},
+    {"question": "Both?", "image": ["1.png", "2.png"], "category": "pairs"},
+    {"question": "None at all?", "answer": "NONE!  []"},
+]
 
 
-def test_circular_wants_every_rotation(files, ask, tmp_path):
-    sheet = understand.open_questions(files / "mmbench.tsv")
-
-    def right(question, image):
-        lines = question.splitlines()
-        wanted = "dog" if "What" in question else "red"
-        return next(line[0] for line in lines if line.endswith(f". {wanted}"))
-
-    (summary,), asked = ask(sheet, tmp_path / "a", right, circular=True)
-    assert summary["scores"][""]["circular_accuracy"]["value"] == 1.0 and len(asked) == 5
-    (summary,), _ = ask(sheet, tmp_path / "b", lambda q, image: "A", circular=True)
-    assert summary["scores"][""]["circular_accuracy"]["value"] == 0.0
-    assert summary["scores"][""]["accuracy"]["value"] == pytest.approx((1 / 3 + 1 / 2) / 2)
-    with pytest.raises(UniLIPError, match="--circular"):
-        ask(understand.open_questions(files / "pope.jsonl"), tmp_path / "c", right, circular=True)
+def test_questions_are_asked_once_and_known_by_their_pictures(ask, tmp_path):
+    first, asked, (summary,) = ask(QUESTIONS)
+    assert len(first) == len(asked) == 3 and first[2] == "None []" and first[1].count("(") == 2
+    assert summary["scores"][""]["exact_match"]["value"] == 0.5 and summary["prompts_scored"] == 2
+    assert ask(QUESTIONS)[:2] == (first, [])
+    other, asked, _ = ask(QUESTIONS, "b")  # the same names, other pictures
+    assert asked == ["What?", "Both?"] and (other, first[2:]) == (ask(QUESTIONS, "b", "fresh")[0], other[2:])
+    paint(tmp_path / "a/2.png", 9, (56, 56))  # a picture is replaced
+    assert ask(QUESTIONS)[1] == ["Both?"]
+    changed = [{**QUESTIONS[0], "question": "Who?"}, *QUESTIONS[1:]]
+    assert ask(changed)[1] == ["Who?"]
+    with pytest.raises(UniLIPError, match="settings"):
+        ask(QUESTIONS, max_new_tokens=3)
 
 
-def test_mme_counts_questions_and_pictures(files, ask, tmp_path):
-    sheet = understand.open_questions(files / "mme.tsv")
-    summaries, _ = ask(sheet, tmp_path / "run", lambda q, image: "Yes")
-    by = {s["protocol"]: s["scores"][""] for s in summaries}
-    assert by["mme"]["accuracy"]["value"] == 0.5 and by["mme"]["accuracy_plus"]["value"] == 0.0
-    assert by["mme perception, sum of 1 tasks"]["mme_perception"]["value"] == 50.0
-    assert by["mme cognition, sum of 1 tasks"]["mme_cognition"]["value"] == 50.0
+def test_processes_share_the_questions(ask):
+    answers, first, found = ask(QUESTIONS, place=Place(1, 2))
+    assert found is None and answers == [] and len(first) == 1
+    assert len(ask(QUESTIONS, place=Place(0, 2))[1]) == 2 and ask(QUESTIONS)[1] == []
+    assert ask([{"question": "Why?"}], output="no answers")[2] == []
 
 
-def test_pope_has_precision_and_recall(files, ask, tmp_path):
-    (summary,), _ = ask(understand.open_questions(files / "pope.jsonl"), tmp_path / "run", lambda q, image: "yes")
-    assert summary["whole"]["precision"] == pytest.approx(2 / 3) and summary["whole"]["recall"] == 1.0
-
-
-def test_mmvp_counts_pairs(files, ask, tmp_path):
-    sheet = understand.open_questions(files / "mmvp/Questions.csv")
-    answers = iter("BAAA")
-    (summary,), _ = ask(sheet, tmp_path / "run", lambda q, image: next(answers))
-    assert summary["scores"][""]["pair_accuracy"]["value"] == 0.5
-    assert summary["scores"][""]["accuracy"]["value"] == 0.75
-
-
-def test_questions_are_not_asked_twice_and_processes_share_them(files, ask, tmp_path):
-    sheet = understand.open_questions(files / "mme.tsv")
-    found, first = ask(sheet, tmp_path / "run", lambda q, image: "Yes", place=Place(1, 2))
-    assert found is None and len(first) == 2
-    _, second = ask(sheet, tmp_path / "run", lambda q, image: "Yes", place=Place(0, 2))
-    _, third = ask(sheet, tmp_path / "run", lambda q, image: "No")
-    assert len(second) == 4 and third == []
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.tsv", "index\tquestion\tanswer\n1\tWhat?\tYes\n", "no image"),
-        ("a.tsv", "index\tquestion\tA\tB\tanswer\timage\n1\tWhat?\tx\ty\tC\tp\n", "2 options"),
-        ("a.tsv", "index\tquestion\tanswer\timage\n1\tWhat?\tmaybe\tp\n", "not yes or no"),
-        ("a.tsv", "index\tquestion\tanswer\timage\n1\tWhat?\tYes\tmissing.png\n", "--images"),
-        ("a.tsv", "index\tquestion\tanswer\timage\n1\tWhat?\tYes\t!!!\n", "neither base64"),
-        ("a.jsonl", '{"image": "x.png", "answer": "yes"}', "question or text"),
-        ("a.csv", "Question\nx\n", "MMVP"),
-        ("a.txt", "x", "unknown ending"),
-        ("a.tsv", "index\tquestion\tanswer\timage\n", "holds no questions"),
-    ],
-)
-def test_damaged_questions_are_told(name, text, message, tmp_path):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(UniLIPError, match=message):
-        understand.open_questions(tmp_path / name)
+def test_damaged_questions_are_told(tmp_path):
+    coded = base64.b64encode(b"no picture").decode()
+    cases = {
+        "": "holds no questions", "{": "not JSON", "[1]": "not a JSON object", '{"image": "x.png"}': "no question",
+        '{"question": "a", "image": "x.png"}': "--images", '{"question": "a", "image": "!!!"}': "neither base64",
+        '{"question": "a", "image": 3}': "path or base64", '{"question": "a", "answer": ["b"]}': "list",
+        '{"question": "a", "id": 1}\n{"question": "b", "id": "1"}': "twice",
+    }  # fmt: skip
+    for text, message in cases.items():
+        (tmp_path / "a.jsonl").write_text(text)
+        with pytest.raises(UniLIPError, match=message):
+            understand.open_questions(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "a", "image": coded}))
+    with pytest.raises(ImageError, match="question 0"):
+        understand.evaluate(understand.open_questions(tmp_path / "a.jsonl"), tmp_path / "run", place=Place())
+    for name in ("MMBench.tsv", "nothing.jsonl"):
+        with pytest.raises(UniLIPError, match="lmms-eval"):
+            understand.open_questions(tmp_path / name)
 
 
 # --- the kits -------------------------------------------------------------------------------------------------------
@@ -535,8 +451,6 @@ def test_scores_of_other_scorers_are_other_tables(tmp_path):
     assert len(tables) == 2 and all("difference" not in row for rows in tables.values() for row in rows)
     text = (tmp_path / "out/compare.md").read_text()
     assert "judge a" in text and "judge b" in text
-    page = (tmp_path / "out/compare.html").read_text()
-    assert page.count("<table>") == 2
     listed = list(csv.DictReader((tmp_path / "out/compare.csv").open()))
     assert {row["column"] for row in listed} == set(tables)
 
@@ -559,8 +473,7 @@ def test_pictures_are_side_by_side(tiny_folder, tiny_model, tmp_path):
     found = compare.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out", pictures=3)
     sheet = Image.open(tmp_path / "out/pictures-1.png")
     assert sheet.width < 3 * 2 * compare.CELL and sheet.height > 3 * compare.CELL
-    assert "pictures-1.png" in (tmp_path / "out/compare.html").read_text()
-    assert "<i>m</i>" not in (tmp_path / "out/compare.html").read_text()
+    assert "pictures-1.png" in (tmp_path / "out/compare.md").read_text()
     assert list(found["pictures"].values()) == ["pictures-1.png"]
     assert compare.compare([tmp_path / "a"], tmp_path / "none", pictures=0)["pictures"] == {}
 

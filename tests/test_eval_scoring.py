@@ -1,4 +1,4 @@
-"""From answers and detections to scores: wording, reading, rules of counting, intervals, the authors' programs."""
+"""From answers to scores: wording, reading, rules of counting, intervals, the authors' programs."""
 
 import json
 import sys
@@ -6,13 +6,11 @@ import textwrap
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from eval_support import GENEVAL, FakeJudge, completion, pictures_of, texts_of, write_prompts
+from eval_support import FakeJudge, completion, pictures_of, texts_of, write_prompts
 from unilip.errors import UniLIPError
 from unilip.eval import rubrics, scores, scoring
-from unilip.eval.benchmarks import Item, open_benchmark
-from unilip.eval.detection import Detection, PlainColors, check_item, cut_out, find_relations, score_geneval
+from unilip.eval.benchmarks import open_benchmark
 from unilip.eval.generation import Settings, generate
 from unilip.eval.scores import Rule, bootstrap, column, combine, summarise, tabulate, tell
 from unilip.eval.vlm import Terms
@@ -300,134 +298,6 @@ def test_a_file_without_wording_is_refused(text, tmp_path):
         rubrics.read_rubric("dpg", "1065x4", file)
 
 
-# --- GenEval's rules ------------------------------------------------------------------------------------------------
-
-
-def at(label, x, y, size=10, score=0.95):
-    return Detection(label, score, (x, y, x + size, y + size))
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "relations"),
-    [
-        ((50, 0), (0, 0), {"right of"}),
-        ((0, 0), (50, 0), {"left of"}),
-        ((0, 50), (0, 0), {"below"}),
-        ((0, 0), (0, 50), {"above"}),
-        ((50, 50), (0, 0), {"right of", "below"}),
-        ((2, 0), (0, 0), set()),
-        ((0, 0), (0, 0), set()),
-        ((20, 100), (0, 0), {"below"}),
-    ],
-)
-def test_relations(a, b, relations):
-    assert find_relations(at("a", *a), at("b", *b)) == relations
-
-
-BENCH, CLOCKS, DOG = GENEVAL
-BLUE = {"include": [{"class": "car", "count": 1, "color": "blue"}]}
-
-
-@pytest.mark.parametrize(
-    ("found", "metadata", "right"),
-    [
-        ([at("bench", 0, 0)], BENCH, True),
-        ([], BENCH, False),
-        ([at("bench", 0, 0), at("bench", 50, 0)], BENCH, True),
-        ([at("clock", 0, 0), at("clock", 50, 0)], CLOCKS, True),
-        ([at("clock", 0, 0)], CLOCKS, False),
-        ([at("clock", n * 20, 0) for n in range(3)], CLOCKS, False),
-        ([at("cat", 0, 0), at("dog", 50, 0)], DOG, True),
-        ([at("cat", 50, 0), at("dog", 0, 0)], DOG, False),
-        ([at("dog", 50, 0)], DOG, False),
-        (
-            [at("cat", 0, 0), at("dog", 50, 0, score=0.9), at("dog", -50, 0, score=0.8)],
-            DOG,
-            True,
-        ),  # the surer one counts
-        ([at("cat", 0, 0), at("dog", 50, 0, score=0.8), at("dog", -50, 0, score=0.9)], DOG, False),
-        ([at("car", 0, 0)], BLUE, True),
-        ([at("car", 50, 0)], BLUE, False),
-    ],
-)
-def test_rules(found, metadata, right):
-    picture = Image.new("RGB", (80, 20), "red")
-    picture.paste((40, 90, 210), (0, 0, 20, 20))
-    verdict, reason = check_item(picture, found, metadata, PlainColors())
-    assert verdict is right and bool(reason) is not right
-
-
-@pytest.mark.parametrize(
-    ("rgb", "name"),
-    [
-        ((230, 25, 30), "red"), ((250, 140, 20), "orange"), ((255, 225, 40), "yellow"), ((40, 170, 60), "green"),
-        ((30, 80, 220), "blue"), ((120, 40, 160), "purple"), ((250, 160, 200), "pink"), ((110, 70, 40), "brown"),
-        ((10, 10, 10), "black"), ((250, 250, 250), "white"),
-    ],
-)  # fmt: skip
-def test_plain_colors(rgb, name):
-    picture = Image.new("RGB", (40, 40), "white" if name != "white" else "black")
-    picture.paste(rgb, (5, 5, 35, 35))
-    assert PlainColors()(picture, [Detection("x", 1.0, (5, 5, 35, 35))], "x") == [name]
-
-
-def test_a_mask_hides_the_rest():
-    mask = np.zeros((10, 10), bool)
-    mask[2:5, 2:5] = True
-    cut = cut_out(Image.new("RGB", (10, 10), "red"), Detection("x", 1.0, (1, 1, 6, 6), mask))
-    assert cut.size == (5, 5) and cut.getpixel((0, 0)) == (153, 153, 153) and cut.getpixel((2, 2)) == (255, 0, 0)
-
-
-class FakeDetector:
-    name = "detector fake"
-    labels = frozenset({"bench", "clock", "cat", "dog"})
-
-    def __init__(self, confidence=0.95):
-        self.confidence = confidence
-
-    def __call__(self, pictures, threshold):
-        return [[at("bench", 0, 0), at("clock", 0, 0, score=self.confidence), at("clock", 20, 0)] for _ in pictures]
-
-
-@pytest.mark.parametrize(("confidence", "clocks"), [(0.95, 1.0), (0.85, 0.0)])
-def test_counting_wants_more_confidence(confidence, clocks, made):
-    benchmark, folder = made("geneval")
-    summary = scoring.score_by_detector(benchmark, folder, FakeDetector(confidence), PlainColors())
-    entry = summary["scores"][""]["correct"]
-    assert entry["groups"] == {"single_object": 1.0, "counting": clocks, "position": 0.0}
-    assert entry["value"] == pytest.approx((1 + clocks) / 3)
-    assert "detector fake, plain colors" in column(summary)
-    assert summary["whole"]["correct_prompts"] == pytest.approx((1 + clocks) / 3)
-
-
-def test_a_detector_that_lacks_classes_is_refused():
-    item = Item("0", "p", "x.png", "colors", "0", 1, {"tag": "colors", "include": [{"class": "unicorn", "count": 1}]})
-    with pytest.raises(UniLIPError, match="unicorn"):
-        score_geneval([item], lambda item: Image.new("RGB", (8, 8)), FakeDetector(), PlainColors())
-
-
-def test_a_detector_of_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    backbone = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], out_features=["stage4"]
-    )
-    config = transformers.DetrConfig(
-        use_timm_backbone=False, backbone_config=backbone, use_pretrained_backbone=False, backbone=None, d_model=16,
-        encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2,
-        decoder_attention_heads=2, num_queries=5, id2label={0: "mouse", 1: "cat"}, label2id={"mouse": 0, "cat": 1},
-    )  # fmt: skip
-    transformers.DetrForObjectDetection(config).save_pretrained(tmp_path)
-    transformers.DetrImageProcessor(size={"shortest_edge": 32, "longest_edge": 64}).save_pretrained(tmp_path)
-    from unilip.eval.detection import TransformersDetector
-
-    detector = TransformersDetector(str(tmp_path))
-    assert detector.labels == {"computer mouse", "cat"}
-    found = detector([Image.new("RGB", (40, 20)), Image.new("RGB", (40, 20), "red")], 0.0)
-    assert len(found) == 2 and len(found[0]) == 5 and all(0 <= d.score <= 1 for d in found[0])
-    with pytest.raises(UniLIPError, match="--detector"):
-        TransformersDetector(str(tmp_path / "nothing"))
-
-
 # --- the authors' programs ------------------------------------------------------------------------------------------
 
 
@@ -483,6 +353,27 @@ def test_the_official_dpg_program_is_run(made, tmp_path):
             stream.write("DPG-Bench score: 50.0\\n")
     """)  # fmt: skip
     assert scoring.score_officially(benchmark, folder, tmp_path, prompts="")["scores"][""]["dpg"]["value"] == 0.5
+
+
+def test_the_official_wise_program_gets_its_key_but_no_list_of_processes_shows_it(made, tmp_path):
+    benchmark, folder = made("wise")
+    write_program(tmp_path, "vllm_eval.py", """
+        import json, sys
+        given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+        assert given["--api_key"] == "a secret" and b"secret" not in open("/proc/self/cmdline", "rb").read()
+        rows = json.load(open(given["--json_path"]))[:SOME]
+        with open(given["--output_dir"] + "/" + given["--result_scores"], "w") as stream:
+            for row in rows:
+                stream.write(json.dumps({"prompt_id": row["prompt_id"], "score": 1}) + "\\n")
+    """.replace("SOME", "None"))  # fmt: skip
+    terms = Terms("http://127.0.0.1:9/v1", "referee", key="a secret")
+    given = {"prompts": made.prompts["wise"]["prompts"], "terms": terms}
+    summary = scoring.score_officially(benchmark, folder, tmp_path, **given)
+    assert summary["scores"][""]["wiscore"]["value"] == 1.0 and summary["statuses"] == {"ok": 12}
+    program = tmp_path / "vllm_eval.py"
+    program.write_text(program.read_text().replace("[:None]", "[:3]"))
+    summary = scoring.score_officially(benchmark, folder, tmp_path, **given)
+    assert summary["statuses"] == {"ok": 3, "failed": 9}, "scores of the earlier call were counted"
 
 
 def test_a_program_that_fails_or_is_missing_is_told(made, tmp_path):

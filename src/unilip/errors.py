@@ -26,3 +26,8 @@ class ImageError(UniLIPError):
 
 class PromptError(UniLIPError):
     """A prompt is empty, too long, or the tokenizer lacks the special tokens that it needs."""
+
+
+def install(extra: str) -> str:
+    """Return how to get an extra of this package, which is in no index: the words that end every such message."""
+    return f"install it with pip install '.[{extra}]' in a checkout of UniLIP"

@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,14 @@ def prices(text: str) -> tuple[float, float]:
     return low, high
 
 
+JUDGE: dict[str, tuple[Callable[[str], Any], str]] = {  # of --judge-set: reader, and what it is
+    "workers": (whole(1, 1024), "questions under way at once, 8"),
+    "rate": (number(0, above=True), "questions a minute at most, no limit"),
+    "retries": (whole(0, 100), "after timeouts, 429 and 5xx, with growing pauses, 6"),
+    "timeout": (number(0, above=True), "seconds for an answer, 120"),
+    "prices": (prices, "IN,OUT of a million tokens, to count the cost"),
+    "cache": (lambda text: Path(text).expanduser(), "folder of the answers, judge-cache in the run's"),
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "--count": dict(type=whole(1, 100_000), metavar="N", help="prompts of each task and kind of edit (12)"),
     "--seeds": dict(type=whole(1, 1000), metavar="N", help="pictures of each prompt (4)"),
@@ -47,18 +55,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--ray": dict(type=whole(1, 10_000), metavar="N", help="N Ray workers, here or in the cluster of RAY_ADDRESS"),
     "--judge": dict(metavar="URL", help="an OpenAI-compatible API that judges; its key is in OPENAI_API_KEY"),
     "--judge-model": dict(metavar="NAME", help="the judge's name there"),
-    "--judge-workers": dict(type=whole(1, 1024), default=8, metavar="N", help="questions under way at once (8)"),
-    "--judge-rate": dict(type=number(0, above=True), metavar="N", help="questions a minute at most (no limit)"),
-    "--judge-retries": dict(
-        type=whole(0, 100), default=6, metavar="N", help="after timeouts, 429 and 5xx, with growing pauses (6)"
+    "--judge-set": dict(
+        action="append", default=[], metavar="NAME=VALUE",
+        help=f"how it is asked; repeatable: {', '.join(f'{name} ({text})' for name, (_, text) in JUDGE.items())}",
     ),
-    "--judge-timeout": dict(type=number(0, above=True), default=120.0, metavar="S", help="seconds for an answer (120)"),
-    "--judge-price": dict(type=prices, metavar="IN,OUT", help="of a million tokens; counts the cost"),
-    "--judge-cache": dict(metavar="DIR", help="folder of the judge's answers (judge-cache in the run's folder)"),
     "--rubric": dict(metavar="PATH", help="the authors' wording: their file or checkout (our own wording)"),
     "--questions": dict(metavar="FILE", help="dpg_bench.csv, with the questions of every prompt"),
-    "--detector": dict(metavar="MODEL", help="object detector or Mask2Former of transformers, folder or id"),
-    "--color-model": dict(metavar="MODEL", help="CLIP model of transformers that names colors (a plain rule)"),
     "--official": dict(metavar="DIR", help="checkout of the authors' repository, whose own program scores"),
     "--official-python": dict(metavar="FILE", help="Python of the environment that it needs (this one)"),
     "--official-args": dict(metavar="WORDS", default="", help="more words for it, such as '--model-path weights'"),
@@ -71,7 +73,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "which is no rFID and named so",
     ),
     "--images": dict(metavar="DIR", help="folder that the pictures' paths are relative to (the file's)"),
-    "--circular": dict(action="store_true", help="right only in every rotation of the options, as MMBench counts"),
     "--pictures": dict(type=whole(0, 64), default=8, metavar="N", help="prompts whose pictures are shown (8)"),
 }  # fmt: skip
 
@@ -157,23 +158,25 @@ def bars(o: Options) -> bool:
 
 
 def judge_terms(o: Options) -> Terms | None:
-    """Return whom to ask, or None where no judge was named."""
+    """Return whom to ask and how, or None where no judge was named."""
     if o.judge is None:
-        if o.judge_model is not None:
-            raise UniLIPError("--judge-model needs --judge: the address of the API, such as http://127.0.0.1:8000/v1.")
+        if o.judge_model is not None or o.judge_set:
+            raise UniLIPError(
+                "--judge-model (and --judge-set) needs --judge: its address, such as http://127.0.0.1:8000/v1."
+            )
         return None
     from unilip.eval.vlm import Terms
 
-    return Terms(
-        o.judge,
-        o.judge_model or "",
-        workers=o.judge_workers,
-        rate=o.judge_rate,
-        retries=o.judge_retries,
-        timeout=o.judge_timeout,
-        prices=o.judge_price,
-        cache=Path(o.judge_cache).expanduser() if o.judge_cache else None,
-    )
+    given: dict[str, Any] = {}
+    for text in o.judge_set:
+        name, _, value = text.partition("=")
+        if name not in JUDGE or not value:
+            raise UniLIPError(f"--judge-set {text} is not understood; give NAME=VALUE, with one of {', '.join(JUDGE)}.")
+        try:
+            given[name] = JUDGE[name][0](value)
+        except argparse.ArgumentTypeError as error:
+            raise UniLIPError(f"--judge-set {name}: {error}.") from error
+    return Terms(o.judge, o.judge_model or "", **given)
 
 
 def tell_scores(o: Options, report: Report, summaries: Sequence[Mapping[str, Any]], output: Path, **more: Any) -> int:
@@ -206,7 +209,6 @@ def eval_benchmark(name: str, o: Options) -> int:
         "prompts": o.prompts,
         "protocol": None if name == "geneval2" else protocol,
         "sources": o.sources if name == "imgedit" else None,
-        "samples": o.num_images if name == "geneval" else None,
         "own_prompts": o.own_prompts,
     }
     if method is not None:
@@ -233,7 +235,7 @@ def eval_benchmark(name: str, o: Options) -> int:
 
         check_complete(benchmark, output)
     counts = {key: made[key] for key in ("made", "there", "missing") if key in made}
-    scorers = [getattr(o, "official", None), o.judge, getattr(o, "detector", None)]
+    scorers = [getattr(o, "official", None), o.judge]
     if place.rank or not any(scorers):
         if not place.rank:
             report.line(str(output))
@@ -253,7 +255,6 @@ def draw(o: Options, benchmark: Any, source: dict[str, Any], output: Path) -> di
         o.model,
         steps=o.steps,
         guidance_scale=o.guidance_scale,
-        solver=o.solver,
         image_size=o.image_size,
         seed=o.seed,
         dtype=o.dtype,
@@ -299,13 +300,6 @@ def score(o: Options, benchmark: Any, output: Path, rubric: Any, method: str | N
         yield scoring.score_by_judge(
             benchmark, output, terms, rubric=rubric, method=method, questions=questions, progress=bars(o)
         )
-    if benchmark.name == "geneval" and o.detector is not None:
-        from unilip.eval.detection import ClipColors, Colors, PlainColors, TransformersDetector
-
-        device = choose_device(o.device)
-        colors: Colors = PlainColors() if o.color_model is None else ClipColors(o.color_model, device)
-        detector = TransformersDetector(o.detector, device)
-        yield scoring.score_by_detector(benchmark, output, detector, colors, o.batch_size, bars(o))
 
 
 def eval_recon(o: Options) -> int:
@@ -333,7 +327,7 @@ def eval_recon(o: Options) -> int:
 
 
 def eval_understand(o: Options) -> int:
-    """Ask multiple-choice or yes/no questions and score the answers."""
+    """Ask the questions of a file about pictures."""
     report = Report(o, "eval understand")
     output = output_of(o, "understand")
     device = choose_device(o.device)
@@ -345,7 +339,6 @@ def eval_understand(o: Options) -> int:
         output,
         o.model,
         name=Path(o.words[0]).stem,
-        circular=o.circular,
         count=o.count,
         max_tiles=o.max_tiles,
         max_new_tokens=o.max_new_tokens,
@@ -354,7 +347,10 @@ def eval_understand(o: Options) -> int:
         dtype=o.dtype,
         progress=bars(o),
     )
-    return 0 if summaries is None else tell_scores(o, report, summaries, output)
+    if summaries is None:
+        return 0
+    report.line(str(output / "answers.jsonl"))
+    return tell_scores(o, report, summaries, output)
 
 
 def eval_compare(o: Options) -> int:
@@ -375,15 +371,12 @@ RUN_CHANGES: dict[str, dict[str, Any]] = {
     "--batch-size": dict(default=8, help="how many at once: speed and memory (8)"),
     "--count": dict(help="only the first N, in the file's order (all)"),
 }
-SAMPLING = ("--steps", "--guidance-scale", "--solver", "--image-size", "--seed")
-JUDGING = (
-    "--judge", "--judge-model", "--judge-workers", "--judge-rate", "--judge-retries", "--judge-timeout",
-    "--judge-price", "--judge-cache",
-)  # fmt: skip
+SAMPLING = ("--steps", "--guidance-scale", "--image-size", "--seed")
+JUDGING = ("--judge", "--judge-model", "--judge-set")
 OFFICIAL = ("--official", "--official-python", "--official-args")
 DRAWN = ("--prompts", "--protocol", "--own-prompts", "--count", *SAMPLING, "--no-generate", "--ray", *JUDGING)
 TITLES = {
-    "geneval": ("GenEval: 553 prompts, four pictures each. Scored by its rules on what a detector finds.", "FILE"),
+    "geneval": ("GenEval: 553 prompts, four pictures each. Scored by its authors' program, or by a judge.", "FILE"),
     "geneval2": ("GenEval 2: 800 prompts, a picture each. Scored by questions about each part.", "FILE"),
     "dpg": ("DPG-Bench: 1065 long prompts, four pictures tiled in a file. Scored by questions that depend.", "DIR"),
     "wise": ("WISE: 1000 prompts that need knowledge. Scored by a judge, in two protocols.", "PATH"),
@@ -391,7 +384,7 @@ TITLES = {
     "gedit": ("GEdit-Bench: 1212 edits in English and Chinese. Scored by a judge from 0 to 10.", "PATH"),
 }
 EXAMPLES = {
-    "geneval": "unilip eval geneval --prompts evaluation_metadata.jsonl --detector mask2former-coco-instance",
+    "geneval": "unilip eval geneval --prompts evaluation_metadata.jsonl --official geneval",
     "geneval2": "unilip eval geneval2 --prompts geneval2_data.jsonl --judge http://127.0.0.1:8000/v1 --judge-model q",
     "dpg": "unilip eval dpg --prompts ELLA/dpg_bench/prompts --official ELLA",
     "wise": "unilip eval wise --protocol verified --prompts WISE/data_verified --judge http://127.0.0.1:8000/v1 "
@@ -405,7 +398,7 @@ PROTOCOL_HELP = {
     "geneval2": "soft_tifa (the judge's probabilities) or tifa (its words) (soft_tifa)",
 }
 EXTRA = {
-    "geneval": (*OFFICIAL, "--num-images", "--detector", "--color-model"), "geneval2": OFFICIAL,
+    "geneval": OFFICIAL, "geneval2": OFFICIAL,
     "dpg": (*OFFICIAL, "--questions"), "wise": (*OFFICIAL, "--rubric"),
     "imgedit": ("--sources", "--fit", "--rubric"), "gedit": ("--fit", "--rubric"),
 }  # fmt: skip
@@ -418,7 +411,6 @@ def _benchmark_verb(name: str) -> Verb:
         **RUN_CHANGES,
         "--prompts": dict(metavar=kind, help="the published prompts, on this machine; none are in this package"),
         "--protocol": dict(help=PROTOCOL_HELP.get(name, "")),
-        "--num-images": dict(default=4, help="pictures of each prompt (4, as published)"),
         "--seed": dict(help="of the run; a picture's own follows from it and its key, whatever the batch (0)"),
         "--count": dict(help="only the first N prompts, in the file's order (all)"),
     }
@@ -450,9 +442,9 @@ VERBS: dict[str, Verb] = {
     "eval understand": Verb(
         eval_understand,
         "[OPTIONS] QUESTIONS",
-        "Ask multiple-choice or yes/no questions. QUESTIONS is a .tsv or .jsonl, MMVP's .csv, or MME's folder.",
-        "unilip eval understand MMBench_DEV_EN.tsv --circular --model kanashi6/UniLIP-1B --max-tiles 12 --device cuda",
-        ("--images", "--circular", "--count", "--max-tiles", "--max-new-tokens", *RUN),
+        "Ask questions about pictures. QUESTIONS is a .jsonl of question, image and, if known, answer.",
+        "unilip eval understand questions.jsonl --model kanashi6/UniLIP-1B --max-tiles 12 --device cuda",
+        ("--images", "--count", "--max-tiles", "--max-new-tokens", *RUN),
         (1, 1),
         {**RUN_CHANGES, "--max-new-tokens": dict(default=16, help="longest answer (16)")},
     ),

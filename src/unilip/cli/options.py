@@ -75,23 +75,15 @@ class Options(argparse.Namespace):
     ray: int | None
     judge: str | None
     judge_model: str | None
-    judge_workers: int
-    judge_rate: float | None
-    judge_retries: int
-    judge_timeout: float
-    judge_price: tuple[float, float] | None
-    judge_cache: str | None
+    judge_set: list[str]
     rubric: str | None
     questions: str | None
-    detector: str | None
-    color_model: str | None
     official: str | None
     official_python: str | None
     official_args: str
     measures: str
     features: str
     images: str | None
-    circular: bool
     pictures: int
     host: str
     port: int

@@ -17,16 +17,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
 
 from unilip.errors import PromptError, UniLIPError
-from unilip.eval.pictures import ParquetRows
+from unilip.eval.pictures import ParquetRows, cell_bytes, decode, open_dataset
 from unilip.eval.runs import PICTURES
-from unilip.files import file_hash, read_json, read_lines
+from unilip.files import content_hash, file_hash, read_json, read_lines
 from unilip.method.text import check_prompt
 
 GENEVAL_TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -90,7 +90,6 @@ PROTOCOLS = {
     "geneval": ("553x4",), "geneval2": ("800x1",), "dpg": ("1065x4",), "wise": ("verified", "legacy"),
     "imgedit": ("singleturn",), "gedit": ("fullset",),
 }  # fmt: skip
-SIZES = {"geneval": 553, "geneval2": 800, "dpg": 1065, "wise": 1000, "imgedit": 737, "gedit": 1212}
 NAMES = tuple(HOMES)
 
 
@@ -127,7 +126,7 @@ class Benchmark:
         weights: of the groups in the overall score; None where the mean is over items; an empty one where it is the
             mean of the groups.
         source: returns the picture that an item edits; None for benchmarks that draw from words.
-        keep_source: also writes the source, under this path, for the scorer.
+        beside: returns what the scorer reads beside the picture of an item: path -> picture or bytes.
     """
 
     name: str
@@ -137,20 +136,13 @@ class Benchmark:
     weights: Mapping[str, float] | None = None
     source: Callable[[Item], Image.Image] | None = None
     beside: Callable[[Item], dict[str, Image.Image | bytes]] = lambda item: {}
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def first(self, count: int | None) -> Benchmark:
         """Return the benchmark with its first COUNT prompts only."""
         if count is None:
             return self
         kept = set(list(dict.fromkeys(item.cluster for item in self.items))[:count])
-        return _replace(self, items=tuple(item for item in self.items if item.cluster in kept))
-
-
-def _replace(benchmark: Benchmark, **changes: Any) -> Benchmark:
-    from dataclasses import replace
-
-    return replace(benchmark, **changes)
+        return replace(self, items=tuple(item for item in self.items if item.cluster in kept))
 
 
 def open_benchmark(
@@ -164,7 +156,7 @@ def open_benchmark(
 ) -> Benchmark:
     """Read the prompt file of a benchmark.
 
-    Args:
+    In:
         name: one of NAMES.
         prompts: the published file or folder, somewhere on this machine.
         protocol: one of PROTOCOLS[name]; the first by default.
@@ -356,11 +348,13 @@ def _imgedit(path: Path, protocol: str, sources: str | Path | None) -> Benchmark
     if sources is None:
         raise UniLIPError("imgedit needs --sources: the folder of the pictures to edit, from Benchmark.tar of ImgEdit.")
     folder = Path(sources).expanduser()
-    items, missing = [], []
+    items, missing, digests = [], [], {}
     for key, row in rows.items():
         prompt, kind = _text(row, "prompt", path, key), _text(row, "edit_type", path, key)
         source = _text(row, "id", path, key)
-        if not (folder / source).is_file():
+        if (folder / source).is_file():
+            digests[source] = file_hash(folder / source)
+        else:
             missing.append(source)
         items.append(Item(key, prompt, f"{PICTURES}/{key}.png", kind, key, 1, row))
     if missing:
@@ -369,31 +363,31 @@ def _imgedit(path: Path, protocol: str, sources: str | Path | None) -> Benchmark
             "that holds animal/, style/ and so on as --sources."
         )
     prompts = describe_prompts("imgedit", protocol, [file_hash(path)], len(items))
-    return Benchmark(
-        "imgedit", protocol, tuple(items), prompts, source=lambda item: Image.open(folder / item.data["id"]),
-        extra={"sources": str(folder)},
-    )  # fmt: skip
+    prompts["sources"] = content_hash(digests)
+
+    def picture(item: Item) -> Image.Image:
+        file = folder / item.data["id"]
+        return decode(file.read_bytes(), str(file))
+
+    return Benchmark("imgedit", protocol, tuple(items), prompts, source=picture)
 
 
 def _gedit(path: Path, protocol: str) -> Benchmark:
     columns = ("key", "task_type", "instruction", "instruction_language", "Intersection_exist")
-    read: Callable[[int], Image.Image]
+    read: Callable[[int], bytes]
     tables = [path] if path.suffix == ".parquet" else sorted(path.glob("**/*.parquet")) if path.is_dir() else []
     if tables:
         table = ParquetRows(tables)
         _need(columns, table.columns, path)
         rows, read = table.plain(columns), lambda i: table.image(i, "input_image")
-        digest = hashlib.sha256("".join(file_hash(file) for file in tables).encode()).hexdigest()
     elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        from datasets import load_from_disk
-
-        data = load_from_disk(str(path))
-        data = data["train"] if hasattr(data, "keys") else data
+        data, column = open_dataset(path, "input_image")
         _need(columns, data.column_names, path)
-        rows, read = data.select_columns(list(columns)).to_list(), lambda i: data[i]["input_image"]
-        digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+        rows, read = data.select_columns(list(columns)).to_list(), lambda i: cell_bytes(data[i][column])
+        tables = sorted(path.glob("**/*.arrow"))
     else:
         raise UniLIPError(f"{path} holds no Parquet files and no saved dataset; fetch {HOMES['gedit']}.")
+    digest = hashlib.sha256("".join(file_hash(file) for file in tables).encode()).hexdigest()
     items = []
     for n, row in enumerate(rows):
         task, language = _text(row, "task_type", path, f"row {n}"), _text(row, "instruction_language", path, f"row {n}")
@@ -407,12 +401,12 @@ def _gedit(path: Path, protocol: str) -> Benchmark:
         items.append(Item(f"{task}/{language}/{key}", prompt, place, task, f"{language}/{key}", 1, wanted, language))
 
     def source(item: Item) -> Image.Image:
-        return read(item.data["row"])
+        return decode(read(item.data["row"]), f"{path}, row {item.data['row']}")
 
     prompts = describe_prompts("gedit", protocol, [digest], len(items)) | {"published": None}
     return Benchmark(
         "gedit", protocol, tuple(items), prompts, {}, source=source,
-        beside=lambda item: {item.path.removesuffix(".png") + "_SRCIMG.png": source(item).convert("RGB")},
+        beside=lambda item: {item.path.removesuffix(".png") + "_SRCIMG.png": source(item)},
     )  # fmt: skip
 
 

@@ -1,27 +1,36 @@
 """Runs side by side: tables with intervals, paired differences, and the same prompts' pictures in a row.
 
-Goes in: folders that `unilip eval` filled. Comes out: compare.md, compare.csv, compare.html and pictures-*.png. Scores
-share a table only if task, protocol, scorer, wording and prompts are the same. Differences are over the items that both
-runs have, with a bootstrap over prompts that draws the same prompts for both.
+In: folders that `unilip eval` filled. Out: compare.md, compare.csv and pictures-*.png. Scores share a table only if
+task, protocol, scorer, wording and prompts are the same. Differences are over the items that both runs have, with a
+bootstrap over prompts that draws the same prompts for both.
 """
 
 from __future__ import annotations
 
 import csv
-import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from unilip.data.sheet import contact_sheet
 from unilip.errors import UniLIPError
 from unilip.eval.runs import read_manifest
-from unilip.eval.scores import RESAMPLES, Row, Rule, column, combine, interval, read_scores, summarise, tabulate
+from unilip.eval.scores import (
+    RESAMPLES,
+    Row,
+    Rule,
+    bootstrap,
+    column,
+    combine,
+    interval,
+    read_scores,
+    summarise,
+    tabulate,
+)
 from unilip.files import png_bytes, read_json, read_lines, write_bytes, write_text
 
 SHOWN = 8  # prompts in a page of pictures
@@ -104,7 +113,6 @@ def difference(a: Scored, b: Scored, metric: str, split: str, resamples: int = R
 
     Clusters are drawn together, so what makes a prompt hard for both cancels.
     """
-    kept: list[list[Row]] = []
     keys = [
         {row["key"] for row in one.rows if row["split"] == split and row["scores"] and metric in row["scores"]}
         for one in (a, b)
@@ -112,28 +120,13 @@ def difference(a: Scored, b: Scored, metric: str, split: str, resamples: int = R
     shared = keys[0] & keys[1]
     if not shared:
         return None
-    for one in (a, b):
-        kept.append(sorted((row for row in one.rows if row["key"] in shared), key=lambda row: str(row["key"])))
-    tables = [tabulate(rows, metric) for rows in kept]
-    rng = np.random.default_rng(0)
-    value = combine(tables[1], a.rule) - combine(tables[0], a.rule)
-    samples = np.empty(resamples)
-    groups = list(tables[0])
-    weight = a.rule.weight(groups)
-    for r in range(resamples):
-        if a.rule.over == "items":
-            merged = [[np.concatenate([t[g][k] for g in groups]) for k in (0, 1)] for t in tables]
-            index = rng.integers(0, len(merged[0][0]), len(merged[0][0]))
-            low, high = (s[index].sum() / n[index].sum() for s, n in merged)
-            samples[r] = high - low
-        else:
-            total = 0.0
-            for g, group in enumerate(groups):
-                index = rng.integers(0, len(tables[0][group][0]), len(tables[0][group][0]))
-                low, high = (t[group][0][index].sum() / t[group][1][index].sum() for t in tables)
-                total += weight[g] * (high - low)
-            samples[r] = total
+    tables = [
+        tabulate(sorted((row for row in one.rows if row["key"] in shared), key=lambda row: str(row["key"])), metric)
+        for one in (a, b)
+    ]
+    samples = bootstrap(tables[1], a.rule, resamples) - bootstrap(tables[0], a.rule, resamples)  # one seed: paired
     low, high = interval(samples)
+    value = combine(tables[1], a.rule) - combine(tables[0], a.rule)
     return {"value": value, "low": low, "high": high, "items": len(shared)}
 
 
@@ -172,7 +165,7 @@ def make_tables(runs: Sequence[Scored]) -> dict[str, list[dict[str, Any]]]:
 def compare(folders: Sequence[str | Path], output: Path, pictures: int = SHOWN) -> dict[str, Any]:
     """Write the comparison of runs to a folder; returns its tables by column.
 
-    Args:
+    In:
         pictures: prompts whose pictures are shown, where a column has pictures; 0 shows none.
     """
     runs = load_runs(folders)
@@ -186,7 +179,6 @@ def compare(folders: Sequence[str | Path], output: Path, pictures: int = SHOWN) 
             write_bytes(output / sheets[title], png_bytes(sheet))
     write_text(output / "compare.md", to_markdown(tables, sheets))
     write_text(output / "compare.csv", to_csv(tables))
-    write_text(output / "compare.html", to_html(tables, sheets))
     return {"tables": tables, "pictures": sheets}
 
 
@@ -246,30 +238,6 @@ def to_csv(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 NOTE = (
     "Low and high are 95 % bootstrap intervals over prompts; a difference is to the first run of its table, on the "
-    "items "
-    "that both have. Tables are apart where task, protocol, scorer or prompts differ: their numbers are not comparable."
+    "items that both have. Tables are apart where task, protocol, scorer or prompts differ: such numbers are not "
+    "comparable."
 )
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
-td, th { border-bottom: 1px solid #ddd; padding: .2rem .6rem; text-align: right }
-td:nth-child(-n+4), th:nth-child(-n+4) { text-align: left } img { max-width: 100% } h2 { font-size: 1.1rem }
-"""
-
-
-def to_html(tables: Mapping[str, Sequence[Mapping[str, Any]]], sheets: Mapping[str, str]) -> str:
-    """Return the tables and pictures as a page."""
-    out = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        'content="width=device-width">',
-        f"<title>Comparison</title><style>{STYLE}</style></head><body><h1>Comparison</h1><p>{html.escape(NOTE)}</p>",
-    ]
-    for title, rows in tables.items():
-        out += [f"<h2>{html.escape(title)}</h2><table><tr>"]
-        out += [*(f"<th>{name}</th>" for name in HEAD), "</tr>"]
-        for row in rows:
-            out += ["<tr>", *(f"<td>{html.escape(_cell(row, name))}</td>" for name in HEAD), "</tr>"]
-        out += ["</table>"]
-        if title in sheets:
-            out += [f'<p><img loading="lazy" src="{html.escape(sheets[title], quote=True)}" alt="pictures"></p>']
-    return "\n".join([*out, "</body></html>", ""])

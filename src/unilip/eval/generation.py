@@ -7,7 +7,6 @@ process or many, so the files are too. What is there is never made again.
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,11 +23,11 @@ from unilip.checkpoints.read import open_checkpoint
 from unilip.data.seeding import stable_hash
 from unilip.errors import UniLIPError
 from unilip.eval.benchmarks import Benchmark, Item
-from unilip.eval.runs import PICTURES, RunFolder, batches, model_hash
+from unilip.eval.runs import PICTURES, RunFolder, batches, model_hash, name_of
 from unilip.files import png_bytes, write_json, write_lines
 from unilip.machine import Place, start_ray
 from unilip.model import UniLIP
-from unilip.pictures import Fit
+from unilip.pictures import Fit, open_picture
 
 log = logging.getLogger(__name__)
 
@@ -56,30 +55,14 @@ class Settings:
     fit: Fit = "resize"
 
     @classmethod
-    def resolve(
-        cls,
-        source: Source = None,
-        *,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        solver: str | None = None,
-        image_size: int | None = None,
-        seed: int = 0,
-        dtype: str | None = None,
-        fit: Fit = "resize",
-    ) -> Settings:
-        """Fill in the model's own values where none is given; reads its configuration, not its weights."""
+    def resolve(cls, source: Source = None, **given: Any) -> Settings:
+        """Fill in the model's own values where none (or None) is given; reads its configuration, not its weights."""
         config = open_checkpoint(source).config
-        own = config.sampling
-        return cls(
-            own.num_inference_steps if steps is None else steps,
-            float(own.guidance_scale if guidance_scale is None else guidance_scale),
-            solver or own.solver,
-            image_size or config.image_size,
-            seed,
-            dtype or "float32",
-            fit,
-        )
+        own: dict[str, Any] = {
+            "steps": config.sampling.num_inference_steps, "guidance_scale": float(config.sampling.guidance_scale),
+            "solver": config.sampling.solver, "image_size": config.image_size,
+        }  # fmt: skip
+        return cls(**(own | {name: value for name, value in given.items() if value is not None}))
 
 
 def picture_seed(seed: int, item: Item, sample: int = 0) -> int:
@@ -113,7 +96,7 @@ def generate(
 ) -> dict[str, Any]:
     """Make the pictures of a benchmark that are not there yet.
 
-    Args:
+    In:
         output: the run folder; other processes of the run give the same one.
         source: of the model.
         settings: the model's own by default.
@@ -121,7 +104,7 @@ def generate(
         place: which process this is; from RANK and WORLD_SIZE by default.
         load: returns the model, in place of loading `source`; only called if there is something to draw.
 
-    Returns:
+    Out:
         "made" by this process, "there" before, "missing" elsewhere, and the "identity" of the run.
 
     Raises:
@@ -130,12 +113,12 @@ def generate(
     settings = settings or Settings.resolve(source)
     place = place or Place.of_environment()
     identity = identify(benchmark, source, settings)
-    with RunFolder(output, identity, place, "embedded" if source is None else str(source)) as folder:
+    with RunFolder(output, identity, place, name_of(source)) as folder:
         items = benchmark.items
         if place.rank == 0:
             write_lines(output / ITEMS, [describe_item(item, settings) for item in items])
         there = {item.path for item in items if (output / item.path).is_file()}
-        check_sizes(output, [item for item in items if item.path in there], settings.image_size)
+        check_pictures(output, [item for item in items if item.path in there], identity)
         per_batch = max(1, batch_size // max(item.pictures for item in items))
         work = [
             (number, left)
@@ -163,8 +146,12 @@ def _load(benchmark: Benchmark, source: Source, settings: Settings, device: str)
 
 def describe_item(item: Item, settings: Settings) -> dict[str, Any]:
     """Return a line of items.jsonl."""
-    seeds = [picture_seed(settings.seed, item, n) for n in range(item.pictures)]
+    seeds = _seeds(item, settings.seed)
     return {"key": item.key, "prompt": item.prompt, "picture": item.path, "group": item.group, "seeds": seeds}
+
+
+def _seeds(item: Item, seed: int) -> list[int]:
+    return [picture_seed(seed, item, n) for n in range(item.pictures)]
 
 
 def _draw(
@@ -172,7 +159,7 @@ def _draw(
     identity: Mapping[str, Any],
 ) -> dict[str, bytes]:  # fmt: skip
     """Draw the pictures of items; returns path -> bytes of everything that belongs to them."""
-    jobs = [(item, n) for item in items for n in range(item.pictures)]
+    jobs = [(item, seed) for item in items for seed in _seeds(item, settings.seed)]
     drawn: list[Image.Image] = []
     choices: dict[str, Any] = {
         "num_inference_steps": settings.steps,
@@ -184,26 +171,29 @@ def _draw(
     for start in range(0, len(jobs), batch_size):
         chunk = jobs[start : start + batch_size]
         prompts = [item.prompt for item, _ in chunk]
-        noise = [torch.Generator().manual_seed(picture_seed(settings.seed, item, n)) for item, n in chunk]
+        choices["generator"] = [torch.Generator().manual_seed(seed) for _, seed in chunk]
         if benchmark.source is None:
-            drawn += model.generate(prompts, generator=noise, **choices).images
+            drawn += model.generate(prompts, **choices).images
         else:
             sources = [benchmark.source(item) for item, _ in chunk]
-            drawn += model.edit(sources, prompts, generator=noise, fit=settings.fit, **choices).images
+            drawn += model.edit(sources, prompts, fit=settings.fit, **choices).images
     files: dict[str, bytes] = {}
-    done = 0
     for item in items:
-        own = drawn[done : done + item.pictures]
-        done += item.pictures
-        seeds = ", ".join(str(picture_seed(settings.seed, item, n)) for n in range(item.pictures))
+        own, drawn = drawn[: item.pictures], drawn[item.pictures :]
         about = {
-            "Software": f"unilip {__version__}", "model": identity["model"], "prompt": item.prompt,
-            "seed": seeds, "num_inference_steps": str(settings.steps), "guidance_scale": f"{settings.guidance_scale:g}",
+            **_notes(item, identity), "Software": f"unilip {__version__}", "num_inference_steps": str(settings.steps),
+            "guidance_scale": f"{settings.guidance_scale:g}",
         }  # fmt: skip
         for path, value in benchmark.beside(item).items():
             files[path] = value if isinstance(value, bytes) else png_bytes(value)
         files[item.path] = png_bytes(own[0] if len(own) == 1 else tile(own), about)  # last: it says that all is there
     return files
+
+
+def _notes(item: Item, identity: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a picture's file says of its origin."""
+    seeds = ", ".join(map(str, _seeds(item, identity["settings"]["seed"])))
+    return {"model": identity["model"], "prompt": item.prompt, "seed": seeds}
 
 
 def tile(pictures: Sequence[Image.Image]) -> Image.Image:
@@ -215,34 +205,28 @@ def tile(pictures: Sequence[Image.Image]) -> Image.Image:
     return page
 
 
-def expected_size(item: Item, image_size: int) -> tuple[int, int]:
-    """Return width and height of an item's file."""
-    side = image_size * (2 if item.pictures > 1 else 1)
-    return side, side
-
-
-def check_sizes(output: Path, items: Sequence[Item], image_size: int) -> None:
+def check_pictures(output: Path, items: Sequence[Item], identity: Mapping[str, Any]) -> None:
     """Refuse pictures that this run cannot have made.
 
     Raises:
-        UniLIPError: one has another size or is no picture.
+        UniLIPError: one has another size or origin, or is no picture.
     """
     for item in items:
-        wanted = expected_size(item, image_size)
+        file, side = output / item.path, identity["settings"]["image_size"] * (2 if item.pictures > 1 else 1)
         try:
-            with Image.open(output / item.path) as picture:
-                size = picture.size
+            with open_picture(file) as picture:
+                size, notes = picture.size, dict(picture.info)
                 picture.verify()
         except Exception as error:
             raise UniLIPError(
-                f"{output / item.path} is no whole picture ({error}); remove it, and a rerun makes it again."
+                f"{file} is no whole picture ({error}); remove it, and a rerun makes it again."
             ) from error
-        if size != wanted:
-            raise UniLIPError(
-                f"{output / item.path} is {size[0]}x{size[1]} px, but this run makes {wanted[0]}x{wanted[1]}; "
-                f"remove it "
-                "or give another --output. Nothing was changed."
-            )
+        fault = f"{size[0]}x{size[1]} px, but this run makes {side}x{side}" if size != (side, side) else ""
+        for name, value in _notes(item, identity).items():
+            if notes.get(name, value) != value:
+                fault = fault or f"of another {name} ({str(notes[name])[:80]!r}, here {value[:80]!r})"
+        if fault:
+            raise UniLIPError(f"{file} is {fault}; remove it or give another --output. Nothing was changed.")
 
 
 def missing(benchmark: Benchmark, output: Path) -> list[Item]:
@@ -256,16 +240,10 @@ def finish(benchmark: Benchmark, output: Path) -> None:
         write_json(output / f"{PICTURES}.json", {item.prompt: item.path for item in benchmark.items})
 
 
-def load_picture(path: Path) -> Image.Image:
-    """Read a picture of a run into memory, RGB."""
-    with Image.open(io.BytesIO(path.read_bytes())) as picture:
-        return picture.convert("RGB")
-
-
 def generate_with_ray(workers: int, gpus: float, **arguments: Any) -> dict[str, Any]:
     """Do what `generate` does in several Ray workers, here or in the cluster that RAY_ADDRESS names.
 
-    Args:
+    In:
         workers: how many; each is one process of the run, on the same file system.
         gpus: of each worker.
         arguments: of `open_benchmark` as "benchmark" and "count", of `generate` all others but `place`.

@@ -1,12 +1,12 @@
 """Pictures from where people keep them: a folder, tar shards, Parquet files or a saved dataset.
 
-Goes in: a path. Comes out: a `Pictures` that knows its names at once and decodes one picture at a time, so that fifty
+In: a path. Out: a `Pictures` that knows its names at once, and reads and decodes one picture at a time, so that fifty
 thousand of them need no memory.
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -17,21 +17,29 @@ import numpy as np
 from PIL import Image
 
 from unilip.errors import ImageError, UniLIPError
-from unilip.pictures import load_image
+from unilip.pictures import load_image, open_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 COLUMNS = ("image", "jpg", "png", "img")  # of datasets, the first that is there
 
 
 class Pictures:
-    """Named pictures, decoded when asked for: `names[i]`, `load(i)`."""
+    """Named pictures, read when asked for: `names[i]`, `load(i)`, and `digest(i)`, which knows them by their bytes."""
 
-    def __init__(self, names: Sequence[str], read: Callable[[int], Image.Image]) -> None:
+    def __init__(self, names: Sequence[str], read: Callable[[int], bytes]) -> None:
         self.names = list(names)
-        self._read = read
+        self.read = read
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def digest(self, index: int) -> str:
+        """Return the SHA-256 of a picture's file, in hex.
+
+        Raises:
+            ImageError: it cannot be read; the message names it.
+        """
+        return hashlib.sha256(self._data(index)).hexdigest()
 
     def load(self, index: int) -> Image.Image:
         """Return an upright RGB picture.
@@ -39,18 +47,33 @@ class Pictures:
         Raises:
             ImageError: it cannot be decoded; the message names it.
         """
+        return decode(self._data(index), self.names[index])
+
+    def _data(self, index: int) -> bytes:
         try:
-            return load_image(self._read(index))
-        except ImageError as error:
-            raise ImageError(f"{self.names[index]}: {error}") from error
-        except Exception as error:  # whatever the decoder of a format raises for a broken file
-            raise ImageError(f"{self.names[index]} cannot be decoded ({error}); remove or replace it.") from error
+            return self.read(index)
+        except Exception as error:  # whatever a file system or table raises
+            raise ImageError(f"{self.names[index]} cannot be read ({error}); remove or replace it.") from error
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """Decode the bytes of a picture file to an upright RGB picture.
+
+    Raises:
+        ImageError: they cannot be decoded; the message begins with NAME.
+    """
+    try:
+        return load_image(open_picture(data))
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
+    except Exception as error:  # whatever the decoder of a format raises for a broken file
+        raise ImageError(f"{name} cannot be decoded ({error}); remove or replace it.") from error
 
 
 def open_pictures(path: str | Path, count: int | None = None) -> Pictures:
     """Find the pictures of a folder (its subfolders too), of .tar files, of .parquet files or of a saved dataset.
 
-    Args:
+    In:
         path: a folder of any of these, or one file.
         count: only the first so many, in the order of their names.
 
@@ -61,7 +84,7 @@ def open_pictures(path: str | Path, count: int | None = None) -> Pictures:
     if not path.exists():
         raise UniLIPError(f"There is nothing at {path}; give a folder of pictures, .tar or .parquet files.")
     if path.is_file() and path.suffix.lower() in SUFFIXES:
-        found = Pictures([path.name], lambda _: Image.open(path))
+        found = Pictures([path.name], lambda _: path.read_bytes())
     elif shards := _files(path, ".tar"):
         found = _of_tars(shards)
     elif tables := _files(path, ".parquet"):
@@ -69,10 +92,12 @@ def open_pictures(path: str | Path, count: int | None = None) -> Pictures:
         column = rows.image_column()
         found = Pictures([f"{n:08d}" for n in range(len(rows))], lambda i: rows.image(i, column))
     elif (path / "dataset_info.json").is_file():
-        found = _of_dataset(path)
+        data, column = open_dataset(path)
+        found = Pictures([f"{n:08d}" for n in range(len(data))], lambda i: cell_bytes(data[i][column]))
     else:
         files = sorted(file for file in path.glob("**/*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        found = Pictures([file.relative_to(path).as_posix() for file in files], lambda i: Image.open(files[i]))
+        names = [file.relative_to(path).as_posix() for file in files]
+        found = Pictures(names, lambda i: files[i].read_bytes())
     if not len(found):
         raise UniLIPError(f"{path} holds no pictures; allowed: {', '.join(SUFFIXES)}, .tar, .parquet, a saved dataset.")
     if count is not None:
@@ -99,23 +124,30 @@ def _of_tars(shards: Sequence[Path]) -> Pictures:
         except tarfile.TarError as error:
             raise UniLIPError(f"{shard} is no whole tar file ({error}); fetch it again.") from error
 
-    def read(index: int) -> Image.Image:
+    def read(index: int) -> bytes:
         shard, start, size = places[index]
         with shard.open("rb") as stream:
             stream.seek(start)
-            return Image.open(io.BytesIO(stream.read(size)))
+            return stream.read(size)
 
     return Pictures(names, read)
 
 
-def _of_dataset(path: Path) -> Pictures:
+def open_dataset(path: Path, column: str | None = None) -> tuple[Any, str]:
+    """Return a dataset saved by `datasets`, its pictures left encoded, and the name of the column that holds them.
+
+    Raises:
+        UniLIPError: there is no such column.
+    """
+    from datasets import Image as Pictured
     from datasets import load_from_disk
 
     data = load_from_disk(str(path))
-    column = next((name for name in COLUMNS if name in data.column_names), None)
+    data = data["train"] if hasattr(data, "keys") else data
+    column = next((name for name in ([column] if column else COLUMNS) if name in data.column_names), None)
     if column is None:
         raise UniLIPError(f"{path} has no column of pictures; it has {', '.join(data.column_names)}.")
-    return Pictures([f"{n:08d}" for n in range(len(data))], lambda i: data[i][column])
+    return data.cast_column(column, Pictured(decode=False)), column
 
 
 class ParquetRows:
@@ -149,27 +181,26 @@ class ParquetRows:
             raise UniLIPError(f"The Parquet files have no column of pictures; they have {', '.join(self.columns)}.")
         return column
 
-    def image(self, row: int, column: str) -> Image.Image:
-        """Return the picture in a column of a row."""
+    def image(self, row: int, column: str) -> bytes:
+        """Return the picture file in a column of a row."""
         n = int(np.searchsorted([start for start, _, _ in self.starts], row, side="right")) - 1
         start, file, group = self.starts[n]
-        return decode(self._group(file, group, column)[row - start])
+        return cell_bytes(self._group(file, group, column)[row - start])
 
     def _read_group(self, file: int, group: int, column: str) -> list[Any]:
         values: list[Any] = self.files[file].read_row_group(group, columns=[column]).column(0).to_pylist()
         return values
 
 
-def decode(cell: object) -> Image.Image:
-    """Open a picture of a table's cell: bytes, or {"bytes": ..., "path": ...} as datasets store it.
+def cell_bytes(cell: object) -> bytes:
+    """Return the picture file of a table's cell: bytes, or {"bytes": ..., "path": ...} as datasets stores it.
 
     Raises:
         ImageError: it is neither.
     """
     data = cell.get("bytes") if isinstance(cell, Mapping) else cell
+    if data is None and isinstance(cell, Mapping) and cell.get("path"):
+        return Path(str(cell["path"])).read_bytes()
     if not isinstance(data, bytes):
         raise ImageError(f"The cell holds {type(data).__name__}, not the bytes of a picture.")
-    try:
-        return Image.open(io.BytesIO(data))
-    except Exception as error:
-        raise ImageError(f"The cell holds no picture that can be read ({error}).") from error
+    return data

@@ -1,26 +1,23 @@
-"""Reconstruction: how much of a picture survives the tokenizer.
+"""Reconstruction: how much of a picture survives the tokenizer, `unilip eval recon`.
 
-Goes in: pictures and a model. Comes out, in a run folder: images.csv (a row a picture), scores/recon.json, and
-worst-best.png. Protocols: the picture's shorter side becomes S, its centre is cut out, S x S goes through the model,
-and the result, rounded to 8 bits, is compared with it.
+In: pictures and a model. Out, in a run folder: images.csv (a row a picture), scores/recon.json, worst-best.png.
+Protocols: the shorter side becomes S (bicubic), the centre is cut out, S x S goes through the model, and the result,
+rounded to 8 bits, is compared with it.
 
     224, 448   S as it is
     256        S = 256, reflected to 280, encoded to 10 x 10, decoded to 320, shrunk to 280 (align_corners), cut to 256
     native     the model's own size
 
 Measures: psnr (range 1.0), ssim (7 x 7 window, range 1.0), ssim_paper (the same with range 2.0, which reads higher),
-lpips, and the Frechet distance of features: "rfid" with Inception, "fd" with any other.
+lpips, and the Frechet distance of features: "rfid" with Inception, "fd" with any other. B pictures, F features.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
-import json
 import logging
 import math
-import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,20 +26,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from unilip.checkpoints.hub import Source
 from unilip.checkpoints.read import open_checkpoint
+from unilip.data.sheet import contact_sheet
 from unilip.errors import ConfigError, UniLIPError
 from unilip.eval.pictures import Pictures
-from unilip.eval.runs import RunFolder, batches, model_hash
+from unilip.eval.runs import RunFolder, model_hash, name_of
 from unilip.eval.scores import Rule, write_scores
-from unilip.files import file_hash, png_bytes, write_bytes
+from unilip.files import content_hash, file_hash, png_bytes, write_bytes
 from unilip.machine import Place
 from unilip.model import UniLIP
-from unilip.pictures import IMAGENET_MEAN, IMAGENET_STD, load_image, psnr, ssim
+from unilip.pictures import IMAGENET_MEAN, IMAGENET_STD, PSNR_LIMIT, psnr, ssim
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +49,7 @@ MEASURES = ("psnr", "ssim", "ssim_paper", "lpips", "rfid")
 PLAIN = MEASURES[:3]  # need nothing but this package
 TOKENIZER = ("encoder", "latent_head", "pixel_decoder")
 PAD = 12  # pixels at each side that make 280 of 256
+STRIP = 16  # sides: of what is longer when scaled, only the middle is made
 SHOWN = 8  # pictures at each end of worst-best.png
 Extractor = Callable[[Tensor], Tensor]  # uint8 (B,3,H,W) -> features (B,F)
 Distance = Callable[[Tensor, Tensor], Tensor]  # two of [0,1] (B,3,H,W) -> (B,)
@@ -171,12 +170,16 @@ def side_of(protocol: str, native: int) -> int:
 
 
 def prepare(image: Image.Image, side: int) -> Image.Image:
-    """Scale the shorter side to SIDE (bicubic) and cut the centre out."""
+    """Scale the shorter side to SIDE (bicubic) and cut the centre out, SIDE x SIDE."""
     scale = side / min(image.size)
     width, height = (max(side, int(length * scale)) for length in image.size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    if max(width, height) > STRIP * side:  # a strip: the scaled picture may not fit into memory
+        x, y = image.width / width, image.height / height
+        box = (left * x, top * y, (left + side) * x, (top + side) * y)
+        return image.resize((side, side), Image.Resampling.BICUBIC, box)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - side) / 2), round((height - side) / 2)
     return image.crop((left, top, left + side, top + side))
 
 
@@ -226,7 +229,9 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Measure a model's reconstructions; returns the summary, or None in a process whose rank is not 0.
 
-    Args:
+    A picture that the folder knows is not measured again: known by its bytes, whatever its name.
+
+    In:
         measures: of MEASURES.
         features, extractor: for "rfid", see `open_extractor`; `extractor` is (name, function) and wins.
         distance: for "lpips"; `open_lpips` by default.
@@ -249,148 +254,106 @@ def evaluate(
     except ConfigError as error:
         raise UniLIPError(f"The model cannot take --protocol {protocol} ({error}); try --protocol native.") from error
     model = UniLIP.from_pretrained(source, device=device, dtype=dtype or "float32", parts=TOKENIZER)
-    wants_features = "rfid" in measures
-    if wants_features and extractor is None:
+    if "rfid" not in measures:
+        extractor = None
+    elif extractor is None:
         extractor = open_extractor(features, model, device)
     if "lpips" in measures and distance is None:
         distance = open_lpips(device)
-    names_hash = hashlib.sha256("\n".join(pictures.names).encode()).hexdigest()
     identity = {
         "task": "recon",
         "protocol": protocol,
         "model": model_hash(source),
         "measures": sorted(measures),
-        "features": extractor[0] if wants_features and extractor else None,
+        "features": extractor[0] if extractor else None,
         "settings": {"image_size": side, "dtype": dtype or "float32"},
     }
-    named = "embedded" if source is None else str(source)
-    with RunFolder(output, identity, place, named) as folder:
-        parts = output / "parts"
-        indices = list(range(len(pictures)))
-        have = _stored(parts, pictures.names)
-        work = [
-            left for _, batch in batches(indices, batch_size, place) if (left := [i for i in batch if i not in have])
-        ]
-        total = len(have) + sum(map(len, work))
-        with tqdm(total=total, initial=len(have), desc="recon", unit="picture", disable=not progress) as bar:
-            for left in work:
-                truth = to_bytes([prepare(pictures.load(i), side) for i in left])
+    if extractor and Path(features).expanduser().is_file():
+        identity["features_sha256"] = file_hash(Path(features).expanduser())
+    with RunFolder(output, identity, place, name_of(source)) as folder:
+        marks = [pictures.digest(i) for i in range(len(pictures))]
+        index = {mark: i for i, mark in enumerate(marks)}
+        left = folder.left(list(index), batch_size)
+        with tqdm(total=sum(map(len, left)), desc="recon", unit="picture", disable=not progress) as bar:
+            for batch in left:
+                truth = to_bytes([prepare(pictures.load(index[mark]), side) for mark in batch])
                 made = put_through(model, truth, protocol)
                 rows = _measure(truth, made, measures, distance)
-                for i, row in zip(left, rows, strict=True):
-                    row["name"] = pictures.names[i]
-                stored: dict[str, Any] = {"rows": np.array([json.dumps(row) for row in rows])}
-                if wants_features and extractor:
-                    stored["real"], stored["made"] = (extractor[1](v).numpy() for v in (truth, made))
-                folder.commit(f"part-{left[0]:08d}", {f"parts/{left[0]:08d}-{len(left)}.npz": _npz(stored)})
-                bar.update(len(left))
+                arrays = {k: extractor[1](v).numpy() for k, v in (("real", truth), ("made", made))} if extractor else {}
+                folder.keep(batch, rows, arrays)
+                bar.update(len(batch))
         if place.rank:
             return None
-        while len(have := _stored(parts, pictures.names)) < len(pictures):  # what other processes still measure
-            time.sleep(1)
-        return _finish(pictures, output, model, protocol, identity, named, names_hash, have)
+        known = folder.wait(index)
+        return _finish(pictures, folder, model, [known[mark] for mark in marks], marks)
 
 
 def _measure(truth: Tensor, made: Tensor, measures: Sequence[str], distance: Distance | None) -> list[dict[str, Any]]:
     a, b = truth.float() / 255, made.float() / 255
-    columns: dict[str, Tensor] = {}
-    if "psnr" in measures:
-        columns["psnr"] = psnr(a, b)
-    if "ssim" in measures:
-        columns["ssim"] = ssim(a, b, 1.0)
-    if "ssim_paper" in measures:
-        columns["ssim_paper"] = ssim(a, b, 2.0)
-    if "lpips" in measures and distance is not None:
-        columns["lpips"] = distance(a, b)
+    ready: dict[str, Callable[[], Tensor]] = {
+        "psnr": lambda: psnr(a, b),
+        "ssim": lambda: ssim(a, b, 1.0),
+        "ssim_paper": lambda: ssim(a, b, 2.0),
+        "lpips": lambda: distance(a, b) if distance else torch.zeros(0),
+    }
+    columns = {name: values() for name, values in ready.items() if name in measures}
     return [{name: float(values[n]) for name, values in columns.items()} for n in range(len(truth))]
 
 
-def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
-    stream = io.BytesIO()
-    np.savez(stream, allow_pickle=False, **arrays)
-    return stream.getvalue()
-
-
-def _stored(parts: Path, names: Sequence[str]) -> dict[int, tuple[Path, int]]:
-    """Return where each picture's results are: index -> (file, place in it)."""
-    known = {name: i for i, name in enumerate(names)}
-    found: dict[int, tuple[Path, int]] = {}
-    for file in sorted(parts.glob("*.npz")):
-        try:
-            with np.load(file, allow_pickle=False) as stored:
-                rows = [json.loads(str(row)) for row in stored["rows"]]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UniLIPError(
-                f"{file} is damaged ({error}); remove it, and a rerun measures its pictures again."
-            ) from error
-        for n, row in enumerate(rows):
-            if row["name"] in known:
-                found[known[row["name"]]] = (file, n)
-    return found
-
-
 def _finish(
-    pictures: Pictures, output: Path, model: UniLIP, protocol: str, identity: Mapping[str, Any], named: str,
-    names_hash: str, have: Mapping[int, tuple[Path, int]],
-) -> dict[str, Any]:  # fmt: skip
-    opened: dict[Path, dict[str, np.ndarray]] = {}
-    for file in dict.fromkeys(file for file, _ in have.values()):
-        with np.load(file, allow_pickle=False) as stored:
-            opened[file] = dict(stored)
-    order = [have[i] for i in range(len(pictures))]
-    table = [json.loads(str(opened[file]["rows"][n])) for file, n in order]
-    columns = [name for name in table[0] if name != "name"]
+    pictures: Pictures, folder: RunFolder, model: UniLIP, table: Sequence[Mapping[str, Any]], marks: Sequence[str]
+) -> dict[str, Any]:
+    output, identity = folder.path, folder.identity
+    columns = [name for name in MEASURES if name in table[0]]
     text = io.StringIO()
-    writer = csv.DictWriter(text, ["name", *columns], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, **{name: f"{row[name]:.6f}" for name in columns}} for row in table)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["name", *columns])
+    writer.writerows(
+        [name, *(f"{row[column]:.6f}" for column in columns)] for name, row in zip(pictures.names, table, strict=True)
+    )
     write_bytes(output / "images.csv", text.getvalue().encode())
     rows = [
         {
-            "key": row["name"], "cluster": row["name"], "group": "all", "split": "", "picture": None, "status": "ok",
-            "scores": {name: row[name] for name in columns},
+            "key": name, "cluster": name, "group": "all", "split": "", "picture": None, "status": "ok",
+            "scores": {column: row[column] for column in columns},
         }
-        for row in table
+        for name, row in zip(pictures.names, table, strict=True)
     ]  # fmt: skip
     about: dict[str, Any] = {
-        "task": "recon", "protocol": protocol, "scorer": f"compared at {identity['settings']['image_size']} px",
-        "model": named, "model_hash": identity["model"], "settings": identity["settings"],
-        "prompts": {"sha256": names_hash, "published": None, "count": len(pictures)}, "prompts_scored": len(pictures),
+        "task": "recon", "protocol": identity["protocol"],
+        "scorer": f"compared at {identity['settings']['image_size']} px", "model": folder.name,
+        "model_hash": identity["model"], "settings": identity["settings"],
+        "prompts": {"sha256": content_hash(*marks), "published": None, "count": len(table)},
+        "prompts_scored": len(table),
+        "whole": {},
     }  # fmt: skip
+    equal = sum(row.get("psnr", 0) >= PSNR_LIMIT for row in table)
+    if equal:
+        about["whole"][f"equal pictures, counted as {PSNR_LIMIT:g} dB"] = equal
     if identity["features"]:
-        real, made = (np.stack([opened[file][key][n] for file, n in order]) for key in ("real", "made"))
-        about["whole"] = {identity["features"]: frechet_distance(real, made)}
+        real, made = (np.stack([folder.array(row, key) for row in table]) for key in ("real", "made"))
+        about["whole"][identity["features"]] = frechet_distance(real, made)
         if len(real) <= real.shape[1]:
-            log.warning(
-                "%s of %d pictures has fewer pictures than features; it is biased", identity["features"], len(real)
-            )
-    summary = write_scores(output, "recon", rows, Rule(), about)
-    by = "psnr" if "psnr" in columns else columns[0] if columns else None
-    if by:
-        ranked = sorted(range(len(table)), key=lambda i: table[i][by] * (-1 if by == "lpips" else 1))
-        _write_grid(pictures, output, model, protocol, identity["settings"]["image_size"], ranked, table, by)
-    return summary
+            log.warning("%s of %d pictures is biased: fewer pictures than features", identity["features"], len(real))
+    if columns:
+        by = columns[0]
+        order = sorted(range(len(table)), key=lambda i: table[i][by] * (-1 if by == "lpips" else 1))
+        _write_grid(pictures, folder, model, order, table, by)
+    return write_scores(output, "recon", rows, Rule(), about)
 
 
 def _write_grid(
-    pictures: Pictures, output: Path, model: UniLIP, protocol: str, side: int, ranked: Sequence[int],
-    table: Sequence[Mapping[str, Any]], by: str,
+    pictures: Pictures, folder: RunFolder, model: UniLIP, order: Sequence[int], table: Sequence[Mapping[str, Any]],
+    by: str,
 ) -> None:  # fmt: skip
     """Write worst-best.png: the worst on the left, the best on the right; each a source and its reconstruction."""
-    shown = min(SHOWN, math.ceil(len(ranked) / 2))
-    ends = (list(ranked[:shown]), list(reversed(ranked[-shown:])))
-    cell, band, gap = min(side, 224), 14, 6
-    page = Image.new("RGB", (4 * (cell + gap) + 5 * gap, band + shown * (cell + band + gap)), "white")
-    pen = ImageDraw.Draw(page)
-    for column, (title, chosen) in enumerate(zip(("worst", "best"), ends, strict=True)):
-        x = gap + column * (2 * cell + 5 * gap)
-        pen.text((x, 1), f"{title} by {by}: source, reconstruction", fill="black")
-        for row, index in enumerate(chosen):
-            truth = to_bytes([prepare(load_image(pictures.load(index)), side)])
-            pair = torch.cat([truth, put_through(model, truth, protocol)])
-            y = band + row * (cell + band + gap)
-            for n, values in enumerate(pair):
-                picture = Image.fromarray(values.movedim(0, -1).numpy()).resize((cell, cell), Image.Resampling.BICUBIC)
-                page.paste(picture, (x + n * (cell + gap), y))
-            pen.text((x, y + cell + 1), f"{table[index][by]:.3f}  {table[index]['name'][-40:]}", fill="black")
-    write_bytes(output / "worst-best.png", png_bytes(page))
+    shown = min(SHOWN, math.ceil(len(order) / 2))
+    side = folder.identity["settings"]["image_size"]
+    images, captions = [], []
+    for ends in zip(order[:shown], reversed(order[-shown:]), strict=True):
+        for title, i in zip(("worst", "best"), ends, strict=True):
+            truth = to_bytes([prepare(pictures.load(i), side)])
+            pair = torch.cat([truth, put_through(model, truth, folder.identity["protocol"])])
+            images += [Image.fromarray(v.movedim(0, -1).numpy()).resize((224, 224), 3) for v in pair]
+            captions += [f"{title}: {pictures.names[i][-40:]}", f"{by} {table[i][by]:.3f}"]
+    write_bytes(folder.path / "worst-best.png", png_bytes(contact_sheet(images, 4, captions)))

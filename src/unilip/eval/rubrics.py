@@ -22,7 +22,7 @@ from PIL import Image
 
 from unilip.errors import UniLIPError
 from unilip.eval.benchmarks import Benchmark, Item
-from unilip.eval.generation import load_picture
+from unilip.eval.pictures import decode
 from unilip.eval.vlm import STATUSES, Answer, Question
 from unilip.files import file_hash, png_bytes, read_json
 
@@ -334,7 +334,7 @@ def _ask_geneval2(q: Questionnaire, item: Item, picture: Path) -> list[Question]
 
 
 def _ask_dpg(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
-    page = load_picture(picture)
+    page = decode(picture.read_bytes(), str(picture))
     side = page.width // 2
     found = []
     for crop in range(item.pictures):
@@ -372,7 +372,8 @@ def _ask_gedit(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
     source = before.read_bytes()
     with Image.open(io.BytesIO(source)) as opened:
         size = opened.size
-    result = png_bytes(load_picture(picture).resize(size, Image.Resampling.BICUBIC))  # as the authors' scorer does
+    made = decode(picture.read_bytes(), str(picture))
+    result = png_bytes(made.resize(size, Image.Resampling.BICUBIC))  # as the authors' scorer does
     follow = texts["semantics"].replace("<instruction>", item.prompt)
     return [
         Question(f"{item.key}/semantics", (follow, source, result), read_viescore, max_tokens=1400),

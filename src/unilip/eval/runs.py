@@ -1,29 +1,33 @@
-"""The folder of a run: what it is of (run.json), pictures that appear whole or not at all, and which process does what.
+"""The folder of a run: what it is of (run.json), results that a rerun finds again, and which process does what.
 
-Goes in: an identity (benchmark, protocol, model, settings). Comes out: a folder that a killed run goes on in, that
-refuses another run's identity, and that several processes fill together. A batch of files is first written aside,
-then committed by one rename and moved into place; so no batch is ever half there after a restart.
+In: an identity (benchmark, protocol, model, settings). Out: a folder that a killed run goes on in, that refuses another
+run's identity, and that several processes fill together. What depends on other inputs besides is known by a
+fingerprint of their content (`left`, `keep`, `wait`). A batch of files is first written aside, then committed by one
+rename and moved into place; so no batch is ever half there after a restart.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import io
 import json
 import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from unilip import __version__
 from unilip.checkpoints.hub import Source
 from unilip.checkpoints.read import open_checkpoint
 from unilip.errors import UniLIPError
-from unilip.files import Lock, file_hash, read_json, write_json
+from unilip.files import Lock, content_hash, file_hash, read_json, read_lines, write_json
 from unilip.machine import Place
 
 log = logging.getLogger(__name__)
@@ -32,22 +36,29 @@ MANIFEST = "run.json"
 PICTURES = "images"
 STAGING = ".staging"
 LIBRARIES = ("torch", "transformers", "diffusers", "numpy", "pillow")
+WORDS = ("*token*", "vocab*", "merges*", "chat_template*")  # a checkpoint's files that its tokenizer is made of
 
 
 # --- what a run is of -----------------------------------------------------------------------------------------------
 
 
 def model_hash(source: Source = None) -> str:
-    """Return sixteen hex digits of a checkpoint's configuration and weight files, without loading it.
+    """Return sixteen hex digits of a checkpoint's configuration, weights and tokenizer, without loading it.
 
     Raises:
         CheckpointError: it cannot be opened.
     """
     opened = open_checkpoint(source)
-    digest = hashlib.sha256(json.dumps(opened.config.to_dict(), sort_keys=True).encode())
-    for file in sorted(opened.weights.files, key=lambda file: file.name):
-        digest.update(file_hash(file).encode())
-    return digest.hexdigest()[:16]
+    beside = opened.tokenizer_path
+    words = [] if beside is None else [file for pattern in WORDS for file in beside.glob(pattern) if file.is_file()]
+    files = sorted({*opened.weights.files, *words}, key=lambda file: file.name)
+    parts = [json.dumps(opened.config.to_dict(), sort_keys=True), *map(file_hash, files)]
+    return content_hash(*parts)[:16]
+
+
+def name_of(source: Source) -> str:
+    """Return what people call a model."""
+    return "embedded" if source is None else str(source)
 
 
 def environment(place: Place) -> dict[str, Any]:
@@ -62,7 +73,7 @@ def environment(place: Place) -> dict[str, Any]:
 class RunFolder:
     """The folder of one run, which processes of the same run share.
 
-    Args:
+    In:
         path: made if it is not there.
         identity: what may not differ when the run goes on.
         place: which process this is; every process of a run gives its own.
@@ -75,6 +86,7 @@ class RunFolder:
     def __init__(self, path: Path, identity: Mapping[str, Any], place: Place, name: str = "") -> None:
         self.path, self.place, self.name = path, place, name
         self.identity = json.loads(json.dumps(identity))  # as it is read back
+        self._arrays: dict[str, dict[str, np.ndarray]] = {}
         if path.exists() and not path.is_dir():
             raise UniLIPError(f"{path} is a file, not a folder; give another --output.")
         path.mkdir(parents=True, exist_ok=True)
@@ -131,6 +143,53 @@ class RunFolder:
                 int(rank) == self.place.rank or (not self.place.rank and int(rank) >= self.place.world)
             ):
                 shutil.rmtree(part, ignore_errors=True)
+
+    # --- results known by what they were made of
+
+    def left(self, marks: Sequence[str], size: int) -> list[list[str]]:
+        """Return this process's batches of the fingerprints (each once) that have no result here yet."""
+        known = self._kept()
+        if known and (new := sum(mark not in known for mark in marks)):
+            log.info("%s: %d of %d inputs are new or have changed, and are measured", self.path, new, len(marks))
+        cut = [[mark for mark in batch if mark not in known] for _, batch in batches(marks, size, self.place)]
+        return [batch for batch in cut if batch]
+
+    def keep(
+        self, marks: Sequence[str], rows: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Store a row for each fingerprint, and arrays whose first dimension is the rows."""
+        tag = content_hash(*marks)[:16]
+        stored = [
+            {**row, "mark": mark, "part": tag, "n": n} for n, (mark, row) in enumerate(zip(marks, rows, strict=True))
+        ]
+        files = {f"parts/{tag}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in stored).encode()}
+        if arrays:
+            stream = io.BytesIO()
+            np.savez(stream, allow_pickle=False, **arrays)
+            files[f"parts/{tag}.npz"] = stream.getvalue()
+        self.commit(f"part-{tag}", files)
+
+    def wait(self, marks: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Return the rows by fingerprint, once all processes of the run have stored theirs."""
+        while any(mark not in (known := self._kept()) for mark in marks):
+            time.sleep(1)
+        return known
+
+    def array(self, row: Mapping[str, Any], name: str) -> np.ndarray:
+        """Return a stored array of a row of `wait`."""
+        if row["part"] not in self._arrays:
+            with np.load(self.path / "parts" / f"{row['part']}.npz", allow_pickle=False) as stored:
+                self._arrays[row["part"]] = dict(stored)
+        value: np.ndarray = self._arrays[row["part"]][name][row["n"]]
+        return value
+
+    def _kept(self) -> dict[str, dict[str, Any]]:
+        known: dict[str, dict[str, Any]] = {}
+        for file in sorted((self.path / "parts").glob("*.jsonl")):
+            known |= {row["mark"]: row for row in read_lines(file, "part of the results") if "mark" in row}
+        return known
+
+    # --- files that appear together
 
     def commit(self, name: str, files: Mapping[str, bytes]) -> None:
         """Put files (path in the run folder -> bytes) where they belong: all of them, even through a kill."""

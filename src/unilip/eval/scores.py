@@ -1,7 +1,7 @@
 """Rows of scored items -> a score with its protocol, scorer, interval, and what could not be scored.
 
-Goes in: rows {"key", "cluster", "group", "split", "picture", "status", "scores", "parts"} and a rule of averaging.
-Comes out: scores/NAME.json and NAME.jsonl in the run folder, and lines to print. Intervals are bootstraps over
+In: rows {"key", "cluster", "group", "split", "picture", "status", "scores", "parts"} and a rule of averaging.
+Out: scores/NAME.json and NAME.jsonl in the run folder, and lines to print. Intervals are bootstraps over
 clusters (prompts), within groups where groups are averaged.
 """
 
@@ -23,7 +23,6 @@ from unilip.files import read_json, read_lines, write_json, write_lines
 Row = dict[str, Any]
 RESAMPLES = 2000
 FOLDER = "scores"
-DOWN = {"lpips", "rfid"}  # measures of which less is better
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,7 @@ def summarise(
         counts = Counter(row["status"] for row in rows)
         raise UniLIPError(
             f"None of {len(rows)} items has a score ({', '.join(f'{n} {status}' for status, n in counts.items())}); "
-            f"see the "
-            "reasons in the scores folder, then run again: what is open is asked again."
+            "see the reasons in the scores folder, then run again: what is open is asked again."
         )
     found: dict[str, dict[str, Any]] = {}
     for split in dict.fromkeys(row["split"] for row in rows):
@@ -152,7 +150,7 @@ def write_scores(
 ) -> dict[str, Any]:  # fmt: skip
     """Write scores/NAME.jsonl, then the summary scores/NAME.json; returns the summary.
 
-    Args:
+    In:
         about: what stands beside the score: task, protocol, scorer, model, prompts, and what else is to be kept.
     """
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "scores"

@@ -1,6 +1,6 @@
-"""Scores the pictures of a run: by a judge behind an address, by a detector, or by the authors' own program.
+"""Score the pictures of a run: by a judge behind an address, or by the benchmark authors' own program.
 
-Goes in: a benchmark and its run folder. Comes out: scores/NAME.json and .jsonl, whose "scorer" says who judged and by
+In: a benchmark and its run folder. Out: scores/NAME.json and .jsonl, whose "scorer" says who judged and by
 what wording. Pictures that are missing are an error; nothing is scored in their place.
 """
 
@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -22,13 +23,12 @@ from tqdm.auto import tqdm
 
 from unilip.errors import UniLIPError
 from unilip.eval.benchmarks import Benchmark, wise_files
-from unilip.eval.detection import Colors, Detector, score_geneval
-from unilip.eval.generation import check_sizes, load_picture, missing
+from unilip.eval.generation import check_pictures, missing
 from unilip.eval.rubrics import RANGES, Questionnaire, Row, Rubric, read_dpg_questions
 from unilip.eval.runs import PICTURES, read_manifest
 from unilip.eval.scores import FOLDER, Rule, write_scores
 from unilip.eval.vlm import RemoteJudge, Terms
-from unilip.files import read_lines, write_bytes
+from unilip.files import read_lines
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +53,10 @@ def check_complete(benchmark: Benchmark, output: Path) -> dict[str, Any]:
     left = missing(benchmark, output)
     if left:
         raise UniLIPError(
-            f"{len(left)} of {len(benchmark.items)} pictures are missing in {output}, the first is {left[0].path}; "
-            f"run the "
-            "command without --no-generate to make them."
+            f"{len(left)} of {len(benchmark.items)} pictures are missing in {output}, the first is {left[0].path}; run "
+            "the command without --no-generate to make them."
         )
-    check_sizes(output, benchmark.items, identity["settings"]["image_size"])
+    check_pictures(output, benchmark.items, identity)
     return manifest
 
 
@@ -86,7 +85,7 @@ def score_by_judge(
 ) -> dict[str, Any]:
     """Ask a judge about every picture of a run; returns the summary that scores/judge-NAME.json holds.
 
-    Args:
+    In:
         terms: who is asked, and how.
         rubric: the wording; ours by default.
         method: geneval2 only, "soft_tifa" (probabilities of the words) or "tifa" (the words).
@@ -126,40 +125,19 @@ def score_by_judge(
     return write_scores(output, name, rows, Rule.of(benchmark.weights), about, RANGES)
 
 
-def score_by_detector(
-    benchmark: Benchmark, output: Path, detector: Detector, colors: Colors, batch_size: int = 4, progress: bool = False
-) -> dict[str, Any]:
-    """Apply GenEval's rules to what a detector finds; returns the summary that scores/detector-NAME.json holds.
-
-    Raises:
-        UniLIPError: the benchmark is another one, or pictures are missing.
-    """
-    if benchmark.name != "geneval":
-        raise UniLIPError(f"Only geneval is scored by a detector, not {benchmark.name}; use --judge.")
-    manifest = check_complete(benchmark, output)
-    with tqdm(total=len(benchmark.items), desc=detector.name, unit="picture", disable=not progress) as bar:
-        rows = score_geneval(
-            benchmark.items, lambda item: load_picture(output / item.path), detector, colors, batch_size, bar.update
-        )
-    about = _about(benchmark, manifest, f"{detector.name}, {colors.name}, rules of GenEval")
-    prompts: dict[str, list[float]] = {}
-    for row in rows:
-        prompts.setdefault(row["cluster"], []).append(row["scores"]["correct"])
-    about["whole"] = {
-        "correct_pictures": sum(map(sum, prompts.values())) / len(rows),
-        "correct_prompts": sum(any(values) for values in prompts.values()) / len(prompts),
-    }
-    return write_scores(output, f"{detector.name}-{colors.name}", rows, Rule.of(benchmark.weights), about)
-
-
 # --- the authors' programs ------------------------------------------------------------------------------------------
 
 PROGRAMS = {
-    "geneval": ("evaluation/evaluate_images.py",),
-    "geneval2": ("evaluation.py",),
-    "dpg": ("dpg_bench/compute_dpg_bench.py",),
-    "wise": ("vllm_eval.py",),
+    "geneval": "evaluation/evaluate_images.py",
+    "geneval2": "evaluation.py",
+    "dpg": "dpg_bench/compute_dpg_bench.py",
+    "wise": "vllm_eval.py",
 }
+# The program's words come on its stdin: a key among them would be in every list of processes.
+LAUNCH = (
+    "import json, os, runpy, sys; sys.argv = json.loads(sys.stdin.readline()); "
+    "sys.path.insert(0, os.path.dirname(sys.argv[0])); runpy.run_path(sys.argv[0], run_name='__main__')"
+)
 
 
 def score_officially(
@@ -174,7 +152,7 @@ def score_officially(
 ) -> dict[str, Any]:
     """Run the scorer of a benchmark's authors on a run; returns the summary that scores/official.json holds.
 
-    Args:
+    In:
         checkout: of the authors' repository.
         prompts: the prompt file of the run.
         python: the interpreter of the environment that the scorer needs; this one by default.
@@ -188,20 +166,20 @@ def score_officially(
     folder = Path(checkout).expanduser().resolve()
     if name not in PROGRAMS:
         raise UniLIPError(
-            f"The scorer of {name} has its judge's address and key written into its source, so it cannot be run as "
-            f"it is; "
-            "use --judge with --rubric, which asks the same questions."
+            f"The scorer of {name} has its judge's address and key written into its source, so it cannot be run as it "
+            "is; use --judge with --rubric, which asks the same questions."
         )
-    program = folder / PROGRAMS[name][0]
+    program = folder / PROGRAMS[name]
     if not program.is_file():
-        raise UniLIPError(f"There is no {PROGRAMS[name][0]} in {folder}; give a checkout of {name}'s repository.")
+        raise UniLIPError(f"There is no {PROGRAMS[name]} in {folder}; give a checkout of {name}'s repository.")
     if name == "wise" and (benchmark.protocol != "verified" or terms is None):
         raise UniLIPError(
             "The official scorer of WISE is run for --protocol verified, and needs --judge and --judge-model."
         )
     manifest = check_complete(benchmark, output)
     root, made = output.resolve(), output.resolve() / FOLDER / "official-files"
-    made.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(made, ignore_errors=True)  # results of an earlier call are not those of this one
+    made.mkdir(parents=True)
     size = manifest["identity"]["settings"]["image_size"]
     executable = python or sys.executable
     more = shlex.split(arguments)
@@ -232,12 +210,14 @@ def score_officially(
             for file in files
         ]  # fmt: skip
     for call in calls:
-        words = [executable, str(program), *call, *more]
+        words = [str(program), *call, *more]
         if name == "wise" and terms is not None:
             words += ["--api_key", terms.key or os.environ.get("OPENAI_API_KEY") or "none"]
-        log.info("running %s", shlex.join(words[:2]))
-        done = subprocess.run(words, cwd=root, capture_output=True, text=True)
-        write_bytes(made / "log.txt", (done.stdout + done.stderr).encode())
+        log.info("running %s", program)
+        command = [executable, "-c", LAUNCH]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, input=json.dumps(words) + "\n")
+        with (made / "log.txt").open("a", encoding="utf-8") as stream:
+            stream.write(done.stdout + done.stderr)
         if done.returncode:
             last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
             raise UniLIPError(
@@ -256,7 +236,7 @@ def score_officially(
     if lacking:
         log.warning("%s gave no score for %d of %d items", program.name, len(lacking), len(full))
     judge = f", judge {terms.model}" if name == "wise" and terms is not None else ""
-    about = _about(benchmark, manifest, f"official {PROGRAMS[name][0]}{judge}")
+    about = _about(benchmark, manifest, f"official {PROGRAMS[name]}{judge}")
     return write_scores(output, "official", full, Rule.of(benchmark.weights), about, RANGES)
 
 

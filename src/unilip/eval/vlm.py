@@ -1,6 +1,6 @@
 """A vision-language model behind an OpenAI-compatible address, as a judge of pictures.
 
-Goes in: questions of texts and pictures, each with a reader of its answer. Comes out: an answer to each, with a status:
+In: questions of texts and pictures, each with a reader of its answer. Out: an answer to each, with a status:
 "ok", "refused", "unparsable" or "failed"; only "ok" has a value. Answers are kept on disk, so a rerun asks only what is
 still open. Nothing that the judge did not say becomes a score.
 """
@@ -11,12 +11,13 @@ import base64
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from unilip.errors import UniLIPError
+from unilip.errors import UniLIPError, install
 from unilip.files import write_json
 
 log = logging.getLogger(__name__)
@@ -141,9 +142,7 @@ class RemoteJudge:
         try:
             import openai
         except ImportError as error:
-            raise UniLIPError(
-                "A judge needs the openai package; install it with pip install 'unilip[eval]'."
-            ) from error
+            raise UniLIPError(f"A judge needs the package openai; {install('eval')}.") from error
         self.terms = terms
         self.tally = Tally()
         self._errors = openai
@@ -292,8 +291,6 @@ def _value(question: Question, text: str, likely: dict[str, float] | None) -> An
 
 
 def _likely(choice: Any) -> dict[str, float] | None:
-    import math
-
     entries = choice.logprobs.content if choice.logprobs else None
     if not entries:
         return None
@@ -310,9 +307,3 @@ def _data_url(data: bytes) -> str:
 
 def _line(error: BaseException) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
-
-
-def judged(answers: Sequence[Answer]) -> Iterator[tuple[str, int]]:
-    """Yield how many answers have each status, those that are there."""
-    counts = Counter(answer.status for answer in answers)
-    return ((status, counts[status]) for status in STATUSES if counts[status])
