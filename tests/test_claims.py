@@ -5,11 +5,10 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from unilip import cli
 from unilip.errors import UniLIPError
-from unilip.eval import claims, claims_pages
+from unilip.eval import claims
 from unilip.eval.claims import CLAIMS, Claim, Run, Statement, budget, check, conclude, difference, evaluate, score
 from unilip.recipes.ablations import ablations, nano, pico, tiny
 from unilip.recipes.record import plain
@@ -148,9 +147,6 @@ def runs(fresh_model, tmp_path_factory):
             run = folder / f"ablation/tiny/{variant}/seed{seed}"
             fresh_model(seed + len(variant)).save_pretrained(run / "final")
             (run / "final/recipe.json").write_text(json.dumps(plain(recipe) | {"seed": seed}))
-            key = "flow" if variant.startswith("gen") else "psnr"
-            lines = [{"step": i, key: 10.0 + i, "distill": 0.1, "samples_per_second": 2.0} for i in (1, 2)]
-            (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
@@ -159,9 +155,7 @@ def test_runs_are_found_with_their_seeds(runs):
     assert {name: [run.seed for run in several] for name, several in found.items()} == {
         "gen_dual": [0], "recon": [0], "recon_distill": [0, 1], "recon_free": [0],
     }  # fmt: skip
-    run = found["recon_distill"][0]
-    assert run.is_tokenizer and not found["gen_dual"][0].is_tokenizer
-    assert run.minutes == pytest.approx(2 * 2 / 2 / 60)  # two steps of two samples, two samples a second
+    assert found["recon_distill"][0].is_tokenizer and not found["gen_dual"][0].is_tokenizer
     named = claims.missing("tiny", found)
     assert named["gen_queries"] == "unilip train ablation/tiny/gen_queries" and "recon_free" not in named
 
@@ -175,10 +169,8 @@ def test_evidence_is_written_and_goes_on(runs, tmp_path, monkeypatch, fresh_mode
     verdicts = {claim["claim"]: claim["verdict"] for claim in record["claims"]}
     assert verdicts["1"] == verdicts["3a"] == "not measured"  # recon_frozen and the generators are missing
     page = (tmp_path / "out/results.md").read_text()
-    assert "unilip train ablation/tiny/recon_frozen" in page and "Claim 2c" in page and "±" in page
+    assert "unilip train ablation/tiny/recon_frozen" in page and "| 2c. Is distillation" in page and "±" in page
     assert json.loads((tmp_path / "out/results.json").read_text()) == results
-    grid = Image.open(tmp_path / "out/grid-reconstruction-tiny.png")
-    assert grid.height == 3 * 60 and (tmp_path / "out/curves-tokenizer-tiny.png").is_file()
 
     def measured_again(*_):
         raise AssertionError("measured again")
@@ -200,8 +192,6 @@ def test_generators_are_judged(runs, tmp_path):
     row = results["sizes"]["tiny"]["variants"]["gen_dual"]
     assert {"generation", "edits", "psnr_outside", "riddles", "flow", "flow_edit"} <= set(row)
     assert row["flow"]["mean"] > 0 and row["num_queries"] == 8
-    for name in ("gen", "edit", "riddle"):
-        assert (tmp_path / f"out/grid-{name}-tiny.png").is_file()
 
 
 def test_a_flow_loss_is_that_of_training(runs, fresh_model):
@@ -231,34 +221,13 @@ def test_judged_items_are_averaged_over_the_pictures_of_a_prompt(tmp_path):
     assert found["edits"] == {"add, seen/0000": 0.0} and found["psnr_outside"] == {"add, seen/0000": 20.0}
 
 
-def test_sweeps_and_sampling_are_drawn(tmp_path):
-    point = {"flow": {"mean": 0.2, "spread": None, "error": 0.01, "seeds": 1}, "num_queries": 8, "connector_layers": 2}
-    variants = {
-        "gen_dual": point,
-        "sweep_num_queries_4": point,
-        "sweep_num_queries_1": point,
-        "sweep_connector_layers_1": point,
-    }
-    assert [value for value, _ in claims_pages.sweep_points(variants, "num_queries")] == [1, 4, 8]
-    names = claims_pages.draw_sweeps(tmp_path, "tiny", variants)
-    values = {
-        f"{g:g}x{n}": {"all": 0.5, "all/single": 1.0, "objects": 0.25, "count": 0.75}
-        for g in claims.GUIDANCE
-        for n in claims.STEPS
-    }
-    sampling = {"about": {"name": "tiny", "model": "abc", "count": 4}, "values": values}
-    names += claims_pages.draw_sampling(tmp_path, sampling)
-    assert len(names) == 3 and all((tmp_path / name).is_file() for name in names)
-    assert "| 50.0 (50.0) |" in "\n".join(claims_pages.sampling_lines(sampling))
-
-
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"parts": ["tokeniser"]}, "allowed: tokenizer, generation, sampling"),
+        ({"parts": ["tokeniser"]}, "allowed: tokenizer, generation"),
         ({"size": "1b"}, "allowed: tiny, pico, nano"),
         ({"size": "nano"}, "unilip train ablation/nano/recon"),
         ({"runs": "nowhere"}, "There is no folder nowhere"),
@@ -283,24 +252,9 @@ def test_the_command_line(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["eval", "claims", str(tmp_path / "nothing")]) == 2
     assert "There is no folder" in capsys.readouterr().err
-    monkeypatch.setattr(
-        claims.Lab, "tokenizer", lambda *_: ({"psnr": {"0": 20.0, "1": 21.0}}, Image.new("RGB", (8, 8)))
-    )
-    words = [
-        "eval",
-        "claims",
-        str(runs),
-        "--output",
-        "e",
-        "--parts",
-        "tokenizer",
-        "--count",
-        "1",
-        "--device",
-        "cpu",
-        "--json",
-    ]
-    assert cli.main(words) == 0
+    monkeypatch.setattr(claims.Lab, "tokenizer", lambda *_: {"psnr": {"0": 20.0, "1": 21.0}})
+    given = ["--output", "e", "--parts", "tokenizer", "--count", "1", "--device", "cpu", "--json"]
+    assert cli.main(["eval", "claims", str(runs), *given]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["results"]["sizes"]["tiny"]["missing"]["gen_hidden"] == "unilip train ablation/tiny/gen_hidden"
     assert (tmp_path / "e/results.md").is_file()

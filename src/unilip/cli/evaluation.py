@@ -80,34 +80,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def eval_emoji(o: Options) -> int:
     """Measure a model in the emoji world."""
     report = Report(o, "eval emoji")
-    folder = Path(o.output or "results").expanduser()
-    if not folder.exists() and not folder.absolute().parent.is_dir():
-        raise UniLIPError(f"There is no folder {folder.absolute().parent}; make it first, or give another --output.")
+    folder = output_of(o, "results", "results")
     device = choose_device(o.device)
     from unilip.emoji import score as emoji
     from unilip.emoji.world import World
 
-    parts = None if o.parts is None else [part.strip() for part in o.parts.split(",")]
+    parts = names_of(o.parts)
     unknown = sorted(set(parts or ()) - set(emoji.PARTS))
     if unknown:
         raise UniLIPError(f"--parts names {', '.join(map(repr, unknown))}; allowed: {', '.join(emoji.PARTS)}.")
     if o.world is not None:
         World.preset(o.world)
-    results = emoji.run(
-        o.model,
-        folder,
-        o.world,
-        parts=parts,
-        count=o.count,
-        seeds=o.seeds,
-        steps=o.steps,
-        guidance_scale=o.guidance_scale,
-        preset=o.preset,
-        device=device,
-        dtype=o.dtype,
-        batch_size=o.batch_size,
-        progress=o.progress and sys.stderr.isatty(),
-    )
+    given = pick(o, "count", "seeds", "steps", "guidance_scale", "preset", "dtype", "batch_size")
+    results = emoji.run(o.model, folder, o.world, parts=parts, device=device, progress=bars(o), **given)
     for name in ("results.md", "index.html"):
         report.line(str(folder / name))
     report.end("measured", output=str(folder), results=results)
@@ -121,22 +106,15 @@ def eval_claims(o: Options) -> int:
     device = choose_device(o.device)
     from unilip.eval import claims
 
+    given = pick(o, "count", "seeds", "dtype", "batch_size")
     found = claims.evaluate(
-        o.words[0],
-        output,
-        o.world,
-        parts=None if o.parts is None else [part.strip() for part in o.parts.split(",")],
-        model=o.model,
-        count=o.count,
-        seeds=o.seeds,
-        device=device,
-        dtype=o.dtype,
-        batch_size=o.batch_size,
-        progress=bars(o),
+        o.words[0], output, o.world, parts=names_of(o.parts), device=device, progress=bars(o), **given
     )
     for size, record in found["sizes"].items():
         for claim in record["claims"]:
-            report.line(f"{size} {claim['claim']}: {claim['verdict']}. {claim['words']}.")
+            report.line(f"{size} {claim['claim']}. {claim['words']} | {claim['verdict']}")
+            for statement in claim["statements"]:
+                report.line(f"    {claims.tell(statement)}")
         for command in record["missing"].values():
             report.line(f"not trained: {command}")
     report.line(str(output / "results.md"))
@@ -144,9 +122,19 @@ def eval_claims(o: Options) -> int:
     return 0
 
 
-def output_of(o: Options, name: str) -> Path:
+def pick(o: Options, *names: str) -> dict[str, Any]:
+    """Return options by their names, for a function that calls them so, too."""
+    return {name: getattr(o, name) for name in names}
+
+
+def names_of(text: str | None) -> list[str] | None:
+    """Return names with commas between as a list."""
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def output_of(o: Options, name: str, usual: str = "") -> Path:
     """Return the run folder, which may be new, but not its parent."""
-    folder = Path(o.output or f"eval-{name}").expanduser()
+    folder = Path(o.output or usual or f"eval-{name}").expanduser()
     if not folder.exists() and not folder.absolute().parent.is_dir():
         raise UniLIPError(f"There is no folder {folder.absolute().parent}; make it first, or give another --output.")
     return folder
@@ -205,12 +193,9 @@ def eval_benchmark(name: str, o: Options) -> int:
     protocol = getattr(o, "protocol", None)  # only where there are several
     method = protocol if name == "geneval2" else None
     source: dict[str, Any] = {
-        "name": name,
-        "prompts": o.prompts,
-        "protocol": None if name == "geneval2" else protocol,
-        "sources": o.sources if name == "imgedit" else None,
-        "own_prompts": o.own_prompts,
-    }
+        "name": name, "protocol": None if name == "geneval2" else protocol, **pick(o, "prompts", "own_prompts"),
+        "sources": getattr(o, "sources", None),
+    }  # fmt: skip
     if method is not None:
         from unilip.eval.scoring import METHODS
 
@@ -251,16 +236,9 @@ def draw(o: Options, benchmark: Any, source: dict[str, Any], output: Path) -> di
     from unilip.eval.generation import Settings, generate, generate_with_ray
 
     device = choose_device(o.device)
-    settings = Settings.resolve(
-        o.model,
-        steps=o.steps,
-        guidance_scale=o.guidance_scale,
-        image_size=o.image_size,
-        seed=o.seed,
-        dtype=o.dtype,
-        fit=getattr(o, "fit", "resize"),
-    )
-    given: dict[str, Any] = {"output": output, "source": o.model, "settings": settings, "batch_size": o.batch_size}
+    given = pick(o, "steps", "guidance_scale", "image_size", "seed", "dtype")
+    settings = Settings.resolve(o.model, fit=getattr(o, "fit", None), **given)
+    given = {"output": output, "source": o.model, "settings": settings, "batch_size": o.batch_size}
     if o.ray is None:
         return generate(benchmark, device=device, progress=bars(o), **given)
     if "WORLD_SIZE" in os.environ:
@@ -286,15 +264,8 @@ def score(o: Options, benchmark: Any, output: Path, rubric: Any, method: str | N
     from unilip.eval import scoring
 
     if getattr(o, "official", None) is not None:
-        yield scoring.score_officially(
-            benchmark,
-            output,
-            o.official or "",
-            prompts=o.prompts or "",
-            python=o.official_python,
-            arguments=o.official_args,
-            terms=terms,
-        )
+        given: dict[str, Any] = {"python": o.official_python, "arguments": o.official_args, "terms": terms}
+        yield scoring.score_officially(benchmark, output, o.official or "", prompts=o.prompts or "", **given)
     elif terms is not None:
         questions = o.questions if benchmark.name == "dpg" else None
         yield scoring.score_by_judge(
@@ -311,17 +282,9 @@ def eval_recon(o: Options) -> int:
     from unilip.eval.pictures import open_pictures
 
     pictures = open_pictures(o.words[0], o.count)
+    given = pick(o, "features", "batch_size", "dtype") | {"device": device, "progress": bars(o)}
     summary = recon.evaluate(
-        pictures,
-        output,
-        o.model,
-        protocol=o.protocol or "256",
-        measures=[name.strip() for name in o.measures.split(",")],
-        features=o.features,
-        batch_size=o.batch_size,
-        device=device,
-        dtype=o.dtype,
-        progress=bars(o),
+        pictures, output, o.model, protocol=o.protocol or "256", measures=names_of(o.measures) or (), **given
     )
     return 0 if summary is None else tell_scores(o, report, [summary], output)
 
@@ -334,19 +297,9 @@ def eval_understand(o: Options) -> int:
     from unilip.eval import understand
 
     sheet = understand.open_questions(o.words[0], o.images)
-    summaries = understand.evaluate(
-        sheet,
-        output,
-        o.model,
-        name=Path(o.words[0]).stem,
-        count=o.count,
-        max_tiles=o.max_tiles,
-        max_new_tokens=o.max_new_tokens,
-        batch_size=o.batch_size,
-        device=device,
-        dtype=o.dtype,
-        progress=bars(o),
-    )
+    given = pick(o, "count", "max_tiles", "max_new_tokens", "batch_size", "dtype")
+    name = Path(o.words[0]).stem
+    summaries = understand.evaluate(sheet, output, o.model, name=name, device=device, progress=bars(o), **given)
     if summaries is None:
         return 0
     report.line(str(output / "answers.jsonl"))
@@ -365,7 +318,8 @@ def eval_compare(o: Options) -> int:
     return 0
 
 
-RUN = ("--output", "--batch-size", *LOADING, *TELLING)
+MODEL = ("--batch-size", *LOADING, *TELLING)
+RUN = ("--output", *MODEL)
 RUN_CHANGES: dict[str, dict[str, Any]] = {
     "--output": dict(metavar="DIR", help="the run's folder; a rerun goes on where one stopped (eval-NAME)"),
     "--batch-size": dict(default=8, help="how many at once: speed and memory (8)"),
@@ -462,19 +416,7 @@ VERBS: dict[str, Verb] = {
         "[OPTIONS]",
         "Measure a model in the emoji world. The items are held out; no network judges.",
         "unilip eval emoji --model runs/pico/sft/final --output results",
-        (
-            "--output",
-            "--count",
-            "--seeds",
-            "--parts",
-            "--world",
-            "--steps",
-            "--guidance-scale",
-            "--preset",
-            "--batch-size",
-            *LOADING,
-            *TELLING,
-        ),
+        ("--output", "--count", "--seeds", "--parts", "--world", "--steps", "--guidance-scale", "--preset", *MODEL),
         changes={
             "--output": dict(metavar="DIR", help="folder of the results; a rerun goes on where one stopped (results)"),
             "--batch-size": dict(default=None, help="how many at once: speed and memory, not results (24)"),
@@ -483,16 +425,15 @@ VERBS: dict[str, Verb] = {
     "eval claims": Verb(
         eval_claims,
         "[OPTIONS] RUNS",
-        "Test the paper's claims on the ablations in RUNS. Tables with verdicts, curves, sweeps and picture grids.",
+        "Test the paper's claims on the ablations in RUNS. Question, verdict and number of each.",
         "unilip eval claims runs --output claims\nunilip eval claims runs --world pico --parts tokenizer",
-        ("--output", "--parts", "--world", "--count", "--seeds", "--batch-size", *LOADING, *TELLING),
+        ("--output", "--parts", "--world", "--count", "--seeds", "--batch-size", "--device", "--dtype", *TELLING),
         (1, 1),
         {
             "--output": dict(metavar="DIR", help="folder of the evidence; a rerun goes on (eval-claims)"),
-            "--parts": dict(help="of tokenizer,generation,sampling, with commas between (all)"),
+            "--parts": dict(help="of tokenizer,generation, with commas between (both)"),
             "--world": dict(help="the size whose ablations are meant: tiny, pico or nano (all that there are)"),
             "--seeds": dict(help="pictures of each prompt (2)"),
-            "--model": dict(help="whose guidance and steps are swept; the embedded model by default"),
             "--batch-size": dict(default=None, help="how many at once: speed and memory, not results (24)"),
         },
     ),

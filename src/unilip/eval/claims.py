@@ -1,9 +1,9 @@
-"""The paper's claims, tested on the ablations that have been trained: measures, comparisons, verdicts.
+"""The paper's claims, tested on the ablations that have been trained: question, verdict, number.
 
-Goes in: a folder of runs with runs/ablation/SIZE/VARIANT/seedN/final, and the size's original encoder and language
-model. Comes out, in a folder: what was measured of each run (a rerun goes on where one stopped), results.json,
-results.md, curves and picture grids. A comparison is paired: over the same held-out items, with the spread of the items
-and of the seeds as its error; a difference within two errors decides nothing.
+In: a folder of runs with runs/ablation/SIZE/VARIANT/seedN/final, and the size's original encoder and language model.
+Out, in a folder: what was measured of each run (a rerun goes on where one stopped), results.json and results.md. A
+comparison is paired: over the same held-out items, with the spread of the items and of the seeds as its error; a
+difference within two standard errors decides nothing.
 """
 
 from __future__ import annotations
@@ -30,34 +30,21 @@ from unilip.emoji import score as emoji
 from unilip.emoji.art import Atlas
 from unilip.emoji.captions import canonical
 from unilip.emoji.dataset import Edits, Questions, Scenes
-from unilip.emoji.judge import VERSION, Judge
 from unilip.emoji.questions import KINDS
 from unilip.emoji.world import World
 from unilip.errors import UniLIPError
-from unilip.eval.claims_pages import (
-    GENERATION_MEASURES,
-    GUIDANCE,
-    ORIGINAL,
-    SHARES,
-    SHOWN,
-    STEPS,
-    SWEEPS,
-    TITLES,
-    TOKENIZER_MEASURES,
-    write_pages,
-)
-from unilip.files import read_json, read_lines, write_json
+from unilip.files import read_json, read_lines, write_json, write_text
 from unilip.method.flow import draw_noise, interpolate, logit_normal, train_levels
 from unilip.model import UniLIP
 from unilip.pictures import picture_psnr, picture_ssim, to_pixels
 
 log = logging.getLogger(__name__)
 
-PARTS = ("tokenizer", "generation", "sampling")
+PARTS = ("tokenizer", "generation")
 COUNT, SEEDS = 12, 2  # prompts of each group, pictures of each prompt
 CHEAP = 5  # so many times COUNT reconstructions, and questions of each kind
 NOISES = 4  # of each held-out sample of the flow loss
-LOWER = ("feature_distance", "flow", "flow_edit")  # measures that are better when they are less
+ORIGINAL = "original"  # stands for the encoder that no tokenizer training has touched
 
 # The recipes whose results are the original encoder and the language model that learned to read it, by size.
 ORIGINALS: dict[str, tuple[str, str]] = {
@@ -65,6 +52,25 @@ ORIGINALS: dict[str, tuple[str, str]] = {
     "pico": ("pico/clip", "pico/instruct"),
     "nano": ("nano/instruct", "nano/instruct"),
 }
+TOKENIZER_MEASURES = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "feature_distance": "feature distance to the original",
+    "answers": "answers of the unchanged LLM, %",
+}
+GENERATION_MEASURES = {
+    "generation": "generation right, %",
+    "edits": "edits right, %",
+    "psnr_outside": "PSNR outside the edit, dB",
+    "riddles": "riddles right, %",
+    "flow": "held-out flow loss",
+    "flow_edit": "held-out flow loss of edits",
+}
+MEASURES = TOKENIZER_MEASURES | GENERATION_MEASURES
+SHARES = ("answers", "generation", "edits", "riddles")  # of right ones, 0 to 1
+LOWER = ("feature_distance", "flow", "flow_edit")  # better when they are less
+SWEEPS = {"num_queries": "number of queries", "connector_layers": "layers of the connector"}
+SWEPT = "sweep_"  # ablations named sweep_FIELD_VALUE
 
 
 @dataclass(frozen=True)
@@ -88,96 +94,81 @@ class Claim:
     statements: tuple[Statement, ...]
 
 
+def _against(a: str, others: Sequence[str], *pairs: tuple[str, str]) -> tuple[Statement, ...]:
+    """Return that `a` is better than each of the others in the measure of every (words, measure)."""
+    return tuple(Statement(f"{words} than {b}", a, b, measure) for words, measure in pairs for b in others)
+
+
+TAUGHT, HALVES = "recon_distill", ("gen_queries", "gen_hidden")
+DUAL = (*HALVES, "gen_dual")
 CLAIMS = (
     Claim(
         "1",
-        "Self-distillation: only two stages with distillation give both exact pictures and unchanged understanding",
-        ("recon_frozen", "recon_free", "recon_distill"),
+        "Does self-distillation alone give both exact pictures and unchanged understanding?",
+        ("recon_frozen", "recon_free", TAUGHT),
         (
-            Statement(
-                "its pictures are better than a frozen encoder's by 1 dB", "recon_distill", "recon_frozen", "psnr", 1.0
-            ),
-            Statement(
-                "the unchanged language model answers as before (5 points)", "recon_distill", ORIGINAL, "answers", -0.05
-            ),
-            Statement("and better than without distillation", "recon_distill", "recon_free", "answers"),
-            Statement("features stay nearer to the original", "recon_distill", "recon_free", "feature_distance"),
+            Statement("pictures better by 1 dB than a frozen encoder's", TAUGHT, "recon_frozen", "psnr", 1.0),
+            Statement("the unchanged LLM answers as before, within 5 points", TAUGHT, ORIGINAL, "answers", -0.05),
+            *_against(TAUGHT, ["recon_free"], ("better answers", "answers"), ("nearer features", "feature_distance")),
         ),
     ),
     Claim(
         "2a",
-        "Two stages are better than unfreezing from the start",
-        ("recon_one_stage", "recon_distill"),
-        (
-            Statement("better pictures", "recon_distill", "recon_one_stage", "psnr"),
-            Statement("features nearer to the original", "recon_distill", "recon_one_stage", "feature_distance"),
-        ),
+        "Are two stages better than unfreezing from the start?",
+        ("recon_one_stage", TAUGHT),
+        _against(TAUGHT, ["recon_one_stage"], ("better pictures", "psnr"), ("nearer features", "feature_distance")),
     ),
     Claim(
         "2b",
-        "The pixel decoder has to learn in stage 2",
-        ("recon_fixed_decoder", "recon_distill"),
-        (Statement("better pictures than with a frozen one", "recon_distill", "recon_fixed_decoder", "psnr"),),
+        "Does the pixel decoder have to learn in stage 2?",
+        ("recon_fixed_decoder", TAUGHT),
+        _against(TAUGHT, ["recon_fixed_decoder"], ("better pictures", "psnr")),
     ),
     Claim(
         "2c",
-        "A contrastive loss does not replace distillation",
-        ("recon_contrastive", "recon_distill"),
-        (
-            Statement("better answers with distillation", "recon_distill", "recon_contrastive", "answers"),
-            Statement("features nearer to the original", "recon_distill", "recon_contrastive", "feature_distance"),
-        ),
+        "Is distillation better than a contrastive loss in its place?",
+        ("recon_contrastive", TAUGHT),
+        _against(TAUGHT, ["recon_contrastive"], ("better answers", "answers"), ("nearer features", "feature_distance")),
     ),
     Claim(
         "3a",
-        "The dual condition draws better than queries or hidden states alone",
-        ("gen_queries", "gen_hidden", "gen_dual"),
-        (
-            Statement("more pictures right than with queries only", "gen_dual", "gen_queries", "generation"),
-            Statement("more pictures right than with hidden states only", "gen_dual", "gen_hidden", "generation"),
-            Statement("less flow loss than with queries only", "gen_dual", "gen_queries", "flow"),
-            Statement("less flow loss than with hidden states only", "gen_dual", "gen_hidden", "flow"),
-        ),
+        "Does the dual condition draw better than queries or hidden states alone?",
+        DUAL,
+        _against("gen_dual", HALVES, ("more pictures right", "generation"), ("less flow loss", "flow")),
     ),
     Claim(
         "3b",
-        "The dual condition edits better than queries or hidden states alone",
-        ("gen_queries", "gen_hidden", "gen_dual"),
-        (
-            Statement("more edits right than with queries only", "gen_dual", "gen_queries", "edits"),
-            Statement("more edits right than with hidden states only", "gen_dual", "gen_hidden", "edits"),
-            Statement("less flow loss than with queries only", "gen_dual", "gen_queries", "flow_edit"),
-            Statement("less flow loss than with hidden states only", "gen_dual", "gen_hidden", "flow_edit"),
-        ),
+        "Does the dual condition edit better than queries or hidden states alone?",
+        DUAL,
+        _against("gen_dual", HALVES, ("more edits right", "edits"), ("less flow loss", "flow_edit")),
     ),
     Claim(
         "3c",
-        "One encoder serves generation and edits as well as two (CLIP's, and an autoencoder's)",
+        "Does one encoder serve generation and edits as well as two (CLIP's, and an autoencoder's)?",
         ("gen_separate", "gen_shared"),
         (
             Statement("pictures right, not 5 points fewer", "gen_shared", "gen_separate", "generation", -0.05),
             Statement("edits right, not 5 points fewer", "gen_shared", "gen_separate", "edits", -0.05),
-            Statement("the rest is kept, not worse by 1 dB", "gen_shared", "gen_separate", "psnr_outside", -1.0),
+            Statement("the rest kept, not worse by 1 dB", "gen_shared", "gen_separate", "psnr_outside", -1.0),
         ),
     ),
     Claim(
         "4",
-        "Edits keep identity better with the encoder's features in place of the hidden states of the picture",
+        "Do edits keep identity better with the encoder's features in place of the picture's hidden states?",
         ("gen_unsubstituted", "gen_dual"),
-        (
-            Statement("the rest of the picture is kept better", "gen_dual", "gen_unsubstituted", "psnr_outside"),
-            Statement("more edits right", "gen_dual", "gen_unsubstituted", "edits"),
-            Statement("less flow loss of edits", "gen_dual", "gen_unsubstituted", "flow_edit"),
+        _against(
+            "gen_dual",
+            ["gen_unsubstituted"],
+            ("the rest kept better", "psnr_outside"),
+            ("more edits right", "edits"),
+            ("less flow loss of edits", "flow_edit"),
         ),
     ),
     Claim(
         "5",
-        "Riddles: what the language model knows from text alone is drawn, with the dual condition best",
-        ("gen_queries", "gen_hidden", "gen_dual"),
-        (
-            Statement("more riddles right than with queries only", "gen_dual", "gen_queries", "riddles"),
-            Statement("more riddles right than with hidden states only", "gen_dual", "gen_hidden", "riddles"),
-        ),
+        "Is what the language model knows from text alone drawn, and best with the dual condition?",
+        DUAL,
+        _against("gen_dual", HALVES, ("more riddles right", "riddles")),
     ),
 )
 
@@ -187,40 +178,23 @@ CLAIMS = (
 
 @dataclass
 class Run:
-    """A finished ablation: its recipe, its log, and what was measured: measure -> item -> value."""
+    """A finished ablation: its recipe, and what was measured: measure -> item -> value."""
 
     variant: str
     seed: int
     folder: Path
     recipe: dict[str, Any]
     values: dict[str, dict[str, float]] = field(default_factory=dict)
-    pictures: Path | None = None
 
     @property
     def is_tokenizer(self) -> bool:
         """Whether it learned to reconstruct."""
         return "objective.pixel" in self.recipe
 
-    @cached_property
-    def lines(self) -> list[dict[str, Any]]:
-        """The lines of its log."""
-        file = self.folder.parent / "log.jsonl"
-        return read_lines(file, "log") if file.is_file() else []
-
     @property
     def samples(self) -> int:
         """Training samples of this run alone."""
         return int(self.recipe["steps"] * self.recipe["batch_size"] * self.recipe["accumulate"])
-
-    @property
-    def minutes(self) -> float:
-        """Of training, by the logged speed."""
-        seconds, before = 0.0, 0
-        size = self.recipe["batch_size"] * self.recipe["accumulate"]
-        for line in self.lines:
-            seconds += (line["step"] - before) * size / max(1e-9, line["samples_per_second"])
-            before = line["step"]
-        return seconds / 60
 
 
 def find_runs(runs: Path, size: str) -> dict[str, list[Run]]:
@@ -323,23 +297,20 @@ class Lab:
                 found[key] = float(emoji.accepts(str(answer), item["accepted"]))
         return found
 
-    def tokenizer(self, model: UniLIP, original: UniLIP, llm: UniLIP, words: str) -> tuple[dict[str, Any], Image.Image]:
-        """Measure a tokenizer; returns the values and a strip of its reconstructions."""
+    def tokenizer(self, model: UniLIP, original: UniLIP, llm: UniLIP, words: str) -> dict[str, Any]:
+        """Measure a tokenizer: measure -> item -> value."""
         values: dict[str, dict[str, float]] = {name: {} for name in TOKENIZER_MEASURES}
-        strip: list[np.ndarray] = []
         numbered = list(enumerate(item["image"] for item in self.scenes))
         for batch in self.batches(numbered, f"{words}, pictures"):
             truths = [picture for _, picture in batch]
-            drawn = [np.asarray(image) for image in model.reconstruct(truths).images]
-            strip += drawn[: max(0, SHOWN - len(strip))]
             ours, theirs = self.features(model, truths), self.features(original, truths)
-            for n, (index, truth) in enumerate(batch):
+            near = torch.nn.functional.cosine_similarity(ours, theirs, dim=-1).mean(1)
+            for (index, truth), image, cosine in zip(batch, model.reconstruct(truths).images, near, strict=True):
                 key = f"{index:04d}"
-                values["psnr"][key] = picture_psnr(drawn[n], truth)
-                values["ssim"][key] = picture_ssim(drawn[n], truth)
-                values["feature_distance"][key] = emoji.measure_features(ours[n], theirs[n])
-        values["answers"] = self.answers(model, llm, words)
-        return values, Image.fromarray(np.concatenate(strip, axis=1))
+                values["psnr"][key] = picture_psnr(image, truth)
+                values["ssim"][key] = picture_ssim(image, truth)
+                values["feature_distance"][key] = float(1 - cosine)
+        return values | {"answers": self.answers(model, llm, words)}
 
     @torch.no_grad()
     def flow_loss(self, model: UniLIP, words: str) -> dict[str, dict[str, float]]:
@@ -351,7 +322,7 @@ class Lab:
         processor = model.processor
         assert processor is not None, "a model that generates has a tokenizer"
         for name in found:
-            for batch in self.batches(range(size), f"{words}, {TITLES[name]}"):
+            for batch in self.batches(range(size), f"{words}, {MEASURES[name]}"):
                 features = None
                 if name == "flow":
                     drawn = [scenes.draw(i) for i in batch]
@@ -406,11 +377,8 @@ def measure_tokenizers(lab: Lab, runs: Path, found: Mapping[str, Sequence[Run]],
         model = lab.load(run.folder, ("encoder", "latent_head", "pixel_decoder"))
         own = {**about, "model": emoji.fingerprint(model)}
         values = _kept(place / "tokenizer.json", own)
-        run.pictures = place / "reconstructions.png"
-        if values is None or not run.pictures.is_file():
-            values, strip = lab.tokenizer(model, original, llm, f"{run.variant} {run.seed}")
-            place.mkdir(parents=True, exist_ok=True)
-            strip.save(run.pictures)
+        if values is None:
+            values = lab.tokenizer(model, original, llm, f"{run.variant} {run.seed}")
             write_json(place / "tokenizer.json", {"about": own, "values": values})
         run.values |= values
     return before
@@ -434,12 +402,12 @@ def measure_generators(lab: Lab, found: Mapping[str, Sequence[Run]], output: Pat
         place = output / lab.size / run.variant / f"seed{run.seed}"
         model = lab.load(run.folder)
         mark = emoji.fingerprint(model)
-        run.pictures = place / f"emoji-{mark}"
+        judgements = place / f"emoji-{mark}"
         emoji.evaluate(
-            model, run.pictures, lab.world, lab.atlas, parts=("gen", "edit", "riddle"), count=lab.count,
+            model, judgements, lab.world, lab.atlas, parts=("gen", "edit", "riddle"), count=lab.count,
             seeds=lab.seeds, batch_size=lab.batch_size, progress=lab.progress,
         )  # fmt: skip
-        run.values |= judged(run.pictures, lab.count, lab.seeds)
+        run.values |= judged(judgements, lab.count, lab.seeds)
         if run.recipe["objective.target"] != "unilip":
             continue  # a loss in other latents says nothing beside the rest
         about = {
@@ -467,30 +435,6 @@ def judged(folder: Path, count: int, seeds: int) -> dict[str, dict[str, float]]:
         if record.get("psnr_outside") is not None:
             found["psnr_outside"][prompt].append(float(record["psnr_outside"]))
     return {name: {key: float(np.mean(v)) for key, v in values.items()} for name, values in found.items()}
-
-
-def measure_sampling(lab: Lab, source: str | os.PathLike[str] | None, output: Path) -> dict[str, Any]:
-    """Judge a model's pictures over guidance and steps; each cell is kept as soon as it is there."""
-    model = lab.load(source) if source is not None else UniLIP.from_pretrained(device=lab.device, dtype=lab.dtype)
-    world = emoji.world_of(model)
-    atlas = lab.atlas if world.name == lab.size else Atlas.load()
-    about = {
-        "model": emoji.fingerprint(model), "name": model.config.name, "count": 4 * lab.count, "judge": VERSION,
-        "atlas": atlas.fingerprint,
-    }  # fmt: skip
-    file = output / "sampling.json"
-    values: dict[str, dict[str, float]] = _kept(file, about) or {}
-    judge = Judge(world, atlas)
-    cells = [(g, n) for g in GUIDANCE for n in STEPS]
-    for guidance, steps in tqdm(cells, desc="guidance x steps", unit="cell", disable=not lab.progress):
-        key = f"{guidance:g}x{steps}"
-        if key not in values:
-            values[key] = emoji.quick_generation(
-                model, world, atlas, 4 * lab.count, batch_size=lab.batch_size, judge=judge,
-                num_inference_steps=steps, guidance_scale=guidance,
-            )  # fmt: skip
-            write_json(file, {"about": about, "values": values})
-    return {"about": about, "values": values}
 
 
 # --- comparing ------------------------------------------------------------------------------------------------------
@@ -590,7 +534,6 @@ def evaluate(
     size: str | None = None,
     *,
     parts: Sequence[str] | None = None,
-    model: str | os.PathLike[str] | None = None,
     count: int | None = None,
     seeds: int | None = None,
     device: str = "cpu",
@@ -600,10 +543,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the ablations in RUNS and write the evidence to OUTPUT; returns what results.json holds.
 
-    Args:
+    In:
         size: of ORIGINALS; by default every one that has a finished ablation.
         parts: of PARTS; all by default. What an earlier call measured is in the results all the same.
-        model: whose pictures the sweep of guidance and steps judges; the embedded model by default.
         count: prompts of each group; reconstructions and questions CHEAP times as many.
         seeds: pictures of each prompt.
 
@@ -623,7 +565,7 @@ def evaluate(
     if not runs.is_dir():
         raise UniLIPError(f"There is no folder {runs}; give the folder of all runs (--runs of unilip train).")
     sizes = [name for name in ORIGINALS if name == size or (size is None and find_runs(runs, name))]
-    if not any(find_runs(runs, name) for name in sizes) and chosen != ("sampling",):
+    if not any(find_runs(runs, name) for name in sizes):
         raise UniLIPError(
             f"{runs} has no finished ablation{f' of {size}' if size else ''}; "
             f"unilip train ablation/{size or 'pico'}/recon --runs {runs} begins one, unilip train --list names all."
@@ -632,54 +574,84 @@ def evaluate(
         "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "device": device, "dtype": dtype or "float32",
         "count": count, "seeds": seeds, "data_seed": emoji.DATA_SEED, "sizes": {},
     }  # fmt: skip
-    output.mkdir(parents=True, exist_ok=True)
-    labs = {name: Lab(name, count, seeds, device, dtype, batch_size or 24) for name in sizes}
-    everything: dict[str, dict[str, list[Run]]] = {}
-    for name, lab in labs.items():
+    for name in sizes:
+        lab = Lab(name, count, seeds, device, dtype, batch_size or 24)
         lab.progress = progress
         found = find_runs(runs, name)
-        everything[name] = found
         original = measure_tokenizers(lab, runs, found, output) if "tokenizer" in chosen else None
         if "generation" in chosen:
             measure_generators(lab, found, output)
         if original is not None:
             found[ORIGINAL] = [Run(ORIGINAL, 0, runs / ORIGINALS[name][0] / "final", {}, original)]
-        results["sizes"][name] = summarise(name, found)
-    if "sampling" in chosen:
-        lab = next(iter(labs.values()), None) or Lab("pico", count, seeds, device, dtype, 24)
-        lab.progress = progress
-        results["sampling"] = measure_sampling(lab, model, output)
+        results["sizes"][name] = summarise(found) | {"missing": missing(name, found)}
     write_json(output / "results.json", results)
-    write_pages(output, results, everything, {name: lab.scenes for name, lab in labs.items()})
+    write_text(output / "results.md", make_page(results))
     return results
 
 
-def summarise(size: str, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+def summarise(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """Return scores, budgets and verdicts of a size's runs."""
     variants: dict[str, Any] = {}
     for name, several in runs.items():
-        scores = {m: score(several, m) for m in (*TOKENIZER_MEASURES, *GENERATION_MEASURES)}
-        row: dict[str, Any] = {m: vars(s) for m, s in scores.items() if s is not None}
+        scores = {m: score(several, m) for m in MEASURES}
+        variants[name] = {m: vars(s) for m, s in scores.items() if s is not None}
         if name != ORIGINAL:
-            first = several[0]
-            row |= {
+            opened = open_checkpoint(several[0].folder)
+            variants[name] |= {
                 "seeds": [run.seed for run in several],
-                "steps": first.recipe["steps"],
-                "batch_size": first.recipe["batch_size"] * first.recipe["accumulate"],
-                "samples": budget(first, runs),
-                "minutes": round(float(np.mean([run.minutes for run in several])), 1),
-                **about_model(first.folder),
+                "samples": budget(several[0], runs),
+                "parameters": sum(math.prod(opened.shape(key)) for key in opened.names),
+                **{key: getattr(opened.config, key) for key in SWEEPS},
             }
-        variants[name] = row
-    return {
-        "variants": variants,
-        "claims": [conclude(claim, runs) for claim in CLAIMS],
-        "missing": missing(size, runs),
-    }
+    return {"variants": variants, "claims": [conclude(claim, runs) for claim in CLAIMS]}
 
 
-def about_model(folder: Path) -> dict[str, int]:
-    """Return the number of parameters of a model, and the fields that sweeps change."""
-    opened = open_checkpoint(folder)
-    count = sum(math.prod(opened.shape(name)) for name in opened.names)
-    return {"parameters": count, **{name: getattr(opened.config, name) for name in SWEEPS}}
+def make_page(results: Mapping[str, Any]) -> str:
+    """Return verdicts, statements and scores as Markdown."""
+    lines = [
+        "# The paper's claims, tested by ablation", "",
+        f"{results['count']} prompts a group, {results['seeds']} pictures a prompt, {results['dtype']} on "
+        f"{results['device']}, {results['date']}. A number after ± is the standard error of a paired difference, or "
+        "of a score the standard deviation over training seeds (over items, where there is one seed only).", "",
+    ]  # fmt: skip
+    for size, found in results["sizes"].items():
+        lines += [f"## {size}", "", "| question | verdict | number |", "|---|---|---|"]
+        for claim in found["claims"]:
+            numbers = "; ".join(map(tell, claim["statements"]))
+            lines.append(f"| {claim['claim']}. {claim['words']} | {claim['verdict']} | {numbers} |")
+        measures = [m for m in MEASURES if any(m in row for row in found["variants"].values())]
+        head = ["variant", *(MEASURES[m] for m in measures), "samples in all", "M parameters", "seeds"]
+        lines += ["", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+        for name, row in found["variants"].items():
+            cells = [name, *(cell(m, row.get(m)) for m in measures)]
+            if name != ORIGINAL:
+                cells += [f"{row['samples']:,}", f"{row['parameters'] / 1e6:.1f}", str(len(row["seeds"]))]
+            lines.append(f"| {' | '.join(cells)} |")
+        if found["missing"]:
+            lines += ["", "Not trained yet:", "", "```bash", *found["missing"].values(), "```"]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def tell(statement: Mapping[str, Any]) -> str:
+    """Write a statement with its number and whether it holds."""
+    if "difference" not in statement:
+        return f"{statement['words']}: not measured"
+    measure = statement["measure"]
+    gap, error = (number(measure, statement[key]) for key in ("difference", "error"))
+    return f"{statement['words']}: {gap} ± {error} ({statement['verdict']})"
+
+
+def cell(measure: str, found: Mapping[str, Any] | None) -> str:
+    """Write a score with its spread over seeds, or its error over items."""
+    if found is None:
+        return ""
+    error = found["error"] if found["spread"] is None else found["spread"]
+    return f"{number(measure, found['mean'])} ± {number(measure, error)}"
+
+
+def number(measure: str, value: float) -> str:
+    """Write a value of a measure; shares as percent."""
+    if measure in SHARES:
+        return f"{100 * value:.1f}"
+    return f"{value:.2f}" if measure.startswith("psnr") else f"{value:.4f}"
