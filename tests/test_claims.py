@@ -125,10 +125,8 @@ def test_claims_and_recipes_name_the_same(base):
     assert claims.ORIGINALS[base.size] == (base.encoder, base.llm)
     names = {name.split("/")[-1] for name in RECIPES if name.startswith(f"ablation/{base.size}/")}
     assert set(claims.wanted()) <= names
-    swept = {name for name in names if name.startswith(claims_pages.SWEPT)}
-    assert swept and all(
-        any(n.startswith(f"{claims_pages.SWEPT}{field}_") for field in claims_pages.SWEEPS) for n in swept
-    )
+    swept = {name for name in names if name.startswith(claims.SWEPT)}
+    assert swept and all(any(n.startswith(f"{claims.SWEPT}{field}_") for field in claims.SWEEPS) for n in swept)
     assert all(
         s.a in claim.variants and s.b in (*claim.variants, claims.ORIGINAL)
         for claim in CLAIMS
