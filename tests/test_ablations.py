@@ -48,13 +48,13 @@ def prompts(tiny_model):
 @each_condition
 def test_the_dit_sees_what_the_condition_says(fresh_model, prompts, condition):
     model, (tokens, features) = fresh_model(condition=condition), prompts
-    before, mask = model.conditions(tokens, features)
+    before, mask = model.condition(tokens, features)
     asked, queries = tokens.input_ids.shape[1], model.config.num_queries
     assert before.shape[1] == mask.shape[1] == {"dual": asked + queries, "queries": queries, "hidden": asked}[condition]
     model.mllm.queries += 1
-    after, _ = model.conditions(tokens, features)
+    after, _ = model.condition(tokens, features)
     assert torch.equal(before, after) == (condition == "hidden")
-    other, _ = model.conditions(tokens, features + 1)
+    other, _ = model.condition(tokens, features + 1)
     assert not torch.allclose(after, other)  # also the queries read the prompt and its picture
 
 
@@ -62,14 +62,14 @@ def test_the_dit_sees_what_the_condition_says(fresh_model, prompts, condition):
 def test_substitution_is_what_brings_the_features_themselves(fresh_model, prompts):
     tokens, features = prompts
     with_, without = fresh_model(), fresh_model(substitute_features=False)
-    assert not torch.allclose(with_.conditions(tokens, features)[0], without.conditions(tokens, features)[0])
+    assert not torch.allclose(with_.condition(tokens, features)[0], without.condition(tokens, features)[0])
     processor = with_.processor
     plain_prompt = processor.tokenize([processor.generate_text("a star")])
-    assert torch.equal(with_.conditions(plain_prompt)[0], without.conditions(plain_prompt)[0])
+    assert torch.equal(with_.condition(plain_prompt)[0], without.condition(plain_prompt)[0])
     hidden, mask = without.mllm.read_with_queries(
         without.mllm.embed(tokens.input_ids, tokens.image_slots, features), tokens.attention_mask
     )
-    torch.testing.assert_close(without.conditions(tokens, features)[0], without.connector(hidden, mask))
+    torch.testing.assert_close(without.condition(tokens, features)[0], without.connector(hidden, mask))
 
 
 @each_condition
@@ -95,7 +95,7 @@ def test_training_and_sampling_share_the_condition(fresh_model, condition):
     batch = make_batches(recipe, model.config, model.processor)[0]
     with torch.no_grad():
         ours, mask = objective.conditions(batch, objective.source_features(batch))
-        theirs, other = model.conditions(batch["prompts"], objective.source_features(batch))
+        theirs, other = model.condition(batch["prompts"], objective.source_features(batch))
     assert torch.equal(ours, theirs) and torch.equal(mask, other)
     loss, _ = objective.loss(batch, 0)
     loss.backward()
@@ -123,12 +123,6 @@ def test_a_cache_of_conditions_belongs_to_its_condition(fresh_model):
         model = fresh_model(**change)
         found.append(digests(["conditions"], model, make_objective(recipe, model, {})))
     assert found[0] != found[1] != found[2] != found[0]
-
-
-def test_places_need_image_tokens(fresh_model):
-    recipe = override(get_recipe("tiny/sft"), ["objective.place=0.1"])
-    with pytest.raises(ConfigError, match="place"):
-        make_objective(recipe, fresh_model(condition="queries"), {})
 
 
 # --- the recipes ------------------------------------------------------------------------------------------------------

@@ -240,7 +240,7 @@ def test_saved_tokenizer_loads_by_the_ordinary_way(tokenizer):
 
     made, folder = tokenizer
     loaded = AutoTokenizer.from_pretrained(folder)
-    assert loaded.get_vocab() == made.get_vocab()
+    assert loaded.get_vocab() == made.vocabulary
     assert (loaded.pad_token, loaded.eos_token) == ("<|endoftext|>", "<|im_end|>")
     ids = loaded.convert_tokens_to_ids(list(SPECIAL_TOKENS))
     assert ids == list(range(len(SPECIAL_TOKENS)))

@@ -10,8 +10,8 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from unilip.checkpoints.tokenizer import Tokenizer as Trained
 from unilip.data.errors import DataError
 from unilip.data.seeding import generator
 from unilip.emoji.captions import canonical, caption
@@ -21,9 +21,6 @@ from unilip.emoji.knowledge import knowledge
 from unilip.emoji.questions import questions
 from unilip.emoji.world import TASKS, World, sample_scene
 from unilip.files import write_text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 PAD, EOS = "<|endoftext|>", "<|im_end|>"
@@ -75,13 +72,12 @@ def _caption(world: World, rng: random.Random) -> str:
 
 def train_tokenizer(
     world: World, vocab_size: int | None = None, path: Path | None = None, sentences: int = 24_000, seed: int = 0
-) -> PreTrainedTokenizerFast:
+) -> Trained:
     """Train on WORLD's corpus, save to folder PATH if given, and return the tokenizer.
 
     VOCAB_SIZE counts the special tokens; the default is 1536 for pico and 3072 for others. Raises DataError below 320.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     size = vocab_size if vocab_size is not None else (1536 if world.name == "pico" else 3072)
     if size < 256 + len(SPECIAL_TOKENS) + 58:
@@ -106,22 +102,16 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(world, sentences, seed), trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=EOS,
-        pad_token=PAD,
-        additional_special_tokens=[token for token in SPECIAL_TOKENS if token not in (EOS, PAD)],
-        model_max_length=4096,
-        clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
-    )
+    files = _files(tokenizer.to_str(pretty=False))
     if path is not None:
-        _save(tokenizer.to_str(pretty=False), Path(path))
-    return fast
+        Path(path).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            write_text(Path(path) / name, text)
+    return Trained({name: text.encode() for name, text in files.items()})
 
 
-def _save(content: str, folder: Path) -> None:
-    """Write the files ourselves, so that they are the same whatever version of transformers trained them."""
+def _files(content: str) -> dict[str, str]:
+    """Return the tokenizer files by name; other programs find the chat template and the special tokens in them."""
     special = {
         "eos_token": EOS,
         "pad_token": PAD,
@@ -134,10 +124,8 @@ def _save(content: str, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ("tokenizer.json", content),
-        ("tokenizer_config.json", json.dumps(settings, indent=2)),
-        ("special_tokens_map.json", json.dumps(special, indent=2)),
-    ):
-        write_text(folder / name, text + "\n")
+    return {
+        "tokenizer.json": content + "\n",
+        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+    }
