@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from unilip.errors import CheckpointError
 from unilip.info import describe
 from unilip.method.config import UniLIPConfig, preset
 from unilip.model import UniLIP
+from unilip.pictures import fit_square, load_image, to_pixels
 
 PARITY = Path(__file__).parent / "parity"
 
@@ -348,3 +350,48 @@ def test_parts_of_several_sources_meet_in_one_model(tmp_path: Path, dcae: Autoen
     assert torch.equal(model.pixel_decoder.decoder.conv_in.weight, dcae.decoder.conv_in.weight)
     with pytest.raises(CheckpointError, match="has no dit"):
         load_into(model, decoder, parts=["dit"])
+
+
+# --- as InternVL ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.hosts
+def test_transformers_answers_from_an_export_as_we_do(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    examples = Path(str(resources.files("unilip"))) / "weights" / "examples"
+    model, folder = UniLIP.from_pretrained(), convert(None, tmp_path / "internvl", to="transformers")
+    theirs, report = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(report.values()), report
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert (
+        tokenizer.eos_token_id
+        == theirs.generation_config.eos_token_id
+        == open_checkpoint().tokenizer.token_id("<|im_end|>")
+    )
+    config, differing = open_checkpoint().config, []
+    for file in ("panda.png", "donuts.png", "dog-rocket.png"):
+        image = load_image(examples / file)
+        for question in ("What is in the picture?", "Describe the image.", "How many animals are there?"):
+            turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+            text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+            text = text.replace("<IMG_CONTEXT>", f"<img>{'<IMG_CONTEXT>' * config.num_image_tokens}</img>")
+            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+            pixels = to_pixels([fit_square(image, config.image_size)])
+            made = theirs.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=48)[0, ids.shape[1] :]
+            answer = tokenizer.decode(made, skip_special_tokens=True).strip()
+            if answer != model.ask(image, question, max_new_tokens=48):
+                differing.append((file, question, answer))
+    assert differing == []
+
+
+def test_what_cannot_be_internvl_is_refused(
+    tmp_path: Path, fresh_model: Callable[..., UniLIP], tiny_folder: Path
+) -> None:
+    fresh_model(parts=("encoder",)).save_pretrained(tmp_path / "part")
+    bare = shutil.copytree(tiny_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    for source, message in ((tmp_path / "part", "has no mllm"), (bare, "no tokenizer with <IMG_CONTEXT>")):
+        with pytest.raises(CheckpointError, match=message):
+            convert(source, tmp_path / "out", to="transformers")
+    assert not (tmp_path / "out").exists()

@@ -128,7 +128,7 @@ def internvl_files(config: UniLIPConfig, tokenizer: Tokenizer | None) -> dict[st
         "processor_config.json": processor,
         "tokenizer_config.json": {
             **kept,
-            "extra_special_tokens": {**names, "video_token": "<IMG_CONTEXT>"},
+            "extra_special_tokens": {**names, "video_token": "<video>"},
             "padding_side": "left",
         },
         "chat_template.jinja": CHAT_TEMPLATE,
