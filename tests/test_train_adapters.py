@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import unilip.emoji.tokenizer
-from unilip.adapters import adapted_layers, adapter_names, adapter_scale
+from unilip import UniLIP, cli
+from unilip.adapters import INNER, adapted_layers, adapter_names, adapter_scale, unload_adapters
 from unilip.errors import CheckpointError, ConfigError, UniLIPError
+from unilip.info import describe
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
 from unilip.train.adapters import add_adapter, is_adapter, save_adapter, target_layers
@@ -150,8 +152,6 @@ def test_loaded_scaled_merged(fresh_model, folders, name, tmp_path):
     assert not list(adapted_layers(model)) and model.state_dict().keys() == plain.state_dict().keys()
     torch.testing.assert_close(latent(model), full, atol=1e-4, rtol=1e-4)
     model.save_pretrained(tmp_path / "merged")
-    from unilip.model import UniLIP
-
     torch.testing.assert_close(latent(UniLIP.from_pretrained(tmp_path / "merged")), full, atol=1e-4, rtol=1e-4)
 
 
@@ -175,7 +175,7 @@ def test_stacked_adapters_add_up(fresh_model, folders):
     assert adapter_names(both) == ["blue", "red"] and adapter_scale(both, "red") == pytest.approx(0.5)
     name, layer = next(adapted_layers(both))
     base = layer.base_layer.weight.detach()
-    wanted = base + layer.get_delta_weight("red") + layer.get_delta_weight("blue")  # scaled already
+    wanted = base + layer.get_delta_weight(INNER + "red") + layer.get_delta_weight(INNER + "blue")  # scaled already
     drawn = latent(both)
     both.merge_adapters()
     torch.testing.assert_close(both.get_submodule(name).weight.detach(), wanted.detach())
@@ -191,9 +191,13 @@ def test_what_does_not_fit_is_refused(fresh_model, folders, tmp_path):
     shutil.copytree(folders / "red", broken)
     tensors = load_file(broken / "adapter_model.safetensors")
     name = sorted(tensors)[0]
+    pair = sorted(tensors)[:2]
     for change, message in (
         ({name: tensors[name][:, :-1].contiguous()}, "does not fit the model"),
-        ({name: None, name.replace("connector", "collector"): tensors[name]}, "does not fit the model"),
+        (
+            {k: None for k in pair} | {k.replace("connector", "collector"): tensors[k] for k in pair},
+            "not fit the model",
+        ),
         ({name: None}, "is not whole"),
     ):
         save_file({k: v for k, v in (tensors | change).items() if v is not None}, broken / "adapter_model.safetensors")
@@ -213,3 +217,132 @@ def test_what_does_not_fit_is_refused(fresh_model, folders, tmp_path):
         model.load_adapter(folders / "red")
     with pytest.raises(UniLIPError, match="There is no adapter green; loaded: red"):
         model.set_adapters({"green": 1.0})
+
+
+def variant(folder, target, tensors=None, **changes):
+    """A copy of an adapter with other settings (None drops one) and tensors."""
+    shutil.copytree(folder, target)
+    settings = json.loads((target / "adapter_config.json").read_text()) | changes
+    settings = {key: value for key, value in settings.items() if value is not None or key not in changes}
+    (target / "adapter_config.json").write_text(json.dumps(settings))
+    if tensors is not None:
+        save_file(tensors, target / "adapter_model.safetensors")
+    return target
+
+
+def test_faulty_settings_and_tensors_change_nothing(fresh_model, folders, tmp_path):
+    model = fresh_model()
+    model.load_adapter(folders / "blue", scale=0.5)
+    before, names = latent(model), list(model.state_dict())
+    good = load_file(folders / "red" / "adapter_model.safetensors")
+    first = sorted(good)[0]
+    cases = {
+        "no r": {"r": None}, "no alpha": {"lora_alpha": None}, "another r": {"r": 8}, "r as text": {"r": "2"},
+        "r 0": {"r": 0}, "r true": {"r": True}, "alpha nan": {"lora_alpha": float("nan")},
+        "alpha list": {"lora_alpha": [2]},
+        "pattern of nothing": {"alpha_pattern": {".*to_q": 7}}, "pattern": {"rank_pattern": {"to_q": 5}},
+        "patterns": {"rank_pattern": [3]}, "turned": {"fan_in_fan_out": True}, "no kind": {"peft_type": None},
+        "a list": {"peft_type": ["LORA"]}, "dora": {"use_dora": True}, "biased": {"lora_bias": True},
+        "nan": {"tensors": good | {first: good[first] * float("nan")}},
+        "integers": {"tensors": good | {first: good[first].int()}},
+        "a bias": {"tensors": good | {first.replace("lora_A.weight", "lora_A.bias"): torch.zeros(2)}},
+        "empty": {"tensors": {}},
+    }  # fmt: skip
+    passed = []
+    for name, changes in cases.items():
+        folder = variant(folders / "red", tmp_path / name.replace(" ", "-"), **changes)
+        try:
+            model.load_adapter(folder)
+            passed.append(name)
+        except CheckpointError as error:
+            assert name.replace(" ", "-") in str(error), name
+    for scale in ("1", float("nan"), True):
+        with pytest.raises(UniLIPError, match="must be a number"):
+            model.load_adapter(folders / "red", scale=scale)
+    assert passed == [] and adapter_names(model) == ["blue"] and list(model.state_dict()) == names
+    assert adapter_scale(model, "blue") == 0.5 and torch.equal(latent(model), before)
+
+
+def test_what_peft_cannot_do_is_undone(fresh_model, folders, monkeypatch):
+    model = fresh_model()
+    model.load_adapter(folders / "blue", scale=0.5)
+    before, names = latent(model), list(model.state_dict())
+    layer = peft.tuners.lora.Linear
+    update, calls = layer.update_layer, []
+
+    def failing(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("no memory")
+        return update(self, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "update_layer", failing)
+    with pytest.raises(UniLIPError, match="could not be put into the model"):
+        model.load_adapter(folders / "red")
+    assert len(calls) == 3 and list(model.state_dict()) == names and torch.equal(latent(model), before)
+    monkeypatch.undo()
+    model.load_adapter(folders / "red")
+    assert adapter_names(model) == ["blue", "red"]
+
+
+def test_any_name_will_do_and_patterns_count(fresh_model, folders, tmp_path):
+    wanted = fresh_model()
+    wanted.load_adapter(folders / "blue")
+    wanted.load_adapter(folders / "red")
+    model = fresh_model()
+    model.load_adapter(folders / "blue")
+    for name in ("1", "to_q", "train", "half", "keys", "default", "style.v2", "lora_A", "0.weight"):
+        folder = shutil.copytree(folders / "red", tmp_path / name)
+        got = model.load_adapter(folder)
+        assert got == name.replace(".", "_") and adapter_names(model) == sorted(["blue", got])
+        torch.testing.assert_close(latent(model), latent(wanted), atol=1e-5, rtol=1e-5)  # sums in another order
+        unload_adapters(model, [got])
+    settings = json.loads((folders / "red" / "adapter_config.json").read_text())
+    twice = variant(folders / "red", tmp_path / "twice", alpha_pattern={"to_q": settings["lora_alpha"] * 2})
+    model.load_adapter(twice)
+    rates = {n.rpartition(".")[2]: layer.scaling[INNER + "twice"] for n, layer in adapted_layers(model)}
+    assert rates["to_q"] == 2 * rates["to_v"] == 2 * rates["q_proj"]
+
+
+def test_merging_is_all_or_nothing(fresh_model, folders):
+    pytest.importorskip("torchao")
+    model = fresh_model()
+    model.load_adapter(folders / "red")
+    model.load_adapter(folders / "blue")
+    before, names = latent(model), list(model.state_dict())
+    name, layer = list(adapted_layers(model))[-1]
+    kept = layer.base_layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.base_layer.weight[0, 0] = float("inf")
+    with pytest.raises(UniLIPError, match=f"overflows torch.float32 in {name}"):
+        model.merge_adapters()
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(kept)
+    assert list(model.state_dict()) == names and torch.equal(latent(model), before)
+    quantised = fresh_model().quantize("int8")
+    quantised.load_adapter(folders / "red")
+    before = latent(quantised)
+    with pytest.raises(UniLIPError, match="load the model plainly, merge"):
+        quantised.merge_adapters()
+    assert adapter_names(quantised) == ["red"] and torch.equal(latent(quantised), before)
+
+
+def test_models_whose_parts_come_and_go_take_no_adapter(fresh_model, folders, tiny_folder):
+    for model in (UniLIP.from_pretrained(tiny_folder, low_memory=True), fresh_model().enable_cpu_offload("cpu")):
+        before = latent(model)
+        with pytest.raises(UniLIPError, match="come and go"):
+            model.load_adapter(folders / "red")
+        assert adapter_names(model) == [] and torch.equal(latent(model), before)
+
+
+def test_an_adapter_is_known_as_one(folders):
+    with pytest.raises(CheckpointError, match=r"holds an adapter.*load all=tiny/pretrain.*load_adapter"):
+        UniLIP.from_pretrained(folders / "red")
+    found = describe(folders / "red")
+    assert (found["kind"], found["rank"], found["dora"]) == ("adapter", [2], False)
+    assert found["base"] == "all=tiny/pretrain" and found["parts"].keys() == {"connector", "dit"}
+    assert found["parameters"] == sum(
+        t.numel() for t in load_file(folders / "red" / "adapter_model.safetensors").values()
+    )
+    assert json.loads(json.dumps(found)) == found
+    assert cli.main(["info", str(folders / "red")]) == 0

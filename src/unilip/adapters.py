@@ -1,17 +1,23 @@
 """LoRA and DoRA adapters in peft's format: loaded beside the weights, weighed, stacked, merged into them, taken off.
 
 In:  a model, and folders with adapter_config.json and adapter_model.safetensors. Out: the same model, whose linear
-layers add the adapters' updates. `UniLIP.load_adapter` and its neighbours call these functions.
+layers add the adapters' updates. `UniLIP.load_adapter` and its neighbours call these functions. Everything is checked
+before anything changes, and what fails in spite of that is undone.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,6 +27,7 @@ from unilip.errors import CheckpointError, UniLIPError
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name in peft's files
 KINDS = ("lora_A", "lora_B", "lora_magnitude_vector")  # of weights that an adapter has
+INNER = "adapter_"  # peft makes attributes of names, so that "train" or "half" would hide what a module has already
 
 
 def library() -> Any:
@@ -41,27 +48,95 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Return the names of the adapters that are loaded."""
-    return sorted({name for _, layer in adapted_layers(model) for name in layer.lora_A})
+    return sorted({name.removeprefix(INNER) for _, layer in adapted_layers(model) for name in layer.lora_A})
 
 
-def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the settings and tensors of an adapter's folder; names are those of the model's layers.
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter's folder holds, checked.
+
+    Attributes:
+        base: what it was trained on, as it says itself; dora: whether it also has lengths of the weights' columns.
+        tensors: by layer and kind (`KINDS`); rank, alpha: by layer; rslora: whether alpha is divided by sqrt(rank).
+    """
+
+    base: str
+    dora: bool
+    rslora: bool
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    rank: Mapping[str, int]
+    alpha: Mapping[str, float]
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
+    """Read an adapter's folder.
 
     Raises:
-        CheckpointError: it is no folder of a LoRA adapter, or damaged.
+        CheckpointError: it is no folder of a LoRA adapter, damaged, or its settings and tensors disagree.
     """
     path = Path(folder)
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise CheckpointError(f"{path} is no adapter; give a folder with {CONFIG} and {WEIGHTS}, as peft writes it.")
     try:
-        settings = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(path / WEIGHTS)
-        kind = settings["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        settings = json.loads((path / CONFIG).read_text(encoding="utf-8-sig"))
+        stored = load_file(path / WEIGHTS)
+        if not isinstance(settings, dict):
+            raise ValueError(f"{CONFIG} holds no JSON object")
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); copy or train the adapter again.") from error
+    kind = settings.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(f"{path} is an adapter of the kind {kind}; LORA (and DoRA) can be loaded.")
-    return settings, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    odd = [key for key in ("fan_in_fan_out", "layer_replication", "use_qalora", "lora_bias") if settings.get(key)]
+    if odd:
+        raise CheckpointError(f"{path / CONFIG} uses {', '.join(odd)}, which is not supported; train it without.")
+    tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in stored.items():
+        layer, what = _split(key.removeprefix(PREFIX))
+        if what is None or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{path / WEIGHTS} holds {key}, which is no finite weight of a LoRA adapter.")
+        tensors[layer][what] = tensor
+    if not tensors:
+        raise CheckpointError(f"{path / WEIGHTS} is empty; copy or train the adapter again.")
+    dora = bool(settings.get("use_dora"))
+    for layer, found in tensors.items():
+        if found.keys() != set(KINDS if dora else KINDS[:2]):
+            raise CheckpointError(
+                f"{path} is not whole: {layer} has {', '.join(sorted(found))}, {'with' if dora else 'without'} DoRA."
+            )
+    rank = {layer: _setting(path, settings, "r", "rank_pattern", layer) for layer in tensors}
+    alpha = {layer: _setting(path, settings, "lora_alpha", "alpha_pattern", layer) for layer in tensors}
+    for key in (key for name in ("rank_pattern", "alpha_pattern") for key in settings.get(name) or ()):
+        if not any(_ends(layer, key) for layer in tensors):
+            raise CheckpointError(f"{path / CONFIG} has a pattern {key!r} that is the end of no layer's name.")
+    for layer, found in tensors.items():
+        sizes = found["lora_A"].shape[:1], found["lora_B"].shape[1:]
+        if any(tuple(size) != (rank[layer],) for size in sizes):
+            raise CheckpointError(f"{path / CONFIG} says rank {rank[layer]:g} of {layer}, whose tensors have another.")
+    return Adapter(
+        str(settings.get("base_model_name_or_path") or "another model"), dora, bool(settings.get("use_rslora")),
+        tensors, {layer: int(value) for layer, value in rank.items()}, alpha,
+    )  # fmt: skip
+
+
+def _setting(path: Path, settings: Mapping[str, Any], name: str, pattern: str, layer: str) -> float:
+    """A positive number of a layer: that of the first pattern that ends its name, or that of all."""
+    special = settings.get(pattern) or {}
+    value: Any = settings.get(name)
+    if isinstance(special, dict):  # peft allows regular expressions here; none of a file's are ever run
+        value = next((special[key] for key in special if _ends(layer, key)), value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if (
+        not isinstance(special, dict)
+        or not (whole or (name != "r" and isinstance(value, float)))
+        or not 0 < value < 1e6
+    ):
+        raise CheckpointError(f"{path / CONFIG} has {name} {value!r} for {layer}; it must be a number greater than 0.")
+    return value
+
+
+def _ends(layer: str, pattern: str) -> bool:
+    return f".{layer}".endswith(f".{pattern.removeprefix('^')}")
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, scale: float = 1.0) -> str:
@@ -73,42 +148,49 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
 
     Raises:
         CheckpointError: it is damaged, or does not fit the model.
-        UniLIPError: peft is missing, or the name is taken.
+        UniLIPError: peft is missing, the name is taken, or the model's parts come and go.
     """
     peft = library()
-    settings, tensors = read_adapter(folder)
     path = Path(folder).resolve()
     name = (name or (path.parent.name if path.name == "final" else path.name)).replace(".", "_")
     others = adapter_names(model)
     if name in others:
         raise UniLIPError(f"An adapter {name} is loaded already; give another name, or unload first.")
-    wanted = {module for module in settings.get("target_modules") or ()}
-    shapes = {module: m.weight.shape for module, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for layer_name, layer in adapted_layers(model):
-        shapes[layer_name] = layer.base_layer.weight.shape
-    strange = sorted(key for key, tensor in tensors.items() if not _fits(shapes.get(_layer_of(key)), key, tensor))
-    if strange or not tensors:
+    if getattr(model, "_offload", None) is not None or any(p.is_meta for p in model.parameters()):
+        raise UniLIPError("The parts of this model come and go, and an adapter would not; load it without low_memory.")
+    _check_scales({name: scale})
+    adapter = read_adapter(folder)
+    shapes = {layer: m.weight.shape for layer, m in model.named_modules() if isinstance(m, nn.Linear)}
+    shapes |= {layer: m.base_layer.weight.shape for layer, m in adapted_layers(model)}
+    strange = [layer for layer, tensors in adapter.tensors.items() if not _fits(shapes.get(layer), tensors)]
+    if strange:
         raise CheckpointError(
-            f"{folder} does not fit the model: {', '.join(strange[:3]) or 'it is empty'}. It was made for "
-            f"{settings.get('base_model_name_or_path') or 'another model'} and {len(wanted)} of its layers."
+            f"{folder} does not fit the model: {', '.join(strange[:3])}. It was made for {adapter.base} and "
+            f"{len(adapter.tensors)} of its layers."
         )
+    exact = {layer: re.escape(layer) for layer in adapter.tensors}
+    rank, alpha = next(iter(adapter.rank.values())), next(iter(adapter.alpha.values()))
     config = peft.LoraConfig(
-        r=settings["r"], lora_alpha=settings["lora_alpha"], use_dora=bool(settings.get("use_dora")),
-        use_rslora=bool(settings.get("use_rslora")), target_modules=sorted({_layer_of(key) for key in tensors}),
-        rank_pattern=settings.get("rank_pattern") or {}, alpha_pattern=settings.get("alpha_pattern") or {},
-        lora_dropout=0.0, inference_mode=True, base_model_name_or_path=settings.get("base_model_name_or_path"),
+        r=rank, lora_alpha=alpha, use_dora=adapter.dora, use_rslora=adapter.rslora, target_modules=list(exact),
+        rank_pattern={exact[layer]: value for layer, value in adapter.rank.items() if value != rank},
+        alpha_pattern={exact[layer]: value for layer, value in adapter.alpha.items() if value != alpha},
+        lora_dropout=0.0, inference_mode=True, base_model_name_or_path=adapter.base,
     )  # fmt: skip
     scales = {other: adapter_scale(model, other) for other in others}
-    put_in(model, config, name)
-    own = {key: value for key, value in model.state_dict().items() if f".{name}." in key and _kind(key)}
-    given = {_stored(key, name): tensor for key, tensor in tensors.items()}
-    if own.keys() != given.keys():
+    try:
+        put_in(model, config, INNER + name)
+        layers = dict(adapted_layers(model))
+        for layer, tensors in adapter.tensors.items():
+            for kind, tensor in tensors.items():
+                with torch.no_grad():
+                    getattr(layers[layer], kind)[INNER + name].weight.copy_(tensor)
+        set_adapters(model, scales | {name: scale})
+    except BaseException as error:
         unload_adapters(model, [name])
-        missing = sorted(own.keys() ^ given.keys())
-        raise CheckpointError(f"{folder} is not whole: {', '.join(missing[:3])} is missing or too much.")
-    for key, tensor in own.items():
-        tensor.copy_(given[key])
-    set_adapters(model, scales | {name: scale})
+        set_adapters(model, scales)
+        if isinstance(error, (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError, ImportError)):
+            raise UniLIPError(f"{folder} could not be put into the model ({error}).") from error
+        raise
     return name
 
 
@@ -132,22 +214,36 @@ def set_adapters(model: nn.Module, scales: Mapping[str, float]) -> None:
     if unknown:
         loaded = ", ".join(adapter_names(model)) or "none"
         raise UniLIPError(f"There is no adapter {', '.join(unknown)}; loaded: {loaded}.")
+    _check_scales(scales)
     flags = {id(p): p.requires_grad for p in model.parameters()}
     for _, layer in adapted_layers(model):
-        active = [name for name in scales if name in layer.lora_A]
-        layer.set_adapter(active)
-        for name in active:
-            layer.set_scale(name, scales[name])
+        active = {inner: scales[name] for name in scales for inner in _held(layer, name)}
+        layer.set_adapter(list(active))
+        for inner, scale in active.items():
+            layer.set_scale(inner, scale)
     for parameter in model.parameters():  # making it act is not training it
         parameter.requires_grad_(flags[id(parameter)])
+
+
+def _check_scales(scales: Mapping[str, float]) -> None:
+    for name, scale in scales.items():
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise UniLIPError(f"The scale of adapter {name} is {scale!r}; it must be a number (1 is as trained).")
+
+
+def _held(layer: Any, name: str) -> list[str]:
+    """Return what peft calls an adapter in a layer: nothing where it does not reach."""
+    return [inner for inner in layer.lora_A if inner.removeprefix(INNER) == name]
 
 
 def adapter_scale(model: nn.Module, name: str) -> float:
     """Return how strongly an adapter acts: 0 where it is switched off."""
     for _, layer in adapted_layers(model):
-        if name in layer.lora_A:
-            unit = layer.lora_alpha[name] / (layer.r[name] ** 0.5 if layer.use_rslora.get(name) else layer.r[name])
-            return float(layer.scaling[name] / unit) if name in layer.active_adapters else 0.0
+        for inner in _held(layer, name):
+            root = layer.r[inner] ** 0.5 if layer.use_rslora.get(inner) else layer.r[inner]
+            return (
+                float(layer.scaling[inner] / layer.lora_alpha[inner] * root) if inner in layer.active_adapters else 0.0
+            )
     raise UniLIPError(f"There is no adapter {name}; loaded: {', '.join(adapter_names(model)) or 'none'}.")
 
 
@@ -155,9 +251,24 @@ def merge_adapters(model: nn.Module) -> None:
     """Add the active adapters to the weights, as strongly as they act, and take all of them off.
 
     Afterwards the model is an ordinary one: it can be saved, and runs as fast as before.
+
+    Raises:
+        UniLIPError: the weights are quantised, or would no longer be finite; the model is as it was.
     """
-    for name, layer in list(adapted_layers(model)):
-        layer.merge(safe_merge=True)
+    layers = list(adapted_layers(model))
+    for name, layer in layers:
+        weight = layer.base_layer.weight
+        if not weight.is_floating_point() or hasattr(weight, "tensor_data_names"):
+            raise UniLIPError(
+                "Quantised weights cannot take an adapter in; load the model plainly, merge, then quantise."
+            )
+        for inner in layer.active_adapters:
+            if inner in layer.lora_A and not bool((weight + layer.get_delta_weight(inner)).isfinite().all()):
+                raise UniLIPError(
+                    f"Merging overflows {weight.dtype} in {name}; load the model in float32, or scale less."
+                )
+    for name, layer in layers:
+        layer.merge()
         _replace(model, name, layer.base_layer)
     _forget(model)
 
@@ -167,8 +278,8 @@ def unload_adapters(model: nn.Module, names: list[str] | None = None) -> None:
     gone = adapter_names(model) if names is None else names
     for name, layer in list(adapted_layers(model)):
         for adapter in gone:
-            if adapter in layer.lora_A:
-                layer.delete_adapter(adapter)
+            for inner in _held(layer, adapter):
+                layer.delete_adapter(inner)
         if not layer.lora_A:
             _replace(model, name, layer.base_layer)
     if not adapter_names(model):
@@ -186,28 +297,20 @@ def _forget(model: nn.Module) -> None:
         del model.peft_config
 
 
-def _kind(key: str) -> str | None:
-    return next((kind for kind in KINDS if f".{kind}." in key or key.endswith(f".{kind}")), None)
+def _split(key: str) -> tuple[str, str | None]:
+    """Split a stored name into layer and kind: 'dit.x.to_q.lora_A.weight' -> 'dit.x.to_q', 'lora_A'."""
+    layer, _, kind = key.removesuffix(".weight").rpartition(".")
+    return layer, kind if kind in KINDS else None
 
 
-def _layer_of(key: str) -> str:
-    """The layer of a stored name: 'dit.x.to_q.lora_A.weight' -> 'dit.x.to_q'."""
-    kind = _kind(key)
-    return key.split(f".{kind}")[0] if kind else key
-
-
-def _stored(key: str, name: str) -> str:
-    """A stored name as it is in the model: '...lora_A.weight' -> '...lora_A.NAME.weight'."""
-    kind = _kind(key)
-    return f"{_layer_of(key)}.{kind}.{name}.weight"
-
-
-def _fits(shape: Any, key: str, tensor: Tensor) -> bool:
-    """Whether a tensor can belong to a linear layer of the shape (out, in)."""
-    if shape is None:
+def _fits(shape: Any, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors of a layer belong to a linear layer of the shape (out, in)."""
+    if shape is None or len(shape) != 2:
         return False
     out, width = shape
-    wanted = {"lora_A": (..., width), "lora_B": (out, ...), "lora_magnitude_vector": (out,)}.get(_kind(key) or "")
-    if wanted is None or len(wanted) != tensor.dim():
-        return False
-    return all(w is ... or w == size for w, size in zip(wanted, tensor.shape, strict=True))
+    wanted = {"lora_A": (..., width), "lora_B": (out, ...), "lora_magnitude_vector": (out,)}
+    return all(
+        len(wanted[kind]) == tensor.dim()
+        and all(w in (..., n) for w, n in zip(wanted[kind], tensor.shape, strict=True))
+        for kind, tensor in tensors.items()
+    )

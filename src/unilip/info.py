@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from unilip.adapters import CONFIG, WEIGHTS, read_adapter
 from unilip.checkpoints.hub import Source
 from unilip.checkpoints.read import Checkpoint, open_checkpoint
 from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS
@@ -21,9 +23,14 @@ from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS
 def describe(source: Source = None) -> dict[str, Any]:
     """Return what a checkpoint is: kind, parts with parameter counts, types, size on disk, config, what is dropped.
 
+    Of an adapter's folder: what it was trained on, its ranks, and how many parameters it has in which parts.
+
     Raises:
         CheckpointError: it cannot be opened.
     """
+    folder = Path(source) if source is not None else None
+    if folder is not None and (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
+        return _describe_adapter(folder)
     opened = open_checkpoint(source)
     parameters: Counter[str] = Counter()
     types: Counter[str] = Counter()
@@ -52,6 +59,25 @@ def describe(source: Source = None) -> dict[str, Any]:
         "notes": list(opened.notes),
         "metadata": dict(opened.metadata),
         "config": opened.config.to_dict(),
+    }
+
+
+def _describe_adapter(folder: Path) -> dict[str, Any]:
+    adapter = read_adapter(folder)
+    parameters: Counter[str] = Counter()
+    for layer, tensors in adapter.tensors.items():
+        parameters[layer.split(".")[0]] += sum(tensor.numel() for tensor in tensors.values())
+    return {
+        "path": str(folder),
+        "kind": "adapter",
+        "title": f"{'DoRA' if adapter.dora else 'LoRA'} adapter; put it beside its base with model.load_adapter",
+        "base": adapter.base,
+        "parts": dict(parameters),
+        "parameters": sum(parameters.values()),
+        "layers": len(adapter.tensors),
+        "rank": sorted(set(adapter.rank.values())),
+        "dora": adapter.dora,
+        "size_on_disk": (folder / WEIGHTS).stat().st_size,
     }
 
 

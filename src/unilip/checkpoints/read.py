@@ -354,6 +354,12 @@ def open_checkpoint(source: Source = None) -> Checkpoint:
         opened = open_checkpoint(path / "transformer")
         opened.notes.append(f"Of the pipeline {path.name} only the folder transformer is used.")
         return opened
+    if not config.is_file() and (path / "adapter_config.json").is_file():
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path") or "the model it was trained on"
+        raise CheckpointError(
+            f"{path} holds an adapter, which is no model by itself; load {base} and put the adapter beside it with "
+            "model.load_adapter."
+        )
     if not config.is_file():
         files = sorted(p.name for p in path.glob("*.pth"))
         hint = f" It holds {files[0]}: give that file." if files else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,8 @@ def info(o: Options) -> int:
     if o.json:
         print(json.dumps(found, ensure_ascii=False))
         return 0
-    config = found.pop("config")
-    parts = found.pop("parts")
-    dropped: dict[str, int] = {}
-    for reason in found.pop("dropped").values():
-        dropped[reason] = dropped.get(reason, 0) + 1
+    config, parts = found.pop("config", None), found.pop("parts")
+    dropped = Counter(found.pop("dropped", {}).values())
     found["left_out"] = [f"{plural(count, 'tensor')}: {reason}" for reason, count in dropped.items()]
     for key, value in found.items():
         if isinstance(value, dict):
@@ -62,8 +60,8 @@ def info(o: Options) -> int:
     print("\nparameters of each part")
     for name, count in parts.items():
         print(f"{name:<20} {count:,}")
-    print("\nconfig")
-    print(json.dumps(config, indent=1))
+    if config is not None:
+        print(f"\nconfig\n{json.dumps(config, indent=1)}")
     return 0
 
 
