@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from unilip import UniLIP, preset
-from unilip.method.flow import draw_noise
+from unilip.sampling import draw_noise
 from unilip.method.text import NEEDED_TOKENS, TEXT_END, Processor
 
 PROMPTS = ("three yellow stars above a blue house", "a red car", "two dogs and a cat on a green meadow", "a whale")

@@ -99,9 +99,9 @@ def tiny_tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def fresh_model(tiny_tokenizer: Any) -> Callable[..., "UniLIP"]:
     """Build a tiny model with its processor that the test may change: f(seed=0, parts=all, **changes of the config)."""
-    from unilip.method.config import preset
     from unilip.method.text import Processor
     from unilip.model import PARTS, UniLIP
+    from unilip.sizes import preset
 
     def build(seed: int = 0, parts: tuple[str, ...] = tuple(PARTS), **changes: Any) -> "UniLIP":
         model = UniLIP.from_config(preset("tiny").replace(**changes), seed=seed, parts=parts)

@@ -8,11 +8,12 @@ import torch
 
 from unilip.checkpoints.foreign import authors_configs
 from unilip.errors import CheckpointError, ConfigError
-from unilip.method.config import CONDITIONS, UniLIPConfig, preset
+from unilip.method.config import CONDITIONS, UniLIPConfig
 from unilip.model import UniLIP
 from unilip.recipes.ablations import ablations, nano, pico, tiny
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import leaves, override, plain
+from unilip.sizes import preset
 from unilip.train.build import build, build_model, make_batches, parse_init, recipe_config
 from unilip.train.cached import digests
 from unilip.train.loop import train

@@ -19,8 +19,8 @@ from unilip.checkpoints.read import Weights, computes, load_into, open_checkpoin
 from unilip.checkpoints.write import parse_size, save
 from unilip.errors import CheckpointError
 from unilip.info import describe
-from unilip.method.config import preset
 from unilip.model import PARTS, UniLIP
+from unilip.sizes import preset
 
 
 def on_meta(config: Any, parts: tuple[str, ...] = tuple(PARTS)) -> UniLIP:

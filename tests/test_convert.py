@@ -19,9 +19,10 @@ from unilip.checkpoints.tables import map_names, unmap_names
 from unilip.checkpoints.write import convert
 from unilip.errors import CheckpointError
 from unilip.info import describe
-from unilip.method.config import UniLIPConfig, preset
+from unilip.method.config import UniLIPConfig
 from unilip.model import UniLIP
 from unilip.pictures import fit_square, load_image, to_pixels
+from unilip.sizes import preset
 
 PARITY = Path(__file__).parent / "parity"
 

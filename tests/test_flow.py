@@ -8,7 +8,6 @@ from unilip.errors import UniLIPError
 from unilip.method.flow import (
     SOLVERS,
     denoise,
-    draw_noise,
     flow_loss,
     interpolate,
     logit_normal,
@@ -17,6 +16,7 @@ from unilip.method.flow import (
     train_schedule,
     velocity_target,
 )
+from unilip.sampling import draw_noise
 
 SHAPE = (2, 3, 4, 4)
 

@@ -157,7 +157,7 @@ def test_what_cannot_go_together_says_so(fresh_model: Callable[..., UniLIP], tmp
 def test_strips_decode_to_the_same_pixels(fresh_model: Callable[..., UniLIP], kind: str, strips: int) -> None:
     import dataclasses
 
-    from unilip.method.config import preset
+    from unilip.sizes import preset
 
     config = dataclasses.replace(preset("tiny").decoder, upsample_block_type=kind, layers_per_block=(1, 2, 1, 1, 1, 1))
     decoder = fresh_model(parts=("pixel_decoder",), decoder=config).pixel_decoder
@@ -178,7 +178,7 @@ def test_less_work_decodes_to_the_same_pixels(
     import dataclasses
 
     from unilip import decoder as module
-    from unilip.method.config import preset
+    from unilip.sizes import preset
 
     config = dataclasses.replace(preset("tiny").decoder, upsample_block_type=kind, block_out_channels=widths)
     decoder = fresh_model(parts=("pixel_decoder",), decoder=config).pixel_decoder

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLModel
 
 from unilip.errors import ConfigError, ImageError, UniLIPError
-from unilip.method.config import preset
 from unilip.method.connector import bidirectional_mask, copy_from_llm, substitute_features
 from unilip.method.encoder import pixel_unshuffle
 from unilip.method.mllm import fill_slots
@@ -20,6 +19,7 @@ from unilip.method.qwen2 import position_ids
 from unilip.method.text import Processor
 from unilip.model import PARTS, UniLIP
 from unilip.pictures import to_pixels
+from unilip.sizes import preset
 
 TOKENIZER_PARTS = ("encoder", "latent_head", "pixel_decoder")
 

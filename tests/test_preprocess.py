@@ -12,8 +12,7 @@ from PIL import Image
 
 from unilip.checkpoints.tokenizer import load_tokenizer
 from unilip.errors import CheckpointError, ConfigError, ImageError, PromptError
-from unilip.method.config import preset
-from unilip.method.text import MAX_PROMPT_CHARACTERS, Message, Processor, check_prompt
+from unilip.method.text import Message, Processor
 from unilip.pictures import (
     FITS,
     IMAGENET_MEAN,
@@ -27,6 +26,8 @@ from unilip.pictures import (
     to_pixels,
     unfit_square,
 )
+from unilip.sampling import MAX_PROMPT_CHARACTERS, check_prompt
+from unilip.sizes import preset
 
 
 def pixel(image: object, x: int = 0, y: int = 0) -> tuple[int, ...]:

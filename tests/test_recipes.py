@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from unilip.errors import ConfigError
-from unilip.method.config import PRESETS, preset
 from unilip.model import PARTS, UniLIP
 from unilip.recipes.catalog import SIZES, all_recipes, get_recipe
 from unilip.recipes.record import (
@@ -24,6 +23,7 @@ from unilip.recipes.record import (
     override,
     plain,
 )
+from unilip.sizes import PRESETS, preset
 from unilip.train.build import BESIDE, parse_init, trained_parameters
 from unilip.train.objectives import needed_parts
 

@@ -79,7 +79,7 @@ def test_the_exact_path_is_the_reference(
 ) -> None:
     from reference import Reference
 
-    from unilip.method.flow import draw_noise
+    from unilip.sampling import draw_noise
 
     prompts = ["a red star", "a much longer prompt about many blue things", "no"][:batch]
     images = [picture(seed=i) for i in range(batch)] if task == "edit" else None

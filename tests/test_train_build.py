@@ -7,9 +7,9 @@ import torch
 from diffusers import SanaTransformer2DModel
 
 from unilip.errors import CheckpointError, ConfigError, UniLIPError
-from unilip.method.config import preset
 from unilip.model import UniLIP
 from unilip.recipes.record import Data, Flow, Optim, Recipe, Reconstruct, override
+from unilip.sizes import preset
 from unilip.train.build import build, build_model, locate, make_optimizer, trained_parameters, world_processor
 from unilip.train.objectives import needed_parts
 

@@ -9,11 +9,12 @@ import pytest
 import webdataset
 from diffusers import AutoencoderDC
 
-from unilip.method.config import DecoderConfig, preset
+from unilip.method.config import DecoderConfig
 from unilip.method.text import Processor
 from unilip.model import UniLIP
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import Flow, override
+from unilip.sizes import preset
 from unilip.train import build as building
 from unilip.train.build import build, enable_checkpointing, trained_parameters
 

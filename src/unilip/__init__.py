@@ -16,15 +16,16 @@ __all__ = ["ImageOutput", "UniLIP", "UniLIPConfig", "UniLIPError", "preset"]
 
 if TYPE_CHECKING:
     from unilip.errors import UniLIPError
-    from unilip.method.config import UniLIPConfig, preset
+    from unilip.method.config import UniLIPConfig
     from unilip.model import ImageOutput, UniLIP
+    from unilip.sizes import preset
 
 _HOMES = {
     "ImageOutput": "unilip.model",
     "UniLIP": "unilip.model",
     "UniLIPConfig": "unilip.method.config",
     "UniLIPError": "unilip.errors",
-    "preset": "unilip.method.config",
+    "preset": "unilip.sizes",
 }
 
 

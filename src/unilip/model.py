@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from unilip import adapters, sampling
 from unilip.checkpoints import read, write
@@ -30,10 +30,11 @@ from unilip.fast.offload import Offload, empty
 from unilip.fast.quantise import QUANTIZED, check_quantisation, is_quantised, quantise
 from unilip.machine import choose_device
 from unilip.method.config import UniLIPConfig
-from unilip.method.model import PARTS, Network, Reader, initialise
-from unilip.method.text import Message, Processor, Prompt, Tokens, check_prompt
+from unilip.method.connector import copy_from_llm
+from unilip.method.model import PARTS, Network, Reader
+from unilip.method.text import Message, Processor, Prompt, Tokens
 from unilip.pictures import FITS, Fit, ImageLike, fit_square, load_image, tile, to_images, to_pixels, unfit_square
-from unilip.sampling import Generators, Runtime, TextStream, check_generator, check_number
+from unilip.sampling import Generators, Runtime, TextStream, check_generator, check_number, check_prompt
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[["UniLIP", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
@@ -591,6 +592,33 @@ class UniLIP(Network):
         if output_type == "np":
             return np.ascontiguousarray(pixels.movedim(1, -1).cpu().numpy())
         return to_images(pixels)
+
+
+@torch.no_grad()
+def initialise(network: Network, seed: int) -> None:
+    """Give a network built under `seed` the start of training: small weights, small queries, a copied connector."""
+    generator = torch.Generator().manual_seed(seed)
+    if "encoder" in network.parts:
+        tower = network.encoder.vision_tower
+        init_normal(tower, generator)
+        for parameter in (tower.embeddings.cls_token, tower.embeddings.position_embeddings):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * 0.02)
+    if "mllm" in network.parts:
+        init_normal(network.mllm.language_model, generator)
+        queries = torch.randn(network.mllm.queries.shape, generator=generator, dtype=torch.float32)
+        network.mllm.queries.copy_(queries * 0.02)
+        if "connector" in network.parts:
+            copy_from_llm(network.connector, network.mllm)
+
+
+@torch.no_grad()
+def init_normal(module: nn.Module, generator: torch.Generator, std: float = 0.02) -> None:
+    """Draw the weights of linear layers, convolutions and embeddings from N(0, std), as transformers do; biases 0."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Embedding)):
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator, dtype=torch.float32) * std)
+            if getattr(layer, "bias", None) is not None:
+                layer.bias.zero_()
 
 
 def _names(parts: Sequence[str]) -> tuple[str, ...]:

@@ -17,18 +17,20 @@ import torch
 from torch import Tensor
 from tqdm.std import tqdm
 
-from unilip.errors import UniLIPError
+from unilip.errors import PromptError, UniLIPError
 from unilip.fast import decoder, loop
 from unilip.fast.dit import prepare
 from unilip.fast.loop import Compiled, Settings
 from unilip.fast.offload import Offload
 from unilip.method.config import TOKEN_PIXELS
 from unilip.method.dit import DiT
-from unilip.method.flow import draw_noise
 from unilip.method.model import Network
-from unilip.method.text import Processor, Prompt
+from unilip.method.text import IMG_CONTEXT, TEXT_END, TURN_END, TURN_START, Processor, Prompt
 
 Generators = torch.Generator | int | Sequence[torch.Generator | int] | None
+MAX_PROMPT_CHARACTERS = 8_000
+FORBIDDEN = (TURN_START, TURN_END, TEXT_END, IMG_CONTEXT)  # control tokens, which nobody means as words
+
 OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
 
 
@@ -49,6 +51,29 @@ class Runtime:
         """Drop what was recorded of the network's computation; for whoever changes it."""
         if self.compiled is not None:
             self.compiled.forget()
+
+
+def check_prompt(prompt: object, what: str = "prompt") -> str:
+    """Return a prompt stripped of surrounding space, or say what is wrong with it.
+
+    Raises:
+        PromptError: no string, empty, over 8000 characters, with control tokens of the chat template, or no Unicode.
+    """
+    if not isinstance(prompt, str):
+        raise PromptError(f"The {what} must be a string, not {type(prompt).__name__}.")
+    text = prompt.strip()
+    if not text:
+        raise PromptError(f"The {what} is empty; say in words what you want.")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise PromptError(
+            f"The {what} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are read. Shorten it."
+        )
+    reserved = ", ".join(token for token in FORBIDDEN if token in text)
+    if reserved:
+        raise PromptError(f"The {what} contains {reserved}, which the model reserves for itself; leave it out.")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise PromptError(f"The {what} contains half of a surrogate pair, which is no character; send valid Unicode.")
+    return text
 
 
 def check_number(name: str, value: Any, least: float, most: float = math.inf, *, whole: bool = False) -> Any:
@@ -76,6 +101,29 @@ def check_generator(generator: Any) -> torch.Generator | list[torch.Generator] |
             raise UniLIPError("generator holds something else than a torch.Generator or a seed for each picture.")
         return [check_generator(one) for one in generator]  # type: ignore[misc]
     return torch.Generator().manual_seed(check_number("generator", generator, -(2**63), 2**64 - 1, whole=True))
+
+
+def draw_noise(
+    count: int, shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None
+) -> Tensor:
+    """Draw float32 noise (count, *shape) on the CPU, one picture after the other.
+
+    A picture's noise depends on its generator's state alone, never on the batch it is drawn in: one generator serves
+    the pictures in order, a list holds one for each.
+    """
+    if isinstance(generator, torch.Generator) or generator is None:
+        generators: list[torch.Generator | None] = [generator] * count
+    else:
+        generators = list(generator)
+        if len(generators) != count:
+            raise UniLIPError(
+                f"{len(generators)} generators were given for {count} pictures; give one, or one for each."
+            )
+    draws = [
+        torch.randn(*shape, generator=g, device="cpu" if g is None else g.device, dtype=torch.float32).cpu()
+        for g in generators
+    ]
+    return torch.stack(draws) if draws else torch.empty(0, *shape)
 
 
 def check_finite(values: Tensor, part: str) -> Tensor:

@@ -17,16 +17,9 @@ import torch
 from unilip.checkpoints.foreign import DPM
 from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS, QUERIES, Shape, listed
 from unilip.errors import CheckpointError, ConfigError
-from unilip.method.config import (
-    DecoderConfig,
-    DiTConfig,
-    SamplingConfig,
-    TextConfig,
-    UniLIPConfig,
-    VisionConfig,
-    preset,
-)
+from unilip.method.config import DecoderConfig, DiTConfig, SamplingConfig, TextConfig, UniLIPConfig, VisionConfig
 from unilip.method.model import PARTS
+from unilip.sizes import preset
 
 Json = Mapping[str, Any]
 

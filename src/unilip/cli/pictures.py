@@ -57,7 +57,7 @@ def each_image(o: Options, found: Sequence[Request]) -> list[Request]:
 def check_negative(o: Options) -> None:
     """Complain about a negative prompt before the model is loaded."""
     if o.negative_prompt is not None:
-        from unilip.method.text import check_prompt
+        from unilip.sampling import check_prompt
 
         check_prompt(o.negative_prompt, "negative prompt")
 

@@ -92,8 +92,8 @@ def requests(o: Options, what: str, image: str) -> list[Request]:
         images, entries = o.words[:-1], [{"prompt": o.words[-1]}]
         if os.path.isfile(o.words[-1]):
             raise UniLIPError(f"There is no {what} behind {o.words[-1]}; give it last, in quotes.")
-    from unilip.method.text import check_prompt
     from unilip.pictures import load_image
+    from unilip.sampling import check_prompt
 
     found = []
     for entry in entries:

@@ -19,8 +19,8 @@ from PIL import Image
 
 from unilip.data.errors import DataError
 from unilip.errors import ImageError, PromptError
-from unilip.method.text import check_prompt
 from unilip.pictures import Fit, fit_square, load_image
+from unilip.sampling import check_prompt
 
 KINDS = ("image", "caption", "edit", "talk", "text")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

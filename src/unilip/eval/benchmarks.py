@@ -27,7 +27,7 @@ from unilip.errors import PromptError, UniLIPError
 from unilip.eval.pictures import ParquetRows, cell_bytes, decode, open_dataset
 from unilip.eval.runs import PICTURES
 from unilip.files import content_hash, file_hash, read_json, read_lines
-from unilip.method.text import check_prompt
+from unilip.sampling import check_prompt
 
 GENEVAL_TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 GEDIT_TASKS = (

@@ -34,9 +34,10 @@ from unilip.emoji.questions import KINDS
 from unilip.emoji.world import World
 from unilip.errors import UniLIPError
 from unilip.files import read_json, read_lines, write_json, write_text
-from unilip.method.flow import draw_noise, interpolate, logit_normal, train_levels
+from unilip.method.flow import interpolate, logit_normal, train_levels
 from unilip.model import UniLIP
 from unilip.pictures import picture_psnr, picture_ssim, to_pixels
+from unilip.sampling import draw_noise
 
 log = logging.getLogger(__name__)
 

@@ -27,13 +27,11 @@ class Connector(nn.Module):
     def connect(self, x: Tensor, mask: Tensor) -> Tensor:
         """Run layers and norm: (B,L,D), (B,L) -> (B,L,D)."""
         x = x.to(self.norm.weight.dtype)
-        out: Tensor = self.norm(self.layers(x, rotation(positions(mask), self.t), visible(mask, False)))
-        return out
+        return self.norm(self.layers(x, rotation(positions(mask), self.t), visible(mask, False)))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Return the condition (B,L,C) of hidden states (B,L,D) with padding mask (B,L)."""
-        condition: Tensor = self.to_dit(self.connect(x, mask))
-        return condition
+        return self.to_dit(self.connect(x, mask))
 
 
 @torch.no_grad()

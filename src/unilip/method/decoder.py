@@ -8,6 +8,8 @@ Letters here: c channels, r rows and s columns of a stage (h, w at the coarsest,
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,8 +47,7 @@ class LatentHead(nn.Module):
         for block in self.blocks:
             x = block(x)
         rows = height or round(x.shape[1] ** 0.5)
-        latent: Tensor = self.out(x).transpose(1, 2).unflatten(2, (rows, -1))
-        return latent
+        return self.out(x).transpose(1, 2).unflatten(2, (rows, -1))
 
 
 # --- the decoder of DC-AE, on pictures x (M,c,r,s) --------------------------------------------------------------------
@@ -78,22 +79,14 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(M,c,r,s) -> (M,c,r,s)."""
-        out: Tensor = x + self.norm(self.conv2(F.silu(self.conv1(x))))
-        return out
+        return x + self.norm(self.conv2(F.silu(self.conv1(x))))
 
 
-class Surrounding(nn.Module):
-    """Queries, keys and values averaged, with learned weights, over a window of `size` x `size`."""
-
-    def __init__(self, channels: int, heads: int, size: int) -> None:
-        super().__init__()
-        self.proj_in = nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, bias=False)
-        self.proj_out = nn.Conv2d(channels, channels, 1, groups=3 * heads, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(M,3c,r,s) -> (M,3c,r,s)."""
-        out: Tensor = self.proj_out(self.proj_in(x))
-        return out
+def surrounding(channels: int, heads: int, size: int) -> nn.Sequential:
+    """Return what averages queries, keys and values (M,3c,r,s), with learned weights, over `size` x `size` windows."""
+    window = nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, bias=False)
+    mix = nn.Conv2d(channels, channels, 1, groups=3 * heads, bias=False)
+    return nn.Sequential(OrderedDict(proj_in=window, proj_out=mix))
 
 
 class LinearAttention(nn.Module):
@@ -103,7 +96,7 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.width = width
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels, bias=False) for _ in range(3))
-        self.to_qkv_multiscale = nn.ModuleList(Surrounding(3 * channels, channels // width, size) for size in scales)
+        self.to_qkv_multiscale = nn.ModuleList(surrounding(3 * channels, channels // width, size) for size in scales)
         self.to_out = nn.Linear(channels * (1 + len(scales)), channels, bias=False)
         self.norm_out = ChannelNorm(channels)
 
@@ -137,8 +130,7 @@ class GatedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(M,c,r,s) -> (M,c,r,s)."""
         value, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, 1)
-        out: Tensor = x + self.norm(self.conv_point(value * F.silu(gate)))
-        return out
+        return x + self.norm(self.conv_point(value * F.silu(gate)))
 
 
 class EfficientViTBlock(nn.Module):
@@ -150,8 +142,7 @@ class EfficientViTBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(M,c,r,s) -> (M,c,r,s)."""
-        out: Tensor = self.conv_out(self.attn(x))
-        return out
+        return self.conv_out(self.attn(x))
 
 
 class Upsample(nn.Module):
@@ -198,8 +189,7 @@ class DCDecoder(nn.Module):
         x = self.conv_in(latent) + latent.repeat_interleave(self.copies, 1)
         for stage in reversed(self.up_blocks):
             x = stage(x)
-        pixels: Tensor = self.conv_out(F.relu(self.norm_out(x)))
-        return pixels
+        return self.conv_out(F.relu(self.norm_out(x)))
 
 
 class PixelDecoder(nn.Module):
@@ -211,8 +201,7 @@ class PixelDecoder(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         """Return the decoder's own resolution: (M,Z,h,w) -> (M,3,32h,32w), about [-1,1]."""
-        pixels: Tensor = self.decoder(latent.to(self.decoder.conv_in.weight.dtype))
-        return pixels
+        return self.decoder(latent.to(self.decoder.conv_in.weight.dtype))
 
     def forward(self, latent: Tensor) -> Tensor:
         """Return pixels (M,3,28h,28w), about [-1,1], of latents (M,Z,h,w)."""

@@ -68,8 +68,7 @@ class Attention(nn.Module):
         """Softmax attention from tokens (KB,n,W) to keys and values (B,heads,L,d) where seen (B,1,1,L)."""
         q = self.split(self.to_q(x).reshape(len(k), -1, x.shape[-1]))  # B heads Kn d
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        joined: Tensor = self.to_out[0](out.transpose(1, 2).reshape(x.shape))
-        return joined
+        return self.to_out[0](out.transpose(1, 2).reshape(x.shape))
 
 
 def relu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -92,8 +91,7 @@ class FeedForward(nn.Module):
         """(R,n,W) -> (R,n,W)."""
         wide = F.silu(self.conv_inverted(x)).unflatten(1, size).permute(0, 3, 1, 2)  # R 2M h w
         value, gate = self.conv_depth(wide).permute(0, 2, 3, 1).flatten(1, 2).chunk(2, -1)  # R n M
-        out: Tensor = self.conv_point(value * F.silu(gate))
-        return out
+        return self.conv_point(value * F.silu(gate))
 
 
 class Block(nn.Module):
@@ -159,8 +157,7 @@ class Transformer(nn.Module):
         """Condition (B,L,C) -> captions (B,L,W), which every block's cross attention reads."""
         first, second = self.caption_projection["linear_1"], self.caption_projection["linear_2"]
         hidden = second(F.gelu(first(condition.to(self.proj_out.weight.dtype)), approximate="tanh"))
-        captions: Tensor = self.caption_norm(hidden)
-        return captions
+        return self.caption_norm(hidden)
 
     def finish(self, x: Tensor, end: Tensor, size: Size) -> Tensor:
         """Tokens (R,n,W) and the end's modulation (R,2,W) -> velocity (R,Z,h,w)."""
@@ -185,5 +182,4 @@ class DiT(nn.Module):
 
     def forward(self, latent: Tensor, timestep: Tensor, condition: Tensor, mask: Tensor) -> Tensor:
         """Return the velocity (R,Z,h,w) of latents (R,Z,h,w) at timesteps (R,) under conditions (B,L,C), mask (B,L)."""
-        velocity: Tensor = self.transformer(latent, timestep, condition, mask)
-        return velocity
+        return self.transformer(latent, timestep, condition, mask)

@@ -7,6 +7,8 @@ InternViT: patches of 14 px (h' w' of them), a class token, pre-norm layers of w
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,22 +33,7 @@ class Attention(nn.Module):
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )  # M heads n d
-        out: Tensor = self.projection_layer(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return out
-
-
-class MLP(nn.Module):
-    """Linear, GELU, linear."""
-
-    def __init__(self, v: VisionConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(v.hidden_size, v.intermediate_size)
-        self.fc2 = nn.Linear(v.intermediate_size, v.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(M,n,E) -> (M,n,E)."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return out
+        return self.projection_layer(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class VisionLayer(nn.Module):
@@ -54,7 +41,9 @@ class VisionLayer(nn.Module):
 
     def __init__(self, v: VisionConfig) -> None:
         super().__init__()
-        self.attention, self.mlp = Attention(v), MLP(v)
+        self.attention = Attention(v)
+        wide, narrow = nn.Linear(v.hidden_size, v.intermediate_size), nn.Linear(v.intermediate_size, v.hidden_size)
+        self.mlp = nn.Sequential(OrderedDict(fc1=wide, act=nn.GELU(), fc2=narrow))
         self.layernorm_before = nn.LayerNorm(v.hidden_size, eps=v.norm_eps)
         self.layernorm_after = nn.LayerNorm(v.hidden_size, eps=v.norm_eps)
         self.lambda_1 = nn.Parameter(torch.full((v.hidden_size,), v.layer_scale_init))
@@ -129,8 +118,7 @@ class Encoder(nn.Module):
         if height % TOKEN_PIXELS or width % TOKEN_PIXELS:
             raise ImageError(f"The encoder got {width}x{height} px; both sides must be multiples of {TOKEN_PIXELS}.")
         patches = self.vision_tower(pixels.to(self.vision_tower.embeddings.cls_token.dtype))  # M h'w' E
-        features: Tensor = self.projector(merge_patches(patches, height // self.patch_size, width // self.patch_size))
-        return features
+        return self.projector(merge_patches(patches, height // self.patch_size, width // self.patch_size))
 
 
 def merge_patches(patches: Tensor, height: int, width: int) -> Tensor:

@@ -52,29 +52,6 @@ def train_levels(u: Tensor) -> tuple[Tensor, Tensor]:
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def draw_noise(
-    count: int, shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None
-) -> Tensor:
-    """Draw float32 noise (count, *shape) on the CPU, one picture after the other.
-
-    A picture's noise depends on its generator's state alone, never on the batch it is drawn in: one generator serves
-    the pictures in order, a list holds one for each.
-    """
-    if isinstance(generator, torch.Generator) or generator is None:
-        generators: list[torch.Generator | None] = [generator] * count
-    else:
-        generators = list(generator)
-        if len(generators) != count:
-            raise UniLIPError(
-                f"{len(generators)} generators were given for {count} pictures; give one, or one for each."
-            )
-    draws = [
-        torch.randn(*shape, generator=g, device="cpu" if g is None else g.device, dtype=torch.float32).cpu()
-        for g in generators
-    ]
-    return torch.stack(draws) if draws else torch.empty(0, *shape)
-
-
 @dataclass(frozen=True)
 class Schedule:
     """Where a solver stops: integer timesteps (S,) and noise levels, S + 1 numbers down to 0."""

@@ -36,8 +36,7 @@ class Qwen2(nn.Module):
         """Read x (B,L,D), the last L of the S positions of mask (B,S); a cache holds those before: -> (B,L,D)."""
         new = x.shape[1]
         turns = rotation(positions(mask)[:, -new:], self.t)
-        hidden: Tensor = self.norm(self.layers(x, turns, visible(mask, True, new), cache))
-        return hidden
+        return self.norm(self.layers(x, turns, visible(mask, True, new), cache))
 
 
 class LanguageModel(nn.Module):
@@ -71,8 +70,7 @@ class MLLM(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Return hidden states (B,L,D) of embeddings (B,L,D) with padding mask (B,L)."""
-        hidden: Tensor = self.language_model.model(x, mask)
-        return hidden
+        return self.language_model.model(x, mask)
 
     def read_with_queries(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Read prompts (B,T,D) with mask (B,T), then the queries: hidden states (B,T+Q,D) and their mask."""

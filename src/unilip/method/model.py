@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from unilip.errors import UniLIPError
 from unilip.method.config import UniLIPConfig
-from unilip.method.connector import Connector, copy_from_llm
+from unilip.method.connector import Connector
 from unilip.method.decoder import LatentHead, PixelDecoder, resize_to_tokens
 from unilip.method.dit import DiT
 from unilip.method.encoder import Encoder
 from unilip.method.flow import flow_loss, guide, interpolate, make_schedule, sample, train_levels
 from unilip.method.mllm import MLLM, fill_slots
-from unilip.method.qwen2 import init_normal
 from unilip.method.text import Tokens
 
 PARTS: dict[str, type[nn.Module]] = {
@@ -137,20 +136,3 @@ class Network(nn.Module):
             wanted = original(pixels)
         made = (self.pixel_decoder(latent).float() + 1) / 2
         return (made - target).square().mean() + distill * (features - wanted).square().mean()
-
-
-@torch.no_grad()
-def initialise(network: Network, seed: int) -> None:
-    """Give a network built under `seed` the start of training: small weights, small queries, a copied connector."""
-    generator = torch.Generator().manual_seed(seed)
-    if "encoder" in network.parts:
-        tower = network.encoder.vision_tower
-        init_normal(tower, generator)
-        for parameter in (tower.embeddings.cls_token, tower.embeddings.position_embeddings):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * 0.02)
-    if "mllm" in network.parts:
-        init_normal(network.mllm.language_model, generator)
-        queries = torch.randn(network.mllm.queries.shape, generator=generator, dtype=torch.float32)
-        network.mllm.queries.copy_(queries * 0.02)
-        if "connector" in network.parts:
-            copy_from_llm(network.connector, network.mllm)

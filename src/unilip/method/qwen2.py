@@ -83,8 +83,7 @@ class Attention(nn.Module):
         if groups > 1:  # each key and value serves several queries
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        attended: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
-        return attended
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -98,8 +97,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,L,D) -> (B,L,D)."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class TextLayer(nn.Module):
@@ -114,8 +112,7 @@ class TextLayer(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation, seen: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """(B,L,D) -> (B,L,D)."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, seen, cache)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -148,13 +145,3 @@ def visible(mask: Tensor, causal: bool, last: int | None = None) -> Tensor:
     if causal:
         seen = seen & torch.ones_like(own).tril()
     return (seen | own)[:, :, length - (last or length) :]
-
-
-@torch.no_grad()
-def init_normal(module: nn.Module, generator: torch.Generator, std: float = 0.02) -> None:
-    """Draw the weights of linear layers, convolutions and embeddings from N(0, std), as transformers do; biases 0."""
-    for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Embedding)):
-            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator, dtype=torch.float32) * std)
-            if getattr(layer, "bias", None) is not None:
-                layer.bias.zero_()

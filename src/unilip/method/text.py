@@ -21,8 +21,6 @@ from unilip.method.config import UniLIPConfig
 IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 TURN_START, TURN_END, TEXT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 NEEDED_TOKENS = (IMG_START, IMG_END, IMG_CONTEXT, TURN_START, TURN_END)
-FORBIDDEN = (TURN_START, TURN_END, TEXT_END, IMG_CONTEXT)  # nobody means these as words
-MAX_PROMPT_CHARACTERS = 8_000
 
 Prompt = tuple[str | int, ...]
 
@@ -60,29 +58,6 @@ class Message:
     squares: tuple[int, ...] = ()
 
 
-def check_prompt(prompt: object, what: str = "prompt") -> str:
-    """Return a prompt stripped of surrounding space, or say what is wrong with it.
-
-    Raises:
-        PromptError: no string, empty, over 8000 characters, with control tokens of the chat template, or no Unicode.
-    """
-    if not isinstance(prompt, str):
-        raise PromptError(f"The {what} must be a string, not {type(prompt).__name__}.")
-    text = prompt.strip()
-    if not text:
-        raise PromptError(f"The {what} is empty; say in words what you want.")
-    if len(text) > MAX_PROMPT_CHARACTERS:
-        raise PromptError(
-            f"The {what} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are read. Shorten it."
-        )
-    reserved = ", ".join(token for token in FORBIDDEN if token in text)
-    if reserved:
-        raise PromptError(f"The {what} contains {reserved}, which the model reserves for itself; leave it out.")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise PromptError(f"The {what} contains half of a surrogate pair, which is no character; send valid Unicode.")
-    return text
-
-
 class Processor:
     """Builds every batch of text that a model reads.
 
@@ -93,14 +68,11 @@ class Processor:
     def __init__(self, tokenizer: TextTokenizer, config: UniLIPConfig) -> None:
         missing = [name for name in NEEDED_TOKENS if tokenizer.token_id(name) is None]
         if missing:
-            raise CheckpointError(
-                f"The tokenizer lacks {', '.join(missing)}; use the tokenizer files of the checkpoint itself."
-            )
+            lacking = ", ".join(missing)
+            raise CheckpointError(f"The tokenizer lacks {lacking}; use the tokenizer files of the checkpoint itself.")
         if len(tokenizer) > config.text.vocab_size:
-            raise CheckpointError(
-                f"The tokenizer has {len(tokenizer)} tokens, the model {config.text.vocab_size}; they do not belong "
-                "together."
-            )
+            sizes = f"{len(tokenizer)} tokens, the model {config.text.vocab_size}"
+            raise CheckpointError(f"The tokenizer has {sizes}; they do not belong together.")
         self.tokenizer, self.config = tokenizer, config
         self.image_size, self.num_image_tokens = config.image_size, config.num_image_tokens
         self.max_tokens = config.text.max_positions - config.num_queries

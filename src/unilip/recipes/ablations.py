@@ -16,8 +16,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from unilip.method.config import preset
 from unilip.recipes.record import GENERATE, TOKENIZER, WHOLE_TOKENIZER, Data, Flow, Optim, Recipe, Reconstruct
+from unilip.sizes import preset
 
 SWEEPS: dict[str, tuple[int, ...]] = {"num_queries": (1, 4, 16, 64), "connector_layers": (1, 2, 4)}
 

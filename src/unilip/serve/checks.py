@@ -18,8 +18,9 @@ from PIL import Image
 
 from unilip.errors import PromptError, UniLIPError
 from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
-from unilip.method.text import Message, Processor, Prompt, check_prompt
+from unilip.method.text import Message, Processor, Prompt
 from unilip.pictures import FITS, fit_square, load_image, tile
+from unilip.sampling import check_prompt
 from unilip.serve.jobs import MAX_SEED, Ask, Edit, Generate, Job, Reconstruct
 from unilip.serve.tickets import Ticket, Unit
 

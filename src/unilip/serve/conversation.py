@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from unilip.errors import ImageError, PromptError
-from unilip.method.text import check_prompt
+from unilip.sampling import check_prompt
 from unilip.serve.fetch import fetch
 from unilip.serve.guard import FILES
 from unilip.serve.intent import intent

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from unilip.method.config import SamplingConfig
-from unilip.method.text import MAX_PROMPT_CHARACTERS
+from unilip.sampling import MAX_PROMPT_CHARACTERS
 from unilip.serve.jobs import MAX_SEED
 
 MAX_COUNT = 10

@@ -27,8 +27,8 @@ from PIL import Image
 
 from unilip import __version__
 from unilip.errors import ImageError, PromptError, UniLIPError
-from unilip.method.text import check_prompt
 from unilip.pictures import Fit, fit_square, picture_psnr, unfit_square
+from unilip.sampling import check_prompt
 from unilip.serve.engine import Engine, Ticket
 from unilip.serve.intent import intent
 from unilip.serve.jobs import Ask, Cancelled, Edit, Event, Generate, Job, Reconstruct, Result, Turn

@@ -23,7 +23,7 @@ from unilip.checkpoints.tables import check_shapes
 from unilip.checkpoints.tokenizer import load_tokenizer
 from unilip.errors import ConfigError
 from unilip.files import replacing
-from unilip.method.config import UniLIPConfig, preset
+from unilip.method.config import UniLIPConfig
 from unilip.method.connector import copy_from_llm
 from unilip.method.mllm import MLLM
 from unilip.method.qwen2 import Layers
@@ -31,6 +31,7 @@ from unilip.method.text import Processor
 from unilip.model import PARTS, UniLIP
 from unilip.recipes.catalog import all_recipes
 from unilip.recipes.record import Optim, Recipe
+from unilip.sizes import preset
 from unilip.train import processes
 from unilip.train.adapters import add_adapter, is_adapter
 from unilip.train.batches import Batches, EmojiBatches

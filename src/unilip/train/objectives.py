@@ -21,11 +21,12 @@ from unilip.errors import CheckpointError, ConfigError
 from unilip.fast.mllm import read_in_two_passes
 from unilip.method.config import DECODER_PIXELS, TOKEN_PIXELS
 from unilip.method.encoder import Encoder
-from unilip.method.flow import draw_noise, flow_loss, interpolate, logit_normal, make_schedule, sample, train_levels
+from unilip.method.flow import flow_loss, interpolate, logit_normal, make_schedule, sample, train_levels
 from unilip.method.text import Tokens
 from unilip.model import UniLIP
 from unilip.pictures import normalise
 from unilip.recipes.record import Flow, Recipe, Reconstruct, Understand
+from unilip.sampling import draw_noise
 from unilip.train.losses import (
     PatchDiscriminator,
     contrastive_loss,
