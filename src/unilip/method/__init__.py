@@ -1,5 +1,4 @@
-"""The method: UniLIP's networks, condition, losses and sampling in torch alone, the plain way (arXiv 2507.23278).
+"""The method: networks, condition, losses and sampling of UniLIP (arXiv 2507.23278) in torch alone, the plain way.
 
-Read in this order: config, text, encoder, qwen2, mllm, connector, decoder, dit, flow, model.
-Speed and memory stand beside it, in `unilip.fast`, and are tested equal to it.
+Read: config, text, encoder, qwen2, mllm, connector, decoder, dit, flow, model. Speed stands beside it: `unilip.fast`.
 """

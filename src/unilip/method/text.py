@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -80,9 +80,7 @@ class Processor:
         self.pad_id = self.end_id if tokenizer.pad_id is None else tokenizer.pad_id
 
     def _special(self, name: str) -> int:
-        token = self.tokenizer.token_id(name)
-        assert token is not None
-        return token
+        return cast(int, self.tokenizer.token_id(name))
 
     def resized(self, image_size: int | None) -> Processor:
         """Return a processor for another square size in pixels (a multiple of 28), or itself for None."""
