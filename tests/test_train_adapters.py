@@ -328,7 +328,8 @@ def test_merging_is_all_or_nothing(fresh_model, folders):
 
 
 def test_models_whose_parts_come_and_go_take_no_adapter(fresh_model, folders, tiny_folder):
-    for model in (UniLIP.from_pretrained(tiny_folder, low_memory=True), fresh_model().enable_cpu_offload("cpu")):
+    low = UniLIP.from_pretrained(tiny_folder, low_memory=True)
+    for model in (low, fresh_model().enable_cpu_offload("cpu"), fresh_model().split_guidance("cpu")):
         before = latent(model)
         with pytest.raises(UniLIPError, match="come and go"):
             model.load_adapter(folders / "red")

@@ -156,8 +156,12 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
     others = adapter_names(model)
     if name in others:
         raise UniLIPError(f"An adapter {name} is loaded already; give another name, or unload first.")
-    if getattr(model, "_offload", None) is not None or any(p.is_meta for p in model.parameters()):
-        raise UniLIPError("The parts of this model come and go, and an adapter would not; load it without low_memory.")
+    runtime = getattr(model, "runtime", None)
+    if getattr(runtime, "offload", None) is not None or getattr(runtime, "twin", None) is not None:
+        raise UniLIPError(
+            "Parts of this model come and go, or are copied to a second device, and an adapter would not be; load it "
+            "into a model without low_memory, offload or split guidance."
+        )
     _check_scales({name: scale})
     adapter = read_adapter(folder)
     shapes = {layer: m.weight.shape for layer, m in model.named_modules() if isinstance(m, nn.Linear)}

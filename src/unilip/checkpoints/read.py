@@ -480,4 +480,5 @@ def load_into(
 
 def fresh_tensor(shape: Shape, dtype: torch.dtype) -> Tensor:
     """Draw the start of a tensor that a kind of checkpoint never holds; always the same numbers, spread 0.02."""
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    return (drawn * 0.02).to(dtype)
