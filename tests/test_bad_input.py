@@ -110,7 +110,6 @@ CASES = {
     "no prompt": (["generate", "--model", "{model}"], "There is no prompt"),
     "a prompt of 10,000 words": (["generate", "word " * 10_000, "--model", "{model}"], "49999 characters"),
     "a prompt of too many tokens": (["generate", "q" * 2000, "--model", "{model}"], "tokens"),
-    "a prompt with reserved tokens": (["generate", "a <img> star", "--model", "{model}"], "<img>"),
     "an empty negative prompt": ([*GENERATE, "--negative-prompt", ""], "negative prompt is empty"),
     "an empty question": (["ask", "{broken}/good.png", "", "--model", "{model}"], "The question is empty"),
     "a question of 10,000 words": (["ask", "{broken}/good.png", "word " * 10_000], "49999 characters"),

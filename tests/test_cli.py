@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image
 
 from unilip import cli, demo
-from unilip.cli.terminal import slug
+from unilip.cli.terminal import read_prompts, slug
 from unilip.errors import UniLIPError
 from unilip.pictures import picture_psnr
 
@@ -156,6 +158,90 @@ def test_dtype_is_used(run):
     assert report["dtype"] == "bfloat16"
 
 
+def test_prompts_of_every_editor_are_read(tmp_path):
+    cases = {
+        b'\xef\xbb\xbf{"prompt": "a star", "seed": 5}\r\n{"prompt": "a cat"}\r\n': [("a star", 5), ("a cat", None)],
+        b"\xef\xbb\xbfa star\r\n\r\n": [("a star", None)],
+        b'a star\n{"prompt": "a frog", "seed": 9}\n': [("a star", None), ("a frog", 9)],
+        '{"prompt": "three\u2028stars"}\na\u2028b\n'.encode(): [("three\u2028stars", None), ("a\u2028b", None)],
+        b'\xef\xbb\xbfa cat\n\xef\xbb\xbf{"prompt": "a dog"}': [("a cat", None), ("a dog", None)],
+    }
+    for data, expected in cases.items():
+        (tmp_path / "p").write_bytes(data)
+        found = read_prompts(str(tmp_path / "p"))
+        assert [(entry["prompt"], entry.get("seed")) for entry in found] == expected, data
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of bytes that are no text")
+def test_no_name_of_a_source_loses_a_picture(run, picture):
+    names = [("a-long-name-" * 30)[:250] + ".png", "猫" * 83 + ".png", os.fsdecode(b"caf\xe9\n.png"), "z.png"]
+    for name in names:
+        picture().save(name)
+    words = ["edit", *names, "make it " + "猫" * 48, *QUICK, "--batch-size", "1", "--json", "--output", "out"]
+    code, out, _ = run(*words)
+    made = json.loads(out)["images"]
+    assert code == 0 and [entry["image"] for entry in made] == names and len(os.listdir("out")) == 4
+    assert run("reconstruct", *names, "--output", "again", "--device", "cpu")[0] == 0 and len(os.listdir("again")) == 4
+    code, _, err = run("generate", "a star", *QUICK, "--output", "x" * 300 + ".png")
+    assert code == 2 and "too long" in err
+
+
+def test_an_equal_picture_is_counted_and_not_averaged(run, pictures, monkeypatch):
+    from unilip.model import ImageOutput, UniLIP
+
+    def again(self, images, **_):
+        return ImageOutput([image.copy() if n == 0 else Image.new("RGB", image.size) for n, image in enumerate(images)])
+
+    alone = json.loads(run("reconstruct", pictures[0], "--json", "--device", "cpu")[1])["images"][0]
+    assert alone["equal"] is False and 0 < alone["psnr"] < 100
+    monkeypatch.setattr(UniLIP, "reconstruct", again)
+    code, _, err = run("reconstruct", *pictures, "--device", "cpu")
+    assert code == 0 and "and 1 equal to the source, not in the mean" in err
+    found = json.loads(run("reconstruct", *pictures, "--json", "--device", "cpu")[1])["images"]
+    assert [image["equal"] for image in found] == [True, False] and found[0]["psnr"] is None
+    assert f"PSNR {found[1]['psnr']:.2f} dB" in err
+    assert "PSNR inf dB" in run("reconstruct", pictures[0], "--device", "cpu")[2]
+
+
+def test_loading_and_drawing_are_told_apart(run):
+    report = json.loads(run("generate", "a star", *QUICK, "--json")[1])
+    assert report["load_seconds"] > 0 and report["seconds"] > 0
+    assert re.search(
+        r"1 picture of 2 steps \(loaded in [\d.]+ s, then [\d.]+ s\)", run("generate", "a star", *QUICK)[2]
+    )
+
+
+def test_adapters_act_as_strongly_as_told(run, fresh_model, tmp_path):
+    pytest.importorskip("peft")
+    import torch
+
+    from unilip.recipes.catalog import get_recipe
+    from unilip.recipes.record import override
+    from unilip.train.adapters import add_adapter, save_adapter
+
+    model = fresh_model()
+    settings = ["adapter.rank=2", "trains=connector,dit", "adapter.targets=to_q,to_v,q_proj"]
+    add_adapter(override(get_recipe("tiny/sft"), settings), model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    save_adapter(model, tmp_path / "mine")
+    shown = {}
+    for name, words in {"plain": [], "none": ["mine:0"], "half": ["mine:0.5"], "whole": ["mine"]}.items():
+        given = [part for word in words for part in ("--adapter", word)]
+        assert run("generate", "a star", *QUICK, *given, "--output", f"{name}.png")[0] == 0
+        shown[name] = pixels(f"{name}.png")
+    assert (shown["plain"] == shown["none"]).all()
+    assert all((shown[a] != shown[b]).any() for a, b in (("plain", "half"), ("half", "whole")))
+    code, _, err = run("ask", "Why?", "--adapter", "mine", "--max-new-tokens", "2")
+    assert code == 0 and "mine changes connector, dit, which this verb does not use" in err
+    for word, message in {"nowhere": "holds no adapter_config.json", "mine:nan": "finite"}.items():
+        code, _, err = run("generate", "a star", *QUICK, "--adapter", word)
+        assert code == 2 and message in err
+    assert cli.main(["generate", "a star", "--model", "mine"]) == 2
+
+
 # --- answers --------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +352,16 @@ def test_an_interrupted_training_says_how_to_go_on(run, monkeypatch):
     assert code == 130 and "goes on from there" in err and "error" not in err
 
 
+def test_a_stopped_training_names_the_command_that_goes_on(run, monkeypatch):
+    from unilip.train import loop
+
+    monkeypatch.setattr(loop, "train", lambda recipe, runs, **_: Path(runs) / recipe.name)
+    given = ["--set", "name=tiny/mine", "--set", "note=two words", "--runs", "my runs", "--device", "cpu"]
+    code, _, err = run("train", "tiny/recon", *given, "--restart", "--stop-after", "2")
+    command = re.search("`unilip (.*)`", err)[1]
+    assert code == 0 and shlex.split(command) == ["train", "tiny/recon", *given]
+
+
 # --- art and evaluation ---------------------------------------------------------------------------------------------
 
 
@@ -345,8 +441,6 @@ def test_a_photograph_is_no_drawing():
 
 @pytest.mark.parametrize("name", cli.VERBS)
 def test_help_has_an_example_that_parses(name, capsys):
-    import shlex
-
     assert cli.main([*name.split(), "--help"]) == 0
     text = capsys.readouterr().out
     examples = cli.VERBS[name].example.splitlines()
@@ -365,6 +459,18 @@ def test_every_option_is_typed(name):
 
 def test_every_option_is_used_by_some_verb():
     assert set(cli.OPTIONS) == {option for verb in cli.VERBS.values() for option in verb.options}
+
+
+def test_the_nearest_verb_is_named_in_groups_too():
+    for words, near in {"data chek x": "data check", "dta": "data", "eval recn x": "eval recon"}.items():
+        with pytest.raises(UniLIPError, match=f"Did you mean {near}\\?"):
+            cli.parse(words.split())
+
+
+def test_a_missing_package_is_told_with_an_install_that_works():
+    missing = ModuleNotFoundError("No module named 'gradio'", name="gradio")
+    assert "pip install '.[studio]' in a checkout" in cli.explain(missing, "studio")[0]
+    assert "pip install '.[ray]'" in cli.explain(ModuleNotFoundError(name="ray.serve"), "data cache")[0]
 
 
 def test_top_level_help_and_version(capsys):

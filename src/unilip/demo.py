@@ -366,7 +366,7 @@ def _page(model: UniLIP, sections: Sequence[tuple[str, str, str]], result: dict[
     seconds = sum(result["seconds"].values())
     facts = (
         f"Model {config.name}: {millions:.1f} million parameters, {config.image_size} px, {model.device.type}; "
-        f"seed {result['seed']}; {seconds:.0f} seconds in all."
+        f"seed {result['seed']}; all of it made in {seconds:.1f} s."
     )
     body = "\n".join(
         f"<section><h2>{html.escape(title)}</h2><p>{html.escape(line)}</p>{inside}</section>"

@@ -24,6 +24,7 @@ from unilip.errors import UniLIPError
 
 if TYPE_CHECKING:
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
 T = TypeVar("T")
 PART = ".part"  # ending of what is not finished
@@ -94,14 +95,19 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def png_bytes(image: Image.Image, notes: Mapping[str, str] | None = None) -> bytes:
     """Encode a picture as PNG with text chunks; equal pictures and notes give equal bytes."""
+    stream = io.BytesIO()
+    image.save(stream, "PNG", pnginfo=png_notes(notes or {}))
+    return stream.getvalue()
+
+
+def png_notes(notes: Mapping[str, str]) -> PngInfo:
+    """Return the text chunks of a PNG."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    for key, value in (notes or {}).items():
+    for key, value in notes.items():
         info.add_text(key, value) if value.isascii() else info.add_itxt(key, value)
-    stream = io.BytesIO()
-    image.save(stream, "PNG", pnginfo=info)
-    return stream.getvalue()
+    return info
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

@@ -18,8 +18,12 @@ from unilip import __version__
 from unilip.cli import checkpoints, data, evaluation, options, pictures, serving, studio, training
 from unilip.cli.options import Options, Parser, Verb
 from unilip.cli.terminal import reason, say
-from unilip.errors import UniLIPError
+from unilip.errors import UniLIPError, install
 
+EXTRAS = {  # package -> extra of ours that brings it
+    "matplotlib": "eval", "openai": "eval", "datasets": "eval", "pyarrow": "eval", "peft": "train",
+    "tensorboard": "train", "webdataset": "train", "ray": "ray", "torchao": "quantize",
+}  # fmt: skip
 AREAS = (pictures, training, data, checkpoints, evaluation, serving, studio)
 VERBS: dict[str, Verb] = {name: verb for area in AREAS for name, verb in area.VERBS.items()}
 OPTIONS: dict[str, dict[str, Any]] = dict(options.OPTIONS)
@@ -60,27 +64,29 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
 
 
 def _help_or_complain(argv: list[str], plain: list[str]) -> NoReturn:
-    group = [name for name in VERBS if plain and name.startswith(" ".join(plain) + " ")]
     if "--version" in argv[:1]:
         print(f"unilip {__version__}")
         raise SystemExit(0)
-    if {"-h", "--help"} & set(argv) or not argv:
-        names = group or list(VERBS)
-        if plain and not group:
-            raise UniLIPError(_no_verb(plain))
+    prefix = next((plain[:n] for n in range(len(plain), -1, -1) if _below(plain[:n])), [])
+    names, rest = _below(prefix), plain[len(prefix) :]
+    if not rest and ({"-h", "--help"} & set(argv) or not argv):
         width = max(len(name) for name in names)
-        print(f"usage: unilip {' '.join([*plain, 'VERB'])} [OPTIONS]\n")
+        print(f"usage: unilip {' '.join([*prefix, 'VERB'])} [OPTIONS]\n")
         print("One CLIP encoder that understands, reconstructs, generates and edits.\n")
         print("\n".join(f"  {name:<{width}}  {VERBS[name].help.split('. ')[0].rstrip('.')}" for name in names))
         print("\n`unilip VERB --help` tells the options and gives an example; `unilip --version` the version.")
         raise SystemExit(0)
-    raise UniLIPError(f"The verbs there are: {', '.join(group)}." if group else _no_verb(plain or argv))
-
-
-def _no_verb(words: list[str]) -> str:
-    near = difflib.get_close_matches(words[0], VERBS, n=1)
+    if not rest and prefix:
+        raise UniLIPError(f"The verbs there are: {', '.join(names)}.")
+    given = " ".join([*prefix, *(rest or argv)[:1]])
+    near = difflib.get_close_matches(given, [*names, *{name.split()[0] for name in names}], n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    return f"There is no verb {words[0]!r}.{hint} All of them: {', '.join(VERBS)}."
+    raise UniLIPError(f"There is no verb {given!r}.{hint} All of them: {', '.join(names)}.")
+
+
+def _below(words: list[str]) -> list[str]:
+    """Return the verbs that begin with these words, and have more."""
+    return [name for name in VERBS if name.startswith(" ".join(words) + " ") or not words]
 
 
 class Speaker(logging.Handler):
@@ -105,15 +111,17 @@ def set_up(debug: bool) -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def explain(error: Exception) -> tuple[str, int]:
-    """Turn an error into one line and an exit code."""
+def explain(error: Exception, verb: str = "") -> tuple[str, int]:
+    """Turn an error into one line and an exit code; `verb` is what was called."""
     text = reason(error)
     if isinstance(error, UniLIPError):
         return text, 2
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
         return "memory ran out; try a smaller --batch-size or --image-size, --dtype bfloat16, or another --device.", 1
     if isinstance(error, ModuleNotFoundError):
-        return f"the package {error.name} is missing; install it, for example with pip install {error.name}.", 1
+        extra = verb if verb in ("serve", "studio") else EXTRAS.get((error.name or "").partition(".")[0])
+        how = install(extra) if extra else f"install it with pip install {error.name}"
+        return f"the package {error.name} is missing; {how}.", 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}; --debug shows where.", 1
     return f"unexpected {type(error).__name__}: {text[:300]}; --debug shows where it happened.", 1
@@ -122,7 +130,7 @@ def explain(error: Exception) -> tuple[str, int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
+    debug, name = "--debug" in argv, ""
     try:
         name, found = parse(argv)
         set_up(debug)
@@ -138,6 +146,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        line, code = explain(error)
+        line, code = explain(error, name)
         say(f"error: {line}")
         return code

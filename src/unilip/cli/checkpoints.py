@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -105,10 +104,10 @@ def demo(o: Options) -> int:
     page.check_folder(folder)
     page.examples()
     model = load(o)
-    say(f"{describe_model(o, model)['model']} on {device}, loaded in {time.perf_counter() - report.started:.1f} s")
+    say(f"{describe_model(o, model)['model']} on {device}, {report.loaded()}")
     result = page.run(model, folder, o.seed, say)
     report.line(f"{folder / page.PAGE}")
-    report.end("the page is ready,", **describe_model(o, model), **result)
+    report.end("the page is ready", **describe_model(o, model), **result)
     return 0
 
 

@@ -50,7 +50,7 @@ def data_prepare_emoji(o: Options) -> int:
     with bar(o, "drawing") as progress:
         path = prepare(Path(o.output) if o.output else None, Path(o.source) if o.source else None, progress)
     report.line(str(path))
-    report.end("the art is ready,", path=str(path))
+    report.end("the art is ready", path=str(path))
     return 0
 
 
@@ -73,7 +73,7 @@ def data_convert(o: Options) -> int:
     if done.skipped:
         say(f"{done.skipped.total()} left out: {', '.join(f'{k}: {n}' for k, n in done.skipped.most_common())}")
     report.end(
-        f"{plural(len(done.shards), 'shard')}, {plural(done.samples.total(), 'sample')} written now,",
+        f"{plural(len(done.shards), 'shard')}, {plural(done.samples.total(), 'sample')} written now",
         shards=[str(path) for path in done.shards], samples=dict(done.samples), skipped=dict(done.skipped),
         named=done.named[:20],
     )  # fmt: skip
@@ -108,7 +108,7 @@ def data_check(o: Options) -> int:
             values["sheet"] = str(path)
         found.append(values)
         fine = fine and not about.bad and not about.damaged
-    report.end("checked" if fine else "checked, with faults,", places=found)
+    report.end("checked" if fine else "checked, with faults", places=found)
     return 0 if fine else 1
 
 
@@ -129,7 +129,7 @@ def data_cache(o: Options) -> int:
         progress=o.progress and sys.stderr.isatty(),
     )  # fmt: skip
     report.line(o.output)
-    note = f"{', '.join(made['names'])} of {plural(made['made'], 'sample')} in {plural(made['shards'], 'shard')},"
+    note = f"{', '.join(made['names'])} of {plural(made['made'], 'sample')} in {plural(made['shards'], 'shard')}"
     report.end(note, path=o.output, **{key: made[key] for key in ("names", "dtype", "made", "unusable", "shards")})
     return 0
 

@@ -23,6 +23,7 @@ class Options(argparse.Namespace):
 
     words: list[str]
     model: str | None
+    adapter: list[str]
     device: str
     dtype: str | None
     seed: int
@@ -154,6 +155,10 @@ def pixels(text: str) -> int:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--model": dict(metavar="MODEL", help="a folder, a file or a hub id (owner/name); the embedded model by default"),
+    "--adapter": dict(
+        action="append", default=[], metavar="PATH[:SCALE]",
+        help="a LoRA or DoRA adapter, how strongly it acts (1 as trained); repeatable, several add up",
+    ),
     "--device": dict(
         type=device_name, default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (auto: CUDA, MPS or CPU)"
     ),
@@ -224,7 +229,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 LOADING = ("--model", "--device", "--dtype")
-SAVING = ("--low-memory", "--quantize")
+SAVING = ("--adapter", "--low-memory", "--quantize")
 SAMPLING = ("--preset", "--steps", "--guidance-scale", "--solver", "--negative-prompt")
 DRAWING = (*SAMPLING, "--num-images", "--batch-size", "--image-size")
 WRITING = ("--output", "--force", "--no-metadata")

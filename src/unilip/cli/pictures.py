@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,27 +26,46 @@ from unilip.cli.terminal import (
 if TYPE_CHECKING:
     from unilip.model import UniLIP
 
+ANSWERING = ("--max-new-tokens", "--temperature", "--top-p", "--max-tiles")
 
-def paint(
-    o: Options, report: Report, model: UniLIP, work: Sequence[Request], out: Destination,
-    draw: Callable[[Sequence[Request], dict[str, Any]], Sequence[Any]],
-) -> int:  # fmt: skip
+
+Draw = Callable[[Sequence[Request], dict[str, Any]], Sequence[Any]]
+
+
+def paint(o: Options, report: Report, model: UniLIP, work: Sequence[Request], out: Destination, draw: Draw) -> int:
     """Draw the pictures of all requests in batches, write each as soon as it is there, and report."""
     settings, about = sampling(o, model), describe_model(o, model)
     report.record |= {**about, "settings": settings}
+    report.loaded()
     made = []
-    for batch in batches(work, o.batch_size):
+    for batch in shown(o, work):
         for request, image in zip(batch, draw(batch, settings), strict=True):
             named = {"prompt": request.text, "seed": request.seed} | ({"image": request.image} if request.image else {})
             texts = {"Software": f"unilip {__version__}", "model": about["model"], **named, **settings}
-            stem = f"{Path(request.image).stem}-{slug(request.text)}" if request.image else slug(request.text)
+            source = [Path(request.image).stem] if request.image else []
             kept = {key: str(value) for key, value in texts.items() if value is not None} if o.metadata else {}
-            path = out.write(image, f"{stem}-{request.seed}", kept)
+            path = out.write(image, out.name(*source, slug(request.text), str(request.seed)), kept)
             made.append({"path": str(path), **named})
             report.line(str(path))
     steps = settings["num_inference_steps"]
     report.end(f"{plural(len(made), 'picture')} of {plural(steps, 'step')}", images=made)
     return 0
+
+
+def shown(o: Options, work: Sequence[Any], unit: str = "picture") -> Iterator[Sequence[Any]]:
+    """Yield batches under a bar over all that is to be done; a single batch has the bar of its steps instead."""
+    from tqdm.auto import tqdm
+
+    one = len(work) <= o.batch_size
+    with tqdm(total=len(work), unit=unit, leave=False, disable=None if o.progress and not one else True) as bar:
+        for batch in batches(work, o.batch_size):
+            yield batch
+            bar.update(len(batch))
+
+
+def bar_of_steps(o: Options, work: Sequence[Any]) -> bool:
+    """Whether the steps of a batch have a bar."""
+    return o.progress and len(work) <= o.batch_size
 
 
 def each_image(o: Options, found: Sequence[Request]) -> list[Request]:
@@ -71,9 +90,10 @@ def generate(o: Options) -> int:
     model = load(o, "mllm", "connector", "dit", "pixel_decoder")
 
     def draw(batch: Sequence[Request], settings: dict[str, Any]) -> Sequence[Any]:
-        generators = [seeded(r.seed) for r in batch]
-        texts = [r.text for r in batch]
-        images: list[Any] = model.generate(texts, generator=generators, progress=o.progress, **settings).images
+        images: list[Any] = model.generate(
+            [r.text for r in batch], generator=[seeded(r.seed) for r in batch], progress=bar_of_steps(o, work),
+            **settings,
+        ).images  # fmt: skip
         return images
 
     return paint(o, report, model, work, out, draw)
@@ -90,7 +110,8 @@ def edit(o: Options) -> int:
     def draw(batch: Sequence[Request], settings: dict[str, Any]) -> Sequence[Any]:
         sources = [r.image or "" for r in batch]
         images: list[Any] = model.edit(
-            sources, [r.text for r in batch], generator=[seeded(r.seed) for r in batch], progress=o.progress,
+            sources, [r.text for r in batch], generator=[seeded(r.seed) for r in batch],
+            progress=bar_of_steps(o, work),
             fit=o.fit, keep_aspect=o.keep_aspect, **settings,  # type: ignore[arg-type]
         ).images  # fmt: skip
         return images
@@ -112,21 +133,25 @@ def reconstruct(o: Options) -> int:
     size = o.image_size or model.config.image_size
     about = describe_model(o, model)
     report.record |= {**about, "settings": {"image_size": size, "fit": o.fit, "keep_aspect": o.keep_aspect}}
+    report.loaded()
     made = []
-    for batch in batches(o.words, o.batch_size):
+    for batch in shown(o, o.words):
         sources = [load_image(word) for word in batch]
         squares = [fit_square(source, size, o.fit) for source in sources]  # type: ignore[arg-type]
         for word, source, square, image in zip(
             batch, sources, squares, model.reconstruct(squares, image_size=size).images, strict=True
         ):
-            score = picture_psnr(square, image)
+            same = square.tobytes() == image.tobytes()
+            score = None if same else round(picture_psnr(square, image), 3)
             texts = {"Software": f"unilip {__version__}", "model": about["model"], "image": word} if o.metadata else {}
             shaped = unfit_square(image, source.size, o.fit) if o.keep_aspect else image  # type: ignore[arg-type]
-            path = out.write(shaped, f"{Path(word).stem}-reconstructed", texts)
-            made.append({"path": str(path), "image": word, "psnr": round(score, 3)})
+            path = out.write(shaped, out.name(Path(word).stem, "reconstructed"), texts)
+            made.append({"path": str(path), "image": word, "psnr": score, "equal": same})
             report.line(str(path))
-    mean = sum(entry["psnr"] for entry in made) / len(made)
-    report.end(f"{plural(len(made), 'picture')}, PSNR {mean:.2f} dB,", images=made)
+    finite = [entry["psnr"] for entry in made if not entry["equal"]]
+    mean = sum(finite) / len(finite) if finite else math.inf
+    equal = f", and {len(made) - len(finite)} equal to the source, not in the mean" if len(finite) < len(made) else ""
+    report.end(f"{plural(len(made), 'picture')}, PSNR {mean:.2f} dB{equal}", images=made)
     return 0
 
 
@@ -141,28 +166,27 @@ def ask(o: Options) -> int:
             seen.setdefault(request.text, []).extend([request.image] if request.image else [])
         groups = [(images, Request(text, None, o.seed)) for text, images in seen.items()]
     model = load(o, "encoder", "mllm")
-    choices = {
-        "max_new_tokens": o.max_new_tokens,
-        "temperature": o.temperature,
-        "top_p": o.top_p,
-        "max_tiles": o.max_tiles,
-    }
+    choices = {name: getattr(o, name) for name in ("max_new_tokens", "temperature", "top_p", "max_tiles")}
     report.record |= {**describe_model(o, model), "settings": choices}
+    report.loaded()
     if len(groups) == 1 and not o.json:
         images, request = groups[0]
-        for piece in model.ask(images, request.text, generator=seeded(request.seed), stream=True, **choices):  # type: ignore[arg-type]
+        for piece in model.ask(images, request.text, generator=seeded(request.seed), stream=True, **choices):
             print(piece, end="", flush=True)
         print()
         return 0
     answers: list[dict[str, Any]] = []
-    for batch in batches(groups, 1 if o.temperature else o.batch_size):  # one generator serves one question
+    if o.temperature:
+        o.batch_size = 1  # one generator serves one question
+    for batch in shown(o, groups, "question"):
         pictures, texts = [images for images, _ in batch], [request.text for _, request in batch]
         generator = seeded(batch[0][1].seed)
         for (images, request), answer in zip(
-            batch, model.ask(pictures, texts, generator=generator, **choices), strict=True  # type: ignore[arg-type]
+            batch, model.ask(pictures, texts, generator=generator, **choices), strict=True
         ):  # fmt: skip
             answers.append({"images": images, "question": request.text, "answer": answer})
-            report.line("\t".join([",".join(images) or "-", request.text, answer]))
+            one_line = (" ".join(text.split()) for text in (request.text, answer))
+            report.line("\t".join([",".join(images) or "-", *one_line]))
     report.end(answers=answers)
     return 0
 
@@ -192,19 +216,7 @@ VERBS: dict[str, Verb] = {
         "[OPTIONS] [IMAGE ...] QUESTION",
         "Answer a question about pictures. Each image is asked about by itself; without one only the words count.",
         'unilip ask cat.png "What is this?"\nunilip ask a.png b.png "How many stars are there?" --json',
-        (
-            "--prompts",
-            "--together",
-            "--max-new-tokens",
-            "--temperature",
-            "--top-p",
-            "--max-tiles",
-            "--batch-size",
-            "--seed",
-            *LOADING,
-            *SAVING,
-            *TELLING,
-        ),
+        ("--prompts", "--together", *ANSWERING, "--batch-size", "--seed", *LOADING, *SAVING, *TELLING),
         (0, math.inf),
         {"--seed": dict(help="of sampled answers, at a temperature above 0 (0)")},
     ),

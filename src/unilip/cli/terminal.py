@@ -6,6 +6,7 @@ Heavy libraries are imported inside the functions that need them, after what can
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from unilip.cli.options import Options
 from unilip.errors import UniLIPError
-from unilip.files import png_bytes
+from unilip.files import lines_of, png_notes, read_text
 from unilip.machine import choose_device
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from unilip.model import UniLIP
 
+ADAPTER = "adapter_config.json"
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -42,37 +44,34 @@ class Request:
 
 
 def read_prompts(name: str) -> list[dict[str, Any]]:
-    """Read a file of prompts: a prompt a line, or JSON objects a line; `-` is standard input.
+    """Read a file of prompts: on each line a prompt, or a JSON object; `-` is standard input.
 
     Raises:
         UniLIPError: no such file, no prompt in it, or a line that cannot be understood.
     """
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UniLIPError(f"--prompts {name} cannot be read ({reason(error)}); give a UTF-8 text file.") from error
-    lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not lines:
+    text = sys.stdin.read() if name == "-" else read_text(Path(name), "file of prompts")
+    lines = [(i, line.strip("\ufeff \t")) for i, line in enumerate(lines_of(text), 1)]
+    found = [_entry(line, f"{name}, line {i}") for i, line in lines if line.strip()]
+    if not found:
         raise UniLIPError(f"--prompts {name} holds no prompt; write one on each line.")
-    if not lines[0][1].startswith("{"):
-        return [{"prompt": line} for _, line in lines]
-    entries = []
-    for i, line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise UniLIPError(f"{name}, line {i} is not JSON ({error}); write one object on each line.") from error
-        kinds = {"prompt": str, "image": str, "seed": int}
-        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-            raise UniLIPError(f'{name}, line {i} has no "prompt"; write {{"prompt": "..."}}.')
-        wrong = [k for k, v in entry.items() if k not in kinds or type(v) is not kinds[k]]
-        if wrong or entry.get("seed", 0) < 0:
-            what = ", ".join(wrong) or "seed"
-            raise UniLIPError(
-                f"{name}, line {i}: {what} is not understood; allowed: prompt, image (texts), seed (>= 0)."
-            )
-        entries.append(entry)
-    return entries
+    return found
+
+
+def _entry(line: str, where: str) -> dict[str, Any]:
+    if not line.startswith("{"):
+        return {"prompt": line.strip()}
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UniLIPError(f"{where} is not JSON ({error}); write one object on each line.") from error
+    kinds = {"prompt": str, "image": str, "seed": int}
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise UniLIPError(f'{where} has no "prompt"; write {{"prompt": "..."}}.')
+    wrong = [k for k, v in entry.items() if k not in kinds or type(v) is not kinds[k]]
+    if wrong or not 0 <= entry.get("seed", 0) < 2**63:
+        what = ", ".join(wrong) or "seed"
+        raise UniLIPError(f"{where}: {what} is not understood; allowed: prompt, image (texts), seed (0 to 2^63 - 1).")
+    return entry
 
 
 def requests(o: Options, what: str, image: str) -> list[Request]:
@@ -114,6 +113,16 @@ def slug(text: str) -> str:
     return re.sub(r"\W+", "-", text.lower()).strip("-_")[:48].rstrip("-_") or "picture"
 
 
+def shortened(text: str, size: int) -> str:
+    """Return the beginning of a text that has at most so many bytes as a part of a file name."""
+    return printable(text).encode()[:size].decode("utf-8", "ignore")
+
+
+def printable(text: str) -> str:
+    """Return a text that every file and terminal can hold: what is no Unicode of a file's name is written as \\xNN."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
 # --- where results go -----------------------------------------------------------------------------------------------
 
 
@@ -125,6 +134,10 @@ class Destination:
         self.file: Path | None = None
         self.written: list[Path] = []
         path = Path(output or ".").expanduser()
+        try:
+            path.exists()
+        except OSError as error:  # a name that is too long, for instance
+            raise UniLIPError(f"--output {str(path)[:60]}... cannot be used: {error.strerror}.") from error
         if path.is_dir() or (output and (output.endswith(("/", os.sep)) or not path.suffix)):
             self.folder = path
         elif path.suffix.lower() not in FORMATS:
@@ -145,16 +158,24 @@ class Destination:
         if not os.access(base, os.W_OK):
             raise UniLIPError(f"The folder {base} cannot be written to; give another --output.")
 
+    def name(self, *words: str) -> str:
+        """Join words to the stem of a file name, shortened so that the file system takes it with an ending."""
+        try:
+            limit = os.pathconf(self.folder if self.folder.exists() else self.folder.absolute().parent, "PC_NAME_MAX")
+        except (AttributeError, OSError, ValueError):  # Windows, or a file system that does not say
+            limit = 255
+        *long, last = words
+        return "-".join([*(shortened(word, (limit - 44) // max(1, len(long))) for word in long), last])
+
     def write(self, image: Image.Image, stem: str, texts: Mapping[str, str]) -> Path:
         """Write a picture under the name asked for, or under the first free one of stem.png, stem-2.png, ..."""
         self.folder.mkdir(exist_ok=True)
         suffix = self.file.suffix.lower() if self.file else ".png"
         temporary = self.folder / f".unilip-{os.getpid()}{suffix}.part"
         try:
-            if suffix == ".png":
-                temporary.write_bytes(png_bytes(image, texts))
-            else:
-                image.save(temporary, FORMATS[suffix], quality=95)
+            notes = png_notes({key: printable(value) for key, value in texts.items()})
+            more: dict[str, Any] = {"pnginfo": notes} if suffix == ".png" else {"quality": 95}
+            image.save(temporary, FORMATS[suffix], **more)
             path = self._publish(temporary, stem)
         finally:
             temporary.unlink(missing_ok=True)
@@ -188,18 +209,28 @@ class Report:
         self.record: dict[str, Any] = {"verb": verb}
         self.started = time.perf_counter()
 
+    def loaded(self) -> str:
+        """Begin to count the seconds of the work itself; returns how long importing and loading took."""
+        seconds = time.perf_counter() - self.started
+        self.record["load_seconds"] = round(seconds, 3)
+        self.started += seconds
+        return f"loaded in {seconds:.1f} s"
+
     def line(self, text: str) -> None:
         """Print a result."""
         if not self.as_json:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def end(self, note: str = "", **more: Any) -> None:
         """Print the JSON object, or a last remark on stderr."""
         seconds = time.perf_counter() - self.started
         if self.as_json:
-            print(json.dumps({**self.record, **more, "seconds": round(seconds, 3)}, ensure_ascii=False))
+            told = {**self.record, **more, "seconds": round(seconds, 3)}
+            text = json.dumps(told, ensure_ascii=False)
+            print(text if printable(text) == text else json.dumps(told))
         elif note:
-            say(f"{note} in {seconds:.1f} s")
+            before = f"loaded in {self.record['load_seconds']:.1f} s, " if "load_seconds" in self.record else ""
+            say(f"{note} ({before}{'then ' if before else ''}{seconds:.1f} s)")
 
 
 def say(message: str) -> None:
@@ -210,14 +241,43 @@ def say(message: str) -> None:
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
+def adapter_of(text: str) -> tuple[str, float]:
+    """Split PATH or PATH:SCALE, where a path may hold colons itself.
+
+    Raises:
+        UniLIPError: there is no adapter, or the scale is not finite.
+    """
+    path, _, tail = text.rpartition(":")
+    try:
+        scale = float(tail) if path and not os.path.isdir(text) else None
+    except ValueError:
+        scale = None
+    folder = text if scale is None else path
+    if scale is not None and not math.isfinite(scale):
+        raise UniLIPError(f"--adapter {text}: the scale is {tail}; give a finite number, such as {path}:0.5.")
+    if not os.path.isfile(os.path.join(folder, ADAPTER)):
+        raise UniLIPError(f"--adapter {folder} holds no {ADAPTER}; give a folder that `unilip train` or peft wrote.")
+    return folder, 1.0 if scale is None else scale
+
+
 def load(o: Options, *parts: str) -> UniLIP:
-    """Load the model that the options name, or only some of its parts."""
+    """Load the model that the options name, or only some of its parts, with its adapters."""
     quantized, low_memory = getattr(o, "quantize", None), getattr(o, "low_memory", False)
     compiled = getattr(o, "compile", False)
     if low_memory and compiled:
         raise UniLIPError("--compile and --low-memory exclude each other: compiled parts have to stay; leave one out.")
+    given = [adapter_of(text) for text in getattr(o, "adapter", ())]
+    if o.model and os.path.isfile(os.path.join(o.model, ADAPTER)) and not os.path.exists(f"{o.model}/config.json"):
+        raise UniLIPError(f"--model {o.model} is an adapter; give it as --adapter, beside the --model that it is of.")
     from unilip.model import UniLIP
 
+    for folder, _ in given:  # damaged ones are told before anything is loaded; what an adapter changes is loaded too
+        from unilip.adapters import read_adapter
+
+        changed = sorted({name.partition(".")[0] for name in read_adapter(folder)[1]})
+        if parts and not set(changed) & set(parts):
+            say(f"{folder} changes {', '.join(changed)}, which this verb does not use")
+        parts = tuple(dict.fromkeys([*parts, *changed])) if parts else ()
     device = choose_device(o.device)
     # beside a GPU plain weights rest in main memory; else they are read from disk (and quantised where they work)
     on_gpu = low_memory and device != "cpu" and quantized is None
@@ -225,6 +285,8 @@ def load(o: Options, *parts: str) -> UniLIP:
         o.model, device="cpu" if on_gpu else device, dtype=o.dtype, parts=parts or None,
         low_memory=low_memory and not on_gpu, quantization=quantized,
     )  # fmt: skip
+    for n, (folder, scale) in enumerate(given):
+        model.load_adapter(folder, f"adapter{n}", scale)
     if on_gpu:
         model.enable_tiling().enable_cpu_offload(device)
     return model.compile() if compiled else model

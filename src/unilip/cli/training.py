@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from unilip.cli.options import TELLING, Options, Verb, whole
@@ -28,8 +31,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def train(o: Options) -> int:
     """Run a training recipe, or go on with it."""
+    from unilip.files import read_json
     from unilip.recipes.catalog import all_recipes, get_recipe
-    from unilip.recipes.record import override
+    from unilip.recipes.record import changed_settings, override
 
     if o.listing:
         return list_recipes(o, all_recipes().values())
@@ -39,6 +43,15 @@ def train(o: Options) -> int:
     if o.preflight:
         return estimate(o, recipe)
     report = Report(o, "train")
+    final = Path(o.runs) / recipe.folder / "final"
+    if not o.restart and (final / "recipe.json").is_file():
+        if not changed_settings(recipe, read_json(final / "recipe.json", "recipe of the result")):
+            report.record |= {"recipe": recipe.name, "finished": True, "path": str(final)}
+            report.line(str(final))
+            report.end(f"{recipe.name} had finished; --restart trains it again")
+            return 0
+    elif "torch" not in sys.modules:  # the loop sees the same, after seconds of imports
+        check_sources(recipe, Path(o.runs))
     device = choose_device(o.device)
     from unilip.train import loop
 
@@ -47,13 +60,39 @@ def train(o: Options) -> int:
             recipe, o.runs, device=device, restart=o.restart, progress=o.progress, stop_after=o.stop_after
         )
     except loop.Interrupted as error:
-        say(str(error))
+        say(f"{error} That is: {again(o)}")
         return 130
     finished = folder.name == "final"
     report.record |= {"recipe": recipe.name, "device": device, "finished": finished, "path": str(folder)}
     report.line(str(folder))
-    report.end("finished" if finished else f"stopped; `unilip train {recipe.name}` goes on from there,")
+    report.end("finished" if finished else f"stopped and saved; `{again(o)}` goes on from there")
     return 0
+
+
+def again(o: Options) -> str:
+    """Return the command that goes on with a run: the same, but for --restart and --stop-after."""
+    words = ["unilip", "train", *o.words, *(word for text in o.settings for word in ("--set", text))]
+    words += ["--runs", o.runs] if o.runs != "runs" else []
+    words += ["--device", o.device] if o.device != "auto" else []
+    return shlex.join([*words, *([] if o.progress else ["--no-progress"])])
+
+
+def check_sources(recipe: Any, runs: Path) -> None:
+    """Complain of a predecessor that has not finished, and say what to train first.
+
+    Raises:
+        UniLIPError: one has not.
+    """
+    from unilip.recipes.catalog import all_recipes
+
+    for text in recipe.init:
+        source = text.replace("{seed}", str(recipe.seed)).partition("=")[2]
+        name, _, seed = source.partition("/seed")
+        if name in all_recipes() and not (runs / source / "final").exists() and not Path(source).exists():
+            first = f"{name} --set seed={seed}" if seed else name
+            raise UniLIPError(
+                f"The recipe starts from {source}, which has not finished in {runs}; train {first} first."
+            )
 
 
 def estimate(o: Options, recipe: Any) -> int:
@@ -65,7 +104,7 @@ def estimate(o: Options, recipe: Any) -> int:
     for line in found.lines():
         report.line(line)
     report.end(
-        "it fits;", recipe=recipe.name, hardware=str(found.hardware), memory=found.memory, total=found.total,
+        "it fits", recipe=recipe.name, hardware=str(found.hardware), memory=found.memory, total=found.total,
         seconds_per_step=found.seconds, hours=found.hours,
     )  # fmt: skip
     return 0

@@ -354,7 +354,7 @@ class Atlas:
         if not file.is_file():
             raise DataError(
                 f"no atlas at {file}; run `unilip data prepare emoji` once, or point the environment variable "
-                "UNILIP_DATA at the folder that holds it"
+                "UNILIP_DATA at the folder that holds it. Pictures of your own are read with data.source=files"
             )
         with np.load(file, allow_pickle=False) as stored:
             keys, ends, data = stored["keys"], stored["ends"], stored["data"].tobytes()
