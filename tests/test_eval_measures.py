@@ -378,7 +378,7 @@ def test_the_class_for_vlmevalkit(tiny_folder, tmp_path):
         split_message([{"type": "video", "value": "x"}])
 
 
-def test_the_class_for_lmms_eval(tiny_folder, tmp_path, monkeypatch):
+def test_the_class_for_lmms_eval(tiny_folder, tmp_path, monkeypatch, caplog):
     from types import SimpleNamespace
 
     from unilip.eval.lmms import UniLIP, cut
@@ -398,6 +398,9 @@ def test_the_class_for_lmms_eval(tiny_folder, tmp_path, monkeypatch):
     expected = model.model.ask([[picture], []], ["What?", "What?"], max_new_tokens=4)
     assert answers[:2] == [cut(answer, ["\n"]) for answer in expected]
     assert cut("one\n\ntwo", ["\n\n"]) == "one"
+    asked = {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9, "num_beams": 4, "do_sample": True}
+    assert model._settings(asked) == {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9}
+    assert "num_beams cannot be followed" in caplog.text and model._settings({"num_beams": 1})["temperature"] == 0
 
 
 def test_the_entry_point_of_lmms_eval_is_declared():

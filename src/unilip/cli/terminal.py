@@ -274,7 +274,7 @@ def load(o: Options, *parts: str) -> UniLIP:
     for folder, _ in given:  # damaged ones are told before anything is loaded; what an adapter changes is loaded too
         from unilip.adapters import read_adapter
 
-        changed = sorted({name.partition(".")[0] for name in read_adapter(folder)[1]})
+        changed = sorted({layer.partition(".")[0] for layer in read_adapter(folder).tensors})
         if parts and not set(changed) & set(parts):
             say(f"{folder} changes {', '.join(changed)}, which this verb does not use")
         parts = tuple(dict.fromkeys([*parts, *changed])) if parts else ()

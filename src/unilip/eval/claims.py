@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -95,81 +95,75 @@ class Claim:
     statements: tuple[Statement, ...]
 
 
-def _against(a: str, others: Sequence[str], *pairs: tuple[str, str]) -> tuple[Statement, ...]:
-    """Return that `a` is better than each of the others in the measure of every (words, measure)."""
-    return tuple(Statement(f"{words} than {b}", a, b, measure) for words, measure in pairs for b in others)
+def claim(title: str, a: str, *rows: tuple[Any, ...]) -> Claim:
+    """Return the claim that variant `a` is better than others; a row is (words, the other, measure, limit or none)."""
+    name, words = title.split(". ", 1)
+    others = dict.fromkeys(row[1] for row in rows if row[1] != ORIGINAL)
+    return Claim(name, words, (*others, a), tuple(Statement(said, a, *rest) for said, *rest in rows))
 
 
-TAUGHT, HALVES = "recon_distill", ("gen_queries", "gen_hidden")
-DUAL = (*HALVES, "gen_dual")
+TAUGHT, QUERIES, HIDDEN, BARE = "recon_distill", "gen_queries", "gen_hidden", "gen_unsubstituted"
 CLAIMS = (
-    Claim(
-        "1",
-        "Does self-distillation alone give both exact pictures and unchanged understanding?",
-        ("recon_frozen", "recon_free", TAUGHT),
-        (
-            Statement("pictures better by 1 dB than a frozen encoder's", TAUGHT, "recon_frozen", "psnr", 1.0),
-            Statement("the unchanged LLM answers as before, within 5 points", TAUGHT, ORIGINAL, "answers", -0.05),
-            *_against(TAUGHT, ["recon_free"], ("better answers", "answers"), ("nearer features", "feature_distance")),
-        ),
+    claim(
+        "1. Does self-distillation alone give both exact pictures and unchanged understanding?",
+        TAUGHT,
+        ("pictures better by 1 dB than a frozen encoder's", "recon_frozen", "psnr", 1.0),
+        ("the unchanged LLM answers as before, within 5 points", ORIGINAL, "answers", -0.05),
+        ("better answers than without distillation", "recon_free", "answers"),
+        ("nearer features than without distillation", "recon_free", "feature_distance"),
     ),
-    Claim(
-        "2a",
-        "Are two stages better than unfreezing from the start?",
-        ("recon_one_stage", TAUGHT),
-        _against(TAUGHT, ["recon_one_stage"], ("better pictures", "psnr"), ("nearer features", "feature_distance")),
+    claim(
+        "2a. Are two stages better than unfreezing from the start?",
+        TAUGHT,
+        ("better pictures", "recon_one_stage", "psnr"),
+        ("nearer features", "recon_one_stage", "feature_distance"),
     ),
-    Claim(
-        "2b",
-        "Does the pixel decoder have to learn in stage 2?",
-        ("recon_fixed_decoder", TAUGHT),
-        _against(TAUGHT, ["recon_fixed_decoder"], ("better pictures", "psnr")),
+    claim(
+        "2b. Does the pixel decoder have to learn in stage 2?",
+        TAUGHT,
+        ("better pictures than with a frozen one", "recon_fixed_decoder", "psnr"),
     ),
-    Claim(
-        "2c",
-        "Is distillation better than a contrastive loss in its place?",
-        ("recon_contrastive", TAUGHT),
-        _against(TAUGHT, ["recon_contrastive"], ("better answers", "answers"), ("nearer features", "feature_distance")),
+    claim(
+        "2c. Is distillation better than a contrastive loss in its place?",
+        TAUGHT,
+        ("better answers", "recon_contrastive", "answers"),
+        ("nearer features", "recon_contrastive", "feature_distance"),
     ),
-    Claim(
-        "3a",
-        "Does the dual condition draw better than queries or hidden states alone?",
-        DUAL,
-        _against("gen_dual", HALVES, ("more pictures right", "generation"), ("less flow loss", "flow")),
+    claim(
+        "3a. Does the dual condition draw better than queries or hidden states alone?",
+        "gen_dual",
+        ("more pictures right than with queries", QUERIES, "generation"),
+        ("more pictures right than with hidden states", HIDDEN, "generation"),
+        ("less flow loss than with queries", QUERIES, "flow"),
+        ("less flow loss than with hidden states", HIDDEN, "flow"),
     ),
-    Claim(
-        "3b",
-        "Does the dual condition edit better than queries or hidden states alone?",
-        DUAL,
-        _against("gen_dual", HALVES, ("more edits right", "edits"), ("less flow loss", "flow_edit")),
+    claim(
+        "3b. Does the dual condition edit better than queries or hidden states alone?",
+        "gen_dual",
+        ("more edits right than with queries", QUERIES, "edits"),
+        ("more edits right than with hidden states", HIDDEN, "edits"),
+        ("less flow loss than with queries", QUERIES, "flow_edit"),
+        ("less flow loss than with hidden states", HIDDEN, "flow_edit"),
     ),
-    Claim(
-        "3c",
-        "Does one encoder serve generation and edits as well as two (CLIP's, and an autoencoder's)?",
-        ("gen_separate", "gen_shared"),
-        (
-            Statement("pictures right, not 5 points fewer", "gen_shared", "gen_separate", "generation", -0.05),
-            Statement("edits right, not 5 points fewer", "gen_shared", "gen_separate", "edits", -0.05),
-            Statement("the rest kept, not worse by 1 dB", "gen_shared", "gen_separate", "psnr_outside", -1.0),
-        ),
+    claim(
+        "3c. Does one encoder serve as well as two (CLIP's, and an autoencoder's)?",
+        "gen_shared",
+        ("pictures right, not 5 points fewer", "gen_separate", "generation", -0.05),
+        ("edits right, not 5 points fewer", "gen_separate", "edits", -0.05),
+        ("the rest of an edited picture kept, not worse by 1 dB", "gen_separate", "psnr_outside", -1.0),
     ),
-    Claim(
-        "4",
-        "Do edits keep identity better with the encoder's features in place of the picture's hidden states?",
-        ("gen_unsubstituted", "gen_dual"),
-        _against(
-            "gen_dual",
-            ["gen_unsubstituted"],
-            ("the rest kept better", "psnr_outside"),
-            ("more edits right", "edits"),
-            ("less flow loss of edits", "flow_edit"),
-        ),
+    claim(
+        "4. Do edits keep identity better with the encoder's features than with hidden states?",
+        "gen_dual",
+        ("the rest kept better", BARE, "psnr_outside"),
+        ("more edits right", BARE, "edits"),
+        ("less flow loss of edits", BARE, "flow_edit"),
     ),
-    Claim(
-        "5",
-        "Is what the language model knows from text alone drawn, and best with the dual condition?",
-        DUAL,
-        _against("gen_dual", HALVES, ("more riddles right", "riddles")),
+    claim(
+        "5. Is what the LLM knows from text alone drawn, best with the dual condition?",
+        "gen_dual",
+        ("more riddles right than with queries", QUERIES, "riddles"),
+        ("more riddles right than with hidden states", HIDDEN, "riddles"),
     ),
 )
 
@@ -368,31 +362,27 @@ def measure_tokenizers(lab: Lab, runs: Path, found: Mapping[str, Sequence[Run]],
         "original": emoji.fingerprint(original), "llm": emoji.fingerprint(llm), "count": lab.count,
         "atlas": lab.atlas.fingerprint, "data_seed": emoji.DATA_SEED, "dtype": str(lab.dtype),
     }  # fmt: skip
-    file = output / lab.size / ORIGINAL / "tokenizer.json"
-    before = _kept(file, about)
-    if before is None:
-        before = {"answers": lab.answers(original, llm, ORIGINAL)}
-        write_json(file, {"about": about, "values": before})
+    folder = output / lab.size
+    before = _measured(
+        folder / ORIGINAL / "tokenizer.json", about, lambda: {"answers": lab.answers(original, llm, ORIGINAL)}
+    )
     for run in todo:
-        place = output / lab.size / run.variant / f"seed{run.seed}"
         model = lab.load(run.folder, ("encoder", "latent_head", "pixel_decoder"))
-        own = {**about, "model": emoji.fingerprint(model)}
-        values = _kept(place / "tokenizer.json", own)
-        if values is None:
-            values = lab.tokenizer(model, original, llm, f"{run.variant} {run.seed}")
-            write_json(place / "tokenizer.json", {"about": own, "values": values})
-        run.values |= values
+        run.values |= _measured(
+            folder / run.variant / f"seed{run.seed}" / "tokenizer.json", {**about, "model": emoji.fingerprint(model)},
+            lambda: lab.tokenizer(model, original, llm, f"{run.variant} {run.seed}"),  # noqa: B023 - called at once
+        )  # fmt: skip
     return before
 
 
-def _kept(file: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what was measured before of the same weights in the same way."""
-    if not file.is_file():
-        return None
-    record = read_json(file, "measurement")
+def _measured(file: Path, about: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what was measured before of the same weights in the same way, or measure it."""
+    record = read_json(file, "measurement") if file.is_file() else {}
     if record.get("about") != about:
-        log.info("%s was measured of other weights or in another way; measuring again", file)
-        return None
+        if record:
+            log.info("%s was measured of other weights or in another way; measuring again", file)
+        record = {"about": about, "values": measure()}
+        write_json(file, record)
     values: dict[str, Any] = record["values"]
     return values
 
@@ -415,11 +405,8 @@ def measure_generators(lab: Lab, found: Mapping[str, Sequence[Run]], output: Pat
             "model": mark, "count": lab.count, "noises": NOISES, "atlas": lab.atlas.fingerprint,
             "data_seed": emoji.DATA_SEED, "dtype": str(lab.dtype),
         }  # fmt: skip
-        values = _kept(place / "flow.json", about)
-        if values is None:
-            values = lab.flow_loss(model, f"{run.variant} {run.seed}")
-            write_json(place / "flow.json", {"about": about, "values": values})
-        run.values |= values
+        words = f"{run.variant} {run.seed}"
+        run.values |= _measured(place / "flow.json", about, lambda: lab.flow_loss(model, words))  # noqa: B023 - at once
 
 
 def judged(folder: Path, count: int, seeds: int) -> dict[str, dict[str, float]]:

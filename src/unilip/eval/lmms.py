@@ -8,12 +8,14 @@ with both packages installed this is all:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from unilip.machine import Place, choose_device
 from unilip.model import UniLIP as Model
 
 try:
@@ -21,7 +23,11 @@ try:
 except ImportError:  # importable without the kit, so that its presence is only needed where it is used
     Base = object
 
+log = logging.getLogger(__name__)
+
 MODEL_ID = "unilip"
+HEEDED = ("max_new_tokens", "temperature", "top_p", "do_sample", "until")
+UNCHANGED = (("num_beams", 1), ("num_beams", None), ("use_cache", True))  # what is done anyway
 
 
 def manifest() -> Any:
@@ -34,7 +40,7 @@ def manifest() -> Any:
 class UniLIP(Base):
     """The model class: `generate_until` answers; likelihoods and several rounds are not offered.
 
-    Args:
+    In:
         pretrained: what `UniLIP.from_pretrained` takes; None is the embedded model.
         device, dtype: where and how; CUDA if there is one, and what is stored.
         batch_size: questions at once.
@@ -48,14 +54,12 @@ class UniLIP(Base):
         max_tiles: int | str = 12, **_: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        from unilip.machine import Place
-
         place = Place.of_environment()
         self._rank, self._world_size = place.rank, place.world
-        cuda = f"cuda:{place.rank % max(1, torch.cuda.device_count())}" if torch.cuda.is_available() else "cpu"
-        self._device = torch.device(cuda if device in (None, "cuda") and torch.cuda.is_available() else device or "cpu")
+        self._device = torch.device(choose_device(device or "auto"))
         self.model = Model.from_pretrained(pretrained, device=self._device, dtype=dtype, parts=("encoder", "mllm"))
         self.batch_size, self.max_tiles = int(batch_size), int(max_tiles)
+        self._said: set[str] = set()  # settings of tasks that were ignored, and told
 
     @property
     def rank(self) -> int:
@@ -78,28 +82,42 @@ class UniLIP(Base):
         with tqdm(total=len(requests), disable=self._rank != 0, desc="UniLIP answers") as bar:
             for start in range(0, len(requests), self.batch_size):
                 batch = requests[start : start + self.batch_size]
-                pictures, texts, limits, stops = [], [], [], []
+                pictures, texts, settings, stops = [], [], [], []
                 for request in batch:
                     text, options, to_visual, doc_id, task, split = request.args
                     visuals = to_visual(self.task_dict[task][split][doc_id])
                     pictures.append([visual for visual in visuals or () if visual is not None])
                     texts.append(text.replace("<image>", "").strip())
-                    limits.append(int(options.get("max_new_tokens", 1024)))
+                    settings.append(self._settings(options))
                     until = options.get("until") or ()
                     stops.append([until] if isinstance(until, str) else list(until))
-                most = max(1, max(len(images) for images in pictures))
-                tiles = max(1, self.max_tiles // most)
-                whole = [slice(None)] if len(set(limits)) == 1 else [slice(n, n + 1) for n in range(len(batch))]
+                tiles = max(1, self.max_tiles // max(1, max(len(images) for images in pictures)))
+                whole = [slice(None)] if all(one == settings[0] for one in settings) else [
+                    slice(n, n + 1) for n in range(len(batch))  # one by one where their settings differ
+                ]  # fmt: skip
                 said = [
                     answer
-                    for part in whole  # one by one where their limits differ
-                    for answer in self.model.ask(
-                        pictures[part], texts[part], max_new_tokens=limits[part][0], max_tiles=tiles
-                    )
+                    for part in whole
+                    for answer in self.model.ask(pictures[part], texts[part], max_tiles=tiles, **settings[part][0])
                 ]
                 answers += [cut(answer, stop) for answer, stop in zip(said, stops, strict=True)]
                 bar.update(len(batch))
         return answers
+
+    def _settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a task's generation settings as `UniLIP.ask` takes them; what it cannot take is said once."""
+        sampled = options.get("do_sample", True) and options.get("temperature")
+        ignored = sorted(
+            name for name, value in options.items() if name not in HEEDED and (name, value) not in UNCHANGED
+        )
+        if set(ignored) - self._said:
+            log.warning("the task's %s cannot be followed and is left out", ", ".join(ignored))
+            self._said.update(ignored)
+        return {
+            "max_new_tokens": int(options.get("max_new_tokens", 1024)),
+            "temperature": float(options["temperature"]) if sampled else 0.0,
+            "top_p": float(options.get("top_p") or 1.0) if sampled else 1.0,
+        }
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Not offered: raises NotImplementedError."""

@@ -9,6 +9,7 @@ kit's checkout:
 
 from __future__ import annotations
 
+import logging
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from unilip.errors import UniLIPError
 
 if TYPE_CHECKING:
     from unilip.model import UniLIP
+
+log = logging.getLogger(__name__)
 
 NAME = "UniLIP"
 
@@ -48,23 +51,28 @@ def make_class(base: type) -> type:
 
         def __init__(
             self, path: str | None = None, device: str | None = None, dtype: str = "auto", max_tiles: int = 12,
-            max_new_tokens: int = 1024, **_: Any,
+            max_new_tokens: int = 1024, temperature: float = 0.0, top_p: float = 1.0, **ignored: Any,
         ) -> None:  # fmt: skip
             super().__init__()
-            import torch
-
+            from unilip.machine import choose_device
             from unilip.model import UniLIP
 
-            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            if ignored:
+                log.warning("%s cannot be followed and is left out", ", ".join(sorted(ignored)))
+            device = choose_device(device or "auto")
             self.model: UniLIP = UniLIP.from_pretrained(path, device=device, dtype=dtype, parts=("encoder", "mllm"))
-            self.max_tiles, self.max_new_tokens = max_tiles, max_new_tokens
+            self.max_tiles = max_tiles
+            self.settings: dict[str, Any] = {
+                "max_new_tokens": max_new_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+            }
 
         def generate_inner(self, message: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
             """Return the answer to a message."""
             images, text = split_message(message)
             tiles = max(1, self.max_tiles // max(1, len(images)))
-            answer = self.model.ask(images or None, text, max_new_tokens=self.max_new_tokens, max_tiles=tiles)
-            return str(answer)
+            return str(self.model.ask(images or None, text, max_tiles=tiles, **self.settings))
 
     return UniLIPForVLMEvalKit
 
