@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from unilip.errors import ImageError, PromptError, UniLIPError
-from unilip.serve.engine import Engine, Limits, psnr
+from unilip.serve.engine import Engine, Limits
 from unilip.serve.jobs import (
     Ask,
     Cancelled,
@@ -336,9 +336,34 @@ def test_batches_are_reported(tiny_model):
     assert seen == [("generate", 2, True)]
 
 
-def test_psnr(picture):
-    one = picture(seed=1)
-    assert psnr(one, one) == float("inf")
-    other = np.asarray(one).copy()
-    other[0, 0, 0] ^= 255
-    assert 30 < psnr(one, other) < 80
+def test_a_hung_step_is_told_and_ends_at_its_deadline(tiny_model):
+    release = threading.Event()
+    with Engine(tiny_model, deadline=0.6) as engine:
+        run, engine._run = engine._run, lambda batch: release.wait(20)
+        first = engine.submit(Generate("a"), deadline=600)
+        with pytest.raises(DeadlineExceeded):
+            first.result(5)
+        wait_until(lambda: not engine.alive)
+        engine._run = run
+        release.set()
+        wait_until(lambda: engine.alive)
+
+
+def test_failures_in_a_row_are_told_until_one_succeeds(tiny_model):
+    with Engine(tiny_model) as engine:
+        run, engine._run = engine._run, lambda batch: 1 / 0
+        for number in range(5):
+            assert engine.alive, number
+            with pytest.raises(EngineFailed):
+                engine.submit(Generate("a")).result(20)
+        assert not engine.alive
+        engine._run = run
+        engine.submit(Generate("a", steps=1)).result(20)
+        assert engine.alive
+
+
+def wait_until(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)

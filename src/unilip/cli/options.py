@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from unilip.errors import UniLIPError
 from unilip.method.config import QUANTIZATIONS, SAMPLING_PRESETS, SOLVERS, TOKEN_PIXELS
@@ -97,6 +97,11 @@ class Options(argparse.Namespace):
     max_pixels: float
     rate_limit: int
     allow_origin: list[str] | None
+    log_level: str
+    log_format: str
+    access_log: bool
+    strict: bool
+    chat: Literal["auto", "text"]
     allow_url_images: bool
     drain: float
     max_replicas: int | None

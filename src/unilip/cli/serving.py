@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from unilip.machine import choose_device
 
 KEYS = "UNILIP_API_KEY"
 MEGA = 2**20
+LEVELS = ("debug", "info", "warning", "error")
 
 
 def name_of(o: Options) -> str:
@@ -39,14 +39,17 @@ def serve(o: Options) -> int:
         raise UniLIPError(
             f"Serving needs the package {error.name}; install it with pip install 'unilip[serve]'."
         ) from error
+    from unilip.serve import log
     from unilip.serve.metrics import Metrics
 
+    log.set_up("debug" if o.debug else o.log_level, o.log_format, o.access_log)
     given = o.api_key or [key for key in os.environ.get(KEYS, "").split(",") if key.strip()]
     keys = tuple(key.strip() for key in given)
     if not all(keys):
         raise UniLIPError(f"An --api-key is empty; give one, or leave it and {KEYS} out.")
     rules = check_access(o.host, Rules(keys, o.max_body * MEGA, o.rate_limit, origins=tuple(o.allow_origin or ())))
-    settings = Settings(name_of(o), rules, int(o.max_pixels * 1e6), o.allow_url_images, o.metadata, o.drain)
+    pixels = int(o.max_pixels * 1e6)
+    settings = Settings(name_of(o), rules, pixels, o.allow_url_images, o.metadata, o.drain, o.strict, o.chat)
     if o.max_replicas is not None and (o.ray is None or o.max_replicas < o.ray):
         raise UniLIPError("--max-replicas goes with --ray N, and must be at least N.")
     taken = listen(o.host, o.port)
@@ -65,8 +68,6 @@ def serve(o: Options) -> int:
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def started() -> None:
-        if o.debug:
-            logging.getLogger("uvicorn").setLevel(logging.INFO)
         key = "with an API key" if keys else "for this machine alone"
         say(f"{about}; serving at {address}/v1 {key}, its description at {address}/docs (Ctrl+C ends it)")
 
@@ -132,6 +133,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--allow-url-images": dict(
         action="store_true", help="fetch pictures from public http(s) addresses in chats; private ones never"
     ),
+    "--strict": dict(action="store_true", help="refuse unknown fields, instead of naming them as ignored"),
+    "--chat": dict(
+        choices=("auto", "text"), default="auto",
+        help='auto: the words of a chat message decide whether to draw; text: only "modalities" can ask for it (auto)',
+    ),
+    "--log-level": dict(choices=LEVELS, default="info", help="the least that is logged (info)"),
+    "--log-format": dict(choices=("text", "json"), default="text", help="lines of text, or of JSON objects (text)"),
+    "--access-log": dict(action="store_true", help="a line for each request: address, path, status, seconds"),
     "--drain": dict(
         type=number(0, 3600), default=30.0, metavar="S", help="seconds to finish accepted requests after SIGTERM (30)"
     ),
@@ -151,7 +160,8 @@ VERBS: dict[str, Verb] = {
         (
             "--host", "--port", "--api-key", "--allow-origin", "--model-name", "--max-queue", "--max-batch",
             "--deadline", "--max-body", "--max-pixels", "--rate-limit", "--allow-url-images", "--no-metadata", 
-            "--drain", "--ray", "--max-replicas", *LOADING, "--debug",
+            "--drain", "--ray", "--max-replicas", "--strict", "--chat", *LOADING,
+            "--log-level", "--log-format", "--access-log", "--debug",
         ),
         changes={
             "--port": dict(default=8000, help="the TCP port (8000)"),

@@ -65,8 +65,11 @@ def studio(o: Options) -> int:
     taken = listen(o.host, o.port)
     port = taken.getsockname()[1]
     host = "localhost" if o.host in ("0.0.0.0", "::") else f"[{o.host.strip('[]')}]" if ":" in o.host else o.host
+    from unilip.serve import log
     from unilip.serve.engine import Engine
     from unilip.serve.studio import create_app
+
+    log.set_up("debug" if o.debug else o.log_level, o.log_format, o.access_log)
 
     with taken:
         model = load(o)
@@ -97,7 +100,19 @@ VERBS: dict[str, Verb] = {
         "[OPTIONS]",
         "Open a web page to chat, draw, edit and reconstruct. It needs no other host, and reports to nobody.",
         "unilip studio --open\nunilip studio --model runs/pico/sft/final --port 8080",
-        ("--host", "--port", "--password", "--open", "--allow-origin", "--no-metadata", *LOADING, "--debug"),
+        (
+            "--host",
+            "--port",
+            "--password",
+            "--open",
+            "--allow-origin",
+            "--no-metadata",
+            *LOADING,
+            "--log-level",
+            "--log-format",
+            "--access-log",
+            "--debug",
+        ),
         changes={"--port": dict(default=7860, help="the TCP port (7860)")},
     ),
 }

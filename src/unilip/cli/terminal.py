@@ -235,7 +235,8 @@ class Report:
 
 def say(message: str) -> None:
     """Tell the person something that is no result."""
-    print(f"unilip: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # stderr may be closed, or a full disk
+        print(f"unilip: {message}", file=sys.stderr, flush=True)
 
 
 # --- the model ------------------------------------------------------------------------------------------------------

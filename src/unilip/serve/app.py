@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextvars
 import dataclasses
+import json
 import logging
 import math
 import secrets
@@ -16,30 +18,32 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from PIL import Image
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 
 from unilip import __version__
 from unilip.errors import UniLIPError
 from unilip.method.config import UniLIPConfig
 from unilip.serve import schema
 from unilip.serve.checks import Limits
-from unilip.serve.conversation import Reader, read_conversation
+from unilip.serve.conversation import Reader, has_pictures, read_conversation
+from unilip.serve.describe import inlined, page
 from unilip.serve.engine import Stats
 from unilip.serve.fetch import fetch
-from unilip.serve.guard import FILES, Guard, Rules
-from unilip.serve.jobs import Cancelled, Edit, Event, Generate, Job, QueueFull, Reconstruct, Result
+from unilip.serve.guard import FILES, STARTED, Guard, Rules
+from unilip.serve.jobs import Cancelled, DeadlineExceeded, Edit, Event, Generate, Job, QueueFull, Reconstruct, Result
 from unilip.serve.metrics import CONTENT_TYPE, Metrics
 from unilip.serve.pictures import FORMATS, decode, decode_mask, encode, outside_kept
 from unilip.serve.problems import JSON, Trouble, dumps, trouble, validation
@@ -55,7 +59,8 @@ IN_MEMORY = 8  # requests' worth of pixels that are kept at the same time
 MARKDOWN = "![{}]({})"
 KEEP_ALIVE_SECONDS = 15.0
 
-B = TypeVar("B", bound=BaseModel)
+B = TypeVar("B", bound=schema.Body)
+T = TypeVar("T")
 
 
 class Serving(Protocol):
@@ -63,6 +68,7 @@ class Serving(Protocol):
 
     config: UniLIPConfig
     limits: Limits
+    deadline: float | None
 
     @property
     def verbs(self) -> tuple[str, ...]: ...
@@ -88,6 +94,9 @@ class Settings:
         allow_url_images: fetch pictures from public http(s) addresses.
         metadata: write model and seed into the pictures.
         drain_seconds: at the end, how long to go on with what was accepted.
+        strict: refuse fields that are not understood, instead of ignoring and naming them.
+        chat: "auto" lets the words of a message decide whether to draw; "text" always answers in words, unless
+            `modalities` asks for a picture.
     """
 
     model_name: str = "unilip"
@@ -96,6 +105,8 @@ class Settings:
     allow_url_images: bool = False
     metadata: bool = True
     drain_seconds: float = 30.0
+    strict: bool = False
+    chat: Literal["auto", "text"] = "auto"
 
 
 class _Refused(Exception):
@@ -128,8 +139,10 @@ def create_app(engine: Serving, settings: Settings | None = None, metrics: Metri
         lifespan=lifespan,
         responses=failures,
         default_response_class=JSON,
+        docs_url=None,
+        redoc_url=None,
     )
-    app.state.engine, app.state.settings, app.state.metrics = engine, settings, metrics
+    app.state.engine, app.state.settings, app.state.metrics, app.state.server = engine, settings, metrics, server
     app.add_middleware(Guard, rules=settings.rules, metrics=metrics)
     metrics.watch(lambda: engine.stats().queued, lambda: engine.stats().running)
 
@@ -167,7 +180,12 @@ def _routes(app: FastAPI, server: _Server) -> None:
         200: {"description": "The pictures; a stream of events where `stream` was asked for."}
     }
 
-    def form(kind: type[BaseModel], mask: bool = False) -> dict[str, Any]:
+    def described(kind: type[schema.Body]) -> dict[str, Any]:
+        """The OpenAPI description of a JSON body."""
+        content = {"application/json": {"schema": inlined(kind.model_json_schema())}}
+        return {"requestBody": {"required": True, "content": content}}
+
+    def form(kind: type[schema.Body], mask: bool = False) -> dict[str, Any]:
         """The OpenAPI description of a form with files."""
         fields = kind.model_json_schema()
         file = {"type": "string", "contentMediaType": "application/octet-stream", "format": "binary"}
@@ -178,9 +196,31 @@ def _routes(app: FastAPI, server: _Server) -> None:
         body = {**fields, "properties": {**fields["properties"], **files}, "required": required}
         return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": body}}}}
 
-    @app.post("/v1/images/generations", responses=picture_answer, tags=["pictures"])
-    async def generations(request: Request, body: schema.Generations) -> Response:
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        """What this is."""
+        text = (
+            f"unilip {__version__} serves {settings.model_name!r} by OpenAI's API: base URL .../v1, described at /docs."
+        )
+        return PlainTextResponse(text + "\n")
+
+    @app.get("/docs", include_in_schema=False)
+    @app.get("/redoc", include_in_schema=False)
+    async def docs() -> Response:
+        """The description of the API as a page that loads nothing."""
+        return HTMLResponse(
+            page(app.openapi()), headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
+        )
+
+    @app.post(
+        "/v1/images/generations",
+        responses=picture_answer,
+        openapi_extra=described(schema.Generations),
+        tags=["pictures"],
+    )
+    async def generations(request: Request) -> Response:
         """Draw pictures of a prompt."""
+        body = await server.read(request, schema.Generations)
         job = Generate(body.prompt, count=body.n or 1, **server.drawing(body))
         return await server.pictures(request, body, [job], "image_generation")
 
@@ -188,17 +228,12 @@ def _routes(app: FastAPI, server: _Server) -> None:
     async def edits(request: Request) -> Response:
         """Change pictures as told. Each `image` is changed by itself; outside a `mask` nothing changes."""
         fields, files = await read_form(request, settings.rules.max_body, {"image", "image[]", "mask"})
-        body = parse(schema.Edits, fields)
-        images = await server.decoded([data for name, data in files if name != "mask"])
+        body = server.parse(schema.Edits, fields)
+        sources = [data for name, data in files if name != "mask"]
         masks = [data for name, data in files if name == "mask"]
-        common = server.drawing(body)
-        jobs = [
-            Edit(image, body.prompt, count=body.n or 1, fit=body.fit, keep_aspect=body.keep_aspect, **common)
-            for image in images
-        ]
-        after = None
-        if masks:
-            after = await server.masked(masks, images, body)
+        images, after = await server.in_time(request, body, server.decoders, server.decoded, sources, masks, body)
+        common = server.drawing(body) | {"count": body.n or 1, "fit": body.fit, "keep_aspect": body.keeps_aspect}
+        jobs = [Edit(image, body.prompt, **common) for image in images]
         return await server.pictures(request, body, jobs, "image_edit", after)
 
     @app.post(
@@ -210,19 +245,21 @@ def _routes(app: FastAPI, server: _Server) -> None:
     async def reconstructions(request: Request) -> Response:
         """Encode pictures and draw them again, with the PSNR of each in dB."""
         fields, files = await read_form(request, settings.rules.max_body, {"image", "image[]"})
-        body = parse(schema.Reconstructions, fields)
-        images = await server.decoded([data for _, data in files])
+        body = server.parse(schema.Reconstructions, fields)
+        sources = [data for _, data in files]
+        images, _ = await server.in_time(request, body, server.decoders, server.decoded, sources, [], body)
         jobs = [Reconstruct(i, body.image_size, fit=body.fit, keep_aspect=body.keep_aspect) for i in images]
         return await server.pictures(request, body, jobs, "image_reconstruction")
 
     @app.post(
         "/v1/chat/completions",
         responses={200: {"description": "An answer; a stream of chunks where `stream` was asked for."}},
+        openapi_extra=described(schema.Chat),
         tags=["chat"],
     )
-    async def chat(request: Request, body: schema.Chat) -> Response:
+    async def chat(request: Request) -> Response:
         """Talk about pictures, have them drawn and changed."""
-        return await server.chat(request, body)
+        return await server.chat(request, await server.read(request, schema.Chat))
 
     @app.get("/v1/models", tags=["models"])
     async def models() -> Response:
@@ -267,14 +304,6 @@ def _routes(app: FastAPI, server: _Server) -> None:
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def parse(kind: type[B], fields: dict[str, Any]) -> B:
-    """Check form fields."""
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        raise _Refused(validation([dict(e) for e in error.errors()])) from None
 
 
 async def read_form(
@@ -324,7 +353,7 @@ class _Server:
     def __init__(self, engine: Serving, settings: Settings, metrics: Metrics) -> None:
         self.engine, self.settings, self.metrics = engine, settings, metrics
         self.store = Store()
-        self._decoders = threading.BoundedSemaphore(DECODERS)
+        self.decoders = ThreadPoolExecutor(DECODERS, "unilip-decoder")  # a pool of its own, so that text need not wait
         self._fetchers = threading.BoundedSemaphore(FETCHERS)
         self._counting, self._pixels = threading.RLock(), 0
         self._started = int(time.time())
@@ -353,14 +382,54 @@ class _Server:
             "image_size": body.image_size,
         }
 
-    def decode(self, data: bytes, max_pixels: int) -> Image.Image:
-        """Decode a picture in the calling thread, a few at a time: memory is what a decoder needs most."""
-        with self._decoders:
-            if self._pixels > IN_MEMORY * self.settings.max_pixels:
-                raise QueueFull("Too many pictures are being read at once; send the request again.", 2.0)
-            image = decode(data, max_pixels)
-            size = image.width * image.height
-            self._count_pixels(size)
+    def parse(self, kind: type[B], fields: dict[str, Any]) -> B:
+        """Check the fields of a request."""
+        try:
+            return schema.read(kind, fields, self.settings.strict)
+        except ValidationError as error:
+            raise _Refused(validation([dict(e) for e in error.errors()])) from None
+
+    async def read(self, request: Request, kind: type[B]) -> B:
+        """Read and check a JSON body, outside the event loop."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise _Refused(Trouble(400, "Send JSON, with the header Content-Type: application/json.", "invalid_json"))
+        data = await request.body()
+
+        def load() -> B:
+            try:
+                fields = json.loads(data)
+            except (ValueError, RecursionError) as error:
+                where = f" ({error})" if isinstance(error, json.JSONDecodeError) else ""
+                raise _Refused(Trouble(400, f"The body is no valid JSON{where}.", "invalid_json")) from None
+            if not isinstance(fields, dict):
+                raise _Refused(Trouble(400, "The body must be a JSON object: {...}.", "invalid_json"))
+            return self.parse(kind, fields)
+
+        return await run_in_threadpool(load)
+
+    def left(self, request: Request, body: schema.Body) -> float | None:
+        """Seconds that a request still has: its own deadline or the server's, whichever is earlier."""
+        allowed = [seconds for seconds in (body.deadline, self.engine.deadline) if seconds is not None]
+        return max(0.001, min(allowed) - (time.monotonic() - request.scope[STARTED])) if allowed else None
+
+    async def in_time(
+        self, request: Request, body: schema.Body, pool: ThreadPoolExecutor | None, work: Callable[..., T], *given: Any
+    ) -> T:
+        """Run something in a thread, for as long as the request has time."""
+        context = contextvars.copy_context()
+        future = asyncio.get_running_loop().run_in_executor(pool, lambda: context.run(work, *given))
+        try:
+            return await asyncio.wait_for(future, self.left(request, body))
+        except asyncio.TimeoutError:
+            raise DeadlineExceeded("The request's time was over before its pictures were read.", 1.0) from None
+
+    def decode(self, data: bytes, max_pixels: int, how: Callable[[bytes, int], Image.Image] = decode) -> Image.Image:
+        """Decode a picture in one of the decoders' threads: memory is what a decoder needs most."""
+        if self._pixels > IN_MEMORY * self.settings.max_pixels:
+            raise QueueFull("Too many pictures are being read at once; send the request again.", 2.0)
+        image = how(data, max_pixels)
+        size = image.width * image.height
+        self._count_pixels(size)
         weakref.finalize(image, self._count_pixels, -size)  # given back with the picture's memory
         return image
 
@@ -377,35 +446,36 @@ class _Server:
         finally:
             self._fetchers.release()
 
-    async def decoded(self, files: Sequence[bytes]) -> list[Image.Image]:
-        """Decode pictures of one request, which share `max_pixels`."""
+    def decoded(
+        self, files: Sequence[bytes], masks: Sequence[bytes], body: schema.Edits | schema.Reconstructions
+    ) -> tuple[list[Image.Image], After | None]:
+        """Decode the pictures of one request, which share `max_pixels`, and what keeps the outside of a mask."""
         if len(files) > MAX_FILES:
             raise _Refused(Trouble(400, f"{len(files)} pictures were sent; at most {MAX_FILES}.", "too_many", "image"))
+        if masks:
+            text = ""
+            if len(masks) > 1:
+                text = "More than one mask was sent; send one."
+            elif body.fit == "crop":
+                text = 'A mask cannot be kept when fit is "crop", which cuts the picture; use "resize" or "pad".'
+            elif len(files) > 1:
+                text = "A mask belongs to one picture, but several were sent; send them one by one."
+            if text:
+                raise _Refused(Trouble(400, text, "invalid_mask", "fit" if body.fit == "crop" else "mask"))
         images, left = [], self.settings.max_pixels
         for data in files:
-            images.append(await run_in_threadpool(self.decode, data, left))
+            images.append(self.decode(data, left))
             left -= images[-1].width * images[-1].height
-        return images
-
-    async def masked(self, masks: Sequence[bytes], images: Sequence[Image.Image], body: schema.Edits) -> After:
-        """Return what keeps the outside of the mask as it was."""
-        if len(masks) > 1:
-            raise _Refused(Trouble(400, "More than one mask was sent; send one.", "invalid_mask", "mask"))
-        if body.fit == "crop":
-            text = 'A mask cannot be kept when fit is "crop", which cuts the picture; use "resize" or "pad".'
-            raise _Refused(Trouble(400, text, "invalid_mask", "fit"))
-        if len(images) > 1:
-            text = "A mask belongs to one picture, but several were sent; send them one by one."
-            raise _Refused(Trouble(400, text, "invalid_mask", "mask"))
-        mask = await run_in_threadpool(decode_mask, masks[0], self.settings.max_pixels)
-        source = images[0]
+        if not masks:
+            return images, None
+        mask, source = self.decode(masks[0], left, decode_mask), images[0]
         if mask.size != source.size:
             sizes = f"{mask.width}x{mask.height} px, the picture {source.width}x{source.height}"
             text = f"The mask has {sizes}; make them equal."
             raise _Refused(Trouble(400, text, "invalid_mask", "mask"))
-        return lambda job, result: outside_kept(result, source, mask, body.fit)
+        return images, lambda job, result: outside_kept(result, source, mask, body.fit)
 
-    async def submit(self, jobs: Sequence[Job], deadline: float | None) -> list[Ticket]:
+    async def submit(self, request: Request, body: schema.Body, jobs: Sequence[Job]) -> list[Ticket]:
         """Queue all jobs, or none."""
         most = max(self.engine.limits.count, MAX_FILES)
         pictures = sum(getattr(job, "count", 1) for job in jobs)
@@ -416,7 +486,7 @@ class _Server:
             tickets: list[Ticket] = []
             try:
                 for job in jobs:
-                    tickets.append(self.engine.submit(job, deadline=deadline))
+                    tickets.append(self.engine.submit(job, deadline=self.left(request, body)))
             except UniLIPError:
                 for ticket in tickets:
                     ticket.cancel()
@@ -455,7 +525,7 @@ class _Server:
         after: After | None = None,
     ) -> Response:
         """Answer with pictures: JSON, or a stream of events."""
-        tickets = await self.submit(jobs, body.deadline)
+        tickets = await self.submit(request, body, jobs)
         if getattr(body, "stream", False):
             assert isinstance(body, schema.Images)
             return events(self.picture_events(tickets, body, kind, after))
@@ -553,7 +623,10 @@ class _Server:
         reader = Reader(
             settings.max_pixels, settings.rules.max_body, settings.allow_url_images, self.store, self.decode, self.fetch
         )
-        found = await run_in_threadpool(read_conversation, body, reader, self.engine)
+        pool = self.decoders if has_pictures(body) else None
+        if settings.allow_url_images:
+            await self.in_time(request, body, None, reader.prefetch, body)
+        found = await self.in_time(request, body, pool, read_conversation, body, reader, self.engine, settings.chat)
         common = self.drawing(body)
         if found.verb == "generate":
             jobs: list[Job] = [Generate(found.text, **common)]
@@ -561,7 +634,7 @@ class _Server:
             jobs = [Edit(image, found.text, **common) for image in found.pictures]
         else:
             jobs = [dataclasses.replace(found.ask, max_new_tokens=self.answer_length(body))]
-        tickets = await self.submit(jobs, body.deadline)
+        tickets = await self.submit(request, body, jobs)
         talk = _Talk(self, body, tickets, found.text)
         if body.stream:
             return events(talk.chunks(), done="[DONE]")

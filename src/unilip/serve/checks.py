@@ -48,6 +48,17 @@ class Limits:
     tiles: int = 12
 
 
+def seconds_for(deadline: float | None, own: float | None) -> float | None:
+    """Return the seconds that a job may take: what it asks for itself, but no more than the engine allows.
+
+    Raises:
+        UniLIPError: it asks for no time, or for no number.
+    """
+    if deadline is not None and not 0 < deadline < math.inf:
+        raise UniLIPError(f"The deadline is {deadline} s; it must be more than 0 seconds.")
+    return min((seconds for seconds in (deadline, own) if seconds is not None), default=None)
+
+
 class Checker:
     """Checks jobs for a model of this configuration that has these parts loaded.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -23,7 +23,7 @@ from unilip.serve.guard import FILES
 from unilip.serve.intent import intent
 from unilip.serve.jobs import Ask, Turn
 from unilip.serve.pictures import decode, from_data_url
-from unilip.serve.schema import Chat, ChatMessage
+from unilip.serve.schema import Chat, ChatMessage, Part
 from unilip.serve.store import Store
 
 MAX_PICTURES = 16
@@ -49,6 +49,13 @@ class Reader:
     decode: Callable[[bytes, int], Image.Image] = decode
     fetch: Callable[[str, int], bytes] = fetch
     count: int = 0
+    fetched: dict[str, bytes] = field(default_factory=dict)
+
+    def prefetch(self, body: Chat) -> None:
+        """Fetch what has to come from the network, so that no decoder waits for it."""
+        for part in [part for message in body.messages for part in _parts(message)][: 4 * MAX_PICTURES]:
+            if part.image_url is not None and part.image_url.url[:5].lower() != "data:":
+                self._bytes(part.image_url.url)
 
     def read(self, url: str) -> Image.Image:
         """Return the picture of a data URL, of a URL that this server gave, or, where allowed, of any public one."""
@@ -74,7 +81,9 @@ class Reader:
             raise ImageError(
                 "This server fetches no pictures from addresses; send a data URL (data:image/png;base64,...)."
             )
-        return self.fetch(url, self.max_bytes)
+        if url not in self.fetched:
+            self.fetched[url] = self.fetch(url, self.max_bytes)
+        return self.fetched[url]
 
 
 @dataclass(frozen=True)
@@ -87,22 +96,37 @@ class Wanted:
     ask: Ask
 
 
-def read_conversation(body: Chat, reader: Reader, able: Able) -> Wanted:
+def has_pictures(body: Chat) -> bool:
+    """Whether a conversation may bring pictures."""
+    return any(
+        part.image_url is not None or "](data:" in (part.text or "")
+        for message in body.messages
+        for part in _parts(message)
+    )
+
+
+def _parts(message: ChatMessage) -> list[Part]:
+    content = message.content
+    words = [Part(type="text", text=content)] if isinstance(content, str) else content or []
+    return [*words, *(message.images or ())]
+
+
+def read_conversation(body: Chat, reader: Reader, able: Able, chat: str = "auto") -> Wanted:
     """Read all messages.
 
     Raises:
         ImageError, PromptError: a picture cannot be read; the last message is not the user's, or empty.
     """
-    if body.messages[-1].role != "user":
+    if body.messages[-1].role in ("system", "developer", "assistant"):
         raise PromptError("The last message must be the user's; put what you want to know there.")
     turns: list[Turn] = []
     system: list[str] = []
     carried: tuple[Image.Image, ...] = ()
     for message in body.messages:
         text, images = _content(message, reader)
-        if message.role in ("system", "developer"):
+        if message.role in ("system", "developer", "tool", "function") and message is not body.messages[-1]:
             if images:
-                raise PromptError("A system message has a picture; only the user's and the assistant's may.")
+                raise PromptError(f"A {message.role} message has a picture; only the user's and the assistant's may.")
             system += [text] if text else []
         elif message.role == "assistant":
             carried = (*carried, *images)
@@ -117,7 +141,7 @@ def read_conversation(body: Chat, reader: Reader, able: Able) -> Wanted:
     shown = next((turn.images for turn in [question, *reversed(turns)] if turn.images), ())
     if last.strip():
         check_prompt(last, "message")
-    verb, words = _decide(body, last, bool(shown), able.verbs)
+    verb, words = _decide(body, last, bool(shown), able.verbs, chat)
     if verb == "ask" and not last.strip():
         raise PromptError("The last message has no words; ask something, or say what to draw.")
     ask = Ask(
@@ -127,8 +151,8 @@ def read_conversation(body: Chat, reader: Reader, able: Able) -> Wanted:
     return Wanted(verb, words, shown, ask)
 
 
-def _decide(body: Chat, text: str, has_picture: bool, verbs: tuple[str, ...]) -> tuple[str, str]:
-    modalities = set(body.modalities or ("text", "image"))
+def _decide(body: Chat, text: str, has_picture: bool, verbs: tuple[str, ...], chat: str) -> tuple[str, str]:
+    modalities = set(body.modalities or (("text",) if chat == "text" else ("text", "image")))
     verb, words = intent(text, has_picture)
     if modalities == {"text"}:
         return "ask", text

@@ -24,7 +24,7 @@ from unilip.errors import UniLIPError
 from unilip.model import UniLIP
 from unilip.pictures import picture_psnr, to_pixels, unfit_square
 from unilip.sampling import TextStream, answer
-from unilip.serve.checks import Checker
+from unilip.serve.checks import Checker, seconds_for
 from unilip.serve.checks import Limits as Limits
 from unilip.serve.jobs import (
     Ask,
@@ -38,10 +38,12 @@ from unilip.serve.jobs import (
     QueueFull,
     Reconstruct,
 )
+from unilip.serve.log import REQUEST
 from unilip.serve.tickets import Ticket as Ticket
 from unilip.serve.tickets import Unit
 
 logger = logging.getLogger(__name__)
+MAX_FAILURES = 5
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Engine:
         max_queue: pictures and questions that may wait; beyond that `submit` raises `QueueFull`.
         max_batch: pictures or questions in one batch, at the model's own size; larger pictures make smaller batches.
         batch_wait: seconds to wait for company when less than a batch is waiting; a lonely request is so much later.
-        deadline: seconds that a job may take, waiting included, when it does not say so itself; None is for ever.
+        deadline: seconds that a job may take, waiting included; None is for ever. A step that lasts longer is held to
+            hang: jobs end at their deadlines all the same, and the engine is no longer `alive`.
         limits: the most that one job may ask for.
         on_batch: called from the worker as f(verb, size, seconds) after each batch, for metrics.
 
@@ -120,8 +123,11 @@ class Engine:
         self._failed: Counter[str] = Counter()
         self._batches = 0
         self._pace = 0.0  # seconds per unit, a moving average
+        self._failures = 0  # batches in a row
+        self._moved = 0.0  # when the worker last made a step
         self._worker = threading.Thread(target=self._work, name="unilip-engine", daemon=True)
         self._worker.start()
+        threading.Thread(target=self._watch, name="unilip-deadlines", daemon=True).start()
 
     # --- for callers
 
@@ -132,8 +138,9 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the worker runs."""
-        return self._worker.is_alive()
+        """Whether the worker does its work: it runs, does not hang, and not all of the last batches failed."""
+        hangs = self._running and self.deadline is not None and time.monotonic() - self._moved > self.deadline
+        return self._worker.is_alive() and not hangs and self._failures < MAX_FAILURES
 
     @property
     def draining(self) -> bool:
@@ -156,16 +163,14 @@ class Engine:
 
         Args:
             job: what to do.
-            deadline: seconds from now after which nobody wants it any more; the engine's own by default.
+            deadline: seconds from now after which nobody wants it any more; never later than the engine's own.
 
         Raises:
             UniLIPError: something in the job is out of range; nothing was queued.
             QueueFull: too much is waiting; `retry_after` says for how long, in seconds.
             Draining: the engine is being shut down.
         """
-        seconds = self.deadline if deadline is None else deadline
-        if seconds is not None and not 0 < seconds < math.inf:
-            raise UniLIPError(f"The deadline is {seconds} s; it must be more than 0 seconds.")
+        seconds = seconds_for(deadline, self.deadline)
         units = self.checker.prepare(job, None if seconds is None else time.monotonic() + seconds)
         ticket = units[0].ticket
         ticket._on_cancel = self._forget
@@ -269,6 +274,13 @@ class Engine:
             self._running = batch
             return batch
 
+    def _watch(self) -> None:
+        """Let deadlines pass while the worker is busy, or hangs."""
+        while not self._closed:
+            with self._changed:
+                self._sweep()
+            time.sleep(0.5)
+
     # --- the worker
 
     def _work(self) -> None:
@@ -279,7 +291,7 @@ class Engine:
                     if self._closed:
                         return
                 continue
-            started = time.monotonic()
+            started = self._moved = time.monotonic()
             try:
                 self._serve(batch)
             except BaseException:  # the worker outlives whatever happens
@@ -302,8 +314,10 @@ class Engine:
     def _serve(self, batch: list[Unit]) -> None:
         for unit in batch:
             unit.ticket._start()
+        REQUEST.set(" ".join(dict.fromkeys(unit.ticket.request for unit in batch if unit.ticket.request)))
         try:
             self._run(batch)
+            self._failures = 0
         except _Stop:
             return
         except Exception as error:
@@ -314,7 +328,8 @@ class Engine:
                     unit.ticket._steps[unit.index] = 0
                     self._serve([unit])
                 return
-            logger.exception("a request failed")
+            self._failures += 1
+            logger.exception("the model failed on a request")
             self._fail_all(alive)
 
     def _fail_all(self, batch: Sequence[Unit]) -> None:
@@ -335,6 +350,7 @@ class Engine:
 
     def _checkpoint(self, batch: Sequence[Unit]) -> None:
         """Between two steps: let deadlines pass, and stop when nobody waits any more."""
+        self._moved = time.monotonic()
         with self._changed:
             self._sweep()
         if not any(unit.alive for unit in batch):

@@ -7,10 +7,12 @@ was checked (a second answer of the name server cannot change it); each redirect
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable
 from urllib.parse import SplitResult, urljoin, urlsplit
@@ -55,6 +57,11 @@ class _Pinned(http.client.HTTPConnection):
         self.sock = socket.create_connection((self.address, self.port), self.timeout)
         if self.secure:
             self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+
+    def hang_up(self) -> None:
+        """End a read that is under way in another thread."""
+        with contextlib.suppress(OSError, AttributeError):  # it is closed, or not yet open
+            self.sock.shutdown(socket.SHUT_RDWR)
 
 
 def _check(url: str) -> SplitResult:
@@ -101,7 +108,10 @@ def fetch(
             raise ImageError(f"The host {host} of the image URL cannot be found; check it.") from error
         if not public:
             raise ImageError("The image URL leads to an address that is not public; such are not fetched.")
-        connection = _Pinned(host, port, addresses[0], parts.scheme == "https", max(0.1, end - time.monotonic()))
+        left = max(0.1, end - time.monotonic())
+        connection = _Pinned(host, port, addresses[0], parts.scheme == "https", left)
+        timer = threading.Timer(left, connection.hang_up)  # the socket's own limit is of each piece
+        timer.start()
         try:
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "unilip"})
@@ -115,6 +125,7 @@ def fetch(
         except (OSError, http.client.HTTPException) as error:
             raise ImageError("The image URL could not be read; check it, or send the picture as a data URL.") from error
         finally:
+            timer.cancel()
             connection.close()
     raise ImageError(f"The image URL redirects more than {MAX_REDIRECTS} times; give the final one.")
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from unilip.serve.log import REQUEST, access
 from unilip.serve.metrics import Metrics
 from unilip.serve.problems import CLIENT_GONE, Trouble
 
@@ -32,6 +33,7 @@ BODIES: Mapping[str, int] = {"/v1/images/generations": MAX_TEXT}
 BODY_SECONDS = 60.0  # for a whole body
 PIECE_SECONDS = 10.0  # between two pieces of one
 MAX_CALLERS = 10_000
+STARTED = "unilip.started"  # in a request's scope: when it came, on the monotonic clock
 WRONG_KEYS = 60  # a minute from one address
 
 
@@ -103,9 +105,11 @@ class Guard:
             await self.app(scope, receive, send)
             return
         started, status = time.perf_counter(), 0
-        name = secrets.token_hex(8).encode()
+        number = secrets.token_hex(8)
+        REQUEST.set(number)
+        scope[STARTED] = time.monotonic()
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        added = [(b"x-request-id", name), (b"x-content-type-options", b"nosniff"), *self._shared(headers)]
+        added = [(b"x-request-id", number.encode()), (b"x-content-type-options", b"nosniff"), *self._shared(headers)]
 
         async def marked(message: Message) -> None:
             nonlocal status
@@ -133,16 +137,25 @@ class Guard:
                 return
             added.append(CLOSE)
             await found.response()(scope, receive, marked)
+        except asyncio.CancelledError:  # the server ends, and cannot wait any longer
+            if not status:
+                added.append(CLOSE)
+                await ENDED.response()(scope, receive, marked)
         except Exception:
-            logger.exception("request %s failed", name.decode())
+            logger.exception("a request failed")
             if status:
                 raise
-            text = f"Something went wrong in the server; its log says more under {name.decode()}."
+            text = f"Something went wrong in the server; its log says more under {number}."
             await Trouble(500, text, "internal_error").response()(scope, receive, marked)
         finally:
             self._reading -= body
+            seconds, status = time.perf_counter() - started, status or CLIENT_GONE
             if self.metrics is not None:
-                self.metrics.answer(_route(scope), status or CLIENT_GONE, time.perf_counter() - started)
+                self.metrics.answer(_route(scope), status, seconds)
+            if access.isEnabledFor(logging.INFO):
+                path = FILES + "..." if scope["path"].startswith(FILES) else scope["path"]  # who has a name can read it
+                client = (scope.get("client") or ("unknown",))[0]
+                access.info("%s %s %s %d %.3fs %d bytes read", client, scope["method"], path, status, seconds, body)
 
     def _check(self, scope: Scope, headers: Mapping[str, str]) -> Trouble | None:
         found = self._from_a_web_page(scope, headers)
@@ -253,6 +266,7 @@ class Guard:
 
 
 CLOSE = (b"connection", b"close")  # else the body of what was refused would be read to its end
+ENDED = Trouble(503, "The server shut down before the request was done; send it again.", "shutting_down", retry_after=5)
 PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
     "Access-Control-Allow-Headers": "*, Authorization",

@@ -1,8 +1,8 @@
 """Bytes of strangers -> pictures, and pictures -> bytes with a note of where they came from. Nothing touches the disk.
 
-In:  PNG, JPEG or WebP bytes. Their structure is walked and their size read before any decoder sees them: a file that is
-     too large, animated, truncated, or that goes on after its picture (so that it may be another kind of file as well)
-     is refused.
+In:  PNG, JPEG, WebP or GIF bytes. Their structure is walked and their size read before any decoder sees them: a file
+     that is too large, animated or truncated is refused. What follows the picture (a second picture of a phone, a gain
+     map, a film, another kind of file) is cut off where the walk found the end.
 Out: upright RGB pictures; PNG, JPEG or WebP bytes whose metadata name model and seed.
 """
 
@@ -12,29 +12,31 @@ import base64
 import binascii
 import io
 import json
+import re
 import struct
-import warnings
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from unilip import __version__
 from unilip.errors import ImageError
-from unilip.pictures import MAX_SIDE, load_image, unfit_square
+from unilip.pictures import MAX_SIDE, load_image, open_picture, unfit_square, upright
 
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 _JPEG_ALONE = {0x01, *range(0xD0, 0xD8)}  # markers without a length
 _JPEG_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_JPEG_END = re.compile(rb"\xff[^\x00\x01\xd0-\xd7]")  # of a scan: the next marker that is not part of it
+MAX_PIECES = 20_000  # chunks, segments or blocks of a file
 _SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:
-    """Decode a whole PNG, JPEG or WebP of one frame into an upright RGB picture.
+    """Decode a whole PNG, JPEG, WebP or GIF of one frame into an upright RGB picture.
 
     Raises:
-        ImageError: another format, too many pixels, more than one frame, truncated, or bytes after the end.
+        ImageError: another format, too many pixels, more than one frame, or truncated.
     """
     kind, image = _open(data, max_pixels)
     try:
@@ -42,7 +44,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     except ImageError:
         raise
     except Exception as error:
-        raise ImageError(f"The {kind.upper()} cannot be decoded; send a whole PNG, JPEG or WebP.") from error
+        raise ImageError(f"The {kind.upper()} cannot be decoded; send a whole picture.") from error
 
 
 def decode_mask(data: bytes, max_pixels: int) -> Image.Image:
@@ -53,8 +55,7 @@ def decode_mask(data: bytes, max_pixels: int) -> Image.Image:
     """
     _, image = _open(data, max_pixels)
     try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
+        image = upright(image)
         if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
             raise ImageError("The mask has no transparency; make it transparent where the picture may change.")
         alpha = image.convert("RGBA").getchannel("A")
@@ -66,55 +67,47 @@ def decode_mask(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _open(data: bytes, max_pixels: int) -> tuple[str, Image.Image]:
-    kind, width, height = probe(data)
+    kind, width, height, end = probe(data)
     if width < 1 or height < 1:
         raise ImageError(f"The image is {width}x{height} px; both sides must be at least 1.")
     if width * height > max_pixels or max(width, height) > MAX_SIDE:
         raise ImageError(
             f"The image is {width}x{height} px; at most {max_pixels} pixels are read. Scale it down first."
         )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=(kind.upper(),))
-    except Exception as error:
-        raise ImageError(f"The {kind.upper()} cannot be read; it may be damaged. Send a whole file.") from error
+    image = open_picture(data[:end], (kind.upper(),))
     if image.size != (width, height):
         raise ImageError("The image gives two different sizes for itself; save it anew.")
-    if getattr(image, "n_frames", 1) != 1:
+    if kind != "jpeg" and getattr(image, "n_frames", 1) != 1:  # of a JPEG, the first is what there is
         raise ImageError("The image has several frames; send a single still picture.")
     return kind, image
 
 
-def probe(data: bytes) -> tuple[str, int, int]:
-    """Walk the structure of a file: return its format, width and height in pixels.
+def probe(data: bytes) -> tuple[str, int, int, int]:
+    """Walk the structure of a file: return its format, width and height in pixels, and where its picture ends.
 
     Raises:
-        ImageError: it is no PNG, JPEG or WebP, is animated, ends early, or does not end with its picture.
+        ImageError: it is no PNG, JPEG, WebP or GIF, is animated, has too many pieces, or ends early.
     """
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        kind, walk = "png", _walk_png
-    elif data.startswith(b"\xff\xd8\xff"):
-        kind, walk = "jpeg", _walk_jpeg
-    elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        kind, walk = "webp", _walk_webp
-    else:
-        raise ImageError("The data is no PNG, JPEG or WebP; send one of these.")
+    walks = (
+        (b"\x89PNG\r\n\x1a\n", "png", _walk_png), (b"\xff\xd8\xff", "jpeg", _walk_jpeg), (b"GIF8", "gif", _walk_gif),
+        (b"RIFF", "webp", _walk_webp),
+    )  # fmt: skip
+    kind, walk = next(((kind, walk) for start, kind, walk in walks if data.startswith(start)), ("", None))
+    if walk is None:
+        raise ImageError("The data is no PNG, JPEG, WebP or GIF; send one of these.")
     try:
         width, height, end = walk(data)
     except (struct.error, IndexError) as error:
         raise ImageError(f"The {kind.upper()} ends too early; it was cut off. Send the whole file.") from error
     if end > len(data):
         raise ImageError(f"The {kind.upper()} ends too early; it was cut off. Send the whole file.")
-    if end < len(data):
-        raise ImageError(f"The {kind.upper()} is followed by {len(data) - end} other bytes; send the picture alone.")
-    return kind, width, height
+    return kind, width, height, end
 
 
 def _walk_png(data: bytes) -> tuple[int, int, int]:
     """Return width, height and the end of a PNG; every chunk's checksum is compared."""
     place, size = 8, (0, 0)
-    while True:
+    for _ in range(MAX_PIECES):
         length, name = struct.unpack_from(">I4s", data, place)
         end = place + 12 + length
         if end > len(data):
@@ -130,12 +123,13 @@ def _walk_png(data: bytes) -> tuple[int, int, int]:
         if name == b"IEND":
             return *size, end
         place = end
+    raise ImageError(f"The PNG has more than {MAX_PIECES} chunks; save it anew.")
 
 
 def _walk_jpeg(data: bytes) -> tuple[int, int, int]:
     """Return width, height and the end of a JPEG."""
     place, size = 2, (0, 0)
-    while True:
+    for _ in range(MAX_PIECES):
         if data[place] != 0xFF:
             raise ImageError("The JPEG is damaged between two segments; save it anew.")
         marker = data[place + 1]
@@ -155,18 +149,43 @@ def _walk_jpeg(data: bytes) -> tuple[int, int, int]:
                     raise ImageError("The JPEG gives two different sizes for itself; save it anew.")
                 size = (width, height)
             place += 2 + length
-            if marker == 0xDA:  # the compressed picture: on to the next marker that is not part of it
-                while data[place : place + 1] != b"\xff" or data[place + 1] == 0 or data[place + 1] in _JPEG_ALONE:
-                    place = data.find(b"\xff", place + 1)
-                    if place < 0:
-                        raise IndexError
+            if marker == 0xDA:  # the compressed picture follows
+                found = _JPEG_END.search(data, place)
+                if found is None:
+                    raise IndexError
+                place = found.start()
+    raise ImageError(f"The JPEG has more than {MAX_PIECES} segments; save it anew.")
+
+
+def _walk_gif(data: bytes) -> tuple[int, int, int]:
+    """Return width, height and the end of a GIF of one frame."""
+    width, height, flags = struct.unpack_from("<HHB", data, 6)
+    place, frames = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0), 0
+    for _ in range(MAX_PIECES):
+        kind = data[place]
+        if kind == 0x3B:
+            return width, height, place + 1
+        if kind == 0x2C:
+            frames += 1
+            flags = data[place + 9]
+            place += 11 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+        elif kind == 0x21:
+            place += 2
+        else:
+            raise ImageError("The GIF is damaged between two blocks; save it anew.")
+        if frames > 1:
+            raise ImageError("The GIF is animated; send a single still picture.")
+        while data[place]:
+            place += 1 + data[place]
+        place += 1
+    raise ImageError(f"The GIF has more than {MAX_PIECES} blocks; save it anew.")
 
 
 def _walk_webp(data: bytes) -> tuple[int, int, int]:
     """Return width, height and the end of a WebP."""
     (length,) = struct.unpack_from("<I", data, 4)
     end = 8 + length + length % 2
-    name = data[12:16]
+    name = data[12:16] if data[8:12] == b"WEBP" else b""
     if name == b"VP8X":
         if data[20] & 0x02:
             raise ImageError("The WebP is animated; send a single still picture.")

@@ -24,7 +24,7 @@ from unilip.errors import UniLIPError
 from unilip.machine import start_ray
 from unilip.method.text import Processor
 from unilip.model import UniLIP
-from unilip.serve.checks import Checker, Limits
+from unilip.serve.checks import Checker, Limits, seconds_for
 from unilip.serve.engine import Engine, Stats
 from unilip.serve.jobs import DeadlineExceeded, Draining, EngineFailed, Event, Job, QueueFull, Result
 from unilip.serve.tickets import Ticket
@@ -193,9 +193,7 @@ class RemoteEngine:
 
     def submit(self, job: Job, *, deadline: float | None = None) -> Ticket:
         """Check a job and send it to a replica; see `Engine.submit`."""
-        seconds = self.deadline if deadline is None else deadline
-        if seconds is not None and not 0 < seconds < math.inf:
-            raise UniLIPError(f"The deadline is {seconds} s; it must be more than 0 seconds.")
+        seconds = seconds_for(deadline, self.deadline)
         end = None if seconds is None else time.monotonic() + seconds
         ticket = self.checker.prepare(job, end)[0].ticket
         if self._draining:

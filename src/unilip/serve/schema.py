@@ -1,16 +1,16 @@
 """The requests that the server understands: OpenAI's fields, and a few of ours.
 
 In:  JSON bodies and form fields of strangers. Out: typed records, or pydantic's errors, which become 400.
-Fields of OpenAI's that have no meaning here are accepted when they ask for nothing special; unknown ones are refused,
-so that a mistyped option is not silently ignored.
+What the answer can truthfully do without is ignored and named in the answer, so that a mistyped option is seen; what
+would change the form of the answer is refused.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from unilip.method.config import SamplingConfig
 from unilip.sampling import MAX_PROMPT_CHARACTERS
@@ -20,6 +20,7 @@ MAX_COUNT = 10
 MAX_OUTPUT_SIDE = 2048
 MAX_MESSAGES = 100
 
+B = TypeVar("B", bound="Body")
 Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -51,10 +52,51 @@ def side_of(size: str | None) -> int | None:
     return width
 
 
-class Drawing(BaseModel):
-    """What requests for pictures share."""
+class Body(BaseModel):
+    """What all requests share."""
 
     model_config = ConfigDict(extra="forbid")
+
+    deadline: Finite | None = Field(None, gt=0, le=86400, description="Seconds after which nobody wants it any more.")
+    _ignored: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """The fields that were sent and mean nothing here."""
+        return self._ignored
+
+
+# Fields that ask for what a truthful answer can do without; other unknown ones are ignored in the same way.
+HOLLOW = ("tools", "frequency_penalty", "presence_penalty", "logit_bias")
+
+
+def read(kind: type[B], fields: dict[str, Any], strict: bool) -> B:
+    """Check the fields of a request.
+
+    Fields that are null or empty count as not sent, and so does the seed -1. What is not understood is ignored, and
+    named in `ignored`, unless it would change the form of the answer; `strict` refuses it.
+
+    Raises:
+        ValidationError: pydantic's.
+    """
+    kept, ignored = {}, []
+    for name, value in fields.items():
+        field = kind.model_fields.get(name)
+        hollow = name in HOLLOW and bool(value)
+        empty = value is None or value == "" or (name, str(value)) == ("seed", "-1")
+        if empty and not strict and field is not None and not field.is_required():
+            continue
+        if (field is None or hollow) and not strict:
+            ignored.append(name.encode("ascii", "backslashreplace").decode()[:64])
+        else:
+            kept[name] = value
+    body = kind.model_validate(kept)
+    body._ignored = tuple(ignored[:32])
+    return body
+
+
+class Drawing(Body):
+    """What requests for pictures share."""
 
     model: str | None = Field(None, max_length=256, description="Any name; there is one model, see /v1/models.")
     size: str | None = Field(
@@ -71,7 +113,6 @@ class Drawing(BaseModel):
     solver: Literal["dpm++", "euler", "unipc"] | None = None
     negative_prompt: str | None = Field(None, max_length=MAX_PROMPT_CHARACTERS)
     image_size: int | None = Field(None, ge=28, le=8192, description="Side at which the model draws, in pixels.")
-    deadline: Finite | None = Field(None, gt=0, le=86400, description="Seconds after which nobody wants it any more.")
     user: str | None = Field(None, max_length=512)
     safety_identifier: str | None = Field(None, max_length=512)
 
@@ -109,14 +150,17 @@ class Edits(Images):
     """POST /v1/images/edits: the fields beside the files `image` (or `image[]`) and `mask`."""
 
     fit: Literal["resize", "crop", "pad"] = Field("resize", description="How a picture becomes the model's square.")
-    keep_aspect: bool = Field(False, description="Give the result the shape of its source.")
+    keep_aspect: bool | None = Field(None, description="Give the result the shape of its source; so without a `size`.")
     input_fidelity: Literal["low", "high"] | None = None
 
+    @property
+    def keeps_aspect(self) -> bool:
+        """Whether the result has the shape of its source."""
+        return side_of(self.size) is None if self.keep_aspect is None else self.keep_aspect
 
-class Reconstructions(BaseModel):
+
+class Reconstructions(Body):
     """POST /v1/images/reconstructions: the fields beside the files `image` (or `image[]`)."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str | None = Field(None, max_length=256)
     response_format: Literal["b64_json", "url"] = "b64_json"
@@ -125,7 +169,6 @@ class Reconstructions(BaseModel):
     image_size: int | None = Field(None, ge=28, le=8192)
     fit: Literal["resize", "crop", "pad"] = "resize"
     keep_aspect: bool = False
-    deadline: Finite | None = Field(None, gt=0, le=86400)
     user: str | None = Field(None, max_length=512)
 
 
@@ -153,7 +196,7 @@ class Part(BaseModel):
 class ChatMessage(BaseModel):
     """A message; `images` is what an answer of this server carried and a client sends back."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[Part], Field(max_length=64)] | None = None
     images: Annotated[list[Part], Field(max_length=16)] | None = None
 
@@ -181,8 +224,8 @@ class Chat(Drawing):
     modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1, max_length=2)] | None = Field(
         None, description='["text"] never draws, ["image"] always does; else the words decide.'
     )
-    max_tokens: int | None = Field(None, ge=1, le=100_000)
-    max_completion_tokens: int | None = Field(None, ge=1, le=100_000)
+    max_tokens: int | None = Field(None, ge=1, description="As many as fit, at most.")
+    max_completion_tokens: int | None = Field(None, ge=1)
     temperature: Finite | None = Field(None, ge=0, le=2, description="0, the default, gives the likeliest answer.")
     top_p: Finite | None = Field(None, gt=0, le=1)
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
@@ -196,6 +239,7 @@ class Chat(Drawing):
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
+    function_call: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     response_format: TextFormat | None = None
     metadata: dict[str, Any] | None = None

@@ -5,16 +5,20 @@ In:  an application and where to listen. Out: nothing; it returns when a signal 
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import ipaddress
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from unilip.errors import UniLIPError
 from unilip.serve.guard import Rules
@@ -24,6 +28,11 @@ logger = logging.getLogger(__name__)
 MIN_KEY = 16
 MAX_HEADER_BYTES = 64 * 1024
 MAX_CONNECTIONS = 1000
+MAX_OF_ADDRESS = 250
+HEAD_SECONDS = 10.0  # for the head of a request, from the opening of the connection or the end of the answer before
+STUCK_SECONDS = 30.0  # for which a client may read less than SLOWEST bytes a second of its answer
+SLOWEST = 2048
+BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
 def is_local(host: str) -> bool:
@@ -69,6 +78,7 @@ def listen(host: str, port: int) -> socket.socket:
         try:
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             taken.bind(address)
+            taken.listen()  # at once: two programs may bind a port, but only one can listen
         except OSError:
             taken.close()
             raise
@@ -79,42 +89,96 @@ def listen(host: str, port: int) -> socket.socket:
     return taken
 
 
-class _Server(uvicorn.Server):
-    """A server that tells the engine at the first signal that nothing new is taken."""
+class Connection(H11Protocol):
+    """uvicorn's connection, with limits for peers that send nothing, read nothing, or come in crowds."""
 
-    def __init__(self, config: uvicorn.Config, on_signal: Callable[[], None]) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection; where there are too many, the one that has been idle for longest has to go."""
+        super().connection_made(transport)
+        self.since = self.moved = time.monotonic()
+        self.unsent = 0
+        open_ones = [one for one in self.connections if isinstance(one, Connection) and not one.transport.is_closing()]
+        own = [one for one in open_ones if one.client and self.client and one.client[0] == self.client[0]]
+        if len(own) <= MAX_OF_ADDRESS and len(open_ones) <= MAX_CONNECTIONS:
+            return
+        crowd = own if len(own) > MAX_OF_ADDRESS else open_ones
+        oldest = min((one for one in crowd if one.idle), key=lambda one: one.since)
+        if oldest is self:  # all others are at work
+            transport.write(BUSY)
+            transport.close()
+        else:
+            oldest.transport.abort()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being answered, and all answers were read."""
+        return (self.cycle is None or self.cycle.response_complete) and not self.transport.get_write_buffer_size()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        self.since = time.monotonic()
+        super().on_response_complete()
+
+    def check(self, now: float) -> None:
+        """Once a second: end a connection whose peer does not send its request, or does not read its answer."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent == 0 or unsent <= self.unsent - SLOWEST:
+            self.moved = now
+        self.unsent = unsent
+        if now - self.moved > STUCK_SECONDS or (self.idle and now - self.since > HEAD_SECONDS):
+            self.transport.abort()
+
+
+class _Server(uvicorn.Server):
+    """A server that tells the engine at the first signal that nothing new is taken, and lets it finish its work."""
+
+    def __init__(self, config: uvicorn.Config, engine: Any, drain_seconds: float) -> None:
         super().__init__(config)
-        self.on_signal = on_signal
+        self.engine, self.drain_seconds = engine, drain_seconds
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to end; a second Ctrl+C ends at once. The signal is not raised again: this was its purpose."""
-        self.on_signal()
+        self.engine.stop_accepting()
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look after the connections."""
+        if counter % 10 == 0:
+            now = time.monotonic()
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, Connection):
+                    connection.check(now)
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End: what the engine cannot finish in time is answered by 503, while there are still connections for it."""
+        draining = asyncio.create_task(asyncio.to_thread(self.engine.drain, self.drain_seconds))
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await asyncio.to_thread(self.engine.drain, 0)
+        await draining
 
 
 def make_server(app: FastAPI, drain_seconds: float) -> uvicorn.Server:
     """Configure the HTTP server for strangers: bounded headers and connections, no trust in what a proxy may claim."""
-    engine = app.state.engine
     config = uvicorn.Config(
         app,
-        http="h11",  # bounds the size of headers
+        http=Connection,  # h11, which bounds the size of headers
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         ws="none",
-        limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=5,
-        timeout_graceful_shutdown=max(1, round(drain_seconds)),
+        timeout_graceful_shutdown=round(drain_seconds) + 2,
         proxy_headers=False,
         server_header=False,
         access_log=False,
         log_config=None,
     )
-    return _Server(config, engine.stop_accepting)
+    return _Server(config, app.state.engine, drain_seconds)
 
 
 def run(app: FastAPI, taken: socket.socket, drain_seconds: float, on_start: Callable[[], None] = lambda: None) -> None:
     """Serve until SIGTERM or Ctrl+C. Requests that were accepted are finished, for at most `drain_seconds`."""
     server = make_server(app, drain_seconds)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     on_start()
     server.run(sockets=[taken])

@@ -55,6 +55,7 @@ BODIES = {
     "/login": MAX_TEXT,
     UPLOAD: MAX_UPLOAD,
     "/gradio_api/queue/join": 4 * MAX_TEXT,
+    "/gradio_api/run/predict": 4 * MAX_TEXT,
     "/gradio_api/cancel": MAX_TEXT,
     "/gradio_api/reset": MAX_TEXT,
 }

@@ -20,6 +20,7 @@ from PIL import Image
 from unilip.errors import UniLIPError
 from unilip.method.text import Prompt
 from unilip.serve.jobs import Cancelled, Event, Job, Result
+from unilip.serve.log import REQUEST
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class Ticket:
         self.job = job
         self.submitted = time.monotonic()
         self.deadline = deadline
+        self.request = REQUEST.get()  # for the log
         self.started: float | None = None
         self.settings: dict[str, Any] = {}
         self.prompt_tokens = 0

@@ -1,0 +1,75 @@
+"""The description of the API as one page of HTML that loads nothing: no script, no font, no other host.
+
+In:  an OpenAPI description. Out: HTML.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from typing import Any
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}
+code{font-family:ui-monospace,monospace}
+summary{cursor:pointer;padding:.3rem 0}
+td{padding:.15rem .8rem .15rem 0;vertical-align:top}
+table{font-size:.9rem;border-spacing:0}
+h1{font-size:1.5rem}
+"""
+LIMITS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "maxLength": "≤ {} characters",
+          "maxItems": "≤ {} entries", "default": "default {!r}"}  # fmt: skip
+
+
+def inlined(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the definitions of a JSON schema where they are used; none of ours refers to itself."""
+    definitions = schema.get("$defs", {})
+
+    def put(part: Any) -> Any:
+        if isinstance(part, dict):
+            if "$ref" in part:
+                return put(definitions[part["$ref"].rpartition("/")[2]])
+            return {name: put(value) for name, value in part.items() if name != "$defs"}
+        return [put(one) for one in part] if isinstance(part, list) else part
+
+    found: dict[str, Any] = put(schema)
+    return found
+
+
+def kind_of(field: Mapping[str, Any]) -> str:
+    """Return the type of a field in words, with its limits."""
+    ways = [way for way in field.get("anyOf", [field]) if way.get("type") != "null"]
+    texts = []
+    for way in ways:
+        values = way.get("enum", [way["const"]] if "const" in way else [])
+        what = ", ".join(map(repr, values)) or str(way.get("type", "any"))
+        limits = [
+            text.format(value) for name, text in LIMITS.items() if (value := {**field, **way}.get(name)) is not None
+        ]
+        texts.append("; ".join([what, *limits]))
+    return " or ".join(texts)
+
+
+def page(description: Mapping[str, Any]) -> str:
+    """Return the page."""
+    parts = []
+    for path, methods in description["paths"].items():
+        for method, about in methods.items():
+            content = next(iter(about.get("requestBody", {}).get("content", {}).values()), {})
+            fields = content.get("schema", {}).get("properties", {})
+            rows = "".join(
+                f"<tr><td><code>{html.escape(name)}</code><td>{html.escape(kind_of(field))}<td>"
+                f"{html.escape(str(field.get('description', '')))}"
+                for name, field in fields.items()
+            )
+            parts.append(
+                f"<details><summary><code>{method.upper()} {html.escape(path)}</code> "
+                f"{html.escape(about.get('description', ''))}</summary><table>{rows}</table></details>"
+            )
+    info = description["info"]
+    title = html.escape(f"{info['title']} {info['version']}")
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><p>{html.escape(info['description'])} "
+        f"As JSON: <a href=/openapi.json>openapi.json</a></p>{''.join(parts)}"
+    )
