@@ -5,6 +5,7 @@ Heavy libraries are imported inside the functions that need them, after what can
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
