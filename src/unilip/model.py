@@ -12,7 +12,7 @@ import copy
 import io
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -617,8 +617,8 @@ def init_normal(module: nn.Module, generator: torch.Generator, std: float = 0.02
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Embedding)):
             layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator, dtype=torch.float32) * std)
-            if getattr(layer, "bias", None) is not None:
-                layer.bias.zero_()
+            if isinstance(bias := getattr(layer, "bias", None), Tensor):
+                bias.zero_()
 
 
 def _names(parts: Sequence[str]) -> tuple[str, ...]:
@@ -676,8 +676,8 @@ def _turn(turn: Any, cut: Callable[[Any], tuple[int, ...]]) -> Message:
     return Message(turn["role"], check_prompt(turn["content"], "message"), cut(turn.get("images")))
 
 
-def _stream(columns: Iterator[list[int]], answer: TextStream) -> Iterator[str]:
-    with contextlib.closing(columns):  # type: ignore[type-var]
+def _stream(columns: Generator[list[int], None, None], answer: TextStream) -> Iterator[str]:
+    with contextlib.closing(columns):
         for column in columns:
             if piece := answer.take(column[0]):
                 yield piece

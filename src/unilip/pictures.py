@@ -51,7 +51,7 @@ def open_picture(source: bytes | str | os.PathLike[str], formats: Sequence[str] 
     name = "The image" if isinstance(source, bytes) else str(source)
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        image = Image.open(io.BytesIO(data), formats=formats)
+        image = Image.open(io.BytesIO(data), formats=tuple(formats))
     except FileNotFoundError as error:
         raise ImageError(f"There is no image file {name}; check the path.") from error
     except Image.DecompressionBombError as error:
@@ -117,7 +117,7 @@ def upright(image: Image.Image) -> Image.Image:
     """Decode a picture and turn it as its EXIF says; broken EXIF does not make the picture so."""
     image.load()
     try:
-        turn = TURNS.get(image.getexif().get(0x0112))
+        turn = TURNS.get(image.getexif().get(0x0112, 1))
     except Exception:  # of struct, of XML, of text that is no number
         turn = None
     return image if turn is None else image.transpose(turn)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from unilip.errors import UniLIPError
 from unilip.method.config import UniLIPConfig
-from unilip.model import Generators, ImageOutput, UniLIP
+from unilip.model import ImageOutput, UniLIP
 from unilip.pictures import Fit, ImageLike, to_images
+from unilip.sampling import Generators
 
 TENSOR_INPUTS = ("latents",)  # what a callback can be given and can replace
 PipelineCallback = Callable[["UniLIPPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]

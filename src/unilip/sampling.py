@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,14 +227,14 @@ def answer(
     network: Network,
     runtime: Runtime,
     processor: Processor,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[str | Prompt],
     features: Tensor | None,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
-) -> Iterator[list[int]]:
+) -> Generator[list[int], None, None]:
     """Continue conversations as text: yield the next id of each until all have ended."""
     device = next(network.parameters()).device if runtime.offload is None else runtime.offload.device
     tokens = processor.tokenize(prompts).to(device)

@@ -8,11 +8,14 @@ which are cut off again, so only what is held at once is less.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unilip.method.decoder import ChannelNorm, DCDecoder, ResBlock, Upsample
+from unilip.method.qwen2 import Layers
 
 
 def decode(decoder: DCDecoder, latent: Tensor, strips: int = 1) -> Tensor:
@@ -28,7 +31,7 @@ def decode(decoder: DCDecoder, latent: Tensor, strips: int = 1) -> Tensor:
 
 def decode_in_strips(decoder: DCDecoder, latent: Tensor, strips: int) -> Tensor:
     """Decode (M,Z,h,w) -> (M,3,32h,32w) with the stages after the last attention done in horizontal strips."""
-    stages = list(reversed(decoder.up_blocks))
+    stages = [list(cast(Layers, stage)) for stage in reversed(decoder.up_blocks)]
     is_local = [all(isinstance(layer, (ResBlock, Upsample)) for layer in stage) for stage in stages]
     first = len(stages) - next((i for i, local in enumerate(reversed(is_local)) if not local), len(stages))
     hidden = decoder.conv_in(latent) + latent.repeat_interleave(decoder.copies, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -54,10 +55,15 @@ class PreparedCondition:
         return PreparedCondition(grown, F.pad(self.mask, (more, 0)))
 
 
+def blocks(net: Transformer) -> list[Block]:
+    """Return the transformer's blocks."""
+    return [cast(Block, block) for block in net.transformer_blocks]
+
+
 def prepare(net: Transformer, condition: Tensor, mask: Tensor) -> PreparedCondition:
     """Project a condition (B,L,C) with mask (B,L) to the keys and values of every block."""
     captions = net.captions(condition)  # B L W
-    keys_values = tuple(block.attn2.keys_values(captions) for block in net.transformer_blocks)
+    keys_values = tuple(block.attn2.keys_values(captions) for block in blocks(net))
     return PreparedCondition(keys_values, mask.bool()[:, None, None, :])
 
 
@@ -72,7 +78,7 @@ def step(
     """Return the velocity (R,Z,h,w) of latents (R,Z,h,w) under a modulation (1 or R,8,W)."""
     size = (latent.shape[2], latent.shape[3])
     x = net.tokens(latent)
-    for block, (k, v) in zip(net.transformer_blocks, condition.keys_values, strict=True):
+    for block, (k, v) in zip(blocks(net), condition.keys_values, strict=True):
         x = run_block(block, x, modulation[:, :6], k, v, condition.mask, size, multiply)
     velocity: Tensor = net.proj_out(modulated_norm(x, modulation[:, 6:]))
     return velocity.transpose(1, 2).unflatten(2, size)
@@ -80,7 +86,7 @@ def step(
 
 def packable(net: Transformer) -> Iterator[nn.Module]:
     """Yield the linear layers that `step` applies to tokens."""
-    for block in net.transformer_blocks:
+    for block in blocks(net):
         yield from (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v, block.attn1.to_out[0])
         yield from (block.attn2.to_q, block.attn2.to_out[0], block.ff.conv_inverted, block.ff.conv_point)
 

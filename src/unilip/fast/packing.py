@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +60,10 @@ def pack(layers: Iterable[nn.Module], rows: int, calls: int) -> Multiply:
     they are. So do all where their weights would take more than a quarter of the memory that is left. The weights must
     not change while the result is in use.
     """
-    chosen = [layer for layer in layers if rows * calls >= ENOUGH and can_pack(layer)]
+    chosen = [cast(nn.Linear, layer) for layer in layers if rows * calls >= ENOUGH and can_pack(layer)]
     if not chosen or SHARE * sum(layer.weight.nbytes for layer in chosen) > spare_memory():
         return plain
-    packed = {layer: Packed.of(layer.weight, rows) for layer in chosen}
+    packed: dict[nn.Module, Packed] = {layer: Packed.of(layer.weight, rows) for layer in chosen}
 
     def multiply(layer: nn.Module, x: Tensor) -> Tensor:
         return packed[layer].times(x, layer) if isinstance(layer, nn.Linear) and layer in packed else layer(x)

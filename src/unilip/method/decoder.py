@@ -43,7 +43,7 @@ class LatentHead(nn.Module):
 
     def forward(self, features: Tensor, height: int | None = None) -> Tensor:
         """Return the latent grid (M,Z,h,w), row by row; `height` is h, and may be left out for a square one."""
-        x = features.to(self.out[0].weight.dtype)
+        x = features.to(next(self.out.parameters()).dtype)
         for block in self.blocks:
             x = block(x)
         rows = height or round(x.shape[1] ** 0.5)

@@ -9,6 +9,7 @@ Letters: W width, n = h w tokens, d width of a head. Tokens (R,n,W) throughout; 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -138,18 +139,15 @@ class Transformer(nn.Module):
 
     def tokens(self, latent: Tensor) -> Tensor:
         """Latent (R,Z,h,w) -> tokens (R,n,W)."""
-        x: Tensor = self.patch_embed["proj"](latent.to(self.proj_out.weight.dtype)).flatten(2).transpose(1, 2)
-        if self.d.interpolation_scale is None:
-            return x
-        size = (latent.shape[2], latent.shape[3])
-        places = grid_positions(size, x.shape[-1], self.d.sample_size, self.d.interpolation_scale, x.device)
-        return x + places.to(x.dtype)
+        x = self.patch_embed["proj"](latent.to(self.proj_out.weight.dtype)).flatten(2).transpose(1, 2)
+        base, scale, (h, w) = self.d.sample_size, self.d.interpolation_scale, latent.shape[2:]
+        return x if scale is None else x + grid_positions((h, w), x.shape[-1], base, scale, x.device).to(x.dtype)
 
     def times(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps (R,) -> modulations of the blocks (R,6,W), and of the end (R,2,W)."""
-        embedder = self.time_embed["emb"]["timestep_embedder"]
+        first, second = cast(nn.ModuleDict, cast(nn.ModuleDict, self.time_embed["emb"])["timestep_embedder"]).values()
         waves = torch.cat(sinusoids(timestep, 256), -1).to(self.proj_out.weight.dtype)
-        time = embedder["linear_2"](F.silu(embedder["linear_1"](waves)))  # R W
+        time = second(F.silu(first(waves)))  # R W
         blocks = self.time_embed["linear"](F.silu(time)).unflatten(1, (6, -1))
         return blocks, self.scale_shift_table + time[:, None]
 

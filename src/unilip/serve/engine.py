@@ -370,7 +370,7 @@ class Engine:
             "callback_on_step_end": on_step,
             "progress": False,
         }
-        texts = [unit.text for unit in batch]
+        texts = [str(unit.text) for unit in batch]
         if verb == "edit":
             images = self.model.edit([unit.squares[0] for unit in batch], texts, **settings).images
         else:

@@ -26,9 +26,10 @@ from unilip.files import replacing
 from unilip.method.config import UniLIPConfig
 from unilip.method.connector import copy_from_llm
 from unilip.method.mllm import MLLM
+from unilip.method.model import PARTS
 from unilip.method.qwen2 import Layers
 from unilip.method.text import Processor
-from unilip.model import PARTS, UniLIP
+from unilip.model import UniLIP
 from unilip.recipes.catalog import all_recipes
 from unilip.recipes.record import Optim, Recipe
 from unilip.sizes import preset

@@ -38,12 +38,11 @@ def cacheable(recipe: Recipe, model: UniLIP, objective: Objective) -> tuple[str,
     frozen = {part for part in model.parts if not any(p.requires_grad for p in getattr(model, part).parameters())}
     names = []
     if isinstance(objective, FlowObjective):
-        place = objective.settings.place  # losses of its own on the conditions, and on the source's latents
         if "encoder" in frozen and (objective.autoencoder is not None or "latent_head" in frozen):
             names += ["latents"]
-            if {"mllm", "connector"} <= frozen and not place:
+            if {"mllm", "connector"} <= frozen:
                 names += ["conditions"]
-            elif not place or objective.settings.target == "unilip":
+            else:
                 names += ["features"]
     elif isinstance(objective, ReconstructObjective):
         names += ["features"] if "encoder" in frozen else []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unilip.errors import ConfigError
 from unilip.method.encoder import Encoder
+from unilip.method.qwen2 import Layers
 from unilip.pictures import normalise
 
 LECAM_DECAY = 0.999  # of the running mean scores
@@ -45,7 +46,7 @@ class TeacherPerceptual(nn.Module):
         tower = self.teacher[0].vision_tower
         hidden = tower.embeddings(normalise(pixels))
         found = []
-        for layer in tower.encoder["layer"]:
+        for layer in cast(Layers, tower.encoder["layer"]):
             hidden = layer(hidden)
             found.append(F.normalize(hidden[:, 1:].float(), dim=-1))
         return found

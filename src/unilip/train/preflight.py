@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_iter
 
 from unilip.errors import ConfigError
 from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
+from unilip.method.model import PARTS
 from unilip.method.text import Tokens
-from unilip.model import PARTS, UniLIP
+from unilip.model import UniLIP
 from unilip.recipes.record import Flow, Recipe, Reconstruct
 from unilip.train.adapters import target_layers
 from unilip.train.build import enable_checkpointing, parse_init, recipe_config, trained_parameters
