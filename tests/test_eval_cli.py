@@ -111,7 +111,6 @@ def test_recon_and_understand(run, tmp_path):
         ("eval wise", ["--judge", "http://x/v1"], "--judge-model"),
         ("eval wise", ["--judge", "x", "--judge-model", "m"], "address of an API"),
         ("eval wise", ["--protocol", "new"], "legacy"),
-        ("eval geneval2", ["--protocol", "new"], "soft_tifa"),
         ("eval recon", ["nothing"], "nothing at nothing"),
         ("eval recon", [".", "--protocol", "300"], "invalid choice"),
         ("eval understand", ["nothing"], "no questions at nothing"),

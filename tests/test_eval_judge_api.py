@@ -1,6 +1,5 @@
 """A judge behind an address, that also misbehaves: what it did not say never becomes a score."""
 
-import json
 import time
 
 import pytest
@@ -155,19 +154,6 @@ def test_the_rate_is_kept(serve):
 def test_thoughts_are_not_the_answer(serve):
     judge = serve(lambda request, n: "<think>no, no, no</think>\nyes")
     assert ask(judge)[0][0].value is True
-
-
-def test_probabilities_are_read_or_their_lack_is_told(serve):
-    top = [{"token": "two", "logprob": -0.5, "bytes": None}, {"token": " 2", "logprob": -1.5, "bytes": None}]
-    content = [{"token": "two", "logprob": -0.5, "bytes": None, "top_logprobs": top}]
-    judge = serve(lambda request, n: completion("two", logprobs={"content": content, "refusal": None}))
-    remote = RemoteJudge(Terms(judge.url, "m", key="k"))
-    question = Question("q", ("How many?",), json.loads, max_tokens=1, logprobs=True)
-    (answer,) = remote.ask([question])
-    assert answer.value["two"] == pytest.approx(0.60653, abs=1e-4) and set(answer.value) == {"two", " 2"}
-    judge = serve(lambda request, n: "two")
-    with pytest.raises(JudgeStopped, match="--protocol tifa"):
-        RemoteJudge(Terms(judge.url, "m", key="k")).ask([question])
 
 
 @pytest.mark.parametrize(("url", "model"), [("localhost:8000", "m"), ("http://x/v1", " ")])

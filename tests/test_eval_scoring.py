@@ -86,16 +86,6 @@ def test_answers_are_read_strictly(read, text, value):
     assert read(text) == value
 
 
-def test_words_of_geneval2():
-    assert {"two", "Two", " two", " Two", "2", " 2"} == set(rubrics.accepted_words("How many toys?", "two"))
-    soft = rubrics.read_soft(("two", "2"))
-    assert soft(json.dumps({"two": 0.5, "2": 0.25, "three": 0.1})) == [0.75, 0.75]
-    low, most = soft(json.dumps({"three": 0.9, "four": 0.04}))
-    assert low == 0.0 and most == pytest.approx(0.06)
-    hard = rubrics.read_hard(("two", "2"))
-    assert (hard("Two."), hard("2"), hard("three"), hard("")) == (True, True, False, None)
-
-
 # --- a judge, end to end --------------------------------------------------------------------------------------------
 
 
@@ -183,66 +173,33 @@ def test_gedit_keeps_languages_apart(made, judge):
     assert len(server.requests) == 6
 
 
-def test_dpg_questions_depend_on_their_parents(made, judge, tmp_path):
-    benchmark, folder = made("dpg")
-    table = tmp_path / "dpg_bench.csv"
-    table.write_text(
-        "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language\n"
-        "0,t,,1,0,entity,whole,entity - whole (cabbage),Is there a cabbage?\n"
-        "0,t,,2,1,attribute,color,attribute - color (green),Is it green?\n"
-        '0,t,,3,"1,2",relation,spatial,relation - spatial (on),Is it on soil?\n'
-        "whoops7,t,,1,0,entity,whole,entity - whole (truck),Is there a truck?\n"
-    )
-    summary, server = judge(
-        benchmark, folder, lambda request, n: "no" if "green" in texts_of(request) else "yes", questions=table
-    )
-    assert summary["scores"][""]["dpg"]["value"] == pytest.approx((1 / 3 + 1) / 2)
-    assert summary["parts"] == {"entity": 1.0, "attribute": 0.0, "relation": 1.0}
-    assert summary["questions"]["asked"] == 16
-    assert len({json.dumps(request["messages"][-1]["content"][0]) for request in server.requests}) == 8  # crops
-    with pytest.raises(UniLIPError, match="--questions"):
-        judge(benchmark, folder, lambda request, n: "yes")
-    table.write_text(table.read_text().replace("whoops7,t,,1", "whoops8,t,,1"))
-    with pytest.raises(UniLIPError, match="no questions for 1 prompts, the first is 'whoops7'"):
-        judge(benchmark, folder, lambda request, n: "yes", questions=table)
+@pytest.mark.parametrize("name", ["dpg", "geneval2"])
+def test_what_its_authors_program_scores_is_not_for_a_judge(name, made, judge):
+    with pytest.raises(UniLIPError, match="--official"):
+        judge(*made(name), lambda request, n: "yes")
 
 
-def test_geneval2_soft_and_hard(made, judge):
-    benchmark, folder = made("geneval2")
-
-    def reply(request, n):
-        word = "two" if "How many toys" in texts_of(request) else "Yes"
-        top = [{"token": word, "logprob": float(np.log(0.5)), "bytes": None}]
-        content = [{"token": word, "logprob": -1.0, "bytes": None, "top_logprobs": top}]
-        return completion(word, logprobs={"content": content, "refusal": None})
-
-    summary, server = judge(benchmark, folder, reply)
-    assert summary["scorer"].startswith("soft_tifa by judge referee")
-    assert summary["scores"][""]["soft_tifa_am"]["value"] == pytest.approx(
-        (0.5 + 0.25) / 2
-    )  # "Yes" is no number of pigs
-    assert summary["scores"][""]["soft_tifa_gm"]["value"] == pytest.approx((0.5 + 0.0) / 2)
-    assert summary["scores"][""]["soft_tifa_gm_most"]["value"] > 0.25
-    assert server.requests[0]["max_tokens"] == 1 and server.requests[0]["logprobs"] is True
-    hard, _ = judge(benchmark, folder, reply, method="tifa")
-    assert hard["scores"][""]["tifa"]["value"] == pytest.approx((1 + 0.5) / 2)
-    assert column(hard) != column(summary)
+def test_geneval_by_a_judge_is_named_so(made, judge):
+    benchmark, folder = made("geneval")
+    summary, _ = judge(benchmark, folder, lambda request, n: "Yes." if "bench" in texts_of(request) else "no")
+    assert summary["scores"][""]["correct"]["value"] == pytest.approx(1 / 3)
+    assert column(summary).startswith("geneval 553x4; judge referee, rubric unilip-1")
 
 
 def test_missing_and_foreign_pictures_are_not_scored(made, judge, tmp_path):
-    benchmark, folder = made("geneval2")
+    benchmark, folder = made("imgedit")
     other, _ = made("wise")
     with pytest.raises(UniLIPError, match=r"no folder of a run"):
         judge(benchmark, tmp_path, lambda request, n: "yes")
-    with pytest.raises(UniLIPError, match=r"a run of geneval2"):
+    with pytest.raises(UniLIPError, match=r"a run of imgedit"):
         judge(other, folder, lambda request, n: "yes")
-    kept = (folder / "images/0001.png").read_bytes()
-    (folder / "images/0001.png").unlink()
+    kept = (folder / "images/97.png").read_bytes()
+    (folder / "images/97.png").unlink()
     try:
         with pytest.raises(UniLIPError, match="1 of 2 pictures are missing"):
             judge(benchmark, folder, lambda request, n: "yes")
     finally:
-        (folder / "images/0001.png").write_bytes(kept)
+        (folder / "images/97.png").write_bytes(kept)
 
 
 # --- the authors' wording -------------------------------------------------------------------------------------------

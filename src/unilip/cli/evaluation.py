@@ -60,7 +60,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         help=f"how it is asked; repeatable: {', '.join(f'{name} ({text})' for name, (_, text) in JUDGE.items())}",
     ),
     "--rubric": dict(metavar="PATH", help="the authors' wording: their file or checkout (our own wording)"),
-    "--questions": dict(metavar="FILE", help="dpg_bench.csv, with the questions of every prompt"),
     "--official": dict(metavar="DIR", help="checkout of the authors' repository, whose own program scores"),
     "--official-python": dict(metavar="FILE", help="Python of the environment that it needs (this one)"),
     "--official-args": dict(metavar="WORDS", default="", help="more words for it, such as '--model-path weights'"),
@@ -147,8 +146,8 @@ def bars(o: Options) -> bool:
 
 def judge_terms(o: Options) -> Terms | None:
     """Return whom to ask and how, or None where no judge was named."""
-    if o.judge is None:
-        if o.judge_model is not None or o.judge_set:
+    if getattr(o, "judge", None) is None:
+        if getattr(o, "judge_model", None) is not None or getattr(o, "judge_set", None):
             raise UniLIPError(
                 "--judge-model (and --judge-set) needs --judge: its address, such as http://127.0.0.1:8000/v1."
             )
@@ -190,17 +189,8 @@ def eval_benchmark(name: str, o: Options) -> int:
     terms = judge_terms(o)
     from unilip.eval.benchmarks import open_benchmark
 
-    protocol = getattr(o, "protocol", None)  # only where there are several
-    method = protocol if name == "geneval2" else None
-    source: dict[str, Any] = {
-        "name": name, "protocol": None if name == "geneval2" else protocol, **pick(o, "prompts", "own_prompts"),
-        "sources": getattr(o, "sources", None),
-    }  # fmt: skip
-    if method is not None:
-        from unilip.eval.scoring import METHODS
-
-        if method not in METHODS:
-            raise UniLIPError(f"geneval2 has no protocol {method!r}; allowed: {', '.join(METHODS)}.")
+    source = {"name": name, **pick(o, "prompts", "own_prompts")}
+    source |= {key: getattr(o, key, None) for key in ("protocol", "sources")}  # only some verbs have them
     benchmark = open_benchmark(**source).first(o.count)
     from unilip.eval.rubrics import read_rubric
 
@@ -220,7 +210,7 @@ def eval_benchmark(name: str, o: Options) -> int:
 
         check_complete(benchmark, output)
     counts = {key: made[key] for key in ("made", "there", "missing") if key in made}
-    scorers = [getattr(o, "official", None), o.judge]
+    scorers = [getattr(o, "official", None), getattr(o, "judge", None)]
     if place.rank or not any(scorers):
         if not place.rank:
             report.line(str(output))
@@ -228,7 +218,7 @@ def eval_benchmark(name: str, o: Options) -> int:
         return 0
     if o.drawing and place.world > 1:
         wait_for_others(benchmark, output)
-    return tell_scores(o, report, list(score(o, benchmark, output, rubric, method, terms)), output, **counts)
+    return tell_scores(o, report, list(score(o, benchmark, output, rubric, terms)), output, **counts)
 
 
 def draw(o: Options, benchmark: Any, source: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -259,7 +249,7 @@ def wait_for_others(benchmark: Any, output: Path) -> None:
     finish(benchmark, output)
 
 
-def score(o: Options, benchmark: Any, output: Path, rubric: Any, method: str | None, terms: Terms | None) -> Any:
+def score(o: Options, benchmark: Any, output: Path, rubric: Any, terms: Terms | None) -> Any:
     """Yield the summary of every scorer that the options name."""
     from unilip.eval import scoring
 
@@ -267,10 +257,7 @@ def score(o: Options, benchmark: Any, output: Path, rubric: Any, method: str | N
         given: dict[str, Any] = {"python": o.official_python, "arguments": o.official_args, "terms": terms}
         yield scoring.score_officially(benchmark, output, o.official or "", prompts=o.prompts or "", **given)
     elif terms is not None:
-        questions = o.questions if benchmark.name == "dpg" else None
-        yield scoring.score_by_judge(
-            benchmark, output, terms, rubric=rubric, method=method, questions=questions, progress=bars(o)
-        )
+        yield scoring.score_by_judge(benchmark, output, terms, rubric=rubric, progress=bars(o))
 
 
 def eval_recon(o: Options) -> int:
@@ -325,57 +312,57 @@ RUN_CHANGES: dict[str, dict[str, Any]] = {
     "--batch-size": dict(default=8, help="how many at once: speed and memory (8)"),
     "--count": dict(help="only the first N, in the file's order (all)"),
 }
-SAMPLING = ("--steps", "--guidance-scale", "--image-size", "--seed")
-JUDGING = ("--judge", "--judge-model", "--judge-set")
+DRAWN = (
+    "--prompts", "--own-prompts", "--count", "--steps", "--guidance-scale", "--image-size", "--seed", "--no-generate",
+    "--ray",
+)  # fmt: skip
+JUDGED = ("--judge", "--judge-model", "--judge-set")
+RUBRIC = (*JUDGED, "--rubric")
 OFFICIAL = ("--official", "--official-python", "--official-args")
-DRAWN = ("--prompts", "--protocol", "--own-prompts", "--count", *SAMPLING, "--no-generate", "--ray", *JUDGING)
-TITLES = {
-    "geneval": ("GenEval: 553 prompts, four pictures each. Scored by its authors' program, or by a judge.", "FILE"),
-    "geneval2": ("GenEval 2: 800 prompts, a picture each. Scored by questions about each part.", "FILE"),
-    "dpg": ("DPG-Bench: 1065 long prompts, four pictures tiled in a file. Scored by questions that depend.", "DIR"),
-    "wise": ("WISE: 1000 prompts that need knowledge. Scored by a judge, in two protocols.", "PATH"),
-    "imgedit": ("ImgEdit: 737 single-turn edits. Scored by a judge from 1 to 5.", "FILE"),
-    "gedit": ("GEdit-Bench: 1212 edits in English and Chinese. Scored by a judge from 0 to 10.", "PATH"),
-}
-EXAMPLES = {
-    "geneval": "unilip eval geneval --prompts evaluation_metadata.jsonl --official geneval",
-    "geneval2": "unilip eval geneval2 --prompts geneval2_data.jsonl --judge http://127.0.0.1:8000/v1 --judge-model q",
-    "dpg": "unilip eval dpg --prompts ELLA/dpg_bench/prompts --official ELLA",
-    "wise": "unilip eval wise --protocol verified --prompts WISE/data_verified --judge http://127.0.0.1:8000/v1 "
-    "--judge-model Qwen3.5-35B-A3B --rubric WISE",
-    "imgedit": "unilip eval imgedit --prompts basic_edit.json --sources singleturn --judge https://api.openai.com/v1 "
-    "--judge-model gpt-4o --rubric ImgEdit",
-    "gedit": "unilip eval gedit --prompts GEdit-Bench --judge https://api.openai.com/v1 --judge-model gpt-4.1",
-}
-PROTOCOL_HELP = {
-    "wise": "verified (1000 prompts, 0 or 1 each) or legacy (400/300/300, GPT-4o, three scores) (verified)",
-    "geneval2": "soft_tifa (the judge's probabilities) or tifa (its words) (soft_tifa)",
-}
-EXTRA = {
-    "geneval": OFFICIAL, "geneval2": OFFICIAL,
-    "dpg": (*OFFICIAL, "--questions"), "wise": (*OFFICIAL, "--rubric"),
-    "imgedit": ("--sources", "--fit", "--rubric"), "gedit": ("--fit", "--rubric"),
+# The name of a benchmark -> what it is, what its prompts are, more words of an example, options of its own.
+BENCHMARKS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
+    "geneval": (
+        "GenEval: 553 prompts, four pictures each. Scored by its authors' program, or by a judge.", "FILE",
+        "evaluation_metadata.jsonl --official geneval", (*OFFICIAL, *JUDGED),
+    ),
+    "geneval2": (
+        "GenEval 2: 800 prompts, a picture each. Scored by its authors' program.", "FILE",
+        "geneval2_data.jsonl --official GenEval2", OFFICIAL,
+    ),
+    "dpg": (
+        "DPG-Bench: 1065 long prompts, four pictures tiled in a file. Scored by its authors' program.", "DIR",
+        "ELLA/dpg_bench/prompts --official ELLA", OFFICIAL,
+    ),
+    "wise": (
+        "WISE: 1000 prompts that need knowledge. Scored by a judge, in two protocols.", "PATH",
+        "WISE/data_verified --judge http://127.0.0.1:8000/v1 --judge-model Qwen3.5-35B-A3B --rubric WISE",
+        ("--protocol", *OFFICIAL, *RUBRIC),
+    ),
+    "imgedit": (
+        "ImgEdit: 737 single-turn edits. Scored by a judge from 1 to 5.", "FILE",
+        "basic_edit.json --sources singleturn --judge https://api.openai.com/v1 --judge-model gpt-4o --rubric ImgEdit",
+        ("--sources", "--fit", *RUBRIC),
+    ),
+    "gedit": (
+        "GEdit-Bench: 1212 edits in English and Chinese. Scored by a judge from 0 to 10.", "PATH",
+        "GEdit-Bench --judge https://api.openai.com/v1 --judge-model gpt-4.1", ("--fit", *RUBRIC),
+    ),
 }  # fmt: skip
 
 
 def _benchmark_verb(name: str) -> Verb:
-    kept = DRAWN if name in PROTOCOL_HELP else tuple(option for option in DRAWN if option != "--protocol")
-    title, kind = TITLES[name]
+    title, kind, example, own = BENCHMARKS[name]
     changes = {
         **RUN_CHANGES,
         "--prompts": dict(metavar=kind, help="the published prompts, on this machine; none are in this package"),
-        "--protocol": dict(help=PROTOCOL_HELP.get(name, "")),
+        "--protocol": dict(
+            help="verified (0 or 1 each) or legacy (GPT-4o, three scores), prompts of its own (verified)"
+        ),
         "--seed": dict(help="of the run; a picture's own follows from it and its key, whatever the batch (0)"),
-        "--count": dict(help="only the first N prompts, in the file's order (all)"),
     }
-    return Verb(
-        partial(eval_benchmark, name),
-        "[OPTIONS] --prompts " + kind,
-        title,
-        EXAMPLES[name],
-        (*kept, *EXTRA.get(name, ()), *RUN),
-        changes=changes,
-    )
+    example = f"unilip eval {name} --prompts {example}"
+    options = (*DRAWN, *own, *RUN)
+    return Verb(partial(eval_benchmark, name), f"[OPTIONS] --prompts {kind}", title, example, options, changes=changes)
 
 
 VERBS: dict[str, Verb] = {
@@ -392,7 +379,7 @@ VERBS: dict[str, Verb] = {
             "--protocol": dict(choices=("224", "256", "448", "native"), help="side; 256 is padded to 280 (256)"),
         },
     ),
-    **{f"eval {name}": _benchmark_verb(name) for name in TITLES},
+    **{f"eval {name}": _benchmark_verb(name) for name in BENCHMARKS},
     "eval understand": Verb(
         eval_understand,
         "[OPTIONS] QUESTIONS",

@@ -78,7 +78,6 @@ class Options(argparse.Namespace):
     judge_model: str | None
     judge_set: list[str]
     rubric: str | None
-    questions: str | None
     official: str | None
     official_python: str | None
     official_args: str

@@ -8,7 +8,6 @@ own file on this machine; which of them is part of a score's name. The rules of 
 from __future__ import annotations
 
 import ast
-import csv
 import io
 import json
 import math
@@ -197,12 +196,6 @@ GEDIT_TEXT = {
         '(10: free of them).\nAnswer with JSON only: {"score": [natural, clean], "reasoning": "a few words"}'
     ),
 }
-NUMBERS = {
-    word: str(n)
-    for n, word in enumerate(["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], 1)
-}  # fmt: skip
-
-
 # --- reading answers ------------------------------------------------------------------------------------------------
 
 
@@ -247,49 +240,16 @@ def read_viescore(text: str) -> float | None:
     return min(values) if len(values) == 2 and all(0 <= value <= 10 for value in values) else None
 
 
-def accepted_words(question: str, answer: str) -> tuple[str, ...]:
-    """Return the words that count as right for a question of GenEval 2: the number or its digit, or yes."""
-    if not question.startswith("How many"):
-        return ("Yes", "yes", " yes", " Yes")
-    forms = [answer, answer.capitalize(), NUMBERS.get(answer, "other")]
-    return tuple(dict.fromkeys([*forms, *(f" {form}" for form in forms)]))
-
-
-def read_soft(words: Sequence[str]) -> Callable[[str], list[float] | None]:
-    """Return a reader of token probabilities: [that of the right words, the most it can be]."""
-
-    def read(text: str) -> list[float] | None:
-        likely: dict[str, float] = json.loads(text)
-        right = sum(likely.get(word, 0.0) for word in words)
-        unseen = min(likely.values(), default=0.0) * sum(word not in likely for word in words)
-        return [min(1.0, right), min(1.0, right + min(unseen, max(0.0, 1 - sum(likely.values()))))]
-
-    return read
-
-
-def read_hard(words: Sequence[str]) -> Callable[[str], bool | None]:
-    """Return a reader of one-word answers: whether it is among the right words."""
-    wanted = {word.strip().lower() for word in words}
-
-    def read(text: str) -> bool | None:
-        found = re.match(r"\W*(\w+)", text)
-        return None if found is None or len(text.split()) > 6 else found[1].lower() in wanted
-
-    return read
-
-
 # --- questions ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Questionnaire:
-    """Asks about the pictures of one benchmark; `method` is "tifa" or "soft_tifa" for geneval2, else empty."""
+    """Asks about the pictures of one benchmark."""
 
     benchmark: Benchmark
     output: Path
     rubric: Rubric = Rubric()
-    method: str = ""
-    questions: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # dpg: by item
 
     def ask(self, item: Item) -> list[Question]:
         """Return what to ask about an item's picture."""
@@ -319,31 +279,6 @@ def _fill(text: str, values: Mapping[str, Any]) -> str:
 def _ask_geneval(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
     text = _fill(GENEVAL, {"prompt": item.prompt})
     return [Question(item.key, (text, picture.read_bytes()), read_yes_no, max_tokens=200)]
-
-
-def _ask_geneval2(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
-    data = picture.read_bytes()
-    soft = q.method == "soft_tifa"
-    found = []
-    for n, (question, answer) in enumerate(item.data["vqa_list"]):
-        words = accepted_words(question, answer)
-        read = read_soft(words) if soft else read_hard(words)
-        parts = (data, f"{question} Answer in one word.")
-        found.append(Question(f"{item.key}/{n}", parts, read, max_tokens=1 if soft else 8, logprobs=soft))
-    return found
-
-
-def _ask_dpg(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
-    page = decode(picture.read_bytes(), str(picture))
-    side = page.width // 2
-    found = []
-    for crop in range(item.pictures):
-        x, y = crop % 2 * side, crop // 2 * side
-        data = png_bytes(page.crop((x, y, x + side, y + side)))
-        for entry in q.questions[item.key]:
-            parts = (data, f"{entry['question']} {YES_NO}")
-            found.append(Question(f"{item.key}/{crop}/{entry['id']}", parts, read_yes_no, max_tokens=8))
-    return found
 
 
 def _ask_wise(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
@@ -383,8 +318,7 @@ def _ask_gedit(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
 
 Asker = Callable[[Questionnaire, Item, Path], list[Question]]
 _ASKERS: dict[str, Asker] = {
-    "geneval": _ask_geneval, "geneval2": _ask_geneval2, "dpg": _ask_dpg, "wise": _ask_wise, "imgedit": _ask_imgedit,
-    "gedit": _ask_gedit,
+    "geneval": _ask_geneval, "wise": _ask_wise, "imgedit": _ask_imgedit, "gedit": _ask_gedit,
 }  # fmt: skip
 
 
@@ -396,49 +330,6 @@ Scored = tuple[dict[str, float], Parts]
 
 def _score_geneval(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
     return {"correct": float(values[0])}, {}
-
-
-def _score_geneval2(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
-    soft = q.method == "soft_tifa"
-    low = [float(value[0] if soft else value) for value in values]
-    parts: Parts = {}
-    for skill, value in zip(item.data["skills"], low, strict=True):
-        parts.setdefault(skill, [0.0, 0])
-        parts[skill][0] += value
-        parts[skill][1] += 1
-    mean = sum(low) / len(low)
-    if not soft:
-        return {"tifa": mean}, parts
-    most = [float(value[1]) for value in values]
-    return {
-        "soft_tifa_gm": _geometric(low),
-        "soft_tifa_gm_most": _geometric(most),
-        "soft_tifa_am": mean,
-    }, parts
-
-
-def _geometric(values: Sequence[float]) -> float:
-    return math.exp(sum(math.log(v) for v in values) / len(values)) if min(values) > 0 else 0.0
-
-
-def _score_dpg(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
-    """A question counts only where all those that it depends on are answered yes; the mean of four pictures."""
-    entries = q.questions[item.key]
-    per = len(entries)
-    scores = []
-    parts: Parts = {}
-    for crop in range(item.pictures):
-        said = {entry["id"]: float(values[crop * per + n]) for n, entry in enumerate(entries)}
-        for entry in entries:
-            known = parts.setdefault(entry["category"], [0.0, 0])
-            known[0] += said[entry["id"]]
-            known[1] += 1
-        counted = dict(said)
-        for entry in entries:
-            if any(parent and not counted.get(parent, 0.0) for parent in entry["needs"]):
-                counted[entry["id"]] = 0.0
-        scores.append(sum(counted.values()) / per)
-    return {"dpg": sum(scores) / len(scores)}, parts
 
 
 def _score_wise(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
@@ -463,47 +354,5 @@ def _score_gedit(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
 
 Scorer = Callable[[Questionnaire, Item, Sequence[Any]], Scored]
 _SCORERS: dict[str, Scorer] = {
-    "geneval": _score_geneval, "geneval2": _score_geneval2, "dpg": _score_dpg, "wise": _score_wise,
-    "imgedit": _score_imgedit, "gedit": _score_gedit,
+    "geneval": _score_geneval, "wise": _score_wise, "imgedit": _score_imgedit, "gedit": _score_gedit,
 }  # fmt: skip
-
-
-# --- the questions of DPG -------------------------------------------------------------------------------------------
-
-DPG_COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
-
-
-def read_dpg_questions(path: str | Path | None, items: Sequence[Item]) -> dict[str, list[dict[str, Any]]]:
-    """Read dpg_bench.csv: the questions of each item, what they depend on, and their category.
-
-    Raises:
-        UniLIPError: no such file, another format, or an item without questions.
-    """
-    if path is None:
-        raise UniLIPError("Judging dpg needs --questions: dpg_bench/dpg_bench.csv of github.com/TencentQQGYLab/ELLA.")
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UniLIPError(f"There is no file of questions {file}; fetch dpg_bench/dpg_bench.csv of ELLA.")
-    found: dict[str, list[dict[str, Any]]] = {}
-    with file.open(encoding="utf-8", newline="") as stream:
-        reader = csv.DictReader(stream)
-        missing = [name for name in DPG_COLUMNS if name not in (reader.fieldnames or ())]
-        if missing:
-            raise UniLIPError(
-                f"{file} has no column {', '.join(missing)}; fetch dpg_bench/dpg_bench.csv of ELLA again."
-            )
-        for number, row in enumerate(reader, 2):
-            try:
-                entry = {
-                    "id": int(row["proposition_id"]),
-                    "needs": [int(part) for part in row["dependency"].split(",")],
-                    "category": row["tuple"].split("(")[0].split("-")[0].strip(),
-                    "question": row["question_natural_language"].strip(),
-                }
-            except (ValueError, AttributeError) as error:
-                raise UniLIPError(f"{file}, line {number} cannot be read ({error}); fetch the file again.") from error
-            found.setdefault(row["item_id"], []).append(entry)
-    lacking = [item.key for item in items if item.key not in found]
-    if lacking:
-        raise UniLIPError(f"{file} has no questions for {len(lacking)} prompts, the first is {lacking[0]!r}.")
-    return found

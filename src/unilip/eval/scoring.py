@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from unilip.errors import UniLIPError
 from unilip.eval.benchmarks import Benchmark, wise_files
 from unilip.eval.generation import check_pictures, missing
-from unilip.eval.rubrics import RANGES, Questionnaire, Row, Rubric, read_dpg_questions
+from unilip.eval.rubrics import RANGES, Questionnaire, Row, Rubric
 from unilip.eval.runs import PICTURES, read_manifest
 from unilip.eval.scores import FOLDER, Rule, write_scores
 from unilip.eval.vlm import RemoteJudge, Terms
@@ -33,7 +33,6 @@ from unilip.files import read_lines
 log = logging.getLogger(__name__)
 
 CHUNK = 64  # items whose pictures are in memory at once
-METHODS = ("soft_tifa", "tifa")
 
 
 def check_complete(benchmark: Benchmark, output: Path) -> dict[str, Any]:
@@ -79,8 +78,6 @@ def score_by_judge(
     terms: Terms,
     *,
     rubric: Rubric = Rubric(),  # noqa: B008
-    method: str | None = None,
-    questions: str | Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Ask a judge about every picture of a run; returns the summary that scores/judge-NAME.json holds.
@@ -88,22 +85,14 @@ def score_by_judge(
     In:
         terms: who is asked, and how.
         rubric: the wording; ours by default.
-        method: geneval2 only, "soft_tifa" (probabilities of the words) or "tifa" (the words).
-        questions: dpg only, dpg_bench.csv.
 
     Raises:
         UniLIPError: missing pictures, or a judge that cannot be asked.
     """
+    if benchmark.name in ("geneval2", "dpg"):
+        raise UniLIPError(f"{benchmark.name} is scored by its authors' program: --official CHECKOUT, not by a judge.")
     manifest = check_complete(benchmark, output)
-    if benchmark.name == "geneval2" and (method or "soft_tifa") not in METHODS:
-        raise UniLIPError(f"geneval2 has no method {method!r}; allowed: {', '.join(METHODS)}.")
-    sheet = Questionnaire(
-        benchmark,
-        output,
-        rubric,
-        (method or "soft_tifa") if benchmark.name == "geneval2" else "",
-        read_dpg_questions(questions, benchmark.items) if benchmark.name == "dpg" else {},
-    )
+    sheet = Questionnaire(benchmark, output, rubric)
     judge = RemoteJudge(replace(terms, cache=terms.cache or output / "judge-cache"))
     rows: list[Row] = []
     asked = 0
@@ -116,13 +105,10 @@ def score_by_judge(
                 asked += len(questions_of)
                 rows.append(sheet.row(item, [next(answers) for _ in questions_of]))
                 bar.update()
-    wording = f"rubric {rubric.name}" if benchmark.name not in ("geneval2", "dpg") else "the benchmark's questions"
-    named = f"{sheet.method} by " if sheet.method else ""
-    about = _about(benchmark, manifest, f"{named}judge {terms.model}, {wording}")
+    about = _about(benchmark, manifest, f"judge {terms.model}, rubric {rubric.name}")
     about["cost"] = judge.tally.to_dict(terms.prices)
     about["questions"] = {"asked": asked, **dict(judge.tally.statuses)}
-    name = "-".join(["judge", terms.model, *([rubric.name] if "rubric" in wording else []), sheet.method]).rstrip("-")
-    return write_scores(output, name, rows, Rule.of(benchmark.weights), about, RANGES)
+    return write_scores(output, f"judge-{terms.model}-{rubric.name}", rows, Rule.of(benchmark.weights), about, RANGES)
 
 
 # --- the authors' programs ------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import base64
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import threading
@@ -43,17 +42,13 @@ THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask: parts are texts and PNG or JPEG bytes, in order; `read` returns None for what it cannot read.
-
-    With `logprobs` the value is read from the likeliest first tokens: {token: probability}.
-    """
+    """One thing to ask: texts and PNG or JPEG bytes in order; `read` returns None for what it cannot read."""
 
     key: str
     parts: tuple[str | bytes, ...]
     read: Callable[[str], Any]
     system: str = ""
     max_tokens: int = 500
-    logprobs: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,7 +178,7 @@ class RemoteJudge:
         place = self._place(question)
         if place is not None and place.is_file():
             stored = json.loads(place.read_text(encoding="utf-8"))
-            value = _value(question, stored["text"], stored.get("tokens_likely"))
+            value = question.read(stored["text"])
             if value is not None:
                 with self._lock:
                     self.tally.cached += 1
@@ -192,15 +187,14 @@ class RemoteJudge:
         for _ in range(self.terms.attempts):
             if self._stop.is_set():
                 return answer
-            answer, likely = self._request(question)
+            answer = self._request(question)
             if answer.status in ("ok", "refused", "failed"):
                 break
         if answer.status == "ok" and place is not None:
-            stored = {"model": self.terms.model, "key": question.key, "text": answer.text}
-            write_json(place, stored | ({"tokens_likely": likely} if likely is not None else {}))
+            write_json(place, {"model": self.terms.model, "key": question.key, "text": answer.text})
         return answer
 
-    def _request(self, question: Question) -> tuple[Answer, dict[str, float] | None]:
+    def _request(self, question: Question) -> Answer:
         self._wait()
         content: list[dict[str, Any]] = [
             {"type": "text", "text": part}
@@ -210,11 +204,10 @@ class RemoteJudge:
         ]
         messages: list[Any] = [{"role": "system", "content": question.system}] if question.system else []
         messages.append({"role": "user", "content": content})
-        extra: dict[str, Any] = {"logprobs": True, "top_logprobs": 20} if question.logprobs else {}
         e = self._errors
         try:
             raw = self._client.chat.completions.with_raw_response.create(
-                model=self.terms.model, messages=messages, temperature=0.0, max_tokens=question.max_tokens, **extra
+                model=self.terms.model, messages=messages, temperature=0.0, max_tokens=question.max_tokens
             )
             reply = raw.parse()
         except (e.AuthenticationError, e.PermissionDeniedError, e.NotFoundError) as error:
@@ -227,35 +220,27 @@ class RemoteJudge:
             said = f"{error} {error.code} {error.body}"
             refused = any(code in said for code in POLICY)
             self._count(1, 0)
-            return Answer(question.key, "refused" if refused else "failed", reason=_line(error)), None
+            return Answer(question.key, "refused" if refused else "failed", reason=_line(error))
         except Exception as error:  # timeouts, lost connections, what the server says after all retries, broken JSON
             self._count(1, self.terms.retries)
-            return Answer(question.key, "failed", reason=_line(error)), None
+            return Answer(question.key, "failed", reason=_line(error))
         self._count(1, raw.retries_taken)
         choice = reply.choices[0] if getattr(reply, "choices", None) else None
         if choice is None or choice.message is None:
-            return Answer(question.key, "unparsable", reason="the answer holds no message"), None
+            return Answer(question.key, "unparsable", reason="the answer holds no message")
         used = (reply.usage.prompt_tokens or 0, reply.usage.completion_tokens or 0) if reply.usage else (0, 0)
         with self._lock:
             self.tally.tokens[0] += used[0]
             self.tally.tokens[1] += used[1]
         text = THOUGHTS.sub("", choice.message.content or "").strip()
         if choice.message.refusal or choice.finish_reason == "content_filter":
-            return Answer(
-                question.key, "refused", text, reason=str(choice.message.refusal or "filtered"), tokens=used
-            ), None
-        likely = _likely(choice) if question.logprobs else None
-        if question.logprobs and likely is None:
-            self._stop.set()
-            raise JudgeStopped(
-                f"The judge {self.terms.model} gives no probabilities of its words (logprobs), which this protocol "
-                "needs; take --protocol tifa, or a server that gives them, such as vLLM."
-            )
-        value = _value(question, text, likely)
+            why = str(choice.message.refusal or "filtered")
+            return Answer(question.key, "refused", text, reason=why, tokens=used)
+        value = question.read(text)
         if value is None:
             status = "refused" if REFUSAL.match(text) else "unparsable"
-            return Answer(question.key, status, text, reason=text[:200] or "an empty answer", tokens=used), likely
-        return Answer(question.key, "ok", text, value, tokens=used), likely
+            return Answer(question.key, status, text, reason=text[:200] or "an empty answer", tokens=used)
+        return Answer(question.key, "ok", text, value, tokens=used)
 
     def _count(self, asked: int, retried: int) -> None:
         with self._lock:
@@ -276,28 +261,12 @@ class RemoteJudge:
         if self.terms.cache is None:
             return None
         digest = hashlib.sha256()
-        settings = (self.terms.url, self.terms.model, question.system, question.max_tokens, question.logprobs)
+        settings = (self.terms.url, self.terms.model, question.system, question.max_tokens)
         for part in (json.dumps(settings), *question.parts):
             data = part.encode() if isinstance(part, str) else part
             digest.update(len(data).to_bytes(8, "big") + data)
         name = digest.hexdigest()
         return self.terms.cache / name[:2] / f"{name}.json"
-
-
-def _value(question: Question, text: str, likely: dict[str, float] | None) -> Any:
-    if question.logprobs:
-        return None if likely is None else question.read(json.dumps(likely))
-    return question.read(text)
-
-
-def _likely(choice: Any) -> dict[str, float] | None:
-    entries = choice.logprobs.content if choice.logprobs else None
-    if not entries:
-        return None
-    found: dict[str, float] = {}
-    for entry in entries[0].top_logprobs or [entries[0]]:
-        found[entry.token] = found.get(entry.token, 0.0) + math.exp(entry.logprob)
-    return found
 
 
 def _data_url(data: bytes) -> str:
