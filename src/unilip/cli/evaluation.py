@@ -163,7 +163,7 @@ def judge_terms(o: Options) -> Terms | None:
             given[name] = JUDGE[name][0](value)
         except argparse.ArgumentTypeError as error:
             raise UniLIPError(f"--judge-set {name}: {error}.") from error
-    return Terms(o.judge, o.judge_model or "", **given)
+    return Terms(o.judge or "", o.judge_model or "", **given)
 
 
 def tell_scores(o: Options, report: Report, summaries: Sequence[Mapping[str, Any]], output: Path, **more: Any) -> int:

@@ -13,9 +13,9 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,13 @@ from unilip.checkpoints.read import open_checkpoint
 from unilip.emoji import score as emoji
 from unilip.emoji.art import Atlas
 from unilip.emoji.captions import canonical
-from unilip.emoji.dataset import Edits, Questions, Scenes
-from unilip.emoji.questions import KINDS
+from unilip.emoji.dataset import Edits, Scenes
 from unilip.emoji.world import World
 from unilip.errors import UniLIPError
 from unilip.files import read_json, read_lines, write_json, write_text
-from unilip.method.flow import interpolate, logit_normal, train_levels
+from unilip.method.flow import logit_normal
 from unilip.model import UniLIP
-from unilip.pictures import picture_psnr, picture_ssim, to_pixels
+from unilip.pictures import to_pixels
 from unilip.sampling import draw_noise
 
 log = logging.getLogger(__name__)
@@ -244,103 +243,71 @@ class Lab:
         self.atlas = Atlas.synthetic(self.world) if size == "tiny" else Atlas.load()
         self.progress = False
 
-    @cached_property
-    def scenes(self) -> list[dict[str, Any]]:
-        """Held-out scenes."""
-        data = Scenes(self.world, self.atlas, "val", emoji.DATA_SEED, CHEAP * self.count, "tokenizer")
-        return [data[i] for i in range(len(data))]
-
-    @cached_property
-    def questions(self) -> list[tuple[str, dict[str, Any]]]:
-        """Held-out questions of every kind, by key."""
-        kinds = [kind for kind in KINDS if kind != "style" or len(self.world.styles) > 1]
-        found = []
-        for kind in kinds:
-            data = Questions(self.world, self.atlas, "val", emoji.DATA_SEED, CHEAP * self.count, kinds=(kind,))
-            found += [(f"{kind}/{i:04d}", data[i]) for i in range(len(data))]
-        return found
-
     def load(self, folder: str | os.PathLike[str], parts: Sequence[str] | None = None) -> UniLIP:
         """Load a model on the device."""
         return UniLIP.from_pretrained(folder, parts=parts, device=self.device, dtype=self.dtype)
 
-    def batches(self, items: Sequence[Any], words: str) -> Iterator[Sequence[Any]]:
-        """Yield items in batches, with a bar."""
-        with tqdm(total=len(items), desc=words, unit="item", disable=not self.progress) as bar:
-            for start in range(0, len(items), self.batch_size):
-                batch = items[start : start + self.batch_size]
-                yield batch
-                bar.update(len(batch))
+    def judge(self, model: UniLIP, place: Path, parts: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Judge parts of `unilip eval emoji`: measure -> item -> value. A folder is of these weights alone."""
+        folder = place / f"emoji-{emoji.fingerprint(model)}"
+        emoji.evaluate(
+            model, folder, self.world, self.atlas, parts=parts, count=self.count, seeds=self.seeds,
+            batch_size=self.batch_size, progress=self.progress,
+        )  # fmt: skip
+        return judged(folder, self.count, self.seeds)
+
+    def once(self, file: Path, marks: Mapping[str, str], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what was measured before of the same weights (their `marks`) in the same way, or measure it."""
+        about = {
+            **marks, "count": self.count, "atlas": self.atlas.fingerprint, "data_seed": emoji.DATA_SEED,
+            "noises": NOISES, "dtype": str(self.dtype),
+        }  # fmt: skip
+        record = read_json(file, "measurement") if file.is_file() else {}
+        if record.get("about") != about:
+            if record:
+                log.info("%s was measured of other weights or in another way; measuring again", file)
+            record = {"about": about, "values": measure()}
+            write_json(file, record)
+        values: dict[str, Any] = record["values"]
+        return values
+
+    def distance(self, model: UniLIP, original: UniLIP) -> dict[str, dict[str, float]]:
+        """Return 1 less the cosine of two encoders' features of held-out scenes, mean over the tokens."""
+        data = Scenes(self.world, self.atlas, "val", emoji.DATA_SEED, CHEAP * self.count, "tokenizer")
+        found: dict[str, float] = {}
+        for i in range(len(data)):
+            pixels = to_pixels([Image.fromarray(data[i]["image"])])
+            with torch.no_grad():
+                ours, theirs = (one.features(pixels).float().cpu() for one in (model, original))
+            found[f"{i:04d}"] = float(1 - torch.cosine_similarity(ours, theirs, dim=-1).mean())
+        return {"feature_distance": found}
 
     @torch.no_grad()
-    def features(self, model: UniLIP, pictures: Sequence[np.ndarray]) -> Tensor:
-        """Return the encoder's features (B,N,D) of pictures."""
-        pixels = to_pixels([Image.fromarray(picture) for picture in pictures])
-        return model.features(pixels).float().cpu()
-
-    def answers(self, encoder: UniLIP, llm: UniLIP, words: str) -> dict[str, float]:
-        """Ask the language model of one model through the encoder of another: key -> 1 where it is right."""
-        reader = UniLIP(llm.config, llm.processor, parts=())
-        reader.parts = ("encoder", "mllm")
-        reader.add_module("encoder", encoder.encoder)
-        reader.add_module("mllm", llm.mllm)
-        found = {}
-        for batch in self.batches(self.questions, f"{words}, answers"):
-            items = [item for _, item in batch]
-            answers = reader.ask([i["image"] for i in items], [i["question"] for i in items], max_new_tokens=48)
-            for (key, item), answer in zip(batch, answers, strict=True):
-                found[key] = float(emoji.accepts(str(answer), item["accepted"]))
-        return found
-
-    def tokenizer(self, model: UniLIP, original: UniLIP, llm: UniLIP, words: str) -> dict[str, Any]:
-        """Measure a tokenizer: measure -> item -> value."""
-        values: dict[str, dict[str, float]] = {name: {} for name in TOKENIZER_MEASURES}
-        numbered = list(enumerate(item["image"] for item in self.scenes))
-        for batch in self.batches(numbered, f"{words}, pictures"):
-            truths = [picture for _, picture in batch]
-            ours, theirs = self.features(model, truths), self.features(original, truths)
-            near = torch.nn.functional.cosine_similarity(ours, theirs, dim=-1).mean(1)
-            for (index, truth), image, cosine in zip(batch, model.reconstruct(truths).images, near, strict=True):
-                key = f"{index:04d}"
-                values["psnr"][key] = picture_psnr(image, truth)
-                values["ssim"][key] = picture_ssim(image, truth)
-                values["feature_distance"][key] = float(1 - cosine)
-        return values | {"answers": self.answers(model, llm, words)}
-
-    @torch.no_grad()
-    def flow_loss(self, model: UniLIP, words: str) -> dict[str, dict[str, float]]:
-        """Return the flow loss of held-out captions and edits, item by item, each with noises of its own."""
-        size = CHEAP * self.count
+    def flow_loss(self, model: UniLIP) -> dict[str, dict[str, float]]:
+        """Return the flow loss of held-out captions and edits, item by item, each with NOISES noises of its own."""
+        size, processor = CHEAP * self.count, model.processor
+        assert processor is not None, "a model that generates has a tokenizer"
         scenes = Scenes(self.world, self.atlas, "val", emoji.DATA_SEED, size, "generation")
         edits = Edits(self.world, self.atlas, "val", emoji.DATA_SEED, size)
+
+        def pixels(picture: np.ndarray) -> Tensor:
+            return to_pixels([Image.fromarray(picture)] * NOISES).to(model.device, model.dtype)
+
+        def loss(name: str, i: int, text: Any, target: np.ndarray, source: Tensor | None = None) -> float:
+            generator = emoji.noise_generator(name, i)
+            tokens, targets = processor.tokenize([text] * NOISES).to(model.device), pixels(target)
+            shape = model.to_latent(model.features(targets)).shape[1:]
+            noise = draw_noise(NOISES, tuple(shape), [generator] * NOISES).to(targets)
+            return float(model.flow_loss(tokens, targets, noise, logit_normal(NOISES, generator).to(noise), source))
+
         found: dict[str, dict[str, float]] = {"flow": {}, "flow_edit": {}}
-        processor = model.processor
-        assert processor is not None, "a model that generates has a tokenizer"
-        for name in found:
-            for batch in self.batches(range(size), f"{words}, {MEASURES[name]}"):
-                features = None
-                if name == "flow":
-                    drawn = [scenes.draw(i) for i in batch]
-                    texts = [processor.generate_text(canonical(s, task, self.world)) for s, task, _ in drawn]
-                    targets = [scenes[i]["image"] for i in batch]
-                else:
-                    items = [edits[i] for i in batch]
-                    texts = [processor.edit_text(item["instruction"]) for item in items]
-                    targets = [item["target"] for item in items]
-                    features = self.features(model, [item["source"] for item in items]).to(model.device, model.dtype)
-                clean = model.to_latent(self.features(model, targets).to(model.device, model.dtype))
-                condition = model.condition(processor.tokenize(texts).to(model.device), features)
-                total = torch.zeros(len(batch))
-                generators = [emoji.noise_generator(name, i) for i in batch]
-                for _ in range(NOISES):
-                    noise = draw_noise(len(batch), tuple(clean.shape[1:]), generators).to(clean)
-                    timesteps, sigmas = train_levels(torch.cat([logit_normal(1, g) for g in generators]))
-                    noisy = interpolate(clean, noise, sigmas.to(clean))
-                    velocity = model.dit(noisy, timesteps.to(clean.device), *condition)
-                    error = (velocity.float() - (noise - clean)).square().flatten(1).mean(1)
-                    total += error.cpu()
-                for i, value in zip(batch, (total / NOISES).tolist(), strict=True):
-                    found[name][f"{i:04d}"] = value
+        for i in tqdm(range(size), desc="flow loss", unit="item", disable=not self.progress):
+            scene, task, _ = scenes.draw(i)
+            text = processor.generate_text(canonical(scene, task, self.world))
+            found["flow"][f"{i:04d}"] = loss("flow", i, text, scenes[i]["image"])
+            edit = edits[i]
+            text = processor.edit_text(edit["instruction"])
+            found["flow_edit"][f"{i:04d}"] = loss("flow_edit", i, text, edit["target"], pixels(edit["source"]))
         return found
 
 
@@ -358,33 +325,22 @@ def measure_tokenizers(lab: Lab, runs: Path, found: Mapping[str, Sequence[Run]],
         if not folder.is_dir():
             raise UniLIPError(f"There is no {folder}, which the ablations are compared with; unilip train {name}.")
     original, llm = lab.load(encoder, ("encoder",)), lab.load(reader, ("encoder", "mllm"))
-    about = {
-        "original": emoji.fingerprint(original), "llm": emoji.fingerprint(llm), "count": lab.count,
-        "atlas": lab.atlas.fingerprint, "data_seed": emoji.DATA_SEED, "dtype": str(lab.dtype),
-    }  # fmt: skip
-    folder = output / lab.size
-    before = _measured(
-        folder / ORIGINAL / "tokenizer.json", about, lambda: {"answers": lab.answers(original, llm, ORIGINAL)}
-    )
     for run in todo:
+        place = output / lab.size / run.variant / f"seed{run.seed}"
         model = lab.load(run.folder, ("encoder", "latent_head", "pixel_decoder"))
-        run.values |= _measured(
-            folder / run.variant / f"seed{run.seed}" / "tokenizer.json", {**about, "model": emoji.fingerprint(model)},
-            lambda: lab.tokenizer(model, original, llm, f"{run.variant} {run.seed}"),  # noqa: B023 - called at once
-        )  # fmt: skip
-    return before
+        marks = {"model": emoji.fingerprint(model), "original": emoji.fingerprint(original)}
+        run.values |= lab.once(place / "features.json", marks, partial(lab.distance, model, original))
+        run.values |= lab.judge(joined(model, llm), place, ("recon", "vqa"))
+    return lab.judge(joined(original, llm), output / lab.size / ORIGINAL, ("vqa",))
 
 
-def _measured(file: Path, about: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what was measured before of the same weights in the same way, or measure it."""
-    record = read_json(file, "measurement") if file.is_file() else {}
-    if record.get("about") != about:
-        if record:
-            log.info("%s was measured of other weights or in another way; measuring again", file)
-        record = {"about": about, "values": measure()}
-        write_json(file, record)
-    values: dict[str, Any] = record["values"]
-    return values
+def joined(model: UniLIP, llm: UniLIP) -> UniLIP:
+    """Return a model's tokenizer with the language model of another."""
+    whole = UniLIP(model.config.replace(text=llm.config.text), llm.processor, parts=())
+    for name, part in [*((name, getattr(model, name)) for name in model.parts), ("mllm", llm.mllm)]:
+        whole.add_module(name, part)
+    whole.parts = (*model.parts, "mllm")
+    return whole
 
 
 def measure_generators(lab: Lab, found: Mapping[str, Sequence[Run]], output: Path) -> None:
@@ -392,36 +348,27 @@ def measure_generators(lab: Lab, found: Mapping[str, Sequence[Run]], output: Pat
     for run in (run for several in found.values() for run in several if not run.is_tokenizer):
         place = output / lab.size / run.variant / f"seed{run.seed}"
         model = lab.load(run.folder)
-        mark = emoji.fingerprint(model)
-        judgements = place / f"emoji-{mark}"
-        emoji.evaluate(
-            model, judgements, lab.world, lab.atlas, parts=("gen", "edit", "riddle"), count=lab.count,
-            seeds=lab.seeds, batch_size=lab.batch_size, progress=lab.progress,
-        )  # fmt: skip
-        run.values |= judged(judgements, lab.count, lab.seeds)
-        if run.recipe["objective.target"] != "unilip":
-            continue  # a loss in other latents says nothing beside the rest
-        about = {
-            "model": mark, "count": lab.count, "noises": NOISES, "atlas": lab.atlas.fingerprint,
-            "data_seed": emoji.DATA_SEED, "dtype": str(lab.dtype),
-        }  # fmt: skip
-        words = f"{run.variant} {run.seed}"
-        run.values |= _measured(place / "flow.json", about, lambda: lab.flow_loss(model, words))  # noqa: B023 - at once
+        run.values |= lab.judge(model, place, ("gen", "edit", "riddle"))
+        if run.recipe["objective.target"] == "unilip":  # a loss in other latents says nothing beside the rest
+            marks = {"model": emoji.fingerprint(model)}
+            run.values |= lab.once(place / "flow.json", marks, partial(lab.flow_loss, model))
 
 
 def judged(folder: Path, count: int, seeds: int) -> dict[str, dict[str, float]]:
     """Read the judged items of a folder of `unilip eval emoji`: measure -> prompt -> mean over its pictures."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    names = {"gen": "generation", "edit": "edits", "riddle": "riddles"}
+    names = {"vqa": "answers", "gen": "generation", "edit": "edits", "riddle": "riddles"}
+    sizes = {"recon": CHEAP * count, "vqa": CHEAP * count, "riddle": 2 * count}
     for record in read_lines(folder / "items.jsonl", "list of judged items"):
-        size, number = (2 * count if record["part"] == "riddle" else count), int(record["key"].rpartition("/")[2])
-        last = max(1, seeds // 2) if record["part"] == "edit" else seeds
-        if record["group"] == emoji.UNGUIDED or record["index"] >= size or number >= last:
+        part, number = record["part"], int(record["key"].rpartition("/")[2])
+        last = max(1, seeds // 2) if part == "edit" else seeds if part in ("gen", "riddle") else math.inf
+        if record["group"] == emoji.UNGUIDED or record["index"] >= sizes.get(part, count) or number >= last:
             continue  # a control, or of an earlier run with more prompts
         prompt = f"{record['group']}/{record['index']:04d}"
-        found[names[record["part"]]][prompt].append(float(record["ok"]))
-        if record.get("psnr_outside") is not None:
-            found["psnr_outside"][prompt].append(float(record["psnr_outside"]))
+        values = {names[part]: float(record["ok"])} if part in names else {}
+        values |= {key: record[key] for key in ("psnr", "ssim", "psnr_outside") if record.get(key) is not None}
+        for name, value in values.items():
+            found[name][prompt].append(value)
     return {name: {key: float(np.mean(v)) for key, v in values.items()} for name, values in found.items()}
 
 
