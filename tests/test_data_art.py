@@ -147,6 +147,8 @@ def test_prepare_reads_folders_and_tarballs_alike(tmp_path, monkeypatch):
     first = art.prepare(tmp_path / "a", folder, lambda done, total: seen.append((done, total)))
     second = art.prepare(tmp_path / "b", tarballs)
     assert first.read_bytes() == second.read_bytes()
+    monkeypatch.setattr(art, "_npm_pack", lambda folder: pytest.fail("what is there was fetched again"))
+    assert art.prepare(tmp_path / "a") == first
     assert seen[-1] == (21, 21)  # cat and man in three styles, the man in five more tones
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["CREDITS.txt", art.ATLAS_FILE]
     credits = (tmp_path / "a" / "CREDITS.txt").read_text()

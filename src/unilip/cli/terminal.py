@@ -281,6 +281,8 @@ def load(o: Options, *parts: str) -> UniLIP:
             say(f"{folder} changes {', '.join(changed)}, which this verb does not use")
         parts = tuple(dict.fromkeys([*parts, *changed])) if parts else ()
     device = choose_device(o.device)
+    if getattr(o, "progress", False) and sys.stderr.isatty():
+        say(f"loading {o.model or 'the embedded model'} on {device}")
     # beside a GPU plain weights rest in main memory; else they are read from disk (and quantised where they work)
     on_gpu = low_memory and device != "cpu" and quantized is None
     model = UniLIP.from_pretrained(

@@ -184,11 +184,8 @@ def prepare(
     npm, a package or a drawing is missing.
     """
     folder = Path(output) if output is not None else data_dir()
+    path, credits = folder / ATLAS_FILE, folder / "CREDITS.txt"
     sprites: dict[str, bytes] = {}
-    with tempfile.TemporaryDirectory(prefix="unilip-art-") as scratch:
-        if source is None:
-            source = _npm_pack(Path(scratch))
-        packages = {name: _open_package(style, Path(source), Path(scratch)) for name, style in STYLES.items()}
     work = [
         (name, c.name, tone)
         for name in STYLES
@@ -196,15 +193,21 @@ def prepare(
         if c.codepoint
         for tone in (None, *(TONES if c.toned else ()))
     ]
+    made = path.is_file() and credits.is_file() and credits.read_bytes() == _credits().encode()
+    if source is None and made and Atlas.load(path)._sprites.keys() == {_key(*item) for item in work}:
+        log.info("the art of these versions is in %s already; remove the folder to draw it again", folder)
+        return path
+    with tempfile.TemporaryDirectory(prefix="unilip-art-") as scratch:
+        if source is None:
+            source = _npm_pack(Path(scratch))
+        packages = {name: _open_package(style, Path(source), Path(scratch)) for name, style in STYLES.items()}
     for done, (style, name, tone) in enumerate(work):
         svg = packages[style].svg(concept(name).tone_codepoint(tone) if tone else concept(name).codepoint, name)
         sprites[_key(style, name, tone)] = _rasterise(*svg)
         if progress is not None:
             progress(done + 1, len(work))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ATLAS_FILE
     _write_atlas(path, sprites)
-    write_bytes(folder / "CREDITS.txt", _credits().encode())
+    write_bytes(credits, _credits().encode())
     log.info("wrote %d sprites to %s", len(sprites), path)
     return path
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from unilip.errors import UniLIPError
-from unilip.files import read_json, read_lines, write_json, write_lines
+from unilip.files import file_hash, read_json, read_lines, write_json, write_lines
 
 Row = dict[str, Any]
 RESAMPLES = 2000
@@ -165,6 +165,7 @@ def write_scores(
         "scores": scores,
         "parts": add_parts(rows),
         "date": time.strftime("%Y-%m-%d"),
+        "rows_sha256": file_hash(folder / f"{slug}.jsonl"),
     }
     write_json(folder / f"{slug}.json", summary)
     return summary
@@ -179,7 +180,13 @@ def read_scores(run: Path) -> list[tuple[dict[str, Any], list[Row]]]:
     files = sorted((run / FOLDER).glob("*.json"))
     if not files:
         raise UniLIPError(f"{run} has no scores; run its `unilip eval` command with a scorer first.")
-    return [(read_json(file, "scores"), read_lines(file.with_suffix(".jsonl"), "rows of scores")) for file in files]
+    found = []
+    for file in files:
+        summary, rows = read_json(file, "scores"), file.with_suffix(".jsonl")
+        if rows.is_file() and file_hash(rows) != summary.get("rows_sha256"):
+            raise UniLIPError(f"{rows} is not what {file.name} was made of; score the run again.")
+        found.append((summary, read_lines(rows, "rows of scores")))
+    return found
 
 
 def column(summary: Mapping[str, Any]) -> str:
