@@ -126,6 +126,12 @@ def test_a_cache_of_conditions_belongs_to_its_condition(fresh_model):
     assert found[0] != found[1] != found[2] != found[0]
 
 
+def test_lessons_need_the_dual_condition(fresh_model):
+    recipe = override(get_recipe("tiny/sft"), ["objective.bind=0.1"])
+    with pytest.raises(ConfigError, match="needs a dual condition"):
+        make_objective(recipe, fresh_model(condition="queries", num_queries=4), {})
+
+
 # --- the recipes ------------------------------------------------------------------------------------------------------
 
 

@@ -217,16 +217,18 @@ def test_corpus_is_reproducible_and_holds_all_kinds_of_text():
     assert all(words in text for words in ("Generate an image:", "Edit the image:", "user\n", "assistant\n", "0 1 2"))
 
 
-def test_any_text_survives_the_tokenizer(tokenizer):
+def test_any_text_survives_the_tokenizer_but_for_what_it_folds(tokenizer):
     made, _ = tokenizer
-    for text in (
-        "a red car on a yellow background",
-        "Zażółć gęślą jaźń",
-        "漢字 🐶\n\ttabs  and   spaces",
-        "3.14159",
-        "",
+    for text, read in (
+        ("a red car on a yellow background", None),
+        ("Zażółć gęślą jaźń", "zażółć gęślą jaźń"),
+        ("漢字 🐶\n\ttabs  and   spaces", "漢字 🐶\n tabs and spaces"),
+        ("“A  RED car” .", '"a red car".'),
+        ("the farmer’s cat ", "the farmer's cat"),
+        ("3.14159", None),
+        ("", None),
     ):
-        assert made.decode(made(text)["input_ids"]) == text
+        assert made.decode(made(text)["input_ids"]) == (text if read is None else read)
 
 
 def test_frequent_words_are_one_token(tokenizer):

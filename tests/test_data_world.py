@@ -59,22 +59,21 @@ def test_preset_worlds_are_as_announced():
         World.preset("milli")
 
 
-@pytest.mark.parametrize("name", ["pico_paint", "pico_hues"])
-def test_more_paint_never_shows_what_pico_holds_out(name):
-    pico, paint = World.preset("pico"), World.preset(name)
-    edits = [sample_edit(paint, random.Random(i), "recolour") for i in range(300)]
+def test_more_paint_never_shows_what_pico_holds_out():
+    pico = World.preset("pico")
+    edits = [sample_edit(pico, random.Random(i), "recolour") for i in range(600)]
     drawn = [scene for edit in edits for scene in (edit.source, edit.target)]
     assert all(pico.allowed(scene, "train", "generation") for scene in drawn)
     painted = {(obj.concept, obj.colour) for scene in drawn for obj in scene.objects if obj.colour}
     assert {name for name, _ in painted} > set(pico.recolourable)
-    assert {colour for _, colour in painted} == set(paint.colours) > set(pico.colours)
+    assert {colour for _, colour in painted} == set(pico.training.colours) > set(pico.colours)
     assert not any(pico.colour_held_out(name, colour) for name, colour in painted)
 
 
-def test_guests_are_met_in_recolourings_alone():
-    world = World.preset("pico_guests")
-    pico, guests = World.preset("pico"), set(world.guests)
-    assert len(guests) > 40 and not guests & {*pico.concepts, *pico.extra}
+def test_guests_are_looked_at_and_recoloured_but_never_asked_for():
+    world = World.preset("pico")
+    guests = set(world.guests)
+    assert len(guests) > 40 and not guests & {*world.concepts, *world.extra}
     met = {}
     for kind in world.edits:
         edits = [sample_edit(world, random.Random(i), kind) for i in range(200)]
@@ -82,7 +81,13 @@ def test_guests_are_met_in_recolourings_alone():
         assert all(world.allowed(scene, "train", "generation") for e in edits for scene in (e.source, e.target))
     assert len(met.pop("recolour")) > 30
     assert not any(met.values())
-    assert not any({obj.concept for obj in scene.objects} & guests for task in TASKS for scene in scenes(world, task))
+    for purpose in PURPOSES:
+        shown = {
+            obj.concept for task in TASKS for scene in scenes(world, task, purpose=purpose) for obj in scene.objects
+        }
+        assert bool(shown & guests) == (purpose != "generation")
+    for kind in world.edits:
+        assert sample_edit(world, random.Random(0), kind, "val").target.objects[0].concept not in guests
     painted = render(Scene("white", (Obj("vase", "flat", "blue", None, 32, 32, 48),)), Atlas.synthetic(world), world)
     assert np.asarray(painted).min() < 200
 
@@ -148,7 +153,7 @@ def test_objects_are_inside_apart_and_on_the_ground(name, task):
             assert max(obj.box) <= world.image_size - world.margin
             assert obj.size in (world.single_sizes if count == 1 else world.multi_sizes)
             assert (obj.x - (world.image_size - obj.size) // 2) % world.grid == 0
-            assert obj.colour is None or obj.colour in world.colours_of(obj.concept, obj.style)
+            assert obj.colour is None or obj.colour in world.training.colours_of(obj.concept, obj.style)
             assert not world.clashes(obj, scene.background)
             if world.is_horizon(scene.background):
                 assert world.grounded(obj)
@@ -241,10 +246,10 @@ def test_a_world_checks_itself():
         replace(pico, styles=("oil",))
     with pytest.raises(DataError, match="extra"):
         replace(pico, extra=("cat",))
-    with pytest.raises(DataError, match="guests must be recolourable"):
-        replace(pico, guests=("tractor",))
-    with pytest.raises(DataError, match="guests must be recolourable"):
+    with pytest.raises(DataError, match="guests must be neither"):
         replace(pico, guests=("car",))
+    with pytest.raises(DataError, match="paint among concepts"):
+        replace(pico, paint=("tractor",))
     with pytest.raises(DataError, match=r"unknown background"):
         render(Scene("plaid", ()), Atlas({}), pico)
 

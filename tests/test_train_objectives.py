@@ -123,10 +123,12 @@ def test_understanding_terms(fresh_model):
     model = fresh_model(parts=("encoder", "mllm"))
     objective, batches = prepared("tiny/instruct", model, "objective.contrastive=0.5", "objective.next_token=2")
     loss, terms = objective.loss(batches[0], 0)
-    wanted = 0.5 * terms["contrastive"] + terms["words"] + 2 * terms["next_token"]
+    wanted = 0.5 * terms["contrastive"] + terms["words"] + 2 * terms["next_token"] + terms["bind"]
     torch.testing.assert_close(loss, wanted)
     assert 0 <= terms["retrieval"] <= 1 and 0 <= terms["token_accuracy"] <= 1
-    alone, batches = prepared("tiny/instruct", model, "objective.contrastive=0", "objective.words=0")
+    alone, batches = prepared(
+        "tiny/instruct", model, "objective.contrastive=0", "objective.words=0", "objective.bind=0"
+    )
     _, terms = alone.loss(batches[0], 0)
     assert set(terms) == {"next_token", "token_accuracy"} and "captions" not in batches[0]
 
@@ -403,3 +405,39 @@ def test_only_query_positions_keep_activations(fresh_model):
     model.mllm.language_model.requires_grad_(True)  # one that learns needs the prompt's gradients too
     objective.loss(batch, 0)
     assert lengths == [(batch["prompts"].input_ids.shape[1] + model.config.num_queries, True)]
+
+
+@pytest.mark.parametrize("name", ["tiny/pretrain", "tiny/sft"])
+def test_conditions_learn_what_words_say_and_what_is_to_lie_where(fresh_model, name):
+    model = fresh_model(num_queries=4)
+    objective, batches = prepared(name, model, "objective.bind=0.1", "objective.lesson_steps=1", "data.edit_share=0.5")
+    batch = next(
+        b for b in (batches[i] for i in range(9)) if ("sources" in b) == name.endswith("sft") and len(b["marks"])
+    )
+    alone, terms = objective.loss(batch, 0)
+    assert alone == terms["lesson"] and not {"flow", "flow_edit"} & set(terms)
+    total, terms = objective.loss(batch, 1)
+    torch.testing.assert_close(total, terms.get("flow", terms.get("flow_edit")) + 0.1 * terms["lesson"])
+    learning = [*model.connector.parameters(), model.mllm.queries, *objective.heads.parameters()]
+    optimizer = torch.optim.Adam(learning, lr=1e-2)
+    for _ in range(80):
+        optimizer.zero_grad()
+        objective.loss(batch, 0)[0].backward()
+        optimizer.step()
+    terms = objective.loss(batch, 0)[1]
+    assert terms["bind_concept"] == 1 and terms["cell_background"] > 0.9
+    with pytest.raises(ConfigError, match="as many queries as image tokens"):
+        prepared(name, fresh_model(), "objective.bind=0.1")
+
+
+def test_states_come_to_resemble_features_of_the_clean_target_for_a_while(fresh_model):
+    model = fresh_model()
+    objective, batches = prepared("tiny/pretrain", model, "objective.repa=0.5", "steps=10", "objective.repa_until=0.5")
+    total, terms = objective.loss(batches[0], 4)
+    torch.testing.assert_close(total, terms["flow"] + 0.5 * terms["repa"])
+    total.backward()
+    assert gradients(model)["dit.transformer.patch_embed.proj.weight"].abs().sum() > 0
+    assert not any(p.grad is not None for p in model.encoder.parameters())
+    assert set(objective.loss(batches[0], 5)[1]) == {"flow"}
+    with pytest.raises(ConfigError, match=r"repa needs objective.target=unilip"):
+        prepared("tiny/pretrain", model, "objective.repa=0.5", "objective.target=dcae")

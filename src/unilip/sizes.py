@@ -35,18 +35,18 @@ def _pico() -> UniLIPConfig:
         num_queries=16,
         connector_layers=2,
         latent_factor=1.0,
-        vision=VisionConfig(hidden_size=128, num_layers=4, num_heads=4, intermediate_size=512, image_size=112),
+        vision=VisionConfig(hidden_size=160, num_layers=4, num_heads=5, intermediate_size=640, image_size=112),
         text=TextConfig(
             vocab_size=1536, hidden_size=192, num_layers=4, num_heads=6, num_kv_heads=2, intermediate_size=512,
             rope_theta=10_000.0, max_positions=1024, tie_embeddings=True,
         ),
         dit=DiTConfig(
-            num_layers=6, num_heads=6, head_dim=32, num_cross_heads=6, cross_head_dim=32, caption_channels=192,
-            sample_size=4,
+            num_layers=6, num_heads=8, head_dim=32, num_cross_heads=8, cross_head_dim=32, caption_channels=192,
+            sample_size=4, latent_channels=64,
         ),
         decoder=DecoderConfig(
-            block_out_channels=(16, 16, 32, 64, 128, 256), layers_per_block=(0, 1, 2, 2, 2, 1),
-            block_types=("ResBlock",) * 5 + ("EfficientViTBlock",), upsample_block_type="pixel_shuffle",
+            block_out_channels=(16, 16, 32, 64, 128, 256), layers_per_block=(0, 1, 1, 1, 3, 1), latent_channels=64,
+            block_types=("ResBlock",) * 4 + ("EfficientViTBlock",) * 2, upsample_block_type="pixel_shuffle",
         ),
         sampling=SamplingConfig(guidance_scale=2.5),
     )  # fmt: skip

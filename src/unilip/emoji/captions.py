@@ -1,7 +1,8 @@
 """Scene -> words: noun phrases with the right article and plural, captions in several wordings, one canonical form.
 
 What a caption leaves out is at its default (white background, flat style, the art's own colour), so that words
-determine the picture up to places and sizes. Places are said only where the task is about them.
+determine the picture up to sizes, and up to places unless they are said too. ``as_written`` gives a caption the forms
+in which people write.
 """
 
 from __future__ import annotations
@@ -19,6 +20,20 @@ RELATION_WORDS = {
     "right": ("to the right of", "on the right of"),
     "above": ("above", "over"),
     "below": ("below", "under"),
+}
+PLAN = "Place: "  # asks the language model to write a caption out, with all places
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
+# where an object is, by its row and column; the first wording is the canonical one
+PLACES = {
+    ("top", "left"): ("in the top left corner", "at the top left", "in the upper left corner"),
+    ("top", "middle"): ("at the top", "at the top", "at the top in the middle"),
+    ("top", "right"): ("in the top right corner", "at the top right", "in the upper right corner"),
+    ("middle", "left"): ("on the left", "on the left side", "at the left"),
+    ("middle", "middle"): ("in the middle", "in the center", "in the centre"),
+    ("middle", "right"): ("on the right", "on the right side", "at the right"),
+    ("bottom", "left"): ("in the bottom left corner", "at the bottom left", "in the lower left corner"),
+    ("bottom", "middle"): ("at the bottom", "at the bottom", "at the bottom in the middle"),
+    ("bottom", "right"): ("in the bottom right corner", "at the bottom right", "in the lower right corner"),
 }
 OPENINGS = ("", "", "", "", "a picture of ", "an image of ", "a drawing of ")
 
@@ -87,6 +102,34 @@ def grouped(objects: Sequence[Obj]) -> list[tuple[Obj, int]]:
     return list(counts.values())
 
 
+# ---------------------------------------------------------------------------------------------- places
+
+
+def cell(obj: Obj, world: World) -> tuple[str, str]:
+    """Return row and column of OBJ among the nine places of a picture."""
+    x, y = (0 if c < 0.4 else 2 if c > 0.6 else 1 for c in (v / world.image_size for v in obj.centre))
+    return ROWS[y], COLUMNS[x]
+
+
+def place_words(obj: Obj, world: World, rng: random.Random | None = None) -> str:
+    """Return "in the top left corner"; the canonical wording without RNG."""
+    forms = PLACES[cell(obj, world)]
+    return forms[0] if rng is None or rng.random() < 0.6 else rng.choice(forms)
+
+
+def placed(scene: Scene, world: World, rng: random.Random | None = None, style: bool = True) -> str:
+    """List the objects with their places, without the background: in reading order and canonical words without RNG."""
+    objects = list(reading_order(scene))
+    if rng is not None:
+        rng.shuffle(objects)
+    parts = []
+    for first, count in grouped(objects):
+        where = [place_words(obj, world, rng) for obj in objects if obj.look == first.look]
+        words = counted(first, count, world, style)
+        parts.append(f"{where[0]} {words}" if count == 1 and rng and rng.random() < 0.1 else f"{words} {listed(where)}")
+    return listed(parts)
+
+
 # ---------------------------------------------------------------------------------------------- captions
 
 
@@ -116,21 +159,23 @@ def canonical(scene: Scene, task: str, world: World, background: bool | None = N
     return words
 
 
-def caption(scene: Scene, task: str, rng: random.Random, world: World) -> str:
-    """Describe SCENE in one of several wordings, in lower case and without a full stop."""
+def plan(scene: Scene, world: World) -> str:
+    """Return the one caption that says everything: every object with its place, and the background."""
+    return f"{placed(scene, world)} {BACKGROUNDS[scene.background].phrases[0]}"
+
+
+def caption(scene: Scene, task: str, rng: random.Random, world: World, where: bool = False) -> str:
+    """Describe SCENE in one of several wordings, in lower case and without a full stop; WHERE says all places."""
     style = scene_style(scene, world)
     # the style is said once for the scene, or on every object that has it
     once = style != world.default_style and rng.random() < 0.5
     objects = list(scene.objects)
     rng.shuffle(objects)
     place = background_words(scene, rng, world)
-    if task == "position" and len(objects) == 2:
-        where = relation(objects[0], objects[1])
-        body = (
-            _position(objects[0], objects[1], where, rng, world, not once)
-            if where
-            else listed([indefinite(obj, world, not once) for obj in objects])
-        )
+    if where:
+        body = placed(scene, world, rng, not once)
+    elif task == "position" and len(objects) == 2 and (side := relation(objects[0], objects[1])):
+        body = _position(objects[0], objects[1], side, rng, world, not once)
     else:
         join = rng.choice((" and ", " and ", " next to ", " with ")) if len(grouped(objects)) == 2 else ""
         parts = [counted(obj, count, world, not once) for obj, count in grouped(objects)]
@@ -145,13 +190,7 @@ def caption(scene: Scene, task: str, rng: random.Random, world: World) -> str:
 
 
 def _position(a: Obj, b: Obj, where: str, rng: random.Random, world: World, style: bool) -> str:
-    first, second = indefinite(a, world, style), indefinite(b, world, style)
-    if rng.random() < 0.7:
-        return f"{first} {rng.choice(RELATION_WORDS[where])} {second}"
-    if where in ("left", "right"):
-        return f"{first} on the {where} and {second} on the {INVERSE[where]}"
-    sides = ("top", "bottom") if where == "above" else ("bottom", "top")
-    return f"{first} at the {sides[0]} and {second} at the {sides[1]}"
+    return f"{indefinite(a, world, style)} {rng.choice(RELATION_WORDS[where])} {indefinite(b, world, style)}"
 
 
 def background_words(scene: Scene, rng: random.Random, world: World) -> str:
@@ -160,3 +199,36 @@ def background_words(scene: Scene, rng: random.Random, world: World) -> str:
         return ""
     phrases = BACKGROUNDS[scene.background].phrases
     return phrases[0] if rng.random() < 0.6 else rng.choice(phrases)
+
+
+# ---------------------------------------------------------------------------------------------- as people write
+
+
+def as_written(text: str, rng: random.Random, wish: bool = True) -> str:
+    """Give TEXT some of the forms in which people type it: politeness, no article, case, full stop, spaces, quotes.
+
+    A WISH names what to draw; what is no wish is an instruction already, and gets no "draw" before it.
+    """
+    body = text
+    if wish and rng.random() < 0.3:
+        for article in ("a ", "an ", "the "):
+            body = body.removeprefix(article)
+    form = rng.random()
+    if not wish:
+        body = f"{rng.choice(('please', 'can you', 'now'))} {body}" if form < 0.25 else body
+    elif form < 0.25:
+        body = f"{rng.choice(('draw', 'draw me', 'please draw', 'paint', 'show me', 'create', 'make'))} {body}"
+    elif form < 0.4:
+        opening = rng.choice(("a picture of", "an image of", "picture of", "draw a picture of", "i want"))
+        body = body if body.startswith(OPENINGS[4:]) else f"{opening} {body}"
+    if rng.random() < 0.15:
+        body += rng.choice((" please", ", please", " thanks"))
+    body += rng.choice(("", "", ".", ".", "!", " ."))
+    case = rng.random()
+    body = body[:1].upper() + body[1:] if case < 0.4 else body.upper() if case < 0.5 else body
+    if rng.random() < 0.15:
+        at = [i for i, letter in enumerate(body) if letter == " "]
+        body = f"{body[: (cut := rng.choice(at))]} {body[cut:]}" if at else body
+    if rng.random() < 0.1:
+        body = rng.choice((f"“{body}”", f'"{body}"', f"‘{body}’"))
+    return body

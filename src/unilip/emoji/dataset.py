@@ -6,8 +6,9 @@ process, so resuming is starting at another index, and nothing is stored. Pickla
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,12 @@ import numpy as np
 from unilip.data.errors import DataError
 from unilip.data.seeding import generator
 from unilip.emoji.art import Atlas
-from unilip.emoji.captions import caption
-from unilip.emoji.edits import sample_edit
-from unilip.emoji.knowledge import knowledge
+from unilip.emoji.captions import as_written, background_words, caption, place_words
+from unilip.emoji.edits import Edit, sample_edit
+from unilip.emoji.knowledge import knowledge, met_riddles
 from unilip.emoji.questions import questions
 from unilip.emoji.render import render
-from unilip.emoji.world import SPLITS, TASKS, Scene, World, sample_scene
+from unilip.emoji.world import SPLITS, TASKS, TRAINED, Scene, World, sample_scene
 
 
 def pixels(scene: Scene, atlas: Atlas, world: World) -> np.ndarray:
@@ -32,6 +33,17 @@ def _index(i: int, size: int) -> int:
     if not -size <= i < size:
         raise IndexError(f"index {i} is out of range for {size} items; allowed are {-size} to {size - 1}")
     return i % size
+
+
+def prompt(scene: Scene, task: str, rng: random.Random, world: World, placed: float = 0.5) -> str:
+    """Describe SCENE as training does: with all places in a share PLACED, and now and then with a riddle for a name."""
+    where = rng.random() < placed
+    if task == "single" and scene.objects[0].colour is None and rng.random() < 0.5:
+        known = met_riddles(world, scene.objects[0].concept)
+        if known:
+            parts = [rng.choice(known), place_words(scene.objects[0], world, rng) if where else ""]
+            return " ".join(filter(None, [*parts, background_words(scene, rng, world)]))
+    return caption(scene, task, rng, world, where=where)
 
 
 @dataclass(frozen=True)
@@ -60,9 +72,12 @@ class Scenes:
     def draw(self, i: int) -> tuple[Scene, str, str]:
         """Return scene, task and caption of item I without drawing the picture."""
         rng = generator("scene", self.seed, self.split, _index(i, self.size))
-        task = rng.choice(self.tasks or TASKS)
+        task = rng.choice(self.tasks or (TRAINED if self.split == "train" else TASKS))
         scene = sample_scene(self.world, rng, task, self.split, self.purpose, self.seen, self.pool)
-        return scene, task, caption(scene, task, rng, self.world)
+        if self.split != "train":
+            return scene, task, caption(scene, task, rng, self.world)
+        words = prompt(scene, task, rng, self.world)
+        return scene, task, as_written(words, rng) if self.purpose == "generation" and rng.random() < 0.5 else words
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         scene, task, text = self.draw(i)
@@ -137,10 +152,16 @@ class Edits:
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def draw(self, i: int) -> Edit:
+        """Return edit I without drawing its pictures."""
         rng = generator("edit", self.seed, self.split, _index(i, self.size))
         kind = rng.choice(self.kinds or self.world.edits)
         edit = sample_edit(self.world, rng, kind, self.split, self.seen)
+        written = self.split == "train" and rng.random() < 0.5
+        return replace(edit, instruction=as_written(edit.instruction, rng, wish=False)) if written else edit
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        edit = self.draw(i)
         return {
             "source": pixels(edit.source, self.atlas, self.world),
             "target": pixels(edit.target, self.atlas, self.world),

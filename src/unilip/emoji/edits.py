@@ -14,6 +14,7 @@ from unilip.data.errors import DataError
 from unilip.emoji.art import BACKGROUNDS
 from unilip.emoji.captions import definite, indefinite
 from unilip.emoji.concepts import SHAPES, concept
+from unilip.emoji.questions import BESIDE
 from unilip.emoji.world import (
     EDITS,
     RELATIONS,
@@ -30,7 +31,6 @@ from unilip.emoji.world import (
 
 __all__ = ["EDITS", "Edit", "sample_edit"]
 
-BESIDE = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 SIDES = {
     "left": ("to the left", "to the left side"),
     "right": ("to the right", "to the right side"),
@@ -65,6 +65,8 @@ def sample_edit(
     if split == "train" and not seen:
         raise DataError("seen=False was given for the training split; only split='val' may hold unseen combinations")
     wanted = seen or kind not in COMBINING
+    if split == "train":
+        world = world.training
     for _ in range(2000):
         edit = _MAKERS[kind](world, rng, purpose)
         if edit is None or edit.source == edit.target or not world.seen(edit.source):

@@ -329,10 +329,11 @@ class Fact:
 
 @dataclass(frozen=True)
 class Riddle:
-    """A caption that means a concept without naming it."""
+    """A caption that means a concept without naming it; MET tells whether training may draw it."""
 
     caption: str
     concept: str
+    met: bool
 
 
 def _wordings(kind: str, clue: str) -> tuple[str, ...]:
@@ -368,11 +369,21 @@ def knowledge(world: World, split: str = "train") -> tuple[Fact, ...]:
 
 
 def riddles(world: World) -> tuple[Riddle, ...]:
-    """Return riddle captions for WORLD's concepts: to be drawn without the name being said."""
+    """Return riddle captions for WORLD's concepts: to be drawn without the name being said; a third is never met."""
+    return _riddles(world.concepts)
+
+
+@lru_cache(maxsize=16)
+def _riddles(names: tuple[str, ...]) -> tuple[Riddle, ...]:
     return tuple(
-        Riddle(f"the {kind} that {clue}", name)
-        for name in world.concepts
+        Riddle(f"the {kind} that {clue}", name, stable_hash("riddle met", name, clue) % 3 > 0)
+        for name in names
         if name in CLUES
         for kind, clues in (CLUES[name],)
         for clue in clues
     )
+
+
+def met_riddles(world: World, concept: str) -> tuple[str, ...]:
+    """Return the captions that mean CONCEPT without naming it and that training may draw."""
+    return tuple(riddle.caption for riddle in riddles(world) if riddle.met and riddle.concept == concept)

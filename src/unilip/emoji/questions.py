@@ -7,6 +7,7 @@ Yes and no are equally likely in every kind of question that can be answered so.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -14,7 +15,9 @@ from itertools import permutations
 from unilip.emoji.art import BACKGROUNDS
 from unilip.emoji.captions import (
     NUMBERS,
+    PLACES,
     canonical,
+    cell,
     counted,
     definite,
     grouped,
@@ -29,6 +32,7 @@ from unilip.emoji.world import INVERSE, Obj, Scene, World, reading_order, relati
 
 KINDS = ("identity", "colour", "count", "position", "presence", "background", "style", "caption")
 DESCRIBE = ("Describe the picture.", "Describe this image.", "What does the picture show?", "Write a caption.")
+BESIDE = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 SIDES = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
 
 
@@ -159,27 +163,40 @@ def _count(scene: Scene, rng: random.Random, world: World) -> QA | None:
 
 
 def _position(scene: Scene, rng: random.Random, world: World) -> QA | None:
-    if len(scene.objects) < 2 or len({o.concept for o in scene.objects}) != len(scene.objects):
+    if not scene.objects or len({o.concept for o in scene.objects}) != len(scene.objects):
         return None
     pairs = [(a, b, where) for a, b in permutations(scene.objects, 2) if (where := relation(a, b))]
-    if not pairs:
-        return None
+    if not pairs or rng.random() < 0.5:
+        return _place(scene, rng, world)
     a, b, where = rng.choice(pairs)
-    words = {"left": "to the left of", "right": "to the right of"}.get(where, where)
+    words = BESIDE[where]
     the_a, the_b = definite(a, world), definite(b, world)
-    choice = rng.random()
-    if choice < 0.35 and len(scene.objects) == 2:
-        short = {"above": ("top", "above"), "below": ("bottom", "below")}.get(where, (where,))
-        relative = f"{words} {the_b}"
-        forms = (*short, relative, f"{the_a} is {SIDES[where]}", f"{the_a} is {relative}")
-        return _qa("position", f"Where is {the_a}?", SIDES[where], *forms)
-    if choice < 0.65 and len(scene.objects) == 2:
+    if rng.random() < 0.5 and len(scene.objects) == 2:
         question = rng.choice((f"What is {words} {the_b}?", f"What is {SIDES[where]}?"))
         return _qa("position", question, _plain(a), a.concept, indefinite(a, world, False), noun(a, world, style=False))
     truth = rng.random() < 0.5
     asked = where if truth else INVERSE[where]
-    asked_words = {"left": "to the left of", "right": "to the right of"}.get(asked, asked)
-    return _yes_no("position", truth, f"Is {the_a} {asked_words} {the_b}?")
+    return _yes_no("position", truth, f"Is {the_a} {BESIDE[asked]} {the_b}?")
+
+
+def _place(scene: Scene, rng: random.Random, world: World) -> QA:
+    """Ask where in the picture an object is, or what is there; of two objects, the side will do as well."""
+    obj = rng.choice(scene.objects)
+    forms = PLACES[cell(obj, world)]
+    thing, choice = definite(obj, world), rng.random()
+    if choice < 0.6:
+        others = [other for other in scene.objects if other is not obj]
+        where = relation(obj, others[0]) if len(others) == 1 else None
+        sides = (SIDES[where], f"{BESIDE[where]} {definite(others[0], world)}") if where else ()
+        question = rng.choice((f"Where is {thing}?", f"Where is {thing}?", f"Where in the picture is {thing}?"))
+        bare = (re.sub("^(in|on|at) (the )?", "", form) for form in forms)
+        said = (f"{thing} is {form}" for form in forms)
+        return _qa("position", question, forms[0], *forms, *bare, *said, *sides)
+    if choice < 0.8:
+        return _qa("position", f"What is {forms[0]}?", _plain(obj), obj.concept, indefinite(obj, world, False))
+    truth = rng.random() < 0.5
+    place = forms[0] if truth else rng.choice([p[0] for p in PLACES.values() if p is not forms])
+    return _yes_no("position", truth, f"Is {thing} {place}?")
 
 
 def _presence(scene: Scene, rng: random.Random, world: World, split: str) -> QA | None:

@@ -1,6 +1,7 @@
 """Train the tokenizer of the embedded models: byte-level BPE with the released special tokens.
 
-Goes in: a world, whose sentences are the corpus. Comes out: a folder that ``AutoTokenizer`` loads: tokenizer.json,
+Goes in: a world, whose sentences are the corpus. Text is read in lower case, with single spaces and plain quotation
+marks. Comes out: a folder that ``AutoTokenizer`` loads: tokenizer.json,
 tokenizer_config.json with the chat template, special_tokens_map.json. Same world and size, same bytes.
 """
 
@@ -11,10 +12,11 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from unilip.checkpoints.tokenizer import FOLDS, QWEN2_SPLIT
 from unilip.checkpoints.tokenizer import Tokenizer as Trained
 from unilip.data.errors import DataError
 from unilip.data.seeding import generator
-from unilip.emoji.captions import canonical, caption
+from unilip.emoji.captions import PLAN, as_written, canonical, caption, plan
 from unilip.emoji.concepts import concept
 from unilip.emoji.edits import sample_edit
 from unilip.emoji.knowledge import knowledge
@@ -41,7 +43,7 @@ SMALL_TALK = (
 def corpus(world: World, n: int, seed: int = 0) -> Iterator[str]:
     """Yield N sentences over all templates: captions, questions and answers, edits, knowledge, chat turns."""
     known = knowledge(world, "train")
-    names = (*world.concepts, *world.extra)
+    names = (*world.concepts, *world.extra, *world.guests)
     for i in range(n):
         rng = generator("corpus", seed, i)
         choice = i % 8
@@ -67,7 +69,13 @@ def corpus(world: World, n: int, seed: int = 0) -> Iterator[str]:
 def _caption(world: World, rng: random.Random) -> str:
     task = rng.choice(TASKS)
     scene = sample_scene(world, rng, task)
-    return caption(scene, task, rng, world) if rng.random() < 0.7 else canonical(scene, task, world)
+    form = rng.random()
+    if form < 0.2:
+        return canonical(scene, task, world)
+    if form < 0.4:
+        return f"{PLAN}{canonical(scene, task, world)}\nassistant\n{plan(scene, world)}"
+    words = caption(scene, task, rng, world, where=form < 0.7)
+    return as_written(words, rng) if rng.random() < 0.5 else words
 
 
 def train_tokenizer(
@@ -77,20 +85,23 @@ def train_tokenizer(
 
     VOCAB_SIZE counts the special tokens; the default is 1536 for pico and 3072 for others. Raises DataError below 320.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     size = vocab_size if vocab_size is not None else (1536 if world.name == "pico" else 3072)
     if size < 256 + len(SPECIAL_TOKENS) + 58:
         raise DataError(f"vocab_size {size} is too small; give at least 320, for 256 bytes and the special tokens")
     tokenizer = Tokenizer(models.BPE())
-    # Qwen's split: contractions, words with their space, single digits, punctuation, line breaks
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    # case, quotation marks and spaces carry nothing in this world; line breaks belong to the chat template
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.Lowercase(),
+            *(normalizers.Replace(Regex(pattern), content) for pattern, content in FOLDS),
+        ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

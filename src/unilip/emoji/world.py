@@ -21,11 +21,13 @@ from unilip.emoji.art import BACKGROUNDS, HORIZON, HUES, PAINTS, PALETTE, STYLES
 from unilip.emoji.concepts import SHAPES, TONES, concept, concepts, measured
 
 TASKS = ("single", "two", "counting", "colour", "position", "colour_attr")
+TRAINED = (*TASKS, "two", "position", "colour_attr")  # how often training meets each
 COMPOSITIONAL = ("two", "colour", "position", "colour_attr")
 EDITS = ("add", "remove", "replace", "move", "recolour", "background", "style", "skin_tone")
 PURPOSES = ("tokenizer", "understanding", "generation")
 SPLITS = ("train", "val")
 RELATIONS = ("left", "right", "above", "below")
+GUESTS = 0.2  # share of the scenes to look at in which guests may be
 INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 PICO_CONCEPTS = (
@@ -122,9 +124,10 @@ class World:
     """What exists, how large it is drawn, and what is held out. All sizes in pixels.
 
     ``concepts`` are in use, ``extra`` never appears in any training; ``recolourable`` names the styles in which a
-    concept takes a colour; ``guests`` are met in recolourings alone. Corners of objects lie on a lattice of ``grid``
-    pixels around the centred position; a single object strays at most ``single_shift`` pixels from the middle (None:
-    anywhere).
+    concept takes a colour. Training draws from more than is measured (``training``): ``hues`` are colours between
+    those of ``colours``, ``paint`` takes colour too, and ``guests`` are seen and recoloured, but never asked for.
+    Corners of objects lie on a lattice of ``grid`` pixels around the centred position; a single object strays at most
+    ``single_shift`` pixels from the middle (None: anywhere).
     """
 
     name: str
@@ -140,6 +143,8 @@ class World:
     multi_sizes: tuple[int, ...]
     edits: tuple[str, ...]
     tones: tuple[str, ...] = ()
+    hues: tuple[str, ...] = ()
+    paint: tuple[str, ...] = ()
     guests: tuple[str, ...] = ()
     max_objects: int = 2
     max_count: int = 4
@@ -154,9 +159,9 @@ class World:
         known = concepts()
         for field, given, allowed in (
             ("concepts", (*self.concepts, *self.extra, *self.generation_held_out, *self.recolourable), known),
-            ("guests", self.guests, known),
+            ("guests", (*self.guests, *self.paint), known),
             ("styles", (*self.styles, self.default_style), STYLES),
-            ("colours", self.colours, PAINTS),
+            ("colours", (*self.colours, *self.hues), PAINTS),
             ("backgrounds", (*self.backgrounds, self.default_background), BACKGROUNDS),
             ("tones", self.tones, TONES),
             ("edits", self.edits, EDITS),
@@ -172,18 +177,15 @@ class World:
             )
         if set(self.concepts) & set(self.extra):
             raise DataError("World.extra must not repeat concepts; extra is what no training ever sees")
-        if set(self.guests) & {*self.concepts, *self.extra} or not set(self.guests) <= set(self.recolourable):
-            raise DataError("World.guests must be recolourable, and neither among concepts nor among extra")
+        if set(self.guests) & {*self.concepts, *self.extra} or not set(self.paint) <= set(self.concepts):
+            raise DataError("World.guests must be neither among concepts nor among extra, World.paint among concepts")
 
     # ------------------------------------------------------------------------------------------ presets
 
     @classmethod
     def preset(cls, name: str) -> World:
         """Return the world called NAME; raises DataError, naming them all, where there is none."""
-        makers = {
-            "nano": cls.nano, "pico": cls.pico, "pico_paint": cls.pico_paint, "pico_guests": cls.pico_guests,
-            "pico_hues": cls.pico_hues, "tiny": cls.tiny,
-        }  # fmt: skip
+        makers = {"nano": cls.nano, "pico": cls.pico, "tiny": cls.tiny}
         if name not in makers:
             raise DataError(f"unknown world {name!r}; allowed are {', '.join(makers)}")
         return makers[name]()
@@ -230,10 +232,13 @@ class World:
     def pico(cls) -> World:
         """112 pixels, one style, 40 concepts and four shapes in one size on plain backgrounds: learned on a CPU.
 
-        Objects lie in nine places, a token apart.
+        Objects lie in nine places, a token apart. Training has more to paint, in more colours, so that a colour goes
+        with any shape, and one never met lies between two that were.
         """
         candidates = [name for name in PICO_CONCEPTS if name not in PICO_RECOLOURABLE]
         shuffled = sorted(candidates, key=lambda name: stable_hash("held out of pico", name))
+        taken = {*PICO_CONCEPTS, *PICO_EXTRA}
+        paintable = [name for name, styles in cls.nano().recolourable.items() if "flat" in styles and name not in taken]
         return cls(
             name="pico",
             image_size=112,
@@ -247,48 +252,11 @@ class World:
             single_sizes=(48,),
             multi_sizes=(48,),
             edits=("add", "remove", "replace", "recolour", "background", "move"),
+            hues=("pink", "black", *HUES),
+            paint=PICO_PAINT,
+            guests=tuple(paintable),
             grid=28,  # the size of a token: every object meets the tokens in the same way
             gap=4,
-        )
-
-    @classmethod
-    @cache
-    def pico_paint(cls) -> World:
-        """Pico with more to paint and in more colours: for training alone, so that a colour goes with any shape.
-
-        What pico holds out is held out here too.
-        """
-        pico = cls.pico()
-        paint = {name: frozenset(("flat",)) for name in PICO_PAINT}
-        return replace(
-            pico,
-            name="pico_paint",
-            colours=(*pico.colours, "pink", "black"),
-            recolourable={**pico.recolourable, **paint},
-        )
-
-    @classmethod
-    @cache
-    def pico_hues(cls) -> World:
-        """Pico_paint with colours between its own, so that one never met lies between two that were.
-
-        For training alone; what pico holds out is held out here too.
-        """
-        paint = cls.pico_paint()
-        return replace(paint, name="pico_hues", colours=(*paint.colours, *HUES))
-
-    @classmethod
-    @cache
-    def pico_guests(cls) -> World:
-        """Pico_paint with everything else that takes paint as guests: recolouring is to keep a shape, known or not.
-
-        For training alone; what pico holds out is held out here too.
-        """
-        paint, flat = cls.pico_paint(), frozenset(("flat",))
-        taken = {*paint.concepts, *paint.extra}
-        guests = tuple(name for name, styles in cls.nano().recolourable.items() if flat <= styles and name not in taken)
-        return replace(
-            paint, name="pico_guests", guests=guests, recolourable={**paint.recolourable, **dict.fromkeys(guests, flat)}
         )
 
     @classmethod
@@ -302,6 +270,9 @@ class World:
             concepts=("cat", "dog", "fish", "car", "star", "house", *SHAPES),
             extra=("owl",),
             generation_held_out=(),
+            hues=(),
+            paint=(),
+            guests=(),
             recolourable={name: frozenset(("flat",)) for name in ("fish", "car", "star", "house")},
             single_sizes=(36,),
             multi_sizes=(22,),
@@ -310,6 +281,13 @@ class World:
             margin=1,
             single_shift=7,
         )
+
+    @cached_property
+    def training(self) -> World:
+        """The world that training draws from: with everything that is there to learn from and never measured."""
+        more = dict.fromkeys((*self.paint, *self.guests), frozenset((self.default_style,)))
+        colours = tuple(dict.fromkeys((*self.colours, *self.hues)))
+        return replace(self, colours=colours, recolourable={**self.recolourable, **more}, hues=(), paint=())
 
     # ------------------------------------------------------------------------------------------ what is held out
 
@@ -517,6 +495,10 @@ def sample_scene(
     """
     _check("task", task, TASKS)
     candidates = tuple(pool) if pool is not None else world.pool(split, purpose)
+    if split == "train":
+        world = world.training
+        if pool is None and purpose != "generation" and rng.random() < GUESTS:
+            candidates = (*candidates, *world.guests)
     if seen is None:
         seen = split == "train" or task not in COMPOSITIONAL
     if split == "train" and not seen:

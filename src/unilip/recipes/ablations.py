@@ -6,7 +6,7 @@ has been trained.
 
 `recon_*` teach a tokenizer, all from the same short first stage; `gen_*` and `sweep_*` teach generation and edits. At
 pico a diffusion transformer from nothing learns too little in minutes, so there queries and connector are new and the
-rest goes on from `pico/sft_hues`, which was trained with the dual condition; the variants that need other latents
+rest goes on from `pico/sft`, which was trained with the dual condition; the variants that need other latents
 (`gen_separate` and `gen_shared` beside it) start from nothing at every size.
 """
 
@@ -59,7 +59,7 @@ def pico() -> Base:
     optim = Optim(lr=1e-3, weight_decay=0.01, final=0.02)
     return Base(
         size="pico", encoder="pico/clip", llm="pico/instruct", tokenizer="pico/recon_distill",
-        generator="pico/sft_hues", first=100, second=400, flow=800, whole=1500, recon_batch=16, flow_batch=16,
+        generator="pico/sft", first=100, second=400, flow=800, whole=1500, recon_batch=16, flow_batch=16,
         recon_optim=dataclasses.replace(optim, lr=1.5e-3), flow_optim=optim, distill=0.1,
         flow_dtype="bfloat16",
         common=dict(model="pico", data=Data(world="pico"), sample_every=300, save_every=50, keep=1, log_every=10),

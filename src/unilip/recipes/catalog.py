@@ -31,136 +31,40 @@ Fields = dict[str, Any]
 def pico() -> list[Recipe]:
     """The CPU edition: 112 px, one style, about forty concepts; hours on two cores."""
     data = Data(world="pico")
-    common: Fields = dict(model="pico", data=data, sample_every=1000, save_every=500)
+    common: Fields = dict(model="pico", data=data, dtype="bfloat16", sample_every=500, save_every=100)
     optim = Optim(lr=1e-3, weight_decay=0.01, grad_clip=1.0, final=0.02)
     return [
         Recipe(
-            name="pico/clip", objective=Understand(turns=1), trains=(("encoder", 1.0), ("mllm", 1.0)), steps=600,
-            batch_size=64, optim=optim, **common, note="contrast and word prediction; makes the later teacher",
+            name="pico/clip", objective=Understand(contrastive=0.0, local=0.2, turns=1), trains=(("encoder", 1.0),),
+            steps=1000, batch_size=128, optim=optim, **common,
+            note="the caption's words from the whole, and what lies on each token from that token",
         ),
         Recipe(
-            name="pico/instruct", objective=Understand(contrastive=0.0, words=0.0, next_token=1.0, turns=4),
-            trains=(("mllm", 1.0),), steps=1000, batch_size=32, optim=optim, init=("encoder,mllm=pico/clip",),
-            **(common | {"data": dataclasses.replace(data, text_share=0.125)}),
-            note="the text model alone learns to answer, so the tokenizer's stages can run beside it",
+            name="pico/instruct", objective=Understand(contrastive=0.0, words=0.0, next_token=1.0, bind=1.0, turns=4),
+            trains=(("mllm", 1.0),), steps=600, batch_size=32, optim=optim, init=("encoder=pico/clip",),
+            **(common | {"data": dataclasses.replace(data, text_share=0.75)}),
+            note="answers, what words mean, and captions written out; the tokenizer's stages can run beside it",
         ),
         Recipe(
-            name="pico/recon", objective=Reconstruct(perceptual=0.0), trains=TOKENIZER[1:], steps=300, batch_size=16,
+            name="pico/recon", objective=Reconstruct(perceptual=0.0), trains=TOKENIZER[1:], steps=200, batch_size=16,
             optim=dataclasses.replace(optim, lr=2e-3, final=0.5), init=("encoder=pico/clip",), **common,
         ),
         Recipe(
-            name="pico/recon_distill", objective=Reconstruct(perceptual=0.0, distill=0.1), trains=TOKENIZER, steps=3000,
+            name="pico/recon_distill", objective=Reconstruct(perceptual=0.0, distill=0.1), trains=TOKENIZER, steps=1100,
             batch_size=16, optim=dataclasses.replace(optim, lr=1.5e-3), init=(f"{WHOLE_TOKENIZER}=pico/recon",),
             ema=0.995, measure_latents=True, **common,
         ),
         Recipe(
-            name="pico/answer", objective=Understand(contrastive=0.0, words=0.0, next_token=1.0, turns=4),
-            trains=(("mllm", 1.0),), steps=1100, batch_size=32, optim=optim, seed=1,
-            init=("encoder=pico/recon_distill", "mllm=pico/instruct"),
-            **(common | {"data": dataclasses.replace(data, text_share=0.125)}),
-            note="the text model learns on, now from the tokenizer's own features; beside pretrain",
-        ),
-        Recipe(
-            name="pico/pretrain", objective=Flow(noises=4), trains=GENERATE, steps=2500, batch_size=16, optim=optim,
-            init=(f"{WHOLE_TOKENIZER}=pico/recon_distill", "mllm=pico/instruct"), ema=0.998, **common,
+            name="pico/pretrain", objective=Flow(noises=4, bind=0.05, lesson_steps=300, repa=0.5), trains=GENERATE,
+            steps=2500, batch_size=32, optim=optim,
+            init=(f"{WHOLE_TOKENIZER}=pico/recon_distill", "mllm=pico/instruct"), ema=0.998,
+            **(common | {"data": dataclasses.replace(data, edit_share=0.3)}),
             note="connector and pretrain in one: a DiT from nothing has no latents of its own to connect to first",
         ),
         Recipe(
-            name="pico/sft", objective=Flow(noises=4), trains=GENERATE, steps=2000, batch_size=16,
-            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998,
-            init=(f"{WHOLE_TOKENIZER},connector,dit=pico/pretrain", "mllm=pico/answer", "queries=pico/pretrain"),
-            **(common | {"data": dataclasses.replace(data, edit_share=0.5)}), note="edits mixed in",
-        ),
-        Recipe(
-            name="pico/answer_more", objective=Understand(contrastive=0.0, words=0.0, next_token=1.0, turns=4),
-            trains=(("mllm", 1.0),), steps=1800, batch_size=32, optim=dataclasses.replace(optim, lr=8e-4), seed=2,
-            init=("encoder=pico/recon_distill", "mllm=pico/answer"),
-            **(common | {"data": dataclasses.replace(data, text_share=0.125)}), note="beside sft_more",
-        ),
-        Recipe(
-            name="pico/sft_more", objective=Flow(noises=8), trains=(("connector", 1.0), ("dit", 1.0)), steps=1809,
-            batch_size=16, optim=dataclasses.replace(optim, final=0.3), init=("all=pico/sft",), ema=0.998, seed=2,
-            **(common | {"data": dataclasses.replace(data, edit_share=0.5)}),
-            note="the queries rest: no gradient passes the text model, which is most of a step's cost beside the DiT's",
-        ),
-        Recipe(
-            name="pico/sft_again", objective=Flow(noises=8), trains=GENERATE, steps=1546, batch_size=16, optim=optim,
-            ema=0.998, seed=3,
-            init=(f"{WHOLE_TOKENIZER},connector,dit=pico/sft_more", "mllm=pico/answer_more", "queries=pico/sft_more"),
-            **(common | {"data": dataclasses.replace(data, edit_share=0.5)}), note="on the last text model",
-        ),
-        Recipe(
-            name="pico/sft_place", objective=Flow(noises=8), trains=GENERATE, steps=1391, batch_size=16,
-            optim=optim, ema=0.998, seed=4, init=("all=pico/sft_again",),
-            **(common | {"data": dataclasses.replace(data, edit_share=0.5)}),
-            note="the condition at an image token learns to say where in the picture it lies",
-        ),
-        Recipe(
-            name="pico/sft_last", objective=Flow(noises=8), trains=GENERATE, steps=1300, batch_size=16,
-            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=5, init=("all=pico/sft_place",),
-            **(common | {"data": dataclasses.replace(data, edit_share=0.7)}), note="edits are what is still weak",
-        ),
-        Recipe(
-            name="pico/sft_end", objective=Flow(noises=8), trains=GENERATE, steps=1803, batch_size=16,
-            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=6, init=("all=pico/sft_last",),
+            name="pico/sft", objective=Flow(noises=4, bind=0.05), trains=GENERATE, steps=4000, batch_size=32,
+            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, init=("all=pico/pretrain",),
             **(common | {"data": dataclasses.replace(data, edit_share=0.6)}),
-        ),
-        Recipe(
-            name="pico/sft_carry", objective=Flow(noises=8), trains=GENERATE, steps=2000, batch_size=16,
-            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=7, init=("all=pico/sft_end",),
-            **(common | {"data": dataclasses.replace(data, edit_share=0.7)}),
-            note="heads that look at a place find its latent there",
-        ),
-        Recipe(
-            name="pico/sft_edits", objective=Flow(noises=8), trains=GENERATE, steps=1400, batch_size=16,
-            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=8, init=("all=pico/sft_carry",),
-            **(common | {"data": dataclasses.replace(
-                data, edit_share=0.75, edits="recolour:5,background:2,add,remove,replace,move")}),
-            note="recolouring is what is still weak",
-        ),
-        Recipe(
-            name="pico/sft_paint", objective=Flow(noises=8), trains=GENERATE, steps=4000, batch_size=16,
-            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=9, init=("all=pico/sft_edits",),
-            **(common | {"data": dataclasses.replace(
-                data, world="pico_paint", edit_share=0.75, edits="recolour:4,background:2,add,remove,replace,move")}),
-            note="more objects to paint, in more colours, so that a colour goes with any shape",
-        ),
-        Recipe(
-            name="pico/sft_paint_more", objective=Flow(noises=8), trains=GENERATE, steps=1300, batch_size=16,
-            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=10, init=("all=pico/sft_paint",),
-            **(common | {"data": dataclasses.replace(
-                data, world="pico_paint", edit_share=0.8, edits="recolour:6,background:2,add,remove,replace,move")}),
-            note="the same, with more recolourings",
-        ),
-        Recipe(
-            name="pico/sft_guests", objective=Flow(noises=8), trains=GENERATE, steps=3200, batch_size=16,
-            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=11, init=("all=pico/sft_paint_more",),
-            **(common | {"data": dataclasses.replace(
-                data, world="pico_guests", edit_share=0.8, edits="recolour:6,background:2,add,remove,replace,move")}),
-            note="recolours things that it never draws, so that a shape is kept whatever it is",
-        ),
-        Recipe(
-            name="pico/sft_hues", objective=Flow(noises=8), trains=GENERATE, steps=1700, batch_size=16,
-            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=12, init=("all=pico/sft_guests",),
-            **(common | {"data": dataclasses.replace(
-                data, world="pico_hues", edit_share=0.8, edits="recolour:7,background:2,add,remove,replace,move")}),
-            note="colours in between, so that one that an object never had lies between two that it had",
-        ),
-        Recipe(
-            name="pico/sft_all", objective=Flow(noises=8), trains=GENERATE, steps=2600, batch_size=16,
-            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=13, init=("all=pico/sft_hues",),
-            **(common | {"dtype": "bfloat16", "data": dataclasses.replace(
-                data, world="pico_hues", edit_share=0.5,
-                edits="recolour:3,remove:2,move:2,replace:2,add:2,background")}),
-            note="everything, since the stages before were for recolouring",
-        ),
-        Recipe(
-            name="pico/sft_next", objective=Flow(noises=8), trains=GENERATE, steps=4000, batch_size=16,
-            optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, seed=14, init=("all=pico/sft_all",),
-            **(common | {"dtype": "bfloat16", "data": dataclasses.replace(
-                data, world="pico_hues", edit_share=0.5,
-                edits="recolour:2,remove:2,move:2,replace:2,add:2,background")}),
-            note="the same for longer, every kind of edit as often",
         ),
     ]  # fmt: skip
 
@@ -172,13 +76,14 @@ def nano() -> list[Recipe]:
     optim = Optim(lr=8e-4, weight_decay=0.01, final=0.02)
     return [
         Recipe(
-            name="nano/clip", objective=Understand(turns=1), trains=(("encoder", 1.0), ("mllm", 1.0)), steps=3000,
-            batch_size=512, optim=optim, **common,
+            name="nano/clip", objective=Understand(contrastive=0.0, local=0.2, turns=1), trains=(("encoder", 1.0),),
+            steps=3000, batch_size=512, optim=optim, **common,
         ),
         Recipe(
-            name="nano/instruct", objective=Understand(contrastive=0.25, words=0.25, next_token=1.0, turns=4),
+            name="nano/instruct",
+            objective=Understand(contrastive=0.25, words=0.25, next_token=1.0, local=0.2, bind=1.0, turns=4),
             trains=(("encoder", 0.5), ("mllm", 1.0)), steps=6000, batch_size=256, optim=optim,
-            init=("encoder,mllm=nano/clip",), **(common | {"data": dataclasses.replace(data, text_share=0.125)}),
+            init=("encoder=nano/clip",), **(common | {"data": dataclasses.replace(data, text_share=0.5)}),
         ),
         Recipe(
             name="nano/recon", objective=Reconstruct(perceptual=0.0), trains=TOKENIZER[1:], steps=800, batch_size=128,
@@ -190,13 +95,14 @@ def nano() -> list[Recipe]:
             measure_latents=True, **common,
         ),
         Recipe(
-            name="nano/pretrain", objective=Flow(noises=4), trains=GENERATE, steps=12000, batch_size=256,
+            name="nano/pretrain", objective=Flow(noises=4, bind=0.05, lesson_steps=1000, repa=0.5), trains=GENERATE,
+            steps=12000, batch_size=256,
             init=(f"{WHOLE_TOKENIZER}=nano/recon_distill", "mllm=nano/instruct"), ema=0.999, optim=optim,
             **(common | {"data": dataclasses.replace(data, edit_share=0.3)}),
             note="connector and pretrain in one: a DiT from nothing has no latents of its own to connect to first",
         ),
         Recipe(
-            name="nano/sft", objective=Flow(noises=4), trains=GENERATE, steps=6000, batch_size=256,
+            name="nano/sft", objective=Flow(noises=4, bind=0.05), trains=GENERATE, steps=6000, batch_size=256,
             optim=dataclasses.replace(optim, lr=4e-4), init=("all=nano/pretrain",), ema=0.999,
             **(common | {"data": dataclasses.replace(data, edit_share=0.6)}),
         ),
@@ -209,11 +115,13 @@ def tiny() -> list[Recipe]:
     common: Fields = dict(model="tiny", data=data, batch_size=2, steps=4, log_every=1, sample_every=2, save_every=2)
     return [
         Recipe(
-            name="tiny/clip", objective=Understand(turns=1), trains=(("encoder", 1.0), ("mllm", 1.0)), **common,
+            name="tiny/clip", objective=Understand(local=0.2, turns=1), trains=(("encoder", 1.0), ("mllm", 1.0)),
+            **common,
         ),
         Recipe(
-            name="tiny/instruct", objective=Understand(next_token=1.0), trains=(("encoder", 0.5), ("mllm", 1.0)),
-            init=("encoder,mllm=tiny/clip",), **(common | {"data": dataclasses.replace(data, text_share=0.5)}),
+            name="tiny/instruct", objective=Understand(next_token=1.0, bind=1.0),
+            trains=(("encoder", 0.5), ("mllm", 1.0)), init=("encoder,mllm=tiny/clip",),
+            **(common | {"data": dataclasses.replace(data, text_share=0.5)}),
         ),
         Recipe(
             name="tiny/recon", objective=Reconstruct(perceptual=0.1), trains=TOKENIZER[1:],

@@ -68,19 +68,24 @@ class Optim:
 class Understand:
     """Stage 0: image-text contrast, prediction of the caption's words, next token of answers. Weights of the three.
 
-    `turns` is the most questions asked about one picture.
+    `local` weighs what each image token is to tell by itself: concept and colour of what lies on it, its place, and
+    the background. `bind` weighs what the hidden states of prompts and instructions are to tell, read without any
+    picture: concept, colour, count and place at the words that say them, the whole at the end. Both rest where the data
+    are files, which do not know that. `turns` is the most questions asked about one picture.
     """
 
     contrastive: float = 1.0
     words: float = 1.0
     next_token: float = 0.0
+    local: float = 0.0
+    bind: float = 0.0
     turns: int = 4
 
     def __post_init__(self) -> None:
-        _check(self, "objective.", "a weight of at least 0", "contrastive", "words", "next_token")
+        _check(self, "objective.", "a weight of at least 0", "contrastive", "words", "next_token", "local", "bind")
         _check(self, "objective.", "at least 1", "turns", least=1)
-        if not self.contrastive + self.words + self.next_token:
-            raise ConfigError("objective.contrastive, words and next_token are all 0; nothing would be learned.")
+        if not self.contrastive + self.words + self.next_token + self.local + self.bind:
+            raise ConfigError("every weight of the objective is 0; nothing would be learned.")
 
 
 @dataclass(frozen=True)
@@ -121,17 +126,33 @@ class Flow:
     what a frozen pretrained SANA knows; "separate": as "unilip", but by the encoder of another tokenizer, which `init`
     names as autoencoder, and whose latent head and pixel decoder the model has (two encoders, an ablation). A share
     `drop_prompt` of the prompts is replaced by the unconditional one.
+    `bind` weighs what the connector's output is to tell, heard through noise: what words say, and at each query what
+    lies on the latent token of the same number in the picture to be drawn; it rests with files. In the first
+    `lesson_steps` nothing else is learned. `repa` weighs how much the middle of the diffusion transformer resembles the
+    encoder's features of the clean target, in the first `repa_until` of the run.
     """
 
     noises: int = 1
     drop_prompt: float = 0.1
     target: str = "unilip"
+    bind: float = 0.0
+    lesson_steps: int = 0
+    repa: float = 0.0
+    repa_until: float = 0.4
 
     def __post_init__(self) -> None:
         if self.target not in ("unilip", "dcae", "separate"):
             raise ConfigError(f"objective.target is {self.target!r}; allowed: unilip, dcae, separate.")
-        if self.noises < 1 or not 0 <= self.drop_prompt <= 1:
-            raise ConfigError("objective.noises must be at least 1 and objective.drop_prompt in [0, 1].")
+        if not 0 <= self.drop_prompt <= 1 or not 0 <= self.repa_until <= 1:
+            raise ConfigError("objective.drop_prompt and objective.repa_until must be shares in [0, 1].")
+        _check(self, "objective.", "at least 1", "noises", least=1)
+        _check(self, "objective.", "at least 0", "bind", "lesson_steps", "repa")
+        if self.lesson_steps and not self.bind:
+            raise ConfigError("objective.lesson_steps needs objective.bind above 0: there is no other lesson.")
+        if self.repa and self.target != "unilip":
+            raise ConfigError(
+                f"objective.repa needs objective.target=unilip, whose features they are; not {self.target}."
+            )
 
 
 @dataclass(frozen=True)
@@ -290,6 +311,8 @@ class Recipe:
             )
         if self.data.edit_share and not flow:
             raise ConfigError(f"data.edit_share is {self.data.edit_share}, but the objective {kind} has no edits.")
+        if flow and self.data.cache and self.objective.repa:
+            raise ConfigError("objective.repa needs the target pictures, which a cache leaves out; set it to 0.")
         if self.data.text_share and not (isinstance(self.objective, Understand) and self.objective.next_token):
             raise ConfigError(f"data.text_share is {self.data.text_share}, which needs objective.next_token above 0.")
         if self.batch_size * self.accumulate % self.data.lanes:
@@ -309,6 +332,11 @@ class Recipe:
     def folder(self) -> str:
         """Where the run lies in the folder of all runs."""
         return f"{self.name}/seed{self.seed}" if self.per_seed else self.name
+
+    @property
+    def lessons(self) -> bool:
+        """Whether the data know what their texts and pictures mean, which `bind` and `local` need; else both rest."""
+        return self.data.source == "emoji"
 
     @property
     def stage(self) -> str:

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import signal
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,13 +28,18 @@ from unilip.data.errors import DataError
 from unilip.data.seeding import generator, stable_hash
 from unilip.errors import ConfigError, UniLIPError
 from unilip.method.config import DECODER_PIXELS, TOKEN_PIXELS, UniLIPConfig
-from unilip.method.text import Message, Processor, Tokens
+from unilip.method.text import Message, Processor, Prompt, Tokens
 from unilip.recipes.record import Flow, Recipe, Understand
 from unilip.train.processes import own_batches
+
+if TYPE_CHECKING:
+    from unilip.emoji.lessons import Lesson
+    from unilip.emoji.world import Scene
 
 logger = logging.getLogger(__name__)
 ENDLESS = 1 << 40
 NOT_LEARNED = -100  # what cross entropy leaves out
+PLANNED = ("single", "two", "colour", "colour_attr", *("position",) * 3, *("counting",) * 3)  # tasks written out
 Turns = Sequence[tuple[str, str]]
 
 
@@ -79,6 +86,21 @@ def edit_kinds(text: str, known: Sequence[str]) -> list[str] | None:
     return kinds or None
 
 
+def evened(length: int) -> int:
+    """Round a length up to one of few: a CPU prepares its products for every shape anew, and keeps what it made."""
+    return -(-length // 16) * 16
+
+
+def padded(tokens: Tokens, pad_id: int) -> Tokens:
+    """Grow left-padded tokens to an even length."""
+    more = evened(tokens.input_ids.shape[1]) - tokens.input_ids.shape[1]
+    return Tokens(
+        F.pad(tokens.input_ids, (more, 0), value=pad_id),
+        F.pad(tokens.attention_mask, (more, 0)),
+        F.pad(tokens.image_slots, (more, 0)),
+    )
+
+
 def conversation(processor: Processor, rows: Sequence[tuple[int, Turns]]) -> tuple[Tokens, Tensor]:
     """Tokenize rows of (number of pictures, question-answer turns), right-padded; only answers are learned.
 
@@ -96,7 +118,7 @@ def conversation(processor: Processor, rows: Sequence[tuple[int, Turns]]) -> tup
                 labels += piece if learned else [NOT_LEARNED] * len(piece)
         ids_rows.append(ids)
         label_rows.append(labels)
-    length = max(len(ids) for ids in ids_rows)
+    length = evened(max(len(ids) for ids in ids_rows))
     input_ids = torch.full((len(rows), length), processor.pad_id)
     target = torch.full((len(rows), length), NOT_LEARNED)
     mask = torch.zeros(len(rows), length, dtype=torch.long)
@@ -148,6 +170,10 @@ class Batches(Dataset[dict[str, Any]]):
         """Return picture, caption, and question-answer turns."""
         raise AssertionError("a source must give questions")
 
+    def cells(self, index: int) -> np.ndarray:
+        """Return what lies on each image token of the picture of `questions_item` (N,3)."""
+        raise AssertionError("a source with lessons must say what lies where")
+
     def edit_item(self, index: int) -> tuple[Any, Any, str]:
         """Return source, target, instruction."""
         raise AssertionError("a source must give edits")
@@ -155,6 +181,18 @@ class Batches(Dataset[dict[str, Any]]):
     def text_item(self, index: int) -> tuple[str, str]:
         """Return a question and answer without picture."""
         raise AssertionError("a source must give texts")
+
+    def lesson_item(self, index: int) -> tuple[Prompt, str, Lesson]:
+        """Return a whole prompt without a picture, the part of it that somebody wrote, and what that says."""
+        raise AssertionError("a source with lessons must say what its texts mean")
+
+    def told_caption(self, index: int) -> tuple[Lesson, np.ndarray]:
+        """Return what the caption of `caption_item` says, and what it lets one know of each image token (N,3)."""
+        raise AssertionError("a source with lessons must say what its texts mean")
+
+    def told_edit(self, index: int) -> tuple[Lesson, np.ndarray]:
+        """Return what the instruction of `edit_item` says, and what is to lie on each image token (N,3)."""
+        raise AssertionError("a source with lessons must say what its texts mean")
 
     # what a batch is
 
@@ -178,23 +216,42 @@ class Batches(Dataset[dict[str, Any]]):
     def generation(self, samples: range) -> dict[str, Any]:
         """Prompts and the pictures they ask for."""
         items = [self.caption_item(i) for i in samples]
-        texts = [self.processor.generate_text(self._kept(text, i)) for i, (_, text) in zip(samples, items, strict=True)]
+        kept = [self._kept(text, i) for i, (_, text) in zip(samples, items, strict=True)]
         return {
             **stacked("targets", [image for image, _ in items]),
-            "prompts": self.processor.tokenize(texts),
-            "seeds": self._seeds(samples),
+            **self._prompts(samples, [self.processor.generate_text(text) for text in kept], kept, self.told_caption),
         }
 
     def edits(self, samples: range) -> dict[str, Any]:
         """Sources, instructions, targets."""
         items = [self.edit_item(i) for i in samples]
-        texts = [self.processor.edit_text(self._kept(text, i)) for i, (*_, text) in zip(samples, items, strict=True)]
+        kept = [self._kept(text, i) for i, (*_, text) in zip(samples, items, strict=True)]
         return {
             **stacked("sources", [source for source, _, _ in items]),
             **stacked("targets", [target for _, target, _ in items]),
-            "prompts": self.processor.tokenize(texts),
-            "seeds": self._seeds(samples),
+            **self._prompts(samples, [self.processor.edit_text(text) for text in kept], kept, self.told_edit),
         }
+
+    def _prompts(
+        self,
+        samples: range,
+        texts: list[Prompt],
+        kept: list[str | None],
+        told: Callable[[int], tuple[Lesson, np.ndarray]],
+    ) -> dict[str, Any]:
+        """Tokens and seeds; with objective.bind also what the texts say and what is to lie on each token."""
+        tokens = padded(self.processor.tokenize(texts), self.processor.pad_id)
+        batch: dict[str, Any] = {"prompts": tokens, "seeds": self._seeds(samples)}
+        assert isinstance(self.recipe.objective, Flow)
+        if self.recipe.objective.bind and self.recipe.lessons:
+            from unilip.emoji.lessons import UNKNOWN
+
+            found = [told(i) for i in samples]
+            rows = [(text, words, lesson) for text, words, (lesson, _) in zip(texts, kept, found, strict=True)]
+            batch |= labels(self.processor, batch["prompts"], rows)
+            batch["cells"] = torch.from_numpy(np.stack([cells for _, cells in found]))
+            batch["cells"][[words is None for words in kept]] = UNKNOWN
+        return batch
 
     def _kept(self, text: str, sample: int) -> str | None:
         """The prompt, or None where it is replaced by the unconditional one."""
@@ -215,10 +272,19 @@ class Batches(Dataset[dict[str, Any]]):
             batch |= self.contrast(captions)
         if objective.words:
             batch["words"] = self.soft_words(captions)
+        if objective.local and self.recipe.lessons:
+            batch["cells"] = torch.from_numpy(np.stack([self.cells(i) for i in samples]))
         if objective.next_token:
             rows: list[tuple[int, Turns]] = [(1, turns) for _, _, turns in items]
-            rows += [(0, [self.text_item(i)]) for i in samples[: round(self.size * self.recipe.data.text_share)]]
+            texts = samples[: round(self.size * self.recipe.data.text_share)]
+            turns = -(-objective.turns // 2)  # of texts alone, which are longer
+            rows += [(0, [self.text_item(i * turns + k) for k in range(turns)]) for i in texts]
             batch["conversations"], batch["labels"] = conversation(self.processor, rows)
+        if objective.bind and self.recipe.lessons:
+            texts = [self.lesson_item(i) for i in samples]
+            tokens = self.processor.tokenize([whole for whole, _, _ in texts])
+            batch["lessons"] = padded(tokens, self.processor.pad_id)
+            batch |= labels(self.processor, batch["lessons"], texts)
         return batch
 
     def contrast(self, captions: Sequence[str]) -> dict[str, Any]:
@@ -274,7 +340,7 @@ class EmojiBatches(Batches):
             if recipe.data.path == "synthetic"
             else Atlas.load(Path(recipe.data.path) if recipe.data.path else None)
         )
-        atlas.warm(world)  # before loader workers fork: they share what is decoded here
+        atlas.warm(world.training)  # before loader workers fork: they share what is decoded here
         purpose = "generation" if isinstance(recipe.objective, Flow) else "tokenizer"
         purpose = "understanding" if isinstance(recipe.objective, Understand) else purpose
         common: dict[str, Any] = dict(world=world, atlas=atlas, split="train", seed=recipe.seed, size=ENDLESS)
@@ -296,24 +362,119 @@ class EmojiBatches(Batches):
         from unilip.emoji.captions import caption
         from unilip.emoji.dataset import pixels
         from unilip.emoji.questions import questions
-        from unilip.emoji.world import TASKS, sample_scene
 
-        rng = generator("questions", self.recipe.seed, index)
-        task = rng.choice(TASKS)
-        scene = sample_scene(self.scenes.world, rng, task, "train", "understanding")
-        asked = questions(scene, rng, self.scenes.world, "train")
+        rng, task, scene = self.shown(index)
+        world = self.scenes.world
+        asked = questions(scene, rng, world, "train")
         rng.shuffle(asked)
         chosen = [(qa.question, qa.answer) for qa in asked[:turns]]
-        return pixels(scene, self.scenes.atlas, self.scenes.world), caption(scene, task, rng, self.scenes.world), chosen
+        words = caption(scene, task, rng, world, where=rng.random() < 0.5)
+        return pixels(scene, self.scenes.atlas, world), words, chosen
+
+    def shown(self, index: int) -> tuple[random.Random, str, Scene]:
+        """Return the scene that questions are asked about, its task, and the generator that goes on from there."""
+        from unilip.emoji.world import TRAINED, sample_scene
+
+        rng = generator("questions", self.recipe.seed, index)
+        task = rng.choice(TRAINED)
+        return rng, task, sample_scene(self.scenes.world, rng, task, "train", "understanding")
+
+    def cells(self, index: int) -> np.ndarray:
+        from unilip.emoji.lessons import cells
+
+        return cells(self.shown(index)[2], self.scenes.world)
 
     def edit_item(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
         assert self.edit_pairs is not None
         item = self.edit_pairs[index]
         return item["source"], item["target"], item["instruction"]
 
+    def told_caption(self, index: int) -> tuple[Lesson, np.ndarray]:
+        from unilip.emoji.lessons import MARK, UNKNOWN, cells, of_caption
+
+        world = self.scenes.world
+        scene, _, text = self.scenes.draw(index)
+        lesson, found = of_caption(text, scene, world), cells(scene, world)
+        if sum(values[MARK.index("place")] != UNKNOWN for _, values in lesson.marks) < len(scene.objects):
+            found[:, :2] = UNKNOWN  # a layout that the words leave open
+        return lesson, found
+
+    def told_edit(self, index: int) -> tuple[Lesson, np.ndarray]:
+        from unilip.emoji.lessons import cells, of_edit
+
+        assert self.edit_pairs is not None
+        edit = self.edit_pairs.draw(index)
+        return of_edit(edit, edit.instruction, self.scenes.world), cells(edit.target, self.scenes.world)
+
     def text_item(self, index: int) -> tuple[str, str]:
-        item = self.knowledge[generator("text", self.recipe.seed, index).randrange(len(self.knowledge))]
-        return item["question"], item["answer"]
+        """A question about the world, or a caption to be written out with all places."""
+        from unilip.emoji.captions import PLAN, as_written, plan
+        from unilip.emoji.dataset import prompt
+        from unilip.emoji.world import sample_scene
+
+        rng, world = generator("text", self.recipe.seed, index), self.scenes.world
+        if rng.random() < 0.4:
+            item = self.knowledge[rng.randrange(len(self.knowledge))]
+            return item["question"], item["answer"]
+        task = rng.choice(PLANNED)
+        scene = sample_scene(world, rng, task, "train", "generation")
+        words = prompt(scene, task, rng, world, 0.2)
+        return PLAN + (as_written(words, rng) if rng.random() < 0.5 else words), plan(scene, world)
+
+    def lesson_item(self, index: int) -> tuple[Prompt, str, Lesson]:
+        from unilip.emoji import lessons
+        from unilip.emoji.captions import as_written
+        from unilip.emoji.dataset import prompt
+        from unilip.emoji.edits import sample_edit
+        from unilip.emoji.world import TRAINED, sample_scene
+
+        rng, world = generator("lesson", self.recipe.seed, index), self.scenes.world
+        edited, written = rng.random() < 0.4, rng.random() < 0.5
+        if edited:
+            edit = sample_edit(world, rng, rng.choice(world.edits))
+            words = as_written(edit.instruction, rng, wish=False) if written else edit.instruction
+            whole = self.processor.edit_text(words)
+            return until(whole, words, len(words)), words, lessons.of_edit(edit, words, world)
+        task = rng.choice(TRAINED)
+        scene = sample_scene(world, rng, task, "train", "generation")
+        words = prompt(scene, task, rng, world)
+        words = as_written(words, rng) if written else words
+        return self.processor.generate_text(words), words, lessons.of_caption(words, scene, world)
+
+
+def until(prompt: Prompt, words: str, end: int) -> Prompt:
+    """Cut a prompt off after END characters of the WORDS in it."""
+    at = next(i for i, part in enumerate(prompt) if isinstance(part, str) and words in part)
+    part = str(prompt[at])
+    return (*prompt[:at], part[: part.index(words) + end])
+
+
+def labels(
+    processor: Processor, tokens: Tokens, items: Sequence[tuple[Prompt, str | None, Lesson | None]]
+) -> dict[str, Tensor]:
+    """What left-padded tokens say, of (whole prompt, part of it written by somebody, what that says).
+
+    `marks` (M,2+4) are row, column, and the labels of a word in the order of `lessons.MARK`; `summaries` (B,S) belong
+    to the end of a row; `present` (B,C) is 1 for the concepts that a caption has. What is not known is UNKNOWN.
+    """
+    from unilip.emoji.lessons import SUMMARY, UNKNOWN, classes
+
+    marks: list[tuple[int, ...]] = []
+    present = torch.full((len(items), classes("concept")), float(UNKNOWN))
+    summaries = torch.full((len(items), len(SUMMARY)), UNKNOWN)
+    for row, (whole, words, lesson) in enumerate(items):
+        if words is None or lesson is None:
+            continue
+        start = tokens.input_ids.shape[1] - int(tokens.attention_mask[row].sum())
+        for end, values in lesson.marks:  # where words end tokens end: what follows changes nothing before
+            marks.append((row, start + len(processor.ids(until(whole, words, end))) - 1, *values))
+        summaries[row] = torch.tensor(lesson.summary)
+        if lesson.present:
+            present[row] = 0
+            present[row, list(lesson.present)] = 1
+    return {
+        "marks": torch.tensor(marks, dtype=torch.long).reshape(-1, 6), "summaries": summaries, "present": present,
+    }  # fmt: skip
 
 
 # --- handing them out -----------------------------------------------------------------------------------------------

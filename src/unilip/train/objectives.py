@@ -27,6 +27,16 @@ from unilip.model import UniLIP
 from unilip.pictures import normalise
 from unilip.recipes.record import Flow, Recipe, Reconstruct, Understand
 from unilip.sampling import draw_noise
+from unilip.train.lessons import (
+    bind_heads,
+    bind_loss,
+    cell_heads,
+    cell_loss,
+    check_queries,
+    local_heads,
+    local_loss,
+    repa_head,
+)
 from unilip.train.losses import (
     PatchDiscriminator,
     contrastive_loss,
@@ -37,6 +47,7 @@ from unilip.train.losses import (
 
 Batch = dict[str, Any]
 Terms = dict[str, Tensor]
+LESSON_NOISE = 0.7  # beside conditions of unit size: what is told through it is told clearly
 SHOWN = 8  # pictures in a sample sheet
 
 
@@ -80,7 +91,8 @@ def make_objective(recipe: Recipe, model: UniLIP, sources: Mapping[str, str]) ->
 def needed_parts(objective: Understand | Reconstruct | Flow) -> tuple[str, ...]:
     """Return the parts of the model that an objective runs."""
     if isinstance(objective, Understand):
-        return ("encoder", "mllm")
+        words = objective.contrastive + objective.next_token + objective.bind
+        return ("encoder", *(("mllm",) if words else ()))
     if isinstance(objective, Reconstruct):
         return ("encoder", "latent_head", "pixel_decoder", *(("mllm",) if objective.contrastive else ()))
     own_latents = () if objective.target == "dcae" else ("latent_head",)
@@ -134,6 +146,10 @@ class UnderstandObjective(Objective):
             first = contrast_heads(model)
             scale = first.pop("scale")
             self.heads = nn.ModuleDict({**first, "words": nn.Linear(2 * width, vocabulary), "scale": scale})
+            if weights.local and recipe.lessons:
+                self.heads["local"] = local_heads(model.config)
+            if weights.bind and recipe.lessons:
+                self.heads["bind"] = bind_heads(width)
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """Weighted sum of the terms whose weight is not zero."""
@@ -150,9 +166,19 @@ class UnderstandObjective(Objective):
         if weights.words:
             words = F.cross_entropy(self.heads["words"](pool(features)).float(), batch["words"])
             terms["words"], total = words, total + weights.words * words
+        if weights.local and "cells" in batch:
+            local, found = local_loss(self.heads["local"], features, batch["cells"])
+            terms |= found | {"local": local}
+            total = total + weights.local * local
         if weights.next_token:
             answers, terms["token_accuracy"] = self.answer_loss(batch["conversations"], batch["labels"], features)
             terms["next_token"], total = answers, total + weights.next_token * answers
+        if weights.bind and "lessons" in batch:
+            tokens, mllm = batch["lessons"], self.model.mllm
+            states = mllm(mllm.embed(tokens.input_ids), tokens.attention_mask)  # B T D
+            bound, found = bind_loss(self.heads["bind"], states, batch, tokens.input_ids.shape[1])
+            terms |= found | {"bind": bound}
+            total = total + weights.bind * bound
         return total, terms
 
     def answer_loss(self, tokens: Tokens, labels: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,6 +281,19 @@ class FlowObjective(Objective):
     def __init__(self, recipe: Recipe, model: UniLIP, settings: Flow, sources: Mapping[str, str]) -> None:
         super().__init__(recipe, model)
         self.settings = settings
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(recipe.seed)
+            if settings.bind and recipe.lessons:
+                check_queries(model.config)
+                width = model.config.dit.caption_channels
+                self.heads["bind"], self.heads["cells"] = bind_heads(width), cell_heads(width)
+            if settings.repa:
+                self.heads["repa"] = repa_head(model.config)
+        self.repa_end = round(settings.repa_until * recipe.steps)
+        self.middle: list[Tensor] = []  # states of the tokens a third through the transformer, while they are wanted
+        if settings.repa:
+            blocks = model.dit.transformer.transformer_blocks
+            blocks[(len(blocks) - 1) // 3].register_forward_hook(lambda _, __, out: self.middle.append(out))
         self.target_encoder: Encoder | None = None  # of another tokenizer; None: the model's own
         if settings.target == "separate":
             if "autoencoder" not in sources:
@@ -268,12 +307,13 @@ class FlowObjective(Objective):
             self.autoencoder = load_autoencoder(sources["autoencoder"])
 
     @torch.no_grad()
-    def clean_latents(self, images: Tensor) -> Tensor:
-        """Return the latents (B,Z,h,w) that the DiT learns, of uint8 pictures (B,3,H,W)."""
+    def clean_latents(self, images: Tensor, features: Tensor | None = None) -> Tensor:
+        """Return the latents (B,Z,h,w) that the DiT learns, of uint8 pictures (B,3,H,W) with these features (B,N,D)."""
         unit = to_unit(images)
         if self.autoencoder is None:
-            encoder = self.model.encoder if self.target_encoder is None else self.target_encoder
-            return self.model.to_latent(encoder(normalise(unit)))
+            if features is None or self.target_encoder is not None:
+                features = (self.target_encoder or self.model.encoder)(normalise(unit))
+            return self.model.to_latent(features)
         size = self.model.config.grid * DECODER_PIXELS
         if unit.shape[-1] != size:  # a source that draws in one size only
             unit = F.interpolate(unit, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
@@ -296,19 +336,45 @@ class FlowObjective(Objective):
         return self.model.condition(batch["prompts"], features, read)
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
-        """Mean squared velocity error, K noises for each condition."""
-        model, k = self.model, self.settings.noises
-        clean = batch["latents"].float() if "latents" in batch else self.clean_latents(batch["targets"])  # B Z h w
+        """Mean squared velocity error, K noises for each condition; before and beside it what else is to be learned."""
+        model, settings, k = self.model, self.settings, self.settings.noises
         features = None if "conditions" in batch else self.source_features(batch)
         condition, mask = self.conditions(batch, features)
+        extra, terms = torch.zeros((), device=condition.device), Terms()
+        if "marks" in batch:
+            extra, terms = self.lesson(condition, batch)
+            if step < settings.lesson_steps:
+                return extra, terms
+            extra = settings.bind * extra
+        likeness = settings.repa > 0 and step < self.repa_end and "targets" in batch
+        with torch.no_grad():
+            seen = model.encoder(normalise(to_unit(batch["targets"]))) if likeness else None  # B N D
+        ready = "latents" in batch
+        clean = batch["latents"].float() if ready else self.clean_latents(batch["targets"], seen)  # B Z h w
         generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
         noise = draw_noise(len(clean), (k, *clean.shape[1:]), generators).flatten(0, 1).to(clean)  # BK Z h w
         timesteps, sigmas = train_levels(torch.cat([logit_normal(k, g) for g in generators]))
         clean = clean.repeat_interleave(k, 0)  # BK Z h w
         noisy = interpolate(clean, noise, sigmas.to(clean))
+        self.middle.clear()
         velocity = model.dit(noisy, timesteps.to(clean.device), condition, mask)
         loss = flow_loss(velocity, clean, noise)
-        return loss, {"flow_edit" if "sources" in batch or "edits" in batch else "flow": loss}
+        terms["flow_edit" if "sources" in batch or "edits" in batch else "flow"] = loss
+        if seen is not None:
+            told = self.heads["repa"](self.middle.pop())  # BK N D
+            away = 1 - F.cosine_similarity(told.float(), seen.float().repeat_interleave(k, 0), dim=-1).mean()
+            terms["repa"], extra = away, extra + settings.repa * away
+        return loss + extra, terms
+
+    def lesson(self, condition: Tensor, batch: Batch) -> tuple[Tensor, Terms]:
+        """What words say and what the queries (the last Q of (B,T+Q,C)) know of the picture, through noise."""
+        heard = condition.float() * condition.float().square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+        noise = torch.randn(heard.shape, generator=torch.Generator().manual_seed(batch["seeds"][0]))
+        heard = heard + LESSON_NOISE * noise.to(heard)
+        length = batch["prompts"].input_ids.shape[1]
+        bound, terms = bind_loss(self.heads["bind"], heard, batch, length)
+        known, found = cell_loss(self.heads["cells"], heard[:, length:], batch["cells"])
+        return bound + 4 * known, {**terms, **found, "lesson": bound + 4 * known}
 
     @torch.no_grad()
     def samples(self, batch: Batch) -> dict[str, Tensor]:

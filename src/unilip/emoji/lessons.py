@@ -1,0 +1,148 @@
+"""Exact labels for lessons that exist in training alone: what lies on each image token, what each word means.
+
+Goes in: a scene, a text about it. Comes out: class numbers; 0 is "nothing" in every kind.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from unilip.emoji.art import BACKGROUNDS, PAINTS
+from unilip.emoji.captions import PLACES, cell, grouped, noun
+from unilip.emoji.concepts import concepts
+from unilip.emoji.edits import EDITS, Edit
+from unilip.emoji.knowledge import met_riddles
+from unilip.emoji.world import RELATIONS, Obj, Scene, World, relation
+from unilip.method.config import TOKEN_PIXELS
+
+UNKNOWN = -100  # what cross entropy leaves out
+MARK = ("concept", "colour", "count", "place")  # what a word can tell, in this order
+SUMMARY = ("background", "relation", "kind", "gone", "come", "paint", "side")  # what a whole text can tell
+
+
+@cache
+def numbers(kind: str) -> dict[object, int]:
+    """Return name -> class number (from 1; None is 0) of a kind of label."""
+    names = {
+        "concept": concepts(), "gone": concepts(), "come": concepts(), "colour": PAINTS, "paint": PAINTS,
+        "background": BACKGROUNDS, "count": (1, 2, 3, 4), "place": PLACES, "relation": RELATIONS, "kind": EDITS,
+        "side": RELATIONS,
+    }[kind]  # fmt: skip
+    return {None: 0, **{name: i + 1 for i, name in enumerate(names)}}
+
+
+def classes(kind: str) -> int:
+    """Return how many classes a kind has, "nothing" among them."""
+    return len(numbers(kind))
+
+
+def cells(scene: Scene, world: World) -> np.ndarray:
+    """Return (N,3) int64: concept and colour of what covers most of each image token, and the background.
+
+    A token of which less than a quarter is covered shows nothing.
+    """
+    grid = world.image_size // TOKEN_PIXELS
+    found = np.zeros((grid, grid, 3), dtype=np.int64)
+    found[..., 2] = numbers("background")[scene.background]
+    covered = np.full((grid, grid), TOKEN_PIXELS**2 / 4)
+    edges = np.arange(grid) * TOKEN_PIXELS
+    for obj in scene.objects:
+        left, top, right, bottom = obj.box
+        width = (np.minimum(right, edges + TOKEN_PIXELS) - np.maximum(left, edges)).clip(0)
+        height = (np.minimum(bottom, edges + TOKEN_PIXELS) - np.maximum(top, edges)).clip(0)
+        area = height[:, None] * width
+        most = area >= covered
+        found[most, 0], found[most, 1] = numbers("concept")[obj.concept], numbers("colour")[obj.colour]
+        covered = np.where(most, area, covered)
+    return found.reshape(-1, 3)
+
+
+# ---------------------------------------------------------------------------------------------- words
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a text says: `marks` pairs the end of a word or phrase (a character) with its labels, in the order of MARK.
+
+    `summary` has the labels of the whole in the order of SUMMARY, `present` the concepts of a caption, as class
+    numbers. UNKNOWN stands for what the text does not say.
+    """
+
+    marks: tuple[tuple[int, tuple[int, ...]], ...]
+    summary: tuple[int, ...]
+    present: tuple[int, ...]
+
+
+def of_caption(text: str, scene: Scene, world: World) -> Lesson:
+    """Return what a caption of SCENE says, however it is written; of a riddle, what it means."""
+    groups = grouped(scene.objects)
+    phrases = {noun(obj, world, plural=count > 1): _labels(obj, count) for obj, count in groups}
+    if len(groups) == 1:
+        obj, count = groups[0]
+        phrases |= {riddle.removeprefix("the "): _labels(obj, count) for riddle in met_riddles(world, obj.concept)}
+    found = _find(text, phrases)
+    marks = [(end, labels) for end, _, labels in found]
+    where = {words: place for place, forms in PLACES.items() for words in forms}
+    here = {cell(obj, world): obj for obj in scene.objects}
+    for end, words, _ in _find(text, dict.fromkeys(where, ())):
+        obj = here.get(where[words])
+        if obj is not None:
+            marks.append((end, (*_labels(obj, 1)[:2], UNKNOWN, numbers("place")[where[words]])))
+    between = UNKNOWN
+    if len(found) == 2 and len(scene.objects) == 2:
+        first, second = (next(o for o in scene.objects if _labels(o, 1) == labels) for _, _, labels in sorted(found))
+        between = numbers("relation")[relation(first, second)]
+    summary = list(_summary(background=scene.background))
+    summary[SUMMARY.index("relation")] = between
+    return Lesson(tuple(marks), tuple(summary), _present(scene))
+
+
+def of_edit(edit: Edit, text: str, world: World) -> Lesson:
+    """Return what an instruction says, however it is written: its words, what it takes away and what it brings."""
+    source, target = edit.source.objects, edit.target.objects
+    gone = [obj for obj in source if obj not in target]
+    come = [obj for obj in target if obj not in source]
+    phrases = {obj.concept: (numbers("concept")[obj.concept], *[UNKNOWN] * 3) for obj in (*source, *target)}
+    phrases |= {noun(obj, world): _labels(obj, 1) for obj in come}
+    marks = tuple((end, labels) for end, _, labels in _find(text, phrases))
+    side = None
+    if edit.kind == "add":
+        anchor = next(obj for obj in source if re.search(rf"\b{obj.concept}\b", edit.instruction, re.IGNORECASE))
+        side = relation(come[0], anchor)
+    elif edit.kind == "move" and len(come) == 1:
+        (ax, ay), (bx, by) = come[0].centre, gone[0].centre
+        side = ("left" if ax < bx else "right") if abs(ax - bx) > abs(ay - by) else "above" if ay < by else "below"
+    one = {"gone": gone[0].concept if gone else None, "come": come[0].concept if come else None}
+    if len(come) > 1:
+        one = {}
+    changed = {"background": edit.target.background} if edit.kind == "background" else {}
+    paint = {"paint": come[0].colour} if edit.kind in ("add", "replace", "recolour") else {}
+    return Lesson(marks, _summary(kind=edit.kind, side=side, **one, **changed, **paint), ())
+
+
+def _labels(obj: Obj, count: int) -> tuple[int, ...]:
+    return numbers("concept")[obj.concept], numbers("colour")[obj.colour], numbers("count")[count], UNKNOWN
+
+
+def _present(scene: Scene) -> tuple[int, ...]:
+    return tuple(sorted({numbers("concept")[obj.concept] for obj in scene.objects}))
+
+
+def _summary(**known: str | None) -> tuple[int, ...]:
+    return tuple(numbers(name)[known[name]] if name in known else UNKNOWN for name in SUMMARY)
+
+
+def _find(text: str, phrases: dict[str, tuple[int, ...]]) -> list[tuple[int, str, tuple[int, ...]]]:
+    """Return (end, phrase, labels) of each phrase's first occurrence, the longest first, in any case and spacing."""
+    found = []
+    for phrase in sorted(phrases, key=len, reverse=True):
+        pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, phrase.split())) + r"(?!\w)"
+        match = re.search(pattern, text, re.IGNORECASE)
+        if match:
+            found.append((match.end(), phrase, phrases[phrase]))
+            text = f"{text[: match.start()]}{chr(0) * (match.end() - match.start())}{text[match.end() :]}"
+    return found

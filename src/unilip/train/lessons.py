@@ -1,0 +1,106 @@
+"""Lessons beside the three objectives: heads for training alone, and what they are to tell.
+
+In:  features of image tokens, hidden states of words, conditions; the labels of `unilip.emoji.lessons`.
+Out: a loss, and the shares told right.
+Shapes: B batch, N image tokens, Q queries, L length, M marked words, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unilip.emoji.lessons import MARK, SUMMARY, UNKNOWN, classes
+from unilip.errors import ConfigError
+from unilip.method.config import UniLIPConfig
+
+CELL = ("concept", "colour", "background")
+Terms = dict[str, Tensor]
+
+
+def cell_heads(width: int) -> nn.ModuleDict:
+    """Return what tells from a state what lies on an image token, and what is behind."""
+    return nn.ModuleDict({kind: nn.Linear(width, classes(kind)) for kind in CELL})
+
+
+def local_heads(config: UniLIPConfig) -> nn.ModuleDict:
+    """Return the same for features of the encoder, which are to tell their own place as well."""
+    heads = cell_heads(config.text.hidden_size)
+    heads["place"] = nn.Linear(config.text.hidden_size, config.num_image_tokens)
+    return heads
+
+
+def bind_heads(width: int) -> nn.ModuleDict:
+    """Return what tells from states what words and whole texts say."""
+    heads = {kind: nn.Linear(width, classes(kind)) for kind in (*MARK, *SUMMARY)}
+    present = nn.Linear(width, classes("concept"))
+    nn.init.constant_(present.bias, -5.0)  # of hundreds of concepts a caption has one or two
+    return nn.ModuleDict(heads | {"present": present})
+
+
+def repa_head(config: UniLIPConfig) -> nn.Sequential:
+    """Return what makes features of states of the diffusion transformer."""
+    width = config.dit.hidden_size
+    return nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, config.text.hidden_size))
+
+
+def check_queries(config: UniLIPConfig) -> None:
+    """Refuse a config in which queries and latent tokens do not stand for each other."""
+    if config.condition != "dual" or config.num_queries != config.num_image_tokens:
+        raise ConfigError(
+            f"objective.bind needs a dual condition with as many queries as image tokens; the config has condition="
+            f"{config.condition}, {config.num_queries} queries and {config.num_image_tokens} image tokens."
+        )
+
+
+def told(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cross entropy (in float32) and the share that is right, of those whose target is known; 0 where none is."""
+    known = target != UNKNOWN
+    logits = logits.float()
+    loss = F.cross_entropy(logits, target, weight, ignore_index=UNKNOWN, reduction="sum")
+    count = known.sum() if weight is None else weight[target[known]].sum()
+    right = ((logits.argmax(-1) == target) & known).sum() / known.sum().clamp(min=1)
+    return loss / count.clamp(min=1), right
+
+
+def local_loss(heads: Any, features: Tensor, cells: Tensor) -> tuple[Tensor, Terms]:
+    """What features (B,N,D) tell of cells (B,N,3) and of their place; shares of concept and colour on objects alone."""
+    b, n = cells.shape[:2]
+    total, terms = torch.zeros((), device=features.device), Terms()
+    covered = cells[..., 0] > 0
+    for kind, target in (*zip(CELL, cells.unbind(-1), strict=True), ("place", torch.arange(n).to(cells).expand(b, n))):
+        logits = heads[kind](features)
+        total = total + told(logits.flatten(0, 1), target.flatten())[0]
+        chosen = covered if kind in ("concept", "colour") else torch.ones_like(covered)
+        terms[f"local_{kind}"] = told(logits[chosen], target[chosen])[1]
+    return total, terms
+
+
+def cell_loss(heads: Any, states: Tensor, cells: Tensor) -> tuple[Tensor, Terms]:
+    """What the states of queries (B,Q,D) tell of cells (B,Q,3) that are known; "nothing" counts a fifth."""
+    total, terms = torch.zeros((), device=states.device), Terms()
+    for kind, target in zip(CELL, cells.unbind(-1), strict=True):
+        weight = torch.ones(classes(kind), device=states.device)
+        weight[0] = 0.2
+        loss, terms[f"cell_{kind}"] = told(heads[kind](states).flatten(0, 1), target.flatten(), weight)
+        total = total + loss
+    return total, terms
+
+
+def bind_loss(heads: Any, states: Tensor, batch: dict[str, Any], length: int) -> tuple[Tensor, Terms]:
+    """What the states (B,L,D) of words tell at `marks`, and that of the last of `length` tokens of the whole text."""
+    total, terms = torch.zeros((), device=states.device), Terms()
+    words, ends = states[batch["marks"][:, 0], batch["marks"][:, 1]], states[:, length - 1]
+    for i, kind in enumerate(MARK):
+        loss, terms[f"bind_{kind}"] = told(heads[kind](words), batch["marks"][:, 2 + i])
+        total = total + (2 if kind == "concept" else 1) * loss
+    for i, kind in enumerate(SUMMARY):
+        total = total + told(heads[kind](ends), batch["summaries"][:, i])[0]
+    known = batch["present"][:, :1] != UNKNOWN
+    present = F.binary_cross_entropy_with_logits(
+        heads["present"](ends).float(), batch["present"].clamp(min=0), reduction="none"
+    )
+    return total + (present * known).sum() / known.sum().clamp(min=1), terms
