@@ -6,6 +6,7 @@ Goes in: a scene, a text about it. Comes out: class numbers; 0 is "nothing" in e
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -27,7 +28,7 @@ SUMMARY = ("background", "relation", "kind", "gone", "come", "paint", "side")  #
 @cache
 def numbers(kind: str) -> dict[object, int]:
     """Return name -> class number (from 1; None is 0) of a kind of label."""
-    names = {
+    names: Iterable[object] = {
         "concept": concepts(), "gone": concepts(), "come": concepts(), "colour": PAINTS, "paint": PAINTS,
         "background": BACKGROUNDS, "count": (1, 2, 3, 4), "place": PLACES, "relation": RELATIONS, "kind": EDITS,
         "side": RELATIONS,
@@ -89,9 +90,8 @@ def of_caption(text: str, scene: Scene, world: World) -> Lesson:
     where = {words: place for place, forms in PLACES.items() for words in forms}
     here = {cell(obj, world): obj for obj in scene.objects}
     for end, words, _ in _find(text, dict.fromkeys(where, ())):
-        obj = here.get(where[words])
-        if obj is not None:
-            marks.append((end, (*_labels(obj, 1)[:2], UNKNOWN, numbers("place")[where[words]])))
+        if where[words] in here:
+            marks.append((end, (*_labels(here[where[words]], 1)[:2], UNKNOWN, numbers("place")[where[words]])))
     between = UNKNOWN
     if len(found) == 2 and len(scene.objects) == 2:
         first, second = (next(o for o in scene.objects if _labels(o, 1) == labels) for _, _, labels in sorted(found))

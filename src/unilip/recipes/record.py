@@ -311,7 +311,7 @@ class Recipe:
             )
         if self.data.edit_share and not flow:
             raise ConfigError(f"data.edit_share is {self.data.edit_share}, but the objective {kind} has no edits.")
-        if flow and self.data.cache and self.objective.repa:
+        if isinstance(self.objective, Flow) and self.data.cache and self.objective.repa:
             raise ConfigError("objective.repa needs the target pictures, which a cache leaves out; set it to 0.")
         if self.data.text_share and not (isinstance(self.objective, Understand) and self.objective.next_token):
             raise ConfigError(f"data.text_share is {self.data.text_share}, which needs objective.next_token above 0.")

@@ -281,10 +281,10 @@ class Batches(Dataset[dict[str, Any]]):
             rows += [(0, [self.text_item(i * turns + k) for k in range(turns)]) for i in texts]
             batch["conversations"], batch["labels"] = conversation(self.processor, rows)
         if objective.bind and self.recipe.lessons:
-            texts = [self.lesson_item(i) for i in samples]
-            tokens = self.processor.tokenize([whole for whole, _, _ in texts])
+            items_in_words = [self.lesson_item(i) for i in samples]
+            tokens = self.processor.tokenize([whole for whole, _, _ in items_in_words])
             batch["lessons"] = padded(tokens, self.processor.pad_id)
-            batch |= labels(self.processor, batch["lessons"], texts)
+            batch |= labels(self.processor, batch["lessons"], items_in_words)
         return batch
 
     def contrast(self, captions: Sequence[str]) -> dict[str, Any]:
