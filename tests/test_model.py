@@ -7,15 +7,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from diffusers import SanaTransformer2DModel
 from torch import Tensor
-from transformers import InternVLConfig, InternVLModel
 
 from unilip.errors import ConfigError, ImageError, UniLIPError
-from unilip.method.connector import bidirectional_mask, copy_from_llm, substitute_features
-from unilip.method.encoder import pixel_unshuffle
+from unilip.method.config import preset
+from unilip.method.connector import copy_from_llm
+from unilip.method.encoder import merge_patches
 from unilip.method.mllm import fill_slots
-from unilip.method.qwen2 import position_ids
+from unilip.method.qwen2 import positions, visible
 from unilip.method.text import Processor
 from unilip.model import PARTS, UniLIP
 from unilip.pictures import to_pixels
@@ -42,41 +41,21 @@ def test_a_token_is_two_by_two_patches_in_reading_order():
     height, width = 4, 6
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     patches = torch.stack([rows, columns], -1).reshape(1, height * width, 2)
-    tokens = pixel_unshuffle(patches, height, width)
+    tokens = merge_patches(patches, height, width)
     assert tokens.shape == (1, 6, 8)
     assert tokens[0, 0].tolist() == [0, 0, 0, 1, 1, 0, 1, 1]
     assert tokens[0, 1].tolist() == [0, 2, 0, 3, 1, 2, 1, 3]
     assert tokens[0, 3].tolist() == [2, 0, 2, 1, 3, 0, 3, 1]
 
 
-def test_the_features_are_internvls(tiny_model):
-    encoder, tiny = tiny_model.encoder, preset("tiny")
-    theirs = InternVLModel(
-        InternVLConfig(
-            vision_config=encoder.vision_tower.config, text_config=tiny_model.mllm.language_model.config,
-            downsample_ratio=0.5, vision_feature_layer=-1, vision_feature_select_strategy="default",
-        )
-    ).eval()  # fmt: skip
-    theirs.vision_tower.load_state_dict(encoder.vision_tower.state_dict())
-    names = {"layer_norm": 0, "linear_1": 1, "linear_2": 3}
-    for name, i in names.items():
-        getattr(theirs.multi_modal_projector, name).load_state_dict(encoder.projector[i].state_dict())
-    pixels = torch.randn(2, 3, tiny.image_size, tiny.image_size)
-    expected = theirs.get_image_features(pixels).pooler_output
-    assert difference(encoder(pixels), expected.reshape(2, 4, 64)) < 1e-5
-
-
-@pytest.mark.parametrize(("height", "width"), [(56, 56), (112, 112), (28, 84)])
-def test_the_encoder_takes_any_multiple_of_28(height, width, tiny_model):
-    features = tiny_model.encoder(torch.randn(2, 3, height, width))
-    assert features.shape == (2, height * width // 784, 64)
-    assert features.isfinite().all()
-
-
-@pytest.mark.parametrize(("height", "width"), [(57, 56), (56, 42), (14, 14)])
-def test_the_encoder_refuses_other_sizes(height, width, tiny_model):
-    with pytest.raises(ImageError, match=f"{width}x{height}.*28"):
-        tiny_model.encoder(torch.zeros(1, 3, height, width))
+def test_the_encoder_takes_any_multiple_of_28_and_no_other_size(tiny_model):
+    for height, width in ((56, 56), (112, 112), (28, 84)):
+        features = tiny_model.encoder(torch.randn(2, 3, height, width))
+        assert features.shape == (2, height * width // 784, 64)
+        assert features.isfinite().all()
+    for height, width in ((57, 56), (56, 42), (14, 14)):
+        with pytest.raises(ImageError, match=f"{width}x{height}.*28"):
+            tiny_model.encoder(torch.zeros(1, 3, height, width))
 
 
 def test_a_picture_is_encoded_alike_alone_and_in_a_batch(tiny_model):
@@ -89,8 +68,8 @@ def test_a_picture_is_encoded_alike_alone_and_in_a_batch(tiny_model):
 
 def test_positions_count_valid_tokens():
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1]])
-    assert (position_ids(mask) * mask).tolist() == [[0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 2]]
-    assert position_ids(mask).min() >= 0
+    assert (positions(mask) * mask).tolist() == [[0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 2]]
+    assert positions(mask).min() >= 0
 
 
 def test_slots_are_filled_in_order():
@@ -115,7 +94,7 @@ def test_the_language_model_is_causal(tiny_model):
 def valid(model: UniLIP, texts: list[str], features: Tensor | None = None, side: str = "left") -> list[Tensor]:
     """The condition of each prompt, valid positions only."""
     tokens = model.processor.tokenize(texts, side)
-    condition, mask = model.conditions(tokens, features)
+    condition, mask = model.condition(tokens, features)
     assert condition.shape == (len(texts), tokens.input_ids.shape[1] + 8, 48)
     return [row[m.bool()] for row, m in zip(condition, mask, strict=True)]
 
@@ -134,18 +113,13 @@ def mixed(tiny_model):
     return texts, torch.randn(2, 4, 64)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_batch_of_prompts_is_its_prompts_one_by_one(side, tiny_model, mixed):
+def test_a_batch_of_prompts_is_its_prompts_one_by_one_padded_on_either_side(tiny_model, mixed):
     texts, features = mixed
-    together = valid(tiny_model, texts, features, side)
     pictures = [None, features[:1], None, features[1:], None]
-    for text, picture, condition in zip(texts, pictures, together, strict=True):
-        assert difference(condition, valid(tiny_model, [text], picture)[0]) < 1e-5
-
-
-def test_padding_on_either_side_gives_the_same(tiny_model, mixed):
-    for left, right in zip(valid(tiny_model, *mixed, "left"), valid(tiny_model, *mixed, "right"), strict=True):
-        assert difference(left, right) < 1e-5
+    alone = [valid(tiny_model, [text], picture)[0] for text, picture in zip(texts, pictures, strict=True)]
+    for side in ("left", "right"):
+        for condition, own in zip(valid(tiny_model, texts, features, side), alone, strict=True):
+            assert difference(condition, own) < 1e-5
 
 
 def test_prompts_and_pictures_matter(tiny_model, mixed):
@@ -161,9 +135,9 @@ def test_the_connector_looks_back_from_the_last_query_and_the_language_model_doe
     tokens = model.processor.tokenize([model.processor.generate_text("a cat")])
     hidden = []
     hook = model.connector.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
-    before, _ = model.conditions(tokens)
+    before, _ = model.condition(tokens)
     model.mllm.queries[0, -1] += 1
-    after, _ = model.conditions(tokens)
+    after, _ = model.condition(tokens)
     hook.remove()
     assert difference(hidden[0][:, :-1], hidden[1][:, :-1]) < 1e-6
     assert difference(hidden[0][:, -1], hidden[1][:, -1]) > 1e-2
@@ -177,18 +151,15 @@ def test_padding_is_hidden_from_the_connector(tiny_model):
     valid_rows = mask[0].bool()
     before, after = tiny_model.connector(hidden, mask), tiny_model.connector(changed, mask)
     assert difference(before[:, valid_rows], after[:, valid_rows]) < 1e-6
-    for dtype in (torch.float16, torch.bfloat16):
-        bias = bidirectional_mask(mask, dtype)
-        assert bias.shape == (1, 1, 6, 6)
-        assert bias.isfinite().all()
-        assert ((bias == 0) == mask.bool()).all()
+    seen = visible(mask, False)[0, 0]
+    assert torch.equal(seen, mask.bool() | torch.eye(6, dtype=torch.bool))  # padding sees itself: no row is empty
 
 
 def test_hidden_states_at_the_picture_become_its_features(tiny_model):
     hidden, features = torch.randn(2, 7, 64), torch.randn(1, 2, 64)
     slots = torch.zeros(2, 4, dtype=torch.bool)  # shorter than hidden: the queries have no slots
     slots[1, 1:3] = True
-    replaced = substitute_features(hidden, slots, features)
+    replaced = fill_slots(hidden, slots, features)
     assert torch.equal(replaced[1, 1:3], features[0])
     replaced[1, 1:3] = hidden[1, 1:3]
     assert torch.equal(replaced, hidden)
@@ -197,79 +168,59 @@ def test_hidden_states_at_the_picture_become_its_features(tiny_model):
 def test_an_edit_sees_the_features_at_both_ends_of_the_language_model(tiny_model):
     processor, features = tiny_model.processor, torch.randn(1, 4, 64)
     tokens = processor.tokenize([processor.edit_text("blue")])
-    entering, leaving = [], []
+    states = []
     hooks = [
-        tiny_model.mllm.language_model.model.register_forward_pre_hook(
-            lambda module, args, kwargs: entering.append(kwargs["inputs_embeds"]), with_kwargs=True
-        ),
-        tiny_model.connector.register_forward_pre_hook(lambda module, inputs: leaving.append(inputs[0])),
+        module.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
+        for module in (tiny_model.mllm.language_model.model, tiny_model.connector)
     ]
-    tiny_model.conditions(tokens, features)
+    tiny_model.condition(tokens, features)
     for hook in hooks:
         hook.remove()
     length = tokens.input_ids.shape[1]
-    for states in (entering[0], leaving[0]):
-        assert torch.equal(states[:, :length][tokens.image_slots], features[0])
-    assert torch.equal(entering[0][:, length:], tiny_model.mllm.queries)
+    for state in states:
+        assert torch.equal(state[:, :length][tokens.image_slots], features[0])
+    assert torch.equal(states[0][:, length:], tiny_model.mllm.queries)
 
 
 # --- diffusion transformer --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0, None])
-@pytest.mark.parametrize("grid", [2, 4, 16])
-def test_the_dit_is_diffusers_own(grid, scale, tiny_model):
-    d = preset("tiny").dit
-    config = preset("tiny").replace(dit=type(d)(**{**vars(d), "interpolation_scale": scale}))
-    dit = UniLIP.from_config(config, parts=("dit",)).dit
-    plain = SanaTransformer2DModel(
-        num_layers=2, num_attention_heads=4, attention_head_dim=16, num_cross_attention_heads=2,
-        cross_attention_head_dim=32, cross_attention_dim=64, caption_channels=48, sample_size=16,
-        interpolation_scale=scale,
-    ).eval()  # fmt: skip
-    plain.load_state_dict(dit.transformer.state_dict())
-    latent, condition = torch.randn(3, 32, grid, grid), torch.randn(3, 9, 48)
-    timestep = torch.tensor([999, 500, 1])
-    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9, [1, 1, 1, 0, 0, 0, 1, 1, 1]])
-    expected = plain(latent, condition, timestep, encoder_attention_mask=mask).sample
-    prepared = dit.prepare(condition, mask)
-    assert difference(dit(latent, timestep, prepared), expected) < 1e-5
-    order = torch.tensor([2, 0, 2, 1])
-    assert difference(dit(latent[order], timestep[order], prepared.select(order)), expected[order]) < 1e-5
-    assert expected.abs().mean() > 0.1
-
-
 def test_positions_and_the_padding_mask_matter_to_the_dit(tiny_model):
     latent, condition, timestep = torch.randn(1, 32, 2, 2), torch.randn(1, 9, 48), torch.tensor([500])
     mask = torch.ones(1, 9, dtype=torch.long)
-    full = tiny_model.dit(latent, timestep, tiny_model.dit.prepare(condition, mask))
+    full = tiny_model.dit(latent, timestep, condition, mask)
     mask[:, :4] = 0
-    part = tiny_model.dit(latent, timestep, tiny_model.dit.prepare(condition, mask))
+    part = tiny_model.dit(latent, timestep, condition, mask)
     assert difference(full, part) > 1e-3
-    assert (
-        difference(part, tiny_model.dit(latent, timestep, tiny_model.dit.prepare(condition[:, 4:], mask[:, 4:]))) < 1e-5
-    )
-    turned = tiny_model.dit(latent.flip(-1), timestep, tiny_model.dit.prepare(condition, mask)).flip(-1)
+    assert difference(part, tiny_model.dit(latent, timestep, condition[:, 4:], mask[:, 4:])) < 1e-5
+    turned = tiny_model.dit(latent.flip(-1), timestep, condition, mask).flip(-1)
     assert difference(part, turned) > 1e-3
 
 
-@pytest.mark.parametrize("part", ["dit", "connector", "pixel_decoder"])
-def test_recomputing_in_the_backward_pass_changes_no_gradient(part, fresh_model):
-    model = fresh_model()
-    module, gradients = getattr(model, part), []
-    latent, condition = torch.randn(2, 32, 2, 2), torch.randn(2, 9, 48 if part == "dit" else 64)
-    mask = torch.ones(2, 9, dtype=torch.long)
-    for module.checkpointing in (None, {"use_reentrant": False}):
-        model.zero_grad()
-        with torch.enable_grad():
-            if part == "dit":
-                out = model.dit(latent, torch.tensor([10, 700]), model.dit.prepare(condition, mask))
-            else:
-                out = model.connector(condition, mask) if part == "connector" else model.pixel_decoder(latent)
-            out.square().mean().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
-    assert gradients[0].abs().max() > 0
-    assert difference(*gradients) < 1e-6
+def test_recomputing_in_the_backward_pass_changes_no_gradient(fresh_model):
+    from unilip.train.build import enable_checkpointing
+
+    model, latent, mask = fresh_model(), torch.randn(2, 32, 2, 2), torch.ones(2, 9, dtype=torch.long)
+    ways = {
+        "dit": lambda: model.dit(latent, torch.tensor([10, 700]), torch.ones(2, 9, 48), mask),
+        "connector": lambda: model.connector(torch.ones(2, 9, 64), mask),
+        "mllm": lambda: model.mllm(torch.ones(2, 9, 64), mask),
+        "encoder": lambda: model.encoder(torch.ones(2, 3, 56, 56)),
+        "pixel_decoder": lambda: model.pixel_decoder(latent),
+    }
+    gradients = []
+    for recomputed in (False, True):
+        if recomputed:
+            enable_checkpointing(model)
+        for name, run in ways.items():
+            model.zero_grad()
+            with torch.enable_grad():
+                run().square().mean().backward()
+            own = [p.grad.flatten() for p in getattr(model, name).parameters() if p.grad is not None]
+            gradients.append(torch.cat(own))
+    for name, kept, recomputed in zip(ways, gradients[: len(ways)], gradients[len(ways) :], strict=True):
+        assert kept.abs().max() > 0, name
+        assert difference(kept, recomputed) < 1e-6, name
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------
@@ -291,8 +242,8 @@ def test_latents_keep_the_order_of_the_tokens(tiny_model):
     features = torch.randn(1, 6, 64)
     latent = tiny_model.to_latent(features, height=2)  # 2x3
     changed = features.clone()
-    changed[0, 4] += 1
-    moved = (tiny_model.to_latent(changed, height=2) - latent).abs().amax(1)[0] > 1e-6
+    changed[0, 4] += torch.randn(64)
+    moved = (tiny_model.to_latent(changed, height=2) - latent).abs().amax(1)[0] > 1e-5
     assert moved.tolist() == [[False, False, False], [False, True, False]]
 
 
@@ -391,7 +342,7 @@ def test_a_tokenizer_reconstructs_and_says_what_the_rest_needs(fresh_model, tiny
         lambda: model.generate([]),
         lambda: model.edit(picture(), "blue"),
         lambda: model.ask(picture(), "What?"),
-        lambda: model.conditions(tiny_model.processor.tokenize(["a"])),
+        lambda: model.condition(tiny_model.processor.tokenize(["a"])),
     ):
         with pytest.raises(UniLIPError, match=r"needs .*mllm.*encoder, latent_head, pixel_decoder only"):
             call()
@@ -433,22 +384,19 @@ def test_a_model_without_a_tokenizer_says_so(picture):
 # --- reconstruct ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [None, 28, 56, 112])
-def test_reconstruct_at_any_multiple_of_28(size, tiny_model, picture):
-    images = tiny_model.reconstruct([picture(40, 30), picture(30, 40, 1)], image_size=size).images
-    assert [image.size for image in images] == [(size or 56,) * 2] * 2
-    assert not np.array_equal(*map(np.asarray, images))
-
-
-@pytest.mark.parametrize("size", [0, -28, 50, 57, 56.5])
-def test_reconstruct_refuses_other_sizes(size, tiny_model, picture):
-    with pytest.raises(ConfigError, match="image_size"):
-        tiny_model.reconstruct(picture(), image_size=size)
+def test_reconstruct_at_any_multiple_of_28(tiny_model, picture):
+    for size in (None, 28, 56, 112):
+        images = tiny_model.reconstruct([picture(40, 30), picture(30, 40, 1)], image_size=size).images
+        assert [image.size for image in images] == [(size or 56,) * 2] * 2
+        assert not np.array_equal(*map(np.asarray, images))
+    for size in (0, -28, 50, 57):
+        with pytest.raises(ConfigError, match="image_size"):
+            tiny_model.reconstruct(picture(), image_size=size)
 
 
 def test_reconstruct_is_encode_then_decode(tiny_model, picture):
     pixels = to_pixels([picture()])
-    latent = tiny_model.to_latent(tiny_model.encoder(pixels))
+    latent = tiny_model.to_latent(tiny_model.features(pixels))
     assert torch.equal(tiny_model.reconstruct(picture(), output_type="latent").images, latent)
     assert torch.equal(tiny_model.reconstruct(picture(), output_type="pt").images, tiny_model.from_latent(latent))
     array = tiny_model.reconstruct(picture(), output_type="np").images
@@ -506,17 +454,9 @@ def test_low_precision_on_the_cpu(dtype, tiny_model, fresh_model, picture):
     assert len(model.ask([picture(), None], questions, max_new_tokens=4)) == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_positions_stay_float32_when_the_weights_do_not(dtype, fresh_model):
-    model = fresh_model()
-    before = copy.deepcopy(dict(model.named_buffers()))
-    model.to(dtype)
-    positions = {name: b for name, b in model.named_buffers() if "inv_freq" in name or "pos_embed" in name}
-    assert len(positions) >= 3  # of the language model, the connector and the DiT
-    for name, buffer in positions.items():
-        assert buffer.dtype == torch.float32
-        assert torch.equal(buffer, before[name]), name
-    assert {p.dtype for p in model.parameters()} == {dtype}
+def test_nothing_but_weights_is_kept_in_a_model(tiny_model):
+    """Positions are computed in float32 where they are needed: no buffer that a cast could spoil."""
+    assert [name for name, _ in tiny_model.named_buffers()] == []
 
 
 @pytest.mark.gpu

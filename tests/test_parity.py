@@ -53,12 +53,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_recorded_number_is_recomputed(rows: list[Row]) -> None:
     assert sorted(row.name for row in rows) == recorded()
     assert len(rows) == 47
-
-
-@pytest.mark.parametrize("name", recorded())
-def test_recorded_number_is_reproduced(rows: list[Row], name: str) -> None:
-    row = next(row for row in rows if row.name == name)
-    assert row.ok, f"{row.max_abs_error:.2e} over {row.tolerance:.0e}; {row.note}"
+    assert failures(rows) == []
 
 
 def test_the_converted_checkpoint_gives_the_same_numbers(converted: Path, tmp_path: Path) -> None:
@@ -102,7 +97,7 @@ def test_connector_attends_in_both_directions(model: UniLIP) -> None:
 @torch.no_grad()
 def test_padding_changes_nothing_at_valid_positions(model: UniLIP) -> None:
     row = torch.tensor([[5, 6, 7, 8]])
-    alone, _ = model.conditions(Tokens(row, torch.ones_like(row), torch.zeros_like(row, dtype=torch.bool)))
+    alone, _ = model.condition(Tokens(row, torch.ones_like(row), torch.zeros_like(row, dtype=torch.bool)))
     for side in ("left", "right"):
         pad = torch.zeros(1, 3, dtype=torch.long)
         order = [pad, row] if side == "left" else [row, pad]
@@ -110,7 +105,7 @@ def test_padding_changes_nothing_at_valid_positions(model: UniLIP) -> None:
             torch.cat(order, 1),
             torch.cat([torch.zeros_like(t) if t is pad else torch.ones_like(t) for t in order], 1),
         )
-        padded, full = model.conditions(Tokens(ids, mask, torch.zeros_like(ids, dtype=torch.bool)))
+        padded, full = model.condition(Tokens(ids, mask, torch.zeros_like(ids, dtype=torch.bool)))
         torch.testing.assert_close(padded[full.bool()][None], alone, atol=1e-5, rtol=0)
 
 
@@ -122,6 +117,6 @@ def test_half_precision_stays_near(model: UniLIP) -> None:
     row = torch.tensor([[5, 6, 7, 8]])
     tokens = Tokens(row, torch.ones_like(row), torch.zeros_like(row, dtype=torch.bool))
     with torch.no_grad():
-        exact, rough = model.conditions(tokens)[0], half.conditions(tokens)[0]
+        exact, rough = model.condition(tokens)[0], half.condition(tokens)[0]
     assert rough.dtype == torch.bfloat16
     assert (rough.float() - exact).abs().mean() < 0.1 * exact.std()

@@ -238,8 +238,9 @@ def answer(
     """Continue conversations as text: yield the next id of each until all have ended."""
     device = next(network.parameters()).device if runtime.offload is None else runtime.offload.device
     tokens = processor.tokenize(prompts).to(device)
-    with torch.no_grad(), runtime.using("mllm"):
-        embeddings = network.mllm.embed(tokens.input_ids, tokens.image_slots, features)
+    with runtime.using("mllm"):
+        with torch.no_grad():  # not around what follows: between two ids the caller's code runs
+            embeddings = network.mllm.embed(tokens.input_ids, tokens.image_slots, features)
         columns = network.mllm.answer(
             embeddings, tokens.attention_mask, end_id=processor.end_id, max_new_tokens=max_new_tokens,
             temperature=temperature, top_p=top_p, generator=generator,
