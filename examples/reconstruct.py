@@ -6,8 +6,8 @@ python examples/reconstruct.py [MODEL]
 import sys
 
 from unilip import UniLIP
-from unilip.demo import examples, psnr
-from unilip.pictures import fit_square, load_image
+from unilip.demo import examples
+from unilip.pictures import fit_square, load_image, picture_psnr
 
 tokenizer = ("encoder", "latent_head", "pixel_decoder")  # no language model, no diffusion transformer
 model = UniLIP.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else None, parts=tokenizer)
@@ -15,4 +15,4 @@ source = fit_square(load_image(examples().pictures[0].path), model.config.image_
 again = model.reconstruct(source).images[0]
 again.save("again.png")
 latent = model.reconstruct(source, output_type="latent").images
-print(f"again.png, {psnr(source, again):.1f} dB through a latent of {tuple(latent.shape)}")
+print(f"again.png, {picture_psnr(source, again):.1f} dB through a latent of {tuple(latent.shape)}")
