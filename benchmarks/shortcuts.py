@@ -4,7 +4,7 @@
     python benchmarks/shortcuts.py --model FOLDER --count 16 --json shortcuts.json
 
 Held-out prompts and edits of the embedded model's world (`unilip data prepare emoji` fetches its art). The presets are
-measured beside the other ways that `acceleration.Shortcut` knows: solvers, shifts, guidance in some steps, reuse.
+measured beside other ways that a `Preset` can say: steps, solvers, shifts, guidance in the first steps alone.
 """
 
 from __future__ import annotations
@@ -18,30 +18,26 @@ from PIL import Image
 from torch import Tensor
 
 from unilip import UniLIP
-from unilip.fast.loop import PRESETS, Shortcut
 from unilip.emoji.art import Atlas
 from unilip.emoji.dataset import Edits, Scenes
 from unilip.emoji.world import World
-from unilip.eval.recon import psnr
+from unilip.fast.loop import PRESETS, Preset, Settings
+from unilip.pictures import psnr
 
 WAYS = {
-    "DPM-Solver++, 12 steps": Shortcut(steps=12),
-    "UniPC, 8 steps, shift 2": Shortcut(steps=8, solver="unipc", shift=2.0),
-    "UniPC, 6 steps, shift 2.5": Shortcut(steps=6, solver="unipc", shift=2.5),
-    "UniPC, 5 steps, shift 2": Shortcut(steps=5, solver="unipc", shift=2.0),
-    "UniPC, 4 steps, shift 1.5": Shortcut(steps=4, solver="unipc", shift=1.5),
-    "first-block caching in every second of 20 steps": Shortcut(reuse=0.0),
-    "guidance in the first 80 % of 20 steps": Shortcut(guided=(0.0, 0.8)),
-    "guidance in the first 60 % of 20 steps": Shortcut(guided=(0.0, 0.6)),
+    "DPM-Solver++, 12 steps": Preset(num_inference_steps=12),
+    "UniPC, 8 steps, shift 2": Preset(num_inference_steps=8, solver="unipc", flow_shift=2.0),
+    "UniPC, 6 steps, shift 2.5": Preset(num_inference_steps=6, solver="unipc", flow_shift=2.5),
+    "UniPC, 5 steps, shift 2": Preset(num_inference_steps=5, solver="unipc", flow_shift=2.0),
+    "UniPC, 4 steps, shift 1.5": Preset(num_inference_steps=4, solver="unipc", flow_shift=1.5),
+    "guidance in the first 80 % of 20 steps": Preset(guided=0.8),
+    "guidance in the first 60 % of 20 steps": Preset(guided=0.6),
 }
 
 
-def evaluations(way: Shortcut, blocks: int) -> float:
-    """Runs of a transformer of BLOCKS blocks for one picture: two in a guided step, one block of each where reused."""
-    steps = way.steps or 20
-    reused = way.reused_steps(steps)
-    guided = way.guided_steps(steps)
-    return sum((1 + guided[i]) / (blocks if i in reused else 1) for i in range(steps))
+def evaluations(settings: Settings) -> int:
+    """Runs of a transformer for one picture: two in a guided step."""
+    return settings.num_inference_steps + sum(settings.guided_steps())
 
 
 def near(a: Tensor, b: Tensor) -> float:
@@ -82,7 +78,7 @@ def main() -> None:
     for name, way in (*((f"preset {name}", way) for name, way in PRESETS.items()), *WAYS.items()):
         PRESETS["measured"] = way  # as a preset of its own, so that everything goes the way it goes for users
         made, edited = draw("measured")
-        runs = evaluations(way, model.config.dit.num_layers)
+        runs = evaluations(Settings.of(model.config.sampling, "measured"))
         row = {"way": name, "evaluations": runs, "generate": near(made, exact[0]), "edit": near(edited, exact[1])}
         rows.append(row)
         print(f"| {name} | {runs:g} | {row['generate']:.1f} | {row['edit']:.1f} |", flush=True)

@@ -22,17 +22,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from flops import counter
 from PIL import Image
 from reference import Reference
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from unilip import UniLIP, preset
-from unilip.sampling import draw_noise
+from unilip.checkpoints.tokenizer import Tokenizer
 from unilip.method.text import NEEDED_TOKENS, TEXT_END, Processor
+from unilip.sampling import draw_noise
 
 PROMPTS = ("three yellow stars above a blue house", "a red car", "two dogs and a cat on a green meadow", "a whale")
 INSTRUCTION = "change the background to pink"
@@ -46,9 +47,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def stand_in_tokenizer() -> PreTrainedTokenizerFast:
+def stand_in_tokenizer() -> Tokenizer:
     """Make a byte-level tokenizer that fits every size."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = list(dict.fromkeys([TEXT_END, *NEEDED_TOKENS]))
@@ -58,7 +59,7 @@ def stand_in_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
     texts = ["user\nGenerate an image: ", "user\nEdit the image: ", "assistant\n", *PROMPTS, INSTRUCTION]
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=TEXT_END)
+    return Tokenizer({"tokenizer.json": tokenizer.to_str().encode()})
 
 
 def random_model(size: str, device: str, dtype: torch.dtype) -> UniLIP:
@@ -167,14 +168,14 @@ def compare(
 
     def compiled_run(steps: int = steps, count: int = count) -> None:
         assert accelerated is not None
-        model._compiled = accelerated
+        model.runtime.compiled = accelerated
         try:
             ours("compiled")(steps, count)
         finally:
-            model._compiled = None
+            model.runtime.compiled = None
 
-    accelerated = model.compile()._compiled if compiled else None
-    model._compiled = None
+    accelerated = model.compile().runtime.compiled if compiled else None
+    model.runtime.compiled = None
     paths: dict[str, Callable[..., None]] = {"reference": plain, "exact": ours("exact")}
     if compiled:
         paths["compiled"] = compiled_run

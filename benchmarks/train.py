@@ -8,7 +8,7 @@ Straightforward: pictures are encoded in the step, the frozen language model rea
 gradients, the diffusion transformer is diffusers' own forward, which projects the condition for itself. With
 `--straightforward recomputed` it recomputes every layer in the backward pass, as the authors' scripts do.
 Ours: what `unilip train` does from a cache of latents and features (`unilip data cache`): the prompt is read without
-gradients into a key-value cache, so that the queries alone keep activations, and the condition is prepared once.
+gradients into a key-value cache, so that the queries alone keep activations.
 `--ours selective` keeps results of products and computes what lies between again (recipes: selective_checkpointing=1);
 recomputed is gradient_checkpointing=1, compiled is compile=1.
 Both see the same weights, prompts, latents and noise. `--fraction F` keeps one layer in F of every part, so that the
@@ -32,9 +32,10 @@ from reference import plain_transformer
 from torch import Tensor, nn
 
 from unilip import UniLIP, preset
+from unilip.fast.mllm import read_in_two_passes
 from unilip.method.config import UniLIPConfig
-from unilip.method.connector import substitute_features
 from unilip.method.flow import flow_loss, interpolate, train_levels
+from unilip.method.mllm import fill_slots
 from unilip.method.text import Tokens
 from unilip.train.build import compile_layers, enable_checkpointing
 from unilip.train.preflight import Alive
@@ -58,11 +59,13 @@ def reduced(config: UniLIPConfig, fraction: int) -> UniLIPConfig:
 
 
 def plain_dit(model: UniLIP) -> nn.Module:
-    """Diffusers' own transformer with the very parameters of ours."""
-    plain = plain_transformer(model)
-    for name, parameter in model.dit.transformer.named_parameters():
+    """Diffusers' own transformer, to be trained: our parameters, but copies of those that are 1x1 convolutions there."""
+    plain: nn.Module = plain_transformer(model)
+    ours = dict(model.dit.transformer.named_parameters())
+    for name, parameter in list(plain.named_parameters()):
         owner, _, last = name.rpartition(".")
-        setattr(plain.get_submodule(owner), last, parameter)
+        same = ours[name].shape == parameter.shape
+        setattr(plain.get_submodule(owner), last, ours[name] if same else nn.Parameter(parameter.detach().clone()))
     return plain
 
 
@@ -101,7 +104,7 @@ def straightforward(model: UniLIP, batch: dict[str, Any], ready: dict[str, Any])
     sequence, mask = model.mllm.append_queries(embeddings, prompts.attention_mask)
     hidden = model.mllm(sequence, mask)
     if features is not None:
-        hidden = substitute_features(hidden, prompts.image_slots, features)
+        hidden = fill_slots(hidden, prompts.image_slots, features)
     condition = model.connector(hidden, mask)
     timesteps, sigmas = batch["levels"]
     noisy = interpolate(clean, batch["noise"], sigmas)
@@ -115,7 +118,7 @@ def straightforward(model: UniLIP, batch: dict[str, Any], ready: dict[str, Any])
 class Switch:
     """What one way alone changes in the layers that both share, to be put in and taken out."""
 
-    NAMES = ("forward", "checkpointing", "gradient_checkpointing")
+    NAMES = ("around", "_compiled_call_impl")
 
     def __init__(self, model: UniLIP, change: Callable[[UniLIP], Any]) -> None:
         def state() -> dict[tuple[nn.Module, str], Any]:
@@ -129,9 +132,8 @@ class Switch:
     def put(self, there: bool) -> None:
         """Have the changes in the model or not."""
         for (module, name), values in self.changes.items():
-            if values[there] is None and name != "checkpointing":
-                module.__dict__.pop(name, None)
-            else:
+            module.__dict__.pop(name, None)
+            if values[there] is not None:
                 module.__dict__[name] = values[there]
 
 
@@ -140,12 +142,10 @@ def nothing(_: UniLIP) -> None:
 
 
 def recompute_everything(model: UniLIP) -> None:
-    """Recompute connector and language model; the plain transformer does so by itself."""
+    """Recompute connector and the whole of the language model; the plain transformer does so by itself."""
     enable_checkpointing(model)
-    llm: Any = model.mllm.language_model
-    enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    llm.disable_input_require_grads()  # which would give the prompt gradients in ours, too
+    layers = model.mllm.language_model.model.layers
+    layers.around = model.connector.layers.around
 
 
 THEIRS: dict[str, Callable[[UniLIP], None]] = {"kept": nothing, "recomputed": recompute_everything}
@@ -160,9 +160,9 @@ OURS: dict[str, Callable[[UniLIP], None]] = {
 def ours(model: UniLIP, batch: dict[str, Any], ready: dict[str, Any]) -> Tensor:
     """From ready latents and features, the prompt read once without gradients."""
     clean = ready["latents"]
-    prepared = model.dit.prepare(*model.conditions(batch["prompts"], ready["features"]))
+    condition = model.condition(batch["prompts"], ready["features"], partial(read_in_two_passes, model.mllm))
     timesteps, sigmas = batch["levels"]
-    velocity = model.dit(interpolate(clean, batch["noise"], sigmas).to(model.dtype), timesteps, prepared)
+    velocity = model.dit(interpolate(clean, batch["noise"], sigmas).to(model.dtype), timesteps, *condition)
     return flow_loss(velocity, clean, batch["noise"])
 
 
@@ -189,10 +189,12 @@ def kept_bytes(model: UniLIP, loss: Callable[[], Tensor], compiled: bool) -> tup
     return value, sum(kept.values())
 
 
-def gradients(model: UniLIP) -> dict[str, Tensor]:
-    """Take the gradients, and leave none."""
-    found = {name: p.grad.detach().float().clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
+def gradients(model: UniLIP, plain: nn.Module) -> dict[str, Tensor]:
+    """Take the gradients of a model and of the plain transformer beside it, and leave none."""
+    named = [*model.named_parameters(), *((f"dit.transformer.{n}", p) for n, p in plain.named_parameters())]
+    found = {name: p.grad.detach().float().flatten() for name, p in named if p.grad is not None}
+    for _, parameter in named:
+        parameter.grad = None
     return found
 
 
@@ -241,7 +243,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             model.zero_grad(set_to_none=True)
         loss, found[name]["kept_bytes"] = kept_bytes(model, lambda way=way: way(model, batch, ready), compiled)
         loss.backward()
-        found[name]["loss"], kept[name] = loss.item(), gradients(model)
+        found[name]["loss"], kept[name] = loss.item(), gradients(model, theirs)
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     for _ in range(arguments.repeats):
         for name, way in ways.items():
@@ -255,7 +257,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 torch.cuda.synchronize()
                 found[name]["peak_bytes"] = torch.cuda.max_memory_allocated()
             found[name]["seconds"].append(clock() - start)
-            model.zero_grad(set_to_none=True)
+            gradients(model, theirs)
     a, b = kept.values()
     assert a.keys() == b.keys(), "the two ways do not train the same weights"
     # some gradients are zero but for rounding (a key's bias, say): these are measured against all of them

@@ -24,7 +24,12 @@ def prompt(tiny_model, monkeypatch):
     def read(*arguments, **options):
         texts, pixels = [], []
         tokenize = tiny_model.processor.tokenize
-        monkeypatch.setattr(tiny_model.processor, "tokenize", lambda t: texts.__setitem__(slice(None), t) or tokenize(t))
+
+        def spy(given):
+            texts[:] = given
+            return tokenize(given)
+
+        monkeypatch.setattr(tiny_model.processor, "tokenize", spy)
         hook = tiny_model.encoder.register_forward_pre_hook(lambda module, inputs: pixels.append(inputs[0]))
         tiny_model.ask(*arguments, max_new_tokens=1, **options)
         hook.remove()

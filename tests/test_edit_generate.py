@@ -8,8 +8,8 @@ from torch import Tensor
 
 from unilip.errors import ConfigError, ImageError, PromptError, UniLIPError
 from unilip.method.config import SamplingConfig
-from unilip.method.flow import draw_noise
 from unilip.model import ImageOutput
+from unilip.sampling import draw_noise
 
 PROMPTS = [
     "a cat",

@@ -9,16 +9,7 @@ from torch import Tensor
 
 from unilip.errors import UniLIPError
 from unilip.method.config import SOLVERS
-from unilip.method.flow import (
-    draw_noise,
-    flow_loss,
-    guide,
-    interpolate,
-    logit_normal,
-    make_schedule,
-    sample,
-    train_levels,
-)
+from unilip.method.flow import flow_loss, guide, interpolate, logit_normal, make_schedule, sample, train_levels
 from unilip.sampling import draw_noise
 
 SHAPE = (2, 3, 4, 4)

@@ -71,8 +71,9 @@ def test_offloaded_parts_are_moved_and_put_back(
     model = fresh_model(text=tiny_model.config.text)
     homes = {name: p for name, p in model.named_parameters()}
     model.enable_cpu_offload("cpu")
-    seen: list[set[str]] = []
-    model.dit.transformer.patch_embed["proj"].register_forward_pre_hook(lambda *_: seen.append(set(model.runtime.offload.present)))
+    offload, seen = model.runtime.offload, []
+    assert offload is not None
+    model.dit.transformer.patch_embed["proj"].register_forward_pre_hook(lambda *_: seen.append({*offload.present}))
     assert same(everything(model, picture()), everything(tiny_model, picture()))
     assert {frozenset(s) for s in seen} == {frozenset({"dit"})}
     assert model.runtime.offload is not None and model.runtime.offload.present == set()

@@ -1,6 +1,5 @@
 """The parts and how they are joined: encoder, conditions, diffusion transformer, tokenizer; making a model."""
 
-import copy
 import random
 import time
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from unilip.errors import ConfigError, ImageError, UniLIPError
-from unilip.method.config import preset
 from unilip.method.connector import copy_from_llm
 from unilip.method.encoder import merge_patches
 from unilip.method.mllm import fill_slots

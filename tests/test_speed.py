@@ -18,9 +18,9 @@ from unilip.fast import loop
 from unilip.fast.dit import PreparedCondition
 from unilip.fast.loop import PRESETS, Compiled, Preset, Settings
 from unilip.fast.solver import integrate
-from unilip.method.flow import draw_noise
 from unilip.method.text import Tokens
 from unilip.model import UniLIP
+from unilip.sampling import draw_noise
 
 ROOT = Path(__file__).resolve().parents[1]
 PARITY = ROOT / "tests" / "parity"
@@ -59,7 +59,7 @@ def parity() -> tuple[UniLIP, Any]:
 
 @pytest.mark.parametrize("task", ["t2i", "edit"])
 def test_the_reference_path_meets_the_recorded_numbers(parity: tuple[UniLIP, Any], task: str) -> None:
-    model, reference = parity
+    _, reference = parity
     record = {n.removeprefix(f"{task}."): t for n, t in load_file(PARITY / "expected.safetensors").items()}
     ids, mask = record["input_ids"].flip(0), record["attention_mask"].long().flip(0)  # unconditional row first
     features, slots = None, torch.zeros_like(mask, dtype=torch.bool)
@@ -201,7 +201,8 @@ def test_what_does_not_change_is_computed_once(tiny_model: UniLIP) -> None:
 
 def evaluations(model: UniLIP, **settings: Any) -> int:
     rows: list[int] = []
-    hook = model.dit.transformer.patch_embed["proj"].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    first = model.dit.transformer.patch_embed["proj"]
+    hook = first.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     draw(model, **settings)
     hook.remove()
     return sum(rows)
@@ -466,7 +467,7 @@ def test_the_comparison_of_shortcuts_runs(
     art, ways = Atlas.synthetic(World.pico()), {name: shortcuts.WAYS[name] for name in list(shortcuts.WAYS)[-3:]}
     monkeypatch.setattr(shortcuts.Atlas, "load", lambda: art)
     monkeypatch.setattr(shortcuts, "WAYS", ways)
-    monkeypatch.setitem(PRESETS, "measured", Shortcut())  # so that it is gone afterwards
+    monkeypatch.setitem(PRESETS, "measured", Preset())  # so that it is gone afterwards
     monkeypatch.setattr(sys, "argv", ["shortcuts.py", "--count", "2", "--json", str(tmp_path / "a.json")])
     shortcuts.main()
     rows = {row["way"]: row for row in json.loads((tmp_path / "a.json").read_text())}

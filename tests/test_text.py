@@ -7,8 +7,9 @@ import torch
 
 from unilip.checkpoints.tokenizer import load_tokenizer
 from unilip.errors import CheckpointError, ConfigError, PromptError
-from unilip.method.config import preset
-from unilip.method.text import FORBIDDEN, MAX_PROMPT_CHARACTERS, NEEDED_TOKENS, Message, Processor, check_prompt
+from unilip.method.text import NEEDED_TOKENS, Message, Processor
+from unilip.sampling import FORBIDDEN, MAX_PROMPT_CHARACTERS, check_prompt
+from unilip.sizes import preset
 
 
 @pytest.fixture(scope="module")

@@ -83,10 +83,15 @@ class UniLIP(Network):
 
     @classmethod
     def from_config(cls, config: UniLIPConfig, seed: int = 0, parts: Sequence[str] = tuple(PARTS)) -> UniLIP:
-        """Build a model with fresh random weights that depend on `seed` alone; the connector copies the LLM's end."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # of the CPU alone, where the weights are drawn
-            model = cls(config, parts=parts)
+        """Build a float32 model with random weights that depend on `seed` alone; the connector copies the LLM's end."""
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)  # of the CPU alone, where the weights are drawn
+                model = cls(config, parts=parts)
+        finally:
+            torch.set_default_dtype(usual)
         initialise(model, seed)
         return model.eval()
 
