@@ -221,8 +221,10 @@ def test_reconstructions(client, tiny_model, picture):
 
 
 def test_progress_and_pictures_by_events(official):
-    stream = official.images.generate(prompt="a", n=2, stream=True, extra_body={"steps": 3, "seed": 1})
-    found = list(stream)
+    plain = list(official.images.generate(prompt="a", n=2, stream=True, extra_body={"steps": 1}))
+    assert [event.type for event in plain] == ["image_generation.completed"] * 2, "events of OpenAI's alone"
+    more = {"steps": 3, "seed": 1, "include_progress": True}
+    found = list(official.images.generate(prompt="a", n=2, stream=True, extra_body=more))
     kinds = [event.type for event in found]
     assert kinds[-2:] == ["image_generation.completed"] * 2 and set(kinds[:-2]) == {"image_generation.progress"}
     assert found[len(kinds) - 3].step == found[0].steps == 6
@@ -262,13 +264,17 @@ def test_a_conversation_draws_edits_and_answers(official, tiny_model):
     content = drawn.choices[0].message.content
     assert drawn.unilip["verb"] == "generate" and drawn.unilip["seeds"] == [3]
     first = opened(content.partition("base64,")[2].rstrip(")"))
-    assert drawn.choices[0].message.images[0]["image_url"]["url"] in content
+    assert not hasattr(drawn.choices[0].message, "images"), "a picture comes once"
+    assert "answer:" in content and "answer:" in drawn.unilip["taken"]
     change = {"role": "user", "content": "Now make them brown"}
     edited = say(asked, {"role": "assistant", "content": content}, change)
     assert edited.unilip["verb"] == "edit"
-    # the same with the message as the client's object, which carries the picture twice
-    again = say(asked, drawn.choices[0].message.model_dump(), change)
-    assert again.choices[0].message.content == edited.choices[0].message.content
+    # the same with the message as the client's object, and with the picture as a part of its own
+    parts = say(asked, modalities=["text", "image"]).choices[0].message
+    assert parts.content == "" and opened(parts.images[0]["image_url"]["url"].partition("base64,")[2])
+    for message in (drawn.choices[0].message, parts):
+        again = say(asked, message.model_dump(), change)
+        assert again.choices[0].message.content == edited.choices[0].message.content
     question = {"role": "user", "content": "How many dogs are there?"}
     answer = say(asked, {"role": "assistant", "content": content}, question)
     history = [

@@ -2,6 +2,7 @@
 
 import pytest
 
+from intent_lists import QUESTIONS, WISHES
 from unilip.serve.intent import intent
 
 
@@ -32,6 +33,32 @@ from unilip.serve.intent import intent
 )
 def test_intent(text, has_picture, expected):
     assert intent(text, has_picture) == expected
+
+
+def test_questions_are_not_drawn():
+    """At most 1 % of messages that ask for words are drawn, with a picture at hand and without."""
+    assert len(QUESTIONS) > 150
+    for has_picture in (True, False):
+        asked = [line.removeprefix("- ") for line in QUESTIONS if not (has_picture and line.startswith("- "))]
+        drawn = [text for text in asked if intent(text, has_picture)[0] != "ask"]
+        assert len(drawn) <= 0.01 * len(asked), drawn
+
+
+def test_wishes_are_not_answered_in_words():
+    """At most 5 % of messages that want a picture are answered in words, and changes change the picture at hand."""
+    assert len(WISHES) > 150
+    found = [(line, intent(line.removeprefix("+ "), line.startswith("+ "))[0]) for line in WISHES]
+    answered = [line for line, verb in found if verb == "ask"]
+    assert len(answered) <= 0.05 * len(WISHES), answered
+    mistaken = [line for line, verb in found if verb == "edit" and not line.startswith("+ ")]
+    assert not mistaken
+
+
+def test_a_prefix_decides():
+    assert intent("answer: draw a cat", True) == ("ask", "draw a cat")
+    assert intent("Draw: what is this?", False) == ("generate", "what is this?")
+    assert intent("edit: is it blue", True) == ("edit", "is it blue")
+    assert intent("edit: blue", False)[0] == "ask"
 
 
 def test_long_texts_are_read_quickly():

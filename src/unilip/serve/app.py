@@ -38,7 +38,7 @@ from unilip.errors import UniLIPError
 from unilip.method.config import UniLIPConfig
 from unilip.serve import schema
 from unilip.serve.checks import Limits
-from unilip.serve.conversation import Reader, has_pictures, read_conversation
+from unilip.serve.conversation import TAKEN, Reader, has_pictures, read_conversation
 from unilip.serve.describe import inlined, page
 from unilip.serve.engine import Stats
 from unilip.serve.fetch import fetch
@@ -382,10 +382,10 @@ class _Server:
             "image_size": body.image_size,
         }
 
-    def parse(self, kind: type[B], fields: dict[str, Any]) -> B:
+    def parse(self, kind: type[B], fields: dict[str, Any], form: bool = True) -> B:
         """Check the fields of a request."""
         try:
-            return schema.read(kind, fields, self.settings.strict)
+            return schema.read(kind, fields, self.settings.strict, form)
         except ValidationError as error:
             raise _Refused(validation([dict(e) for e in error.errors()])) from None
 
@@ -403,7 +403,7 @@ class _Server:
                 raise _Refused(Trouble(400, f"The body is no valid JSON{where}.", "invalid_json")) from None
             if not isinstance(fields, dict):
                 raise _Refused(Trouble(400, "The body must be a JSON object: {...}.", "invalid_json"))
-            return self.parse(kind, fields)
+            return self.parse(kind, fields, form=False)
 
         return await run_in_threadpool(load)
 
@@ -539,6 +539,7 @@ class _Server:
             "output_format": body.output_format,
             "size": data[0]["size"],
             "usage": self.picture_usage(tickets, results),
+            **({"unilip": {"ignored": body.ignored}} if body.ignored else {}),
         })  # fmt: skip
 
     async def picture_events(
@@ -549,7 +550,7 @@ class _Server:
         async for number, event in merged(tickets):
             if event is None:
                 yield ": waiting\n\n"
-            elif event.kind == "step":
+            elif event.kind == "step" and body.include_progress:
                 steps[number] = event.step
                 total = sum(ticket.total for ticket in tickets)
                 progress = {"type": f"{kind}.progress", "step": sum(steps), "steps": total}
@@ -577,8 +578,10 @@ class _Server:
         for number, (ticket, result) in enumerate(zip(tickets, results, strict=True)):
             for i, image in enumerate(result.images):
                 shaped = image if after is None else after(number, image)
-                if side is not None and shaped.size != (side, side):
-                    shaped = shaped.resize((side, side), Image.Resampling.BICUBIC)
+                if side is not None and max(shaped.size) != side:
+                    scale = side / max(shaped.size)
+                    size = (max(1, round(shaped.width * scale)), max(1, round(shaped.height * scale)))
+                    shaped = shaped.resize(size, Image.Resampling.BICUBIC)
                 about: dict[str, Any] = {"model": self.settings.model_name, "verb": ticket.verb}
                 entry: dict[str, Any] = {"size": f"{shaped.width}x{shaped.height}"}
                 if result.seeds:
@@ -631,9 +634,10 @@ class _Server:
         if found.verb == "generate":
             jobs: list[Job] = [Generate(found.text, **common)]
         elif found.verb == "edit":
-            jobs = [Edit(image, found.text, **common) for image in found.pictures]
+            keep = schema.side_of(body.size) is None
+            jobs = [Edit(image, found.text, keep_aspect=keep, **common) for image in found.pictures]
         else:
-            jobs = [dataclasses.replace(found.ask, max_new_tokens=self.answer_length(body))]
+            jobs = [dataclasses.replace(found.ask, max_new_tokens=self.answer_length(body), lower=True)]
         tickets = await self.submit(request, body, jobs)
         talk = _Talk(self, body, tickets, found.text)
         if body.stream:
@@ -654,6 +658,7 @@ class _Talk:
         self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         self.stops = [stop for stop in stops if stop]
+        self.by_words = body.modalities is None and server.settings.chat == "auto"
 
     @property
     def drawn(self) -> bool:
@@ -671,13 +676,18 @@ class _Talk:
             f"data:{FORMATS[self.body.output_format]};base64,{entry['b64_json']}"
             for entry in self.server.picture_data(self.tickets, results, self.body, None, "")
         ]
-        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-        return {"content": "\n".join(MARKDOWN.format(label, url) for url in urls), "images": parts}
+        if "image" in (self.body.modalities or ()):  # who asks for pictures knows the field; all others read Markdown
+            return {"content": "", "images": [{"type": "image_url", "image_url": {"url": url}} for url in urls]}
+        note = f"*{TAKEN[self.tickets[0].verb]}*\n\n" if self.by_words else ""
+        return {"content": note + "\n".join(MARKDOWN.format(label, url) for url in urls)}
 
     def about(self, results: Sequence[Result]) -> dict[str, Any]:
         """What was done: an addition to OpenAI's fields."""
         seeds = [seed for result in results for seed in result.seeds]
-        return {"verb": self.tickets[0].verb, "seeds": seeds, "settings": dict(results[0].settings)}
+        verb = self.tickets[0].verb
+        found = {"verb": verb, "seeds": seeds, "settings": dict(results[0].settings)}
+        found |= {"taken": TAKEN[verb]} if self.by_words else {}
+        return found | ({"ignored": self.body.ignored} if self.body.ignored else {})
 
     def usage(self, results: Sequence[Result]) -> dict[str, Any]:
         """Count tokens."""

@@ -24,6 +24,7 @@ from unilip.sampling import check_prompt
 from unilip.serve.jobs import MAX_SEED, Ask, Edit, Generate, Job, Reconstruct
 from unilip.serve.tickets import Ticket, Unit
 
+TINY = 1e-6  # a temperature below is greedy, as its limit is; dividing by it would overflow
 VERBS = ("generate", "edit", "reconstruct", "ask")
 NEEDS = {
     "generate": ("mllm", "connector", "dit", "pixel_decoder"),
@@ -178,7 +179,12 @@ class Checker:
         turns.append(Message("user", check_prompt(job.question, "question"), cut(job.images)))
         text = processor.chat_text(turns)
         length = self._count_tokens(processor, text)
-        if length + job.max_new_tokens > self.config.text.max_positions:
+        room = self.config.text.max_positions - length
+        if job.lower and 0 < room < job.max_new_tokens:
+            job = dataclasses.replace(job, max_new_tokens=room)
+        if job.temperature < TINY:
+            job = dataclasses.replace(job, temperature=0.0)
+        if room < job.max_new_tokens:
             raise PromptError(
                 f"The conversation has {length} tokens and the answer may have {job.max_new_tokens}; this model reads "
                 f"{self.config.text.max_positions} in all. Shorten it, or lower max_new_tokens."

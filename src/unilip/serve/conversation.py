@@ -29,6 +29,12 @@ from unilip.serve.store import Store
 MAX_PICTURES = 16
 _MARKDOWN = re.compile(r"!\[[^\[\]]{0,200}\]\((data:image/[a-z]{1,8};base64,[A-Za-z0-9+/=]+)\)")
 _SHOWN = "Here is the picture."
+TAKEN = {  # how a message was understood, where its words decided
+    "generate": "Drawn; begin with “answer:” to ask instead.",
+    "edit": "Changed; begin with “answer:” to ask instead.",
+    "ask": "Answered; begin with “draw:” or “edit:” to get a picture instead.",
+}
+_NOTES = re.compile("|".join(rf"\*{re.escape(note)}\*" for note in TAKEN.values()))
 
 
 class Able(Protocol):
@@ -172,7 +178,7 @@ def _content(message: ChatMessage, reader: Reader) -> tuple[str, tuple[Image.Ima
             images.append(reader.read(part.image_url.url))
         elif text:
             images += [reader.read(url) for url in _MARKDOWN.findall(text)]
-            words.append(_MARKDOWN.sub("", text).strip())
+            words.append(_NOTES.sub("", _MARKDOWN.sub("", text)).strip())
     if not images:  # an answer of ours has its pictures twice: in its words, and as parts
         images = [reader.read(part.image_url.url) for part in message.images or () if part.image_url is not None]
     return "\n".join(word for word in words if word), tuple(images)

@@ -116,6 +116,7 @@ class Ask:
     top_p: float = 1.0
     seed: int | None = None
     max_tiles: int = 1
+    lower: bool = False  # take fewer new tokens where the conversation leaves no room for all
 
 
 Job = Generate | Edit | Reconstruct | Ask

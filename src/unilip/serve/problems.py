@@ -80,14 +80,58 @@ def trouble(error: UniLIPError, param: str | None = None) -> Trouble:
     return Trouble(400, str(error), code, param)
 
 
+_WORDS = {
+    "missing": "is missing",
+    "extra_forbidden": "is no parameter; see /docs for all",
+    "string_type": "must be text",
+    "string_unicode": "must be text",
+    "string_too_long": "may have at most {max_length} characters",
+    "too_long": "may have at most {max_length} entries",
+    "too_short": "must have at least {min_length} entry",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a smaller number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be more than {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be less than {lt}",
+    "literal_error": "must be {expected}",
+}
+_FIELDS = {
+    "tools": "cannot be called: this model has no tools; leave them out",
+    "tool_choice": 'can be "none" or "auto": this model calls no tools',
+    "function_call": 'can be "none" or "auto": this model calls no functions',
+    "n": "may be 1: a question has one answer",
+    "logprobs": "are not given by this model; leave it out",
+    "top_logprobs": "are not given by this model; leave it out",
+    "response_format": "can be text only: this model cannot be held to a form",
+}
+
+
 def validation(errors: Sequence[Mapping[str, Any]]) -> Trouble:
     """Turn pydantic's complaints into one: the first, and how many more there are. What was sent is not repeated."""
     first = errors[0] if errors else {"loc": (), "msg": "the request is malformed", "type": "value_error"}
-    place = ".".join(str(part) for part in first["loc"] if part != "body" and not str(part).startswith("list["))
-    place = place.encode("ascii", "backslashreplace").decode()[:200]
+    parts = [
+        str(part) for part in first["loc"] if part != "body" and not str(part).startswith(("list[", "constrained-"))
+    ]
+    place = ".".join(parts).encode("ascii", "backslashreplace").decode()[:200]
     message = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "there is no such parameter; see /docs for all"
+    field, known = parts[0] if parts else "", _WORDS.get(first["type"])
+    if field in _FIELDS and first["type"] in ("literal_error", "too_long", "extra_forbidden", "model_type"):
+        place, known = field, _FIELDS[field]
+    if known is not None:
+        message = known.format(**first.get("ctx", {}))
     more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
-    text = f"{place}: {message}{more}" if place else f"{message}{more}"
+    glue = " " if known else ": "
+    text = f"{place}{glue}{message}{more}" if place else f"{message}{more}"
     return Trouble(400, text[:1000], str(first["type"])[:80], place or None)

@@ -7,11 +7,13 @@ would change the form of the answer is refused.
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+from unilip.errors import UniLIPError
 from unilip.method.config import SamplingConfig
 from unilip.sampling import MAX_PROMPT_CHARACTERS
 from unilip.serve.jobs import MAX_SEED
@@ -70,23 +72,28 @@ class Body(BaseModel):
 HOLLOW = ("tools", "frequency_penalty", "presence_penalty", "logit_bias")
 
 
-def read(kind: type[B], fields: dict[str, Any], strict: bool) -> B:
+def read(kind: type[B], fields: dict[str, Any], strict: bool, form: bool = False) -> B:
     """Check the fields of a request.
 
-    Fields that are null or empty count as not sent, and so does the seed -1. What is not understood is ignored, and
-    named in `ignored`, unless it would change the form of the answer; `strict` refuses it.
+    Fields that are null, or empty in a form, count as not sent, and so does the seed -1 of forms and chats. What is not
+    understood is ignored, and named in `ignored`, unless it would change the form of the answer or looks mistyped;
+    `strict` refuses all of it.
 
     Raises:
+        UniLIPError: a field is written almost like one that there is.
         ValidationError: pydantic's.
     """
     kept, ignored = {}, []
     for name, value in fields.items():
         field = kind.model_fields.get(name)
         hollow = name in HOLLOW and bool(value)
-        empty = value is None or value == "" or (name, str(value)) == ("seed", "-1")
+        empty = value is None or (value == "" and (form or name == "negative_prompt"))
+        empty = empty or ((form or kind is Chat) and (name, str(value)) == ("seed", "-1"))
         if empty and not strict and field is not None and not field.is_required():
             continue
         if (field is None or hollow) and not strict:
+            if field is None and (near := difflib.get_close_matches(name, kind.model_fields, 1, 0.88)):
+                raise UniLIPError(f"There is no parameter {name.encode('unicode_escape').decode()}; it is {near[0]}.")
             ignored.append(name.encode("ascii", "backslashreplace").decode()[:64])
         else:
             kept[name] = value
@@ -129,8 +136,9 @@ class Images(Drawing):
     prompt: str = Field(max_length=MAX_PROMPT_CHARACTERS)
     n: int | None = Field(None, ge=1, le=MAX_COUNT)
     response_format: Literal["b64_json", "url"] = "b64_json"
-    stream: bool | None = Field(None, description="Answer by server-sent events: progress, then the pictures.")
+    stream: bool | None = Field(None, description="Answer by server-sent events.")
     partial_images: int | None = Field(None, ge=0, le=3, description="Accepted; no partial pictures are sent.")
+    include_progress: bool | None = Field(None, description="Let a stream tell the sampling steps, in events of ours.")
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["low", "auto"] | None = None
     style: Literal["vivid", "natural"] | None = None

@@ -1,0 +1,152 @@
+"""What real clients send, beyond what OpenAI's documentation asks for; recorded shapes of their requests."""
+
+import io
+
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from unilip.serve.app import Settings, create_app
+from unilip.serve.engine import Engine
+from unilip.serve.guard import Rules
+
+LOCAL = "http://localhost:8000"
+USER = [{"role": "user", "content": "What is this?"}]
+TOOLS = [{"type": "function", "function": {"name": f"f{n}", "parameters": {"type": "object"}}} for n in range(36)]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model):
+    with Engine(tiny_model) as made:
+        yield made
+
+
+def client_for(engine, **settings):
+    return TestClient(create_app(engine, Settings("tiny", Rules(rate_limit=0), **settings)), base_url=LOCAL)
+
+
+@pytest.fixture(scope="module")
+def client(engine):
+    return client_for(engine)
+
+
+def talk(client, **more):
+    return client.post("/v1/chat/completions", json={"messages": USER, "max_tokens": 3, **more})
+
+
+def png(size=(80, 40), mode="RGB"):
+    out = io.BytesIO()
+    Image.new(mode, size, "red").save(out, "PNG")
+    return out.getvalue()
+
+
+def test_what_an_answer_can_do_without_is_ignored_and_named(client, engine):
+    sent = {
+        "tools": TOOLS, "functions": [{"name": "f"}], "prompt_cache_key": "a", "prompt_cache_retention": "24h",
+        "prediction": {"type": "content", "content": "a"}, "web_search_options": {}, "frequency_penalty": 0.5,
+        "presence_penalty": -1, "top_k": 40, "min_p": 0.1, "repetition_penalty": 1.1, "num_ctx": 4096,
+        "chat_template_kwargs": {"enable_thinking": False}, "logit_bias": {"5": 3},
+    }  # fmt: skip
+    quiet = {"tool_choice": "auto", "parallel_tool_calls": True, "seed": -1, "stop": None, "response_format": None,
+             "n": None, "logprobs": None, "negative_prompt": "", "metadata": {"a": "b"}, "store": False}  # fmt: skip
+    found = talk(client, **sent, **quiet)
+    assert found.status_code == 200, found.text
+    assert set(found.json()["unilip"]["ignored"]) == set(sent)
+    assert found.json()["choices"][0]["message"]["content"] == talk(client).json()["choices"][0]["message"]["content"]
+    assert "ignored" not in talk(client, **quiet).json()["unilip"]
+    drawn = client.post("/v1/images/generations", json={"prompt": "a", "steps": 1, "cfg_rescale": 2, "style": None})
+    assert drawn.json()["unilip"] == {"ignored": ["cfg_rescale"]}
+    kept = client_for(engine, strict=True)
+    for name, value in sent.items():
+        if value != {}:
+            assert talk(kept, **{name: value}).status_code == 400, name
+
+
+def test_what_would_change_the_form_of_an_answer_is_refused_in_words(client):
+    named = {"type": "function", "function": {"name": "f"}}
+    for sent, words in (
+        ({"tool_choice": "required", "tools": TOOLS}, "calls no tools"),
+        ({"tool_choice": named, "tools": TOOLS}, "calls no tools"),
+        ({"function_call": {"name": "f"}}, "calls no functions"),
+        ({"n": 2}, "one answer"),
+        ({"logprobs": True}, "not given by this model"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"strict": True}}}, "cannot be held to a form"),
+        ({"temperature": "hot"}, "temperature must be a number"),
+        ({"temperature": 5}, "temperature must be at most 2"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"max_tokens": 1.5}, "max_tokens must be a whole number"),
+        ({"stream": "perhaps"}, "stream must be true or false"),
+        ({"messages": "hello"}, "messages must be a list"),
+        ({"messages": []}, "messages must have at least 1 entry"),
+        ({"messages": [{"content": "a"}]}, "messages.0.role is missing"),
+        ({"modalities": ["smell"]}, "must be 'text' or 'image'"),
+        ({"step": 4}, "it is steps"),
+    ):
+        found = talk(client, **sent)
+        message = found.json()["error"]["message"]
+        assert found.status_code == 400 and words in message, (sent, message)
+        assert "Input should" not in message and "validation" not in message
+
+
+def test_empty_fields_of_a_form_are_not_sent(client):
+    empty = ("seed", "negative_prompt", "size", "quality", "n", "user")
+    form = {"prompt": "a", "steps": "1"} | dict.fromkeys(empty, "")
+    for more in ({}, {"seed": "-1"}):
+        found = client.post("/v1/images/edits", data=form | more, files={"image": png()})
+        assert found.status_code == 200, found.text
+    drawn = client.post("/v1/images/generations", json={"prompt": "a", "steps": 1, "output_format": None,
+                        "response_format": None, "negative_prompt": "", "size": None})  # fmt: skip
+    assert drawn.status_code == 200, drawn.text
+
+
+def test_more_tokens_than_fit_are_lowered(client, tiny_model):
+    for field in ("max_tokens", "max_completion_tokens"):
+        for most in (1000, 2048, 200_000):
+            found = client.post("/v1/chat/completions", json={"messages": USER, field: most})
+            assert found.status_code == 200, found.text
+            assert found.json()["choices"][0]["finish_reason"] in ("stop", "length")
+            used = found.json()["usage"]
+            assert used["total_tokens"] <= tiny_model.config.text.max_positions
+
+
+def test_the_smallest_temperature_is_greedy(client):
+    greedy = talk(client).json()["choices"][0]["message"]["content"]
+    found = talk(client, temperature=5e-324)
+    assert found.status_code == 200 and found.json()["choices"][0]["message"]["content"] == greedy
+
+
+def test_edits_in_a_chat_keep_the_shape(client):
+    import base64
+
+    url = "data:image/png;base64," + base64.b64encode(png()).decode()
+    parts = [{"type": "text", "text": "make it blue"}, {"type": "image_url", "image_url": {"url": url}}]
+    for size, expected in ((None, (56, 28)), ("auto", (56, 28)), ("64x64", (64, 64))):
+        body = {"messages": [{"role": "user", "content": parts}], "steps": 1, "size": size}
+        content = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+        drawn = Image.open(io.BytesIO(base64.b64decode(content.partition("base64,")[2].rstrip(")"))))
+        assert drawn.size == expected
+
+
+def test_results_of_tools_are_words_of_the_conversation(client):
+    history = [
+        *USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]},
+        {"role": "tool", "tool_call_id": "a", "content": "22 degrees"},
+    ]  # fmt: skip
+    assert talk(client, messages=history).status_code == 200
+    assert talk(client, messages=[*history, {"role": "user", "content": "And now?"}]).status_code == 200
+
+
+def test_a_server_that_answers_in_words_alone(engine):
+    client = client_for(engine, chat="text")
+    wish = [{"role": "user", "content": "Draw a cat"}]
+    assert talk(client, messages=wish, steps=1).json()["unilip"]["verb"] == "ask"
+    assert talk(client, messages=wish, steps=1, modalities=["image"]).json()["unilip"]["verb"] == "generate"
+
+
+def test_the_root_says_what_this_is_and_the_description_loads_nothing(client):
+    assert "OpenAI" in client.get("/").text and client.get("/").headers["content-type"].startswith("text/plain")
+    page = client.get("/docs")
+    assert page.status_code == 200 and "max_tokens" in page.text and "/v1/images/edits" in page.text
+    assert "<script" not in page.text and "http://" not in page.text and "https://" not in page.text
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "$ref" not in str(client.get("/openapi.json").json()["paths"]["/v1/chat/completions"]["post"]["requestBody"])
