@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from unilip.errors import CheckpointError, UniLIPError
+from unilip.errors import CheckpointError, UniLIPError, install
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name in peft's files
@@ -35,7 +35,7 @@ def library() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise UniLIPError(f"Adapters need the package peft ({error}); install it with pip install peft.") from error
+        raise UniLIPError(f"Adapters need the package peft ({error}); {install('train')}.") from error
     return peft
 
 

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from unilip.errors import ConfigError, UniLIPError
+from unilip.errors import ConfigError, UniLIPError, install
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def start_ray(**options: Any) -> bool:
     try:
         import ray
     except ImportError as error:
-        raise ConfigError(f"The package ray is missing ({error}); install it with pip install unilip[ray].") from error
+        raise ConfigError(f"The package ray is missing ({error}); {install('ray')}.") from error
     if ray.is_initialized():
         return False
     address = os.environ.get("RAY_ADDRESS")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unilip.cli.options import LOADING, TELLING, Options, Verb, number
-from unilip.cli.terminal import Report, describe_model, load, plural, say
+from unilip.cli.terminal import Report, bar, describe_model, load, plural, say
 from unilip.errors import UniLIPError
 from unilip.machine import choose_device
 
@@ -71,16 +71,9 @@ def verify(o: Options) -> int:
     if not Path(expected).is_file():
         raise UniLIPError(f"There is no file {expected}; give a safetensors file of recorded numbers.")
     device = choose_device(o.device)
-    from tqdm.auto import tqdm
-
     from unilip import verify as numbers
 
-    with tqdm(disable=None if o.progress else True, leave=False, unit="entry") as bar:
-
-        def progress(done: int, total: int, name: str) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with bar(o, "entry") as progress:
         rows = numbers.verify(checkpoint, expected, o.tolerance, device, o.dtype or "float32", progress)
     good = bool(rows) and all(row.ok for row in rows)
     report.line(numbers.format_rows(rows))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from unilip.cli.options import TELLING, Options, Verb, whole
-from unilip.cli.terminal import Report, plural, say
+from unilip.cli.terminal import Report, bar, plural, say
 from unilip.errors import UniLIPError
 from unilip.machine import choose_device
 
@@ -24,20 +22,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ),
     "--ray": dict(type=whole(1, 10_000), metavar="N", help="N Ray workers, here or in the cluster of RAY_ADDRESS"),
 }  # fmt: skip
-
-
-@contextmanager
-def bar(o: Options, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on a terminal; yields what is told how much is done, of how much."""
-    from tqdm.auto import tqdm
-
-    with tqdm(disable=None if o.progress else True, leave=False, unit=unit) as shown:
-
-        def progress(done: int, total: int) -> None:
-            shown.total = total
-            shown.update(done - shown.n)
-
-        yield progress
 
 
 def data_prepare_emoji(o: Options) -> int:

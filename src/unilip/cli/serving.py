@@ -10,7 +10,7 @@ from typing import Any
 
 from unilip.cli.options import LOADING, Options, Verb, number, whole
 from unilip.cli.terminal import describe_model, load, say
-from unilip.errors import UniLIPError
+from unilip.errors import UniLIPError, install
 from unilip.machine import choose_device
 
 KEYS = "UNILIP_API_KEY"
@@ -37,7 +37,7 @@ def serve(o: Options) -> int:
         if (error.name or "").startswith("unilip"):
             raise
         raise UniLIPError(
-            f"Serving needs the package {error.name}; install it with pip install 'unilip[serve]'."
+            f"Serving needs the package {error.name}; {install('serve')}."
         ) from error
     from unilip.serve import log
     from unilip.serve.metrics import Metrics
@@ -82,7 +82,7 @@ def spread(o: Options, common: dict[str, Any]) -> tuple[Any, str]:
         from unilip.serve.remote import RemoteEngine, Replicas
     except ModuleNotFoundError as error:
         raise UniLIPError(
-            f"--ray needs the package {error.name}; install it with pip install 'unilip[ray]'."
+            f"--ray needs the package {error.name}; {install('ray')}."
         ) from error
     device = choose_device(o.device)
     assert o.ray is not None

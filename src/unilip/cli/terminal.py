@@ -12,7 +12,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -238,6 +239,20 @@ def say(message: str) -> None:
     """Tell the person something that is no result."""
     with contextlib.suppress(OSError, ValueError):  # stderr may be closed, or a full disk
         print(f"unilip: {message}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def bar(o: Options, unit: str) -> Iterator[Callable[..., None]]:
+    """Show a bar on a terminal; yields what is told how much is done, of how much."""
+    from tqdm.auto import tqdm
+
+    with tqdm(disable=None if o.progress else True, leave=False, unit=unit) as shown:
+
+        def progress(done: int, total: int, *_: object) -> None:
+            shown.total = total
+            shown.update(done - shown.n)
+
+        yield progress
 
 
 # --- the model ------------------------------------------------------------------------------------------------------

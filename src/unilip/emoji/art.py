@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw
 from unilip.data.errors import DataError
 from unilip.data.seeding import stable_hash
 from unilip.emoji.concepts import SHAPES, TONES, concept, concepts
+from unilip.errors import install
 from unilip.files import write_bytes
 
 if TYPE_CHECKING:
@@ -306,7 +307,7 @@ def _resvg(body: str, box: tuple[float, float, float, float]) -> Image.Image:
     try:
         import resvg_py
     except ImportError:
-        raise DataError("the package resvg_py is missing; install it with `pip install resvg_py`") from None
+        raise DataError(f"the package resvg_py is missing; {install('train')}") from None
     view = " ".join(f"{number:g}" for number in box)
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{view}" '

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unilip.errors import UniLIPError
+from unilip.errors import UniLIPError, install
 from unilip.method.config import QUANTIZATIONS
 
 SMALLEST = 32  # linear layers with a narrower side stay as they are: they weigh nothing, and decide much
@@ -31,7 +31,7 @@ def check_quantisation(kind: str) -> None:
     if kind not in QUANTIZATIONS:
         raise UniLIPError(f"There is no quantisation {kind!r}; allowed: {', '.join(QUANTIZATIONS)}.")
     if importlib.util.find_spec("torchao") is None:
-        raise UniLIPError(f"Quantisation to {kind} needs torchao; install it with pip install torchao.")
+        raise UniLIPError(f"Quantisation to {kind} needs torchao; {install('quantize')}.")
 
 
 def quantise(module: nn.Module, kind: str) -> None:
