@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import unilip.emoji.tokenizer
-from unilip.errors import CheckpointError, ConfigError
+from unilip.errors import CheckpointError, ConfigError, UniLIPError
 from unilip.model import UniLIP
 from unilip.pictures import normalise
 from unilip.recipes.catalog import get_recipe
@@ -585,3 +585,13 @@ def test_a_folder_of_pictures_continues_a_trained_model(fork):
     model, objective, batches = build(recipe, fork)
     loss, terms = objective.loss(batches[0], 0)
     assert set(terms) == {"flow"} and loss.isfinite() and model.processor.image_size == 56
+
+
+def test_a_stage_that_goes_wrong_stops_and_can_be_made_to_go_on(tmp_path):
+    with pytest.raises(ConfigError, match=r'checks has .retrieval > 2.; write "TERM >= NUMBER"'):
+        quick("checks=retrieval > 2", name="tiny/clip")
+    wrong = quick("checks=local_place <= 1.5 @ 2, retrieval >= 0, words <= 0.1 @ 3", name="tiny/clip")
+    with pytest.raises(UniLIPError, match=r"tiny/clip stops at step 3: words is [\d.]+ over its last 3 steps"):
+        train(wrong, tmp_path, progress=False)
+    assert not (tmp_path / "tiny/clip/final").exists() and newest(tmp_path / "tiny/clip").name == "step_00000003"
+    assert train(override(wrong, ["checks="]), tmp_path, progress=False).name == "final"

@@ -28,12 +28,12 @@ SUMMARY = ("background", "relation", "kind", "gone", "come", "paint", "side")  #
 @cache
 def numbers(kind: str) -> dict[object, int]:
     """Return name -> class number (from 1; None is 0) of a kind of label."""
-    names: Iterable[object] = {
+    kinds: dict[str, Iterable[object]] = {
         "concept": concepts(), "gone": concepts(), "come": concepts(), "colour": PAINTS, "paint": PAINTS,
         "background": BACKGROUNDS, "count": (1, 2, 3, 4), "place": PLACES, "relation": RELATIONS, "kind": EDITS,
         "side": RELATIONS,
-    }[kind]  # fmt: skip
-    return {None: 0, **{name: i + 1 for i, name in enumerate(names)}}
+    }  # fmt: skip
+    return {None: 0, **{name: i + 1 for i, name in enumerate(kinds[kind])}}
 
 
 def classes(kind: str) -> int:

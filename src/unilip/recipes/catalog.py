@@ -33,15 +33,16 @@ def pico() -> list[Recipe]:
     data = Data(world="pico")
     common: Fields = dict(model="pico", data=data, dtype="bfloat16", sample_every=500, save_every=100)
     optim = Optim(lr=1e-3, weight_decay=0.01, grad_clip=1.0, final=0.02)
+    bound = ("bind_concept >= 0.97", "bind_colour >= 0.9", "bind_place >= 0.9")
     return [
         Recipe(
             name="pico/clip", objective=Understand(contrastive=0.0, local=0.2, turns=1), trains=(("encoder", 1.0),),
-            steps=1000, batch_size=128, optim=optim, **common,
+            steps=1000, batch_size=128, optim=optim, checks=("local_concept >= 0.9", "local_place >= 0.9"), **common,
             note="the caption's words from the whole, and what lies on each token from that token",
         ),
         Recipe(
             name="pico/instruct", objective=Understand(contrastive=0.0, words=0.0, next_token=1.0, bind=1.0, turns=4),
-            trains=(("mllm", 1.0),), steps=600, batch_size=32, optim=optim, init=("encoder=pico/clip",),
+            trains=(("mllm", 1.0),), steps=600, batch_size=32, optim=optim, init=("encoder=pico/clip",), checks=bound,
             **(common | {"data": dataclasses.replace(data, text_share=0.75)}),
             note="answers, what words mean, and captions written out; the tokenizer's stages can run beside it",
         ),
@@ -58,7 +59,7 @@ def pico() -> list[Recipe]:
             name="pico/pretrain", objective=Flow(noises=4, bind=0.05, lesson_steps=300, repa=0.5), trains=GENERATE,
             steps=2500, batch_size=32, optim=optim,
             init=(f"{WHOLE_TOKENIZER}=pico/recon_distill", "mllm=pico/instruct"), ema=0.998,
-            **(common | {"data": dataclasses.replace(data, edit_share=0.3)}),
+            checks=bound, **(common | {"data": dataclasses.replace(data, edit_share=0.3)}),
             note="connector and pretrain in one: a DiT from nothing has no latents of its own to connect to first",
         ),
         Recipe(

@@ -26,8 +26,9 @@ WHOLE_TOKENIZER = "encoder,latent_head,pixel_decoder"
 
 FREE_TO_CHANGE = (
     "log_every", "sample_every", "save_every", "keep", "note", "data.workers", "parallel", "reduce_dtype", "skip_limit",
-    "compile",
+    "compile", "checks",
 )  # fmt: skip
+CHECK = r"(\w+) (>=|<=) ([\d.]+)(?: @ (\d+))?"  # "local_concept >= 0.9 @ 500"
 
 
 def _check(record: object, where: str, rule: str, *names: str, least: float = 0, below: float = math.inf) -> None:
@@ -244,6 +245,8 @@ class Recipe:
     is not finite is skipped; `skip_limit` of them in a row stop the run. `compile` compiles each layer by itself.
     `gradient_checkpointing` keeps only what goes into a layer and computes it again for the backward pass;
     `selective_checkpointing` keeps its matrix products and convolutions as well, so that little is computed again.
+    `checks` stop a run that goes wrong: each names a term of the log and what its mean over the last steps must be,
+    as in "local_concept >= 0.9 @ 500": at step 500, or without a step at the end.
     """
 
     name: str
@@ -274,6 +277,7 @@ class Recipe:
     sample_every: int = 500
     save_every: int = 500
     keep: int = 2
+    checks: tuple[str, ...] = ()
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -296,6 +300,11 @@ class Recipe:
                 f"parallel is {self.parallel!r}; allowed: ddp (each process has the model), fsdp (a part)."
             )
         _check(self, "", "at least 0 (off) and below 1", "ema", below=1)
+        wrong = [check for check in self.checks if not re.fullmatch(CHECK, check)]
+        if wrong:
+            raise ConfigError(
+                f'checks has {wrong[0]!r}; write "TERM >= NUMBER", or <=, and " @ STEP" unless at the end.'
+            )
         if not any(factor > 0 for _, factor in self.trains) or not all(0 <= f < math.inf for _, f in self.trains):
             raise ConfigError(
                 f"trains is {self.trains}; give prefixes with factors of at least 0, one of them above 0."
@@ -443,6 +452,8 @@ def _parse(name: str, text: str, old: Any) -> Any:
         if name == "config":  # condition=queries,num_queries=8
             fields = [part.partition("=") for part in text.split(",") if part]
             return tuple((field.strip(), _plain_value(value.strip())) for field, _, value in fields)
+        if name == "checks":
+            return tuple(part.strip() for part in text.split(",") if part.strip())
         if name == "init":  # encoder,mllm=nano/clip,dit=FOLDER: a source ends where the next parts begin
             return tuple(part.strip(", ") for part in re.findall(r"[^=]*=[^,]*|[^=]+$", text.strip(",")))
         return text

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -32,7 +33,7 @@ from unilip.machine import choose_device
 from unilip.method.config import UniLIPConfig
 from unilip.model import UniLIP
 from unilip.pictures import normalise, to_images
-from unilip.recipes.record import Optim, Recipe, changed_settings, plain
+from unilip.recipes.record import CHECK, Optim, Recipe, changed_settings, plain
 from unilip.train import processes
 from unilip.train.adapters import save_adapter
 from unilip.train.batches import Batches, iterate, to_device
@@ -58,6 +59,7 @@ from unilip.train.parallel import (
 from unilip.train.state import EMA, DamagedCheckpoint, State, wholes
 
 logger = logging.getLogger(__name__)
+CHECKED = 50  # steps that a check is the mean of
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what writing to a full disk, or over a quota, says
 
 
@@ -259,6 +261,7 @@ class Loop:
         self.attention = Float32Attention() if once and model.device.type == "cpu" else contextlib.nullcontext()
         self.health = Health(model.device, recipe.skip_limit)
         self.step = 0
+        self.recent: dict[str, deque[Tensor]] = {}  # the last values of terms that are checked
         self.signal: int | None = None
         self.writer: Any = None
         self.bar: Any = None
@@ -343,6 +346,7 @@ class Loop:
                     seconds, since = 0.0, self.step
                 if saving:
                     self.save()
+                self.judge(terms)
                 if stop_signal:
                     self.state.settle()
                     raise Interrupted(
@@ -420,6 +424,24 @@ class Loop:
             f"{self.recipe.skip_limit} in a row that were skipped; lower optim.lr or look at the data: the batches are "
             f"in {file}. The weights are from before."
         )
+
+    def judge(self, terms: dict[str, Tensor]) -> None:
+        """Remember the terms that the recipe's checks name, and stop where one is not what it must be by now."""
+        for check in self.recipe.checks:
+            name, sign, bound, at = re.fullmatch(CHECK, check).groups()  # type: ignore[union-attr]  # the recipe saw to it
+            recent = self.recent.setdefault(name, deque(maxlen=CHECKED))
+            if name in terms:
+                recent.append(terms[name])
+            if self.step != int(at or self.recipe.steps) or not recent:
+                continue
+            mean = float(torch.stack(list(recent)).mean())
+            if not (mean >= float(bound) if sign == ">=" else mean <= float(bound)):
+                self.save()
+                raise UniLIPError(
+                    f"{self.recipe.name} stops at step {self.step}: {name} is {mean:.3g} over its last {len(recent)} "
+                    f"steps, and must be {sign} {bound}. Look for what is wrong, or train longer; with --set checks= "
+                    "the run goes on from here as it is."
+                )
 
     def save(self) -> None:
         """Write a checkpoint."""
