@@ -96,6 +96,11 @@ def test_a_run_writes_all_it_promises(finished):
     assert set(results["emoji-vqa"]["groups"]) == set(KINDS) - {"style"}
     assert {"two, seen", "two, unseen", "single, seen"} <= set(results["emoji-gen"]["groups"])
     assert "no guidance" in results["emoji-gen"] and "swapped prompts" in results["emoji-gen"]
+    assert (
+        "as captions" in results["emoji-gen"]["as people write"]
+        and "as people write" not in results["emoji-gen"]["groups"]
+    )
+    assert set(results["emoji-riddle"]["groups"]) == {"riddles met in training", "riddles never met in training"}
     row = results["emoji-recon"]["groups"]["held-out scenes"]
     assert row["psnr"] < 30 and -1 <= row["ssim"] <= 1 and row["feature_distance"] > 0
     assert set(results["emoji-edit"]["groups"]) >= {f"{kind}, seen" for kind in WORLD.edits}
@@ -254,3 +259,17 @@ def test_quick_probes(tiny_model):
 def test_scenes_survive_the_items_file():
     scene = Scene("white", ())
     assert Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
+
+
+def test_as_people_write_is_the_same_wish_with_the_same_noise(tiny_model, monkeypatch):
+    bench = Bench(tiny_model, WORLD, Atlas.synthetic(WORLD), count=2, seeds=1)
+    items = [item for item in bench.plan("gen") if item.group == emoji.WRITTEN]
+    assert len(items) == 2 * len([g for g in bench._generation_groups() if g.endswith(", seen")])
+    forms = [form("a red car on a pink background") for form in emoji.FORMS]
+    assert len(set(forms)) == len(forms) and all("red" in form.lower() for form in forms)
+    drawn = []
+    monkeypatch.setattr(emoji, "noise_generator", lambda *parts: drawn.append(parts))
+    monkeypatch.setattr(type(bench.model), "generate", lambda *_, **__: SimpleNamespace(images=[]))
+    bench._draw(items)
+    assert [parts[0] for parts in drawn] == [item.data["noise"] for item in items]
+    assert all(item.data["prompt"] != item.data["noise"] for item in items[:3])

@@ -35,6 +35,7 @@ COLUMNS = {
     "psnr_outside_reconstruction": "of a reconstruction, dB",
     "another picture": "another picture",
     "swapped prompts": "swapped prompts",
+    "as captions": "the same as captions",
 }
 
 
@@ -73,8 +74,9 @@ def _setting(results: Mapping[str, Any]) -> str:
 
 def _rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     groups = dict(found["groups"])
-    if "no guidance" in found:
-        groups["all, no guidance"] = found["no guidance"]
+    for name, words in (("as people write", "seen, as people write"), ("no guidance", "all, no guidance")):
+        if name in found:
+            groups[words] = found[name]
     parts = list(dict.fromkeys(name for row in groups.values() for name in row.get("parts", {})))
     numbers = [name for name in COLUMNS if any(name in row for row in groups.values())]
     head = ["group", "right", "95 %", *parts, *(COLUMNS[name] for name in numbers), "prompts", "items"]
@@ -100,7 +102,7 @@ def _percent(value: float | None) -> str:
 def _number(name: str, value: float | None) -> str:
     if value is None:
         return ""
-    if name in ("another picture", "swapped prompts"):
+    if name in ("another picture", "swapped prompts", "as captions"):
         return _percent(value)
     return f"{value:.2f}" if name.startswith("psnr") else f"{value:.3f}"
 

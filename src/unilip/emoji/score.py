@@ -60,7 +60,20 @@ CHEAP = 5  # reconstructions and questions cost little: so many times COUNT
 DATA_SEED = 20_000  # of the held-out items; training and its probes use other seeds
 SWAPPED = "swapped prompts"
 UNGUIDED = "no guidance"
+WRITTEN = "as people write"
+ASIDE = (UNGUIDED, WRITTEN)  # groups that draw the other groups' prompts again
 UNSEEN_PICTURE = "another picture"
+# forms in which people write a prompt; the words stay those of the caption
+FORMS: tuple[Callable[[str], str], ...] = (
+    lambda text: text[:1].upper() + text[1:],
+    lambda text: f"{text}.",
+    str.upper,
+    lambda text: re.sub("^(a|an) ", "", text),
+    lambda text: f"draw {text}",
+    lambda text: f"{text}, please",
+    lambda text: text.replace(" ", "  "),
+    lambda text: f"\u201c{text[:1].upper()}{text[1:]}.\u201d",
+)
 Record = dict[str, Any]
 
 
@@ -187,10 +200,18 @@ class Bench:
                     Item(f"gen/{group}/{i:04d}/{seed}", "gen", group, i, {**asked, "seed": seed})
                     for seed in range(self.seeds)
                 ]
+        once = [item for item in items if item.data["seed"] == 0]
+        items += [
+            Item(
+                f"gen/{WRITTEN}/{item.key}", "gen", WRITTEN, n,
+                {**item.data, "noise": item.data["prompt"], "prompt": FORMS[n % len(FORMS)](item.data["prompt"])},
+            )
+            for n, item in enumerate(item for item in once if item.group.endswith(", seen"))
+        ]  # fmt: skip
         if self.guidance_scale > 1:
             items += [
                 Item(f"gen/{UNGUIDED}/{item.key}", "gen", UNGUIDED, n, item.data, UNGUIDED)
-                for n, item in enumerate(item for item in items if item.data["seed"] == 0)
+                for n, item in enumerate(once)
             ]
         return items
 
@@ -224,12 +245,13 @@ class Bench:
     def _plan_riddle(self) -> list[Item]:
         known = [riddle for riddle in riddles(self.world) if riddle.concept not in self.world.generation_held_out]
         known.sort(key=lambda riddle: stable_hash("riddle", DATA_SEED, riddle.caption))
+        chosen = [riddle for met in (True, False) for riddle in [r for r in known if r.met == met][: self.count]]
         return [
             Item(
-                f"riddle/{i:04d}/{seed}", "riddle", "riddles", i,
+                f"riddle/{i:04d}/{seed}", "riddle", f"riddles {'met' if riddle.met else 'never met'} in training", i,
                 {"prompt": riddle.caption, "concept": riddle.concept, "seed": seed},
             )
-            for i, riddle in enumerate(known[: 2 * self.count])
+            for i, riddle in enumerate(chosen)
             for seed in range(self.seeds)
         ]  # fmt: skip
 
@@ -285,8 +307,8 @@ class Bench:
         return answers
 
     def _draw(self, items: Sequence[Item]) -> list[np.ndarray]:
-        # the noise belongs to prompt and seed: without guidance the same picture begins from the same noise
-        generators = [noise_generator(item.data["prompt"], item.data["seed"]) for item in items]
+        # the noise belongs to prompt and seed: without guidance, and as people write, it is the same again
+        generators = [noise_generator(item.data.get("noise", item.data["prompt"]), item.data["seed"]) for item in items]
         images = self.model.generate(
             [item.data["prompt"] for item in items],
             generator=generators,
@@ -583,7 +605,7 @@ def summarise(part: str, records: Sequence[Record], world: World) -> dict[str, A
     for record in records:
         groups[record["group"]].append(record)
     found: dict[str, Any] = {"groups": {name: _sum_up(entries) for name, entries in groups.items()}}
-    proper = {name: row for name, row in found["groups"].items() if name != UNGUIDED}
+    proper = {name: row for name, row in found["groups"].items() if name not in ASIDE}
     if part in ("gen", "edit"):
         for kind in ("seen", "unseen"):
             shares = [row["right"] for name, row in proper.items() if name.endswith(f", {kind}")]
@@ -594,8 +616,11 @@ def summarise(part: str, records: Sequence[Record], world: World) -> dict[str, A
         for name, entries in groups.items():
             found["groups"][name][SWAPPED] = _swap_prompts(entries, world)
         found[SWAPPED] = round(float(np.mean([row[SWAPPED] for row in proper.values()])), 4)
-        if UNGUIDED in groups:
-            found[UNGUIDED] = found["groups"].pop(UNGUIDED)
+        found |= {name: found["groups"].pop(name) for name in ASIDE if name in groups}
+        if WRITTEN in groups:
+            plain = {record["key"]: record["ok"] for record in records}
+            pairs = [plain.get(record["key"].removeprefix(f"gen/{WRITTEN}/")) for record in groups[WRITTEN]]
+            found[WRITTEN]["as captions"] = _share([ok for ok in pairs if ok is not None])
     if part == "riddle":
         concepts = [record["concept"] for record in records]
         moved = concepts[len(concepts) // 2 :] + concepts[: len(concepts) // 2]

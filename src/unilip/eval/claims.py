@@ -362,7 +362,7 @@ def judged(folder: Path, count: int, seeds: int) -> dict[str, dict[str, float]]:
     for record in read_lines(folder / "items.jsonl", "list of judged items"):
         part, number = record["part"], int(record["key"].rpartition("/")[2])
         last = max(1, seeds // 2) if part == "edit" else seeds if part in ("gen", "riddle") else math.inf
-        if record["group"] == emoji.UNGUIDED or record["index"] >= sizes.get(part, count) or number >= last:
+        if record["group"] in emoji.ASIDE or record["index"] >= sizes.get(part, count) or number >= last:
             continue  # a control, or of an earlier run with more prompts
         prompt = f"{record['group']}/{record['index']:04d}"
         values = {names[part]: float(record["ok"])} if part in names else {}
