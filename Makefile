@@ -1,10 +1,12 @@
-# Every target prepares .venv by itself when it is missing or older than the two files that describe it.
+# Every target prepares .venv by itself when it is missing or older than the two files that describe it: for the demo what
+# the package needs, for everything else the extras as well.
 
 PYTHON ?= python3
 ARGS   ?=
 
 VENV  := .venv
 BIN   := $(VENV)/bin
+BASE  := $(VENV)/.base
 STAMP := $(VENV)/.installed
 PIP   := $(BIN)/python -m pip --disable-pip-version-check -qq
 
@@ -16,14 +18,20 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # PyTorch goes first and alone: whichever build of it the machine offers (CPU or CUDA) is then settled for the rest.
-$(STAMP): pyproject.toml constraints.txt
-	@echo "install: preparing $(VENV) with the pinned packages (a few minutes the first time)"
+# Nothing is compiled beforehand, since most of PyTorch is never imported.
+$(BASE): pyproject.toml constraints.txt
+	@echo "install: preparing $(VENV) with the pinned packages"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install -c constraints.txt torch
+	@$(PIP) install --no-compile -c constraints.txt torch
+	@$(PIP) install --no-compile -c constraints.txt -e .
+	@touch $@
+
+$(STAMP): $(BASE)
+	@echo "install: adding the packages of all extras (a few minutes the first time)"
 	@$(PIP) install -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## let the embedded model answer, draw, edit and reconstruct; pictures go to demo/
+demo: $(BASE)  ## let the embedded model answer, draw, edit and reconstruct; pictures go to demo/
 	@echo "demo: running the embedded model, pictures go to demo/"
 	@$(BIN)/unilip demo --output demo $(ARGS)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unilip.checkpoints.hub import resolve
-from unilip.errors import CheckpointError, ConfigError
+from unilip.errors import CheckpointError, ConfigError, install
 from unilip.fast.mllm import read_in_two_passes
 from unilip.method.config import DECODER_PIXELS, TOKEN_PIXELS
 from unilip.method.encoder import Encoder
@@ -408,8 +408,10 @@ class FlowObjective(Objective):
 
 def load_autoencoder(source: str) -> Any:
     """Open a whole diffusers AutoencoderDC, frozen; the model itself keeps only a decoder."""
-    from diffusers import AutoencoderDC
-
+    try:
+        from diffusers import AutoencoderDC
+    except ImportError as error:
+        raise ConfigError(f"objective.target=dcae needs the package diffusers; {install('hosts')}.") from error
     path = resolve(source)
     try:
         whole = AutoencoderDC.from_pretrained(str(path), local_files_only=True, low_cpu_mem_usage=False)
