@@ -1,8 +1,10 @@
 """Batches: the same for any number of workers, a function of seed and sample, labels where answers are."""
 
 import dataclasses
+import multiprocessing
 import os
 import signal
+import time
 from collections import Counter
 
 import pytest
@@ -12,6 +14,7 @@ from unilip.errors import ConfigError
 from unilip.method.text import Message
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
+from unilip.train import batches as batching
 from unilip.train.batches import NOT_LEARNED, _leave_signals, conversation, iterate
 from unilip.train.build import make_batches
 
@@ -183,3 +186,38 @@ def test_seed_and_step_decide_everything(tiny_model):
 def test_the_world_must_have_the_model_s_size(tiny_model):
     with pytest.raises(ConfigError, match="world of the model's size"):
         opened("tiny/recon", tiny_model, "data.world=pico")
+
+
+# --- loader workers ---------------------------------------------------------------------------------------------------
+
+
+class Unsendable(Exception):
+    """An error that cannot be brought from one process to another."""
+
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+@pytest.mark.parametrize("how", ["raises", "hangs"])
+def test_however_a_run_ends_its_workers_end_too(tiny_model, monkeypatch, how):
+    batches = opened("tiny/clip", tiny_model, "data.workers=2", "steps=50", "batch_size=2")
+    monkeypatch.setattr(batching, "WORKER_SECONDS", 1.0)
+    make = type(batches).__getitem__
+
+    def odd(self, index):
+        if index == 3 and how == "raises":
+            raise Unsendable("an unforeseen thing", 2)
+        if index == 3:
+            time.sleep(3600)
+        return make(self, index)
+
+    monkeypatch.setattr(type(batches), "__getitem__", odd)
+    begun = time.monotonic()
+    found = iterate(batches, 0)
+    if how == "raises":
+        with pytest.raises(RuntimeError, match="an unforeseen thing"):
+            list(found)
+    else:
+        next(found)
+        found.close()
+    assert not multiprocessing.active_children() and time.monotonic() - begun < 60

@@ -262,7 +262,7 @@ def test_what_comes_next_is_fetched_meanwhile_and_the_disk_is_bounded(write_shar
 
 
 def test_a_fetch_is_tried_again_and_then_counted(write_shards, tmp_path, monkeypatch):
-    monkeypatch.setattr("unilip.data.shards.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("unilip.files.time.sleep", lambda seconds: None)
     folder = write_shards(tmp_path / "s", captions=4)
     with serving(folder) as address:
         source = open_source(f"{address}/part-000000.tar")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import unilip.emoji.tokenizer
 from unilip.errors import CheckpointError, ConfigError, UniLIPError
+from unilip.files import Lock
 from unilip.model import UniLIP
 from unilip.pictures import normalise
 from unilip.recipes.catalog import get_recipe
@@ -311,6 +312,43 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(fork, file, c
         CheckpointError, match=r"step_00000002 is damaged .*delete it to resume from the checkpoint before"
     ):
         train(recon("save_every=1"), fork, progress=False)
+
+
+def test_a_damaged_checkpoint_takes_no_place_among_those_that_are_kept(fork):
+    keep = recon("save_every=1", "keep=1")
+    run = train(recon("save_every=1", "keep=9"), fork, progress=False, stop_after=3)
+    file = run / "step_00000003" / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    train(keep, fork, progress=False, stop_after=1)
+    assert sorted(p.name for p in run.glob("*step_*")) == ["damaged_step_00000003", "step_00000003"]
+    train(keep, fork, progress=False)
+    assert sorted(p.name for p in run.glob("step_*")) == ["step_00000004"]
+
+
+def test_two_runs_in_one_folder_are_one_too_many(fork):
+    run = train(recon("save_every=1"), fork, progress=False, stop_after=1)
+    before = contents(run / "step_00000001")
+    lock = Lock(run / ".lock", "")
+    for more in ({}, {"restart": True}):
+        with pytest.raises(UniLIPError, match="Another training is working in"):
+            train(recon("save_every=1"), fork, progress=False, **more)
+    assert contents(run / "step_00000001").keys() == before.keys(), "nothing was deleted"
+    lock.release()
+    train(recon("save_every=1"), fork, progress=False, stop_after=1)
+
+
+def test_other_data_between_two_runs_are_noticed(fork, tmp_path, picture, caplog):
+    place = tmp_path / "mine"
+    place.mkdir()
+    for i in range(4):
+        picture(60, 60, i).save(place / f"{i}.png")
+    recipe = recon("data.source=files", f"data.path={place}", "save_every=1")
+    train(recipe, fork, progress=False, stop_after=1)
+    train(recipe, fork, progress=False, stop_after=1)
+    assert "were added, removed or replaced" not in caplog.text
+    picture(60, 60, 9).save(place / "3.png")
+    train(recipe, fork, progress=False, stop_after=1)
+    assert "were added, removed or replaced" in caplog.text
 
 
 def test_a_single_wrong_bit_is_found(fork):

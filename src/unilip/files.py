@@ -255,20 +255,31 @@ class Lock:
         except ImportError:  # Windows: no lock
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        stream = file.open("w")
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.close()
-            raise UniLIPError(busy) from None
-        except OSError:  # a file system without locks
-            stream.close()
-            return
-        self._stream = stream
+        while self._stream is None:
+            stream = file.open("w")
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stream.close()
+                raise UniLIPError(busy) from None
+            except OSError:  # a file system without locks
+                stream.close()
+                return
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(stream.fileno()), file.stat()):
+                    self._stream, self._file = stream, file
+                    continue
+            stream.close()  # its last holder has just removed it
         _held.add(self)
 
     def release(self) -> None:
         """Let another process have it."""
+        if self._stream is not None:
+            self._file.unlink(missing_ok=True)
+            self.forget()
+
+    def forget(self) -> None:
+        """Close the file without removing it: another process holds the lock."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
@@ -283,7 +294,7 @@ class Lock:
 def _let_go() -> None:
     """In a forked child: close what it inherited, or it would hold its parent's locks when the parent is gone."""
     for lock in list(_held):
-        lock.release()
+        lock.forget()
 
 
 _held: weakref.WeakSet[Lock] = weakref.WeakSet()

@@ -61,8 +61,8 @@ def check_prompt(prompt: object, what: str = "prompt") -> str:
     """
     if not isinstance(prompt, str):
         raise PromptError(f"The {what} must be a string, not {type(prompt).__name__}.")
-    text = prompt.strip()
-    if not text:
+    text = prompt.replace("\ufeff", "").strip()  # a byte order mark is no character
+    if not text.strip("\u200b\u200c\u200d\u2060"):  # nor is text of zero width
         raise PromptError(f"The {what} is empty; say in words what you want.")
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise PromptError(

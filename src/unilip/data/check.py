@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from unilip.data.records import KINDS, Record, Source, Unreadable, clean_text, decode_picture, read_turns
+from unilip.data.records import KINDS, Record, Source, Unreadable, clean_text, decode_picture, one_text, read_turns
 from unilip.data.sheet import contact_sheet
 
 SHOWN = 32  # samples on the sheet
@@ -30,6 +30,7 @@ class Report:
     shards: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     read: int = 0
     bad: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class Report:
         shards = f"{self.shards} shard{'' if self.shards == 1 else 's'}"
         found = [f"{self.location}: {shards}; {counts}"]
         found += [f"damaged: {fault}" for fault in self.damaged]
+        found += [f"note: {note}" for note in self.notes]
         found.append(f"read {self.read:,} samples, of which {self.bad:,} cannot be used")
         found += [f"  {reason}: {count:,}" for reason, count in self.skipped.items()]
         found += [f"    {name}" for name in self.named]
@@ -84,8 +86,10 @@ def check(
         progress: told samples read and to be read.
     """
     counts = {kind: int(sum(source.counts(kind))) for kind in KINDS}
-    report = Report(source.location, len(source.counts("image")), counts, list(source.faults))
+    report = Report(source.location, len(source.counts("image")), counts, list(source.faults), list(source.notes))
     kinds = [kind for kind in KINDS if counts[kind] and kind != "image"] or ["image"]
+    if kinds == ["image"]:
+        report.notes.append("no picture has a text: stages that learn a tokenizer can use them, others cannot")
     chosen = {kind: _spread(counts[kind], samples) for kind in kinds}
     total = sum(map(len, chosen.values()))
     sizes: list[tuple[int, int]] = []
@@ -102,7 +106,7 @@ def check(
             progress(report.read, total)
             name = f"{source.location}, shard {shard}, sample {place}"
             try:
-                record = source.read(kind, shard, place)
+                record = one_text(source.read(kind, shard, place), place)
                 name = record.name
                 pictures = [decode_picture(data) for data in record.pictures]
                 what, text = _said(record, kind, longest)

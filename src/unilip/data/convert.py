@@ -18,21 +18,31 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
 from unilip.data.errors import DataError
-from unilip.data.records import Record, Unreadable, clean_text, decode_picture
+from unilip.data.records import Record, Unreadable, clean_text, decode_picture, one_text
 from unilip.data.shards import INDEX_SUFFIX, ShardWriter
 from unilip.data.sources import open_source
+from unilip.files import content_hash, decode_text, lines_of, read_json, write_json
+from unilip.pictures import WEB_FORMATS, open_picture
 
 SOURCES = ("input", "input_image", "source", "source_image")  # what the lists of edits call their parts
 TARGETS = ("output", "output_image", "target", "target_image")
 TEXTS = ("instruction", "edit_instruction", "input_prompt", "prompt", "edit")
-ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
-Entry = Callable[[], Record]
+
+class Entry(Protocol):
+    """Reads one sample; `identity` says which, in values."""
+
+    def __call__(self) -> Record:
+        """Read it; raises `Unreadable`."""
+
+    def identity(self) -> tuple[Any, ...]:
+        """Return what tells it from another one."""
 
 
 @dataclass
@@ -72,6 +82,18 @@ def convert(
     entries = LAYOUTS[layout](source)
     if not entries:
         raise DataError(f"{source} holds no sample of the layout {layout}.")
+    about = {
+        "layout": layout, "shard_size": shard_size, "shorter_side": shorter_side, "entries": len(entries),
+        "content": content_hash([(kind, *entry.identity()) for kind, entry in entries]),
+    }  # fmt: skip
+    note = output / f".{layout}.json"
+    before = read_json(note) if note.exists() else about
+    other = [
+        f"{name} ({before.get(name)} there, {about[name]} here)" for name in about if before.get(name) != about[name]
+    ]
+    if other:
+        raise DataError(f"{output} holds shards of another conversion: {', '.join(other)}. Give another --output.")
+    write_json(note, about)
     result = Converted()
     for number, start in enumerate(range(0, len(entries), shard_size)):
         path = output / f"{layout}-{number:06d}.tar"
@@ -81,7 +103,7 @@ def convert(
             writer.begin()
             for i, (kind, read) in enumerate(part, start):
                 try:
-                    writer.write(f"{i:08d}", members(kind, read(), shorter_side))
+                    writer.write(f"{i:08d}", members(kind, one_text(read(), i), shorter_side))
                     result.samples[kind] += 1
                 except Unreadable as error:
                     result.skipped[error.reason] += 1
@@ -116,7 +138,7 @@ def encoded(data: bytes, shorter_side: int | None) -> tuple[str, bytes]:
         file = io.BytesIO()
         picture.resize((size[0], size[1]), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
         return "jpg", file.getvalue()
-    form = Image.open(io.BytesIO(data)).format or ""
+    form = open_picture(data, WEB_FORMATS).format or ""
     if form not in ENDINGS:
         file = io.BytesIO()
         picture.save(file, "PNG")
@@ -142,10 +164,13 @@ class Files:
         if self._members is None:
             self._members = {}
             for archive in sorted(self.folder.rglob("*.tar")):
-                with tarfile.open(archive, "r:") as tar:
-                    for member in tar:
-                        place = (archive, member.offset_data, member.size)
-                        self._members[member.name.removeprefix("./")] = place
+                try:
+                    with tarfile.open(archive, "r:") as tar:
+                        for member in tar:
+                            place = (archive, member.offset_data, member.size)
+                            self._members[member.name.removeprefix("./")] = place
+                except tarfile.TarError as error:
+                    raise DataError(f"{archive} is damaged ({error}); download it again.") from error
         found = self._members.get(name.removeprefix("./"))
         if found is None:
             raise Unreadable("picture missing", f"{name} is neither in {self.folder} nor in a tar file there")
@@ -158,13 +183,10 @@ class Files:
 def read_list(path: Path) -> list[Mapping[str, Any]]:
     """Read a JSON list of objects, or one object a line."""
     try:
-        text = path.read_text(encoding="utf-8")
-        rows = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(x) for x in text.splitlines() if x.strip()]
-        )
-    except (OSError, ValueError) as error:
+        text = decode_text(path.read_bytes())
+        listed = text.lstrip().startswith("[")
+        rows = json.loads(text) if listed else [json.loads(line) for line in lines_of(text) if line.strip()]
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is no JSON list that can be read ({error}).") from error
     return [row for row in rows if isinstance(row, Mapping)]
 
@@ -215,8 +237,9 @@ def gpt_image_edit(source: str) -> list[tuple[str, Entry]]:
 def any_place(source: str) -> list[tuple[str, Entry]]:
     """Entries of a place that training reads as it is: captions and edits, checked and cut into new shards."""
     place = open_source(source)
+    content = place.signature()
     return [
-        (kind, _Again(place, kind, shard, i))
+        (kind, _Again(place, kind, shard, i, content))
         for kind in ("caption", "edit")
         for shard, count in enumerate(place.counts(kind))
         for i in range(count)
@@ -231,6 +254,9 @@ class _Pictures:
     paths: tuple[str, ...]
     text: Any
     name: str
+
+    def identity(self) -> tuple[Any, ...]:
+        return self.name, self.paths, self.text
 
     def __call__(self) -> Record:
         if not self.paths:
@@ -257,6 +283,10 @@ class _Again:
     kind: str
     shard: int
     number: int
+    content: str
+
+    def identity(self) -> tuple[Any, ...]:
+        return self.content, self.shard, self.number
 
     def __call__(self) -> Record:
         record: Record = self.place.read(self.kind, self.shard, self.number)

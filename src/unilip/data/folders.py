@@ -2,12 +2,14 @@
 
 A folder, any depth: `NAME.jpg` + `NAME.txt`; `NAME.input.jpg`, `NAME.output.jpg` + `NAME.txt` for an edit; with
 `NAME.json` instead of or beside the text, a conversation about the picture. It is what a WebDataset shard unpacks to.
-A JSONL line: {"image", "caption"}, {"source", "instruction", "target"} or {"image", "conversations"}; paths are
-relative to the file.
+A JSONL line, or an entry of a JSON list: {"image", "caption"}, {"source", "instruction", "target"} or {"image",
+"conversations"}, also with TRL's {"images", "messages"}; paths are relative to the file. A caption may be a list of
+several.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,9 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from unilip.data.errors import DataError
-from unilip.data.records import IMAGE_SUFFIXES, KINDS, Record, Unreadable, read_bytes
+from unilip.data.records import (
+    IMAGE_SUFFIXES,
+    KINDS,
+    Record,
+    Unreadable,
+    caption_of,
+    is_litter,
+    json_meaning,
+    read_bytes,
+)  # fmt: skip
+from unilip.files import content_hash, decode_text, mark
 
 logger = logging.getLogger(__name__)
+MARKED = 4096  # files whose content a signature looks at
+
+
+LISTS = ("metadata.jsonl", "metadata.csv")  # of other programs, which say what the texts are
 
 
 class Folder:
@@ -30,9 +46,8 @@ class Folder:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise DataError(f"{folder} is not a folder.")
-        self.location = str(folder)
-        self.faults: list[str] = []
-        files = sorted(folder.rglob("*"))
+        self.location, self.folder = str(folder), folder
+        files = [p for p in sorted(folder.rglob("*")) if not is_litter(p.relative_to(folder).as_posix())]
         found = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
         if not found:
             raise DataError(f"{folder} holds no pictures to learn from ({', '.join(IMAGE_SUFFIXES)}).")
@@ -43,16 +58,29 @@ class Folder:
                 if path.stem.endswith(part):
                     stem = path.with_name(path.stem.removesuffix(part))
                     pairs.setdefault(stem, [None, None])[place] = path
-        texts = {p for p in files if p.suffix in (".json", ".txt")}
-        talks = [p for p in plain if p.with_name(f"{p.stem}.json") in texts]
+        texts = {p for p in files if p.suffix == ".txt"}
+        self._means = {p: json_meaning(_bytes(p)) for p in files if p.suffix == ".json"}
+        talks = [p for p in plain if self._means.get(p.with_name(f"{p.stem}.json")) == "json"]
+        captions = [p for p in plain if p.with_name(f"{p.stem}.txt") in texts or self._about(p) is not None]
+        if captions or talks:  # where others have a text, one without misses its own
+            captions = [p for p in plain if p in set(captions) or p not in set(talks)]
         alone = {p.with_name(f"{p.stem}.json") for p in plain}
+        lonely = [p for p, meaning in self._means.items() if p not in alone and meaning == "json"]
         self._found: dict[str, list[Any]] = {
-            "image": found,
-            "caption": [p for p in plain if p not in set(talks) or p.with_name(f"{p.stem}.txt") in texts],
+            "image": found, "caption": captions, "talk": talks, "text": lonely,
             "edit": [(stem, *pair) for stem, pair in pairs.items()],
-            "talk": talks,
-            "text": sorted(p for p in texts if p.suffix == ".json" and p not in alone),
-        }
+        }  # fmt: skip
+        self._read = [*found, *sorted(texts), *self._means]
+        self.faults = [f"{p}: it is not read; name a .jsonl file as the place" for p in files if p.name in LISTS]
+        for fault in self.faults:
+            logger.warning("%s", fault)
+        left = sum(not meaning for meaning in self._means.values())
+        self.notes = [f"json files that are no conversations and hold no caption: {left:,}"] if left else []
+
+    def _about(self, picture: Path) -> Path | None:
+        """The metadata beside a picture that hold its caption."""
+        beside = picture.with_name(f"{picture.stem}.json")
+        return beside if self._means.get(beside) == "about" else None
 
     def counts(self, kind: str) -> list[int]:
         """Return how many samples of a kind there are: one shard."""
@@ -74,16 +102,41 @@ class Folder:
         if kind == "image":
             return Record(str(entry), picture)
         if kind == "caption":
-            return Record(str(entry), picture, read_bytes(text, "caption"))
+            about = None if text.exists() else self._about(entry)
+            said: Any = read_bytes(text, "caption") if about is None else caption_of(read_bytes(about, "caption"))
+            return Record(str(entry), picture, said)
         talk = read_bytes(entry.with_name(f"{entry.stem}.json"), "conversation")
         return Record(str(entry), picture, text.read_bytes() if text.exists() else None, talk)
 
     def expect(self, shards: Sequence[int]) -> None:
         """Nothing has to be fetched."""
 
+    def signature(self) -> str:
+        """Return a hash of the names in the folder, and of size and end of its files."""
+        return content_hash([p.relative_to(self.folder).as_posix() for p in self._read], marks(self._read))
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""  # reading the sample says so
+
+
+def marks(paths: Sequence[Path]) -> list[Any]:
+    """Size and checksum of the end of files, of so many that it takes a moment; None for one that cannot be read."""
+    found: list[Any] = []
+    for path in paths[:: max(1, len(paths) // MARKED)]:
+        try:
+            found.append(mark(path))
+        except OSError:
+            found.append(None)
+    return found
+
 
 class Lines:
-    """The samples of a JSONL file. Lines that are no JSON object of a known kind are named and left out.
+    """The samples of a JSONL file, or of a JSON list as LLaVA has it. What is no sample of a known kind is named and
+    left out.
 
     Raises:
         DataError: the file cannot be read or holds no sample.
@@ -92,54 +145,86 @@ class Lines:
     def __init__(self, file: Path) -> None:
         self.location, self.file = str(file), file
         self.faults: list[str] = []
-        self._offsets: dict[str, list[int]] = {kind: [] for kind in KINDS}
+        self.notes: list[str] = []
+        self._entries: dict[str, list[Any]] = {kind: [] for kind in KINDS}  # offsets of lines, or entries of the list
+        self._content = hashlib.blake2b(digest_size=12)
+        self._pictures: list[Path] = []
         try:
-            with file.open("rb") as lines:
-                offset = 0
-                for number, line in enumerate(lines, 1):
-                    self._sort(line, offset, number)
-                    offset += len(line)
+            if file.suffix.lower() == ".json":
+                data = file.read_bytes()
+                self._content.update(data)
+                rows = json.loads(decode_text(data))
+                if not isinstance(rows, list):
+                    raise DataError(f"{file} is no list of samples; give [{{...}}, ...], or a JSONL file.")
+                for number, row in enumerate(rows, 1):
+                    self._sort(row, (number, row), f"entry {number}")
+            else:
+                self._scan()
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{file} is no JSON that can be read ({error}).") from error
         except OSError as error:
             raise DataError(f"{file} cannot be read ({error.strerror}).") from error
-        if not any(self._offsets.values()):
+        if not any(self._entries.values()):
             why = f" ({self.faults[0]})" if self.faults else ""
             raise DataError(
                 f'{file} holds no sample{why}; its lines must be like {{"image": ..., "caption": ...}}, '
                 '{"source": ..., "instruction": ..., "target": ...} or {"image": ..., "conversations": [...]}.'
             )
 
-    def _sort(self, line: bytes, offset: int, number: int) -> None:
-        if not line.strip():
-            return
-        try:
-            kinds = kinds_of_object(json.loads(line))
-        except ValueError as error:
-            kinds, why = [], str(error)
-        else:
-            why = "no sample of a known kind"
+    def _scan(self) -> None:
+        """Sort the lines by where they begin; the file is not kept in memory."""
+        with self.file.open("rb") as lines:
+            offset = 0
+            for number, line in enumerate(lines, 1):
+                self._content.update(line)
+                if line.strip(b"\xef\xbb\xbf \t\r\n"):
+                    try:
+                        row = json.loads(decode_text(line))
+                    except (ValueError, RecursionError) as error:
+                        self._leave(f"line {number}", str(error))
+                    else:
+                        self._sort(row, offset, f"line {number}")
+                offset += len(line)
+
+    def _sort(self, row: Any, entry: Any, name: str) -> None:
+        row = sample_of(row)
+        kinds = kinds_of_object(row)
         if not kinds:
-            self.faults.append(f"{self.file}, line {number}: {why}")
-            logger.warning("%s, line %d is left out: %s", self.file, number, why)
+            self._leave(name, "no sample of a known kind")
         for kind in kinds:
-            self._offsets[kind].append(offset)
+            self._entries[kind].append(entry)
+        if kinds and len(self._pictures) < MARKED:
+            fields = [field for field in ("image", "source", "target") if field in row]
+            self._pictures += [self.file.parent / row[field] for field in fields if "\0" not in row[field]]
+
+    def _leave(self, name: str, why: str) -> None:
+        self.faults.append(f"{self.file}, {name}: {why}")
+        logger.warning("%s, %s is left out: %s", self.file, name, why)
 
     def counts(self, kind: str) -> list[int]:
         """Return how many samples of a kind there are: one shard."""
-        return [len(self._offsets[kind])]
+        return [len(self._entries[kind])]
 
     def read(self, kind: str, shard: int, place: int) -> Record:
         """Read one sample; raises `Unreadable`."""
-        offset = self._offsets[kind][place]
-        try:
-            with self.file.open("rb") as file:
-                file.seek(offset)
-                values = json.loads(file.readline())
-        except (OSError, ValueError) as error:
-            raise Unreadable("line unreadable", f"{self.file} at byte {offset}: {error}") from error
-        name = f"{self.file} at byte {offset}"
+        entry = self._entries[kind][place]
+        if isinstance(entry, tuple):
+            name, values = f"{self.file}, entry {entry[0]}", sample_of(entry[1])
+        else:
+            name = f"{self.file} at byte {entry}"
+            try:
+                with self.file.open("rb") as file:
+                    file.seek(entry)
+                    values = sample_of(json.loads(decode_text(file.readline())))
+            except (OSError, ValueError, RecursionError) as error:
+                raise Unreadable("line unreadable", f"{name}: {error}") from error
+            if kind not in kinds_of_object(values):
+                raise Unreadable("line unreadable", f"{name}: the file has changed since it was opened")
 
         def bring(field: str) -> bytes:
-            return read_bytes(self.file.parent / Path(values[field]).expanduser(), "picture")
+            return read_bytes(self.file.parent / _home(values[field]), "picture")
 
         if kind == "edit":
             return Record(name, (bring("source"), bring("target")), values.get("instruction"))
@@ -150,6 +235,31 @@ class Lines:
 
     def expect(self, shards: Sequence[int]) -> None:
         """Nothing has to be fetched."""
+
+    def signature(self) -> str:
+        """Return a hash of the list, and of size and end of the pictures that it names first."""
+        return content_hash(self._content.hexdigest(), marks(self._pictures))
+
+
+def _home(path: str) -> Path:
+    """A path whose ~ is written out, where that means something."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def sample_of(row: Any) -> Any:
+    """Return a row with the names of ours: TRL has `images` (one of them) and `messages`."""
+    if not isinstance(row, Mapping):
+        return row
+    found = dict(row)
+    if isinstance(found.get("messages"), list):
+        found.setdefault("conversations", found["messages"])
+    images = found.get("images")
+    if isinstance(images, list) and len(images) == 1 and "image" not in found:
+        found["image"] = images[0].get("path") if isinstance(images[0], Mapping) else images[0]
+    return found
 
 
 def kinds_of_object(values: object) -> list[str]:
@@ -162,4 +272,5 @@ def kinds_of_object(values: object) -> list[str]:
     talks = isinstance(values.get("conversations"), list)
     if "image" in paths:
         return ["image", *(["caption"] if "caption" in values else []), *(["talk"] if talks else [])]
-    return ["text"] if talks and not paths else []
+    pictured = bool(paths) or bool(values.get("image")) or bool(values.get("images"))
+    return ["text"] if talks and not pictured else []

@@ -11,14 +11,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 from unilip.data.errors import DataError
 from unilip.data.records import KINDS, Unreadable
-from unilip.data.shards import FORMAT, Shards, fetch, index_cache
-from unilip.files import replacing
+from unilip.data.shards import FORMAT, Shards, fetch
+from unilip.files import content_hash, replacing, stamp
 
 SCHEME = "hf:"
 FIELDS = ("image", "caption", "source", "instruction", "target", "conversations")
@@ -44,7 +45,7 @@ class HubStream(Shards):
             raise DataError(
                 f"{location} sets {', '.join(unknown)}; allowed: split, name, revision, {', '.join(FIELDS)}."
             )
-        self._stream, self._rows = _open(name, options, location)
+        self._stream, self._rows, self._versions = _open(name, options, location)
         columns = set(self._stream.column_names or ())
         self.columns = {field: given.get(field, field) for field in FIELDS if given.get(field, field) in columns}
         missing = sorted(column for column in given.values() if column not in columns)
@@ -58,19 +59,21 @@ class HubStream(Shards):
         shards = [f"hf://{location.removeprefix(SCHEME)}#{i}" for i in range(self._stream.num_shards)]
         super().__init__(shards, location, keep_gb)
 
-    def _head(self, shard: str) -> dict[str, Any]:
-        number = int(shard.rpartition("#")[2])
+    def _identify(self) -> list[Any]:
+        versions = self._versions
+        return versions if len(versions) == len(self.shards) else [content_hash(versions)] * len(self.shards)
+
+    def _head(self, shard: int) -> dict[str, Any]:
         if self._rows is not None:
-            counts = {kind: self._rows[number] * self._kinds.get(kind, 0) for kind in KINDS}
-            return {"format": FORMAT, "fault": "", "counts": counts}
+            counts = {kind: self._rows[shard] * self._kinds.get(kind, 0) for kind in KINDS}
+            return {"format": FORMAT, "fault": "", "counts": counts, "ignored": {}}
         return super()._head(shard)
 
-    def _index_path(self, shard: str) -> tuple[Path | None, int | None]:
-        own = index_cache(shard)
-        return (own if own.exists() else None), None  # nothing lies beside a shard of a stream
+    def _fetch_index(self, location: str, own: Path) -> bool:
+        return False  # nothing lies beside a shard of a stream
 
-    def _bring(self, location: str) -> Path:
-        return fetch(location, self.keep_gb, self._write)
+    def _bring(self, shard: int) -> Path:
+        return fetch(self.shards[shard], self._kept(shard), self.keep_gb, self._write)
 
     def _write(self, location: str, path: Path) -> None:
         """Write the samples of one shard of the stream to a tar file."""
@@ -89,11 +92,14 @@ class HubStream(Shards):
     def _samples(self, number: int) -> Iterator[dict[str, bytes]]:
         part = self._stream.shard(num_shards=self._stream.num_shards, index=number)
         for row in part:
-            yield {MEMBERS[field]: _encoded(row[column]) for field, column in self.columns.items()}
+            yield dict(_member(field, row[column]) for field, column in self.columns.items())
 
 
-def _open(name: str, options: dict[str, str], location: str) -> tuple[Any, list[int] | None]:
-    """Open a stream with undecoded pictures, and the rows of its shards where they are Parquet files."""
+def _open(name: str, options: dict[str, str], location: str) -> tuple[Any, list[int] | None, list[Any]]:
+    """Open a stream with undecoded pictures; also the rows of its shards where they are Parquet, and files' versions.
+
+    A version changes with the file: commit and tag on the hub, and what the file system says of one on this machine.
+    """
     import datasets
 
     split = options.pop("split", "train")
@@ -105,7 +111,13 @@ def _open(name: str, options: dict[str, str], location: str) -> tuple[Any, list[
                 stream = stream.cast_column(column, datasets.Image(decode=False))
         files = list((builder.config.data_files or {}).get(split, ()))
         parquet = len(files) == stream.num_shards and all(str(file).endswith(".parquet") for file in files)
-        return stream, [_rows_of(str(file)) for file in files] if parquet else None
+        listed = (builder.config.data_files or {}).get(split)
+        origins = list(getattr(listed, "origin_metadata", ()))
+        versions = [
+            (str(file), str(origin), stamp(Path(str(file))) if Path(str(file)).exists() else None)
+            for file, origin in zip_longest(files, origins)
+        ]
+        return stream, [_rows_of(str(file)) for file in files] if parquet else None, versions or [str(builder.hash)]
     except Exception as error:  # the library documents none
         why = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(f"{location} cannot be opened by the datasets library ({why}).") from error
@@ -132,15 +144,18 @@ def _kinds(columns: dict[str, str]) -> dict[str, int]:
     return {"text": 1} if "conversations" in columns else {}
 
 
-def _encoded(value: Any) -> bytes:
-    """Return the bytes of a field; an empty member where there is nothing, so that the sample keeps its place."""
-    if isinstance(value, dict) and ("bytes" in value or "path" in value):
+def _member(field: str, value: Any) -> tuple[str, bytes]:
+    """The member of a field; an empty one where there is nothing, so that the sample keeps its place."""
+    ending = MEMBERS[field]
+    if isinstance(value, dict) and ("bytes" in value or "path" in value) and ending != "json":
         if value.get("bytes") is not None:
-            return bytes(value["bytes"])
+            return ending, bytes(value["bytes"])
         path = value.get("path")
-        return Path(path).read_bytes() if path and Path(path).is_file() else b""
+        return ending, Path(path).read_bytes() if path and Path(path).is_file() else b""
     if isinstance(value, bytes):
-        return value
+        return ending, value
     if value is None:
-        return b""
-    return value.encode() if isinstance(value, str) else json.dumps(value).encode()
+        return ending, b""
+    if isinstance(value, str):
+        return ending, value.encode()
+    return ("texts" if ending == "txt" else ending), json.dumps(value).encode()  # several captions, or none that is one

@@ -7,10 +7,9 @@ with questions and answers; "text" questions and answers without a picture.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +18,8 @@ from PIL import Image
 
 from unilip.data.errors import DataError
 from unilip.errors import ImageError, PromptError
-from unilip.pictures import Fit, fit_square, load_image
+from unilip.files import decode_text
+from unilip.pictures import WEB_FORMATS, Fit, fit_square, load_image, open_picture
 from unilip.sampling import check_prompt
 
 KINDS = ("image", "caption", "edit", "talk", "text")
@@ -45,23 +45,28 @@ class Unreadable(DataError):
 class Record:
     """A sample before anything is decoded: pictures as encoded bytes, texts as bytes or strings.
 
-    An edit has two pictures, source and target. `tensors` is what a cache holds in place of pictures, as npz; `blank`
-    what it holds in place of a prompt that is dropped.
+    An edit has two pictures, source and target. A text may be a list of several, of which one is chosen by the number
+    of the sample (`one_text`). `tensors` is what a cache holds in place of pictures, as npz; `blank` what it holds in
+    place of a prompt that is dropped.
     """
 
     name: str
     pictures: tuple[bytes, ...] = ()
-    text: str | bytes | None = None
+    text: Any = None
     conversation: Any = None
     tensors: bytes | None = None
     blank: bytes | None = None
 
 
 class Source(Protocol):
-    """Samples by kind, shard and place. `location` is where they lie, `faults` says what of it is damaged."""
+    """Samples by kind, shard and place.
+
+    `location` is where they lie, `faults` says what of it is damaged, `notes` what of it is not read, and why.
+    """
 
     location: str
     faults: list[str]
+    notes: list[str]
 
     def counts(self, kind: str) -> Sequence[int]:
         """Return how many samples of a kind each shard has."""
@@ -72,12 +77,21 @@ class Source(Protocol):
     def expect(self, shards: Sequence[int]) -> None:
         """Hear which shards will be wanted next."""
 
+    def signature(self) -> str:
+        """Return a hash of the names, sizes and parts of the content of all samples."""
+
+
+def is_litter(path: str) -> bool:
+    """Whether a file is what a system left beside somebody's own: a Mac's resource forks, a NAS's thumbnails."""
+    parts = path.replace("\\", "/").split("/")
+    return parts[-1].startswith("._") or not {"__MACOSX", "@eaDir"}.isdisjoint(parts)
+
 
 def read_bytes(path: Path, reason: str) -> bytes:
     """Read a file of a sample."""
     try:
         return path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         missing = isinstance(error, FileNotFoundError)
         raise Unreadable(f"{reason} missing" if missing else f"{reason} unreadable", str(path)) from error
 
@@ -85,11 +99,9 @@ def read_bytes(path: Path, reason: str) -> bytes:
 def decode_picture(data: bytes) -> Image.Image:
     """Decode an encoded picture to upright RGB."""
     try:
-        return load_image(Image.open(io.BytesIO(data)))
+        return load_image(open_picture(data, WEB_FORMATS))
     except ImageError as error:
-        raise Unreadable("picture unreadable", str(error)) from error
-    except Exception as error:  # what Pillow's formats raise for foreign or broken bytes
-        raise Unreadable("picture unreadable", "no PNG, JPEG or WebP" if data else "it is empty") from error
+        raise Unreadable("picture unreadable", str(error) if data else "it is empty") from error
 
 
 def square(data: bytes, size: int, fit: Fit) -> np.ndarray:
@@ -97,21 +109,56 @@ def square(data: bytes, size: int, fit: Fit) -> np.ndarray:
     return np.asarray(fit_square(decode_picture(data), size, fit))
 
 
-def clean_text(text: str | bytes | None, what: str, longest: int = 0) -> str:
+def one_text(record: Record, number: int) -> Record:
+    """Return a record with one of its several texts, by the number of the sample."""
+    texts = record.text
+    if not isinstance(texts, (list, tuple)):
+        return record
+    return replace(record, text=texts[number % len(texts)] if texts else None)
+
+
+def clean_text(text: Any, what: str, longest: int = 0) -> str:
     """Return the caption or instruction of a sample; more than `longest` characters (0: no limit) are left out."""
     if text is None:
         raise Unreadable(f"{what} missing")
     if isinstance(text, bytes):
         try:
-            text = text.decode("utf-8")
+            text = decode_text(text)
         except UnicodeDecodeError as error:
             raise Unreadable(f"{what} not UTF-8", str(error)) from error
+    if not isinstance(text, str):
+        raise Unreadable(f"{what} no text", f"it is of the kind {type(text).__name__}: {str(text)[:80]}")
     if longest and len(text.strip()) > longest:
         raise Unreadable(f"{what} over {longest} characters", f"it has {len(text.strip())}", left_out=True)
     try:
         return check_prompt(text, what)
     except PromptError as error:
-        raise Unreadable(f"{what} empty" if not text.strip() else f"{what} refused", str(error)) from error
+        raise Unreadable(f"{what} {'empty' if 'is empty' in str(error) else 'refused'}", str(error)) from error
+
+
+def json_meaning(data: bytes) -> str:
+    """What a json is: "json" a conversation or something broken, "about" metadata with a caption, "" other metadata."""
+    try:
+        value = json.loads(decode_text(data))
+    except (ValueError, RecursionError):
+        return "json"
+    if not isinstance(value, Mapping) or {"conversations", "messages"} & value.keys():
+        return "json"
+    return "about" if caption_of(data) is not None else ""
+
+
+def caption_of(data: bytes) -> Any:
+    """Return the caption that metadata in JSON hold, as img2dataset writes them; None where they hold none."""
+    try:
+        value = json.loads(decode_text(data))
+    except (ValueError, RecursionError) as error:
+        raise Unreadable("metadata not JSON", str(error)) from error
+    return value.get("caption", value.get("text")) if isinstance(value, Mapping) else value
+
+
+def is_picture(part: Any) -> bool:
+    """Whether a part of a turn stands for the picture."""
+    return isinstance(part, Mapping) and str(part.get("type")).startswith("image")
 
 
 def read_turns(conversation: Any) -> Turns:
@@ -121,8 +168,9 @@ def read_turns(conversation: Any) -> Turns:
     """
     if isinstance(conversation, (bytes, str)):
         try:
-            conversation = json.loads(conversation)
-        except ValueError as error:
+            data = conversation if isinstance(conversation, bytes) else conversation.encode("utf-8", "surrogatepass")
+            conversation = json.loads(decode_text(data))
+        except (ValueError, RecursionError) as error:
             raise Unreadable("conversation not JSON", str(error)) from error
     if isinstance(conversation, Mapping):
         conversation = conversation.get("conversations", conversation.get("messages"))
@@ -132,6 +180,10 @@ def read_turns(conversation: Any) -> Turns:
     for turn in conversation:
         role = SPEAKERS.get(str(turn.get("from", turn.get("role"))))
         value = turn.get("value", turn.get("content"))
+        if isinstance(value, list):  # parts, as OpenAI and TRL have them
+            parts = [part.get("text") if isinstance(part, Mapping) else None for part in value if not is_picture(part)]
+            texts = [part for part in parts if isinstance(part, str)]
+            value = "\n".join(texts) if len(texts) == len(parts) else None
         if role is None or not isinstance(value, str):
             raise Unreadable("conversation malformed", f"a turn is {str(turn)[:80]}")
         if role != "system":

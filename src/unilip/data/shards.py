@@ -10,31 +10,44 @@ conversations.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import tarfile
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from unilip.data.errors import DataError
-from unilip.data.records import IMAGE_SUFFIXES, KINDS, Record, Unreadable
+from unilip.data.records import IMAGE_SUFFIXES, KINDS, Record, Unreadable, caption_of, is_litter, json_meaning
+from unilip.errors import UniLIPError
+from unilip.files import TAIL, content_hash, read_json, replacing, retried, stamp, write_json, write_text
 
 logger = logging.getLogger(__name__)
-FORMAT = 1  # of the index files
+FORMAT = 2  # of the index files
 INDEX_SUFFIX = ".index.json"
 ZEROS = bytes(tarfile.BLOCKSIZE)
 PICTURES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
-ATTEMPTS = 3  # to fetch a remote shard
+TEXTS = {"txt", "texts", "about", "json"}  # a text, several in JSON, metadata with a caption, a conversation
+ENDINGS = {
+    *PICTURES, *TEXTS, *(f"{part}.{e}" for part in ("input", "output") for e in PICTURES),
+    *(f"{kind}.npz" for kind in KINDS),
+}  # fmt: skip
+PROBES = 16  # members of a shard that are looked at to tell whether an index is its own
+MAX_HEAD = 1 << 20
+TELLING = (  # what file systems call that which changes with a file
+    "size", "ETag", "etag", "Content-MD5", "Digest", "Last-Modified", "LastModified", "last_modified", "mtime",
+    "modified", "created", "generation", "md5Hash", "md5", "blob_id", "version_id", "VersionId", "ino",
+)  # fmt: skip
 OPEN_SHARDS = 32  # files and indices that a process holds
 
-Members = dict[str, tuple[int, int]]  # ending -> offset and size of the data
+T = TypeVar("T")
+Member = tuple[int, int, int]  # offset and size of the data, and a checksum of the header and of the data's end
+Members = dict[str, Member]  # by ending
 
 
 def cache_folder() -> Path:
@@ -52,11 +65,17 @@ def is_remote(location: str) -> bool:
 
 @dataclass
 class ShardIndex:
-    """The samples of a shard by kind: key and members. `fault` says where a damaged shard ends to be readable."""
+    """The samples of a shard by kind: key and members. `fault` says where a damaged shard ends to be readable.
+
+    `stamp` is what the shard was when the index was made: of a file on this machine `unilip.files.stamp`, of a remote
+    one what its server says of it. `ignored` counts the members that belong to no sample, by ending.
+    """
 
     size: int
     fault: str
     samples: dict[str, list[tuple[str, Members]]]
+    ignored: dict[str, int]
+    stamp: Any = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -65,73 +84,170 @@ class ShardIndex:
 
     def head(self) -> dict[str, Any]:
         """What is asked of a shard before any sample is: the first line of its index file."""
-        return {"format": FORMAT, "size": self.size, "fault": self.fault, "counts": self.counts}
+        return {
+            "format": FORMAT, "size": self.size, "fault": self.fault, "counts": self.counts, "ignored": self.ignored,
+            "stamp": self.stamp, "content": content_hash(self.samples), "probes": self._probes(),
+        }  # fmt: skip
+
+    def _probes(self) -> list[Member]:
+        """Some members, spread over the shard: whether they are where the index says, tells whether it is its own."""
+        members = [member for found in self.samples.values() for _, parts in found for member in parts.values()]
+        step = max(1, len(members) // PROBES)
+        return sorted({tuple(member) for member in [*members[::step], *members[-1:]]})  # type: ignore[misc]
 
     def write(self, path: Path) -> None:
         """Write the index, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(self.head()) + "\n")
-            file.write(json.dumps(self.samples) + "\n")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(self.head()) + "\n" + json.dumps(self.samples) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> ShardIndex:
-        """Read an index file back."""
+        """Read an index file back; raises ValueError where it is not whole or says what cannot be."""
         with path.open(encoding="utf-8") as file:
             head, samples = json.loads(file.readline()), json.loads(file.readline())
-        return cls(head["size"], head["fault"], samples)
+        if not isinstance(samples, dict) or set(samples) != set(KINDS) or content_hash(samples) != head["content"]:
+            raise ValueError("its samples are not those of its head")
+        for found in samples.values():
+            for key, parts in found:
+                for offset, size, check in parts.values():
+                    if not (isinstance(key, str) and type(offset) is type(size) is type(check) is int):
+                        raise ValueError("a member has no numbers")
+                    if not (offset >= tarfile.BLOCKSIZE and size >= 0 and offset + size <= head["size"]):
+                        raise ValueError("a member lies outside of the shard")
+        return cls(head["size"], head["fault"], samples, head["ignored"], head["stamp"])
 
 
-def read_head(path: Path, size: int | None) -> dict[str, Any] | None:
-    """Return the first line of an index file if it belongs to a shard of that size, else None."""
+def read_head(path: Path) -> dict[str, Any] | None:
+    """Return the first line of an index file, or None where it is none of this format."""
     try:
         with path.open(encoding="utf-8") as file:
-            head: dict[str, Any] = json.loads(file.readline())
-    except (OSError, ValueError):
+            head = json.loads(file.readline(MAX_HEAD))
+        counts = [head["counts"][kind] for kind in KINDS]
+        known, size = head["format"] == FORMAT, head["size"]
+        whole = (
+            known and all(type(n) is int and n >= 0 and n <= size for n in counts) and isinstance(head["fault"], str)
+        )
+        whole = whole and isinstance(head["ignored"], dict) and bool(head["content"]) and "stamp" in head
+        return head if whole and all(len(probe) == 3 for probe in head["probes"]) else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    fits = head.get("format") == FORMAT and (size is None or head.get("size") == size)
-    return head if fits else None
+
+
+def belongs(head: Mapping[str, Any], path: Path) -> bool:
+    """Whether a shard holds what an index says, by its size and by looking where some of its members should be."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size == head["size"] and all(
+                _read_member(file, *probe) is not None for probe in head["probes"]
+            )
+    except (OSError, OverflowError, TypeError):
+        return False
 
 
 def scan(path: Path) -> ShardIndex:
-    """Read the headers of a tar file: -> its samples, up to the place where it is damaged, if it is."""
-    size = path.stat().st_size
-    groups: dict[str, Members] = {}
-    fault = ""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            try:
-                for member in tar:
-                    if member.isfile():
-                        if member.offset_data + member.size > size:
-                            raise tarfile.ReadError("unexpected end of data")
-                        key, ending = split_name(member.name)
-                        groups.setdefault(key, {})[ending] = (member.offset_data, member.size)
-            except tarfile.TarError as error:
-                fault = f"{error} after byte {tar.offset}"
-            if not fault:
-                fault = _unfinished(path, tar.offset, size)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        fault = f"no tar file ({error})"
-    if fault and len(groups) > 1 and len(list(groups.values())[-1]) < len(list(groups.values())[-2]):
-        groups.popitem()  # the sample that the damage cut in two
-    samples: dict[str, list[tuple[str, Members]]] = {kind: [] for kind in KINDS}
-    for key, members in groups.items():
-        for kind, parts in kinds_of(members):
-            samples[kind].append((key, parts))
-    return ShardIndex(size, fault, samples)
+    """Read the headers of a tar file: -> its samples, up to the place where it is damaged, if it is.
 
-
-def _unfinished(path: Path, offset: int, size: int) -> str:
-    """Say what is wrong where the tar library silently stopped: an archive ends with a block of zeros."""
+    Archives that were concatenated are read one after the other; a key counts in its own archive.
+    """
+    size, fault, archive = path.stat().st_size, "", 0
+    found: dict[tuple[int, str], Member] = {}  # in the order of the shard: archive and name -> member
+    meanings: dict[tuple[int, str], str] = {}  # of each json
     with path.open("rb") as file:
-        file.seek(offset)
+        offset: int | None = 0
+        while offset is not None and not fault:
+            file.seek(offset)
+            try:
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    try:
+                        for member in tar:
+                            if member.isfile():
+                                if member.offset_data + member.size > size:
+                                    raise tarfile.ReadError("unexpected end of data")
+                                place = archive, member.name.removeprefix("./")
+                                found[place] = _measure(file, member.offset_data, member.size)
+                                if place[1].lower().endswith(".json"):
+                                    file.seek(member.offset_data)
+                                    meanings[place] = json_meaning(file.read(member.size))
+                    except tarfile.TarError as error:
+                        fault = f"{error} after byte {tar.offset}"
+                    end = tar.offset
+                if not fault:
+                    fault, offset = _after(file, end, size)
+            except (tarfile.TarError, OSError, EOFError) as error:
+                fault = f"no tar file{f' after byte {offset}' if offset else ''} ({error})"
+            archive += 1
+    return _sorted(size, fault, found, meanings)
+
+
+def _after(file: BinaryIO, end: int, size: int) -> tuple[str, int | None]:
+    """Where the tar library stopped: what is wrong there, and where another archive begins behind the end mark."""
+    file.seek(end)
+    block = file.read(tarfile.BLOCKSIZE)
+    if block != ZEROS:
+        where = f"damaged after byte {end}" if len(block) == tarfile.BLOCKSIZE else f"cut off at byte {size}"
+        return where, None
+    while block == ZEROS:
+        end += tarfile.BLOCKSIZE
         block = file.read(tarfile.BLOCKSIZE)
-    if block == ZEROS:
-        return ""
-    return f"damaged after byte {offset}" if len(block) == tarfile.BLOCKSIZE else f"cut off at byte {size}"
+    return "", end if block.strip(b"\0") else None
+
+
+def _measure(file: BinaryIO, offset: int, size: int) -> Member:
+    """A member with the checksum of its header and of the end of its data."""
+    file.seek(offset - tarfile.BLOCKSIZE)
+    header = file.read(tarfile.BLOCKSIZE)
+    file.seek(offset + max(0, size - TAIL))
+    return offset, size, zlib.crc32(file.read(min(size, TAIL)), zlib.crc32(header))
+
+
+def _read_member(file: BinaryIO, offset: int, size: int, check: int) -> bytes | None:
+    """The data of a member, or None where another one lies there."""
+    file.seek(offset - tarfile.BLOCKSIZE)
+    data = file.read(tarfile.BLOCKSIZE + size)
+    header, data = data[: tarfile.BLOCKSIZE], data[tarfile.BLOCKSIZE :]
+    whole = len(data) == size and zlib.crc32(data[max(0, size - TAIL) :], zlib.crc32(header)) == check
+    return data if whole else None
+
+
+def _sorted(
+    size: int, fault: str, found: Mapping[tuple[int, str], Member], meanings: Mapping[tuple[int, str], str]
+) -> ShardIndex:
+    """Members -> samples by kind."""
+    groups: dict[tuple[int, str], Members] = {}
+    others: dict[tuple[int, str], dict[str, Members]] = {}
+    for (archive, name), member in found.items():
+        if is_litter(name):
+            continue
+        key, ending = split_name(name)
+        group = groups.setdefault((archive, key), {})
+        stem = ""
+        if ending not in ENDINGS:  # a name with dots, or what belongs to the sample but is not read
+            stem, _, ending = ending.rpartition(".")
+            if ending in PICTURES and stem.endswith((".input", ".output")):
+                stem, _, part = stem.rpartition(".")
+                ending = f"{part}.{ending}"
+            group = others.setdefault((archive, key), {}).setdefault(stem, {})
+        group[meanings[archive, name] or "metadata" if ending == "json" else ending] = member
+    ignored: Counter[str] = Counter()
+    named: list[tuple[str, Members]] = []
+    for place, group in groups.items():
+        known = {ending: member for ending, member in group.items() if ending in ENDINGS}
+        ignored.update(group.keys() - known.keys())
+        if known:
+            named.append((place[1], known))
+        for stem, other in others.get(place, {}).items():
+            pair = any(ending.rpartition(".")[2] in PICTURES for ending in other) and not TEXTS.isdisjoint(other)
+            if stem and (pair or (not known and not ENDINGS.isdisjoint(other))):
+                named.append((f"{place[1]}.{stem}", other))
+            else:
+                ignored.update(".".join(filter(None, (stem, ending))) or "none" for ending in other)
+    if fault and len(named) > 1 and len(named[-1][1]) < len(named[-2][1]):
+        named.pop()  # the sample that the damage cut in two
+    texts = any(not TEXTS.isdisjoint(group) for _, group in named)
+    samples: dict[str, list[tuple[str, Members]]] = {kind: [] for kind in KINDS}
+    for key, group in named:
+        for kind, parts in kinds_of(group, texts):
+            samples[kind].append((key, parts))
+    return ShardIndex(size, fault, samples, dict(ignored.most_common(9)))
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -141,28 +257,29 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", ending.lower()
 
 
-def kinds_of(members: Members) -> Iterator[tuple[str, Members]]:
-    """Yield each kind that a sample can serve as, with the members that it needs."""
+def kinds_of(members: Mapping[str, T], texts: bool = True) -> Iterator[tuple[str, dict[str, T]]]:
+    """Yield each kind that a sample can serve as, with the members that it needs.
+
+    A picture without a text is a caption that misses its text where others have one (`texts`), else a picture alone.
+    """
     cached = next((kind for kind in KINDS if f"{kind}.npz" in members), None)
     if cached is not None:
-        yield (
-            cached,
-            {part: members[part] for part in ("txt", "json") if part in members} | {"npz": members[f"{cached}.npz"]},
-        )
+        parts = {part: members[part] for part in ("txt", "json") if part in members}
+        yield cached, parts | {"npz": members[f"{cached}.npz"]}
         return
     plain = next((members[e] for e in PICTURES if e in members), None)
     pair = [
         next((members[f"{part}.{e}"] for e in PICTURES if f"{part}.{e}" in members), None)
         for part in ("input", "output")
     ]
-    text = {"txt": members["txt"]} if "txt" in members else {}
+    text = next(({name: members[name]} for name in ("txt", "texts", "about") if name in members), {})
     for picture in (plain, *pair):
         if picture is not None:
             yield "image", {"image": picture}
     if any(pair):
         found = {name: part for name, part in zip(("source", "target"), pair, strict=True) if part is not None}
         yield "edit", found | text
-    elif plain is not None and (text or "json" not in members):
+    elif plain is not None and (text or (texts and "json" not in members)):
         yield "caption", {"image": plain} | text
     if "json" in members:
         talk = {"json": members["json"]} | text
@@ -191,12 +308,17 @@ class Shards:
         self._pool: ThreadPoolExecutor | None = None
         self._coming: dict[int, Future[Path]] = {}
         self._process = os.getpid()
-        self._heads = [self._head(shard) for shard in self._watched()]
+        self._stamps = self._identify()
+        self._heads = [self._head(number) for number in self._watched()]
+        ignored: Counter[str] = Counter()
         for shard, head in zip(self.shards, self._heads, strict=True):
+            ignored.update(head["ignored"])
             if head["fault"]:
                 self.faults.append(f"{shard}: {head['fault']}")
                 used = sum(head["counts"][kind] for kind in KINDS if kind != "image")
                 logger.warning("%s is damaged (%s); %d samples of it are used", shard, head["fault"], used)
+        members = ", ".join(f"{ending} ({count:,})" for ending, count in ignored.most_common(9))
+        self.notes = [f"members that no sample has a use for: {members}"] if members else []
         if not any(sum(head["counts"].values()) for head in self._heads):
             known = "; their members must be jpg + txt, input.jpg + output.jpg + txt, or json"
             why = f" ({self.faults[0]})" if self.faults else known
@@ -215,66 +337,93 @@ class Shards:
         file, index = self._opened(shard)
         key, members = index.samples[kind][place]
         name = f"{self.shards[shard]}/{key}"
-        try:
-            data = {part: _read_at(file, offset, size) for part, (offset, size) in members.items()}
-        except OSError as error:
-            raise Unreadable("shard unreadable", f"{name}: {error}") from error
+        data: dict[str, bytes] = {}
+        for part, member in members.items():
+            try:
+                found = _read_member(file, *member)
+            except OSError as error:
+                raise Unreadable("shard unreadable", f"{name}: {error}") from error
+            if found is None:
+                raise Unreadable("shard unreadable", f"{name} is not where it was; the file has changed or was cut off")
+            data[part] = found
         if kind == "edit" and "npz" not in data and not {"source", "target"} <= data.keys():
             raise Unreadable("picture missing", f"{name} has only one of input and output")
         pictures = tuple(data[part] for part in ("image", "source", "target") if part in data)
-        return Record(name, pictures, data.get("txt"), data.get("json"), data.get("npz"))
+        text: Any = data.get("txt")
+        if text is None and (about := data.get("texts", data.get("about"))) is not None:
+            text = caption_of(about)
+        return Record(name, pictures, text, data.get("json"), data.get("npz"))
+
+    def signature(self) -> str:
+        """Return a hash of the content of all shards, whatever they are called and wherever they lie."""
+        known = zip(self._heads, self._stamps, strict=True)
+        return content_hash([head.get("content") or stamped or head["counts"] for head, stamped in known])
 
     def expect(self, shards: Sequence[int]) -> None:
         """Begin to fetch remote shards in the background."""
         self._own_process()
         for shard in shards:
-            if is_remote(self.shards[shard]) and shard not in self._coming and not _kept(self.shards[shard]).exists():
+            if is_remote(self.shards[shard]) and shard not in self._coming and not self._kept(shard).exists():
                 self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="fetch")
-                self._coming[shard] = self._pool.submit(self._bring, self.shards[shard])
+                self._coming[shard] = self._pool.submit(self._bring, shard)
 
-    def _bring(self, location: str) -> Path:
+    def _identify(self) -> list[Any]:
+        """What says that a remote shard is another one than before, of each; None for those on this machine."""
+        far = [shard for shard in self.shards if is_remote(shard)]
+        with ThreadPoolExecutor(16, thread_name_prefix="ask") as pool:
+            found = iter(list(pool.map(remote_stamp, far)))
+        return [next(found) if is_remote(shard) else None for shard in self.shards]
+
+    def _kept(self, shard: int) -> Path:
+        """Where a remote shard is kept."""
+        return kept(self.shards[shard], self._stamps[shard])
+
+    def _bring(self, shard: int) -> Path:
         """Return where a shard lies on this machine, after fetching it if need be."""
-        return fetch(location, self.keep_gb) if is_remote(location) else Path(location)
+        location = self.shards[shard]
+        return fetch(location, self._kept(shard), self.keep_gb) if is_remote(location) else Path(location)
 
     def _own_process(self) -> None:
         """Forget what a parent process opened: a forked one would share its places in files, and has no threads."""
         if self._process != os.getpid():
             self._open, self._pool, self._coming, self._process = OrderedDict(), None, {}, os.getpid()
 
-    def _watched(self) -> Iterator[str]:
-        """The shards, with a bar where there are many to be indexed."""
+    def _watched(self) -> Iterator[int]:
+        """The numbers of the shards, with a bar where there are many to be indexed."""
         from tqdm.auto import tqdm
 
-        yield from tqdm(self.shards, desc="shards", unit="shard", leave=False, delay=5, disable=None)
+        yield from tqdm(range(len(self.shards)), desc="shards", unit="shard", leave=False, delay=5, disable=None)
 
-    def _head(self, shard: str) -> dict[str, Any]:
+    def _head(self, shard: int) -> dict[str, Any]:
         try:
-            path, size = self._index_path(shard)
-            head = None if path is None else read_head(path, size)
-            if head is None:
-                head = self._build(shard).head()
-            return head
+            path = self._index_path(shard)
+            head = None if path is None else read_head(path)
+            return self._build(shard).head() if head is None else head
         except (OSError, Unreadable) as error:
-            return {"fault": f"cannot be opened ({error})", "counts": dict.fromkeys(KINDS, 0)}
+            return {"fault": f"cannot be opened ({error})", "counts": dict.fromkeys(KINDS, 0), "ignored": {}}
 
-    def _index_path(self, shard: str) -> tuple[Path | None, int | None]:
-        """Where the index of a shard lies, and the size that its shard must have (None: not known yet)."""
-        own = index_cache(shard)
-        if is_remote(shard):
-            if own.exists() or _fetch_index(shard, own):
-                return own, None
-            return None, None
-        stat = Path(shard).stat()
-        beside = Path(shard + INDEX_SUFFIX)
-        if beside.exists() and beside.stat().st_mtime >= stat.st_mtime:
-            return beside, stat.st_size
-        fresh = own.exists() and own.stat().st_mtime >= stat.st_mtime
-        return (own if fresh else None), stat.st_size
+    def _index_path(self, shard: int) -> Path | None:
+        """Where there is an index of just this shard: kept, or beside it."""
+        location = self.shards[shard]
+        own = index_cache(location, self._stamps[shard])
+        if is_remote(location):
+            return own if read_head(own) is not None or self._fetch_index(location, own) else None
+        head, beside = read_head(own), Path(location + INDEX_SUFFIX)
+        if head is not None and head["stamp"] == stamp(Path(location)):
+            return own
+        head = read_head(beside)
+        return beside if head is not None and belongs(head, Path(location)) else None
 
-    def _build(self, shard: str) -> ShardIndex:
-        index = scan(self._bring(shard))
+    def _fetch_index(self, location: str, own: Path) -> bool:
+        """Bring the index that lies beside a remote shard, if one does."""
+        return fetch_index(location, own)
+
+    def _build(self, shard: int) -> ShardIndex:
+        path = self._bring(shard)
+        before = None if is_remote(self.shards[shard]) else stamp(path)
+        index = replace(scan(path), stamp=before)
         with contextlib.suppress(OSError):  # a cache folder that cannot be written costs time, not the run
-            index.write(index_cache(shard))
+            index.write(index_cache(self.shards[shard], self._stamps[shard]))
         return index
 
     def _opened(self, shard: int) -> tuple[BinaryIO, ShardIndex]:
@@ -284,12 +433,14 @@ class Shards:
         location = self.shards[shard]
         try:
             coming = self._coming.pop(shard, None)
-            path = self._bring(location) if coming is None else coming.result()
-            where, size = self._index_path(location)
-            if where is not None and read_head(where, size) is not None:
-                index = ShardIndex.read(where)
-            else:
-                index = self._build(location)
+            path = self._bring(shard) if coming is None else coming.result()
+            where = self._index_path(shard)
+            head = None if where is None else read_head(where)
+            try:
+                fits = where is not None and head is not None and belongs(head, path)
+                index = ShardIndex.read(where) if fits and where is not None else self._build(shard)
+            except (ValueError, LookupError, TypeError, RecursionError):  # of an index that is damaged
+                index = self._build(shard)
             file = path.open("rb")
         except OSError as error:
             raise Unreadable("shard unreadable", f"{location}: {error}") from error
@@ -302,32 +453,44 @@ class Shards:
         return self._open[shard]
 
 
-def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    data = file.read(size)
-    if len(data) < size:
-        raise OSError(f"it ends {size - len(data)} bytes early")
-    return data
-
-
-def _name_in_cache(location: str) -> str:
+def _name_in_cache(location: str, version: Any) -> str:
     text = location if is_remote(location) else str(Path(location).resolve())
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+    return content_hash(text, version)
 
 
-def index_cache(location: str) -> Path:
-    """Where the index of a shard is kept."""
-    return cache_folder() / f"{_name_in_cache(location)}{INDEX_SUFFIX}"
+def index_cache(location: str, version: Any = None) -> Path:
+    """Where the index of a shard is kept; `version` is what `remote_stamp` says of a remote one."""
+    return cache_folder() / f"{_name_in_cache(location, version)}{INDEX_SUFFIX}"
 
 
 # --- remote shards --------------------------------------------------------------------------------------------------
 
 
-def _kept(location: str) -> Path:
-    return cache_folder() / f"{_name_in_cache(location)}.tar"
+def kept(location: str, version: Any) -> Path:
+    """Where a remote shard of that version is kept."""
+    return cache_folder() / f"{_name_in_cache(location, version)}.tar"
 
 
-def fetch(location: str, keep_gb: float, bring: Callable[[str, Path], None] | None = None) -> Path:
+def remote_stamp(location: str) -> Any:
+    """Ask a server for the size, tag and times of a shard; what it said last where it does not answer now."""
+    import fsspec
+
+    seen = cache_folder() / f"{_name_in_cache(location, 'seen')}.seen.json"
+    try:
+        system, place = fsspec.core.url_to_fs(location)
+        about = system.info(place)
+        found = {name: str(about[name]) for name in TELLING if about.get(name) is not None}
+        with contextlib.suppress(OSError, UniLIPError):
+            if not seen.exists() or read_json(seen) != found:
+                write_json(seen, found)
+        return found
+    except Exception:  # each file system has its own; if it stays away, fetching the shard will say so
+        with contextlib.suppress(UniLIPError):
+            return read_json(seen)
+        return None
+
+
+def fetch(location: str, path: Path, keep_gb: float, bring: Callable[[str, Path], None] | None = None) -> Path:
     """Bring a remote shard to the cache folder, once for all processes of the machine; drops those not used for long.
 
     `bring` writes it to a path in another way than by downloading.
@@ -337,7 +500,6 @@ def fetch(location: str, keep_gb: float, bring: Callable[[str, Path], None] | No
     """
     from filelock import FileLock
 
-    path = _kept(location)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         with FileLock(str(path.with_suffix(".lock"))):
@@ -350,39 +512,30 @@ def fetch(location: str, keep_gb: float, bring: Callable[[str, Path], None] | No
 
 
 def _download(location: str, path: Path) -> None:
-    import fsspec
-
-    temporary = path.with_name(f".{path.name}.part")
-    for attempt in range(ATTEMPTS):
-        try:
-            system, place = fsspec.core.url_to_fs(location)
-            system.get_file(place, str(temporary))
-            os.replace(temporary, path)
-            return
-        except Exception as error:  # each file system has its own
-            temporary.unlink(missing_ok=True)
-            if attempt == ATTEMPTS - 1:
-                why = " ".join(str(error).split()) or type(error).__name__
-                raise Unreadable("shard unreachable", f"{location}: {why}") from error
-            time.sleep(0.2 * 4**attempt)
-
-
-def _fetch_index(location: str, path: Path) -> bool:
-    """Bring the index that lies beside a remote shard, if one does."""
-    import fsspec
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        system, place = fsspec.core.url_to_fs(location + INDEX_SUFFIX)
-        system.get_file(place, str(temporary))
-        if read_head(temporary, None) is None:
-            raise OSError("no index")
-        os.replace(temporary, path)
-        return True
+        retried(lambda: _get(location, path))
+    except Exception as error:  # each file system has its own
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise Unreadable("shard unreachable", f"{location}: {why}") from error
+
+
+def _get(location: str, path: Path) -> None:
+    import fsspec
+
+    system, place = fsspec.core.url_to_fs(location)
+    with replacing(path) as part:
+        system.get_file(place, str(part))
+
+
+def fetch_index(location: str, path: Path) -> bool:
+    """Bring the index that lies beside a remote shard, if one does."""
+    try:
+        _get(location + INDEX_SUFFIX, path)
     except Exception:  # mostly: there is none
-        temporary.unlink(missing_ok=True)
         return False
+    if read_head(path) is None:
+        path.unlink(missing_ok=True)
+    return path.exists()
 
 
 def _drop_old(newest: Path, keep_gb: float) -> None:

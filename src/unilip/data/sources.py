@@ -2,7 +2,7 @@
 
 FOLDER                      pictures with texts beside them, or *.tar shards
 shards/{0000..0099}.tar     shards by a brace or * pattern, local or https://, s3://, hf://datasets/...
-samples.jsonl               a list of samples
+samples.jsonl, list.json    a list of samples
 hf:OWNER/NAME?split=train   a Hugging Face dataset, streamed
 A:2,B:1                     a mixture; a number after a colon is a weight (without one: 1)
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from unilip.data.errors import DataError
 from unilip.data.folders import Folder, Lines
-from unilip.data.records import Source
+from unilip.data.records import Source, is_litter
 from unilip.data.shards import Shards, is_remote
 
 WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?)")
@@ -31,19 +31,33 @@ class Weighted:
 
 
 def parse_mixture(text: str) -> list[Weighted]:
-    """Split "A:2,B" into places with weights; commas in braces belong to a place.
+    """Split "A:2,B" into places with weights; commas in braces, and commas and colons of names that exist, stay.
 
     Raises:
         DataError: nothing is named.
     """
-    parts = [part.strip() for part in re.split(r",(?![^{]*\})", text) if part.strip()]
-    if not parts:
-        raise DataError("data.path names no place; give a folder, shards, a .jsonl file or hf:NAME.")
+    parts = re.split(r",(?![^{]*\})", text)
     found = []
-    for part in parts:
-        match = WEIGHT.fullmatch(part)
-        found.append(Weighted(match[1], float(match[2])) if match else Weighted(part))
+    while parts:
+        for count in range(len(parts), 0, -1):  # the longest name that exists, else one part
+            name = ",".join(parts[:count]).strip()
+            match = WEIGHT.fullmatch(name)
+            if count == 1 or _exists(name) or (match and _exists(match[1])):
+                break
+        parts = parts[count:]
+        if name:
+            weighted = match is not None and not _exists(name)
+            found.append(Weighted(match[1], float(match[2])) if match and weighted else Weighted(name))
+    if not found:
+        raise DataError("data.path names no place; give a folder, shards, a .jsonl file or hf:NAME.")
     return found
+
+
+def _exists(name: str) -> bool:
+    try:
+        return bool(name) and Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # what no file can be called
+        return False
 
 
 def open_source(location: str, keep_gb: float = 50.0) -> Source:
@@ -56,13 +70,15 @@ def open_source(location: str, keep_gb: float = 50.0) -> Source:
         from unilip.data.hub import HubStream
 
         return HubStream(location, keep_gb)
-    if location.endswith((".jsonl", ".ndjson")):
-        return Lines(Path(location).expanduser())
+    folder = Path(location) if is_remote(location) else Path(location).expanduser()
+    if not is_remote(location) and _exists(location) and folder.is_dir():
+        shards = sorted(str(path) for path in folder.glob("*.tar") if not is_litter(path.name))
+        return Shards(shards, location, keep_gb) if shards else Folder(folder)
+    if location.lower().endswith((".jsonl", ".ndjson", ".json")) and not is_remote(location):
+        return Lines(folder)
     if is_remote(location) or ".tar" in location:
         return Shards(expand(location), location, keep_gb)
-    folder = Path(location).expanduser()
-    shards = sorted(str(path) for path in folder.glob("*.tar")) if folder.is_dir() else []
-    return Shards(shards, location, keep_gb) if shards else Folder(folder)
+    return Folder(folder)
 
 
 def expand(pattern: str) -> list[str]:
@@ -73,6 +89,8 @@ def expand(pattern: str) -> list[str]:
     """
     import braceexpand
 
+    if not is_remote(pattern) and _exists(pattern):  # whatever signs are in its name
+        return [str(Path(pattern).expanduser())]
     try:
         names = list(braceexpand.braceexpand(pattern))
     except ValueError as error:  # unbalanced

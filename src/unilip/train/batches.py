@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
+import multiprocessing.process
 import random
 import signal
+import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 ENDLESS = 1 << 40
+WORKER_SECONDS = 5.0  # that loader workers have to end by themselves
 NOT_LEARNED = -100  # what cross entropy leaves out
 PLANNED = ("single", "two", "colour", "colour_attr", *("position",) * 3, *("counting",) * 3)  # tasks written out
 Turns = Sequence[tuple[str, str]]
@@ -140,6 +145,8 @@ class Batches(Dataset[dict[str, Any]]):
             self.target_size = config.image_size // TOKEN_PIXELS * DECODER_PIXELS  # what the autoencoder reads
         self._processor = processor
         self._word_weights: Tensor | None = None
+        self.samples: int | None = None  # how many there are, where that is known
+        self.signature = ""  # changes with the data
         self.tally = Tally(recipe.data.max_skipped)  # of the last `iterate`
 
     @property
@@ -335,6 +342,11 @@ class EmojiBatches(Batches):
                 f"data.world {recipe.data.world} draws {world.image_size} px, the model reads {config.image_size}; "
                 "choose the world of the model's size."
             )
+        if recipe.data.path not in ("", "synthetic") and not any(Path(recipe.data.path).glob("atlas-*.npz")):
+            raise ConfigError(
+                f"data.path {recipe.data.path} holds no art of the emoji world; to train on files of your own set "
+                "data.source=files as well."
+            )
         atlas = (
             Atlas.synthetic(world)
             if recipe.data.path == "synthetic"
@@ -496,10 +508,10 @@ class Tally:
     """Counts by reason what this process did not use, says so in the log, and stops where it is too much."""
 
     NAMED = 20  # skipped samples that the log names one by one
-    LEAST = 1000  # samples to judge by: a share of a handful means nothing
+    LEAST, MOST = 100, 1000  # samples to judge by: as many as there are, between these
 
-    def __init__(self, most: float) -> None:
-        self.most = most
+    def __init__(self, most: float, samples: int | None = None) -> None:
+        self.most, self.least = most, min(self.MOST, max(self.LEAST, self.MOST if samples is None else samples))
         self.tried = 0
         self.skipped: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
@@ -516,7 +528,7 @@ class Tally:
             if self.skipped.total() <= self.NAMED:
                 logger.warning("a sample is skipped: %s", detail)
         self.left_out.update(reason for reason, _ in reading.left_out)
-        expected = self.most * max(self.tried, self.LEAST)
+        expected = self.most * max(self.tried, self.least)
         if self.skipped.total() > expected + 3 * math.sqrt(expected):  # three deviations: not by chance
             raise DataError(
                 f"{self.skipped.total()} of {self.tried} samples cannot be read ({_reasons(self.skipped)}), the last: "
@@ -539,7 +551,7 @@ def _reasons(counts: Counter[str]) -> str:
 
 
 class _Carried(Dataset[Any]):
-    """Batches whose errors come as values: a loader's worker would wrap them in its own traceback."""
+    """Batches whose errors come as values: raised in a worker they would keep the loader, and so its workers, alive."""
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
@@ -549,16 +561,29 @@ class _Carried(Dataset[Any]):
             return self.batches[index]
         except UniLIPError as error:
             return error
+        except Exception:
+            return _Unforeseen(traceback.format_exc())
+
+
+@dataclass(frozen=True)
+class _Unforeseen:
+    """An error that is a mistake of ours, as text: not every error can be sent from one process to another."""
+
+    trace: str
 
 
 def iterate(batches: Batches, start: int) -> Generator[dict[str, Any]]:
     """Yield this process's batches from index `start` (the first of a step) on, prepared by loader workers.
 
+    However it ends, the workers have ended too.
+
     Raises:
         UniLIPError: a batch cannot be made, or more samples than allowed cannot be read.
+        RuntimeError: an unforeseen error in making a batch, with the trace of it; or a worker was killed.
     """
     workers = batches.recipe.data.workers
-    tally = batches.tally = Tally(batches.recipe.data.max_skipped)
+    tally = batches.tally = Tally(batches.recipe.data.max_skipped, batches.samples)
+    others = set(multiprocessing.active_children())
     loader = DataLoader(
         _Carried(batches), batch_size=None, sampler=own_batches(start, len(batches)), num_workers=workers,
         prefetch_factor=4 if workers else None, worker_init_fn=_leave_signals,
@@ -567,13 +592,26 @@ def iterate(batches: Batches, start: int) -> Generator[dict[str, Any]]:
         for batch in loader:
             if isinstance(batch, UniLIPError):
                 raise batch
+            if isinstance(batch, _Unforeseen):
+                raise RuntimeError(f"a batch cannot be made:\n{batch.trace}")
             reading = batch.pop("reading", None)
             if reading is not None:
                 tally.add(reading)
             yield batch
     finally:
+        _end(set(multiprocessing.active_children()) - others)
         if tally.summary():
             logger.info("%s", tally.summary())
+
+
+def _end(workers: Iterable[multiprocessing.process.BaseProcess]) -> None:
+    """End loader workers that are still there: they leave SIGTERM to the loop, and one may hang in a file system."""
+    end = time.monotonic() + WORKER_SECONDS
+    for worker in workers:
+        worker.join(max(0.1, end - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
+            worker.join(1.0)
 
 
 def _leave_signals(worker: int) -> None:

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unilip.data.records import Record, Source, Unreadable
+from unilip.data.records import Record, Source, Unreadable, one_text
 from unilip.data.shards import INDEX_SUFFIX, ShardWriter
 from unilip.errors import ConfigError
-from unilip.files import write_bytes, write_json
+from unilip.files import Lock, write_bytes, write_json
 from unilip.machine import start_ray
 from unilip.pictures import normalise
 from unilip.recipes.record import Recipe
@@ -68,7 +68,11 @@ class Worker:
             "settings": settings_of(self.recipe),
             "weights": digests(self.names, self.model, self.objective),
             "sources": [
-                {"location": place.location, "shards": len(source.counts(self.kinds[0]))}
+                {
+                    "location": place.location,
+                    "shards": len(source.counts(self.kinds[0])),
+                    "content": source.signature(),
+                }
                 for place, source in self.batches.sources
             ],
         }
@@ -103,7 +107,7 @@ class Worker:
         found: dict[int, dict[str, bytes]] = {}
         for place in places:
             try:
-                record = source.read(kind, shard, place)
+                record = one_text(source.read(kind, shard, place), place)
                 usable.append((place, record, self.batches.item(record, kind)))
             except Unreadable as error:
                 why = {"reason": error.reason, "detail": error.detail, "left_out": error.left_out}
@@ -188,8 +192,6 @@ def make_cache(
     Raises:
         UniLIPError: the recipe cannot be built, has nothing to cache, or the folder holds another cache.
     """
-    from tqdm.auto import tqdm
-
     if recipe.data.source != "files":
         raise ConfigError(f"data.source is {recipe.data.source}; a cache is made of data.source=files.")
     if dtype not in DTYPES:
@@ -209,6 +211,23 @@ def make_cache(
             f"{folder} holds a cache that differs in {', '.join(changed)}; give another folder, or empty it."
         )
     folder.mkdir(parents=True, exist_ok=True)
+    with Lock(folder / ".lock", f"Another process is making the cache {folder}; wait for it, or give another folder."):
+        return _make(worker, about, recipe, runs, folder, device, dtype, ray, progress)
+
+
+def _make(
+    worker: Worker,
+    about: dict[str, Any],
+    recipe: Recipe,
+    runs: str | os.PathLike[str],
+    folder: Path,
+    device: str,
+    dtype: str,
+    ray: int | None,
+    progress: bool,
+) -> dict[str, Any]:
+    from tqdm.auto import tqdm
+
     write_json(folder / ABOUT, about)
     blank = worker.unconditional()
     if blank is not None:

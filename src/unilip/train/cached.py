@@ -23,7 +23,7 @@ from unilip.model import UniLIP
 from unilip.recipes.record import Flow, Recipe, Reconstruct, Understand, leaves
 from unilip.train.objectives import FlowObjective, Objective, ReconstructObjective, UnderstandObjective
 
-FORMAT = 1
+FORMAT = 2
 ABOUT = "cache.json"
 FREE = (  # data settings that change nothing about a sample by itself
     "world", "path", "edit_share", "text_share", "workers", "max_skipped", "window", "lanes", "keep_gb", "cache",
@@ -99,7 +99,7 @@ class Cached:
     """A source whose samples come from a cache; their pictures are read from where they lie only if they are needed."""
 
     def __init__(self, original: Source, shards: Shards, pictures: bool, blank: bytes | None) -> None:
-        self.location, self.faults = original.location, original.faults
+        self.location, self.faults, self.notes = original.location, original.faults, original.notes
         self.original, self.shards, self.pictures, self.blank = original, shards, pictures, blank
 
     def counts(self, kind: str) -> Sequence[int]:
@@ -115,6 +115,10 @@ class Cached:
         if self.pictures and kind != "text":
             record = dataclasses.replace(record, pictures=self.original.read(kind, shard, place).pictures)
         return dataclasses.replace(record, blank=self.blank)
+
+    def signature(self) -> str:
+        """Return that of the data which the cache was made of."""
+        return self.original.signature()
 
     def expect(self, shards: Sequence[int]) -> None:
         """Hear which shards will be wanted next."""
@@ -149,6 +153,11 @@ def cached_sources(recipe: Recipe, sources: Sequence[tuple[Weighted, Source]]) -
                 f"data.cache {folder} has nothing of {place.location}; it was made of {', '.join(locations)}."
             )
         number = locations.index(place.location)
+        if about["sources"][number]["content"] != source.signature():
+            raise ConfigError(
+                f"data.cache {folder} does not fit {place.location} any more: other samples lie there than when it was "
+                "made. Make a new one."
+            )
         paths = [folder / f"s{number:02d}-{shard:06d}.tar" for shard in range(about["sources"][number]["shards"])]
         missing = [path for path in paths if not path.exists()]
         if missing:
@@ -157,12 +166,6 @@ def cached_sources(recipe: Recipe, sources: Sequence[tuple[Weighted, Source]]) -
                 "Give the same `unilip data cache` again, it goes on."
             )
         shards = Shards([str(path) for path in paths], str(folder))
-        for kind in ("image", "caption", "edit", "talk", "text"):
-            if sum(shards.counts(kind)) and list(shards.counts(kind)) != list(source.counts(kind)):
-                raise ConfigError(
-                    f"data.cache {folder} does not fit {place.location} any more: other samples lie there. "
-                    "Make a new one."
-                )
         found.append((place, Cached(source, shards, pictures, blank.read_bytes() if blank.exists() else None)))
     return found
 

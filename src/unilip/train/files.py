@@ -9,6 +9,7 @@ the same place, chosen by its number, and is counted.
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -16,10 +17,11 @@ import numpy as np
 
 from unilip.data.errors import DataError
 from unilip.data.order import Mixture, Order
-from unilip.data.records import Record, Source, Unreadable, clean_text, read_turns, square
+from unilip.data.records import Record, Source, Unreadable, clean_text, one_text, read_turns, square
 from unilip.data.seeding import stable_hash
 from unilip.data.sources import Weighted, open_source, parse_mixture
 from unilip.errors import ConfigError
+from unilip.files import content_hash
 from unilip.method.config import UniLIPConfig
 from unilip.method.text import Processor
 from unilip.pictures import Fit
@@ -27,6 +29,7 @@ from unilip.recipes.record import Flow, Recipe, Understand
 from unilip.train.batches import Batches, Reading, Turns, conversation, stack
 from unilip.train.cached import cached_sources
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 ATTEMPTS = 50  # draws in a row that may be unusable before something else must be wrong
 TURN_EXTRA = 16  # tokens of the template around a prompt, and more
@@ -71,17 +74,22 @@ class FileBatches(Batches):
     def __init__(self, recipe: Recipe, config: UniLIPConfig, processor: Processor | None) -> None:
         super().__init__(recipe, config, processor)
         data, objective = recipe.data, recipe.objective
+        if isinstance(objective, (Understand, Flow)):
+            _ = self.processor  # texts need one
         self.sources = [(place, open_source(place.location, data.keep_gb)) for place in parse_mixture(data.path)]
         if data.cache:
             self.sources = cached_sources(recipe, self.sources)
         self.kinds = kinds_of_recipe(recipe)
         self.streams = {kind: self._stream(kind) for kind in self.kinds}
+        self.samples = sum(sum(source.counts(kind)) for kind in self.kinds for _, source in self.sources)
+        self.signature = content_hash([(place.weight, source.signature()) for place, source in self.sources])
+        for _, source in self.sources:
+            for note in source.notes:
+                logger.warning("%s: %s", source.location, note)
         self.step_samples = recipe.batch_size * recipe.accumulate
         share = data.edit_share if isinstance(objective, Flow) else 0.0
         self.tasks = Mixture([1 - share, share], recipe.seed, "data.edit_share")
         self.longest = data.max_tokens or (processor.max_tokens if processor else 0)
-        if isinstance(objective, (Understand, Flow)):
-            _ = self.processor  # texts need one
         self._reading = Reading()
         if isinstance(objective, Understand) and objective.words:
             self.word_weights()  # before loader workers fork
@@ -90,7 +98,8 @@ class FileBatches(Batches):
         having = [(place, source) for place, source in self.sources if sum(source.counts(kind)) and place.weight]
         if not having:
             have = {k: sum(sum(source.counts(k)) for _, source in self.sources) for k in WORDS}
-            found = ", ".join(f"{count} {WORDS[k]}" for k, count in have.items() if count and k != "image")
+            told = {k: count for k, count in have.items() if count and (k != "image" or count == sum(have.values()))}
+            found = ", ".join(f"{count} {WORDS[k]}" for k, count in told.items())
             hint = "; for edits alone set data.edit_share=1" if kind == "caption" and have["edit"] else ""
             raise ConfigError(
                 f"data.path {self.recipe.data.path} holds no {WORDS[kind]}, which {self.recipe.name} learns from. "
@@ -127,7 +136,7 @@ class FileBatches(Batches):
                 self._reading.tried += 1
                 name = ""  # what goes wrong before the record is there names its file itself
                 try:
-                    record = source.read(kind, shard, place)
+                    record = one_text(source.read(kind, shard, place), sample)
                     name = f"{record.name}: "
                     return use(record)
                 except Unreadable as error:

@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-from unilip.errors import ConfigError, UniLIPError
+from unilip.errors import ConfigError, ImageError, UniLIPError
+from unilip.files import Lock, png_bytes, write_bytes, write_text
 from unilip.machine import choose_device
 from unilip.method.config import UniLIPConfig
 from unilip.model import UniLIP
@@ -56,7 +57,7 @@ from unilip.train.parallel import (
     share,
     whole_tensor,
 )
-from unilip.train.state import EMA, DamagedCheckpoint, State, wholes
+from unilip.train.state import EMA, DamagedCheckpoint, State, set_aside, wholes
 
 logger = logging.getLogger(__name__)
 CHECKED = 50  # steps that a check is the mean of
@@ -112,6 +113,13 @@ def train(
             f"{final.parent} cannot be written ({error}); the last whole checkpoint is kept. Make room and give the "
             "same command again."
         ) from error
+    except RuntimeError as error:  # torch's, wherever the loop was when the worker died
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UniLIPError(
+            f"{str(error).strip()} Something outside killed it, mostly for want of memory; lower data.workers or "
+            "batch_size and give the same command again: the last checkpoint is kept."
+        ) from error
     finally:
         torch.set_flush_denormal(False)
 
@@ -121,11 +129,28 @@ def run_recipe(
 ) -> Path:
     """Build and run what has not finished; see `train`."""
     run = runs / recipe.folder
-    with processes.first_goes_first():
-        model, objective, batches = build(recipe, runs)
-        run.mkdir(parents=True, exist_ok=True)  # only now: what cannot be built leaves no folder
-        if restart and processes.first():
-            clear(run)
+    with contextlib.ExitStack() as held:
+        with processes.first_goes_first():
+            model, objective, batches = build(recipe, runs)
+            run.mkdir(parents=True, exist_ok=True)  # only now: what cannot be built leaves no folder
+            if processes.first():
+                busy = f"Another training is working in {run}; wait for it, or use another --runs folder or name."
+                held.enter_context(Lock(run / ".lock", busy))
+            if restart and processes.first():
+                clear(run)
+        return _run(recipe, run, model, objective, batches, device, progress, stop_after)
+
+
+def _run(
+    recipe: Recipe,
+    run: Path,
+    model: UniLIP,
+    objective: Objective,
+    batches: Batches,
+    device: torch.device,
+    progress: bool,
+    stop_after: int | None,
+) -> Path:
     model.to(device)
     objective.to(device)
     if recipe.gradient_checkpointing or recipe.selective_checkpointing:
@@ -151,7 +176,13 @@ def check_finished(recipe: Recipe, final: Path) -> None:
 
 def clear(run: Path) -> None:
     """Delete what an earlier run wrote, but for its result and its tokenizer."""
-    for old in (*run.glob("step_*"), *run.glob(".*.part"), run / "tensorboard", run / "samples"):
+    for old in (
+        *run.glob("step_*"),
+        *run.glob("damaged_step_*"),
+        *run.glob(".*.part"),
+        run / "tensorboard",
+        run / "samples",
+    ):
         shutil.rmtree(old, ignore_errors=True)
     for file in (run / "log.jsonl", *run.glob("skipped_*.pt")):
         file.unlink(missing_ok=True)
@@ -256,6 +287,7 @@ class Loop:
             EMA(parameters, recipe.ema) if recipe.ema else None,
         )
         self.state.counters = {"skipped": 0, "skipped_in_a_row": 0}
+        self.state.data = batches.signature
         self.mixed = mixed_precision(recipe, model.device)
         once = not (recipe.compile or recipe.gradient_checkpointing or recipe.selective_checkpointing)
         self.attention = Float32Attention() if once and model.device.type == "cpu" else contextlib.nullcontext()
@@ -282,13 +314,15 @@ class Loop:
                 logger.warning("%s Taking the one before.", error)
                 continue
             logger.info("resuming %s at step %d", self.recipe.name, step)
+            for damaged in folders[:i] if processes.first() else ():
+                set_aside(damaged)
             break
         self.health.total.fill_(self.state.counters["skipped"])
         self.health.row.fill_(self.state.counters["skipped_in_a_row"])
         log = self.run_folder / "log.jsonl"
         if processes.first() and log.exists():  # a killed run logged steps that come again now
             lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            write_text(log, "".join(line for line in lines if json.loads(line)["step"] <= step))
         return step
 
     @contextlib.contextmanager
@@ -478,7 +512,10 @@ class Loop:
                 self.writer.add_image(name, sheet, self.step)
             folder = self.run_folder / "samples"
             folder.mkdir(exist_ok=True)
-            to_images(sheet[None])[0].save(folder / f"{name}_{self.step:08d}.png")
+            try:
+                write_bytes(folder / f"{name}_{self.step:08d}.png", png_bytes(to_images(sheet[None], name)[0]))
+            except ImageError as error:
+                logger.warning("no sheet of step %d: %s", self.step, error)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import threading
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unilip.errors import CheckpointError, ConfigError
+from unilip.files import crc
 from unilip.recipes.record import Recipe, changed_settings, plain
 from unilip.train import processes
 from unilip.train.parallel import whole_tensor
 
+logger = logging.getLogger(__name__)
 SHARDS = "shards"
 WRITING = (OSError, SafetensorError, RuntimeError)  # what a full disk raises, by the kind of file
 
@@ -81,6 +83,7 @@ class State:
         self.optimizers = list(optimizers)
         self.ema = ema
         self.counters: dict[str, int] = {}
+        self.data = ""  # signature of the data that the run reads
         self._pending: Pending | None = None
 
     def save(self, run: Path, step: int, recipe: Recipe) -> Path:
@@ -92,7 +95,9 @@ class State:
             CheckpointError: it cannot be written; what was there before is whole still.
         """
         self.settle()
-        pending = Pending(run, step, recipe.keep, {"recipe": plain(recipe), "step": step, **self.counters})
+        pending = Pending(
+            run, step, recipe.keep, {"recipe": plain(recipe), "step": step, "data": self.data, **self.counters}
+        )
         if self.ema is not None:
             pending.about["ema_count"] = self.ema.count
         if processes.first():
@@ -173,6 +178,12 @@ class State:
             raise ConfigError(
                 f"{folder} was made with other settings: {changed}. Restart the run, or use another runs folder."
             )
+        if self.data and about.get("data", self.data) != self.data and processes.first():
+            logger.warning(
+                "The data of %s are not those that %s was made with: samples were added, removed or replaced. Those "
+                "of this epoch may come twice or not at all; restart the run to learn from all of them alike.",
+                recipe.name, folder,
+            )  # fmt: skip
         if (folder / SHARDS).exists():
             self._restore_shards(folder)
         else:
@@ -281,12 +292,14 @@ class Pending:
             return
         with self.writing():
             files = [file for file in sorted(self.temporary.rglob("*")) if file.is_file()]
-            self.about["files"] = {str(file.relative_to(self.temporary)): fingerprint(file) for file in files}
+            self.about["files"] = {str(file.relative_to(self.temporary)): crc(file) for file in files}
             (self.temporary / "state.json").write_text(json.dumps(self.about, indent=1), encoding="utf-8")
             shutil.rmtree(self.target, ignore_errors=True)
             os.replace(self.temporary, self.target)
-            for old in sorted(self.run.glob("step_*"))[: -self.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+            newest_ones = [folder for folder in wholes(self.run) if folder <= self.target][: self.keep]
+            for old in self.run.glob("step_*"):
+                if old < self.target and old not in newest_ones:
+                    shutil.rmtree(old, ignore_errors=True)
 
     def fail(self, error: BaseException) -> None:
         """Note why it cannot be written."""
@@ -315,18 +328,17 @@ def wholes(run: Path) -> list[Path]:
     return sorted((p for p in run.glob("step_*") if (p / "state.json").exists()), reverse=True)
 
 
+def set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint, so that it takes no place among those that are kept."""
+    aside = folder.with_name(f"damaged_{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.replace(folder, aside)
+
+
 def newest(run: Path) -> Path | None:
     """The latest whole checkpoint of a run, if there is one."""
     return next(iter(wholes(run)), None)
-
-
-def fingerprint(file: Path) -> list[int]:
-    """Return the size of a file in bytes and its CRC-32."""
-    crc = 0
-    with file.open("rb") as opened:
-        while piece := opened.read(1 << 22):
-            crc = zlib.crc32(piece, crc)
-    return [file.stat().st_size, crc]
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -339,9 +351,9 @@ def inspect(folder: Path) -> dict[str, Any]:
     if processes.first():
         try:
             about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            for name, (size, crc) in about.get("files", {}).items():
-                found = fingerprint(folder / name) if (folder / name).exists() else [-1, 0]
-                if found != [size, crc]:
+            for name, written in about.get("files", {}).items():
+                found = crc(folder / name) if (folder / name).exists() else [-1, 0]
+                if found != list(written):
                     complaint = f"{name} is " + ("missing" if found[0] < 0 else "not what was written")
                     break
         except (OSError, ValueError, TypeError, AttributeError) as error:
