@@ -1,9 +1,7 @@
-"""Make a finished run the embedded model: float16 weights in shards that stay small, and where they come from.
+"""Keep a finished run in the repository: float16 weights in shards that stay small, and where they come from.
 
-    python scripts/embed_model.py runs/pico/sft/final --guidance-scale 2.5
-    python scripts/embed_model.py runs/pico/sft_guests/final runs/pico/sft_hues/final
-
-Of several runs, each of which went on from the one before, the weights are averaged.
+    python scripts/embed_model.py runs/pico/sft/final --guidance-scale 2.5           # the embedded model
+    python scripts/embed_model.py runs/pico/clip/final --to weights/chain/pico/clip/final   # a stage to go on from
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
@@ -25,47 +22,53 @@ from unilip import UniLIP
 WEIGHTS = Path(__file__).parent.parent / "src" / "unilip" / "weights"
 
 
-@torch.no_grad()
-def average(runs: Sequence[Path]) -> UniLIP:
-    """Load the first run and give it the mean of all runs' weights."""
-    model = UniLIP.from_pretrained(runs[0])
-    for done, run in enumerate(runs[1:], 1):
-        another = UniLIP.from_pretrained(run)
-        if another.config != model.config:
-            raise SystemExit(f"{run} and {runs[0]} differ in their configurations, so they have no mean.")
-        other = dict(another.named_parameters())
-        for name, parameter in model.named_parameters():
-            parameter.lerp_(other[name], 1 / (done + 1))
-    return model
+def effort(run: Path, recipe: dict[str, object]) -> dict[str, object]:
+    """Return samples and minutes of a run: what its log says, pauses of more than ten minutes left out."""
+    log = run / "log.jsonl"
+    times = [json.loads(line)["time"] for line in log.read_text().splitlines()] if log.exists() else []
+    gaps = [b - a for a, b in zip(times, times[1:], strict=False) if b - a < 600]
+    samples = [recipe[name] for name in ("steps", "batch_size", "accumulate") if isinstance(recipe.get(name), int)]
+    count = 1
+    for number in samples:
+        assert isinstance(number, int)
+        count *= number
+    return {"samples": count if samples else None, "minutes": round(sum(gaps) / 60, 1)}
 
 
 def main() -> None:
     """Load, set the default guidance, save as float16, and note the origin."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a model folder, as runs/pico/sft/final")
-    parser.add_argument("--guidance-scale", type=float, help="default guidance of the embedded model")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a model folder, as runs/pico/sft/final")
+    parser.add_argument("--to", type=Path, default=WEIGHTS, help="where it goes (the package's own weights)")
+    parser.add_argument("--guidance-scale", type=float, help="default guidance of the model")
+    parser.add_argument("--code", help="commit that trained it (the present one)")
     parser.add_argument("--note", default="", help="a sentence for origin.json")
     options = parser.parse_args()
-    model = average(options.runs)
+    model = UniLIP.from_pretrained(options.run)
     if options.guidance_scale is not None:
         sampling = dataclasses.replace(model.config.sampling, guidance_scale=options.guidance_scale)
         model.config = model.config.replace(sampling=sampling)
+    options.to.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder) / "model", dtype=torch.float16, max_shard_size="14MB")
-        for old in WEIGHTS.glob("model*"):
+        for old in options.to.glob("model*"):
             old.unlink()
-        shutil.copytree(Path(folder) / "model", WEIGHTS, dirs_exist_ok=True)
+        shutil.copytree(Path(folder) / "model", options.to, dirs_exist_ok=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    recipe = options.runs[-1] / "recipe.json"
+    recipe_file = options.run / "recipe.json"
+    recipe = json.loads(recipe_file.read_text()) if recipe_file.exists() else {}
+    if options.to != WEIGHTS and recipe:
+        shutil.copy(recipe_file, options.to)  # training asks it whether the stage is the one that it wants
     origin = {
         "date": date.today().isoformat(),
-        "code": commit,
+        "code": options.code or commit,
         "note": options.note,
-        "averaged": ["/".join(run.parts[-3:-1]) for run in options.runs],
-        "last_recipe": json.loads(recipe.read_text()) if recipe.exists() else None,
+        **effort(options.run.parent, recipe),
+        "last_recipe": recipe or None,
     }
-    (WEIGHTS / "origin.json").write_text(json.dumps(origin, indent=1) + "\n")
-    print(f"{WEIGHTS}: {sum(f.stat().st_size for f in WEIGHTS.glob('*')) / 2**20:.1f} MiB")
+    (options.to / "origin.json").write_text(json.dumps(origin, indent=1) + "\n")
+    size = sum(file.stat().st_size for file in options.to.glob("*") if file.is_file()) / 2**20
+    print(f"{options.to}: {size:.1f} MiB")
 
 
 if __name__ == "__main__":

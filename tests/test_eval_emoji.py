@@ -190,6 +190,7 @@ class Painter:
 
     def __init__(self, model, bench, wrong: bool = False):
         self.config, self.parts, self.encoder, self.device = model.config, model.parts, model.encoder, model.device
+        self.features = model.features
         self.bench, self.wrong = bench, wrong
         self.scenes = {item.data["prompt"]: item.data["scene"] for item in bench.plan("gen")}
         self.edits = {}
@@ -220,7 +221,7 @@ def test_a_perfect_model_is_right_and_a_deaf_one_is_wrong(tiny_model, wrong):
     for part in ("recon", "gen", "edit"):
         items = bench.plan(part)
         records = [
-            {**record, "group": item.group, "index": item.index, "mode": item.mode}
+            {**record, "key": item.key, "group": item.group, "index": item.index, "mode": item.mode}
             for batch in emoji._batches(items, 100)
             for item, (record, _) in zip(batch, bench.perform(batch), strict=True)
         ]
@@ -231,6 +232,7 @@ def test_a_perfect_model_is_right_and_a_deaf_one_is_wrong(tiny_model, wrong):
             assert found["right"] >= 0.95, (part, [r["reason"] for r in records if not r["ok"]])
             if part == "gen":
                 assert found["swapped prompts"] <= 0.1
+                assert found[emoji.WRITTEN]["right"] >= 0.9 and found[emoji.WRITTEN]["as captions"] >= 0.9
             if part == "edit":
                 assert all(row.get("psnr_outside", 100) == 100 for row in found["groups"].values())
 
