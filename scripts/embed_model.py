@@ -1,19 +1,22 @@
 """Keep a finished run in the repository: float16 weights in shards that stay small, and where they come from.
 
-    python scripts/embed_model.py runs/pico/sft/final --guidance-scale 2.5           # the embedded model
-    python scripts/embed_model.py runs/pico/clip/final --to weights/chain/pico/clip/final   # a stage to go on from
+python scripts/embed_model.py runs/pico/sft/final --guidance-scale 2.5           # the embedded model
+python scripts/embed_model.py runs/pico/clip/final --to weights/chain/pico/clip/final   # a stage to go on from
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
+import math
 import shutil
 import subprocess
 import tempfile
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,17 +25,13 @@ from unilip import UniLIP
 WEIGHTS = Path(__file__).parent.parent / "src" / "unilip" / "weights"
 
 
-def effort(run: Path, recipe: dict[str, object]) -> dict[str, object]:
+def effort(run: Path, recipe: dict[str, Any]) -> dict[str, object]:
     """Return samples and minutes of a run: what its log says, pauses of more than ten minutes left out."""
     log = run / "log.jsonl"
     times = [json.loads(line)["time"] for line in log.read_text().splitlines()] if log.exists() else []
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False) if b - a < 600]
-    samples = [recipe[name] for name in ("steps", "batch_size", "accumulate") if isinstance(recipe.get(name), int)]
-    count = 1
-    for number in samples:
-        assert isinstance(number, int)
-        count *= number
-    return {"samples": count if samples else None, "minutes": round(sum(gaps) / 60, 1)}
+    gaps = [later - now for now, later in itertools.pairwise(times) if later - now < 600]
+    count = math.prod(recipe[name] for name in ("steps", "batch_size", "accumulate")) if recipe else None
+    return {"samples": count, "minutes": round(sum(gaps) / 60, 1)}
 
 
 def main() -> None:
