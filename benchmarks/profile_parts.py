@@ -25,52 +25,50 @@ from torch.profiler import ProfilerActivity
 from unilip import UniLIP, sampling
 from unilip.fast import decoder, loop
 
-PLACES = {
-    "encoder": ("encoder", "forward"),
-    "language model": ("mllm", "read_with_queries"),
-    "connector": ("connector", "forward"),
-}
-FUNCTIONS: dict[str, tuple[Any, str]] = {
-    "keys and values": (sampling, "prepare"),
-    "modulations": (loop, "modulate"),
-    "steps": (loop, "step"),
-    "decoder": (decoder, "decode"),
-}
-
 
 class Watch:
-    """Counts calls, seconds and FLOPs of methods and functions, by wrapping them where they are looked up."""
+    """Counts calls, seconds and FLOPs of functions, by wrapping them where they are looked up."""
 
     def __init__(self, model: UniLIP) -> None:
-        self.model, self.rows = model, {name: [0, 0.0, 0.0] for name in (*PLACES, *FUNCTIONS)}
-        for name, (part, method) in PLACES.items():
-            if part in model.parts:
-                owner = model.get_submodule(part)
-                setattr(owner, method, self.wrap(name, getattr(owner, method)))
-        for name, (module, function) in FUNCTIONS.items():
-            setattr(module, function, self.wrap(name, getattr(module, function)))
+        parts = {name: model.get_submodule(name) for name in model.parts}
+        places: dict[str, tuple[Any, str]] = {
+            "encoder": (parts.get("encoder"), "forward"),
+            "language model": (parts["mllm"], "read_with_queries"),
+            "connector": (parts["connector"], "forward"),
+            "keys and values": (sampling, "prepare"),
+            "modulations": (loop, "modulate"),
+            "packing": (loop, "pack"),
+            "steps": (loop, "step"),
+            "decoder": (decoder, "decode"),
+        }
+        self.device, self.counting = model.device, False
+        self.rows = {name: [0, 0.0, 0.0] for name in places}
+        for name, (owner, function) in places.items():
+            if owner is not None:
+                setattr(owner, function, self.wrap(name, getattr(owner, function)))
 
     def now(self) -> float:
-        if self.model.device.type == "cuda":
+        """Return the clock when the device is done."""
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that does the same and is counted."""
+
         def timed(*arguments: Any, **options: Any) -> Any:
-            start = self.now()
             if self.counting:
                 with counter() as counted:
                     result = call(*arguments, **options)
                 self.rows[name][2] += counted.get_total_flops()
                 return result
+            start = self.now()
             result = call(*arguments, **options)
             self.rows[name][0] += 1
             self.rows[name][1] += self.now() - start
             return result
 
         return timed
-
-    counting = False
 
 
 def main() -> None:

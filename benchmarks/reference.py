@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import init_empty_weights
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
 from torch import Tensor, nn
 from transformers import InternVLVisionConfig, InternVLVisionModel, Qwen2Config, Qwen2ForCausalLM
@@ -24,7 +25,7 @@ from unilip.pictures import fit_square, load_image, to_pixels
 
 
 def dressed(library: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """Give a network of a library the very weights of ours; linear layers become its 1x1 convolutions."""
+    """Give a network of a library, empty but for what it computes, our very weights; linear layers become 1x1 ones."""
     shapes = {name: value.shape for name, value in library.state_dict().items()}
     values = {name: value.view(shapes[name]) for name, value in weights.items()}
     library.load_state_dict(values, assign=True)
@@ -33,6 +34,7 @@ def dressed(library: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     return library.eval()
 
 
+@init_empty_weights()
 def library_vision(v: VisionConfig) -> Any:
     """InternVL's vision tower."""
     return InternVLVisionModel(
@@ -45,6 +47,7 @@ def library_vision(v: VisionConfig) -> Any:
     )  # fmt: skip
 
 
+@init_empty_weights()
 def library_language(t: TextConfig, layers: int | None = None) -> Any:
     """Qwen2, with as many layers as said or as the config has."""
     return Qwen2ForCausalLM(
@@ -58,6 +61,7 @@ def library_language(t: TextConfig, layers: int | None = None) -> Any:
     )  # fmt: skip
 
 
+@init_empty_weights()
 def library_dit(d: DiTConfig) -> Any:
     """SANA; the position embedding is on because the scale is an argument of the constructor."""
     return SanaTransformer2DModel(
@@ -69,6 +73,7 @@ def library_dit(d: DiTConfig) -> Any:
     )  # fmt: skip
 
 
+@init_empty_weights()
 def library_decoder(d: DecoderConfig) -> Any:
     """The decoder half of DC-AE."""
     return AutoencoderDC(
@@ -81,36 +86,22 @@ def library_decoder(d: DecoderConfig) -> Any:
     ).decoder  # fmt: skip
 
 
-def library_connector(model: UniLIP) -> Any:
-    """Qwen2's layers and norm with the weights of the connector; they look both ways under a 4-D mask."""
-    connector = model.connector
-    with torch.device("meta"):
-        library = library_language(model.config.text, len(connector.layers)).model
-    weights = {n: p for n, p in connector.state_dict().items() if not n.startswith("to_dit")}
-    library.rotary_emb = type(library.rotary_emb)(library.config)  # computed, so in no state dict
-    return dressed(library, weights | {"embed_tokens.weight": model.mllm.language_model.model.embed_tokens.weight})
-
-
-def plain_transformer(model: UniLIP) -> Any:
-    """SANA around the weights of ours."""
-    library = library_dit(model.config.dit)
-    return dressed(library, model.dit.transformer.state_dict()).to(device=model.device, dtype=model.dtype)
-
-
 class Reference(nn.Module):
-    """Generation and editing, plainly."""
+    """Generation, editing and the condition of training, plainly."""
 
     def __init__(self, model: UniLIP) -> None:
         super().__init__()
         self.model = [model]  # its weights are used, not owned
-        self.transformer = plain_transformer(model)
-        self.vision = dressed(library_vision(model.config.vision), model.encoder.vision_tower.state_dict())
-        with torch.device("meta"):
-            self.language = library_language(model.config.text)
-        self.language.model.rotary_emb = type(self.language.model.rotary_emb)(self.language.config)
-        dressed(self.language, model.mllm.language_model.state_dict())
-        self.connector = library_connector(model)
-        self.decoder = dressed(library_decoder(model.config.decoder), model.pixel_decoder.decoder.state_dict())
+        config, language = model.config, model.mllm.language_model
+        layers = {n: p for n, p in model.connector.state_dict().items() if not n.startswith("to_dit")}
+        layers["embed_tokens.weight"] = language.model.embed_tokens.weight.detach()
+        self.language: Any = dressed(library_language(config.text), language.state_dict())
+        connector = library_language(config.text, config.connector_layers).model
+        self.connector: Any = dressed(connector, layers)
+        self.transformer: Any = dressed(library_dit(config.dit), model.dit.transformer.state_dict())
+        self.decoder = dressed(library_decoder(config.decoder), model.pixel_decoder.decoder.state_dict())
+        if "encoder" in model.parts:
+            self.vision = dressed(library_vision(config.vision), model.encoder.vision_tower.state_dict())
         self.to(model.device)
 
     @torch.no_grad()
@@ -124,11 +115,10 @@ class Reference(nn.Module):
         features: Tensor = model.encoder.projector(blocks.reshape(m, -1, 4 * e))
         return features
 
-    @torch.no_grad()
-    def sample(self, tokens: Tokens, features: Tensor | None, noise: Tensor, steps: int, guidance: float) -> Tensor:
-        """Return latents (B,Z,h,w) of noise (B,Z,h,w) for prompts (2B,T), the unconditional ones first."""
+    def condition(self, tokens: Tokens, features: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the condition (B,L,C) of prompts (B,T), with the features of pictures to edit, and its mask (B,L)."""
         model = self.model[0]
-        embeddings = self.language.get_input_embeddings()(tokens.input_ids)
+        embeddings = self.language.get_input_embeddings()(tokens.input_ids).clone()
         if features is not None:
             embeddings[tokens.image_slots] = features.flatten(0, 1).to(embeddings)
         queries = model.mllm.queries.to(embeddings.dtype).expand(len(embeddings), -1, -1)
@@ -140,13 +130,18 @@ class Reference(nn.Module):
         )
         hidden = output.hidden_states[-1]
         if features is not None:
-            slots = F.pad(tokens.image_slots, (0, queries.shape[1]))
-            hidden[slots] = features.flatten(0, 1).to(hidden)
+            hidden = hidden.clone()
+            hidden[F.pad(tokens.image_slots, (0, queries.shape[1]))] = features.flatten(0, 1).to(hidden)
         bias = (1 - mask[:, None, None, :].to(hidden.dtype)) * torch.finfo(hidden.dtype).min
         bias = bias.expand(-1, 1, mask.shape[1], -1)
         read = self.connector(inputs_embeds=hidden, attention_mask=bias, position_ids=positions, use_cache=False)
-        condition = model.connector.to_dit(read.last_hidden_state)
+        return model.connector.to_dit(read.last_hidden_state), mask
 
+    @torch.no_grad()
+    def sample(self, tokens: Tokens, features: Tensor | None, noise: Tensor, steps: int, guidance: float) -> Tensor:
+        """Return latents (B,Z,h,w) of noise (B,Z,h,w) for prompts (2B,T), the unconditional ones first."""
+        model = self.model[0]
+        condition, mask = self.condition(tokens, features)
         scheduler = DPMSolverMultistepScheduler(
             num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True,
             flow_shift=model.config.sampling.flow_shift,

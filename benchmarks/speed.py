@@ -1,7 +1,7 @@
 """Time generation and editing against the reference path, in one process, taking turns.
 
     python benchmarks/speed.py --preset ci
-    python benchmarks/speed.py --sizes 1b --tasks generate edit --batches 1 --json speed.json --plot speed.png
+    python benchmarks/speed.py --sizes 1b --tasks generate edit --batches 1 --json speed.json
     python benchmarks/speed.py --preset gpu --json speed.json
 
 Every size has random weights and a stand-in tokenizer, so nothing is downloaded; the work is that of the real model.
@@ -22,16 +22,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 from flops import counter
 from PIL import Image
 from reference import Reference
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from unilip import UniLIP, preset
-from unilip.checkpoints.tokenizer import Tokenizer
+from unilip.checkpoints.tokenizer import Tokenizer as OurTokenizer
 from unilip.method.text import NEEDED_TOKENS, TEXT_END, Processor
 from unilip.sampling import draw_noise
 
@@ -47,25 +46,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def stand_in_tokenizer() -> Tokenizer:
-    """Make a byte-level tokenizer that fits every size."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = list(dict.fromkeys([TEXT_END, *NEEDED_TOKENS]))
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )  # fmt: skip
-    texts = ["user\nGenerate an image: ", "user\nEdit the image: ", "assistant\n", *PROMPTS, INSTRUCTION]
-    tokenizer.train_from_iterator(texts, trainer)
-    return Tokenizer({"tokenizer.json": tokenizer.to_str().encode()})
-
-
 def random_model(size: str, device: str, dtype: torch.dtype) -> UniLIP:
-    """Build a model of random weights."""
+    """Build a model of random weights, with a byte-level tokenizer that fits every size."""
+    bytewise = Tokenizer(models.BPE())
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    alphabet, special = sorted(pre_tokenizers.ByteLevel.alphabet()), [TEXT_END, *NEEDED_TOKENS]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bytewise.train_from_iterator(["Generate an image: ", "Edit the image: ", *PROMPTS, INSTRUCTION], trainer)
+    names = json.dumps({"pad_token": TEXT_END, "tokenizer_class": "PreTrainedTokenizerFast"})
+    files = {"tokenizer.json": bytewise.to_str().encode(), "tokenizer_config.json": names.encode()}
     model = UniLIP.from_config(preset(size))
-    model.processor = Processor(stand_in_tokenizer(), model.config)
+    model.processor = Processor(OurTokenizer(files), model.config)
     return model.to(device=device, dtype=dtype)
 
 
@@ -167,7 +161,6 @@ def compare(
         latents["reference"] = reference.run(*first(count), noise[:count], steps, guidance)[0].float().cpu()
 
     def compiled_run(steps: int = steps, count: int = count) -> None:
-        assert accelerated is not None
         model.runtime.compiled = accelerated
         try:
             ours("compiled")(steps, count)
@@ -186,7 +179,7 @@ def compare(
     for path in paths.values():
         path(**short)
     flops = []
-    for few in (1, 2):  # after the first run, which computes what is kept for later ones
+    for few in (1, 2):
         with counter() as counted:
             paths["exact"](few, 1)
         flops.append(counted.get_total_flops())
@@ -246,27 +239,6 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Draw the ratios as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = [f"{r['size']} {r['task']} x{r['batch']}" for r in results]
-    paths = [name for name in results[0]["paths"] if name != "reference"]
-    figure, axes = pyplot.subplots(figsize=(2 + 1.4 * len(names), 4))
-    for k, name in enumerate(paths):
-        ratios = [r["paths"][name]["ratio"] for r in results]
-        axes.bar([i + k * 0.8 / len(paths) for i in range(len(names))], ratios, 0.8 / len(paths), label=name)
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks([i + 0.4 - 0.4 / len(paths) for i in range(len(names))], names, rotation=20)
-    axes.set_ylabel("times as fast as the reference")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-
-
 def main() -> None:
     """Read the options, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -282,7 +254,6 @@ def main() -> None:
     parser.add_argument("--presets", nargs="*", default=["balanced", "fast"], choices=("balanced", "fast"))
     parser.add_argument("--cpu-time", action="store_true", help="processor time, for a machine that others use")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
     known, _ = parser.parse_known_args()
     parser.set_defaults(**PRESETS.get(known.preset or "", {}))
     o = parser.parse_args()
@@ -313,8 +284,6 @@ def main() -> None:
     print(table(results))
     if o.json:
         o.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
-    if o.plot:
-        plot(results, o.plot)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@
     python benchmarks/train.py --size 1b --fraction 6 --task generate --ours selective --straightforward recomputed
     python benchmarks/train.py --size 1b --task edit --device cuda --dtype bfloat16 --fraction 1
 
-Straightforward: pictures are encoded in the step, the frozen language model reads prompt and queries in one pass with
-gradients, the diffusion transformer is diffusers' own forward, which projects the condition for itself. With
-`--straightforward recomputed` it recomputes every layer in the backward pass, as the authors' scripts do.
+Straightforward: pictures are encoded in the step, and everything else is the libraries' (benchmarks/reference.py): the
+frozen language model reads prompt and queries in one pass with gradients. With `--straightforward recomputed` every
+layer is computed again in the backward pass, as the authors' scripts do.
 Ours: what `unilip train` does from a cache of latents and features (`unilip data cache`): the prompt is read without
-gradients into a key-value cache, so that the queries alone keep activations.
-`--ours selective` keeps results of products and computes what lies between again (recipes: selective_checkpointing=1);
-recomputed is gradient_checkpointing=1, compiled is compile=1.
+gradients into a key-value cache, so that the queries alone keep activations. `--ours selective` keeps results of
+products and computes what lies between again (recipes: selective_checkpointing=1); recomputed is
+gradient_checkpointing=1, compiled is compile=1.
 Both see the same weights, prompts, latents and noise. `--fraction F` keeps one layer in F of every part, so that the
 parts keep their proportions on a small machine. Memory is that of all tensors made in the forward pass that are still
 there at its end, for the backward pass; with compiled layers, of those that autograd saves.
@@ -28,14 +28,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from reference import plain_transformer
-from torch import Tensor, nn
+from reference import Reference
+from torch import Tensor
 
 from unilip import UniLIP, preset
 from unilip.fast.mllm import read_in_two_passes
 from unilip.method.config import UniLIPConfig
 from unilip.method.flow import flow_loss, interpolate, train_levels
-from unilip.method.mllm import fill_slots
 from unilip.method.text import Tokens
 from unilip.train.build import compile_layers, enable_checkpointing
 from unilip.train.preflight import Alive
@@ -56,17 +55,6 @@ def reduced(config: UniLIPConfig, fraction: int) -> UniLIPConfig:
         dit=dataclasses.replace(config.dit, num_layers=less(config.dit.num_layers)),
         connector_layers=less(config.connector_layers),
     )
-
-
-def plain_dit(model: UniLIP) -> nn.Module:
-    """Diffusers' own transformer, to be trained: our parameters, but copies of those that are 1x1 convolutions there."""
-    plain: nn.Module = plain_transformer(model)
-    ours = dict(model.dit.transformer.named_parameters())
-    for name, parameter in list(plain.named_parameters()):
-        owner, _, last = name.rpartition(".")
-        same = ours[name].shape == parameter.shape
-        setattr(plain.get_submodule(owner), last, ours[name] if same else nn.Parameter(parameter.detach().clone()))
-    return plain
 
 
 def make_batch(
@@ -94,79 +82,45 @@ def make_batch(
     return moved | {"prompts": Tokens(ids, mask, slots).to(device)}
 
 
-def straightforward(model: UniLIP, batch: dict[str, Any], ready: dict[str, Any]) -> Tensor:
+def straightforward(model: UniLIP, reference: Reference, batch: dict[str, Any]) -> Tensor:
     """Everything in the step, whole sequences with gradients."""
-    prompts: Tokens = batch["prompts"]
     with torch.no_grad():
-        clean = model.to_latent(model.encoder(batch["targets"]))
-        features = None if batch["sources"] is None else model.encoder(batch["sources"])
-    embeddings = model.mllm.embed(prompts.input_ids, prompts.image_slots, features)
-    sequence, mask = model.mllm.append_queries(embeddings, prompts.attention_mask)
-    hidden = model.mllm(sequence, mask)
-    if features is not None:
-        hidden = fill_slots(hidden, prompts.image_slots, features)
-    condition = model.connector(hidden, mask)
+        clean = model.to_latent(reference.encode(batch["targets"]))
+        features = None if batch["sources"] is None else reference.encode(batch["sources"])
+    condition, mask = reference.condition(batch["prompts"], features)
     timesteps, sigmas = batch["levels"]
-    noisy = interpolate(clean, batch["noise"], sigmas)
-    velocity = ready["plain"](
-        noisy.to(condition.dtype), encoder_hidden_states=condition, timestep=timesteps, encoder_attention_mask=mask,
-        return_dict=False,
+    velocity = reference.transformer(
+        interpolate(clean, batch["noise"], sigmas).to(condition.dtype), encoder_hidden_states=condition,
+        timestep=timesteps, encoder_attention_mask=mask, return_dict=False,
     )[0]  # fmt: skip
     return flow_loss(velocity, clean, batch["noise"])
 
 
-class Switch:
-    """What one way alone changes in the layers that both share, to be put in and taken out."""
-
-    NAMES = ("around", "_compiled_call_impl")
-
-    def __init__(self, model: UniLIP, change: Callable[[UniLIP], Any]) -> None:
-        def state() -> dict[tuple[nn.Module, str], Any]:
-            return {(m, name): m.__dict__.get(name) for m in model.modules() for name in self.NAMES}
-
-        before = state()
-        change(model)
-        self.changes = {key: (before[key], value) for key, value in state().items() if value is not before[key]}
-        self.put(False)
-
-    def put(self, there: bool) -> None:
-        """Have the changes in the model or not."""
-        for (module, name), values in self.changes.items():
-            module.__dict__.pop(name, None)
-            if values[there] is not None:
-                module.__dict__[name] = values[there]
+def ours(model: UniLIP, batch: dict[str, Any], clean: Tensor, features: Tensor | None) -> Tensor:
+    """From ready latents and features, the prompt read once without gradients."""
+    condition = model.condition(batch["prompts"], features, partial(read_in_two_passes, model.mllm))
+    timesteps, sigmas = batch["levels"]
+    velocity = model.dit(interpolate(clean, batch["noise"], sigmas).to(model.dtype), timesteps, *condition)
+    return flow_loss(velocity, clean, batch["noise"])
 
 
-def nothing(_: UniLIP) -> None:
-    """Keep every activation."""
+def recompute_everything(reference: Reference) -> None:
+    """Have the libraries compute every layer again in the backward pass."""
+    for part in (reference.language, reference.connector):
+        part.train().gradient_checkpointing_enable({"use_reentrant": False})
+    reference.transformer.train().enable_gradient_checkpointing()
 
 
-def recompute_everything(model: UniLIP) -> None:
-    """Recompute connector and the whole of the language model; the plain transformer does so by itself."""
-    enable_checkpointing(model)
-    layers = model.mllm.language_model.model.layers
-    layers.around = model.connector.layers.around
-
-
-THEIRS: dict[str, Callable[[UniLIP], None]] = {"kept": nothing, "recomputed": recompute_everything}
-OURS: dict[str, Callable[[UniLIP], None]] = {
-    "kept": nothing,
+THEIRS: dict[str, Callable[[Reference], Any]] = {"kept": lambda _: None, "recomputed": recompute_everything}
+OURS: dict[str, Callable[[UniLIP], Any]] = {
+    "kept": lambda _: None,
     "selective": partial(enable_checkpointing, selective=True),
     "recomputed": enable_checkpointing,
     "compiled": compile_layers,
 }
 
 
-def ours(model: UniLIP, batch: dict[str, Any], ready: dict[str, Any]) -> Tensor:
-    """From ready latents and features, the prompt read once without gradients."""
-    clean = ready["latents"]
-    condition = model.condition(batch["prompts"], ready["features"], partial(read_in_two_passes, model.mllm))
-    timesteps, sigmas = batch["levels"]
-    velocity = model.dit(interpolate(clean, batch["noise"], sigmas).to(model.dtype), timesteps, *condition)
-    return flow_loss(velocity, clean, batch["noise"])
-
-
-def kept_bytes(model: UniLIP, loss: Callable[[], Tensor], compiled: bool) -> tuple[Tensor, int]:
+def kept_bytes(weights: set[int], loss: Callable[[], Tensor], compiled: bool) -> tuple[Tensor, int]:
     """Run a forward pass: the loss, and the bytes of what it made that is there at its end, for the backward pass.
 
     Inside compiled layers nobody sees what is made; then it is what autograd saves, each storage once, without weights.
@@ -175,7 +129,6 @@ def kept_bytes(model: UniLIP, loss: Callable[[], Tensor], compiled: bool) -> tup
         with Alive() as alive:
             value = loss()
         return value, alive.now
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -189,75 +142,66 @@ def kept_bytes(model: UniLIP, loss: Callable[[], Tensor], compiled: bool) -> tup
     return value, sum(kept.values())
 
 
-def gradients(model: UniLIP, plain: nn.Module) -> dict[str, Tensor]:
-    """Take the gradients of a model and of the plain transformer beside it, and leave none."""
-    named = [*model.named_parameters(), *((f"dit.transformer.{n}", p) for n, p in plain.named_parameters())]
-    found = {name: p.grad.detach().float().flatten() for name, p in named if p.grad is not None}
-    for _, parameter in named:
-        parameter.grad = None
-    return found
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Compare the two ways; alternate them, and take medians."""
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     torch.manual_seed(0)
-    model = UniLIP.from_config(reduced(preset(arguments.size), arguments.fraction))
-    torch.nn.init.normal_(model.mllm.queries, std=0.02)
-    model.to(device=device, dtype=dtype)
+    model = UniLIP.from_config(reduced(preset(arguments.size), arguments.fraction)).to(device=device, dtype=dtype)
+    reference = Reference(model)
     model.requires_grad_(False)
-    for part in (model.connector, model.dit):
-        part.requires_grad_(True)
+    reference.requires_grad_(False)
     model.mllm.queries.requires_grad_(True)
-    theirs = plain_dit(model)
-    switches = {
-        "straightforward": Switch(model, THEIRS[arguments.straightforward]),
-        "ours": Switch(model, OURS[arguments.ours]),
-    }
-    if arguments.straightforward == "recomputed":
-        theirs.train()
-        theirs.enable_gradient_checkpointing()
-
-    def use(name: str) -> None:
-        for switch in switches.values():
-            switch.put(False)
-        switches[name].put(True)
-
-    compiled = arguments.ours == "compiled"
+    for part in (model.connector, model.dit, reference.connector.layers, reference.connector.norm):
+        part.requires_grad_(True)
+    reference.transformer.requires_grad_(True)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    names = {n: n.replace("dit.transformer", "transformer") for n in trained}
+    of_library = dict(reference.named_parameters())
+    trained_there = {n: of_library.get(names[n], p) for n, p in trained.items()}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    THEIRS[arguments.straightforward](reference)
+    OURS[arguments.ours](model)
     generator = torch.Generator().manual_seed(0)
     batch = make_batch(model, arguments.task, arguments.batch_size, arguments.prompt, device, generator)
     batch = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in batch.items()}
     with torch.no_grad():
-        ready = {
-            "plain": theirs,
-            "latents": model.to_latent(model.encoder(batch["targets"])),
-            "features": None if batch["sources"] is None else model.encoder(batch["sources"]),
-        }
-    ways = {"straightforward": straightforward, "ours": ours}
+        clean = model.to_latent(model.encoder(batch["targets"]))
+        features = None if batch["sources"] is None else model.encoder(batch["sources"])
+    ways: dict[str, Callable[[], Tensor]] = {
+        "straightforward": lambda: straightforward(model, reference, batch),
+        "ours": lambda: ours(model, batch, clean, features),
+    }
     found: dict[str, Any] = {name: {"seconds": []} for name in ways}
+
+    def forget() -> None:
+        model.zero_grad(set_to_none=True)
+        reference.zero_grad(set_to_none=True)
+
     kept: dict[str, dict[str, Tensor]] = {}
     for name, way in ways.items():  # also the warm-up
-        use(name)
-        if name == "ours" and compiled:
-            way(model, batch, ready).backward()
-            model.zero_grad(set_to_none=True)
-        loss, found[name]["kept_bytes"] = kept_bytes(model, lambda way=way: way(model, batch, ready), compiled)
+        compiled = name == "ours" and arguments.ours == "compiled"
+        if compiled:
+            way().backward()
+            forget()
+        loss, found[name]["kept_bytes"] = kept_bytes(weights, way, compiled)
         loss.backward()
-        found[name]["loss"], kept[name] = loss.item(), gradients(model, theirs)
+        parameters = trained if name == "ours" else trained_there
+        kept[name] = {n: p.grad.float().reshape(trained[n].shape) for n, p in parameters.items() if p.grad is not None}
+        found[name]["loss"] = loss.item()
+        forget()
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     for _ in range(arguments.repeats):
         for name, way in ways.items():
-            use(name)
             if device.type == "cuda":
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             start = clock()
-            way(model, batch, ready).backward()
+            way().backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
                 found[name]["peak_bytes"] = torch.cuda.max_memory_allocated()
             found[name]["seconds"].append(clock() - start)
-            gradients(model, theirs)
+            forget()
     a, b = kept.values()
     assert a.keys() == b.keys(), "the two ways do not train the same weights"
     # some gradients are zero but for rounding (a key's bias, say): these are measured against all of them
