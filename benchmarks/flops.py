@@ -1,7 +1,8 @@
-"""Counting of floating-point operations that knows products by packed weights, too."""
+"""Counting: floating-point operations, products by packed weights among them, and memory at its peak."""
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,3 +25,12 @@ def counter() -> FlopCounterMode:
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         known[torch.ops.mkldnn._linear_pointwise] = _onednn
     return FlopCounterMode(display=False, custom_mapping=known)
+
+
+def peak_gib() -> float | None:
+    """Return the peak resident memory of this process (or since clear_refs was written), GiB; None where there is no /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flops import peak_gib
 
 from unilip import UniLIP
 from unilip.checkpoints.write import convert
@@ -66,7 +66,7 @@ def measure(
     def peak() -> float:
         if cuda:
             return torch.cuda.max_memory_allocated() / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return peak_gib() or 0.0
 
     before = 0.0 if cuda else peak()
     start = time.perf_counter()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flops import counter
+from flops import counter, peak_gib
 from PIL import Image
 from reference import Reference
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -91,15 +91,6 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
-
-
-def peak_gib() -> float | None:
-    """Return the peak resident memory since `forget_peak`, GiB; None where there is no /proc."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
 
 def matmul_rate(clock: Clock, dtype: torch.dtype) -> float:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from flops import peak_gib
 
 HERE = Path(__file__).resolve()
 PARTS = ("mllm", "connector", "dit", "pixel_decoder")
@@ -66,7 +67,7 @@ def turn(o: argparse.Namespace) -> dict[str, Any]:
         latents, _ = timed(f"picture {i + 1}", lambda i=i: draw(i))
         if i == 0:
             torch.save(latents.float(), o.latents)
-    return found | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    return found | {"peak_gib": peak_gib()}
 
 
 def main() -> None:
