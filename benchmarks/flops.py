@@ -28,7 +28,7 @@ def counter() -> FlopCounterMode:
 
 
 def peak_gib() -> float | None:
-    """Return the peak resident memory of this process (or since clear_refs was written), GiB; None where there is no /proc."""
+    """Return the peak resident memory of this process (since `forget_peak`), GiB; None where there is no /proc."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
