@@ -608,3 +608,66 @@ def test_hostile_weights_and_foreign_configs_are_errors_of_ours(tiny_folder: Pat
         (tmp_path / "model.safetensors").write_bytes(content)
         with pytest.raises(CheckpointError, match="truncated or damaged"):
             open_checkpoint(tmp_path / "model.safetensors")
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_card_tells_what_was_saved_and_stays_when_rewritten(tmp_path: Path, tiny_model: UniLIP) -> None:
+    from huggingface_hub import ModelCard
+
+    for name, licence, base, words in (
+        ("pico", "apache-2.0", None, "Fluent Emoji"),
+        ("1b", "other", "kanashi6/UniLIP-1B", "Say here what these weights were trained on"),
+        ("mine", "other", None, "Say here"),
+    ):
+        save(tiny_model, tiny_model.config.replace(name=name), tmp_path / name, dtype="bfloat16")
+        card = ModelCard.load(tmp_path / name / "README.md")
+        assert (card.data.library_name, card.data.license, card.data.base_model) == ("unilip", licence, base)
+        assert card.data.pipeline_tag == "text-to-image" and "image-to-image" in card.data.tags
+        assert words in card.text and "in bfloat16, for pictures of 56 pixels" in card.text
+        assert "model.generate(" in card.text and "model.ask(" in card.text
+    (tmp_path / "mine" / "README.md").write_text("my own words")
+    save(tiny_model, tiny_model.config, tmp_path / "mine")
+    assert (tmp_path / "mine" / "README.md").read_text() == "my own words"
+    decoder = {k: v for k, v in tiny_model.state_dict().items() if k.startswith("pixel_decoder.")}
+    save(decoder, tiny_model.config, tmp_path / "decoder")
+    assert "pipeline_tag" not in (tmp_path / "decoder" / "README.md").read_text()
+
+
+def test_half_a_hub_cache_says_what_to_do(tmp_path: Path, tiny_model: UniLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    tiny_model.save_pretrained(tmp_path / "own", max_shard_size="1MB")
+    files = sorted(tmp_path.joinpath("own").iterdir())
+    shard = next(file.name for file in files if "-00001-of-" in file.name)
+
+    def cached(name: str, keep: Callable[[str], bool]) -> Path:
+        root = tmp_path / "hub" / f"models--me--{name}"
+        for folder in ("refs", "blobs", "snapshots/abc"):
+            (root / folder).mkdir(parents=True)
+        (root / "refs" / "main").write_text("abc")
+        for number, file in enumerate(files):
+            if keep(file.name):
+                shutil.copy(file, root / "blobs" / str(number))
+                (root / "snapshots" / "abc" / file.name).symlink_to(f"../../blobs/{number}")
+        return root / "snapshots" / "abc" / shard
+
+    cached("whole", lambda name: True)
+    cached("config", lambda name: name == "config.json")
+    cached("shard", lambda name: name != shard)
+    cached("pruned", lambda name: True).resolve().unlink()
+    for name, content in (
+        ("empty", b""),
+        ("page", b"<!DOCTYPE html>"),
+        ("cut", (tmp_path / "own" / shard).read_bytes()[:999]),
+    ):
+        cached(name, lambda name: True).resolve().write_bytes(content)
+    assert open_checkpoint("me/whole").parts == tuple(PARTS)
+    for name, message in (
+        ("config", "no weights"), ("shard", f"lacks {shard}"), ("pruned", f"lacks {shard}"),
+        ("none", "could not be fetched"), ("empty", "truncated"), ("page", "truncated"), ("cut", "truncated"),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(f"me/{name}")
