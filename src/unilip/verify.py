@@ -99,7 +99,7 @@ def verify(
     opened = open_checkpoint(checkpoint)
     weights = Weights([path])
     groups: dict[str, dict[str, Tensor]] = {}
-    for name in weights.names:
+    for name in weights.shapes:
         group, _, entry = name.rpartition(".")
         groups.setdefault(group, {})[entry] = weights.read(Origin(name))
     with torch.device("meta"):

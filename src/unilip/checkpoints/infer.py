@@ -126,7 +126,8 @@ def _infer(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[s
         changes["latent_head_blocks"] = _count(shapes, "latent_head.blocks.")
     if "pixel_decoder" in parts:
         changes["decoder"] = _decoder(data if kind == "dcae" else beside.get("vae_config.json", {}), shapes)
-        base = base.replace(dit=dataclasses.replace(base.dit, latent_channels=changes["decoder"].latent_channels))
+        dit = dataclasses.replace(base.dit, latent_channels=changes["decoder"].latent_channels)
+        base = base.replace(dit=dit, decoder=changes["decoder"])
     if "dit" in parts:
         changes["dit"] = _dit(kind, data, shapes, beside)
         if "decoder" not in changes:

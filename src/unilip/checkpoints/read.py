@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,32 +73,23 @@ class SafeFile:
             self.metadata: dict[str, str] = checked.metadata() or {}
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            self._entries: dict[str, Any] = json.loads(file.read(size))
-        self._entries.pop("__metadata__", None)
-        self._start = 8 + size
-        self.names = tuple(self._entries)
-
-    def shape(self, name: str) -> Shape:
-        """Shape of a tensor."""
-        return tuple(self._entries[name]["shape"])
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor."""
-        code = self._entries[name]["dtype"]
-        if code not in DTYPES:
-            raise CheckpointError(f"{self.path} holds {name} in {code}, which is not supported; convert it to BF16.")
-        return DTYPES[code]
+            entries = json.loads(file.read(size))
+        entries.pop("__metadata__", None)
+        self.shapes: dict[str, Shape] = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        self.dtypes = {name: DTYPES.get(entry["dtype"]) for name, entry in entries.items()}
+        self._places = {name: [8 + size + n for n in entry["data_offsets"]] for name, entry in entries.items()}
 
     def read(self, name: str, part: int, parts: int) -> Tensor:
         """Read one of several equal pieces of a tensor, along its first dimension."""
-        begin, end = self._entries[name]["data_offsets"]
-        shape, size = self.shape(name), (end - begin) // parts
+        begin, end = self._places[name]
+        shape, size = self.shapes[name], (end - begin) // parts
         data = torch.empty(size, dtype=torch.uint8)
         with self.path.open("rb") as file:
-            file.seek(self._start + begin + part * size)
+            file.seek(begin + part * size)
             if size and file.readinto(data.numpy().data) != size:
                 raise CheckpointError(f"{self.path} was cut off while it was read; fetch or save it again.")
-        return data.view(self.dtype(name)).reshape(shape if parts == 1 else (shape[0] // parts, *shape[1:]))
+        typed = data.view(self.dtypes[name])  # type: ignore[arg-type]  # `Weights` has refused what is not known
+        return typed.reshape(shape if parts == 1 else (shape[0] // parts, *shape[1:]))
 
 
 class TorchFile:
@@ -107,15 +98,8 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path, self.metadata = path, dict[str, str]()
         self._state = _load_pickle(path)
-        self.names = tuple(self._state)
-
-    def shape(self, name: str) -> Shape:
-        """Shape of a tensor."""
-        return tuple(self._state[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor."""
-        return self._state[name].dtype
+        self.shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
+        self.dtypes: dict[str, torch.dtype | None] = {name: tensor.dtype for name, tensor in self._state.items()}
 
     def read(self, name: str, part: int, parts: int) -> Tensor:
         """Copy one of several equal pieces of a tensor, along its first dimension."""
@@ -151,54 +135,52 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 
 
 class Weights:
-    """Named tensors in one file or several; only names, shapes and types are known until a tensor is asked for."""
+    """Named tensors in one file or several; only names, shapes and types are known until a tensor is asked for.
+
+    Attributes:
+        files: where they are; metadata: text stored with them; shapes: by name, in the files' order.
+    """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
         self.metadata: dict[str, str] = {}
+        self.shapes: dict[str, Shape] = {}
         self._where: dict[str, SafeFile | TorchFile] = {}
         for path in files:
-            opened = self._open(path)
+            opened = _open_file(path)
             self.metadata |= opened.metadata
-            self._where |= dict.fromkeys(opened.names, opened)
+            self.shapes |= opened.shapes
+            self._where |= dict.fromkeys(opened.shapes, opened)
 
-    @staticmethod
-    def _open(path: Path) -> SafeFile | TorchFile:
-        try:
-            with path.open("rb") as file:
-                if file.read(40).startswith(b"version https://git-lfs"):
-                    raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there.")
-            return SafeFile(path) if path.suffix == ".safetensors" else TorchFile(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch or save it again.") from error
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every tensor's name, as in the files."""
-        return tuple(self._where)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._where
-
-    def file_of(self, name: str) -> Path:
+    def file_of(self, name: str) -> Path | None:
         """Which file holds a tensor."""
-        return self._where[name].path
-
-    def shape(self, name: str) -> Shape:
-        """Shape of a tensor, without reading it."""
-        return self._where[name].shape(name)
+        return self._where[name].path if name in self._where else None
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor, without reading it."""
-        return self._where[name].dtype(name)
+        found = self._where[name].dtypes[name]
+        if found is None:
+            raise CheckpointError(f"{self.file_of(name)} holds {name} in a type that is not known; convert it to BF16.")
+        return found
 
     def read(self, origin: Origin) -> Tensor:
         """Read a tensor, or one part of a stacked one, into memory of its own."""
         name, parts = origin.name, origin.parts
-        rows = (self.shape(name) or (1,))[0]
+        rows = (self.shapes[name] or (1,))[0]
         if rows % parts:
             raise CheckpointError(f"{self.file_of(name)} holds {name} with {rows} rows, no multiple of {parts}.")
+        self.dtype(name)
         return self._where[name].read(name, origin.part, parts)
+
+
+def _open_file(path: Path) -> SafeFile | TorchFile:
+    try:
+        with path.open("rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there.")
+        return SafeFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch or save it again.") from error
 
 
 def _find_weights(folder: Path) -> Weights:
@@ -234,8 +216,8 @@ def _open_shards(index: Path) -> Weights:
             f"{index.parent} lacks {', '.join(missing)}, named in {index.name}; fetch or save it again."
         )
     weights = Weights(files)
-    wrong = [name for name, file in table.items() if name not in weights or weights.file_of(name).name != file]
-    wrong += [name for name in weights.names if name not in table]
+    wrong = [name for name, file in table.items() if weights.file_of(name) != index.parent / file]
+    wrong += [name for name in weights.shapes if name not in table]
     if wrong:
         raise CheckpointError(
             f"{index} and its shards disagree about {wrong[0]} ({len(wrong)} in all); fetch them again."
@@ -259,7 +241,7 @@ class Checkpoint:
     def __init__(self, path: Path, kind: str, weights: Weights, data: Mapping[str, Any], folder: Path) -> None:
         self.path, self.kind, self.weights = path, kind, weights
         self.metadata = {k: v for k, v in weights.metadata.items() if k != "format"}
-        self._origins, self.dropped = map_names(kind, weights.names)
+        self._origins, self.dropped = map_names(kind, weights.shapes)
         self._data = data
         self.notes: list[str] = []
         self._untie()
@@ -315,7 +297,7 @@ class Checkpoint:
     def shape(self, name: str) -> Shape:
         """Shape of a tensor of ours, without reading it."""
         origin = self._origins[name]
-        shape = self.weights.shape(origin.name)
+        shape = self.weights.shapes[origin.name]
         if POINTWISE.fullmatch(name) and shape[2:] == (1, 1):
             return shape[:2]
         return shape if origin.parts == 1 else (shape[0] // origin.parts, *shape[1:])
@@ -349,7 +331,7 @@ def open_checkpoint(source: Source = None) -> Checkpoint:
         if path.suffix not in FILE_SUFFIXES:
             raise CheckpointError(f"{path} is no weights file ({', '.join(FILE_SUFFIXES)}); give one, or a folder.")
         weights, data = Weights([path]), read_json(config) if config.is_file() else {}
-        return Checkpoint(path, _kind(path, data, weights.names), weights, data, folder)
+        return Checkpoint(path, _kind(path, data, weights.shapes), weights, data, folder)
     if not config.is_file() and (path / "model_index.json").is_file() and (path / "transformer").is_dir():
         opened = open_checkpoint(path / "transformer")
         opened.notes.append(f"Of the pipeline {path.name} only the folder transformer is used.")
@@ -367,10 +349,10 @@ def open_checkpoint(source: Source = None) -> Checkpoint:
     data = read_json(config)
     _kind(path, data, ())  # a folder of another kind is named as such, even when its weights have other names too
     weights = _find_weights(path)
-    return Checkpoint(path, _kind(path, data, weights.names), weights, data, path)
+    return Checkpoint(path, _kind(path, data, weights.shapes), weights, data, path)
 
 
-def _kind(path: Path, data: Mapping[str, Any], names: Sequence[str]) -> str:
+def _kind(path: Path, data: Mapping[str, Any], names: Iterable[str]) -> str:
     """Tell the kind of a checkpoint by its config and, where that is not enough, by the names of its tensors."""
     if {"mlp1", "down_mlp"} <= {name.split(".")[0] for name in names}:
         return "tokenizer"
