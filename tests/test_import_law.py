@@ -23,6 +23,8 @@ def broken_rules(source: str, file: str) -> list[str]:
             called = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
             if called == "print" and isinstance(function, ast.Name) and not file.startswith(PRINTING):
                 found.append(f"{file}:{node.lineno} prints; library code logs, the command line speaks")
+            if called == "open" and ast.unparse(function) == "Image.open" and file != "pictures.py":
+                found.append(f"{file}:{node.lineno} opens a picture of any format; use unilip.pictures.open_picture")
             for keyword in node.keywords:
                 off = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
                 if off and keyword.arg == "strict" and called not in {"zip", "map", "batched"}:
@@ -74,6 +76,7 @@ def test_the_rules_catch():
         "zip(a, b, strict=False)": 0,
         "torch.load(f, weights_only=False)": 1,
         "image_id = 151_667": 1,
+        "Image.open(path)": 1,
         "vocabulary = 151674": 0,
     }
     assert {source: len(broken_rules(source, "model.py")) for source in cases} == cases

@@ -31,6 +31,7 @@ from unilip.data.seeding import stable_hash
 from unilip.emoji.concepts import SHAPES, TONES, concept, concepts
 from unilip.errors import install
 from unilip.files import write_bytes
+from unilip.pictures import open_picture
 
 if TYPE_CHECKING:
     from unilip.emoji.world import World
@@ -314,7 +315,7 @@ def _resvg(body: str, box: tuple[float, float, float, float]) -> Image.Image:
         f'width="{MASTER}" height="{MASTER}">{body}</svg>'
     )
     data = resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True)
-    return Image.open(io.BytesIO(bytes(data))).convert("RGBA")
+    return open_picture(bytes(data)).convert("RGBA")
 
 
 def _credits() -> str:
@@ -442,7 +443,7 @@ class Atlas:
                 f"the atlas has no {name!r} in style {style!r}, tone {tone!r}; styles here are {', '.join(known)}; "
                 "run `unilip data prepare emoji` again if the art is older than the package"
             )
-        image = Image.open(io.BytesIO(data)).convert("RGBA")
+        image = open_picture(data).convert("RGBA")
         if colour is not None:
             image = recolour(image, self._paint(name, colour))
         self._masters.put(key, image)

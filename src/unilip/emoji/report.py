@@ -17,6 +17,7 @@ from PIL import Image
 
 from unilip.data.sheet import contact_sheet
 from unilip.files import write_text
+from unilip.pictures import open_picture
 
 Record = dict[str, Any]
 SHOWN = 4  # right ones and wrong ones of each group
@@ -144,7 +145,7 @@ def write_sheet(folder: Path, part: str, entries: Sequence[Record]) -> Path | No
         for title, column in zip(("right", "WRONG"), columns, strict=True):
             for n in range(SHOWN):
                 if n < len(column):
-                    with Image.open(folder / column[n]["picture"]) as stored:
+                    with open_picture(folder / column[n]["picture"]) as stored:
                         pictures.append(stored.convert("RGB"))
                     captions.append(f"{title} ({group}): {column[n]['text']}. {column[n]['reason']}")
                 else:

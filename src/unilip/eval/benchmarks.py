@@ -26,7 +26,7 @@ from PIL import Image
 from unilip.errors import PromptError, UniLIPError
 from unilip.eval.pictures import ParquetRows, cell_bytes, decode, open_dataset
 from unilip.eval.runs import PICTURES
-from unilip.files import content_hash, file_hash, read_json, read_lines
+from unilip.files import content_hash, file_hash, read_json, read_lines, read_text
 from unilip.sampling import check_prompt
 
 GENEVAL_TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -295,10 +295,7 @@ def _dpg(path: Path, protocol: str) -> Benchmark:
     items = []
     for file in files:
         digest.update(f"{file.name}\0{file_hash(file)}\n".encode())
-        try:
-            prompt = file.read_text(encoding="utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise UniLIPError(f"{file} is no UTF-8 text ({error}); fetch {HOMES['dpg']} again.") from error
+        prompt = read_text(file, "prompt").strip()
         if "." in file.stem:
             raise UniLIPError(f"{file.name} has a dot in its name; the scorer of DPG would not find its questions.")
         items.append(Item(file.stem, prompt, f"{PICTURES}/{file.stem}.png", "all", file.stem, 4))

@@ -32,6 +32,7 @@ from unilip.eval.scores import (
     tabulate,
 )
 from unilip.files import png_bytes, read_json, read_lines, write_bytes, write_text
+from unilip.pictures import open_picture
 
 SHOWN = 8  # prompts in a page of pictures
 CELL = 256
@@ -197,7 +198,7 @@ def _sheet(runs: Sequence[Scored], count: int) -> Image.Image | None:
             file = run.folder / rows[key]["picture"]
             if not file.is_file():
                 return None
-            with Image.open(file) as picture:
+            with open_picture(file) as picture:
                 images.append(picture.convert("RGB").resize((CELL, CELL), Image.Resampling.BICUBIC))
             scores = rows[key]["scores"] or {}
             said = ", ".join(f"{name} {value:.3g}" for name, value in scores.items()) or rows[key]["status"]

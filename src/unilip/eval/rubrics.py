@@ -8,7 +8,6 @@ own file on this machine; which of them is part of a score's name. The rules of 
 from __future__ import annotations
 
 import ast
-import io
 import json
 import math
 import re
@@ -24,6 +23,7 @@ from unilip.eval.benchmarks import Benchmark, Item
 from unilip.eval.pictures import decode
 from unilip.eval.vlm import STATUSES, Answer, Question
 from unilip.files import file_hash, png_bytes, read_json
+from unilip.pictures import open_picture
 
 RUBRIC = "unilip-1"  # of our wording; raised when a word of it changes
 Row = dict[str, Any]
@@ -305,7 +305,7 @@ def _ask_gedit(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
     texts = q.rubric.texts or GEDIT_TEXT
     before = picture.with_name(f"{picture.stem}_SRCIMG.png")
     source = before.read_bytes()
-    with Image.open(io.BytesIO(source)) as opened:
+    with open_picture(source) as opened:
         size = opened.size
     made = decode(picture.read_bytes(), str(picture))
     result = png_bytes(made.resize(size, Image.Resampling.BICUBIC))  # as the authors' scorer does

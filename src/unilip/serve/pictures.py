@@ -18,10 +18,11 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from unilip import __version__
 from unilip.errors import ImageError
+from unilip.files import png_bytes
 from unilip.pictures import MAX_SIDE, load_image, open_picture, unfit_square, upright
 
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -221,21 +222,16 @@ def encode(image: Image.Image, form: str = "png", quality: int = 95, about: Mapp
     `about` (model, seed, ...) is written into the metadata, beside the names of this program and of IPTC's source type
     for pictures made by a model; None writes nothing.
     """
-    out = io.BytesIO()
     note = None if about is None else {**about, "digital_source_type": _SOURCE_TYPE}
     software = f"unilip {__version__}"
     if form == "png":
-        info = PngImagePlugin.PngInfo()
-        for key, value in ({} if note is None else {"Software": software, **note}).items():
-            text = str(value)
-            info.add_text(key, text) if text.isascii() else info.add_itxt(key, text)
-        image.save(out, "PNG", pnginfo=info)
-    else:
-        exif = Image.Exif()
-        if note is not None:
-            exif[0x0131] = software
-            exif[0x010E] = json.dumps(note, ensure_ascii=True)  # ImageDescription
-        image.save(out, form.upper(), quality=quality, exif=exif)
+        notes = {} if note is None else {"Software": software, **note}
+        return png_bytes(image, {key: str(value) for key, value in notes.items()})
+    out, exif = io.BytesIO(), Image.Exif()
+    if note is not None:
+        exif[0x0131] = software
+        exif[0x010E] = json.dumps(note, ensure_ascii=True)  # ImageDescription
+    image.save(out, form.upper(), quality=quality, exif=exif)
     return out.getvalue()
 
 
