@@ -9,52 +9,30 @@ Groups: `t2i*` and `edit*` are generations (prompts first, then as many uncondit
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unilip.checkpoints.hub import Source
 from unilip.checkpoints.read import Checkpoint, Weights, load_into, open_checkpoint
 from unilip.checkpoints.tables import Origin
 from unilip.errors import CheckpointError
 from unilip.method.decoder import resize_to_tokens
-from unilip.method.flow import (
-    TRAIN_TIMESTEPS,
-    flow_loss,
-    guide,
-    interpolate,
-    make_schedule,
-    sample,
-    train_levels,
-)
-from unilip.method.mllm import fill_slots
+from unilip.method.flow import TRAIN_TIMESTEPS, make_schedule, train_levels
 from unilip.method.model import Network
 from unilip.method.text import IMG_CONTEXT, Tokens
 
 Record = Mapping[str, Tensor]
-Progress = Callable[[int, int, str], None]
-
-INPUTS = frozenset({
-    "input_ids", "attention_mask", "pixel_values", "noise", "guidance", "labels", "gen_image", "und_image", "u",
-})  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Result:
-    """What we compute for an entry; `valid` (B,L) marks the positions to compare, if not all."""
-
-    entry: str
-    value: Tensor
-    valid: Tensor | None = None
-    note: str = ""
-
-
-Results = Iterator[Result]
+Value = Tensor | tuple[Tensor, Tensor]  # a result; with the positions (B,L) that are compared, if not all are
+Results = dict[str, Value]
+INPUTS = {"input_ids", "attention_mask", "pixel_values", "noise", "guidance", "labels", "gen_image", "und_image", "u"}
 
 
 @dataclass(frozen=True)
@@ -74,21 +52,12 @@ def verify(
     tolerance: float = 1e-4,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str = "float32",
-    progress: Progress | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Row]:
     """Recompute every entry of a file of recorded numbers with a checkpoint, and compare.
 
-    Values stored in float16 are measured from the interval of numbers that round to them, so the tolerance is the
-    same for them. Whole numbers must be equal. Pictures are decoded from the *recorded* final latents: a decoder of
-    random weights magnifies rounding a hundredfold in places, and each step is to be judged by its own arithmetic;
-    what our own latents give is in the row's note.
-
-    Args:
-        checkpoint: anything that `open_checkpoint` takes.
-        expected: a safetensors file in the format described above.
-        tolerance: the largest absolute error allowed.
-        device, dtype: where and in what type to compute.
-        progress: called as f(entries done, entries in all, name of the entry).
+    `tolerance` is the largest absolute error allowed. Whole numbers must be equal; float16 is measured from the
+    interval that rounds to it. `progress` is called as f(entries done, entries in all, name of the entry).
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -108,30 +77,25 @@ def verify(
     model.eval()
     total = sum(entry not in INPUTS for record in groups.values() for entry in record)
     rows: list[Row] = []
-
-    def add(row: Row) -> None:
-        rows.append(row)
-        if progress is not None:
-            progress(len(rows), total, row.name)
-
     for group, record in groups.items():
-        wanted = {entry for entry in record if entry not in INPUTS}
-        recipe, needed = _recipe(group)
-        why = "not understood"
-        lacking = [part for part in needed if part not in model.parts]
-        if lacking:
+        wanted, results, why = sorted(set(record) - INPUTS), Results(), "not understood"
+        recompute, needed = next(((how, parts) for names, how, parts in GROUPS if group.startswith(names)), (None, ""))
+        if lacking := [part for part in needed.split() if part not in model.parts]:
             why = f"the checkpoint has no {', '.join(lacking)}"
-        elif recipe is not None:
-            moved = _Recorded({e: value.to(device) if e in INPUTS else value for e, value in record.items()})
+        elif recompute is not None:
+            moved = {entry: value.to(device) if entry in INPUTS else value for entry, value in record.items()}
             try:
-                for result in recipe(model, opened, moved):
-                    if result.entry in wanted:
-                        wanted.remove(result.entry)
-                        add(_compare(f"{group}.{result.entry}", result, record[result.entry], tolerance))
-            except _NotRecordedError as error:
-                why = f"{group}.{error} is not recorded"
-        for entry in sorted(wanted):
-            add(Row(f"{group}.{entry}", math.inf, tolerance, False, why))
+                results = recompute(model, opened, moved)
+            except KeyError as error:
+                if error.args[0] not in INPUTS:
+                    raise
+                why = f"{group}.{error.args[0]} is not recorded"
+        for entry in wanted:
+            name, ours = f"{group}.{entry}", results.get(entry)
+            failed = Row(name, math.inf, tolerance, False, why)
+            rows.append(failed if ours is None else compare(name, ours, record[entry], tolerance))
+            if progress is not None:
+                progress(len(rows), total, name)
     return rows
 
 
@@ -140,196 +104,129 @@ def format_rows(rows: Iterable[Row]) -> str:
     rows = list(rows)
     width = max([len(row.name) for row in rows], default=4)
     lines = [f"{'entry':<{width}}  {'max error':>9}  {'allowed':>9}"]
-    lines += [
-        f"{r.name:<{width}}  {r.max_abs_error:>9.1e}  {r.tolerance:>9.1e}  {'ok' if r.ok else 'FAILED'}"
-        + (f"  ({r.note})" if r.note else "")
-        for r in rows
-    ]
+    for r in rows:
+        verdict = ("ok" if r.ok else "FAILED") + (f"  ({r.note})" if r.note else "")
+        lines.append(f"{r.name:<{width}}  {r.max_abs_error:>9.1e}  {r.tolerance:>9.1e}  {verdict}")
     failed = sum(not row.ok for row in rows)
     what = "1 entry" if len(rows) == 1 else f"{len(rows)} entries"
     lines.append(f"{what}, {failed} FAILED" if failed else f"{what}, all within tolerance")
     return "\n".join(lines)
 
 
-def _compare(name: str, result: Result, stored: Tensor, tolerance: float) -> Row:
-    value, valid, notes = result.value.detach().cpu(), result.valid, [result.note] if result.note else []
+def compare(name: str, ours: Value, stored: Tensor, tolerance: float) -> Row:
+    """Compare a result with the recorded one."""
+    value, valid = ours if isinstance(ours, tuple) else (ours, None)
+    value, note = value.detach().cpu(), ""
     if value.shape != stored.shape:
-        note = f"shape {list(value.shape)} instead of {list(stored.shape)}"
-        return Row(name, math.inf, tolerance, False, note)
+        return Row(name, math.inf, tolerance, False, f"shape {list(value.shape)} instead of {list(stored.shape)}")
     if valid is not None:
         value, stored = value[valid.cpu()], stored[valid.cpu()]
     error = (value.double() - stored.double()).abs()
     if not stored.is_floating_point():
         tolerance = 0.0
     elif stored.dtype == torch.float16:
-        raw = float(error.max())
+        note = f"beyond float16 rounding; {float(error.max()):.1e} with it"
         _, exponent = torch.frexp(stored.float())  # |stored| in [2^(e-1), 2^e), where float16 steps by 2^(e-11)
-        half_step = torch.ldexp(torch.ones_like(error), (exponent - 12).clamp(min=-25))
-        error = (error - half_step).clamp(min=0)
-        notes.insert(0, f"beyond float16 rounding; {raw:.1e} with it")
+        error = (error - torch.ldexp(torch.ones_like(error), (exponent - 12).clamp(min=-25))).clamp(min=0)
     worst = float(error.max()) if error.numel() else 0.0
-    return Row(name, worst, tolerance, worst <= tolerance, "; ".join(notes))  # NaN compares false, so it fails
+    return Row(name, worst, tolerance, worst <= tolerance, note)  # NaN compares false, so it fails
 
 
-# --- recipes --------------------------------------------------------------------------------------------------------
-
-Recipe = Callable[[Network, Checkpoint, Record], Results]
+# --- how each group is recomputed -------------------------------------------------------------------------------------
 
 
-class _NotRecordedError(Exception):
-    """An input that a recipe needs is missing from the file."""
+def sampling_levels(model: Network, opened: Checkpoint, record: Record) -> Results:
+    """Timesteps and levels of sampling."""
+    own = opened.config.sampling
+    schedule = make_schedule(own.solver, own.flow_shift, len(record.get("timesteps", range(own.num_inference_steps))))
+    return {"timesteps": schedule.timesteps, "sigmas": torch.tensor(schedule.levels)}
 
 
-class _Recorded(dict[str, Tensor]):
-    def __missing__(self, entry: str) -> Tensor:
-        raise _NotRecordedError(entry)
-
-
-def _recipe(group: str) -> tuple[Recipe | None, tuple[str, ...]]:
-    """Return how a group is recomputed and which parts of the model that takes."""
-    if group == "train":
-        return _train_schedule, ()
-    if group == "sampler":
-        return _sampler, ()
-    if group.startswith("recon"):
-        return _reconstruction, ("encoder", "latent_head", "pixel_decoder")
-    sampling = ("encoder", "pixel_decoder", "mllm", "connector", "dit")
-    if group.startswith(("t2i", "edit")):
-        return _generation, sampling
-    return (_training, (*sampling, "latent_head")) if group.startswith(("train_t2i", "train_edit")) else (None, ())
-
-
-def _train_schedule(model: Network, opened: Checkpoint, record: Record) -> Results:
-    timesteps, sigmas = train_levels(torch.arange(TRAIN_TIMESTEPS, dtype=torch.float64) / TRAIN_TIMESTEPS)
-    yield Result("timesteps", timesteps)
-    yield Result("sigmas", sigmas)
-
-
-def _sampler(model: Network, opened: Checkpoint, record: Record) -> Results:
-    sampling = opened.config.sampling
-    steps = len(record["timesteps"]) if "timesteps" in record else sampling.num_inference_steps
-    schedule = make_schedule(sampling.solver, sampling.flow_shift, steps)
-    yield Result("timesteps", schedule.timesteps)
-    yield Result("sigmas", torch.tensor(schedule.levels))
+def training_levels(model: Network, opened: Checkpoint, record: Record) -> Results:
+    """Timesteps and levels of training."""
+    timesteps, levels = train_levels(torch.arange(TRAIN_TIMESTEPS, dtype=torch.float64) / TRAIN_TIMESTEPS)
+    return {"timesteps": timesteps, "sigmas": levels}
 
 
 @torch.no_grad()
-def _reconstruction(model: Network, opened: Checkpoint, record: Record) -> Results:
-    pixels = record["pixel_values"]
-    features = model.encoder(pixels)
-    yield Result("features", features)
-    if not {"latents", "decoded", "image"} & set(record):
-        return
-    latents = model.latent_head(features, pixels.shape[-2] // 28)
-    yield Result("latents", latents)
+def reconstruction(model: Network, opened: Checkpoint, record: Record) -> Results:
+    """Pixels -> features -> latents -> pixels."""
+    features = model.encoder(record["pixel_values"])
+    latents = model.latent_head(features, record["pixel_values"].shape[-2] // 28)
     decoded = model.pixel_decoder.decode(latents)
-    yield Result("decoded", decoded)
-    yield Result("image", resize_to_tokens(decoded))
+    return {"features": features, "latents": latents, "decoded": decoded, "image": resize_to_tokens(decoded)}
 
 
 @torch.no_grad()
-def _generation(model: Network, opened: Checkpoint, record: Record) -> Results:
-    ids = record["input_ids"]
-    tokens = Tokens(ids, record["attention_mask"].long(), _slots(opened, record, "pixel_values"))
-    features = None
+def generation(model: Network, opened: Checkpoint, record: Record) -> Results:
+    """Prompts, and pictures to edit -> hidden states, condition, both ends of the sampling loop, the picture.
+
+    The picture is that of the *recorded* latents: a decoder of random weights magnifies rounding a hundredfold.
+    """
+    half, results, features = len(record["input_ids"]) // 2, Results(), None
+    batch = (record["input_ids"], record["attention_mask"].long(), slots(opened, record, "pixel_values"))
+    tokens = Tokens(*(part.roll(half, 0) for part in batch))  # recorded prompts first, drawn unconditional rows first
     if "pixel_values" in record:
-        features = model.encoder(record["pixel_values"])
-        yield Result("image_features", features)
-        features = features.repeat(len(ids) // len(features), 1, 1)
-    embeddings = model.mllm.embed(ids, tokens.image_slots, features)
-    hidden, mask = model.mllm.read_with_queries(embeddings, tokens.attention_mask)
-    valid = mask.bool()
-    yield Result("llm_hidden", hidden, valid)
-    if features is not None:
-        hidden = fill_slots(hidden, tokens.image_slots, features)
-    connected = model.connector.connect(hidden, mask)
-    yield Result("connector", connected, valid)
-    condition, mask = model.condition(tokens, features)
-    yield Result("condition", condition, valid)
-
-    sampling = opened.config.sampling
-    guidance = float(record["guidance"])
-    half = len(ids) // 2
-    order = torch.cat([torch.arange(half, 2 * half), torch.arange(half)]) if guidance > 1 else torch.arange(half)
-    order = order.to(ids.device)
-    outputs: list[Tensor] = []
-
-    def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
-        rows = torch.cat([latents, latents]) if guidance > 1 else latents
-        outputs.append(model.dit(rows, timestep.to(rows.device).expand(len(rows)), condition[order], mask[order]))
-        return guide(outputs[-1].float(), guidance) if guidance > 1 else outputs[-1].float()
-
-    schedule = make_schedule(sampling.solver, sampling.flow_shift, sampling.num_inference_steps)
-    latents = sample(velocity, record["noise"], schedule)
-    yield Result("n_dit_calls", torch.tensor(len(outputs)))
-    yield Result("dit_first", outputs[0])
-    yield Result("dit_last", outputs[-1])
-    yield Result("final_latents", latents)
-    if not {"decoded", "image"} & set(record):
-        return
-    start = record["final_latents"].to(latents) if "final_latents" in record else latents
-    image, own = model.from_latent(start)[0], model.from_latent(latents)[0]
-    note = f"from the recorded latents; from ours {float((image - own).abs().max()):.1e} away"
-    if "decoded" in record:
-        mean, factor = model.latent_scale(start)
-        yield Result("decoded", model.pixel_decoder.decode(start / factor + mean), None, note)
-    yield Result("image", image.movedim(0, -1), None, note)
+        results["image_features"] = seen = model.encoder(record["pixel_values"])
+        features = seen.repeat(2 * half // len(seen), 1, 1)
+    steps, guidance = opened.config.sampling.num_inference_steps, float(record["guidance"])
+    parts = (model.mllm, model.connector.norm, model.connector, model.dit)
+    draw = partial(model.draw, tokens, record["noise"], steps, max(guidance, 1.0), features)
+    latents, (*states, velocities) = watch(parts, draw)
+    valid = nn.functional.pad(batch[1], (0, opened.config.num_queries), value=1).bool()
+    for name, outputs in zip(("llm_hidden", "connector", "condition"), states, strict=True):
+        results[name] = (outputs[0].roll(half, 0), valid)
+    rows, start = slice(half * (guidance <= 1), None), record.get("final_latents", latents).to(latents)
+    mean, factor = model.latent_scale(start)
+    return results | {
+        "n_dit_calls": torch.tensor(len(velocities)), "dit_first": velocities[0][rows],
+        "dit_last": velocities[-1][rows], "final_latents": latents,
+        "decoded": model.pixel_decoder.decode(start / factor + mean), "image": model.from_latent(start)[0].movedim(0, -1),
+    }  # fmt: skip
 
 
 @torch.enable_grad()
-def _training(model: Network, opened: Checkpoint, record: Record) -> Results:
-    tokens, back, theirs = _without_queries(opened, record)
-    features = model.encoder(record["und_image"]).detach() if "und_image" in record else None
-    condition, mask = model.condition(tokens, features)
-    rows = torch.arange(len(back), device=back.device)[:, None]
-    yield Result("condition", condition[rows, back], theirs)
-    with torch.no_grad():
-        clean = model.to_latent(model.encoder(record["gen_image"]))
-    noise = record["noise"].to(clean.dtype)
-    timesteps, sigmas = train_levels(record["u"])
-    noisy = interpolate(clean, noise, sigmas.to(clean.dtype))
-    out = model.dit(noisy, timesteps, condition, mask)
-    yield Result("dit_out", out)
-    loss = flow_loss(out, clean, noise)
-    yield Result("loss", loss)
-    wanted = {
-        "grad_latent_queries": model.mllm.queries,
-        "grad_projector_weight": model.connector.to_dit.weight,
-        "grad_dit_proj_out": model.dit.transformer.proj_out.weight,
-    }
-    for (entry, _), gradient in zip(wanted.items(), torch.autograd.grad(loss, list(wanted.values())), strict=True):
-        yield Result(entry, gradient)
+def training(model: Network, opened: Checkpoint, record: Record) -> Results:
+    """A step of flow matching: condition, velocity, loss, three gradients."""
+    ids, mask, marked = record["input_ids"], record["attention_mask"].bool(), record["labels"] != -100
+    behind = marked.long().flip(-1).cumsum(-1).flip(-1)  # theirs has the queries among the prompt: the last Q marked
+    queries = marked & (behind <= opened.config.num_queries)
+    prompt = mask & ~queries
+    order = prompt.long().argsort(dim=-1, descending=True, stable=True)[:, : prompt.sum(-1).max()]  # ours: behind it
+    image = slots(opened, record, "und_image") & prompt
+    tokens = Tokens(ids.gather(1, order), prompt.gather(1, order).long(), image.gather(1, order))
+    inputs = (record["gen_image"], record["noise"], record["u"], record.get("und_image"))
+    loss, (conditions, velocities) = watch((model.connector, model.dit), partial(model.flow_loss, tokens, *inputs))
+    rows = torch.arange(len(ids), device=ids.device)[:, None]
+    place = torch.where(queries, order.shape[1] + queries.long().cumsum(-1), prompt.long().cumsum(-1).clamp(min=1)) - 1
+    weights = (model.mllm.queries, model.connector.to_dit.weight, model.dit.transformer.proj_out.weight)
+    names = ("grad_latent_queries", "grad_projector_weight", "grad_dit_proj_out")
+    gradients = dict(zip(names, torch.autograd.grad(loss, weights), strict=True))
+    return {"condition": (conditions[0][rows, place], mask), "dit_out": velocities[0], "loss": loss, **gradients}
 
 
-def _slots(opened: Checkpoint, record: Record, pixels: str) -> Tensor:
+def watch(parts: Iterable[nn.Module], run: Callable[[], Tensor]) -> tuple[Tensor, list[list[Tensor]]]:
+    """Run something; return its result, and what each part gave meanwhile."""
+    seen = []
+    with contextlib.ExitStack() as hooks:
+        for part in parts:
+            seen.append(outputs := list[Tensor]())
+            hooks.enter_context(part.register_forward_hook(lambda *call, kept=outputs: kept.append(call[-1])))
+        return run(), seen
+
+
+def slots(opened: Checkpoint, record: Record, pixels: str) -> Tensor:
     """Mark the image positions of a batch; none where there are no pixels."""
-    ids, mask = record["input_ids"], record["attention_mask"].bool()
+    mask = record["attention_mask"].bool()
     if pixels not in record:
         return torch.zeros_like(mask)
     if opened.image_token_id is None:
         raise CheckpointError(f"{opened.path} does not say which token is {IMG_CONTEXT}; add its tokenizer files.")
-    return (ids == opened.image_token_id) & mask
+    return (record["input_ids"] == opened.image_token_id) & mask
 
 
-def _without_queries(opened: Checkpoint, record: Record) -> tuple[Tokens, Tensor, Tensor]:
-    """Take the query slots out of training inputs.
-
-    Returns the prompts, where each of their positions (B,L) lies in our order [prompt][queries], and which are valid.
-    """
-    ids, mask, marked = record["input_ids"], record["attention_mask"].bool(), record["labels"] != -100
-    count = opened.config.num_queries
-    order = marked.long().cumsum(-1)
-    queries = marked & (order > order[:, -1:] - count)  # the last Q marked ones; `<img>` comes before them
-    prompt = mask & ~queries
-    slots = _slots(opened, record, "und_image") & prompt
-    length = int(prompt.sum(-1).max())
-    place = (prompt.long().cumsum(-1) - 1).clamp(min=0)  # left-aligned
-    back = torch.where(queries, length + queries.long().cumsum(-1) - 1, place)
-    shape = (len(ids), length)
-    new_ids, new_mask, new_slots = ids.new_zeros(shape), ids.new_zeros(shape), slots.new_zeros(shape)
-    for row in range(len(ids)):
-        size = int(prompt[row].sum())
-        new_ids[row, :size] = ids[row, prompt[row]]
-        new_mask[row, :size] = 1
-        new_slots[row, :size] = slots[row, prompt[row]]
-    return Tokens(new_ids, new_mask, new_slots), back, mask
+TOKENIZER, SAMPLING = "encoder latent_head pixel_decoder", "encoder pixel_decoder mllm connector dit"
+GROUPS = (  # starts of the name, how, which parts that takes
+    (("train_t2i", "train_edit"), training, f"{SAMPLING} latent_head"), (("t2i", "edit"), generation, SAMPLING),
+    ("recon", reconstruction, TOKENIZER), ("train", training_levels, ""), ("sampler", sampling_levels, ""),
+)  # fmt: skip
