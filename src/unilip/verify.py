@@ -181,7 +181,8 @@ def generation(model: Network, opened: Checkpoint, record: Record) -> Results:
     return results | {
         "n_dit_calls": torch.tensor(len(velocities)), "dit_first": velocities[0][rows],
         "dit_last": velocities[-1][rows], "final_latents": latents,
-        "decoded": model.pixel_decoder.decode(start / factor + mean), "image": model.from_latent(start)[0].movedim(0, -1),
+        "decoded": model.pixel_decoder.decode(start / factor + mean),
+        "image": model.from_latent(start)[0].movedim(0, -1),
     }  # fmt: skip
 
 
