@@ -36,9 +36,7 @@ def serve(o: Options) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("unilip"):
             raise
-        raise UniLIPError(
-            f"Serving needs the package {error.name}; {install('serve')}."
-        ) from error
+        raise UniLIPError(f"Serving needs the package {error.name}; {install('serve')}.") from error
     from unilip.serve import log
     from unilip.serve.metrics import Metrics
 
@@ -81,9 +79,7 @@ def spread(o: Options, common: dict[str, Any]) -> tuple[Any, str]:
     try:
         from unilip.serve.remote import RemoteEngine, Replicas
     except ModuleNotFoundError as error:
-        raise UniLIPError(
-            f"--ray needs the package {error.name}; {install('ray')}."
-        ) from error
+        raise UniLIPError(f"--ray needs the package {error.name}; {install('ray')}.") from error
     device = choose_device(o.device)
     assert o.ray is not None
     most = o.max_replicas or o.ray

@@ -218,7 +218,7 @@ def tell(summary: Mapping[str, Any]) -> list[str]:
     if summary["parts"]:
         lines.append("  by part: " + ", ".join(f"{name} {value:.4f}" for name, value in summary["parts"].items()))
     for name, value in summary.get("whole", {}).items():
-        lines.append(f"  {name:<20} {value:.4f}")
+        lines.append(f"  {name:<20} {value:.4f}" if isinstance(value, float) else f"  {name:<20} {value}")
     open_ones = {status: n for status, n in summary["statuses"].items() if status != "ok"}
     if open_ones:
         lines.append("  NOT SCORED: " + ", ".join(f"{n} {status}" for status, n in open_ones.items()))
