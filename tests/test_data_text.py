@@ -263,3 +263,13 @@ def test_training_twice_gives_the_same_bytes(tokenizer, tmp_path):
 def test_too_small_a_vocabulary_is_refused():
     with pytest.raises(DataError, match="at least 320"):
         train_tokenizer(World.pico(), 100)
+
+
+def test_words_that_training_never_read_are_found(tokenizer):
+    from unilip.checkpoints.tokenizer import load_tokenizer
+    from unilip.model import UniLIP
+
+    for one in (load_tokenizer(tokenizer[1]), UniLIP.from_pretrained(parts=("mllm",)).processor.tokenizer):
+        found = one.unread("A RED car, and the Car's dragon; 3 roter Drachen \u9f99 \N{DRAGON FACE}")
+        assert found == ["dragon", "roter", "drachen", "\u9f99"]
+        assert one.unread("a photograph of an owl") == ["photograph", "owl"] and one.unread("") == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.jinja",
 )  # fmt: skip
+WORD = r"[^\W\d_]+"  # letters of any script
 LARGEST_FILE = 64 * 2**20  # bytes; Qwen2's tokenizer.json has 11 MiB
 
 QWEN2_SPLIT = (
@@ -79,6 +81,7 @@ class Tokenizer:
         self.vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         names = self._settings("tokenizer_config.json"), self._settings("special_tokens_map.json")
         self.pad_id = next((self.token_id(n) for n in (_content(s.get("pad_token")) for s in names) if n), None)
+        self.known = frozenset(names[0].get("known_words") or ())
         # people's words never become these: special tokens, and anything else that looks like markup
         self._reserved = {t["content"]: t["id"] for t in added if t.get("special") or t["content"][:1] == "<"}
 
@@ -105,6 +108,11 @@ class Tokenizer:
         if not special and not set(self._reserved.values()).isdisjoint(ids):
             ids = self._plain.encode(text, add_special_tokens=False).ids
         return ids
+
+    def unread(self, text: str) -> list[str]:
+        """Return the words of a text, in lower case, that training never read; none where nobody knows."""
+        words = dict.fromkeys(re.findall(WORD, text.lower())) if self.known else ()
+        return [word for word in words if word not in self.known]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens."""

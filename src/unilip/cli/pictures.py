@@ -19,6 +19,7 @@ from unilip.cli.terminal import (
     plural,
     requests,
     sampling,
+    say,
     seeded,
     slug,
 )
@@ -37,6 +38,7 @@ def paint(o: Options, report: Report, model: UniLIP, work: Sequence[Request], ou
     settings, about = sampling(o, model), describe_model(o, model)
     report.record |= {**about, "settings": settings}
     report.loaded()
+    tell_unread(report, model, work)
     made = []
     for batch in shown(o, work):
         for request, image in zip(batch, draw(batch, settings), strict=True):
@@ -50,6 +52,16 @@ def paint(o: Options, report: Report, model: UniLIP, work: Sequence[Request], ou
     steps = settings["num_inference_steps"]
     report.end(f"{plural(len(made), 'picture')} of {plural(steps, 'step')}", images=made)
     return 0
+
+
+def tell_unread(report: Report, model: UniLIP, work: Sequence[Request]) -> None:
+    """Say which words a model of a small world never read: it takes them for others."""
+    tokenizer = model.processor.tokenizer if model.processor else None
+    find = getattr(tokenizer, "unread", None)
+    words = list(dict.fromkeys(word for r in work for word in find(r.text))) if find else []
+    if words:
+        report.record["unread"] = words
+        say(f"never read in training: {', '.join(words[:10])}{' ...' if len(words) > 10 else ''}")
 
 
 def shown(o: Options, work: Sequence[Any], unit: str = "picture") -> Iterator[Sequence[Any]]:
@@ -169,6 +181,7 @@ def ask(o: Options) -> int:
     choices = {name: getattr(o, name) for name in ("max_new_tokens", "temperature", "top_p", "max_tiles")}
     report.record |= {**describe_model(o, model), "settings": choices}
     report.loaded()
+    tell_unread(report, model, found)
     if len(groups) == 1 and not o.json:
         images, request = groups[0]
         for piece in model.ask(images, request.text, generator=seeded(request.seed), stream=True, **choices):

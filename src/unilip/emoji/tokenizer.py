@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from unilip.checkpoints.tokenizer import FOLDS, QWEN2_SPLIT
+from unilip.checkpoints.tokenizer import FOLDS, QWEN2_SPLIT, WORD
 from unilip.checkpoints.tokenizer import Tokenizer as Trained
 from unilip.data.errors import DataError
 from unilip.data.seeding import generator
@@ -112,8 +113,11 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(world, sentences, seed), trainer)
-    files = _files(tokenizer.to_str(pretty=False))
+    texts = list(corpus(world, sentences, seed))
+    tokenizer.train_from_iterator(texts, trainer)
+    never = {word for name in world.extra for word in name.split()}  # only in this corpus, so that they are few tokens
+    read = [set(re.findall(WORD, text.lower())) for text in texts if text not in SMALL_TALK]
+    files = _files(tokenizer.to_str(pretty=False), sorted(set().union(*(words for words in read if not words & never))))
     if path is not None:
         Path(path).mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
@@ -121,8 +125,8 @@ def train_tokenizer(
     return Trained({name: text.encode() for name, text in files.items()})
 
 
-def _files(content: str) -> dict[str, str]:
-    """Return the tokenizer files by name; other programs find the chat template and the special tokens in them."""
+def _files(content: str, words: list[str]) -> dict[str, str]:
+    """Return the tokenizer files by name: chat template, special tokens, and the words that the corpus has."""
     special = {
         "eos_token": EOS,
         "pad_token": PAD,
@@ -134,6 +138,7 @@ def _files(content: str) -> dict[str, str]:
         "model_max_length": 4096,
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
+        "known_words": words,
     }
     return {
         "tokenizer.json": content + "\n",
