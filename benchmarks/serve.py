@@ -6,7 +6,8 @@
 1. In a process of its own, an engine is called in sequence: one picture after the other.
 2. `unilip serve` is started in another, and as many pictures are drawn by one client and by `--clients` at once.
    The pictures of all three must be the same.
-3. `--requests` of all kinds, 5 % of them malformed, by `--clients` clients: statuses, 5xx, resident memory.
+3. `--requests` of all kinds, 5 % of them malformed, by `--clients` clients, beside `--misbehaving` others that stall,
+   send halves, do not read, lie and leave: statuses, 5xx, latency, resident memory. Then SIGTERM while requests run.
 A table goes to stdout, and everything to a file with `--json FILE`. The server is a child of this process and uses the
 processors that it may use (`taskset`).
 """
@@ -14,6 +15,7 @@ processors that it may use (`taskset`).
 from __future__ import annotations
 
 import argparse
+import asyncio
 import base64
 import io
 import json
@@ -202,7 +204,7 @@ class Mix:
             lambda: client.post("/v1/images/generations", content=b"[" * 20_000, headers=as_json),
             lambda: client.post("/v1/images/edits", data={"prompt": "a"}, files={"image": image}),
             lambda: client.post("/v1/images/edits", data={"prompt": "a"}, files={"image": whole[: len(whole) // 2]}),
-            lambda: client.post("/v1/images/reconstructions", files={"image": whole + b"PK\x03\x04"}),
+            lambda: client.post("/v1/images/reconstructions", files={"image": whole[:-9] + b"PK\x03\x04"}),
             lambda: client.post(
                 "/v1/images/reconstructions", content=b"--x", headers={"Content-Type": "multipart/form-data"}
             ),
@@ -213,6 +215,64 @@ class Mix:
             lambda: client.get("/v1/" + "".join(pick.choice("abc/.%") for _ in range(12))),
         ]
         return pick.choice(choices)().status_code
+
+
+class Nuisance:
+    """Clients that misbehave, on twenty addresses of the loopback network, in an event loop of their own."""
+
+    def __init__(self, address: str, count: int) -> None:
+        self.port, self.count = int(address.rpartition(":")[2]), count
+        self.done: Counter[str] = Counter()
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+
+    def __enter__(self) -> Nuisance:
+        self.thread.start()
+        self.tasks = [asyncio.run_coroutine_threadsafe(self.client(n), self.loop) for n in range(self.count)]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for task in self.tasks:
+            task.cancel()
+        time.sleep(0.5)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(10)
+
+    async def client(self, number: int) -> None:
+        """Misbehave in one way after the other, each time on a new connection."""
+        pick = random.Random(number)
+        post = b"POST /v1/images/edits HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=a\r\n"
+        ways: dict[str, bytes] = {
+            "says nothing": b"",
+            "sends half a head": b"GET /health HTTP/1.1\r\nHost: lo",
+            "sends half a body": post + b"Content-Length: 1000000\r\n\r\n" + b"x" * 50_000,
+            "sends half a body where none is wanted": post.replace(b"v1/images/edits", b"health")
+            + b"Content-Length: 1000000\r\n\r\n" + b"x" * 50_000,
+            "does not read": b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50,
+            "speaks another language": bytes(pick.randrange(256) for _ in range(300)) + b"\r\n\r\n",
+            "is a foreign page": post.replace(b"localhost", b"evil.example") + b"Content-Length: 5\r\n\r\nabcde",
+            "leaves": b'POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
+            b'Content-Length: 28\r\n\r\n{"prompt": "a", "steps": 100}'[:-1] + b"}",
+        }  # fmt: skip
+        while True:
+            way = pick.choice(list(ways))
+            source = (f"127.0.0.{2 + number % 20}", 0)
+            try:
+                reader, writer = await asyncio.open_connection("127.0.0.1", self.port, local_addr=source)
+                writer.write(ways[way])
+                await asyncio.wait_for(writer.drain(), 5)
+                if way == "leaves":
+                    await asyncio.sleep(pick.random())
+                elif way == "does not read":
+                    await asyncio.sleep(10)
+                else:
+                    while await asyncio.wait_for(reader.read(65536), 45):
+                        pass
+                writer.close()
+            except (OSError, TimeoutError, asyncio.TimeoutError):
+                pass
+            self.done[way] += 1
+            await asyncio.sleep(pick.random())
 
 
 def resident(pid: int) -> float:
@@ -264,6 +324,10 @@ def mixed(address: str, pid: int, clients: int, requests: int, log: Any) -> dict
         ),
         "p50": percentile(latencies, 0.5),
         "p95": percentile(latencies, 0.95),
+        "p100": max(latencies),
+        "dishonest_server_errors": sum(
+            count for status, count in every_status.items() if status >= 500 and status != 503
+        ),
         "memory_settled_mib": before,
         "memory_final_mib": after,
         "memory_drift": after / before - 1,
@@ -280,6 +344,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of these pictures (the model's own)")
     parser.add_argument("--max-batch", type=int, default=8)
     parser.add_argument("--requests", type=int, default=200, help="of the mixed run (200; the long run has 10000)")
+    parser.add_argument("--misbehaving", type=int, default=200, help="clients that misbehave meanwhile (200)")
     parser.add_argument("--json", metavar="FILE", help="write everything there")
     o = parser.parse_args()
 
@@ -302,7 +367,27 @@ def main() -> None:
         many = at_once(address, o.clients, o.pictures, o.steps)
         after = batches(address)
         log(f"3. {o.requests} mixed requests")
-        load = mixed(address, process.pid, o.clients, o.requests, log)
+        with Nuisance(address, o.misbehaving) as nuisance:
+            load = mixed(address, process.pid, o.clients, o.requests, log)
+        with ThreadPoolExecutor(o.clients) as pool, httpx.Client(base_url=address, timeout=120) as client:
+            body = {"prompt": PROMPTS[0], "steps": 20}
+            last = [pool.submit(client.post, "/v1/images/generations", json=body) for _ in range(o.clients)]
+            time.sleep(1)
+            process.terminate()
+            ends: Counter[str] = Counter()
+            for one_of in last:
+                try:
+                    found = one_of.result()
+                    ends[
+                        str(found.status_code)
+                        + (
+                            " without Retry-After"
+                            if found.status_code == 503 and "retry-after" not in found.headers
+                            else ""
+                        )
+                    ] += 1
+                except httpx.HTTPError as error:
+                    ends[type(error).__name__] += 1
     run = {key: after[key] - before[key] for key in after}
     batch_seconds = run["seconds"] / max(1, run["batches"])
     # who arrives last finds a batch at work and all others before him: these full batches, his own among the last
@@ -333,6 +418,8 @@ def main() -> None:
         "identical_pictures": same,
         "largest_difference": difference,
         "mixed": load,
+        "misbehaved": dict(nuisance.done),
+        "sigterm": dict(ends),
         "server_said": [line.strip() for line in noise],
     }
     rows = [
@@ -352,7 +439,13 @@ def main() -> None:
         ),
         ("mixed requests, seconds", f"{load['requests']}, {load['seconds']:.0f}"),
         ("statuses", ", ".join(f"{status}: {count}" for status, count in load["statuses"].items())),
-        ("5xx", str(load["server_errors"])),
+        ("5xx; other than 503", f"{load['server_errors']}; {load['dishonest_server_errors']}"),
+        (
+            "latency of mixed requests, p50 / p95 / longest",
+            f"{load['p50']:.2f} / {load['p95']:.2f} / {load['p100']:.2f} s",
+        ),
+        ("misbehaving clients, connections they made", f"{o.misbehaving}, {sum(nuisance.done.values())}"),
+        ("SIGTERM under load", ", ".join(f"{status}: {count}" for status, count in sorted(ends.items()))),
         (
             "malformed that were accepted, good that were refused",
             f"{load['accepted_malformed']}, {load['refused_good']}",

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -441,3 +442,38 @@ def test_a_taken_port_is_told_before_a_model_is_loaded(capsys, monkeypatch):
         port = other.getsockname()[1]
         assert cli.main(["studio", "--port", str(port)]) == 2
     assert f"port {port}" in capsys.readouterr().err
+
+
+def test_invented_visitors_do_not_delete_what_others_made(studio, tmp_path, monkeypatch, source):
+    monkeypatch.setattr("unilip.serve.studio_desk.MAX_DESKS", 5)
+    desks = Desks(tmp_path, "tiny")
+    mine = desks.get("me")
+    last(studio.reconstruct(mine, source, "crop"))
+    for number in range(50):
+        desks.get(f"stranger {number}")
+    assert len(desks) == 5 and desks.get("me") is mine and mine.folder.exists() and len(mine.entries) == 1
+    for number in range(4):
+        last(studio.reconstruct(desks.get(f"worker {number}"), source, "crop"))
+    with pytest.raises(UniLIPError, match="5 pages are open"):
+        desks.get("one more")
+    mine.used -= 4000
+    desks.get("one more")
+    assert not mine.folder.exists()
+
+
+def test_uploads_go_with_the_page_and_examples_stay(engine, tmp_path):
+    from unilip.serve.studio_desk import Studio
+
+    studio, desks = Studio(engine, tmp_path), Desks(tmp_path / "desks", "tiny")
+    for name in ("example.png", "mine.png"):
+        Image.new("RGB", (9, 9), "red").save(tmp_path / name)
+    studio.kept = frozenset({(tmp_path / "example.png").resolve()})
+    desk = desks.get("me")
+    for name in ("example.png", "mine.png"):
+        page, _ = last(studio.reconstruct(desk, str(tmp_path / name), "crop"))
+        assert page["score"] > 0
+    shown = Path(desk.show(Image.new("RGB", (9, 9))))
+    desks.drop("me")
+    assert (tmp_path / "example.png").exists() and not (tmp_path / "mine.png").exists() and not shown.exists()
+    page, statuses = last(studio.reconstruct(desks.get("me"), "/etc/hostname", "crop"))
+    assert "was not uploaded here" in statuses[-1]

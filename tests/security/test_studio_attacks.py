@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx
 import pytest
@@ -76,9 +76,9 @@ def shapes_of(path):
     ]  # fmt: skip
 
 
-def told(client, address, fn, data, event=None):
+def told(client, address, fn, data, event=None, session=None):
     """Everything that the studio answers to one call of a function of its page."""
-    session = os.urandom(8).hex()
+    session = session or os.urandom(8).hex()
     body = {"data": data, "fn_index": fn, "session_hash": session, "event_data": event, "trigger_id": None}
     text = client.post(f"{address}/gradio_api/run/predict", json=body).text
     joined = client.post(f"{address}/gradio_api/queue/join", json=body)
@@ -241,6 +241,48 @@ def test_uploads_are_counted_and_limited(tiny_model, monkeypatch):
         assert large.status_code == 413
 
 
+def reconstruct(client, address):
+    """The number of the function that the button "Reconstruct" calls."""
+    config = client.get(f"{address}/config").json()
+    kinds = {part["id"]: part for part in config["components"]}
+    first = {
+        one["id"]: kinds[one["inputs"][0]]["props"].get("elem_id") for one in config["dependencies"] if one["inputs"]
+    }
+    return next(number for number, name in first.items() if name == "reconstruct-source")
+
+
+def test_pictures_are_gone_when_their_page_is_closed(open_studio):
+    address, _ = open_studio
+    picture = io.BytesIO()
+    Image.effect_noise((40, 40), 50).save(picture, "PNG")
+    session = os.urandom(8).hex()
+    with httpx.Client(timeout=60) as client, httpx.Client(timeout=60) as other:
+        with other.stream("GET", f"{address}/gradio_api/heartbeat/{session}") as beat:
+            alive = beat.iter_lines()  # kept: without it the connection would be closed
+            next(alive)
+            (path,) = uploaded(client, address, picture.getvalue()).json()
+            number = reconstruct(client, address)
+            body = {"data": [file_of(path), "resize"], "fn_index": number, "session_hash": session}
+            assert client.post(f"{address}/gradio_api/queue/join", json=body).status_code == 200
+            text, end = "", time.monotonic() + 60
+            with client.stream("GET", f"{address}/gradio_api/queue/data?session_hash={session}") as stream:
+                for line in stream.iter_lines():
+                    text += line
+                    assert time.monotonic() < end
+                    if "process_completed" in line:
+                        break
+            urls = {*urls_in(text), path}
+            assert len(urls) >= 4
+            found = [client.get(f"{address}/gradio_api/file={url}") for url in urls]
+            assert [answer.status_code for answer in found] == [200] * len(urls)
+        left = urls
+        while left and time.monotonic() < end:
+            with suppress(httpx.ReadError):  # a file that goes while it is sent
+                left = {url for url in left if client.get(f"{address}/gradio_api/file={url}").status_code == 200}
+            time.sleep(0.3)
+        assert not left
+
+
 def test_a_bomb_is_not_decoded(open_studio):
     """144 million pixels in 20 kB: told beside the button, in a moment."""
     address, _ = open_studio
@@ -248,14 +290,8 @@ def test_a_bomb_is_not_decoded(open_studio):
     Image.new("1", (12_000, 12_000)).save(bomb, "PNG")
     with httpx.Client(timeout=60) as client:
         (path,) = uploaded(client, address, bomb.getvalue()).json()
-        config = client.get(f"{address}/config").json()
-        kinds = {part["id"]: part for part in config["components"]}
-        (wanted,) = [
-            one for one in config["dependencies"]
-            if [kinds[number]["props"].get("elem_id") for number in one["inputs"]][:1] == ["reconstruct-source"]
-        ]  # fmt: skip
         started = time.monotonic()
-        text = told(client, address, wanted["id"], [file_of(path), "resize"])
+        text = told(client, address, reconstruct(client, address), [file_of(path), "resize"])
         assert "12000x12000 px" in text and time.monotonic() - started < 5
 
 

@@ -30,6 +30,7 @@ FILES = "/v1/images/files/"
 OPEN_PATHS = ("/health", "/ready", "/openapi.json", "/docs", "/redoc", FILES)
 MAX_TEXT = 64 * 1024
 BODIES: Mapping[str, int] = {"/v1/images/generations": MAX_TEXT}
+BODILESS = ("GET", "HEAD", "OPTIONS")
 BODY_SECONDS = 60.0  # for a whole body
 PIECE_SECONDS = 10.0  # between two pieces of one
 MAX_CALLERS = 10_000
@@ -131,9 +132,10 @@ class Guard:
                     return
             if isinstance(found, bytes):
                 body = len(found)
-                if not body and ("transfer-encoding" in headers or headers.get("content-length", "0") != "0"):
+                if not body and _has_body(headers):
                     added.append(CLOSE)
-                await self.app(scope, replay(found, receive), marked)
+                untouched = scope["method"] in BODILESS and not _has_body(headers)
+                await self.app(scope, receive if untouched else replay(found, receive), marked)
                 return
             added.append(CLOSE)
             await found.response()(scope, receive, marked)
@@ -229,7 +231,7 @@ class Guard:
     async def _read(self, scope: Scope, receive: Receive) -> bytes | Trouble | None:
         """Return the whole body, or what is wrong with it, or None for a client that left."""
         path, bodies = scope["path"], self.rules.bodies
-        if scope["method"] in ("GET", "HEAD", "OPTIONS") or (path not in bodies and self._is_open(path)):
+        if scope["method"] in BODILESS or (path not in bodies and self._is_open(path)):
             return b""
         most = min(bodies.get(path, self.rules.max_body), self.rules.max_body)
         too_large = Trouble(
@@ -277,6 +279,10 @@ PREFLIGHT = {
 def _asks_leave(scope: Scope, headers: Mapping[str, str]) -> bool:
     """Whether this is a browser's question if a page may send its request (a CORS preflight)."""
     return scope["method"] == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
+
+
+def _has_body(headers: Mapping[str, str]) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 def replay(data: bytes, receive: Receive) -> Receive:

@@ -64,3 +64,4 @@ def set_up(level: str = "info", form: str = "text", with_access: bool = False) -
     ours.handlers.clear()
     ours.setLevel(level.upper())
     access.setLevel(logging.INFO if with_access else logging.WARNING)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # strangers must not fill the log with their warnings

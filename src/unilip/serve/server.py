@@ -32,6 +32,7 @@ MAX_OF_ADDRESS = 250
 HEAD_SECONDS = 10.0  # for the head of a request, from the opening of the connection or the end of the answer before
 STUCK_SECONDS = 30.0  # for which a client may read less than SLOWEST bytes a second of its answer
 SLOWEST = 2048
+GRACE_SECONDS = 0.5  # at the end, in which what was on its way still gets its 503
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -154,6 +155,8 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End: what the engine cannot finish in time is answered by 503, while there are still connections for it."""
         draining = asyncio.create_task(asyncio.to_thread(self.engine.drain, self.drain_seconds))
+        if not self.force_exit:
+            await asyncio.sleep(GRACE_SECONDS)
         await super().shutdown(sockets)
         if self.force_exit:
             await asyncio.to_thread(self.engine.drain, 0)

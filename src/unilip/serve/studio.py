@@ -27,6 +27,7 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from PIL import Image
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -208,11 +209,21 @@ class _Bound:
         return [*self.outputs.values(), self.go, self.stop]
 
     def __call__(self, request: gr.Request, *inputs: Any) -> Iterator[dict[Any, Any]]:
-        desk = self.desks.get(str(request.session_hash))
+        try:
+            desk = self.desks.get(str(request.session_hash))
+        except UniLIPError as error:
+            yield {self.outputs["status"]: note(str(error), "error")}
+            return
         yield {self.go: type(self.go)(interactive=False), self.stop: gr.Button(visible=True)}
         last: dict[Any, Any] = {}
+
+        def shown(value: Any) -> Any:  # Gradio would keep a picture until the end; a file of the desk goes with it
+            if isinstance(value, tuple):
+                return tuple(shown(one) for one in value)
+            return desk.show(value) if isinstance(value, Image.Image) else value
+
         for update in self.handler(desk, *inputs):
-            last = {self.outputs[name]: value for name, value in update.items() if name in self.outputs}
+            last = {self.outputs[name]: shown(value) for name, value in update.items() if name in self.outputs}
             if last:
                 yield last
         yield last | {self.go: type(self.go)(interactive=True), self.stop: gr.Button(visible=False)}
@@ -625,7 +636,9 @@ def create_app(
     folder = Path(tempfile.mkdtemp(prefix="unilip-studio-")).resolve()
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     desks = Desks(folder / "desks", about.name, metadata)
-    page = Page(engine, desks, about, samples or Samples(), folder).build()
+    maker = Page(engine, desks, about, samples or Samples(), folder)
+    page = maker.build()
+    maker.studio.kept = frozenset(path for path in folder.rglob("*") if path.is_file())
     page.queue(default_concurrency_limit=16, max_size=256)
 
     @asynccontextmanager

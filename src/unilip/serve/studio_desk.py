@@ -75,6 +75,8 @@ class Desk:
         self.entries: list[Entry] = []
         self.turns: list[Turn] = []
         self.messages: list[dict[str, Any]] = []  # the conversation as it is shown
+        self.used = time.monotonic()
+        self.uploads: set[Path] = set()  # what was uploaded for it; gone when it closes
         self._tickets: dict[str, Ticket] = {}
         self._numbers = 0
         self._lock = threading.RLock()
@@ -132,6 +134,13 @@ class Desk:
             while len(self.entries) > 1 and sum(len(e.files) + len(e.sources) for e in self.entries) > MAX_PICTURES:
                 self._remove(self.entries.pop(0))
         return files
+
+    def show(self, image: Image.Image) -> str:
+        """Write a picture that is only shown; returns its file, which goes with the desk."""
+        with self._lock:
+            self._numbers += 1
+            number = self._numbers
+        return str(self._write(image, f"shown-{number}.png", None))
 
     def _write(self, image: Image.Image, name: str, about: Mapping[str, Any] | None) -> Path:
         path, part = self.folder / name, self.folder / f"{name}.part"
@@ -192,6 +201,8 @@ class Desk:
             for ticket in self._tickets.values():
                 ticket.cancel()
         shutil.rmtree(self.folder, ignore_errors=True)
+        for path in self.uploads:
+            path.unlink(missing_ok=True)
 
 
 class Desks:
@@ -203,13 +214,25 @@ class Desks:
         self._lock = threading.Lock()
 
     def get(self, key: str) -> Desk:
-        """Return the desk of a page, a new one at first."""
+        """Return the desk of a page, a new one at first.
+
+        Where there are too many, one that has nothing on it goes, or one that nobody used for an hour.
+
+        Raises:
+            UniLIPError: all are in use.
+        """
         with self._lock:
             if key in self._desks:
                 self._desks[key] = self._desks.pop(key)  # the last one is the latest in use
+                self._desks[key].used = time.monotonic()
                 return self._desks[key]
-            idle = [k for k, desk in self._desks.items() if not desk.busy]
-            old = [self._desks.pop(k) for k in idle[: max(0, len(self._desks) + 1 - MAX_DESKS)]]
+            old: list[Desk] = []
+            if len(self._desks) >= MAX_DESKS:
+                empty = [k for k, desk in self._desks.items() if not (desk.busy or desk.entries or desk.turns)]
+                idle = [k for k, desk in self._desks.items() if not desk.busy and time.monotonic() - desk.used > 3600]
+                if not (empty or idle):
+                    raise UniLIPError(f"{MAX_DESKS} pages are open here, and all are in use; try again later.")
+                old.append(self._desks.pop((empty or idle)[0]))
             desk = self._desks[key] = Desk(self.folder / secrets.token_hex(16), self.model, self.metadata)
         for one in old:
             one.close()
@@ -326,6 +349,7 @@ class Studio:
     def __init__(self, engine: Engine, folder: Path | None = None) -> None:
         self.engine = engine
         self.folder = folder
+        self.kept: frozenset[Path] = frozenset()  # files of the folder that are everybody's: the examples
         self.size = engine.config.image_size
 
     def _follow(
@@ -345,6 +369,13 @@ class Studio:
             return ticket.result()
         finally:
             desk.end(place, ticket)
+
+    def _read(self, desk: Desk, path: str | None, what: str) -> Image.Image:
+        """Return an uploaded picture, which the desk has from now on."""
+        image = read_picture(path, what, self.folder)
+        if self.folder is not None and path and Path(path).resolve() not in self.kept:
+            desk.uploads.add(Path(path).resolve())
+        return image
 
     @staticmethod
     def _step(event: Event) -> Update:
@@ -375,7 +406,7 @@ class Studio:
         steps: float, guidance: float, solver: str, fit: str, keep_aspect: bool,
     ) -> Iterator[Update]:  # fmt: skip
         """Change a picture: "slider" (before, after), "difference", "edited" the file, "seed"."""
-        source = read_picture(path, "picture to change", self.folder)
+        source = self._read(desk, path, "picture to change")
         shape = cast(Fit, fit)
         job = Edit(
             source, instruction, seed=None if fresh else whole(seed, "The seed"), steps=int(steps),
@@ -407,7 +438,7 @@ class Studio:
     @kindly
     def reconstruct(self, desk: Desk, path: str | None, fit: str) -> Iterator[Update]:
         """Encode a picture and draw it again: "seen", "again" (files), "difference", the PSNR in "score"."""
-        source = read_picture(path, "picture to reconstruct", self.folder)
+        source = self._read(desk, path, "picture to reconstruct")
         shape = cast(Fit, fit)
         result = yield from self._follow(
             desk, "reconstruct", Reconstruct(source, fit=shape), lambda event: {"status": bar(event)}
@@ -454,7 +485,7 @@ class Studio:
     def _say(self, desk: Desk, message: Mapping[str, Any], mode: Mode) -> Iterator[Update]:
         files = list(message.get("files") or ())
         text = str(message.get("text") or "").strip()
-        pictures = tuple(read_picture(path, "picture", self.folder) for path in files)
+        pictures = tuple(self._read(desk, path, "picture") for path in files)
         text = check_prompt(text, "message") if text or not pictures else "Describe the picture."
         newest = pictures or next((turn.images for turn in reversed(desk.turns) if turn.images), ())
         wanted, words = intent(text, bool(newest)) if mode == "auto" else (mode, text)
