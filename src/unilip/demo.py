@@ -1,19 +1,21 @@
 """The demonstration: every ability of a model on a handful of pictures, as one web page that is honest about it.
 
-Goes in: a model, the example pictures beside its weights, a folder. Comes out: index.html with its PNGs. The examples
-are scenes that no training saw, with their true captions, answers and edited pictures, which the page shows beside
-what the model made; one picture in the manner of a photograph shows what lies outside a small model's world.
+In:  a model, the example pictures beside its weights, a folder.
+Out: index.html with its PNGs. The examples are scenes that no training saw, with their true captions, answers and
+     edited pictures; one picture in the manner of a photograph shows what lies outside a small model's world.
 """
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import os
 import re
+import shlex
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -109,26 +111,21 @@ def _plain(text: str) -> str:
 def photograph(size: int = 224, seed: int = 0) -> Image.Image:
     """Make up a picture in the manner of a photograph: hills under clouds, every pixel with its own shade."""
     rng = np.random.default_rng(seed)
-    down, across = np.mgrid[0:size, 0:size] / size  # (S,S) each
+    down = np.mgrid[0:size, 0:size][0][..., None] / size  # (S,S,1)
 
-    def noise(finest: int, falloff: float = 2.0) -> np.ndarray:
+    def noise(finest: int) -> np.ndarray:
         total = np.zeros((size, size))
         for power in range(1, finest + 1):
             cells = Image.fromarray(rng.random((2**power + 1,) * 2).astype(np.float32))
-            total += np.asarray(cells.resize((size, size), Image.Resampling.BICUBIC)) / falloff**power
-        return total / total.max()
+            total += np.asarray(cells.resize((size, size), Image.Resampling.BICUBIC)) / 2**power
+        return total[..., None] / total.max()
 
-    sky = np.array([0.38, 0.56, 0.80]) + down[..., None] * np.array([0.62, 0.36, 0.10])
-    clouds = np.clip(noise(6) * 2.4 - 1.3, 0, 1)[..., None]
-    picture = sky * (1 - clouds) + clouds
-    hills = ((0.50, (0.50, 0.58, 0.66), 1.8), (0.60, (0.40, 0.50, 0.34), 1.4), (0.74, (0.42, 0.46, 0.20), 1.1))
-    for height, tint, falloff in hills:  # the nearer, the rougher
-        ridge = height + 0.12 * (noise(6)[0] - 0.5)  # (S)
-        shade = (0.2 + 1.1 * noise(7, falloff))[..., None] * np.array(tint)
-        picture = np.where((down > ridge[None])[..., None], shade, picture)
-    glow = np.exp(-((across - 0.72) ** 2 + (down - 0.30) ** 2) / 0.03)[..., None] * np.array([0.5, 0.4, 0.15])
-    grain = rng.normal(0, 0.02, (size, size, 3))
-    return Image.fromarray((np.clip(picture + glow + grain, 0, 1) * 255).round().astype(np.uint8))
+    clouds = np.clip(noise(6) * 2.4 - 1.3, 0, 1)
+    picture = clouds + (1 - clouds) * ([0.38, 0.56, 0.80] + down * [0.62, 0.36, 0.10])
+    for height, tint in ((0.50, (0.50, 0.58, 0.66)), (0.60, (0.40, 0.50, 0.34)), (0.74, (0.42, 0.46, 0.20))):
+        ridge = height + 0.12 * (noise(6)[:1] - 0.5)  # (1,S,1)
+        picture = np.where(down > ridge, (0.2 + 1.1 * noise(7)) * tint, picture)
+    return Image.fromarray((np.clip(picture + rng.normal(0, 0.02, picture.shape), 0, 1) * 255).astype(np.uint8))
 
 
 # --- the folder -----------------------------------------------------------------------------------------------------
@@ -162,53 +159,58 @@ def _replace_files(new: Path, folder: Path) -> None:
 # --- the demonstration ----------------------------------------------------------------------------------------------
 
 
-def run(model: UniLIP, folder: Path, seed: int = 0, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def run(
+    model: UniLIP,
+    folder: Path,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+    *,
+    source: str | None = None,
+    loaded: str = "",
+) -> dict[str, Any]:
     """Try everything, write the page to `folder`, and return the numbers on it.
 
-    `say` gets a line after each part. The folder changes only once all is done.
+    `say` gets a line after each part. `source` is where the model is from, for the commands on the page, `loaded` a
+    remark on how long loading took. The folder changes only once all is done.
 
     Raises:
         UniLIPError: the folder holds something else, or the model lacks a part.
     """
     check_folder(folder)
-    folder = folder.absolute()
-    new = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    place = folder.absolute()
+    new = place.with_name(f".{place.name}.part-{os.getpid()}")
     new.mkdir()
     try:
-        show = _Show(model, new, seed)
+        show = _Show(model, new, seed, str(folder), source)
         sections = []
-        for part in (show.reconstruct, show.generate, show.edit, show.ask, show.outside):
+        for part in (show.generate, show.edit, show.ask, show.reconstruct, show.outside):
             title, line, body = part()
-            sections.append((title, line, body))
+            sections.append(f"<section><h2>{title}</h2><p>{html.escape(line)}</p>{body}</section>")
             say(f"{title.lower()}: {line}")
-        page = _page(model, sections, show.result)
-        (new / PAGE).write_text(page, encoding="utf-8")
-        _replace_files(new, folder)
+        (new / PAGE).write_text(show.page(sections, loaded), encoding="utf-8")
+        _replace_files(new, place)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    return {**show.result, "page": str(folder / PAGE)}
+    return {**show.result, "page": str(place / PAGE)}
 
 
 class _Show:
     """The parts of the demo; each returns its title, one line of numbers, and its HTML."""
 
-    def __init__(self, model: UniLIP, folder: Path, seed: int) -> None:
-        self.model, self.folder, self.seed = model, folder, seed
+    def __init__(self, model: UniLIP, folder: Path, seed: int, shown: str, source: str | None) -> None:
+        self.model, self.folder, self.seed, self.shown, self.source = model, folder, seed, shown, source
         self.examples = examples()
         self.result: dict[str, Any] = {"seed": seed, "seconds": {}}
-        self._clock = 0.0
 
     def save(self, image: Image.Image, name: str) -> str:
         image.save(self.folder / f"{name}.png", optimize=True)
         return f"{name}.png"
 
-    def start(self) -> None:
-        self._clock = time.perf_counter()
-
-    def took(self, part: str) -> str:
-        seconds = time.perf_counter() - self._clock
-        self.result["seconds"][part] = round(seconds, 2)
-        return f"{seconds:.1f} s"
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.result["seconds"][part] = round(time.perf_counter() - start, 2)
 
     def generators(self, count: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(self.seed) for _ in range(count)]
@@ -216,127 +218,167 @@ class _Show:
     def square(self, image: Image.Image) -> Image.Image:
         return fit_square(image, self.model.config.image_size)
 
+    def command(self, *words: str, seeded: bool = False) -> str:
+        """A command that does one of the block again; names of pictures become paths."""
+        words = tuple(str(Path(self.shown) / w) if w.endswith(".png") else w for w in words)
+        words += ("--seed", str(self.seed)) * seeded + (("--model", self.source) if self.source else ())
+        return f"<pre>{html.escape(shlex.join(('unilip', *words)))}</pre>"
+
     def pair(self, source: Image.Image, name: str, made: Image.Image) -> tuple[str, float]:
-        score = picture_psnr(self.square(source), made)
-        names = self.save(self.square(source), f"{name}-source"), self.save(made, name)
-        return _row([(names[0], "source"), (names[1], f"{score:.1f} dB")]), score
+        score, square = picture_psnr(self.square(source), made), self.square(source)
+        cells = ((self.save(square, f"{name}-source"), "source"), (self.save(made, name), f"again, {score:.1f} dB"))
+        return _row(*cells), score
+
+    def generate(self) -> tuple[str, str, str]:
+        prompts = self.examples.prompts
+        with self.timed("generate"):
+            made = self.model.generate(prompts, generator=self.generators(len(prompts)), progress=False)
+        cards = [
+            _card(_row((self.save(image, "generate-" + re.sub(r"\W+", "-", prompt.lower())), "")), f"“{prompt}”")
+            for prompt, image in zip(prompts, made, strict=True)
+        ]
+        line = (
+            f"{len(made)} pictures of {self.model.config.sampling.num_inference_steps} steps, {self.rate('generate')}"
+        )
+        note = "Drawn from words alone, one try each, nothing picked: compare each with its words."
+        return "Generate", line, _section(note, cards, self.command("generate", prompts[0], seeded=True))
+
+    def edit(self) -> tuple[str, str, str]:
+        edits = self.examples.edits
+        sources = [load_image(edit.source) for edit in edits]
+        with self.timed("edit"):
+            instructions = [edit.instruction for edit in edits]
+            made = self.model.edit(sources, instructions, generator=self.generators(len(edits)), progress=False)
+        cards, names = [], ["edit-" + edit.source.stem.removesuffix("-before") for edit in edits]
+        for edit, name, source, image in zip(edits, names, sources, made, strict=True):
+            before = self.save(self.square(source), f"{name}-source")
+            target = self.save(self.square(load_image(edit.target)), f"{name}-wanted")
+            row = _row((before, "before"), (self.save(image, name), "after"), (target, "as it should be"))
+            cards.append(_card(row, f"“{edit.instruction}”"))
+        note = "The features of the picture are part of the condition, so that what is not named can stay as it was."
+        again = self.command("edit", f"{names[0]}-source.png", edits[0].instruction, seeded=True)
+        return "Edit", f"{len(made)} pictures, {self.rate('edit')}", _section(note, cards, again, wide=True)
+
+    def ask(self) -> tuple[str, str, str]:
+        asked: list[tuple[Picture | None, Question]] = [(p, q) for p in self.examples.pictures for q in p.questions]
+        asked += [(None, question) for question in self.examples.riddles]
+        pictures = [None if picture is None else load_image(picture.path) for picture, _ in asked]
+        with self.timed("ask"):
+            answers = self.model.ask(pictures, [question.question for _, question in asked], max_new_tokens=32)
+        told = [(about, q, answer, q.accepts(answer)) for (about, q), answer in zip(asked, answers, strict=True)]
+        self.result["answers"] = [
+            {"question": q.question, "answer": answer, "truth": q.answers[0], "right": ok} for _, q, answer, ok in told
+        ]
+        cards = []
+        for picture in (*self.examples.pictures, None):
+            lines = "".join(_answer(q, answer, ok) for about, q, answer, ok in told if about is picture)
+            name = self.save(self.square(load_image(picture.path)), f"ask-{picture.path.stem}") if picture else ""
+            cards.append(_card(_row((name, "")) if picture else "", "" if picture else "Without a picture", lines))
+        right = sum(ok for *_, ok in told)
+        first = self.examples.pictures[0]
+        again = self.command("ask", f"ask-{first.path.stem}.png", first.questions[0].question)
+        note = "Greedy answers, compared with the truth word by word."
+        line = f"{right} of {len(told)} answers right, {self.rate('ask')}"
+        return "Ask", line, _section(note, cards, again)
 
     def reconstruct(self) -> tuple[str, str, str]:
         pictures = [load_image(picture.path) for picture in self.examples.pictures]
-        self.start()
-        made = self.model.reconstruct(pictures).images
-        took = self.took("reconstruct")
+        with self.timed("reconstruct"):
+            made = self.model.reconstruct(pictures)
         cards, scores = [], []
         for picture, source, image in zip(self.examples.pictures, pictures, made, strict=True):
             row, score = self.pair(source, f"reconstruct-{picture.path.stem}", image)
             scores.append(score)
             cards.append(_card(row, picture.caption))
         self.result["psnr"] = [round(score, 2) for score in scores]
-        mean = sum(scores) / len(scores)
         note = (
-            "The picture becomes the features of the CLIP encoder, and only from these it is drawn again. "
-            "Decibels are PSNR; more is better."
+            "The picture becomes the features of the CLIP encoder, and is drawn again from these alone. Decibels are "
+            "PSNR, more is better; on plain backgrounds they are high even where the eye sees another thing."
         )
-        return "Reconstruct", f"{len(made)} pictures in {took}, {mean:.1f} dB on average", _section(note, cards)
-
-    def generate(self) -> tuple[str, str, str]:
-        prompts = self.examples.prompts
-        self.start()
-        made = self.model.generate(prompts, generator=self.generators(len(prompts)), progress=False).images
-        took = self.took("generate")
-        cards = []
-        for prompt, image in zip(prompts, made, strict=True):
-            name = self.save(image, "generate-" + re.sub(r"\W+", "-", prompt.lower()))
-            cards.append(_card(_row([(name, "")]), f"“{prompt}”"))
-        steps = self.model.config.sampling.num_inference_steps
-        note = "Drawn from words alone, one try each, nothing picked; the model’s own settings."
-        return "Generate", f"{len(made)} pictures of {steps} steps in {took}", _section(note, cards)
-
-    def edit(self) -> tuple[str, str, str]:
-        edits = self.examples.edits
-        sources = [load_image(edit.source) for edit in edits]
-        instructions = [edit.instruction for edit in edits]
-        self.start()
-        made = self.model.edit(sources, instructions, generator=self.generators(len(edits)), progress=False).images
-        took = self.took("edit")
-        cards = []
-        for edit, source, image in zip(edits, sources, made, strict=True):
-            name = "edit-" + edit.source.stem.removesuffix("-before")
-            row = [
-                (self.save(self.square(source), f"{name}-source"), "before"),
-                (self.save(image, name), "after"),
-                (self.save(self.square(load_image(edit.target)), f"{name}-wanted"), "as it should be"),
-            ]
-            cards.append(_card(_row(row), f"“{edit.instruction}”"))
-        note = "The features of the picture are part of the condition, so that what is not named can stay as it was."
-        return "Edit", f"{len(made)} pictures in {took}", _section(note, cards, wide=True)
-
-    def ask(self) -> tuple[str, str, str]:
-        asked: list[tuple[Picture | None, Question]] = [(p, q) for p in self.examples.pictures for q in p.questions]
-        asked += [(None, question) for question in self.examples.riddles]
-        self.start()
-        pictures = [None if picture is None else load_image(picture.path) for picture, _ in asked]
-        answers = self.model.ask(pictures, [question.question for _, question in asked], max_new_tokens=32)
-        took = self.took("ask")
-        assert isinstance(answers, list)
-        right = [question.accepts(answer) for (_, question), answer in zip(asked, answers, strict=True)]
-        self.result["answers"] = [
-            {"question": question.question, "answer": answer, "truth": question.answers[0], "right": ok}
-            for (_, question), answer, ok in zip(asked, answers, right, strict=True)
-        ]
-        cards = []
-        for picture in (*self.examples.pictures, None):
-            lines = [
-                _answer(question, answer, ok)
-                for (about, question), answer, ok in zip(asked, answers, right, strict=True)
-                if about is picture
-            ]
-            row = _row([(f"reconstruct-{picture.path.stem}-source.png", "")]) if picture else ""
-            cards.append(_card(row, "" if picture else "without a picture", "".join(lines)))
-        note = "Greedy answers, compared with the truth word by word."
-        return "Ask", f"{sum(right)} of {len(right)} answers right, in {took}", _section(note, cards)
+        again = self.command("reconstruct", f"reconstruct-{self.examples.pictures[0].path.stem}-source.png")
+        line = f"{len(made)} pictures, {sum(scores) / len(scores):.1f} dB on average, {self.rate('reconstruct')}"
+        return "Reconstruct", line, _section(note, cards, again, wide=True)
 
     def outside(self) -> tuple[str, str, str]:
         source = photograph(2 * self.model.config.image_size)
-        self.start()
-        made = self.model.reconstruct(source).images[0]
-        took = self.took("outside")
+        with self.timed("outside"):
+            made = self.model.reconstruct(source)[0]
         row, score = self.pair(source, "photograph", made)
         self.result["photograph_psnr"] = round(score, 2)
         note = (
             "A landscape made of noise, in the manner of a photograph. The embedded model has seen emoji drawings and "
-            "nothing else: textures like these are outside its world, and come back poor. The released models were "
-            "trained on photographs."
+            "nothing else, so textures like these come back poor. The released models were trained on photographs."
         )
-        return "Outside its world", f"{score:.1f} dB, in {took}", _section(note, [_card(row, "")])
+        again = self.command("reconstruct", "photograph-source.png")
+        return (
+            "Outside its world",
+            f"{score:.1f} dB, {self.rate('outside')}",
+            _section(note, [_card(row)], again, wide=True),
+        )
+
+    def rate(self, part: str) -> str:
+        return f"in {self.result['seconds'][part]:.1f} s"
+
+    def page(self, sections: Sequence[str], loaded: str) -> str:
+        """The whole page around its sections."""
+        config, seconds = self.model.config, sum(self.result["seconds"].values())
+        facts = (
+            f"Model {config.name}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} million parameters, "
+            f"{config.image_size} px, on {self.model.device.type}, seed {self.seed}. "
+            f"{loaded[:1].upper() + loaded[1:]}{', ' if loaded else 'In '}{seconds:.1f} s of work."
+        )
+        times = max(1, 224 // config.image_size)  # pictures are shown at a whole multiple of their size
+        style = STYLE.replace("SIZE", str(config.image_size)).replace("TIMES", str(times))
+        after = self.command("studio", "--open") + self.command("generate", "a green cactus", "--num-images", "4")
+        return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>UniLIP: demo</title><style>{style}</style></head><body>
+<header><h1>UniLIP</h1><p>One CLIP encoder that understands, reconstructs, generates and edits
+(<a href="https://arxiv.org/abs/2507.23278">arXiv 2507.23278</a>).</p>
+<p class="soft">{html.escape(facts)} The scenes were not in its training.
+Wrong answers and bad pictures are shown as they came.</p></header>
+{"".join(sections)}
+<section><h2>What next</h2><p class="soft">The same in the browser, with your own words and pictures; or more tries of
+one prompt. How often the embedded model is right: docs/results.md; how to train it: docs/training.md.</p>{after}
+</section>
+<footer><small class="soft">{html.escape(self.examples.credits)} Made by <code>unilip demo</code>, version
+{__version__}.</small></footer>
+</body></html>
+"""
 
 
 # --- the page -------------------------------------------------------------------------------------------------------
 
 STYLE = """
-:root{color-scheme:light dark;--back:#fbfaf7;--ink:#22252b;--soft:#666b75;--card:#fff;--line:#e2e0d9;
---yes:#1a7f46;--no:#b3392f}
+:root{color-scheme:light dark;--back:#fbfaf7;--ink:#22252b;--soft:#5f646d;--card:#fff;--line:#e2e0d9;
+--yes:#1a7f46;--no:#b3392f;--px:calc(SIZEpx*TIMES)}
 @media(prefers-color-scheme:dark){:root{--back:#15171b;--ink:#e8e8e4;--soft:#9ba1ab;--card:#1f2228;--line:#33373f;
 --yes:#5fca8c;--no:#f0857b}}
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:66rem;padding:1.2rem 1rem 3rem;background:var(--back);color:var(--ink);
+body{margin:0 auto;max-width:68rem;padding:1.2rem 1rem 3rem;background:var(--back);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-h1{font-size:1.7rem;margin:.4rem 0}h2{font-size:1.25rem;margin:2.2rem 0 .2rem}
-p{margin:.3rem 0;max-width:46rem}.soft{color:var(--soft)}small,.soft{font-size:.9rem}
-.grid{display:grid;gap:.8rem;grid-template-columns:repeat(auto-fill,minmax(15.5rem,1fr));margin-top:.8rem}
-.grid.wide{grid-template-columns:repeat(auto-fill,minmax(19rem,1fr))}
-.card{background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.7rem}
-.row{display:flex;gap:.5rem}figure{margin:0;flex:1 1 0;max-width:14rem;min-width:0}
-img{display:block;width:100%;height:auto;border-radius:.3rem;border:1px solid var(--line);background:#fff}
+h1{font-size:1.7rem;margin:.4rem 0}h2{font-size:1.3rem;margin:2.4rem 0 .2rem}
+p{margin:.3rem 0;max-width:46rem}.soft{color:var(--soft);font-size:.9rem}a{color:inherit}
+.grid{display:flex;flex-wrap:wrap;gap:.8rem;margin:.8rem 0;align-items:flex-start}
+.card{background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.7rem;max-width:100%}
+.card p{margin:.45rem 0 0;max-width:var(--px)}.wide p{max-width:none}
+.row{display:flex;flex-wrap:wrap;gap:.5rem}figure{margin:0;max-width:100%}
+img{display:block;width:var(--px);max-width:100%;height:auto;image-rendering:pixelated;background:#fff;
+outline:1px solid var(--line)}
 figcaption{color:var(--soft);font-size:.82rem;margin-top:.15rem}
-.card p{margin:.45rem 0 0}.yes{color:var(--yes)}.no{color:var(--no)}
+pre{margin:.4rem 0;padding:.5rem .7rem;background:var(--card);border:1px solid var(--line);border-radius:.4rem;
+white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85rem}
+.yes{color:var(--yes)}.no{color:var(--no)}
 footer{margin-top:2.5rem;border-top:1px solid var(--line);padding-top:.8rem}
+@media(max-width:40rem){:root{--px:SIZEpx}body{padding:.8rem .8rem 2rem}.grid{gap:.5rem}.card{padding:.4rem}
+.row{gap:.25rem}.grid:not(.wide){display:grid;grid-template-columns:1fr 1fr}.grid:not(.wide) .row{flex-wrap:nowrap}
+.grid:not(.wide) p{max-width:none}.grid:not(.wide) figure{flex:1 1 0}.grid:not(.wide) img{width:100%}}
 """.strip()
 
 
-def _row(cells: Sequence[tuple[str, str]]) -> str:
+def _row(*cells: tuple[str, str]) -> str:
     figures = [
-        f'<figure><img src="{html.escape(name)}" alt="{html.escape(label or name)}" loading="lazy">'
+        f'<figure><img src="{html.escape(name)}" alt="{html.escape(Path(name).stem.replace("-", " "))}" loading="lazy">'
         + (f"<figcaption>{html.escape(label)}</figcaption>" if label else "")
         + "</figure>"
         for name, label in cells
@@ -344,7 +386,7 @@ def _row(cells: Sequence[tuple[str, str]]) -> str:
     return f'<div class="row">{"".join(figures)}</div>'
 
 
-def _card(row: str, text: str, more: str = "") -> str:
+def _card(row: str, text: str = "", more: str = "") -> str:
     words = f"<p>{html.escape(text)}</p>" if text else ""
     return f'<div class="card">{row}{words}{more}</div>'
 
@@ -356,30 +398,6 @@ def _answer(question: Question, answer: str, right: bool) -> str:
     return f'<p><span class="soft">{html.escape(question.question)}</span><br>{said} {mark}</p>'
 
 
-def _section(note: str, cards: Sequence[str], wide: bool = False) -> str:
-    return f'<p class="soft">{html.escape(note)}</p><div class="grid{" wide" if wide else ""}">{"".join(cards)}</div>'
-
-
-def _page(model: UniLIP, sections: Sequence[tuple[str, str, str]], result: dict[str, Any]) -> str:
-    config = model.config
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    seconds = sum(result["seconds"].values())
-    facts = (
-        f"Model {config.name}: {millions:.1f} million parameters, {config.image_size} px, {model.device.type}; "
-        f"seed {result['seed']}; all of it made in {seconds:.1f} s."
-    )
-    body = "\n".join(
-        f"<section><h2>{html.escape(title)}</h2><p>{html.escape(line)}</p>{inside}</section>"
-        for title, line, inside in sections
-    )
-    by = f"Made by <code>unilip demo</code>, version {__version__}."
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>UniLIP: demo</title><style>{STYLE}</style></head><body>
-<header><h1>UniLIP</h1><p>One CLIP encoder that understands, reconstructs, generates and edits.</p>
-<p class="soft">{html.escape(facts)} The scenes were not in its training.
-Wrong answers and bad pictures are shown as they came.</p></header>
-{body}
-<footer><small class="soft">{html.escape(examples().credits)} {by}</small></footer>
-</body></html>
-"""
+def _section(note: str, cards: Sequence[str], command: str, wide: bool = False) -> str:
+    grid = f'<div class="grid{" wide" if wide else ""}">{"".join(cards)}</div>'
+    return f'<p class="soft">{html.escape(note)}</p>{grid}{command}'

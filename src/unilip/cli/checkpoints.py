@@ -97,8 +97,9 @@ def demo(o: Options) -> int:
     page.check_folder(folder)
     page.examples()
     model = load(o)
-    say(f"{describe_model(o, model)['model']} on {device}, {report.loaded()}")
-    result = page.run(model, folder, o.seed, say)
+    loaded = report.loaded()
+    say(f"{describe_model(o, model)['model']} on {device}, {loaded}")
+    result = page.run(model, folder, o.seed, say, source=o.model, loaded=loaded)
     report.line(f"{folder / page.PAGE}")
     report.end("the page is ready", **describe_model(o, model), **result)
     return 0
