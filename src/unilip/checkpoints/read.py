@@ -340,7 +340,7 @@ def open_checkpoint(source: Source = None) -> Checkpoint:
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path") or "the model it was trained on"
         raise CheckpointError(
             f"{path} holds an adapter, which is no model by itself; load {base} and put the adapter beside it with "
-            "model.load_adapter."
+            "--adapter, or model.load_adapter."
         )
     if not config.is_file():
         files = sorted(p.name for p in path.glob("*.pth"))
