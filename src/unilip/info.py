@@ -70,7 +70,7 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
     return {
         "path": str(folder),
         "kind": "adapter",
-        "title": f"{'DoRA' if adapter.dora else 'LoRA'} adapter; put it beside its base with --adapter, or model.load_adapter",
+        "title": f"{'DoRA' if adapter.dora else 'LoRA'} adapter; put it beside its base with --adapter",
         "base": adapter.base,
         "parts": dict(parameters),
         "parameters": sum(parameters.values()),
