@@ -24,7 +24,7 @@ shared() {
 shared clip
 alone instruct &
 words=$!
-alone recon
+[ -e "$runs/pico/recon_distill/final" ] || alone recon # its result holds all of the short one before
 alone recon_distill
 wait "$words"
 shared pretrain
