@@ -228,6 +228,44 @@ def test_metadata_beside_a_picture_are_no_conversation_and_their_caption_serves(
     assert any("metadata" in note or "json" in note for note in report.notes)
 
 
+def test_endings_in_capitals_pipes_and_what_nothing_reads(tmp_path):
+    (tmp_path / "A.JPG").write_bytes(jpg())
+    (tmp_path / "A.TXT").write_text("a")
+    (tmp_path / "b.Jpeg").write_bytes(jpg())
+    (tmp_path / "b.txt").write_text("b")
+    for name in ("c.txt", "photo.heic", "note.md", "tags.json"):
+        (tmp_path / name).write_text("{}")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    assert captions(tmp_path) == [b"a", b"b"]
+    report, _ = check(open_source(str(tmp_path)))
+    assert report.counts["image"] == 2 and not report.bad
+    told = "\n".join(report.lines())
+    for words in ("txt without a picture (1)", ".heic (1)", ".md (1)", "json without a conversation or a caption (1)"):
+        assert words in told
+    members = [
+        *pairs(("0", b"zero")),
+        ("1.txt", b"alone"),
+        ("2.gif", b"x"),
+        ("._0.jpg", b"x"),
+        ("__MACOSX/3.jpg", b"x"),
+    ]
+    report, _ = check(open_source(str(write_tar(tmp_path / "tars" / "s.tar", members))))
+    assert report.counts["image"] == 1 and not report.bad
+    assert "txt without a picture (1)" in report.notes[0] and "gif (1)" in report.notes[0]
+
+
+def test_shards_of_one_name_members_apart_capitals_and_doubles(tmp_path):
+    a = write_tar(tmp_path / "a" / "0.tar", pairs(("0", b"from a")))
+    b = write_tar(tmp_path / "b" / "0.tar", pairs(("0", b"from b"), ("1", b"more")))
+    assert captions(a) == [b"from a"] and captions(b) == [b"from b", b"more"] and captions(a) == [b"from a"]
+    apart = [("0.jpg", jpg()), ("1.jpg", jpg()), ("0.txt", b"zero"), ("1.txt", b"one")]
+    capitals = [("A.JPG", jpg()), ("A.TXT", b"x"), ("B.JPEG", jpg()), ("B.txt", b"y")]
+    twice = [("0.jpg", jpg()), ("0.txt", b"old"), ("0.txt", b"new")]
+    found = [captions(write_tar(tmp_path / f"{i}.tar", m)) for i, m in enumerate((apart, capitals, twice))]
+    assert found == [[b"zero", b"one"], [b"x", b"y"], [b"new"]]
+
+
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 

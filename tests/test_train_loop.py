@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
@@ -335,6 +336,21 @@ def test_two_runs_in_one_folder_are_one_too_many(fork):
     assert contents(run / "step_00000001").keys() == before.keys(), "nothing was deleted"
     lock.release()
     train(recon("save_every=1"), fork, progress=False, stop_after=1)
+
+
+def test_other_frozen_weights_between_two_runs_are_refused(fork):
+    train(recon("save_every=1"), fork, progress=False, stop_after=1)
+    source = fork / recon().init[0].partition("=")[2] / "final"
+    kept = source.resolve()
+    source.unlink()
+    shutil.copytree(kept, source)
+    file = next(source.glob("model*.safetensors"))
+    weights = load_file(file)
+    save_file(
+        {name: w + 0.5 if name.startswith("encoder") else w for name, w in weights.items()}, file, {"format": "pt"}
+    )
+    with pytest.raises(ConfigError, match="does not train are others than when"):
+        train(recon("save_every=1"), fork, progress=False)
 
 
 def test_other_data_between_two_runs_are_noticed(fork, tmp_path, picture, caplog):

@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,8 @@ from unilip.files import content_hash, decode_text, mark
 
 logger = logging.getLogger(__name__)
 MARKED = 4096  # files whose content a signature looks at
-
-
 LISTS = ("metadata.jsonl", "metadata.csv")  # of other programs, which say what the texts are
+READ = (".txt", ".json", ".jsonl", ".csv")
 
 
 class Folder:
@@ -47,40 +48,45 @@ class Folder:
         if not folder.is_dir():
             raise DataError(f"{folder} is not a folder.")
         self.location, self.folder = str(folder), folder
-        files = [p for p in sorted(folder.rglob("*")) if not is_litter(p.relative_to(folder).as_posix())]
+        try:
+            files = sorted(path for path in walk(folder) if not is_litter(path.relative_to(folder).as_posix()))
+        except OSError as error:
+            raise DataError(f"{error.filename or folder} cannot be read ({error.strerror}).") from error
         found = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
         if not found:
             raise DataError(f"{folder} holds no pictures to learn from ({', '.join(IMAGE_SUFFIXES)}).")
-        plain = [p for p in found if not p.stem.endswith((".input", ".output"))]
         pairs: dict[Path, list[Path | None]] = {}
         for path in found:
             for place, part in enumerate((".input", ".output")):
                 if path.stem.endswith(part):
-                    stem = path.with_name(path.stem.removesuffix(part))
-                    pairs.setdefault(stem, [None, None])[place] = path
-        texts = {p for p in files if p.suffix == ".txt"}
-        self._means = {p: json_meaning(_bytes(p)) for p in files if p.suffix == ".json"}
-        talks = [p for p in plain if self._means.get(p.with_name(f"{p.stem}.json")) == "json"]
-        captions = [p for p in plain if p.with_name(f"{p.stem}.txt") in texts or self._about(p) is not None]
-        if captions or talks:  # where others have a text, one without misses its own
-            captions = [p for p in plain if p in set(captions) or p not in set(talks)]
-        alone = {p.with_name(f"{p.stem}.json") for p in plain}
-        lonely = [p for p, meaning in self._means.items() if p not in alone and meaning == "json"]
+                    pairs.setdefault(key(path, part), [None, None])[place] = path
+        plain = [p for p in found if not p.stem.endswith((".input", ".output"))]
+        self._texts = {key(p): p for p in files if p.suffix.lower() == ".txt"}  # by path without ending
+        jsons = {key(p): (p, json_meaning(_bytes(p))) for p in files if p.suffix.lower() == ".json"}
+        self._talks = {stem: p for stem, (p, meaning) in jsons.items() if meaning == "json"}
+        self._abouts = {stem: p for stem, (p, meaning) in jsons.items() if meaning == "about"}
+        stems = {key(p) for p in plain}
+        some = any(not stems.isdisjoint(beside) for beside in (self._texts, self._talks, self._abouts))
         self._found: dict[str, list[Any]] = {
-            "image": found, "caption": captions, "talk": talks, "text": lonely,
+            "image": found,
+            # where some have a text, one without misses its own
+            "caption": [
+                p for p in plain
+                if key(p) in self._texts or key(p) in self._abouts or (some and key(p) not in self._talks)
+            ],
             "edit": [(stem, *pair) for stem, pair in pairs.items()],
+            "talk": [p for p in plain if key(p) in self._talks],
+            "text": [p for stem, p in self._talks.items() if stem not in stems],
         }  # fmt: skip
-        self._read = [*found, *sorted(texts), *self._means]
+        self._read = [*found, *self._texts.values(), *(p for p, _ in jsons.values())]
         self.faults = [f"{p}: it is not read; name a .jsonl file as the place" for p in files if p.name in LISTS]
         for fault in self.faults:
             logger.warning("%s", fault)
-        left = sum(not meaning for meaning in self._means.values())
-        self.notes = [f"json files that are no conversations and hold no caption: {left:,}"] if left else []
-
-    def _about(self, picture: Path) -> Path | None:
-        """The metadata beside a picture that hold its caption."""
-        beside = picture.with_name(f"{picture.stem}.json")
-        return beside if self._means.get(beside) == "about" else None
+        lonely = Counter("txt without a picture" for stem in self._texts if stem not in stems and stem not in pairs)
+        lonely["json without a conversation or a caption"] = sum(not meaning for _, meaning in jsons.values())
+        lonely.update(p.suffix.lower() or p.name for p in files if p.suffix.lower() not in (*IMAGE_SUFFIXES, *READ))
+        told = ", ".join(f"{what} ({count:,})" for what, count in lonely.most_common(9) if count)
+        self.notes = [f"files that no sample has a use for: {told}"] if told else []
 
     def counts(self, kind: str) -> list[int]:
         """Return how many samples of a kind there are: one shard."""
@@ -94,19 +100,21 @@ class Folder:
             if source is None or target is None:
                 raise Unreadable("picture missing", f"{stem} has only one of input and output")
             pictures = (read_bytes(source, "picture"), read_bytes(target, "picture"))
-            return Record(str(stem), pictures, read_bytes(Path(f"{stem}.txt"), "instruction"))
+            return Record(str(stem), pictures, self._text(stem, "instruction"))
         if kind == "text":
             return Record(str(entry), conversation=read_bytes(entry, "conversation"))
-        picture = (read_bytes(entry, "picture"),)
-        text = entry.with_name(f"{entry.stem}.txt")
+        picture, stem = (read_bytes(entry, "picture"),), key(entry)
         if kind == "image":
             return Record(str(entry), picture)
         if kind == "caption":
-            about = None if text.exists() else self._about(entry)
-            said: Any = read_bytes(text, "caption") if about is None else caption_of(read_bytes(about, "caption"))
+            about = None if stem in self._texts else self._abouts.get(stem)
+            said = self._text(stem, "caption") if about is None else caption_of(read_bytes(about, "caption"))
             return Record(str(entry), picture, said)
-        talk = read_bytes(entry.with_name(f"{entry.stem}.json"), "conversation")
-        return Record(str(entry), picture, text.read_bytes() if text.exists() else None, talk)
+        text = self._text(stem, "caption") if stem in self._texts else None
+        return Record(str(entry), picture, text, read_bytes(self._talks[stem], "conversation"))
+
+    def _text(self, stem: Path, what: str) -> Any:
+        return read_bytes(self._texts.get(stem, Path(f"{stem}.txt")), what)
 
     def expect(self, shards: Sequence[int]) -> None:
         """Nothing has to be fetched."""
@@ -114,6 +122,20 @@ class Folder:
     def signature(self) -> str:
         """Return a hash of the names in the folder, and of size and end of its files."""
         return content_hash([p.relative_to(self.folder).as_posix() for p in self._read], marks(self._read))
+
+
+def key(path: Path, part: str = "") -> Path:
+    """A path without its ending: what belongs to one sample has the same."""
+    return path.with_name(path.stem.removesuffix(part))
+
+
+def walk(folder: str | Path) -> Iterator[Path]:
+    """Every plain file below a folder, or link to one; pipes and devices, which may never end, are none."""
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from walk(entry.path)
+        elif entry.is_file():
+            yield Path(entry.path)
 
 
 def _bytes(path: Path) -> bytes:

@@ -14,11 +14,13 @@ import json
 import logging
 import os
 import tarfile
+import threading
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -245,8 +247,11 @@ def _sorted(
     texts = any(not TEXTS.isdisjoint(group) for _, group in named)
     samples: dict[str, list[tuple[str, Members]]] = {kind: [] for kind in KINDS}
     for key, group in named:
-        for kind, parts in kinds_of(group, texts):
+        kinds = list(kinds_of(group, texts))
+        for kind, parts in kinds:
             samples[kind].append((key, parts))
+        if not kinds:
+            ignored.update(f"{ending} without a picture" for ending in group)
     return ShardIndex(size, fault, samples, dict(ignored.most_common(9)))
 
 
@@ -305,7 +310,7 @@ class Shards:
         self.shards, self.location, self.keep_gb = list(shards), location, keep_gb
         self.faults: list[str] = []
         self._open: OrderedDict[int, tuple[BinaryIO, ShardIndex]] = OrderedDict()
-        self._pool: ThreadPoolExecutor | None = None
+        self._turn: threading.Lock | None = None  # one shard is fetched at a time
         self._coming: dict[int, Future[Path]] = {}
         self._process = os.getpid()
         self._stamps = self._identify()
@@ -325,7 +330,7 @@ class Shards:
             raise DataError(f"{location}: none of {len(self.shards)} shards holds a sample{why}.")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": OrderedDict(), "_pool": None, "_coming": {}}
+        return self.__dict__ | {"_open": OrderedDict(), "_turn": None, "_coming": {}}
 
     def counts(self, kind: str) -> list[int]:
         """Return how many samples of a kind each shard has."""
@@ -364,8 +369,8 @@ class Shards:
         self._own_process()
         for shard in shards:
             if is_remote(self.shards[shard]) and shard not in self._coming and not self._kept(shard).exists():
-                self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="fetch")
-                self._coming[shard] = self._pool.submit(self._bring, shard)
+                self._turn = self._turn or threading.Lock()
+                self._coming[shard] = later(partial(self._bring, shard), self._turn)
 
     def _identify(self) -> list[Any]:
         """What says that a remote shard is another one than before, of each; None for those on this machine."""
@@ -386,7 +391,7 @@ class Shards:
     def _own_process(self) -> None:
         """Forget what a parent process opened: a forked one would share its places in files, and has no threads."""
         if self._process != os.getpid():
-            self._open, self._pool, self._coming, self._process = OrderedDict(), None, {}, os.getpid()
+            self._open, self._turn, self._coming, self._process = OrderedDict(), None, {}, os.getpid()
 
     def _watched(self) -> Iterator[int]:
         """The numbers of the shards, with a bar where there are many to be indexed."""
@@ -469,6 +474,21 @@ def index_cache(location: str, version: Any = None) -> Path:
 def kept(location: str, version: Any) -> Path:
     """Where a remote shard of that version is kept."""
     return cache_folder() / f"{_name_in_cache(location, version)}.tar"
+
+
+def later(call: Callable[[], T], turn: threading.Lock) -> Future[T]:
+    """Call in the background, one after the other. Unlike a pool's, the thread keeps no program from ending."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        with turn:
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True, name="fetch").start()
+    return future
 
 
 def remote_stamp(location: str) -> Any:

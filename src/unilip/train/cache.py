@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from unilip.data.records import Record, Source, Unreadable, one_text
 from unilip.data.shards import INDEX_SUFFIX, ShardWriter
@@ -212,33 +213,16 @@ def make_cache(
         )
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder / ".lock", f"Another process is making the cache {folder}; wait for it, or give another folder."):
-        return _make(worker, about, recipe, runs, folder, device, dtype, ray, progress)
-
-
-def _make(
-    worker: Worker,
-    about: dict[str, Any],
-    recipe: Recipe,
-    runs: str | os.PathLike[str],
-    folder: Path,
-    device: str,
-    dtype: str,
-    ray: int | None,
-    progress: bool,
-) -> dict[str, Any]:
-    from tqdm.auto import tqdm
-
-    write_json(folder / ABOUT, about)
-    blank = worker.unconditional()
-    if blank is not None:
-        write_bytes(folder / "unconditional.npz", packed({"conditions": blank}))
-    tasks = [task for task in worker.tasks() if not _made(folder, task)]
-    done = _on_ray(recipe, str(runs), str(folder), device, dtype, tasks, ray) if ray else map(worker, tasks)
-    total = {"made": 0, "unusable": 0, "shards": 0}
-    for result in tqdm(done, total=len(tasks), unit="shard", desc="cache", disable=None if progress else True):
-        total = {"made": total["made"] + result["made"], "unusable": total["unusable"] + result["unusable"],
-                 "shards": total["shards"] + 1}  # fmt: skip
-    return about | total
+        write_json(folder / ABOUT, about)
+        blank = worker.unconditional()
+        if blank is not None:
+            write_bytes(folder / "unconditional.npz", packed({"conditions": blank}))
+        tasks = [task for task in worker.tasks() if not _made(folder, task)]
+        done = _on_ray(recipe, str(runs), str(folder), device, dtype, tasks, ray) if ray else map(worker, tasks)
+        total = {"made": 0, "unusable": 0}
+        for result in tqdm(done, total=len(tasks), unit="shard", desc="cache", disable=None if progress else True):
+            total = {name: count + result[name] for name, count in total.items()}
+        return about | total | {"shards": len(tasks)}
 
 
 def _on_ray(

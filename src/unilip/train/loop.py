@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from unilip.errors import ConfigError, ImageError, UniLIPError
-from unilip.files import Lock, png_bytes, write_bytes, write_text
+from unilip.files import Lock, content_hash, png_bytes, write_bytes, write_text
 from unilip.machine import choose_device
 from unilip.method.config import UniLIPConfig
 from unilip.model import UniLIP
@@ -138,30 +138,17 @@ def run_recipe(
                 held.enter_context(Lock(run / ".lock", busy))
             if restart and processes.first():
                 clear(run)
-        return _run(recipe, run, model, objective, batches, device, progress, stop_after)
-
-
-def _run(
-    recipe: Recipe,
-    run: Path,
-    model: UniLIP,
-    objective: Objective,
-    batches: Batches,
-    device: torch.device,
-    progress: bool,
-    stop_after: int | None,
-) -> Path:
-    model.to(device)
-    objective.to(device)
-    if recipe.gradient_checkpointing or recipe.selective_checkpointing:
-        enable_checkpointing(model, recipe.selective_checkpointing)
-    if recipe.compile:
-        compile_layers(model)
-    loop = Loop(recipe, run, model, objective, batches)
-    start = loop.resume()
-    with loop.watching(progress and processes.first(), start):
-        loop.run(start, stop_after)
-    return run if loop.step < recipe.steps else loop.finish()
+        model.to(device)
+        objective.to(device)
+        if recipe.gradient_checkpointing or recipe.selective_checkpointing:
+            enable_checkpointing(model, recipe.selective_checkpointing)
+        if recipe.compile:
+            compile_layers(model)
+        loop = Loop(recipe, run, model, objective, batches)
+        start = loop.resume()
+        with loop.watching(progress and processes.first(), start):
+            loop.run(start, stop_after)
+        return run if loop.step < recipe.steps else loop.finish()
 
 
 def check_finished(recipe: Recipe, final: Path) -> None:
@@ -271,6 +258,7 @@ class Loop:
         self.own_batches = batches.recipe.accumulate // processes.world()  # of a step, in this process
         if recipe.weights_dtype == "bfloat16":
             cast_trained(recipe, model, torch.bfloat16)
+        frozen = frozen_signature(model)
         self.whole = share(Whole(model, objective.heads), recipe)
         named = trained_parameters(recipe, model)
         heads = [(p, 1.0) for p in objective.heads.parameters()]
@@ -287,7 +275,7 @@ class Loop:
             EMA(parameters, recipe.ema) if recipe.ema else None,
         )
         self.state.counters = {"skipped": 0, "skipped_in_a_row": 0}
-        self.state.data = batches.signature
+        self.state.data, self.state.frozen = batches.signature, frozen
         self.mixed = mixed_precision(recipe, model.device)
         once = not (recipe.compile or recipe.gradient_checkpointing or recipe.selective_checkpointing)
         self.attention = Float32Attention() if once and model.device.type == "cpu" else contextlib.nullcontext()
@@ -562,6 +550,17 @@ class Loop:
             os.replace(temporary, final)
         processes.wait()
         return final
+
+
+@torch.no_grad()
+def frozen_signature(model: UniLIP) -> str:
+    """Return a hash of the weights that do not train: names, shapes, and some values of each."""
+    found = []
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            some = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu()
+            found.append((name, list(weight.shape), some.numpy().tobytes().hex()))
+    return content_hash(found)
 
 
 def gathered(model: UniLIP) -> UniLIP:

@@ -83,7 +83,7 @@ class State:
         self.optimizers = list(optimizers)
         self.ema = ema
         self.counters: dict[str, int] = {}
-        self.data = ""  # signature of the data that the run reads
+        self.data = self.frozen = ""  # signatures of the data that the run reads, and of the weights that do not train
         self._pending: Pending | None = None
 
     def save(self, run: Path, step: int, recipe: Recipe) -> Path:
@@ -95,9 +95,8 @@ class State:
             CheckpointError: it cannot be written; what was there before is whole still.
         """
         self.settle()
-        pending = Pending(
-            run, step, recipe.keep, {"recipe": plain(recipe), "step": step, "data": self.data, **self.counters}
-        )
+        about = {"recipe": plain(recipe), "step": step, "data": self.data, "frozen": self.frozen, **self.counters}
+        pending = Pending(run, step, recipe.keep, about)
         if self.ema is not None:
             pending.about["ema_count"] = self.ema.count
         if processes.first():
@@ -177,6 +176,11 @@ class State:
         if changed:
             raise ConfigError(
                 f"{folder} was made with other settings: {changed}. Restart the run, or use another runs folder."
+            )
+        if self.frozen and about.get("frozen", self.frozen) != self.frozen:
+            raise ConfigError(
+                f"The weights that {recipe.name} does not train are others than when {folder} was made; "
+                f"init ({', '.join(recipe.init)}) has changed. Put it back, or restart the run."
             )
         if self.data and about.get("data", self.data) != self.data and processes.first():
             logger.warning(
