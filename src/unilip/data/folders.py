@@ -126,7 +126,7 @@ class Folder:
 
 def key(path: Path, part: str = "") -> Path:
     """A path without its ending: what belongs to one sample has the same."""
-    return path.with_name(path.stem.removesuffix(part))
+    return path.with_name(path.stem.removesuffix(part) or path.stem)
 
 
 def walk(folder: str | Path) -> Iterator[Path]:
@@ -151,7 +151,7 @@ def marks(paths: Sequence[Path]) -> list[Any]:
     for path in paths[:: max(1, len(paths) // MARKED)]:
         try:
             found.append(mark(path))
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a name that no file can have
             found.append(None)
     return found
 
