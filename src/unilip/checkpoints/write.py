@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -119,6 +118,8 @@ def parse_size(size: str | int) -> int:
 def _write_weights(
     folder: Path, items: Sequence[Item], limit: int, dtype: torch.dtype | None, metadata: dict[str, str]
 ) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     def final(stored: torch.dtype) -> torch.dtype:
         return dtype if dtype is not None and stored.is_floating_point else stored
 
