@@ -141,6 +141,17 @@ def test_from_pretrained_to_and_save(tiny_folder, tmp_path):
     )
 
 
+def test_the_names_of_diffusers_reach_the_model(monkeypatch, tiny_model):
+    called = []
+    for name in ("enable_cpu_offload", "load_adapter", "unload_adapters"):
+        monkeypatch.setattr(type(tiny_model), name, lambda self, *given, name=name: called.append((name, *given)))
+    pipe = UniLIPPipeline(tiny_model)
+    pipe.enable_model_cpu_offload()
+    pipe.load_lora_weights("mine", adapter_name="red")
+    pipe.unload_lora_weights()
+    assert called == [("enable_cpu_offload", "cuda"), ("load_adapter", "mine", "red"), ("unload_adapters",)]
+
+
 def test_the_progress_bar_can_be_switched_off(pipe, monkeypatch):
     shown = []
     generate = type(pipe.model).generate

@@ -14,14 +14,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from unilip.errors import UniLIPError
 from unilip.method.config import UniLIPConfig
 from unilip.model import ImageOutput, UniLIP
-from unilip.pictures import Fit, ImageLike, to_images
+from unilip.pictures import Fit, ImageLike
 from unilip.sampling import Generators
 
 TENSOR_INPUTS = ("latents",)  # what a callback can be given and can replace
@@ -98,6 +97,18 @@ class UniLIPPipeline:
         """Whether the call in progress was told to stop; a callback asks for it with `pipe._interrupt = True`."""
         return self._interrupt
 
+    def enable_model_cpu_offload(self, device: torch.device | str = "cuda") -> None:
+        """CPU offload: keep the weights in main memory and bring each part to a device only while it works."""
+        self.model.enable_cpu_offload(device)
+
+    def load_lora_weights(self, folder: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+        """Put a LoRA or DoRA adapter, a folder in peft's format, beside the weights; see `UniLIP.load_adapter`."""
+        self.model.load_adapter(folder, adapter_name)
+
+    def unload_lora_weights(self) -> None:
+        """Take all adapters off."""
+        self.model.unload_adapters()
+
     def set_progress_bar_config(self, *, disable: bool = False) -> None:
         """Show a progress bar on a terminal, or none."""
         self._progress = not disable
@@ -126,11 +137,11 @@ class UniLIPPipeline:
         Args:
             prompt: one or several.
             image: the picture(s) to change; without one, pictures are drawn from the words alone.
-            negative_prompt: what guidance moves away from, in place of the unconditional prompt.
+            negative_prompt: what guidance moves away from, in place of the unconditional prompt; "" means none.
             height, width: in pixels: equal, and a multiple of 28. One may be left out; the model's own without either.
             num_inference_steps, guidance_scale: the model's own when left out; guidance at or below 1 is off.
             num_images_per_prompt: pictures of each prompt; the result is ordered prompt by prompt.
-            generator: one, used for the pictures in order, or a list with one for each picture.
+            generator: one or a seed, used for the pictures in order, or a list with one for each picture.
             fit: how `image` becomes a square: "resize", "crop" or "pad".
             output_type: "pil", "np" (B,H,W,3), "pt" (B,3,H,W), both in [0,1], or "latent".
             return_dict: False returns a tuple whose first entry are the pictures.
@@ -173,14 +184,5 @@ class UniLIPPipeline:
             else:
                 output = self.model.edit(image, prompt, fit=fit, **settings)
         except _Interrupted as stopped:
-            output = ImageOutput(self._finish(stopped.latents, output_type))
+            output = self.model.decode(stopped.latents, output_type=output_type)
         return output if return_dict else (output.images,)
-
-    def _finish(self, latents: Tensor, output_type: str) -> Any:
-        """Turn latents of an interrupted call (B,Z,h,w) into what was asked for."""
-        if output_type == "latent":
-            return latents
-        pixels = self.model.from_latent(latents)  # B 3 H W
-        if output_type == "pt":
-            return pixels
-        return np.ascontiguousarray(pixels.movedim(1, -1).cpu().numpy()) if output_type == "np" else to_images(pixels)

@@ -1,6 +1,6 @@
 """The command line: `unilip VERB ...`, each verb a typed function of its options.
 
-Goes in: the words after `unilip`. Comes out: files, and lines on stdout (paths, answers, or one JSON object); messages
+In: the words after `unilip`. Out: files, and lines on stdout (paths, answers, or one JSON object); messages
 and progress on stderr. Exit codes: 0 done, 1 failed or found a difference, 2 bad input, 130 interrupted.
 """
 

@@ -1,4 +1,4 @@
-"""Words after `unilip` -> typed options: the readers of values, the options that verbs share, and what a verb is.
+"""Command-line parsing: words after `unilip` -> typed options; readers of values, shared options, and what a verb is.
 
 A module of verbs has a table `VERBS` and, for options of its own, a table `OPTIONS`; the package puts them together.
 """

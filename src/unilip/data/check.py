@@ -1,6 +1,6 @@
-"""A look at data before anyone trains on it: how much of what, how large, what is broken, and a sheet of pictures.
+"""Inspect a data set before training: counts, sizes, text lengths, broken samples, and a contact sheet.
 
-Goes in: a place that training reads. Comes out: a report of plain values, and a contact sheet of samples spread evenly
+In: a place that training reads. Out: a report of plain values, and a contact sheet of samples spread evenly
 over it. All samples are counted; as many as asked for are read.
 """
 

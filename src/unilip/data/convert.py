@@ -1,6 +1,6 @@
 """Published data sets -> WebDataset shards that training reads.
 
-Goes in: the folder of a download. Comes out: `LAYOUT-000000.tar` ... with an index beside each. A sample that cannot be
+In: the folder of a download. Out: `LAYOUT-000000.tar` ... with an index beside each. A sample that cannot be
 read is left out, counted by reason and named. A shard holds the same range of the data in every run, so that one that
 was interrupted goes on with the first shard that is missing.
 

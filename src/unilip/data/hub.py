@@ -1,8 +1,8 @@
 """A Hugging Face dataset as a source: streamed shard by shard through the `datasets` library.
 
-Goes in: `hf:NAME?split=train&caption=prompt`, NAME being a hub id or a folder that `load_dataset` takes. The fields are
+In: `hf:NAME?split=train&caption=prompt`, NAME being a hub id or a folder that `load_dataset` takes. The fields are
 those of a JSONL line (image, caption; source, instruction, target; conversations); `field=column` renames, `name=`
-chooses a configuration, `revision=` a version. Comes out: samples by shard and place; a shard of the stream is written
+chooses a configuration, `revision=` a version. Out: samples by shard and place; a shard of the stream is written
 to the cache folder as a tar file when its turn comes, and from there on treated like any remote shard.
 """
 

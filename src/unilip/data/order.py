@@ -1,6 +1,6 @@
-"""Which sample comes when: pure functions from numbers to places, so any position of a stream can be gone to at once.
+"""Shuffled sampling order with random access: pure functions from a sample's number to its place, so a run can resume.
 
-Goes in: how many samples each shard has, a seed, the number of a sample. Comes out: shard and place inside the shard.
+In: how many samples each shard has, a seed, the number of a sample. Out: shard and place inside the shard.
 An epoch visits every sample once. Shards are shuffled, then the samples of a few shards together (a window), so a
 stream reads few shards at a time. Lanes are disjoint sets of shards with streams of their own.
 """

@@ -1,4 +1,4 @@
-"""One sample of somebody's data, as it lies there, and its reading: bytes -> RGB pictures, text, questions and answers.
+"""Decode one sample: bytes -> RGB pictures, text, questions and answers.
 
 Whatever is wrong with a sample becomes `Unreadable` with a short reason, so that it can be skipped and counted.
 Kinds: "image" a picture alone; "caption" picture and text; "edit" source, target and instruction; "talk" a picture

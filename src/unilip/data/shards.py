@@ -1,6 +1,6 @@
 """WebDataset shards, local or remote: tar files whose members `KEY.jpg`, `KEY.txt` ... make one sample for each KEY.
 
-Goes in: the paths or addresses of tar files. Comes out: any sample by shard and place, without reading what lies
+In: the paths or addresses of tar files. Out: any sample by shard and place, without reading what lies
 before it. An index of each shard's members is built once (a pass over the headers) and kept in the cache folder, or
 comes as `NAME.tar.index.json` beside the shard. A remote shard is fetched whole when its turn comes and kept on disk
 within a limit. Members of a sample: `jpg` (or png, webp) with `txt`; `input.jpg`, `output.jpg`, `txt`; `json` with

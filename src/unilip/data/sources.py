@@ -1,4 +1,4 @@
-"""Where data lies -> sources: the kinds of places there are, told apart by their names, and mixtures of them.
+"""Data sources by path, and weighted mixtures of them.
 
 FOLDER                      pictures with texts beside them, or *.tar shards
 shards/{0000..0099}.tar     shards by a brace or * pattern, local or https://, s3://, hf://datasets/...

@@ -1,6 +1,6 @@
 """The paper's claims as recipes, `unilip train ablation/SIZE/VARIANT`: one base setting, and what differs.
 
-Goes in: the numbers of a size (`Base`). Comes out: recipes of equal budgets. Every seed has a folder of its own,
+In: the numbers of a size (`Base`). Out: recipes of equal budgets. Every seed has a folder of its own,
 runs/ablation/SIZE/VARIANT/seedN, and stands on the earlier stage of the same seed. `unilip eval claims` measures what
 has been trained.
 

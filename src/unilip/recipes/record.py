@@ -1,4 +1,4 @@
-"""What a training run is: one complete, typed record; stages differ in their values, not in code.
+"""A training run's configuration: one complete, typed record; stages differ in their values, not in code.
 
 A `Recipe` says what trains (parameter-name prefixes with learning-rate factors), the objective with its loss weights,
 the data, the optimiser and what is written when. `override` changes single fields by dotted name, as `--set` does.
