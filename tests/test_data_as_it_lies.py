@@ -126,6 +126,39 @@ def test_hostile_and_damaged_indices_are_made_anew(tmp_path):
         assert captions(shard) == [LONG[1], SHORT[1]], text[:9]
 
 
+def test_hostile_shards_are_damaged_or_their_samples_named(tmp_path):
+    out = io.BytesIO()
+    Image.new("RGB", (3000, 3000)).save(out, "JPEG", progressive=True)
+    whole = out.getvalue()
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    bombs = {
+        "a.json": (b"[" * 200_000, "conversation not JSON"),
+        "b.json": (b"9" * 100_000, "conversation not JSON"),
+        "c.jpg": (whole[:-2] + scan * 3000 + whole[-2:], "picture unreadable"),
+        "d.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "picture unreadable"),
+        "e.caption.npz": (b"junk", "caption missing"),
+    }
+    for name, (data, reason) in bombs.items():
+        stem = name.split(".")[0]
+        rest = [(f"{stem}.txt", b"x")] if name.endswith("jpg") else [(f"{stem}.jpg", jpg())]
+        members = [*pairs(("0", b"good")), (name, data), *rest]
+        report, _ = check(open_source(str(write_tar(tmp_path / "s.tar", members))))
+        assert set(report.skipped) == {reason} and not report.damaged, name
+    good = write_tar(tmp_path / "s.tar", pairs(("0", b"good"), ("1", b"more"))).read_bytes()
+    second = 512 + -(-len(jpg()) // 512) * 512
+    for size in (b"\x80" + b"\xff" * 11, b"\xff" * 12, b"77777777777\0"):  # more than there is, less than nothing
+        head = bytearray(good[second : second + 512])
+        head[124:136], head[148:156] = size, b" " * 8
+        head[148:156] = b"%06o\0 " % sum(head)
+        (tmp_path / "s.tar").write_bytes(good[:second] + bytes(head) + good[second + 512 :])
+        report, _ = check(open_source(str(tmp_path / "s.tar")))
+        assert len(report.damaged) == 1 and not report.skipped
+    for junk in (b"", bytes(20480), os.urandom(20000), b"<!DOCTYPE html>" * 100):
+        (tmp_path / "s.tar").write_bytes(junk)
+        with pytest.raises(DataError, match="none of 1 shards holds a sample"):
+            open_source(str(tmp_path / "s.tar"))
+
+
 def test_a_signature_changes_with_the_data_and_not_with_its_place(tmp_path):
     def folder(name):
         (tmp_path / name).mkdir()

@@ -162,7 +162,7 @@ def scan(path: Path) -> ShardIndex:
                     try:
                         for member in tar:
                             if member.isfile():
-                                if member.offset_data + member.size > size:
+                                if member.size < 0 or member.offset_data + member.size > size:
                                     raise tarfile.ReadError("unexpected end of data")
                                 place = archive, member.name.removeprefix("./")
                                 found[place] = _measure(file, member.offset_data, member.size)
