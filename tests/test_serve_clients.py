@@ -150,3 +150,91 @@ def test_the_root_says_what_this_is_and_the_description_loads_nothing(client):
     assert "<script" not in page.text and "http://" not in page.text and "https://" not in page.text
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert "$ref" not in str(client.get("/openapi.json").json()["paths"]["/v1/chat/completions"]["post"]["requestBody"])
+
+
+# --- responses and variations
+
+
+@pytest.fixture(scope="module")
+def official(client):
+    import openai
+
+    return openai.OpenAI(api_key="none", base_url=f"{LOCAL}/v1", http_client=client, max_retries=0)
+
+
+QUICK = {"steps": 1, "seed": 3}
+DRAW = [{"type": "image_generation", "size": "64x64", "output_format": "jpeg"}]
+
+
+def opened(b64):
+    import base64
+
+    return Image.open(io.BytesIO(base64.b64decode(b64)))
+
+
+def test_responses_answer_as_chats_do(official, client):
+    found = official.responses.create(model="x", input="What is this?", max_output_tokens=3)
+    assert found.output_text == talk(client).json()["choices"][0]["message"]["content"]
+    assert found.status == "incomplete" and found.incomplete_details.reason == "max_output_tokens"
+    assert found.usage.total_tokens == found.usage.input_tokens + found.usage.output_tokens > 0
+    text = official.responses.create(model="x", input="Draw a cat", max_output_tokens=3)
+    assert text.output[0].type == "message", "without the tool nothing is drawn"
+
+
+def test_responses_draw_and_go_on(official):
+    drawn = official.responses.create(model="x", input="Draw a cat", tools=DRAW, extra_body=QUICK)
+    assert drawn.status == "completed" and [item.type for item in drawn.output] == ["image_generation_call"]
+    picture = opened(drawn.output[0].result)
+    assert picture.size == (64, 64) and picture.format == "JPEG"
+    more = {"previous_response_id": drawn.id, "tools": DRAW, "extra_body": QUICK}
+    changed = official.responses.create(model="x", input="make it blue", **more)
+    assert changed.to_dict()["unilip"]["verb"] == "edit" and changed.output[0].type == "image_generation_call"
+    asked = official.responses.create(model="x", input="What is this?", max_output_tokens=3, **more)
+    assert asked.output[0].type == "message" and asked.usage.input_tokens > 1
+    forced = official.responses.create(
+        model="x", input="a cat", tools=DRAW, tool_choice={"type": "image_generation"}, extra_body=QUICK
+    )
+    assert forced.output[0].type == "image_generation_call"
+
+
+def test_responses_take_pictures_and_stream(official):
+    import base64
+
+    url = "data:image/png;base64," + base64.b64encode(png()).decode()
+    parts = [{"type": "input_text", "text": "What is this?"}, {"type": "input_image", "image_url": url}]
+    message = [{"role": "user", "content": parts}]
+    whole = official.responses.create(model="x", input=message, instructions="Be brief.", max_output_tokens=5)
+    seen = list(
+        official.responses.create(
+            model="x", input=message, instructions="Be brief.", max_output_tokens=5, stream=True
+        )
+    )
+    kinds = [event.type for event in seen]
+    assert kinds[:3] == ["response.created", "response.in_progress", "response.output_item.added"]
+    assert [event.sequence_number for event in seen] == list(range(len(seen)))
+    deltas = "".join(event.delta for event in seen if event.type == "response.output_text.delta")
+    assert deltas == whole.output_text == seen[-1].response.output_text
+    drawn = list(official.responses.create(model="x", input="Draw a cat", tools=DRAW, stream=True, extra_body=QUICK))
+    assert drawn[-1].type == "response.completed" and opened(drawn[-1].response.output[0].result).size == (64, 64)
+    assert "response.image_generation_call.completed" in [event.type for event in drawn]
+
+
+def test_what_responses_refuse(client):
+    for sent, words in (
+        ({"input": 5}, "input must be text"), ({}, "input must be text"), ({"input": [5]}, "not understood"),
+        ({"input": "a", "previous_response_id": "resp_none"}, "names no response"),
+        ({"input": "a", "tools": TOOLS, "tool_choice": "required"}, "calls no tools"),
+        ({"input": "a", "text": {"format": {"type": "json_schema", "name": "a", "schema": {}}}}, "held to a form"),
+        ({"input": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "input_text and input_image"),
+        ({"input": [{"role": ["a"], "content": 5}], "tools": 5}, "messages.0"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": 5}]}]}, "must be text"),
+        ({"input": "a", "instructions": {"a": 1}, "text": 7, "tool_choice": []}, "messages.0.content must be text"),
+    ):  # fmt: skip
+        found = client.post("/v1/responses", json=sent)
+        assert found.status_code == 400 and words in found.json()["error"]["message"], found.text
+
+
+def test_variations(official):
+    found = official.images.create_variation(image=png((60, 60)), n=2, size="64x64", extra_body=QUICK)
+    pictures = [opened(one.b64_json) for one in found.data]
+    assert [picture.size for picture in pictures] == [(64, 64)] * 2 and pictures[0].tobytes() != pictures[1].tobytes()

@@ -17,7 +17,7 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response, Strea
 from unilip import __version__
 from unilip.errors import UniLIPError
 from unilip.method.config import UniLIPConfig
-from unilip.serve import schema
+from unilip.serve import responses, schema
 from unilip.serve.checks import Limits
 from unilip.serve.conversation import TAKEN, Reader, has_pictures, read_conversation
 from unilip.serve.describe import inlined, page
@@ -224,11 +224,15 @@ def _routes(app: FastAPI, server: _Server) -> None:
         job = Generate(body.prompt, count=body.n or 1, **server.drawing(body))
         return await server.pictures(request, body, [job], "image_generation")
 
+    @app.post(
+        "/v1/images/variations", responses=picture_answer, openapi_extra=form(schema.Variations), tags=["pictures"]
+    )
     @app.post("/v1/images/edits", responses=picture_answer, openapi_extra=form(schema.Edits, True), tags=["pictures"])
     async def edits(request: Request) -> Response:
         """Change pictures as told. Each `image` is changed by itself; outside a `mask` nothing changes."""
+        kind = schema.Variations if request.url.path.endswith("variations") else schema.Edits
         fields, files = await read_form(request, settings.rules.max_body, {"image", "image[]", "mask"})
-        body = server.parse(schema.Edits, fields)
+        body = server.parse(kind, fields)
         sources = [data for name, data in files if name != "mask"]
         masks = [data for name, data in files if name == "mask"]
         images, after = await server.in_time(request, body, server.decoders, server.decoded, sources, masks, body)
@@ -260,6 +264,11 @@ def _routes(app: FastAPI, server: _Server) -> None:
     async def chat(request: Request) -> Response:
         """Talk about pictures, have them drawn and changed."""
         return await server.chat(request, await server.read(request, schema.Chat))
+
+    @app.post("/v1/responses", tags=["chat"])
+    async def respond(request: Request) -> Response:
+        """The same as chat completions, by OpenAI's Responses: text, pictures, the tool image_generation."""
+        return await server.respond(request)
 
     @app.get("/v1/models", tags=["models"])
     async def models() -> Response:
@@ -352,7 +361,7 @@ class _Server:
 
     def __init__(self, engine: Serving, settings: Settings, metrics: Metrics) -> None:
         self.engine, self.settings, self.metrics = engine, settings, metrics
-        self.store = Store()
+        self.store, self.conversations = Store(), Store(64 * 2**20)
         self.decoders = ThreadPoolExecutor(DECODERS, "unilip-decoder")  # a pool of its own, so that text need not wait
         self._fetchers = threading.BoundedSemaphore(FETCHERS)
         self._counting, self._pixels = threading.RLock(), 0
@@ -390,12 +399,17 @@ class _Server:
             raise _Refused(validation([dict(e) for e in error.errors()])) from None
 
     async def read(self, request: Request, kind: type[B]) -> B:
-        """Read and check a JSON body, outside the event loop."""
+        """Read and check a JSON body."""
+        fields = await self.load(request)
+        return await run_in_threadpool(self.parse, kind, fields, form=False)
+
+    async def load(self, request: Request) -> dict[str, Any]:
+        """Read a JSON body, outside the event loop."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise _Refused(Trouble(400, "Send JSON, with the header Content-Type: application/json.", "invalid_json"))
         data = await request.body()
 
-        def load() -> B:
+        def load() -> dict[str, Any]:
             try:
                 fields = json.loads(data)
             except (ValueError, RecursionError) as error:
@@ -403,7 +417,7 @@ class _Server:
                 raise _Refused(Trouble(400, f"The body is no valid JSON{where}.", "invalid_json")) from None
             if not isinstance(fields, dict):
                 raise _Refused(Trouble(400, "The body must be a JSON object: {...}.", "invalid_json"))
-            return self.parse(kind, fields, form=False)
+            return fields
 
         return await run_in_threadpool(load)
 
@@ -622,6 +636,29 @@ class _Server:
 
     async def chat(self, request: Request, body: schema.Chat) -> Response:
         """Answer the last message of a conversation."""
+        talk = await self.start(request, body)
+        if body.stream:
+            return events(talk.chunks(), done="[DONE]")
+        return JSON(talk.whole(await self.finished(request, talk.tickets)))
+
+    async def respond(self, request: Request) -> Response:
+        """Answer in the form of OpenAI's Responses."""
+        fields = await self.load(request)
+        ours = await run_in_threadpool(responses.read, fields, self.conversations)
+        body = await run_in_threadpool(self.parse, schema.Chat, ours, form=False)
+        talk = await self.start(request, body)
+        answer = responses.Answer(fields, ours, self.conversations, self.settings.model_name)
+
+        def urls(said: Mapping[str, Any]) -> list[str]:
+            return [part["image_url"]["url"] for part in said["choices"][0]["message"].get("images", ())]
+
+        if body.stream:
+            return events(answer.events(talk.pieces(), talk.drawn, urls))
+        said = await run_in_threadpool(talk.whole, await self.finished(request, talk.tickets), True)
+        return JSON(answer.finish(said, urls(said)))
+
+    async def start(self, request: Request, body: schema.Chat) -> _Talk:
+        """Read a conversation, and queue what its last message wants."""
         settings = self.settings
         reader = Reader(
             settings.max_pixels, settings.rules.max_body, settings.allow_url_images, self.store, self.decode, self.fetch
@@ -638,11 +675,7 @@ class _Server:
             jobs = [Edit(image, found.text, keep_aspect=keep, **common) for image in found.pictures]
         else:
             jobs = [dataclasses.replace(found.ask, max_new_tokens=self.answer_length(body), lower=True)]
-        tickets = await self.submit(request, body, jobs)
-        talk = _Talk(self, body, tickets, found.text)
-        if body.stream:
-            return events(talk.chunks(), done="[DONE]")
-        return JSON(talk.whole(await self.finished(request, tickets)))
+        return _Talk(self, body, await self.submit(request, body, jobs), found.text)
 
     def answer_length(self, body: schema.Chat) -> int:
         """The most tokens of an answer: what was asked for, as far as the server allows."""
@@ -669,14 +702,16 @@ class _Talk:
         """What every chunk and the whole answer begin with."""
         return {"id": self.id, "object": kind, "created": self.created, "model": self.server.settings.model_name}
 
-    def pictures(self, results: Sequence[Result]) -> dict[str, Any]:
+    def pictures(self, results: Sequence[Result], apart: bool = False) -> dict[str, Any]:
         """The content of an answer with pictures: Markdown for those who show text, parts for those who know them."""
         label = " ".join(self.text.split())[:80].translate(str.maketrans("[]()!", "     "))
         urls = [
             f"data:{FORMATS[self.body.output_format]};base64,{entry['b64_json']}"
             for entry in self.server.picture_data(self.tickets, results, self.body, None, "")
         ]
-        if "image" in (self.body.modalities or ()):  # who asks for pictures knows the field; all others read Markdown
+        if apart or "image" in (
+            self.body.modalities or ()
+        ):  # who asks for pictures knows the field; all others read Markdown
             return {"content": "", "images": [{"type": "image_url", "image_url": {"url": url}} for url in urls]}
         note = f"*{TAKEN[self.tickets[0].verb]}*\n\n" if self.by_words else ""
         return {"content": note + "\n".join(MARKDOWN.format(label, url) for url in urls)}
@@ -697,11 +732,11 @@ class _Talk:
             made = self.server.picture_usage(self.tickets, results)["output_tokens"]
         return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 
-    def whole(self, results: Sequence[Result]) -> dict[str, Any]:
-        """The answer as one object."""
+    def whole(self, results: Sequence[Result], apart: bool = False) -> dict[str, Any]:
+        """The answer as one object; with `apart` its pictures are never Markdown."""
         reason = "stop" if self.drawn else results[0].finish_reason
         if self.drawn:
-            content = self.pictures(results)
+            content = self.pictures(results, apart)
         else:
             text, cut = _cut(results[0].text, self.stops)
             content, reason = {"content": text}, "stop" if cut else reason
@@ -714,6 +749,15 @@ class _Talk:
         """One event of the stream."""
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
         return f"data: {dumps({**self.head('chat.completion.chunk'), 'choices': [choice], **more})}\n\n"
+
+    async def pieces(self) -> AsyncIterator[str | dict[str, Any]]:
+        """Yield pieces of text as they come, comments (": ...") meanwhile, and at last the whole answer."""
+        async for _, event in merged(self.tickets):
+            if event is None:
+                yield ": waiting\n\n"
+            elif event.kind == "text":
+                yield event.text
+        yield await run_in_threadpool(self.whole, [ticket.result(0) for ticket in self.tickets], True)
 
     async def chunks(self) -> AsyncIterator[str]:
         """Yield the answer as it comes."""

@@ -122,7 +122,9 @@ def validation(errors: Sequence[Mapping[str, Any]]) -> Trouble:
     """Turn pydantic's complaints into one: the first, and how many more there are. What was sent is not repeated."""
     first = errors[0] if errors else {"loc": (), "msg": "the request is malformed", "type": "value_error"}
     parts = [
-        str(part) for part in first["loc"] if part != "body" and not str(part).startswith(("list[", "constrained-"))
+        str(part)
+        for part in first["loc"]
+        if part not in ("body", "str") and not str(part).startswith(("list[", "constrained-"))
     ]
     place = ".".join(parts).encode("ascii", "backslashreplace").decode()[:200]
     message = str(first["msg"]).removeprefix("Value error, ")

@@ -167,6 +167,12 @@ class Edits(Images):
         return side_of(self.size) is None if self.keep_aspect is None else self.keep_aspect
 
 
+class Variations(Edits):
+    """POST /v1/images/variations: an edit whose instruction may be left out."""
+
+    prompt: str = Field("Draw this scene again, a little differently.", max_length=MAX_PROMPT_CHARACTERS)
+
+
 class Reconstructions(Body):
     """POST /v1/images/reconstructions: the fields beside the files `image` (or `image[]`)."""
 

@@ -20,9 +20,9 @@ class Store:
         self._bytes = 0
         self._lock = threading.Lock()
 
-    def put(self, data: bytes, media: str) -> str:
-        """Keep a picture; return its name."""
-        name = secrets.token_urlsafe(24)
+    def put(self, data: bytes, media: str, name: str = "") -> str:
+        """Keep a picture; return its name, one that nobody can guess unless it was given."""
+        name = name or secrets.token_urlsafe(24)
         with self._lock:
             self._kept[name] = (data, media, time.monotonic() + self.seconds)
             self._bytes += len(data)

@@ -1,0 +1,187 @@
+"""OpenAI's Responses, told in the terms of chat completions: the same conversation in, the same answer out.
+
+In:  the body of POST /v1/responses. Out: the body of a chat completion; then a response object, or its events.
+Text, pictures and the tool `image_generation` are served. Earlier responses are kept in memory for an hour.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from unilip.errors import UniLIPError
+from unilip.serve.problems import dumps
+from unilip.serve.store import Store
+
+SAME = ("model", "temperature", "top_p", "seed", "steps", "guidance", "solver", "negative_prompt", "deadline", "user",
+        "stream", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls")  # fmt: skip
+DRAWING = ("size", "quality", "output_format", "output_compression")
+MEANT = (*SAME, "input", "instructions", "tools", "tool_choice", "max_output_tokens", "previous_response_id", "text")
+
+
+def read(fields: Mapping[str, Any], kept: Store) -> dict[str, Any]:
+    """Return the body of a chat completion that asks for the same.
+
+    Raises:
+        UniLIPError: a part has another form than OpenAI's, or the earlier response is not there (any more).
+    """
+    chat = {name: fields[name] for name in fields if name in SAME or name not in MEANT}
+    given = fields.get("tools")
+    tools = [tool for tool in given if isinstance(tool, dict)] if isinstance(given, list) else []
+    drawing = next((tool for tool in tools if tool.get("type") == "image_generation"), None)
+    others = [tool for tool in tools if tool is not drawing]
+    choice = fields.get("tool_choice")
+    wanted = choice.get("type") if isinstance(choice, dict) else choice
+    if wanted == "image_generation" or (wanted == "required" and drawing is not None and not others):
+        chat["modalities"] = ["image"]
+    elif wanted not in (None, "auto", "none"):
+        chat["tool_choice"] = "required"  # refused, with the words for it
+    elif drawing is None or wanted == "none":
+        chat["modalities"] = ["text"]
+    chat |= {name: drawing[name] for name in DRAWING if drawing and name in drawing}
+    chat |= {"tools": others} if others else {}
+    form = (fields.get("text") or {}).get("format") if isinstance(fields.get("text"), dict) else None
+    chat |= {"response_format": form} if form else {}
+    if "max_output_tokens" in fields:
+        chat["max_tokens"] = fields["max_output_tokens"]
+    messages = _messages(fields.get("input"))
+    if (earlier := fields.get("previous_response_id")) is not None:
+        found = kept.get(str(earlier))
+        if found is None:
+            raise UniLIPError("previous_response_id names no response that is kept; send the conversation in `input`.")
+        messages = [*json.loads(found[0]), *messages]
+    if fields.get("instructions"):
+        messages.insert(0, {"role": "system", "content": fields["instructions"]})
+    return chat | {"messages": messages}
+
+
+def _messages(given: Any) -> list[dict[str, Any]]:
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    if not isinstance(given, list):
+        raise UniLIPError("input must be text, or a list of messages.")
+    messages = []
+    for item in given:
+        kind = item.get("type", "message") if isinstance(item, dict) else None
+        if kind == "message":
+            content = item.get("content")
+            parts = [_part(part) for part in content] if isinstance(content, list) else content
+            messages.append({"role": item.get("role"), "content": parts})
+        elif kind == "image_generation_call" and isinstance(item.get("result"), str):
+            url = f"data:image/png;base64,{item['result']}"
+            messages.append({"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": url}}]})
+        elif kind == "function_call_output":
+            messages.append({"role": "tool", "content": str(item.get("output", ""))})
+        elif kind not in ("function_call", "reasoning"):
+            raise UniLIPError("input holds an item that is not understood; messages with text and pictures are.")
+    return messages
+
+
+def _part(part: Any) -> Any:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("input_text", "output_text", "text"):
+        return {"type": "text", "text": part.get("text")}
+    if kind == "input_image":
+        return {"type": "image_url", "image_url": {"url": part.get("image_url"), "detail": part.get("detail")}}
+    raise UniLIPError("A message holds a part that is not understood; input_text and input_image are.")
+
+
+class Answer:
+    """One response, from what a chat completion would say."""
+
+    def __init__(self, fields: Mapping[str, Any], chat: Mapping[str, Any], kept: Store, model: str) -> None:
+        self.fields, self.chat, self.kept = fields, chat, kept
+        self.id, self.created, self.model = f"resp_{secrets.token_hex(16)}", int(time.time()), model
+        self.number = -1
+
+    def whole(self, status: str, output: Sequence[Any] = (), said: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The response object, in progress or done."""
+        used = (said or {}).get("usage") or {}
+        read, made = used.get("prompt_tokens", 0), used.get("completion_tokens", 0)
+        usage = {
+            "input_tokens": read, "output_tokens": made, "total_tokens": read + made,
+            "input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0},
+        }  # fmt: skip
+        same = {name: self.fields.get(name) for name in ("instructions", "previous_response_id", "max_output_tokens")}
+        return {
+            "id": self.id, "object": "response", "created_at": self.created, "status": status, "model": self.model,
+            "error": None, "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "output": list(output), "usage": usage if said else None, **same, "parallel_tool_calls": True,
+            "tool_choice": self.fields.get("tool_choice") or "auto", "tools": self.fields.get("tools") or [],
+            "temperature": self.chat.get("temperature") or 0.0, "top_p": self.chat.get("top_p") or 1.0,
+            "metadata": self.fields.get("metadata") or {}, "text": {"format": {"type": "text"}},
+            "truncation": "disabled",
+            **({"unilip": said["unilip"]} if said else {}),
+        }  # fmt: skip
+
+    def finish(self, said: Mapping[str, Any], urls: Sequence[str]) -> dict[str, Any]:
+        """The response object at the end; the conversation is kept with it."""
+        message = said["choices"][0]["message"]
+        content = [{"type": "image_url", "image_url": {"url": url}} for url in urls] or message["content"]
+        history = [one for one in self.chat["messages"] if one["role"] != "system"]
+        if self.fields.get("store") is not False:
+            kept = json.dumps([*history, {"role": "assistant", "content": content}]).encode()
+            self.kept.put(kept, "application/json", self.id)
+        output = [picture(url) for url in urls] or [text(message["content"])]
+        cut = said["choices"][0]["finish_reason"] == "length"
+        return self.whole("incomplete" if cut else "completed", output, said)
+
+    def event(self, kind: str, **more: Any) -> str:
+        """One event of the stream."""
+        self.number += 1
+        body = {"type": f"response.{kind}", "sequence_number": self.number, **more}
+        return f"event: response.{kind}\ndata: {dumps(body)}\n\n"
+
+    async def events(self, pieces: AsyncIterator[str | dict[str, Any]], drawn: bool, urls: Any) -> AsyncIterator[str]:
+        """Turn pieces of text, and at last the chat completion, into events."""
+        for kind in ("created", "in_progress"):
+            yield self.event(kind, response=self.whole("in_progress"))
+        item = picture("", "in_progress") if drawn else text("", "in_progress") | {"content": []}
+        where: dict[str, Any] = {"output_index": 0, "item_id": item["id"]}
+        inside = where | {"content_index": 0}
+        yield self.event("output_item.added", output_index=0, item=item)
+        if drawn:
+            for kind in ("in_progress", "generating"):
+                yield self.event(f"image_generation_call.{kind}", **where)
+        else:
+            yield self.event("content_part.added", **inside, part=text("")["content"][0])
+        said: dict[str, Any] = {}
+        async for piece in pieces:
+            if isinstance(piece, dict):
+                said = piece
+            elif piece.startswith(":"):
+                yield piece
+            else:
+                yield self.event("output_text.delta", **inside, delta=piece, logprobs=[])
+        done = self.finish(said, urls(said))
+        for number, one in enumerate(done["output"]):
+            one = one | {"id": item["id"]} if number == 0 else one
+            done["output"][number] = one
+            if drawn:
+                yield self.event("image_generation_call.completed", output_index=number, item_id=one["id"])
+            else:
+                yield self.event("output_text.done", **inside, text=one["content"][0]["text"], logprobs=[])
+                yield self.event("content_part.done", **inside, part=one["content"][0])
+            yield self.event("output_item.done", output_index=number, item=one)
+        yield self.event("incomplete" if done["status"] == "incomplete" else "completed", response=done)
+
+
+def text(words: str, status: str = "completed") -> dict[str, Any]:
+    """An item of words."""
+    part = {"type": "output_text", "text": words, "annotations": [], "logprobs": []}
+    return {
+        "id": f"msg_{secrets.token_hex(12)}",
+        "type": "message",
+        "role": "assistant",
+        "status": status,
+        "content": [part],
+    }
+
+
+def picture(url: str, status: str = "completed") -> dict[str, Any]:
+    """An item of a picture, from its data URL."""
+    result = url.partition(",")[2] or None
+    return {"id": f"ig_{secrets.token_hex(12)}", "type": "image_generation_call", "status": status, "result": result}
