@@ -124,6 +124,9 @@ def test_hostile_and_broken_files_are_refused_at_once(tmp_path: Path) -> None:
             Tokenizer(files)
     with pytest.raises(CheckpointError, match="tokenizer"):
         load_tokenizer(tmp_path / "nothing")
+    for odd in ([1], {"content": {}}, 7, None):
+        named = json.dumps({"pad_token": odd, "additional_special_tokens": odd}).encode()
+        assert Tokenizer({"tokenizer.json": whole.encode(), "tokenizer_config.json": named}).pad_id is None
     assert passed == [] and time.perf_counter() - started < 10
     for pattern in SPLITS:  # and what is allowed is quick on every text that is read
         for text in (" " * 8000 + "a", "a" * 8000, "'" * 8000, ("\r \n" * 3000) + "."):

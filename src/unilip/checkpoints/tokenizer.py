@@ -254,7 +254,8 @@ def _flat(step: Any) -> Iterator[dict[str, Any]]:
 
 def _content(token: Any) -> str | None:
     """Return the text of a token that a config writes as a string or as an object."""
-    return token.get("content") if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _special_names(settings: Mapping[str, Any]) -> Iterator[str]:
