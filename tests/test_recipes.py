@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 
+from support import failures
 from unilip.errors import ConfigError
 from unilip.model import PARTS, UniLIP
 from unilip.recipes.catalog import SIZES, all_recipes, get_recipe
@@ -35,7 +37,6 @@ PUBLISHED = {
 DCAE = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
 EMBEDDED_STAGES = ("clip", "instruct", "recon", "recon_distill", "pretrain", "sft")
 PAPER_STAGES = ("recon", "recon_distill", "recon_448", "connector", "pretrain", "sft")
-each_recipe = pytest.mark.parametrize("name", RECIPES)
 each_paper_size = pytest.mark.parametrize("size", PUBLISHED)
 
 
@@ -60,8 +61,7 @@ def test_every_size_has_its_stages():
         assert len(set(stages)) == len(stages)
 
 
-@each_recipe
-def test_recipe_is_a_plain_record(name):
+def check_plain_record(name):
     recipe = get_recipe(name)
     assert recipe.name == name and [recipe.model, recipe.stage] == name.split("/")[-2:]
     assert json.loads(json.dumps(plain(recipe))) == plain(recipe)
@@ -69,8 +69,8 @@ def test_recipe_is_a_plain_record(name):
     assert override(recipe, [f"{k}={v}" for k, v in leaves(recipe).items() if isinstance(v, (int, float))]) == recipe
 
 
-@each_recipe
-def test_what_trains_exists_and_is_reached(name, shapes):
+def check_what_trains(name, shapes):
+    """What trains exists and is reached."""
     recipe = get_recipe(name)
     trained = trained_parameters(recipe, shapes[recipe.model])
     assert trained
@@ -79,8 +79,8 @@ def test_what_trains_exists_and_is_reached(name, shapes):
     assert {parameter.split(".")[0] for parameter in trained} <= built
 
 
-@each_recipe
-def test_stages_start_from_earlier_stages_or_published_weights(name):
+def check_start(name):
+    """A stage starts from earlier stages or published weights."""
     recipe = get_recipe(name)
     size = recipe.model
     earlier = [n for n, other in RECIPES.items() if other.model == size]
@@ -94,6 +94,12 @@ def test_stages_start_from_earlier_stages_or_published_weights(name):
     needed = set(needed_parts(recipe.objective)) - {part for part, _ in recipe.trains}
     fresh = needed - held - {"connector"}
     assert "all" in held or not fresh or recipe.stage == "clip", f"{fresh} are frozen and come from nowhere"
+
+
+def test_every_recipe(shapes):
+    assert failures(check_plain_record, RECIPES) == []
+    assert failures(partial(check_what_trains, shapes=shapes), RECIPES) == []
+    assert failures(check_start, RECIPES) == []
 
 
 # The table of the specification, section 5: what the paper and the authors' code say of each stage.
