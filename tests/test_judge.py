@@ -238,7 +238,7 @@ def test_broken_scenes_differ_from_what_was_asked(atlas):
 
 @pytest.mark.parametrize("decibel", [20.0, 24.0, 30.0])
 def test_degrading_hits_the_decibels_asked_for(atlas, decibel):
-    from unilip.pictures import measure_psnr
+    from unilip.pictures import picture_psnr
 
     picture = draw(TWO, atlas)
-    assert measure_psnr(degrade(picture, decibel, np.random.default_rng(0)), picture) == pytest.approx(decibel, abs=1)
+    assert picture_psnr(degrade(picture, decibel, np.random.default_rng(0)), picture) == pytest.approx(decibel, abs=1)
