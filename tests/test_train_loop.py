@@ -158,8 +158,9 @@ def test_latents_are_measured(stages):
 def test_logs_and_pictures(stages):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    bound = {"bind", "bind_concept", "bind_colour", "bind_count", "bind_place"}
     for stage, terms, sheet in (
-        ("instruct", {"contrastive", "words", "next_token", "retrieval", "token_accuracy"}, None),
+        ("instruct", {"contrastive", "words", "next_token", "retrieval", "token_accuracy", *bound}, None),
         (
             "recon_distill",
             {"pixel", "psnr", "perceptual", "distill", "gan", "discriminator", "lecam"},

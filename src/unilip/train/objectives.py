@@ -373,6 +373,8 @@ class FlowObjective(Objective):
         heard = heard + LESSON_NOISE * noise.to(heard)
         length = batch["prompts"].input_ids.shape[1]
         bound, terms = bind_loss(self.heads["bind"], heard, batch, length)
+        if "sources" in batch:
+            del terms["bind_place"]  # instructions name no places of their own
         known, found = cell_loss(self.heads["cells"], heard[:, length:], batch["cells"])
         return bound + 4 * known, {**terms, **found, "lesson": bound + 4 * known}
 
