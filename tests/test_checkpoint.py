@@ -241,6 +241,17 @@ def test_bad_torch_files(tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
+def test_a_file_that_was_replaced_is_not_read_by_its_old_index(tiny_model: UniLIP, tmp_path: Path) -> None:
+    tiny_model.save_pretrained(tmp_path / "m")
+    opened, low = open_checkpoint(tmp_path / "m"), UniLIP.from_pretrained(tmp_path / "m", low_memory=True)
+    low.generate("a star", num_inference_steps=1, progress=False)
+    tiny_model.save_pretrained(tmp_path / "m")
+    with pytest.raises(CheckpointError, match="replaced after it had been opened"):
+        opened.tensor("mllm.queries")
+    with pytest.raises(CheckpointError, match="load the model again"):
+        low.generate("a star", num_inference_steps=1, progress=False)
+
+
 def test_torch_weights_old_and_new_load_like_safetensors(tiny_folder: Path, tiny_model: UniLIP, tmp_path: Path) -> None:
     for zipped in (True, False):
         folder = tmp_path / str(zipped)

@@ -8,11 +8,12 @@ Out: a `Checkpoint` whose tensors have our names and are read from disk one at a
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,6 +75,7 @@ class SafeFile:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             entries = json.loads(file.read(size))
+            self._stamp = _stamp(file)
         entries.pop("__metadata__", None)
         self.shapes: dict[str, Shape] = {name: tuple(entry["shape"]) for name, entry in entries.items()}
         self.dtypes = {name: DTYPES.get(entry["dtype"]) for name, entry in entries.items()}
@@ -85,11 +87,18 @@ class SafeFile:
         shape, size = self.shapes[name], (end - begin) // parts
         data = torch.empty(size, dtype=torch.uint8)
         with self.path.open("rb") as file:
+            if _stamp(file) != self._stamp:
+                raise CheckpointError(f"{self.path} was replaced after it had been opened; load the model again.")
             file.seek(begin + part * size)
             if size and file.readinto(data.numpy().data) != size:
                 raise CheckpointError(f"{self.path} was cut off while it was read; fetch or save it again.")
         typed = data.view(self.dtypes[name])  # type: ignore[arg-type]  # `Weights` has refused what is not known
         return typed.reshape(shape if parts == 1 else (shape[0] // parts, *shape[1:]))
+
+
+def _stamp(file: BinaryIO) -> tuple[int, int, int]:
+    known = os.fstat(file.fileno())
+    return known.st_ino, known.st_size, known.st_mtime_ns
 
 
 class TorchFile:
