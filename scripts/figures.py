@@ -27,6 +27,8 @@ from PIL import Image
 from torch import Tensor
 
 from unilip import UniLIP
+from unilip.method.qwen2 import Attention, Rotation, rotate
+from unilip.method.text import NEEDED_TOKENS
 from unilip.pictures import to_pixels
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,6 +158,16 @@ def draw_features(model: UniLIP, before: str) -> Any:
 # --- what the queries read --------------------------------------------------------------------------------------------
 
 
+def attention(attn: Attention, x: Tensor, turn: Rotation, seen: Tensor) -> Tensor:
+    """Weights (B,heads,L,L) of an attention, which its fused kernel does not tell."""
+    q, k = (
+        rotate(project(x).unflatten(-1, (-1, attn.width)).transpose(1, 2), turn)
+        for project in (attn.q_proj, attn.k_proj)
+    )
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3) / attn.width**0.5
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1)
+
+
 @torch.no_grad()
 def draw_queries(model: UniLIP) -> Any:
     """Attention of the queries to the words of a prompt, in every layer of the language model, mean over heads."""
@@ -163,14 +175,20 @@ def draw_queries(model: UniLIP) -> Any:
     processor = model.processor
     assert processor is not None, "the embedded model has a tokenizer"
     tokens = processor.tokenize([processor.generate_text(prompt)])
-    words = [processor.tokenizer.decode([i]).replace("\n", "\\n") for i in tokens.input_ids[0].tolist()]
+    special = {processor.tokenizer.token_id(name): name for name in NEEDED_TOKENS}
+    ids = tokens.input_ids[0].tolist()
+    words = [special.get(i) or processor.tokenizer.decode([i]).replace("\n", "\\n") for i in ids]
     sequence, mask = model.mllm.append_queries(model.mllm.embed(tokens.input_ids), tokens.attention_mask)
-    language = model.mllm.language_model
-    language.set_attn_implementation("eager")  # the only one that tells its weights
-    found = language.model(inputs_embeds=sequence, attention_mask=mask, use_cache=False, output_attentions=True)
-    language.set_attn_implementation("sdpa")
+    found: list[Tensor] = []
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(lambda attn, given: found.append(attention(attn, *given[:3])))
+        for layer in model.mllm.language_model.model.layers
+    ]
+    model.mllm(sequence, mask)
+    for hook in hooks:
+        hook.remove()
     length = len(words)
-    layers = [a[0].mean(0)[length:, 1:length] for a in found.attentions]  # Q T-1: the first position takes what is left
+    layers = [weights[0].mean(0)[length:, 1:length] for weights in found]  # Q T-1: the first position takes the rest
     figure, axes = pyplot().subplots(
         1, len(layers), figsize=(2.6 * len(layers), 3.4), sharey=True, layout="constrained"
     )
