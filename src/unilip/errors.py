@@ -7,6 +7,8 @@ the server into a 4xx. Programming mistakes stay `AssertionError`, `TypeError` a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class UniLIPError(ValueError):
     """Bad input: the message names the value, the allowed values and the remedy."""
@@ -31,3 +33,10 @@ class PromptError(UniLIPError):
 def install(extra: str) -> str:
     """Return how to get an extra of this package, which is in no index: the words that end every such message."""
     return f"install it with pip install '.[{extra}]' in a checkout of UniLIP"
+
+
+def check_choice(what: str, value: object, allowed: Iterable[str], kind: type[UniLIPError] = UniLIPError) -> None:
+    """Raise an error of a kind where a value, of whatever type, is none of the texts allowed."""
+    names = list(allowed)
+    if not isinstance(value, str) or value not in names:
+        raise kind(f"There is no {what} {value!r}; allowed: {', '.join(names)}.")

@@ -24,19 +24,31 @@ from torch import Tensor, nn
 from unilip import adapters, sampling
 from unilip.checkpoints import read, write
 from unilip.checkpoints.tokenizer import load_tokenizer
-from unilip.errors import ImageError, PromptError, UniLIPError
+from unilip.errors import ImageError, PromptError, UniLIPError, check_choice
 from unilip.fast.loop import BUCKET, Compiled, Settings
 from unilip.fast.offload import Offload, empty
 from unilip.fast.quantise import QUANTIZED, check_quantisation, is_quantised, quantise
 from unilip.machine import choose_device
-from unilip.method.config import UniLIPConfig
+from unilip.method.config import SOLVERS, UniLIPConfig
 from unilip.method.connector import copy_from_llm
 from unilip.method.model import PARTS, Network, Reader
 from unilip.method.text import Message, Processor, Prompt, Tokens
-from unilip.pictures import FITS, Fit, ImageLike, fit_square, load_image, tile, to_images, to_pixels, unfit_square
-from unilip.sampling import Generators, Runtime, TextStream, check_generator, check_number, check_prompt
+from unilip.pictures import (
+    FITS,
+    MAX_SIDE,
+    Fit,
+    ImageLike,
+    fit_square,
+    load_image,
+    tile,
+    to_images,
+    to_pixels,
+    unfit_square,
+)
+from unilip.sampling import Generators, Runtime, TextStream, check_flag, check_generator, check_number, check_prompt
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+MOST_IMAGES, MOST_TILES, LONGEST_BUCKET = 10_000, 1_000, 65_536
 StepCallback = Callable[["UniLIP", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
 
@@ -84,6 +96,9 @@ class UniLIP(Network):
     @classmethod
     def from_config(cls, config: UniLIPConfig, seed: int = 0, parts: Sequence[str] = tuple(PARTS)) -> UniLIP:
         """Build a float32 model with random weights that depend on `seed` alone; the connector copies the LLM's end."""
+        if not isinstance(config, UniLIPConfig):
+            raise UniLIPError(f"config is {config!r}; give a UniLIPConfig, for instance preset('tiny').")
+        seed, parts = check_number("seed", seed, -(2**63), 2**64 - 1, whole=True), _names(parts)
         usual = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
@@ -123,7 +138,8 @@ class UniLIP(Network):
         """
         if not (source is None or isinstance(source, (str, os.PathLike))):
             raise UniLIPError(f"source is {source!r}; give a folder, a file or a hub id as text or path.")
-        where = _device(device or "cpu")
+        where = _device("cpu" if device is None else device)
+        check_flag("low_memory", low_memory)
         if quantization is not None:
             check_quantisation(quantization)
         opened = read.open_checkpoint(source)
@@ -137,7 +153,7 @@ class UniLIP(Network):
         with torch.device("meta"):
             model = cls(opened.config, processor, wanted)
 
-        def load(part: str) -> None:
+        def load(model: nn.Module, part: str) -> None:
             read.load_into(model, opened, dtype=dtype, device=where, parts=(part,))
             if quantization is not None and part in QUANTIZED:
                 quantise(model.get_submodule(part), quantization)
@@ -149,7 +165,7 @@ class UniLIP(Network):
             model.enable_tiling()
         else:
             for part in model.parts:  # one by one, so that no more than one is ever there unquantised
-                load(part)
+                load(model, part)
         return model.eval()
 
     def save_pretrained(
@@ -237,6 +253,7 @@ class UniLIP(Network):
         compiled steps without the graph. `options` go to `torch.compile`.
         """
         self.require("dit")
+        bucket = check_number("bucket", bucket, 1, LONGEST_BUCKET, whole=True)
         if self.runtime.offload is not None:
             raise UniLIPError("A model whose parts come and go cannot be compiled; choose one of the two.")
         if "pixel_decoder" in self.parts and self.device.type == "cuda":  # convolutions want it so there
@@ -291,6 +308,9 @@ class UniLIP(Network):
 
     def features(self, pixels: Tensor) -> Tensor:
         """Return the features (M,N,D) of normalised pixels (M,3,H,W), as `pictures.to_pixels` makes them."""
+        self.require("encoder")
+        if not isinstance(pixels, Tensor) or pixels.dim() != 4 or pixels.shape[1] != 3:
+            raise ImageError(f"features takes pixels (M,3,H,W), not {_shape(pixels)}.")
         return sampling.encode(self, self.runtime, pixels.to(self.device))
 
     def _features(self, squares: Sequence[Image.Image]) -> Tensor:
@@ -299,18 +319,23 @@ class UniLIP(Network):
     @torch.no_grad()
     def decode(self, values: Tensor, *, output_type: str = "pil") -> ImageOutput:
         """Draw features (M,N,D), or latents (M,Z,h,w) in the diffusion transformer's scale."""
-        self.require("pixel_decoder", *(("latent_head",) if _dimensions(values) == 3 else ()))
+        latents = isinstance(values, Tensor) and values.dim() == 4
+        self.require("pixel_decoder", *(() if latents else ("latent_head",)))
         _check_output(output_type)
+        self._check_latent(values) if latents else self._check_features(values)
         values = values.to(self.device)
-        return ImageOutput(self._output(self.to_latent(values) if values.dim() == 3 else values, output_type))
+        return ImageOutput(self._output(values if latents else self.to_latent(values), output_type))
 
     def to_latent(self, features: Tensor, height: int | None = None) -> Tensor:
         """Return the latent (M,Z,h,w) in the diffusion transformer's scale, float32, of features (M,N,D)."""
+        self.require("latent_head")
+        self._check_features(features, height)
         with self.runtime.using("latent_head"):
             return super().to_latent(features, height)
 
     def from_latent(self, latent: Tensor, decode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return pixels (M,3,H,W) in [0,1] of latents (M,Z,h,w) in the diffusion transformer's scale."""
+        self._check_latent(latent)
         if decode is not None or torch.is_grad_enabled():
             return super().from_latent(latent, decode)
         return sampling.decode(self, self.runtime, latent)
@@ -320,8 +345,25 @@ class UniLIP(Network):
     ) -> tuple[Tensor, Tensor]:
         """Turn prompts, and the features (M,N,D) of their pictures, into the DiT's condition; see `Network`."""
         self.require("mllm", "connector")
+        if not isinstance(tokens, Tokens):
+            raise PromptError(f"condition takes Tokens, as processor.tokenize makes them, not {_shape(tokens)}.")
         with self.runtime.using("mllm", "connector"):
             return super().condition(tokens, features, read)
+
+    def draw(self, *values: Any, **named: Any) -> Tensor:
+        """Draw latents plainly; see `Network.draw`."""
+        with self.runtime.using("mllm", "connector", "dit"):
+            return super().draw(*values, **named)
+
+    def flow_loss(self, *values: Any, **named: Any) -> Tensor:
+        """Return the velocity error; see `Network.flow_loss`."""
+        with self.runtime.using("encoder", "latent_head", "mllm", "connector", "dit"):
+            return super().flow_loss(*values, **named)
+
+    def tokenizer_loss(self, *values: Any, **named: Any) -> Tensor:
+        """Return the error of pictures and features; see `Network.tokenizer_loss`."""
+        with self.runtime.using("encoder", "latent_head", "pixel_decoder"):
+            return super().tokenizer_loss(*values, **named)
 
     # --- the four abilities ---
 
@@ -364,8 +406,8 @@ class UniLIP(Network):
         """
         prompts = [check_prompt(p) for p in _as_list(prompt)]
         settings = self._settings(preset, num_inference_steps, guidance_scale, solver)
-        copies = check_number("num_images_per_prompt", num_images_per_prompt, 1, whole=True)
-        generator = check_generator(generator)
+        copies = check_number("num_images_per_prompt", num_images_per_prompt, 1, MOST_IMAGES, whole=True)
+        generator, progress = check_generator(generator), check_flag("progress", progress)
         _check_output(output_type)
         self.require("mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
         processor = self._processor(image_size)
@@ -411,8 +453,8 @@ class UniLIP(Network):
         """
         prompts = [check_prompt(p, "instruction") for p in _as_list(prompt)]
         settings = self._settings(preset, num_inference_steps, guidance_scale, solver)
-        copies = check_number("num_images_per_prompt", num_images_per_prompt, 1, whole=True)
-        generator = check_generator(generator)
+        copies = check_number("num_images_per_prompt", num_images_per_prompt, 1, MOST_IMAGES, whole=True)
+        generator, progress = check_generator(generator), check_flag("progress", progress)
         _check_output(output_type, keep_aspect)
         self.require("encoder", "mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
         processor = self._processor(image_size)
@@ -499,8 +541,10 @@ class UniLIP(Network):
         if top_p == 0:
             raise UniLIPError(f"top_p is {top_p}; it must be greater than 0 and at most 1 (1 keeps every token).")
         most = check_number("max_new_tokens", max_new_tokens, 1, whole=True)
-        max_tiles = check_number("max_tiles", max_tiles, 1, whole=True)
-        chosen = check_generator(generator)
+        max_tiles = check_number("max_tiles", max_tiles, 1, MOST_TILES, whole=True)
+        chosen, stream = check_generator(generator), check_flag("stream", stream)
+        if not isinstance(history, (list, tuple)):
+            raise PromptError(f"The history is {history!r}; give a list of turns.")
         if isinstance(chosen, list):
             raise UniLIPError("ask takes one generator or seed, not a list of them.")
         questions = _as_list(question)
@@ -546,6 +590,21 @@ class UniLIP(Network):
 
     # --- checks and results ---
 
+    def _check_features(self, features: Any, height: int | None = None) -> None:
+        width = self.config.text.hidden_size
+        if not isinstance(features, Tensor) or features.dim() != 3 or features.shape[-1] != width:
+            raise UniLIPError(f"Features are (M,N,{width}), and latents (M,Z,h,w), not {_shape(features)}.")
+        count = features.shape[1]
+        if height is None and math.isqrt(count) ** 2 != count:
+            raise UniLIPError(f"{count} features make no square picture; give `height` to to_latent.")
+        if height is not None and count % check_number("height", height, 1, max(1, count), whole=True):
+            raise UniLIPError(f"height is {height}; it must divide the {count} features of a picture.")
+
+    def _check_latent(self, latent: Any) -> None:
+        channels = self.config.dit.latent_channels
+        if not isinstance(latent, Tensor) or latent.dim() != 4 or latent.shape[1] != channels:
+            raise UniLIPError(f"Latents are (M,{channels},h,w), not {_shape(latent)}.")
+
     def _processor(self, image_size: int | None = None) -> Processor:
         if self.processor is None:
             raise UniLIPError(
@@ -556,11 +615,14 @@ class UniLIP(Network):
     def _size(self, image_size: int | None) -> int:
         if image_size is None:
             return self.config.image_size
-        return self.config.replace(image_size=check_number("image_size", image_size, -math.inf, whole=True)).image_size
+        size = check_number("image_size", image_size, -math.inf, MAX_SIDE, whole=True)
+        return self.config.replace(image_size=size).image_size
 
     def _settings(self, preset: str, steps: int | None, guidance: float | None, solver: str | None) -> Settings:
         if steps is not None:
             steps = check_number("num_inference_steps", steps, 1, 1000, whole=True)
+        if solver is not None:
+            check_choice("solver", solver, SOLVERS)
         if guidance is not None:
             guidance = check_number("guidance_scale", guidance, 0)
         given = {"num_inference_steps": steps, "guidance_scale": guidance, "solver": solver}
@@ -628,13 +690,23 @@ def init_normal(module: nn.Module, generator: torch.Generator, std: float = 0.02
 
 def _names(parts: Sequence[str]) -> tuple[str, ...]:
     """Take names of parts: a list of them, or a single one."""
-    return (parts,) if isinstance(parts, str) else tuple(parts)
+    names = (parts,) if isinstance(parts, str) else parts
+    if not isinstance(names, (list, tuple, set)):
+        raise UniLIPError(f"parts is {parts!r}; give a list of names out of {', '.join(PARTS)}.")
+    for name in names:
+        check_choice("part", name, PARTS)
+    return tuple(names)
 
 
 def _device(device: torch.device | str) -> torch.device:
     try:
-        return torch.device(choose_device(device) if isinstance(device, str) else device)
-    except (RuntimeError, TypeError, ValueError) as error:
+        chosen = choose_device(str(device) if isinstance(device, torch.device) else device)
+        if torch.device(chosen).type not in ("cpu", "cuda", "mps"):
+            raise ValueError(device)
+        return device if isinstance(device, torch.device) else torch.device(chosen)
+    except UniLIPError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise UniLIPError(f"There is no device {device!r}; allowed: auto, cpu, cuda, cuda:N, mps.") from error
 
 
@@ -645,25 +717,21 @@ def _as_list(value: Any) -> list[Any]:
 
 def _pictures(value: Any, fit: str = "resize") -> list[Image.Image]:
     """Load one picture or several; a batch (B,3,H,W) or (B,H,W,3) is several."""
-    if fit not in FITS:
-        raise ImageError(f"There is no way to fit an image called {fit!r}; allowed: {', '.join(FITS)}.")
+    check_choice("way to fit an image called", fit, FITS, ImageError)
     if isinstance(value, ImageOutput):
         value = value.images
     batch = isinstance(value, (Tensor, np.ndarray)) and value.ndim == 4
     return [load_image(image) for image in (list(value) if batch else _as_list(value))]
 
 
-def _dimensions(values: Any) -> int:
-    if not isinstance(values, Tensor) or values.dim() not in (3, 4):
-        shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise UniLIPError(f"decode takes features (M,N,D) or latents (M,Z,h,w), not {shape}.")
-    return values.dim()
+def _shape(values: Any) -> str:
+    """Name what was given in place of a tensor of another shape."""
+    return str(list(values.shape)) if isinstance(values, Tensor) else type(values).__name__
 
 
 def _check_output(output_type: str, keep_aspect: bool = False) -> None:
-    if output_type not in OUTPUT_TYPES:
-        raise UniLIPError(f"There is no output type {output_type!r}; allowed: {', '.join(OUTPUT_TYPES)}.")
-    if keep_aspect and output_type != "pil":
+    check_choice("output type", output_type, OUTPUT_TYPES)
+    if check_flag("keep_aspect", keep_aspect) and output_type != "pil":
         raise UniLIPError(f'keep_aspect needs output_type "pil", not {output_type!r}.')
 
 

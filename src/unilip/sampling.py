@@ -76,6 +76,9 @@ def check_prompt(prompt: object, what: str = "prompt") -> str:
     return text
 
 
+LARGEST = 3e38  # of float32
+
+
 def check_number(name: str, value: Any, least: float, most: float = math.inf, *, whole: bool = False) -> Any:
     """Return a number in range, or say what was given and what is allowed.
 
@@ -86,10 +89,18 @@ def check_number(name: str, value: Any, least: float, most: float = math.inf, *,
     number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
     if isinstance(number, bool) or not isinstance(number, int if whole else (int, float)):
         raise UniLIPError(f"{name} is {value!r}; it must be a {kind}.")
-    if not least <= number <= most or math.isinf(number):
+    if not least <= number <= most or abs(number) > LARGEST:
         allowed = f"at least {least:g}" if math.isinf(most) else f"between {least:g} and {most:g}"
         raise UniLIPError(f"{name} is {value!r}; it must be a {kind} {allowed}.")
-    return number
+    return number if whole or abs(number) < 2**63 else float(number)  # torch takes no longer ones
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return True or False, or say what was given instead."""
+    flag = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    if not isinstance(flag, bool):
+        raise UniLIPError(f"{name} is {value!r}; it must be True or False.")
+    return flag
 
 
 def check_generator(generator: Any) -> torch.Generator | list[torch.Generator] | None:

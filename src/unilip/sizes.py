@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unilip.errors import ConfigError
+from unilip.errors import ConfigError, check_choice
 from unilip.method.config import DecoderConfig, DiTConfig, SamplingConfig, TextConfig, UniLIPConfig, VisionConfig
 
 
@@ -93,6 +93,5 @@ PRESETS = {"tiny": _tiny, "pico": _pico, "nano": _nano, "1b": _1b, "3b": _3b}
 
 def preset(name: str) -> UniLIPConfig:
     """Return the named preset: tiny (tests), pico and nano (embedded models), 1b and 3b (the released sizes)."""
-    if name not in PRESETS:
-        raise ConfigError(f"There is no preset {name!r}; allowed: {', '.join(PRESETS)}.")
+    check_choice("preset", name, PRESETS, ConfigError)
     return PRESETS[name]()

@@ -395,7 +395,7 @@ def parse_dtype(dtype: DType) -> torch.dtype | None:
     Raises:
         CheckpointError: not a floating type of torch.
     """
-    if dtype == "auto":
+    if isinstance(dtype, str) and dtype == "auto":
         return None
     found = torch.float32 if dtype is None else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:

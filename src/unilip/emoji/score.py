@@ -462,9 +462,11 @@ def fingerprint(model: UniLIP) -> str:
     """Return sixteen hex digits of configuration and weights."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(json.dumps(model.config.to_dict(), sort_keys=True).encode())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for part in model.parts:
+        with model.using(part):
+            for name, value in model.get_submodule(part).state_dict(prefix=f"{part}.").items():
+                digest.update(name.encode())
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

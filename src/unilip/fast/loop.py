@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unilip.errors import UniLIPError
+from unilip.errors import UniLIPError, check_choice
 from unilip.fast import decoder as fast_decoder
 from unilip.fast.dit import PreparedCondition, modulate, packable, step
 from unilip.fast.packing import Multiply, pack, plain
@@ -66,8 +66,7 @@ class Settings(SamplingConfig):
         Raises:
             UniLIPError: there is no such preset, or a value is out of range.
         """
-        if preset not in PRESETS:
-            raise UniLIPError(f"There is no sampling preset {preset!r}; allowed: {', '.join(PRESETS)}.")
+        check_choice("sampling preset", preset, PRESETS)
         values = dataclasses.asdict(own)
         for changes in (dataclasses.asdict(PRESETS[preset]), given):
             values |= {name: value for name, value in changes.items() if value is not None}

@@ -20,7 +20,7 @@ class Offload:
         model: nn.Module,
         parts: Sequence[str],
         device: torch.device,
-        load: Callable[[str], None] | None = None,
+        load: Callable[[nn.Module, str], None] | None = None,
     ) -> None:
         self.device = device
         self.present: set[str] = set()
@@ -46,7 +46,7 @@ class Offload:
 
     def _bring(self, part: str) -> None:
         if self._load is not None:
-            self._load(part)
+            self._load(self._model[0], part)
             return
         moved: dict[int, Tensor] = {}  # tied weights stay tied
         for module, name, tensor in self._home[part]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unilip.errors import UniLIPError, install
+from unilip.errors import UniLIPError, check_choice, install
 from unilip.method.config import QUANTIZATIONS
 
 SMALLEST = 32  # linear layers with a narrower side stay as they are: they weigh nothing, and decide much
@@ -28,8 +28,7 @@ def check_quantisation(kind: str) -> None:
     Raises:
         UniLIPError: an unknown kind, or no torchao.
     """
-    if kind not in QUANTIZATIONS:
-        raise UniLIPError(f"There is no quantisation {kind!r}; allowed: {', '.join(QUANTIZATIONS)}.")
+    check_choice("quantisation", kind, QUANTIZATIONS)
     if importlib.util.find_spec("torchao") is None:
         raise UniLIPError(f"Quantisation to {kind} needs torchao; {install('quantize')}.")
 
