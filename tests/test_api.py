@@ -1,9 +1,11 @@
 """The model as a library: any wrong type is an error of ours, weights may change between calls, precisions may differ.
 
-Each call of a table is given values of every kind; it may take them, or refuse them by a `UniLIPError`, and nothing else.
+Each call of a table is given values of every kind; it takes them, or refuses them by a `UniLIPError`, nothing else.
 """
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from method_support import apart, seeds
 from unilip import UniLIP, UniLIPConfig, preset
 from unilip.errors import UniLIPError
+from unilip.model import ImageOutput
+from unilip.pictures import to_pixels
 from unilip.pipeline import UniLIPPipeline
 
 LATENT: dict[str, Any] = dict(num_inference_steps=3, progress=False, output_type="latent")
@@ -91,7 +96,8 @@ def table(model: UniLIP, red: Image.Image) -> dict[str, Callable[[Any], Any]]:
         calls[f"save_pretrained {name}"] = lambda v, n=name: one.save_pretrained("saved", **{n: v})
     for name in UniLIPConfig.__dataclass_fields__:
         calls[f"config {name}"] = lambda v, n=name: config.replace(**{n: v})
-    for name in ["height", "width", "generator", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "return_dict"]:
+    callback = "callback_on_step_end"
+    for name in ("height", "width", "generator", callback, f"{callback}_tensor_inputs", "return_dict"):
         calls[f"pipeline {name}"] = lambda v, n=name: pipe("a", num_inference_steps=1, output_type="latent", **{n: v})
     return calls
 
@@ -117,3 +123,238 @@ def test_any_value_of_any_type_is_taken_or_refused_by_an_error_of_ours(
                 wrong.append(f"{name} = {str(value)[:30]!r}: {type(error).__name__}: {str(error)[:80]}")
     assert not wrong, "\n".join(wrong)
     assert max(taken.values()) < len(STRANGE) - 5 and len(taken) > 80
+
+
+def test_numbers_of_other_kinds_and_results_as_inputs(tiny_model: UniLIP, picture: Callable[..., Image.Image]) -> None:
+    drawn = draw(tiny_model, generator=torch.Generator().manual_seed(5), num_inference_steps=2)
+    for steps, seed in ((np.int64(2), 5), (torch.tensor(2), np.int32(5)), (2, torch.tensor(5))):
+        assert torch.equal(draw(tiny_model, generator=seed, num_inference_steps=steps), drawn)
+    two = draw(tiny_model, ["a", "b"], generator=[1, 2])
+    assert torch.equal(two, draw(tiny_model, ["a", "b"], generator=seeds(1, 2)))
+    pictures = [picture(seed=i) for i in range(2)]
+    made = {kind: tiny_model.reconstruct(pictures, output_type=kind) for kind in ("pil", "pt", "np")}
+    expected = tiny_model.encode(made["pil"])
+    assert expected.shape == (2, 4, 64)
+    for output in made.values():
+        for given in (output, output.images):
+            assert torch.equal(tiny_model.encode(given), expected)
+            assert tiny_model.edit(given, "blue", **LATENT).images.shape == (2, 32, 2, 2)
+    latent = tiny_model.to_latent(expected)
+    for values in (expected, latent):
+        assert apart(tiny_model.decode(values, output_type="pt").images, tiny_model.from_latent(latent).detach()) < 1e-6
+    assert made["pil"]._repr_html_().count("<img") == 2 and "[2, 3, 56, 56]" in made["pt"]._repr_html_()
+    assert ImageOutput([])._repr_html_() == ""
+
+
+# --- weights that change between calls --------------------------------------------------------------------------------
+
+
+def adapter(folder: Path, model: UniLIP, parts: tuple[str, ...]) -> Path:
+    """Write a LoRA for linear layers of parts, in peft's format."""
+    peft = pytest.importorskip("peft")
+    from safetensors.torch import save_file
+
+    layers = {
+        name: layer.weight
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and name.startswith(parts) and name.endswith(("q_proj", "to_q"))
+    }
+    assert layers
+    folder.mkdir()
+    peft.LoraConfig(r=2, lora_alpha=8, target_modules=list(layers)).save_pretrained(str(folder))
+    tensors = {}
+    for name, weight in layers.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = 0.2 * torch.randn(2, weight.shape[1])
+        tensors[f"base_model.model.{name}.lora_B.weight"] = 0.2 * torch.randn(weight.shape[0], 2)
+    save_file(tensors, str(folder / "adapter_model.safetensors"))
+    return folder
+
+
+def test_what_was_drawn_before_changes_no_picture_whatever_happens_to_the_weights(
+    fresh_model: Callable[..., UniLIP], tmp_path: Path
+) -> None:
+    """Written through `.data` as averages of weights are, by a step in place, by an adapter, by merging one."""
+    files = {part: adapter(tmp_path / part, fresh_model(), (part,)) for part in ("mllm", "connector", "dit")}
+
+    def through_data(model: UniLIP) -> None:
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(parameter.data + 0.1 * noise * parameter.data.abs().mean())
+
+    def in_place(model: UniLIP) -> None:
+        with torch.no_grad():
+            model.mllm.queries.add_(1.0)
+
+    def merged(part: str) -> Callable[[UniLIP], None]:
+        return lambda model: (model.load_adapter(files[part]), model.merge_adapters())[1]
+
+    changes: dict[str, Callable[[UniLIP], Any]] = {"data": through_data, "in place": in_place}
+    changes |= {f"merged {part}": merged(part) for part in files}
+    changes["loaded"] = lambda model: model.load_adapter(files["dit"])
+    wrong = []
+    for name, change in changes.items():
+        for compiled in (False, True):
+            used, fresh = fresh_model(), fresh_model()
+            if compiled and name == "merged dit":
+                torch._dynamo.reset()
+                used.compile(backend="eager", bucket=64)
+            elif compiled:
+                continue
+            before = draw(used)
+            for model in (used, fresh):
+                change(model)
+            after = draw(used)
+            if not apart(after, draw(fresh)) < 1e-5 or not apart(after, before) > 1e-4:
+                wrong.append(f"{name} {compiled}: {apart(after, draw(fresh)):.1e}, moved {apart(after, before):.1e}")
+    assert not wrong, "\n".join(wrong)
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_number_is_an_error_that_names_the_part_and_its_precision(
+    fresh_model: Callable[..., UniLIP], picture: Callable[..., Image.Image]
+) -> None:
+    wrong = []
+    spoil: dict[str, Callable[[UniLIP], Tensor]] = {
+        "encoder": lambda m: m.encoder.projector[1].weight,
+        "latent_head": lambda m: m.latent_head.out[1].weight,
+        "pixel_decoder": lambda m: m.pixel_decoder.decoder.conv_in.weight,
+        "mllm": lambda m: m.mllm.language_model.model.norm.weight,
+        "dit": lambda m: m.dit.transformer.proj_out.weight,
+    }
+    for part, weight in spoil.items():
+        for dtype, value in ((torch.float32, float("nan")), (torch.float16, 6e4)):
+            model = fresh_model().to(dtype)
+            with torch.no_grad():
+                if dtype == torch.float32:
+                    weight(model).view(-1)[0] = value
+                else:
+                    weight(model).copy_(weight(model).sign() * value)  # overflows
+            calls: dict[str, Callable[[], Any]] = {
+                "reconstruct": lambda m=model: m.reconstruct(picture()),
+                "edit": lambda m=model: m.edit(picture(), "blue", num_inference_steps=2, progress=False),
+            }
+            if part in ("latent_head", "pixel_decoder"):
+                del calls["edit"]
+            if part in ("mllm", "dit"):
+                del calls["reconstruct"]
+            for name, call in calls.items():
+                try:
+                    call()
+                    wrong.append(f"{part} {dtype} {name}: a picture")
+                except UniLIPError as error:
+                    if not all(word in str(error) for word in ("NaN", part, str(dtype)[6:])):
+                        wrong.append(f"{part} {dtype} {name}: {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_parts_may_have_different_precisions(
+    fresh_model: Callable[..., UniLIP], tiny_model: UniLIP, picture: Callable[..., Image.Image]
+) -> None:
+    def everything(model: UniLIP) -> list[Tensor]:
+        settings: dict[str, Any] = LATENT | {"output_type": "pt", "generator": 0}
+        return [
+            model.generate("a star", **settings).images,
+            model.edit(picture(), "blue", **settings).images,
+            model.reconstruct(picture(), output_type="pt").images,
+            model.decode(model.encode(picture()), output_type="pt").images,
+        ]
+
+    wrong, expected = [], everything(tiny_model)
+    for rest in (torch.float16, torch.bfloat16):
+        for part in tiny_model.parts:
+            model = fresh_model().to(rest)
+            model.get_submodule(part).float()
+            try:
+                for ours, exact in zip(everything(model), expected, strict=True):
+                    if not (ours - exact).abs().mean() < 0.05:
+                        wrong.append(f"{part} float32, the rest {rest}: {(ours - exact).abs().mean():.2f}")
+                model.ask(picture(), "What?", max_new_tokens=2)
+            except Exception as error:
+                wrong.append(f"{part} float32, the rest {rest}: {type(error).__name__} {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+# --- parts that come and go -------------------------------------------------------------------------------------------
+
+
+def test_a_model_whose_parts_come_and_go_does_all_that_any_other_does(
+    tiny_folder: Path, tiny_model: UniLIP, fresh_model: Callable[..., UniLIP], picture: Callable[..., Image.Image]
+) -> None:
+    from unilip.emoji.score import fingerprint
+
+    p, red = tiny_model.processor, picture()
+    assert p is not None
+    features = tiny_model.encode(red)
+    latent, pixels = tiny_model.to_latent(features).detach(), to_pixels([red])
+    both = p.tokenize([p.generate_text(None), p.generate_text("a")])
+    noise, level = torch.ones(1, 32, 2, 2), torch.tensor([0.5])
+    calls: dict[str, Callable[[UniLIP], Any]] = {
+        "encode": lambda m: m.encode(red),
+        "features": lambda m: m.features(pixels),
+        "decode": lambda m: torch.cat([m.decode(v, output_type="pt").images for v in (features, latent)]),
+        "to_latent": lambda m: m.to_latent(features),
+        "from_latent": lambda m: m.from_latent(latent),
+        "condition": lambda m: m.condition(p.tokenize([p.edit_text("blue")]), features)[0],
+        "draw": lambda m: m.draw(both, noise, 3, 2.0),
+        "flow_loss": lambda m: m.flow_loss(p.tokenize([p.generate_text("a")]), pixels, noise, level),
+        "tokenizer_loss": lambda m: m.tokenizer_loss(pixels, pixels.sigmoid(), tiny_model.encoder),
+        "edit": lambda m: m.edit(red, "blue", generator=0, **LATENT).images,
+        "ask": lambda m: m.ask(red, ["What?", "Why?"], max_new_tokens=5),
+        "stream": lambda m: "".join(m.ask(red, "What?", max_new_tokens=5, stream=True)),
+        "fingerprint": fingerprint,
+        "dtype and device": lambda m: (m.dtype, m.device),
+        "a deep copy": lambda m: copy.deepcopy(m).encode(red),
+    }
+    models = {"low_memory": UniLIP.from_pretrained(tiny_folder, low_memory=True), "offload": fresh_model()}
+    models["offload"].enable_cpu_offload("cpu")
+    wrong = []
+    for kind, model in models.items():
+        with torch.no_grad():
+            for name, call in calls.items():
+                a, b = call(model), call(tiny_model)
+                if not (apart(a, b) < 1e-5 if isinstance(b, Tensor) else a == b):
+                    wrong.append(f"{kind} {name}: {a} for {b}")
+        assert model.runtime.offload is not None and model.runtime.offload.present == set()
+    assert not wrong, "\n".join(wrong)
+
+
+# --- without the libraries that prove it ------------------------------------------------------------------------------
+
+BLOCKED = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("transformers", "diffusers"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+import torch
+torch.set_num_threads(1)
+import unilip
+from PIL import Image
+from unilip import cli
+Image.new("RGB", (112, 112), "red").save("red.png")
+for words in (
+    ["generate", "a star", "--steps", "2", "--output", "star.png"],
+    ["edit", "red.png", "make it blue", "--steps", "2", "--output", "blue.png"],
+    ["ask", "red.png", "What is it?"],
+    ["reconstruct", "red.png", "--output", "again.png"],
+    ["train", "tiny/clip", "--set", "steps=2", "--output", "run", "--no-progress"],
+):
+    assert cli.main(words) == 0, words
+from unilip.serve.app import Settings, create_app
+from unilip.serve.engine import Engine
+from unilip.serve.guard import Rules
+model = unilip.UniLIP.from_pretrained()
+with Engine(model) as engine:
+    assert create_app(engine, Settings("embedded", Rules())).routes
+assert not {"transformers", "diffusers"} & set(sys.modules)
+"""
+
+
+def test_everything_runs_without_transformers_and_diffusers(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", BLOCKED], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path.name for path in tmp_path.glob("*.png")} == {"red.png", "star.png", "blue.png", "again.png"}

@@ -45,7 +45,16 @@ from unilip.pictures import (
     to_pixels,
     unfit_square,
 )
-from unilip.sampling import Generators, Runtime, TextStream, check_flag, check_generator, check_number, check_prompt
+from unilip.sampling import (
+    LARGEST,
+    Generators,
+    Runtime,
+    TextStream,
+    check_flag,
+    check_generator,
+    check_number,
+    check_prompt,
+)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MOST_IMAGES, MOST_TILES, LONGEST_BUCKET = 10_000, 1_000, 65_536
@@ -177,7 +186,11 @@ class UniLIP(Network):
                 "An offloaded or quantised model cannot be saved; load the checkpoint plainly to save it."
             )
         tokenizer = self.processor.tokenizer if self.processor else None
-        write.save(self, self.config, folder, max_shard_size=max_shard_size, tokenizer=tokenizer, dtype=dtype)
+        if not isinstance(max_shard_size, str):
+            check_number("max_shard_size", max_shard_size, 1)
+        write.save(
+            self, self.config, _path("folder", folder), max_shard_size=max_shard_size, tokenizer=tokenizer, dtype=dtype
+        )
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Save to a temporary folder and upload it; returns the address."""
@@ -191,11 +204,16 @@ class UniLIP(Network):
         Raises:
             UniLIPError: it does not fit the model, is damaged, or peft is missing.
         """
+        check_number("scale", scale, -LARGEST)
+        if not (name is None or isinstance(name, str)):
+            raise UniLIPError(f"name is {name!r}; give a text.")
         self.runtime.forget()
-        return adapters.load_adapter(self, folder, name, scale)
+        return adapters.load_adapter(self, _path("folder", folder), name, scale)
 
     def set_adapters(self, scales: Mapping[str, float]) -> None:
         """Make exactly these loaded adapters act, each as strongly as said; an empty mapping switches all off."""
+        if not isinstance(scales, Mapping):
+            raise UniLIPError(f"scales is {scales!r}; give a mapping from names of adapters to numbers.")
         self.runtime.forget()
         adapters.set_adapters(self, scales)
 
@@ -230,7 +248,7 @@ class UniLIP(Network):
 
     def require(self, *parts: str) -> None:
         """Raise a clear error when a part is not loaded."""
-        missing = [name for name in parts if name not in self.parts]
+        missing = [name for name in map(str, parts) if name not in self.parts]
         if missing:
             raise UniLIPError(
                 f"This needs {', '.join(missing)}, but the model was loaded with {', '.join(self.parts)} only; "
@@ -331,7 +349,9 @@ class UniLIP(Network):
         self.require("latent_head")
         self._check_features(features, height)
         with self.runtime.using("latent_head"):
-            return super().to_latent(features, height)
+            latent = super().to_latent(features, height)
+            dtype = next(self.latent_head.parameters()).dtype
+            return latent if torch.is_grad_enabled() else sampling.check_finite(latent, "latent_head", dtype)
 
     def from_latent(self, latent: Tensor, decode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return pixels (M,3,H,W) in [0,1] of latents (M,Z,h,w) in the diffusion transformer's scale."""
@@ -696,6 +716,12 @@ def _names(parts: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         check_choice("part", name, PARTS)
     return tuple(names)
+
+
+def _path(name: str, value: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    if not isinstance(value, (str, os.PathLike)):
+        raise UniLIPError(f"{name} is {value!r}; give a text or a path.")
+    return value
 
 
 def _device(device: torch.device | str) -> torch.device:

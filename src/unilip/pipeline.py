@@ -21,7 +21,7 @@ from unilip.errors import UniLIPError
 from unilip.method.config import UniLIPConfig
 from unilip.model import ImageOutput, UniLIP
 from unilip.pictures import Fit, ImageLike
-from unilip.sampling import Generators
+from unilip.sampling import Generators, check_flag
 
 TENSOR_INPUTS = ("latents",)  # what a callback can be given and can replace
 PipelineCallback = Callable[["UniLIPPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
@@ -153,15 +153,19 @@ class UniLIPPipeline:
         Raises:
             UniLIPError: a value out of range, an empty or overlong prompt, or a missing part.
         """
-        unknown = sorted(set(callback_on_step_end_tensor_inputs) - set(TENSOR_INPUTS))
-        if unknown:
-            raise UniLIPError(f"A callback cannot be given {', '.join(unknown)}; allowed: {', '.join(TENSOR_INPUTS)}.")
+        named = callback_on_step_end_tensor_inputs
+        if not isinstance(named, (list, tuple)) or not set(map(repr, named)) <= set(map(repr, TENSOR_INPUTS)):
+            given = ", ".join(map(str, named)) if isinstance(named, (list, tuple)) else repr(named)
+            raise UniLIPError(f"A callback cannot be given {given}; allowed: {', '.join(TENSOR_INPUTS)}.")
+        if not (callback_on_step_end is None or callable(callback_on_step_end)):
+            raise UniLIPError(f"callback_on_step_end is {callback_on_step_end!r}; give a function.")
+        check_flag("return_dict", return_dict)
         if height is not None and width is not None and height != width:
             raise UniLIPError(f"The picture asked for is {width}x{height} px; this model draws squares only.")
 
         def on_step(_: UniLIP, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> Mapping[str, Tensor] | None:
             given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-            result = callback_on_step_end(self, step, timestep, given) if callback_on_step_end else None
+            result = callback_on_step_end(self, step, timestep, given) if callback_on_step_end is not None else None
             if self._interrupt:
                 raise _Interrupted((result or {}).get("latents", tensors["latents"]))
             return result
@@ -174,7 +178,7 @@ class UniLIPPipeline:
             "num_images_per_prompt": num_images_per_prompt,
             "generator": generator,
             "output_type": output_type,
-            "callback_on_step_end": on_step if callback_on_step_end else None,
+            "callback_on_step_end": on_step if callback_on_step_end is not None else None,
             "progress": self._progress,
         }
         self._interrupt = False

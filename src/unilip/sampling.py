@@ -137,16 +137,17 @@ def draw_noise(
     return torch.stack(draws) if draws else torch.empty(0, *shape)
 
 
-def check_finite(values: Tensor, part: str) -> Tensor:
+def check_finite(values: Tensor, part: str, dtype: torch.dtype | None = None) -> Tensor:
     """Return values that are numbers, or say which part made others.
 
     Raises:
         UniLIPError: NaN or infinity, which would become a black picture.
     """
     if not bool(torch.isfinite(values).all()):
+        precision = str(dtype or values.dtype).removeprefix("torch.")
         raise UniLIPError(
-            f"The {part} computed NaN or infinite values in {str(values.dtype).removeprefix('torch.')}: its weights "
-            "are damaged, or overflow in this precision; load with dtype bfloat16 or float32."
+            f"The {part} computed NaN or infinite values in {precision}: its weights are damaged, or overflow in this "
+            "precision; load with dtype bfloat16 or float32."
         )
     return values
 
@@ -211,6 +212,7 @@ def draw(
     tokens = processor.tokenize(texts).to(device)
     with runtime.using("mllm", "connector"):
         condition, mask = network.condition(tokens, features)
+        check_finite(condition, "mllm or connector")
     grid = processor.image_size // TOKEN_PIXELS
     noise = draw_noise(len(index), (network.config.dit.latent_channels, grid, grid), generator).to(device)
     with runtime.using("dit"):
@@ -228,7 +230,7 @@ def draw(
                 network.dit, prepared, noise, settings, compiled=runtime.compiled, twin=runtime.twin,
                 packed=runtime.offload is None, on_step=after if watched else None,
             )  # fmt: skip
-        return check_finite(latents, "dit")
+        return check_finite(latents, "dit", prepared.keys_values[0][0].dtype)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

@@ -217,7 +217,7 @@ class UniLIPConfig:
         if self.image_size % TOKEN_PIXELS:
             raise ConfigError(
                 f"UniLIPConfig.image_size is {self.image_size}; it must be a multiple of {TOKEN_PIXELS} "
-                f"(for example {max(1, round(self.image_size / TOKEN_PIXELS)) * TOKEN_PIXELS})."
+                f"(for example {max(1, (self.image_size + TOKEN_PIXELS // 2) // TOKEN_PIXELS) * TOKEN_PIXELS})."
             )
         if self.connector_layers > self.text.num_layers:
             most = f"copied from the LLM's last layers, of which there are only {self.text.num_layers}"
@@ -251,8 +251,7 @@ class UniLIPConfig:
         """Return a copy with some fields changed, checked again."""
         hints = get_type_hints(UniLIPConfig)
         for name in set(changes) & set(hints):
-            if not dataclasses.is_dataclass(hints[name]):
-                changes[name] = _typed(changes[name], hints[name], f"config.{name}")
+            changes[name] = _typed(changes[name], hints[name], f"config.{name}")
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -262,8 +261,8 @@ class UniLIPConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> UniLIPConfig:
         """Build from `to_dict` output; an unknown or ill-typed field is a `ConfigError`."""
-        if data.get("format", FORMAT) != FORMAT:
-            raise ConfigError(f"config has the format {data['format']!r}; only {FORMAT!r} is read here.")
+        if not isinstance(data, Mapping) or data.get("format", FORMAT) != FORMAT:
+            raise ConfigError(f"config is {str(data)[:80]}; only the format {FORMAT!r} is read here.")
         return cast(UniLIPConfig, _build(cls, {key: value for key, value in data.items() if key != "format"}, "config"))
 
 
@@ -279,6 +278,8 @@ def _build(kind: type, data: Mapping[str, Any], where: str) -> Any:
 def _typed(value: Any, hint: Any, where: str) -> Any:
     """Return a JSON value as the declared type of a field: a plain one, a config, a tuple, or a choice of these."""
     if dataclasses.is_dataclass(hint):
+        if isinstance(value, cast(type, hint)):
+            return value
         if isinstance(value, Mapping):
             return _build(cast(type, hint), value, where)
         raise ConfigError(f"{where} must be a JSON object, not {type(value).__name__}.")
@@ -290,7 +291,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         if isinstance(value, (list, tuple)):
             return tuple(_typed(v, get_args(hint)[0], where) for v in value)
     elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 10**300:
             return float(value)
     elif type(value) is hint:
         return value

@@ -15,7 +15,7 @@ from typing import Literal, Protocol, cast
 import torch
 from torch import Tensor
 
-from unilip.errors import CheckpointError, PromptError
+from unilip.errors import CheckpointError, PromptError, check_choice
 from unilip.method.config import UniLIPConfig
 
 IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
@@ -115,8 +115,7 @@ class Processor:
         """Return a conversation in the chat template, ending with an open assistant turn unless told otherwise."""
         parts: list[str | int] = []
         for message in messages:
-            if message.role not in ("user", "assistant"):
-                raise PromptError(f"A message has the role {message.role!r}; allowed: user, assistant.")
+            check_choice("role of a message", message.role, ("user", "assistant"), PromptError)
             images = [part for squares in message.squares for part in (*self.image(squares), "\n")]
             parts += self._turn(message.role, *images, message.text)
         return (*parts, *((self._special(TURN_START), "assistant\n") if open_turn else ()))
