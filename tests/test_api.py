@@ -66,7 +66,6 @@ def table(model: UniLIP, red: Image.Image) -> dict[str, Callable[[Any], Any]]:
         "enable_cpu_offload": lambda v: UniLIP.from_config(config, parts=["latent_head"]).enable_cpu_offload(v),
         "quantize": lambda v: one.quantize(v),
         "require": lambda v: model.require(v),
-        "using": lambda v: model.using(v),
         "load_adapter": lambda v: one.load_adapter(v),
         "set_adapters": lambda v: one.set_adapters(v),
         "preset": preset,
