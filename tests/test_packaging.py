@@ -80,7 +80,7 @@ def test_the_base_install_answers_draws_edits_reconstructs_and_converts(tiny_fol
 
 
 def test_training_serving_and_evaluation_need_no_host():
-    modules = ["unilip.train.loop", "unilip.eval.emoji", "unilip.pipeline", "unilip.verify", "unilip.serve.app"]
+    modules = ["unilip.train.loop", "unilip.emoji.score", "unilip.pipeline", "unilip.verify", "unilip.serve.app"]
     run({"transformers", "diffusers"}, modules, [])
 
 
