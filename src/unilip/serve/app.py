@@ -10,6 +10,7 @@ import asyncio
 import base64
 import contextvars
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -141,6 +142,7 @@ def create_app(engine: Serving, settings: Settings | None = None, metrics: Metri
         default_response_class=JSON,
         docs_url=None,
         redoc_url=None,
+        openapi_url=None,
     )
     app.state.engine, app.state.settings, app.state.metrics, app.state.server = engine, settings, metrics, server
     app.add_middleware(Guard, rules=settings.rules, metrics=metrics)
@@ -204,13 +206,21 @@ def _routes(app: FastAPI, server: _Server) -> None:
         )
         return PlainTextResponse(text + "\n")
 
+    @functools.cache  # anybody may ask for these, so that they must cost nothing
+    def described_once() -> tuple[bytes, bytes]:
+        return dumps(app.openapi()).encode(), page(app.openapi()).encode()
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        """The description of the API."""
+        return Response(described_once()[0], media_type="application/json")
+
     @app.get("/docs", include_in_schema=False)
     @app.get("/redoc", include_in_schema=False)
     async def docs() -> Response:
         """The description of the API as a page that loads nothing."""
-        return HTMLResponse(
-            page(app.openapi()), headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
-        )
+        policy = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
+        return HTMLResponse(described_once()[1], headers=policy)
 
     @app.post(
         "/v1/images/generations",

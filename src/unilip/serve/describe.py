@@ -55,7 +55,7 @@ def page(description: Mapping[str, Any]) -> str:
     parts = []
     for path, methods in description["paths"].items():
         for method, about in methods.items():
-            content = next(iter(about.get("requestBody", {}).get("content", {}).values()), {})
+            content: dict[str, Any] = next(iter(about.get("requestBody", {}).get("content", {}).values()), {})
             fields = content.get("schema", {}).get("properties", {})
             rows = "".join(
                 f"<tr><td><code>{html.escape(name)}</code><td>{html.escape(kind_of(field))}<td>"

@@ -120,7 +120,8 @@ _FIELDS = {
 
 def validation(errors: Sequence[Mapping[str, Any]]) -> Trouble:
     """Turn pydantic's complaints into one: the first, and how many more there are. What was sent is not repeated."""
-    first = errors[0] if errors else {"loc": (), "msg": "the request is malformed", "type": "value_error"}
+    nothing: dict[str, Any] = {"loc": (), "msg": "the request is malformed", "type": "value_error"}
+    first: Mapping[str, Any] = errors[0] if errors else nothing
     parts = [
         str(part)
         for part in first["loc"]
