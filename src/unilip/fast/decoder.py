@@ -22,6 +22,8 @@ def decode(decoder: DCDecoder, latent: Tensor, strips: int = 1) -> Tensor:
     """Decode (M,Z,h,w) -> (M,3,32h,32w); with several strips one picture after the other, else all at once."""
     latent = latent.to(decoder.conv_in.weight.dtype)
     if strips == 1 and not can_spare(latent):
+        if latent.device.type == "cpu" and latent.dtype != torch.float32:  # as oneDNN wants it: nothing is reordered
+            latent = latent.contiguous(memory_format=torch.channels_last)
         pixels: Tensor = decoder(latent)
         return pixels
     pieces = latent.split(1) if strips > 1 else (latent,)
