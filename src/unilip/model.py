@@ -342,16 +342,20 @@ class UniLIP(Network):
         _check_output(output_type)
         self._check_latent(values) if latents else self._check_features(values)
         values = values.to(self.device)
-        return ImageOutput(self._output(values if latents else self.to_latent(values), output_type))
+        return ImageOutput(self._output(values if latents else self._latent(values), output_type))
 
     def to_latent(self, features: Tensor, height: int | None = None) -> Tensor:
         """Return the latent (M,Z,h,w) in the diffusion transformer's scale, float32, of features (M,N,D)."""
         self.require("latent_head")
         self._check_features(features, height)
         with self.runtime.using("latent_head"):
-            latent = super().to_latent(features, height)
+            return super().to_latent(features, height)
+
+    def _latent(self, features: Tensor) -> Tensor:
+        """Do what `to_latent` does, and look at the result, for which training does not wait."""
+        with self.runtime.using("latent_head"):
             dtype = next(self.latent_head.parameters()).dtype
-            return latent if torch.is_grad_enabled() else sampling.check_finite(latent, "latent_head", dtype)
+            return sampling.check_finite(self.to_latent(features), "latent_head", dtype)
 
     def from_latent(self, latent: Tensor, decode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return pixels (M,3,H,W) in [0,1] of latents (M,Z,h,w) in the diffusion transformer's scale."""
@@ -521,7 +525,7 @@ class UniLIP(Network):
         if not sources:
             return ImageOutput([])
         features = self._features([fit_square(source, size, fit) for source in sources])
-        images = self._output(self.to_latent(features), output_type)
+        images = self._output(self._latent(features), output_type)
         if keep_aspect:
             images = [unfit_square(picture, source.size, fit) for picture, source in zip(images, sources, strict=True)]
         return ImageOutput(images)
