@@ -576,12 +576,12 @@ def test_configurations_that_no_weights_bear_out_are_refused_at_once(tiny_folder
     folder, passed = shutil.copytree(tiny_folder, tmp_path / "m"), []
     for name, change in cases.items():
         (folder / "config.json").write_text(json.dumps(data | change))
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             open_checkpoint(folder)
             passed.append(name)
         except CheckpointError as error:
-            assert len(str(error)) < 1000 and time.perf_counter() - started < 3, name
+            assert len(str(error)) < 1000 and time.process_time() - started < 3, name
     assert passed == []
 
 
