@@ -252,7 +252,7 @@ class Nuisance:
             "speaks another language": bytes(pick.randrange(256) for _ in range(300)) + b"\r\n\r\n",
             "is a foreign page": post.replace(b"localhost", b"evil.example") + b"Content-Length: 5\r\n\r\nabcde",
             "leaves": b'POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
-            b'Content-Length: 28\r\n\r\n{"prompt": "a", "steps": 100}'[:-1] + b"}",
+            b'Content-Length: 29\r\n\r\n{"prompt": "a", "steps": 100}',
         }  # fmt: skip
         while True:
             way = pick.choice(list(ways))
