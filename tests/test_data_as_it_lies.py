@@ -413,3 +413,17 @@ def test_a_conversion_does_not_go_on_with_another_ones_shards(tmp_path):
         with pytest.raises(DataError, match=f"another conversion: .*{words}"):
             convert("blip3o-60k", str(tmp_path / source), tmp_path / "out", **more)
     assert len(Shards([str(p) for p in sorted((tmp_path / "out").glob("*.tar"))], "out").counts("caption")) == 2
+
+
+def test_a_sample_may_be_of_any_format_that_is_opened():
+    from unilip.data.records import decode_picture
+    from unilip.pictures import FORMATS
+
+    unread = []
+    for form in FORMATS:
+        file = io.BytesIO()
+        Image.new("RGB", (20, 30), "red").save(file, form)
+        found = decode_picture(file.getvalue())
+        if (found.mode, found.size) != ("RGB", (20, 30)) or found.getpixel((5, 5))[0] < 200:
+            unread.append(form)
+    assert not unread

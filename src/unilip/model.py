@@ -606,7 +606,7 @@ class UniLIP(Network):
         )  # fmt: skip
         answers = [TextStream(processor, most) for _ in texts]
         if stream:
-            return _stream(columns, answers[0])
+            return _stream(columns, processor, most)
         for column in columns:
             for answer, token in zip(answers, column, strict=True):
                 answer.take(token)
@@ -779,10 +779,11 @@ def _turn(turn: Any, cut: Callable[[Any], tuple[int, ...]]) -> Message:
     return Message(turn["role"], check_prompt(turn["content"], "message"), cut(turn.get("images")))
 
 
-def _stream(columns: Generator[list[int], None, None], answer: TextStream) -> Iterator[str]:
+def _stream(columns: Generator[Any, None, None], processor: Processor, limit: int = LARGEST) -> Iterator[str]:
+    answer = TextStream(processor, limit)
     with contextlib.closing(columns):
         for column in columns:
-            if piece := answer.take(column[0]):
+            if piece := answer.take(int(column[0])):
                 yield piece
     if piece := answer.rest():
         yield piece

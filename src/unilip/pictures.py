@@ -23,7 +23,6 @@ from unilip.errors import ImageError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of Pillow's: none that starts another program
-WEB_FORMATS = ("PNG", "JPEG", "WEBP")  # what data sets hold, and strangers may send
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 32_768
 MAX_SCANS = 100  # of a JPEG: each is decoded over the whole picture, and a progressive one needs about ten

@@ -27,7 +27,7 @@ from unilip.data.records import Record, Unreadable, clean_text, decode_picture, 
 from unilip.data.shards import INDEX_SUFFIX, ShardWriter
 from unilip.data.sources import open_source
 from unilip.files import content_hash, decode_text, lines_of, read_json, write_json
-from unilip.pictures import WEB_FORMATS, open_picture
+from unilip.pictures import open_picture
 
 SOURCES = ("input", "input_image", "source", "source_image")  # what the lists of edits call their parts
 TARGETS = ("output", "output_image", "target", "target_image")
@@ -138,7 +138,7 @@ def encoded(data: bytes, shorter_side: int | None) -> tuple[str, bytes]:
         file = io.BytesIO()
         picture.resize((size[0], size[1]), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
         return "jpg", file.getvalue()
-    form = open_picture(data, WEB_FORMATS).format or ""
+    form = open_picture(data).format or ""
     if form not in ENDINGS:
         file = io.BytesIO()
         picture.save(file, "PNG")

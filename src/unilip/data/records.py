@@ -19,7 +19,7 @@ from PIL import Image
 from unilip.data.errors import DataError
 from unilip.errors import ImageError, PromptError
 from unilip.files import decode_text
-from unilip.pictures import WEB_FORMATS, Fit, fit_square, load_image, open_picture
+from unilip.pictures import Fit, fit_square, load_image, open_picture
 from unilip.sampling import check_prompt
 
 KINDS = ("image", "caption", "edit", "talk", "text")
@@ -99,7 +99,7 @@ def read_bytes(path: Path, reason: str) -> bytes:
 def decode_picture(data: bytes) -> Image.Image:
     """Decode an encoded picture to upright RGB."""
     try:
-        return load_image(open_picture(data, WEB_FORMATS))
+        return load_image(open_picture(data))
     except ImageError as error:
         raise Unreadable("picture unreadable", str(error) if data else "it is empty") from error
 
