@@ -26,7 +26,7 @@ from unilip.checkpoints import read, write
 from unilip.checkpoints.tokenizer import load_tokenizer
 from unilip.errors import ImageError, PromptError, UniLIPError, check_choice
 from unilip.fast.loop import BUCKET, Compiled, Settings
-from unilip.fast.offload import Offload, empty
+from unilip.fast.offload import Offload, Unmade, empty
 from unilip.fast.quantise import QUANTIZED, check_quantisation, is_quantised, quantise
 from unilip.machine import choose_device
 from unilip.method.config import SOLVERS, UniLIPConfig
@@ -159,7 +159,7 @@ class UniLIP(Network):
         processor = None
         if opened.tokenizer_path is not None:
             processor = Processor(load_tokenizer(opened.tokenizer_path), opened.config)
-        with torch.device("meta"):
+        with Unmade():
             model = cls(opened.config, processor, wanted)
 
         def load(model: nn.Module, part: str) -> None:

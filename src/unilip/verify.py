@@ -24,6 +24,7 @@ from unilip.checkpoints.hub import Source
 from unilip.checkpoints.read import Checkpoint, Weights, load_into, open_checkpoint
 from unilip.checkpoints.tables import Origin
 from unilip.errors import CheckpointError
+from unilip.fast.offload import Unmade
 from unilip.method.decoder import resize_to_tokens
 from unilip.method.flow import TRAIN_TIMESTEPS, make_schedule, train_levels
 from unilip.method.model import Network
@@ -71,7 +72,7 @@ def verify(
     for name in weights.shapes:
         group, _, entry = name.rpartition(".")
         groups.setdefault(group, {})[entry] = weights.read(Origin(name))
-    with torch.device("meta"):
+    with Unmade():
         model = Network(opened.config, opened.parts)
     load_into(model, opened, device=device, dtype=dtype, parts=model.parts)
     model.eval()

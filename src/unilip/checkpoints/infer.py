@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from math import isqrt
 from typing import Any
 
-import torch
-
 from unilip.checkpoints.foreign import DPM
 from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS, QUERIES, Shape, listed
 from unilip.errors import CheckpointError, ConfigError
+from unilip.fast.offload import Unmade
 from unilip.method.config import DecoderConfig, DiTConfig, SamplingConfig, TextConfig, UniLIPConfig, VisionConfig
 from unilip.method.model import PARTS
 from unilip.sizes import preset
@@ -33,7 +32,7 @@ LARGEST_GRID = 1024  # latent cells along a side
 def expected_shapes(config: UniLIPConfig, parts: Sequence[str]) -> dict[str, Shape]:
     """Return names and shapes of every tensor that a checkpoint of this config must hold (tied ones once)."""
     shapes: dict[str, Shape] = {}
-    with torch.device("meta"):
+    with Unmade():
         for part in parts:
             state = PARTS[part](config).state_dict()
             shapes |= {f"{part}.{name}": tuple(value.shape) for name, value in state.items()}

@@ -715,3 +715,52 @@ def run(
         progress=progress,
         **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
+
+
+# ---------------------------------------------------------------------------------------------- probes for training
+
+
+def quick_answers(
+    model: UniLIP, world: World, atlas: Atlas, count: int = 200, seed: int = 0, batch_size: int = 32
+) -> dict[str, float]:
+    """Ask COUNT held-out questions and return the accuracy by kind, and over all ("all")."""
+    data = Questions(world, atlas, "val", seed, count)
+    right: dict[str, list[bool]] = defaultdict(list)
+    for start in range(0, count, batch_size):
+        items = [data[i] for i in range(start, min(start + batch_size, count))]
+        answers = model.ask([item["image"] for item in items], [item["question"] for item in items], max_new_tokens=48)
+        for item, answer in zip(items, answers, strict=True):
+            right[item["kind"]].append(accepts(answer, item["accepted"]))
+    found = {kind: float(np.mean(values)) for kind, values in sorted(right.items())}
+    return {**found, "all": float(np.mean([value for values in right.values() for value in values]))}
+
+
+def quick_generation(
+    model: UniLIP,
+    world: World,
+    atlas: Atlas,
+    count: int = 48,
+    seed: int = 0,
+    batch_size: int = 16,
+    judge: Judge | None = None,
+    **sampling: Any,
+) -> dict[str, float]:
+    """Draw COUNT held-out captions and return how often each part of the verdict is right, and all of it ("all").
+
+    JUDGE may be given to save building it again; SAMPLING goes to ``UniLIP.generate``. ``all/TASK`` is by task.
+    """
+    judge = judge or Judge(world, atlas)
+    data = Scenes(world, atlas, "val", seed, count, "generation")
+    right: dict[str, list[bool]] = defaultdict(list)
+    for start in range(0, count, batch_size):
+        drawn = [data.draw(i) for i in range(start, min(start + batch_size, count))]
+        prompts = [canonical(scene, task, world) for scene, task, _ in drawn]
+        generators = [noise_generator("quick", seed, start + i) for i in range(len(drawn))]
+        images = model.generate(prompts, generator=generators, progress=False, **sampling).images
+        for image, (scene, task, _) in zip(images, drawn, strict=True):
+            verdict = judge_prompt(judge.read(image), scene, task, world)
+            for part, value in verdict.parts.items():
+                right[part].append(value)
+            right["all"].append(verdict.ok)
+            right[f"all/{task}"].append(verdict.ok)
+    return {part: float(np.mean(values)) for part, values in sorted(right.items())}

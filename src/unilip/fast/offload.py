@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 class Offload:
@@ -62,6 +64,23 @@ class Offload:
                 place(module, name, tensor)  # nothing is copied back: the weights have not changed
             return
         empty(self._model[0].get_submodule(part))
+
+
+class Unmade(TorchFunctionMode):
+    """Modules built within it have names and shapes, but no weights: these are on the meta device, and not drawn.
+
+    `torch.device("meta")` alone does it, too, but draws them in pretence, for which torch imports its compiler.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Pass everything on but the reservation and the initialisation of weights."""
+        kwargs = kwargs or {}
+        if func is torch.empty:
+            return func(*args, **{**kwargs, "device": "meta"})
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and name in vars(nn.init):
+            return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        return func(*args, **kwargs)
 
 
 def own_tensors(root: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
