@@ -779,7 +779,7 @@ def _turn(turn: Any, cut: Callable[[Any], tuple[int, ...]]) -> Message:
     return Message(turn["role"], check_prompt(turn["content"], "message"), cut(turn.get("images")))
 
 
-def _stream(columns: Generator[Any, None, None], processor: Processor, limit: int = LARGEST) -> Iterator[str]:
+def _stream(columns: Generator[Any, None, None], processor: Processor, limit: int = 2**31) -> Iterator[str]:
     answer = TextStream(processor, limit)
     with contextlib.closing(columns):
         for column in columns:
