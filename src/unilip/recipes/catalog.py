@@ -42,17 +42,17 @@ def pico() -> list[Recipe]:
         ),
         Recipe(
             name="pico/instruct", objective=Understand(contrastive=0.0, words=0.0, next_token=1.0, bind=1.0, turns=4),
-            trains=(("mllm", 1.0),), steps=600, batch_size=32, optim=optim, init=("encoder=pico/clip",), checks=bound,
+            trains=(("mllm", 1.0),), steps=4000, batch_size=32, optim=optim, init=("encoder=pico/clip",), checks=bound,
             **(common | {"data": dataclasses.replace(data, text_share=0.75)}),
             note="answers, what words mean, and captions written out; the tokenizer's stages can run beside it",
         ),
         Recipe(
-            name="pico/recon", objective=Reconstruct(perceptual=0.0), trains=TOKENIZER[1:], steps=200, batch_size=16,
-            optim=dataclasses.replace(optim, lr=2e-3, final=0.5), init=("encoder=pico/clip",), **common,
+            name="pico/recon", objective=Reconstruct(perceptual=0.0), trains=TOKENIZER[1:], steps=400, batch_size=16,
+            optim=dataclasses.replace(optim, final=0.5), init=("encoder=pico/clip",), **common,
         ),
         Recipe(
-            name="pico/recon_distill", objective=Reconstruct(perceptual=0.0, distill=0.1), trains=TOKENIZER, steps=1100,
-            batch_size=16, optim=dataclasses.replace(optim, lr=1.5e-3), init=(f"{WHOLE_TOKENIZER}=pico/recon",),
+            name="pico/recon_distill", objective=Reconstruct(perceptual=0.0, distill=0.1), trains=TOKENIZER, steps=6000,
+            batch_size=16, optim=optim, init=(f"{WHOLE_TOKENIZER}=pico/recon",),
             ema=0.995, measure_latents=True, **common,
         ),
         Recipe(
