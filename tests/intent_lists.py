@@ -5,7 +5,9 @@ of each came after the rules and did not shape all of them. Every message stands
 picture at hand and without, those with "-" without; wishes have one where they begin with "+".
 """
 
-QUESTIONS = [line.strip() for line in """
+QUESTIONS = [
+    line.strip()
+    for line in """
 What is this?
 What color is the background?
 How many stars are there?
@@ -229,9 +231,12 @@ Three facts about this animal
 - An answer in one sentence, please.
 - What can you do?
 - What does the <img> tag do in HTML?
-""".strip().splitlines()]
+""".strip().splitlines()
+]
 
-WISHES = [line.strip() for line in """
+WISHES = [
+    line.strip()
+    for line in """
 draw three yellow stars
 Draw a cat
 please draw me a picture of a blue car
@@ -459,4 +464,5 @@ wallpaper with mountains
 + please change it into a painting
 + remove her glasses
 + change style to anime
-""".strip().splitlines()]
+""".strip().splitlines()
+]

@@ -171,7 +171,6 @@ def test_the_remedy_is_a_size_that_works():
 # --- every field is read ----------------------------------------------------------------------------------------------
 
 
-
 @torch.no_grad()
 def computed(config: UniLIPConfig) -> list[float]:
     """All that a config decides: what the networks make of the same inputs, and how long a prompt may be."""

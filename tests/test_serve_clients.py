@@ -205,9 +205,7 @@ def test_responses_take_pictures_and_stream(official):
     message = [{"role": "user", "content": parts}]
     whole = official.responses.create(model="x", input=message, instructions="Be brief.", max_output_tokens=5)
     seen = list(
-        official.responses.create(
-            model="x", input=message, instructions="Be brief.", max_output_tokens=5, stream=True
-        )
+        official.responses.create(model="x", input=message, instructions="Be brief.", max_output_tokens=5, stream=True)
     )
     kinds = [event.type for event in seen]
     assert kinds[:3] == ["response.created", "response.in_progress", "response.output_item.added"]
