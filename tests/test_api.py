@@ -4,8 +4,10 @@ Each call of a table is given values of every kind; it takes them, or refuses th
 """
 
 import copy
+import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,6 +208,108 @@ def test_what_was_drawn_before_changes_no_picture_whatever_happens_to_the_weight
             after = draw(used)
             if not apart(after, draw(fresh)) < 1e-5 or not apart(after, before) > 1e-4:
                 wrong.append(f"{name} {compiled}: {apart(after, draw(fresh)):.1e}, moved {apart(after, before):.1e}")
+    assert not wrong, "\n".join(wrong)
+
+
+# --- two threads on one model -----------------------------------------------------------------------------------------
+
+
+def test_a_change_waits_for_the_work_of_other_threads_and_is_refused_within_ones_own(
+    fresh_model: Callable[..., UniLIP], picture: Callable[..., Image.Image]
+) -> None:
+    wrong = []
+
+    def grow(model: UniLIP) -> None:  # any change of what is computed, by the way that every one takes
+        model.load_state_dict({name: value * 1.5 for name, value in model.state_dict().items()})
+
+    changes: dict[str, Callable[[UniLIP], Any]] = {
+        "load_state_dict": grow, "to": lambda m: m.to(torch.bfloat16), "quantize": lambda m: m.quantize("int8"),
+        "tiling": lambda m: m.enable_tiling(2), "offload": lambda m: m.enable_cpu_offload("cpu"),
+        "split": lambda m: m.split_guidance("cpu"), "adapters": lambda m: m.set_adapters({}),
+        "unload": lambda m: m.unload_adapters(), "merge": lambda m: m.merge_adapters(),
+        "compile": lambda m: m.compile(),
+    }  # fmt: skip
+    for name, change in changes.items():
+        model, other = fresh_model(), fresh_model()
+        started, order = threading.Event(), []
+
+        def later(model: UniLIP = model, change: Any = change, started: Any = started, order: Any = order) -> None:
+            started.wait(30)
+            change(model)
+            order.append("changed")
+
+        def on_step(m: UniLIP, step: int, *_: Any, change: Any = change, started: Any = started,
+                    order: Any = order, name: str = name) -> None:  # fmt: skip
+            started.set()
+            threading.Event().wait(0.05)
+            order.append(step)
+            try:
+                change(m)
+                wrong.append(f"{name}: changed within a step")
+            except UniLIPError as error:
+                if "at work" not in str(error):
+                    wrong.append(f"{name}: {error}")
+
+        thread = threading.Thread(target=later)
+        thread.start()
+        settings: dict[str, Any] = LATENT | {"generator": 0, "output_type": "pt"}
+        drawn = model.edit(picture(), "blue", **settings, callback_on_step_end=on_step).images
+        thread.join(60)
+        if order != [0, 1, 2, "changed"]:
+            wrong.append(f"{name}: {order}")
+        if not torch.equal(drawn, other.edit(picture(), "blue", **settings).images):
+            wrong.append(f"{name}: a mixed picture")
+        stream = other.ask(None, "What?", max_new_tokens=40, stream=True)
+        if name in ("load_state_dict", "unload"):
+            change(other)  # in the same thread, between two words
+            with pytest.raises(UniLIPError, match="changed while"):
+                list(stream)
+    for made in (copy.deepcopy(fresh_model()), pickle.loads(pickle.dumps(fresh_model()))):
+        made.to(torch.float32).generate("a", **LATENT)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_an_open_stream_keeps_its_part_and_nobody_waiting(fresh_model: Callable[..., UniLIP]) -> None:
+    """The words of an answer may be taken in any thread, between other work, and never."""
+    model = fresh_model().enable_cpu_offload("cpu")
+    stream, found = model.ask(None, "What?", max_new_tokens=30, stream=True), []
+    expected = list(fresh_model().ask(None, "What?", max_new_tokens=30, stream=True))
+    found.append(next(stream))
+    thread = threading.Thread(target=lambda: (model.generate("a", **LATENT), found.extend(stream)))
+    thread.start()
+    thread.join(60)
+    assert found == expected and not thread.is_alive()
+    assert model.runtime.offload is not None and model.runtime.offload.present == set()
+
+
+def test_logits_that_are_no_numbers_are_an_error_that_names_the_answer(
+    fresh_model: Callable[..., UniLIP], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = []
+    for value in (float("nan"), float("inf"), float("-inf")):
+        for temperature in (0.0, 1.0):
+            for after in (0, 2):
+                model, calls = fresh_model(), []
+                logits = model.mllm.logits
+
+                def spoiled(hidden: Tensor, value: float = value, after: int = after, calls: list[int] = calls,
+                            logits: Any = logits) -> Tensor:  # fmt: skip
+                    found: Tensor = logits(hidden).clone()
+                    calls.append(1)
+                    if len(calls) > after:
+                        found[-1, 3] = value
+                    return found
+
+                monkeypatch.setattr(model.mllm, "logits", spoiled)
+                for question, stream in ((["a", "b", "c"], False), ("a", False), ("a", True)):
+                    calls.clear()
+                    try:
+                        answer = model.ask(None, question, temperature=temperature, generator=0, stream=stream)
+                        wrong.append(f"{value} {temperature} {after}: {list(answer)}")
+                    except UniLIPError as error:
+                        words = ["mllm", "NaN or infinite", "float32"] + ["answer 3 of 3"] * isinstance(question, list)
+                        if not all(word in str(error) for word in words):
+                            wrong.append(str(error))
     assert not wrong, "\n".join(wrong)
 
 

@@ -367,3 +367,44 @@ def wait_until(condition, seconds=10):
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.02)
+
+
+def test_a_question_without_an_answer_fails_alone_and_is_told(gated, monkeypatch):
+    """NaN in one row of a batch: that one fails, once, and the others are answered word by word as ever."""
+    engine, gate, _ = gated
+    logits, model = engine.model.mllm.logits, engine.model
+
+    def spoiled(hidden):
+        found = logits(hidden).clone()
+        if len(found) == 3:
+            found[1] = float("nan")
+        return found
+
+    monkeypatch.setattr(model.mllm, "logits", spoiled)
+    tickets = [engine.submit(Ask(question, max_new_tokens=5)) for question in ("a", "b", "c")]
+    gate.open()
+    for number in (0, 2):
+        text = "".join(event.text for event in tickets[number].events() if event.kind == "text")
+        assert text == tickets[number].result(60).text
+    with pytest.raises(EngineFailed):
+        tickets[1].result(60)
+    monkeypatch.setattr(model.mllm, "logits", lambda hidden: logits(hidden) * float("nan"))
+    for number in range(5):
+        assert engine.alive, number
+        with pytest.raises(EngineFailed):
+            engine.submit(Ask("a", max_new_tokens=5)).result(60)
+    assert not engine.alive
+    monkeypatch.setattr(model.mllm, "logits", logits)
+    assert engine.submit(Ask("a", max_new_tokens=2)).result(60) and engine.alive
+
+
+def test_changes_of_the_model_wait_for_a_batch(fresh_model):
+    model = fresh_model()
+    with Engine(model) as engine:
+        expected = engine.submit(Generate("a", seed=1, steps=20)).result(60).images[0]
+        ticket = engine.submit(Generate("a", seed=1, steps=20))
+        next(event for event in ticket.events() if event.kind == "step")
+        model.load_state_dict({name: value * 1.5 for name, value in model.state_dict().items()})
+        assert ticket.done or not engine.stats().running
+        assert close_to(ticket.result(60).images[0], expected)
+        assert not close_to(engine.submit(Generate("a", seed=1, steps=20)).result(60).images[0], expected)

@@ -50,10 +50,12 @@ from unilip.sampling import (
     Generators,
     Runtime,
     TextStream,
+    changes,
     check_flag,
     check_generator,
     check_number,
     check_prompt,
+    works,
 )
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -177,6 +179,7 @@ class UniLIP(Network):
                 load(model, part)
         return model.eval()
 
+    @works
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
     ) -> None:
@@ -196,6 +199,7 @@ class UniLIP(Network):
         """Save to a temporary folder and upload it; returns the address."""
         return write.push_model(self, repo_id, **options)
 
+    @changes
     def load_adapter(self, folder: str | os.PathLike[str], name: str | None = None, scale: float = 1.0) -> str:
         """Put a LoRA or DoRA adapter (a folder in peft's format) beside the weights; returns its name.
 
@@ -210,6 +214,7 @@ class UniLIP(Network):
         self.runtime.forget()
         return adapters.load_adapter(self, _path("folder", folder), name, scale)
 
+    @changes
     def set_adapters(self, scales: Mapping[str, float]) -> None:
         """Make exactly these loaded adapters act, each as strongly as said; an empty mapping switches all off."""
         if not isinstance(scales, Mapping):
@@ -217,21 +222,26 @@ class UniLIP(Network):
         self.runtime.forget()
         adapters.set_adapters(self, scales)
 
+    @changes
     def merge_adapters(self) -> None:
         """Add the acting adapters to the weights for good; the model can then be saved as any other."""
         self.runtime.forget()
         adapters.merge_adapters(self)
 
+    @changes
     def unload_adapters(self) -> None:
         """Take all adapters off."""
         self.runtime.forget()
         adapters.unload_adapters(self)
 
+    @changes
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UniLIP:
         if self.runtime.offload is not None:
             raise UniLIPError("The parts of this model come and go; give device and type when it is loaded.")
         super()._apply(fn, recurse)
         return self
+
+    load_state_dict = changes(Network.load_state_dict)
 
     @property
     def device(self) -> torch.device:
@@ -261,6 +271,7 @@ class UniLIP(Network):
 
     # --- speed and memory ---
 
+    @changes
     def compile(  # type: ignore[override]  # of `nn.Module`, which compiles `forward`; there is none here
         self, *, bucket: int = BUCKET, **options: Any
     ) -> UniLIP:
@@ -279,6 +290,7 @@ class UniLIP(Network):
         self.runtime.compiled = Compiled(self, bucket, **options)
         return self
 
+    @changes
     def enable_cpu_offload(self, device: torch.device | str = "cuda") -> UniLIP:
         """CPU offload: keep the weights in main memory and bring each part to a device only while it works."""
         runtime = self.runtime
@@ -288,11 +300,13 @@ class UniLIP(Network):
         runtime.offload = Offload(self.to("cpu"), self.parts, where)
         return self
 
+    @changes
     def enable_tiling(self, strips: int = 4) -> UniLIP:
         """Decode one picture at a time, in strips where the decoder works locally: the same pixels in less memory."""
         self.runtime.strips = check_number("strips", strips, 1, whole=True)
         return self
 
+    @changes
     def split_guidance(self, device: torch.device | str) -> UniLIP:
         """Put a copy of the diffusion transformer, as it is now, on a second device, for the unconditional half."""
         self.require("dit")
@@ -302,6 +316,7 @@ class UniLIP(Network):
         self.runtime.twin = copy.deepcopy(self.dit).to(where).eval()
         return self
 
+    @changes
     def quantize(self, kind: str) -> UniLIP:
         """Weight-only quantisation of linear layers from now on: "int8", "int4" or "fp8"; needs torchao."""
         if self.runtime.offload is not None:
@@ -313,6 +328,7 @@ class UniLIP(Network):
 
     # --- features and latents ---
 
+    @works
     @torch.no_grad()
     def encode(self, image: Any, *, fit: Fit = "resize", image_size: int | None = None) -> Tensor:
         """Return the features (M,N,D) of pictures: what the LLM reads, edits keep, and `decode` draws."""
@@ -334,6 +350,7 @@ class UniLIP(Network):
     def _features(self, squares: Sequence[Image.Image]) -> Tensor:
         return self.features(to_pixels(squares))
 
+    @works
     @torch.no_grad()
     def decode(self, values: Tensor, *, output_type: str = "pil") -> ImageOutput:
         """Draw features (M,N,D), or latents (M,Z,h,w) in the diffusion transformer's scale."""
@@ -391,6 +408,7 @@ class UniLIP(Network):
 
     # --- the four abilities ---
 
+    @works
     @torch.no_grad()
     def generate(
         self,
@@ -444,6 +462,7 @@ class UniLIP(Network):
         )  # fmt: skip
         return ImageOutput(self._output(latents, output_type))
 
+    @works
     @torch.no_grad()
     def edit(
         self,
@@ -504,6 +523,7 @@ class UniLIP(Network):
             images = [unfit_square(picture, size, fit) for picture, size in zip(images, sizes, strict=True)]
         return ImageOutput(images)
 
+    @works
     @torch.no_grad()
     def reconstruct(
         self,
@@ -530,6 +550,7 @@ class UniLIP(Network):
             images = [unfit_square(picture, source.size, fit) for picture, source in zip(images, sources, strict=True)]
         return ImageOutput(images)
 
+    @works
     @torch.no_grad()
     def ask(
         self,
@@ -556,7 +577,8 @@ class UniLIP(Network):
             stream: return an iterator of text pieces instead (one question only).
 
         Raises:
-            UniLIPError: a value out of range, a list of another length, a missing part.
+            UniLIPError: a value out of range, a list of another length, a missing part; logits that are no numbers, or
+                a model that was changed while a stream of it was read.
         """
         self.require("encoder", "mllm")
         processor = self._processor()
@@ -606,11 +628,21 @@ class UniLIP(Network):
         )  # fmt: skip
         answers = [TextStream(processor, most) for _ in texts]
         if stream:
-            return _stream(columns, processor, most)
+            return self._stream(columns, answers[0])
         for column in columns:
+            sampling.check_ids(self, column)
             for answer, token in zip(answers, column, strict=True):
                 answer.take(token)
         return answers[0].text if single else [answer.text for answer in answers]
+
+    def _stream(self, columns: Generator[list[int], None, None], answer: TextStream) -> Iterator[str]:
+        with contextlib.closing(columns):
+            for column in columns:
+                sampling.check_ids(self, column)
+                if piece := answer.take(column[0]):
+                    yield piece
+        if piece := answer.rest():
+            yield piece
 
     # --- checks and results ---
 
@@ -777,13 +809,3 @@ def _turn(turn: Any, cut: Callable[[Any], tuple[int, ...]]) -> Message:
     if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
         raise PromptError('A turn of the history must be {"role": ..., "content": text}, with "images" if it has any.')
     return Message(turn["role"], check_prompt(turn["content"], "message"), cut(turn.get("images")))
-
-
-def _stream(columns: Generator[Any, None, None], processor: Processor, limit: int = 2**31) -> Iterator[str]:
-    answer = TextStream(processor, limit)
-    with contextlib.closing(columns):
-        for column in columns:
-            if piece := answer.take(int(column[0])):
-                yield piece
-    if piece := answer.rest():
-        yield piece

@@ -8,10 +8,12 @@ Parts bring themselves to the device, so a model whose parts come and go does ev
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +34,48 @@ MAX_PROMPT_CHARACTERS = 8_000
 FORBIDDEN = (TURN_START, TURN_END, TEXT_END, IMG_CONTEXT)  # control tokens, which nobody means as words
 
 OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Gate:
+    """The lock of a model: one thread at a time works with it, or changes it; the others wait.
+
+    A change from within the work of its own thread, as in a callback, is refused. `changes` counts them, so that an
+    answer that somebody takes word by word, between which the gate is open, is not finished by another model.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._works, self.changes = threading.RLock(), 0, 0
+
+    def __reduce__(self) -> tuple[type[Gate], tuple[()]]:
+        return Gate, ()  # a copy of a model has a lock of its own
+
+    @contextlib.contextmanager
+    def taken(self, change: bool = False) -> Iterator[None]:
+        """Keep other threads out while the caller works with the model, or changes it."""
+        with self._lock:
+            if change and self._works:
+                raise UniLIPError("The model is at work on this very call and cannot be changed; do it afterwards.")
+            self.changes += change
+            self._works += not change
+            try:
+                yield
+            finally:
+                self._works -= not change
+
+
+def works(method: F, change: bool = False) -> F:
+    """Let a method have its model for itself, from its first computation to its last."""
+
+    @functools.wraps(method)
+    def alone(self: Any, *values: Any, **named: Any) -> Any:
+        with self.runtime.gate.taken(change):
+            return method(self, *values, **named)
+
+    return cast(F, alone)
+
+
+changes = functools.partial(works, change=True)  # of methods that change their model
 
 
 @dataclass
@@ -42,9 +86,16 @@ class Runtime:
     compiled: Compiled | None = None
     twin: DiT | None = None
     strips: int = 1
+    gate: Gate = field(default_factory=Gate)
 
-    def using(self, *parts: str) -> contextlib.AbstractContextManager[None]:
-        """Have these parts on the device for a while, and gone afterwards, if parts come and go at all."""
+    @contextlib.contextmanager
+    def using(self, *parts: str) -> Iterator[None]:
+        """Have the model for oneself, and these parts on the device; gone afterwards if parts come and go at all."""
+        with self.gate.taken(), self.held(*parts):
+            yield
+
+    def held(self, *parts: str) -> contextlib.AbstractContextManager[None]:
+        """Have parts on the device without keeping the model; to be entered and left within `gate.taken()`."""
         return contextlib.nullcontext() if self.offload is None else self.offload.using(*parts)
 
     def forget(self) -> None:
@@ -144,12 +195,23 @@ def check_finite(values: Tensor, part: str, dtype: torch.dtype | None = None) ->
         UniLIPError: NaN or infinity, which would become a black picture.
     """
     if not bool(torch.isfinite(values).all()):
-        precision = str(dtype or values.dtype).removeprefix("torch.")
-        raise UniLIPError(
-            f"The {part} computed NaN or infinite values in {precision}: its weights are damaged, or overflow in this "
-            "precision; load with dtype bfloat16 or float32."
-        )
+        raise not_finite(part, dtype or values.dtype)
     return values
+
+
+def not_finite(part: str, dtype: torch.dtype, where: str = "") -> UniLIPError:
+    """Make the error of a part whose results are no numbers."""
+    return UniLIPError(
+        f"The {part} computed NaN or infinite values in {str(dtype).removeprefix('torch.')}{where}: its weights are "
+        "damaged, or overflow in this precision; load with dtype bfloat16 or float32."
+    )
+
+
+def check_ids(network: Network, ids: Sequence[int]) -> None:
+    """Raise the error of the language model where an id of `answer` is -1, and say of which answers."""
+    if broken := [str(row) for row, token in enumerate(ids, 1) if token < 0]:
+        where = f" for answer {', '.join(broken)} of {len(ids)}" if len(ids) > 1 else ""
+        raise not_finite("mllm", next(network.mllm.parameters()).dtype, where)
 
 
 def encode(network: Network, runtime: Runtime, pixels: Tensor) -> Tensor:
@@ -248,18 +310,39 @@ def answer(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Generator[list[int], None, None]:
-    """Continue conversations as text: yield the next id of each until all have ended."""
+    """Continue conversations as text: yield the next id of each until all have ended; -1 where it is no number.
+
+    Between two ids the caller's code runs, in any thread, and others may use the model.
+
+    Raises:
+        UniLIPError: the model was changed since the call.
+    """
     device = next(network.parameters()).device if runtime.offload is None else runtime.offload.device
-    tokens = processor.tokenize(prompts).to(device)
-    with runtime.using("mllm"):
-        with torch.no_grad():  # not around what follows: between two ids the caller's code runs
-            embeddings = network.mllm.embed(tokens.input_ids, tokens.image_slots, features)
-        columns = network.mllm.answer(
-            embeddings, tokens.attention_mask, end_id=processor.end_id, max_new_tokens=max_new_tokens,
-            temperature=temperature, top_p=top_p, generator=generator,
-        )  # fmt: skip
-        for column in columns:
-            yield column.tolist()
+    tokens, state = processor.tokenize(prompts).to(device), runtime.gate.changes
+
+    def rows() -> Generator[list[int], None, None]:
+        held = contextlib.ExitStack()
+        try:
+            with runtime.gate.taken(), torch.no_grad():
+                held.enter_context(runtime.held("mllm"))
+                embeddings = network.mllm.embed(tokens.input_ids, tokens.image_slots, features)
+            columns = network.mllm.answer(
+                embeddings, tokens.attention_mask, end_id=processor.end_id, max_new_tokens=max_new_tokens,
+                temperature=temperature, top_p=top_p, generator=generator,
+            )  # fmt: skip
+            while True:
+                with runtime.gate.taken():
+                    if runtime.gate.changes != state:
+                        raise UniLIPError("The model was changed while it gave this answer; ask again.")
+                    column = next(columns, None)
+                if column is None:
+                    return
+                yield column.tolist()
+        finally:
+            with runtime.gate.taken():
+                held.close()
+
+    return rows()
 
 
 class TextStream:

@@ -6,6 +6,7 @@ Their weights rest in main memory, or nowhere: with `load` they are read from th
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Offload:
-    """Brings parts of a model to a device: from the first `using` that names one to the end of that block."""
+    """Brings parts of a model to a device: from the first `using` that names one to the end of the last such block."""
 
     def __init__(
         self,
@@ -25,7 +26,7 @@ class Offload:
         load: Callable[[nn.Module, str], None] | None = None,
     ) -> None:
         self.device = device
-        self.present: set[str] = set()
+        self._held: Counter[str] = Counter()
         self._model = [model]  # in a list: a module that knew its owner would be a part of itself
         self._load = load
         self._home: dict[str, list[tuple[nn.Module, str, Tensor]]] = {}
@@ -35,16 +36,25 @@ class Offload:
     @contextlib.contextmanager
     def using(self, *parts: str) -> Iterator[None]:
         """Have parts on the device within the block."""
-        fresh = [part for part in parts if part not in self.present]
+        taken = []
         try:
-            for part in fresh:
-                self.present.add(part)
-                self._bring(part)
+            for part in parts:
+                taken.append(part)
+                self._held[part] += 1
+                if self._held[part] == 1:
+                    self._bring(part)
             yield
         finally:
-            for part in fresh:
-                self._drop(part)
-                self.present.discard(part)
+            for part in taken:
+                self._held[part] -= 1
+                if not self._held[part]:
+                    del self._held[part]
+                    self._drop(part)
+
+    @property
+    def present(self) -> set[str]:
+        """The parts that are on the device."""
+        return set(self._held)
 
     def _bring(self, part: str) -> None:
         if self._load is not None:

@@ -89,17 +89,21 @@ class MLLM(nn.Module):
     ) -> Iterator[Tensor]:  # fmt: skip
         """Continue left-padded embeddings (B,T,D), mask (B,T), as text: yield ids (B,) until every row has ended.
 
-        Greedy at temperature 0, else nucleus sampling. A row that has ended yields `end_id`.
+        Greedy at temperature 0, else nucleus sampling. A row that has ended yields `end_id`; one whose logits are no
+        numbers yields -1, and has ended.
         """
         cache, ended = KeyValueCache(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(max_new_tokens):
             hidden = self.language_model.model(x, mask, cache)[:, -1]
-            ids = next_token(self.logits(hidden), temperature, top_p, generator).masked_fill(ended, end_id)
-            ended |= ids == end_id
+            logits = self.logits(hidden)
+            broken = ~logits.isfinite().all(-1)
+            ids = next_token(logits.masked_fill(broken[:, None], 0), temperature, top_p, generator)
+            ids = ids.masked_fill(broken, -1).masked_fill(ended, end_id)
+            ended |= (ids == end_id) | broken
             yield ids
             if bool(ended.all()):
                 return
-            x, mask = self.embed(ids[:, None]), torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            x, mask = self.embed(ids[:, None].clamp(min=0)), torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
 
 
 def next_token(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from unilip.errors import UniLIPError
 from unilip.model import UniLIP
 from unilip.pictures import picture_psnr, to_pixels, unfit_square
-from unilip.sampling import TextStream, answer
+from unilip.sampling import TextStream, answer, not_finite
 from unilip.serve.checks import Checker, seconds_for
 from unilip.serve.checks import Limits as Limits
 from unilip.serve.jobs import (
@@ -317,7 +317,6 @@ class Engine:
         REQUEST.set(" ".join(dict.fromkeys(unit.ticket.request for unit in batch if unit.ticket.request)))
         try:
             self._run(batch)
-            self._failures = 0
         except _Stop:
             return
         except Exception as error:
@@ -396,6 +395,7 @@ class Engine:
     def _count(self, ticket: Ticket) -> None:
         with self._changed:
             self._served[ticket.verb] += 1
+            self._failures = 0
 
     def _reconstruct(self, batch: list[Unit]) -> None:
         squares = [unit.squares[0] for unit in batch]
@@ -408,12 +408,15 @@ class Engine:
             unit.ticket._succeed(images=(shaped,), psnr=(picture_psnr(square, image),))
 
     def _answer(self, batch: list[Unit]) -> None:
+        with self.model.using(), torch.no_grad():  # who changes the model meanwhile waits
+            self._answer_alone(batch)
+
+    def _answer_alone(self, batch: list[Unit]) -> None:
         model, processor = self.model, self.model.processor
         assert processor is not None
         jobs = [unit.ticket.job for unit in batch if isinstance(unit.ticket.job, Ask)]
         squares = [square for unit in batch for square in unit.squares]
-        with torch.no_grad():
-            features = model.features(to_pixels(squares)) if squares else None
+        features = model.features(to_pixels(squares)) if squares else None
         columns = answer(
             model, model.runtime, processor, [unit.text for unit in batch], features,
             max_new_tokens=max(job.max_new_tokens for job in jobs), temperature=jobs[0].temperature,
@@ -424,6 +427,11 @@ class Engine:
             for column in columns:
                 for unit, stream, token in zip(batch, streams, column, strict=True):
                     if stream.reason or not unit.alive:
+                        continue
+                    if token < 0:  # the others of the batch go on
+                        logger.error("%s", not_finite("mllm", model.dtype))
+                        self._fail_all([unit])
+                        self._failures += 1
                         continue
                     self._tell(unit, stream, stream.take(token))
                     if stream.reason:
