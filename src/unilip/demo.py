@@ -35,9 +35,6 @@ MARKER = ".unilip-demo"  # lists the files of a demo, so that the next one repla
 PAGE = "index.html"
 
 
-# --- the examples ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Question:
     """A question and every answer that is right, the shortest full one first."""
@@ -81,11 +78,7 @@ class Examples:
 
 @cache
 def examples() -> Examples:
-    """Return the examples that come with the package.
-
-    Raises:
-        UniLIPError: this installation lacks them.
-    """
+    """Return the examples that come with the package. Raises UniLIPError: this installation lacks them."""
     folder = Path(str(resources.files("unilip"))) / "weights" / "examples"
     try:
         record = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
@@ -128,9 +121,6 @@ def photograph(size: int = 224, seed: int = 0) -> Image.Image:
     return Image.fromarray((np.clip(picture + rng.normal(0, 0.02, picture.shape), 0, 1) * 255).astype(np.uint8))
 
 
-# --- the folder -----------------------------------------------------------------------------------------------------
-
-
 def check_folder(folder: Path) -> None:
     """Raise a clear error unless the demo may write here: a folder of its own, an empty one, or a new one."""
     if not folder.exists():
@@ -156,9 +146,6 @@ def _replace_files(new: Path, folder: Path) -> None:
         os.replace(new / name, folder / name)
 
 
-# --- the demonstration ----------------------------------------------------------------------------------------------
-
-
 def run(
     model: UniLIP,
     folder: Path,
@@ -172,9 +159,7 @@ def run(
 
     `say` gets a line after each part. `source` is where the model is from, for the commands on the page, `loaded` a
     remark on how long loading took. The folder changes only once all is done.
-
-    Raises:
-        UniLIPError: the folder holds something else, or the model lacks a part.
+    Raises UniLIPError: the folder holds something else, or the model lacks a part.
     """
     check_folder(folder)
     place = folder.absolute()
@@ -346,8 +331,6 @@ one prompt. How often the embedded model is right: docs/results.md; how to train
 </body></html>
 """
 
-
-# --- the page -------------------------------------------------------------------------------------------------------
 
 STYLE = """
 :root{color-scheme:light dark;--back:#fbfaf7;--ink:#22252b;--soft:#5f646d;--card:#fff;--line:#e2e0d9;

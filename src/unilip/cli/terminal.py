@@ -33,9 +33,6 @@ ADAPTER = "adapter_config.json"
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-# --- what to work on ------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Request:
     """One thing to do: words, the picture they are about, if any, and the seed of the first result."""
@@ -48,8 +45,7 @@ class Request:
 def read_prompts(name: str) -> list[dict[str, Any]]:
     """Read a file of prompts: on each line a prompt, or a JSON object; `-` is standard input.
 
-    Raises:
-        UniLIPError: no such file, no prompt in it, or a line that cannot be understood.
+    Raises UniLIPError: no such file, no prompt in it, or a line that cannot be understood.
     """
     text = sys.stdin.read() if name == "-" else read_text(Path(name), "file of prompts")
     lines = [(i, line.strip("\ufeff \t")) for i, line in enumerate(lines_of(text), 1)]
@@ -123,9 +119,6 @@ def shortened(text: str, size: int) -> str:
 def printable(text: str) -> str:
     """Return a text that every file and terminal can hold: what is no Unicode of a file's name is written as \\xNN."""
     return os.fsencode(text).decode("utf-8", "backslashreplace")
-
-
-# --- where results go -----------------------------------------------------------------------------------------------
 
 
 class Destination:
@@ -255,14 +248,10 @@ def bar(o: Options, unit: str) -> Iterator[Callable[..., None]]:
         yield progress
 
 
-# --- the model ------------------------------------------------------------------------------------------------------
-
-
 def adapter_of(text: str) -> tuple[str, float]:
     """Split PATH or PATH:SCALE, where a path may hold colons itself.
 
-    Raises:
-        UniLIPError: there is no adapter, or the scale is not finite.
+    Raises UniLIPError: there is no adapter, or the scale is not finite.
     """
     path, _, tail = text.rpartition(":")
     try:

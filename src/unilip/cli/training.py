@@ -78,11 +78,7 @@ def again(o: Options) -> str:
 
 
 def check_sources(recipe: Any, runs: Path) -> None:
-    """Complain of a predecessor that has not finished, and say what to train first.
-
-    Raises:
-        UniLIPError: one has not.
-    """
+    """Complain of a predecessor that has not finished, and say what to train first. Raises UniLIPError: one has not."""
     from unilip.recipes.catalog import all_recipes
 
     for text in recipe.init:

@@ -171,9 +171,6 @@ def data_dir() -> Path:
     return Path(given).expanduser() if given else Path.home() / ".cache" / "unilip" / "emoji"
 
 
-# ---------------------------------------------------------------------------------------------- getting the art
-
-
 def prepare(
     output: Path | None = None,
     source: Path | None = None,
@@ -339,9 +336,6 @@ def _key(style: str, name: str, tone: str | None) -> str:
     return f"{style}/{name}/{tone}" if tone else f"{style}/{name}"
 
 
-# ---------------------------------------------------------------------------------------------- handing it out
-
-
 class Atlas:
     """All sprites, compressed in memory (about 12 MB) and decoded on demand; picklable, caches stay behind."""
 
@@ -475,9 +469,6 @@ class _Cache(Generic[T]):
         self._items[key] = value
         if len(self._items) > self.size:
             self._items.popitem(last=False)
-
-
-# ---------------------------------------------------------------------------------------------- painting
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,6 @@ PLACES = {
 OPENINGS = ("", "", "", "", "a picture of ", "an image of ", "a drawing of ")
 
 
-# ---------------------------------------------------------------------------------------------- noun phrases
-
-
 def with_article(words: str) -> str:
     """Put "a" or "an" in front of WORDS, by their first sound."""
     return f"{'an' if _vowel(words) else 'a'} {words}"
@@ -102,9 +99,6 @@ def grouped(objects: Sequence[Obj]) -> list[tuple[Obj, int]]:
     return list(counts.values())
 
 
-# ---------------------------------------------------------------------------------------------- places
-
-
 def cell(obj: Obj, world: World) -> tuple[str, str]:
     """Return row and column of OBJ among the nine places of a picture."""
     x, y = (0 if c < 0.4 else 2 if c > 0.6 else 1 for c in (v / world.image_size for v in obj.centre))
@@ -128,9 +122,6 @@ def placed(scene: Scene, world: World, rng: random.Random | None = None, style: 
         words = counted(first, count, world, style)
         parts.append(f"{where[0]} {words}" if count == 1 and rng and rng.random() < 0.1 else f"{words} {listed(where)}")
     return listed(parts)
-
-
-# ---------------------------------------------------------------------------------------------- captions
 
 
 def scene_style(scene: Scene, world: World) -> str:
@@ -199,9 +190,6 @@ def background_words(scene: Scene, rng: random.Random, world: World) -> str:
         return ""
     phrases = BACKGROUNDS[scene.background].phrases
     return phrases[0] if rng.random() < 0.6 else rng.choice(phrases)
-
-
-# ---------------------------------------------------------------------------------------------- as people write
 
 
 def as_written(text: str, rng: random.Random, wish: bool = True) -> str:

@@ -78,9 +78,6 @@ def sample_edit(
     raise DataError(f"no edit of kind {kind!r} could be drawn (split {split}, seen={seen}); try another kind")
 
 
-# ---------------------------------------------------------------------------------------------- scenes to edit
-
-
 def _style(world: World, rng: random.Random) -> str:
     return world.default_style if rng.random() < 0.5 else rng.choice(world.styles)
 
@@ -114,9 +111,6 @@ def _count(world: World, rng: random.Random) -> int:
 def _scene(world: World, rng: random.Random, purpose: str) -> Scene | None:
     count = 1 if rng.random() < 0.5 else 2
     return _lay_out(world, rng, _objects(world, rng, _names(world, rng, count, purpose), _style(world, rng)))
-
-
-# ---------------------------------------------------------------------------------------------- the edits
 
 
 def _add(world: World, rng: random.Random, purpose: str) -> Edit | None:

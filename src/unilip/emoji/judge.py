@@ -121,9 +121,6 @@ class _Look:
     tone: str | None
 
 
-# ---------------------------------------------------------------------------------------------- colours
-
-
 def to_lab(rgb: np.ndarray) -> np.ndarray:
     """sRGB in 0..255 -> CIELAB (D65), shape (..., 3)."""
     c = np.asarray(rgb, dtype=np.float32) / 255
@@ -172,9 +169,6 @@ def read_background(picture: np.ndarray, world: World) -> tuple[str | None, np.n
     return (name if share >= BACKGROUND_SHARE else None), (rows + offset).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------- small image tools
-
-
 def smooth(picture: np.ndarray, sigma: float) -> np.ndarray:
     """Blur (H, W, C) with a Gaussian of SIGMA pixels; edges are repeated."""
     moved = torch.from_numpy(np.ascontiguousarray(picture, dtype=np.float32)).permute(2, 0, 1)[None]
@@ -204,10 +198,7 @@ def _template(layers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _scene(difference: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
-    """Difference J and background B (3, h, w) -> (8, h, w) such that its product with a template is the gain.
-
-    The gain of laying a sprite (colour S, alpha a) over B is |J|^2 - |J - a (S - B)|^2, summed over the window.
-    """
+    """Difference J and background B (3, h, w) -> (8, h, w) such that its product with a template is the gain."""
     dot = (difference * background).sum(0, keepdim=True)
     square = (background**2).sum(0, keepdim=True)
     return torch.cat([2 * difference, -2 * dot, 2 * background, -square])
@@ -224,9 +215,6 @@ def _detail(seen: torch.Tensor, drawn: torch.Tensor, size: int) -> float:
     fine, coarse = (_blur(both, share * size, "replicate") for share in (0.04, 0.12))
     a, b = fine - coarse
     return float((a * b).sum() / (b * b).sum().clamp_min(1e-6))
-
-
-# ---------------------------------------------------------------------------------------------- the judge
 
 
 @dataclass(frozen=True)
@@ -270,8 +258,6 @@ class Judge:
         else:  # painting the small drawing is ten times faster, and as good for the coarse grid
             sprite = recolour(self.atlas.sprite(look.concept, look.style, CELLS * 3), PAINTS[look.colour])
         return F.avg_pool2d(_premultiply(sprite), 3)
-
-    # ------------------------------------------------------------------------------------------ reading
 
     def read(self, picture: np.ndarray | Image.Image) -> Reading:
         """Return what PICTURE, world.image_size pixels a side, shows."""
@@ -346,10 +332,7 @@ class Judge:
     def _unknown(
         self, busy: torch.Tensor, place: tuple[int, int, int] | None = None
     ) -> tuple[Found | None, torch.Tensor]:
-        """Return PLACE (x, y, size) as a thing without a name, or the window of the smallest size that holds most.
-
-        None where even that holds too little to be a thing.
-        """
+        """Return PLACE (x, y, size) as a thing without a name, or the window of the smallest size that holds most."""
         cover = torch.zeros_like(busy)
         size = min(self.world.multi_sizes)
         if place is not None:
@@ -397,10 +380,7 @@ class Judge:
         return _Scan(found, found.amax(0), torch.cat(places))
 
     def _candidates(self, scan: _Scan, before: Sequence[Found], keep: int = 10) -> list[tuple[int, int, int, int]]:
-        """Return (look, x, y, size) of the likeliest kinds around the place where a sprite explains most.
-
-        Windows that share much of their area with an object found BEFORE are out.
-        """
+        """Return (look, x, y, size) of the likeliest kinds around the place where a sprite explains most."""
         size = scan.places[:, 2]
         middle = scan.places[:, :2] + size[:, None] / 2  # P 2
         free = torch.ones(len(size), dtype=torch.bool)
@@ -474,8 +454,6 @@ class Judge:
     def _layers(self, look: _Look, size: int) -> torch.Tensor:
         return self._fine(look, size)[0]
 
-    # ------------------------------------------------------------------------------------------ colours
-
     def _name_colour(self, found: Found, image: torch.Tensor, behind: torch.Tensor) -> Found:
         """Name colour or skin tone by the pixels that they change: the nearest variant in mean CIELAB."""
         if found.concept == UNKNOWN:
@@ -542,9 +520,6 @@ def _lab_of(image: torch.Tensor) -> np.ndarray:
 
 def _mean(lab: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return (lab * weight[..., None]).sum((0, 1)) / max(float(weight.sum()), 1e-6)
-
-
-# ---------------------------------------------------------------------------------------------- verdicts
 
 
 def found_relation(a: Found, b: Found) -> str:
@@ -615,9 +590,6 @@ def _compare(reading: Reading, asked: Scene, world: World) -> tuple[dict[str, bo
 def _conclude(parts: dict[str, bool], reading: Reading) -> Verdict:
     wrong = [name for name, right in parts.items() if not right]
     return Verdict(not wrong, parts, f"{', '.join(wrong)} wrong: saw {reading}" if wrong else "")
-
-
-# ---------------------------------------------------------------------------------------------- edits
 
 
 @dataclass(frozen=True)

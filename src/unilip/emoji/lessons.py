@@ -62,9 +62,6 @@ def cells(scene: Scene, world: World) -> np.ndarray:
     return found.reshape(-1, 3)
 
 
-# ---------------------------------------------------------------------------------------------- words
-
-
 @dataclass(frozen=True)
 class Lesson:
     """What a text says: `marks` pairs the end of a word or phrase (a character) with its labels, in the order of MARK.

@@ -119,9 +119,6 @@ def _totals(found: Mapping[str, Any]) -> str:
     return f"{', '.join(said)}.{' Control: ' + ', '.join(checked) + '.' if checked else ''}"
 
 
-# ---------------------------------------------------------------------------------------------- pictures
-
-
 def choose(entries: Sequence[Record], shown: int = SHOWN) -> dict[str, tuple[list[Record], list[Record]]]:
     """Return by group up to SHOWN right and SHOWN wrong items, of as many different prompts as there are."""
     groups: dict[str, tuple[list[Record], list[Record]]] = defaultdict(lambda: ([], []))

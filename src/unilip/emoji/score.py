@@ -92,9 +92,6 @@ class Item:
     mode: str = ""
 
 
-# ---------------------------------------------------------------------------------------------- answers
-
-
 def normalise(answer: str) -> str:
     """Lower case, no punctuation at the ends, single spaces: what counts of an answer."""
     return re.sub(r"\s+", " ", answer.lower()).strip(" .,!?;:\"'")
@@ -107,9 +104,6 @@ def accepts(answer: str, accepted: Sequence[str]) -> bool:
         return re.sub(r"^(a|an|the) ", "", normalise(text))
 
     return bare(answer) in {bare(form) for form in accepted}
-
-
-# ---------------------------------------------------------------------------------------------- the bench
 
 
 class Bench:
@@ -166,8 +160,6 @@ class Bench:
             "riddle": self._riddle,
         }
         return performers[items[0].part](items)
-
-    # ------------------------------------------------------------------------------------------ planning
 
     def _plan_recon(self) -> list[Item]:
         size = CHEAP * self.count
@@ -254,8 +246,6 @@ class Bench:
             for i, riddle in enumerate(chosen)
             for seed in range(self.seeds)
         ]  # fmt: skip
-
-    # ------------------------------------------------------------------------------------------ performing
 
     def _reconstruct(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
         truths = [pixels(item.data["scene"], self.atlas, self.world) for item in items]
@@ -394,9 +384,6 @@ def noise_generator(*parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(stable_hash("noise", *parts) % 2**63)
 
 
-# ---------------------------------------------------------------------------------------------- the folder
-
-
 class Folder:
     """The output folder: what the run is of, and the items done so far."""
 
@@ -470,9 +457,6 @@ def fingerprint(model: UniLIP) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------- evaluating
-
-
 def evaluate(
     model: UniLIP,
     output: Path | str,
@@ -490,18 +474,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate MODEL on held-out items and write everything to the folder OUTPUT; returns what results.json holds.
 
-    Args:
-        world, atlas: by default the world of the model's picture size, and the atlas in ``data_dir()``.
+    In: world, atlas: by default the world of the model's picture size, and the atlas in ``data_dir()``.
         parts: of PARTS; by default all that the model's own parts allow.
         count: prompts of each group (task, kind of edit); reconstructions and questions CHEAP times as many.
         seeds: pictures of each prompt; of each edit half as many.
         steps, guidance_scale: of the sampler; the model's own by default.
         preset: of sampling, as in `UniLIP.generate`.
         batch_size: items at once: speed and memory, not results.
-
-    Raises:
-        UniLIPError: an unknown part, a world of another size, or a folder that holds another run's results.
-        DataError: the atlas is missing.
+    Raises UniLIPError: an unknown part, a world of another size, or a folder that holds another run's results.;
+    DataError: the atlas is missing.
     """
     chosen = check_parts(parts, model)
     world = world if world is not None else world_of(model)
@@ -598,9 +579,6 @@ def _batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
             yield same[start : start + size]
 
 
-# ---------------------------------------------------------------------------------------------- summing up
-
-
 def summarise(part: str, records: Sequence[Record], world: World) -> dict[str, Any]:
     """Return what the records of PART come to: by group, and over all that are no control."""
     groups: dict[str, list[Record]] = defaultdict(list)
@@ -682,9 +660,6 @@ def _swap_prompts(entries: Sequence[Record], world: World) -> float:
     return _share(right) if right else 0.0
 
 
-# ---------------------------------------------------------------------------------------------- for the command line
-
-
 def run(
     model_source: str | os.PathLike[str] | None,
     output: Path | str,
@@ -715,9 +690,6 @@ def run(
         progress=progress,
         **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
-
-
-# ---------------------------------------------------------------------------------------------- probes for training
 
 
 def quick_answers(

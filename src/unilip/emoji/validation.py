@@ -28,9 +28,6 @@ BLOB = 0.16  # blur, in sizes of the smallest object, after which nobody would t
 Break = Callable[[Scene, str, World, random.Random], Scene | None]
 
 
-# ---------------------------------------------------------------------------------------------- breaking scenes
-
-
 def break_colour(scene: Scene, task: str, world: World, rng: random.Random) -> Scene | None:
     """Paint one painted object in another colour."""
     painted = [obj for obj in scene.objects if obj.colour]
@@ -99,9 +96,6 @@ BREAKS: dict[str, Break] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------- degrading pictures
-
-
 def degrade(picture: np.ndarray, decibel: float, rng: np.random.Generator) -> np.ndarray:
     """Blur PICTURE until half its squared error of DECIBEL PSNR is spent, spend the rest on noise two pixels wide."""
     picture32 = picture.astype(np.float32)
@@ -116,9 +110,6 @@ def degrade(picture: np.ndarray, decibel: float, rng: np.random.Generator) -> np
     spent = float(((soft - picture32) ** 2).mean())
     noise *= np.sqrt(max(0.0, budget - spent)) / float(noise.std())
     return np.clip(soft + noise + 0.5, 0, 255).astype(np.uint8)
-
-
-# ---------------------------------------------------------------------------------------------- validating
 
 
 def validate_judge(

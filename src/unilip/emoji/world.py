@@ -180,8 +180,6 @@ class World:
         if set(self.guests) & {*self.concepts, *self.extra} or not set(self.paint) <= set(self.concepts):
             raise DataError("World.guests must be neither among concepts nor among extra, World.paint among concepts")
 
-    # ------------------------------------------------------------------------------------------ presets
-
     @classmethod
     def preset(cls, name: str) -> World:
         """Return the world called NAME; raises DataError, naming them all, where there is none."""
@@ -289,8 +287,6 @@ class World:
         colours = tuple(dict.fromkeys((*self.colours, *self.hues)))
         return replace(self, colours=colours, recolourable={**self.recolourable, **more}, hues=(), paint=())
 
-    # ------------------------------------------------------------------------------------------ what is held out
-
     def pair_held_out(self, a: str, b: str) -> bool:
         """Whether concepts A and B never meet in a training picture (10 % of pairs)."""
         return a != b and stable_fraction("pair", *sorted((a, b))) < 0.10
@@ -328,8 +324,6 @@ class World:
     @cached_property
     def _generated(self) -> tuple[str, ...]:
         return tuple(name for name in self.concepts if name not in self.generation_held_out)
-
-    # ------------------------------------------------------------------------------------------ what goes together
 
     def colours_of(self, name: str, style: str) -> tuple[str, ...]:
         """Return the colours that concept NAME can be painted in."""
@@ -375,9 +369,6 @@ class World:
 def _check(what: str, given: str, allowed: Sequence[str]) -> None:
     if given not in allowed:
         raise DataError(f"unknown {what} {given!r}; allowed are {', '.join(allowed)}")
-
-
-# ---------------------------------------------------------------------------------------------- geometry
 
 
 def overlap(a: Obj, b: Obj, gap: int = 0) -> bool:
@@ -473,9 +464,6 @@ def _fits(world: World, placed: Sequence[Obj], count: int, horizon: bool, where:
         and (not horizon or all(world.grounded(obj) for obj in placed))
         and (where is None or relation(placed[0], placed[1]) == where)
     )
-
-
-# ---------------------------------------------------------------------------------------------- sampling
 
 
 def sample_scene(

@@ -97,8 +97,7 @@ NAMES = tuple(HOMES)
 class Item:
     """One picture file to make.
 
-    Attributes:
-        key: unique in the benchmark; the noise of a picture depends on it, not on its place in the file.
+    In: key: unique in the benchmark; the noise of a picture depends on it, not on its place in the file.
         prompt: what to draw, or the instruction of an edit.
         path: of the picture, in the run folder.
         group: the row of the table that it counts for.
@@ -122,9 +121,8 @@ class Item:
 class Benchmark:
     """A benchmark's items and how they are named.
 
-    Attributes:
-        weights: of the groups in the overall score; None where the mean is over items; an empty one where it is the
-            mean of the groups.
+    In: weights: of the groups in the overall score; None where the mean is over items; an empty one where it is the
+        mean of the groups.
         source: returns the picture that an item edits; None for benchmarks that draw from words.
         beside: returns what the scorer reads beside the picture of an item: path -> picture or bytes.
     """
@@ -156,16 +154,13 @@ def open_benchmark(
 ) -> Benchmark:
     """Read the prompt file of a benchmark.
 
-    In:
-        name: one of NAMES.
+    In: name: one of NAMES.
         prompts: the published file or folder, somewhere on this machine.
         protocol: one of PROTOCOLS[name]; the first by default.
         sources: imgedit only, the folder of the pictures to edit.
         samples: geneval only, pictures of each prompt (4).
         own_prompts: take a file whose hash is not the published one; every score says so.
-
-    Raises:
-        UniLIPError: no file, a file of another format, protocol or hash, or a repeated or impossible item.
+    Raises UniLIPError: no file, a file of another format, protocol or hash, or a repeated or impossible item.
     """
     if name not in NAMES:
         raise UniLIPError(f"There is no benchmark {name!r}; allowed: {', '.join(NAMES)}.")
@@ -215,8 +210,7 @@ def _check_items(benchmark: Benchmark, path: Path) -> None:
 def describe_prompts(name: str, protocol: str, hashes: Sequence[str], count: int) -> dict[str, Any]:
     """Return what a manifest says of a prompt file: hash, whether it is the published one, how many prompts.
 
-    Raises:
-        UniLIPError: it is the published file of another benchmark or protocol.
+    Raises UniLIPError: it is the published file of another benchmark or protocol.
     """
     for digest in hashes:
         if digest in PUBLISHED:
@@ -235,9 +229,6 @@ def _text(row: Mapping[str, Any], key: str, path: Path, where: object) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UniLIPError(f"{path}, {where}: {key!r} is {value!r}, not a text; is this the right prompt file?")
     return value
-
-
-# --- the formats ----------------------------------------------------------------------------------------------------
 
 
 def _geneval(path: Path, protocol: str, samples: int) -> Benchmark:

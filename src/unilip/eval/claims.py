@@ -167,9 +167,6 @@ CLAIMS = (
 )
 
 
-# --- what there is --------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Run:
     """A finished ablation: its recipe, and what was measured: measure -> item -> value."""
@@ -194,8 +191,7 @@ class Run:
 def find_runs(runs: Path, size: str) -> dict[str, list[Run]]:
     """Return the finished ablations of a size by variant, in the order of their seeds.
 
-    Raises:
-        UniLIPError: a result has no recipe beside it.
+    Raises UniLIPError: a result has no recipe beside it.
     """
     found: dict[str, list[Run]] = defaultdict(list)
     for final in sorted(runs.glob(f"ablation/{size}/*/seed*/final")):
@@ -228,9 +224,6 @@ def wanted() -> list[str]:
 def missing(size: str, runs: Mapping[str, Sequence[Run]]) -> dict[str, str]:
     """Return each variant that has not been trained, with the command that does it."""
     return {name: f"unilip train ablation/{size}/{name}" for name in wanted() if name not in runs}
-
-
-# --- measuring ------------------------------------------------------------------------------------------------------
 
 
 class Lab:
@@ -314,8 +307,7 @@ class Lab:
 def measure_tokenizers(lab: Lab, runs: Path, found: Mapping[str, Sequence[Run]], output: Path) -> dict[str, Any] | None:
     """Measure every tokenizer that was trained, and return the answers through the original encoder.
 
-    Raises:
-        UniLIPError: the original encoder or its language model is not in the folder of runs.
+    Raises UniLIPError: the original encoder or its language model is not in the folder of runs.
     """
     todo = [run for several in found.values() for run in several if run.is_tokenizer and run.variant in wanted()]
     if not todo:
@@ -370,9 +362,6 @@ def judged(folder: Path, count: int, seeds: int) -> dict[str, dict[str, float]]:
         for name, value in values.items():
             found[name][prompt].append(value)
     return {name: {key: float(np.mean(v)) for key, v in values.items()} for name, values in found.items()}
-
-
-# --- comparing ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -460,9 +449,6 @@ def conclude(claim: Claim, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# --- for the command line -------------------------------------------------------------------------------------------
-
-
 def evaluate(
     runs: Path | str,
     output: Path | str,
@@ -478,14 +464,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the ablations in RUNS and write the evidence to OUTPUT; returns what results.json holds.
 
-    In:
-        size: of ORIGINALS; by default every one that has a finished ablation.
+    In: size: of ORIGINALS; by default every one that has a finished ablation.
         parts: of PARTS; all by default. What an earlier call measured is in the results all the same.
         count: prompts of each group; reconstructions and questions CHEAP times as many.
         seeds: pictures of each prompt.
-
-    Raises:
-        UniLIPError: an unknown part or size, no ablation, or the original encoder is missing.
+    Raises UniLIPError: an unknown part or size, no ablation, or the original encoder is missing.
     """
     runs, output = Path(runs).expanduser(), Path(output)
     count, seeds = COUNT if count is None else count, SEEDS if seeds is None else seeds

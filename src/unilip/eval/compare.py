@@ -57,8 +57,7 @@ class Scored:
 def load_runs(folders: Sequence[str | Path]) -> list[Scored]:
     """Read the scores of runs; names are the folders', longer where they are equal.
 
-    Raises:
-        UniLIPError: a folder is missing, given twice, or has no scores.
+    Raises UniLIPError: a folder is missing, given twice, or has no scores.
     """
     paths = [Path(folder).expanduser() for folder in folders]
     resolved = [path.resolve() for path in paths]
@@ -166,8 +165,7 @@ def make_tables(runs: Sequence[Scored]) -> dict[str, list[dict[str, Any]]]:
 def compare(folders: Sequence[str | Path], output: Path, pictures: int = SHOWN) -> dict[str, Any]:
     """Write the comparison of runs to a folder; returns its tables by column.
 
-    In:
-        pictures: prompts whose pictures are shown, where a column has pictures; 0 shows none.
+    In: pictures: prompts whose pictures are shown, where a column has pictures; 0 shows none.
     """
     runs = load_runs(folders)
     tables = make_tables(runs)
@@ -204,9 +202,6 @@ def _sheet(runs: Sequence[Scored], count: int) -> Image.Image | None:
             said = ", ".join(f"{name} {value:.3g}" for name, value in scores.items()) or rows[key]["status"]
             captions.append(f"{run.run}: {said}. {rows[key].get('prompt', '')[:90]}")
     return contact_sheet(images, len(runs), captions) if images else None
-
-
-# --- writing --------------------------------------------------------------------------------------------------------
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:

@@ -36,17 +36,12 @@ class Pictures:
     def digest(self, index: int) -> str:
         """Return the SHA-256 of a picture's file, in hex.
 
-        Raises:
-            ImageError: it cannot be read; the message names it.
+        Raises ImageError: it cannot be read; the message names it.
         """
         return hashlib.sha256(self._data(index)).hexdigest()
 
     def load(self, index: int) -> Image.Image:
-        """Return an upright RGB picture.
-
-        Raises:
-            ImageError: it cannot be decoded; the message names it.
-        """
+        """Return an upright RGB picture. Raises ImageError: it cannot be decoded; the message names it."""
         return decode(self._data(index), self.names[index])
 
     def _data(self, index: int) -> bytes:
@@ -59,8 +54,7 @@ class Pictures:
 def decode(data: bytes, name: str) -> Image.Image:
     """Decode the bytes of a picture file to an upright RGB picture.
 
-    Raises:
-        ImageError: they cannot be decoded; the message begins with NAME.
+    Raises ImageError: they cannot be decoded; the message begins with NAME.
     """
     try:
         return load_image(open_picture(data))
@@ -73,12 +67,9 @@ def decode(data: bytes, name: str) -> Image.Image:
 def open_pictures(path: str | Path, count: int | None = None) -> Pictures:
     """Find the pictures of a folder (its subfolders too), of .tar files, of .parquet files or of a saved dataset.
 
-    In:
-        path: a folder of any of these, or one file.
+    In: path: a folder of any of these, or one file.
         count: only the first so many, in the order of their names.
-
-    Raises:
-        UniLIPError: nothing is there, or nothing of these kinds.
+    Raises UniLIPError: nothing is there, or nothing of these kinds.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -136,8 +127,7 @@ def _of_tars(shards: Sequence[Path]) -> Pictures:
 def open_dataset(path: Path, column: str | None = None) -> tuple[Any, str]:
     """Return a dataset saved by `datasets`, its pictures left encoded, and the name of the column that holds them.
 
-    Raises:
-        UniLIPError: there is no such column.
+    Raises UniLIPError: there is no such column.
     """
     from datasets import Image as Pictured
     from datasets import load_from_disk
@@ -195,8 +185,7 @@ class ParquetRows:
 def cell_bytes(cell: object) -> bytes:
     """Return the picture file of a table's cell: bytes, or {"bytes": ..., "path": ...} as datasets stores it.
 
-    Raises:
-        ImageError: it is neither.
+    Raises ImageError: it is neither.
     """
     data = cell.get("bytes") if isinstance(cell, Mapping) else cell
     if data is None and isinstance(cell, Mapping) and cell.get("path"):

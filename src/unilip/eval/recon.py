@@ -55,14 +55,10 @@ Extractor = Callable[[Tensor], Tensor]  # uint8 (B,3,H,W) -> features (B,F)
 Distance = Callable[[Tensor, Tensor], Tensor]  # two of [0,1] (B,3,H,W) -> (B,)
 
 
-# --- measures -------------------------------------------------------------------------------------------------------
-
-
 def frechet_distance(real: np.ndarray, made: np.ndarray) -> float:
     """Return the Frechet distance of Gaussians fitted to features (N,F) and (M,F).
 
-    Raises:
-        UniLIPError: fewer than two pictures.
+    Raises UniLIPError: fewer than two pictures.
     """
     if min(len(real), len(made)) < 2:
         raise UniLIPError("A Frechet distance needs at least two pictures; give more.")
@@ -78,12 +74,9 @@ def frechet_distance(real: np.ndarray, made: np.ndarray) -> float:
 def open_extractor(source: str, model: UniLIP | None = None, device: str = "cpu") -> tuple[str, Extractor]:
     """Return the name and function of a feature extractor.
 
-    Args:
-        source: "torch-fidelity" (its Inception, weights fetched or cached by it); a TorchScript file such as
-            inception-2015-12-05.pt, called with return_features=True; or "encoder", the model's own encoder.
-
-    Raises:
-        UniLIPError: the package or the file is missing.
+    In: source: "torch-fidelity" (its Inception, weights fetched or cached by it); a TorchScript file such as
+        inception-2015-12-05.pt, called with return_features=True; or "encoder", the model's own encoder.
+    Raises UniLIPError: the package or the file is missing.
     """
     if source == "encoder":
         if model is None:
@@ -135,8 +128,7 @@ def _encoder_features(model: UniLIP) -> Extractor:
 def open_lpips(device: str = "cpu") -> Distance:
     """Return LPIPS with VGG16 of the `lpips` package.
 
-    Raises:
-        UniLIPError: it is missing, or its weights cannot be had.
+    Raises UniLIPError: it is missing, or its weights cannot be had.
     """
     try:
         import lpips
@@ -155,15 +147,8 @@ def open_lpips(device: str = "cpu") -> Distance:
     return distance
 
 
-# --- through the model ----------------------------------------------------------------------------------------------
-
-
 def side_of(protocol: str, native: int) -> int:
-    """Return the side that pictures are compared at.
-
-    Raises:
-        UniLIPError: there is no such protocol.
-    """
+    """Return the side that pictures are compared at. Raises UniLIPError: there is no such protocol."""
     if protocol not in PROTOCOLS:
         raise UniLIPError(f"There is no protocol {protocol!r}; allowed: {', '.join(PROTOCOLS)}.")
     return native if protocol == "native" else int(protocol)
@@ -230,16 +215,12 @@ def evaluate(
     """Measure a model's reconstructions; returns the summary, or None in a process whose rank is not 0.
 
     A picture that the folder knows is not measured again: known by its bytes, whatever its name.
-
-    In:
-        measures: of MEASURES.
+    In: measures: of MEASURES.
         features, extractor: for "rfid", see `open_extractor`; `extractor` is (name, function) and wins.
         distance: for "lpips"; `open_lpips` by default.
         batch_size: speed and memory; the last bit may depend on it.
         place: which process this is; from RANK and WORLD_SIZE by default.
-
-    Raises:
-        UniLIPError: an unknown measure or protocol, a missing package, or another run's folder.
+    Raises UniLIPError: an unknown measure or protocol, a missing package, or another run's folder.
     """
     place = place or Place.of_environment()
     unknown = [name for name in measures if name not in MEASURES]

@@ -55,16 +55,11 @@ class Rubric:
     texts: Mapping[str, str] = field(default_factory=dict)
 
 
-# --- the authors' wording -------------------------------------------------------------------------------------------
-
-
 def read_rubric(name: str, protocol: str, path: str | Path | None) -> Rubric:
     """Read the wording from a file of the benchmark's authors, or from a checkout of their repository.
 
     The file is parsed, never run.
-
-    Raises:
-        UniLIPError: this benchmark has no such file, or the wording is not found in it.
+    Raises UniLIPError: this benchmark has no such file, or the wording is not found in it.
     """
     if path is None:
         return Rubric()
@@ -149,8 +144,6 @@ _RUBRICS: dict[str, Callable[[Path], dict[str, str]]] = {
     "gedit": _gedit_rubric,
 }
 
-
-# --- our wording ----------------------------------------------------------------------------------------------------
 
 YES_NO = "Answer with one word, yes or no."
 GENEVAL = (
@@ -240,9 +233,6 @@ def read_viescore(text: str) -> float | None:
     return min(values) if len(values) == 2 and all(0 <= value <= 10 for value in values) else None
 
 
-# --- questions ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Questionnaire:
     """Asks about the pictures of one benchmark."""
@@ -321,8 +311,6 @@ _ASKERS: dict[str, Asker] = {
     "geneval": _ask_geneval, "wise": _ask_wise, "imgedit": _ask_imgedit, "gedit": _ask_gedit,
 }  # fmt: skip
 
-
-# --- scores ---------------------------------------------------------------------------------------------------------
 
 Parts = dict[str, list[float]]  # name -> [sum, how many]
 Scored = tuple[dict[str, float], Parts]

@@ -39,14 +39,10 @@ LIBRARIES = ("torch", "transformers", "diffusers", "numpy", "pillow")
 WORDS = ("*token*", "vocab*", "merges*", "chat_template*")  # a checkpoint's files that its tokenizer is made of
 
 
-# --- what a run is of -----------------------------------------------------------------------------------------------
-
-
 def model_hash(source: Source = None) -> str:
     """Return sixteen hex digits of a checkpoint's configuration, weights and tokenizer, without loading it.
 
-    Raises:
-        CheckpointError: it cannot be opened.
+    Raises CheckpointError: it cannot be opened.
     """
     opened = open_checkpoint(source)
     beside = opened.tokenizer_path
@@ -73,14 +69,11 @@ def environment(place: Place) -> dict[str, Any]:
 class RunFolder:
     """The folder of one run, which processes of the same run share.
 
-    In:
-        path: made if it is not there.
+    In: path: made if it is not there.
         identity: what may not differ when the run goes on.
         place: which process this is; every process of a run gives its own.
         name: of the model, for people; the identity has its hash.
-
-    Raises:
-        UniLIPError: the folder holds another run, pictures of unknown origin, or is in use.
+    Raises UniLIPError: the folder holds another run, pictures of unknown origin, or is in use.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], place: Place, name: str = "") -> None:
@@ -144,8 +137,6 @@ class RunFolder:
             ):
                 shutil.rmtree(part, ignore_errors=True)
 
-    # --- results known by what they were made of
-
     def left(self, marks: Sequence[str], size: int) -> list[list[str]]:
         """Return this process's batches of the fingerprints (each once) that have no result here yet."""
         known = self._kept()
@@ -188,8 +179,6 @@ class RunFolder:
         for file in sorted((self.path / "parts").glob("*.jsonl")):
             known |= {row["mark"]: row for row in read_lines(file, "part of the results") if "mark" in row}
         return known
-
-    # --- files that appear together
 
     def commit(self, name: str, files: Mapping[str, bytes]) -> None:
         """Put files (path in the run folder -> bytes) where they belong: all of them, even through a kill."""
@@ -238,11 +227,7 @@ class RunFolder:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return run.json of a run folder.
-
-    Raises:
-        UniLIPError: the folder is none of a run, or the file is damaged.
-    """
+    """Return run.json of a run folder. Raises UniLIPError: the folder is none of a run, or the file is damaged."""
     file = path / MANIFEST
     if not file.is_file():
         raise UniLIPError(

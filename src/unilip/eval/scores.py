@@ -103,8 +103,7 @@ def summarise(
 ) -> dict[str, dict[str, Any]]:
     """Return by split the metrics: value, interval, and, where items are open, the least and the most it can be.
 
-    Raises:
-        UniLIPError: no item has a score.
+    Raises UniLIPError: no item has a score.
     """
     ranges = ranges or {}
     metrics = list(dict.fromkeys(name for row in rows if row["scores"] for name in row["scores"]))
@@ -150,8 +149,7 @@ def write_scores(
 ) -> dict[str, Any]:  # fmt: skip
     """Write scores/NAME.jsonl, then the summary scores/NAME.json; returns the summary.
 
-    In:
-        about: what stands beside the score: task, protocol, scorer, model, prompts, and what else is to be kept.
+    In: about: what stands beside the score: task, protocol, scorer, model, prompts, and what else is to be kept.
     """
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "scores"
     folder = output / FOLDER
@@ -172,11 +170,7 @@ def write_scores(
 
 
 def read_scores(run: Path) -> list[tuple[dict[str, Any], list[Row]]]:
-    """Return the summaries of a run folder with their rows.
-
-    Raises:
-        UniLIPError: there are none.
-    """
+    """Return the summaries of a run folder with their rows. Raises UniLIPError: there are none."""
     files = sorted((run / FOLDER).glob("*.json"))
     if not files:
         raise UniLIPError(f"{run} has no scores; run its `unilip eval` command with a scorer first.")

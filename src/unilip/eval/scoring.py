@@ -38,8 +38,7 @@ CHUNK = 64  # items whose pictures are in memory at once
 def check_complete(benchmark: Benchmark, output: Path) -> dict[str, Any]:
     """Return the manifest of a run whose pictures are all there, of the right size, for these prompts.
 
-    Raises:
-        UniLIPError: it is another run, pictures are missing, or have another size.
+    Raises UniLIPError: it is another run, pictures are missing, or have another size.
     """
     manifest = read_manifest(output)
     identity = manifest["identity"]
@@ -82,12 +81,9 @@ def score_by_judge(
 ) -> dict[str, Any]:
     """Ask a judge about every picture of a run; returns the summary that scores/judge-NAME.json holds.
 
-    In:
-        terms: who is asked, and how.
+    In: terms: who is asked, and how.
         rubric: the wording; ours by default.
-
-    Raises:
-        UniLIPError: missing pictures, or a judge that cannot be asked.
+    Raises UniLIPError: missing pictures, or a judge that cannot be asked.
     """
     if benchmark.name in ("geneval2", "dpg"):
         raise UniLIPError(f"{benchmark.name} is scored by its authors' program: --official CHECKOUT, not by a judge.")
@@ -110,8 +106,6 @@ def score_by_judge(
     about["questions"] = {"asked": asked, **dict(judge.tally.statuses)}
     return write_scores(output, f"judge-{terms.model}-{rubric.name}", rows, Rule.of(benchmark.weights), about, RANGES)
 
-
-# --- the authors' programs ------------------------------------------------------------------------------------------
 
 PROGRAMS = {
     "geneval": "evaluation/evaluate_images.py",
@@ -138,15 +132,12 @@ def score_officially(
 ) -> dict[str, Any]:
     """Run the scorer of a benchmark's authors on a run; returns the summary that scores/official.json holds.
 
-    In:
-        checkout: of the authors' repository.
+    In: checkout: of the authors' repository.
         prompts: the prompt file of the run.
         python: the interpreter of the environment that the scorer needs; this one by default.
         arguments: more words for the program, such as GenEval's --model-path.
         terms: wise only, the judge that their program asks.
-
-    Raises:
-        UniLIPError: no such program, it failed, or its results lack items.
+    Raises UniLIPError: no such program, it failed, or its results lack items.
     """
     name = benchmark.name
     folder = Path(checkout).expanduser().resolve()

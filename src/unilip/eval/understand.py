@@ -40,11 +40,7 @@ class Asked:
     group: str = "all"
 
     def read(self) -> list[bytes]:
-        """Return the bytes of the pictures.
-
-        Raises:
-            ImageError: one cannot be read.
-        """
+        """Return the bytes of the pictures. Raises ImageError: one cannot be read."""
         try:
             return [image if isinstance(image, bytes) else image.read_bytes() for image in self.images]
         except OSError as error:
@@ -66,11 +62,8 @@ class Sheet:
 def open_questions(path: str | Path, images: str | Path | None = None) -> Sheet:
     """Read a .jsonl file of questions, or a .json list of them.
 
-    In:
-        images: the folder that image paths are relative to; that of the file by default.
-
-    Raises:
-        UniLIPError: no such file, another format, a missing picture, or an id that is there twice.
+    In: images: the folder that image paths are relative to; that of the file by default.
+    Raises UniLIPError: no such file, another format, a missing picture, or an id that is there twice.
     """
     path = Path(path).expanduser()
     if path.suffix not in (".jsonl", ".json") or not path.is_file():
@@ -138,16 +131,11 @@ def evaluate(
 ) -> list[dict[str, Any]] | None:
     """Ask a model all questions; returns the summary of the exact match, if answers were given, or None by rank.
 
-    In:
-        name: of the questions, for people.
+    In: name: of the questions, for people.
         count: only the first so many.
         max_tiles, max_new_tokens: of `UniLIP.ask`.
-
-    Out:
-        A list of no or one summary; None in a process whose rank is not 0. answers.jsonl holds the answers.
-
-    Raises:
-        UniLIPError: a picture cannot be read, or the folder is another run's.
+    Out: A list of no or one summary; None in a process whose rank is not 0. answers.jsonl holds the answers.
+    Raises UniLIPError: a picture cannot be read, or the folder is another run's.
     """
     place = place or Place.of_environment()
     questions = sheet.questions[:count]

@@ -68,8 +68,7 @@ class Answer:
 class Terms:
     """How a judge is asked.
 
-    Attributes:
-        url: of the API, such as https://api.openai.com/v1.
+    In: url: of the API, such as https://api.openai.com/v1.
         model: the judge's name there.
         key: secret of the API; from OPENAI_API_KEY by default, "none" where there is no such variable.
         workers: questions under way at once.
@@ -127,11 +126,7 @@ class JudgeStopped(UniLIPError):
 
 
 class RemoteJudge:
-    """Asks many questions of one judge.
-
-    Raises:
-        UniLIPError: the `openai` package is missing.
-    """
+    """Asks many questions of one judge. Raises UniLIPError: the `openai` package is missing."""
 
     def __init__(self, terms: Terms) -> None:
         try:
@@ -154,8 +149,7 @@ class RemoteJudge:
     def ask(self, questions: Sequence[Question], progress: bool = False) -> list[Answer]:
         """Return an answer to each question, in their order.
 
-        Raises:
-            JudgeStopped: address, key or model name are wrong; what was answered before is in the cache.
+        Raises JudgeStopped: address, key or model name are wrong; what was answered before is in the cache.
         """
         answers: list[Answer] = []
         self._stop.clear()

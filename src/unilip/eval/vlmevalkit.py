@@ -30,8 +30,7 @@ NAME = "UniLIP"
 def split_message(message: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]:
     """Return the pictures and the text of a message of the kit.
 
-    Raises:
-        UniLIPError: it holds something else, such as a video.
+    Raises UniLIPError: it holds something else, such as a video.
     """
     other = sorted({str(part["type"]) for part in message} - {"text", "image"})
     if other:
@@ -78,11 +77,7 @@ def make_class(base: type) -> type:
 
 
 def register(**settings: Any) -> None:
-    """Add the model to the kit's table of models.
-
-    Raises:
-        UniLIPError: the kit is not installed.
-    """
+    """Add the model to the kit's table of models. Raises UniLIPError: the kit is not installed."""
     try:
         from vlmeval.config import supported_VLM
         from vlmeval.vlm.base import BaseModel
