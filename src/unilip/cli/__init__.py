@@ -39,7 +39,7 @@ def make_parser(name: str, verb: Verb) -> Parser:
 def parse(argv: Sequence[str]) -> tuple[str, Options]:
     """Return the name of the verb that the words call, and its options.
 
-    Raises UniLIPError: there is no such verb or option, or a value out of range.; SystemExit: help or the version was
+    Raises UniLIPError: there is no such verb or option, or a value out of range; SystemExit: help or the version was
     asked for and printed.
     """
     argv = list(argv)

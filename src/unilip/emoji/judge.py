@@ -198,7 +198,10 @@ def _template(layers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _scene(difference: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
-    """Difference J and background B (3, h, w) -> (8, h, w) such that its product with a template is the gain."""
+    """Difference J and background B (3, h, w) -> (8, h, w) such that its product with a template is the gain.
+
+    The gain of laying a sprite (colour S, alpha a) over B is |J|^2 - |J - a (S - B)|^2, summed over the window.
+    """
     dot = (difference * background).sum(0, keepdim=True)
     square = (background**2).sum(0, keepdim=True)
     return torch.cat([2 * difference, -2 * dot, 2 * background, -square])

@@ -481,7 +481,7 @@ def evaluate(
         steps, guidance_scale: of the sampler; the model's own by default.
         preset: of sampling, as in `UniLIP.generate`.
         batch_size: items at once: speed and memory, not results.
-    Raises UniLIPError: an unknown part, a world of another size, or a folder that holds another run's results.;
+    Raises UniLIPError: an unknown part, a world of another size, or a folder that holds another run's results;
     DataError: the atlas is missing.
     """
     chosen = check_parts(parts, model)
