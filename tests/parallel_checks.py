@@ -4,6 +4,7 @@ Usage: parallel_checks.py RUNS CHECK. One process imports everything and forks t
 """
 
 import contextlib
+import faulthandler
 import functools
 import json
 import logging
@@ -21,6 +22,7 @@ from unilip.recipes.record import Recipe, override
 from unilip.train import loop
 from unilip.train.loop import train
 
+CRASHED = 70  # a process was ended by a signal: the libraries' own code crashed, which no exception tells
 QUICK = ("batch_size=4", "steps=3", "log_every=1", "sample_every=100", "save_every=100", "ema=0.9")
 FLOW = (*QUICK, "init=encoder,mllm=start/clip", "data.edit_share=0.5", "name=x/sft")
 RECON = (
@@ -67,6 +69,8 @@ def together(processes: int, work, *arguments) -> None:
                 os._exit(code)
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if min(codes) < 0:
+        sys.exit(CRASHED)
     assert codes == [0] * processes, codes
 
 
@@ -141,6 +145,7 @@ def compiled(runs: Path) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.ERROR)
     loop.logger.setLevel(logging.ERROR)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,23 @@ from unilip.recipes.record import override
 from unilip.train import processes
 from unilip.train.processes import divided, own_batches
 
+CRASHED = 70  # as parallel_checks.py says it
 CHECKS = Path(__file__).with_name("parallel_checks.py")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes to fork here")
 
 
 def checks(folder: Path, which: str) -> Path:
-    """Run a part of parallel_checks.py; returns its folder of runs."""
+    """Run a part of parallel_checks.py; returns its folder of runs.
+
+    A process died by SIGSEGV once in about 400 runs (resumed by FSDP2 over gloo, no Python frame to blame), so a crash
+    is shown with its stack and the part is run once more; two in a row fail, as does everything that is an exception.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(CHECKS), str(folder), which], capture_output=True, text=True, env=environment
-    )
+    command = [sys.executable, str(CHECKS), str(folder), which]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode == CRASHED:
+        warnings.warn(f"{which}: a process was ended by a signal, tried once more\n{done.stderr[-4000:]}", stacklevel=2)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and done.stdout.endswith('"done"\n'), done.stdout[-2000:] + done.stderr[-4000:]
     return folder
 
