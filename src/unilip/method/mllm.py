@@ -89,13 +89,11 @@ class MLLM(nn.Module):
     ) -> Iterator[Tensor]:  # fmt: skip
         """Continue left-padded embeddings (B,T,D), mask (B,T), as text: yield ids (B,) until every row has ended.
 
-        Greedy at temperature 0, else nucleus sampling. A row that has ended yields `end_id`; one whose logits are no
-        numbers yields -1, and has ended.
+        Greedy at temperature 0, else nucleus sampling. Ended rows yield `end_id`; logits that are no numbers end by -1.
         """
         cache, ended = KeyValueCache(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(max_new_tokens):
-            hidden = self.language_model.model(x, mask, cache)[:, -1]
-            logits = self.logits(hidden)
+            logits = self.logits(self.language_model.model(x, mask, cache)[:, -1])
             broken = ~logits.isfinite().all(-1)
             ids = next_token(logits.masked_fill(broken[:, None], 0), temperature, top_p, generator)
             ids = ids.masked_fill(broken, -1).masked_fill(ended, end_id)
