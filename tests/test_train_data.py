@@ -308,7 +308,7 @@ def test_over_a_share_of_skipped_samples_the_run_stops(folder, tiny_model):
     for i in (0, 2, 4):
         (folder / "part0" / f"scene.{i}.png").write_bytes(b"")
     settings = (*WHOLE, "batch_size=6", "steps=40")
-    with pytest.raises(DataError, match=r"\d of \d+ samples cannot be read \(picture unreadable: \d\).*scene\.\d\.png"):
+    with pytest.raises(DataError, match=r"\d+ of \d+ samples cannot be read \(picture unreadable: \d+\).*scene\.\d"):
         list(iterate(opened("tiny/pretrain", folder, tiny_model, *settings), 0))
     assert len(list(iterate(opened("tiny/pretrain", folder, tiny_model, *settings, "data.max_skipped=1"), 0))) == 40
     with pytest.raises(DataError, match=r"allow a larger share with data.max_skipped, which is 0\."):
