@@ -126,6 +126,8 @@ NAN, INF = float("nan"), float("inf")
         (DecoderConfig, {"qkv_multiscales": ((),)}),
         (DecoderConfig, {"upsample_block_type": "nearest"}),
         (DecoderConfig, {"latent_channels": 48}),
+        (DecoderConfig, {"block_out_channels": (128, 256, 512, 500, 1024, 1024)}),
+        (DecoderConfig, {"block_out_channels": (16, 256, 512, 512, 1024, 1024)}),
         (DecoderConfig, {"attention_head_dim": 0}),
         (SamplingConfig, {"num_inference_steps": 0}),
         (SamplingConfig, {"num_inference_steps": 1001}),

@@ -30,6 +30,7 @@ from unilip.checkpoints.tables import (
     Origin,
     Shape,
     check_shapes,
+    listed,
     map_names,
 )
 from unilip.checkpoints.tokenizer import Tokenizer, load_tokenizer
@@ -160,6 +161,10 @@ class Weights:
             self.metadata |= opened.metadata
             self.shapes |= opened.shapes
             self._where |= dict.fromkeys(opened.shapes, opened)
+        if not self.shapes:
+            raise CheckpointError(
+                f"{listed([str(path) for path in files]) or 'Its index'} names no tensor; save again."
+            )
 
     def file_of(self, name: str) -> Path | None:
         """Which file holds a tensor."""

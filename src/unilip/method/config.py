@@ -151,16 +151,16 @@ class DecoderConfig:
         for name in ("block_out_channels", "layers_per_block", "block_types", "qkv_multiscales"):
             if (count := len(getattr(self, name))) != 6:
                 raise ConfigError(f"DecoderConfig.{name} has {count} entries; the f32 decoder has 6 scales.")
-        sizes = "attention_head_dim latent_channels"
-        _check(self, sizes, block_types=BLOCK_TYPES, upsample_block_type=UPSAMPLING)
+        _check(self, "attention_head_dim latent_channels", block_types=BLOCK_TYPES, upsample_block_type=UPSAMPLING)
         for name, least in (("block_out_channels", 1), ("layers_per_block", 0)):
             if min(getattr(self, name)) < least:
                 raise ConfigError(f"DecoderConfig.{name} is {getattr(self, name)}; no entry may be below {least}.")
-        if self.block_out_channels[-1] % self.latent_channels:
-            last, z = self.block_out_channels[-1], self.latent_channels
-            raise ConfigError(
-                f"DecoderConfig.block_out_channels ends in {last}; it must be a multiple of latent_channels ({z})."
-            )
+        widths, z = self.block_out_channels, self.latent_channels
+        steps = zip(widths, widths[1:], self.layers_per_block, strict=False)
+        wrong = [f"4 x {fine} must be a multiple of {coarse}" for fine, coarse, n in steps if n and 4 * fine % coarse]
+        wrong += [f"its end ({widths[-1]}) must be a multiple of latent_channels ({z})"] if widths[-1] % z else []
+        if wrong:
+            raise ConfigError(f"DecoderConfig.block_out_channels is {widths}; {wrong[0]}.")
 
 
 @dataclass(frozen=True)
