@@ -108,8 +108,7 @@ def of_edit(edit: Edit, text: str, world: World) -> Lesson:
     marks = tuple((end, labels) for end, _, labels in _find(text, phrases))
     side = None
     if edit.kind == "add":
-        anchor = next(obj for obj in source if re.search(rf"\b{obj.concept}\b", edit.instruction, re.IGNORECASE))
-        side = relation(come[0], anchor)
+        side = relation(come[0], source[0])  # beside the first that was there before
     elif edit.kind == "move" and len(come) == 1:
         (ax, ay), (bx, by) = come[0].centre, gone[0].centre
         side = ("left" if ax < bx else "right") if abs(ax - bx) > abs(ay - by) else "above" if ay < by else "below"
