@@ -424,6 +424,8 @@ def test_only_what_is_needed_is_fetched() -> None:
     assert needed_files(sana) == [
         "model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
+    ours = ["model/config.json", "model/model.safetensors", "model_index.json", "tokenizer/tokenizer.json"]
+    assert sorted(needed_files([*ours, "pipeline.py", "model/network.py", "README.md"])) == ours
 
 
 def test_hub_ids_reach_the_client(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:

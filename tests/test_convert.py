@@ -201,7 +201,7 @@ def test_only_whole_models_go_back(tmp_path: Path, fresh_model: Callable[..., Un
     fresh_model(parts=("encoder",)).save_pretrained(tmp_path / "part")
     with pytest.raises(CheckpointError, match="whole models only"):
         convert(tmp_path / "part", tmp_path / "back", to="authors")
-    with pytest.raises(CheckpointError, match="unilip, authors, transformers"):
+    with pytest.raises(CheckpointError, match="unilip, authors, transformers, diffusers"):
         convert(tmp_path / "part", tmp_path / "back", to="gguf")
     assert not (tmp_path / "back").exists()
 
@@ -394,4 +394,55 @@ def test_what_cannot_be_internvl_is_refused(
     for source, message in ((tmp_path / "part", "has no mllm"), (bare, "no tokenizer with <IMG_CONTEXT>")):
         with pytest.raises(CheckpointError, match=message):
             convert(source, tmp_path / "out", to="transformers")
+    assert not (tmp_path / "out").exists()
+
+
+# --- as a pipeline of diffusers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.hosts
+def test_diffusers_draws_and_edits_from_an_export_as_we_do(tmp_path: Path, tiny_folder: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    differing = []
+    for source, size in ((tiny_folder, "1MB"), (None, "5GB")):
+        folder = convert(source, tmp_path / f"pipeline-{size}", to="diffusers", max_shard_size=size)
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            DiffusionPipeline.from_pretrained(folder)
+        pipe, model = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True), UniLIP.from_pretrained(source)
+        assert isinstance(pipe, DiffusionPipeline) and set(pipe.components) == {"model", "tokenizer"}
+        settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "pt"}
+        picture = torch.rand(3, 40, 60)
+        for seed in (0, 7):
+            drawn = pipe("three yellow stars", generator=torch.Generator().manual_seed(seed), **settings).images
+            edited = pipe("make it pink", image=picture, generator=torch.Generator().manual_seed(seed), **settings)
+            ours = model.generate("three yellow stars", generator=seed, **settings).images
+            changed = model.edit(picture, "make it pink", generator=seed, **settings).images
+            if not torch.equal(drawn, ours) or not torch.equal(edited.images, changed):
+                differing.append((source, seed))
+        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
+        assert pipe.dtype == torch.bfloat16 and pipe.to(torch.float32) is pipe and pipe.dtype == torch.float32
+        same(dict(UniLIP.from_pretrained(folder).state_dict()), dict(model.state_dict()))  # and it is a model of ours
+        assert describe(folder)["parameters"] == describe(source)["parameters"]
+    assert differing == []
+
+
+def test_a_pipeline_folder_replaces_another_whole_or_not_at_all(
+    tmp_path: Path, tiny_folder: Path, fresh_model: Callable[..., UniLIP]
+) -> None:
+    folder = convert(tiny_folder, tmp_path / "pipeline", to="diffusers")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "model" / "model-00001-of-00002.safetensors").write_bytes(b"left over")
+    convert(tiny_folder, folder, to="diffusers")
+    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == [
+        "README.md", "model/config.json", "model/model.safetensors", "model/network.py", "model_index.json",
+        "notes.txt", "pipeline.py", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "tokenizer/words.py",
+    ]  # fmt: skip
+    convert(tiny_folder, folder)
+    assert (folder / "config.json").is_file() and not (folder / "model").exists() and (folder / "notes.txt").is_file()
+    fresh_model(parts=("encoder",)).save_pretrained(tmp_path / "part")
+    bare = shutil.copytree(tiny_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    for source, lacking in ((tmp_path / "part", "pixel_decoder, mllm, connector, dit"), (bare, "tokenizer")):
+        with pytest.raises(CheckpointError, match=f"There is no {lacking}, which a pipeline needs"):
+            convert(source, tmp_path / "out", to="diffusers")
     assert not (tmp_path / "out").exists()

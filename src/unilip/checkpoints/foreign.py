@@ -1,7 +1,7 @@
 """Configurations of ours, written as other programs read them.
 
 In:  a `UniLIPConfig`, and the id of the image token or the tokenizer. Out: files by name, for the authors' code, and
-     for transformers, vLLM and SGLang, to which a UniLIP without its drawing half is an InternVL.
+     for transformers, vLLM and SGLang, to which a UniLIP without its drawing half is an InternVL; and for diffusers.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from unilip.checkpoints.hub import INDEX
 from unilip.checkpoints.tokenizer import Tokenizer
 from unilip.errors import CheckpointError
 from unilip.method.config import TextConfig, UniLIPConfig, VisionConfig
@@ -30,6 +31,51 @@ CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }
 {% elif item['type'] == 'text' %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+
+
+# Of a pipeline folder: diffusers runs these files when it is told to trust them. They hold no network of their own.
+PIPELINE = '''"""UniLIP as a pipeline of diffusers; network and computation are those of the package unilip."""
+
+from diffusers import DiffusionPipeline
+
+try:
+    from unilip.method.text import Processor
+    from unilip.pipeline import UniLIPPipeline
+except ImportError as error:
+    raise ImportError(f"This pipeline runs on the package unilip, which is not here ({error}).") from error
+
+
+class UniLIPDiffusionPipeline(UniLIPPipeline, DiffusionPipeline):
+    """Called like any other pipeline; a prompt draws, a prompt and a picture edit."""
+
+    config, components = DiffusionPipeline.config, DiffusionPipeline.components
+
+    def __init__(self, model, tokenizer):
+        DiffusionPipeline.__init__(self)
+        self.register_modules(model=model, tokenizer=tokenizer)
+        model.processor = Processor(tokenizer, model.config)
+        UniLIPPipeline.__init__(self, model)
+
+    @classmethod
+    def from_pretrained(cls, *values, **named):
+        return DiffusionPipeline.from_pretrained.__func__(cls, *values, **named)
+'''
+MODEL = """from unilip import UniLIP
+
+
+class Model(UniLIP):
+    @classmethod
+    def from_pretrained(cls, folder, torch_dtype=None, dtype=None, **_):
+        return super().from_pretrained(folder, dtype=dtype or torch_dtype)
+"""
+TOKENIZER = """from unilip.checkpoints import tokenizer
+
+
+class Tokenizer(tokenizer.Tokenizer):
+    @classmethod
+    def from_pretrained(cls, folder, **_):
+        return cls(tokenizer.load_tokenizer(folder).files)
+"""
 
 
 def _text(t: TextConfig) -> Json:
@@ -132,6 +178,23 @@ def internvl_files(config: UniLIPConfig, tokenizer: Tokenizer | None) -> dict[st
             "padding_side": "left",
         },
         "chat_template.jinja": CHAT_TEMPLATE,
+    }
+
+
+def diffusers_files(config: UniLIPConfig) -> dict[str, Json | str]:
+    """Return the files of a pipeline folder of diffusers, but for weights and tokenizer, by name."""
+    index = {
+        "_class_name": ["pipeline", "UniLIPDiffusionPipeline"],
+        "_diffusers_version": "0.36.0",
+        "model": ["network", "Model"],
+        "tokenizer": ["words", "Tokenizer"],
+    }
+    return {
+        INDEX: index,
+        "pipeline.py": PIPELINE,
+        "model/network.py": MODEL,
+        "model/config.json": config.to_dict(),
+        "tokenizer/words.py": TOKENIZER,
     }
 
 

@@ -22,7 +22,7 @@ BESIDE = ("dit_config.json", "vae_config.json", "scheduler_config.json")
 STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 SUFFIXES = (".safetensors", ".bin")
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-CARD = "README.md"
+CARD, INDEX = "README.md", "model_index.json"  # the second marks a pipeline of diffusers
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:/([\w.-]+\.(?:pth|pt|bin|safetensors)))?(?:@([\w./-]+))?")
 
 
@@ -65,9 +65,12 @@ def previous_of(folder: Path) -> Path:
 def needed_files(files: Iterable[str]) -> list[str]:
     """Choose what to fetch of a repository: configs, tokenizer and weights, each in one format, of the part we read."""
     files = list(files)
-    if "model_index.json" in files:  # a diffusers pipeline: its transformer only
-        inner = [f.removeprefix("transformer/") for f in files if f.startswith("transformer/")]
-        return ["model_index.json", *(f"transformer/{f}" for f in needed_files(inner))]
+    if INDEX in files:  # of a SANA pipeline its transformer only
+        chosen = [INDEX]
+        for part in ("transformer", "model", "tokenizer") if "model/config.json" in files else ("transformer",):
+            inner = [f.removeprefix(f"{part}/") for f in files if f.startswith(f"{part}/")]
+            chosen += [f"{part}/{f}" for f in needed_files(inner)]
+        return chosen
     top = [f for f in files if "/" not in f]
     chosen = [f for f in top if f == "config.json" or f in BESIDE or f in TOKENIZER_FILES]
     for suffix in SUFFIXES:
@@ -149,6 +152,15 @@ RELEASED = {"1b": "kanashi6/UniLIP-1B", "3b": "kanashi6/UniLIP-3B"}
 OURS = """The recipes of this size train on pictures drawn with Fluent Emoji by Microsoft (MIT), Noto Emoji by Google
 (Apache-2.0) and Twemoji (CC BY 4.0); the drawings themselves are no part of the weights."""
 THEIRS = "Say here what these weights were trained on, and under which licence they are given."
+LOADING = {"unilip": """from unilip import UniLIP
+
+model = UniLIP.from_pretrained("OWNER/NAME")
+""", "diffusers": """from diffusers import DiffusionPipeline  # beside it, the package unilip
+
+pipe = DiffusionPipeline.from_pretrained("OWNER/NAME", trust_remote_code=True)
+pipe("three yellow stars").images[0].save("stars.png")
+model = pipe.model
+"""}  # fmt: skip
 TEMPLATE = """---
 {head}
 ---
@@ -158,9 +170,6 @@ Weights of [UniLIP](https://arxiv.org/abs/2507.23278), one CLIP encoder that und
 edits images. This checkpoint holds {parts} in {dtype}, for pictures of {size} pixels.
 
 ```python
-from unilip import UniLIP
-
-model = UniLIP.from_pretrained("OWNER/NAME")
 {calls}
 ```
 
@@ -170,14 +179,14 @@ All sizes and settings are in `config.json`; `unilip info OWNER/NAME` explains t
 """
 
 
-def model_card(config: UniLIPConfig, parts: Sequence[str], dtype: str) -> str:
+def model_card(config: UniLIPConfig, parts: Sequence[str], dtype: str, library: str = "unilip") -> str:
     """Return the README.md of a checkpoint folder: the hub's metadata, usage, what the weights are, credits.
 
     Licence and art are known of the sizes that this project trains, pico and nano; of others their publisher tells.
     """
     ours = config.name in ("pico", "nano")
     tasks = [TASKS[part] for part in TASKS if part in parts]
-    head = ["library_name: unilip", f"license: {'apache-2.0' if ours else 'other'}"]
+    head = [f"library_name: {library}", f"license: {'apache-2.0' if ours else 'other'}"]
     head += [f"base_model: {RELEASED[config.name]}"] if config.name in RELEASED else []
     head += [f"pipeline_tag: {tasks[0][0]}"] if tasks else []
     head += ["tags:", *(f"- {tag}" for tag in ("unilip", *(task for task, _ in tasks)))]
@@ -187,6 +196,6 @@ def model_card(config: UniLIPConfig, parts: Sequence[str], dtype: str) -> str:
         parts=", ".join(parts),
         dtype=dtype,
         size=config.image_size,
-        calls="\n".join(call for _, call in tasks),
+        calls=LOADING[library] + "\n".join(call for _, call in tasks),
         origin=OURS if ours else THEIRS,
     )

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from unilip.checkpoints.hub import BESIDE, FILE_SUFFIXES, STEMS, SUFFIXES, Source, reason, resolve
+from unilip.checkpoints.hub import BESIDE, FILE_SUFFIXES, INDEX, STEMS, SUFFIXES, Source, reason, resolve
 from unilip.checkpoints.infer import check_sizes, expected_shapes, infer_config
 from unilip.checkpoints.tables import (
     EMBEDDING,
@@ -346,7 +346,11 @@ def open_checkpoint(source: Source = None) -> Checkpoint:
             raise CheckpointError(f"{path} is no weights file ({', '.join(FILE_SUFFIXES)}); give one, or a folder.")
         weights, data = Weights([path]), read_json(config) if config.is_file() else {}
         return Checkpoint(path, _kind(path, data, weights.shapes), weights, data, folder)
-    if not config.is_file() and (path / "model_index.json").is_file() and (path / "transformer").is_dir():
+    if not config.is_file() and (path / INDEX).is_file() and (path / "model" / "config.json").is_file():
+        opened = open_checkpoint(path / "model")
+        opened.tokenizer_path = path / "tokenizer" if _has_tokenizer(path / "tokenizer") else opened.tokenizer_path
+        return opened
+    if not config.is_file() and (path / INDEX).is_file() and (path / "transformer").is_dir():
         opened = open_checkpoint(path / "transformer")
         opened.notes.append(f"Of the pipeline {path.name} only the folder transformer is used.")
         return opened

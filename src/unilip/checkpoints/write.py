@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unilip.checkpoints.foreign import authors_configs, internvl_files
-from unilip.checkpoints.hub import BESIDE, CARD, Source, model_card, previous_of, push_to_hub
+from unilip.checkpoints.foreign import authors_configs, diffusers_files, internvl_files
+from unilip.checkpoints.hub import BESIDE, CARD, INDEX, Source, model_card, previous_of, push_to_hub
 from unilip.checkpoints.infer import expected_shapes
 from unilip.checkpoints.read import Checkpoint, DType, fresh_tensor, open_checkpoint, parse_dtype, read_json
 from unilip.checkpoints.tables import HEAD, PARTS, POINTWISE, QUERIES, Shape, check_shapes, unmap_names
@@ -33,7 +33,7 @@ from unilip.method.config import FORMAT, UniLIPConfig
 Files = Mapping[str, Mapping[str, Any] | str]  # content by name
 Item = tuple[str, Shape, torch.dtype, Callable[[], Tensor]]  # name, shape, stored type, how to get it
 
-FORMATS = ("unilip", "authors", "transformers")
+FORMATS = ("unilip", "authors", "transformers", "diffusers")
 OTHER_FILES = ("generation_config.json", "preprocessor_config.json", "processor_config.json")  # of InternVL
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
@@ -47,6 +47,7 @@ def save(
     tokenizer: Any = None,
     dtype: DType = None,
     metadata: Mapping[str, str] | None = None,
+    to: str = "unilip",
 ) -> Path:
     """Write a checkpoint in our own format, whole or not at all; returns its folder.
 
@@ -56,6 +57,7 @@ def save(
         tokenizer: one of `checkpoints.tokenizer`, or of transformers.
         dtype: stored type of floating tensors; as they are by default.
         metadata: texts kept inside the weights file.
+        to: "unilip", or "diffusers", whose folder holds the same files one level lower.
 
     Raises:
         CheckpointError: the folder holds something else, or the tensors do not fit the config.
@@ -66,14 +68,15 @@ def save(
     expected = expected_shapes(config, [part for part in PARTS if part in held])
     check_shapes({name: tuple(state[name].shape) for name in names}, expected, "The model to be saved")
     items: list[Item] = [(n, tuple(state[n].shape), state[n].dtype, partial(state.__getitem__, n)) for n in names]
-    return _write_folder(folder, items, _own_files(config, items, dtype), max_shard_size, tokenizer, dtype, metadata)
+    files = _own_files(config, items, dtype, to)
+    return _write_folder(folder, items, files, max_shard_size, tokenizer, dtype, metadata, to)
 
 
-def _own_files(config: UniLIPConfig, items: Sequence[Item], dtype: DType) -> Files:
+def _own_files(config: UniLIPConfig, items: Sequence[Item], dtype: DType, to: str) -> Files:
     held = {name.split(".")[0] for name, *_ in items}
     stored = items[0][2] if dtype is None else parse_dtype(dtype) or items[0][2]
-    card = model_card(config, [part for part in PARTS if part in held], str(stored).removeprefix("torch."))
-    return {CARD: card, "config.json": config.to_dict()}
+    card = model_card(config, [part for part in PARTS if part in held], str(stored).removeprefix("torch."), to)
+    return {CARD: card, **(diffusers_files(config) if to == "diffusers" else {"config.json": config.to_dict()})}
 
 
 def _write_folder(
@@ -84,16 +87,27 @@ def _write_folder(
     tokenizer: Any,
     dtype: DType,
     metadata: Mapping[str, str] | None,
+    to: str,
 ) -> Path:
     folder = Path(os.path.abspath(Path(folder).expanduser()))
     limit = parse_size(max_shard_size)
+    if to == "diffusers":
+        held = {name.split(".")[0] for name, *_ in items} | ({"tokenizer"} if tokenizer is not None else set())
+        lacking = [part for part in ("pixel_decoder", "mllm", "connector", "dit", "tokenizer") if part not in held]
+        if lacking:
+            raise CheckpointError(
+                f"There is no {', '.join(lacking)}, which a pipeline needs to draw; load a whole model."
+            )
     with _replacing(folder) as new:
         stored = None if dtype is None else parse_dtype(dtype)
-        _write_weights(new, items, limit, stored, {"format": "pt", **(metadata or {})})
+        weights, words = (new / name if to == "diffusers" else new for name in ("model", "tokenizer"))
+        weights.mkdir(exist_ok=True)
+        words.mkdir(exist_ok=True)
+        _write_weights(weights, items, limit, stored, {"format": "pt", **(metadata or {})})
         if isinstance(tokenizer, Tokenizer):
-            tokenizer.save(new)
+            tokenizer.save(words)
         elif tokenizer is not None:
-            tokenizer.save_pretrained(str(new))
+            tokenizer.save_pretrained(str(words))
         for name, data in files.items():
             if name != CARD or not (folder / name).exists():  # a card that somebody wrote stays
                 text = data if isinstance(data, str) else json.dumps(data, indent=2) + "\n"
@@ -165,8 +179,10 @@ def _replacing(folder: Path) -> Iterator[Path]:
         if not folder.exists():
             new.rename(folder)
             return
+        pipeline = (folder / INDEX).is_file()
         for old in folder.iterdir():
-            if not _is_ours(old) and not (new / old.name).exists():
+            ours = _is_ours(old.name) or (pipeline and old.name in (INDEX, "pipeline.py", "model", "tokenizer"))
+            if not ours and not (new / old.name).exists():
                 _link(old, new / old.name)
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
@@ -179,8 +195,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _is_ours(path: Path) -> bool:
-    name = path.name
+def _is_ours(name: str) -> bool:
     others = ("config.json", *BESIDE, *TOKENIZER_FILES, *OTHER_FILES)
     return name in others or bool(_WEIGHTS.fullmatch(name))
 
@@ -192,7 +207,8 @@ def _check_destination(folder: Path) -> None:
         raise CheckpointError(f"{folder} is a file or a link; give a folder to save into.")
     if not any(folder.iterdir()):
         return
-    data = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = folder / "model" / "config.json" if (folder / INDEX).is_file() else folder / "config.json"
+    data = read_json(config) if config.is_file() else {}
     if data.get("format") != FORMAT and data.get("model_type") != "unilip_internvl":
         raise CheckpointError(f"{folder} holds something that is not a UniLIP checkpoint; give a new folder.")
 
@@ -231,7 +247,7 @@ def convert(
     dtype: DType = None,
     max_shard_size: str | int = "5GB",
 ) -> Path:
-    """Rewrite any checkpoint in our format, in the authors', or, without its drawing half, as InternVL of transformers.
+    """Rewrite any checkpoint in our format, the authors', as a pipeline of diffusers, or as InternVL of transformers.
 
     At most one shard is in memory. Returns the folder.
 
@@ -246,7 +262,7 @@ def convert(
         metadata["image_token_id"] = str(opened.image_token_id)
     items: list[Item]
     files: Files
-    if to == "unilip":
+    if to in ("unilip", "diffusers"):
         items = [(n, opened.shape(n), opened.dtype(n), partial(opened.tensor, n)) for n in opened.names]
         expected = expected_shapes(opened.config, opened.parts)
         for name in opened.absent:
@@ -254,7 +270,7 @@ def convert(
             items.append((name, shape, stored, partial(fresh_tensor, shape, stored)))
         if opened.absent:
             metadata["created"] = ",".join(opened.absent)
-        files = _own_files(opened.config, items, dtype)
+        files = _own_files(opened.config, items, dtype, to)
     elif to == "authors":
         _require(opened, PARTS, "the authors' format holds whole models only")
         files = authors_configs(opened.config, opened.image_token_id)
@@ -264,7 +280,7 @@ def convert(
         files = internvl_files(opened.config, opened.tokenizer)
         kept = [name for name in opened.names if name.startswith(("encoder.", "mllm.")) and name != QUERIES]
         items = _renamed(opened, "internvl", kept)
-    return _write_folder(destination, items, files, max_shard_size, opened.tokenizer, dtype, metadata)
+    return _write_folder(destination, items, files, max_shard_size, opened.tokenizer, dtype, metadata, to)
 
 
 def _require(opened: Checkpoint, parts: Sequence[str], why: str) -> None:

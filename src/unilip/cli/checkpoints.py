@@ -15,7 +15,9 @@ from unilip.errors import UniLIPError
 from unilip.machine import choose_device
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "--to": dict(choices=("unilip", "authors", "transformers"), default="unilip", help="format to write (unilip)"),
+    "--to": dict(
+        choices=("unilip", "authors", "transformers", "diffusers"), default="unilip", help="format to write (unilip)"
+    ),
     "--max-shard-size": dict(default="5GB", metavar="SIZE", help="split the weights into files of this size (5GB)"),
     "--tolerance": dict(type=number(0), default=1e-4, metavar="E", help="largest absolute error allowed (1e-4)"),
 }  # fmt: skip
@@ -109,8 +111,8 @@ VERBS: dict[str, Verb] = {
     "convert": Verb(
         convert,
         "[OPTIONS] SOURCE DESTINATION",
-        "Rewrite a checkpoint in our format, the authors', or as InternVL of transformers, which answers but does not "
-        "draw. Weights pass through memory one file at a time.",
+        "Rewrite a checkpoint in our format, the authors', as a pipeline of diffusers, or as InternVL of transformers, "
+        "which answers but does not draw. Weights pass through memory one file at a time.",
         "unilip convert kanashi6/UniLIP-1B unilip-1b\nunilip convert unilip-1b for-their-code --to authors",
         ("--to", "--dtype", "--max-shard-size", "--force", "--json", "--debug"),
         (2, 2),
