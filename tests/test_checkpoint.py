@@ -424,6 +424,7 @@ def test_only_what_is_needed_is_fetched() -> None:
     assert needed_files(sana) == [
         "model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
+    assert needed_files(sana, "fp16")[-1] == "transformer/diffusion_pytorch_model.fp16.safetensors"
     ours = ["model/config.json", "model/model.safetensors", "model_index.json", "tokenizer/tokenizer.json"]
     assert sorted(needed_files([*ours, "pipeline.py", "model/network.py", "README.md"])) == ours
 
@@ -432,6 +433,7 @@ def test_hub_ids_reach_the_client(monkeypatch: pytest.MonkeyPatch, tiny_folder: 
     import huggingface_hub
 
     calls: list[Any] = []
+    given: list[dict[str, Any]] = []
 
     class Api:
         def __init__(self, token: str | None = None) -> None:
@@ -447,12 +449,14 @@ def test_hub_ids_reach_the_client(monkeypatch: pytest.MonkeyPatch, tiny_folder: 
             calls.append(("upload", options["repo_id"], Path(options["folder_path"]).name))
             return f"https://huggingface.co/{options['repo_id']}/commit/1"
 
-    def snapshot(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
-        calls.append((repo, revision, "model.safetensors" in allow_patterns))
+    def snapshot(repo: str, revision: str | None, allow_patterns: list[str] | None = None, **options: Any) -> str:
+        calls.append((repo, revision, allow_patterns and "model.safetensors" in allow_patterns))
+        given.append(options)
         return str(tiny_folder)
 
-    def download(repo: str, file: str, revision: str | None) -> str:
+    def download(repo: str, file: str, revision: str | None, **options: Any) -> str:
         calls.append((repo, file, revision))
+        given.append(options)
         return str(tiny_folder / "model.safetensors")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
@@ -466,6 +470,27 @@ def test_hub_ids_reach_the_client(monkeypatch: pytest.MonkeyPatch, tiny_folder: 
         ("owner/name", "v1.0", True),
         ("owner/name", "file.safetensors", "main"),
     ]
+    calls.clear()
+    assert UniLIP.from_pretrained("owner/name", revision="v2", token="t", cache_dir="c").config == open_checkpoint(
+        "owner/name/file.safetensors", revision="v3", local_files_only=True
+    ).config  # fmt: skip
+    open_checkpoint("owner/name@v4", local_files_only=True)
+    assert calls == [("owner/name", "v2", True), ("owner/name", "file.safetensors", "v3"), ("owner/name", "v4", None)]
+    assert given[-3:] == [
+        {"token": "t", "cache_dir": "c"},
+        {"token": None, "cache_dir": None, "local_files_only": True},
+        {"token": None, "cache_dir": None, "local_files_only": True},
+    ]
+    for options, message in (
+        ({"revison": "v1"}, "no option for loading 'revison'; allowed: revision, token, cache_dir"),
+        ({"revision": 1}, "revision is 1"),
+        ({"variant": "../x"}, "a word like fp16"),
+        ({"variant": "fp16"}, "no weights of the variant fp16"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint("owner/name", **options)
+    with pytest.raises(CheckpointError, match="names one revision"):
+        open_checkpoint("owner/name@v1", revision="v2")
     with pytest.raises(CheckpointError, match=r"some/tokenizer/1b_unilip\.pth"):
         open_checkpoint("some/tokenizer")
     calls.clear()
@@ -475,6 +500,27 @@ def test_hub_ids_reach_the_client(monkeypatch: pytest.MonkeyPatch, tiny_folder: 
     assert calls[-1] == ("upload", "me/mine", "model")
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         push_to_hub(tiny_folder.parent, "me/mine")
+
+
+def test_a_variant_is_chosen_by_the_names_of_the_files(tmp_path: Path, tiny_folder: Path) -> None:
+    whole = UniLIP.from_pretrained(tiny_folder)
+    for size, names in (
+        ("5GB", {"model.safetensors": "model.fp16.safetensors"}),
+        ("1MB", {"model-": "model.fp16-", "model.safetensors.index.json": "model.safetensors.index.fp16.json"}),
+    ):
+        folder = tmp_path / size
+        whole.save_pretrained(folder, max_shard_size=size, dtype=torch.float16)
+        for path in sorted(folder.glob("model*")):
+            for old, new in names.items():
+                if path.name.startswith(old):
+                    if path.suffix == ".json":
+                        path.write_text(path.read_text().replace("model-", "model.fp16-"))
+                    path.rename(folder / path.name.replace(old, new))
+        (folder / "model.safetensors").write_bytes((tiny_folder / "model.safetensors").read_bytes())
+        assert UniLIP.from_pretrained(folder, dtype="auto").dtype == torch.float32
+        assert open_checkpoint(folder, variant="fp16").dtype("mllm.queries") == torch.float16
+        with pytest.raises(CheckpointError, match=r"expected one of model\.bf16\.safetensors"):
+            open_checkpoint(folder, variant="bf16")
 
 
 # --- describing -------------------------------------------------------------------------------------------------------

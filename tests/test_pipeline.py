@@ -1,6 +1,7 @@
 """The pipeline object: what programs written for diffusers do with it, against the model called directly."""
 
 import inspect
+import io
 
 import numpy as np
 import pytest
@@ -143,26 +144,160 @@ def test_from_pretrained_to_and_save(tiny_folder, tmp_path):
 
 def test_the_names_of_diffusers_reach_the_model(monkeypatch, tiny_model):
     called = []
-    for name in ("enable_cpu_offload", "load_adapter", "unload_adapters"):
+    for name in ("enable_cpu_offload", "enable_tiling", "load_adapter", "unload_adapters"):
         monkeypatch.setattr(type(tiny_model), name, lambda self, *given, name=name: called.append((name, *given)))
     pipe = UniLIPPipeline(tiny_model)
     pipe.enable_model_cpu_offload()
+    pipe.enable_model_cpu_offload(gpu_id=1)
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    pipe.enable_vae_tiling()
+    pipe.enable_vae_slicing()
+    pipe.disable_vae_tiling()
     pipe.load_lora_weights("mine", adapter_name="red")
     pipe.unload_lora_weights()
-    assert called == [("enable_cpu_offload", "cuda"), ("load_adapter", "mine", "red"), ("unload_adapters",)]
+    assert called == [
+        ("enable_cpu_offload", "cuda"), ("enable_cpu_offload", "cuda:1"), ("enable_cpu_offload", "cpu"),
+        ("enable_tiling",), ("enable_tiling",), ("enable_tiling", 1),
+        ("load_adapter", "mine", "red"), ("unload_adapters",),
+    ]  # fmt: skip
+    assert repr(pipe).startswith("UniLIPPipeline(tiny: encoder, ")
 
 
-def test_the_progress_bar_can_be_switched_off(pipe, monkeypatch):
+def test_loras_by_the_names_of_diffusers(tiny_folder, tmp_path):
+    from unilip.adapters import library
+
+    peft, plain = library(), {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "pt", "generator": 0}
+    for seed, name in enumerate(("red", "blue")):
+        torch.manual_seed(seed)
+        wrapped = peft.get_peft_model(
+            UniLIPPipeline.from_pretrained(tiny_folder).model,
+            peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False),
+        )
+        wrapped.save_pretrained(tmp_path / name)
+    pipe = UniLIPPipeline.from_pretrained(tiny_folder)
+
+    def draw():
+        return pipe("stars", **plain).images
+
+    bare = draw()
+    pipe.load_lora_weights(tmp_path / "red", adapter_name="red")
+    pipe.load_lora_weights(tmp_path / "blue", adapter_name="blue")
+    both = draw()
+    assert pipe.get_list_adapters() == {"model": ["blue", "red"]} and pipe.get_active_adapters() == ["blue", "red"]
+    pipe.set_adapters("red", 0.5)
+    assert pipe.get_active_adapters() == ["red"]
+    red = draw()
+    pipe.disable_lora()
+    pipe.disable_lora()
+    assert torch.equal(draw(), bare) and pipe.get_active_adapters() == []
+    pipe.enable_lora()
+    assert torch.equal(draw(), red)
+    pipe.set_adapters(["red", "blue"])
+    assert torch.equal(draw(), both)
+    with pytest.raises(UniLIPError, match="1 weights were given for 2 adapters"):
+        pipe.set_adapters(["red", "blue"], [0.5])
+    with pytest.raises(UniLIPError, match="load the model anew"):
+        pipe.unfuse_lora()
+    pipe.set_adapters("red")
+    pipe.fuse_lora(lora_scale=0.5)
+    assert pipe.get_list_adapters() == {}
+    torch.testing.assert_close(draw(), red, atol=1e-4, rtol=0)
+    assert not torch.equal(red, bare) and not torch.equal(red, both)
+
+
+def test_the_progress_bar_takes_the_arguments_of_tqdm(pipe):
     shown = []
-    generate = type(pipe.model).generate
-    monkeypatch.setattr(
-        type(pipe.model), "generate", lambda self, *a, **k: (shown.append(k["progress"]), generate(self, *a, **k))[1]
-    )
-    pipe("stars", num_inference_steps=1)
+    for options in ({}, {"disable": True}, {"disable": False, "desc": "stars"}, {"disable": False, "leave": True}):
+        file = io.StringIO()
+        pipe.set_progress_bar_config(**options, file=file)
+        pipe("stars", num_inference_steps=2)
+        shown.append((file.getvalue() != "", "stars: " in file.getvalue(), file.getvalue().endswith("step/s]\n")))
+    assert shown == [(False,) * 3, (False,) * 3, (True, True, False), (True, False, True)]
+    with pytest.raises(UniLIPError, match="no argument of a progress bar 'discription'; allowed: iterable, desc"):
+        pipe.set_progress_bar_config(discription="stars")
     pipe.set_progress_bar_config(disable=True)
-    pipe("stars", num_inference_steps=1)
-    pipe.set_progress_bar_config(disable=False)
-    assert shown == [True, False]
+
+
+def test_latents_are_the_noise_and_negative_prompts_go_one_by_one(pipe, tiny_model):
+    settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "pt"}
+    z, grid = tiny_model.config.dit.latent_channels, tiny_model.config.image_size // 28
+    noise = torch.randn(2, z, grid, grid, generator=seeded(5))
+    given = pipe("stars", num_images_per_prompt=2, latents=noise, **settings).images
+    assert torch.equal(given, pipe("stars", num_images_per_prompt=2, generator=seeded(5), **settings).images)
+    picture = torch.rand(2, 3, 56, 56)
+    for image in (None, picture):
+        several = pipe(["stars", "a cat"], image, negative_prompt=["a dog", ""], latents=noise, **settings).images
+        for row, (prompt, negative) in enumerate((("stars", "a dog"), ("a cat", None))):
+            own = None if image is None else image[row]
+            alone = pipe(prompt, own, negative_prompt=negative, latents=noise[row : row + 1], **settings).images[0]
+            assert (several[row] - alone).abs().max() < 1e-3, (row, image is None)
+        others = pipe(["stars", "a cat"], image, negative_prompt=["", "a dog"], latents=noise, **settings).images
+        assert (several - others).abs().amax((1, 2, 3)).min() > 1e-3
+    for wrong, message in (
+        ({"latents": noise}, r"latents are \[2, .*noise for these pictures is \[1"),
+        ({"latents": noise[:1] * float("nan")}, "none infinite or NaN"),
+        ({"latents": "noise"}, "latents is str"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts were given for 1 prompts"),
+        ({"negative_prompt": [3]}, "negative prompt must be a string"),
+    ):
+        with pytest.raises(UniLIPError, match=message):
+            pipe("stars", **settings, **wrong)
+
+
+def test_what_it_gives_it_takes(pipe):
+    settings = {"num_inference_steps": 1, "generator": 3, "num_images_per_prompt": 2}
+    for kind in ("pil", "np", "pt"):
+        made = pipe("stars", output_type=kind, **settings)
+        for given in (made, made.images, [made[0], made[1]]):
+            again = pipe("make it red", given, num_inference_steps=1, num_images_per_prompt=None)
+            assert len(again) == len(again.images) == 2 and again[0].size == (56, 56), kind
+        assert len(pipe("make it red", made[0], num_inference_steps=1)) == 1
+
+
+def test_loading_takes_the_words_of_diffusers(tiny_folder, caplog):
+    for options, dtype in (
+        ({}, torch.float32), ({"dtype": torch.bfloat16}, torch.bfloat16), ({"torch_dtype": "float16"}, torch.float16),
+        ({"dtype": "bfloat16", "torch_dtype": "bfloat16", "device_map": {"": "cpu"}}, torch.bfloat16),
+        ({"device_map": "cpu", "token": None, "revision": None, "variant": None, "cache_dir": "x"}, torch.float32),
+        ({"device_map": "balanced", "local_files_only": True}, torch.float32),
+    ):  # fmt: skip
+        assert UniLIPPipeline.from_pretrained(tiny_folder, **options).dtype == dtype
+    assert caplog.text == ""
+    UniLIPPipeline.from_pretrained(tiny_folder, low_cpu_mem_usage=True, use_safetensors=True, revision="main")
+    assert "change nothing here: low_cpu_mem_usage, use_safetensors" in caplog.text
+    assert "revision main is ignored" in caplog.text
+    for options, message in (
+        ({"dtype": "float32", "torch_dtype": "bfloat16"}, "give one of the two"),
+        ({"device": "cpu", "device_map": "cpu"}, "give one of the two"),
+        ({"device_map": {"dit": "cpu", "mllm": "cuda:1"}}, "stays together"),
+        ({"device_map": "sequential"}, "no device 'sequential'"),
+        ({"custom_pipeline": "x"}, "no option for loading 'custom_pipeline'; allowed: revision"),
+        ({"variant": "fp16"}, r"expected one of model\.fp16\.safetensors"),
+    ):
+        with pytest.raises(UniLIPError, match=message):
+            UniLIPPipeline.from_pretrained(tiny_folder, **options)
+
+
+@pytest.mark.hosts
+def test_what_it_saves_and_uploads_diffusers_loads(pipe, tmp_path, monkeypatch):
+    from diffusers import DiffusionPipeline
+
+    uploaded = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, **options: None)
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.upload_folder",
+        lambda self, **o: uploaded.append(sorted(p.name for p in o["folder_path"].iterdir())) or "address",
+    )
+    settings = {"num_inference_steps": 2, "output_type": "pt"}
+    theirs = pipe
+    for round in range(2):  # the second time from what diffusers loaded
+        theirs.save_pretrained(tmp_path / str(round))
+        theirs = DiffusionPipeline.from_pretrained(tmp_path / str(round), trust_remote_code=True)
+        made = theirs("stars", generator=seeded(2), **settings).images
+        assert torch.equal(made, pipe("stars", generator=seeded(2), **settings).images)
+        assert theirs.push_to_hub("me/mine", private=True) == "address"
+    assert uploaded == [["README.md", "model", "model_index.json", "pipeline.py", "tokenizer"]] * 2
+    assert "trust_remote_code" in (tmp_path / "1" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import copy
+import inspect
 import io
 import math
 import os
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from tqdm.std import tqdm
 
 from unilip import adapters, sampling
 from unilip.checkpoints import read, write
@@ -48,6 +50,7 @@ from unilip.pictures import (
 from unilip.sampling import (
     LARGEST,
     Generators,
+    Progress,
     Runtime,
     TextStream,
     changes,
@@ -131,6 +134,7 @@ class UniLIP(Network):
         parts: Sequence[str] | None = None,
         quantization: str | None = None,
         low_memory: bool = False,
+        **fetching: Any,
     ) -> UniLIP:
         """Load a model: nothing for the embedded one, else a folder, a file or a hub id, in any known format.
 
@@ -143,6 +147,7 @@ class UniLIP(Network):
             quantization: "int8", "int4" or "fp8": weight-only quantisation of linear layers; needs torchao.
             low_memory: hold only the part that is at work, reading it from the checkpoint each time it is needed, and
                 decode one picture at a time, in strips. The pictures stay the same.
+            fetching: of the hub: revision, token, cache_dir, local_files_only; and variant, in the names of the files.
 
         Raises:
             CheckpointError: missing, truncated, of an unknown kind, or not exactly the weights that the model needs.
@@ -153,7 +158,7 @@ class UniLIP(Network):
         check_flag("low_memory", low_memory)
         if quantization is not None:
             check_quantisation(quantization)
-        opened = read.open_checkpoint(source)
+        opened = read.open_checkpoint(source, **fetching)
         wanted = opened.parts if parts is None else _names(parts)
         missing = sorted(set(wanted) - set(opened.parts))
         if missing:
@@ -181,9 +186,18 @@ class UniLIP(Network):
 
     @works
     def save_pretrained(
-        self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        max_shard_size: str = "5GB",
+        to: str = "unilip",
     ) -> None:
-        """Write config, weights (sharded above `max_shard_size`) and tokenizer to a folder, whole or not at all."""
+        """Write config, weights (sharded above `max_shard_size`) and tokenizer to a folder, whole or not at all.
+
+        With `to="diffusers"` the folder is a pipeline, which `DiffusionPipeline.from_pretrained` loads.
+        """
+        check_choice("format to save in", to, ("unilip", "diffusers"))
         if self.runtime.offload is not None or any(is_quantised(part) for part in self.children()):
             raise UniLIPError(
                 "An offloaded or quantised model cannot be saved; load the checkpoint plainly to save it."
@@ -192,8 +206,9 @@ class UniLIP(Network):
         if not isinstance(max_shard_size, str):
             check_number("max_shard_size", max_shard_size, 1)
         write.save(
-            self, self.config, _path("folder", folder), max_shard_size=max_shard_size, tokenizer=tokenizer, dtype=dtype
-        )
+            self, self.config, _path("folder", folder), max_shard_size=max_shard_size, tokenizer=tokenizer,
+            dtype=dtype, to=to,
+        )  # fmt: skip
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Save to a temporary folder and upload it; returns the address."""
@@ -414,7 +429,7 @@ class UniLIP(Network):
         self,
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -422,15 +437,17 @@ class UniLIP(Network):
         solver: str | None = None,
         preset: str = "quality",
         image_size: int | None = None,
+        latents: Tensor | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
-        progress: bool = True,
+        progress: Progress = True,
     ) -> ImageOutput:
         """Draw pictures of one prompt or several.
 
         Args:
             prompt: what to draw.
-            negative_prompt: what guidance moves away from, in place of the unconditional prompt; "" means none.
+            negative_prompt: what guidance moves away from, in place of the unconditional prompt, for all or one for
+                each; "" means none.
             num_images_per_prompt: pictures of each prompt; the result is ordered prompt by prompt.
             num_inference_steps, guidance_scale, solver: of the sampler; the model's own defaults when left out.
                 Guidance at or below 1 is off and halves the work.
@@ -438,10 +455,11 @@ class UniLIP(Network):
             preset: "quality" samples as published; "balanced" and "fast" save evaluations for a part of the quality.
                 What is given besides (steps, solver) counts more than the preset.
             image_size: square size in pixels, a multiple of 28; the model's own by default.
+            latents: noise (B,Z,h,w) to begin with, one for each picture, in place of what `generator` would draw.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: called as f(model, step, timestep, {"latents": ...}) after each step; may return
                 {"latents": ...} to replace them, may raise to stop.
-            progress: show a bar on a terminal.
+            progress: show a bar on a terminal; a mapping holds tqdm's arguments for it.
 
         Raises:
             UniLIPError: a value out of range, an empty or overlong prompt, NaN or infinity in a result, a missing part.
@@ -449,16 +467,16 @@ class UniLIP(Network):
         prompts = [check_prompt(p) for p in _as_list(prompt)]
         settings = self._settings(preset, num_inference_steps, guidance_scale, solver)
         copies = check_number("num_images_per_prompt", num_images_per_prompt, 1, MOST_IMAGES, whole=True)
-        generator, progress = check_generator(generator), check_flag("progress", progress)
+        generator, progress = check_generator(generator), check_progress(progress)
         _check_output(output_type)
         self.require("mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
         processor = self._processor(image_size)
-        negative = _negative(negative_prompt)
+        negatives, noise = _negatives(negative_prompt, len(prompts)), _noise(latents)
         if not prompts:
             return ImageOutput([])
         latents = sampling.draw(
-            self, self.runtime, processor, prompts, settings, negative=negative, copies=copies, generator=generator,
-            on_step=self._step(callback_on_step_end), progress=progress,
+            self, self.runtime, processor, prompts, settings, negatives=negatives, copies=copies, generator=generator,
+            noise=noise, on_step=self._step(callback_on_step_end), progress=progress,
         )  # fmt: skip
         return ImageOutput(self._output(latents, output_type))
 
@@ -469,7 +487,7 @@ class UniLIP(Network):
         image: ImageLike | Sequence[ImageLike],
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -479,9 +497,10 @@ class UniLIP(Network):
         fit: Fit = "resize",
         keep_aspect: bool = False,
         image_size: int | None = None,
+        latents: Tensor | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
-        progress: bool = True,
+        progress: Progress = True,
     ) -> ImageOutput:
         """Change pictures as instructed: one image and one instruction, or equally many of both.
 
@@ -497,11 +516,11 @@ class UniLIP(Network):
         prompts = [check_prompt(p, "instruction") for p in _as_list(prompt)]
         settings = self._settings(preset, num_inference_steps, guidance_scale, solver)
         copies = check_number("num_images_per_prompt", num_images_per_prompt, 1, MOST_IMAGES, whole=True)
-        generator, progress = check_generator(generator), check_flag("progress", progress)
+        generator, progress = check_generator(generator), check_progress(progress)
         _check_output(output_type, keep_aspect)
         self.require("encoder", "mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
         processor = self._processor(image_size)
-        negative = _negative(negative_prompt)
+        noise = _noise(latents)
         sources = _pictures(image, fit)
         if not sources or not prompts:
             return ImageOutput([])
@@ -510,11 +529,12 @@ class UniLIP(Network):
                 f"{len(sources)} images and {len(prompts)} instructions were given; give one of either, or as many."
             )
         count = max(len(sources), len(prompts))
+        negatives = _negatives(negative_prompt, count)
         source_of = list(range(count)) if len(sources) == count else [0] * count
         latents = sampling.draw(
             self, self.runtime, processor, prompts * count if len(prompts) == 1 else prompts, settings,
             features=self._features([fit_square(source, processor.image_size, fit) for source in sources]),
-            source_of=source_of, negative=negative, copies=copies, generator=generator,
+            source_of=source_of, negatives=negatives, copies=copies, generator=generator, noise=noise,
             on_step=self._step(callback_on_step_end), progress=progress,
         )  # fmt: skip
         images = self._output(latents, output_type)
@@ -797,11 +817,30 @@ def _check_output(output_type: str, keep_aspect: bool = False) -> None:
         raise UniLIPError(f'keep_aspect needs output_type "pil", not {output_type!r}.')
 
 
-def _negative(prompt: Any) -> str | None:
-    """Take a negative prompt; None and an empty one, the default of many programs, are none."""
-    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
-        return None
-    return check_prompt(prompt, "negative prompt")
+def _negatives(given: Any, count: int) -> list[str | None]:
+    """Take a negative prompt for all, or one for each; None and an empty one, which many programs send, are none."""
+    several = list(given) if isinstance(given, (list, tuple)) else [given] * count
+    if len(several) != count:
+        raise PromptError(f"{len(several)} negative prompts were given for {count} prompts; give one, or as many.")
+    none = (prompt is None or (isinstance(prompt, str) and not prompt.strip()) for prompt in several)
+    return [None if no else check_prompt(p, "negative prompt") for p, no in zip(several, none, strict=True)]
+
+
+def _noise(latents: Any) -> Tensor | None:
+    """Take noise to begin with: a tensor of numbers, or none."""
+    if latents is None or (isinstance(latents, Tensor) and latents.is_floating_point() and latents.isfinite().all()):
+        return latents
+    raise UniLIPError(f"latents is {_shape(latents)}; give a tensor of floating-point numbers, none infinite or NaN.")
+
+
+def check_progress(value: Any) -> Progress:
+    """Take whether to show a bar, or tqdm's arguments for it."""
+    if not isinstance(value, Mapping):
+        return check_flag("progress", value)
+    known = inspect.signature(tqdm.__init__).parameters
+    for name in value:
+        check_choice("argument of a progress bar", name, [n for n in known if n not in ("self", "total", "kwargs")])
+    return value
 
 
 def _turn(turn: Any, cut: Callable[[Any], tuple[int, ...]]) -> Message:

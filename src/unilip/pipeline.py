@@ -10,6 +10,7 @@ computation of its own; answering and reconstructing are `pipe.model.ask` and `p
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,12 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unilip import adapters
+from unilip.checkpoints.write import push_model
 from unilip.errors import UniLIPError
 from unilip.method.config import UniLIPConfig
-from unilip.model import ImageOutput, UniLIP
+from unilip.model import ImageOutput, UniLIP, check_progress
 from unilip.pictures import Fit, ImageLike
-from unilip.sampling import Generators, check_flag
+from unilip.sampling import LARGEST, Generators, Progress, check_flag, check_number
 
+logger = logging.getLogger(__name__)
+IGNORED = ("low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "safety_checker")  # options of diffusers
 TENSOR_INPUTS = ("latents",)  # what a callback can be given and can replace
 PipelineCallback = Callable[["UniLIPPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
@@ -41,35 +46,71 @@ class UniLIPPipeline:
     def __init__(self, model: UniLIP) -> None:
         self.model = model
         self._interrupt = False
-        self._progress: bool = True
+        self._progress_bar_config: Progress = {}
+        self._scales: dict[str, float] = {}  # of adapters that `disable_lora` switched off
+
+    def __repr__(self) -> str:
+        model = self.model
+        return f"{type(self).__name__}({model.config.name}: {', '.join(model.parts)}; {model.dtype} on {model.device})"
 
     @classmethod
     def from_pretrained(
         cls,
         source: str | os.PathLike[str] | None = None,
         *,
+        dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> UniLIPPipeline:
         """Load a model: nothing for the embedded one, else a folder, a file or a hub id, in any known format.
 
         Args:
             source: what `UniLIP.from_pretrained` takes.
-            torch_dtype: of the weights in memory; float32 by default, "auto" for what is stored.
-            device: where to put them; the CPU by default.
+            dtype, torch_dtype: of the weights in memory, under either name; float32 by default, "auto" for what is
+                stored.
+            device: where to put them; the CPU by default, "auto" for CUDA where there is one.
+            device_map: diffusers' word for it: a device, "auto" or "balanced", all of it on one device.
+            options: those of `UniLIP.from_pretrained`: revision, token, cache_dir, local_files_only, variant,
+                quantization, low_memory. `IGNORED` names those of diffusers that change nothing here.
 
         Raises:
+            UniLIPError: an unknown option, or two that contradict each other.
             CheckpointError: missing, truncated, of an unknown kind, or not exactly the weights that the model needs.
         """
-        return cls(UniLIP.from_pretrained(source, dtype=torch_dtype, device=device))
+        if None not in (dtype, torch_dtype) and dtype != torch_dtype:
+            raise UniLIPError(f"dtype is {dtype} and torch_dtype {torch_dtype}; give one of the two.")
+        if None not in (device, device_map):
+            raise UniLIPError(f"device is {device!r} and device_map {device_map!r}; give one of the two.")
+        if isinstance(device_map, Mapping):
+            places = set(map(str, device_map.values()))
+            if len(places) != 1:
+                raise UniLIPError(f"device_map is {device_map!r}; this model stays together, so give one device.")
+            device_map = places.pop()
+        if ignored := sorted(set(options) & set(IGNORED)):
+            logger.warning("ignored, since they change nothing here: %s", ", ".join(ignored))
+        given = {name: value for name, value in options.items() if name not in IGNORED}
+        if device_map is not None:
+            device = "auto" if device_map == "balanced" else device_map
+        return cls(
+            UniLIP.from_pretrained(source, dtype=torch_dtype if dtype is None else dtype, device=device, **given)
+        )
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the model to a folder that `from_pretrained` reads."""
-        self.model.save_pretrained(folder)
+    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
+        """Write a folder that `DiffusionPipeline.from_pretrained` reads, and everything of this package.
 
-    def to(self, *args: Any, **kwargs: Any) -> UniLIPPipeline:
+        `options` are those of `UniLIP.save_pretrained`: dtype, max_shard_size.
+        """
+        self.model.save_pretrained(folder, **{"to": "diffusers", **options})
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes; `options`: dtype, private, token, revision, commit_message."""
+        return push_model(self, repo_id, **options)
+
+    def to(self, *args: Any, torch_dtype: torch.dtype | None = None, **kwargs: Any) -> UniLIPPipeline:
         """Move or cast the weights as `torch.nn.Module.to` does, for instance to("cuda", torch.bfloat16)."""
-        self.model.to(*args, **kwargs)
+        self.model.to(*args, **(kwargs if torch_dtype is None else {**kwargs, "dtype": torch_dtype}))
         return self
 
     @property
@@ -97,9 +138,23 @@ class UniLIPPipeline:
         """Whether the call in progress was told to stop; a callback asks for it with `pipe._interrupt = True`."""
         return self._interrupt
 
-    def enable_model_cpu_offload(self, device: torch.device | str = "cuda") -> None:
+    # --- memory, adapters, progress: diffusers' names for what the model does ---
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "cuda") -> None:
         """CPU offload: keep the weights in main memory and bring each part to a device only while it works."""
-        self.model.enable_cpu_offload(device)
+        self.model.enable_cpu_offload(device if gpu_id is None else f"cuda:{gpu_id}")
+
+    enable_sequential_cpu_offload = enable_model_cpu_offload
+
+    def enable_vae_tiling(self) -> None:
+        """Decode one picture at a time, in strips: the same pixels in less memory."""
+        self.model.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decode pictures at once again."""
+        self.model.enable_tiling(1)
+
+    enable_vae_slicing, disable_vae_slicing = enable_vae_tiling, disable_vae_tiling
 
     def load_lora_weights(self, folder: str | os.PathLike[str], adapter_name: str | None = None) -> None:
         """Put a LoRA or DoRA adapter, a folder in peft's format, beside the weights; see `UniLIP.load_adapter`."""
@@ -109,9 +164,61 @@ class UniLIPPipeline:
         """Take all adapters off."""
         self.model.unload_adapters()
 
-    def set_progress_bar_config(self, *, disable: bool = False) -> None:
-        """Show a progress bar on a terminal, or none."""
-        self._progress = not disable
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
+        """Make exactly these adapters act, each as strongly as its weight says, 1 by default."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        given: Any = adapter_weights
+        weights = list(given) if isinstance(given, (list, tuple)) else [given] * len(names)
+        if len(weights) != len(names):
+            raise UniLIPError(f"{len(weights)} weights were given for {len(names)} adapters; give one, or as many.")
+        self.model.set_adapters({n: 1.0 if w is None else w for n, w in zip(names, weights, strict=True)})
+
+    def get_active_adapters(self) -> list[str]:
+        """Names of the adapters that act."""
+        return [name for name in adapters.adapter_names(self.model) if adapters.adapter_scale(self.model, name)]
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Names of all adapters, under the name of the component that they are in."""
+        names = adapters.adapter_names(self.model)
+        return {"model": names} if names else {}
+
+    def disable_lora(self) -> None:
+        """Switch all adapters off until `enable_lora`."""
+        scales = {name: adapters.adapter_scale(self.model, name) for name in self.get_active_adapters()}
+        self.model.set_adapters({})
+        self._scales = scales or self._scales
+
+    def enable_lora(self) -> None:
+        """Switch on again what `disable_lora` switched off."""
+        if not self.get_active_adapters():
+            loaded = adapters.adapter_names(self.model)
+            self.model.set_adapters({name: scale for name, scale in self._scales.items() if name in loaded})
+
+    def fuse_lora(self, *, lora_scale: float = 1.0) -> None:
+        """Add the acting adapters to the weights, `lora_scale` times as strongly as they act, and take them off."""
+        check_number("lora_scale", lora_scale, -LARGEST)
+        if lora_scale != 1.0:
+            names = self.get_active_adapters()
+            self.set_adapters(names, [lora_scale * adapters.adapter_scale(self.model, name) for name in names])
+        self.model.merge_adapters()
+
+    def unfuse_lora(self) -> None:
+        """Nothing: a merged adapter is gone, and so are the weights from before.
+
+        Raises:
+            UniLIPError: always.
+        """
+        raise UniLIPError("A merged adapter cannot be taken out again; load the model anew.")
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Give tqdm's arguments for the bar: disable=True for none, else as it is on a terminal, desc, leave, ...
+
+        Raises:
+            UniLIPError: tqdm has no such argument.
+        """
+        self._progress_bar_config = check_progress(options)
 
     @torch.no_grad()
     def __call__(
@@ -119,13 +226,14 @@ class UniLIPPipeline:
         prompt: str | Sequence[str],
         image: ImageLike | Sequence[ImageLike] | None = None,
         *,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        num_images_per_prompt: int = 1,
+        num_images_per_prompt: int | None = 1,
         generator: Generators = None,
+        latents: Tensor | None = None,
         fit: Fit = "resize",
         output_type: str = "pil",
         return_dict: bool = True,
@@ -137,11 +245,13 @@ class UniLIPPipeline:
         Args:
             prompt: one or several.
             image: the picture(s) to change; without one, pictures are drawn from the words alone.
-            negative_prompt: what guidance moves away from, in place of the unconditional prompt; "" means none.
+            negative_prompt: what guidance moves away from, in place of the unconditional prompt, for all or one for
+                each; "" means none.
             height, width: in pixels: equal, and a multiple of 28. One may be left out; the model's own without either.
             num_inference_steps, guidance_scale: the model's own when left out; guidance at or below 1 is off.
             num_images_per_prompt: pictures of each prompt; the result is ordered prompt by prompt.
             generator: one or a seed, used for the pictures in order, or a list with one for each picture.
+            latents: noise (B,Z,h,w) to begin with, in place of what `generator` would draw.
             fit: how `image` becomes a square: "resize", "crop" or "pad".
             output_type: "pil", "np" (B,H,W,3), "pt" (B,3,H,W), both in [0,1], or "latent".
             return_dict: False returns a tuple whose first entry are the pictures.
@@ -175,11 +285,12 @@ class UniLIPPipeline:
             "image_size": width if height is None else height,
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
-            "num_images_per_prompt": num_images_per_prompt,
+            "num_images_per_prompt": 1 if num_images_per_prompt is None else num_images_per_prompt,
             "generator": generator,
+            "latents": latents,
             "output_type": output_type,
             "callback_on_step_end": on_step if callback_on_step_end is not None else None,
-            "progress": self._progress,
+            "progress": self._progress_bar_config,
         }
         self._interrupt = False
         try:

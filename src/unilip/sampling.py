@@ -11,7 +11,7 @@ import contextlib
 import functools
 import math
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -30,6 +30,7 @@ from unilip.method.model import Network
 from unilip.method.text import IMG_CONTEXT, TEXT_END, TURN_END, TURN_START, Processor, Prompt
 
 Generators = torch.Generator | int | Sequence[torch.Generator | int] | None
+Progress = bool | Mapping[str, Any]  # whether to show a bar, or how: arguments of tqdm
 MAX_PROMPT_CHARACTERS = 8_000
 FORBIDDEN = (TURN_START, TURN_END, TEXT_END, IMG_CONTEXT)  # control tokens, which nobody means as words
 
@@ -242,54 +243,63 @@ def draw(
     *,
     features: Tensor | None = None,
     source_of: Sequence[int] = (),
-    negative: str | None = None,
+    negatives: Sequence[str | None] | None = None,
     copies: int = 1,
     generator: torch.Generator | list[torch.Generator] | None = None,
+    noise: Tensor | None = None,
     on_step: OnStep | None = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Tensor:
     """Draw latents (R,Z,h,w), R = prompts x copies in this order; edits where features (S,N,D) of sources are given.
 
     Args:
         source_of: which source each prompt edits.
-        negative: what guidance moves away from; None for the unconditional prompt.
+        negatives: what guidance moves each prompt away from; None for the unconditional prompt.
+        noise: to begin with, in place of what `generator` would draw.
         on_step: called as f(step, timestep, latents) after each step; may return latents in their place.
     """
     device = next(network.parameters()).device if runtime.offload is None else runtime.offload.device
     index = torch.arange(len(prompts)).repeat_interleave(copies)
+    grid, channels = processor.image_size // TOKEN_PIXELS, network.config.dit.latent_channels
+    if noise is not None and tuple(noise.shape) != (len(index), channels, grid, grid):
+        expected = [len(index), channels, grid, grid]
+        raise UniLIPError(f"latents are {list(noise.shape)}; noise for these pictures is {expected}.")
     write = processor.generate_text if features is None else processor.edit_text
     texts = [write(prompt) for prompt in prompts]
     rows = index
     if features is not None:
         features = features.to(device)
         own = features[torch.tensor(source_of, device=device)]
-    if settings.guidance_scale > 1:  # the unconditional rows, one for each source, are read together with the prompts
-        blanks = 1 if features is None else len(features)
-        texts = [write(negative)] * blanks + texts
-        blank = torch.zeros_like(index) if features is None else torch.tensor(source_of)[index]
-        rows = torch.cat([blank, index + blanks])
-        features = None if features is None else torch.cat([features, own])
+    if settings.guidance_scale > 1:  # the unconditional rows, each once, are read together with the prompts
+        sources = source_of if features is not None else [0] * len(prompts)
+        pairs = list(zip(sources, negatives or [None] * len(prompts), strict=True))
+        unique = list(dict.fromkeys(pairs))
+        texts = [write(negative) for _, negative in unique] + texts
+        rows = torch.cat([torch.tensor([unique.index(pair) for pair in pairs])[index], index + len(unique)])
+        features = None if features is None else torch.cat([features[[source for source, _ in unique]], own])
     elif features is not None:
         features = own
     tokens = processor.tokenize(texts).to(device)
     with runtime.using("mllm", "connector"):
         condition, mask = network.condition(tokens, features)
         check_finite(condition, "mllm or connector")
-    grid = processor.image_size // TOKEN_PIXELS
-    noise = draw_noise(len(index), (network.config.dit.latent_channels, grid, grid), generator).to(device)
+    noise = draw_noise(len(index), (channels, grid, grid), generator) if noise is None else noise.float()
     with runtime.using("dit"):
         prepared = prepare(network.dit.transformer, condition, mask).select(rows.to(device))
         # a bar alone does not keep the loop from being recorded as one graph
-        watched = on_step is not None or (progress and runtime.compiled is None)
-        steps, hidden = settings.num_inference_steps, None if watched and progress else True
-        with tqdm(total=steps, disable=hidden, leave=False, unit="step") as bar:
+        shown = progress is not False
+        watched = on_step is not None or (shown and runtime.compiled is None)
+        options: dict[str, Any] = {"disable": None, "leave": False, "unit": "step"}
+        options |= progress if isinstance(progress, Mapping) else {}
+        options |= {} if shown and watched else {"disable": True}
+        with tqdm(total=settings.num_inference_steps, **options) as bar:
 
             def after(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
                 bar.update()
                 return None if on_step is None else on_step(step, timestep, latents)
 
             latents = loop.denoise(
-                network.dit, prepared, noise, settings, compiled=runtime.compiled, twin=runtime.twin,
+                network.dit, prepared, noise.to(device), settings, compiled=runtime.compiled, twin=runtime.twin,
                 packed=runtime.offload is None, on_step=after if watched else None,
             )  # fmt: skip
         return check_finite(latents, "dit", prepared.keys_values[0][0].dtype)

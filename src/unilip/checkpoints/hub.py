@@ -6,16 +6,20 @@ In:  a source as people write it. Out: a local folder or file, fetched where it 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from unilip.checkpoints.tokenizer import TOKENIZER_FILES
-from unilip.errors import CheckpointError
+from unilip.errors import CheckpointError, check_choice
 from unilip.method.config import UniLIPConfig
 
+logger = logging.getLogger(__name__)
 Source = str | os.PathLike[str] | None
 
 BESIDE = ("dit_config.json", "vae_config.json", "scheduler_config.json")
@@ -26,7 +30,38 @@ CARD, INDEX = "README.md", "model_index.json"  # the second marks a pipeline of 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:/([\w.-]+\.(?:pth|pt|bin|safetensors)))?(?:@([\w./-]+))?")
 
 
-def resolve(source: Source = None) -> Path:
+@dataclass(frozen=True)
+class Fetch:
+    """How to fetch from the hub: a branch, tag or commit, a token, where to keep files, and whether to look here only.
+
+    `variant` is the word in the names of weights files, as in model.fp16.safetensors, here or on the hub.
+    """
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+    variant: str | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Fetch:
+        """Check options by name and type.
+
+        Raises:
+            CheckpointError: there is no such option, or it is of another type.
+        """
+        known: dict[str, Any] = {"revision": str, "token": (str, bool), "cache_dir": (str, os.PathLike)}
+        known |= {"local_files_only": bool, "variant": str}
+        for name, value in options.items():
+            check_choice("option for loading", name, known, CheckpointError)
+            if not (value is None or isinstance(value, known[name])):
+                raise CheckpointError(f"{name} is {value!r}; give a text, or True or False where it is a switch.")
+        if not re.fullmatch(r"[\w-]+", options.get("variant") or "none"):
+            raise CheckpointError(f"variant is {options['variant']!r}; give a word like fp16.")
+        return cls(**{name: value for name, value in options.items() if value is not None})
+
+
+def resolve(source: Source = None, fetch: Fetch | None = None) -> Path:
     """Return the local folder or file of a source, fetching it from the hub if it is "owner/name".
 
     "owner/name@revision" and "owner/name/file.pth" work too. None is the embedded model.
@@ -34,14 +69,17 @@ def resolve(source: Source = None) -> Path:
     Raises:
         CheckpointError: nothing is there.
     """
-    if source is None:
-        return embedded()
-    path = Path(source).expanduser()
+    fetch = fetch or Fetch()
+    path = embedded() if source is None else Path(source).expanduser()
     if path.exists():
+        if fetch.revision is not None:
+            logger.warning("%s is here and not fetched: revision %s is ignored", path, fetch.revision)
         return path
     hub = _HUB_ID.fullmatch(str(source))
     if hub and not str(source).startswith("."):
-        return _fetch(hub[1], hub[2], hub[3])
+        if hub[3] and fetch.revision not in (None, hub[3]):
+            raise CheckpointError(f"{source} names one revision, and revision={fetch.revision!r} another; give one.")
+        return _fetch(hub[1], hub[2], replace(fetch, revision=fetch.revision or hub[3]))
     previous = previous_of(path)
     hint = f" An interrupted save left the old one whole in {previous}; rename it back." if previous.exists() else ""
     raise CheckpointError(
@@ -62,41 +100,47 @@ def previous_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.previous")
 
 
-def needed_files(files: Iterable[str]) -> list[str]:
+def needed_files(files: Iterable[str], variant: str | None = None) -> list[str]:
     """Choose what to fetch of a repository: configs, tokenizer and weights, each in one format, of the part we read."""
     files = list(files)
     if INDEX in files:  # of a SANA pipeline its transformer only
         chosen = [INDEX]
         for part in ("transformer", "model", "tokenizer") if "model/config.json" in files else ("transformer",):
             inner = [f.removeprefix(f"{part}/") for f in files if f.startswith(f"{part}/")]
-            chosen += [f"{part}/{f}" for f in needed_files(inner)]
+            chosen += [f"{part}/{f}" for f in needed_files(inner, variant)]
         return chosen
     top = [f for f in files if "/" not in f]
     chosen = [f for f in top if f == "config.json" or f in BESIDE or f in TOKENIZER_FILES]
-    for suffix in SUFFIXES:
-        shards = re.compile(rf"({'|'.join(STEMS)})(-\d+-of-\d+)?{re.escape(suffix)}(\.index\.json)?")
+    word = f"\\.{variant}" if variant else ""
+    for suffix in map(re.escape, SUFFIXES):
+        stem = f"({'|'.join(STEMS)})"
+        shards = re.compile(rf"{stem}{word}(-\d+-of-\d+)?{suffix}|{stem}{suffix}\.index{word}\.json")
         weights = [f for f in top if shards.fullmatch(f)]
         if weights:
             return chosen + weights
     return chosen
 
 
-def _fetch(repo: str, file: str | None, revision: str | None) -> Path:
+def _fetch(repo: str, file: str | None, fetch: Fetch) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
+    options: dict[str, Any] = {"revision": fetch.revision, "token": fetch.token, "cache_dir": fetch.cache_dir}
     try:
         if file is not None:
-            return Path(hf_hub_download(repo, file, revision=revision))
+            return Path(hf_hub_download(repo, file, local_files_only=fetch.local_files_only, **options))
+        if fetch.local_files_only:
+            return Path(snapshot_download(repo, local_files_only=True, **options))
         try:
-            there = HfApi().list_repo_files(repo, revision=revision)
+            there = HfApi(token=fetch.token).list_repo_files(repo, revision=fetch.revision)
         except Exception:  # no network: perhaps it was fetched before
-            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        files = needed_files(there)
+            return Path(snapshot_download(repo, local_files_only=True, **options))
+        files = needed_files(there, fetch.variant)
         if not any(name.endswith(SUFFIXES) for name in files):
             single = [name for name in there if name.endswith(FILE_SUFFIXES)]
             hint = f"; name one of its files, for example {repo}/{single[0]}" if single else ""
-            raise CheckpointError(f"{repo} has no weights under a known name{hint}.")
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+            of = f" of the variant {fetch.variant}" if fetch.variant else ""
+            raise CheckpointError(f"{repo} has no weights{of} under a known name{hint}.")
+        return Path(snapshot_download(repo, allow_patterns=files, **options))
     except CheckpointError:
         raise
     except Exception as error:  # the client lets errors of several libraries through
@@ -126,7 +170,7 @@ def push_to_hub(
         CheckpointError: the folder is no checkpoint, or the hub refused.
     """
     path = Path(folder)
-    if not (path / "config.json").is_file():
+    if not any((path / name).is_file() for name in ("config.json", INDEX)):
         raise CheckpointError(f"{path} has no config.json; save a checkpoint there first.")
     from huggingface_hub import HfApi
 

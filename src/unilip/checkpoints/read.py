@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from unilip.checkpoints.hub import BESIDE, FILE_SUFFIXES, INDEX, STEMS, SUFFIXES, Source, reason, resolve
+from unilip.checkpoints.hub import BESIDE, FILE_SUFFIXES, INDEX, STEMS, SUFFIXES, Fetch, Source, reason, resolve
 from unilip.checkpoints.infer import check_sizes, expected_shapes, infer_config
 from unilip.checkpoints.tables import (
     EMBEDDING,
@@ -197,10 +197,11 @@ def _open_file(path: Path) -> SafeFile | TorchFile:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch or save it again.") from error
 
 
-def _find_weights(folder: Path) -> Weights:
+def _find_weights(folder: Path, variant: str | None) -> Weights:
+    word = f".{variant}" if variant else ""
     for suffix in SUFFIXES:
         for stem in STEMS:
-            index, single = folder / f"{stem}{suffix}.index.json", folder / f"{stem}{suffix}"
+            index, single = folder / f"{stem}{suffix}.index{word}.json", folder / f"{stem}{word}{suffix}"
             if index.is_file() and single.is_file():
                 raise CheckpointError(
                     f"{folder} holds {single.name} and {index.name}: one of the two is left from another model. "
@@ -211,9 +212,9 @@ def _find_weights(folder: Path) -> Weights:
             if single.is_file():
                 return Weights([single])
     only = sorted(folder.glob("*.safetensors"))
-    if len(only) == 1:
+    if len(only) == 1 and not variant:
         return Weights(only)
-    names = ", ".join(f"{stem}{suffix}" for suffix in SUFFIXES for stem in STEMS)
+    names = ", ".join(f"{stem}{word}{suffix}" for suffix in SUFFIXES for stem in STEMS)
     raise CheckpointError(
         f"{folder} has a config.json but no weights; expected one of {names}, or shards and their index."
     )
@@ -332,13 +333,16 @@ def _has_tokenizer(folder: Path) -> bool:
     )
 
 
-def open_checkpoint(source: Source = None) -> Checkpoint:
+def open_checkpoint(source: Source = None, **fetching: Any) -> Checkpoint:
     """Find and open a checkpoint of any kind; tensors stay on disk, names and shapes are checked.
+
+    `fetching` are the fields of `hub.Fetch`.
 
     Raises:
         CheckpointError: missing, truncated, of an unknown kind, or at odds with its own config.
     """
-    path = resolve(source)
+    fetch = Fetch.of(fetching)
+    path = resolve(source, fetch)
     folder = path if path.is_dir() else path.parent
     config = folder / "config.json"
     if path.is_file():
@@ -347,11 +351,11 @@ def open_checkpoint(source: Source = None) -> Checkpoint:
         weights, data = Weights([path]), read_json(config) if config.is_file() else {}
         return Checkpoint(path, _kind(path, data, weights.shapes), weights, data, folder)
     if not config.is_file() and (path / INDEX).is_file() and (path / "model" / "config.json").is_file():
-        opened = open_checkpoint(path / "model")
+        opened = open_checkpoint(path / "model", variant=fetch.variant)
         opened.tokenizer_path = path / "tokenizer" if _has_tokenizer(path / "tokenizer") else opened.tokenizer_path
         return opened
     if not config.is_file() and (path / INDEX).is_file() and (path / "transformer").is_dir():
-        opened = open_checkpoint(path / "transformer")
+        opened = open_checkpoint(path / "transformer", variant=fetch.variant)
         opened.notes.append(f"Of the pipeline {path.name} only the folder transformer is used.")
         return opened
     if not config.is_file() and (path / "adapter_config.json").is_file():
@@ -366,7 +370,7 @@ def open_checkpoint(source: Source = None) -> Checkpoint:
         raise CheckpointError(f"{path} has no config.json, so it is none of these: {UNDERSTOOD}.{hint}")
     data = read_json(config)
     _kind(path, data, ())  # a folder of another kind is named as such, even when its weights have other names too
-    weights = _find_weights(path)
+    weights = _find_weights(path, fetch.variant)
     return Checkpoint(path, _kind(path, data, weights.shapes), weights, data, path)
 
 

@@ -229,7 +229,7 @@ def _link(old: Path, new: Path) -> None:
 
 
 def push_model(model: Any, repo_id: str, *, dtype: DType = None, **options: Any) -> str:
-    """Save a model to a temporary folder and upload it; `options` are those of `push_to_hub`."""
+    """Save a model or pipeline to a temporary folder and upload it; `options` are those of `push_to_hub`."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         model.save_pretrained(folder, dtype=dtype)
