@@ -95,9 +95,10 @@ def fast(runs: Path) -> None:
     """The flow stage alone, by DDP and FSDP2; resumed by other numbers of processes."""
     together(1, start, runs)
     every = flow("save_every=1", "keep=3")
-    together(1, run, runs / "one", runs, [every])
-    together(2, run, runs / "ddp", runs, [override(every, ["parallel=ddp"])])
-    together(2, run, runs / "fsdp", runs, [override(every, ["parallel=fsdp"])])
+    jumps = recipe("tiny/few", *FLOW, "name=x/few", "batch_size=4")
+    together(1, run, runs / "one", runs, [every, jumps])
+    for mode in ("ddp", "fsdp"):
+        together(2, run, runs / mode, runs, [override(one, [f"parallel={mode}"]) for one in (every, jumps)])
     back(runs / "fsdp", runs / "two_one", 1)
     together(1, run, runs / "two_one", runs, [every])
     back(runs / "one", runs / "one_two", 2)

@@ -84,6 +84,7 @@ CASES = {
         ("data.edit_share=0.5", "trains=dit", "objective.drop_prompt=0.5"),
         ["latents", "conditions"],
     ),
+    "few steps": ("tiny/few", ("data.edit_share=0.5",), ["latents", "conditions"]),
     "tokenizer, encoder frozen": ("tiny/recon", (), ["features"]),
     "tokenizer, distilled": ("tiny/recon_distill", ("objective.gan=0",), ["teacher"]),
     "answers": ("tiny/instruct", ("trains=mllm", "objective.contrastive=0", "objective.words=0"), ["features"]),

@@ -17,7 +17,7 @@ from method_support import ODD, apart, off, spread
 from unilip.fast import decoder as fast_decoder
 from unilip.fast import packing
 from unilip.fast.decoder import decode
-from unilip.fast.dit import modulate, prepare, step
+from unilip.fast.dit import prepare, step
 from unilip.fast.mllm import read_in_two_passes
 from unilip.fast.solver import integrate, plan
 from unilip.method.config import SOLVERS
@@ -46,13 +46,13 @@ def test_prepared_steps_are_the_plain_transformer() -> None:
             for timestep in (torch.tensor([700.0]), torch.linspace(1, 999, 3 * k)):
                 inputs = [latent, condition, *net.parameters()]
                 expected = net(latent, timestep.expand(3 * k), condition, mask)
-                found = {"step": step(net, latent, modulate(net, timestep), prepare(net, condition, mask))}
+                found = {"step": step(net, latent, net.modulate(timestep), prepare(net, condition, mask))}
                 theirs, ours = (torch.autograd.grad(x.square().sum(), inputs) for x in (expected, found["step"]))
                 largest = max(float(g.abs().max()) for g in theirs)
                 distances = {"gradients": max(apart(a, b) for a, b in zip(ours, theirs, strict=True)) / largest}
                 wanted = dict.fromkeys(("step", "padded", "in place"), expected)
                 with torch.no_grad():
-                    times, prepared = modulate(net, timestep), prepare(net, condition, mask)
+                    times, prepared = net.modulate(timestep), prepare(net, condition, mask)
                     found["padded"] = step(net, latent, times, prepared.padded(12))
                     found["in place"] = step(net, latent, times, prepared)
                     if k == len(timestep) == 1:
@@ -68,7 +68,7 @@ def test_prepared_steps_are_the_plain_transformer() -> None:
             given = latent.bfloat16(), condition.bfloat16()
             times = torch.linspace(1, 999, len(latent))
             plain = rough(given[0], times, given[1], mask)
-            fast = step(rough, given[0], modulate(rough, times), prepare(rough, given[1], mask))
+            fast = step(rough, given[0], rough.modulate(times), prepare(rough, given[1], mask))
             rough.float()
             exact = rough(given[0].float(), times, given[1].float(), mask)
             if not off(fast, exact) < 1.5 * off(plain, exact):
@@ -80,7 +80,7 @@ def test_modulations_of_a_schedule_are_those_of_its_timesteps() -> None:
     net, latent = spread(Transformer(ODD.dit)), torch.randn(2, 6, 2, 3)
     condition, mask = torch.randn(2, 4, 26), torch.ones(2, 4)
     with torch.no_grad():
-        whole, prepared = modulate(net, torch.tensor([999, 500, 3])), prepare(net, condition, mask)
+        whole, prepared = net.modulate(torch.tensor([999, 500, 3])), prepare(net, condition, mask)
         for i, timestep in enumerate((999, 500, 3)):
             expected = net(latent, torch.full((2,), timestep), condition, mask)
             assert apart(step(net, latent, whole[i : i + 1], prepared), expected) < 1e-5

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unilip.errors import CheckpointError, ConfigError
+from unilip.fewstep import add_embedder, few_config
 from unilip.method.flow import flow_loss, interpolate, train_levels
 from unilip.method.text import Tokens
 from unilip.pictures import normalise
@@ -20,7 +21,7 @@ from unilip.train.batches import to_device
 from unilip.train.build import enable_checkpointing, make_batches, trained_parameters
 from unilip.train.objectives import embed_texts, make_objective, needed_parts
 
-KINDS = ["tiny/instruct", "tiny/recon_distill", "tiny/pretrain", "tiny/sft"]
+KINDS = ["tiny/instruct", "tiny/recon_distill", "tiny/pretrain", "tiny/sft", "tiny/few"]
 each_kind = pytest.mark.parametrize("name", KINDS)
 
 
@@ -29,6 +30,9 @@ def prepared(name, model, *settings, sources=None):
     if name == "tiny/sft":
         settings = ("data.edit_share=1", *settings)
     recipe = override(get_recipe(name), ["steps=50", *settings])
+    if name == "tiny/few" and not model.config.dit.few_steps:
+        add_embedder(model.dit)
+        model.config = few_config(model.config, recipe.objective.counts)
     model.requires_grad_(False)
     for parameter, _ in trained_parameters(recipe, model).values():
         parameter.requires_grad_(True)
@@ -92,6 +96,96 @@ def test_flow_loss_is_the_formula(fresh_model):
                 velocity = model.dit(noisy, timesteps[k : k + 1], *condition)
                 errors.append(flow_loss(velocity, clean, noise[k : k + 1]))
     torch.testing.assert_close(loss.detach(), torch.stack(errors).mean(), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def averages(model, objective, batch):
+    """The tensors of `ahead`, one row at a time, as the published equations say."""
+    settings, k = objective.settings, objective.settings.noises
+    rows = []
+    for i, seed in enumerate(batch["seeds"]):
+        generator = torch.Generator().manual_seed(seed)
+        noise, (u, v) = torch.randn(k, 32, 2, 2, generator=generator), torch.rand(2, k, generator=generator)
+        clean = model.to_latent(model.encoder(normalise(batch["targets"][i : i + 1] / 255)))
+        features = model.encoder(normalise(batch["sources"][i : i + 1] / 255)) if "sources" in batch else None
+        scale = settings.guidance if features is None else settings.edit_guidance
+        one, blank = (
+            model.condition(Tokens(*(t[j : j + 1] for t in vars(batch[name]).values())), features)
+            for name, j in (("prompts", i), ("blanks", i if features is not None else 0))
+        )
+        for j in range(k):
+            s, r = ((1.0, 0.0), (u[j], u[j] * (1 - 0.05 * v[j])), (u[j], u[j] * v[j]))[(seed + j) % 3]
+            s, r = torch.tensor([float(s)]), torch.tensor([float(r)])
+            x = (1 - s) * clean + s * noise[j]
+            told, free = (objective.teacher(x, 1000 * s, *given) for given in (one, blank))
+            target, h = free + scale * (told - free), torch.minimum(s - r, torch.tensor(0.01))
+            at, here, way = x - h * target, s - h, 0
+            for place in (s - h + (r - s + h) / 2, r):
+                step = (here - place) * model.dit(at, 1000 * here, *one, 1000 * place)
+                at, way, here = at - step, way + step, place
+            mean = model.dit(x, 1000 * s, *one, 1000 * r)
+            off = (((s - r) * mean - way) / h - target).clamp(-1, 1)
+            rows.append((off.square().mean(), torch.tan((1 - (s - r)) * torch.pi / 2.5) + 1))
+    errors, weights = torch.stack([e for e, _ in rows]), torch.cat([w for _, w in rows])
+    return (weights * errors / (errors + 1e-6).sqrt()).mean(), errors.mean().sqrt()
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_few_step_loss_is_the_formula(fresh_model, share):
+    """Recomputed sample by sample; gradients are those of the weighted distance; at its goal nothing moves."""
+    model = fresh_model()
+    settings = (f"data.edit_share={share}", "objective.noises=3", "objective.edit_guidance=2", "batch_size=3")
+    objective, batches = prepared("tiny/few", model, *settings)
+    with torch.no_grad():
+        for parameter in model.dit.parameters():  # as after some steps: another than the teacher
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    batch = batches[0]
+    expected, distance = averages(model, objective, batch)
+    loss, terms = objective.loss(batch, 0)
+    torch.testing.assert_close(loss.detach(), expected, rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(terms["few_edit" if share else "few"], distance, rtol=2e-3, atol=1e-4)
+    ahead = objective.ahead(batch, 0)
+    again, _ = objective.loss(batch | ahead, 0)
+    torch.testing.assert_close(again, loss)
+    loss.backward()
+    assert gradients(model)["dit.transformer.time_embed_2.linear.weight"].abs().sum() > 0
+    assert not any(p.grad is not None for p in objective.teacher.parameters())
+    s, r, h = ahead["levels"]
+    assert bool((s > r).all()) and bool((r >= 0).all()) and float(h.max()) <= 0.01 + 1e-7
+    kinds = {(seed + j) % 3 for seed in batch["seeds"] for j in range(3)}
+    assert kinds == {0, 1, 2} and int(((s == 1) & (r == 0)).sum()) == 3
+
+
+def test_jumps_are_learned_from_the_teacher_alone(fresh_model):
+    """A few hundred small steps on one batch: one jump comes near to where many guided steps lead."""
+    model = fresh_model()
+    objective, batches = prepared("tiny/few", model, "data.edit_share=0", "objective.noises=3", "objective.guidance=1")
+    batch, wanted = batches[0], None
+    batch |= {k: v for k, v in objective.ahead(batch, 0).items() if k in ("conditions", "condition_mask", "latents")}
+    condition = (batch["conditions"], batch["condition_mask"])
+    noise = torch.randn(2, 32, 2, 2)
+    blank = model.condition(batch["blanks"])
+    batch |= {"unconditional": blank[0].detach(), "unconditional_mask": blank[1]}
+    with torch.no_grad():
+        x = noise
+        for i in range(200, 0, -1):
+            x = x - objective.teacher(x, torch.full((2,), 5.0 * i), *condition) / 200
+        wanted = x
+
+        def apart():
+            mean = objective.jump(model.dit, noise, torch.ones(2), torch.zeros(2), condition)
+            return float((noise - mean - wanted).square().mean())
+
+        before = apart()
+    learning = [p for p in model.dit.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(learning, lr=1e-3)
+    for step in range(150):
+        batch["seeds"] = [3 * step, 3 * step + 1]
+        optimizer.zero_grad()
+        objective.loss(batch, step)[0].backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert apart() < 0.5 * before, (apart(), before)
 
 
 def test_reconstruction_terms(fresh_model):
@@ -227,6 +321,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(name, selective, 
         torch.testing.assert_close(a[key], b[key], atol=1e-6, rtol=1e-4)
     assert not none
     needed = {"tiny/instruct": {"encoder", "mllm"}, "tiny/recon_distill": {"encoder", "pixel_decoder"}}
+    needed["tiny/few"] = {"dit"}
     frozen_llm = {"mllm"} if selective else set()
     assert recomputed == needed.get(name, {"connector", "dit", *frozen_llm})
 

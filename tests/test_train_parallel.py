@@ -122,6 +122,7 @@ def test_two_processes_have_the_losses_of_one(fast, mode):
     assert {"flow", "flow_edit"} <= {name for line in one for name in line}, "both tasks are in the three steps"
     same_curve(one, log_of(fast / mode, "x/sft"))
     same_result(weights_of(fast / "one", "x/sft"), weights_of(fast / mode, "x/sft"))
+    same_curve(log_of(fast / "one", "x/few"), log_of(fast / mode, "x/few"), tolerance=1e-3, norms=1e-2)
 
 
 @pytest.mark.parametrize("folder", ["two_one", "one_two"])

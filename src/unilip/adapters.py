@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unilip.errors import CheckpointError, UniLIPError, install
+from unilip.fewstep import add_embedder, few_config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name in peft's files
 KINDS = ("lora_A", "lora_B", "lora_magnitude_vector")  # of weights that an adapter has
+FEW_STEPS = "few_steps"  # in the settings: what peft does not know, it says and leaves alone
 INNER = "adapter_"  # peft makes attributes of names, so that "train" or "half" would hide what a module has already
 
 
@@ -58,6 +60,7 @@ class Adapter:
     Attributes:
         base: what it was trained on, as it says itself; dora: whether it also has lengths of the weights' columns.
         tensors: by layer and kind (`KINDS`); rank, alpha: by layer; rslora: whether alpha is divided by sqrt(rank).
+        few_steps: the numbers of jumps that it teaches its base to draw in, of `unilip.fewstep`; mostly none.
     """
 
     base: str
@@ -66,6 +69,7 @@ class Adapter:
     tensors: Mapping[str, Mapping[str, Tensor]]
     rank: Mapping[str, int]
     alpha: Mapping[str, float]
+    few_steps: tuple[int, ...] = ()
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
@@ -98,6 +102,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         tensors[layer][what] = tensor
     if not tensors:
         raise CheckpointError(f"{path / WEIGHTS} is empty; copy or train the adapter again.")
+    steps = settings.get(FEW_STEPS) or []
+    if not isinstance(steps, list) or not all(type(n) is int and 1 <= n <= 1000 for n in steps):
+        raise CheckpointError(f"{path / CONFIG} has {FEW_STEPS} {steps!r}; they are numbers between 1 and 1000.")
     dora = bool(settings.get("use_dora"))
     for layer, found in tensors.items():
         if found.keys() != set(KINDS if dora else KINDS[:2]):
@@ -115,7 +122,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
             raise CheckpointError(f"{path / CONFIG} says rank {rank[layer]:g} of {layer}, whose tensors have another.")
     return Adapter(
         str(settings.get("base_model_name_or_path") or "another model"), dora, bool(settings.get("use_rslora")),
-        tensors, {layer: int(value) for layer, value in rank.items()}, alpha,
+        tensors, {layer: int(value) for layer, value in rank.items()}, alpha, tuple(steps),
     )  # fmt: skip
 
 
@@ -166,6 +173,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
     adapter = read_adapter(folder)
     shapes = {layer: m.weight.shape for layer, m in model.named_modules() if isinstance(m, nn.Linear)}
     shapes |= {layer: m.base_layer.weight.shape for layer, m in adapted_layers(model)}
+    dit: Any = getattr(model, "dit", None)
+    lacking = bool(adapter.few_steps) and dit is not None and dit.transformer.time_embed_2 is None
+    if lacking:  # the embedder is lent to the model for as long as it has adapters
+        shapes |= {layer.replace(".time_embed.", ".time_embed_2."): shape for layer, shape in shapes.items()}
     strange = [layer for layer, tensors in adapter.tensors.items() if not _fits(shapes.get(layer), tensors)]
     if strange:
         raise CheckpointError(
@@ -182,7 +193,11 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
     )  # fmt: skip
     scales = {other: adapter_scale(model, other) for other in others}
     try:
+        if lacking:
+            add_embedder(dit)
+            dit.plain_config = model.config
         put_in(model, config, INNER + name)
+        model.peft_config[INNER + name].few_steps = adapter.few_steps  # type: ignore[union-attr, index]
         layers = dict(adapted_layers(model))
         for layer, tensors in adapter.tensors.items():
             for kind, tensor in tensors.items():
@@ -227,6 +242,7 @@ def set_adapters(model: nn.Module, scales: Mapping[str, float]) -> None:
             layer.set_scale(inner, scale)
     for parameter in model.parameters():  # making it act is not training it
         parameter.requires_grad_(flags[id(parameter)])
+    _tell_few_steps(model, [name for name in scales if scales[name]])
 
 
 def _check_scales(scales: Mapping[str, float]) -> None:
@@ -274,6 +290,7 @@ def merge_adapters(model: nn.Module) -> None:
     for name, layer in layers:
         layer.merge()
         _replace(model, name, layer.base_layer)
+    _tell_few_steps(model, [], merged=True)
     _forget(model)
 
 
@@ -287,7 +304,25 @@ def unload_adapters(model: nn.Module, names: list[str] | None = None) -> None:
         if not layer.lora_A:
             _replace(model, name, layer.base_layer)
     if not adapter_names(model):
+        _tell_few_steps(model, [])
         _forget(model)
+
+
+def _tell_few_steps(model: Any, acting: Sequence[str], merged: bool = False) -> None:
+    """Let the config of a model with a lent embedder say in how many steps the adapters that act can draw, if in few.
+
+    The embedder goes with the last adapter, but stays when one that needs it is merged.
+    """
+    dit = getattr(model, "dit", None)
+    if not hasattr(dit, "plain_config"):
+        return
+    if not merged:
+        steps = [found for name in acting if (found := model.peft_config[INNER + name].few_steps)]
+        model.config = few_config(dit.plain_config, steps[0]) if steps else dit.plain_config
+    if not adapter_names(model):
+        if not model.config.dit.few_steps:
+            dit.transformer.time_embed_2 = None
+        del dit.plain_config
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

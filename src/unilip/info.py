@@ -53,6 +53,7 @@ def describe(source: Source = None) -> dict[str, Any]:
         "image_size": opened.config.image_size,
         "interpolation_scale": opened.config.dit.interpolation_scale if "dit" in opened.parts else None,
         "position_embedding": _position_embedding(opened),
+        "few_steps": _few_steps(opened),
         "language_head": _language_head(opened),
         "absent": list(opened.absent),
         "dropped": dict(opened.dropped),
@@ -77,6 +78,7 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
         "layers": len(adapter.tensors),
         "rank": sorted(set(adapter.rank.values())),
         "dora": adapter.dora,
+        "few_steps": list(adapter.few_steps),
         "size_on_disk": (folder / WEIGHTS).stat().st_size,
     }
 
@@ -88,6 +90,17 @@ def _position_embedding(opened: Checkpoint) -> str:
     if scale is None:
         return "off: the diffusion transformer sees no positions of the latent grid, as plain SANA"
     return f"on, scale {scale:g}: sin-cos positions are added to the latent grid, as all released UniLIP weights expect"
+
+
+def _few_steps(opened: Checkpoint) -> str:
+    if "dit" not in opened.parts:
+        return "no diffusion transformer here"
+    steps = ", ".join(map(str, opened.config.dit.few_steps))
+    return (
+        f"{steps}: the preset turbo draws in so many jumps"
+        if steps
+        else "none: it was not trained for the preset turbo"
+    )
 
 
 def _language_head(opened: Checkpoint) -> str:

@@ -452,8 +452,9 @@ class UniLIP(Network):
             num_inference_steps, guidance_scale, solver: of the sampler; the model's own defaults when left out.
                 Guidance at or below 1 is off and halves the work.
             generator: one or a seed, used for the pictures in order, or a list with one for each picture.
-            preset: "quality" samples as published; "balanced" and "fast" save evaluations for a part of the quality.
-                What is given besides (steps, solver) counts more than the preset.
+            preset: "quality" samples as published; "balanced" and "fast" save evaluations for a part of the quality;
+                "turbo" draws in a few jumps, with a model that was trained for them, and without guidance. What is
+                given besides (steps, solver) counts more than the preset.
             image_size: square size in pixels, a multiple of 28; the model's own by default.
             latents: noise (B,Z,h,w) to begin with, one for each picture, in place of what `generator` would draw.
             output_type: "pil", "np", "pt" or "latent".
@@ -471,7 +472,7 @@ class UniLIP(Network):
         _check_output(output_type)
         self.require("mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
         processor = self._processor(image_size)
-        negatives, noise = _negatives(negative_prompt, len(prompts)), _noise(latents)
+        negatives, noise = _negatives(negative_prompt, len(prompts), settings), _noise(latents)
         if not prompts:
             return ImageOutput([])
         latents = sampling.draw(
@@ -529,7 +530,7 @@ class UniLIP(Network):
                 f"{len(sources)} images and {len(prompts)} instructions were given; give one of either, or as many."
             )
         count = max(len(sources), len(prompts))
-        negatives = _negatives(negative_prompt, count)
+        negatives = _negatives(negative_prompt, count, settings)
         source_of = list(range(count)) if len(sources) == count else [0] * count
         latents = sampling.draw(
             self, self.runtime, processor, prompts * count if len(prompts) == 1 else prompts, settings,
@@ -702,7 +703,7 @@ class UniLIP(Network):
         if guidance is not None:
             guidance = check_number("guidance_scale", guidance, 0)
         given = {"num_inference_steps": steps, "guidance_scale": guidance, "solver": solver}
-        return Settings.of(self.config.sampling, preset, **given)
+        return Settings.of(self.config, preset, **given)
 
     def _step(self, callback: StepCallback | None) -> sampling.OnStep | None:
         if callback is None:
@@ -817,12 +818,14 @@ def _check_output(output_type: str, keep_aspect: bool = False) -> None:
         raise UniLIPError(f'keep_aspect needs output_type "pil", not {output_type!r}.')
 
 
-def _negatives(given: Any, count: int) -> list[str | None]:
+def _negatives(given: Any, count: int, settings: Settings) -> list[str | None]:
     """Take a negative prompt for all, or one for each; None and an empty one, which many programs send, are none."""
     several = list(given) if isinstance(given, (list, tuple)) else [given] * count
     if len(several) != count:
         raise PromptError(f"{len(several)} negative prompts were given for {count} prompts; give one, or as many.")
-    none = (prompt is None or (isinstance(prompt, str) and not prompt.strip()) for prompt in several)
+    none = [prompt is None or (isinstance(prompt, str) and not prompt.strip()) for prompt in several]
+    if settings.jumps and not all(none):
+        raise PromptError("A negative prompt needs guidance, which the preset turbo has none of; leave one of them out.")
     return [None if no else check_prompt(p, "negative prompt") for p, no in zip(several, none, strict=True)]
 
 

@@ -250,6 +250,7 @@ def authors_configs(config: UniLIPConfig, image_token_id: int | None = None) -> 
         "sample_size": d.sample_size,
         "patch_size": 1,
         "interpolation_scale": d.interpolation_scale,
+        **({"few_steps": list(d.few_steps)} if d.few_steps else {}),
     }
     halves = {
         "block_types": list(c.block_types),

@@ -282,6 +282,7 @@ def _dit(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str
             cross_head_dim=given["cross_attention_head_dim"],
             sample_size=given["sample_size"],
             interpolation_scale=given.get("interpolation_scale"),
+            few_steps=tuple(given.get("few_steps", ())),
             **shaped,
         )
     else:

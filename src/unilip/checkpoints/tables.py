@@ -257,7 +257,9 @@ def check_shapes(
     }
     said = [f"{several(names, 'tensor')} {problem}" for problem, names in problems.items() if names]
     if said:
-        raise CheckpointError(f"{where} does not fit its config: {'; '.join(said)}.")
+        few = any(".time_embed_2." in name for names in problems.values() for name in names)
+        hint = " Few-step weights and dit.few_steps of a config belong together; copy both files." if few else ""
+        raise CheckpointError(f"{where} does not fit its config: {'; '.join(said)}.{hint}")
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:

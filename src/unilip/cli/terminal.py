@@ -318,7 +318,7 @@ def sampling(o: Options, model: UniLIP) -> dict[str, Any]:
     from unilip.fast.loop import Settings
 
     given = {"num_inference_steps": o.steps, "guidance_scale": o.guidance_scale, "solver": o.solver}
-    settings = Settings.of(model.config.sampling, o.preset, **given)
+    settings = Settings.of(model.config, o.preset, **given)
     return {
         "preset": o.preset,
         "num_inference_steps": settings.num_inference_steps,

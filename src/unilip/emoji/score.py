@@ -129,10 +129,8 @@ class Bench:
             )
         self.model, self.world, self.atlas = model, world, atlas
         self.count, self.seeds = count, seeds
-        settings = model.config.sampling
-        self.preset, own = preset, Settings.of(settings, preset).num_inference_steps
-        self.steps = own if steps is None else steps
-        self.guidance_scale = settings.guidance_scale if guidance_scale is None else float(guidance_scale)
+        own = Settings.of(model.config, preset, num_inference_steps=steps, guidance_scale=guidance_scale)
+        self.preset, self.steps, self.guidance_scale = preset, own.num_inference_steps, float(own.guidance_scale)
 
     @cached_property
     def judge(self) -> Judge:

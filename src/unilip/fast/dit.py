@@ -1,8 +1,8 @@
 """The diffusion transformer over many steps: what does not depend on the latent is computed once for a whole picture.
 
 In:  a `method.dit.Transformer`, conditions (B,L,C) with masks (B,L), timesteps (S,).
-Out: keys and values of the cross attention by `prepare`, shifts, scales and gates of all timesteps by `modulate`, the
-     velocity by `step`, equal to the plain forward.
+Out: keys and values of the cross attention by `prepare`; the velocity by `step`, equal to the plain forward, under the
+     shifts, scales and gates that the transformer's own `modulate` gives for all timesteps at once.
 Letters as there: R rows, n = h w tokens of width W.
 """
 
@@ -65,11 +65,6 @@ def prepare(net: Transformer, condition: Tensor, mask: Tensor) -> PreparedCondit
     captions = net.captions(condition)  # B L W
     keys_values = tuple(block.attn2.keys_values(captions) for block in blocks(net))
     return PreparedCondition(keys_values, mask.bool()[:, None, None, :])
-
-
-def modulate(net: Transformer, timesteps: Tensor) -> Tensor:
-    """Return the modulations (S,8,W) of timesteps (S,): six of the blocks, two of the end; `step` takes one, or R."""
-    return torch.cat(net.times(timesteps), 1)
 
 
 def step(

@@ -2,7 +2,7 @@
 
 In:  the transformer, the prepared condition of a batch, settings.
 Out: latents. The preset "quality" and everything compiled give the same pictures up to rounding; "balanced" and "fast"
-     trade a measured part of quality for fewer evaluations.
+     trade a measured part of quality for fewer evaluations; "turbo" jumps, by weights that were trained for it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from unilip.errors import UniLIPError, check_choice
 from unilip.fast import decoder as fast_decoder
-from unilip.fast.dit import PreparedCondition, modulate, packable, step
+from unilip.fast.dit import PreparedCondition, packable, step
 from unilip.fast.packing import Multiply, pack, plain
 from unilip.fast.solver import integrate, plan
-from unilip.method.config import SAMPLING_PRESETS, SamplingConfig
+from unilip.method.config import SAMPLING_PRESETS, SamplingConfig, UniLIPConfig
 from unilip.method.dit import DiT, Transformer
-from unilip.method.flow import OnStep
+from unilip.method.flow import TRAIN_TIMESTEPS, OnStep, make_schedule
 from unilip.method.model import Network
 
 logger = logging.getLogger(__name__)
@@ -37,18 +37,23 @@ BUCKET = 128  # compiled steps see conditions of a multiple of this many tokens
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset changes about sampling; None leaves it. Guidance is on in the first `guided` share of the steps."""
+    """What a preset changes about sampling; None leaves it. Guidance is on in the first `guided` share of the steps.
+
+    With `jumps` a step is one evaluation of few-step weights, which know where it goes and what guidance would do.
+    """
 
     num_inference_steps: int | None = None
     solver: str | None = None
     flow_shift: float | None = None
     guided: float = 1.0
+    jumps: bool = False
 
 
 PRESETS: dict[str, Preset] = {
     "quality": Preset(),
     "balanced": Preset(10, "unipc", 2.0),
     "fast": Preset(6, "unipc", 2.0, guided=0.6),
+    "turbo": Preset(None, "euler", 1.0, jumps=True),
 }
 assert tuple(PRESETS) == SAMPLING_PRESETS
 
@@ -58,17 +63,21 @@ class Settings(SamplingConfig):
     """How one batch is drawn: the model's own settings, changed by a preset, changed by what the caller gives."""
 
     guided: float = 1.0
+    jumps: bool = False
 
     @classmethod
-    def of(cls, own: SamplingConfig, preset: str = "quality", **given: Any) -> Settings:
+    def of(cls, config: UniLIPConfig, preset: str = "quality", **given: Any) -> Settings:
         """Combine; what is None in `given` was not given.
 
         Raises:
-            UniLIPError: there is no such preset, or a value is out of range.
+            UniLIPError: there is no such preset, a value is out of range, or the model has no weights for it.
         """
         check_choice("sampling preset", preset, PRESETS)
-        values = dataclasses.asdict(own)
-        for changes in (dataclasses.asdict(PRESETS[preset]), given):
+        values, chosen = dataclasses.asdict(config.sampling), PRESETS[preset]
+        if chosen.jumps:
+            check_jumps(config, preset, given)
+            values |= {"num_inference_steps": config.dit.few_steps[0], "guidance_scale": 1.0}
+        for changes in (dataclasses.asdict(chosen), given):
             values |= {name: value for name, value in changes.items() if value is not None}
         return cls(**values)
 
@@ -76,6 +85,28 @@ class Settings(SamplingConfig):
         """Tell for each step whether it is guided."""
         on = self.guidance_scale > 1
         return [on and i / self.num_inference_steps < self.guided for i in range(self.num_inference_steps)]
+
+
+def check_jumps(config: UniLIPConfig, preset: str, given: Mapping[str, Any]) -> None:
+    """Refuse jumps of a model that was not trained for them, and settings that they have no use for."""
+    known = config.dit.few_steps
+    if not known:
+        raise UniLIPError(
+            f"The preset {preset} needs few-step weights, which this model ({config.name}) lacks; train the recipe "
+            "SIZE/few on it, load an adapter of SIZE/few_lora, or choose quality, balanced or fast."
+        )
+    if (steps := given.get("num_inference_steps")) is not None and steps not in known:
+        raise UniLIPError(
+            f"num_inference_steps is {steps}; with the preset {preset} this model was trained for "
+            f"{', '.join(map(str, known))} of them. Leave it out, or choose another preset."
+        )
+    if (guidance := given.get("guidance_scale")) is not None and guidance > 1:
+        raise UniLIPError(
+            f"guidance_scale is {guidance:g}; with the preset {preset} it is 1: few-step weights have learned what "
+            "guidance would do, and guiding them again would overdo it. Leave it out."
+        )
+    if given.get("solver") not in (None, PRESETS[preset].solver):
+        raise UniLIPError(f"solver is {given['solver']!r}; the preset {preset} jumps without one. Leave it out.")
 
 
 def denoise(
@@ -96,7 +127,12 @@ def denoise(
     planned = plan(settings.solver, settings.flow_shift, settings.num_inference_steps).to(noise.device)
     guided = settings.guided_steps()
     net, count = dit.transformer, len(noise)
-    modulations = modulate(net, planned.timesteps)
+    if settings.jumps:
+        levels = make_schedule(settings.solver, settings.flow_shift, settings.num_inference_steps).levels
+        times = torch.tensor(levels, device=noise.device) * TRAIN_TIMESTEPS
+        modulations = net.modulate(times[:-1], times[1:])
+    else:
+        modulations = net.modulate(planned.timesteps)
     multiply: Multiply = plain
     if packed and compiled is None:
         calls = sum(now or not any(guided) for now in guided)

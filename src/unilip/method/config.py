@@ -28,7 +28,7 @@ UPSAMPLING = ("interpolate", "pixel_shuffle")
 SOLVERS = ("dpm++", "euler", "unipc")
 QUANTIZATIONS = ("int8", "int4", "fp8")
 CONDITIONS = ("dual", "queries", "hidden")  # whose hidden states the DiT sees: prompt and queries, or one of the two
-SAMPLING_PRESETS = ("quality", "balanced", "fast")  # how many evaluations a picture may cost
+SAMPLING_PRESETS = ("quality", "balanced", "fast", "turbo")  # how many evaluations a picture may cost
 
 
 def _check(owner: object, positive: str, divides: str = "", **choices: tuple[str, ...]) -> None:
@@ -65,10 +65,7 @@ class VisionConfig:
         sizes = "hidden_size num_layers num_heads intermediate_size image_size patch_size norm_eps"
         _check(self, sizes, "hidden_size/num_heads image_size/patch_size")
         if 2 * self.patch_size != TOKEN_PIXELS:
-            half = TOKEN_PIXELS // 2
-            raise ConfigError(
-                f"VisionConfig.patch_size is {self.patch_size}; it must be {half}: a token is 2x2 patches."
-            )
+            raise ConfigError(f"VisionConfig.patch_size is {self.patch_size}; it must be 14: a token is 2x2 patches.")
 
 
 @dataclass(frozen=True)
@@ -101,6 +98,9 @@ class DiTConfig:
     `interpolation_scale` switches the sin-cos position embedding of the latent grid: a number turns it on, None turns
     it off. The released weights were trained *with* it (value 1) although their own config says None, because the
     library version they were made with read None as 1. Loading them without it silently gives another network.
+
+    `few_steps` are the numbers of jumps from noise to a picture that the weights were trained for, their own number
+    first; where there are any, a second timestep embedder knows where a jump goes.
     """
 
     num_layers: int = 28
@@ -113,6 +113,7 @@ class DiTConfig:
     sample_size: int = 16
     latent_channels: int = 32
     interpolation_scale: float | None = 1.0
+    few_steps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = "num_layers num_heads head_dim num_cross_heads cross_head_dim caption_channels mlp_ratio sample_size"
@@ -124,6 +125,8 @@ class DiTConfig:
         if self.num_cross_heads * self.cross_head_dim != self.hidden_size:
             cross = f"num_cross_heads x cross_head_dim ({self.num_cross_heads} x {self.cross_head_dim})"
             raise ConfigError(f"DiTConfig.{cross} must equal num_heads x head_dim ({self.hidden_size}).")
+        if not all(1 <= n <= 1000 for n in self.few_steps) or len(set(self.few_steps)) < len(self.few_steps):
+            raise ConfigError(f"DiTConfig.few_steps is {self.few_steps}; give different numbers between 1 and 1000.")
 
     @property
     def hidden_size(self) -> int:
@@ -174,15 +177,11 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         steps, guidance = self.num_inference_steps, self.guidance_scale
-        if isinstance(steps, bool) or not isinstance(steps, int):
-            raise ConfigError(f"num_inference_steps is {steps!r}; it must be a whole number.")
-        if not 1 <= steps <= 1000:
-            raise ConfigError(f"num_inference_steps is {steps}; it must be between 1 and 1000 (20 is usual).")
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 1000:
+            raise ConfigError(f"num_inference_steps is {steps!r}; it must be a whole number between 1 and 1000.")
         if not 0 <= guidance < math.inf:
             raise ConfigError(f"guidance_scale is {guidance}; it must be a number of at least 0 (1 switches it off).")
-        _check(self, "flow_shift")
-        if self.solver not in SOLVERS:
-            raise ConfigError(f"There is no solver {self.solver!r}; allowed: {', '.join(SOLVERS)}.")
+        _check(self, "flow_shift", solver=SOLVERS)
 
 
 @dataclass(frozen=True)
@@ -215,9 +214,9 @@ class UniLIPConfig:
         sizes = "image_size num_queries connector_layers latent_head_blocks"
         _check(self, sizes, condition=CONDITIONS)
         if self.image_size % TOKEN_PIXELS:
+            near = max(1, round(self.image_size / TOKEN_PIXELS)) * TOKEN_PIXELS
             raise ConfigError(
-                f"UniLIPConfig.image_size is {self.image_size}; it must be a multiple of {TOKEN_PIXELS} "
-                f"(for example {max(1, (self.image_size + TOKEN_PIXELS // 2) // TOKEN_PIXELS) * TOKEN_PIXELS})."
+                f"UniLIPConfig.image_size is {self.image_size}; take a multiple of 28 (for example {near})."
             )
         if self.connector_layers > self.text.num_layers:
             most = f"copied from the LLM's last layers, of which there are only {self.text.num_layers}"
@@ -256,7 +255,10 @@ class UniLIPConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-ready values, with the format's name."""
-        return {"format": FORMAT, **json.loads(json.dumps(dataclasses.asdict(self)))}
+        values: dict[str, Any] = {"format": FORMAT, **json.loads(json.dumps(dataclasses.asdict(self)))}
+        if not self.dit.few_steps:  # earlier readers do not know it
+            del values["dit"]["few_steps"]
+        return values
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> UniLIPConfig:

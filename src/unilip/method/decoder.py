@@ -23,9 +23,8 @@ class ResidualMLP(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(width, eps=1e-6), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)
-        )
+        first, second = nn.Linear(width, width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.LayerNorm(width, eps=1e-6), first, nn.GELU(), second)
 
     def forward(self, x: Tensor) -> Tensor:
         """(...,D) -> (...,D)."""
@@ -172,11 +171,9 @@ class DCDecoder(nn.Module):
         stages = []
         for i, (c, count) in enumerate(zip(channels, d.layers_per_block, strict=True)):
             layers: list[nn.Module] = [Upsample(channels[i + 1], c, repeat)] if count and i + 1 < len(channels) else []
+            efficient, width = d.block_types[i] == "EfficientViTBlock", d.attention_head_dim
             for _ in range(count):
-                efficient = d.block_types[i] == "EfficientViTBlock"
-                layers.append(
-                    EfficientViTBlock(c, d.attention_head_dim, d.qkv_multiscales[i]) if efficient else ResBlock(c)
-                )
+                layers.append(EfficientViTBlock(c, width, d.qkv_multiscales[i]) if efficient else ResBlock(c))
             stages.append(Layers(layers))
         self.up_blocks = nn.ModuleList(stages)
         finest = channels[0] if d.layers_per_block[0] else channels[1]

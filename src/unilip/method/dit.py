@@ -1,8 +1,8 @@
 """Noisy latent, timestep and condition -> velocity: the diffusion transformer of SANA (paper, section 3.2).
 
 In:  latent (R,Z,h,w), timestep (R,) in [0, 1000], condition (B,L,C) with padding mask (B,L); R = K B, and K latents
-     that follow each other share a condition.
-Out: velocity (R,Z,h,w).
+     that follow each other share a condition. Few-step weights: the timestep to jump to, too.
+Out: velocity (R,Z,h,w), of a jump the mean velocity on its way.
 Letters: W width, n = h w tokens, d width of a head. Tokens (R,n,W) throughout; a 1x1 convolution is a linear layer.
 """
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unilip.errors import UniLIPError
 from unilip.method.config import DiTConfig, UniLIPConfig
 from unilip.method.qwen2 import Layers, RMSNorm
 
@@ -114,6 +115,20 @@ class Block(nn.Module):
         return x + gate2 * self.ff(modulated(x, shift2, scale2), size)
 
 
+class TimeEmbedder(nn.ModuleDict):
+    """Timesteps (R,) -> their embedding (R,W), and by it the modulation of the blocks (R,6W)."""
+
+    def __init__(self, w: int) -> None:
+        embedder = nn.ModuleDict({"linear_1": nn.Linear(256, w), "linear_2": nn.Linear(w, w)})
+        super().__init__({"emb": nn.ModuleDict({"timestep_embedder": embedder}), "linear": nn.Linear(w, 6 * w)})
+
+    def forward(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return both in the type of the weights."""
+        first, second = cast(nn.ModuleDict, cast(nn.ModuleDict, self["emb"])["timestep_embedder"]).values()
+        time: Tensor = second(F.silu(first(torch.cat(sinusoids(timestep, 256), -1).to(dtype))))
+        return time, self["linear"](F.silu(time))
+
+
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Layer norm without weights, then scale and shift (R,1,W) of a timestep: (R,n,W) -> (R,n,W)."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
@@ -126,10 +141,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.d, w = d, d.hidden_size
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(d.latent_channels, w, 1)})
-        embedder = nn.ModuleDict({"linear_1": nn.Linear(256, w), "linear_2": nn.Linear(w, w)})
-        self.time_embed = nn.ModuleDict(
-            {"emb": nn.ModuleDict({"timestep_embedder": embedder}), "linear": nn.Linear(w, 6 * w)}
-        )
+        self.time_embed = TimeEmbedder(w)
+        self.time_embed_2 = TimeEmbedder(w) if d.few_steps else None
         project = {"linear_1": nn.Linear(d.caption_channels, w), "linear_2": nn.Linear(w, w)}
         self.caption_projection = nn.ModuleDict(project)
         self.caption_norm = RMSNorm(w, 1e-5)
@@ -143,13 +156,16 @@ class Transformer(nn.Module):
         base, scale, (h, w) = self.d.sample_size, self.d.interpolation_scale, latent.shape[2:]
         return x if scale is None else x + grid_positions((h, w), x.shape[-1], base, scale, x.device).to(x.dtype)
 
-    def times(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Timesteps (R,) -> modulations of the blocks (R,6,W), and of the end (R,2,W)."""
-        first, second = cast(nn.ModuleDict, cast(nn.ModuleDict, self.time_embed["emb"])["timestep_embedder"]).values()
-        waves = torch.cat(sinusoids(timestep, 256), -1).to(self.proj_out.weight.dtype)
-        time = second(F.silu(first(waves)))  # R W
-        blocks = self.time_embed["linear"](F.silu(time)).unflatten(1, (6, -1))
-        return blocks, self.scale_shift_table + time[:, None]
+    def modulate(self, timestep: Tensor, target: Tensor | None = None) -> Tensor:
+        """Timesteps (R,), and those to jump to -> modulations (R,8,W): six of the blocks, two of the end."""
+        time, blocks = self.time_embed(timestep, self.proj_out.weight.dtype)
+        if target is not None:
+            if self.time_embed_2 is None:
+                raise UniLIPError("This transformer has no few-step weights; leave the target of a jump out.")
+            span = ((timestep - target) / 1000).to(time.dtype)[:, None]
+            there, blocks_there = self.time_embed_2(target, self.proj_out.weight.dtype)
+            time, blocks = time + span * there, blocks + span * blocks_there
+        return torch.cat([blocks.unflatten(1, (6, -1)), self.scale_shift_table + time[:, None]], 1)
 
     def captions(self, condition: Tensor) -> Tensor:
         """Condition (B,L,C) -> captions (B,L,W), which every block's cross attention reads."""
@@ -157,18 +173,15 @@ class Transformer(nn.Module):
         hidden = second(F.gelu(first(condition.to(self.proj_out.weight.dtype)), approximate="tanh"))
         return self.caption_norm(hidden)
 
-    def finish(self, x: Tensor, end: Tensor, size: Size) -> Tensor:
-        """Tokens (R,n,W) and the end's modulation (R,2,W) -> velocity (R,Z,h,w)."""
-        velocity: Tensor = self.proj_out(modulated(x, *end.chunk(2, 1)))
-        return velocity.transpose(1, 2).unflatten(2, size)
-
-    def forward(self, latent: Tensor, timestep: Tensor, condition: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, latent: Tensor, timestep: Tensor, condition: Tensor, mask: Tensor, target: Tensor | None = None
+    ) -> Tensor:
         """Return the velocity; see the head of this file."""
         size = (latent.shape[2], latent.shape[3])
-        blocks, end = self.times(timestep)
-        seen = mask.bool()[:, None, None, :]
-        x = self.transformer_blocks(self.tokens(latent), blocks, self.captions(condition), seen, size)
-        return self.finish(x, end, size)
+        times, seen = self.modulate(timestep, target), mask.bool()[:, None, None, :]
+        x = self.transformer_blocks(self.tokens(latent), times[:, :6], self.captions(condition), seen, size)
+        velocity: Tensor = self.proj_out(modulated(x, *times[:, 6:].chunk(2, 1)))
+        return velocity.transpose(1, 2).unflatten(2, size)
 
 
 class DiT(nn.Module):
@@ -178,6 +191,12 @@ class DiT(nn.Module):
         super().__init__()
         self.transformer = Transformer(config.dit)
 
-    def forward(self, latent: Tensor, timestep: Tensor, condition: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, latent: Tensor, timestep: Tensor, condition: Tensor, mask: Tensor, target: Tensor | None = None
+    ) -> Tensor:
         """Return the velocity (R,Z,h,w) of latents (R,Z,h,w) at timesteps (R,) under conditions (B,L,C), mask (B,L)."""
-        return self.transformer(latent, timestep, condition, mask)
+        return self.transformer(latent, timestep, condition, mask, target)
+
+    def modulate(self, timesteps: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return the modulations (S,8,W) of timesteps (S,); a jump to its own start has that of the plain velocity."""
+        return self.transformer.modulate(timesteps, targets)

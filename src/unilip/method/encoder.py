@@ -29,10 +29,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(M,n,E) -> (M,n,E)."""
-        q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )  # M heads n d
+        projected = (project(x) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected)  # M heads n d
         return self.projection_layer(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -44,10 +42,9 @@ class VisionLayer(nn.Module):
         self.attention = Attention(v)
         wide, narrow = nn.Linear(v.hidden_size, v.intermediate_size), nn.Linear(v.intermediate_size, v.hidden_size)
         self.mlp = nn.Sequential(OrderedDict(fc1=wide, act=nn.GELU(), fc2=narrow))
-        self.layernorm_before = nn.LayerNorm(v.hidden_size, eps=v.norm_eps)
-        self.layernorm_after = nn.LayerNorm(v.hidden_size, eps=v.norm_eps)
-        self.lambda_1 = nn.Parameter(torch.full((v.hidden_size,), v.layer_scale_init))
-        self.lambda_2 = nn.Parameter(torch.full((v.hidden_size,), v.layer_scale_init))
+        self.layernorm_before, self.layernorm_after = (nn.LayerNorm(v.hidden_size, eps=v.norm_eps) for _ in range(2))
+        scale = torch.full((v.hidden_size,), v.layer_scale_init)
+        self.lambda_1, self.lambda_2 = nn.Parameter(scale), nn.Parameter(scale.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """(M,n,E) -> (M,n,E)."""
@@ -102,7 +99,6 @@ class Encoder(nn.Module):
     def __init__(self, config: UniLIPConfig) -> None:
         super().__init__()
         v, d = config.vision, config.text.hidden_size
-        self.patch_size = v.patch_size
         self.vision_tower = VisionTower(v)
         self.projector = nn.Sequential(
             nn.LayerNorm(4 * v.hidden_size), nn.Linear(4 * v.hidden_size, d), nn.GELU(), nn.Linear(d, d)
@@ -118,7 +114,7 @@ class Encoder(nn.Module):
         if height % TOKEN_PIXELS or width % TOKEN_PIXELS:
             raise ImageError(f"The encoder got {width}x{height} px; both sides must be multiples of {TOKEN_PIXELS}.")
         patches = self.vision_tower(pixels.to(self.vision_tower.embeddings.cls_token.dtype))  # M h'w' E
-        return self.projector(merge_patches(patches, height // self.patch_size, width // self.patch_size))
+        return self.projector(merge_patches(patches, 2 * height // TOKEN_PIXELS, 2 * width // TOKEN_PIXELS))
 
 
 def merge_patches(patches: Tensor, height: int, width: int) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unilip.errors import UniLIPError
+from unilip.errors import check_choice
 from unilip.method.config import SOLVERS
 
 TRAIN_TIMESTEPS = 1000
@@ -67,8 +67,7 @@ def make_schedule(solver: str, shift: float, steps: int) -> Schedule:
     Raises:
         UniLIPError: unknown solver.
     """
-    if solver not in SOLVERS:
-        raise UniLIPError(f"There is no solver {solver!r}; allowed: {', '.join(SOLVERS)}.")
+    check_choice("solver", solver, SOLVERS)
     last = 1 / TRAIN_TIMESTEPS
     if solver == "euler":
         plain = torch.linspace(1, 1 / steps, steps, dtype=torch.float32)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from unilip.errors import UniLIPError
+from unilip.errors import check_choice
 from unilip.method.config import UniLIPConfig
 from unilip.method.connector import Connector
 from unilip.method.decoder import LatentHead, PixelDecoder, resize_to_tokens
@@ -42,9 +42,8 @@ class Network(nn.Module):
 
     def __init__(self, config: UniLIPConfig, parts: Sequence[str] = tuple(PARTS)) -> None:
         super().__init__()
-        unknown = sorted(set(parts) - set(PARTS))
-        if unknown:
-            raise UniLIPError(f"There are no parts {', '.join(map(str, unknown))}; allowed: {', '.join(PARTS)}.")
+        for name in parts:
+            check_choice("part", name, PARTS)
         self.config = config
         self.parts = tuple(name for name in PARTS if name in parts)
         for name in self.parts:
@@ -66,10 +65,8 @@ class Network(nn.Module):
 
     def latent_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and factor, one number or (Z,1,1), between the latent head and the DiT."""
-        mean, factor = (
-            torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(-1, 1, 1)
-            for value in (self.config.latent_mean, self.config.latent_factor)
-        )
+        both = (self.config.latent_mean, self.config.latent_factor)
+        mean, factor = (torch.as_tensor(v, dtype=like.dtype, device=like.device).reshape(-1, 1, 1) for v in both)
         return mean, factor
 
     # --- the dual condition ---

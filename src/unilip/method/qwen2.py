@@ -66,16 +66,13 @@ class Attention(nn.Module):
         super().__init__()
         self.width = t.hidden_size // t.num_heads
         self.q_proj = nn.Linear(t.hidden_size, t.hidden_size)
-        self.k_proj = nn.Linear(t.hidden_size, t.num_kv_heads * self.width)
-        self.v_proj = nn.Linear(t.hidden_size, t.num_kv_heads * self.width)
+        self.k_proj, self.v_proj = (nn.Linear(t.hidden_size, t.num_kv_heads * self.width) for _ in range(2))
         self.o_proj = nn.Linear(t.hidden_size, t.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotation: Rotation, seen: Tensor, cache: KeyValueCache | None) -> Tensor:
         """(B,L,D) -> (B,L,D), where `seen` (B,1,L,S) is true."""
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )  # B heads L d
+        projected = (project(x) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, (-1, self.width)).transpose(1, 2) for y in projected)  # B heads L d
         q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             k, v = cache.extend(self, k, v)
@@ -91,8 +88,7 @@ class MLP(nn.Module):
 
     def __init__(self, t: TextConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(t.hidden_size, t.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(t.hidden_size, t.intermediate_size, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(t.hidden_size, t.intermediate_size, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(t.intermediate_size, t.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,8 +102,7 @@ class TextLayer(nn.Module):
     def __init__(self, t: TextConfig) -> None:
         super().__init__()
         self.self_attn, self.mlp = Attention(t), MLP(t)
-        self.input_layernorm = RMSNorm(t.hidden_size, t.norm_eps)
-        self.post_attention_layernorm = RMSNorm(t.hidden_size, t.norm_eps)
+        self.input_layernorm, self.post_attention_layernorm = (RMSNorm(t.hidden_size, t.norm_eps) for _ in range(2))
 
     def forward(self, x: Tensor, rotation: Rotation, seen: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """(B,L,D) -> (B,L,D)."""

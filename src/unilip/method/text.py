@@ -130,11 +130,8 @@ class Processor:
                 parts[-1] += part
             else:
                 parts.append(part)
-        return [
-            token
-            for part in parts
-            for token in ([part] if isinstance(part, int) else self.tokenizer.encode(part, special=False))
-        ]
+        pieces = ([part] if isinstance(part, int) else self.tokenizer.encode(part, special=False) for part in parts)
+        return [token for piece in pieces for token in piece]
 
     def tokenize(self, texts: Sequence[str | Prompt], padding_side: Literal["left", "right"] = "left") -> Tokens:
         """Tokenize prompts and pad them to the longest: -> `Tokens` of (B,T).
@@ -145,9 +142,7 @@ class Processor:
         rows = [self.ids(text) for text in texts]
         length = max((len(row) for row in rows), default=0)
         if length > self.max_tokens:
-            raise PromptError(
-                f"The prompt has {length} tokens; this model reads at most {self.max_tokens}. Shorten it."
-            )
+            raise PromptError(f"The prompt has {length} tokens; the model reads at most {self.max_tokens}. Shorten it.")
         ids = torch.full((len(rows), length), self.pad_id, dtype=torch.long)
         mask = torch.zeros(len(rows), length, dtype=torch.long)
         for i, row in enumerate(rows):

@@ -17,7 +17,9 @@ from unilip.recipes.record import (
     GENERATE,
     TOKENIZER,
     WHOLE_TOKENIZER,
+    Adapter,
     Data,
+    FewSteps,
     Flow,
     Optim,
     Recipe,
@@ -67,6 +69,11 @@ def pico() -> list[Recipe]:
             optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, init=("all=pico/pretrain",),
             **(common | {"data": dataclasses.replace(data, edit_share=0.6)}),
         ),
+        *few(
+            "pico", FewSteps(guidance=2.5, edit_guidance=2.5, noises=6), steps=6000, batch_size=16,
+            optim=dataclasses.replace(optim, lr=5e-4, final=0.1),
+            **(common | {"data": dataclasses.replace(data, edit_share=0.5)}),
+        ),
     ]  # fmt: skip
 
 
@@ -107,6 +114,11 @@ def nano() -> list[Recipe]:
             optim=dataclasses.replace(optim, lr=4e-4), init=("all=nano/pretrain",), ema=0.999,
             **(common | {"data": dataclasses.replace(data, edit_share=0.6)}),
         ),
+        *few(
+            "nano", FewSteps(guidance=3.0, edit_guidance=3.0), steps=15000, batch_size=128,
+            optim=dataclasses.replace(optim, lr=2e-4, final=0.1),
+            **(common | {"data": dataclasses.replace(data, edit_share=0.5)}),
+        ),
     ]  # fmt: skip
 
 
@@ -139,6 +151,19 @@ def tiny() -> list[Recipe]:
         Recipe(
             name="tiny/sft", objective=Flow(), trains=GENERATE, init=("all=tiny/pretrain",), ema=0.9,
             **(common | {"data": dataclasses.replace(data, edit_share=0.5)}),
+        ),
+        *few("tiny", FewSteps(noises=2), **(common | {"data": dataclasses.replace(data, edit_share=0.5)})),
+    ]  # fmt: skip
+
+
+def few(size: str, objective: FewSteps, **settings: Any) -> list[Recipe]:
+    """The finished model made to draw in four steps or fewer, and the same as an adapter of it."""
+    common: Fields = dict(trains=(("dit", 1.0),), init=(f"all={size}/sft",), ema=0.99, objective=objective)
+    return [
+        Recipe(name=f"{size}/few", note="four steps or fewer, without guidance: preset turbo", **(common | settings)),
+        Recipe(
+            name=f"{size}/few_lora", note="an adapter of the finished model that lets it draw in few steps",
+            adapter=Adapter(rank=4 if size == "tiny" else 64), **(common | settings),
         ),
     ]  # fmt: skip
 
@@ -197,6 +222,10 @@ def paper(size: str, internvl: str, sana: str) -> list[Recipe]:
             name=f"{size}/sft", objective=Flow(), trains=GENERATE, steps=30_000, optim=flow, data=curated,
             selective_checkpointing=True, init=(f"all={size}/pretrain",), note="curated pictures and edits",
             **generator,
+        ),
+        *few(
+            size, FewSteps(), steps=40_000, optim=dataclasses.replace(flow, final=1.0), data=curated,
+            selective_checkpointing=True, **(generator | {"batch_size": 16, "accumulate": 8}),
         ),
     ]  # fmt: skip
 

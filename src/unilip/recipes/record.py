@@ -157,6 +157,43 @@ class Flow:
 
 
 @dataclass(frozen=True)
+class FewSteps(Flow):
+    """Few-step stages (RCGM, arXiv 2512.05150): jumps of any length to where the teacher's guided velocity leads.
+
+    The teacher is the diffusion transformer that the run starts from, guided at `guidance` (edits: `edit_guidance`).
+    A jump is compared with a step of `stride` along that velocity and `rollouts` jumps of the averaged weights. Noises
+    of a sample take turns: the whole way, hardly any, any length. `steps` are the numbers of jumps that the model is to
+    draw in, its own first.
+    """
+
+    noises: int = 3
+    drop_prompt: float = 0.0
+    guidance: float = 4.5
+    edit_guidance: float = 4.5
+    stride: float = 0.01
+    rollouts: int = 2
+    steps: str = "4,2,1"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "objective.", "at least 1", "rollouts", least=1)
+        _check(self, "objective.", "at least 0 (1: no guidance)", "guidance", "edit_guidance")
+        if not 0 < self.stride <= 0.1:
+            raise ConfigError(f"objective.stride is {self.stride}; it must be above 0 and at most 0.1.")
+        if not re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2})*", self.steps) or len(set(self.counts)) < len(self.counts):
+            raise ConfigError(
+                f"objective.steps is {self.steps!r}; write numbers of jumps, the usual first, as in 4,2,1."
+            )
+        if self.bind or self.lesson_steps or self.repa or self.drop_prompt or self.target != "unilip":
+            raise ConfigError("objective.bind, lesson_steps, repa, drop_prompt and target are not for few steps.")
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """`steps` as numbers."""
+        return tuple(int(count) for count in self.steps.split(","))
+
+
+@dataclass(frozen=True)
 class Adapter:
     """LoRA or DoRA in place of the weights that `trains` names: off at rank 0.
 
@@ -322,6 +359,13 @@ class Recipe:
             raise ConfigError(f"data.edit_share is {self.data.edit_share}, but the objective {kind} has no edits.")
         if isinstance(self.objective, Flow) and self.data.cache and self.objective.repa:
             raise ConfigError("objective.repa needs the target pictures, which a cache leaves out; set it to 0.")
+        if isinstance(self.objective, FewSteps) and (not self.ema or self.weights_dtype != "float32"):
+            raise ConfigError(
+                f"Few-step stages need averaged weights in float32: ema is {self.ema} (above 0, 0.99 is usual), "
+                f"weights_dtype {self.weights_dtype} (float32)."
+            )
+        if isinstance(self.objective, FewSteps) and "dit" not in reached:
+            raise ConfigError(f"trains is {self.trains}; a few-step stage trains dit.")
         if self.data.text_share and not (isinstance(self.objective, Understand) and self.objective.next_token):
             raise ConfigError(f"data.text_share is {self.data.text_share}, which needs objective.next_token above 0.")
         if self.batch_size * self.accumulate % self.data.lanes:

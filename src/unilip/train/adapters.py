@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from unilip.adapters import CONFIG, KINDS, PREFIX, WEIGHTS, library, put_in
+from unilip.adapters import CONFIG, FEW_STEPS, KINDS, PREFIX, WEIGHTS, library, put_in
 from unilip.errors import ConfigError
 from unilip.model import UniLIP
 from unilip.recipes.record import Recipe
@@ -84,5 +84,7 @@ def save_adapter(model: UniLIP, folder: Path) -> None:
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     configs: Any = model.peft_config  # peft puts it there
     values = configs[NAME].to_dict()
+    if any(".time_embed_2." in name for name in tensors):
+        values[FEW_STEPS] = list(model.config.dit.few_steps)
     values |= {"inference_mode": True, "target_modules": sorted(values["target_modules"])}
     (folder / CONFIG).write_text(json.dumps(values, indent=1, default=str), encoding="utf-8")

@@ -33,7 +33,7 @@ from unilip.data.seeding import generator, stable_hash
 from unilip.errors import ConfigError, UniLIPError
 from unilip.method.config import DECODER_PIXELS, TOKEN_PIXELS, UniLIPConfig
 from unilip.method.text import Message, Processor, Prompt, Tokens
-from unilip.recipes.record import Flow, Recipe, Understand
+from unilip.recipes.record import FewSteps, Flow, Recipe, Understand
 from unilip.train.processes import own_batches
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ ENDLESS = 1 << 40
 WORKER_SECONDS = 5.0  # that loader workers have to end by themselves
 NOT_LEARNED = -100  # what cross entropy leaves out
 PLANNED = ("single", "two", "colour", "colour_attr", *("position",) * 3, *("counting",) * 3)  # tasks written out
+MASKS = {"conditions": "condition_mask", "unconditional": "unconditional_mask"}  # of arrays of different lengths
 Turns = Sequence[tuple[str, str]]
 
 
@@ -60,8 +61,8 @@ def stacked(name: str, images: Sequence[Any]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for key in images[0]:
         values = [image[key] for image in images]
-        if key == "conditions":  # as long as their prompts are
-            found[key], found["condition_mask"] = left_padded(values)
+        if key in MASKS:  # as long as their prompts are
+            found[key], found[MASKS[key]] = left_padded(values)
         else:
             found[key] = stack(values) if values[0].dtype == np.uint8 else torch.from_numpy(np.stack(values))
     return found
@@ -226,6 +227,7 @@ class Batches(Dataset[dict[str, Any]]):
         kept = [self._kept(text, i) for i, (_, text) in zip(samples, items, strict=True)]
         return {
             **stacked("targets", [image for image, _ in items]),
+            **self._blanks([self.processor.generate_text(None)]),
             **self._prompts(samples, [self.processor.generate_text(text) for text in kept], kept, self.told_caption),
         }
 
@@ -236,8 +238,14 @@ class Batches(Dataset[dict[str, Any]]):
         return {
             **stacked("sources", [source for source, _, _ in items]),
             **stacked("targets", [target for _, target, _ in items]),
+            **self._blanks([self.processor.edit_text(None)] * len(kept)),
             **self._prompts(samples, [self.processor.edit_text(text) for text in kept], kept, self.told_edit),
         }
+
+    def _blanks(self, texts: list[Prompt]) -> dict[str, Any]:
+        """Unconditional prompts, where the objective guides a teacher: one for all pictures, one for each edit."""
+        guided = isinstance(self.recipe.objective, FewSteps)
+        return {"blanks": padded(self.processor.tokenize(texts), self.processor.pad_id)} if guided else {}
 
     def _prompts(
         self,

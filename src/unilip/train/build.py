@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,16 +22,18 @@ from unilip.checkpoints.read import open_checkpoint
 from unilip.checkpoints.tables import check_shapes
 from unilip.checkpoints.tokenizer import load_tokenizer
 from unilip.errors import ConfigError
+from unilip.fewstep import add_embedder, few_config
 from unilip.files import replacing
 from unilip.method.config import UniLIPConfig
 from unilip.method.connector import copy_from_llm
+from unilip.method.dit import DiT
 from unilip.method.mllm import MLLM
 from unilip.method.model import PARTS
 from unilip.method.qwen2 import Layers
 from unilip.method.text import Processor
 from unilip.model import UniLIP
 from unilip.recipes.catalog import all_recipes
-from unilip.recipes.record import Optim, Recipe
+from unilip.recipes.record import FewSteps, Optim, Recipe
 from unilip.sizes import preset
 from unilip.train import processes
 from unilip.train.adapters import add_adapter, is_adapter
@@ -139,6 +141,10 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
         if other.processor is not None and (tokenizer is None or "mllm" in wanted):
             tokenizer = other.processor.tokenizer
     config = config.replace(**(changes | asked))
+    if isinstance(recipe.objective, FewSteps):
+        if "dit" in loaded and not config.dit.few_steps:
+            add_embedder(cast(DiT, loaded["dit"]))
+        config = few_config(config, recipe.objective.counts)
     names = tuple(name for name in PARTS if name in loaded or name in needed)
     fresh = UniLIP.from_config(config, recipe.seed, [name for name in names if name not in loaded])
     model = UniLIP(config, parts=())
@@ -181,7 +187,8 @@ def recipe_config(recipe: Recipe) -> UniLIPConfig:
                 f"config changes {name} to {value!r}; allowed: "
                 f"{', '.join(f'{field} ({kind.__name__})' for field, kind in known.items())}."
             )
-    return config.replace(**dict(recipe.config))
+    config = config.replace(**dict(recipe.config))
+    return few_config(config, recipe.objective.counts) if isinstance(recipe.objective, FewSteps) else config
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from unilip.files import content_hash
 from unilip.method.config import UniLIPConfig
 from unilip.method.text import Processor
 from unilip.pictures import Fit
-from unilip.recipes.record import Flow, Recipe, Understand
+from unilip.recipes.record import FewSteps, Flow, Recipe, Understand
 from unilip.train.batches import Batches, Reading, Turns, conversation, stack
 from unilip.train.cached import cached_sources
 
@@ -204,9 +204,10 @@ class FileBatches(Batches):
     def _with_condition(self, target: Any, record: Record, index: int) -> Any:
         """Choose, of what a cache holds, the condition of the prompt or of the one that replaces it."""
         if isinstance(target, dict) and "conditions" in target:
-            blank = target.pop("unconditional", None)
-            if self._kept("", index) is None:
-                target["conditions"] = unpacked(record.blank or b"")["conditions"] if blank is None else blank
+            blank, few = target.pop("unconditional", None), isinstance(self.recipe.objective, FewSteps)
+            if few or self._kept("", index) is None:
+                blank = unpacked(record.blank or b"")["conditions"] if blank is None else blank
+                target["unconditional" if few else "conditions"] = blank
         return target
 
     def fit(self, kind: str) -> Fit:

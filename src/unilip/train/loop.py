@@ -392,6 +392,9 @@ class Loop:
         for number in range(self.own_batches):
             batches.append(next(loader))
             batch = to_device(batches[-1], device)
+            if self.objective.looks_ahead and self.state.ema is not None:
+                with self.state.ema.acting(), torch.no_grad(), self.mixed, self.attention:
+                    batch |= self.whole(self.objective.ahead, batch, self.step)
             with accumulating(self.whole, last=number + 1 == self.own_batches):
                 with self.mixed, self.attention:
                     loss, terms = self.whole(self.objective.loss, batch, self.step)

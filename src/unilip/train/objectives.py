@@ -1,4 +1,4 @@
-"""The three objectives of training, each an object that turns a batch into a loss for the one loop.
+"""The objectives of training, each an object that turns a batch into a loss for the one loop.
 
 `Objective.loss(batch, step)` returns the scalar and its named terms; `heads` are weights that exist only for training;
 `adversary_loss` is the second player's loss where there is one. Batches are what `unilip.train.batches` makes.
@@ -8,6 +8,7 @@ Shapes: B batch, K noises per condition, V vocabulary.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -20,12 +21,22 @@ from unilip.checkpoints.hub import resolve
 from unilip.errors import CheckpointError, ConfigError, install
 from unilip.fast.mllm import read_in_two_passes
 from unilip.method.config import DECODER_PIXELS, TOKEN_PIXELS
+from unilip.method.dit import DiT
 from unilip.method.encoder import Encoder
-from unilip.method.flow import flow_loss, interpolate, logit_normal, make_schedule, sample, train_levels
+from unilip.method.flow import (
+    TRAIN_TIMESTEPS,
+    flow_loss,
+    interpolate,
+    logit_normal,
+    make_schedule,
+    sample,
+    train_levels,
+)
+from unilip.method.qwen2 import Layers
 from unilip.method.text import Tokens
 from unilip.model import UniLIP
 from unilip.pictures import normalise
-from unilip.recipes.record import Flow, Recipe, Reconstruct, Understand
+from unilip.recipes.record import FewSteps, Flow, Recipe, Reconstruct, Understand
 from unilip.sampling import draw_noise
 from unilip.train.lessons import (
     bind_heads,
@@ -52,13 +63,14 @@ SHOWN = 8  # pictures in a sample sheet
 
 
 class Objective:
-    """Interface of the three. `sources` says where weights beside the model come from: teacher, autoencoder."""
+    """Interface of all. `sources` says where weights beside the model come from: teacher, autoencoder."""
 
     def __init__(self, recipe: Recipe, model: UniLIP) -> None:
         self.recipe, self.model = recipe, model
         self.heads = nn.ModuleDict()
         self.adversary: nn.Module | None = None
         self.adversary_start = 0
+        self.looks_ahead = False
 
     def to(self, device: torch.device) -> None:
         """Move everything that the objective owns; the model moves by itself."""
@@ -74,6 +86,10 @@ class Objective:
         """Return the discriminator's loss on the pictures of the last `loss` call, where there is one."""
         return None
 
+    def ahead(self, batch: Batch, step: int) -> Batch:
+        """Return what `loss` needs of the averaged weights, which are in the model now; asked if `looks_ahead`."""
+        raise AssertionError("an objective that looks ahead must say at what")
+
     def samples(self, batch: Batch) -> dict[str, Tensor]:
         """Return sheets worth looking at, by name: rows of pictures (R,n,3,H,W) in [0,1]."""
         return {}
@@ -85,7 +101,8 @@ def make_objective(recipe: Recipe, model: UniLIP, sources: Mapping[str, str]) ->
         return UnderstandObjective(recipe, model, recipe.objective)
     if isinstance(recipe.objective, Reconstruct):
         return ReconstructObjective(recipe, model, recipe.objective, sources)
-    return FlowObjective(recipe, model, recipe.objective, sources)
+    few = isinstance(recipe.objective, FewSteps)
+    return (FewStepsObjective if few else FlowObjective)(recipe, model, recipe.objective, sources)
 
 
 def needed_parts(objective: Understand | Reconstruct | Flow) -> tuple[str, ...]:
@@ -390,15 +407,16 @@ class FlowObjective(Objective):
         condition = self.conditions(few, None if "conditions" in few else self.source_features(few))
         shape = (config.dit.latent_channels, config.grid, config.grid)
         noise = draw_noise(len(few["prompts"].input_ids), shape, torch.Generator().manual_seed(0)).to(model.device)
-        latents = sample(
-            lambda x, t: model.dit(x, t.to(x.device).expand(len(x)), *condition).float(), noise,
-            make_schedule("dpm++", config.sampling.flow_shift, 20),
-        )  # fmt: skip
-        drawn = self.pixels(latents)
+        drawn = self.pixels(self.drawn(noise, condition))
         above = [to_unit(few[name]) for name in ("sources", "targets") if name in few]
         above += [self.pixels(few["latents"].float())] if "latents" in few else []  # of a cache, without pictures
         rows = [F.interpolate(row, drawn.shape[-2:], mode="bilinear") for row in above]
         return {"drawn": torch.stack([*rows, drawn]).clamp(0, 1)}
+
+    def drawn(self, noise: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
+        """Latents (B,Z,h,w) of noise, in 20 steps of the published solver."""
+        dit, schedule = self.model.dit, make_schedule("dpm++", self.model.config.sampling.flow_shift, 20)
+        return sample(lambda x, t: dit(x, t.to(x.device).expand(len(x)), *condition).float(), noise, schedule)
 
     def pixels(self, latents: Tensor) -> Tensor:
         """Return pictures (B,3,H,W) in about [0,1] of latents (B,Z,h,w) of the kind that is learned."""
@@ -406,6 +424,105 @@ class FlowObjective(Objective):
             return self.model.from_latent(latents)
         drawn: Tensor = (self.autoencoder.decode(latents / self.autoencoder.config.scaling_factor).sample + 1) / 2
         return drawn
+
+
+class FewStepsObjective(FlowObjective):
+    """Mean velocity of jumps, learned from a frozen teacher's guided velocity and from shorter jumps (RCGM).
+
+    Levels s and r in [0,1]: a jump from x_s to x_r is x_s - (s - r) F(x_s, s, r), and F(x, s, s) is a velocity. The
+    differences are small, so the diffusion transformer computes in float32 whatever the precision of the rest.
+    """
+
+    settings: FewSteps
+
+    def __init__(self, recipe: Recipe, model: UniLIP, settings: Flow, sources: Mapping[str, str]) -> None:
+        super().__init__(recipe, model, settings, sources)
+        self.looks_ahead = True
+        self.teacher = copy.deepcopy(model.dit).eval().requires_grad_(False)
+        for layers in self.teacher.modules():
+            if isinstance(layers, Layers):
+                layers.around = None  # nothing of it is recomputed
+
+    def levels(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise (BK,Z,h,w) of a batch with latents, and levels s > r (BK,): the whole way, hardly any, any."""
+        clean, k = batch["latents"], self.settings.noises
+        generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
+        noise = draw_noise(len(clean), (k, *clean.shape[1:]), generators).flatten(0, 1).to(clean)
+        u, v = torch.stack([torch.rand(2, k, generator=g) for g in generators]).movedim(1, 0).flatten(1)  # BK each
+        kinds = torch.tensor([(seed + i) % 3 for seed in batch["seeds"] for i in range(k)])
+        s = torch.where(kinds == 0, 1.0, u)
+        r = torch.where(kinds == 0, 0.0, torch.where(kinds == 1, s * (1 - 0.05 * v), s * v))
+        return noise, s.to(clean.device), r.to(clean.device)
+
+    def jump(self, dit: DiT, x: Tensor, s: Tensor, r: Tensor | None, condition: tuple[Tensor, Tensor]) -> Tensor:
+        """F(x_s, s, r) of a transformer, or its velocity without r: (BK,Z,h,w), float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            there = None if r is None else r * TRAIN_TIMESTEPS
+            velocity: Tensor = dit(x, s * TRAIN_TIMESTEPS, condition[0].float(), condition[1], there)
+            return velocity.float()
+
+    @torch.no_grad()
+    def ahead(self, batch: Batch, step: int) -> Batch:
+        """Return where the jumps of a batch start, the velocity there, and how far shorter jumps lead from its end.
+
+        A `target` velocity v (BK,Z,h,w) is the teacher's, guided; `rest` is the way (BK,Z,h,w) that the model goes, in
+        `rollouts` jumps, from x_s - h v at level s - h to level r; h is `stride`, or s - r where that is less.
+        """
+        settings = self.settings
+        found: Batch = {}
+        if "conditions" in batch:
+            condition = self.conditions(batch, None)
+            blank = (batch["unconditional"].to(self.model.dtype), batch["unconditional_mask"])
+        else:
+            features = self.source_features(batch)
+            condition, blank = (self.conditions({"prompts": batch[name]}, features) for name in ("prompts", "blanks"))
+            if not any(
+                p.requires_grad for part in ("mllm", "connector") for p in getattr(self.model, part).parameters()
+            ):
+                found |= {"conditions": condition[0], "condition_mask": condition[1]}
+        found["latents"] = batch["latents"].float() if "latents" in batch else self.clean_latents(batch["targets"])
+        noise, s, r = self.levels(batch | found)
+        start = interpolate(found["latents"].repeat_interleave(settings.noises, 0), noise, s)
+        if len(blank[0]) == 1:
+            blank = (blank[0].expand(len(condition[0]), -1, -1), blank[1].expand(len(condition[0]), -1))
+        edits = "sources" in batch or "edits" in batch
+        scale = settings.edit_guidance if edits else settings.guidance
+        free, told = (self.jump(self.teacher, start, s, None, given) for given in (blank, condition))
+        target = free + scale * (told - free)
+        h = (s - r).clamp(max=settings.stride)
+        x, rest, times = start - wide(h) * target, torch.zeros_like(start), s - h
+        for left in range(settings.rollouts, 0, -1):
+            until = times + (r - times) / left
+            way = wide(times - until) * self.jump(self.model.dit, x, times, until, condition)
+            x, rest, times = x - way, rest + way, until
+        return found | {"start": start, "levels": torch.stack([s, r, h]), "target": target, "rest": rest}
+
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
+        """Distance of jumps from a short step along the velocity and the shorter jumps after it, by Charbonnier."""
+        if "start" not in batch:
+            batch = batch | self.ahead(batch, step)
+        s, r, h = batch["levels"]
+        condition = self.conditions(batch, None if "conditions" in batch else self.source_features(batch))
+        mean = self.jump(self.model.dit, batch["start"], s, r, condition)
+        stretch = wide((s - r) / h.clamp(min=1e-9)).where(wide(s - r > h), torch.ones(()).to(mean))
+        off = (stretch * mean.detach() - batch["rest"] / wide(h.clamp(min=1e-9)) - batch["target"]).clamp(-1, 1)
+        errors = (mean - (mean - off).detach()).square().flatten(1).mean(1)  # BK
+        weights = (torch.tan((1 - (s - r)) * math.pi / 2.5) + 1) / (errors.detach() + 1e-6).sqrt()
+        name = "few_edit" if "sources" in batch or "edits" in batch else "few"
+        return (weights * errors).mean(), {name: errors.mean().sqrt()}
+
+    def drawn(self, noise: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
+        """Latents (B,Z,h,w) of noise, in the model's own number of jumps."""
+        count, x = self.settings.counts[0], noise
+        for i in range(count, 0, -1):
+            s, r = (torch.full((len(x),), level / count, device=x.device) for level in (i, i - 1))
+            x = x - self.jump(self.model.dit, x, s, r, condition) / count
+        return x
+
+
+def wide(levels: Tensor) -> Tensor:
+    """(R,) -> (R,1,1,1)."""
+    return levels[:, None, None, None]
 
 
 def load_autoencoder(source: str) -> Any:

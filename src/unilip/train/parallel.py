@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unilip.method.qwen2 import Layers
 from unilip.model import UniLIP
-from unilip.recipes.record import Flow, Recipe, Reconstruct
+from unilip.recipes.record import FewSteps, Flow, Recipe, Reconstruct
 from unilip.train import processes
 
 
@@ -69,8 +69,9 @@ def shard(whole: Whole, recipe: Recipe) -> nn.Module:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     device = whole.model.device.type
+    rough = recipe.dtype == "bfloat16" and not isinstance(recipe.objective, FewSteps)  # who takes small differences
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if recipe.dtype == "bfloat16" else None,
+        param_dtype=torch.bfloat16 if rough else None,
         reduce_dtype=getattr(torch, recipe.reduce_dtype),
         cast_forward_inputs=False,  # autocast does
     )

@@ -25,7 +25,7 @@ from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
 from unilip.method.model import PARTS
 from unilip.method.text import Tokens
 from unilip.model import UniLIP
-from unilip.recipes.record import Flow, Recipe, Reconstruct
+from unilip.recipes.record import FewSteps, Flow, Recipe, Reconstruct
 from unilip.train.adapters import target_layers
 from unilip.train.build import enable_checkpointing, parse_init, recipe_config, trained_parameters
 from unilip.train.objectives import make_objective, needed_parts
@@ -172,6 +172,8 @@ def batch_of(recipe: Recipe, config: UniLIPConfig, size: int, edits: bool) -> di
     slots = torch.zeros(size, length, dtype=torch.bool)
     tokens = Tokens(torch.zeros(size, length, dtype=torch.long), torch.ones(size, length, dtype=torch.long), slots)
     batch: dict[str, Any] = {"targets": images, "prompts": tokens, "seeds": list(range(size))}
+    if isinstance(recipe.objective, FewSteps):
+        batch["blanks"] = tokens if edits else Tokens(*(t[:1] for t in vars(tokens).values()))
     return batch | ({"sources": images} if edits else {})
 
 

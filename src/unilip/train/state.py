@@ -56,6 +56,20 @@ class EMA:
             list(self.average.values()), [p.detach().float() for p in self.parameters.values()], 1 - decay
         )
 
+    @contextlib.contextmanager
+    def acting(self) -> Iterator[None]:
+        """Have the averages in the model inside the block; afterwards it is exactly what it was."""
+        with torch.no_grad():
+            kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.average[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(kept[name])
+
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the averages and the model's values; a second call undoes the first."""
