@@ -127,7 +127,7 @@ def averages(model, objective, batch):
             off = (((s - r) * mean - way) / h - target).clamp(-1, 1)
             rows.append((off.square().mean(), torch.tan((1 - (s - r)) * torch.pi / 2.5) + 1))
     errors, weights = torch.stack([e for e, _ in rows]), torch.cat([w for _, w in rows])
-    return (weights * errors / (errors + 1e-6).sqrt()).mean(), errors.mean().sqrt()
+    return (weights * errors / (errors + 1e-6).sqrt()).mean(), errors.mean()
 
 
 @pytest.mark.parametrize("share", [0, 1])

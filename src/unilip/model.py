@@ -56,6 +56,7 @@ from unilip.sampling import (
     changes,
     check_flag,
     check_generator,
+    check_negative,
     check_number,
     check_prompt,
     works,
@@ -823,10 +824,7 @@ def _negatives(given: Any, count: int, settings: Settings) -> list[str | None]:
     several = list(given) if isinstance(given, (list, tuple)) else [given] * count
     if len(several) != count:
         raise PromptError(f"{len(several)} negative prompts were given for {count} prompts; give one, or as many.")
-    none = [prompt is None or (isinstance(prompt, str) and not prompt.strip()) for prompt in several]
-    if settings.jumps and not all(none):
-        raise PromptError("A negative prompt needs guidance, which the preset turbo has none of; leave one of them out.")
-    return [None if no else check_prompt(p, "negative prompt") for p, no in zip(several, none, strict=True)]
+    return [check_negative(prompt, settings) for prompt in several]
 
 
 def _noise(latents: Any) -> Tensor | None:

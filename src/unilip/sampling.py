@@ -128,6 +128,21 @@ def check_prompt(prompt: object, what: str = "prompt") -> str:
     return text
 
 
+def check_negative(prompt: object, settings: Settings) -> str | None:
+    """Take a negative prompt; None and an empty one, the default of many programs, are none.
+
+    Raises:
+        PromptError: a prompt that `check_prompt` refuses, or that nothing moves away from, as with the preset turbo.
+    """
+    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
+        return None
+    if settings.jumps:
+        raise PromptError(
+            "A negative prompt needs guidance, which the preset turbo has none of; leave one of them out."
+        )
+    return check_prompt(prompt, "negative prompt")
+
+
 LARGEST = 3e38  # of float32
 
 

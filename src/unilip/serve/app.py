@@ -391,12 +391,14 @@ class _Server:
 
     def drawing(self, body: schema.Drawing) -> dict[str, Any]:
         """The settings of a drawing, as a job takes them."""
-        steps = schema.steps_of(body.quality, self.engine.config.sampling) if body.quality else None
+        own = body.quality is not None and body.preset is None
+        steps = schema.steps_of(body.quality, self.engine.config.sampling) if own else None
         return {
             "seed": body.seed,
             "steps": body.steps or (None if steps is None else min(steps, self.engine.limits.steps)),
             "guidance_scale": body.guidance,
             "solver": body.solver,
+            "preset": body.preset or "quality",
             "negative_prompt": body.negative_prompt,
             "image_size": body.image_size,
         }
@@ -610,7 +612,7 @@ class _Server:
                 entry: dict[str, Any] = {"size": f"{shaped.width}x{shaped.height}"}
                 if result.seeds:
                     entry["seed"] = about["seed"] = result.seeds[i]
-                    names = ("num_inference_steps", "guidance_scale", "solver", "image_size")
+                    names = ("num_inference_steps", "guidance_scale", "solver", "preset", "image_size")
                     about |= {name: result.settings[name] for name in names}
                 if result.psnr:
                     entry["psnr"] = round(result.psnr[i], 3) if math.isfinite(result.psnr[i]) else None

@@ -17,10 +17,11 @@ from typing import Any
 from PIL import Image
 
 from unilip.errors import PromptError, UniLIPError
+from unilip.fast.loop import Settings
 from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
 from unilip.method.text import Message, Processor, Prompt
 from unilip.pictures import FITS, fit_square, load_image, tile
-from unilip.sampling import check_prompt
+from unilip.sampling import check_negative, check_prompt
 from unilip.serve.jobs import MAX_SEED, Ask, Edit, Generate, Job, Reconstruct
 from unilip.serve.tickets import Ticket, Unit
 
@@ -122,15 +123,13 @@ class Checker:
             "guidance_scale": job.guidance_scale,
             "solver": job.solver,
         }
-        settings = dataclasses.replace(
-            self.config.sampling, **{name: value for name, value in given.items() if value is not None}
-        )
+        settings = Settings.of(self.config, job.preset, **given)
         steps, guidance = settings.num_inference_steps, settings.guidance_scale
         if steps > self.limits.steps:
             raise UniLIPError(f"{steps} steps were asked for; at most {self.limits.steps} are taken here.")
         words = "prompt" if isinstance(job, Generate) else "instruction"
         text = check_prompt(job.prompt, words)
-        negative = None if job.negative_prompt is None else check_prompt(job.negative_prompt, "negative prompt")
+        negative = check_negative(job.negative_prompt, settings)
         processor = self._need_processor(size)
         make = processor.generate_text if isinstance(job, Generate) else processor.edit_text
         tokens = self._count_tokens(processor, make(text))
@@ -146,10 +145,11 @@ class Checker:
             "num_inference_steps": steps,
             "guidance_scale": guidance,
             "solver": settings.solver,
+            "preset": job.preset,
             "negative_prompt": negative,
             "image_size": size,
         } | ({} if fit is None else {"fit": fit})
-        key = (verb, size, steps, guidance, settings.solver, negative)
+        key = (verb, size, steps, guidance, settings.solver, job.preset, negative)
         return [Unit(ticket, key, i, seed + i, square, source_size, text) for i in range(job.count)]
 
     def _prepare_ask(self, job: Ask, seed: int, deadline: float | None) -> list[Unit]:

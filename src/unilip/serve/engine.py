@@ -2,8 +2,8 @@
 
 In:  jobs (`unilip.serve.jobs`), from any thread, each with a deadline. Out: a `Ticket` for each: events, a result.
 A single worker thread owns the model. It takes the oldest waiting picture and every other one that can share its batch
-(same verb, steps, guidance, solver, size, negative prompt), so a batch forms whenever several callers wait. Each
-picture has a generator of its own: what it looks like does not depend on what it was batched with, up to rounding.
+(same verb, settings and size), so a batch forms whenever several callers wait. Each picture has a generator of
+its own: what it looks like does not depend on what it was batched with, up to rounding.
 """
 
 from __future__ import annotations

@@ -64,6 +64,7 @@ class Generate:
     steps: int | None = None
     guidance_scale: float | None = None
     solver: str | None = None
+    preset: str = "quality"
     negative_prompt: str | None = None
     image_size: int | None = None
 
@@ -79,6 +80,7 @@ class Edit:
     steps: int | None = None
     guidance_scale: float | None = None
     solver: str | None = None
+    preset: str = "quality"
     negative_prompt: str | None = None
     image_size: int | None = None
     fit: Fit = "resize"

@@ -16,8 +16,9 @@ from unilip.errors import UniLIPError
 from unilip.serve.problems import dumps
 from unilip.serve.store import Store
 
-SAME = ("model", "temperature", "top_p", "seed", "steps", "guidance", "solver", "negative_prompt", "deadline", "user",
-        "stream", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls")  # fmt: skip
+SAME = ("model", "temperature", "top_p", "seed", "steps", "guidance", "solver", "preset", "negative_prompt",
+        "deadline", "user", "stream", "metadata", "store", "service_tier", "safety_identifier",
+        "parallel_tool_calls")  # fmt: skip
 DRAWING = ("size", "quality", "output_format", "output_compression")
 MEANT = (*SAME, "input", "instructions", "tools", "tool_choice", "max_output_tokens", "previous_response_id", "text")
 

@@ -118,6 +118,9 @@ class Drawing(Body):
     steps: int | None = Field(None, ge=1, le=1000, description="Sampling steps, instead of `quality`.")
     guidance: Finite | None = Field(None, ge=0, le=100, description="How far to follow the words; 1 is off.")
     solver: Literal["dpm++", "euler", "unipc"] | None = None
+    preset: Literal["quality", "balanced", "fast", "turbo"] | None = Field(
+        None, description="How many evaluations a picture may cost, instead of `quality`; turbo needs few-step weights."
+    )
     negative_prompt: str | None = Field(None, max_length=MAX_PROMPT_CHARACTERS)
     image_size: int | None = Field(None, ge=28, le=8192, description="Side at which the model draws, in pixels.")
     user: str | None = Field(None, max_length=512)

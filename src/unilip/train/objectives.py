@@ -509,7 +509,7 @@ class FewStepsObjective(FlowObjective):
         errors = (mean - (mean - off).detach()).square().flatten(1).mean(1)  # BK
         weights = (torch.tan((1 - (s - r)) * math.pi / 2.5) + 1) / (errors.detach() + 1e-6).sqrt()
         name = "few_edit" if "sources" in batch or "edits" in batch else "few"
-        return (weights * errors).mean(), {name: errors.mean().sqrt()}
+        return (weights * errors).mean(), {name: errors.mean()}
 
     def drawn(self, noise: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
         """Latents (B,Z,h,w) of noise, in the model's own number of jumps."""
