@@ -124,7 +124,9 @@ def test_unknown_concept():
 
 def test_warm_decodes_everything_once(world):
     atlas = art.Atlas.synthetic(world, size=16).warm(world)
-    assert len(atlas._masters._items) == 40 + 4 + 47 + 12 * 6  # concepts, what is drawn only, guests, and paints
+    assert (
+        len(atlas._masters._items) == 40 + 4 + 47 + len(world.strangers) + 12 * 6
+    )  # concepts, what is drawn only, guests, others, and paints
 
 
 def test_missing_atlas_says_how_to_get_it(tmp_path, monkeypatch):

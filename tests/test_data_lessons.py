@@ -11,7 +11,8 @@ import pytest
 from unilip.emoji.captions import as_written, caption, plan
 from unilip.emoji.dataset import prompt
 from unilip.emoji.edits import Edit, sample_edit
-from unilip.emoji.lessons import MARK, SUMMARY, UNKNOWN, cells, numbers, of_caption, of_edit
+from unilip.emoji.lessons import MARK, SUMMARY, UNKNOWN, cells, numbers, of_caption, of_edit, of_question
+from unilip.emoji.questions import questions
 from unilip.emoji.world import TRAINED, Obj, Scene, World, sample_scene
 
 PICO = World.pico()
@@ -106,3 +107,29 @@ def test_cells_are_what_covers_most_of_a_token():
     wanted[:2, :2], wanted[1:3, 2:] = cat, heart
     assert (found[..., 0] == wanted).all() and (found[..., 1] == np.where(wanted == heart, blue, 0)).all()
     assert (found[..., 2] == numbers("background")["pink"]).all()
+
+
+def test_words_of_a_question_lie_where_what_they_name_lies():
+    """A name lies where such things lie, "yes" where there are any; the hearts of a picture without hearts nowhere."""
+    rng, answers = random.Random(0), set()
+    for _ in range(300):
+        scene = sample_scene(PICO, rng, rng.choice(TRAINED), "train", "understanding")
+        everything = cells(scene, PICO)[:, 0] > 0
+        for qa in questions(scene, rng, PICO):
+            found = of_question(qa, scene, PICO)
+            for end, tokens in found:
+                named = [
+                    obj for obj in scene.objects if qa.question[:end].lower().endswith((obj.concept, obj.concept + "s"))
+                ]
+                assert not (tokens & ~everything).any() and (tokens.any() or not named or end == len(qa.question)), qa
+            if qa.kind == "background":
+                assert not found
+                continue
+            end, tokens = found[-1]
+            assert end == len(qa.question)
+            if qa.answer in ("yes", "no"):
+                assert tokens.any() == (qa.answer == "yes"), qa
+                answers.add((qa.kind, qa.answer))
+            elif qa.kind in ("identity", "caption"):
+                assert np.array_equal(tokens, everything)
+    assert len(answers) == 8, answers

@@ -86,6 +86,7 @@ def test_guests_are_looked_at_and_recoloured_but_never_asked_for():
             obj.concept for task in TASKS for scene in scenes(world, task, purpose=purpose) for obj in scene.objects
         }
         assert bool(shown & guests) == (purpose != "generation")
+        assert bool(shown & set(world.strangers)) == (purpose == "tokenizer")
     for kind in world.edits:
         assert sample_edit(world, random.Random(0), kind, "val").target.objects[0].concept not in guests
     painted = render(Scene("white", (Obj("vase", "flat", "blue", None, 32, 32, 48),)), Atlas.synthetic(world), world)
@@ -246,7 +247,7 @@ def test_a_world_checks_itself():
         replace(pico, styles=("oil",))
     with pytest.raises(DataError, match="extra"):
         replace(pico, extra=("cat",))
-    with pytest.raises(DataError, match="guests must be neither"):
+    with pytest.raises(DataError, match="guests and World.strangers must be neither"):
         replace(pico, guests=("car",))
     with pytest.raises(DataError, match="paint among concepts"):
         replace(pico, paint=("tractor",))

@@ -249,9 +249,11 @@ def test_answers_are_learned_from_the_token_before(fresh_model):
     def loss_with(position):
         ids = tokens.input_ids.clone()
         ids[0, position] = (ids[0, position] + 1) % 256
-        return objective.answer_loss(Tokens(ids, tokens.attention_mask, tokens.image_slots), labels, features)[0]
+        return objective.answer_loss(
+            objective.read(Tokens(ids, tokens.attention_mask, tokens.image_slots), features), labels
+        )[0]
 
-    exact = objective.answer_loss(tokens, labels, features)[0]
+    exact = objective.answer_loss(objective.read(tokens, features), labels)[0]
     assert torch.equal(loss_with(learned[-1]), exact) and not torch.equal(loss_with(learned[0] - 1), exact)
 
 

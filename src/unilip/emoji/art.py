@@ -364,7 +364,7 @@ class Atlas:
     def synthetic(cls, world: World, size: int = 48) -> Atlas:
         """Return fake sprites for WORLD: a coloured polygon per concept and style, by hash. For tests without art."""
         sprites = {}
-        for name in (*world.concepts, *world.extra, *world.guests):
+        for name in (*world.concepts, *world.extra, *world.guests, *world.strangers):
             c = concept(name)
             for style in world.styles:
                 for tone in (None, *(TONES if c.toned else ())):
@@ -393,7 +393,7 @@ class Atlas:
         """
         work = [
             (name, style, colour, tone)
-            for name in (*world.concepts, *world.extra, *world.guests)
+            for name in (*world.concepts, *world.extra, *world.guests, *world.strangers)
             if name not in SHAPES
             for style in world.styles
             for colour in (None, *world.colours_of(name, style))

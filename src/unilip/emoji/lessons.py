@@ -17,6 +17,7 @@ from unilip.emoji.captions import PLACES, cell, grouped, noun
 from unilip.emoji.concepts import concepts
 from unilip.emoji.edits import EDITS, Edit
 from unilip.emoji.knowledge import met_riddles
+from unilip.emoji.questions import QA
 from unilip.emoji.world import RELATIONS, Obj, Scene, World, relation
 from unilip.method.config import TOKEN_PIXELS
 
@@ -118,6 +119,31 @@ def of_edit(edit: Edit, text: str, world: World) -> Lesson:
     changed = {"background": edit.target.background} if edit.kind == "background" else {}
     paint = {"paint": come[0].colour} if edit.kind in ("add", "replace", "recolour") else {}
     return Lesson(marks, _summary(kind=edit.kind, side=side, **one, **changed, **paint), ())
+
+
+def of_question(qa: QA, scene: Scene, world: World) -> tuple[tuple[int, np.ndarray], ...]:
+    """Return where in the picture it lies what a question speaks of: (end of a word, image tokens (N,) bool).
+
+    For each name of a thing the tokens that such things cover, none where there are none; at the end of the question
+    those of what it is about.
+    """
+    kinds = [(m.end(), _named()[m[0].lower()]) for m in _names().finditer(qa.question)]
+    asked = [(end, [obj for obj in scene.objects if obj.concept == name]) for end, name in kinds]
+    if qa.about is not None:
+        asked.append((len(qa.question), list(qa.about)))
+    return tuple((end, cells(Scene(scene.background, tuple(objs)), world)[:, 0] > 0) for end, objs in asked)
+
+
+@cache
+def _named() -> dict[str, str]:
+    """Return concepts by what they are called, of one and of many."""
+    return {words.lower(): name for name, c in concepts().items() for words in (c.plural, name)}
+
+
+@cache
+def _names() -> re.Pattern[str]:
+    longest = sorted(_named(), key=len, reverse=True)
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest))})(?!\w)", re.IGNORECASE)
 
 
 def _labels(obj: Obj, count: int) -> tuple[int, ...]:

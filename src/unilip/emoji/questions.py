@@ -38,17 +38,22 @@ SIDES = {"left": "on the left", "right": "on the right", "above": "at the top", 
 
 @dataclass(frozen=True)
 class QA:
-    """A question about one picture; ``accepted`` holds every right answer in lower case, ``answer`` first."""
+    """A question about one picture; ``accepted`` holds every right answer in lower case, ``answer`` first.
+
+    ``about`` are the objects of the picture that it asks about: none where what it claims is not so, None where it asks
+    about something else than objects.
+    """
 
     question: str
     answer: str
     accepted: tuple[str, ...]
     kind: str
+    about: tuple[Obj, ...] | None = None
 
 
-def _qa(kind: str, question: str, answer: str, *others: str) -> QA:
+def _qa(kind: str, question: str, answer: str, *others: str, about: Sequence[Obj] | None = None) -> QA:
     forms = dict.fromkeys(form.lower() for form in (answer, *others))
-    return QA(question, answer, tuple(forms), kind)
+    return QA(question, answer, tuple(forms), kind, None if about is None else tuple(about))
 
 
 def questions(scene: Scene, rng: random.Random, world: World, split: str = "train") -> list[QA]:
@@ -73,7 +78,8 @@ def describe(scene: Scene, rng: random.Random, world: World) -> QA:
     """Ask for a caption; the answer is the canonical one, which always names the background."""
     answer = canonical(scene, "two", world, background=True)
     place = BACKGROUNDS[scene.background].phrases[0]
-    return _qa("caption", rng.choice(DESCRIBE), answer, *(f"{words} {place}" for words in _orders(scene, world)))
+    orders = (f"{words} {place}" for words in _orders(scene, world))
+    return _qa("caption", rng.choice(DESCRIBE), answer, *orders, about=scene.objects)
 
 
 def _orders(scene: Scene, world: World) -> list[str]:
@@ -98,17 +104,19 @@ def _identity(scene: Scene, rng: random.Random, world: World) -> QA | None:
     if len(groups) == 1 and groups[0][1] == 1:
         obj = groups[0][0]
         question = rng.choice(("What is this?", "What is in the picture?", "What do you see?", "What does this show?"))
-        return _qa("identity", question, _plain(obj), obj.concept, indefinite(obj, world, False), noun(obj, world))
+        forms = [obj.concept, indefinite(obj, world, False), noun(obj, world)]
+        return _qa("identity", question, _plain(obj), *forms, about=scene.objects)
     if len(groups) == 1:
         obj, count = groups[0]
         question = rng.choice(("What are these?", "What do you see?", "What is in the picture?"))
         many = concept(obj.concept).plural
         exact = counted(obj, count, world, style=False)
-        return _qa("identity", question, many, exact, f"{NUMBERS[count]} {many}", noun(obj, world, True), _plain(obj))
+        forms = [exact, f"{NUMBERS[count]} {many}", noun(obj, world, True), _plain(obj)]
+        return _qa("identity", question, many, *forms, about=scene.objects)
     question = rng.choice(("What is in the picture?", "What do you see?", "Which things are in the picture?"))
     answer = listed([_plain(obj) if count == 1 else concept(obj.concept).plural for obj, count in groups])
     forms = [listed([_plain(o) if n == 1 else concept(o.concept).plural for o, n in p]) for p in permutations(groups)]
-    return _qa("identity", question, answer, *forms, *_orders(scene, world))
+    return _qa("identity", question, answer, *forms, *_orders(scene, world), about=scene.objects)
 
 
 def _colour(scene: Scene, rng: random.Random, world: World, split: str) -> QA | None:
@@ -119,26 +127,33 @@ def _colour(scene: Scene, rng: random.Random, world: World, split: str) -> QA | 
         return None
     obj, count = rng.choice(painted)
     assert obj.colour is not None
+    about = _alike(scene, obj)
     things = f"the {concept(obj.concept).plural}" if count > 1 else definite(obj, world)
     verb = "are" if count > 1 or obj.concept.startswith("pair") else "is"
     if rng.random() < 0.65:
         helper = "do" if count > 1 else "does"
         patterns = ("What color {v} {t}?", "What color {v} {t}?", "What colour {v} {t}?", "What color {h} {t} have?")
         question = rng.choice(patterns).format(v=verb, t=things, h=helper)
-        return _qa("colour", question, obj.colour, f"{things} {verb} {obj.colour}", f"{verb} {obj.colour}")
+        return _qa("colour", question, obj.colour, f"{things} {verb} {obj.colour}", f"{verb} {obj.colour}", about=about)
     if rng.random() < 0.5:
-        return _yes_no("colour", True, f"{verb.capitalize()} {things} {obj.colour}?")
+        return _yes_no("colour", about, f"{verb.capitalize()} {things} {obj.colour}?")
     # another object's colour is the hard wrong answer
     others = [c for c in world.colours if c != obj.colour]
     if split == "train":
         others = [c for c in others if not world.colour_held_out(obj.concept, c)] or others
     here = [o.colour for o in scene.objects if o.colour in others]
     wrong = rng.choice(here) if here and rng.random() < 0.5 else rng.choice(others)
-    return _yes_no("colour", False, f"{verb.capitalize()} {things} {wrong}?")
+    return _yes_no("colour", (), f"{verb.capitalize()} {things} {wrong}?")
 
 
-def _yes_no(kind: str, truth: bool, question: str) -> QA:
-    return _qa(kind, question, "yes" if truth else "no", "yes." if truth else "no.")
+def _yes_no(kind: str, about: Sequence[Obj], question: str) -> QA:
+    """Ask for yes or no: yes where there are objects of which it is true."""
+    answer = "yes" if about else "no"
+    return _qa(kind, question, answer, f"{answer}.", about=about)
+
+
+def _alike(scene: Scene, obj: Obj) -> list[Obj]:
+    return [other for other in scene.objects if other.concept == obj.concept]
 
 
 def _count(scene: Scene, rng: random.Random, world: World) -> QA | None:
@@ -146,20 +161,20 @@ def _count(scene: Scene, rng: random.Random, world: World) -> QA | None:
         return None
     total = len(scene.objects)
     obj = rng.choice(scene.objects)
-    same = sum(o.concept == obj.concept for o in scene.objects)
-    many = concept(obj.concept).plural
+    about = _alike(scene, obj)
+    same, many = len(about), concept(obj.concept).plural
     if not concept(obj.concept).countable or rng.random() < 0.25:
         question = rng.choice(("How many objects are there?", "How many things are in the picture?"))
         forms = (str(total), f"{NUMBERS[total]} objects", f"{NUMBERS[total]} things")
-        return _qa("count", question, NUMBERS[total], *forms)
+        return _qa("count", question, NUMBERS[total], *forms, about=scene.objects)
     if rng.random() < 0.75:
         question = rng.choice((f"How many {many} are there?", f"How many {many} do you see?", f"Count the {many}."))
         named = f"{NUMBERS[same]} {many if same > 1 else obj.concept}"
-        return _qa("count", question, NUMBERS[same], str(same), named)
+        return _qa("count", question, NUMBERS[same], str(same), named, about=about)
     truth = rng.random() < 0.5
     number = same if truth else rng.choice([n for n in range(1, world.max_count + 1) if n != same])
     question = f"Are there {NUMBERS[number]} {many}?" if number > 1 else f"Is there exactly one {obj.concept}?"
-    return _yes_no("count", truth, question)
+    return _yes_no("count", about if truth else (), question)
 
 
 def _position(scene: Scene, rng: random.Random, world: World) -> QA | None:
@@ -173,10 +188,11 @@ def _position(scene: Scene, rng: random.Random, world: World) -> QA | None:
     the_a, the_b = definite(a, world), definite(b, world)
     if rng.random() < 0.5 and len(scene.objects) == 2:
         question = rng.choice((f"What is {words} {the_b}?", f"What is {SIDES[where]}?"))
-        return _qa("position", question, _plain(a), a.concept, indefinite(a, world, False), noun(a, world, style=False))
+        forms = (a.concept, indefinite(a, world, False), noun(a, world, style=False))
+        return _qa("position", question, _plain(a), *forms, about=[a])
     truth = rng.random() < 0.5
     asked = where if truth else INVERSE[where]
-    return _yes_no("position", truth, f"Is {the_a} {BESIDE[asked]} {the_b}?")
+    return _yes_no("position", [a] if truth else (), f"Is {the_a} {BESIDE[asked]} {the_b}?")
 
 
 def _place(scene: Scene, rng: random.Random, world: World) -> QA:
@@ -191,12 +207,13 @@ def _place(scene: Scene, rng: random.Random, world: World) -> QA:
         question = rng.choice((f"Where is {thing}?", f"Where is {thing}?", f"Where in the picture is {thing}?"))
         bare = (re.sub("^(in|on|at) (the )?", "", form) for form in forms)
         said = (f"{thing} is {form}" for form in forms)
-        return _qa("position", question, forms[0], *forms, *bare, *said, *sides)
+        return _qa("position", question, forms[0], *forms, *bare, *said, *sides, about=[obj])
     if choice < 0.8:
-        return _qa("position", f"What is {forms[0]}?", _plain(obj), obj.concept, indefinite(obj, world, False))
+        named = (obj.concept, indefinite(obj, world, False))
+        return _qa("position", f"What is {forms[0]}?", _plain(obj), *named, about=[obj])
     truth = rng.random() < 0.5
     place = forms[0] if truth else rng.choice([p[0] for p in PLACES.values() if p is not forms])
-    return _yes_no("position", truth, f"Is {thing} {place}?")
+    return _yes_no("position", [obj] if truth else (), f"Is {thing} {place}?")
 
 
 def _presence(scene: Scene, rng: random.Random, world: World, split: str) -> QA | None:
@@ -207,7 +224,8 @@ def _presence(scene: Scene, rng: random.Random, world: World, split: str) -> QA 
     name = rng.choice(present) if truth else _absent(present, rng, world, split)
     phrase = with_article(name) if concept(name).countable else name
     start = rng.choice(("Is there {}?", "Is there {} in the picture?", "Do you see {}?", "Can you see {}?"))
-    return _yes_no("presence", truth, start.format(phrase))
+    about = [obj for obj in scene.objects if obj.concept == name]
+    return _yes_no("presence", about, start.format(phrase))
 
 
 def _absent(present: Sequence[str], rng: random.Random, world: World, split: str) -> str:
@@ -234,7 +252,8 @@ def _background(scene: Scene, rng: random.Random, world: World) -> QA:
     truth = rng.random() < 0.5
     name = found.name if truth else rng.choice([n for n in world.backgrounds if n != found.name])
     other = BACKGROUNDS[name]
-    return _yes_no("background", truth, f"Is the background {other.answer}?")
+    answer = "yes" if truth else "no"
+    return _qa("background", f"Is the background {other.answer}?", answer, f"{answer}.")
 
 
 def _style(scene: Scene, rng: random.Random, world: World) -> QA | None:

@@ -28,6 +28,7 @@ PURPOSES = ("tokenizer", "understanding", "generation")
 SPLITS = ("train", "val")
 RELATIONS = ("left", "right", "above", "below")
 GUESTS = 0.2  # share of the scenes to look at in which guests may be
+STRANGERS = 0.4  # share of the scenes to reconstruct that are of nothing else
 INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 PICO_CONCEPTS = (
@@ -125,7 +126,8 @@ class World:
 
     ``concepts`` are in use, ``extra`` never appears in any training; ``recolourable`` names the styles in which a
     concept takes a colour. Training draws from more than is measured (``training``): ``hues`` are colours between
-    those of ``colours``, ``paint`` takes colour too, and ``guests`` are seen and recoloured, but never asked for.
+    those of ``colours``, ``paint`` takes colour too, ``guests`` are seen and recoloured, but never asked for, and
+    ``strangers`` are only reconstructed: a tokenizer is to meet more shapes than have names here.
     Corners of objects lie on a lattice of ``grid`` pixels around the centred position; a single object strays at most
     ``single_shift`` pixels from the middle (None: anywhere).
     """
@@ -146,6 +148,7 @@ class World:
     hues: tuple[str, ...] = ()
     paint: tuple[str, ...] = ()
     guests: tuple[str, ...] = ()
+    strangers: tuple[str, ...] = ()
     max_objects: int = 2
     max_count: int = 4
     grid: int = 1
@@ -159,7 +162,7 @@ class World:
         known = concepts()
         for field, given, allowed in (
             ("concepts", (*self.concepts, *self.extra, *self.generation_held_out, *self.recolourable), known),
-            ("guests", (*self.guests, *self.paint), known),
+            ("guests", (*self.guests, *self.paint, *self.strangers), known),
             ("styles", (*self.styles, self.default_style), STYLES),
             ("colours", (*self.colours, *self.hues), PAINTS),
             ("backgrounds", (*self.backgrounds, self.default_background), BACKGROUNDS),
@@ -177,8 +180,11 @@ class World:
             )
         if set(self.concepts) & set(self.extra):
             raise DataError("World.extra must not repeat concepts; extra is what no training ever sees")
-        if set(self.guests) & {*self.concepts, *self.extra} or not set(self.paint) <= set(self.concepts):
-            raise DataError("World.guests must be neither among concepts nor among extra, World.paint among concepts")
+        if {*self.guests, *self.strangers} & {*self.concepts, *self.extra} or not set(self.paint) <= set(self.concepts):
+            raise DataError(
+                "World.guests and World.strangers must be neither among concepts nor among extra, World.paint among "
+                "concepts"
+            )
 
     @classmethod
     def preset(cls, name: str) -> World:
@@ -237,6 +243,12 @@ class World:
         shuffled = sorted(candidates, key=lambda name: stable_hash("held out of pico", name))
         taken = {*PICO_CONCEPTS, *PICO_EXTRA}
         paintable = [name for name, styles in cls.nano().recolourable.items() if "flat" in styles and name not in taken]
+        twins = ("fire truck", "eagle")  # too much like what is held out
+        others = [
+            name
+            for name in (*cls.nano().concepts, *cls.nano().extra)
+            if name not in (*taken, *paintable, *twins, *SHAPES)
+        ]
         return cls(
             name="pico",
             image_size=112,
@@ -253,6 +265,7 @@ class World:
             hues=("pink", "black", *HUES),
             paint=PICO_PAINT,
             guests=tuple(paintable),
+            strangers=tuple(others),
             grid=28,  # the size of a token: every object meets the tokens in the same way
             gap=4,
         )
@@ -271,6 +284,7 @@ class World:
             hues=(),
             paint=(),
             guests=(),
+            strangers=(),
             recolourable={name: frozenset(("flat",)) for name in ("fish", "car", "star", "house")},
             single_sizes=(36,),
             multi_sizes=(22,),
@@ -487,6 +501,9 @@ def sample_scene(
         world = world.training
         if pool is None and purpose != "generation" and rng.random() < GUESTS:
             candidates = (*candidates, *world.guests)
+        plain = world.strangers and task not in ("colour", "colour_attr")
+        if pool is None and purpose == "tokenizer" and plain and rng.random() < STRANGERS:
+            candidates = world.strangers
     if seen is None:
         seen = split == "train" or task not in COMPOSITIONAL
     if split == "train" and not seen:

@@ -43,7 +43,8 @@ def pico() -> list[Recipe]:
             note="the caption's words from the whole, and what lies on each token from that token",
         ),
         Recipe(
-            name="pico/instruct", objective=Understand(contrastive=0.0, words=0.0, next_token=1.0, bind=1.0, turns=4),
+            name="pico/instruct",
+            objective=Understand(contrastive=0.0, words=0.0, next_token=1.0, bind=1.0, ground=0.5, turns=4),
             trains=(("mllm", 1.0),), steps=4000, batch_size=32, optim=optim, init=("encoder=pico/clip",), checks=bound,
             **(common | {"data": dataclasses.replace(data, text_share=0.75)}),
             note="answers, what words mean, and captions written out; the tokenizer's stages can run beside it",
@@ -89,7 +90,9 @@ def nano() -> list[Recipe]:
         ),
         Recipe(
             name="nano/instruct",
-            objective=Understand(contrastive=0.25, words=0.25, next_token=1.0, local=0.2, bind=1.0, turns=4),
+            objective=Understand(
+                contrastive=0.25, words=0.25, next_token=1.0, local=0.2, bind=1.0, ground=0.5, turns=4
+            ),
             trains=(("encoder", 0.5), ("mllm", 1.0)), steps=6000, batch_size=256, optim=optim,
             init=("encoder=nano/clip",), **(common | {"data": dataclasses.replace(data, text_share=0.5)}),
         ),
@@ -132,7 +135,7 @@ def tiny() -> list[Recipe]:
             **common,
         ),
         Recipe(
-            name="tiny/instruct", objective=Understand(next_token=1.0, bind=1.0),
+            name="tiny/instruct", objective=Understand(next_token=1.0, bind=1.0, ground=0.5),
             trains=(("encoder", 0.5), ("mllm", 1.0)), init=("encoder,mllm=tiny/clip",),
             **(common | {"data": dataclasses.replace(data, text_share=0.5)}),
         ),

@@ -71,8 +71,9 @@ class Understand:
 
     `local` weighs what each image token is to tell by itself: concept and colour of what lies on it, its place, and
     the background. `bind` weighs what the hidden states of prompts and instructions are to tell, read without any
-    picture: concept, colour, count and place at the words that say them, the whole at the end. Both rest where the data
-    are files, which do not know that. `turns` is the most questions asked about one picture.
+    picture: concept, colour, count and place at the words that say them, the whole at the end. `ground` weighs what the
+    words of questions are to tell: on which image tokens that lies which they name. All three rest where the data are
+    files, which do not know that. `turns` is the most questions asked about one picture.
     """
 
     contrastive: float = 1.0
@@ -80,12 +81,23 @@ class Understand:
     next_token: float = 0.0
     local: float = 0.0
     bind: float = 0.0
+    ground: float = 0.0
     turns: int = 4
 
     def __post_init__(self) -> None:
-        _check(self, "objective.", "a weight of at least 0", "contrastive", "words", "next_token", "local", "bind")
+        _check(
+            self,
+            "objective.",
+            "a weight of at least 0",
+            "contrastive",
+            "words",
+            "next_token",
+            "local",
+            "bind",
+            "ground",
+        )
         _check(self, "objective.", "at least 1", "turns", least=1)
-        if not self.contrastive + self.words + self.next_token + self.local + self.bind:
+        if not self.contrastive + self.words + self.next_token + self.local + self.bind + self.ground:
             raise ConfigError("every weight of the objective is 0; nothing would be learned.")
 
 

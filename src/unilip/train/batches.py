@@ -38,6 +38,7 @@ from unilip.train.processes import own_batches
 
 if TYPE_CHECKING:
     from unilip.emoji.lessons import Lesson
+    from unilip.emoji.questions import QA
     from unilip.emoji.world import Scene
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ NOT_LEARNED = -100  # what cross entropy leaves out
 PLANNED = ("single", "two", "colour", "colour_attr", *("position",) * 3, *("counting",) * 3)  # tasks written out
 MASKS = {"conditions": "condition_mask", "unconditional": "unconditional_mask"}  # of arrays of different lengths
 Turns = Sequence[tuple[str, str]]
+Grounds = Sequence[tuple[int, np.ndarray]]  # of a question: the end of a word (a character), image tokens (N,) bool
 
 
 def stack(images: Sequence[np.ndarray]) -> Tensor:
@@ -182,6 +184,10 @@ class Batches(Dataset[dict[str, Any]]):
         """Return what lies on each image token of the picture of `questions_item` (N,3)."""
         raise AssertionError("a source with lessons must say what lies where")
 
+    def grounds(self, index: int, turns: int) -> list[Grounds]:
+        """Return for each question of `questions_item` where what its words name lies on the picture."""
+        raise AssertionError("a source with lessons must say what lies where")
+
     def edit_item(self, index: int) -> tuple[Any, Any, str]:
         """Return source, target, instruction."""
         raise AssertionError("a source must give edits")
@@ -295,6 +301,9 @@ class Batches(Dataset[dict[str, Any]]):
             turns = -(-objective.turns // 2)  # of texts alone, which are longer
             rows += [(0, [self.text_item(i * turns + k) for k in range(turns)]) for i in texts]
             batch["conversations"], batch["labels"] = conversation(self.processor, rows)
+            if objective.ground and self.recipe.lessons:
+                found = [self.grounds(i, objective.turns) for i in samples]
+                batch["grounds"] = grounded(self.processor, [turns for _, _, turns in items], found)
         if objective.bind and self.recipe.lessons:
             items_in_words = [self.lesson_item(i) for i in samples]
             tokens = self.processor.tokenize([whole for whole, _, _ in items_in_words])
@@ -381,15 +390,25 @@ class EmojiBatches(Batches):
     def questions_item(self, index: int, turns: int) -> tuple[np.ndarray, str, list[tuple[str, str]]]:
         from unilip.emoji.captions import caption
         from unilip.emoji.dataset import pixels
-        from unilip.emoji.questions import questions
 
         rng, task, scene = self.shown(index)
-        world = self.scenes.world
-        asked = questions(scene, rng, world, "train")
-        rng.shuffle(asked)
-        chosen = [(qa.question, qa.answer) for qa in asked[:turns]]
+        world, asked = self.scenes.world, self.asked(scene, rng)[:turns]
         words = caption(scene, task, rng, world, where=rng.random() < 0.5)
-        return pixels(scene, self.scenes.atlas, world), words, chosen
+        return pixels(scene, self.scenes.atlas, world), words, [(qa.question, qa.answer) for qa in asked]
+
+    def asked(self, scene: Scene, rng: random.Random) -> list[QA]:
+        """Return a question of every kind about a scene, in random order."""
+        from unilip.emoji.questions import questions
+
+        found = questions(scene, rng, self.scenes.world, "train")
+        rng.shuffle(found)
+        return found
+
+    def grounds(self, index: int, turns: int) -> list[Grounds]:
+        from unilip.emoji.lessons import of_question
+
+        rng, _, scene = self.shown(index)
+        return [of_question(qa, scene, self.scenes.world) for qa in self.asked(scene, rng)[:turns]]
 
     def shown(self, index: int) -> tuple[random.Random, str, Scene]:
         """Return the scene that questions are asked about, its task, and the generator that goes on from there."""
@@ -467,6 +486,23 @@ def until(prompt: Prompt, words: str, end: int) -> Prompt:
     at = next(i for i, part in enumerate(prompt) if isinstance(part, str) and words in part)
     part = str(prompt[at])
     return (*prompt[:at], part[: part.index(words) + end])
+
+
+def grounded(processor: Processor, rows: Sequence[Turns], found: Sequence[Sequence[Grounds]]) -> Tensor:
+    """Where the words of questions lie in `conversation`, and what they name on the picture.
+
+    Out: (M,2+N), row, column, and 1 for each image token that shows it.
+    """
+    marks: list[list[int]] = []
+    for row, (turns, grounds) in enumerate(zip(rows, found, strict=True)):
+        start = 0
+        for i, ((question, answer), words) in enumerate(zip(turns, grounds, strict=True)):
+            asked = processor.chat_text([Message("user", question, (1,) * (i == 0))])
+            for end, tokens in words:
+                column = start + len(processor.ids(until(asked, question, end))) - 1
+                marks.append([row, column, *map(int, tokens)])
+            start += sum(len(processor.ids(piece)) for piece in (asked, (answer, processor.end_id), "\n"))
+    return torch.tensor(marks, dtype=torch.long).reshape(-1, 2 + processor.num_image_tokens)
 
 
 def labels(

@@ -33,6 +33,18 @@ def local_heads(config: UniLIPConfig) -> nn.ModuleDict:
     return heads
 
 
+def ground_loss(head: nn.Module, states: Tensor, grounds: Tensor) -> tuple[Tensor, Terms]:
+    """What the states (B,L,D) of words tell of where that lies which they name: `grounds` (M,2+N) row, column, tokens.
+
+    The loss is the mean over words of the sum over image tokens; the share is of words whose tokens are all told right.
+    """
+    told, target = head(states[grounds[:, 0], grounds[:, 1]]).float(), grounds[:, 2:].float()
+    loss = F.binary_cross_entropy_with_logits(told, target, reduction="sum") / max(len(grounds), 1)
+    right = ((told > 0) == (target > 0)).all(-1)
+    some = target.any(-1)
+    return loss, {"ground": right[some].float().mean(), "ground_none": right[~some].float().mean()}
+
+
 def bind_heads(width: int) -> nn.ModuleDict:
     """Return what tells from states what words and whole texts say."""
     heads = {kind: nn.Linear(width, classes(kind)) for kind in (*MARK, *SUMMARY)}

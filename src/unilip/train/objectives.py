@@ -44,6 +44,7 @@ from unilip.train.lessons import (
     cell_heads,
     cell_loss,
     check_queries,
+    ground_loss,
     local_heads,
     local_loss,
     repa_head,
@@ -108,7 +109,7 @@ def make_objective(recipe: Recipe, model: UniLIP, sources: Mapping[str, str]) ->
 def needed_parts(objective: Understand | Reconstruct | Flow) -> tuple[str, ...]:
     """Return the parts of the model that an objective runs."""
     if isinstance(objective, Understand):
-        words = objective.contrastive + objective.next_token + objective.bind
+        words = objective.contrastive + objective.next_token + objective.bind + objective.ground
         return ("encoder", *(("mllm",) if words else ()))
     if isinstance(objective, Reconstruct):
         return ("encoder", "latent_head", "pixel_decoder", *(("mllm",) if objective.contrastive else ()))
@@ -167,6 +168,8 @@ class UnderstandObjective(Objective):
                 self.heads["local"] = local_heads(model.config)
             if weights.bind and recipe.lessons:
                 self.heads["bind"] = bind_heads(width)
+            if weights.ground and recipe.lessons:
+                self.heads["ground"] = nn.Linear(width, model.config.num_image_tokens)
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """Weighted sum of the terms whose weight is not zero."""
@@ -188,8 +191,13 @@ class UnderstandObjective(Objective):
             terms |= found | {"local": local}
             total = total + weights.local * local
         if weights.next_token:
-            answers, terms["token_accuracy"] = self.answer_loss(batch["conversations"], batch["labels"], features)
+            states = self.read(batch["conversations"], features)
+            answers, terms["token_accuracy"] = self.answer_loss(states, batch["labels"])
             terms["next_token"], total = answers, total + weights.next_token * answers
+            if "grounds" in batch:
+                grounded, found = ground_loss(self.heads["ground"], states, batch["grounds"])
+                terms |= found | {"grounding": grounded}
+                total = total + weights.ground * grounded
         if weights.bind and "lessons" in batch:
             tokens, mllm = batch["lessons"], self.model.mllm
             states = mllm(mllm.embed(tokens.input_ids), tokens.attention_mask)  # B T D
@@ -198,13 +206,16 @@ class UnderstandObjective(Objective):
             total = total + weights.bind * bound
         return total, terms
 
-    def answer_loss(self, tokens: Tokens, labels: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross entropy of the tokens of answers (labels (B,T) of 0 and above), and the share guessed right."""
+    def read(self, tokens: Tokens, features: Tensor) -> Tensor:
+        """Hidden states (B,T,D) of conversations about pictures with these features (B,N,D)."""
         mllm = self.model.mllm
-        hidden = mllm(mllm.embed(tokens.input_ids, tokens.image_slots, features), tokens.attention_mask)  # B T D
+        return mllm(mllm.embed(tokens.input_ids, tokens.image_slots, features), tokens.attention_mask)
+
+    def answer_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross entropy of the tokens of answers (labels (B,T) of 0 and above), and the share guessed right."""
         chosen = labels[:, 1:] >= 0
         wanted = labels[:, 1:][chosen]
-        logits = mllm.logits(hidden[:, :-1][chosen]).float()
+        logits = self.model.mllm.logits(hidden[:, :-1][chosen]).float()
         return F.cross_entropy(logits, wanted), (logits.argmax(-1) == wanted).float().mean()
 
 
