@@ -247,7 +247,7 @@ def test_a_world_checks_itself():
         replace(pico, styles=("oil",))
     with pytest.raises(DataError, match="extra"):
         replace(pico, extra=("cat",))
-    with pytest.raises(DataError, match="guests and World.strangers must be neither"):
+    with pytest.raises(DataError, match=r"World\.strangers must be neither"):
         replace(pico, guests=("car",))
     with pytest.raises(DataError, match="paint among concepts"):
         replace(pico, paint=("tractor",))

@@ -218,10 +218,11 @@ def test_understanding_terms(fresh_model):
     objective, batches = prepared("tiny/instruct", model, "objective.contrastive=0.5", "objective.next_token=2")
     loss, terms = objective.loss(batches[0], 0)
     wanted = 0.5 * terms["contrastive"] + terms["words"] + 2 * terms["next_token"] + terms["bind"]
+    wanted = wanted + 0.5 * terms["grounding"]
     torch.testing.assert_close(loss, wanted)
     assert 0 <= terms["retrieval"] <= 1 and 0 <= terms["token_accuracy"] <= 1
     alone, batches = prepared(
-        "tiny/instruct", model, "objective.contrastive=0", "objective.words=0", "objective.bind=0"
+        "tiny/instruct", model, "objective.contrastive=0", "objective.words=0", "objective.bind=0", "objective.ground=0"
     )
     _, terms = alone.loss(batches[0], 0)
     assert set(terms) == {"next_token", "token_accuracy"} and "captions" not in batches[0]
@@ -502,6 +503,25 @@ def test_only_query_positions_keep_activations(fresh_model):
     model.mllm.language_model.requires_grad_(True)  # one that learns needs the prompt's gradients too
     objective.loss(batch, 0)
     assert lengths == [(batch["prompts"].input_ids.shape[1] + model.config.num_queries, True)]
+
+
+def test_words_of_questions_learn_where_what_they_name_lies(fresh_model):
+    """The labels stand at the ends of the questions' words, and can be told from the states there."""
+    model = fresh_model(parts=("encoder", "mllm"))
+    objective, batches = prepared("tiny/instruct", model, "objective.words=0", "objective.contrastive=0")
+    batch = batches[0]
+    rows, columns = batch["grounds"][:, :2].unbind(-1)
+    known = model.processor.decode(batch["conversations"].input_ids[rows, columns][:, None])
+    ends = {word for word in known if not word.isalpha()}
+    assert {"?"} <= ends <= {"?", "."} and len(ends) < len(set(known)), known
+    learning = [*model.mllm.parameters(), *objective.heads.parameters()]
+    optimizer = torch.optim.Adam(learning, lr=3e-3)
+    for _ in range(120):
+        optimizer.zero_grad()
+        total, terms = objective.loss(batch, 0)
+        total.backward()
+        optimizer.step()
+    assert terms["ground"] == 1 and terms["ground_none"].nan_to_num(1) == 1, terms
 
 
 @pytest.mark.parametrize("name", ["tiny/pretrain", "tiny/sft"])
