@@ -21,8 +21,6 @@ from unilip.emoji.score import (
     evaluate,
     measure_features,
     normalise,
-    quick_answers,
-    quick_generation,
     run,
 )
 from unilip.emoji.world import Scene, World
@@ -245,17 +243,6 @@ def test_noise_belongs_to_the_picture_not_to_the_batch(tiny_model):
     for a, b in zip(together, alone, strict=True):
         assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
     assert np.abs(together[0].astype(int) - together[1].astype(int)).max() > 1  # another seed
-
-
-# --- probes ---------------------------------------------------------------------------------------------------------
-
-
-def test_quick_probes(tiny_model):
-    atlas = Atlas.synthetic(WORLD)
-    answers = quick_answers(tiny_model, WORLD, atlas, 6)
-    assert 0 <= answers["all"] <= 1
-    drawn = quick_generation(tiny_model, WORLD, atlas, 3, num_inference_steps=1)
-    assert {"all", "background", "objects", "count"} <= set(drawn)
 
 
 def test_scenes_survive_the_items_file():

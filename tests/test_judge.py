@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from validate_judge import BREAKS, degrade, validate_judge
 
 from unilip.emoji.art import PALETTE, Atlas
 from unilip.emoji.dataset import Edits, Scenes, pixels
@@ -24,7 +25,6 @@ from unilip.emoji.judge import (
     smooth,
     to_lab,
 )
-from unilip.emoji.validation import BREAKS, degrade, validate_judge
 from unilip.emoji.world import Obj, Scene, World
 from unilip.errors import UniLIPError
 

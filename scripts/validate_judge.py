@@ -1,12 +1,15 @@
-"""Validates the judge before anyone believes it: pictures whose contents are known, whole, broken and degraded.
+"""Validate the judge on pictures whose contents are known: whole, broken on purpose, and degraded.
 
-Goes in: a world and its atlas. Comes out: a record of how often the judge reads what is there (``right``), refuses
-what was broken on purpose (``refused``), also when pictures lose as much as a decoder's do, by blur and noise
-or through a model's own reconstruction.
+    python scripts/validate_judge.py --world pico --count 200 --seed 7 --decibels 24 22 --model embedded
+
+Out, as JSON: how often the judge reads what is there (`right`), refuses what was broken on purpose (`refused`), also
+when pictures lose as much as a decoder's do, by blur and noise or through a model's own reconstruction, and each miss.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
 import time
 from collections import defaultdict
@@ -198,3 +201,23 @@ def validate_judge(
 
 def _shares(values: dict[str, list[bool]]) -> dict[str, dict[str, float | int]]:
     return {name: {"share": round(float(np.mean(v)), 4), "of": len(v)} for name, v in values.items()}
+
+
+def main() -> None:
+    """Print the record of a world as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", default="pico")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--decibels", type=float, nargs="+", default=[24.0, 22.0])
+    parser.add_argument("--model", help="a tokenizer to put pictures through as well: embedded, a folder or a hub id")
+    o = parser.parse_args()
+    source = None if o.model == "embedded" else o.model
+    parts = ("encoder", "latent_head", "pixel_decoder")
+    model = UniLIP.from_pretrained(source, parts=parts) if o.model else None
+    world = World.preset(o.world)
+    print(json.dumps(validate_judge(world, Atlas.load(), o.count, o.seed, o.decibels, model), indent=1))
+
+
+if __name__ == "__main__":
+    main()
