@@ -21,7 +21,6 @@ from unilip.emoji.score import (
     evaluate,
     measure_features,
     normalise,
-    run,
 )
 from unilip.emoji.world import Scene, World
 from unilip.errors import UniLIPError
@@ -173,11 +172,6 @@ def test_what_cannot_be_is_refused(tiny_model, tmp_path, fresh_model):
 def test_a_tokenizer_alone_is_measured_in_what_it_can(fresh_model, tmp_path):
     results = evaluate(fresh_model(parts=("encoder", "latent_head", "pixel_decoder")), tmp_path, **SMALL)
     assert "emoji-recon" in results and "emoji-gen" not in results
-
-
-def test_run_loads_a_folder(tiny_folder, tmp_path):
-    results = run(tiny_folder, tmp_path, parts=["recon"], count=1, progress=False)
-    assert results["model"] == "tiny" and results["world"] == "tiny" and results["dtype"] == "float32"
 
 
 # --- models that are right or wrong ---------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -313,50 +314,12 @@ class _Show:
             f"{loaded[:1].upper() + loaded[1:]}{', ' if loaded else 'In '}{seconds:.1f} s of work."
         )
         times = max(1, 224 // config.image_size)  # pictures are shown at a whole multiple of their size
-        style = STYLE.replace("SIZE", str(config.image_size)).replace("TIMES", str(times))
         after = self.command("studio", "--open") + self.command("generate", "a green cactus", "--num-images", "4")
-        return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>UniLIP: demo</title><style>{style}</style></head><body>
-<header><h1>UniLIP</h1><p>One CLIP encoder that understands, reconstructs, generates and edits
-(<a href="https://arxiv.org/abs/2507.23278">arXiv 2507.23278</a>).</p>
-<p class="soft">{html.escape(facts)} The scenes were not in its training.
-Wrong answers and bad pictures are shown as they came.</p></header>
-{"".join(sections)}
-<section><h2>What next</h2><p class="soft">The same in the browser, with your own words and pictures; or more tries of
-one prompt. How often the embedded model is right: docs/results.md; how to train it: docs/training.md.</p>{after}
-</section>
-<footer><small class="soft">{html.escape(self.examples.credits)} Made by <code>unilip demo</code>, version
-{__version__}.</small></footer>
-</body></html>
-"""
-
-
-STYLE = """
-:root{color-scheme:light dark;--back:#fbfaf7;--ink:#22252b;--soft:#5f646d;--card:#fff;--line:#e2e0d9;
---yes:#1a7f46;--no:#b3392f;--px:calc(SIZEpx*TIMES)}
-@media(prefers-color-scheme:dark){:root{--back:#15171b;--ink:#e8e8e4;--soft:#9ba1ab;--card:#1f2228;--line:#33373f;
---yes:#5fca8c;--no:#f0857b}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:68rem;padding:1.2rem 1rem 3rem;background:var(--back);color:var(--ink);
-font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-h1{font-size:1.7rem;margin:.4rem 0}h2{font-size:1.3rem;margin:2.4rem 0 .2rem}
-p{margin:.3rem 0;max-width:46rem}.soft{color:var(--soft);font-size:.9rem}a{color:inherit}
-.grid{display:flex;flex-wrap:wrap;gap:.8rem;margin:.8rem 0;align-items:flex-start}
-.card{background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.7rem;max-width:100%}
-.card p{margin:.45rem 0 0;max-width:var(--px)}.wide p{max-width:none}
-.row{display:flex;flex-wrap:wrap;gap:.5rem}figure{margin:0;max-width:100%}
-img{display:block;width:var(--px);max-width:100%;height:auto;image-rendering:pixelated;background:#fff;
-outline:1px solid var(--line)}
-figcaption{color:var(--soft);font-size:.82rem;margin-top:.15rem}
-pre{margin:.4rem 0;padding:.5rem .7rem;background:var(--card);border:1px solid var(--line);border-radius:.4rem;
-white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85rem}
-.yes{color:var(--yes)}.no{color:var(--no)}
-footer{margin-top:2.5rem;border-top:1px solid var(--line);padding-top:.8rem}
-@media(max-width:40rem){:root{--px:SIZEpx}body{padding:.8rem .8rem 2rem}.grid{gap:.5rem}.card{padding:.4rem}
-.row{gap:.25rem}.grid:not(.wide){display:grid;grid-template-columns:1fr 1fr}.grid:not(.wide) .row{flex-wrap:nowrap}
-.grid:not(.wide) p{max-width:none}.grid:not(.wide) figure{flex:1 1 0}.grid:not(.wide) img{width:100%}}
-""".strip()
+        template = Template((resources.files("unilip") / "demo.html").read_text(encoding="utf-8"))
+        return template.substitute(
+            size=config.image_size, times=times, facts=html.escape(facts), sections="".join(sections), after=after,
+            credits=html.escape(self.examples.credits), version=__version__,
+        )  # fmt: skip
 
 
 def _row(*cells: tuple[str, str]) -> str:

@@ -83,15 +83,17 @@ def eval_emoji(o: Options) -> int:
     device = choose_device(o.device)
     from unilip.emoji import score as emoji
     from unilip.emoji.world import World
+    from unilip.model import UniLIP
 
     parts = names_of(o.parts)
     unknown = sorted(set(parts or ()) - set(emoji.PARTS))
     if unknown:
         raise UniLIPError(f"--parts names {', '.join(map(repr, unknown))}; allowed: {', '.join(emoji.PARTS)}.")
-    if o.world is not None:
-        World.preset(o.world)
-    given = pick(o, "count", "seeds", "steps", "guidance_scale", "preset", "dtype", "batch_size")
-    results = emoji.run(o.model, folder, o.world, parts=parts, device=device, progress=bars(o), **given)
+    world = None if o.world is None else World.preset(o.world)
+    model = UniLIP.from_pretrained(o.model, device=device, dtype=o.dtype)
+    given = {"parts": parts, **pick(o, "count", "seeds", "steps", "guidance_scale", "preset", "batch_size")}
+    given = {name: value for name, value in given.items() if value is not None}
+    results = emoji.evaluate(model, folder, world, progress=bars(o), **given)
     for name in ("results.md", "index.html"):
         report.line(str(folder / name))
     report.end("measured", output=str(folder), results=results)

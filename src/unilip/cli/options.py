@@ -10,102 +10,13 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from unilip.errors import UniLIPError
 from unilip.method.config import QUANTIZATIONS, SAMPLING_PRESETS, SOLVERS, TOKEN_PIXELS
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-
-
-class Options(argparse.Namespace):
-    """Every option with its type; a verb has those that its entry in `VERBS` names."""
-
-    words: list[str]
-    model: str | None
-    adapter: list[str]
-    device: str
-    dtype: str | None
-    seed: int
-    output: str | None
-    force: bool
-    steps: int | None
-    guidance_scale: float | None
-    solver: str | None
-    preset: str
-    compile: bool
-    low_memory: bool
-    quantize: str | None
-    negative_prompt: str | None
-    num_images: int
-    batch_size: int
-    image_size: int | None
-    fit: str
-    keep_aspect: bool
-    prompts: str | None
-    together: bool
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    max_tiles: int
-    metadata: bool
-    progress: bool
-    json: bool
-    debug: bool
-    listing: bool
-    runs: str
-    settings: list[str]
-    restart: bool
-    stop_after: int | None
-    preflight: str | None
-    to: str
-    max_shard_size: str
-    tolerance: float
-    source: str | None
-    shard_size: int
-    shorter_side: int | None
-    samples: int
-    count: int | None
-    seeds: int | None
-    parts: str | None
-    world: str | None
-    protocol: str | None
-    own_prompts: bool
-    sources: str | None
-    drawing: bool
-    ray: int | None
-    judge: str | None
-    judge_model: str | None
-    judge_set: list[str]
-    rubric: str | None
-    official: str | None
-    official_python: str | None
-    official_args: str
-    measures: str
-    features: str
-    images: str | None
-    pictures: int
-    host: str
-    port: int
-    api_key: list[str] | None
-    model_name: str | None
-    max_queue: int
-    max_batch: int
-    deadline: float
-    max_body: int
-    max_pixels: float
-    rate_limit: int
-    allow_origin: list[str] | None
-    log_level: str
-    log_format: str
-    access_log: bool
-    strict: bool
-    chat: Literal["auto", "text"]
-    allow_url_images: bool
-    drain: float
-    max_replicas: int | None
-    password: str | None
-    open: bool
+Options = argparse.Namespace  # has what the entry of its verb in `VERBS` names
 
 
 def whole(low: int, high: int, hint: str = "") -> Callable[[str], int]:

@@ -1,8 +1,8 @@
 """Evaluation of a model in the emoji world: reconstructions, answers, generations, edits and riddles, all held out.
 
-Goes in: a model, its world and the atlas. Comes out, in a folder: items.jsonl (one judged item a line), pictures/,
-results.json, results.md, index.html and one contact sheet a part. Every item is made and seeded by its own key, so a
-rerun goes on where the last one stopped, and no picture depends on the batch it was made in.
+In: a model, its world and the atlas. Out, in a folder: items.jsonl (one judged item a line), pictures/, results.json,
+results.md, index.html and one contact sheet a part. Every item is made and seeded by its own key, so a rerun goes on
+where the last one stopped, and no picture depends on the batch it was made in.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import platform
 import re
 import time
@@ -41,7 +40,7 @@ from unilip.emoji.report import write_report
 from unilip.emoji.world import COMPOSITIONAL, TASKS, Scene, World
 from unilip.errors import UniLIPError
 from unilip.fast.loop import Settings
-from unilip.files import write_json, write_text
+from unilip.files import read_json, write_json, write_text
 from unilip.model import UniLIP
 from unilip.pictures import picture_psnr, picture_ssim, to_pixels
 
@@ -139,25 +138,13 @@ class Bench:
 
     def plan(self, part: str) -> list[Item]:
         """Return the items of PART, always the same ones in the same order."""
-        plans: dict[str, Callable[[], list[Item]]] = {
-            "recon": self._plan_recon,
-            "vqa": self._plan_vqa,
-            "gen": self._plan_gen,
-            "edit": self._plan_edit,
-            "riddle": self._plan_riddle,
-        }
-        return plans[part]()
+        items: list[Item] = getattr(self, f"_plan_{part}")()
+        return items
 
     def perform(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
         """Put items of one part and mode through the model; returns for each its record and a picture to look at."""
-        performers: dict[str, Callable[[Sequence[Item]], list[tuple[Record, np.ndarray]]]] = {
-            "recon": self._reconstruct,
-            "vqa": self._ask,
-            "gen": self._generate,
-            "edit": self._edit,
-            "riddle": self._riddle,
-        }
-        return performers[items[0].part](items)
+        done: list[tuple[Record, np.ndarray]] = getattr(self, f"_perform_{items[0].part}")(items)
+        return done
 
     def _plan_recon(self) -> list[Item]:
         size = CHEAP * self.count
@@ -211,11 +198,9 @@ class Bench:
 
         groups = {}
         for task in TASKS:
+            groups[f"{task}, seen"] = scenes(task, True)
             if task in COMPOSITIONAL:
-                groups[f"{task}, seen"] = scenes(task, True)
                 groups[f"{task}, unseen"] = scenes(task, False)
-            else:
-                groups[f"{task}, seen"] = scenes(task, True)
         if self.world.generation_held_out:
             groups["concepts never generated"] = scenes("single", None, self.world.generation_held_out)
         return groups
@@ -245,7 +230,7 @@ class Bench:
             for seed in range(self.seeds)
         ]  # fmt: skip
 
-    def _reconstruct(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
+    def _perform_recon(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
         truths = [pixels(item.data["scene"], self.atlas, self.world) for item in items]
         results = [np.asarray(image) for image in self.model.reconstruct(truths).images]
         with torch.no_grad():
@@ -253,12 +238,9 @@ class Bench:
             features = self.model.features(to_pixels(images))  # 2B N D
         done = []
         for n, (item, truth, result) in enumerate(zip(items, truths, results, strict=True)):
-            reading = self.judge.read(result)
-            verdict = judge_prompt(reading, item.data["scene"], item.data["task"], self.world)
+            verdict = judge_prompt(self.judge.read(result), item.data["scene"], item.data["task"], self.world)
             record = {
-                "ok": verdict.ok,
-                "parts": verdict.parts,
-                "reason": verdict.reason,
+                **vars(verdict),
                 "text": canonical(item.data["scene"], item.data["task"], self.world),
                 "psnr": round(picture_psnr(result, truth), 3),
                 "ssim": round(picture_ssim(result, truth), 4),
@@ -267,7 +249,7 @@ class Bench:
             done.append((record, np.concatenate([truth, result], axis=1)))
         return done
 
-    def _ask(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
+    def _perform_vqa(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
         asked, others = [], []
         for item in items:
             size = item.data["size"]
@@ -307,16 +289,13 @@ class Bench:
         ).images
         return [np.asarray(image) for image in images]
 
-    def _generate(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
+    def _perform_gen(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
         done = []
         for item, picture in zip(items, self._draw(items), strict=True):
             reading = self.judge.read(picture)
             scene, task = item.data["scene"], item.data["task"]
-            verdict = judge_prompt(reading, scene, task, self.world)
             record = {
-                "ok": verdict.ok,
-                "parts": verdict.parts,
-                "reason": verdict.reason,
+                **vars(judge_prompt(reading, scene, task, self.world)),
                 "text": item.data["prompt"],
                 "reading": reading.to_dict(),
                 "scene": scene.to_dict(),
@@ -325,7 +304,7 @@ class Bench:
             done.append((record, picture))
         return done
 
-    def _riddle(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
+    def _perform_riddle(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
         done = []
         for item, picture in zip(items, self._draw(items), strict=True):
             reading = self.judge.read(picture)
@@ -341,7 +320,7 @@ class Bench:
             done.append((record, picture))
         return done
 
-    def _edit(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
+    def _perform_edit(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
         entries = []
         for item in items:
             data = Edits(self.world, self.atlas, "val", DATA_SEED, self.count, (item.data["kind"],), item.data["seen"])
@@ -401,10 +380,7 @@ class Folder:
                 raise UniLIPError(f"{self.path} holds items but no run.json; give an empty folder.")
             write_json(file, identity)
             return
-        try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
-            raise UniLIPError(f"{file} cannot be read; give an empty folder.") from None
+        before = read_json(file, "manifest")
         other = [name for name in identity if before.get(name) != identity[name]]
         if other:
             name = other[0]
@@ -430,14 +406,8 @@ class Folder:
         file = self.path / "pictures" / item.part / f"{name}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(file)
-        record = {
-            "key": item.key,
-            "part": item.part,
-            "group": item.group,
-            "index": item.index,
-            **record,
-            "picture": file.relative_to(self.path).as_posix(),
-        }
+        about = {"key": item.key, "part": item.part, "group": item.group, "index": item.index}
+        record = {**about, **record, "picture": file.relative_to(self.path).as_posix()}
         with self._items.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
         self.records[item.key] = record
@@ -656,35 +626,3 @@ def _swap_prompts(entries: Sequence[Record], world: World) -> float:
                 right.append(judge_prompt(reading, Scene.from_dict(other["scene"]), other["task"], world).ok)
                 break
     return _share(right) if right else 0.0
-
-
-def run(
-    model_source: str | os.PathLike[str] | None,
-    output: Path | str,
-    world_name: str | None = None,
-    *,
-    parts: Sequence[str] | None = None,
-    count: int | None = None,
-    seeds: int | None = None,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    preset: str = "quality",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    batch_size: int | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Load a model (None: the embedded one) and ``evaluate`` it; None means the default everywhere."""
-    world = World.preset(world_name) if world_name else None
-    loaded = UniLIP.from_pretrained(model_source, device=device, dtype=dtype)
-    given = {"parts": parts, "count": count, "seeds": seeds, "batch_size": batch_size}
-    return evaluate(
-        loaded,
-        output,
-        world,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        preset=preset,
-        progress=progress,
-        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
-    )
