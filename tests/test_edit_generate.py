@@ -1,11 +1,14 @@
 """Drawing and editing: same seed same picture in any batch, every option has its effect, every mistake its message."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
+from unilip import sampling
 from unilip.errors import ConfigError, ImageError, PromptError, UniLIPError
 from unilip.method.config import SamplingConfig
 from unilip.model import ImageOutput
@@ -150,6 +153,27 @@ def test_every_option_changes_the_picture(option, draw, edit, picture):
     if "generator" in option:
         option = {"generator": seeded(1)[0]}
     assert difference(edit(picture()), edit(picture(), **option)) > 1e-4
+
+
+def test_a_plan_is_what_the_language_model_writes_and_what_is_drawn(fresh_model):
+    """The plan's picture is that of the plan as a prompt; "auto" plans where the config has the words for it."""
+    model = fresh_model()
+    quick = dict(num_inference_steps=2, output_type="latent", progress=False)
+    plain = model.generate(PROMPTS[:2], generator=seeded(1, 2), **quick)
+    assert plain.plans == ()
+    planned = model.generate(PROMPTS[:2], generator=seeded(1, 2), plan=True, **quick)
+    asked = model.ask(None, [sampling.REWRITE + prompt for prompt in PROMPTS[:2]], max_new_tokens=sampling.PLAN_TOKENS)
+    assert planned.plans == tuple(words or prompt for words, prompt in zip(asked, PROMPTS, strict=False))
+    again = model.generate(list(planned.plans), generator=seeded(1, 2), **quick)
+    assert torch.equal(planned.images, again.images) and not torch.equal(planned.images, plain.images)
+    own = model.config.replace(sampling=dataclasses.replace(model.config.sampling, plan="Place: "))
+    model.config = own
+    auto = model.generate("a cat", generator=3, **quick)
+    assert auto.plans == (model.ask(None, "Place: a cat", max_new_tokens=sampling.PLAN_TOKENS) or "a cat",)
+    assert model.generate("a cat", generator=3, plan=False, **quick).plans == ()
+    for wrong in ("yes", None, 1):
+        with pytest.raises(UniLIPError, match="plan is"):
+            model.generate("a cat", plan=wrong)
 
 
 def test_prompts_and_sources_change_the_picture(draw, edit, picture):

@@ -123,6 +123,17 @@ def test_metadata_can_be_switched_off(engine):
     assert not opened(found["data"][0]["b64_json"]).text
 
 
+def test_a_plan_is_drawn_and_told(client, engine):
+    body = {"prompt": "a star", "seed": 1, "steps": 2}
+    plain, planned = (
+        client.post("/v1/images/generations", json=body | {"plan": plan}).json()["data"][0] for plan in (False, True)
+    )
+    again = client.post("/v1/images/generations", json=body | {"prompt": planned["plan"], "plan": "auto"}).json()
+    assert "plan" not in plain and same(opened(planned["b64_json"]), opened(again["data"][0]["b64_json"]))
+    assert opened(planned["b64_json"]).text["plan"] == planned["plan"]
+    refusal(client.post("/v1/images/generations", json=body | {"plan": "maybe"}), 400)
+
+
 def test_each_setting_changes_the_picture(client):
     def draw(**more):
         body = {"prompt": "a star", "seed": 1, "steps": 2, **more}

@@ -58,6 +58,7 @@ from unilip.sampling import (
     check_generator,
     check_negative,
     check_number,
+    check_plan,
     check_prompt,
     works,
 )
@@ -71,10 +72,12 @@ StepCallback = Callable[["UniLIP", int, Tensor, dict[str, Tensor]], Mapping[str,
 class ImageOutput:
     """Pictures of a call: a list of Pillow images, an array (B,H,W,3) or tensor (B,3,H,W) in [0,1], or latents.
 
-    `output[0]`, `len(output)` and iteration give the pictures; a notebook shows them.
+    `output[0]`, `len(output)` and iteration give the pictures; a notebook shows them. `plans` are the prompts as the
+    language model wrote them out, one for each prompt, where it did.
     """
 
     images: Any
+    plans: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -439,6 +442,7 @@ class UniLIP(Network):
         preset: str = "quality",
         image_size: int | None = None,
         latents: Tensor | None = None,
+        plan: bool | str = "auto",
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
         progress: Progress = True,
@@ -458,6 +462,8 @@ class UniLIP(Network):
                 given besides (steps, solver) counts more than the preset.
             image_size: square size in pixels, a multiple of 28; the model's own by default.
             latents: noise (B,Z,h,w) to begin with, one for each picture, in place of what `generator` would draw.
+            plan: let the language model write the prompt out, and draw that (thinking before drawing); the result's
+                `plans` say what was drawn. "auto" does so where the model was trained for it (`config.sampling.plan`).
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: called as f(model, step, timestep, {"latents": ...}) after each step; may return
                 {"latents": ...} to replace them, may raise to stop.
@@ -466,7 +472,7 @@ class UniLIP(Network):
         Raises:
             UniLIPError: a value out of range, an empty or overlong prompt, NaN or infinity in a result, a missing part.
         """
-        prompts = [check_prompt(p) for p in _as_list(prompt)]
+        prompts, plan = [check_prompt(p) for p in _as_list(prompt)], check_plan(plan)
         settings = self._settings(preset, num_inference_steps, guidance_scale, solver)
         copies = check_number("num_images_per_prompt", num_images_per_prompt, 1, MOST_IMAGES, whole=True)
         generator, progress = check_generator(generator), check_progress(progress)
@@ -476,11 +482,15 @@ class UniLIP(Network):
         negatives, noise = _negatives(negative_prompt, len(prompts), settings), _noise(latents)
         if not prompts:
             return ImageOutput([])
+        processor.tokenize([processor.generate_text(text) for text in prompts])  # complains before anything is computed
+        plans: tuple[str, ...] = ()
+        if plan is True or (plan == "auto" and self.config.sampling.plan):
+            plans = tuple(sampling.write_out(self, self.runtime, processor, prompts))
         latents = sampling.draw(
-            self, self.runtime, processor, prompts, settings, negatives=negatives, copies=copies, generator=generator,
-            noise=noise, on_step=self._step(callback_on_step_end), progress=progress,
+            self, self.runtime, processor, plans or prompts, settings, negatives=negatives, copies=copies,
+            generator=generator, noise=noise, on_step=self._step(callback_on_step_end), progress=progress,
         )  # fmt: skip
-        return ImageOutput(self._output(latents, output_type))
+        return ImageOutput(self._output(latents, output_type), plans)
 
     @works
     @torch.no_grad()

@@ -27,11 +27,13 @@ from unilip.fast.offload import Offload
 from unilip.method.config import TOKEN_PIXELS
 from unilip.method.dit import DiT
 from unilip.method.model import Network
-from unilip.method.text import IMG_CONTEXT, TEXT_END, TURN_END, TURN_START, Processor, Prompt
+from unilip.method.text import IMG_CONTEXT, TEXT_END, TURN_END, TURN_START, Message, Processor, Prompt
 
 Generators = torch.Generator | int | Sequence[torch.Generator | int] | None
 Progress = bool | Mapping[str, Any]  # whether to show a bar, or how: arguments of tqdm
 MAX_PROMPT_CHARACTERS = 8_000
+REWRITE = "Write this out as one description of a picture, with each thing, its colour and its place. Only that: "
+PLAN_TOKENS = 128
 FORBIDDEN = (TURN_START, TURN_END, TEXT_END, IMG_CONTEXT)  # control tokens, which nobody means as words
 
 OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
@@ -168,6 +170,13 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(flag, bool):
         raise UniLIPError(f"{name} is {value!r}; it must be True or False.")
     return flag
+
+
+def check_plan(value: Any) -> bool | str:
+    """Take True, False or "auto"."""
+    if isinstance(value, bool) or value == "auto":
+        return cast("bool | str", value)
+    raise UniLIPError(f"plan is {value!r}; it must be True, False or 'auto'.")
 
 
 def check_generator(generator: Any) -> torch.Generator | list[torch.Generator] | None:
@@ -368,6 +377,24 @@ def answer(
                 held.close()
 
     return rows()
+
+
+def write_out(network: Network, runtime: Runtime, processor: Processor, prompts: Sequence[str]) -> list[str]:
+    """Let the language model write prompts out, greedily; one that comes to nothing stays what it was."""
+    asked = network.config.sampling.plan or REWRITE
+    texts = [processor.chat_text([Message("user", asked + prompt)]) for prompt in prompts]
+    answers = [TextStream(processor, PLAN_TOKENS) for _ in texts]
+    for column in answer(network, runtime, processor, texts, None, max_new_tokens=PLAN_TOKENS):
+        check_ids(network, column)
+        for written, token in zip(answers, column, strict=True):
+            written.take(token)
+    plans = []
+    for written, prompt in zip(answers, prompts, strict=True):
+        try:
+            plans.append(check_prompt(written.text))
+        except PromptError:
+            plans.append(prompt)
+    return plans
 
 
 class TextStream:

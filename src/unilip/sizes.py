@@ -48,7 +48,7 @@ def _pico() -> UniLIPConfig:
             block_out_channels=(16, 16, 32, 64, 128, 256), layers_per_block=(0, 1, 1, 1, 3, 1), latent_channels=64,
             block_types=("ResBlock",) * 4 + ("EfficientViTBlock",) * 2, upsample_block_type="pixel_shuffle",
         ),
-        sampling=SamplingConfig(guidance_scale=2.5),
+        sampling=SamplingConfig(guidance_scale=2.5, plan="Place: "),
     )  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def _nano() -> UniLIPConfig:
         decoder=DecoderConfig(
             block_out_channels=(32, 32, 64, 128, 128, 256), layers_per_block=(1, 1, 2, 2, 2, 1),
         ),
-        sampling=SamplingConfig(guidance_scale=3.0),
+        sampling=SamplingConfig(guidance_scale=3.0, plan="Place: "),
     )  # fmt: skip
 
 

@@ -97,6 +97,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         help="how far to follow the words; 1 is off and twice as fast (the model's own)",
     ),
     "--solver": dict(choices=SOLVERS, help="sampling method (the model's own)"),
+    "--plan": dict(
+        choices=("auto", "yes", "no"), default="auto",
+        help="let the language model write the prompt out first, and draw that; auto: if it was trained for it (auto)",
+    ),
     "--preset": dict(
         choices=SAMPLING_PRESETS, default="quality",
         help="quality samples as published; balanced and fast take fewer steps and lose a little; turbo jumps, with a "

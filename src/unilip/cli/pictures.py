@@ -25,12 +25,12 @@ from unilip.cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from unilip.model import UniLIP
+    from unilip.model import ImageOutput, UniLIP
 
 ANSWERING = ("--max-new-tokens", "--temperature", "--top-p", "--max-tiles")
 
 
-Draw = Callable[[Sequence[Request], dict[str, Any]], Sequence[Any]]
+Draw = Callable[[Sequence[Request], dict[str, Any]], "ImageOutput"]
 
 
 def paint(o: Options, report: Report, model: UniLIP, work: Sequence[Request], out: Destination, draw: Draw) -> int:
@@ -41,8 +41,12 @@ def paint(o: Options, report: Report, model: UniLIP, work: Sequence[Request], ou
     tell_unread(report, model, work)
     made = []
     for batch in shown(o, work):
-        for request, image in zip(batch, draw(batch, settings), strict=True):
+        output = draw(batch, settings)
+        for i, (request, image) in enumerate(zip(batch, output.images, strict=True)):
             named = {"prompt": request.text, "seed": request.seed} | ({"image": request.image} if request.image else {})
+            if output.plans:
+                named["plan"] = output.plans[i]
+                say(f"planned: {output.plans[i]}")
             texts = {"Software": f"unilip {__version__}", "model": about["model"], **named, **settings}
             source = [Path(request.image).stem] if request.image else []
             kept = {key: str(value) for key, value in texts.items() if value is not None} if o.metadata else {}
@@ -101,12 +105,11 @@ def generate(o: Options) -> int:
     out = Destination(o.output, o.force, len(work))
     model = load(o, "mllm", "connector", "dit", "pixel_decoder")
 
-    def draw(batch: Sequence[Request], settings: dict[str, Any]) -> Sequence[Any]:
-        images: list[Any] = model.generate(
+    def draw(batch: Sequence[Request], settings: dict[str, Any]) -> ImageOutput:
+        return model.generate(
             [r.text for r in batch], generator=[seeded(r.seed) for r in batch], progress=bar_of_steps(o, work),
-            **settings,
-        ).images  # fmt: skip
-        return images
+            plan={"yes": True, "no": False}.get(o.plan, "auto"), **settings,
+        )  # fmt: skip
 
     return paint(o, report, model, work, out, draw)
 
@@ -119,14 +122,13 @@ def edit(o: Options) -> int:
     out = Destination(o.output, o.force, len(work))
     model = load(o, "encoder", "mllm", "connector", "dit", "pixel_decoder")
 
-    def draw(batch: Sequence[Request], settings: dict[str, Any]) -> Sequence[Any]:
+    def draw(batch: Sequence[Request], settings: dict[str, Any]) -> ImageOutput:
         sources = [r.image or "" for r in batch]
-        images: list[Any] = model.edit(
+        return model.edit(
             sources, [r.text for r in batch], generator=[seeded(r.seed) for r in batch],
             progress=bar_of_steps(o, work),
             fit=o.fit, keep_aspect=o.keep_aspect, **settings,  # type: ignore[arg-type]
-        ).images  # fmt: skip
-        return images
+        )  # fmt: skip
 
     return paint(o, report, model, work, out, draw)
 
@@ -212,7 +214,7 @@ VERBS: dict[str, Verb] = {
         'unilip generate "three yellow stars"\n'
         'unilip generate "a blue car" --num-images 4 --seed 7 --output pictures/\n'
         "unilip generate --prompts prompts.txt --output pictures --json",
-        ("--prompts", *DRAWING, "--seed", *WRITING, *LOADING, *SAVING, "--compile", *TELLING),
+        ("--prompts", "--plan", *DRAWING, "--seed", *WRITING, *LOADING, *SAVING, "--compile", *TELLING),
         (0, math.inf),
     ),
     "edit": Verb(

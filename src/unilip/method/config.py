@@ -1,7 +1,6 @@
 """The complete description of a UniLIP model: frozen, typed, checked, JSON round trip.
 
-A `UniLIPConfig` holds the configs of its networks and the numbers that tie them together; the defaults are those of
-the released 1b model.
+A `UniLIPConfig` holds the configs of its networks and what ties them together; by default it is the released 1b model.
 
 Dimension letters of this package: B batch, M images in a batch, H/W pixels, h/w latent grid (H/28, W/28), N = h w image
 tokens, T prompt tokens, Q queries, D LLM width, C caption channels, L = T + Q condition length, Z latent channels.
@@ -168,12 +167,13 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Defaults of `generate` and `edit`; the released models use 20 steps of DPM-Solver++ at shift 3, guidance 4.5."""
+    """Defaults of `generate` and `edit`, as published. `plan` asks the LLM to write a prompt out before it is drawn."""
 
     num_inference_steps: int = 20
     guidance_scale: float = 4.5
     flow_shift: float = 3.0
     solver: str = "dpm++"
+    plan: str = ""
 
     def __post_init__(self) -> None:
         steps, guidance = self.num_inference_steps, self.guidance_scale

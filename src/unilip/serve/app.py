@@ -231,7 +231,7 @@ def _routes(app: FastAPI, server: _Server) -> None:
     async def generations(request: Request) -> Response:
         """Draw pictures of a prompt."""
         body = await server.read(request, schema.Generations)
-        job = Generate(body.prompt, count=body.n or 1, **server.drawing(body))
+        job = Generate(body.prompt, count=body.n or 1, plan=body.plan, **server.drawing(body))
         return await server.pictures(request, body, [job], "image_generation")
 
     @app.post(
@@ -614,6 +614,8 @@ class _Server:
                     entry["seed"] = about["seed"] = result.seeds[i]
                     names = ("num_inference_steps", "guidance_scale", "solver", "preset", "image_size")
                     about |= {name: result.settings[name] for name in names}
+                if result.plan is not None:
+                    entry["plan"] = about["plan"] = result.plan
                 if result.psnr:
                     entry["psnr"] = round(result.psnr[i], 3) if math.isfinite(result.psnr[i]) else None
                 quality = 95 if body.output_compression is None else body.output_compression
@@ -734,6 +736,7 @@ class _Talk:
         verb = self.tickets[0].verb
         found = {"verb": verb, "seeds": seeds, "settings": dict(results[0].settings)}
         found |= {"taken": TAKEN[verb]} if self.by_words else {}
+        found |= {"plan": results[0].plan} if results[0].plan is not None else {}
         return found | ({"ignored": self.body.ignored} if self.body.ignored else {})
 
     def usage(self, results: Sequence[Result]) -> dict[str, Any]:

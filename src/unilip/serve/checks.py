@@ -21,7 +21,7 @@ from unilip.fast.loop import Settings
 from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
 from unilip.method.text import Message, Processor, Prompt
 from unilip.pictures import FITS, fit_square, load_image, tile
-from unilip.sampling import check_negative, check_prompt
+from unilip.sampling import check_negative, check_plan, check_prompt
 from unilip.serve.jobs import MAX_SEED, Ask, Edit, Generate, Job, Reconstruct
 from unilip.serve.tickets import Ticket, Unit
 
@@ -148,8 +148,8 @@ class Checker:
             "preset": job.preset,
             "negative_prompt": negative,
             "image_size": size,
-        } | ({} if fit is None else {"fit": fit})
-        key = (verb, size, steps, guidance, settings.solver, job.preset, negative)
+        } | ({"plan": check_plan(job.plan)} if isinstance(job, Generate) else {"fit": fit})
+        key = (verb, size, steps, guidance, settings.solver, job.preset, negative, ticket.settings.get("plan"))
         return [Unit(ticket, key, i, seed + i, square, source_size, text) for i in range(job.count)]
 
     def _prepare_ask(self, job: Ask, seed: int, deadline: float | None) -> list[Unit]:

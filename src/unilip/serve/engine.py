@@ -371,10 +371,11 @@ class Engine:
         }
         texts = [str(unit.text) for unit in batch]
         if verb == "edit":
-            images = self.model.edit([unit.squares[0] for unit in batch], texts, **settings).images
+            output = self.model.edit([unit.squares[0] for unit in batch], texts, **settings)
         else:
-            images = self.model.generate(texts, **settings).images
-        for unit, image in zip(batch, images, strict=True):
+            output = self.model.generate(texts, **settings)
+        for unit, image, plan in zip(batch, output.images, output.plans or [None] * len(batch), strict=True):
+            unit.plan = plan
             job = unit.ticket.job
             shaped = isinstance(job, Edit) and job.keep_aspect
             unit.output = unfit_square(image, unit.source_size, job.fit) if shaped else image  # type: ignore[union-attr]
@@ -390,7 +391,8 @@ class Engine:
         if len(made) == job.count and not ticket.done:
             ordered = [made[i] for i in range(job.count)]
             self._count(ticket)
-            ticket._succeed(images=tuple(u.output for u in ordered), seeds=tuple(u.seed for u in ordered))
+            images, seeds = tuple(u.output for u in ordered), tuple(u.seed for u in ordered)
+            ticket._succeed(images=images, seeds=seeds, plan=unit.plan)
 
     def _count(self, ticket: Ticket) -> None:
         with self._changed:

@@ -67,6 +67,7 @@ class Generate:
     preset: str = "quality"
     negative_prompt: str | None = None
     image_size: int | None = None
+    plan: bool | str = "auto"
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ class Result:
     Args:
         images: the pictures, in the order of their seeds.
         seeds: one for each picture of `Generate` and `Edit`; of `Ask` the one that was used.
+        plan: the prompt as the language model wrote it out before drawing, if it did.
         psnr: dB between each reconstructed picture and its source at the same size, at most 100.
         text: the answer of `Ask`.
         finish_reason: "stop", or "length" when `max_new_tokens` cut the answer.
@@ -153,6 +155,7 @@ class Result:
 
     images: tuple[Image.Image, ...] = ()
     seeds: tuple[int, ...] = ()
+    plan: str | None = None
     psnr: tuple[float, ...] = ()
     text: str = ""
     finish_reason: str = "stop"

@@ -156,6 +156,10 @@ class Images(Drawing):
 class Generations(Images):
     """POST /v1/images/generations."""
 
+    plan: bool | Literal["auto"] = Field(
+        "auto", description="Let the language model write the prompt out first, and draw that; auto: if it learned to."
+    )
+
 
 class Edits(Images):
     """POST /v1/images/edits: the fields beside the files `image` (or `image[]`) and `mask`."""

@@ -186,6 +186,7 @@ class Unit:
     source_size: tuple[int, int] = (0, 0)
     text: str | Prompt = ""
     output: Any = None
+    plan: str | None = None
 
     @property
     def alive(self) -> bool:
