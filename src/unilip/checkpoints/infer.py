@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from math import isqrt
 from typing import Any
 
-from unilip.checkpoints.foreign import DPM
+from unilip.checkpoints.foreign import FIXED
 from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS, QUERIES, Shape, listed
 from unilip.errors import CheckpointError, ConfigError
 from unilip.fast.offload import Unmade
@@ -318,7 +318,8 @@ def _sampling(data: Json) -> SamplingConfig:
         str(data.get("_class_name", "DPMSolverMultistepScheduler"))
     )
     off = "euler_at_final thresholding use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas"
-    dpm = DPM | dict.fromkeys(off.split(), False)
+    names = ("_class_name", "num_train_timesteps")  # which say nothing of the way
+    dpm = {k: v for k, v in FIXED["scheduler"].items() if k not in names} | dict.fromkeys(off.split(), False)
     wrong = [f"{k} {data[k]!r}" for k, v in dpm.items() if solver == "dpm++" and k in data and data[k] != v]
     if solver is None or wrong:
         what = listed(wrong) or data.get("_class_name")
