@@ -125,7 +125,7 @@ def test_open_items_are_told_and_bound_the_score_and_a_rerun_asks_them_alone(mad
             return 500, {}, {}
         return "Score: 1"
 
-    terms = {"rubric": rubrics.Rubric("another", rubrics.WISE_TEXT and {})}
+    terms = {"rubric": rubrics.Rubric("another", {})}
     summary, server = judge(benchmark, folder, reply, **terms)
     assert summary["statuses"] == {"ok": 9, "refused": 1, "unparsable": 1, "failed": 1}
     entry = summary["scores"][""]["wiscore"]

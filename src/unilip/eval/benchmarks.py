@@ -1,8 +1,7 @@
 """Published prompt files -> items: what to draw or edit, and the file name under which the official scorer reads it.
 
-Goes in: the path of a prompt file that its authors published (none is in this package) and a protocol. Comes out: a
-`Benchmark` with its items in the file's order. The file's SHA-256 is compared with the published one. Formats are
-those of the authors' repositories:
+In: the path of a prompt file that its authors published (none is in this package) and a protocol. Out: a `Benchmark`
+with its items in the file's order. The file's SHA-256 is compared with the published one. Formats are the authors':
 
     geneval   evaluation_metadata.jsonl     images/<00000>/metadata.jsonl, images/<00000>/samples/<0000>.png
     geneval2  geneval2_data.jsonl           images/<0000>.png, images.json {prompt: path}
@@ -18,6 +17,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,70 +26,16 @@ from PIL import Image
 from unilip.errors import PromptError, UniLIPError
 from unilip.eval.pictures import ParquetRows, cell_bytes, decode, open_dataset
 from unilip.eval.runs import PICTURES
+from unilip.eval.scores import Row, make_row
 from unilip.files import content_hash, file_hash, read_json, read_lines, read_text
 from unilip.sampling import check_prompt
 
-GENEVAL_TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-GEDIT_TASKS = (
-    "background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change", "subject-add",
-    "subject-remove", "subject-replace", "text_change", "tone_transfer",
-)  # fmt: skip
-
-# The groups of WISE by protocol: first and last prompt id, weight in the overall score, categories in the files.
-WiseGroup = tuple[int, int, float, str]
-WISE: dict[str, dict[str, WiseGroup]] = {
-    "legacy": {
-        "culture": (1, 400, 0.4, "cultural knowledge"),
-        "time": (401, 567, 0.167, "time"),
-        "space": (568, 700, 0.133, "space"),
-        "biology": (701, 800, 0.1, "biology"),
-        "physics": (801, 900, 0.1, "physical knowledge"),
-        "chemistry": (901, 1000, 0.1, "chemistry"),
-    },
-    "verified": {
-        "culture": (1, 400, 0.4, "cultural knowledge"),
-        "time": (401, 520, 0.12, "time"),
-        "space": (521, 640, 0.12, "space"),
-        "biology": (641, 760, 0.12, "biology"),
-        "physics": (761, 880, 0.12, "physical knowledge"),
-        "chemistry": (881, 1000, 0.12, "chemistry"),
-    },
-}
-
-# SHA-256 of what the authors publish -> (benchmark, protocol or "", what it is)
-PUBLISHED: dict[str, tuple[str, str, str]] = {
-    "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13": ("geneval", "", "evaluation_metadata.jsonl"),
-    "d2e41cd8d752374e53ba6121e75101c742f550aa60aa6cec025c191b4c8d793f": (
-        "geneval",
-        "",
-        "UniLIP's geneval_prompt.jsonl",
-    ),
-    "09233adbc9f877fba205f1a20efa4a8640e7e62a91dfd55893562bed8a928e43": ("geneval2", "", "geneval2_data.jsonl"),
-    "c9c75784dc4dbc8442fd749fdae3b425f55e659a6277fa090611d47912d48fb5": ("dpg", "", "the 1065 prompts of ELLA"),
-    "7a59216c768698280cea37caa574b52f3faf054d73b398b9bb6b3161baf8e3aa": ("wise", "legacy", "cultural_common_sense"),
-    "b262fae58e413c7a4bd3c3d5a089f8c6529feac227e4b6606be261a949035544": ("wise", "legacy", "natural_science"),
-    "e27d797885ad86e64d857d0cc93d33e04be572a8dcae95692a2c7e7876233f9a": ("wise", "legacy", "spatio-temporal_reasoning"),
-    "4383290c349703776c24cfa864bfa3e065dae2e3f408cf46af702f2b7affea9f": ("wise", "rewritten", "cultural_common_sense"),
-    "6aee690e100ffb65b292de3fbe35ce89fa1ca2b92063a99d227d04eaa51af2b3": ("wise", "rewritten", "natural_science"),
-    "f63c98fff301e81c3ca6d3918683fb49757c3159d9b9e45dda8b2c9cf6a75d64": ("wise", "rewritten", "spatio-temporal"),
-    "23482925266e2784b2ba24b75239fdc6691bf85ae253d2c4aa38b71b45fefa89": ("wise", "verified", "cultural_common_sense"),
-    "6f346c336f16f611e5c73e0fcacdccb336c200d534cf111526b22d50ea912555": ("wise", "verified", "natural_science"),
-    "42c0b9d829365e392c2d4af283850dc76b1f922ab0c79198366de4f306eaf2b6": ("wise", "verified", "spatio-temporal"),
-    "10f2690624ed8f03f21bd3e9c535e26f791da8bab67ac857903bede65985b82d": ("wise", "verified", "merge.json"),
-    "5ee9b7d61e918692416f79896300f738598c83adff8de737b25be4aaff72dc69": ("imgedit", "", "basic_edit.json, 737 edits"),
-}
-HOMES = {
-    "geneval": "prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval",
-    "geneval2": "geneval2_data.jsonl of github.com/facebookresearch/GenEval2",
-    "dpg": "the folder dpg_bench/prompts of github.com/TencentQQGYLab/ELLA",
-    "wise": "data_verified (or WISE_legacy/data) of github.com/PKU-YuanGroup/WISE",
-    "imgedit": "Benchmark/Basic/basic_edit.json of github.com/PKU-YuanGroup/ImgEdit, and the pictures of Benchmark.tar",
-    "gedit": "the dataset stepfun-ai/GEdit-Bench",
-}
-PROTOCOLS = {
-    "geneval": ("553x4",), "geneval2": ("800x1",), "dpg": ("1065x4",), "wise": ("verified", "legacy"),
-    "imgedit": ("singleturn",), "gedit": ("fullset",),
-}  # fmt: skip
+# What the authors published: hashes, homes, protocols, and the groups of WISE by protocol (first and last prompt id,
+# weight in the overall score, category in the files).
+KNOWN: dict[str, Any] = json.loads((resources.files("unilip.eval") / "benchmarks.json").read_text(encoding="utf-8"))
+PUBLISHED: dict[str, Sequence[str]] = KNOWN["published"]  # SHA-256 -> benchmark, protocol or "", what it is
+HOMES: dict[str, str] = KNOWN["homes"]
+PROTOCOLS: dict[str, list[str]] = KNOWN["protocols"]
 NAMES = tuple(HOMES)
 
 
@@ -115,6 +61,11 @@ class Item:
     pictures: int = 1
     data: Mapping[str, Any] = field(default_factory=dict)
     split: str = ""
+
+    def row(self, scores: Mapping[str, float] | None, status: str, **more: Any) -> Row:
+        """Return the row of its scores."""
+        about = {"cluster": self.cluster, "group": self.group, "split": self.split, "picture": self.path}
+        return make_row(self.key, scores, **about, prompt=self.prompt, status=status, **more)
 
 
 @dataclass(frozen=True)
@@ -236,9 +187,9 @@ def _geneval(path: Path, protocol: str, samples: int) -> Benchmark:
     items = []
     for n, row in enumerate(rows):
         prompt, tag = _text(row, "prompt", path, f"line {n + 1}"), _text(row, "tag", path, f"line {n + 1}")
-        if tag not in GENEVAL_TASKS or not isinstance(row.get("include"), list):
+        if tag not in KNOWN["geneval"] or not isinstance(row.get("include"), list):
             raise UniLIPError(
-                f"{path}, line {n + 1}: a prompt of GenEval has a tag ({', '.join(GENEVAL_TASKS)}) and a list "
+                f"{path}, line {n + 1}: a prompt of GenEval has a tag ({', '.join(KNOWN['geneval'])}) and a list "
                 f"'include'; found tag {tag!r}. Fetch {HOMES['geneval']}."
             )
         for sample in range(samples):
@@ -303,7 +254,7 @@ def _wise(path: Path, protocol: str) -> Benchmark:
         if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
             raise UniLIPError(f"{file} is not a list of prompts; fetch {HOMES['wise']}.")
         rows += value
-    groups = WISE[protocol]
+    groups: dict[str, tuple[int, int, float, str]] = KNOWN[f"wise {protocol}"]
     items = []
     for row in sorted(rows, key=lambda row: row["prompt_id"] if type(row.get("prompt_id")) is int else -1):
         number = row.get("prompt_id")
@@ -379,7 +330,7 @@ def _gedit(path: Path, protocol: str) -> Benchmark:
     items = []
     for n, row in enumerate(rows):
         task, language = _text(row, "task_type", path, f"row {n}"), _text(row, "instruction_language", path, f"row {n}")
-        if task not in GEDIT_TASKS or language not in ("en", "cn"):
+        if task not in KNOWN["gedit"] or language not in ("en", "cn"):
             raise UniLIPError(
                 f"{path}, row {n}: task {task!r} in {language!r} is none of GEdit; fetch {HOMES['gedit']}."
             )

@@ -27,6 +27,7 @@ from unilip.eval.scores import (
     column,
     combine,
     interval,
+    make_row,
     read_scores,
     summarise,
     tabulate,
@@ -88,12 +89,11 @@ def _emoji(path: Path, name: str) -> list[Scored]:
     rows = read_lines(path / "items.jsonl", "items")
     found = []
     for part in dict.fromkeys(row["part"] for row in rows):
-        own: list[Row] = [
-            {
-                "key": row["key"], "cluster": f"{row['group']}/{row['index']}", "group": row["group"], "split": "",
-                "picture": row["picture"], "prompt": row.get("text", ""), "status": "ok",
-                "scores": {"right": float(row["ok"])},
-            }
+        own = [
+            make_row(
+                row["key"], {"right": float(row["ok"])}, cluster=f"{row['group']}/{row['index']}", group=row["group"],
+                picture=row["picture"], prompt=row.get("text", ""),
+            )
             for row in rows
             if row["part"] == part and row["group"] != "no guidance"
         ]  # fmt: skip

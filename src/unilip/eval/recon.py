@@ -36,7 +36,7 @@ from unilip.data.sheet import contact_sheet
 from unilip.errors import ConfigError, UniLIPError
 from unilip.eval.pictures import Pictures
 from unilip.eval.runs import RunFolder, model_hash, name_of
-from unilip.eval.scores import Rule, write_scores
+from unilip.eval.scores import Rule, make_row, write_scores
 from unilip.files import content_hash, file_hash, png_bytes, write_bytes
 from unilip.machine import Place
 from unilip.model import UniLIP
@@ -225,9 +225,7 @@ def evaluate(
     place = place or Place.of_environment()
     unknown = [name for name in measures if name not in MEASURES]
     if unknown or not measures:
-        raise UniLIPError(
-            f"There is no measure {', '.join(unknown) or '(none given)'}; allowed: {', '.join(MEASURES)}."
-        )
+        raise UniLIPError(f"There is no measure {', '.join(unknown) or '(none)'}; allowed: {', '.join(MEASURES)}.")
     config = open_checkpoint(source).config
     side = side_of(protocol, config.image_size)
     try:
@@ -294,12 +292,9 @@ def _finish(
     )
     write_bytes(output / "images.csv", text.getvalue().encode())
     rows = [
-        {
-            "key": name, "cluster": name, "group": "all", "split": "", "picture": None, "status": "ok",
-            "scores": {column: row[column] for column in columns},
-        }
+        make_row(name, {column: row[column] for column in columns})
         for name, row in zip(pictures.names, table, strict=True)
-    ]  # fmt: skip
+    ]
     about: dict[str, Any] = {
         "task": "recon", "protocol": identity["protocol"],
         "scorer": f"compared at {identity['settings']['image_size']} px", "model": folder.name,

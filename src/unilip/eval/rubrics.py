@@ -1,8 +1,8 @@
 """What a judge is asked about each picture, and how its answers become scores.
 
-Goes in: a benchmark's items with their pictures. Comes out: questions for `vlm.RemoteJudge`, and from its answers one
-row an item: status, scores, parts. The wording is ours (RUBRIC) or, for WISE, ImgEdit and GEdit, read from the authors'
-own file on this machine; which of them is part of a score's name. The rules of counting are the authors' (docstrings).
+In: a benchmark's items with their pictures. Out: questions for `vlm.RemoteJudge`, and from its answers one row an item:
+status, scores, parts. The wording is ours (RUBRIC) or, for WISE, ImgEdit and GEdit, read from the authors' own file on
+this machine; which of them is part of a score's name. The rules of counting are the authors' (docstrings).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,17 @@ from PIL import Image
 from unilip.errors import UniLIPError
 from unilip.eval.benchmarks import Benchmark, Item
 from unilip.eval.pictures import decode
+from unilip.eval.scores import Row
 from unilip.eval.vlm import STATUSES, Answer, Question
 from unilip.files import file_hash, png_bytes, read_json
 from unilip.pictures import open_picture
 
 RUBRIC = "unilip-1"  # of our wording; raised when a word of it changes
-Row = dict[str, Any]
 
-# SHA-256 of the authors' files that hold their wording
-OFFICIAL = {
-    "e6c51c2ae81e4eb0465755b248cbcefeef3fb8340e281bb3ac43ea9689e32192": ("wise", "verified"),
-    "06fd6dcd7cf45a638fe8a3634b880d936077f161f3641002e58d7bf51daa2407": ("wise", "legacy"),
-    "f9468dc848776ee0a6c2e2c31e678c7224e9cb61b013747c8c52d4a05627b5a0": ("imgedit", ""),
-    "010234af186eb0a70fcb99047cd32ad1da01bed59ca1a95a01335426417cf838": ("gedit", ""),
-}
-PLACES = {
-    "wise": {"verified": "vllm_eval.py", "legacy": "WISE_legacy/gpt_eval.py"},
-    "imgedit": {"singleturn": "Benchmark/Basic/prompts.json"},
-    "gedit": {"fullset": "GEdit-Bench/viescore/vie_prompts.py"},
-}
+KNOWN: dict[str, Any] = json.loads((resources.files("unilip.eval") / "rubrics.json").read_text(encoding="utf-8"))
+OFFICIAL: dict[str, list[str]] = KNOWN["official"]  # SHA-256 of the authors' files that hold their wording
+PLACES: dict[str, dict[str, str]] = KNOWN["places"]  # where these lie in a checkout, by benchmark and protocol
+WORDING: dict[str, str] = KNOWN["wording"]  # ours
 RANGES = {  # the least and the most a score can be: what unjudged items could have had
     "correct": (0.0, 1.0), "wiscore": (0.0, 1.0), "score": (1.0, 5.0), "semantics": (0.0, 10.0),
     "quality": (0.0, 10.0), "overall": (0.0, 10.0), "dpg": (0.0, 1.0), "tifa": (0.0, 1.0), "soft_tifa_am": (0.0, 1.0),
@@ -145,50 +138,6 @@ _RUBRICS: dict[str, Callable[[Path], dict[str, str]]] = {
 }
 
 
-YES_NO = "Answer with one word, yes or no."
-GENEVAL = (
-    "The picture was drawn from this prompt: {prompt}. Look at it closely. Does it show every thing named, in "
-    "exactly the "
-    "number, the colors and the positions that are named? Other things may be there too. " + YES_NO
-)
-WISE_SYSTEM = "You check pictures that a program drew. Be strict, and answer in the form asked for."
-WISE_TEXT = {
-    "verified": (
-        "A picture was drawn from a prompt that only hints at what to show.\nPrompt: {Prompt}\nWhat is meant: "
-        "{Explanation}\nGive 1 if the picture clearly shows what is meant, with the right things and relations, and is "
-        "not so broken that this cannot be told. Otherwise, or in doubt, give 0.\nAnswer with this one "
-        "line:\nScore: 0 or 1"
-    ),
-    "legacy": (
-        "A picture was drawn from a prompt that only hints at what to show.\nPrompt: {Prompt}\nWhat is meant: "
-        "{Explanation}\nRate three things from 0 (fails) over 1 (partly) to 2 (without fault), in doubt the lower: "
-        "consistency (it shows what is meant), realism (it could be a photograph), aesthetic quality (it is "
-        "beautiful).\n"
-        "Answer with these three lines:\nConsistency: N\nRealism: N\nAesthetic Quality: N"
-    ),
-}
-IMGEDIT_TEXT = (
-    "The first picture was edited, the second is the result. The kind of edit is '{edit_type}', the instruction: "
-    "{prompt}\n"
-    "Rate three things from 1 (fails) to 5 (without fault); the second and third no higher than the first: compliance "
-    "(exactly what was asked was done), naturalness (no seams, smears or broken shapes), preservation (the rest of the "
-    "picture is as before, light and perspective are right).\nAnswer with these three lines:\nCompliance: N\n"
-    "Naturalness: N\nPreservation: N"
-)
-GEDIT_TEXT = {
-    "semantics": (
-        "The first picture was edited, the second is the result. Instruction: <instruction>\nRate from 0 (not at "
-        "all) to 10 "
-        "(perfectly) how well the instruction was followed, and from 0 (all is different) to 10 (nothing else "
-        "changed) how "
-        'well the rest was kept.\nAnswer with JSON only: {"score": [followed, kept], "reasoning": "a few words"}'
-    ),
-    "quality": (
-        "Rate this picture from 0 to 10: how natural it looks, and how free of distortions, smears and broken "
-        "shapes it is "
-        '(10: free of them).\nAnswer with JSON only: {"score": [natural, clean], "reasoning": "a few words"}'
-    ),
-}
 # --- reading answers ------------------------------------------------------------------------------------------------
 
 
@@ -243,20 +192,15 @@ class Questionnaire:
 
     def ask(self, item: Item) -> list[Question]:
         """Return what to ask about an item's picture."""
-        picture = self.output / item.path
-        return _ASKERS[self.benchmark.name](self, item, picture)
+        return _JUDGED[self.benchmark.name][0](self, item, self.output / item.path)
 
     def row(self, item: Item, answers: Sequence[Answer]) -> Row:
         """Return what the answers about an item come to: scores only if every one could be read."""
         status = min((answer.status for answer in answers), key=lambda status: -STATUSES.index(status))
-        row: Row = {
-            "key": item.key, "cluster": item.cluster, "group": item.group, "split": item.split, "picture": item.path,
-            "prompt": item.prompt, "status": status,
-            "answers": [{"text": a.text, "status": a.status, "reason": a.reason} for a in answers],
-            "scores": None,
-        }  # fmt: skip
+        said = [{"text": a.text, "status": a.status, "reason": a.reason} for a in answers]
+        row = item.row(None, status, answers=said)
         if status == "ok":
-            row["scores"], parts = _SCORERS[self.benchmark.name](self, item, [answer.value for answer in answers])
+            row["scores"], parts = _JUDGED[self.benchmark.name][1](self, item, [answer.value for answer in answers])
             if parts:
                 row["parts"] = parts
         return row
@@ -267,14 +211,14 @@ def _fill(text: str, values: Mapping[str, Any]) -> str:
 
 
 def _ask_geneval(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
-    text = _fill(GENEVAL, {"prompt": item.prompt})
+    text = _fill(WORDING["geneval"], {"prompt": item.prompt})
     return [Question(item.key, (text, picture.read_bytes()), read_yes_no, max_tokens=200)]
 
 
 def _ask_wise(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
     protocol = q.benchmark.protocol
-    text = _fill(q.rubric.texts.get("question", WISE_TEXT[protocol]), item.data)
-    system = q.rubric.texts.get("system", WISE_SYSTEM)
+    text = _fill(q.rubric.texts.get("question", WORDING[f"wise {protocol}"]), item.data)
+    system = q.rubric.texts.get("system", WORDING["wise system"])
     read: Callable[[str], Any] = read_wise_verified if protocol == "verified" else read_wise_legacy
     limit = 500 if protocol == "verified" else 2000
     return [Question(item.key, (text, picture.read_bytes()), read, system, limit)]
@@ -284,7 +228,7 @@ def _ask_imgedit(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
     kind = item.data["edit_type"]
     if q.rubric.texts and kind not in q.rubric.texts:
         raise UniLIPError(f"The rubric has nothing for edits of the kind {kind!r}; it has {', '.join(q.rubric.texts)}.")
-    own = _fill(IMGEDIT_TEXT, {"edit_type": kind, "prompt": item.prompt})
+    own = _fill(WORDING["imgedit"], {"edit_type": kind, "prompt": item.prompt})
     text = q.rubric.texts[kind].replace("<edit_prompt>", item.prompt) if q.rubric.texts else own
     assert q.benchmark.source is not None, "imgedit has sources"
     source = png_bytes(q.benchmark.source(item).convert("RGB"))
@@ -292,7 +236,7 @@ def _ask_imgedit(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
 
 
 def _ask_gedit(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
-    texts = q.rubric.texts or GEDIT_TEXT
+    texts = q.rubric.texts or {name: WORDING[f"gedit {name}"] for name in ("semantics", "quality")}
     before = picture.with_name(f"{picture.stem}_SRCIMG.png")
     source = before.read_bytes()
     with open_picture(source) as opened:
@@ -304,12 +248,6 @@ def _ask_gedit(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
         Question(f"{item.key}/semantics", (follow, source, result), read_viescore, max_tokens=1400),
         Question(f"{item.key}/quality", (texts["quality"], result), read_viescore, max_tokens=1400),
     ]
-
-
-Asker = Callable[[Questionnaire, Item, Path], list[Question]]
-_ASKERS: dict[str, Asker] = {
-    "geneval": _ask_geneval, "wise": _ask_wise, "imgedit": _ask_imgedit, "gedit": _ask_gedit,
-}  # fmt: skip
 
 
 Parts = dict[str, list[float]]  # name -> [sum, how many]
@@ -340,7 +278,11 @@ def _score_gedit(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
     return {"overall": math.sqrt(semantics * quality), "semantics": semantics, "quality": quality}, {}
 
 
+Asker = Callable[[Questionnaire, Item, Path], list[Question]]
 Scorer = Callable[[Questionnaire, Item, Sequence[Any]], Scored]
-_SCORERS: dict[str, Scorer] = {
-    "geneval": _score_geneval, "wise": _score_wise, "imgedit": _score_imgedit, "gedit": _score_gedit,
-}  # fmt: skip
+_JUDGED: dict[str, tuple[Asker, Scorer]] = {
+    "geneval": (_ask_geneval, _score_geneval),
+    "wise": (_ask_wise, _score_wise),
+    "imgedit": (_ask_imgedit, _score_imgedit),
+    "gedit": (_ask_gedit, _score_gedit),
+}

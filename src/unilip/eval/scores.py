@@ -46,6 +46,12 @@ class Rule:
         return values if self.over == "sum" else values / values.sum()
 
 
+def make_row(key: str, scores: Mapping[str, float] | None, **more: Any) -> Row:
+    """Return the row of an item; `more` are its fields that are not the usual ones."""
+    usual = {"cluster": key, "group": "all", "split": "", "picture": None, "status": "ok"}
+    return {"key": key, **usual, **more, "scores": scores}
+
+
 def tabulate(rows: Sequence[Row], metric: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return by group the sums and counts of a metric, an entry for each cluster; only rows that have it."""
     groups: dict[str, dict[str, list[float]]] = {}

@@ -24,9 +24,9 @@ from tqdm.auto import tqdm
 from unilip.errors import UniLIPError
 from unilip.eval.benchmarks import Benchmark, wise_files
 from unilip.eval.generation import check_pictures, missing
-from unilip.eval.rubrics import RANGES, Questionnaire, Row, Rubric
+from unilip.eval.rubrics import RANGES, Questionnaire, Rubric
 from unilip.eval.runs import PICTURES, read_manifest
-from unilip.eval.scores import FOLDER, Rule, write_scores
+from unilip.eval.scores import FOLDER, Row, Rule, write_scores
 from unilip.eval.vlm import RemoteJudge, Terms
 from unilip.files import read_lines
 
@@ -203,13 +203,7 @@ def score_officially(
             )
     rows = _READERS[name](benchmark, made)
     lacking = [item.key for item in benchmark.items if item.key not in rows]
-    full = [
-        {
-            "key": item.key, "cluster": item.cluster, "group": item.group, "split": item.split, "prompt": item.prompt,
-            "picture": item.path, "status": "ok" if item.key in rows else "failed", "scores": rows.get(item.key),
-        }
-        for item in benchmark.items
-    ]  # fmt: skip
+    full = [item.row(rows.get(item.key), "ok" if item.key in rows else "failed") for item in benchmark.items]
     if lacking:
         log.warning("%s gave no score for %d of %d items", program.name, len(lacking), len(full))
     judge = f", judge {terms.model}" if name == "wise" and terms is not None else ""

@@ -20,7 +20,7 @@ from unilip.checkpoints.hub import Source
 from unilip.errors import ImageError, UniLIPError
 from unilip.eval.pictures import SUFFIXES, decode
 from unilip.eval.runs import RunFolder, model_hash, name_of
-from unilip.eval.scores import Rule, write_scores
+from unilip.eval.scores import Rule, make_row, write_scores
 from unilip.files import content_hash, file_hash, read_json, read_lines, write_lines
 from unilip.machine import Place
 from unilip.model import UniLIP
@@ -171,13 +171,10 @@ def evaluate(
     ]  # fmt: skip
     write_lines(output / "answers.jsonl", table)
     rows = [
-        {
-            "key": row["key"], "cluster": row["key"], "group": one.group, "split": "", "picture": None, "status": "ok",
-            "scores": {"exact_match": float(row["right"])},
-        }
+        make_row(one.key, {"exact_match": float(row["right"])}, group=one.group)
         for row, one in zip(table, questions, strict=True)
         if row["right"] is not None
-    ]  # fmt: skip
+    ]
     about = {
         "task": f"understand {name}", "protocol": identity["protocol"], "scorer": "exact match, without case and marks",
         "model": folder.name, "model_hash": identity["model"], "settings": identity["settings"],
