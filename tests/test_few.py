@@ -2,16 +2,19 @@
 
 import copy
 import dataclasses
+import json
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from method_support import apart
 from support import failures
+from unilip import cli
 from unilip.adapters import read_adapter
 from unilip.errors import CheckpointError, ConfigError, UniLIPError
 from unilip.fast.loop import Settings
@@ -153,6 +156,29 @@ def test_turbo_jumps(few_model: UniLIP, picture: Callable[..., Any]) -> None:
     before = draw(few_model, preset="turbo")
     few_model.compile(backend="eager")
     assert apart(draw(few_model, preset="turbo"), before) < 1e-5
+
+
+def test_turbo_from_everywhere(few_model: UniLIP, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The pipeline, the command line and the server's queue draw the same picture, and refuse the same."""
+    from unilip.pipeline import UniLIPPipeline
+    from unilip.serve.engine import Engine, Generate
+
+    few_model.save_pretrained(tmp_path / "few")
+    settings: dict[str, Any] = dict(preset="turbo", generator=7)
+    expected = few_model.generate("a red star", progress=False, **settings)[0]
+    assert UniLIPPipeline(few_model)("a red star", **settings).images[0].tobytes() == expected.tobytes()
+    words = ["generate", "a red star", "--model", str(tmp_path / "few"), "--preset", "turbo", "--seed", "7"]
+    assert cli.main([*words, "--output", str(tmp_path / "one.png"), "--json", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["num_inference_steps"] == 4
+    assert Image.open(tmp_path / "one.png").convert("RGB").tobytes() == expected.tobytes()
+    assert cli.main([*words, "--steps", "3", "--output", str(tmp_path / "two.png"), "--device", "cpu"]) == 2
+    assert "4, 2, 1" in capsys.readouterr().err and not (tmp_path / "two.png").exists()
+    with Engine(few_model) as engine:
+        done = engine.submit(Generate("a red star", seed=7, preset="turbo")).result()
+        assert done.images[0].tobytes() == expected.tobytes() and done.settings["preset"] == "turbo"
+        for job in (Generate("a", preset="turbo", guidance_scale=3.0), Generate("a", preset="turbo", steps=5)):
+            with pytest.raises(UniLIPError, match="with the preset turbo"):
+                engine.submit(job)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -231,6 +231,7 @@ class UniLIPPipeline:
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        preset: str = "quality",
         num_images_per_prompt: int | None = 1,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -249,6 +250,7 @@ class UniLIPPipeline:
                 each; "" means none.
             height, width: in pixels: equal, and a multiple of 28. One may be left out; the model's own without either.
             num_inference_steps, guidance_scale: the model's own when left out; guidance at or below 1 is off.
+            preset: "quality", "balanced", "fast" or "turbo", as of `UniLIP.generate`.
             num_images_per_prompt: pictures of each prompt; the result is ordered prompt by prompt.
             generator: one or a seed, used for the pictures in order, or a list with one for each picture.
             latents: noise (B,Z,h,w) to begin with, in place of what `generator` would draw.
@@ -285,6 +287,7 @@ class UniLIPPipeline:
             "image_size": width if height is None else height,
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
+            "preset": preset,
             "num_images_per_prompt": 1 if num_images_per_prompt is None else num_images_per_prompt,
             "generator": generator,
             "latents": latents,
