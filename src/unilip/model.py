@@ -138,6 +138,7 @@ class UniLIP(Network):
         parts: Sequence[str] | None = None,
         quantization: str | None = None,
         low_memory: bool = False,
+        decoder: str | os.PathLike[str] | None = None,
         **fetching: Any,
     ) -> UniLIP:
         """Load a model: nothing for the embedded one, else a folder, a file or a hub id, in any known format.
@@ -151,6 +152,8 @@ class UniLIP(Network):
             quantization: "int8", "int4" or "fp8": weight-only quantisation of linear layers; needs torchao.
             low_memory: hold only the part that is at work, reading it from the checkpoint each time it is needed, and
                 decode one picture at a time, in strips. The pictures stay the same.
+            decoder: another pixel decoder, as the recipe SIZE/small_decoder makes one: its folder, or "small" for the
+                folder small_decoder beside the weights. Saved, the model has it as its own.
             fetching: of the hub: revision, token, cache_dir, local_files_only; and variant, in the names of the files.
 
         Raises:
@@ -167,14 +170,19 @@ class UniLIP(Network):
         missing = sorted(set(wanted) - set(opened.parts))
         if missing:
             raise UniLIPError(f"{opened.path} has no {', '.join(missing)}; it holds: {', '.join(opened.parts)}.")
+        if decoder is not None and "pixel_decoder" not in wanted:
+            raise UniLIPError(f"decoder is {str(decoder)!r}, but parts leaves pixel_decoder out; give one of the two.")
+        other = None if decoder is None else read.open_decoder(opened, decoder)
+        config = opened.config if other is None else opened.config.replace(decoder=other.config.decoder)
         processor = None
         if opened.tokenizer_path is not None:
-            processor = Processor(load_tokenizer(opened.tokenizer_path), opened.config)
+            processor = Processor(load_tokenizer(opened.tokenizer_path), config)
         with Unmade():
-            model = cls(opened.config, processor, wanted)
+            model = cls(config, processor, wanted)
 
         def load(model: nn.Module, part: str) -> None:
-            read.load_into(model, opened, dtype=dtype, device=where, parts=(part,))
+            source = other if other is not None and part == "pixel_decoder" else opened
+            read.load_into(model, source, dtype=dtype, device=where, parts=(part,))
             if quantization is not None and part in QUANTIZED:
                 quantise(model.get_submodule(part), quantization)
             model.get_submodule(part).eval()

@@ -374,6 +374,32 @@ def open_checkpoint(source: Source = None, **fetching: Any) -> Checkpoint:
     return Checkpoint(path, _kind(path, data, weights.shapes), weights, data, path)
 
 
+SMALL = "small_decoder"  # the folder beside a model's weights
+
+
+def open_decoder(model: Checkpoint, decoder: str | os.PathLike[str]) -> Checkpoint:
+    """Open another pixel decoder for a model: of this folder, or, as "small", of the one beside its weights.
+
+    Raises:
+        CheckpointError: there is none, or it was trained for other latents.
+    """
+    if not isinstance(decoder, (str, os.PathLike)):
+        raise CheckpointError(f'decoder is {decoder!r}; give "small" or a folder.')
+    beside = (model.path if model.path.is_dir() else model.path.parent) / SMALL
+    if decoder == "small" and not beside.is_dir():
+        raise CheckpointError(
+            f"{model.path} has no small decoder; train the recipe SIZE/{SMALL} on it and name the result's folder, or "
+            f"put that there as {SMALL}."
+        )
+    opened = open_checkpoint(beside if decoder == "small" else decoder)
+    if "pixel_decoder" not in opened.parts:
+        raise CheckpointError(f"{opened.path} has no pixel_decoder; it holds: {', '.join(opened.parts)}.")
+    ours, theirs = ((c.decoder.latent_channels, c.latent_mean, c.latent_factor) for c in (model.config, opened.config))
+    if ours != theirs:
+        raise CheckpointError(f"The decoder of {opened.path} was trained for other latents than those of {model.path}.")
+    return opened
+
+
 def _kind(path: Path, data: Mapping[str, Any], names: Iterable[str]) -> str:
     """Tell the kind of a checkpoint by its config and, where that is not enough, by the names of its tensors."""
     if {"mlp1", "down_mlp"} <= {name.split(".")[0] for name in names}:

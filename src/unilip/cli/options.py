@@ -116,6 +116,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--quantize": dict(
         choices=QUANTIZATIONS, help="keep the weights of linear layers in few bits; needs the package torchao"
     ),
+    "--decoder": dict(
+        metavar="PATH", help="another pixel decoder: a folder, or small: the one beside the weights (the model's own)"
+    ),
     "--negative-prompt": dict(metavar="TEXT", help="what guidance moves away from"),
     "--num-images": dict(type=whole(1, 10_000), default=1, metavar="N", help="pictures of each prompt (1)"),
     "--batch-size": dict(

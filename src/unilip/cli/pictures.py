@@ -214,7 +214,18 @@ VERBS: dict[str, Verb] = {
         'unilip generate "three yellow stars"\n'
         'unilip generate "a blue car" --num-images 4 --seed 7 --output pictures/\n'
         "unilip generate --prompts prompts.txt --output pictures --json",
-        ("--prompts", "--plan", *DRAWING, "--seed", *WRITING, *LOADING, *SAVING, "--compile", *TELLING),
+        (
+            "--prompts",
+            "--plan",
+            *DRAWING,
+            "--seed",
+            *WRITING,
+            *LOADING,
+            *SAVING,
+            "--decoder",
+            "--compile",
+            *TELLING,
+        ),
         (0, math.inf),
     ),
     "edit": Verb(
@@ -223,7 +234,19 @@ VERBS: dict[str, Verb] = {
         "Change pictures as told. One instruction is followed on every image.",
         'unilip edit car.png "change the color of the car to blue"\n'
         'unilip edit wide.jpg "change the background to pink" --fit pad --keep-aspect --output pink.png',
-        ("--prompts", *DRAWING, "--fit", "--keep-aspect", "--seed", *WRITING, *LOADING, *SAVING, "--compile", *TELLING),
+        (
+            "--prompts",
+            *DRAWING,
+            "--fit",
+            "--keep-aspect",
+            "--seed",
+            *WRITING,
+            *LOADING,
+            *SAVING,
+            "--decoder",
+            "--compile",
+            *TELLING,
+        ),
         (0, math.inf),
     ),
     "ask": Verb(
@@ -240,7 +263,7 @@ VERBS: dict[str, Verb] = {
         "[OPTIONS] IMAGE [IMAGE ...]",
         "Encode pictures to CLIP features and draw them again. What is lost is what the encoder does not know.",
         "unilip reconstruct photo.jpg --output again.png",
-        ("--batch-size", "--image-size", "--fit", "--keep-aspect", *WRITING, *LOADING, *SAVING, *TELLING),
+        ("--batch-size", "--image-size", "--fit", "--keep-aspect", *WRITING, *LOADING, *SAVING, "--decoder", *TELLING),
         (1, math.inf),
     ),
 }

@@ -82,6 +82,8 @@ def spread(o: Options, common: dict[str, Any]) -> tuple[Any, str]:
         raise UniLIPError(f"--ray needs the package {error.name}; {install('ray')}.") from error
     device = choose_device(o.device)
     assert o.ray is not None
+    if o.decoder is not None:
+        raise UniLIPError("--decoder is for one process; save a model with it, and give that to --ray.")
     most = o.max_replicas or o.ray
     replicas = Replicas(o.ray, most, gpus=1.0 if device.startswith("cuda") else 0.0)
     say(f"starting {o.ray} replica{'s' if o.ray > 1 else ''} on Ray")
@@ -156,7 +158,7 @@ VERBS: dict[str, Verb] = {
         (
             "--host", "--port", "--api-key", "--allow-origin", "--model-name", "--max-queue", "--max-batch",
             "--deadline", "--max-body", "--max-pixels", "--rate-limit", "--allow-url-images", "--no-metadata", 
-            "--drain", "--ray", "--max-replicas", "--strict", "--chat", *LOADING,
+            "--drain", "--ray", "--max-replicas", "--strict", "--chat", *LOADING, "--decoder",
             "--log-level", "--log-format", "--access-log", "--debug",
         ),
         changes={

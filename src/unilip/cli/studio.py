@@ -108,6 +108,7 @@ VERBS: dict[str, Verb] = {
             "--allow-origin",
             "--no-metadata",
             *LOADING,
+            "--decoder",
             "--log-level",
             "--log-format",
             "--access-log",

@@ -291,7 +291,7 @@ def load(o: Options, *parts: str) -> UniLIP:
     on_gpu = low_memory and device != "cpu" and quantized is None
     model = UniLIP.from_pretrained(
         o.model, device="cpu" if on_gpu else device, dtype=o.dtype, parts=parts or None,
-        low_memory=low_memory and not on_gpu, quantization=quantized,
+        low_memory=low_memory and not on_gpu, quantization=quantized, decoder=getattr(o, "decoder", None),
     )  # fmt: skip
     for n, (folder, scale) in enumerate(given):
         model.load_adapter(folder, f"adapter{n}", scale)

@@ -24,6 +24,7 @@ from unilip.recipes.record import (
     Optim,
     Recipe,
     Reconstruct,
+    Shrink,
     Understand,
 )
 
@@ -75,6 +76,7 @@ def pico() -> list[Recipe]:
             optim=dataclasses.replace(optim, lr=5e-4, final=0.1),
             **(common | {"data": dataclasses.replace(data, edit_share=0.5)}),
         ),
+        shrink("pico", Shrink(), steps=4000, batch_size=16, optim=optim, **common),
     ]  # fmt: skip
 
 
@@ -122,6 +124,7 @@ def nano() -> list[Recipe]:
             optim=dataclasses.replace(optim, lr=2e-4, final=0.1),
             **(common | {"data": dataclasses.replace(data, edit_share=0.5)}),
         ),
+        shrink("nano", Shrink(), steps=8000, batch_size=128, optim=optim, **common),
     ]  # fmt: skip
 
 
@@ -156,7 +159,17 @@ def tiny() -> list[Recipe]:
             **(common | {"data": dataclasses.replace(data, edit_share=0.5)}),
         ),
         *few("tiny", FewSteps(noises=2), **(common | {"data": dataclasses.replace(data, edit_share=0.5)})),
+        shrink("tiny", Shrink(), **common),
     ]  # fmt: skip
+
+
+def shrink(size: str, objective: Shrink, **settings: Any) -> Recipe:
+    """A pixel decoder of half the widths for the finished model."""
+    return Recipe(
+        name=f"{size}/small_decoder", note="a decoder of about a tenth of the work: --decoder",
+        trains=(("pixel_decoder", 1.0),), init=(f"encoder,latent_head={size}/sft", f"teacher={size}/sft"), ema=0.999,
+        objective=objective, **settings,
+    )  # fmt: skip
 
 
 def few(size: str, objective: FewSteps, **settings: Any) -> list[Recipe]:
@@ -229,6 +242,11 @@ def paper(size: str, internvl: str, sana: str) -> list[Recipe]:
         *few(
             size, FewSteps(), steps=40_000, optim=dataclasses.replace(flow, final=1.0), data=curated,
             selective_checkpointing=True, **(generator | {"batch_size": 16, "accumulate": 8}),
+        ),
+        shrink(
+            size, Shrink(perceptual=1.1, perceptual_source="lpips"), steps=100_000, batch_size=32,
+            optim=dataclasses.replace(recon, warmup=0.01), data=dataclasses.replace(pixels, image_size=448),
+            gradient_checkpointing=True, **(common | {"accumulate": 4}),
         ),
     ]  # fmt: skip
 

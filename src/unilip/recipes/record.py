@@ -132,6 +132,23 @@ class Reconstruct:
 
 
 @dataclass(frozen=True)
+class Shrink(Reconstruct):
+    """A pixel decoder of half the widths draws what the full one does: L2, perceptual, and the states of its stages.
+
+    `init` names the model with the full one as "teacher"; `states` weighs the distance of the three coarsest stages.
+    """
+
+    perceptual: float = 0.1
+    states: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "objective.", "a weight of at least 0", "states")
+        if self.distill or self.contrastive or self.gan:
+            raise ConfigError("objective.distill, contrastive and gan are not for a smaller decoder; set them to 0.")
+
+
+@dataclass(frozen=True)
 class Flow:
     """Generation stages: `noises` noisy copies share one condition; `target` is the latent space that is learned.
 
@@ -378,6 +395,8 @@ class Recipe:
             )
         if isinstance(self.objective, FewSteps) and "dit" not in reached:
             raise ConfigError(f"trains is {self.trains}; a few-step stage trains dit.")
+        if isinstance(self.objective, Shrink) and reached != {"pixel_decoder"}:
+            raise ConfigError(f"trains is {self.trains}; a smaller decoder trains pixel_decoder alone.")
         if self.data.text_share and not (isinstance(self.objective, Understand) and self.objective.next_token):
             raise ConfigError(f"data.text_share is {self.data.text_share}, which needs objective.next_token above 0.")
         if self.batch_size * self.accumulate % self.data.lanes:

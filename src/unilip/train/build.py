@@ -33,8 +33,8 @@ from unilip.method.qwen2 import Layers
 from unilip.method.text import Processor
 from unilip.model import UniLIP
 from unilip.recipes.catalog import all_recipes
-from unilip.recipes.record import FewSteps, Optim, Recipe
-from unilip.sizes import preset
+from unilip.recipes.record import FewSteps, Optim, Recipe, Shrink
+from unilip.sizes import preset, small_decoder
 from unilip.train import processes
 from unilip.train.adapters import add_adapter, is_adapter
 from unilip.train.batches import Batches, EmojiBatches
@@ -141,6 +141,9 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
         if other.processor is not None and (tokenizer is None or "mllm" in wanted):
             tokenizer = other.processor.tokenizer
     config = config.replace(**(changes | asked))
+    if isinstance(recipe.objective, Shrink):
+        config = config.replace(**full_decoder(recipe, runs))
+        config = config.replace(decoder=small_decoder(config.decoder))
     if isinstance(recipe.objective, FewSteps):
         if "dit" in loaded and not config.dit.few_steps:
             add_embedder(cast(DiT, loaded["dit"]))
@@ -167,6 +170,15 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
     elif recipe.data.source == "emoji":
         model.processor = world_processor(recipe.data.world, config, runs / recipe.folder / "tokenizer")
     return model.eval()
+
+
+def full_decoder(recipe: Recipe, runs: Path) -> dict[str, Any]:
+    """Return the fields of the config of the model whose decoder is to become smaller."""
+    source = dict((parts[0], source) for parts, source in parse_init(recipe)).get("teacher")
+    if source is None:
+        raise ConfigError("A smaller decoder needs init teacher=SOURCE, the model with the full one.")
+    config = open_checkpoint(locate(source, runs)).config
+    return {"dit": config.dit, "decoder": config.decoder}
 
 
 def recipe_config(recipe: Recipe) -> UniLIPConfig:

@@ -8,6 +8,7 @@ Shapes: B batch, K noises per condition, V vocabulary.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -36,7 +37,7 @@ from unilip.method.qwen2 import Layers
 from unilip.method.text import Tokens
 from unilip.model import UniLIP
 from unilip.pictures import normalise
-from unilip.recipes.record import FewSteps, Flow, Recipe, Reconstruct, Understand
+from unilip.recipes.record import FewSteps, Flow, Recipe, Reconstruct, Shrink, Understand
 from unilip.sampling import draw_noise
 from unilip.train.lessons import (
     bind_heads,
@@ -100,6 +101,8 @@ def make_objective(recipe: Recipe, model: UniLIP, sources: Mapping[str, str]) ->
     """Build the objective that a recipe's record names."""
     if isinstance(recipe.objective, Understand):
         return UnderstandObjective(recipe, model, recipe.objective)
+    if isinstance(recipe.objective, Shrink):
+        return ShrinkObjective(recipe, model, recipe.objective, sources)
     if isinstance(recipe.objective, Reconstruct):
         return ReconstructObjective(recipe, model, recipe.objective, sources)
     few = isinstance(recipe.objective, FewSteps)
@@ -301,6 +304,61 @@ class ReconstructObjective(Objective):
         target = to_unit(batch["images"][:SHOWN])
         _, output = self.reconstruct(normalise(target))
         return {"reconstruction": torch.stack([target, output.clamp(0, 1)])}
+
+
+class ShrinkObjective(ReconstructObjective):
+    """A smaller pixel decoder, from latents of pictures to what the full one draws of them."""
+
+    def __init__(self, recipe: Recipe, model: UniLIP, weights: Shrink, sources: Mapping[str, str]) -> None:
+        encoder = copy.deepcopy(model.encoder).eval().requires_grad_(False) if weights.perceptual else None
+        super().__init__(recipe, model, dataclasses.replace(weights, perceptual=0.0), {})
+        self.weights, self.teacher = weights, encoder
+        if weights.perceptual:
+            self.perceptual = make_perceptual(weights.perceptual_source, encoder)
+        other = UniLIP.from_pretrained(sources["teacher"], parts=("pixel_decoder",))
+        self.full = other.pixel_decoder
+        self.full.eval().requires_grad_(False)
+        stages = [list(decoder.decoder.up_blocks)[-3:] for decoder in (model.pixel_decoder, self.full)]
+        self.states: tuple[list[Tensor], list[Tensor]] = ([], [])  # of the stages, in a pass through either decoder
+        for kept, ours in zip(self.states, stages, strict=True):
+            for stage in ours:
+                stage.register_forward_hook(lambda _, inputs, out, kept=kept: kept.append(out))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(recipe.seed)
+            small, large = (d.block_out_channels[-3:] for d in (model.config.decoder, other.config.decoder))
+            joined = [nn.Conv2d(a, b, 1) for a, b in zip(small, large, strict=True)]
+            self.heads["states"] = nn.ModuleList(reversed(joined))  # as they run, from coarse to fine
+
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
+        """L2 + perceptual + distance of the stages' states, each in units of the full one's spread."""
+        weights, model = self.weights, self.model
+        assert isinstance(weights, Shrink)
+        normalised = normalise(to_unit(batch["images"]))
+        with torch.no_grad():
+            features = model.encoder(normalised) if "features" not in batch else batch["features"].to(model.dtype)
+            latent = model.latent_head(features, normalised.shape[-2] // TOKEN_PIXELS)
+            for kept in self.states:
+                kept.clear()
+            target = (self.full(latent).float() + 1) / 2
+        output = (model.pixel_decoder(latent).float() + 1) / 2
+        pixel = F.mse_loss(output, target)
+        errors = (output.detach() - target).square().mean((1, 2, 3))
+        total, terms = weights.pixel * pixel, {"pixel": pixel, "psnr": -10 * errors.clamp(min=1e-10).log10().mean()}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(output, target.clamp(0, 1))
+            total = total + weights.perceptual * terms["perceptual"]
+        pairs = zip(self.heads["states"], *self.states, strict=True)  # type: ignore[arg-type, call-overload]
+        away = [F.mse_loss(head(ours).float(), theirs.float()) / theirs.float().var() for head, ours, theirs in pairs]
+        terms["states"] = torch.stack(away).mean()
+        return total + weights.states * terms["states"], terms
+
+    @torch.no_grad()
+    def samples(self, batch: Batch) -> dict[str, Tensor]:
+        """What the full one draws above what the smaller one does."""
+        normalised = normalise(to_unit(batch["images"][:SHOWN]))
+        latent = self.model.latent_head(self.model.encoder(normalised), normalised.shape[-2] // TOKEN_PIXELS)
+        rows = [(decoder(latent).float() + 1) / 2 for decoder in (self.full, self.model.pixel_decoder)]
+        return {"decoders": torch.stack(rows).clamp(0, 1)}
 
 
 class FlowObjective(Objective):

@@ -25,7 +25,7 @@ from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
 from unilip.method.model import PARTS
 from unilip.method.text import Tokens
 from unilip.model import UniLIP
-from unilip.recipes.record import FewSteps, Flow, Recipe, Reconstruct
+from unilip.recipes.record import FewSteps, Flow, Recipe, Reconstruct, Shrink
 from unilip.train.adapters import target_layers
 from unilip.train.build import enable_checkpointing, parse_init, recipe_config, trained_parameters
 from unilip.train.objectives import make_objective, needed_parts
@@ -180,6 +180,8 @@ def batch_of(recipe: Recipe, config: UniLIPConfig, size: int, edits: bool) -> di
 def simplified(recipe: Recipe) -> Recipe:
     """Replace what needs files by what is about as large: other teachers and latents; contrast is left out."""
     objective = recipe.objective
+    if isinstance(objective, Shrink):
+        raise ConfigError(f"{recipe.name} needs less than the tokenizer's other stages; a preflight is for those.")
     if isinstance(objective, Reconstruct):
         objective = dataclasses.replace(objective, perceptual_source="teacher", gan_start=0, contrastive=0.0)
     elif isinstance(objective, Flow):
