@@ -452,7 +452,7 @@ USER = {"role": "user", "content": "hello"}
         {"messages": [USER], "n": 2},
         {"messages": [USER], "tools": [{"type": "function"}]},
         {"messages": [USER], "temperature": 3},
-        {"messages": [USER], "response_format": {"type": "json_object"}},
+        {"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"strict": True}}},
         {"messages": [USER], "logprobs": True},
         {"messages": [USER], "max_tokens": 0},
         {"messages": [USER], "modalities": []},

@@ -1,11 +1,14 @@
 """What real clients send, beyond what OpenAI's documentation asks for; recorded shapes of their requests."""
 
 import io
+import json
 
+import numpy as np
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from unilip.method.flow import make_schedule
 from unilip.serve.app import Settings, create_app
 from unilip.serve.engine import Engine
 from unilip.serve.guard import Rules
@@ -71,6 +74,8 @@ def test_what_would_change_the_form_of_an_answer_is_refused_in_words(client):
         ({"n": 2}, "one answer"),
         ({"logprobs": True}, "not given by this model"),
         ({"response_format": {"type": "json_schema", "json_schema": {"strict": True}}}, "cannot be held to a form"),
+        ({"response_format": {"type": "json_schema"}}, "cannot be held to a form"),
+        ({"response_format": {"type": "xml"}}, 'can be "text", "json_object" or "json_schema"'),
         ({"temperature": "hot"}, "temperature must be a number"),
         ({"temperature": 5}, "temperature must be at most 2"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
@@ -222,7 +227,7 @@ def test_what_responses_refuse(client):
         ({"input": 5}, "input must be text"), ({}, "input must be text"), ({"input": [5]}, "not understood"),
         ({"input": "a", "previous_response_id": "resp_none"}, "names no response"),
         ({"input": "a", "tools": TOOLS, "tool_choice": "required"}, "calls no tools"),
-        ({"input": "a", "text": {"format": {"type": "json_schema", "name": "a", "schema": {}}}}, "held to a form"),
+        ({"input": "a", "text": {"format": {"type": "json_schema", "name": "a", "strict": True}}}, "held to a form"),
         ({"input": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "input_text and input_image"),
         ({"input": [{"role": ["a"], "content": 5}], "tools": 5}, "messages.0"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": 5}]}]}, "must be text"),
@@ -236,3 +241,106 @@ def test_variations(official):
     found = official.images.create_variation(image=png((60, 60)), n=2, size="64x64", extra_body=QUICK)
     pictures = [opened(one.b64_json) for one in found.data]
     assert [picture.size for picture in pictures] == [(64, 64)] * 2 and pictures[0].tobytes() != pictures[1].tobytes()
+
+
+# --- answers in JSON --------------------------------------------------------------------------------------------------
+
+JSON_OBJECT = {"type": "json_object"}
+
+
+def test_an_answer_becomes_one_json_object():
+    from unilip.serve.conversation import as_json
+
+    for text, expected, wrapped in (
+        ('{"a": 1}', {"a": 1}, False),
+        ('Here it is:\n```json\n{"a": {"b": "}"}}\n``` and {"c": 2}', {"a": {"b": "}"}}, False),
+        ("a {set} of {}", {}, False),
+        ('{"cut": "of', {"answer": '{"cut": "of'}, True),
+        ("two “stars”", {"answer": "two “stars”"}, True),
+        ("", {"answer": ""}, True),
+        ("{" * 5000, {"answer": "{" * 5000}, True),
+    ):
+        found, was_wrapped = as_json(text)
+        assert (json.loads(found), was_wrapped) == (expected, wrapped), text[:20]
+
+
+def test_json_is_asked_for_in_words_and_always_comes(client, official, engine, monkeypatch):
+    asked = []
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda job, **more: (asked.append(job), submit(job, **more))[1])
+    plain = talk(client).json()["choices"][0]["message"]["content"]
+    found = talk(client, response_format=JSON_OBJECT).json()
+    assert asked[-1].question == "What is this?\nAnswer with one JSON object and nothing else."
+    assert found["unilip"]["wrapped"] and list(json.loads(found["choices"][0]["message"]["content"])) == ["answer"]
+    words = [{"role": "system", "content": "Reply in JSON."}, *USER]
+    talk(client, messages=words, response_format=JSON_OBJECT)
+    assert asked[-1].question == "Reply in JSON.\nWhat is this?"
+    schema = {"name": "a", "schema": {"type": "object"}}
+    talk(client, response_format={"type": "json_schema", "json_schema": schema})
+    assert asked[-1].question.endswith('of this schema and nothing else: {"type": "object"}')
+    assert talk(client, response_format={"type": "text"}).json()["choices"][0]["message"]["content"] == plain
+    draw = [{"role": "user", "content": "Draw a cat"}]
+    assert "verb" not in talk(client, messages=draw, response_format=JSON_OBJECT).json()["unilip"].get("taken", "")
+    assert type(asked[-1]).__name__ == "Ask", "a picture is no JSON"
+    more = {"model": "x", "max_tokens": 3, "messages": USER}
+    whole = official.chat.completions.create(response_format=JSON_OBJECT, **more).choices[0].message.content
+    chunks = list(official.chat.completions.create(response_format=JSON_OBJECT, stream=True, **more))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole
+    for stream in (False, True):
+        form = {"format": {"type": "json_schema", "name": "a", "schema": {"type": "object"}}}
+        said = official.responses.create(model="x", input="Hi", text=form, max_output_tokens=3, stream=stream)
+        said = list(said)[-1].response if stream else said
+        assert isinstance(json.loads(said.output_text), dict) and said.text.format.type == "json_schema"
+
+
+# --- pictures on the way ----------------------------------------------------------------------------------------------
+
+
+def straight_on(model, done, **settings):
+    """Where the latents of a drawing go from the state after `done` steps, by their last direction."""
+    states = []
+    model.generate(
+        "a cat", num_inference_steps=8, guidance_scale=2.0, output_type="latent", **settings,
+        callback_on_step_end=lambda model, step, timestep, values: states.append(values["latents"]),
+    )  # fmt: skip
+    levels = make_schedule("dpm++", model.config.sampling.flow_shift, 8).levels
+    share = levels[done] / (levels[done - 1] - levels[done])
+    return model.decode(states[done - 1] + share * (states[done - 1] - states[done - 2])).images[0]
+
+
+def test_streams_show_pictures_on_the_way(official, tiny_model):
+    more = {"steps": 8, "seed": 1, "guidance": 2, "output_format": "png"}
+    for kind, call in (
+        ("image_generation", lambda **o: official.images.generate(prompt="a cat", stream=True, **o)),
+        ("image_edit", lambda **o: official.images.edit(prompt="red", image=png((80, 40)), stream=True, **o)),
+    ):
+        for count in range(4):
+            seen = list(call(partial_images=count, extra_body=more))
+            parts, done = seen[:-1], seen[-1]
+            assert [event.type for event in seen] == [f"{kind}.partial_image"] * count + [f"{kind}.completed"]
+            assert [event.partial_image_index for event in parts] == list(range(count))
+            final, sketches = opened(done.b64_json), [opened(event.b64_json) for event in parts]
+            assert {picture.size for picture in sketches} <= {final.size}
+            assert {event.output_format for event in parts} <= {"png"}
+            assert all(difference(a, b) > 0.5 for a, b in zip(sketches, [*sketches, final][1:], strict=True))
+            if kind == "image_generation":
+                expected = [straight_on(tiny_model, done, generator=1) for done in {1: [4], 2: [3, 5]}.get(count, ())]
+                assert all(difference(a, b) < 0.5 for a, b in zip(sketches, expected, strict=False)), count
+    few = list(official.images.generate(prompt="a", stream=True, partial_images=3, extra_body={"steps": 1}))
+    assert [event.type for event in few] == ["image_generation.completed"], "there is nothing on the way"
+    many = list(official.images.generate(prompt="a", n=2, stream=True, partial_images=1, extra_body=more))
+    assert [event.type for event in many].count("image_generation.partial_image") == 2
+    tool = [{"type": "image_generation", "partial_images": 2, "output_format": "png"}]
+    drawn = list(official.responses.create(model="x", input="Draw a cat", tools=tool, stream=True, extra_body=more))
+    shown = [one for one in drawn if one.type == "response.image_generation_call.partial_image"]
+    assert [one.partial_image_index for one in shown] == [0, 1]
+    assert [one.sequence_number for one in drawn] == list(range(len(drawn)))
+    assert difference(*[opened(one.partial_image_b64) for one in shown]) > 0.5
+    chat = official.chat.completions.create(
+        model="x", messages=[{"role": "user", "content": "Draw a cat"}], extra_body={**more, "partial_images": 2}
+    )
+    assert chat.to_dict()["unilip"]["ignored"] == ["partial_images"]
+
+
+def difference(a, b):
+    return float(np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean())

@@ -39,7 +39,7 @@ from unilip.errors import UniLIPError
 from unilip.method.config import UniLIPConfig
 from unilip.serve import responses, schema
 from unilip.serve.checks import Limits
-from unilip.serve.conversation import TAKEN, Reader, has_pictures, read_conversation
+from unilip.serve.conversation import TAKEN, Reader, as_json, has_pictures, read_conversation, wants_json
 from unilip.serve.describe import inlined, page
 from unilip.serve.engine import Stats
 from unilip.serve.fetch import fetch
@@ -401,6 +401,7 @@ class _Server:
             "preset": body.preset or "quality",
             "negative_prompt": body.negative_prompt,
             "image_size": body.image_size,
+            "partials": (body.partial_images or 0) if getattr(body, "stream", False) else 0,
         }
 
     def parse(self, kind: type[B], fields: dict[str, Any], form: bool = True) -> B:
@@ -581,14 +582,43 @@ class _Server:
                 total = sum(ticket.total for ticket in tickets)
                 progress = {"type": f"{kind}.progress", "step": sum(steps), "steps": total}
                 yield f"event: {kind}.progress\ndata: {dumps(progress)}\n\n"
+            elif event.kind == "partial" and event.image is not None:
+                shown = await run_in_threadpool(self.encoded, event.image, body, number, after)
+                part = {
+                    "type": f"{kind}.partial_image", "b64_json": base64.b64encode(shown[0]).decode(),
+                    "partial_image_index": event.number, "size": shown[1], **self.said(body),
+                }  # fmt: skip
+                yield f"event: {kind}.partial_image\ndata: {dumps(part)}\n\n"
         results = [ticket.result(0) for ticket in tickets]
         usage = self.picture_usage(tickets, results)
         for entry in await run_in_threadpool(self.picture_data, tickets, results, body, after, ""):
-            done = {
-                "type": f"{kind}.completed", **entry, "created_at": int(time.time()), "background": "opaque",
-                "output_format": body.output_format, "quality": _quality(body.quality), "usage": usage,
-            }  # fmt: skip
+            done = {"type": f"{kind}.completed", **entry, **self.said(body), "usage": usage}
             yield f"event: {kind}.completed\ndata: {dumps(done)}\n\n"
+
+    def said(self, body: schema.Drawing) -> dict[str, Any]:
+        """What every event with a picture tells about it."""
+        return {
+            "created_at": int(time.time()), "background": "opaque",
+            "output_format": body.output_format, "quality": _quality(body.quality),
+        }  # fmt: skip
+
+    def encoded(
+        self,
+        image: Image.Image,
+        body: schema.Drawing | schema.Reconstructions,
+        number: int,
+        after: After | None,
+        about: Mapping[str, Any] | None = None,
+    ) -> tuple[bytes, str]:
+        """Return the file of a picture of the ticket `number`, at the size that was asked for, and that size."""
+        side = schema.side_of(getattr(body, "size", None))
+        shaped = image if after is None else after(number, image)
+        if side is not None and max(shaped.size) != side:
+            scale = side / max(shaped.size)
+            size = (max(1, round(shaped.width * scale)), max(1, round(shaped.height * scale)))
+            shaped = shaped.resize(size, Image.Resampling.BICUBIC)
+        quality = 95 if body.output_compression is None else body.output_compression
+        return encode(shaped, body.output_format, quality, about), f"{shaped.width}x{shaped.height}"
 
     def picture_data(
         self,
@@ -599,17 +629,11 @@ class _Server:
         base: str,
     ) -> list[dict[str, Any]]:
         """Encode all pictures of some results."""
-        side = schema.side_of(getattr(body, "size", None))
         data = []
         for number, (ticket, result) in enumerate(zip(tickets, results, strict=True)):
             for i, image in enumerate(result.images):
-                shaped = image if after is None else after(number, image)
-                if side is not None and max(shaped.size) != side:
-                    scale = side / max(shaped.size)
-                    size = (max(1, round(shaped.width * scale)), max(1, round(shaped.height * scale)))
-                    shaped = shaped.resize(size, Image.Resampling.BICUBIC)
                 about: dict[str, Any] = {"model": self.settings.model_name, "verb": ticket.verb}
-                entry: dict[str, Any] = {"size": f"{shaped.width}x{shaped.height}"}
+                entry: dict[str, Any] = {}
                 if result.seeds:
                     entry["seed"] = about["seed"] = result.seeds[i]
                     names = ("num_inference_steps", "guidance_scale", "solver", "preset", "image_size")
@@ -618,9 +642,8 @@ class _Server:
                     entry["plan"] = about["plan"] = result.plan
                 if result.psnr:
                     entry["psnr"] = round(result.psnr[i], 3) if math.isfinite(result.psnr[i]) else None
-                quality = 95 if body.output_compression is None else body.output_compression
                 noted = about if self.settings.metadata else None
-                encoded = encode(shaped, body.output_format, quality, noted)
+                encoded, entry["size"] = self.encoded(image, body, number, after, noted)
                 if getattr(body, "response_format", "b64_json") == "url":
                     name = self.store.put(encoded, FORMATS[body.output_format])
                     entry["url"] = f"{base}{FILES}{name}"
@@ -650,6 +673,9 @@ class _Server:
 
     async def chat(self, request: Request, body: schema.Chat) -> Response:
         """Answer the last message of a conversation."""
+        if body.partial_images is not None:  # a stream of chunks has no place for them
+            body.partial_images = None
+            body._ignored = (*body.ignored, "partial_images")
         talk = await self.start(request, body)
         if body.stream:
             return events(talk.chunks(), done="[DONE]")
@@ -705,7 +731,8 @@ class _Talk:
         self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         self.stops = [stop for stop in stops if stop]
-        self.by_words = body.modalities is None and server.settings.chat == "auto"
+        self.json = wants_json(body)
+        self.by_words = body.modalities is None and server.settings.chat == "auto" and not self.json
 
     @property
     def drawn(self) -> bool:
@@ -737,6 +764,8 @@ class _Talk:
         found = {"verb": verb, "seeds": seeds, "settings": dict(results[0].settings)}
         found |= {"taken": TAKEN[verb]} if self.by_words else {}
         found |= {"plan": results[0].plan} if results[0].plan is not None else {}
+        if self.json and as_json(results[0].text)[1]:
+            found["wrapped"] = "The model wrote no JSON object; its words are the field `answer` of one."
         return found | ({"ignored": self.body.ignored} if self.body.ignored else {})
 
     def usage(self, results: Sequence[Result]) -> dict[str, Any]:
@@ -754,7 +783,7 @@ class _Talk:
             content = self.pictures(results, apart)
         else:
             text, cut = _cut(results[0].text, self.stops)
-            content, reason = {"content": text}, "stop" if cut else reason
+            content, reason = {"content": as_json(text)[0] if self.json else text}, "stop" if cut else reason
         message = {"role": "assistant", "refusal": None, **content}
         choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
         more = {"choices": [choice], "usage": self.usage(results), "unilip": self.about(results)}
@@ -767,12 +796,19 @@ class _Talk:
 
     async def pieces(self) -> AsyncIterator[str | dict[str, Any]]:
         """Yield pieces of text as they come, comments (": ...") meanwhile, and at last the whole answer."""
-        async for _, event in merged(self.tickets):
+        async for number, event in merged(self.tickets):
             if event is None:
                 yield ": waiting\n\n"
-            elif event.kind == "text":
+            elif event.kind == "text" and not self.json:
                 yield event.text
-        yield await run_in_threadpool(self.whole, [ticket.result(0) for ticket in self.tickets], True)
+            elif event.kind == "partial" and event.image is not None:
+                shown, _ = await run_in_threadpool(self.server.encoded, event.image, self.body, number, None)
+                data = base64.b64encode(shown).decode()
+                yield {"partial_image_b64": data, "partial_image_index": event.number}
+        said = await run_in_threadpool(self.whole, [ticket.result(0) for ticket in self.tickets], True)
+        if self.json:
+            yield said["choices"][0]["message"]["content"]
+        yield said
 
     async def chunks(self) -> AsyncIterator[str]:
         """Yield the answer as it comes."""
@@ -790,15 +826,15 @@ class _Talk:
                 yield self.chunk({}, unilip={"step": sum(steps), "steps": total})
             elif event.kind == "text" and not stopped:
                 text, stopped = _cut(text + event.text, self.stops)
-                ready = len(text) if stopped else max(sent, len(text) - hold)
+                ready = sent if self.json else len(text) if stopped else max(sent, len(text) - hold)
                 if ready > sent:
                     yield self.chunk({"content": text[sent:ready]})
                     sent = ready
         results = [ticket.result(0) for ticket in self.tickets]
         if self.drawn:
             yield self.chunk(await run_in_threadpool(self.pictures, results))
-        elif sent < len(text):
-            yield self.chunk({"content": text[sent:]})
+        elif sent < len(text) or self.json:
+            yield self.chunk({"content": as_json(text)[0] if self.json else text[sent:]})
         reason = "stop" if self.drawn or stopped else results[0].finish_reason
         yield self.chunk({}, reason, unilip=self.about(results))
         if options.include_usage:

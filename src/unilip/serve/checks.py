@@ -127,6 +127,8 @@ class Checker:
         steps, guidance = settings.num_inference_steps, settings.guidance_scale
         if steps > self.limits.steps:
             raise UniLIPError(f"{steps} steps were asked for; at most {self.limits.steps} are taken here.")
+        if not 0 <= job.partials <= 3:
+            raise UniLIPError(f"{job.partials} partial pictures were asked for; between 0 and 3 are shown.")
         words = "prompt" if isinstance(job, Generate) else "instruction"
         text = check_prompt(job.prompt, words)
         negative = check_negative(job.negative_prompt, settings)

@@ -8,8 +8,9 @@ first words, and pictures of an answer are put into the turn that follows it.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -150,21 +151,47 @@ def read_conversation(body: Chat, reader: Reader, able: Able, chat: str = "auto"
     verb, words = _decide(body, last, bool(shown), able.verbs, chat)
     if verb == "ask" and not last.strip():
         raise PromptError("The last message has no words; ask something, or say what to draw.")
+    words_of_form = _form(body, [turn.text for turn in (*turns, question)])
     ask = Ask(
-        question.text, question.images, tuple(turns), temperature=body.temperature or 0.0,
+        question.text + words_of_form, question.images, tuple(turns), temperature=body.temperature or 0.0,
         top_p=1.0 if body.top_p is None else body.top_p, seed=body.seed, max_tiles=body.max_tiles or 1,
     )  # fmt: skip
     return Wanted(verb, words, shown, ask)
 
 
 def _decide(body: Chat, text: str, has_picture: bool, verbs: tuple[str, ...], chat: str) -> tuple[str, str]:
-    modalities = set(body.modalities or (("text",) if chat == "text" else ("text", "image")))
+    modalities = set(body.modalities or (("text",) if chat == "text" or wants_json(body) else ("text", "image")))
     verb, words = intent(text, has_picture)
     if modalities == {"text"}:
         return "ask", text
     if modalities == {"image"} and verb == "ask":
         return ("edit" if has_picture else "generate"), text.strip()
     return (verb, words) if verb in verbs or modalities == {"image"} else ("ask", text)
+
+
+def wants_json(body: Chat) -> bool:
+    """Whether the answer shall be a JSON object."""
+    return body.response_format is not None and body.response_format.type != "text"
+
+
+def _form(body: Chat, said: Sequence[str]) -> str:
+    """Return what to add to a question so that it is answered in JSON, unless its own words say so."""
+    if body.response_format is None or not wants_json(body):
+        return ""
+    form = (body.response_format.json_schema or {}).get("schema")
+    if form:
+        return f"\nAnswer with one JSON object of this schema and nothing else: {json.dumps(form)}"
+    return "" if "json" in "".join(said).lower() else "\nAnswer with one JSON object and nothing else."
+
+
+def as_json(text: str) -> tuple[str, bool]:
+    """Return the first JSON object in an answer; or one that holds the answer, and True, where there is none."""
+    for place in (match.start() for match in re.finditer(r"\{", text)):
+        try:
+            return json.dumps(json.JSONDecoder().raw_decode(text, place)[0], ensure_ascii=False), False
+        except (ValueError, RecursionError):
+            continue
+    return json.dumps({"answer": text}, ensure_ascii=False), True
 
 
 def _content(message: ChatMessage, reader: Reader) -> tuple[str, tuple[Image.Image, ...]]:

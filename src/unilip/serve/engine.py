@@ -18,9 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from unilip.errors import UniLIPError
+from unilip.method.flow import make_schedule
 from unilip.model import UniLIP
 from unilip.pictures import picture_psnr, to_pixels, unfit_square
 from unilip.sampling import TextStream, answer, not_finite
@@ -356,7 +358,12 @@ class Engine:
             raise _Stop
 
     def _draw(self, batch: list[Unit], verb: str) -> None:
+        before: Tensor | None = None
+
         def on_step(model: UniLIP, step: int, timestep: Tensor, values: dict[str, Tensor]) -> None:
+            nonlocal before
+            self._sketch(batch, step + 1, before, values["latents"])
+            before = values["latents"]
             for unit in batch:
                 unit.ticket._step(unit.index)
             for ticket in {id(unit.ticket): unit.ticket for unit in batch}.values():
@@ -376,10 +383,28 @@ class Engine:
             output = self.model.generate(texts, **settings)
         for unit, image, plan in zip(batch, output.images, output.plans or [None] * len(batch), strict=True):
             unit.plan = plan
-            job = unit.ticket.job
-            shaped = isinstance(job, Edit) and job.keep_aspect
-            unit.output = unfit_square(image, unit.source_size, job.fit) if shaped else image  # type: ignore[union-attr]
+            unit.output = _shaped(unit, image)
             self._finish(unit)
+
+    def _sketch(self, batch: Sequence[Unit], done: int, before: Tensor | None, now: Tensor) -> None:
+        """Show where the latents of a step go straight on to, to those who want partial pictures after it."""
+        settings = batch[0].ticket.settings
+        steps = settings["num_inference_steps"]
+        wanted = {}
+        for row, unit in enumerate(batch):
+            partials = getattr(unit.ticket.job, "partials", 0)
+            places = [round(k * steps / (partials + 1)) for k in range(1, partials + 1)]
+            if unit.alive and done in places and done < steps:
+                wanted[row] = places.index(done)
+        if not wanted or before is None:
+            return
+        levels = make_schedule(settings["solver"], self.config.sampling.flow_shift, steps).levels
+        velocity = (now - before) / (levels[done] - levels[done - 1])
+        images = self.model.decode((now - levels[done] * velocity)[list(wanted)]).images
+        for (row, number), image in zip(wanted.items(), images, strict=True):
+            unit = batch[row]
+            event = Event("partial", image=_shaped(unit, image), picture=unit.index, number=number)
+            unit.ticket._emit(event)
 
     def _finish(self, unit: Unit) -> None:
         """Keep a finished picture; the job is done when all of its pictures are."""
@@ -455,3 +480,9 @@ class Engine:
             text=stream.text, seeds=(unit.seed,), finish_reason=stream.reason or "stop",
             completion_tokens=len(stream.ids),
         )  # fmt: skip
+
+
+def _shaped(unit: Unit, image: Image.Image) -> Image.Image:
+    """Give an edited picture the shape of its source where that is wanted."""
+    job = unit.ticket.job
+    return unfit_square(image, unit.source_size, job.fit) if isinstance(job, Edit) and job.keep_aspect else image

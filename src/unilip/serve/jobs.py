@@ -56,7 +56,10 @@ class EngineFailed(EngineError):
 
 @dataclass(frozen=True)
 class Generate:
-    """Draw `count` pictures of a prompt. Picture i uses seed `seed` + i; without a seed one is drawn and reported."""
+    """Draw `count` pictures of a prompt. Picture i uses seed `seed` + i; without a seed one is drawn and reported.
+
+    `partials` (up to 3) are shown of each on the way: what its latents would become if they went straight on.
+    """
 
     prompt: str
     count: int = 1
@@ -68,6 +71,7 @@ class Generate:
     negative_prompt: str | None = None
     image_size: int | None = None
     plan: bool | str = "auto"
+    partials: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Edit:
     image_size: int | None = None
     fit: Fit = "resize"
     keep_aspect: bool = False
+    partials: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,12 +133,16 @@ Job = Generate | Edit | Reconstruct | Ask
 @dataclass(frozen=True)
 class Event:
     """What happens to a job: "start" (it left the queue), "step" (`step` of `steps` done, all its pictures counted
-    together), "text" (a piece of an answer), and, always last, "end"."""
+    together), "text" (a piece of an answer), "partial" (`image`, the `number`th on the way to picture `picture`), and,
+    always last, "end"."""
 
-    kind: Literal["start", "step", "text", "end"]
+    kind: Literal["start", "step", "text", "partial", "end"]
     step: int = 0
     steps: int = 0
     text: str = ""
+    image: Image.Image | None = None
+    picture: int = 0
+    number: int = 0
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ _FIELDS = {
     "n": "may be 1: a question has one answer",
     "logprobs": "are not given by this model; leave it out",
     "top_logprobs": "are not given by this model; leave it out",
-    "response_format": "can be text only: this model cannot be held to a form",
+    "response_format": 'can be "text", "json_object" or "json_schema"',
 }
 
 

@@ -19,7 +19,7 @@ from unilip.serve.store import Store
 SAME = ("model", "temperature", "top_p", "seed", "steps", "guidance", "solver", "preset", "negative_prompt",
         "deadline", "user", "stream", "metadata", "store", "service_tier", "safety_identifier",
         "parallel_tool_calls")  # fmt: skip
-DRAWING = ("size", "quality", "output_format", "output_compression")
+DRAWING = ("size", "quality", "output_format", "output_compression", "partial_images")
 MEANT = (*SAME, "input", "instructions", "tools", "tool_choice", "max_output_tokens", "previous_response_id", "text")
 
 
@@ -45,6 +45,8 @@ def read(fields: Mapping[str, Any], kept: Store) -> dict[str, Any]:
     chat |= {name: drawing[name] for name in DRAWING if drawing and name in drawing}
     chat |= {"tools": others} if others else {}
     form = (fields.get("text") or {}).get("format") if isinstance(fields.get("text"), dict) else None
+    if isinstance(form, dict) and form.get("type") == "json_schema":  # flat here, in chats a level deeper
+        form = {"type": "json_schema", "json_schema": form}
     chat |= {"response_format": form} if form else {}
     if "max_output_tokens" in fields:
         chat["max_tokens"] = fields["max_output_tokens"]
@@ -106,6 +108,7 @@ class Answer:
             "input_tokens": read, "output_tokens": made, "total_tokens": read + made,
             "input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0},
         }  # fmt: skip
+        form = self.chat.get("response_format") or {"type": "text"}
         same = {name: self.fields.get(name) for name in ("instructions", "previous_response_id", "max_output_tokens")}
         return {
             "id": self.id, "object": "response", "created_at": self.created, "status": status, "model": self.model,
@@ -113,7 +116,7 @@ class Answer:
             "output": list(output), "usage": usage if said else None, **same, "parallel_tool_calls": True,
             "tool_choice": self.fields.get("tool_choice") or "auto", "tools": self.fields.get("tools") or [],
             "temperature": self.chat.get("temperature") or 0.0, "top_p": self.chat.get("top_p") or 1.0,
-            "metadata": self.fields.get("metadata") or {}, "text": {"format": {"type": "text"}},
+            "metadata": self.fields.get("metadata") or {}, "text": {"format": form.get("json_schema", form)},
             "truncation": "disabled",
             **({"unilip": said["unilip"]} if said else {}),
         }  # fmt: skip
@@ -151,7 +154,9 @@ class Answer:
             yield self.event("content_part.added", **inside, part=text("")["content"][0])
         said: dict[str, Any] = {}
         async for piece in pieces:
-            if isinstance(piece, dict):
+            if isinstance(piece, dict) and "partial_image_b64" in piece:
+                yield self.event("image_generation_call.partial_image", **where, **piece)
+            elif isinstance(piece, dict):
                 said = piece
             elif piece.startswith(":"):
                 yield piece

@@ -125,6 +125,7 @@ class Drawing(Body):
     image_size: int | None = Field(None, ge=28, le=8192, description="Side at which the model draws, in pixels.")
     user: str | None = Field(None, max_length=512)
     safety_identifier: str | None = Field(None, max_length=512)
+    partial_images: int | None = Field(None, ge=0, le=3, description="How many a stream shows on the way to each.")
 
     @field_validator("size")
     @classmethod
@@ -140,7 +141,6 @@ class Images(Drawing):
     n: int | None = Field(None, ge=1, le=MAX_COUNT)
     response_format: Literal["b64_json", "url"] = "b64_json"
     stream: bool | None = Field(None, description="Answer by server-sent events.")
-    partial_images: int | None = Field(None, ge=0, le=3, description="Accepted; no partial pictures are sent.")
     include_progress: bool | None = Field(None, description="Let a stream tell the sampling steps, in events of ours.")
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["low", "auto"] | None = None
@@ -230,10 +230,17 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = None
 
 
-class TextFormat(BaseModel):
-    """Only plain text is answered."""
+class Format(BaseModel):
+    """Plain text, or one JSON object: the model is told to write one, and what it writes becomes one."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _loose(self) -> Format:
+        if self.type == "json_schema" and (self.json_schema is None or self.json_schema.get("strict")):
+            raise ValueError("the model cannot be held to a form; it is only asked for one, without `strict`")
+        return self
 
 
 class Chat(Drawing):
@@ -262,7 +269,7 @@ class Chat(Drawing):
     tool_choice: Literal["none", "auto"] | None = None
     function_call: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: TextFormat | None = None
+    response_format: Format | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
