@@ -296,14 +296,14 @@ def test_json_is_asked_for_in_words_and_always_comes(client, official, engine, m
 # --- pictures on the way ----------------------------------------------------------------------------------------------
 
 
-def straight_on(model, done, **settings):
+def straight_on(model, done, shift, **settings):
     """Where the latents of a drawing go from the state after `done` steps, by their last direction."""
     states = []
     model.generate(
-        "a cat", num_inference_steps=8, guidance_scale=2.0, output_type="latent", **settings,
+        "a cat", num_inference_steps=8, guidance_scale=2.0, solver="dpm++", output_type="latent", **settings,
         callback_on_step_end=lambda model, step, timestep, values: states.append(values["latents"]),
     )  # fmt: skip
-    levels = make_schedule("dpm++", model.config.sampling.flow_shift, 8).levels
+    levels = make_schedule("dpm++", shift, 8).levels
     share = levels[done] / (levels[done - 1] - levels[done])
     return model.decode(states[done - 1] + share * (states[done - 1] - states[done - 2])).images[0]
 
@@ -324,7 +324,13 @@ def test_streams_show_pictures_on_the_way(official, tiny_model):
             assert {event.output_format for event in parts} <= {"png"}
             assert all(difference(a, b) > 0.5 for a, b in zip(sketches, [*sketches, final][1:], strict=True))
             if kind == "image_generation":
-                expected = [straight_on(tiny_model, done, generator=1) for done in {1: [4], 2: [3, 5]}.get(count, ())]
+                shift, settings = tiny_model.config.sampling.flow_shift, {"generator": 1}
+                if count == 1:
+                    seen = list(call(partial_images=1, extra_body=more | {"preset": "balanced", "solver": "dpm++"}))
+                    sketches.append(opened(seen[0].b64_json))
+                expected = [straight_on(tiny_model, d, shift, **settings) for d in {1: [4], 2: [3, 5]}.get(count, ())]
+                if count == 1:
+                    expected.append(straight_on(tiny_model, 4, 2.0, preset="balanced", **settings))
                 assert all(difference(a, b) < 0.5 for a, b in zip(sketches, expected, strict=False)), count
     few = list(official.images.generate(prompt="a", stream=True, partial_images=3, extra_body={"steps": 1}))
     assert [event.type for event in few] == ["image_generation.completed"], "there is nothing on the way"

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from unilip.errors import UniLIPError
+from unilip.fast.loop import Settings
 from unilip.method.flow import make_schedule
 from unilip.model import UniLIP
 from unilip.pictures import picture_psnr, to_pixels, unfit_square
@@ -398,7 +399,8 @@ class Engine:
                 wanted[row] = places.index(done)
         if not wanted or before is None:
             return
-        levels = make_schedule(settings["solver"], self.config.sampling.flow_shift, steps).levels
+        shift = Settings.of(self.config, settings["preset"]).flow_shift
+        levels = make_schedule(settings["solver"], shift, steps).levels
         velocity = (now - before) / (levels[done] - levels[done - 1])
         images = self.model.decode((now - levels[done] * velocity)[list(wanted)]).images
         for (row, number), image in zip(wanted.items(), images, strict=True):
