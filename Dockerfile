@@ -19,16 +19,16 @@ ARG TORCH_INDEX=
 RUN /opt/unilip/bin/pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY src ./src
-RUN /opt/unilip/bin/pip install '.[serve,studio]' && /opt/unilip/bin/unilip info
+RUN /opt/unilip/bin/pip install '.[serve]' && /opt/unilip/bin/unilip info
 
 FROM build AS build-cuda
 RUN /opt/unilip/bin/pip install torch
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY src ./src
-RUN /opt/unilip/bin/pip install '.[serve,studio]' && /opt/unilip/bin/unilip info
+RUN /opt/unilip/bin/pip install '.[serve]' && /opt/unilip/bin/unilip info
 
 FROM python:${PYTHON} AS runtime
-ENV PATH=/opt/unilip/bin:$PATH PYTHONUNBUFFERED=1 HF_HOME=/models GRADIO_ANALYTICS_ENABLED=False
+ENV PATH=/opt/unilip/bin:$PATH PYTHONUNBUFFERED=1 HF_HOME=/models
 RUN useradd --create-home --uid 10001 unilip && mkdir /models && chown unilip /models
 WORKDIR /home/unilip
 VOLUME /models

@@ -49,7 +49,7 @@ def test_help_loads_nothing_heavy():
 
 
 NOT_FOR_A_PICTURE = (
-    "transformers", "diffusers", "torchvision", "scipy", "peft", "torchao", "pandas", "gradio", "datasets",
+    "transformers", "diffusers", "torchvision", "scipy", "peft", "torchao", "pandas", "datasets",
 )  # fmt: skip
 
 LOADED_AFTER_A_PICTURE = f"""

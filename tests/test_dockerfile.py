@@ -94,7 +94,7 @@ def test_the_dockerfile_is_in_order():
     [
         ("COPY src ./src", "COPY sources ./src", "sources is not there"),
         ("COPY src ./src", "COPY tests ./src", "tests is not there"),
-        ("[serve,studio]", "[serve,magic]", "no extra magic"),
+        ("[serve]", "[magic]", "no extra magic"),
         ("USER unilip", "", "runs as root"),
         ("PIP_CONSTRAINT=/build/constraints.txt ", "", "without constraints"),
         ("--from=build-cpu", "--from=build-gpu", "no stage build-gpu"),

@@ -65,7 +65,7 @@ def test_the_base_install_answers_draws_edits_reconstructs_and_converts(tiny_fol
     base = needed(PROJECT["dependencies"], {})
     homes = metadata.packages_distributions()
     blocked = {module for module, names in homes.items() if not {plain(n) for n in names} & {*base, "unilip"}}
-    assert {"transformers", "diffusers", "peft", "gradio", "fastapi"} & set(homes) <= blocked and "torch" not in blocked
+    assert {"transformers", "diffusers", "peft", "fastapi"} & set(homes) <= blocked and "torch" not in blocked
     picture().save(tmp_path / "a.png")
     model, image = ["--model", str(tiny_folder)], str(tmp_path / "a.png")
     run(blocked, [], [

@@ -703,7 +703,7 @@ def test_a_slow_body_is_given_up(monkeypatch):
     scope = {
         "type": "http",
         "method": "POST",
-        "path": "/",
+        "path": "/v1/images/edits",
         "headers": [(b"host", b"localhost")],
         "client": ("1.2.3.4", 5),
     }
@@ -724,7 +724,7 @@ def test_what_is_being_read_at_once_is_limited():
     scope = {
         "type": "http",
         "method": "POST",
-        "path": "/",
+        "path": "/v1/images/edits",
         "headers": [(b"host", b"localhost")],
         "client": ("1.2.3.4", 5),
     }

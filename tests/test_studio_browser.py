@@ -1,17 +1,17 @@
-"""The studio in a real browser: headless Chromium, driven by selenium, on the embedded model.
+"""The page in a real browser: headless Chromium, driven by selenium, on the embedded model.
 
-One page is opened once and used by the tests in their order, as a visitor would use it. Screenshots are written to the
-folder UNILIP_SCREENSHOTS, or a temporary one. Without Chromium and its driver the tests are skipped.
+One page is opened once and used by the tests in their order, as a visitor would use it. Screenshots at 1280x800 and
+390x844 are written to the folder UNILIP_SCREENSHOTS, or a temporary one. Without Chromium and its driver it is skipped.
 """
 
 import json
 import os
 import shutil
-import socket
 import tempfile
 import threading
 import time
-import zipfile
+from argparse import Namespace
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,67 +20,62 @@ from PIL import Image
 pytestmark = pytest.mark.slow
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1280,1000",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
 )  # fmt: skip
-PATIENCE = 180  # seconds: the core may be shared with much else
+PATIENCE = 120  # seconds: the core may be shared with much else
 EXAMPLES = Path(__file__).resolve().parents[1] / "src/unilip/weights/examples"
+KEY = "a-key-of-twenty-four-signs"
+DESK, PHONE = (1280, 800), (390, 844)
 
 
-@pytest.fixture(scope="module")
-def shots(tmp_path_factory):
-    """The folder of the screenshots."""
-    folder = Path(os.environ.get("UNILIP_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def address():
-    """Where the studio of the embedded model is served."""
-    pytest.importorskip("gradio", reason="gradio is not installed")
-    uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
-    from unilip.cli.studio import CAN, CANNOT, samples
-    from unilip.model import UniLIP
+@contextmanager
+def serving(model, **rules):
+    """A server in a thread, as `unilip studio` starts it: its address, and its engine."""
+    from unilip.cli.serving import about
+    from unilip.serve.app import Settings, create_app
     from unilip.serve.engine import Engine
-    from unilip.serve.studio import About, create_app
+    from unilip.serve.guard import Rules
+    from unilip.serve.server import listen, make_server
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with Engine(UniLIP.from_pretrained()) as engine:
-        app = create_app(engine, About("embedded (pico)", CAN, CANNOT), samples())
-        config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=2)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run)
+    taken = listen("127.0.0.1", 0)
+    with Engine(model) as engine:
+        settings = Settings("unilip", Rules(rate_limit=0, **rules), about=about(Namespace(model=None), model))
+        server = make_server(create_app(engine, settings), 3)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
         thread.start()
-        while not server.started and thread.is_alive():
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/"
-        deadline = time.monotonic() + 60
-        while len(app.state.desks) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        left = len(app.state.desks)
-        server.should_exit = True
-        thread.join(60)
-    assert left == 0, "a page that was closed left its desk behind"
-    assert not app.state.desks.folder.parent.exists(), "the studio left files behind"
+        while not server.started:
+            time.sleep(0.05)
+        try:
+            yield f"http://127.0.0.1:{taken.getsockname()[1]}/", engine
+        finally:
+            server.should_exit = True
+            thread.join(60)
+
+
+@pytest.fixture(scope="module")
+def model():
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+    from unilip.model import UniLIP
+
+    return UniLIP.from_pretrained()
+
+
+@pytest.fixture(scope="module")
+def served(model):
+    with serving(model) as found:
+        yield found
 
 
 class Visitor:
     """A browser with the page open, and what a person does with it."""
 
-    def __init__(self, driver, downloads, shots):
-        self.driver, self.downloads, self.shots = driver, downloads, shots
-        self.requests = set()
+    def __init__(self, driver, shots):
+        self.driver, self.shots = driver, shots
 
     def all(self, css):
         from selenium.webdriver.common.by import By
 
-        return self.driver.find_elements(By.CSS_SELECTOR, css)
-
-    def one(self, css):
-        self.until(lambda: self.all(css), f"there is no {css}")
-        return self.all(css)[0]
+        return [one for one in self.driver.find_elements(By.CSS_SELECTOR, css) if one.is_displayed()]
 
     def until(self, condition, what, patience=PATIENCE):
         from selenium.common.exceptions import ElementNotInteractableException, StaleElementReferenceException
@@ -93,75 +88,80 @@ class Visitor:
                 found = None
             if found:
                 return found
-            time.sleep(0.15)
-        self.shoot("failed")
-        raise AssertionError(f"{what}, after {patience} s")
+            time.sleep(0.1)
+        self.driver.save_screenshot(str(self.shots / "failed.png"))
+        raise AssertionError(f"{what}, after {patience} s; the note says {self.text('#note')!r}")
 
-    def tab(self, name):
-        def click():
-            for button in self.all("#tabs :not([aria-hidden=true]) > button"):  # not gradio's copies for measuring
-                if button.text.strip() == name and button.is_displayed():
-                    self.driver.execute_script("arguments[0].click()", button)
-                    return True
-            for more in self.all("#tabs .overflow-menu > button"):  # on a narrow page
-                if more.is_displayed():
-                    more.click()
-            return False
+    def one(self, css, words=""):
+        """The first visible element of a selector, with these words in it."""
+        return self.until(
+            lambda: next((found for found in self.all(css) if words in found.text), None), f"no {css} {words!r}"
+        )
 
-        self.until(click, f"there is no tab {name}")
-        time.sleep(0.3)
+    def text(self, css):
+        return " ".join(found.text for found in self.all(css))
 
-    def click(self, css):
-        element = self.one(css)
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
-        self.until(lambda: self.one(css).is_displayed() and self.one(css).is_enabled(), f"{css} cannot be clicked")
-        self.driver.execute_script("arguments[0].click()", self.one(css))
+    def click(self, css, words=""):
+        self.one(css, words).click()
 
     def type(self, css, *keys):
         from selenium.webdriver.common.keys import Keys
 
-        def ready():
-            field = self.one(css)
-            return field if field.is_displayed() and field.is_enabled() else None
-
-        field = self.until(ready, f"{css} takes no words")
+        field = self.one(css)
         field.send_keys(Keys.CONTROL, "a")
-        field.send_keys(*keys)
+        field.send_keys(*(keys or (Keys.DELETE,)))
 
-    def status(self, tab, kind):
-        """Wait until a tab's status is of a kind, and return its words."""
-        return self.until(
-            lambda: next((found.text for found in self.all(f"#{tab}-status .note.{kind}")), None),
-            f"no {kind} in {tab}; it says {[found.text for found in self.all(f'#{tab}-status')]}",
-        )
+    def say(self, *words):
+        """Write a message and send it."""
+        from selenium.webdriver.common.keys import Keys
 
-    def idle(self, tab):
-        """Wait until nothing is being done in a tab."""
-        self.until(
-            lambda: (
-                not any(stop.is_displayed() for stop in self.all(f"#{tab}-stop"))
-                and not self.all(f"#{tab}-status progress")
-            ),
-            f"{tab} does not end",
-        )
+        self.type("#words", *words, Keys.ENTER)
+
+    def idle(self):
+        self.until(lambda: self.text("#go") not in ("", "Cancel") and not self.all(".pending"), "it does not end")
+
+    def thumbs(self):
+        return len(self.driver.find_elements("css selector", "#thumbs img"))
+
+    def turns(self):
+        return len(self.all(".turn"))
+
+    def made(self, count):
+        """Wait for the picture of turn `count`, and return the facts below it."""
+        self.until(lambda: self.turns() == count and self.all(".turn:last-child .pictures img"), f"no picture {count}")
+        self.idle()
+        return self.text(".turn:last-child .facts")
+
+    def size(self, width, height):
+        touch = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", touch)
 
     def shoot(self, name):
-        time.sleep(0.6)
-        path = self.shots / f"{name}.png"
-        self.driver.save_screenshot(str(path))
-        return Image.open(path)
+        """Take the screen at both sizes; nothing may be wider than it."""
+        for label, size in (("phone", PHONE), ("desk", DESK)):
+            self.size(*size)
+            time.sleep(0.5)
+            wide = self.driver.execute_script(
+                "return [...document.querySelectorAll('body, #talk, #composer, aside, dialog')]"
+                ".filter(e => e.offsetParent && e.scrollWidth > e.clientWidth + 1).map(e => e.id || e.tagName)"
+            )
+            page = self.driver.execute_script("return document.documentElement.scrollWidth - innerWidth")
+            assert page <= 0 and not wide, (name, label, page, wide)
+            path = self.shots / f"{name}-{label}.png"
+            self.driver.save_screenshot(str(path))
+        return Image.open(path).convert("RGB")
 
-    def watch(self):
-        """Collect the addresses that the browser asked for so far."""
-        for entry in self.driver.get_log("performance"):
-            message = json.loads(entry["message"])["message"]
-            if message["method"] == "Network.requestWillBeSent":
-                self.requests.add(message["params"]["request"]["url"])
-        return self.requests
+    def in_view(self, css):
+        """How much of an element can be seen, from 0 to 1."""
+        return self.driver.execute_script(
+            "const e = [...document.querySelectorAll(arguments[0])].at(-1), b = e.getBoundingClientRect();"
+            "const t = document.getElementById('talk').getBoundingClientRect();"
+            "return Math.max(0, Math.min(b.bottom, t.bottom) - Math.max(b.top, t.top)) / b.height", css,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def visitor(address, shots):
+def visitor(served, tmp_path_factory):
     """A browser on the page."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -169,6 +169,8 @@ def visitor(address, shots):
     if not chromium or not chromedriver:
         pytest.skip(f"needs Chromium (found: {chromium}) and chromedriver (found: {chromedriver})")
     home = Path(tempfile.mkdtemp())
+    shots = Path(os.environ.get("UNILIP_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    shots.mkdir(parents=True, exist_ok=True)
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in (*FLAGS, f"--user-data-dir={home / 'profile'}"):
@@ -178,189 +180,263 @@ def visitor(address, shots):
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
     try:
         driver.set_page_load_timeout(PATIENCE)
-        driver.get(address)
-        visitor = Visitor(driver, home / "downloads", shots)
-        visitor.until(lambda: len(visitor.all("#tabs button[role=tab]")) >= 5, "the page does not appear")
-        time.sleep(1)
+        visitor = Visitor(driver, shots)
+        visitor.downloads = home / "downloads"
+        visitor.size(*DESK)
+        driver.get(served[0])
+        visitor.one("#start")
         yield visitor
     finally:
         driver.quit()
         shutil.rmtree(home, ignore_errors=True)
 
 
-def test_the_page_tells_what_its_model_is(visitor):
-    head = visitor.one("#about").text
-    assert "embedded (pico)" in head and "million parameters" in head and "112 px" in head and "CPU" in head
-    assert "Can:" in head and "Cannot: photographs" in head
-    visitor.shoot("chat-empty")
+def test_the_page_says_what_its_model_is_and_offers_what_it_can(visitor):
+    assert "embedded (pico)" in visitor.text("#model") and "flat emoji" in visitor.text("#can")
+    assert len(visitor.all("#prompts button")) == 4 and len(visitor.all("#samples img")) == 4
+    visitor.shoot("1-start")
 
 
 def test_draw(visitor):
+    visitor.say("three yellow stars")
+    visitor.one(".pending")
+    visitor.one(".facts", "Step")
+    visitor.shoot("2-drawing")
+    facts = visitor.made(1)
+    assert "seed" in facts and "20 steps" in facts and "112 × 112 px" in facts
+    assert visitor.in_view(".turn:last-child .pictures img") == 1
+    width = visitor.driver.execute_script("return document.querySelector('.turn .pictures img').clientWidth")
+    assert width % 112 == 0 and width >= 336, "a whole multiple of its size"
+    assert len(visitor.shoot("3-drawn").getcolors(2**24)) > 50
+    visitor.size(*PHONE)
+    time.sleep(0.5)
+    assert visitor.in_view(".turn:last-child .pictures img") == 1
+    visitor.size(*DESK)
+
+
+def test_edit_what_was_drawn_and_compare(visitor):
+    visitor.say("change the background to pink")
+    visitor.made(2)
+    assert "Taken as a change of the picture" in visitor.text(".turn:last-child")
+    visitor.shoot("4-edited")
+    visitor.click(".turn:last-child .acts button", "Compare")
+    visitor.until(lambda: len(visitor.all("#views img")) == 2, "no two pictures")
+    visitor.shoot("5-compared")
+    visitor.click("#viewer .close")
+
+
+def test_ask_about_it(visitor):
+    visitor.say("What color is the background?")
+    visitor.until(lambda: visitor.turns() == 3 and visitor.text(".turn:last-child .answer"), "no answer")
+    visitor.idle()
+    visitor.say("How many stars are there?")
+    visitor.until(lambda: visitor.turns() == 4 and visitor.text(".turn:last-child .answer"), "no answer")
+    visitor.idle()
+    visitor.shoot("6-asked")
+    visitor.click(".turn:last-child .taken button")
+    assert visitor.one("#words").get_attribute("value") == "How many stars are there?"
+    assert visitor.text("#go") == "Edit"
+
+
+def test_a_picture_of_ones_own_is_edited_and_reconstructed(visitor):
+    from selenium.webdriver.support.ui import Select
+
+    visitor.click("#new")
+    visitor.one("#start")
+    visitor.driver.find_element("id", "files").send_keys(str(EXAMPLES / "panda.png"))
+    visitor.one("#attached .thumb", "panda.png")
+    visitor.type("#words", "make the background blue")
+    visitor.until(lambda: visitor.text("#go") == "Edit", "not taken as an edit")
+    visitor.shoot("7-attached")
+    visitor.click("#go")
+    visitor.made(1)
+    visitor.driver.find_element("id", "files").send_keys(str(EXAMPLES / "cactus.png"))
+    visitor.one("#attached .thumb", "cactus.png")
+    Select(visitor.one("#mode")).select_by_value("reconstruct")
+    visitor.click("#go")
+    assert "dB" in visitor.made(2)
+    visitor.shoot("8-reconstructed")
+    Select(visitor.one("#mode")).select_by_value("auto")
+
+
+def test_unknown_words_are_told_before_and_after(visitor):
+    visitor.type("#words", "draw a dragon above a castle")
+    visitor.one("#unread", "Never read in training: dragon, castle")
+    visitor.click("#go")
+    visitor.made(3)
+    visitor.one(".turn:last-child .warn", "dragon")
+    visitor.shoot("9-unknown-words")
+
+
+def test_settings_are_used_and_several_pictures_drawn(visitor):
+    visitor.click("#show-settings")
+    for name, value in (("n", "4"), ("seed", "7"), ("steps", "8")):
+        visitor.type(f"#values [name={name}]", value)
+    visitor.shoot("10-settings")
+    visitor.click("#settings .close")
+    visitor.say("draw a blue car")
+    visitor.until(lambda: len(visitor.all(".turn:last-child .pictures img")) == 4, "no four pictures")
+    visitor.idle()
+    visitor.shoot("11-four")
+    visitor.click(".turn:last-child figure button")
+    assert "seed 7" in visitor.text("#viewed") and "8 steps" in visitor.text("#viewed")
+    visitor.click("#viewer .close")
+    visitor.click("#show-settings")
+    visitor.click("#values [type=reset]")
+    assert visitor.one("#values [name=seed]").get_attribute("value") == ""
+    visitor.click("#settings .close")
+
+
+def test_cancel_by_button_and_key_keeps_the_words(visitor, served):
     from selenium.webdriver.common.keys import Keys
 
-    visitor.tab("Generate")
-    visitor.type("#generate-prompt textarea", "three yellow stars", Keys.ENTER)
-    value = visitor.until(
-        lambda: next((bar.get_attribute("value") for bar in visitor.all("#generate-status progress")), None),
-        "no progress bar",
-    )
-    assert float(value) >= 0
-    visitor.shoot("generate-working")
-    assert "1 picture of 20 steps" in visitor.status("generate", "done")
-    visitor.until(lambda: visitor.all("#generate-gallery img"), "no picture")
-    visitor.idle("generate")
-    assert len(visitor.shoot("generate").getcolors(2**24)) > 50
-
-
-def test_edit_the_result(visitor):
-    from selenium.webdriver.common.keys import Keys
-
-    visitor.click("#generate-edit")
-    visitor.until(lambda: visitor.all("#edit-source img"), "the picture did not come along")
-    visitor.type("#edit-instruction textarea", "change the background to pink", Keys.ENTER)
-    assert "of the pixels changed" in visitor.status("edit", "done")
-    visitor.until(lambda: len(visitor.all("#edit-slider img")) >= 2, "no before and after")
-    visitor.until(lambda: visitor.all("#edit-difference img"), "no difference map")
-    visitor.idle("edit")
-    visitor.shoot("edit")
-
-
-def test_talk_draw_change_and_ask(visitor):
-    from selenium.webdriver.common.keys import Keys
-
-    visitor.tab("Chat")
-    for said, pictures, words in (
-        ("draw a blue car", 1, "Drawn: “a blue car”"),
-        ("change the background to yellow", 2, "Changed: “change the background to yellow”"),
-    ):
-        visitor.type("#chat-box textarea", said, Keys.ENTER)
-        visitor.until(lambda words=words: words in visitor.one("#chat").text, f"no answer to {said!r}")
-        visitor.until(lambda n=pictures: len(visitor.all("#chat .bot img")) >= n, f"no picture for {said!r}")
-        visitor.idle("chat")
-        assert visitor.one("#chat-box textarea").get_attribute("value") == ""
-    visitor.type("#chat-box textarea", "What color is the background?", Keys.ENTER)
-    visitor.until(lambda: "What color is the background?" in visitor.one("#chat").text, "the question is not shown")
-    visitor.idle("chat")
-    last = [message.text for message in visitor.all("#chat .bot .message-content") if message.text][-1]
-    assert "Changed" not in last
-    visitor.shoot("chat")
-
-
-def test_ask_about_an_example(visitor):
-    visitor.click("#chat-new")
-    visitor.until(lambda: "Drawn" not in visitor.one("#chat").text, "the conversation is still there")
-    example = visitor.until(
-        lambda: (
-            next((e for e in visitor.all("#chat-examples button") if "What is this?" in e.text), None)
-            or next((e for e in visitor.all("button") if "What is this?" in e.text), None)
-        ),
-        "no example",
-    )
-    visitor.driver.execute_script("arguments[0].click()", example)
-    visitor.until(lambda: visitor.one("#chat-box textarea").get_attribute("value") == "What is this?", "not filled in")
-    visitor.click("#chat-box .submit-button")
-    visitor.until(lambda: visitor.all("#chat .user img"), "the picture is not shown")
-    visitor.until(lambda: [m for m in visitor.all("#chat .bot .message-content") if m.text], "no answer")
-    visitor.idle("chat")
-    visitor.shoot("chat-picture")
-
-
-def test_cancel_by_button_and_by_key(visitor):
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-
-    visitor.tab("Generate")
-    before = [image.get_attribute("src") for image in visitor.all("#generate-gallery img")]
-    for css, value in (("#generate-steps", "100"), ("#generate-count", "8")):
-        visitor.type(f"{css} input[type=number]", value, Keys.TAB)
-    for cancel in ("button", "key"):
-        visitor.click("#generate-go")
-        visitor.until(lambda: "of 800" in visitor.one("#generate-status").text, "no step was shown")
-        if cancel == "button":
-            visitor.click("#generate-stop")
+    visitor.click("#show-settings")
+    visitor.type("#values [name=steps]", "200")
+    visitor.click("#settings .close")
+    turns = visitor.turns()
+    for way in ("button", "key"):
+        visitor.say("draw a red balloon")
+        visitor.one(".facts", "Step")
+        if way == "button":
+            visitor.click("#go", "Cancel")
         else:
-            visitor.driver.find_element(By.TAG_NAME, "body").send_keys(Keys.ESCAPE)
-        visitor.until(lambda: "Cancelled" in visitor.one("#generate-status").text, f"the {cancel} does not cancel", 60)
-        visitor.idle("generate")
-    assert [image.get_attribute("src") for image in visitor.all("#generate-gallery img")] == before
-    visitor.shoot("cancelled")
+            visitor.one("#words").send_keys(Keys.ESCAPE)
+        visitor.until(lambda: visitor.turns() == turns, f"the {way} does not cancel", 30)
+        visitor.idle()
+        assert visitor.one("#words").get_attribute("value") == "draw a red balloon"
+        visitor.until(lambda: served[1].stats().running == 0, "the engine goes on")
+    visitor.shoot("12-cancelled")
 
 
-def test_errors_are_shown_kindly(visitor, tmp_path):
-    from selenium.webdriver.common.keys import Keys
+def test_the_place_in_the_queue_is_told(visitor, served):
+    from unilip.serve.jobs import Generate
 
-    visitor.type("#generate-prompt textarea", Keys.DELETE)
-    visitor.click("#generate-go")
-    assert visitor.status("generate", "error") == "The prompt is empty; say in words what you want."
-    assert visitor.one("#generate-status .error").get_attribute("role") == "alert"
-    visitor.shoot("error")
+    tickets = [served[1].submit(Generate("a frog", 8, steps=40, image_size=side)) for side in (112, 224)]
+    visitor.say("draw a green cactus")
+    visitor.one(".facts", "ahead")
+    visitor.shoot("13-queue")
+    visitor.click("#go", "Cancel")
+    for ticket in tickets:
+        ticket.cancel()
+    visitor.idle()
+    visitor.click("#show-settings")
+    visitor.click("#values [type=reset]")
+    visitor.click("#settings .close")
+
+
+def test_errors_are_told_in_words_and_nothing_is_lost(visitor, tmp_path):
+    visitor.click("#show-settings")
+    visitor.type("#values [name=steps]", "5000")
+    visitor.click("#settings .close")
+    visitor.say("draw a red balloon")
+    visitor.one("#note", "steps must be at most 1000")
+    assert visitor.one("#words").get_attribute("value") == "draw a red balloon"
+    visitor.shoot("14-error")
+    visitor.click("#show-settings")
+    visitor.click("#values [type=reset]")
+    visitor.click("#settings .close")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"this is no picture")
-    visitor.tab("Reconstruct")
-    visitor.one("#reconstruct-source input[type=file]").send_keys(str(broken))
-    visitor.until(lambda: visitor.all("#reconstruct-source img"), "nothing was uploaded")
-    visitor.click("#reconstruct-go")
-    assert "broken.png is not an image that can be read" in visitor.status("reconstruct", "error")
-    visitor.shoot("error-picture")
+    visitor.driver.find_element("id", "files").send_keys(str(broken))
+    visitor.one("#note", "broken.png is no picture that can be read")
+    visitor.type("#words")
+    visitor.click("#go")
+    visitor.one("#note", "There are no words")
 
 
-def test_reconstruct(visitor):
-    visitor.click("#reconstruct-source button[aria-label='Remove Image'], #reconstruct-source button[title*='lear']")
-    visitor.one("#reconstruct-source input[type=file]").send_keys(str(EXAMPLES / "panda.png"))
-    visitor.until(lambda: visitor.all("#reconstruct-source img"), "nothing was uploaded")
-    visitor.click("#reconstruct-go")
-    assert "dB at 112 px" in visitor.status("reconstruct", "done")
-    for name in ("seen", "again", "difference"):
-        visitor.until(lambda name=name: visitor.all(f"#reconstruct-{name} img"), f"no picture {name}")
-    visitor.shoot("reconstruct")
+def test_the_gallery_outlives_the_page_and_gives_words_and_seed_back(visitor):
+    count = visitor.thumbs()
+    assert count == 2 + 2 + 1 + 4
+    visitor.driver.refresh()
+    visitor.until(lambda: visitor.thumbs() == count, "the gallery is lost")
+    thumb = visitor.one("#thumbs button[title='a blue car']")
+    thumb.click()
+    visitor.shoot("15-viewer")
+    first = visitor.driver.execute_script("return document.querySelector('#views img').src")
+    facts = visitor.text("#viewed .soft")
+    visitor.click("#tools button", "Use words and seed")
+    assert visitor.one("#words").get_attribute("value") == "a blue car"
+    visitor.click("#go")
+    assert visitor.made(1).split(" · ")[:4] == facts.split(" · ")[:4]
+    script = """
+        const pixels = async (url) => {
+            const image = Object.assign(new Image(), {src: url});
+            await image.decode();
+            const context = new OffscreenCanvas(112, 112).getContext('2d');
+            context.drawImage(image, 0, 0);
+            return context.getImageData(0, 0, 112, 112).data.join();
+        };
+        Promise.all([arguments[0], arguments[1]].map(pixels)).then(([a, b]) => arguments[2](a === b));
+    """
+    second = visitor.driver.execute_script("return document.querySelector('.turn img').src")
+    same = visitor.driver.execute_async_script(script, first, second)
+    assert same, "the same seed gives the same picture"
 
 
-def test_the_history_is_downloaded(visitor):
-    visitor.tab("History")
-    visitor.until(lambda: len(visitor.all("#history-gallery img")) >= 5, "the history is not shown")
-    visitor.shoot("history")
-    visitor.click("#history-zip")
-    (path,) = visitor.until(lambda: list(visitor.downloads.glob("*.zip")), "nothing was downloaded")
-    with zipfile.ZipFile(path) as archive:
-        entries = json.loads(archive.read("history.json"))["entries"]
-        names = set(archive.namelist())
-    assert [entry["verb"] for entry in entries] == ["generate", "edit", "generate", "edit", "ask", "ask", "reconstruct"]
-    assert all(name in names for entry in entries for name in entry["files"])
+def test_delete_and_undo(visitor):
+    count = visitor.thumbs()
+    visitor.click("#thumbs button")
+    visitor.click("#tools button", "Delete")
+    visitor.until(lambda: visitor.thumbs() == count - 1, "it is still there")
+    visitor.shoot("16-deleted")
+    visitor.click("#toast button", "Undo")
+    visitor.until(lambda: visitor.thumbs() == count, "it does not come back")
+    visitor.click("#clear")
+    visitor.until(lambda: visitor.thumbs() == 0, "they are still there")
+    visitor.click("#toast button", "Undo")
+    visitor.until(lambda: visitor.thumbs() == count, "they do not come back")
+    visitor.driver.refresh()
+    visitor.until(lambda: visitor.thumbs() == count, "undone in sight only")
 
 
-def test_dark_and_light(visitor):
-    visitor.tab("Edit")
-    light = sum(visitor.shoot("edit-light").convert("L").resize((1, 1)).getpixel((0, 0)) for _ in range(1))
-    visitor.click("#theme")
-    dark = visitor.shoot("edit-dark").convert("L").resize((1, 1)).getpixel((0, 0))
-    assert dark < 100 < light
-    visitor.tab("Chat")
-    visitor.shoot("chat-dark")
-    visitor.click("#theme")
+def test_a_picture_is_downloaded(visitor):
+    visitor.click("#thumbs button")
+    visitor.click("#tools button", "Download")
+    path = visitor.until(lambda: next(iter(visitor.downloads.glob("*.png")), None), "nothing was downloaded")
+    visitor.until(lambda: path.stat().st_size > 0, "it is empty")
+    assert Image.open(path).size == (112, 112) and path.name.startswith("a-blue-car-")
+    visitor.click("#viewer .close")
+    visitor.size(*PHONE)
+    visitor.click("#show-gallery")
+    visitor.driver.save_screenshot(str(visitor.shots / "17-gallery-phone.png"))
+    visitor.click("#gallery .close")
+    visitor.size(*DESK)
 
 
-def test_a_phone_shows_everything(visitor):
-    visitor.driver.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
-    )
-    for name in ("Chat", "Generate", "Edit"):
-        visitor.driver.execute_script("window.scrollTo(0, 0)")
-        visitor.tab(name)
-        width = visitor.driver.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
-        assert width[0] <= width[1] + 1, f"{name} is wider than a phone: {width}"
-        visitor.shoot(f"phone-{name.lower()}")
-    sizes = visitor.driver.execute_script(
-        "return [...document.querySelectorAll('.note, textarea, .about p')].filter(e => e.offsetParent)"
-        ".map(e => parseFloat(getComputedStyle(e).fontSize))"
-    )
-    assert sizes and min(sizes) >= 12
-    visitor.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+def test_dark_follows_the_system(visitor):
+    def shade(theme):
+        visitor.driver.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+        )
+        return visitor.shoot(f"18-{theme}").convert("L").getpixel((1270, 790))
+
+    visitor.say("draw a frog")
+    visitor.made(1)
+    assert shade("dark") < 90 < shade("light")
 
 
-def test_nothing_was_asked_of_other_hosts(visitor, address):
-    asked = visitor.watch()
-    assert any(url.startswith(address) for url in asked)
-    foreign = [url for url in asked if not url.startswith((address, "data:", "blob:", "chrome:", "about:"))]
-    assert foreign == []
-    refused = [e["message"] for e in visitor.driver.get_log("browser") if "Content Security Policy" in e["message"]]
-    assert refused == []
+def test_nothing_was_asked_of_other_hosts_and_nothing_went_wrong(visitor, served):
+    asked = set()
+    for entry in visitor.driver.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"] == "Network.requestWillBeSent":
+            asked.add(message["params"]["request"]["url"])
+    assert any(url.startswith(served[0]) for url in asked)
+    assert [url for url in asked if not url.startswith((served[0], "data:", "blob:", "chrome:", "about:"))] == []
+    wrong = [one["message"] for one in visitor.driver.get_log("browser")]
+    assert [one for one in wrong if "400 (Bad Request)" not in one] == []
+
+
+def test_a_key_is_asked_for(visitor, model):
+    with serving(model, api_keys=(KEY,)) as (address, _):
+        visitor.driver.get(address)
+        visitor.shoot("19-key")
+        visitor.type("#key-text", "something-else")
+        visitor.click("#key .main")
+        visitor.one("#key-note", "That key was wrong")
+        visitor.type("#key-text", KEY)
+        visitor.click("#key .main")
+        visitor.one("#prompts button").click()
+        visitor.until(lambda: visitor.text("#go") == "Draw", "not ready")
+        visitor.click("#go")
+        visitor.made(1)

@@ -314,11 +314,12 @@ class _Show:
             f"{loaded[:1].upper() + loaded[1:]}{', ' if loaded else 'In '}{seconds:.1f} s of work."
         )
         times = max(1, 224 // config.image_size)  # pictures are shown at a whole multiple of their size
-        after = self.command("studio", "--open") + self.command("generate", "a green cactus", "--num-images", "4")
+        after = self.command("studio") + self.command("generate", "a green cactus", "--num-images", "4")
+        shared = (resources.files("unilip") / "serve" / "page" / "style.css").read_text(encoding="utf-8")
         template = Template((resources.files("unilip") / "demo.html").read_text(encoding="utf-8"))
         return template.substitute(
-            size=config.image_size, times=times, facts=html.escape(facts), sections="".join(sections), after=after,
-            credits=html.escape(self.examples.credits), version=__version__,
+            shared=shared, size=config.image_size, times=times, facts=html.escape(facts), sections="".join(sections),
+            after=after, credits=html.escape(self.examples.credits), version=__version__,
         )  # fmt: skip
 
 

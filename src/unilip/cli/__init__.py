@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from unilip import __version__
-from unilip.cli import checkpoints, data, evaluation, options, pictures, serving, studio, training
+from unilip.cli import checkpoints, data, evaluation, options, pictures, serving, training
 from unilip.cli.options import Options, Parser, Verb
 from unilip.cli.terminal import reason, say
 from unilip.errors import UniLIPError, install
@@ -24,7 +24,7 @@ EXTRAS = {  # package -> extra of ours that brings it
     "matplotlib": "eval", "openai": "eval", "datasets": "eval", "pyarrow": "eval", "peft": "train",
     "tensorboard": "train", "webdataset": "train", "ray": "ray", "torchao": "quantize",
 }  # fmt: skip
-AREAS = (pictures, training, data, checkpoints, evaluation, serving, studio)
+AREAS = (pictures, training, data, checkpoints, evaluation, serving)
 VERBS: dict[str, Verb] = {name: verb for area in AREAS for name, verb in area.VERBS.items()}
 OPTIONS: dict[str, dict[str, Any]] = dict(options.OPTIONS)
 for area in AREAS:
@@ -118,7 +118,7 @@ def explain(error: Exception, verb: str = "") -> tuple[str, int]:
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
         return "memory ran out; try a smaller --batch-size or --image-size, --dtype bfloat16, or another --device.", 1
     if isinstance(error, ModuleNotFoundError):
-        extra = verb if verb in ("serve", "studio") else EXTRAS.get((error.name or "").partition(".")[0])
+        extra = "serve" if verb in ("serve", "studio") else EXTRAS.get((error.name or "").partition(".")[0])
         how = install(extra) if extra else f"install it with pip install {error.name}"
         return f"the package {error.name} is missing; {how}.", 1
     if isinstance(error, OSError) and error.strerror:

@@ -1,21 +1,32 @@
-"""The verb that serves a model to other programs over HTTP."""
+"""The verbs that serve a model over HTTP: to other programs, and as a page in the browser."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import re
+import threading
+import webbrowser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from unilip.cli.options import LOADING, Options, Verb, number, whole
 from unilip.cli.terminal import describe_model, load, say
 from unilip.errors import UniLIPError, install
 from unilip.machine import choose_device
 
+if TYPE_CHECKING:
+    from unilip.model import UniLIP
+
 KEYS = "UNILIP_API_KEY"
 MEGA = 2**20
 LEVELS = ("debug", "info", "warning", "error")
+CAN = "scenes of one to four flat emoji drawings on a plain background: kinds of things, counts, colours, places."
+CANNOT = (
+    "photographs, faces, writing, or anything else than its drawings. It is small and often wrong; its mistakes are "
+    "shown as they are."
+)
 
 
 def name_of(o: Options) -> str:
@@ -25,6 +36,22 @@ def name_of(o: Options) -> str:
     if o.model is None:
         return "unilip"
     return Path(o.model).name if os.path.exists(o.model) else o.model
+
+
+def about(o: Options, model: UniLIP) -> dict[str, Any]:
+    """What the page says of a model, and what it offers to try."""
+    from unilip import __version__
+    from unilip.demo import examples
+
+    found: dict[str, Any] = {
+        **describe_model(o, model), "version": __version__, "parameters": sum(p.numel() for p in model.parameters())
+    }  # fmt: skip
+    if o.model is None:
+        given = examples()
+        found |= {"can": CAN, "cannot": CANNOT, "prompts": given.prompts}
+        found["edits"] = [(edit.source.name, edit.instruction) for edit in given.edits]
+        found["questions"] = [(one.path.name, one.questions[0].question) for one in given.pictures]
+    return found | ({} if o.model is None else {"model": name_of(o)})
 
 
 def serve(o: Options) -> int:
@@ -47,27 +74,35 @@ def serve(o: Options) -> int:
         raise UniLIPError(f"An --api-key is empty; give one, or leave it and {KEYS} out.")
     rules = check_access(o.host, Rules(keys, o.max_body * MEGA, o.rate_limit, origins=tuple(o.allow_origin or ())))
     pixels = int(o.max_pixels * 1e6)
-    settings = Settings(name_of(o), rules, pixels, o.allow_url_images, o.metadata, o.drain, o.strict, o.chat)
     if o.max_replicas is not None and (o.ray is None or o.max_replicas < o.ray):
         raise UniLIPError("--max-replicas goes with --ray N, and must be at least N.")
     taken = listen(o.host, o.port)
     metrics = Metrics()
     common: dict[str, Any] = {"max_queue": o.max_queue, "max_batch": o.max_batch, "deadline": o.deadline}
     if o.ray is not None:
-        engine, about = spread(o, common)
+        engine, what = spread(o, common)
+        facts: dict[str, Any] = {"model": name_of(o)}
     else:
         from unilip.serve.engine import Engine
 
         model = load(o)
-        about = f"{describe_model(o, model)['model']} on {model.device}"
+        what, facts = f"{describe_model(o, model)['model']} on {model.device}", about(o, model)
         engine = Engine(model, on_batch=metrics.batch, **common)
+    settings = Settings(name_of(o), rules, pixels, o.allow_url_images, o.metadata, o.drain, o.strict, o.chat, facts)
     app = create_app(engine, settings, metrics)
     host, port = taken.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    page = getattr(o, "open", None)  # of the studio: whether to open it
+    seen = "localhost" if host in ("0.0.0.0", "::") else urlsplit(address).netloc.rpartition(":")[0]
 
     def started() -> None:
         key = "with an API key" if keys else "for this machine alone"
-        say(f"{about}; serving at {address}/v1 {key}, its description at {address}/docs (Ctrl+C ends it)")
+        if page is None:
+            say(f"{what}; serving at {address}/v1 {key}, its description at {address}/docs (Ctrl+C ends it)")
+            return
+        say(f"{what}; the studio is at http://{seen}:{port}/ {key} (Ctrl+C ends it)")
+        if page:
+            threading.Timer(1.0, webbrowser.open, (f"http://{seen}:{port}/",)).start()
 
     run(app, taken, o.drain, started)
     say("ended")
@@ -100,7 +135,7 @@ def origin(text: str) -> str:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--host": dict(
-        default="127.0.0.1", metavar="ADDRESS", help="where to listen; any but this machine needs a key or password"
+        default="127.0.0.1", metavar="ADDRESS", help="where to listen; any but this machine needs a key"
     ),
     "--port": dict(type=whole(0, 65535), metavar="N", help="the TCP port"),
     "--api-key": dict(
@@ -142,9 +177,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--drain": dict(
         type=number(0, 3600), default=30.0, metavar="S", help="seconds to finish accepted requests after SIGTERM (30)"
     ),
+    "--no-open": dict(action="store_false", dest="open", help="do not open the page in a browser"),
     "--ray": dict(type=whole(1, 10_000), metavar="N", help="N Ray workers, here or in the cluster of RAY_ADDRESS"),
     "--max-replicas": dict(type=whole(1, 10_000), metavar="N", help="with --ray, add replicas up to N under load"),
 }  # fmt: skip
+
+SERVING = (
+    "--host", "--port", "--api-key", "--allow-origin", "--model-name", "--max-queue", "--max-batch", "--deadline",
+    "--max-body", "--max-pixels", "--rate-limit", "--allow-url-images", "--no-metadata", "--drain", "--ray",
+    "--max-replicas", "--strict", "--chat", *LOADING, "--decoder", "--log-level", "--log-format",
+    "--access-log", "--debug",
+)  # fmt: skip
+CHANGES: dict[str, dict[str, Any]] = {
+    "--port": dict(default=8000, help="the TCP port (8000)"),
+    "--no-metadata": dict(help="do not write model and seed into the pictures"),
+    "--ray": dict(nargs="?", const=1, help="N replicas on Ray Serve, here or in the cluster RAY_ADDRESS (1)"),
+}
 
 VERBS: dict[str, Verb] = {
     "serve": Verb(
@@ -155,16 +203,15 @@ VERBS: dict[str, Verb] = {
         "unilip serve --model kanashi6/UniLIP-1B --device cuda --dtype bfloat16 --port 9000 --max-batch 16\n"
         "unilip serve --host 0.0.0.0 --api-key KEY\n"
         "unilip serve --ray 2 --max-replicas 4 --device cuda",
-        (
-            "--host", "--port", "--api-key", "--allow-origin", "--model-name", "--max-queue", "--max-batch",
-            "--deadline", "--max-body", "--max-pixels", "--rate-limit", "--allow-url-images", "--no-metadata", 
-            "--drain", "--ray", "--max-replicas", "--strict", "--chat", *LOADING, "--decoder",
-            "--log-level", "--log-format", "--access-log", "--debug",
-        ),
-        changes={
-            "--port": dict(default=8000, help="the TCP port (8000)"),
-            "--no-metadata": dict(help="do not write model and seed into the pictures"),
-            "--ray": dict(nargs="?", const=1, help="N replicas on Ray Serve, here or in the cluster RAY_ADDRESS (1)"),
-        },
+        SERVING,
+        changes=CHANGES,
     ),
-}  # fmt: skip
+    "studio": Verb(
+        serve,
+        "[OPTIONS]",
+        "Open a page in the browser to draw, change and ask. It is that of `unilip serve`, with its options.",
+        "unilip studio\nunilip studio --model runs/pico/sft/final --port 8080 --no-open",
+        (*SERVING, "--no-open"),
+        changes=CHANGES | {"--port": dict(default=7860, help="the TCP port (7860)")},
+    ),
+}

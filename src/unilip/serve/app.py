@@ -37,14 +37,26 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response, Strea
 from unilip import __version__
 from unilip.errors import UniLIPError
 from unilip.method.config import UniLIPConfig
-from unilip.serve import responses, schema
-from unilip.serve.checks import Limits
+from unilip.serve import front, responses, schema
+from unilip.serve.checks import Checker, Limits
 from unilip.serve.conversation import TAKEN, Reader, as_json, has_pictures, read_conversation, wants_json
 from unilip.serve.describe import inlined, page
 from unilip.serve.engine import Stats
 from unilip.serve.fetch import fetch
-from unilip.serve.guard import FILES, STARTED, Guard, Rules
-from unilip.serve.jobs import Cancelled, DeadlineExceeded, Edit, Event, Generate, Job, QueueFull, Reconstruct, Result
+from unilip.serve.guard import FILES, PAGE, STARTED, Guard, Rules
+from unilip.serve.intent import intent
+from unilip.serve.jobs import (
+    Ask,
+    Cancelled,
+    DeadlineExceeded,
+    Edit,
+    Event,
+    Generate,
+    Job,
+    QueueFull,
+    Reconstruct,
+    Result,
+)
 from unilip.serve.metrics import CONTENT_TYPE, Metrics
 from unilip.serve.pictures import FORMATS, decode, decode_mask, encode, outside_kept
 from unilip.serve.problems import JSON, Trouble, dumps, trouble, validation
@@ -59,6 +71,7 @@ FETCHERS = 8  # and fetched
 IN_MEMORY = 8  # requests' worth of pixels that are kept at the same time
 MARKDOWN = "![{}]({})"
 KEEP_ALIVE_SECONDS = 15.0
+QUEUE_SECONDS = 0.5  # between two words on the place in the queue, where progress is asked for
 
 B = TypeVar("B", bound=schema.Body)
 T = TypeVar("T")
@@ -71,6 +84,8 @@ class Serving(Protocol):
     limits: Limits
     deadline: float | None
 
+    checker: Checker
+
     @property
     def verbs(self) -> tuple[str, ...]: ...
     @property
@@ -78,6 +93,7 @@ class Serving(Protocol):
     @property
     def draining(self) -> bool: ...
     def submit(self, job: Job, *, deadline: float | None = None) -> Ticket: ...
+    def ahead(self, ticket: Ticket) -> int: ...
     def stats(self) -> Stats: ...
     def stop_accepting(self) -> None: ...
     def drain(self, timeout: float | None = None) -> bool: ...
@@ -98,6 +114,7 @@ class Settings:
         strict: refuse fields that are not understood, instead of ignoring and naming them.
         chat: "auto" lets the words of a message decide whether to draw; "text" always answers in words, unless
             `modalities` asks for a picture.
+        about: what the page says of the model, as JSON.
     """
 
     model_name: str = "unilip"
@@ -108,6 +125,7 @@ class Settings:
     drain_seconds: float = 30.0
     strict: bool = False
     chat: Literal["auto", "text"] = "auto"
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Refused(Exception):
@@ -198,13 +216,33 @@ def _routes(app: FastAPI, server: _Server) -> None:
         body = {**fields, "properties": {**fields["properties"], **files}, "required": required}
         return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": body}}}}
 
+    files = front.files()
+
     @app.get("/", include_in_schema=False)
-    async def root() -> Response:
-        """What this is."""
+    async def root(request: Request) -> Response:
+        """The page for browsers; for others a line that says what this is."""
+        if "text/html" in request.headers.get("accept", ""):
+            return front.answer(files, front.INDEX)
         text = (
-            f"unilip {__version__} serves {settings.model_name!r} by OpenAI's API: base URL .../v1, described at /docs."
+            f"unilip {__version__} serves {settings.model_name!r} by OpenAI's API: base URL .../v1, described at /docs;"
+            " in a browser this address is a page to draw, change and ask."
         )
-        return PlainTextResponse(text + "\n")
+        return PlainTextResponse(text + "\n", headers={"Vary": "Accept"})
+
+    @app.get(PAGE + "{name}", include_in_schema=False)
+    async def part(name: str) -> Response:
+        """A script, a style sheet or an example of the page."""
+        if name not in files:
+            raise HTTPException(404)
+        return front.answer(files, name)
+
+    @app.post("/v1/intent", openapi_extra=described(schema.Intent), tags=["chat"])
+    async def intention(request: Request) -> Response:
+        """How a chat would take a message, and its words that training never read."""
+        body = await server.read(request, schema.Intent)
+        verb, text = await run_in_threadpool(intent, body.text, body.has_picture)
+        unread = await run_in_threadpool(engine.checker.unread, text)
+        return JSON({"verb": verb if verb in engine.verbs else "ask", "text": text, "unread": unread})
 
     @functools.cache  # anybody may ask for these, so that they must cost nothing
     def described_once() -> tuple[bytes, bytes]:
@@ -387,7 +425,15 @@ class _Server:
             "abilities": list(self.engine.verbs),
             "image_size": self.engine.config.image_size,
             "limits": dataclasses.asdict(self.engine.limits),
+            "sampling": dataclasses.asdict(self.engine.config.sampling),
+            "about": dict(self.settings.about),
         }
+
+    def notes(self, body: schema.Body, jobs: Sequence[Job]) -> dict[str, Any]:
+        """What an answer says beside itself: fields that were ignored, words that training never read."""
+        texts = [job.question if isinstance(job, Ask) else getattr(job, "prompt", "") for job in jobs]
+        unread = list(dict.fromkeys(word for text in texts for word in self.engine.checker.unread(text)))
+        return {name: value for name, value in (("ignored", body.ignored), ("unread", unread)) if value}
 
     def drawing(self, body: schema.Drawing) -> dict[str, Any]:
         """The settings of a drawing, as a job takes them."""
@@ -555,9 +601,9 @@ class _Server:
         tickets = await self.submit(request, body, jobs)
         if getattr(body, "stream", False):
             assert isinstance(body, schema.Images)
-            return events(self.picture_events(tickets, body, kind, after))
+            return events(self.picture_events(tickets, body, kind, after, self.notes(body, jobs)))
         results = await self.finished(request, tickets)
-        base = str(request.base_url).rstrip("/")
+        base, notes = str(request.base_url).rstrip("/"), self.notes(body, jobs)
         data = await run_in_threadpool(self.picture_data, tickets, results, body, after, base)
         return JSON({
             "created": int(time.time()),
@@ -566,17 +612,19 @@ class _Server:
             "output_format": body.output_format,
             "size": data[0]["size"],
             "usage": self.picture_usage(tickets, results),
-            **({"unilip": {"ignored": body.ignored}} if body.ignored else {}),
+            **({"unilip": notes} if notes else {}),
         })  # fmt: skip
 
     async def picture_events(
-        self, tickets: Sequence[Ticket], body: schema.Images, kind: str, after: After | None
+        self, tickets: Sequence[Ticket], body: schema.Images, kind: str, after: After | None, notes: dict[str, Any]
     ) -> AsyncIterator[str]:
-        """Yield progress, then a completed event for each picture."""
+        """Yield the place in the queue and progress, then a completed event for each picture."""
         steps = [0] * len(tickets)
-        async for number, event in merged(tickets):
+        async for number, event in merged(tickets, QUEUE_SECONDS if body.include_progress else KEEP_ALIVE_SECONDS):
             if event is None:
-                yield ": waiting\n\n"
+                ahead = self.engine.ahead(tickets[0]) if body.include_progress else 0
+                queued = {"type": f"{kind}.queued", "ahead": ahead}
+                yield f"event: {kind}.queued\ndata: {dumps(queued)}\n\n" if ahead else ": waiting\n\n"
             elif event.kind == "step" and body.include_progress:
                 steps[number] = event.step
                 total = sum(ticket.total for ticket in tickets)
@@ -593,6 +641,7 @@ class _Server:
         usage = self.picture_usage(tickets, results)
         for entry in await run_in_threadpool(self.picture_data, tickets, results, body, after, ""):
             done = {"type": f"{kind}.completed", **entry, **self.said(body), "usage": usage}
+            done |= {"unilip": notes} if notes else {}
             yield f"event: {kind}.completed\ndata: {dumps(done)}\n\n"
 
     def said(self, body: schema.Drawing) -> dict[str, Any]:
@@ -766,7 +815,7 @@ class _Talk:
         found |= {"plan": results[0].plan} if results[0].plan is not None else {}
         if self.json and as_json(results[0].text)[1]:
             found["wrapped"] = "The model wrote no JSON object; its words are the field `answer` of one."
-        return found | ({"ignored": self.body.ignored} if self.body.ignored else {})
+        return found | self.server.notes(self.body, [ticket.job for ticket in self.tickets])
 
     def usage(self, results: Sequence[Result]) -> dict[str, Any]:
         """Count tokens."""
@@ -858,8 +907,10 @@ async def _left(request: Request) -> None:
         pass
 
 
-async def merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Event | None]]:
-    """Yield the events of several tickets as they come, and None now and then when nothing happens.
+async def merged(
+    tickets: Sequence[Ticket], patience: float = KEEP_ALIVE_SECONDS
+) -> AsyncIterator[tuple[int, Event | None]]:
+    """Yield the events of several tickets as they come, and None after `patience` seconds in which nothing happens.
 
     Ends when all tickets have; a consumer that stops earlier cancels them.
     """
@@ -878,7 +929,7 @@ async def merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Event | 
     try:
         while left:
             try:
-                number, event = await asyncio.wait_for(queue.get(), KEEP_ALIVE_SECONDS)
+                number, event = await asyncio.wait_for(queue.get(), patience)
             except asyncio.TimeoutError:
                 yield 0, None
                 continue

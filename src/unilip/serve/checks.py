@@ -21,7 +21,7 @@ from unilip.fast.loop import Settings
 from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
 from unilip.method.text import Message, Processor, Prompt
 from unilip.pictures import FITS, fit_square, load_image, tile
-from unilip.sampling import check_negative, check_plan, check_prompt
+from unilip.sampling import MAX_PROMPT_CHARACTERS, check_negative, check_plan, check_prompt
 from unilip.serve.jobs import MAX_SEED, Ask, Edit, Generate, Job, Reconstruct
 from unilip.serve.tickets import Ticket, Unit
 
@@ -82,6 +82,11 @@ class Checker:
         """Of generate, edit, reconstruct and ask those whose parts are there."""
         text = self._processor is not None
         return tuple(v for v in VERBS if set(NEEDS[v]) <= set(self.parts) and (text or v == "reconstruct"))
+
+    def unread(self, text: str) -> list[str]:
+        """Return the words of a text that training never read, as far as the tokenizer knows."""
+        find = getattr(self._processor.tokenizer, "unread", None) if self._processor else None
+        return list(find(text[:MAX_PROMPT_CHARACTERS])) if find else []
 
     def _require(self, *parts: str) -> None:
         missing = [part for part in parts if part not in self.parts]

@@ -192,6 +192,12 @@ class Engine:
             self._changed.notify_all()
         return ticket
 
+    def ahead(self, ticket: Ticket) -> int:
+        """How many pictures and questions are served before a job that waits; 0 once it is being worked on."""
+        with self._changed:
+            before = [*self._running, *self._queue]
+        return next((n for n, unit in enumerate(before) if unit.ticket is ticket), 0) if ticket.started is None else 0
+
     def drain(self, timeout: float | None = None) -> bool:
         """Take nothing new and finish what was accepted; after `timeout` seconds the rest is cancelled.
 

@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from starlette.responses import Response
@@ -27,9 +27,10 @@ logger = logging.getLogger(__name__)
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 FILES = "/v1/images/files/"
-OPEN_PATHS = ("/health", "/ready", "/openapi.json", "/docs", "/redoc", FILES)
+PAGE = "/page/"
+OPEN_PATHS = ("/", PAGE, "/health", "/ready", "/openapi.json", "/docs", "/redoc", FILES)
 MAX_TEXT = 64 * 1024
-BODIES: Mapping[str, int] = {"/v1/images/generations": MAX_TEXT}
+BODIES: Mapping[str, int] = {"/v1/images/generations": MAX_TEXT, "/v1/intent": MAX_TEXT}
 BODILESS = ("GET", "HEAD", "OPTIONS")
 BODY_SECONDS = 60.0  # for a whole body
 PIECE_SECONDS = 10.0  # between two pieces of one
@@ -82,15 +83,10 @@ class Bucket:
 
 
 class Guard:
-    """ASGI middleware that holds `rules`, in front of the server and of the studio.
+    """ASGI middleware that holds `rules`, in front of the API and of the page."""
 
-    `known` tells of a request whether its sender has logged in by other means than a key; None is no such means.
-    """
-
-    def __init__(
-        self, app: ASGIApp, rules: Rules, metrics: Metrics | None = None, known: Callable[[Scope], bool] | None = None
-    ) -> None:
-        self.app, self.rules, self.metrics, self.known = app, rules, metrics, known
+    def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics | None = None) -> None:
+        self.app, self.rules, self.metrics = app, rules, metrics
         self._keys = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in rules.api_keys]
         self._buckets: OrderedDict[bytes, Bucket] = OrderedDict()
         self._guesses = min(WRONG_KEYS, rules.rate_limit or WRONG_KEYS)
@@ -176,11 +172,7 @@ class Guard:
                     headers={"WWW-Authenticate": "Bearer"},
                 )  # fmt: skip
             caller = digest
-        if self.known is not None and not opened and not self.known(scope):
-            return Trouble(401, "Log in first.", "not_logged_in")
-        if opened:  # a form to log in is what can be posted without a key
-            return self._limit(b"wrong " + caller, self._guesses) if scope["method"] == "POST" else None
-        return self._limit(caller, self.rules.rate_limit)
+        return None if opened else self._limit(caller, self.rules.rate_limit)
 
     def _is_open(self, path: str) -> bool:
         return any(path == one or (one[1:].endswith("/") and path.startswith(one)) for one in self.rules.open_paths)

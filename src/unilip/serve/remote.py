@@ -187,6 +187,14 @@ class RemoteEngine:
             queued = sum(map(_size, tickets)) - running
             return Stats(queued, running, dict(self._served), dict(self._failed), 0, self._pace)
 
+    def ahead(self, ticket: Ticket) -> int:
+        """How many pictures and questions came before a job that waits, and are not done."""
+        if ticket.started is not None:
+            return 0
+        with self._changed:
+            tickets = list(self._open.values())
+        return sum(map(_size, tickets[: tickets.index(ticket)])) if ticket in tickets else 0
+
     def stop_accepting(self) -> None:
         """Take nothing new from now on."""
         self._draining = True

@@ -277,6 +277,13 @@ class Chat(Drawing):
     verbosity: str | None = None
 
 
+class Intent(Body):
+    """POST /v1/intent: what a chat would make of a message."""
+
+    text: str = Field(max_length=MAX_PROMPT_CHARACTERS)
+    has_picture: bool = False
+
+
 class Problem(BaseModel):
     """What went wrong, as OpenAI says it."""
 

@@ -1,0 +1,593 @@
+// The page: a conversation over a composer, the gallery on the left, the settings on the right.
+
+import {Refused, events, json, onKey, send, toBlob, toURL} from './api.js';
+import {Gallery, urlOf} from './gallery.js';
+
+const $ = (id) => document.getElementById(id);
+const gallery = new Gallery();
+const DOING = {generate: 'Draw', edit: 'Edit', ask: 'Ask', reconstruct: 'Reconstruct'};
+const TAKEN = {generate: 'something to draw', edit: 'a change of the picture', ask: 'a question'};
+const KINDS = ['image/png', 'image/jpeg', 'image/webp', 'image/gif'];
+const OPEN = '(min-width:60.01rem)';
+
+let card = {abilities: [], sampling: {}, limits: {}, about: {}, image_size: 448};
+let attached = [];  // pictures of the message being written
+let current = null;  // the picture that the conversation is about
+let said = [];  // what was asked and answered about it
+let taken = {verb: 'generate', text: '', unread: []};  // how the words would be taken
+let running = null;
+let follow = true;  // keep the newest turn in sight, until the visitor scrolls
+
+/** An element with properties and children; words become text, never markup. */
+function make(name, properties = {}, ...children) {
+  const {dataset, ...rest} = properties;
+  const found = Object.assign(document.createElement(name), rest);
+  Object.assign(found.dataset, dataset);
+  found.append(...children.filter((child) => child !== null && child !== undefined && child !== ''));
+  return found;
+}
+
+const button = (text, onclick, more = {}) => make('button', {type: 'button', textContent: text, onclick, ...more});
+
+// --- pictures
+
+/** Show a picture at the largest whole multiple of its size that has room. */
+function fit(image, room) {
+  if (!image.naturalWidth) return;
+  const times = Math.floor(Math.min(room.width / image.naturalWidth, room.height / image.naturalHeight));
+  const scale = times || Math.min(room.width / image.naturalWidth, room.height / image.naturalHeight);
+  image.style.width = `${Math.round(image.naturalWidth * scale)}px`;
+  image.classList.toggle('small', times > 1);
+}
+
+function roomOf(count = 1) {
+  const talk = $('talk'), style = getComputedStyle(talk), narrow = innerWidth <= 44 * 16;
+  const width = talk.clientWidth - parseFloat(style.paddingLeft) * 2 - (narrow ? 2 : 250);
+  const height = talk.clientHeight - (narrow ? 190 : 34);
+  const columns = count > 1 ? 2 : 1;
+  return {width: (width - 8 * (columns - 1)) / columns, height: (height - 8 * (columns - 1)) / columns};
+}
+
+function refit() {
+  for (const pictures of document.querySelectorAll('.turn:not(.ask) .pictures')) {
+    const room = roomOf(pictures.childElementCount);
+    for (const image of pictures.querySelectorAll('img')) fit(image, room);
+    const wait = pictures.querySelector('.pending');
+    if (wait) {
+      const side = card.image_size, times = Math.floor(Math.min(room.width, room.height) / side);
+      wait.style.width = wait.style.height = `${times ? side * times : Math.min(room.width, room.height)}px`;
+    }
+  }
+  if (follow) down();
+  if ($('viewer').open) {
+    const images = [...$('views').querySelectorAll('img')];
+    const width = (Math.min(innerWidth, 1200) - 80) / (innerWidth > 700 ? images.length : 1);
+    const height = (innerHeight - 330) / (innerWidth > 700 ? 1 : images.length);
+    for (const image of images) fit(image, {width, height});
+  }
+}
+
+function picture(blob, alt, onclick) {
+  const image = make('img', {src: urlOf(blob), alt, onload: refit});
+  if (!onclick) return make('figure', {}, image);
+  const frame = button('', onclick, {ariaLabel: `Look at: ${alt}`});
+  frame.append(image);
+  return make('figure', {}, frame);
+}
+
+const nameOf = (entry) => {
+  const words = entry.words.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, '-').replace(/^-|-$/g, '').slice(0, 50);
+  return `${words || entry.verb}${entry.seed === undefined ? '' : `-${entry.seed}`}.png`;
+};
+
+function download(entry) {
+  make('a', {href: urlOf(entry.blob), download: nameOf(entry)}).click();
+}
+
+const sizeOf = (one) => `${one.size.replace('x', '\u00a0×\u00a0')}\u00a0px`;
+
+function factsOf(entry) {
+  const about = entry.settings ?? {};
+  return [
+    entry.seed === undefined ? '' : `seed ${entry.seed}`, about.steps ? `${about.steps} steps` : '',
+    about.guidance === undefined ? '' : `guidance ${about.guidance}`, entry.size ?? '',
+    entry.psnr === undefined ? '' : `${entry.psnr.toFixed(1)} dB`, entry.seconds ? `${entry.seconds.toFixed(1)} s` : '',
+  ].filter(Boolean).join(' · ');
+}
+
+// --- the gallery, with its viewer
+
+function showGallery() {
+  $('thumbs').replaceChildren(...gallery.entries.map((entry) => {
+    const image = make('img', {src: urlOf(entry.blob), alt: entry.words, loading: 'lazy', className: 'small'});
+    return make('button', {type: 'button', title: entry.words, onclick: () => view(entry)}, image);
+  }));
+  $('clear').hidden = gallery.entries.length === 0;
+  if (!gallery.kept) $('kept').textContent = 'This browser keeps nothing here: the pictures go when the page is closed.';
+}
+
+async function remove(...entries) {
+  $('viewer').close();
+  await gallery.take(...entries);
+  showGallery();
+  const what = entries.length === 1 ? 'The picture was deleted.' : `${entries.length} pictures were deleted.`;
+  toast(what, 'Undo', async () => {
+    await gallery.put(...entries);
+    showGallery();
+  });
+}
+
+function view(entry, other = null) {
+  const both = other ? [other, entry] : [entry];
+  $('viewed').replaceChildren(make('b', {textContent: entry.words}), make('br'), make('span', {className: 'soft', textContent: factsOf(entry)}));
+  $('views').replaceChildren(...both.map((one) => {
+    const figure = picture(one.blob, one.words);
+    if (other) figure.append(make('figcaption', {textContent: one.seed === undefined ? one.words : `${one.words} · seed ${one.seed}`}));
+    return figure;
+  }));
+  const close = (then) => () => { $('viewer').close(); then(entry); };
+  $('tools').replaceChildren(
+    card.abilities.includes('edit') ? button('Edit this', close((one) => take(one.blob, 'edit'))) : '',
+    card.abilities.includes('ask') ? button('Ask about it', close((one) => take(one.blob, 'ask'))) : '',
+    entry.settings ? button('Use words and seed', close(reuse)) : '',
+    button('Download', () => download(entry)),
+    gallery.entries.includes(entry) ? button('Delete', () => remove(entry)) : '',
+  );
+  const source = entry.source ? [{blob: entry.source, words: 'before'}] : [];
+  const others = [...source, ...gallery.entries.filter((one) => one !== entry && one.blob !== entry.source)];
+  $('compare').hidden = others.length === 0;
+  $('others').replaceChildren(...others.map((one) => {
+    const same = other !== null && one.blob === other.blob;
+    const image = make('img', {src: urlOf(one.blob), alt: '', loading: 'lazy', className: 'small'});
+    const label = same ? 'Stop comparing' : `Compare with: ${one.words}`;
+    const found = button('', () => view(entry, same ? null : one), {ariaLabel: label, title: label});
+    found.setAttribute('aria-pressed', String(same));
+    found.append(image);
+    return found;
+  }));
+  if (!$('viewer').open) $('viewer').showModal();
+  refit();
+}
+
+/** Take a picture of the gallery back: its words, seed and settings. */
+function reuse(entry) {
+  const form = $('values').elements;
+  for (const [name, value] of Object.entries(entry.settings ?? {})) if (form[name]) form[name].value = value ?? '';
+  form.seed.value = entry.seed ?? '';
+  form.n.value = '';
+  attached = entry.source ? [{blob: entry.source, name: 'the same picture'}] : [];
+  $('mode').value = entry.verb;
+  write(entry.words);
+  note('', `Words, seed ${entry.seed} and settings are taken; the seed stays until it is emptied in the settings.`);
+}
+
+/** Put a picture into the message. */
+function take(blob, verb) {
+  attached = [{blob, name: 'this picture'}];
+  $('mode').value = verb;
+  write($('words').value);
+}
+
+function write(words) {
+  $('words').value = words;
+  grow();
+  closePanels();
+  $('words').focus();
+  return look();
+}
+
+function toast(text, label, act) {
+  const box = $('toast');
+  clearTimeout(toast.timer);
+  const end = () => { box.replaceChildren(); };
+  box.replaceChildren(make('span', {textContent: text}), button(label, () => { end(); act(); }));
+  toast.timer = setTimeout(end, 10000);
+}
+
+// --- the composer
+
+function note(error, hint = '') {
+  $('note').textContent = error;
+  $('unread').textContent = hint;
+}
+
+function grow() {
+  $('words').style.height = 'auto';
+  $('words').style.height = `${$('words').scrollHeight + 2}px`;
+}
+
+const verbNow = () => ($('mode').value === 'auto' ? taken.verb : $('mode').value);
+const pictureNow = () => (attached.length ? attached : current ? [{blob: current, name: 'the last picture'}] : []);
+
+function showComposer() {
+  const verb = verbNow(), go = $('go');
+  go.textContent = running ? 'Cancel' : DOING[verb];
+  go.classList.toggle('stop', Boolean(running));
+  $('mode').options[0].textContent = `Auto: ${DOING[taken.verb].toLowerCase()}`;
+  const used = attached.length || verb === 'generate' ? attached : pictureNow();
+  $('attached').replaceChildren(...used.map((one) => make(
+    'div', {className: 'thumb'}, make('img', {src: urlOf(one.blob), alt: '', className: 'small'}),
+    make('span', {textContent: one.name}),
+    button('✕', () => {
+      attached = attached.filter((other) => other !== one);
+      if (one.blob === current) forget();
+      look();
+    }, {ariaLabel: `Leave out ${one.name}`}),
+  )));
+  $('words').placeholder = {
+    generate: 'Describe a picture', edit: 'Say what to change', ask: 'Ask about the picture',
+    reconstruct: 'No words needed',
+  }[verb];
+}
+
+function forget() {
+  current = null;
+  said = [];
+}
+
+/** Ask how the words would be taken, a moment after they were written. */
+async function look() {
+  const text = $('words').value.trim(), number = look.number = (look.number ?? 0) + 1;
+  const pictures = pictureNow().length > 0;
+  let found = {verb: pictures ? 'edit' : 'generate', text, unread: []};
+  if (!card.abilities.includes(found.verb)) found.verb = card.abilities[0] ?? 'generate';
+  try {
+    if (text) found = await json('/v1/intent', {text, has_picture: pictures});
+  } catch {
+    return found;  // sending says what is wrong
+  }
+  if (number === look.number) {
+    taken = found;
+    if (document.activeElement === $('words') || text) note('', warning(found.unread));
+    showComposer();
+  }
+  return found;
+}
+
+function warning(words, verb = verbNow()) {
+  if (!words?.length) return '';
+  const what = verb === 'ask' ? 'The answer may be about' : 'The picture will show';
+  return `Never read in training: ${words.slice(0, 10).join(', ')}. ${what} something else.`;
+}
+
+async function attach(files) {
+  for (const file of files) {
+    const name = file.name || 'the picture';
+    const good = KINDS.includes(file.type) && await createImageBitmap(file).then(() => true, () => false);
+    if (good) attached = [...attached, {blob: file, name}];
+    else note(`${name} is no picture that can be read; PNG, JPEG, WebP and GIF can.`);
+  }
+  const error = $('note').textContent;
+  await look();
+  note(error, $('unread').textContent);
+}
+
+// --- sending
+
+function settings() {
+  const found = {};
+  for (const field of $('values').elements) {
+    if (!field.name || field.value === '' || (field.type === 'number' && !Number.isFinite(field.valueAsNumber))) continue;
+    const plain = field.type === 'number' || field.name === 'image_size';
+    found[field.name] = plain ? Number(field.value) : field.value;
+  }
+  return found;
+}
+
+function turn(verb, words, pictures) {
+  const bar = make('progress', {ariaLabel: 'Progress'}), state = make('p', {className: 'facts', textContent: 'Waiting …'});
+  const side = make('div', {className: 'side'}, make('p', {className: 'said', textContent: words}), verb === 'ask' ? '' : bar, state);
+  const seen = make('div', {className: 'pictures'});
+  if (verb === 'ask') seen.append(...pictures.map((one) => picture(one.blob, 'the picture asked about')));
+  else seen.append(make('figure', {className: 'pending'}));
+  const found = make('article', {className: `turn ${verb}`}, seen.childElementCount ? seen : '', side);
+  $('start').hidden = true;
+  $('new').hidden = false;
+  $('talk').append(found);
+  follow = true;
+  refit();
+  return {found, seen, side, bar, state};
+}
+
+/** Bring the newest turn into sight: all of it, or else its beginning. */
+function down() {
+  const last = $('talk').lastElementChild, high = last.offsetHeight > $('talk').clientHeight;
+  if (last.className) last.scrollIntoView({block: high ? 'start' : 'end'});
+}
+
+async function submit(given) {
+  if (running) return running.abort();
+  note('');
+  const words = given?.words ?? $('words').value.trim();
+  const verb = given?.verb ?? ($('mode').value === 'auto' ? (await look()).verb : $('mode').value);
+  const auto = !given && $('mode').value === 'auto';
+  const pictures = given?.pictures ?? (verb === 'generate' ? [] : pictureNow());
+  if (!words && verb !== 'reconstruct') return note('There are no words; say what you want.');
+  if (!pictures.length && (verb === 'edit' || verb === 'reconstruct')) return note('Add a picture first, or draw one.');
+  running = new AbortController();
+  const before = {attached, words: $('words').value};
+  if (!given) {
+    attached = [];
+    $('words').value = '';
+    grow();
+  }
+  const place = turn(verb, words || 'Encoded and drawn again', pictures);
+  showComposer();
+  try {
+    const values = {...settings(), ...given?.values};
+    const text = verb === 'generate' && taken.verb === 'generate' && !given ? taken.text : words;
+    await {ask, generate: draw, edit: draw, reconstruct}[verb](verb, text, pictures, values, place, auto);
+  } catch (error) {
+    place.found.remove();
+    $('start').hidden = $('talk').querySelector('.turn') !== null;
+    if (!given) {
+      attached = before.attached;
+      $('words').value = before.words;
+      grow();
+    }
+    if (!(error instanceof Refused) && error.name !== 'AbortError') console.error(error);
+    note(error.name === 'AbortError' ? '' : error.message, error.name === 'AbortError' ? 'Cancelled.' : '');
+  }
+  running = null;
+  showComposer();
+  if (!$('note').textContent && !$('unread').textContent) look();
+}
+
+function form(pictures, fields) {
+  const found = new FormData();
+  for (const [name, value] of Object.entries(fields)) if (value !== undefined) found.append(name, value);
+  for (const one of pictures) found.append('image', one.blob, 'picture.png');
+  return found;
+}
+
+async function draw(verb, words, pictures, values, place, auto) {
+  const started = performance.now(), made = [], {fit: how, ...rest} = values;
+  const fields = {prompt: words, ...rest, stream: true, include_progress: true};
+  const body = verb === 'edit' ? form(pictures, how ? {...fields, fit: how} : fields) : fields;
+  const path = verb === 'edit' ? '/v1/images/edits' : '/v1/images/generations';
+  for await (const event of events(path, body, running.signal)) {
+    if (event.type.endsWith('.queued')) place.state.textContent = `In the queue, ${event.ahead} ahead`;
+    if (event.type.endsWith('.progress')) {
+      place.bar.max = event.steps;
+      place.bar.value = event.step;
+      place.state.textContent = `Step ${event.step} of ${event.steps}`;
+    }
+    if (event.type.endsWith('.completed')) made.push(event);
+  }
+  if (!made.length) throw new Refused('The server ended before the picture was done; send it again.');
+  const own = card.sampling, count = values.n ?? 1;
+  const entries = made.map((event, i) => ({
+    verb, words, seed: event.seed, size: sizeOf(event), blob: toBlob(event.b64_json), when: Date.now(),
+    source: pictures[Math.floor(i / count)]?.blob, seconds: i ? undefined : (performance.now() - started) / 1000,
+    settings: {
+      steps: values.steps ?? own.num_inference_steps, guidance: values.guidance ?? own.guidance_scale,
+      solver: values.solver ?? '', negative_prompt: values.negative_prompt ?? '', image_size: values.image_size ?? '',
+    },
+  }));
+  await finish(entries, place, auto, made[0].unilip);
+  const again = () => submit({words, verb, pictures, values: {seed: undefined}});
+  place.side.append(acts(entries, again));
+  refit();
+}
+
+async function reconstruct(verb, words, pictures, values, place) {
+  const fields = Object.fromEntries(Object.entries(values).filter(([name]) => ['fit', 'image_size'].includes(name)));
+  const found = await json('/v1/images/reconstructions', form(pictures, fields), running.signal);
+  const entries = found.data.map((one, i) => ({
+    verb, words: 'Encoded and drawn again', psnr: one.psnr ?? undefined, size: sizeOf(one),
+    blob: toBlob(one.b64_json), source: pictures[i].blob, when: Date.now(),
+  }));
+  await finish(entries, place, false);
+  place.side.append(acts(entries));
+  refit();
+}
+
+async function finish(entries, place, auto, notes = {}) {
+  await gallery.put(...entries);
+  showGallery();
+  forget();
+  current = entries.at(-1).blob;
+  place.seen.classList.toggle('many', entries.length > 1);
+  place.seen.replaceChildren(...entries.map((one) => picture(one.blob, one.words, () => view(one))));
+  if (entries.length === 1 && entries[0].verb === 'reconstruct') {  // beside what it is to be compared with
+    place.seen.prepend(picture(entries[0].source, 'The source'));
+    place.seen.classList.add('many');
+  }
+  place.bar.remove();
+  place.state.textContent = entries.length === 1 ? factsOf(entries[0]) : `${entries.length} pictures; click one for more`;
+  how(place, entries[0].verb, auto, notes);
+}
+
+/** Say how a message was taken, with a way to take it otherwise, and which of its words are unknown. */
+function how(place, verb, auto, notes = {}) {
+  if (notes?.unread?.length) place.side.append(make('p', {className: 'warn', textContent: warning(notes.unread, verb)}));
+  const other = verb === 'ask' ? (current ? 'edit' : 'generate') : 'ask';
+  if (!auto || !card.abilities.includes(other)) return;
+  const words = place.side.firstChild.textContent;
+  const instead = button(`${DOING[other].toLowerCase()} instead`, () => {
+    $('mode').value = other;
+    write(words);
+  });
+  place.side.append(make('p', {className: 'soft taken'}, `Taken as ${TAKEN[verb]}; `, instead));
+}
+
+function acts(entries, again = null) {
+  const [entry] = entries, one = entries.length === 1, can = (verb) => one && card.abilities.includes(verb);
+  return make(
+    'div', {className: 'acts'},
+    can('edit') ? button('Edit', () => take(entry.blob, 'edit')) : '', can('ask') ? button('Ask', () => take(entry.blob, 'ask')) : '',
+    again ? button('Again', again, {title: 'The same words with another seed'}) : '',
+    one && entry.source ? button('Compare', () => view(entry, {blob: entry.source, words: 'before'})) : '',
+    one ? button('Download', () => download(entry)) : '',
+  );
+}
+
+async function ask(verb, words, pictures, values, place, auto) {
+  if (pictures.length && (pictures.length > 1 || pictures[0].blob !== current)) {
+    forget();
+    current = pictures[0].blob;
+  }
+  const urls = await Promise.all(pictures.map((one) => toURL(one.blob)));
+  const shownFirst = urls.map((url) => ({type: 'image_url', image_url: {url}}));
+  const answer = make('p', {className: 'answer'});
+  place.state.before(answer);
+  let text = '', notes = {};
+  const read = async (history) => {
+    const turns = [...history, {role: 'user', content: words}].map((one) => ({...one}));
+    turns[0].content = [{type: 'text', text: turns[0].content}, ...shownFirst];
+    const body = {messages: turns, modalities: ['text'], stream: true, max_tokens: 256};
+    for await (const chunk of events('/v1/chat/completions', body, running.signal)) {
+      text += chunk.choices[0]?.delta.content ?? '';
+      notes = chunk.unilip ?? notes;
+      answer.textContent = text;
+      if (text) place.state.textContent = '';
+      if (follow) down();
+    }
+  };
+  try {
+    await read(said);
+  } catch (error) {
+    if (error.status !== 400 || !said.length) throw error;
+    said = [];  // longer than the model reads: the question alone
+    await read(said);
+  }
+  said = [...said, {role: 'user', content: words}, {role: 'assistant', content: text || '(no answer)'}];
+  answer.textContent = text || 'No answer.';
+  place.state.remove();
+  how(place, 'ask', auto, notes);
+  refit();
+}
+
+// --- the page
+
+function panel(name, open) {
+  const element = $(name), wide = name === 'gallery' && matchMedia(OPEN).matches;
+  if (name === 'gallery') element.classList.toggle('open', open);
+  else element.hidden = !open;
+  $(`show-${name}`).setAttribute('aria-expanded', String(open));
+  if (open && !wide) element.querySelector('.close').focus();
+  refit();
+}
+
+function closePanels() {
+  if (!matchMedia(OPEN).matches) for (const name of ['gallery', 'settings']) panel(name, false);
+}
+
+function describe() {
+  const {about, sampling, limits, image_size: side} = card, form = $('values').elements;
+  const count = about.parameters >= 1e9 ? `${(about.parameters / 1e9).toFixed(1)} billion` : `${(about.parameters / 1e6).toFixed(1)} million`;
+  const facts = {
+    Model: about.model ?? card.id, Parameters: about.parameters ? count : '', Draws: `${side} × ${side} px`,
+    Runs: about.device ? `${about.device}, ${about.dtype}` : '', Version: about.version ?? '', Can: about.can ?? '', Cannot: about.cannot ?? '',
+  };
+  $('facts').replaceChildren(...Object.entries(facts).filter(([, value]) => value)
+    .flatMap(([name, value]) => [make('dt', {textContent: name}), make('dd', {textContent: value})]));
+  $('model').textContent = `${facts.Model} · ${side} px`;
+  $('can').textContent = about.can ? `This model draws ${about.can}` : '';
+  form.n.max = limits.count;
+  form.steps.max = limits.steps;
+  form.steps.placeholder = sampling.num_inference_steps;
+  form.guidance.placeholder = sampling.guidance_scale;
+  form.solver.replaceChildren(...['', 'dpm++', 'euler', 'unipc'].map((name) => make('option', {value: name, textContent: name || sampling.solver})));
+  const sizes = [1, 1.5, 2].map((times) => Math.floor(side * times / 28) * 28).filter((size) => size === side || size <= limits.image_size);
+  form.image_size.replaceChildren(...sizes.map((size) => make('option', {value: size === side ? '' : size, textContent: `${size} px`})));
+  for (const option of $('mode').options) option.hidden = option.disabled = option.value !== 'auto' && !card.abilities.includes(option.value);
+  $('prompts').replaceChildren(...(about.prompts ?? []).slice(0, 4).map((words) => button(words, () => { $('mode').value = 'auto'; write(words); })));
+  const samples = [...(about.edits ?? []).slice(0, 2).map((one) => [...one, 'edit']), ...(about.questions ?? []).slice(0, 2).map((one) => [...one, 'ask'])];
+  $('samples').replaceChildren(...samples.filter(([, , verb]) => card.abilities.includes(verb)).map(([file, words, verb]) => {
+    const image = make('img', {src: `page/${file}`, alt: '', className: 'small'});
+    return make('button', {type: 'button', onclick: async () => {
+      attached = [{blob: await (await send(`page/${file}`)).blob(), name: file}];
+      $('mode').value = verb;
+      await write(words);
+    }}, image, make('span', {textContent: words}));
+  }));
+  $('start').hidden = $('talk').querySelector('.turn') !== null;
+}
+
+function askForKey(why) {
+  $('key-note').textContent = why || 'Whoever runs it has set one (--api-key).';
+  $('key-text').value = '';
+  if (!$('key').open) $('key').showModal();
+  return new Promise((done) => {
+    $('key-form').onsubmit = (event) => {
+      event.preventDefault();
+      $('key').close();
+      done($('key-text').value.trim());
+    };
+  });
+}
+
+function wire() {
+  const talk = new ResizeObserver(refit);
+  talk.observe($('talk'));
+  talk.observe($('composer'));
+  for (const kind of ['wheel', 'touchmove', 'keydown']) $('talk').addEventListener(kind, () => { follow = false; }, {passive: true});
+  $('composer').onsubmit = (event) => { event.preventDefault(); submit(); };
+  $('words').onkeydown = (event) => {
+    if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    if (!running) submit();
+  };
+  $('words').oninput = () => {
+    grow();
+    clearTimeout(look.timer);
+    look.timer = setTimeout(look, 200);
+  };
+  $('mode').onchange = () => { showComposer(); $('words').focus(); };
+  $('attach').onclick = () => $('files').click();
+  $('files').onchange = async () => { await attach([...$('files').files]); $('files').value = ''; };
+  $('new').onclick = () => {
+    running?.abort();
+    forget();
+    for (const one of document.querySelectorAll('.turn')) one.remove();
+    $('start').hidden = false;
+    $('new').hidden = true;
+    write('');
+  };
+  for (const name of ['gallery', 'settings']) {
+    $(`show-${name}`).onclick = () => panel(name, $(`show-${name}`).getAttribute('aria-expanded') !== 'true');
+    $(name).querySelector('.close').onclick = () => { panel(name, false); $(`show-${name}`).focus(); };
+  }
+  $('viewer').querySelector('.close').onclick = () => $('viewer').close();
+  $('viewer').onclick = (event) => { if (event.target === $('viewer')) $('viewer').close(); };
+  $('key').oncancel = (event) => event.preventDefault();
+  $('clear').onclick = () => remove(...gallery.entries);
+  $('values').onsubmit = (event) => event.preventDefault();
+  document.onkeydown = (event) => {
+    if (event.key !== 'Escape' || document.querySelector('dialog[open]')) return;
+    const open = ['settings', 'gallery'].find((name) => $(`show-${name}`).getAttribute('aria-expanded') === 'true');
+    if (open) $(open).querySelector('.close').click();
+    else running?.abort();
+  };
+  document.onpaste = (event) => {
+    const files = [...event.clipboardData.files];
+    if (!files.length) return;
+    event.preventDefault();
+    attach(files);
+  };
+  document.ondragover = (event) => {
+    if (!event.dataTransfer.types.includes('Files')) return;
+    event.preventDefault();
+    $('composer').classList.add('over');
+  };
+  document.ondragleave = (event) => { if (!event.relatedTarget) $('composer').classList.remove('over'); };
+  document.ondrop = (event) => {
+    event.preventDefault();
+    $('composer').classList.remove('over');
+    attach([...event.dataTransfer.files]);
+  };
+}
+
+wire();
+onKey(askForKey);
+await gallery.open();
+showGallery();
+try {
+  [card] = (await json('/v1/models')).data;
+  describe();
+  await look();
+} catch (error) {
+  note(error.message);
+}
+$('words').focus();
