@@ -49,6 +49,7 @@ PROMPTS = (
 EDITS = ("change the background to pink", "remove the star", "make it blue", "add a red circle")
 QUESTIONS = ("What is this?", "How many stars are there?", "What color is the background?")
 BAD_SHARE = 0.05
+VERBS = ("generate", "edit", "reconstruct", "ask")
 
 
 def in_sequence(pictures: int, steps: int | None, model: str | None) -> dict[str, Any]:
@@ -125,12 +126,12 @@ def percentile(values: list[float], share: float) -> float:
     return float(np.quantile(values, share))
 
 
-def batches(address: str) -> dict[str, float]:
-    """Read the metrics page: the number of drawn batches, the pictures in them, and their seconds."""
+def batches(address: str, verb: str = "generate") -> dict[str, float]:
+    """Read the metrics page: the number of batches of a verb, the pictures or questions in them, and their seconds."""
     page = httpx.get(f"{address}/metrics").text
 
     def value(name: str) -> float:
-        found = re.search(rf'^unilip_{name}{{verb="generate"}} (\S+)', page, re.MULTILINE)
+        found = re.search(rf'^unilip_{name}{{verb="{verb}"}} (\S+)', page, re.MULTILINE)
         return float(found[1]) if found else 0.0
 
     count, pictures = value("batch_size_count"), value("batch_size_sum")
@@ -281,12 +282,12 @@ def resident(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def mixed(address: str, pid: int, clients: int, requests: int, log: Any) -> dict[str, Any]:
+def mixed(address: str, pid: int, clients: int, queue: int, requests: int, log: Any) -> dict[str, Any]:
     """Send requests of all kinds; watch statuses and memory."""
     mix, lock = Mix(1), threading.Lock()
     statuses: dict[str, Counter[int]] = {}
     memory: list[tuple[int, float]] = []
-    latencies: list[float] = []
+    latencies: dict[str, list[float]] = {}
     done = 0
     every = max(1, requests // 200)
 
@@ -295,7 +296,7 @@ def mixed(address: str, pid: int, clients: int, requests: int, log: Any) -> dict
         started = time.perf_counter()
         kind, status = mix.send(client, number)
         with lock:
-            latencies.append(time.perf_counter() - started)
+            latencies.setdefault(kind, []).append(time.perf_counter() - started)
             statuses.setdefault(kind, Counter())[status] += 1
             done += 1
             if done % every == 0:
@@ -308,9 +309,11 @@ def mixed(address: str, pid: int, clients: int, requests: int, log: Any) -> dict
     with ThreadPoolExecutor(clients) as pool, httpx.Client(base_url=address, timeout=600, limits=limits) as client:
         list(pool.map(one, range(requests)))
     seconds = time.perf_counter() - started
-    settled = [m for n, m in memory if 0.2 * requests < n <= 0.4 * requests] or [m for _, m in memory]
-    final = [m for n, m in memory if n > 0.9 * requests] or settled
-    before, after = statistics.mean(settled), statistics.mean(final)
+    quarters = [[m for n, m in memory if low < n / requests <= low + 0.25] for low in (0, 0.75)]
+    before, after = map(statistics.mean, quarters)
+    seconds_of = {verb: batches(address, verb) for verb in VERBS}
+    slowest = max(found["seconds"] / found["batches"] for found in seconds_of.values() if found["batches"])
+    honest = [value for kind, found in latencies.items() if kind != "malformed" for value in found]
     every_status: Counter[int] = sum(statuses.values(), Counter())
     return {
         "requests": requests,
@@ -322,14 +325,19 @@ def mixed(address: str, pid: int, clients: int, requests: int, log: Any) -> dict
         "refused_good": sum(
             c for k, found in statuses.items() if k != "malformed" for s, c in found.items() if s >= 400
         ),
-        "p50": percentile(latencies, 0.5),
-        "p95": percentile(latencies, 0.95),
-        "p100": max(latencies),
+        "p50": percentile(honest, 0.5),
+        "p95": percentile(honest, 0.95),
+        "p100": max(honest),
+        "p95_by_kind": {kind: percentile(found, 0.95) for kind, found in sorted(latencies.items())},
+        "batch_seconds": slowest,
+        # the slowest that is in order: a full queue in front, nothing in it in a batch with another
+        "bound": (queue + 1) * slowest,
+        "over_bound": sum(value > (queue + 1) * slowest for value in honest),
         "dishonest_server_errors": sum(
             count for status, count in every_status.items() if status >= 500 and status != 503
         ),
-        "memory_settled_mib": before,
-        "memory_final_mib": after,
+        "memory_first_mib": before,
+        "memory_last_mib": after,
         "memory_drift": after / before - 1,
         "memory": memory,
     }
@@ -356,7 +364,8 @@ def main() -> None:
         sequence = pool.apply(in_sequence, (o.pictures, o.steps, o.model))
     log("2. the server, one client and many")
     model = [] if o.model is None else ["--model", o.model]
-    with server(["--max-batch", str(o.max_batch), "--max-queue", str(4 * o.clients), *model]) as (
+    queue = 4 * o.clients
+    with server(["--max-batch", str(o.max_batch), "--max-queue", str(queue), *model]) as (
         address,
         process,
         noise,
@@ -368,7 +377,7 @@ def main() -> None:
         after = batches(address)
         log(f"3. {o.requests} mixed requests")
         with Nuisance(address, o.misbehaving) as nuisance:
-            load = mixed(address, process.pid, o.clients, o.requests, log)
+            load = mixed(address, process.pid, o.clients, queue, o.requests, log)
         with ThreadPoolExecutor(o.clients) as pool, httpx.Client(base_url=address, timeout=120) as client:
             body = {"prompt": PROMPTS[0], "steps": 20}
             last = [pool.submit(client.post, "/v1/images/generations", json=body) for _ in range(o.clients)]
@@ -444,6 +453,10 @@ def main() -> None:
             "latency of mixed requests, p50 / p95 / longest",
             f"{load['p50']:.2f} / {load['p95']:.2f} / {load['p100']:.2f} s",
         ),
+        (
+            "bound: a full queue of the slowest batches in front; honest requests over it",
+            f"{load['bound']:.2f} s; {load['over_bound']}",
+        ),
         ("misbehaving clients, connections they made", f"{o.misbehaving}, {sum(nuisance.done.values())}"),
         ("SIGTERM under load", ", ".join(f"{status}: {count}" for status, count in sorted(ends.items()))),
         (
@@ -451,8 +464,8 @@ def main() -> None:
             f"{load['accepted_malformed']}, {load['refused_good']}",
         ),
         (
-            "resident memory, settled / at the end",
-            f"{load['memory_settled_mib']:.0f} / {load['memory_final_mib']:.0f} MiB",
+            "resident memory, first / last quarter of the mixed requests",
+            f"{load['memory_first_mib']:.0f} / {load['memory_last_mib']:.0f} MiB",
         ),
         ("drift", f"{100 * load['memory_drift']:+.1f} % (wanted: within 5)"),
     ]

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from method_support import apart, seeds
-from unilip import UniLIP, UniLIPConfig, preset
+from unilip import UniLIP, UniLIPConfig, adapters, preset
 from unilip.errors import UniLIPError
 from unilip.model import ImageOutput
 from unilip.pictures import to_pixels
@@ -215,7 +215,7 @@ def test_what_was_drawn_before_changes_no_picture_whatever_happens_to_the_weight
 
 
 def test_a_change_waits_for_the_work_of_other_threads_and_is_refused_within_ones_own(
-    fresh_model: Callable[..., UniLIP], picture: Callable[..., Image.Image]
+    fresh_model: Callable[..., UniLIP], picture: Callable[..., Image.Image], tmp_path: Path
 ) -> None:
     wrong = []
 
@@ -229,8 +229,23 @@ def test_a_change_waits_for_the_work_of_other_threads_and_is_refused_within_ones
         "unload": lambda m: m.unload_adapters(), "merge": lambda m: m.merge_adapters(),
         "compile": lambda m: m.compile(),
     }  # fmt: skip
+    files = adapter(tmp_path / "a", fresh_model(), ("mllm", "connector", "dit"))
+    second = adapter(tmp_path / "b", fresh_model(), ("dit",))
+    changes |= {
+        "a real adapter": lambda m: m.load_adapter(second), "its strength": lambda m: m.set_adapters({"a": 0.5}),
+        "none any more": lambda m: m.unload_adapters(), "one for good": lambda m: m.merge_adapters(),
+        "by function": lambda m: adapters.load_adapter(m, second),
+        "strength by function": lambda m: adapters.set_adapters(m, {}),
+        "none by function": lambda m: adapters.unload_adapters(m, ["a"]),
+        "merged by function": lambda m: adapters.merge_adapters(m),
+        "part to": lambda m: m.dit.to(torch.bfloat16), "part half": lambda m: m.pixel_decoder.half(),
+        "part state": lambda m: m.dit.load_state_dict({k: 2 * v for k, v in m.dit.state_dict().items()}),
+    }  # fmt: skip
+    adapted = list(changes)[-11:-3]
     for name, change in changes.items():
         model, other = fresh_model(), fresh_model()
+        for one in (model, other) if name in adapted else ():
+            one.load_adapter(files)
         started, order = threading.Event(), []
 
         def later(model: UniLIP = model, change: Any = change, started: Any = started, order: Any = order) -> None:
@@ -257,13 +272,20 @@ def test_a_change_waits_for_the_work_of_other_threads_and_is_refused_within_ones
         thread.join(60)
         if order != [0, 1, 2, "changed"]:
             wrong.append(f"{name}: {order}")
-        if not torch.equal(drawn, other.edit(picture(), "blue", **settings).images):
+        before = other.edit(picture(), "blue", **settings).images
+        if not torch.equal(drawn, before):
             wrong.append(f"{name}: a mixed picture")
+        if name in adapted and torch.equal(model.edit(picture(), "blue", **settings).images, before):
+            wrong.append(f"{name}: no change")
         stream = other.ask(None, "What?", max_new_tokens=40, stream=True)
-        if name in ("load_state_dict", "unload"):
+        if name in ("load_state_dict", "unload", "a real adapter", "by function", "part state"):
             change(other)  # in the same thread, between two words
             with pytest.raises(UniLIPError, match="changed while"):
                 list(stream)
+        if order[-1:] == ["changed"] and name not in ("compile", "offload"):
+            changed = copy.deepcopy(model)
+            if not torch.equal(draw(changed), draw(model)):
+                wrong.append(f"{name}: a copy draws something else")
     for made in (copy.deepcopy(fresh_model()), pickle.loads(pickle.dumps(fresh_model()))):
         made.to(torch.float32).generate("a", **LATENT)
     assert not wrong, "\n".join(wrong)

@@ -143,6 +143,8 @@ def test_what_cannot_go_together_says_so(fresh_model: Callable[..., UniLIP], tmp
         model.save_pretrained(tmp_path / "x")
     with pytest.raises(UniLIPError, match="come and go"):
         model.to(torch.bfloat16)
+    with pytest.raises(UniLIPError, match="come and go"):
+        model.load_state_dict(fresh_model().state_dict())
     with pytest.raises(UniLIPError, match="choose one"):
         fresh_model().compile().enable_cpu_offload("cpu")
     with pytest.raises(UniLIPError, match="strips is 0"):

@@ -1,5 +1,6 @@
 """Less work for the same picture, and how much less for nearly the same: exact paths, presets, compilation."""
 
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -104,13 +105,36 @@ def test_guidance_may_be_split_over_two_devices(fresh_model: Callable[..., UniLI
     expected = draw(model, num_inference_steps=4)
     asked: list[int] = []
     model.split_guidance("cpu")
-    twin = model.runtime.twin
+    twin = model.runtime.twin(model.dit)
     assert twin is not None
     for dit in (model.dit, twin):
         dit.transformer.patch_embed["proj"].register_forward_pre_hook(lambda _, inputs: asked.append(len(inputs[0])))
     assert apart(draw(model, num_inference_steps=4), expected) < 1e-5
     assert asked == [1] * 8
     assert not any("twin" in name for name, _ in model.named_modules())
+
+
+def test_the_copy_for_guidance_and_a_copied_model_have_the_weights_of_the_moment(
+    fresh_model: Callable[..., UniLIP],
+) -> None:
+    def written(model: UniLIP) -> UniLIP:
+        for parameter in model.dit.parameters():  # as averages of weights are written
+            parameter.data.mul_(1.1)
+        return model
+
+    changes: dict[str, Callable[[UniLIP], UniLIP]] = {
+        "data": written, "state": lambda m: written(m) and m.load_state_dict(m.state_dict()) and m,
+        "type": lambda m: m.to(torch.bfloat16), "part": lambda m: m.dit.to(torch.bfloat16) and m,
+    }  # fmt: skip
+    for name, change in changes.items():
+        split, expected = fresh_model(), draw(change(fresh_model()))
+        before = draw(split.split_guidance("cpu"))
+        assert apart(draw(change(split)), expected) < 1e-2 * apart(before, expected), name
+    compiled = fresh_model().compile(backend="eager", bucket=64)
+    before = draw(compiled)
+    copied = written(copy.deepcopy(compiled))
+    assert torch.equal(draw(compiled), before)
+    assert apart(draw(copied), draw(written(fresh_model()))) < 1e-5 < apart(draw(copied), before)
 
 
 class Waiting(TorchDispatchMode):

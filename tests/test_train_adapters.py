@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import unilip.emoji.tokenizer
-from unilip import UniLIP, cli
+from unilip import UniLIP, adapters, cli
 from unilip.adapters import INNER, adapted_layers, adapter_names, adapter_scale, unload_adapters
 from unilip.errors import CheckpointError, ConfigError, UniLIPError
 from unilip.info import describe
@@ -329,11 +329,29 @@ def test_merging_is_all_or_nothing(fresh_model, folders):
 
 def test_models_whose_parts_come_and_go_take_no_adapter(fresh_model, folders, tiny_folder):
     low = UniLIP.from_pretrained(tiny_folder, low_memory=True)
-    for model in (low, fresh_model().enable_cpu_offload("cpu"), fresh_model().split_guidance("cpu")):
+    for model in (low, fresh_model().enable_cpu_offload("cpu")):
         before = latent(model)
         with pytest.raises(UniLIPError, match="come and go"):
             model.load_adapter(folders / "red")
         assert adapter_names(model) == [] and torch.equal(latent(model), before)
+
+
+def test_a_transformer_copied_for_guidance_has_the_adapters_of_the_moment(fresh_model, folders):
+    split, plain = fresh_model().split_guidance("cpu"), fresh_model()
+    steps = (
+        lambda m: m.load_adapter(folders / "red"), lambda m: m.load_adapter(folders / "dora", scale=0.5),
+        lambda m: m.set_adapters({"red": 2.0}), lambda m: m.merge_adapters(),
+        lambda m: adapters.load_adapter(m, folders / "blue"), lambda m: adapters.unload_adapters(m),
+    )  # fmt: skip
+    before, wrong = latent(plain), []
+    for number, step in enumerate(steps):
+        step(split), step(plain)
+        after = latent(plain)
+        moved = (after - before).abs().max() > 1e-5
+        if not (latent(split) - after).abs().max() < 1e-5 or moved == (number == 3):  # merged it draws the same
+            wrong.append(number)
+        before = after
+    assert wrong == []
 
 
 def test_an_adapter_is_known_as_one(folders):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from unilip.errors import CheckpointError, UniLIPError, install
 from unilip.fewstep import add_embedder, few_config
+from unilip.sampling import changes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name in peft's files
@@ -146,6 +147,7 @@ def _ends(layer: str, pattern: str) -> bool:
     return f".{layer}".endswith(f".{pattern.removeprefix('^')}")
 
 
+@changes
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, scale: float = 1.0) -> str:
     """Put an adapter beside the weights, active with those that are loaded already; returns its name.
 
@@ -164,10 +166,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
     if name in others:
         raise UniLIPError(f"An adapter {name} is loaded already; give another name, or unload first.")
     runtime = getattr(model, "runtime", None)
-    if getattr(runtime, "offload", None) is not None or getattr(runtime, "twin", None) is not None:
+    if getattr(runtime, "offload", None) is not None:
         raise UniLIPError(
-            "Parts of this model come and go, or are copied to a second device, and an adapter would not be; load it "
-            "into a model without low_memory, offload or split guidance."
+            "Parts of this model come and go, and an adapter would not; load it into a model without low_memory or "
+            "offload."
         )
     _check_scales({name: scale})
     adapter = read_adapter(folder)
@@ -213,6 +215,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
     return name
 
 
+@changes
 def put_in(model: nn.Module, config: Any, name: str) -> None:
     """Give the layers that a peft config names an adapter of this name; the model's training flags stay."""
     flags = {id(p): p.requires_grad for p in model.parameters()}
@@ -223,6 +226,7 @@ def put_in(model: nn.Module, config: Any, name: str) -> None:
     model.train(training)
 
 
+@changes
 def set_adapters(model: nn.Module, scales: Mapping[str, float]) -> None:
     """Make exactly these adapters act, each as strongly as said; several add up.
 
@@ -267,6 +271,7 @@ def adapter_scale(model: nn.Module, name: str) -> float:
     raise UniLIPError(f"There is no adapter {name}; loaded: {', '.join(adapter_names(model)) or 'none'}.")
 
 
+@changes
 def merge_adapters(model: nn.Module) -> None:
     """Add the active adapters to the weights, as strongly as they act, and take all of them off.
 
@@ -294,6 +299,7 @@ def merge_adapters(model: nn.Module) -> None:
     _forget(model)
 
 
+@changes
 def unload_adapters(model: nn.Module, names: list[str] | None = None) -> None:
     """Take adapters off, all by default; the weights are as if they had never been there."""
     gone = adapter_names(model) if names is None else names

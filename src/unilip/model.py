@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import copy
 import inspect
 import io
 import math
@@ -99,6 +98,18 @@ class ImageOutput:
         return "\n".join(shown)
 
 
+class Part:
+    """A part of a `UniLIP`: what moves it, casts it or gives it other weights waits for the model's work."""
+
+    runtime: Runtime
+    _apply = changes(nn.Module._apply)
+    load_state_dict = changes(nn.Module.load_state_dict)
+
+
+HELD = {kind: type(f"Held{kind.__name__}", (Part, kind), {"__module__": __name__}) for kind in PARTS.values()}
+globals().update({held.__name__: held for held in HELD.values()})  # where pickle looks for them
+
+
 class UniLIP(Network):
     """The model. `parts` names what is built; a tokenizer checkpoint, for instance, has no LLM and no DiT."""
 
@@ -108,6 +119,8 @@ class UniLIP(Network):
         super().__init__(config, parts)
         self.processor = processor
         self.runtime = Runtime()
+        for part in self.children():
+            part.__class__, part.runtime = HELD[type(part)], Runtime(gate=self.runtime.gate)
 
     # --- making and keeping ---
 
@@ -226,7 +239,6 @@ class UniLIP(Network):
         """Save to a temporary folder and upload it; returns the address."""
         return write.push_model(self, repo_id, **options)
 
-    @changes
     def load_adapter(self, folder: str | os.PathLike[str], name: str | None = None, scale: float = 1.0) -> str:
         """Put a LoRA or DoRA adapter (a folder in peft's format) beside the weights; returns its name.
 
@@ -238,27 +250,20 @@ class UniLIP(Network):
         check_number("scale", scale, -LARGEST)
         if not (name is None or isinstance(name, str)):
             raise UniLIPError(f"name is {name!r}; give a text.")
-        self.runtime.forget()
         return adapters.load_adapter(self, _path("folder", folder), name, scale)
 
-    @changes
     def set_adapters(self, scales: Mapping[str, float]) -> None:
         """Make exactly these loaded adapters act, each as strongly as said; an empty mapping switches all off."""
         if not isinstance(scales, Mapping):
             raise UniLIPError(f"scales is {scales!r}; give a mapping from names of adapters to numbers.")
-        self.runtime.forget()
         adapters.set_adapters(self, scales)
 
-    @changes
     def merge_adapters(self) -> None:
         """Add the acting adapters to the weights for good; the model can then be saved as any other."""
-        self.runtime.forget()
         adapters.merge_adapters(self)
 
-    @changes
     def unload_adapters(self) -> None:
         """Take all adapters off."""
-        self.runtime.forget()
         adapters.unload_adapters(self)
 
     @changes
@@ -268,7 +273,12 @@ class UniLIP(Network):
         super()._apply(fn, recurse)
         return self
 
-    load_state_dict = changes(Network.load_state_dict)
+    @changes
+    def load_state_dict(self, *values: Any, **named: Any) -> Any:
+        """Take other weights; see `torch.nn.Module`."""
+        if self.runtime.offload is not None:
+            raise UniLIPError("The parts of this model come and go; save these weights and load the folder instead.")
+        return super().load_state_dict(*values, **named)
 
     @property
     def device(self) -> torch.device:
@@ -321,7 +331,7 @@ class UniLIP(Network):
     def enable_cpu_offload(self, device: torch.device | str = "cuda") -> UniLIP:
         """CPU offload: keep the weights in main memory and bring each part to a device only while it works."""
         runtime = self.runtime
-        if runtime.compiled is not None or runtime.twin is not None or runtime.offload is not None:
+        if runtime.compiled is not None or runtime.second is not None or runtime.offload is not None:
             raise UniLIPError("A compiled, split or offloaded model cannot be offloaded; choose one of them.")
         where = _device(device)
         runtime.offload = Offload(self.to("cpu"), self.parts, where)
@@ -335,12 +345,14 @@ class UniLIP(Network):
 
     @changes
     def split_guidance(self, device: torch.device | str) -> UniLIP:
-        """Put a copy of the diffusion transformer, as it is now, on a second device, for the unconditional half."""
+        """Draw the unconditional half by a copy of the diffusion transformer on a second device.
+
+        It is brought up to date before each drawing.
+        """
         self.require("dit")
         if self.runtime.offload is not None:
             raise UniLIPError("A model whose parts come and go cannot be split over devices; choose one of the two.")
-        where = _device(device)
-        self.runtime.twin = copy.deepcopy(self.dit).to(where).eval()
+        self.runtime.second = _device(device)
         return self
 
     @changes
@@ -350,7 +362,6 @@ class UniLIP(Network):
             raise UniLIPError("Quantise before offloading, or give `quantization` to `from_pretrained`.")
         for part in set(self.parts) & set(QUANTIZED):
             quantise(self.get_submodule(part), kind)
-        self.runtime.forget()
         return self
 
     # --- features and latents ---

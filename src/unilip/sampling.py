@@ -8,6 +8,7 @@ Parts bring themselves to the device, so a model whose parts come and go does ev
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 import threading
@@ -67,29 +68,38 @@ class Gate:
                 self._works -= not change
 
 
-def works(method: F, change: bool = False) -> F:
-    """Let a method have its model for itself, from its first computation to its last."""
+def works(function: F, change: bool = False) -> F:
+    """Let a method, or a function of a model, have that for itself, from its first computation to its last."""
 
-    @functools.wraps(method)
-    def alone(self: Any, *values: Any, **named: Any) -> Any:
-        with self.runtime.gate.taken(change):
-            return method(self, *values, **named)
+    @functools.wraps(function)
+    def alone(model: Any, *values: Any, **named: Any) -> Any:
+        runtime = getattr(model, "runtime", None)
+        if runtime is None:  # a network that nobody else can be using
+            return function(model, *values, **named)
+        with runtime.gate.taken(change):
+            if change:
+                runtime.forget()
+            return function(model, *values, **named)
 
     return cast(F, alone)
 
 
-changes = functools.partial(works, change=True)  # of methods that change their model
+changes = functools.partial(works, change=True)  # of what changes its model; nothing recorded before is used again
 
 
 @dataclass
 class Runtime:
-    """How a network is run: what comes and goes, what is compiled, the copy on a second device, strips of decoding."""
+    """How a network is run: what comes and goes, what is compiled, a second device for half of the guidance, strips."""
 
     offload: Offload | None = None
     compiled: Compiled | None = None
-    twin: DiT | None = None
+    second: torch.device | None = None
     strips: int = 1
     gate: Gate = field(default_factory=Gate)
+    _twin: DiT | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"compiled": None, "_twin": None}  # of a copy: both know this network
 
     @contextlib.contextmanager
     def using(self, *parts: str) -> Iterator[None]:
@@ -102,9 +112,22 @@ class Runtime:
         return contextlib.nullcontext() if self.offload is None else self.offload.using(*parts)
 
     def forget(self) -> None:
-        """Drop what was recorded of the network's computation; for whoever changes it."""
+        """Drop what was recorded and copied of the network; for whoever changes it."""
+        self._twin = None
         if self.compiled is not None:
             self.compiled.forget()
+
+    @torch.no_grad()
+    def twin(self, dit: DiT) -> DiT | None:
+        """Return a copy of the transformer on the second device, if there is one, with the weights of this moment."""
+        if self.second is None:
+            return None
+        pairs = list(zip(dit.parameters(), () if self._twin is None else self._twin.parameters(), strict=False))
+        if not pairs or any(here.dtype != there.dtype for here, there in pairs):
+            self._twin = copy.deepcopy(dit).to(self.second).eval()
+        for here, there in pairs:
+            there.copy_(here)
+        return self._twin
 
 
 def check_prompt(prompt: object, what: str = "prompt") -> str:
@@ -323,7 +346,8 @@ def draw(
                 return None if on_step is None else on_step(step, timestep, latents)
 
             latents = loop.denoise(
-                network.dit, prepared, noise.to(device), settings, compiled=runtime.compiled, twin=runtime.twin,
+                network.dit, prepared, noise.to(device), settings, compiled=runtime.compiled,
+                twin=runtime.twin(network.dit),
                 packed=runtime.offload is None, on_step=after if watched else None,
             )  # fmt: skip
         return check_finite(latents, "dit", prepared.keys_values[0][0].dtype)

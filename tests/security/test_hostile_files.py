@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from unilip import UniLIP
 from unilip.adapters import CONFIG, WEIGHTS, read_adapter
 from unilip.checkpoints.read import open_checkpoint
 from unilip.checkpoints.tokenizer import Tokenizer
+from unilip.checkpoints.write import convert
 from unilip.data.check import check
 from unilip.data.sources import open_source
 from unilip.errors import UniLIPError
@@ -80,6 +82,64 @@ def test_safetensors_whose_headers_lie(tiny_folder: Path, tmp_path: Path) -> Non
     name = next(name for name, tensor in whole.items() if tensor.dim() > 1)
     save_file(whole | {name: whole[name].flatten()}, folder / "model.safetensors")
     assert refused({"flat": lambda: open_checkpoint(folder)}) == []
+
+
+def test_weights_that_are_no_numbers_or_too_large_for_a_type_are_named(
+    tiny_folder: Path, tmp_path: Path, fresh_model: Callable[..., UniLIP]
+) -> None:
+    """In every part and type, in a safetensors file and in one of torch, loaded, loaded when needed, converted, saved.
+
+    The very first, some or all of the values; also those that an own type holds, but not the one they are loaded in.
+    """
+    whole, folder, wrong = load_file(tiny_folder / "model.safetensors"), tmp_path / "m", []
+    shutil.copytree(tiny_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    names = {name.partition(".")[0]: name for name in whole}
+    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    values = (float("nan"), float("inf"), float("-inf"), 1e5)
+
+    def low() -> UniLIP:
+        return UniLIP.from_pretrained(folder, low_memory=True)
+
+    for number, (part, name) in enumerate(names.items()):
+        dtype, value = kinds[number % 4], values[number % 3]
+        spoiled = {key: tensor.to(dtype, copy=True) for key, tensor in whole.items()}
+        spoiled[name].view(-1)[slice(None) if number == 4 else -1 if number % 2 else 0] = value
+        for file in ("model.safetensors", "pytorch_model.bin"):
+            save_file(spoiled, folder / file) if file.startswith("model") else torch.save(spoiled, folder / file)
+            calls: dict[str, Callable[[], Any]] = {
+                "load": lambda: UniLIP.from_pretrained(folder),
+                "as stored": lambda: UniLIP.from_pretrained(folder, dtype="auto"),
+                "its part": lambda part=part: UniLIP.from_pretrained(folder, parts=[part]),
+                "when needed": lambda part=part: low().using(part).__enter__(),
+                "convert": lambda: convert(folder, tmp_path / "converted"),
+                "authors": lambda: convert(folder, tmp_path / "converted", "authors"),
+            }  # fmt: skip
+            others = [other for other in names if other != part]
+            assert UniLIP.from_pretrained(folder, parts=others).parts
+            for what, call in calls.items():
+                try:
+                    call()
+                    wrong.append(f"{name} {file} {what}: taken")
+                except UniLIPError as error:
+                    if name.rpartition(".")[2] not in str(error) or "NaN or infinite" not in str(error):
+                        wrong.append(f"{name} {file} {what}: {error}")
+            assert not (tmp_path / "converted").exists()
+            (folder / file).unlink()
+        model = fresh_model()
+        with torch.no_grad():
+            model.get_parameter(name).view(-1)[0] = values[number % 4]
+        large = values[number % 4] == 1e5
+        for stored in (torch.float16,) if large else (None, torch.float16):
+            with pytest.raises(UniLIPError, match=f"{name} holds NaN or infinite"):
+                model.save_pretrained(tmp_path / "saved", dtype=stored)
+            assert not (tmp_path / "saved").exists(), "nothing is written"
+        if large:
+            model.save_pretrained(folder)
+            assert UniLIP.from_pretrained(folder, dtype="bfloat16").dtype == torch.bfloat16
+            with pytest.raises(UniLIPError, match=f"{name} holds NaN or infinite values in torch.float16"):
+                UniLIP.from_pretrained(folder, dtype="float16")
+            (folder / "model.safetensors").unlink()
+    assert wrong == [] and len(names) == 6
 
 
 def test_indices_that_name_what_is_not_theirs(tiny_folder: Path, tmp_path: Path) -> None:

@@ -240,6 +240,22 @@ def _open_shards(index: Path) -> Weights:
     return weights
 
 
+def check_weights(tensor: Tensor, name: str, remedy: str) -> Tensor:
+    """Return weights that are numbers, or say which are not; a small part of the time that reading them takes."""
+    if tensor.is_floating_point() and tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
+        raise CheckpointError(f"{name} holds NaN or infinite values in {tensor.dtype}. {remedy}.")
+    return tensor
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return finite weights in another type, or say that they do not fit into it."""
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    found = tensor.to(dtype)
+    wider = torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max
+    return found if wider else check_weights(found, name, "They are too large for it: choose bfloat16 or float32")
+
+
 # --- opening --------------------------------------------------------------------------------------------------------
 
 
@@ -322,8 +338,14 @@ class Checkpoint:
         return self.weights.dtype(self._origins[name].name)
 
     def tensor(self, name: str) -> Tensor:
-        """Read a tensor of ours into memory of its own."""
-        tensor = self.weights.read(self._origins[name])
+        """Read a tensor of ours into memory of its own.
+
+        Raises:
+            CheckpointError: the file has changed or is cut off, or a value is NaN or infinite.
+        """
+        origin = self._origins[name]
+        tensor = self.weights.read(origin)
+        check_weights(tensor, origin.name, f"{self.weights.file_of(origin.name)} is damaged: fetch or save it again")
         return tensor.flatten(1) if POINTWISE.fullmatch(name) else tensor
 
 
@@ -470,7 +492,7 @@ def load_into(
     a language model that is no UniLIP yet.
 
     Raises:
-        CheckpointError: a part is not in the checkpoint, or does not fit exactly.
+        CheckpointError: a part is not in the checkpoint, does not fit exactly, or holds what is no number.
     """
     target = parse_dtype(dtype)
     wanted = checkpoint.parts if parts is None else tuple(parts)
@@ -492,7 +514,7 @@ def load_into(
             return fresh_tensor(tuple(like.shape), target or like.dtype).to(device)
         value = checkpoint.tensor(name)
         stored = value.dtype if computes(value.dtype, device) else torch.float32
-        return value.to(device, (target or stored) if value.is_floating_point() else value.dtype)
+        return cast(value, target or stored, name).to(device)
 
     for part, root in modules.items():
         for prefix, module in root.named_modules(prefix=part):

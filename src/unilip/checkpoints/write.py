@@ -24,7 +24,16 @@ from torch import Tensor, nn
 from unilip.checkpoints.foreign import authors_configs, diffusers_files, internvl_files
 from unilip.checkpoints.hub import BESIDE, CARD, INDEX, Source, model_card, previous_of, push_to_hub
 from unilip.checkpoints.infer import expected_shapes
-from unilip.checkpoints.read import Checkpoint, DType, fresh_tensor, open_checkpoint, parse_dtype, read_json
+from unilip.checkpoints.read import (
+    Checkpoint,
+    DType,
+    cast,
+    check_weights,
+    fresh_tensor,
+    open_checkpoint,
+    parse_dtype,
+    read_json,
+)
 from unilip.checkpoints.tables import HEAD, PARTS, POINTWISE, QUERIES, Shape, check_shapes, unmap_names
 from unilip.checkpoints.tokenizer import TOKENIZER_FILES, Tokenizer
 from unilip.errors import CheckpointError
@@ -60,7 +69,7 @@ def save(
         to: "unilip", or "diffusers", whose folder holds the same files one level lower.
 
     Raises:
-        CheckpointError: the folder holds something else, or the tensors do not fit the config.
+        CheckpointError: the folder holds something else, or the tensors do not fit the config, or are no numbers.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
     names = [name for name in state if not (name == HEAD and config.text.tie_embeddings)]
@@ -155,8 +164,12 @@ def _write_shard(
     """Write one file of weights; what it takes to hold its tensors is free again when this returns."""
     path.touch()
     mode = path.stat().st_mode  # as the umask has it; the library would let nobody else read the file
+    remedy = "Nothing was saved, for it could not be loaded"
     save_file(
-        {name: get().detach().to("cpu", dtype, copy=True).contiguous() for name, (get, dtype) in sources.items()},
+        {
+            name: cast(check_weights(get().detach(), name, remedy).to("cpu", copy=True), dtype, name).contiguous()
+            for name, (get, dtype) in sources.items()
+        },
         path,
         metadata,
     )
