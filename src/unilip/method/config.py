@@ -214,7 +214,7 @@ class UniLIPConfig:
         sizes = "image_size num_queries connector_layers latent_head_blocks"
         _check(self, sizes, condition=CONDITIONS)
         if self.image_size % TOKEN_PIXELS:
-            near = max(1, round(self.image_size / TOKEN_PIXELS)) * TOKEN_PIXELS
+            near = max(1, (self.image_size + TOKEN_PIXELS // 2) // TOKEN_PIXELS) * TOKEN_PIXELS
             raise ConfigError(
                 f"UniLIPConfig.image_size is {self.image_size}; take a multiple of 28 (for example {near})."
             )
