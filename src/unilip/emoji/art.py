@@ -1,8 +1,8 @@
 """Emoji artwork: fetched once, rasterised once, handed out as sprites of any size, colour and skin tone.
 
-Goes in: three npm packages of SVG icons (``prepare``). Comes out: one atlas file (PNG bytes by key), and
-``Atlas.sprite``, an RGBA picture whose longer visible side fills the asked size. Colours are painted by a shift of the
-dominant hue. The four shapes (heart, circle, square, triangle) are drawn here, in the fixed palette, and need no art.
+In: three npm packages of SVG icons (`prepare`). Out: one atlas file (PNG bytes by key), and `Atlas.sprite`, an RGBA
+picture whose longer visible side fills the asked size. Colours are painted by a shift of the dominant hue. The four
+shapes (heart, circle, square, triangle) are drawn here, in the fixed palette, and need no art.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -41,7 +42,6 @@ log = logging.getLogger(__name__)
 MASTER = 160  # pixels a side of the rasterised sprites
 ATLAS_FILE = "atlas-160.npz"
 RGB = tuple[int, int, int]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,46 +59,11 @@ class Style:
         return f"{self.package.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 
-STYLES = {
-    "flat": Style(
-        "@iconify-json/fluent-emoji-flat",
-        "1.2.6",
-        "MIT",
-        "Fluent Emoji, (c) Microsoft Corporation, https://github.com/microsoft/fluentui-emoji",
-    ),
-    "glossy": Style(
-        "@iconify-json/noto",
-        "1.2.9",
-        "Apache-2.0",
-        "Noto Emoji, (c) Google Inc, https://github.com/googlefonts/noto-emoji",
-    ),
-    "cartoon": Style(
-        "@iconify-json/twemoji",
-        "1.2.5",
-        "CC-BY-4.0",
-        "Twemoji, (c) Twitter, Inc and other contributors, https://github.com/jdecked/twemoji, "
-        "https://creativecommons.org/licenses/by/4.0/; rasterised, and recoloured where a caption names a colour",
-    ),
-}
-
-PALETTE: dict[str, RGB] = {
-    "red": (222, 40, 48),
-    "orange": (246, 138, 30),
-    "yellow": (250, 208, 36),
-    "green": (48, 160, 72),
-    "blue": (44, 98, 218),
-    "purple": (136, 66, 186),
-    "pink": (244, 116, 178),
-    "black": (44, 44, 48),
-}
+TABLES: dict[str, Any] = json.loads((resources.files("unilip.emoji") / "art.json").read_text(encoding="utf-8"))
+STYLES = {name: Style(**fields) for name, fields in TABLES["styles"].items()}
+PALETTE: dict[str, RGB] = {name: tuple(colour) for name, colour in TABLES["palette"].items()}
 # Between those of the palette: for a model to learn that colours are a range. Nothing is measured on them.
-HUES: dict[str, RGB] = {
-    "amber": (248, 174, 32),
-    "lime": (150, 205, 50),
-    "teal": (30, 160, 160),
-    "indigo": (84, 70, 210),
-    "magenta": (200, 50, 170),
-}
+HUES: dict[str, RGB] = {name: tuple(colour) for name, colour in TABLES["hues"].items()}
 PAINTS = PALETTE | HUES
 
 
@@ -137,31 +102,10 @@ def _horizon(name: str, ground: RGB) -> Background:
     return Background(name, "horizon", sky, ground, (f"on {name}", f"on the {name}"), name, name)
 
 
+_KINDS: dict[str, Callable[..., Background]] = {"plain": _plain, "gradient": _gradient, "horizon": _horizon}
 BACKGROUNDS: dict[str, Background] = {
-    background.name: background
-    for background in (
-        _plain("white", (255, 255, 255)),
-        _plain("gray", (158, 160, 166)),
-        _plain("black", (22, 22, 26)),
-        _plain("red", (214, 92, 92)),
-        _plain("orange", (240, 166, 104)),
-        _plain("yellow", (252, 232, 140)),
-        _plain("green", (134, 194, 120)),
-        _plain("teal", (60, 150, 150)),
-        _plain("light blue", (176, 222, 248)),
-        _plain("blue", (92, 136, 220)),
-        _plain("purple", (160, 128, 204)),
-        _plain("pink", (250, 184, 208)),
-        _plain("brown", (136, 96, 68)),
-        _gradient("sunset sky", (96, 64, 136), (255, 158, 92)),
-        _gradient("blue sky", (84, 156, 240), (214, 236, 255)),
-        _gradient("night sky", (10, 12, 40), (56, 64, 118)),
-        _gradient("mint to teal", (190, 245, 215), (28, 128, 138)),
-        _horizon("grass", (106, 178, 80)),
-        _horizon("sand", (234, 208, 148)),
-        _horizon("snow", (246, 249, 253)),
-        _horizon("water", (62, 132, 206)),
-    )
+    name: _KINDS[kind](name, *(tuple(colour) for colour in colours))
+    for name, (kind, *colours) in TABLES["backgrounds"].items()
 }
 
 
@@ -340,9 +284,9 @@ class Atlas:
     """All sprites, compressed in memory (about 12 MB) and decoded on demand; picklable, caches stay behind."""
 
     def __init__(self, sprites: dict[str, bytes], masters: int = 512, sized: int = 4096) -> None:
-        self._sprites = sprites
-        self._masters: _Cache[Image.Image] = _Cache(masters)
-        self._sized: _Cache[Image.Image] = _Cache(sized)
+        self._sprites, self._sizes = sprites, (masters, sized)
+        self._master = lru_cache(masters)(self._decode)
+        self._sized = lru_cache(sized)(self._scale)
 
     @classmethod
     def load(cls, path: Path | None = None) -> Atlas:
@@ -372,11 +316,8 @@ class Atlas:
                         sprites[_key(style, name, tone)] = _fake(_key(style, name, tone), size)
         return cls(sprites)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"sprites": self._sprites, "masters": self._masters.size, "sized": self._sized.size}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["sprites"], state["masters"], state["sized"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._sprites, *self._sizes)
 
     @property
     def fingerprint(self) -> str:
@@ -399,7 +340,7 @@ class Atlas:
             for colour in (None, *world.colours_of(name, style))
             for tone in (None, *(world.tones if concept(name).toned else ()))
         ]
-        self._masters.size = max(self._masters.size, len(work))
+        self._master = lru_cache(max(self._sizes[0], len(work)))(self._decode)
         for entry in work:
             self._master(*entry)
         return self
@@ -412,24 +353,17 @@ class Atlas:
         COLOUR is a name of PAINTS, TONE one of concepts.TONES. A drawn shape needs a colour. Raises DataError for
         a name, style, colour or tone that does not exist.
         """
-        key = (name, style, size, colour, tone)
-        found = self._sized.get(key)
-        if found is None:
-            if size < 1:
-                raise DataError(f"sprite size {size} is not allowed; give at least 1 pixel")
-            if name in SHAPES:
-                found = draw_shape(name, self._paint(name, colour), size)
-            else:
-                master = self._master(name, style, colour, tone)
-                found = master if master.width == size else master.resize((size, size), Image.Resampling.LANCZOS)
-            self._sized.put(key, found)
-        return found
+        return self._sized(name, style, size, colour, tone)
 
-    def _master(self, name: str, style: str, colour: str | None, tone: str | None) -> Image.Image:
-        key = (name, style, colour, tone)
-        found = self._masters.get(key)
-        if found is not None:
-            return found
+    def _scale(self, name: str, style: str, size: int, colour: str | None, tone: str | None) -> Image.Image:
+        if size < 1:
+            raise DataError(f"sprite size {size} is not allowed; give at least 1 pixel")
+        if name in SHAPES:
+            return draw_shape(name, self._paint(name, colour), size)
+        master = self._master(name, style, colour, tone)
+        return master if master.width == size else master.resize((size, size), Image.Resampling.LANCZOS)
+
+    def _decode(self, name: str, style: str, colour: str | None, tone: str | None) -> Image.Image:
         data = self._sprites.get(_key(style, name, tone))
         if data is None:
             known = sorted({k.split("/")[0] for k in self._sprites})
@@ -438,10 +372,7 @@ class Atlas:
                 "run `unilip data prepare emoji` again if the art is older than the package"
             )
         image = open_picture(data).convert("RGBA")
-        if colour is not None:
-            image = recolour(image, self._paint(name, colour))
-        self._masters.put(key, image)
-        return image
+        return image if colour is None else recolour(image, self._paint(name, colour))
 
     @staticmethod
     def _paint(name: str, colour: str | None) -> RGB:
@@ -452,43 +383,10 @@ class Atlas:
         return PAINTS[colour]
 
 
-class _Cache(Generic[T]):
-    """A dictionary that forgets what was used longest ago."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._items: OrderedDict[object, T] = OrderedDict()
-
-    def get(self, key: object) -> T | None:
-        found = self._items.get(key)
-        if found is not None:
-            self._items.move_to_end(key)
-        return found
-
-    def put(self, key: object, value: T) -> None:
-        self._items[key] = value
-        if len(self._items) > self.size:
-            self._items.popitem(last=False)
-
-
-@dataclass(frozen=True)
-class Tone:
-    """The most common saturated tone of a picture: hue in degrees, saturation and value in 0..1."""
-
-    hue: float
-    saturation: float
-    value: float
-
-
-def dominant(image: Image.Image, width: float = 40.0) -> Tone | None:
-    """Return the tone that most of an RGBA picture has within WIDTH degrees of hue, or None if it is all grey."""
-    pixels = np.asarray(image, dtype=np.float32)
-    return _dominant(*_to_hsv(pixels[..., :3] / 255.0), pixels[..., 3] / 255.0, width)
-
-
 def _dominant(
     hue: np.ndarray, saturation: np.ndarray, value: np.ndarray, alpha: np.ndarray, width: float
-) -> Tone | None:
+) -> tuple[float, float, float] | None:
+    """The tone that most of a picture has within WIDTH degrees: hue, saturation, value; None if it is all grey."""
     weight = alpha * saturation * np.sqrt(value) * (saturation > 0.25) * (value > 0.15)
     if weight.sum() < 1e-3:
         return None
@@ -496,7 +394,7 @@ def _dominant(
     smooth = sum((np.roll(histogram, k) * (4 - abs(k)) for k in range(-3, 4)), start=np.zeros(72))
     centre = float(np.argmax(smooth)) * 5.0 + 2.5
     near = (_hue_distance(hue, centre) < width) & (weight > 0)
-    return Tone(centre, _weighted_median(saturation[near], weight[near]), _weighted_median(value[near], weight[near]))
+    return centre, *(_weighted_median(values[near], weight[near]) for values in (saturation, value))  # type: ignore[return-value]
 
 
 def _hue_distance(hue: np.ndarray, centre: float) -> np.ndarray:
@@ -513,14 +411,15 @@ def recolour(image: Image.Image, colour: RGB, width: float = 40.0) -> Image.Imag
     tone = _dominant(hue, saturation, value, pixels[..., 3] / 255.0, width)
     if tone is None:
         return image
+    own_hue, own_s, own_v = tone
     to_hue, to_s, to_v = colorsys.rgb_to_hsv(*(c / 255.0 for c in colour))
     # a soft edge in hue and saturation, so that outlines do not flicker between two colours
-    near = np.clip((width + 12.0 - _hue_distance(hue, tone.hue)) / 12.0, 0, 1)
+    near = np.clip((width + 12.0 - _hue_distance(hue, own_hue)) / 12.0, 0, 1)
     mix = (near * np.clip((saturation - 0.10) / 0.15, 0, 1))[..., None]
-    new_s = np.clip(saturation * (to_s / max(tone.saturation, 0.05)), 0, 1)
-    ratio = value / max(tone.value, 0.05)
+    new_s = np.clip(saturation * (to_s / max(own_s, 0.05)), 0, 1)
+    ratio = value / max(own_v, 0.05)
     # lighter shades move towards white in what room there is, darker ones scale
-    lighter = 1 - (1 - to_v) * (1 - value) / max(1 - tone.value, 0.02)
+    lighter = 1 - (1 - to_v) * (1 - value) / max(1 - own_v, 0.02)
     new_v = np.clip(np.where(ratio > 1, lighter, to_v * ratio), 0, to_v * 1.9 if to_v < 0.4 else 1.0)
     painted = _to_rgb(np.full_like(hue, to_hue * 360.0), new_s, new_v) * 255.0
     mixed = pixels[..., :3] * (1 - mix) + painted * mix

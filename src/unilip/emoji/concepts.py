@@ -1,6 +1,6 @@
 """The concepts of the emoji world: 384 drawings that exist in all three styles, and four shapes that we draw.
 
-Goes in: ``concepts.json`` beside this file (names checked by eye). Comes out: ``Concept`` records by name.
+In: `concepts.json` beside this file (names checked by eye). Out: `Concept` records by name.
 A drawn shape exists only in a named colour, so the art's own coloured hearts, circles and squares step aside for it.
 """
 
@@ -50,17 +50,7 @@ class Concept:
 def concepts() -> dict[str, Concept]:
     """Return all concepts by name, the four drawn shapes last."""
     records = json.loads(files("unilip.emoji").joinpath("concepts.json").read_text(encoding="utf-8"))
-    found = {
-        r["name"]: Concept(
-            name=r["name"],
-            phrase=r["phrase"],
-            plural=r["plural"],
-            group=r["group"],
-            codepoint=r["codepoint"],
-            toned=r.get("toned", False),
-        )
-        for r in records
-    }
+    found = {record["name"]: Concept(**record) for record in records}
     for shape in SHAPES:
         found[shape] = Concept(name=shape, phrase=f"a {shape}", plural=f"{shape}s", group="drawn shapes")
     return found

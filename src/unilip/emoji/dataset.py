@@ -1,6 +1,6 @@
 """Deterministic, indexable datasets: item i depends on the seed, the split and i, on nothing else.
 
-Comes out: dictionaries of uint8 pictures (S, S, 3), strings and scene records. Any item can be made at any time in any
+Out: dictionaries of uint8 pictures (S, S, 3), strings and scene records. Any item can be made at any time in any
 process, so resuming is starting at another index, and nothing is stored. Picklable for loader workers.
 """
 
@@ -46,8 +46,22 @@ def prompt(scene: Scene, task: str, rng: random.Random, world: World, placed: fl
     return caption(scene, task, rng, world, where=where)
 
 
+class _Items:
+    """What the data sets share: so many items, of a split that exists."""
+
+    split: str
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise DataError(f"unknown split {self.split!r}; allowed are {', '.join(SPLITS)}")
+
+    def __len__(self) -> int:
+        return self.size
+
+
 @dataclass(frozen=True)
-class Scenes:
+class Scenes(_Items):
     """Pictures with captions: dict(image, caption, scene, task).
 
     ``seen`` None means: validation shows held-out combinations where the task has any; ``pool`` limits the concepts.
@@ -62,12 +76,6 @@ class Scenes:
     tasks: Sequence[str] | None = None
     seen: bool | None = None
     pool: Sequence[str] | None = None
-
-    def __post_init__(self) -> None:
-        _check_split(self.split)
-
-    def __len__(self) -> int:
-        return self.size
 
     def draw(self, i: int) -> tuple[Scene, str, str]:
         """Return scene, task and caption of item I without drawing the picture."""
@@ -85,7 +93,7 @@ class Scenes:
 
 
 @dataclass(frozen=True)
-class Questions:
+class Questions(_Items):
     """Pictures with one question each: dict(image, question, answer, accepted, kind, scene).
 
     A third of the questions ask for a description; the other kinds that the scene can answer share the rest.
@@ -100,12 +108,6 @@ class Questions:
     kinds: Sequence[str] | None = None
     seen: bool | None = None
     describe: float = 0.33
-
-    def __post_init__(self) -> None:
-        _check_split(self.split)
-
-    def __len__(self) -> int:
-        return self.size
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         rng = generator("question", self.seed, self.split, _index(i, self.size))
@@ -135,7 +137,7 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class Edits:
+class Edits(_Items):
     """Pairs of pictures: dict(source, target, instruction, kind, edit)."""
 
     world: World
@@ -145,12 +147,6 @@ class Edits:
     size: int
     kinds: Sequence[str] | None = None
     seen: bool = True
-
-    def __post_init__(self) -> None:
-        _check_split(self.split)
-
-    def __len__(self) -> int:
-        return self.size
 
     def draw(self, i: int) -> Edit:
         """Return edit I without drawing its pictures."""
@@ -172,14 +168,11 @@ class Edits:
 
 
 @dataclass(frozen=True)
-class Knowledge:
+class Knowledge(_Items):
     """Text-only questions about the world's concepts: dict(question, answer), each once."""
 
     world: World
     split: str = "train"
-
-    def __post_init__(self) -> None:
-        _check_split(self.split)
 
     def __len__(self) -> int:
         return len(knowledge(self.world, self.split))
@@ -187,8 +180,3 @@ class Knowledge:
     def __getitem__(self, i: int) -> dict[str, Any]:
         found = knowledge(self.world, self.split)[_index(i, len(self))]
         return {"question": found.question, "answer": found.answer}
-
-
-def _check_split(split: str) -> None:
-    if split not in SPLITS:
-        raise DataError(f"unknown split {split!r}; allowed are {', '.join(SPLITS)}")

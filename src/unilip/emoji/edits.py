@@ -68,14 +68,21 @@ def sample_edit(
     if split == "train":
         world = world.training
     for _ in range(2000):
-        edit = _MAKERS[kind](world, rng, purpose)
-        if edit is None or edit.source == edit.target or not world.seen(edit.source):
+        try:
+            edit = _MAKERS[kind](world, rng, purpose)
+        except _Unfit:
+            continue
+        if edit.source == edit.target or not world.seen(edit.source):
             continue
         if world.seen(edit.target) != wanted:
             continue
         if all(world.allowed(scene, split, purpose) for scene in (edit.source, edit.target)):
             return edit
     raise DataError(f"no edit of kind {kind!r} could be drawn (split {split}, seen={seen}); try another kind")
+
+
+class _Unfit(Exception):
+    """What was drawn makes no edit; another try may."""
 
 
 def _style(world: World, rng: random.Random) -> str:
@@ -91,12 +98,14 @@ def _objects(world: World, rng: random.Random, names: Sequence[str], style: str,
 
 def _lay_out(
     world: World, rng: random.Random, objects: Sequence[Obj], horizon: bool = True, where: str | None = None
-) -> Scene | None:
+) -> Scene:
     if all(obj.concept in SHAPES for obj in objects):
         objects = [replace(obj, style=world.default_style) for obj in objects]
     background = sample_background(world, rng, objects, horizon=horizon and where not in ("above", "below"))
     placed = place(world, rng, objects, background, where) if background else None
-    return Scene(background, placed) if background and placed else None
+    if not background or not placed:
+        raise _Unfit
+    return Scene(background, placed)
 
 
 def _names(world: World, rng: random.Random, count: int, purpose: str, pool: Sequence[str] | None = None) -> list[str]:
@@ -108,18 +117,16 @@ def _count(world: World, rng: random.Random) -> int:
     return 2 if world.max_objects == 2 or rng.random() < 0.75 else 3
 
 
-def _scene(world: World, rng: random.Random, purpose: str) -> Scene | None:
+def _scene(world: World, rng: random.Random, purpose: str) -> Scene:
     count = 1 if rng.random() < 0.5 else 2
     return _lay_out(world, rng, _objects(world, rng, _names(world, rng, count, purpose), _style(world, rng)))
 
 
-def _add(world: World, rng: random.Random, purpose: str) -> Edit | None:
+def _add(world: World, rng: random.Random, purpose: str) -> Edit:
     count = _count(world, rng)
     objects = _objects(world, rng, _names(world, rng, count, purpose), _style(world, rng))
     where = rng.choice(RELATIONS)
     target = _lay_out(world, rng, objects, horizon=count == 2, where=where)
-    if target is None:
-        return None
     new, anchor = target.objects[0], target.objects[1]
     source = Scene(target.background, target.objects[1:])
     words = indefinite(new, world, style=_shown_style(world, source) != new.style)
@@ -132,28 +139,24 @@ def _shown_style(world: World, scene: Scene) -> str:
     return next((obj.style for obj in scene.objects if obj.concept not in SHAPES), world.default_style)
 
 
-def _remove(world: World, rng: random.Random, purpose: str) -> Edit | None:
+def _remove(world: World, rng: random.Random, purpose: str) -> Edit:
     count = _count(world, rng)
     objects = _objects(world, rng, _names(world, rng, count, purpose), _style(world, rng))
     source = _lay_out(world, rng, objects, horizon=count == 2)
-    if source is None:
-        return None
     gone = rng.choice(source.objects)
     target = Scene(source.background, tuple(obj for obj in source.objects if obj is not gone))
     words = rng.choice(("remove {}", "delete {}", "erase {}", "take {} away")).format(definite(gone, world))
     return Edit(source, words, target, "remove")
 
 
-def _replace(world: World, rng: random.Random, purpose: str) -> Edit | None:
+def _replace(world: World, rng: random.Random, purpose: str) -> Edit:
     source = _scene(world, rng, purpose)
-    if source is None:
-        return None
     old = rng.choice(source.objects)
     style = _shown_style(world, source)
     new = sample_look(world, rng, rng.choice(world.pool("train", purpose)), style, 0.3)
     new = replace(new, x=old.x, y=old.y, size=old.size)
     if any(new.concept == obj.concept for obj in source.objects) or world.clashes(new, source.background):
-        return None
+        raise _Unfit
     pattern = rng.choice(("replace {} with {}", "replace {} with {}", "turn {} into {}", "change {} to {}"))
     words = pattern.format(definite(old, world), indefinite(new, world, style=False))
     return Edit(source, words, _swap(source, {old: new}), "replace")
@@ -163,10 +166,8 @@ def _swap(scene: Scene, changes: dict[Obj, Obj]) -> Scene:
     return replace(scene, objects=tuple(changes.get(obj, obj) for obj in scene.objects))
 
 
-def _move(world: World, rng: random.Random, purpose: str) -> Edit | None:
+def _move(world: World, rng: random.Random, purpose: str) -> Edit:
     source = _scene(world, rng, purpose)
-    if source is None:
-        return None
     if len(source.objects) == 2 and rng.random() < 0.5:
         return _exchange(world, rng, source)
     obj = rng.choice(source.objects)
@@ -177,28 +178,28 @@ def _move(world: World, rng: random.Random, purpose: str) -> Edit | None:
     moved = replace(obj, x=x, y=y)
     # a move of less than a quarter of the picture would hardly be seen
     if abs(moved.x - obj.x) + abs(moved.y - obj.y) < 0.25 * world.image_size:
-        return None
+        raise _Unfit
     if any(overlap(moved, other, world.gap) for other in source.objects if other is not obj):
-        return None
+        raise _Unfit
     if world.is_horizon(source.background) and not world.grounded(moved):
-        return None
+        raise _Unfit
     words = f"move {definite(obj, world)} {rng.choice(SIDES[where])}"
     return Edit(source, words, _swap(source, {obj: moved}), "move")
 
 
-def _exchange(world: World, rng: random.Random, source: Scene) -> Edit | None:
+def _exchange(world: World, rng: random.Random, source: Scene) -> Edit:
     """Swap two objects of one size."""
     a, b = source.objects
     where = relation(a, b)
     if where is None or a.size != b.size:
-        return None
+        raise _Unfit
     target = _swap(source, {a: replace(a, x=b.x, y=b.y), b: replace(b, x=a.x, y=a.y)})
     one, two = definite(a, world), definite(b, world)
     words = rng.choice((f"swap {one} and {two}", f"exchange {one} and {two}"))
     return Edit(source, words, target, "move")
 
 
-def _recolour(world: World, rng: random.Random, purpose: str) -> Edit | None:
+def _recolour(world: World, rng: random.Random, purpose: str) -> Edit:
     style = _style(world, rng)
     pool = world.pool("train", purpose)
     paintable = [name for name in (*pool, *world.guests) if world.colours_of(name, style)]
@@ -206,13 +207,11 @@ def _recolour(world: World, rng: random.Random, purpose: str) -> Edit | None:
     if rng.random() < 0.5:
         names += _names(world, rng, 1, purpose, [name for name in pool if name not in names])
     source = _lay_out(world, rng, _objects(world, rng, names, style, 0.6))
-    if source is None:
-        return None
     obj = next(o for o in source.objects if o.concept == names[0])
     colour = rng.choice(world.colours_of(obj.concept, style))
     painted = replace(obj, colour=colour)
     if world.looks(obj, colour) or world.clashes(painted, source.background):
-        return None
+        raise _Unfit
     thing = definite(obj, world)
     patterns = (
         f"make {thing} {colour}",
@@ -223,14 +222,12 @@ def _recolour(world: World, rng: random.Random, purpose: str) -> Edit | None:
     return Edit(source, rng.choice(patterns), _swap(source, {obj: painted}), "recolour")
 
 
-def _background(world: World, rng: random.Random, purpose: str) -> Edit | None:
+def _background(world: World, rng: random.Random, purpose: str) -> Edit:
     target = _scene(world, rng, purpose)
-    if target is None:
-        return None
     horizon = all(world.grounded(obj) for obj in target.objects)
     before = sample_background(world, rng, target.objects, horizon=horizon, other_than=target.background)
     if before is None:
-        return None
+        raise _Unfit
     found = BACKGROUNDS[target.background]
     if found.kind == "plain":
         patterns: tuple[str, ...] = (
@@ -246,29 +243,27 @@ def _background(world: World, rng: random.Random, purpose: str) -> Edit | None:
     return Edit(replace(target, background=before), rng.choice(patterns), target, "background")
 
 
-def _restyle(world: World, rng: random.Random, purpose: str) -> Edit | None:
+def _restyle(world: World, rng: random.Random, purpose: str) -> Edit:
     source = _scene(world, rng, purpose)
-    if source is None or any(obj.concept in SHAPES for obj in source.objects):
-        return None
+    if any(obj.concept in SHAPES for obj in source.objects):
+        raise _Unfit
     style = rng.choice([name for name in world.styles if name != source.objects[0].style])
     changes = {obj: replace(obj, style=style) for obj in source.objects}
     for obj in changes.values():
         if obj.colour and obj.colour not in world.colours_of(obj.concept, style):
-            return None
+            raise _Unfit
         if world.clashes(obj, source.background):
-            return None
+            raise _Unfit
     patterns = (f"make it {style}", f"change the style to {style}", f"redraw it in {style} style")
     return Edit(source, rng.choice(patterns), _swap(source, changes), "style")
 
 
-def _skin_tone(world: World, rng: random.Random, purpose: str) -> Edit | None:
+def _skin_tone(world: World, rng: random.Random, purpose: str) -> Edit:
     pool = world.pool("train", purpose)
     names = _names(world, rng, 1, purpose, [name for name in pool if concept(name).toned])
     if rng.random() < 0.3:
         names += _names(world, rng, 1, purpose, [name for name in pool if name not in names])
     source = _lay_out(world, rng, _objects(world, rng, names, _style(world, rng)))
-    if source is None:
-        return None
     obj = next(o for o in source.objects if o.concept == names[0])
     tone = rng.choice(world.tones)
     thing = definite(obj, world)

@@ -304,7 +304,7 @@ class Judge:
         if fit is None:
             return self._unknown(busy)
         look, x, y, size = fit
-        layers = self._layers(look, size)
+        layers = self._fine(look, size)[0]
         window = (slice(y, y + size), slice(x, x + size))
         wide = (slice(max(0, y - 2), y + size + 2), slice(max(0, x - 2), x + size + 2))
         total = remaining[wide].sum()
@@ -454,9 +454,6 @@ class Judge:
             self._kept_pixels += size * size
         return self._kept[key]
 
-    def _layers(self, look: _Look, size: int) -> torch.Tensor:
-        return self._fine(look, size)[0]
-
     def _name_colour(self, found: Found, image: torch.Tensor, behind: torch.Tensor) -> Found:
         """Name colour or skin tone by the pixels that they change: the nearest variant in mean CIELAB."""
         if found.concept == UNKNOWN:
@@ -473,7 +470,7 @@ class Judge:
     def _nearest(self, looks: Mapping[T, _Look], found: Found, image: torch.Tensor, behind: torch.Tensor) -> T:
         x, y, size = int(found.box[0]), int(found.box[1]), int(found.size)
         window = (slice(None), slice(y, y + size), slice(x, x + size))
-        layers = {name: self._layers(look, size) for name, look in looks.items()}
+        layers = {name: self._fine(look, size)[0] for name, look in looks.items()}
         labs = {name: _lab_of(each[:3] + (1 - each[3]) * behind[window]) for name, each in layers.items()}
         alpha = next(iter(layers.values()))[3].numpy()
         spread = np.stack(list(labs.values())).std(0).sum(-1) * (alpha > 0.8)
@@ -509,7 +506,7 @@ class Judge:
         side = self.world.image_size
         found = Found(obj.concept, obj.style, None, (0.0, 0.0, float(obj.size), float(obj.size)), 1.0)
         behind = torch.full((3, side, side), 0.6)
-        layers = self._layers(_Look(obj.concept, obj.style, None, obj.tone), obj.size)
+        layers = self._fine(_Look(obj.concept, obj.style, None, obj.tone), obj.size)[0]
         image = behind.clone()
         image[:, : obj.size, : obj.size] = layers[:3] + (1 - layers[3]) * behind[:, : obj.size, : obj.size]
         looks = {name: _Look(obj.concept, obj.style, name, None) for name in colours}

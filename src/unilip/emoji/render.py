@@ -1,7 +1,7 @@
 """Scene -> picture, and the masks that say which pixels belong to what.
 
-Goes in: ``Scene``, ``Atlas``, ``World``. Comes out: an RGB picture of world.image_size pixels a side (S), or boolean
-arrays of shape (S, S). One renderer for training and evaluation: another one differs by more than a tokenizer's error.
+In: `Scene`, `Atlas`, `World`. Out: an RGB picture of world.image_size pixels a side (S), or boolean arrays of shape
+(S, S). One renderer for training and evaluation: another one differs by more than a tokenizer's error.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def _background(name: str, size: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def object_mask(obj: Obj, atlas: Atlas, world: World) -> np.ndarray:
-    """Return where OBJ covers the background at all: boolean (S, S)."""
+def object_mask(obj: Obj, atlas: Atlas, world: World, above: int = 0) -> np.ndarray:
+    """Return where OBJ covers the background, by an alpha ABOVE so much of 255: boolean (S, S)."""
     mask = np.zeros((world.image_size, world.image_size), dtype=bool)
     alpha = np.asarray(atlas.sprite(obj.concept, obj.style, obj.size, obj.colour, obj.tone).getchannel("A"))
-    mask[obj.y : obj.y + obj.size, obj.x : obj.x + obj.size] = alpha > 0
+    mask[obj.y : obj.y + obj.size, obj.x : obj.x + obj.size] = alpha > above
     return mask
 
 
@@ -54,13 +54,9 @@ def change_mask(source: Scene, target: Scene, atlas: Atlas, world: World) -> np.
     Objects that only one of the two has, and with a new background everything that no kept object covers fully.
     """
     shared = set(source.objects) & set(target.objects)
-    if source.background != target.background:
-        mask = np.ones((world.image_size, world.image_size), dtype=bool)
-        for obj in shared:
-            alpha = np.asarray(atlas.sprite(obj.concept, obj.style, obj.size, obj.colour, obj.tone).getchannel("A"))
-            mask[obj.y : obj.y + obj.size, obj.x : obj.x + obj.size] &= alpha < 255
-    else:
-        mask = np.zeros((world.image_size, world.image_size), dtype=bool)
+    mask = np.full((world.image_size, world.image_size), source.background != target.background)
+    for obj in shared:
+        mask &= ~object_mask(obj, atlas, world, 254)
     for obj in set(source.objects) ^ set(target.objects):
         mask |= object_mask(obj, atlas, world)
     return mask
