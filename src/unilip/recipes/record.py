@@ -72,7 +72,8 @@ class Understand:
     `local` weighs what each image token is to tell by itself: concept and colour of what lies on it, its place, and
     the background. `bind` weighs what the hidden states of prompts and instructions are to tell, read without any
     picture: concept, colour, count and place at the words that say them, the whole at the end. `ground` weighs what the
-    words of questions are to tell: on which image tokens that lies which they name. All three rest where the data are
+    words of questions are to tell: on which image tokens that lies which they name; and what, halfway through the
+    language model, image tokens are to say: the words for what lies on them. All three rest where the data are
     files, which do not know that. `turns` is the most questions asked about one picture.
     """
 

@@ -293,7 +293,7 @@ class Batches(Dataset[dict[str, Any]]):
             batch |= self.contrast(captions)
         if objective.words:
             batch["words"] = self.soft_words(captions)
-        if objective.local and self.recipe.lessons:
+        if (objective.local or objective.ground) and self.recipe.lessons:
             batch["cells"] = torch.from_numpy(np.stack([self.cells(i) for i in samples]))
         if objective.next_token:
             rows: list[tuple[int, Turns]] = [(1, turns) for _, _, turns in items]

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unilip.emoji.lessons import MARK, SUMMARY, UNKNOWN, classes
+from unilip.emoji.lessons import MARK, SUMMARY, UNKNOWN, classes, numbers
 from unilip.errors import ConfigError
 from unilip.method.config import UniLIPConfig
+from unilip.method.text import Processor
 
 CELL = ("concept", "colour", "background")
 Terms = dict[str, Tensor]
@@ -43,6 +44,33 @@ def ground_loss(head: nn.Module, states: Tensor, grounds: Tensor) -> tuple[Tenso
     right = ((told > 0) == (target > 0)).all(-1)
     some = target.any(-1)
     return loss, {"ground": right[some].float().mean(), "ground_none": right[~some].float().mean()}
+
+
+def slot_words(processor: Processor) -> dict[str, Tensor]:
+    """Return for each kind of `CELL` what its classes are called: shares (classes,V) of tokens, none for "nothing"."""
+    found = {}
+    for kind in CELL:
+        found[kind] = torch.zeros(classes(kind), processor.config.text.vocab_size)
+        for name, number in numbers(kind).items():
+            ids = processor.ids(f" {name}") if name else []
+            for token in ids:
+                found[kind][number, token] += 1 / len(ids)
+    return found
+
+
+def slot_loss(logits: Tensor, cells: Tensor, words: dict[str, Tensor]) -> tuple[Tensor, Terms]:
+    """What the slots of pictures say in words (B,N,V) of the cells (B,N,3) they show.
+
+    Where an object lies it and its paint are to be named, elsewhere the background. The share is of objects whose
+    likeliest token belongs to them.
+    """
+    concept, colour, background = (words[kind].to(logits.device)[cells[..., i]] for i, kind in enumerate(CELL))
+    covered = cells[..., 0] > 0
+    wanted = torch.where(covered[..., None], concept + colour, background)
+    wanted = wanted / wanted.sum(-1, keepdim=True)
+    loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1))
+    likeliest = logits.argmax(-1)[covered]
+    return loss, {"slot_word": (wanted[covered].gather(-1, likeliest[:, None]) > 0).float().mean()}
 
 
 def bind_heads(width: int) -> nn.ModuleDict:

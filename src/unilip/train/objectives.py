@@ -49,6 +49,8 @@ from unilip.train.lessons import (
     local_heads,
     local_loss,
     repa_head,
+    slot_loss,
+    slot_words,
 )
 from unilip.train.losses import (
     PatchDiscriminator,
@@ -173,6 +175,12 @@ class UnderstandObjective(Objective):
                 self.heads["bind"] = bind_heads(width)
             if weights.ground and recipe.lessons:
                 self.heads["ground"] = nn.Linear(width, model.config.num_image_tokens)
+        self.words: dict[str, Tensor] = {}
+        self.middle: list[Tensor] = []  # states halfway through the language model, while they are wanted
+        if weights.ground and recipe.lessons and model.processor is not None:
+            self.words = slot_words(model.processor)
+            layers = model.mllm.language_model.model.layers
+            layers[len(layers) // 2 - 1].register_forward_hook(lambda _, __, out: self.middle.append(out))
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """Weighted sum of the terms whose weight is not zero."""
@@ -199,14 +207,20 @@ class UnderstandObjective(Objective):
             terms["next_token"], total = answers, total + weights.next_token * answers
             if "grounds" in batch:
                 grounded, found = ground_loss(self.heads["ground"], states, batch["grounds"])
-                terms |= found | {"grounding": grounded}
-                total = total + weights.ground * grounded
+                slots = batch["conversations"].image_slots
+                halfway = self.model.mllm.language_model.model.norm(self.middle.pop()[slots])
+                said, more = slot_loss(
+                    self.model.mllm.logits(halfway).unflatten(0, (-1, features.shape[1])), batch["cells"], self.words
+                )
+                terms |= found | more | {"grounding": grounded, "naming": said}
+                total = total + weights.ground * (grounded + said)
         if weights.bind and "lessons" in batch:
             tokens, mllm = batch["lessons"], self.model.mllm
             states = mllm(mllm.embed(tokens.input_ids), tokens.attention_mask)  # B T D
             bound, found = bind_loss(self.heads["bind"], states, batch, tokens.input_ids.shape[1])
             terms |= found | {"bind": bound}
             total = total + weights.bind * bound
+        self.middle.clear()
         return total, terms
 
     def read(self, tokens: Tokens, features: Tensor) -> Tensor:
