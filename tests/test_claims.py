@@ -46,8 +46,8 @@ def test_seeds_that_differ_make_a_difference_uncertain():
     far = [run_of("a", {"psnr": [18.0, 18.2]}, 0), run_of("a", {"psnr": [22.1, 22.1]}, 1)]
     other = [run_of("b", {"psnr": [19.0, 19.2]})]
     assert difference(near, other, "psnr")[1] < 0.1 < 1 < difference(far, other, "psnr")[1]
-    assert score(far, "psnr").spread == pytest.approx(4 / 2**0.5) and score(near[:1], "psnr").spread is None
-    assert score(far, "psnr").mean == pytest.approx(20.1)
+    assert score(far, "psnr")["spread"] == pytest.approx(4 / 2**0.5) and score(near[:1], "psnr")["spread"] is None
+    assert score(far, "psnr")["mean"] == pytest.approx(20.1)
 
 
 def test_only_common_items_count_and_one_is_not_enough():

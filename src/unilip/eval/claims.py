@@ -8,6 +8,7 @@ difference within two standard errors decides nothing.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -16,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -46,27 +48,10 @@ CHEAP = 5  # so many times COUNT reconstructions, and questions of each kind
 NOISES = 4  # of each held-out sample of the flow loss
 ORIGINAL = "original"  # stands for the encoder that no tokenizer training has touched
 
+TABLES: dict[str, Any] = json.loads((resources.files("unilip.eval") / "claims.json").read_text(encoding="utf-8"))
 # The recipes whose results are the original encoder and the language model that learned to read it, by size.
-ORIGINALS: dict[str, tuple[str, str]] = {
-    "tiny": ("tiny/instruct", "tiny/instruct"),
-    "pico": ("pico/clip", "pico/instruct"),
-    "nano": ("nano/instruct", "nano/instruct"),
-}
-TOKENIZER_MEASURES = {
-    "psnr": "PSNR, dB",
-    "ssim": "SSIM",
-    "feature_distance": "feature distance to the original",
-    "answers": "answers of the unchanged LLM, %",
-}
-GENERATION_MEASURES = {
-    "generation": "generation right, %",
-    "edits": "edits right, %",
-    "psnr_outside": "PSNR outside the edit, dB",
-    "riddles": "riddles right, %",
-    "flow": "held-out flow loss",
-    "flow_edit": "held-out flow loss of edits",
-}
-MEASURES = TOKENIZER_MEASURES | GENERATION_MEASURES
+ORIGINALS: dict[str, tuple[str, str]] = {size: (encoder, llm) for size, (encoder, llm) in TABLES["originals"].items()}
+MEASURES: dict[str, str] = TABLES["measures"]
 SHARES = ("answers", "generation", "edits", "riddles")  # of right ones, 0 to 1
 LOWER = ("feature_distance", "flow", "flow_edit")  # better when they are less
 SWEEPS = {"num_queries": "number of queries", "connector_layers": "layers of the connector"}
@@ -94,77 +79,13 @@ class Claim:
     statements: tuple[Statement, ...]
 
 
-def claim(title: str, a: str, *rows: tuple[Any, ...]) -> Claim:
-    """Return the claim that variant `a` is better than others; a row is (words, the other, measure, limit or none)."""
-    name, words = title.split(". ", 1)
-    others = dict.fromkeys(row[1] for row in rows if row[1] != ORIGINAL)
-    return Claim(name, words, (*others, a), tuple(Statement(said, a, *rest) for said, *rest in rows))
+def read_claim(name: str, words: str, better: str, statements: Sequence[Sequence[Any]]) -> Claim:
+    """Return the claim that variant `better` is better than others, of rows (words, the other, measure, limit)."""
+    others = dict.fromkeys(row[1] for row in statements if row[1] != ORIGINAL)
+    return Claim(name, words, (*others, better), tuple(Statement(said, better, *rest) for said, *rest in statements))
 
 
-TAUGHT, QUERIES, HIDDEN, BARE = "recon_distill", "gen_queries", "gen_hidden", "gen_unsubstituted"
-CLAIMS = (
-    claim(
-        "1. Does self-distillation alone give both exact pictures and unchanged understanding?",
-        TAUGHT,
-        ("pictures better by 1 dB than a frozen encoder's", "recon_frozen", "psnr", 1.0),
-        ("the unchanged LLM answers as before, within 5 points", ORIGINAL, "answers", -0.05),
-        ("better answers than without distillation", "recon_free", "answers"),
-        ("nearer features than without distillation", "recon_free", "feature_distance"),
-    ),
-    claim(
-        "2a. Are two stages better than unfreezing from the start?",
-        TAUGHT,
-        ("better pictures", "recon_one_stage", "psnr"),
-        ("nearer features", "recon_one_stage", "feature_distance"),
-    ),
-    claim(
-        "2b. Does the pixel decoder have to learn in stage 2?",
-        TAUGHT,
-        ("better pictures than with a frozen one", "recon_fixed_decoder", "psnr"),
-    ),
-    claim(
-        "2c. Is distillation better than a contrastive loss in its place?",
-        TAUGHT,
-        ("better answers", "recon_contrastive", "answers"),
-        ("nearer features", "recon_contrastive", "feature_distance"),
-    ),
-    claim(
-        "3a. Does the dual condition draw better than queries or hidden states alone?",
-        "gen_dual",
-        ("more pictures right than with queries", QUERIES, "generation"),
-        ("more pictures right than with hidden states", HIDDEN, "generation"),
-        ("less flow loss than with queries", QUERIES, "flow"),
-        ("less flow loss than with hidden states", HIDDEN, "flow"),
-    ),
-    claim(
-        "3b. Does the dual condition edit better than queries or hidden states alone?",
-        "gen_dual",
-        ("more edits right than with queries", QUERIES, "edits"),
-        ("more edits right than with hidden states", HIDDEN, "edits"),
-        ("less flow loss than with queries", QUERIES, "flow_edit"),
-        ("less flow loss than with hidden states", HIDDEN, "flow_edit"),
-    ),
-    claim(
-        "3c. Does one encoder serve as well as two (CLIP's, and an autoencoder's)?",
-        "gen_shared",
-        ("pictures right, not 5 points fewer", "gen_separate", "generation", -0.05),
-        ("edits right, not 5 points fewer", "gen_separate", "edits", -0.05),
-        ("the rest of an edited picture kept, not worse by 1 dB", "gen_separate", "psnr_outside", -1.0),
-    ),
-    claim(
-        "4. Do edits keep identity better with the encoder's features than with hidden states?",
-        "gen_dual",
-        ("the rest kept better", BARE, "psnr_outside"),
-        ("more edits right", BARE, "edits"),
-        ("less flow loss of edits", BARE, "flow_edit"),
-    ),
-    claim(
-        "5. Is what the LLM knows from text alone drawn, best with the dual condition?",
-        "gen_dual",
-        ("more riddles right than with queries", QUERIES, "riddles"),
-        ("more riddles right than with hidden states", HIDDEN, "riddles"),
-    ),
-)
+CLAIMS = tuple(read_claim(**record) for record in TABLES["claims"])
 
 
 @dataclass
@@ -226,15 +147,21 @@ def missing(size: str, runs: Mapping[str, Sequence[Run]]) -> dict[str, str]:
     return {name: f"unilip train ablation/{size}/{name}" for name in wanted() if name not in runs}
 
 
+@dataclass
 class Lab:
     """The held-out items of a size's world, and the measures on them."""
 
-    def __init__(self, size: str, count: int, seeds: int, device: str, dtype: str | None, batch_size: int) -> None:
-        self.size, self.count, self.seeds = size, count, seeds
-        self.device, self.dtype, self.batch_size = device, dtype, batch_size
-        self.world = World.preset(size)
-        self.atlas = Atlas.synthetic(self.world) if size == "tiny" else Atlas.load()
-        self.progress = False
+    size: str
+    count: int
+    seeds: int
+    device: str
+    dtype: str | None
+    batch_size: int
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        self.world = World.preset(self.size)
+        self.atlas = Atlas.synthetic(self.world) if self.size == "tiny" else Atlas.load()
 
     def load(self, folder: str | os.PathLike[str], parts: Sequence[str] | None = None) -> UniLIP:
         """Load a model on the device."""
@@ -364,27 +291,19 @@ def judged(folder: Path, count: int, seeds: int) -> dict[str, dict[str, float]]:
     return {name: {key: float(np.mean(v)) for key, v in values.items()} for name, values in found.items()}
 
 
-@dataclass(frozen=True)
-class Score:
-    """The mean of a measure over items and seeds, the standard deviation over seeds, and that of the item mean."""
+def score(runs: Sequence[Run], measure: str) -> dict[str, Any] | None:
+    """Return what a measure comes to over the seeds of a variant; None where none has it.
 
-    mean: float
-    spread: float | None
-    error: float
-    seeds: int
-
-
-def score(runs: Sequence[Run], measure: str) -> Score | None:
-    """Return what a measure comes to over the seeds of a variant; None where none has it."""
+    Out: "mean" over items and seeds, "spread" the standard deviation over seeds (None of one seed), "error" that of the
+        item mean, and the number of "seeds".
+    """
     means = [list(run.values[measure].values()) for run in runs if run.values.get(measure)]
     if not means:
         return None
     by_seed = [float(np.mean(values)) for values in means]
     spread = float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
-    error = float(
-        np.mean([np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0 for values in means])
-    )
-    return Score(float(np.mean(by_seed)), spread, error, len(by_seed))
+    errors = [np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0 for values in means]
+    return {"mean": float(np.mean(by_seed)), "spread": spread, "error": float(np.mean(errors)), "seeds": len(by_seed)}
 
 
 def difference(a: Sequence[Run], b: Sequence[Run], measure: str) -> tuple[float, float] | None:
@@ -408,15 +327,13 @@ def difference(a: Sequence[Run], b: Sequence[Run], measure: str) -> tuple[float,
 def at_the_floor(statement: Statement, runs: Mapping[str, Sequence[Run]]) -> bool:
     """Tell whether variant B has so little right that A could not be worse than it by more than is allowed."""
     found = score(runs.get(statement.b, ()), statement.measure)
-    return found is not None and statement.measure in SHARES and statement.by < 0 and found.mean <= -statement.by
+    return found is not None and statement.measure in SHARES and statement.by < 0 and found["mean"] <= -statement.by
 
 
 def check(statement: Statement, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """Return a statement's verdict, yes, no or undecided, with the numbers; "missing" where a run is."""
     found = difference(runs.get(statement.a, ()), runs.get(statement.b, ()), statement.measure)
-    record: dict[str, Any] = {
-        "words": statement.words, "a": statement.a, "b": statement.b, "measure": statement.measure, "by": statement.by,
-    }  # fmt: skip
+    record = dict(vars(statement))
     if found is None:
         return record | {"verdict": "missing"}
     gap, error = found
@@ -493,8 +410,7 @@ def evaluate(
         "count": count, "seeds": seeds, "data_seed": emoji.DATA_SEED, "sizes": {},
     }  # fmt: skip
     for name in sizes:
-        lab = Lab(name, count, seeds, device, dtype, batch_size or 24)
-        lab.progress = progress
+        lab = Lab(name, count, seeds, device, dtype, batch_size or 24, progress)
         found = find_runs(runs, name)
         original = measure_tokenizers(lab, runs, found, output) if "tokenizer" in chosen else None
         if "generation" in chosen:
@@ -512,7 +428,7 @@ def summarise(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     variants: dict[str, Any] = {}
     for name, several in runs.items():
         scores = {m: score(several, m) for m in MEASURES}
-        variants[name] = {m: vars(s) for m, s in scores.items() if s is not None}
+        variants[name] = {m: s for m, s in scores.items() if s is not None}
         if name != ORIGINAL:
             opened = open_checkpoint(several[0].folder)
             variants[name] |= {
