@@ -17,8 +17,9 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 
@@ -35,14 +36,7 @@ TEXTS = ("instruction", "edit_instruction", "input_prompt", "prompt", "edit")
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
-class Entry(Protocol):
-    """Reads one sample; `identity` says which, in values."""
-
-    def __call__(self) -> Record:
-        """Read it; raises `Unreadable`."""
-
-    def identity(self) -> tuple[Any, ...]:
-        """Return what tells it from another one."""
+Entry = tuple[str, tuple[Any, ...], Callable[[], Record]]  # kind; what tells it from another; reads it, or `Unreadable`
 
 
 @dataclass
@@ -84,13 +78,11 @@ def convert(
         raise DataError(f"{source} holds no sample of the layout {layout}.")
     about = {
         "layout": layout, "shard_size": shard_size, "shorter_side": shorter_side, "entries": len(entries),
-        "content": content_hash([(kind, *entry.identity()) for kind, entry in entries]),
+        "content": content_hash([(kind, *identity) for kind, identity, _ in entries]),
     }  # fmt: skip
     note = output / f".{layout}.json"
     before = read_json(note) if note.exists() else about
-    other = [
-        f"{name} ({before.get(name)} there, {about[name]} here)" for name in about if before.get(name) != about[name]
-    ]
+    other = [f"{k} ({before.get(k)} there, {v} here)" for k, v in about.items() if before.get(k) != v]
     if other:
         raise DataError(f"{output} holds shards of another conversion: {', '.join(other)}. Give another --output.")
     write_json(note, about)
@@ -101,7 +93,7 @@ def convert(
         if not (path.exists() and Path(f"{path}{INDEX_SUFFIX}").exists()):
             writer = ShardWriter(output, layout, 1 << 60, first=number)
             writer.begin()
-            for i, (kind, read) in enumerate(part, start):
+            for i, (kind, _, read) in enumerate(part, start):
                 try:
                     writer.write(f"{i:08d}", members(kind, one_text(read(), i), shorter_side))
                     result.samples[kind] += 1
@@ -191,106 +183,64 @@ def read_list(path: Path) -> list[Mapping[str, Any]]:
     return [row for row in rows if isinstance(row, Mapping)]
 
 
-def sharegpt_4o_image(source: str) -> list[tuple[str, Entry]]:
+def sharegpt_4o_image(source: str) -> list[Entry]:
     """Entries of FreedomIntelligence/ShareGPT-4o-Image: 45 k pictures of prompts, 46 k edits."""
     folder = _folder(source)
     files = Files(folder)
     lists = {"caption": folder / "text_to_image.json", "edit": folder / "text_and_image_to_image.json"}
     if not any(path.exists() for path in lists.values()):
-        raise DataError(
-            f"{source} has neither {' nor '.join(path.name for path in lists.values())}; give the downloaded folder."
+        names = " nor ".join(path.name for path in lists.values())
+        raise DataError(f"{source} has neither {names}; give the downloaded folder.")
+    return [
+        _entry(
+            kind, [files], _paths(row, kind), row.get("input_prompt"), f"{path.name}: {row.get('output_image')}"
         )
-    entries: list[tuple[str, Entry]] = []
-    for kind, path in lists.items():
-        for row in read_list(path) if path.exists() else ():
-            entries.append(
-                (
-                    kind,
-                    _Pictures(
-                        files, _paths(row, kind), row.get("input_prompt"), f"{path.name}: {row.get('output_image')}"
-                    ),
-                )
-            )
-    return entries
+        for kind, path in lists.items()
+        for row in (read_list(path) if path.exists() else ())
+    ]  # fmt: skip
 
 
-def gpt_image_edit(source: str) -> list[tuple[str, Entry]]:
+def gpt_image_edit(source: str) -> list[Entry]:
     """Entries of UCSC-VLAA/GPT-Image-Edit-1.5M: every JSON list of edits in the folder, paths relative to it."""
     folder = _folder(source)
-    lists = sorted(
-        p for p in folder.rglob("*") if p.suffix in (".json", ".jsonl") and not p.name.endswith(INDEX_SUFFIX)
-    )
+    found = [p for p in folder.rglob("*") if p.suffix in (".json", ".jsonl")]
+    lists = sorted(p for p in found if not p.name.endswith(INDEX_SUFFIX))
     if not lists and any(folder.glob("*.tar")):  # shards with input, output and text, as it is published, too
         return [entry for entry in any_place(source) if entry[0] == "edit"]
     if not lists:
         raise DataError(f"{source} holds no .json or .jsonl list of edits; give the folder of the download.")
-    entries: list[tuple[str, Entry]] = []
+    entries: list[Entry] = []
     for path in lists:
         bases = [Files(folder)] if path.parent == folder else [Files(folder), Files(path.parent)]
         for number, row in enumerate(read_list(path)):
-            entries.append(
-                ("edit", _Pictures(bases, _paths(row, "edit"), _instruction(row), f"{path.name}, entry {number}"))
-            )
+            name = f"{path.name}, entry {number}"
+            entries.append(_entry("edit", bases, _paths(row, "edit"), _instruction(row), name))
     return entries
 
 
-def any_place(source: str) -> list[tuple[str, Entry]]:
+def any_place(source: str) -> list[Entry]:
     """Entries of a place that training reads as it is: captions and edits, checked and cut into new shards."""
     place = open_source(source)
     content = place.signature()
     return [
-        (kind, _Again(place, kind, shard, i, content))
+        (kind, (content, shard, i), partial(place.read, kind, shard, i))
         for kind in ("caption", "edit")
         for shard, count in enumerate(place.counts(kind))
         for i in range(count)
     ]
 
 
-@dataclass(frozen=True)
-class _Pictures:
-    """Reads an entry of a list: paths of pictures, and a text."""
+def _entry(kind: str, places: Sequence[Files], paths: tuple[str, ...], text: Any, name: str) -> Entry:
+    """An entry of a list: paths of pictures, in the first of the places that has them as files, and a text."""
 
-    files: Files | Sequence[Files]
-    paths: tuple[str, ...]
-    text: Any
-    name: str
+    def read() -> Record:
+        if not paths:
+            raise Unreadable("entry malformed", f"{name} does not name its pictures")
+        homes = [next((files for files in places if (files.folder / path).is_file()), places[0]) for path in paths]
+        pictures = tuple(files.read(path) for files, path in zip(homes, paths, strict=True))
+        return Record(name, pictures, text if isinstance(text, str) else None)
 
-    def identity(self) -> tuple[Any, ...]:
-        return self.name, self.paths, self.text
-
-    def __call__(self) -> Record:
-        if not self.paths:
-            raise Unreadable("entry malformed", f"{self.name} does not name its pictures")
-        return Record(
-            self.name, tuple(self._read(path) for path in self.paths), self.text if isinstance(self.text, str) else None
-        )
-
-    def _read(self, path: str) -> bytes:
-        places = [self.files] if isinstance(self.files, Files) else list(self.files)
-        for files in places[:-1]:
-            if (files.folder / path).is_file():
-                return files.read(path)
-        return (
-            places[-1].read(path) if len(places) == 1 or (places[-1].folder / path).is_file() else places[0].read(path)
-        )
-
-
-@dataclass(frozen=True)
-class _Again:
-    """Reads a sample of a place that is open."""
-
-    place: Any
-    kind: str
-    shard: int
-    number: int
-    content: str
-
-    def identity(self) -> tuple[Any, ...]:
-        return self.content, self.shard, self.number
-
-    def __call__(self) -> Record:
-        record: Record = self.place.read(self.kind, self.shard, self.number)
-        return record
+    return kind, (name, paths, text), read
 
 
 def _folder(source: str) -> Path:
@@ -336,7 +286,7 @@ def _instruction(row: Mapping[str, Any]) -> str | None:
     return found
 
 
-LAYOUTS: dict[str, Callable[[str], list[tuple[str, Entry]]]] = {
+LAYOUTS: dict[str, Callable[[str], list[Entry]]] = {
     "gpt-image-edit": gpt_image_edit,
     "sharegpt-4o-image": sharegpt_4o_image,
     "blip3o-60k": any_place,
