@@ -121,8 +121,7 @@ def decode_text(data: bytes) -> str:
 def read_text(path: Path, what: str = "file") -> str:
     """Read UTF-8 text, without a byte order mark if there is one.
 
-    Raises:
-        UniLIPError: there is no such file, or it is no UTF-8 text.
+    Raises UniLIPError: there is no such file, or it is no UTF-8 text.
     """
     try:
         return decode_text(path.read_bytes())
@@ -135,8 +134,7 @@ def read_text(path: Path, what: str = "file") -> str:
 def read_json(path: Path, what: str = "file") -> Any:
     """Read a JSON value.
 
-    Raises:
-        UniLIPError: there is no such file, or it is not JSON.
+    Raises UniLIPError: there is no such file, or it is not JSON.
     """
     text = read_text(path, what)
     try:
@@ -153,8 +151,7 @@ def lines_of(text: str) -> list[str]:
 def read_lines(path: Path, what: str = "file") -> list[dict[str, Any]]:
     """Read JSON lines, one object each; empty lines are skipped.
 
-    Raises:
-        UniLIPError: there is no such file, or a line is not a JSON object.
+    Raises UniLIPError: there is no such file, or a line is not a JSON object.
     """
     rows = []
     for number, line in enumerate(lines_of(read_text(path, what)), 1):
@@ -244,8 +241,7 @@ def crc(path: Path) -> list[int]:
 class Lock:
     """A lock file that one process holds; it is let go when the process ends, however it does.
 
-    Raises:
-        UniLIPError: another process holds it; `busy` says so.
+    Raises UniLIPError: another process holds it; `busy` says so.
     """
 
     def __init__(self, file: Path, busy: str) -> None:

@@ -25,8 +25,7 @@ def describe(source: Source = None) -> dict[str, Any]:
 
     Of an adapter's folder: what it was trained on, its ranks, and how many parameters it has in which parts.
 
-    Raises:
-        CheckpointError: it cannot be opened.
+    Raises CheckpointError: it cannot be opened.
     """
     folder = Path(source) if source is not None else None
     if folder is not None and (folder / CONFIG).is_file() and not (folder / "config.json").is_file():

@@ -22,8 +22,7 @@ class Place:
     def of_environment(cls) -> Place:
         """Read RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them.
 
-        Raises:
-            UniLIPError: they are no numbers, or contradict each other.
+        Raises UniLIPError: they are no numbers, or contradict each other.
         """
         rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         local = os.environ.get("LOCAL_RANK", "0")
@@ -38,8 +37,7 @@ class Place:
 def choose_device(name: str = "auto") -> str:
     """Return a device that is there: "auto" is CUDA, Apple's GPU or the CPU; of several processes each has its GPU.
 
-    Raises:
-        UniLIPError: the one asked for is not there.
+    Raises UniLIPError: the one asked for is not there.
     """
     import torch
 
@@ -59,8 +57,7 @@ def choose_device(name: str = "auto") -> str:
 def start_ray(**options: Any) -> bool:
     """Join the Ray cluster of RAY_ADDRESS, or start one here; False where this process has joined one already.
 
-    Raises:
-        ConfigError: Ray is not installed.
+    Raises ConfigError: Ray is not installed.
     """
     try:
         import ray

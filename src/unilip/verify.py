@@ -60,8 +60,7 @@ def verify(
     `tolerance` is the largest absolute error allowed. Whole numbers must be equal; float16 is measured from the
     interval that rounds to it. `progress` is called as f(entries done, entries in all, name of the entry).
 
-    Raises:
-        CheckpointError: a file cannot be read.
+    Raises CheckpointError: a file cannot be read.
     """
     path = Path(expected)
     if not path.is_file() or path.suffix != ".safetensors":

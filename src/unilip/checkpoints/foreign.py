@@ -64,8 +64,7 @@ def _multimodal(config: UniLIPConfig, image_token_id: int | None) -> Json:
 def internvl_files(config: UniLIPConfig, tokenizer: Tokenizer | None) -> dict[str, Json | str]:
     """Return the files of an InternVL folder, but for its weights and what its tokenizer keeps, by name.
 
-    Raises:
-        CheckpointError: there is no tokenizer with the special tokens.
+    Raises CheckpointError: there is no tokenizer with the special tokens.
     """
     needed = ("<IMG_CONTEXT>", "<|im_end|>", "<|endoftext|>")
     image, end, padding = (tokenizer.token_id(name) if tokenizer else None for name in needed)
@@ -105,8 +104,7 @@ def diffusers_files(config: UniLIPConfig) -> dict[str, Json | str]:
 def authors_configs(config: UniLIPConfig, image_token_id: int | None = None) -> dict[str, Json]:
     """Return config.json and the configs beside it, by file name, of the authors' format.
 
-    Raises:
-        CheckpointError: the model has something that their format cannot say.
+    Raises CheckpointError: the model has something that their format cannot say.
     """
     t, d, c = config.text, config.dit, config.decoder
     if d.interpolation_scale is None:

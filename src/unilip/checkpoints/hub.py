@@ -47,8 +47,7 @@ class Fetch:
     def of(cls, options: Mapping[str, Any]) -> Fetch:
         """Check options by name and type.
 
-        Raises:
-            CheckpointError: there is no such option, or it is of another type.
+        Raises CheckpointError: there is no such option, or it is of another type.
         """
         known: dict[str, Any] = {"revision": str, "token": (str, bool), "cache_dir": (str, os.PathLike)}
         known |= {"local_files_only": bool, "variant": str}
@@ -66,8 +65,7 @@ def resolve(source: Source = None, fetch: Fetch | None = None) -> Path:
 
     "owner/name@revision" and "owner/name/file.pth" work too. None is the embedded model.
 
-    Raises:
-        CheckpointError: nothing is there.
+    Raises CheckpointError: nothing is there.
     """
     fetch = fetch or Fetch()
     path = embedded() if source is None else Path(source).expanduser()
@@ -166,8 +164,7 @@ def push_to_hub(
 ) -> str:
     """Upload a checkpoint folder to the hub, with the model card that it holds; returns the address of the commit.
 
-    Raises:
-        CheckpointError: the folder is no checkpoint, or the hub refused.
+    Raises CheckpointError: the folder is no checkpoint, or the hub refused.
     """
     path = Path(folder)
     if not any((path / name).is_file() for name in ("config.json", INDEX)):

@@ -44,8 +44,7 @@ def expected_shapes(config: UniLIPConfig, parts: Sequence[str]) -> dict[str, Sha
 def check_sizes(config: UniLIPConfig, parts: Sequence[str], tensors: int) -> None:
     """Refuse, before anything is built, numbers that this many tensors cannot bear out.
 
-    Raises:
-        CheckpointError: more layers than tensors, or a number beyond any network's.
+    Raises CheckpointError: more layers than tensors, or a number beyond any network's.
     """
     blocks = sum(config.decoder.layers_per_block) + sum(map(len, config.decoder.qkv_multiscales))
     layers = {
@@ -81,15 +80,12 @@ def infer_config(
 ) -> UniLIPConfig:
     """Work out our config of another kind of checkpoint.
 
-    Args:
-        kind: one of `KINDS` but "unilip".
+    In: kind: one of `KINDS` but "unilip".
         data: its own config.json; empty where there is none.
         shapes: its tensors under *our* names.
         beside: JSON files lying beside it, by file name (dit_config.json, vae_config.json, scheduler_config.json).
         name: what to call the model when it is not one of the released sizes.
-
-    Raises:
-        CheckpointError: the shapes leave something open; says which file to put there.
+    Raises CheckpointError: the shapes leave something open; says which file to put there.
     """
     try:  # there and back checks the type of every field
         return UniLIPConfig.from_dict(_infer(kind, data, shapes, beside, name).to_dict())

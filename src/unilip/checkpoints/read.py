@@ -340,8 +340,7 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """Read a tensor of ours into memory of its own.
 
-        Raises:
-            CheckpointError: the file has changed or is cut off, or a value is NaN or infinite.
+        Raises CheckpointError: the file has changed or is cut off, or a value is NaN or infinite.
         """
         origin = self._origins[name]
         tensor = self.weights.read(origin)
@@ -360,8 +359,7 @@ def open_checkpoint(source: Source = None, **fetching: Any) -> Checkpoint:
 
     `fetching` are the fields of `hub.Fetch`.
 
-    Raises:
-        CheckpointError: missing, truncated, of an unknown kind, or at odds with its own config.
+    Raises CheckpointError: missing, truncated, of an unknown kind, or at odds with its own config.
     """
     fetch = Fetch.of(fetching)
     path = resolve(source, fetch)
@@ -402,8 +400,7 @@ SMALL = "small_decoder"  # the folder beside a model's weights
 def open_decoder(model: Checkpoint, decoder: str | os.PathLike[str]) -> Checkpoint:
     """Open another pixel decoder for a model: of this folder, or, as "small", of the one beside its weights.
 
-    Raises:
-        CheckpointError: there is none, or it was trained for other latents.
+    Raises CheckpointError: there is none, or it was trained for other latents.
     """
     if not isinstance(decoder, (str, os.PathLike)):
         raise CheckpointError(f'decoder is {decoder!r}; give "small" or a folder.')
@@ -453,8 +450,7 @@ def parse_dtype(dtype: DType) -> torch.dtype | None:
 
     As stored means float32 on a processor that has no instructions for what is stored, see `computes`.
 
-    Raises:
-        CheckpointError: not a floating type of torch.
+    Raises CheckpointError: not a floating type of torch.
     """
     if isinstance(dtype, str) and dtype == "auto":
         return None
@@ -491,8 +487,7 @@ def load_into(
     Returns the names that the checkpoint never holds and that were drawn at random, the same every time: the queries of
     a language model that is no UniLIP yet.
 
-    Raises:
-        CheckpointError: a part is not in the checkpoint, does not fit exactly, or holds what is no number.
+    Raises CheckpointError: a part is not in the checkpoint, does not fit exactly, or holds what is no number.
     """
     target = parse_dtype(dtype)
     wanted = checkpoint.parts if parts is None else tuple(parts)

@@ -184,8 +184,7 @@ def _pattern(template: str) -> re.Pattern[str]:
 def map_names(kind: str, names: Iterable[str]) -> tuple[dict[str, Origin], dict[str, str]]:
     """Put the names of a source into ours: -> where each of ours comes from, and why each one left out is.
 
-    Raises:
-        CheckpointError: a name that the table does not know, or two names for one tensor.
+    Raises CheckpointError: a name that the table does not know, or two names for one tensor.
     """
     rules = KINDS[kind].rules
     origins: dict[str, Origin] = {}
@@ -215,8 +214,7 @@ def map_names(kind: str, names: Iterable[str]) -> tuple[dict[str, Origin], dict[
 def unmap_names(kind: str, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Return the way back: each of their names with the names of ours that are stacked in it.
 
-    Raises:
-        CheckpointError: a tensor of ours has no place there, or one of several to be stacked is missing.
+    Raises CheckpointError: a tensor of ours has no place there, or one of several to be stacked is missing.
     """
     rules = [rule for rule in KINDS[kind].rules if rule.ours]
     found: dict[str, list[str | None]] = {}
@@ -243,8 +241,7 @@ def check_shapes(
 ) -> None:
     """Compare names and shapes in both directions; `absent` may be missing.
 
-    Raises:
-        CheckpointError: missing or unexpected tensors, or other shapes; names the first few and how many.
+    Raises CheckpointError: missing or unexpected tensors, or other shapes; names the first few and how many.
     """
     problems = {
         "missing": [name for name in expected if name not in found and name not in absent],

@@ -50,15 +50,13 @@ STEPS = {  # what a tokenizer.json may be made of, by section; none of it lets a
 class Tokenizer:
     """Text to ids and back.
 
-    Args:
-        files: tokenizer files by name, as in `TOKENIZER_FILES`; `save` writes exactly these bytes.
+    In: files: tokenizer files by name, as in `TOKENIZER_FILES`; `save` writes exactly these bytes.
         where: what errors call the place that they came from.
 
     Attributes:
         files: as given; vocabulary: every token, added ones included -> its id; pad_id: of the padding token, or None.
 
-    Raises:
-        CheckpointError: a file is missing, damaged, or asks for more than byte-level BPE.
+    Raises CheckpointError: a file is missing, damaged, or asks for more than byte-level BPE.
     """
 
     def __init__(self, files: Mapping[str, bytes], where: str = "The tokenizer") -> None:
@@ -100,8 +98,7 @@ class Tokenizer:
     def encode(self, text: str, special: bool) -> list[int]:
         """Return the ids of a text.
 
-        Args:
-            special: whether `<img>` and its like mean the special tokens. They do in a template; in what people
+        In: special: whether `<img>` and its like mean the special tokens. They do in a template; in what people
                 write they are plain text.
         """
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -198,8 +195,7 @@ class Tokenizer:
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     """Read the tokenizer files of a folder.
 
-    Raises:
-        CheckpointError: there are none, or they cannot be read.
+    Raises CheckpointError: there are none, or they cannot be read.
     """
     files = {}
     for path in (Path(folder) / name for name in TOKENIZER_FILES):

@@ -60,16 +60,13 @@ def save(
 ) -> Path:
     """Write a checkpoint in our own format, whole or not at all; returns its folder.
 
-    Args:
-        model: a model, or its state dict (any subset of whole parts).
+    In: model: a model, or its state dict (any subset of whole parts).
         folder: new, empty, or an older checkpoint, which is replaced; other files in it are kept.
         tokenizer: one of `checkpoints.tokenizer`, or of transformers.
         dtype: stored type of floating tensors; as they are by default.
         metadata: texts kept inside the weights file.
         to: "unilip", or "diffusers", whose folder holds the same files one level lower.
-
-    Raises:
-        CheckpointError: the folder holds something else, or the tensors do not fit the config, or are no numbers.
+    Raises CheckpointError: the folder holds something else, or the tensors do not fit the config, or are no numbers.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
     names = [name for name in state if not (name == HEAD and config.text.tie_embeddings)]
@@ -127,8 +124,7 @@ def _write_folder(
 def parse_size(size: str | int) -> int:
     """Return bytes of "5GB", "200MB" or a number.
 
-    Raises:
-        CheckpointError: not a size.
+    Raises CheckpointError: not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(KB|MB|GB|B)?\s*", str(size), re.IGNORECASE)
     units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -264,8 +260,7 @@ def convert(
 
     At most one shard is in memory. Returns the folder.
 
-    Raises:
-        CheckpointError: an unknown format, or a model that the format cannot hold.
+    Raises CheckpointError: an unknown format, or a model that the format cannot hold.
     """
     if to not in FORMATS:
         raise CheckpointError(f"There is no format {to!r} to convert to; allowed: {', '.join(FORMATS)}.")

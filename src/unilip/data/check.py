@@ -80,8 +80,7 @@ def check(
 ) -> tuple[Report, Image.Image | None]:
     """Count everything, read samples spread evenly over each kind, and draw some of them on a sheet.
 
-    Args:
-        samples: how many of each kind are read; None: all.
+    In: samples: how many of each kind are read; None: all.
         longest: texts over so many characters are left out by training.
         progress: told samples read and to be read.
     """

@@ -60,16 +60,13 @@ def convert(
 ) -> Converted:
     """Write a data set as shards, or go on with a conversion that was interrupted.
 
-    Args:
-        layout: one of `LAYOUTS`.
+    In: layout: one of `LAYOUTS`.
         source: folder of the download.
         shard_size: samples of the data set in a shard.
         shorter_side: pictures whose shorter side is longer are scaled down to it and kept as JPEG; without it the
             bytes of pictures stay as they are.
         progress: told samples done and in all.
-
-    Raises:
-        DataError: an unknown layout, or nothing of it in the folder.
+    Raises DataError: an unknown layout, or nothing of it in the folder.
     """
     if layout not in LAYOUTS:
         raise DataError(f"There is no layout {layout!r}; allowed: {', '.join(LAYOUTS)}.")

@@ -40,8 +40,7 @@ READ = (".txt", ".json", ".jsonl", ".csv")
 class Folder:
     """The samples of a folder.
 
-    Raises:
-        DataError: there is no such folder, or it holds no pictures.
+    Raises DataError: there is no such folder, or it holds no pictures.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -160,8 +159,7 @@ class Lines:
     """The samples of a JSONL file, or of a JSON list as LLaVA has it. What is no sample of a known kind is named and
     left out.
 
-    Raises:
-        DataError: the file cannot be read or holds no sample.
+    Raises DataError: the file cannot be read or holds no sample.
     """
 
     def __init__(self, file: Path) -> None:

@@ -32,8 +32,7 @@ MEMBERS = {
 class HubStream(Shards):
     """The samples of a dataset on the hub, or of a folder that `load_dataset` takes.
 
-    Raises:
-        DataError: it cannot be opened, or has no columns that make a sample.
+    Raises DataError: it cannot be opened, or has no columns that make a sample.
     """
 
     def __init__(self, location: str, keep_gb: float = 50.0) -> None:

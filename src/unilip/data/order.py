@@ -27,8 +27,7 @@ def permutation(count: int, *parts: object) -> np.ndarray:
 class Order:
     """Places of the samples of one stream; `counts` are the samples of each shard, `window` shards are mixed at once.
 
-    Raises:
-        DataError: there is nothing to order, or fewer filled shards than lanes.
+    Raises DataError: there is nothing to order, or fewer filled shards than lanes.
     """
 
     def __init__(self, counts: Sequence[int], seed: int, name: str, window: int = 4, lanes: int = 1) -> None:
@@ -89,8 +88,7 @@ class Order:
 class Mixture:
     """Draws from several streams by weight: number -> (stream, number in that stream), exact over every 10,000.
 
-    Raises:
-        DataError: weights that are no positive numbers, or one too small to come up.
+    Raises DataError: weights that are no positive numbers, or one too small to come up.
     """
 
     def __init__(self, weights: Sequence[float], seed: int, name: str) -> None:

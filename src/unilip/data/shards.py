@@ -302,8 +302,7 @@ class Shards:
 
     A damaged shard is named in the log and in `faults`; what comes before the damage is used.
 
-    Raises:
-        DataError: none of the shards can be read.
+    Raises DataError: none of the shards can be read.
     """
 
     def __init__(self, shards: Sequence[str], location: str, keep_gb: float = 50.0) -> None:
@@ -515,8 +514,7 @@ def fetch(location: str, path: Path, keep_gb: float, bring: Callable[[str, Path]
 
     `bring` writes it to a path in another way than by downloading.
 
-    Raises:
-        Unreadable: it cannot be fetched after three attempts.
+    Raises Unreadable: it cannot be fetched after three attempts.
     """
     from filelock import FileLock
 

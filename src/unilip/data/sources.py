@@ -33,8 +33,7 @@ class Weighted:
 def parse_mixture(text: str) -> list[Weighted]:
     """Split "A:2,B" into places with weights; commas in braces, and commas and colons of names that exist, stay.
 
-    Raises:
-        DataError: nothing is named.
+    Raises DataError: nothing is named.
     """
     parts = re.split(r",(?![^{]*\})", text)
     found = []
@@ -63,8 +62,7 @@ def _exists(name: str) -> bool:
 def open_source(location: str, keep_gb: float = 50.0) -> Source:
     """Open one place.
 
-    Raises:
-        DataError: there is nothing there, or nothing of a known kind.
+    Raises DataError: there is nothing there, or nothing of a known kind.
     """
     if location.startswith("hf:") and not is_remote(location):
         from unilip.data.hub import HubStream
@@ -84,8 +82,7 @@ def open_source(location: str, keep_gb: float = 50.0) -> Source:
 def expand(pattern: str) -> list[str]:
     """Write out the braces of a pattern, and for local paths its * and ?.
 
-    Raises:
-        DataError: no local file fits.
+    Raises DataError: no local file fits.
     """
     import braceexpand
 

@@ -1,10 +1,10 @@
 """Reads a picture of the emoji world without any trained network: background, and each object with place and colour.
 
-Goes in: a picture (H, W, 3) uint8, a World and its Atlas. Comes out: a ``Reading``. The background is the one that
-most pixels are close to in CIELAB. Every sprite is then laid over that background at all places and sizes, on a coarse
-grid (CELLS a side of a window) and, for the likeliest, in full resolution: a sprite explains as much of the picture's
-difference from its background as the squared error falls. The greatest wins, hides what it covers, and so on. Colours
-are named in CIELAB on the pixels that painting changes. The verdicts compare a Reading with the scene asked for.
+In: a picture (H, W, 3) uint8, a World and its Atlas. Out: a `Reading`. The background is the one that most pixels are
+close to in CIELAB. Every sprite is then laid over that background at all places and sizes, on a coarse grid (CELLS a
+side of a window) and, for the likeliest, in full resolution: a sprite explains as much of the picture's difference from
+its background as the squared error falls. The greatest wins, hides what it covers, and so on. Colours are named in
+CIELAB on the pixels that painting changes. The verdicts compare a Reading with the scene asked for.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Things to know about the concepts, in words only: never paired with a picture, so drawing from them is a test.
 
-Comes out: ``Fact`` records (question, answer) for training, and ``Riddle`` records ("the animal that says moo" and the
+Out: `Fact` records (question, answer) for training, and `Riddle` records ("the animal that says moo" and the
 concept meant) for the reasoning test. All of it written for this project.
 """
 

@@ -1,7 +1,7 @@
 """Pages that a person can check the judge by: a Markdown table, an HTML page and one contact sheet a part.
 
-Goes in: the results and judged items of a run. Comes out, in its folder: results.md, index.html, sheet-PART.png; right
-cases on the left, wrong ones on the right, each with what the judge says.
+In: the results and judged items of a run. Out, in its folder: results.md, index.html, sheet-PART.png; right cases on
+the left, wrong ones on the right, each with what the judge says.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Train the tokenizer of the embedded models: byte-level BPE with the released special tokens.
 
-Goes in: a world, whose sentences are the corpus. Text is read in lower case, with single spaces and plain quotation
-marks. Comes out: a folder that ``AutoTokenizer`` loads: tokenizer.json,
-tokenizer_config.json with the chat template, special_tokens_map.json. Same world and size, same bytes.
+In: a world, whose sentences are the corpus; text is read in lower case, with single spaces and plain quotation marks.
+Out: a folder that `AutoTokenizer` loads. Same world and size, same bytes.
 """
 
 from __future__ import annotations

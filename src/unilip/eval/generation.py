@@ -1,8 +1,8 @@
 """Pictures for a benchmark, under the names that its official scorer reads.
 
-Goes in: a `Benchmark`, a model, settings. Comes out: a run folder with run.json (model, prompts, settings, versions),
-items.jsonl and images/. Every picture's noise depends on the seed and its own key alone; batches are the same for one
-process or many, so the files are too. What is there is never made again.
+In: a `Benchmark`, a model, settings. Out: a run folder with run.json (model, prompts, settings, versions), items.jsonl
+and images/. Every picture's noise depends on the seed and its own key alone; batches are the same for one process or
+many, so the files are too. What is there is never made again.
 """
 
 from __future__ import annotations

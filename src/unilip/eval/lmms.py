@@ -1,7 +1,7 @@
 """UniLIP as a model of lmms-eval.
 
-Goes in: the kit's requests. Comes out: answers. The kit finds `manifest` through the entry point `lmms_eval.models`, so
-with both packages installed this is all:
+In: the kit's requests. Out: answers. The kit finds `manifest` through the entry point `lmms_eval.models`, so with both
+packages installed this is all:
 
     python -m lmms_eval --model unilip --model_args pretrained=kanashi6/UniLIP-1B,max_tiles=12 --tasks mme
 """

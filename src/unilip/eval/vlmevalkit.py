@@ -1,8 +1,7 @@
 """UniLIP as a model of VLMEvalKit.
 
-Goes in: the kit's messages, a list of {"type": "text" | "image", "value": ...}. Comes out: the answer. The kit has no
-entry points, so `python -m unilip.eval.vlmevalkit` adds the model to its table and then runs its run.py, from the
-kit's checkout:
+In: the kit's messages, a list of {"type": "text" | "image", "value": ...}. Out: the answer. The kit has no entry
+points, so `python -m unilip.eval.vlmevalkit` adds the model to its table and then runs its run.py, in its checkout:
 
     python -m unilip.eval.vlmevalkit --data MMBench_DEV_EN --model UniLIP --path kanashi6/UniLIP-1B
 """

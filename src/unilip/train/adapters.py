@@ -32,8 +32,7 @@ def is_adapter(name: str) -> bool:
 def target_layers(recipe: Recipe, model: nn.Module) -> list[str]:
     """Return the names of the linear layers that get an adapter.
 
-    Raises:
-        ConfigError: there are none, or a prefix of `trains` reaches none.
+    Raises ConfigError: there are none, or a prefix of `trains` reaches none.
     """
     last_words = {word.strip() for word in recipe.adapter.targets.split(",") if word.strip()}
     factors = dict(recipe.trains)

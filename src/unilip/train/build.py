@@ -57,8 +57,7 @@ Trained = dict[str, tuple[nn.Parameter, float]]
 def build(recipe: Recipe, runs: Path) -> tuple[UniLIP, Objective, Batches]:
     """Build what a recipe names; what trains is marked by `requires_grad`. Batches are this process's share.
 
-    Raises:
-        UniLIPError: a source is missing or unfinished, parts do not fit each other, or the data cannot be read.
+    Raises UniLIPError: a source is missing or unfinished, parts do not fit each other, or the data cannot be read.
     """
     sources = {parts[0]: locate(source, runs) for parts, source in parse_init(recipe) if parts[0] in BESIDE}
     model = build_model(recipe, runs, needed_parts(recipe.objective))
@@ -184,8 +183,7 @@ def full_decoder(recipe: Recipe, runs: Path) -> dict[str, Any]:
 def recipe_config(recipe: Recipe) -> UniLIPConfig:
     """Return the config of a recipe's preset, changed as the recipe says.
 
-    Raises:
-        ConfigError: the recipe changes a field that there is not, or to a value that it cannot have.
+    Raises ConfigError: the recipe changes a field that there is not, or to a value that it cannot have.
     """
     config = preset(recipe.model)
     known = {

@@ -1,8 +1,8 @@
-"""What frozen parts of a recipe make of each sample, computed once into shards and read in every epoch after.
+"""Precompute the outputs of a recipe's frozen parts into shards, from which training reads them in every epoch.
 
-Goes in: a recipe on files. Comes out: a folder with a tar file for each shard of the data, in which each sample has its
-place, and `cache.json`, which says what made them. Training with `data.cache=FOLDER` draws the same samples in the same
-order and takes from the cache, where the part is frozen:
+In: a recipe on files. Out: a folder with a tar file for each shard of the data, in which each sample has its place, and
+`cache.json`, which says what made them. Training with `data.cache=FOLDER` draws the same samples in the same order and
+takes from the cache, where the part is frozen:
 
     latents        of the picture to draw (Z,h,w): encoder and latent head, or the autoencoder
     features       (N,D) of the source of an edit, of a picture talked about or reconstructed: encoder
@@ -184,14 +184,11 @@ def make_cache(
 ) -> dict[str, Any]:
     """Compute a recipe's cache, or go on with one that was interrupted; returns what `cache.json` says, with counts.
 
-    Args:
-        folder: of the cache; with Ray it, the data and `runs` must be seen by every machine.
+    In: folder: of the cache; with Ray it, the data and `runs` must be seen by every machine.
         dtype: of the stored arrays; float16 halves them, and the losses are no longer exactly those without a cache.
         ray: None for this process alone; else how many models work at once with Ray, on this machine or in the cluster
             that the environment variable RAY_ADDRESS names.
-
-    Raises:
-        UniLIPError: the recipe cannot be built, has nothing to cache, or the folder holds another cache.
+    Raises UniLIPError: the recipe cannot be built, has nothing to cache, or the folder holds another cache.
     """
     if recipe.data.source != "files":
         raise ConfigError(f"data.source is {recipe.data.source}; a cache is made of data.source=files.")

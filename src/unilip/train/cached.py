@@ -1,6 +1,6 @@
 """Read a training cache in place of what it was made of, once it is found to fit recipe, data and weights.
 
-Goes in: a recipe with `data.cache`. Comes out: sources whose samples carry arrays (`unilip.train.cache` says which).
+In: a recipe with `data.cache`. Out: sources whose samples carry arrays (`unilip.train.cache` says which).
 """
 
 from __future__ import annotations
@@ -136,8 +136,7 @@ class Cached:
 def cached_sources(recipe: Recipe, sources: Sequence[tuple[Weighted, Source]]) -> list[tuple[Weighted, Source]]:
     """Put the cache that a recipe names before its sources.
 
-    Raises:
-        ConfigError: the cache was made with other settings, of other data, or is not finished.
+    Raises ConfigError: the cache was made with other settings, of other data, or is not finished.
     """
     folder = Path(recipe.data.cache).expanduser()
     about = read_about(folder)
@@ -179,8 +178,7 @@ def cached_sources(recipe: Recipe, sources: Sequence[tuple[Weighted, Source]]) -
 def check_cache(recipe: Recipe, model: UniLIP, objective: Objective) -> None:
     """Refuse a cache whose makers train now, or had other weights.
 
-    Raises:
-        ConfigError: it does not fit the model that will be trained from it.
+    Raises ConfigError: it does not fit the model that will be trained from it.
     """
     folder = Path(recipe.data.cache).expanduser()
     about = read_about(folder)

@@ -1,6 +1,6 @@
 """Files of one's own as batches: shards, folders, lists and hub datasets, mixed by weight (`unilip.data.sources`).
 
-Goes in: the recipe's `data`. Comes out: square uint8 pictures and texts by the number of the sample. Each task
+In: the recipe's `data`. Out: square uint8 pictures and texts by the number of the sample. Each task
 (pictures to draw, edits, questions) has its own stream, whose order is a function of (seed, epoch, lane); every sample
 comes once in an epoch, and any number can be asked for at once. A sample that cannot be read gives way to another of
 the same place, chosen by its number, and is counted.

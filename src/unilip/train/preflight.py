@@ -67,8 +67,7 @@ KNOWN = {
 def hardware(text: str) -> Hardware:
     """Read "h100", "h100:8" or "here".
 
-    Raises:
-        ConfigError: nothing of that name is known.
+    Raises ConfigError: nothing of that name is known.
     """
     found = re.fullmatch(r"([\w-]+?)(?::(\d+))?", text.lower())
     name, count = (found[1], int(found[2] or 1)) if found else ("", 0)
@@ -296,8 +295,7 @@ class Estimate:
 def estimate(recipe: Recipe, machine: Hardware, step: Step | None = None) -> Estimate:
     """Estimate a run; `step` is what `measure` found for the recipe, where it is known already.
 
-    Raises:
-        ConfigError: the processes cannot share a step equally, or the recipe is of a kind that cannot be estimated.
+    Raises ConfigError: the processes cannot share a step equally, or the recipe is of a kind that cannot be estimated.
     """
     own = divided(recipe, machine.count)
     step = step or measure(recipe)
@@ -368,8 +366,7 @@ def _setting(words: str) -> str:
 def preflight(recipe: Recipe, machine: Hardware) -> Estimate:
     """Estimate a run, and refuse one that cannot fit.
 
-    Raises:
-        ConfigError: it cannot; the message says what would.
+    Raises ConfigError: it cannot; the message says what would.
     """
     step = measure(recipe)
     found = estimate(recipe, machine, step)

@@ -56,8 +56,7 @@ def divided(recipe: Recipe, processes: int) -> Recipe:
     The result's `accumulate` counts the batches of a step over all processes, so that the batch of an index, and the
     step that an index belongs to, mean the same in each of them. One process gets the recipe as it is.
 
-    Raises:
-        ConfigError: the samples of a step cannot be shared out equally.
+    Raises ConfigError: the samples of a step cannot be shared out equally.
     """
     samples = recipe.batch_size * recipe.accumulate
     if processes == 1:
@@ -110,8 +109,7 @@ def agree(store: Any) -> str:
     one of these waits for a dead process. So each process says hello under a name of its own, the first answers what it
     finds there until all have heard it, and what follows is stored under the first one's name.
 
-    Raises:
-        UniLIPError: a process does not come within the time that others are waited for.
+    Raises UniLIPError: a process does not come within the time that others are waited for.
     """
     own = uuid.uuid4().hex
     if not first():

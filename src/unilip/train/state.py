@@ -105,8 +105,7 @@ class State:
 
         Several processes write in the background; `settle` waits for the end of it.
 
-        Raises:
-            CheckpointError: it cannot be written; what was there before is whole still.
+        Raises CheckpointError: it cannot be written; what was there before is whole still.
         """
         self.settle()
         about = {"recipe": plain(recipe), "step": step, "data": self.data, "frozen": self.frozen, **self.counters}
@@ -128,8 +127,7 @@ class State:
     def settle(self) -> None:
         """Wait for the checkpoint that is being written, if there is one; all processes must ask.
 
-        Raises:
-            CheckpointError: it could not be written.
+        Raises CheckpointError: it could not be written.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -362,8 +360,7 @@ def newest(run: Path) -> Path | None:
 def inspect(folder: Path) -> dict[str, Any]:
     """Return what a checkpoint's `state.json` says, once its files are found to be what was written.
 
-    Raises:
-        DamagedCheckpoint: they are not; the message names the file.
+    Raises DamagedCheckpoint: they are not; the message names the file.
     """
     complaint, about = "", {}
     if processes.first():
