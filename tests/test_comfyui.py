@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -49,7 +50,13 @@ class Cancelled(Exception):
 @pytest.fixture
 def comfy(monkeypatch, tmp_path):
     """Stand-ins for what the nodes use of ComfyUI; `.bars` is what its progress bars were told."""
-    seen = SimpleNamespace(bars=[], cancel_after=None, models=tmp_path)
+    seen = SimpleNamespace(bars=[], cancel_after=None, models=tmp_path, loaded=[])
+
+    class ModelPatcher:
+        def __init__(self, model, load_device, offload_device):
+            assert model.device == offload_device == torch.device("cpu")
+            model.device = load_device  # as ComfyUI writes down where a model is
+            self.model = model
 
     class ProgressBar:
         def __init__(self, total):
@@ -69,7 +76,9 @@ def comfy(monkeypatch, tmp_path):
         "comfy.model_management": {
             "throw_exception_if_processing_interrupted": interrupted,
             "get_torch_device": lambda: torch.device("cpu"),
+            "load_models_gpu": lambda models, force_full_load: seen.loaded.append((models[0].model, force_full_load)),
         },
+        "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
     }
     for name, content in modules.items():
         module = ModuleType(name)
@@ -111,7 +120,7 @@ def check_workflow(workflow, nodes):
         for name, value in step["inputs"].items():
             if name not in known:
                 wrong.append(f"{key}: unknown {name}")
-            elif isinstance(value, list):
+            elif isinstance(value, list) and workflow[value[0]]["class_type"] in nodes:
                 source = nodes[workflow[value[0]]["class_type"]]
                 if source.RETURN_TYPES[value[1]] != known[name][0]:
                     wrong.append(f"{key}: {name} is a {known[name][0]}")
@@ -184,6 +193,7 @@ def test_every_input_of_generate_counts(node, tiny_model, change):
 
 def test_edit_takes_a_batch(node, tiny_model, image):
     inputs = {"model": tiny_model, "image": image, "instruction": "make it red", **(DRAW | {"count": 2})}
+    inputs["keep_aspect"] = False
     (made,) = node("UniLIPEdit", **inputs, fit="resize")
     assert made.shape == (4, 56, 56, 3)
     assert not torch.allclose(made[0], made[2], atol=1e-3)
@@ -200,6 +210,73 @@ def test_ask_answers_with_and_without_a_picture(pack, node, tiny_model, image):
     assert node("UniLIPAsk", **warm) != node("UniLIPAsk", **(warm | {"seed": 1}))
     shown = pack.NODE_CLASS_MAPPINGS["UniLIPAsk"]().ask(**inputs)
     assert shown["ui"]["text"] == list(shown["result"])
+
+
+def test_the_workflow_shows_what_it_finds():
+    """ComfyUI draws the text of its own PreviewAny on the page, and that of no other node."""
+    shown = [step["inputs"]["source"] for step in WORKFLOW.values() if step["class_type"] == "PreviewAny"]
+    kinds = [(WORKFLOW[key]["class_type"], output) for key, output in shown]
+    assert kinds == [("UniLIPAsk", 0), ("UniLIPReconstruct", 1)]
+
+
+def test_edits_keep_the_shape_of_their_source(node, tiny_model, image):
+    inputs = {"model": tiny_model, "image": image, "instruction": "make it red", **DRAW, "fit": "resize"}
+    assert node("UniLIPEdit", **inputs)[0].shape == (2, 37, 56, 3)
+    assert node("UniLIPEdit", **inputs, keep_aspect=False)[0].shape == (2, 56, 56, 3)
+
+
+def test_an_answer_moves_the_bar_and_can_be_cancelled(node, comfy, tiny_model):
+    inputs = {"model": tiny_model, "question": "What is this?", "max_new_tokens": 16, "temperature": 2.0, "seed": 1}
+    node("UniLIPAsk", **inputs)
+    assert comfy.bars == [(i + 1, 16) for i in range(len(comfy.bars))] and len(comfy.bars) > 3
+    comfy.bars.clear()
+    comfy.cancel_after = 2
+    with pytest.raises(Cancelled):
+        node("UniLIPAsk", **inputs)
+    assert len(comfy.bars) == 2
+
+
+def test_comfyui_moves_the_model(node, comfy, tiny_folder, image):
+    (comfy.models / "unilip").mkdir()
+    (comfy.models / "unilip" / "mine").symlink_to(tiny_folder)
+    (model,) = node("UniLIPLoad", model="mine", device="auto", dtype="float32")
+    assert comfy.loaded == [], "it waits on the CPU"
+    node("UniLIPGenerate", model=model, prompt="stars", **DRAW)
+    node("UniLIPReconstruct", model=model, image=image, fit="pad")
+    assert [(held.model is model, whole) for held, whole in comfy.loaded] == [(True, True)] * 2
+    assert not [name for name in model.state_dict() if "patcher" in name]
+    with pytest.raises(UniLIPError, match="no CUDA device"):
+        node("UniLIPLoad", model="mine", device="cuda", dtype="float32")
+
+
+def test_a_lora_is_loaded_with_its_strength(pack, node, comfy, tiny_folder):
+    from unilip import UniLIP
+    from unilip.adapters import adapter_scale, library
+
+    peft = library()
+    (comfy.models / "loras").mkdir()
+    (comfy.models / "unilip").mkdir()
+    (comfy.models / "unilip" / "mine").symlink_to(tiny_folder)
+    config = peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    peft.get_peft_model(UniLIP.from_pretrained(tiny_folder), config).save_pretrained(comfy.models / "loras" / "red")
+    inputs = pack.NODE_CLASS_MAPPINGS["UniLIPLoad"].INPUT_TYPES()
+    assert inputs["optional"]["lora"][0] == ["none", "red"] and "red" not in inputs["required"]["model"][0]
+    common = {"model": "mine", "device": "cpu", "dtype": "float32"}
+    (model,) = node("UniLIPLoad", **common, lora="red", lora_strength=0.5)
+    assert adapter_scale(model, "lora") == pytest.approx(0.5)
+    with pytest.raises(UniLIPError, match="models/loras"):
+        node("UniLIPLoad", **common, lora="../red")
+
+
+def test_comfyui_does_not_wait_for_the_model_s_code(tmp_path):
+    program = (
+        "import sys, importlib.util as u; s = u.spec_from_file_location('pack', sys.argv[1] + '/__init__.py', "
+        "submodule_search_locations=[sys.argv[1]]); m = u.module_from_spec(s); sys.modules['pack'] = m; "
+        "s.loader.exec_module(m); m.NODE_CLASS_MAPPINGS['UniLIPLoad'].INPUT_TYPES(); "
+        "print([n for n in sys.modules if n in ('unilip.model', 'transformers', 'diffusers', 'tokenizers', 'peft')])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(PACK)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_reconstruct_tells_the_psnr(node, tiny_model, image):

@@ -2,29 +2,32 @@
 
 In and out, as everywhere in ComfyUI: an IMAGE is a tensor (B,H,W,3) in [0,1], a STRING is text. What a node computes is
 what `unilip.UniLIP` computes with the same arguments; picture i of a node is drawn with seed `seed` + i.
-ComfyUI itself is imported where it is used and may be absent, so that the nodes can be tested without it.
+ComfyUI itself is imported where it is used and may be absent, so that the nodes can be tested without it. So is the
+model's code, which ComfyUI need not wait for when it starts.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from unilip import UniLIP, UniLIPError
-from unilip.pictures import fit_square, load_image
+from unilip.errors import UniLIPError
+
+if TYPE_CHECKING:
+    from unilip import UniLIP
 
 CATEGORY = "UniLIP"
 EMBEDDED = "embedded"
 RELEASED = ("kanashi6/UniLIP-1B", "kanashi6/UniLIP-3B")
 FOLDER = "unilip"  # under ComfyUI's models/: each folder in it is a checkpoint
 FITS = ("resize", "crop", "pad")
-OWN = "model's own"
+OWN, NONE = "model's own", "none"
 
 
 def comfy(module: str) -> Any:
@@ -40,29 +43,76 @@ def checkpoints() -> dict[str, Path]:
     paths = comfy("folder_paths")
     root = Path(paths.models_dir) / FOLDER if paths else None
     found = sorted(root.iterdir()) if root and root.is_dir() else []
-    return {path.name: path for path in found if path.is_dir() or path.suffix in (".safetensors", ".pth", ".bin")}
+    kinds = (".safetensors", ".pth", ".bin")
+    return {p.name: p for p in found if (p.is_dir() and not is_adapter(p)) or p.suffix in kinds}
+
+
+def adapters() -> dict[str, Path]:
+    """Return the LoRA and DoRA adapters, folders in peft's format in models/loras and models/unilip, by name."""
+    paths = comfy("folder_paths")
+    roots = [Path(paths.models_dir) / name for name in ("loras", FOLDER)] if paths else []
+    return {p.name: p for root in roots if root.is_dir() for p in sorted(root.iterdir()) if is_adapter(p)}
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter, not a model."""
+    return (path / "adapter_config.json").is_file()
 
 
 def device_of(name: str) -> torch.device:
-    """Return the device that ComfyUI uses for "auto", else the named one."""
-    if name != "auto":
-        return torch.device(name)
+    """Return the device that ComfyUI uses for "auto", else the named one.
+
+    Raises:
+        UniLIPError: it is not there.
+    """
+    from unilip.machine import choose_device
+
     management = comfy("comfy.model_management")
-    return torch.device(management.get_torch_device() if management else "cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(management.get_torch_device() if management and name == "auto" else choose_device(name))
 
 
-def stepper(steps: int) -> Any:
-    """Return a callback that moves ComfyUI's progress bar, and stops when the person pressed Cancel."""
-    utils, management = comfy("comfy.utils"), comfy("comfy.model_management")
-    bar = utils.ProgressBar(steps) if utils else None
+class Held(torch.nn.Module):
+    """A model as ComfyUI's memory management moves it, which writes down where it is."""
 
-    def on_step(model: UniLIP, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> None:
-        if management:
+    def __init__(self, model: UniLIP) -> None:
+        super().__init__()
+        self.model, self.device = model, model.device
+
+
+def manage(model: UniLIP, device: torch.device) -> UniLIP:
+    """Give a model into ComfyUI's memory management: it stays on the CPU until a node works with it."""
+    management, patcher = comfy("comfy.model_management"), comfy("comfy.model_patcher")
+    if management and patcher:
+        held = Held(model.to("cpu"))
+        model.__dict__["patcher"] = patcher.ModelPatcher(held, device, torch.device("cpu"))
+    return model
+
+
+def ready(model: UniLIP) -> UniLIP:
+    """Have a model on its device, for which ComfyUI may move others away."""
+    patcher = model.__dict__.get("patcher")
+    if patcher is not None:
+        comfy("comfy.model_management").load_models_gpu([patcher], force_full_load=True)
+    return model
+
+
+class Bar:
+    """ComfyUI's progress bar, which also stops the work when the person pressed Cancel."""
+
+    def __init__(self, total: int) -> None:
+        utils = comfy("comfy.utils")
+        self.total, self.bar = total, utils.ProgressBar(total) if utils else None
+
+    def move(self, done: int) -> None:
+        """Show how much is done, or stop."""
+        if management := comfy("comfy.model_management"):
             management.throw_exception_if_processing_interrupted()
-        if bar:
-            bar.update_absolute(step + 1, steps)
+        if self.bar:
+            self.bar.update_absolute(done, self.total)
 
-    return on_step
+    def on_step(self, model: UniLIP, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> None:
+        """Move on by a step of the sampler."""
+        self.move(step + 1)
 
 
 def seeded(seed: int, count: int) -> list[torch.Generator]:
@@ -72,6 +122,8 @@ def seeded(seed: int, count: int) -> list[torch.Generator]:
 
 def pictures(image: Tensor) -> list[Any]:
     """Turn an IMAGE (B,H,W,3) into Pillow pictures."""
+    from unilip.pictures import load_image
+
     if image.dim() != 4 or image.shape[-1] not in (3, 4):
         raise UniLIPError(f"An IMAGE is (B,H,W,3), not {tuple(image.shape)}; connect a picture.")
     return [load_image(one.clamp(0, 1).cpu().numpy()) for one in image]
@@ -80,6 +132,13 @@ def pictures(image: Tensor) -> list[Any]:
 def to_image(pixels: Tensor) -> Tensor:
     """Turn pixels (B,3,H,W) into an IMAGE (B,H,W,3), float32 on the CPU."""
     return pixels.movedim(1, -1).float().cpu().contiguous()
+
+
+def from_pictures(images: Sequence[Any]) -> Tensor:
+    """Turn Pillow pictures of one size into an IMAGE."""
+    import numpy as np
+
+    return torch.stack([torch.from_numpy(np.array(image)) for image in images]).float() / 255
 
 
 def drawing() -> dict[str, Any]:
@@ -111,7 +170,7 @@ def settings(steps: int, guidance_scale: float, solver: str, negative: str) -> d
         "negative_prompt": negative.strip() or None,
     }
     return {key: value for key, value in named.items() if value is not None} | {
-        "output_type": "pt", "callback_on_step_end": stepper(steps), "progress": False,
+        "output_type": "pt", "callback_on_step_end": Bar(steps).on_step, "progress": False,
     }  # fmt: skip
 
 
@@ -130,15 +189,29 @@ class Load:
                 "model": ([EMBEDDED, *checkpoints(), *RELEASED],),
                 "device": (["auto", "cpu", "cuda", "mps"],),
                 "dtype": (["float32", "bfloat16", "float16", "auto"],),
-            }
+            },
+            "optional": {
+                "lora": ([NONE, *adapters()],),
+                "lora_strength": ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}),
+            },
         }
 
-    def load(self, model: str, device: str, dtype: str) -> tuple[UniLIP]:
-        """Return the model; ComfyUI keeps it until an input changes."""
+    def load(
+        self, model: str, device: str, dtype: str, lora: str = NONE, lora_strength: float = 1.0
+    ) -> tuple[UniLIP]:  # fmt: skip
+        """Return the model, with an adapter beside its weights; ComfyUI keeps it until an input changes."""
+        from unilip import UniLIP
+
         known: dict[str, Any] = {EMBEDDED: None, **checkpoints(), **{name: name for name in RELEASED}}
         if model not in known:
             raise UniLIPError(f"There is no model {model!r}; put its folder into models/{FOLDER} and reload the page.")
-        return (UniLIP.from_pretrained(known[model], dtype=dtype, device=device_of(device)),)
+        if lora != NONE and lora not in adapters():
+            raise UniLIPError(f"There is no LoRA {lora!r}; put its folder into models/loras and reload the page.")
+        where = device_of(device)
+        loaded = UniLIP.from_pretrained(known[model], dtype=dtype, device=where)
+        if lora != NONE:
+            loaded.load_adapter(adapters()[lora], "lora", lora_strength)
+        return (manage(loaded, where),)
 
 
 class Generate:
@@ -165,7 +238,7 @@ class Generate:
         negative_prompt: str = "",
     ) -> tuple[Tensor]:  # fmt: skip
         """Return (count,S,S,3)."""
-        drawn = model.generate(
+        drawn = ready(model).generate(
             prompt, num_images_per_prompt=count, generator=seeded(seed, count),
             **settings(steps, guidance_scale, solver, negative_prompt),
         )  # fmt: skip
@@ -190,20 +263,24 @@ class Edit:
                 **drawing(),
                 "fit": (list(FITS),),
             },
-            "optional": {"negative_prompt": ("STRING", {"multiline": True, "default": ""})},
+            "optional": {
+                "negative_prompt": ("STRING", {"multiline": True, "default": ""}),
+                "keep_aspect": ("BOOLEAN", {"default": True, "tooltip": "give the result the shape of its source"}),
+            },
         }
 
     def edit(
         self, model: UniLIP, image: Tensor, instruction: str, seed: int, steps: int, guidance_scale: float,
-        solver: str, count: int, fit: str, negative_prompt: str = "",
+        solver: str, count: int, fit: str, negative_prompt: str = "", keep_aspect: bool = True,
     ) -> tuple[Tensor]:  # fmt: skip
-        """Return (B*count,S,S,3), picture by picture."""
+        """Return (B*count,H,W,3), picture by picture."""
         sources = pictures(image)
-        drawn = model.edit(
+        given = settings(steps, guidance_scale, solver, negative_prompt) | {"output_type": "pil"}
+        drawn = ready(model).edit(
             sources, instruction, fit=fit, num_images_per_prompt=count,  # type: ignore[arg-type]
-            generator=seeded(seed, len(sources) * count), **settings(steps, guidance_scale, solver, negative_prompt),
+            generator=seeded(seed, len(sources) * count), keep_aspect=keep_aspect, **given,
         )  # fmt: skip
-        return (to_image(drawn.images),)
+        return (from_pictures(drawn.images),)
 
 
 class Ask:
@@ -231,11 +308,16 @@ class Ask:
         self, model: UniLIP, question: str, max_new_tokens: int, temperature: float, seed: int,
         image: Tensor | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Return the answer, and show it on the node."""
-        answer = model.ask(
+        """Return the answer; connect it to ComfyUI's PreviewAny to read it."""
+        pieces = ready(model).ask(
             None if image is None else pictures(image), question, max_new_tokens=max_new_tokens,
-            temperature=temperature, generator=seeded(seed, 1)[0],
+            temperature=temperature, generator=seeded(seed, 1)[0], stream=True,
         )  # fmt: skip
+        bar, said = Bar(max_new_tokens), []
+        for piece in pieces:
+            said.append(piece)
+            bar.move(min(len(said), max_new_tokens))
+        answer = "".join(said).strip()
         return {"ui": {"text": [answer]}, "result": (answer,)}
 
 
@@ -253,10 +335,12 @@ class Reconstruct:
 
     def reconstruct(self, model: UniLIP, image: Tensor, fit: str) -> tuple[Tensor, float]:
         """Return (B,S,S,3) and the mean PSNR against what the encoder saw."""
+        from unilip.pictures import fit_square
+
         size = model.config.image_size
         squares = [fit_square(one, size, fit) for one in pictures(image)]  # type: ignore[arg-type]
-        drawn = to_image(model.reconstruct(squares, output_type="pt").images)
-        seen = torch.stack([torch.from_numpy(np.array(square)) / 255 for square in squares])  # B S S 3
+        drawn = to_image(ready(model).reconstruct(squares, output_type="pt").images)
+        seen = from_pictures(squares)
         errors = (drawn - seen).square().mean((1, 2, 3)).clamp_min(1e-10).tolist()
         return drawn, sum(-10 * math.log10(error) for error in errors) / len(errors)
 
