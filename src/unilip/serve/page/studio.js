@@ -89,9 +89,9 @@ const sizeOf = (one) => `${one.size.replace('x', '\u00a0×\u00a0')}\u00a0px`;
 function factsOf(entry) {
   const about = entry.settings ?? {};
   return [
-    entry.seed === undefined ? '' : `seed ${entry.seed}`, about.steps ? `${about.steps} steps` : '',
+    entry.seed === undefined ? '' : `seed ${entry.seed}`, about.preset || (about.steps ? `${about.steps} steps` : ''),
     about.guidance === undefined ? '' : `guidance ${about.guidance}`, entry.size ?? '',
-    entry.psnr === undefined ? '' : `${entry.psnr.toFixed(1)} dB`, entry.seconds ? `${entry.seconds.toFixed(1)} s` : '',
+    entry.psnr === undefined ? '' : `${entry.psnr.toFixed(1)} dB`, entry.seconds ? `${entry.seconds.toFixed(1)}\u00a0s` : '',
   ].filter(Boolean).join(' · ');
 }
 
@@ -158,7 +158,7 @@ function reuse(entry) {
   attached = entry.source ? [{blob: entry.source, name: 'the same picture'}] : [];
   $('mode').value = entry.verb;
   write(entry.words);
-  note('', `Words, seed ${entry.seed} and settings are taken; the seed stays until it is emptied in the settings.`);
+  note(`Words, seed ${entry.seed} and settings are filled in; the seed stays until it is emptied in the settings.`, true);
 }
 
 /** Put a picture into the message. */
@@ -186,9 +186,10 @@ function toast(text, label, act) {
 
 // --- the composer
 
-function note(error, hint = '') {
-  $('note').textContent = error;
-  $('unread').textContent = hint;
+/** Say what went wrong, or a hint, until something else is done. */
+function note(text, hint = false) {
+  $('note').textContent = text;
+  $('note').classList.toggle('hint', hint);
 }
 
 function grow() {
@@ -238,7 +239,7 @@ async function look() {
   }
   if (number === look.number) {
     taken = found;
-    if (document.activeElement === $('words') || text) note('', warning(found.unread));
+    $('unread').textContent = warning(found.unread);
     showComposer();
   }
   return found;
@@ -257,9 +258,7 @@ async function attach(files) {
     if (good) attached = [...attached, {blob: file, name}];
     else note(`${name} is no picture that can be read; PNG, JPEG, WebP and GIF can.`);
   }
-  const error = $('note').textContent;
   await look();
-  note(error, $('unread').textContent);
 }
 
 // --- sending
@@ -305,12 +304,15 @@ async function submit(given) {
   if (!words && verb !== 'reconstruct') return note('There are no words; say what you want.');
   if (!pictures.length && (verb === 'edit' || verb === 'reconstruct')) return note('Add a picture first, or draw one.');
   running = new AbortController();
-  const before = {attached, words: $('words').value};
+  const before = {attached, words: $('words').value, mode: $('mode').value};
   if (!given) {
     attached = [];
     $('words').value = '';
+    $('mode').value = 'auto';
     grow();
   }
+  clearTimeout(look.timer);
+  $('unread').textContent = '';
   const place = turn(verb, words || 'Encoded and drawn again', pictures);
   showComposer();
   try {
@@ -323,14 +325,14 @@ async function submit(given) {
     if (!given) {
       attached = before.attached;
       $('words').value = before.words;
+      $('mode').value = before.mode;
       grow();
     }
     if (!(error instanceof Refused) && error.name !== 'AbortError') console.error(error);
-    note(error.name === 'AbortError' ? '' : error.message, error.name === 'AbortError' ? 'Cancelled.' : '');
+    note(error.name === 'AbortError' ? 'Cancelled.' : error.message, error.name === 'AbortError');
   }
   running = null;
-  showComposer();
-  if (!$('note').textContent && !$('unread').textContent) look();
+  look();
 }
 
 function form(pictures, fields) {
@@ -342,7 +344,7 @@ function form(pictures, fields) {
 
 async function draw(verb, words, pictures, values, place, auto) {
   const started = performance.now(), made = [], {fit: how, ...rest} = values;
-  const fields = {prompt: words, ...rest, stream: true, include_progress: true};
+  const fields = {prompt: words, ...rest, stream: true, include_progress: true, partial_images: 3};
   const body = verb === 'edit' ? form(pictures, how ? {...fields, fit: how} : fields) : fields;
   const path = verb === 'edit' ? '/v1/images/edits' : '/v1/images/generations';
   for await (const event of events(path, body, running.signal)) {
@@ -352,6 +354,9 @@ async function draw(verb, words, pictures, values, place, auto) {
       place.bar.value = event.step;
       place.state.textContent = `Step ${event.step} of ${event.steps}`;
     }
+    if (event.type.endsWith('.partial_image') && !(values.n > 1) && pictures.length < 2) {
+      place.seen.firstChild.replaceChildren(make('img', {src: `data:image/png;base64,${event.b64_json}`, alt: 'so far'}));
+    }
     if (event.type.endsWith('.completed')) made.push(event);
   }
   if (!made.length) throw new Refused('The server ended before the picture was done; send it again.');
@@ -360,7 +365,7 @@ async function draw(verb, words, pictures, values, place, auto) {
     verb, words, seed: event.seed, size: sizeOf(event), blob: toBlob(event.b64_json), when: Date.now(),
     source: pictures[Math.floor(i / count)]?.blob, seconds: i ? undefined : (performance.now() - started) / 1000,
     settings: {
-      steps: values.steps ?? own.num_inference_steps, guidance: values.guidance ?? own.guidance_scale,
+      preset: values.preset ?? '', steps: values.steps ?? (values.preset ? '' : own.num_inference_steps), guidance: values.guidance ?? own.guidance_scale,
       solver: values.solver ?? '', negative_prompt: values.negative_prompt ?? '', image_size: values.image_size ?? '',
     },
   }));
@@ -492,7 +497,7 @@ function describe() {
   const sizes = [1, 1.5, 2].map((times) => Math.floor(side * times / 28) * 28).filter((size) => size === side || size <= limits.image_size);
   form.image_size.replaceChildren(...sizes.map((size) => make('option', {value: size === side ? '' : size, textContent: `${size} px`})));
   for (const option of $('mode').options) option.hidden = option.disabled = option.value !== 'auto' && !card.abilities.includes(option.value);
-  $('prompts').replaceChildren(...(about.prompts ?? []).slice(0, 4).map((words) => button(words, () => { $('mode').value = 'auto'; write(words); })));
+  $('prompts').replaceChildren(...(about.prompts ?? []).slice(0, 4).map((words) => button(words, async () => { $('mode').value = 'generate'; await write(words); submit(); })));
   const samples = [...(about.edits ?? []).slice(0, 2).map((one) => [...one, 'edit']), ...(about.questions ?? []).slice(0, 2).map((one) => [...one, 'ask'])];
   $('samples').replaceChildren(...samples.filter(([, , verb]) => card.abilities.includes(verb)).map(([file, words, verb]) => {
     const image = make('img', {src: `page/${file}`, alt: '', className: 'small'});
@@ -500,6 +505,7 @@ function describe() {
       attached = [{blob: await (await send(`page/${file}`)).blob(), name: file}];
       $('mode').value = verb;
       await write(words);
+      submit();
     }}, image, make('span', {textContent: words}));
   }));
   $('start').hidden = $('talk').querySelector('.turn') !== null;
