@@ -145,10 +145,6 @@ def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
     return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
 
 
-def _side(value: Any) -> int:
-    return int(value[0] if isinstance(value, (list, tuple)) else value)
-
-
 def _vision(data: Json, shapes: Mapping[str, Shape]) -> VisionConfig:
     if data.get("norm_type", "layer_norm") != "layer_norm" or data.get("use_qk_norm", False):
         raise CheckpointError("Its vision encoder has other norms than InternViT-300M; use InternVL3-1B or 2B.")
@@ -237,7 +233,8 @@ def _decoder(data: Json, shapes: Mapping[str, Shape]) -> DecoderConfig:
         raise CheckpointError("The DC-AE decoder has an empty scale other than the finest, which is not supported.")
     if not layers[0]:
         pixel_shuffle = shapes[f"{root}.conv_out.conv.weight"][0] == 12
-        channels[0] = _side(data.get("decoder_block_out_channels", [channels[1]]))
+        finest = data.get("decoder_block_out_channels", channels[1])
+        channels[0] = int(finest[0] if isinstance(finest, (list, tuple)) else finest)
     return DecoderConfig(
         block_out_channels=tuple(channels),
         layers_per_block=tuple(layers),

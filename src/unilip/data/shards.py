@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from tqdm.auto import tqdm
+
 from unilip.data.errors import DataError
 from unilip.data.records import IMAGE_SUFFIXES, KINDS, Record, Unreadable, caption_of, is_litter, json_meaning
 from unilip.errors import UniLIPError
@@ -313,7 +315,8 @@ class Shards:
         self._coming: dict[int, Future[Path]] = {}
         self._process = os.getpid()
         self._stamps = self._identify()
-        self._heads = [self._head(number) for number in self._watched()]
+        bar = tqdm(range(len(self.shards)), desc="shards", unit="shard", leave=False, delay=5, disable=None)
+        self._heads = [self._head(number) for number in bar]
         ignored: Counter[str] = Counter()
         for shard, head in zip(self.shards, self._heads, strict=True):
             ignored.update(head["ignored"])
@@ -392,12 +395,6 @@ class Shards:
         if self._process != os.getpid():
             self._open, self._turn, self._coming, self._process = OrderedDict(), None, {}, os.getpid()
 
-    def _watched(self) -> Iterator[int]:
-        """The numbers of the shards, with a bar where there are many to be indexed."""
-        from tqdm.auto import tqdm
-
-        yield from tqdm(range(len(self.shards)), desc="shards", unit="shard", leave=False, delay=5, disable=None)
-
     def _head(self, shard: int) -> dict[str, Any]:
         try:
             path = self._index_path(shard)
@@ -420,7 +417,13 @@ class Shards:
 
     def _fetch_index(self, location: str, own: Path) -> bool:
         """Bring the index that lies beside a remote shard, if one does."""
-        return fetch_index(location, own)
+        try:
+            _get(location + INDEX_SUFFIX, own)
+        except Exception:  # mostly: there is none
+            return False
+        if read_head(own) is None:
+            own.unlink(missing_ok=True)
+        return own.exists()
 
     def _build(self, shard: int) -> ShardIndex:
         path = self._bring(shard)
@@ -543,17 +546,6 @@ def _get(location: str, path: Path) -> None:
     system, place = fsspec.core.url_to_fs(location)
     with replacing(path) as part:
         system.get_file(place, str(part))
-
-
-def fetch_index(location: str, path: Path) -> bool:
-    """Bring the index that lies beside a remote shard, if one does."""
-    try:
-        _get(location + INDEX_SUFFIX, path)
-    except Exception:  # mostly: there is none
-        return False
-    if read_head(path) is None:
-        path.unlink(missing_ok=True)
-    return path.exists()
 
 
 def _drop_old(newest: Path, keep_gb: float) -> None:

@@ -275,7 +275,8 @@ class Judge:
         image = torch.from_numpy(smooth(pixels.astype(np.float32) / 255, BLUR)).permute(2, 0, 1)  # 3 S S
         behind = torch.from_numpy(rows / 255).T[:, :, None].expand(-1, -1, side).contiguous()
         difference = image - behind
-        floor = self._floor((difference**2).sum(0))
+        # the energy above which a pixel is no background: ten times that of the quieter quarter, 0.06 RGB at least
+        floor = max(0.004, 10 * float(torch.quantile((difference**2).sum(0).flatten(), 0.25)))
         scan = self._scan(difference, behind, floor)
         objects: list[Found] = []
         for _ in range(self.world.max_count + 3):
@@ -285,11 +286,6 @@ class Judge:
             objects.append(self._name_colour(found, image, behind))
             difference = difference * (1 - cover)
         return Reading(background, tuple(objects))
-
-    @staticmethod
-    def _floor(energy: torch.Tensor) -> float:
-        """Energy above which a pixel is no background: ten times that of the quieter quarter, 0.06 RGB at least."""
-        return max(0.004, 10 * float(torch.quantile(energy.flatten(), 0.25)))
 
     def _next(
         self, left: torch.Tensor, behind: torch.Tensor, floor: float, scan: _Scan, before: Sequence[Found]
@@ -566,7 +562,8 @@ def judge_prompt(reading: Reading, asked: Scene, task: str, world: World) -> Ver
     if task == "position":
         wanted = relation(asked.objects[0], asked.objects[1])
         parts["relation"] = bool(pairs) and found_relation(pairs[0][0], pairs[1][0]) == wanted
-    return _conclude(parts, reading)
+    wrong = [name for name, right in parts.items() if not right]
+    return Verdict(not wrong, parts, f"{', '.join(wrong)} wrong: saw {reading}" if wrong else "")
 
 
 def _compare(reading: Reading, asked: Scene, world: World) -> tuple[dict[str, bool], list[tuple[Found, Obj]]]:
@@ -585,11 +582,6 @@ def _compare(reading: Reading, asked: Scene, world: World) -> tuple[dict[str, bo
     if len(world.styles) > 1 and any(obj.concept not in SHAPES for obj in asked.objects):
         parts["style"] = bool(pairs) and all(o.concept in SHAPES or f.style == o.style for f, o in pairs)
     return parts, pairs
-
-
-def _conclude(parts: dict[str, bool], reading: Reading) -> Verdict:
-    wrong = [name for name, right in parts.items() if not right]
-    return Verdict(not wrong, parts, f"{', '.join(wrong)} wrong: saw {reading}" if wrong else "")
 
 
 @dataclass(frozen=True)

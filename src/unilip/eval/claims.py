@@ -324,12 +324,6 @@ def difference(a: Sequence[Run], b: Sequence[Run], measure: str) -> tuple[float,
     return sign * float(gap.mean()), math.sqrt(variance)
 
 
-def at_the_floor(statement: Statement, runs: Mapping[str, Sequence[Run]]) -> bool:
-    """Tell whether variant B has so little right that A could not be worse than it by more than is allowed."""
-    found = score(runs.get(statement.b, ()), statement.measure)
-    return found is not None and statement.measure in SHARES and statement.by < 0 and found["mean"] <= -statement.by
-
-
 def check(statement: Statement, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """Return a statement's verdict, yes, no or undecided, with the numbers; "missing" where a run is."""
     found = difference(runs.get(statement.a, ()), runs.get(statement.b, ()), statement.measure)
@@ -337,7 +331,10 @@ def check(statement: Statement, runs: Mapping[str, Sequence[Run]]) -> dict[str, 
     if found is None:
         return record | {"verdict": "missing"}
     gap, error = found
-    decided = abs(gap - statement.by) > 2 * error and not at_the_floor(statement, runs)
+    other = score(runs.get(statement.b, ()), statement.measure)
+    # where B has so little right, A could not be worse than it by more than is allowed
+    floor = other is not None and statement.measure in SHARES and statement.by < 0 and other["mean"] <= -statement.by
+    decided = abs(gap - statement.by) > 2 * error and not floor
     verdict = "undecided" if not decided else "yes" if gap > statement.by else "no"
     return record | {"difference": round(gap, 5), "error": round(error, 5), "verdict": verdict}
 

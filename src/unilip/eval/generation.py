@@ -110,7 +110,17 @@ def generate(
     with RunFolder(output, identity, place, name_of(source)) as folder:
         items = benchmark.items
         if place.rank == 0:
-            write_lines(output / ITEMS, [describe_item(item, settings) for item in items])
+            lines = [
+                {
+                    "key": i.key,
+                    "prompt": i.prompt,
+                    "picture": i.path,
+                    "group": i.group,
+                    "seeds": _seeds(i, settings.seed),
+                }
+                for i in items
+            ]
+            write_lines(output / ITEMS, lines)
         there = {item.path for item in items if (output / item.path).is_file()}
         check_pictures(output, [item for item in items if item.path in there], identity)
         per_batch = max(1, batch_size // max(item.pictures for item in items))
@@ -121,7 +131,8 @@ def generate(
         ]
         made = sum(len(left) for _, left in work)
         if work:
-            model = load() if load else _load(benchmark, source, settings, device)
+            parts = DRAWING if benchmark.source is None else ("encoder", *DRAWING)
+            model = load() if load else UniLIP.from_pretrained(source, parts, device=device, dtype=settings.dtype)
             total, before = len(items), len(there)
             name = benchmark.name if place.world == 1 else f"{benchmark.name} {place.rank + 1}/{place.world}"
             with tqdm(total=before + made, initial=before, desc=name, unit="file", disable=not progress) as bar:
@@ -131,17 +142,6 @@ def generate(
             log.info("%s: %d of %d files made, %d were there", name, made, total, before)
         finish(benchmark, output)
     return {"made": made, "there": len(there), "missing": len(missing(benchmark, output)), "identity": identity}
-
-
-def _load(benchmark: Benchmark, source: Source, settings: Settings, device: str) -> UniLIP:
-    parts = DRAWING if benchmark.source is None else ("encoder", *DRAWING)
-    return UniLIP.from_pretrained(source, device=device, dtype=settings.dtype, parts=parts)
-
-
-def describe_item(item: Item, settings: Settings) -> dict[str, Any]:
-    """Return a line of items.jsonl."""
-    seeds = _seeds(item, settings.seed)
-    return {"key": item.key, "prompt": item.prompt, "picture": item.path, "group": item.group, "seeds": seeds}
 
 
 def _seeds(item: Item, seed: int) -> list[int]:

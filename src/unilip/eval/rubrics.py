@@ -254,10 +254,6 @@ Parts = dict[str, list[float]]  # name -> [sum, how many]
 Scored = tuple[dict[str, float], Parts]
 
 
-def _score_geneval(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
-    return {"correct": float(values[0])}, {}
-
-
 def _score_wise(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
     """verified: 0 or 1. legacy: (0.7 consistency + 0.2 realism + 0.1 aesthetic quality) / 2."""
     value = values[0]
@@ -265,11 +261,6 @@ def _score_wise(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
         return {"wiscore": value}, {}
     score = (0.7 * value["consistency"] + 0.2 * value["realism"] + 0.1 * value["aesthetic_quality"]) / 2
     return {"wiscore": score}, {name: [points, 1] for name, points in value.items()}
-
-
-def _score_imgedit(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
-    """The mean of three scores from 1 to 5."""
-    return {"score": round(sum(values[0]) / 3, 2)}, {}
 
 
 def _score_gedit(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
@@ -281,8 +272,8 @@ def _score_gedit(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
 Asker = Callable[[Questionnaire, Item, Path], list[Question]]
 Scorer = Callable[[Questionnaire, Item, Sequence[Any]], Scored]
 _JUDGED: dict[str, tuple[Asker, Scorer]] = {
-    "geneval": (_ask_geneval, _score_geneval),
+    "geneval": (_ask_geneval, lambda q, item, values: ({"correct": float(values[0])}, {})),
     "wise": (_ask_wise, _score_wise),
-    "imgedit": (_ask_imgedit, _score_imgedit),
+    "imgedit": (_ask_imgedit, lambda q, item, values: ({"score": round(sum(values[0]) / 3, 2)}, {})),
     "gedit": (_ask_gedit, _score_gedit),
 }

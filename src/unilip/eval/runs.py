@@ -91,7 +91,9 @@ class RunFolder:
         )
         self.staging = path / STAGING
         self._clean()
-        self.finish_moves()
+        for done in sorted(self.staging.glob("*")):  # what was committed before a kill
+            if not done.name.endswith(".part"):
+                self._move(done)
 
     def _claim(self) -> None:
         file = self.path / MANIFEST
@@ -193,12 +195,6 @@ class RunFolder:
         shutil.rmtree(done, ignore_errors=True)
         os.replace(part, done)
         self._move(done)
-
-    def finish_moves(self) -> None:
-        """Move into place what was committed before a kill."""
-        for done in sorted(self.staging.glob("*")):
-            if not done.name.endswith(".part"):
-                self._move(done)
 
     def _move(self, done: Path) -> None:
         try:

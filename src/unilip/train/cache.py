@@ -120,7 +120,8 @@ class Worker:
             found[place] = {f"{kind}.npz": packed(arrays)}
             for name, value in (("txt", record.text), ("json", record.conversation)):
                 if value is not None:
-                    found[place][name] = _as_bytes(value)
+                    text = value if isinstance(value, (str, bytes)) else json.dumps(value)
+                    found[place][name] = text.encode() if isinstance(text, str) else text
         yield from sorted(found.items())  # the order of a shard is that of its source
 
     @torch.no_grad()
@@ -253,9 +254,3 @@ def packed(arrays: dict[str, np.ndarray]) -> bytes:
     file = io.BytesIO()
     np.savez(file, **arrays)  # type: ignore[arg-type]
     return file.getvalue()
-
-
-def _as_bytes(value: Any) -> bytes:
-    if isinstance(value, bytes):
-        return value
-    return value.encode() if isinstance(value, str) else json.dumps(value).encode()

@@ -223,7 +223,8 @@ class State:
             flat = [p for group in optimizer.param_groups for p in group["params"]]
             for number, values in state["state"].items():
                 values.update({kind: _like(flat[number], value) for kind, value in values.items()})
-            optimizer.load_state_dict(_current_groups(optimizer, state))
+            groups = optimizer.state_dict()["param_groups"]  # of this run: how it computes
+            optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
     def _restore_shards(self, folder: Path) -> None:
         from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -406,26 +407,16 @@ def _like(own: Tensor, value: Any) -> Any:
     return distribute_tensor(value.to(own.device), mesh, own.placements, src_data_rank=None)
 
 
-def _current_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Keep the settings of this run's optimizer (how it computes), and take the state alone."""
-    return {"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]}
-
-
 def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     if tensors:
         save_file({name: whole_tensor(t.detach()).cpu().contiguous() for name, t in tensors.items()}, file)
 
 
-def _load_tensors(file: Path) -> dict[str, Tensor]:
-    return load_file(file) if file.exists() else {}
-
-
 def _read(folder: Path) -> dict[str, Any]:
     """Read the files of one process back: weights, ema, heads, optimizers."""
     try:
-        return {
-            **{kind: _load_tensors(folder / f"{kind}.safetensors") for kind in ("weights", "ema", "heads")},
-            "optimizers": torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True),
-        }
+        files = {kind: folder / f"{kind}.safetensors" for kind in ("weights", "ema", "heads")}
+        tensors = {kind: load_file(file) if file.exists() else {} for kind, file in files.items()}
+        return {**tensors, "optimizers": torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)}
     except Exception as error:  # each of three formats has its own errors
         raise damaged(folder, error) from error
