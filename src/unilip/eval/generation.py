@@ -110,14 +110,9 @@ def generate(
     with RunFolder(output, identity, place, name_of(source)) as folder:
         items = benchmark.items
         if place.rank == 0:
+            seed = settings.seed
             lines = [
-                {
-                    "key": i.key,
-                    "prompt": i.prompt,
-                    "picture": i.path,
-                    "group": i.group,
-                    "seeds": _seeds(i, settings.seed),
-                }
+                {"key": i.key, "prompt": i.prompt, "picture": i.path, "group": i.group, "seeds": _seeds(i, seed)}
                 for i in items
             ]
             write_lines(output / ITEMS, lines)
@@ -132,7 +127,7 @@ def generate(
         made = sum(len(left) for _, left in work)
         if work:
             parts = DRAWING if benchmark.source is None else ("encoder", *DRAWING)
-            model = load() if load else UniLIP.from_pretrained(source, parts, device=device, dtype=settings.dtype)
+            model = load() if load else UniLIP.from_pretrained(source, device=device, dtype=settings.dtype, parts=parts)
             total, before = len(items), len(there)
             name = benchmark.name if place.world == 1 else f"{benchmark.name} {place.rank + 1}/{place.world}"
             with tqdm(total=before + made, initial=before, desc=name, unit="file", disable=not progress) as bar:
