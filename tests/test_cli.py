@@ -118,6 +118,9 @@ def test_prompts_come_from_lines_or_json_lines_or_stdin(run, monkeypatch):
     assert run("generate", "--prompts", "lines.txt", *QUICK)[1].split() == ["a-star-0.png", "a-cat-0.png"]
     Path("lines.jsonl").write_text('{"prompt": "a dog", "seed": 9}\n{"prompt": "a car"}\n')
     assert run("generate", "--prompts", "lines.jsonl", *QUICK)[1].split() == ["a-dog-9.png", "a-car-0.png"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a \xff bus\n"), "utf-8"))
+    with pytest.raises(UniLIPError, match="is no utf-8 text"):
+        read_prompts("-")
     monkeypatch.setattr("sys.stdin", io.StringIO("a bus\n"))
     assert run("generate", "--prompts", "-", *QUICK)[1].split() == ["a-bus-0.png"]
 

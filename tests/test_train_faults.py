@@ -182,6 +182,13 @@ def test_a_disk_that_is_full_for_anything_else_is_a_clear_error(runs, monkeypatc
     assert train(recipe(*settings), runs, progress=False).name == "final", "with room again it goes on"
 
 
+def test_a_damaged_note_of_a_finished_run_is_told(tokenizer, tmp_path):
+    final = shutil.copytree(tokenizer.parent / "final", tmp_path / "tiny" / "clip" / "final")
+    (final / "recipe.json").write_text("{")
+    with pytest.raises(UniLIPError, match=r"recipe\.json cannot be read"):
+        train(recipe("steps=1"), tmp_path, progress=False)
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_process_says_what_stopped_it(world, monkeypatch, capsys):
     """What one of them alone could not read must not be lost."""
@@ -248,9 +255,9 @@ def fault_checks(*words: str, timeout: float = 3600) -> dict:
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_the_run_is_bit_for_bit_the_same(runs):
-    found = fault_checks("kills", str(runs), "20")
-    assert found["kills"] == 20 and found["while_writing"] >= 5, found
+def test_killed_in_the_middle_of_24_writes_the_run_is_bit_for_bit_the_same(runs):
+    found = fault_checks("kills", str(runs), "24")
+    assert found["kills"] > found["while_writing"] == 24, found
     assert found["different"] == []
 
 

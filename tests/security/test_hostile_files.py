@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from unilip import UniLIP
 from unilip.adapters import CONFIG, WEIGHTS, read_adapter
 from unilip.checkpoints.read import open_checkpoint
-from unilip.checkpoints.tokenizer import Tokenizer
+from unilip.checkpoints.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from unilip.checkpoints.write import convert
 from unilip.data.check import check
 from unilip.data.sources import open_source
@@ -159,6 +159,47 @@ def test_indices_that_name_what_is_not_theirs(tiny_folder: Path, tmp_path: Path)
     cases = {name: lambda file=file: open_with(dict.fromkeys(names, file)) for name, file in files.items()}
     tables: tuple[Any, ...] = (None, [], "x", {})
     assert refused(cases | {repr(table): lambda table=table: open_with(table) for table in tables}) == []
+
+
+def test_a_tokenizer_that_is_a_link_out_of_its_folder_takes_nothing_along(tiny_folder: Path, tmp_path: Path) -> None:
+    """What a tokenizer file holds is saved and uploaded with the model: none may be another file of its user."""
+    secret = tmp_path / "home" / "key"
+    secret.parent.mkdir()
+    secret.write_text("a private key")
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    cases: dict[str, Callable[[], object]] = {}
+    for name in TOKENIZER_FILES:
+        for how, target in (("straight", secret), ("up", Path("../home/key")), ("by a link", tmp_path / "link")):
+
+            def convert_with(name: str = name, how: str = how, target: Path = target) -> object:
+                link = folder / name
+                content = link.read_bytes() if link.exists() else None
+                link.unlink(missing_ok=True)
+                link.symlink_to(target)
+                if how == "by a link" and not target.is_symlink():
+                    target.symlink_to(secret)
+                try:
+                    return convert(folder, tmp_path / "out")
+                finally:
+                    link.unlink()
+                    if content is not None:
+                        link.write_bytes(content)
+
+            cases[f"{name} {how}"] = convert_with
+    assert refused(cases) == [] and not (tmp_path / "out").exists()
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "abc"
+    for place in (blobs, snapshot):
+        place.mkdir(parents=True)
+    for number, file in enumerate(folder.iterdir()):  # as the hub's cache has it, and a folder that is a link itself
+        shutil.copy(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    (tmp_path / "alias").symlink_to(snapshot)
+    (snapshot / "inner").mkdir()
+    (snapshot / "inner" / "tokenizer.json").symlink_to((snapshot / "tokenizer.json").resolve())
+    assert load_tokenizer(snapshot / "inner").vocabulary
+    (folder / "merges.txt").symlink_to("tokenizer.json")
+    for place in (snapshot, tmp_path / "alias", folder):
+        assert open_checkpoint(place).tokenizer is not None
 
 
 def test_tokenizers_that_are_bombs() -> None:

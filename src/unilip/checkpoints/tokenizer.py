@@ -195,13 +195,16 @@ class Tokenizer:
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     """Read the tokenizer files of a folder.
 
-    Raises CheckpointError: there are none, or they cannot be read.
+    Raises CheckpointError: there are none, they cannot be read, or are links to files elsewhere.
     """
-    files = {}
+    files, own = {}, Path(folder).resolve()
+    homes = [own, *(place.parent / "blobs" for place in own.parents if place.name == "snapshots")]  # of the hub's cache
     for path in (Path(folder) / name for name in TOKENIZER_FILES):
         try:
             if not path.is_file():
                 continue
+            if path.resolve().parent not in homes:  # what it holds would go wherever the model is saved or uploaded
+                raise CheckpointError(f"{path} is a link to a file elsewhere; copy that file into the folder.")
             if path.stat().st_size > LARGEST_FILE:
                 raise CheckpointError(f"{path} is larger than {LARGEST_FILE >> 20} MiB, which no tokenizer needs.")
             files[path.name] = path.read_bytes()

@@ -47,7 +47,10 @@ def read_prompts(name: str) -> list[dict[str, Any]]:
 
     Raises UniLIPError: no such file, no prompt in it, or a line that cannot be understood.
     """
-    text = sys.stdin.read() if name == "-" else read_text(Path(name), "file of prompts")
+    try:
+        text = sys.stdin.read() if name == "-" else read_text(Path(name), "file of prompts")
+    except UnicodeDecodeError as error:
+        raise UniLIPError(f"--prompts - is no {error.encoding} text ({error.reason}); give UTF-8.") from error
     lines = [(i, line.strip("\ufeff \t")) for i, line in enumerate(lines_of(text), 1)]
     found = [_entry(line, f"{name}, line {i}") for i, line in lines if line.strip()]
     if not found:

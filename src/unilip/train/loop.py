@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from unilip.errors import ConfigError, ImageError, UniLIPError
-from unilip.files import Lock, content_hash, png_bytes, write_bytes, write_text
+from unilip.files import Lock, content_hash, png_bytes, read_json, write_bytes, write_text
 from unilip.machine import choose_device
 from unilip.method.config import UniLIPConfig
 from unilip.model import UniLIP
@@ -154,7 +154,7 @@ def run_recipe(
 def check_finished(recipe: Recipe, final: Path) -> None:
     """Refuse to take the result of other settings for this recipe's."""
     file = final / "recipe.json"
-    changed = changed_settings(recipe, json.loads(file.read_text(encoding="utf-8"))) if file.exists() else ""
+    changed = changed_settings(recipe, read_json(file)) if file.exists() else ""
     if changed:
         raise ConfigError(
             f"{final} was made with other settings: {changed}. Restart the run, or use another runs folder or name."
