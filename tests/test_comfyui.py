@@ -292,6 +292,17 @@ def test_reconstruct_tells_the_psnr(node, tiny_model, image):
     assert psnr == pytest.approx(np.mean(wanted), abs=1e-3)
 
 
+def test_pictures_of_any_shape(node, tiny_model):
+    wide = torch.rand(2, 60, 120, 3)
+    made = node("UniLIPGenerate", model=tiny_model, prompt="stars", **DRAW, width=84, height=56)[0]
+    assert made.shape[1:] == (56, 84, 3)
+    edit = dict(model=tiny_model, image=wide, instruction="red", fit="resize")
+    assert node("UniLIPEdit", **edit, **DRAW)[0].shape[1:] == (28, 56, 3)
+    assert node("UniLIPEdit", **edit, **DRAW, width=56, height=56)[0].shape[1:] == (56, 56, 3)
+    made, psnr = node("UniLIPReconstruct", model=tiny_model, image=wide, fit="resize", height=56)
+    assert made.shape == (2, 56, 112, 3) and psnr > 0
+
+
 def test_the_bar_moves_and_cancel_stops(node, comfy, tiny_model):
     node("UniLIPGenerate", model=tiny_model, prompt="stars", **(DRAW | {"steps": 3}))
     assert comfy.bars == [(1, 3), (2, 3), (3, 3)]

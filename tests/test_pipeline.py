@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from unilip.errors import UniLIPError
 from unilip.model import ImageOutput
@@ -163,6 +164,16 @@ def test_the_names_of_diffusers_reach_the_model(monkeypatch, tiny_model):
     assert repr(pipe).startswith("UniLIPPipeline(tiny: encoder, ")
 
 
+def test_pictures_of_any_shape(pipe):
+    settings = dict(num_inference_steps=1, generator=3, output_type="np")
+    made = pipe("stars", width=84, height=56, **settings).images
+    assert made.shape == (1, 56, 84, 3)
+    assert (made == pipe.model.generate("stars", width=84, height=56, **settings).images).all()
+    wide = Image.new("RGB", (120, 60), "red")
+    assert pipe("stars", wide, **settings).images.shape == (1, 28, 56, 3)
+    assert pipe("stars", wide, width=56, height=56, **settings).images.shape == (1, 56, 56, 3)
+
+
 def test_loras_by_the_names_of_diffusers(tiny_folder, tmp_path):
     from unilip.adapters import library
 
@@ -304,8 +315,8 @@ def test_what_it_saves_and_uploads_diffusers_loads(pipe, tmp_path, monkeypatch):
     ("settings", "message"),
     [
         ({"prompt": "  "}, "is empty"),
-        ({"prompt": "stars", "height": 56, "width": 84}, "84x56 px; this model draws squares"),
-        ({"prompt": "stars", "height": 57}, "28"),
+        ({"prompt": "stars", "height": 56, "width": 0}, "width is 0; it must be between 28"),
+        ({"prompt": "stars", "height": 57.5}, "height is 57.5"),
         ({"prompt": "stars", "output_type": "jpg"}, "allowed: pil, np, pt, latent"),
         ({"prompt": "stars", "image": "nowhere.png"}, "no image file nowhere.png"),
     ],

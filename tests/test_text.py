@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unilip.checkpoints.tokenizer import load_tokenizer
-from unilip.errors import CheckpointError, ConfigError, PromptError
+from unilip.errors import CheckpointError, PromptError
 from unilip.method.text import NEEDED_TOKENS, Message, Processor
 from unilip.sampling import FORBIDDEN, MAX_PROMPT_CHARACTERS, check_prompt
 from unilip.sizes import preset
@@ -56,7 +56,7 @@ def test_image_slots(processor):
     tokens = processor.tokenize(texts)
     assert tokens.image_slots.sum(1).tolist() == [4, 0, 4]
     assert (tokens.input_ids[tokens.image_slots] == processor.image_id).all()
-    assert processor.resized(112).tokenize([*texts[1:2], processor.resized(112).edit_text("x")]).image_slots.sum() == 16
+    assert processor.tokenize([texts[1], processor.edit_text("x", 15)]).image_slots.sum() == 15
 
 
 def test_padding_is_no_image_slot_even_where_they_share_an_id(tiny_tokenizer):
@@ -129,16 +129,6 @@ def test_a_folder_without_a_readable_tokenizer_is_refused(tmp_path):
             (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(CheckpointError, match="tokenizer"):
             load_tokenizer(tmp_path)
-
-
-def test_resized(processor):
-    assert processor.resized(None) is processor
-    assert processor.resized(56) is processor
-    assert processor.resized(112).num_image_tokens == 16
-    assert processor.num_image_tokens == 4
-    for size in (57, 0, -28, 84.0):
-        with pytest.raises(ConfigError, match="image_size"):
-            processor.resized(size)
 
 
 def test_text_survives_the_tokenizer(processor):

@@ -161,13 +161,22 @@ def drawing() -> dict[str, Any]:
     }
 
 
-def settings(steps: int, guidance_scale: float, solver: str, negative: str) -> dict[str, Any]:
+def sides() -> dict[str, Any]:
+    """The inputs for the size of what is drawn."""
+    about: dict[str, Any] = {"default": 0, "min": 0, "max": 8960, "step": 28}
+    about["tooltip"] = "0: the source's shape, without a source the model's own; rounded to a multiple of 28"
+    return {"width": ("INT", about), "height": ("INT", about)}
+
+
+def settings(steps: int, guidance_scale: float, solver: str, negative: str, width: int, height: int) -> dict[str, Any]:
     """Turn a node's inputs into arguments of the model; what is left at the model's own is not among them."""
     named = {
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale or None,
         "solver": None if solver == OWN else solver,
         "negative_prompt": negative.strip() or None,
+        "width": width or None,
+        "height": height or None,
     }
     return {key: value for key, value in named.items() if value is not None} | {
         "output_type": "pt", "callback_on_step_end": Bar(steps).on_step, "progress": False,
@@ -230,17 +239,17 @@ class Generate:
                 "prompt": ("STRING", {"multiline": True, "default": "three yellow stars"}),
                 **drawing(),
             },
-            "optional": {"negative_prompt": ("STRING", {"multiline": True, "default": ""})},
+            "optional": {"negative_prompt": ("STRING", {"multiline": True, "default": ""}), **sides()},
         }
 
     def generate(
         self, model: UniLIP, prompt: str, seed: int, steps: int, guidance_scale: float, solver: str, count: int,
-        negative_prompt: str = "",
+        negative_prompt: str = "", width: int = 0, height: int = 0,
     ) -> tuple[Tensor]:  # fmt: skip
-        """Return (count,S,S,3)."""
+        """Return (count,H,W,3)."""
         drawn = ready(model).generate(
             prompt, num_images_per_prompt=count, generator=seeded(seed, count),
-            **settings(steps, guidance_scale, solver, negative_prompt),
+            **settings(steps, guidance_scale, solver, negative_prompt, width, height),
         )  # fmt: skip
         return (to_image(drawn.images),)
 
@@ -266,19 +275,21 @@ class Edit:
             "optional": {
                 "negative_prompt": ("STRING", {"multiline": True, "default": ""}),
                 "keep_aspect": ("BOOLEAN", {"default": True, "tooltip": "give the result the shape of its source"}),
+                **sides(),
             },
         }
 
     def edit(
         self, model: UniLIP, image: Tensor, instruction: str, seed: int, steps: int, guidance_scale: float,
-        solver: str, count: int, fit: str, negative_prompt: str = "", keep_aspect: bool = True,
+        solver: str, count: int, fit: str, negative_prompt: str = "", keep_aspect: bool = True, width: int = 0,
+        height: int = 0,
     ) -> tuple[Tensor]:  # fmt: skip
         """Return (B*count,H,W,3), picture by picture."""
         sources = pictures(image)
-        given = settings(steps, guidance_scale, solver, negative_prompt) | {"output_type": "pil"}
+        given = settings(steps, guidance_scale, solver, negative_prompt, width, height) | {"output_type": "pil"}
         drawn = ready(model).edit(
             sources, instruction, fit=fit, num_images_per_prompt=count,  # type: ignore[arg-type]
-            generator=seeded(seed, len(sources) * count), keep_aspect=keep_aspect, **given,
+            generator=seeded(seed, len(sources) * count), keep_aspect=keep_aspect and not (width or height), **given,
         )  # fmt: skip
         return (from_pictures(drawn.images),)
 
@@ -331,16 +342,19 @@ class Reconstruct:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """The inputs."""
-        return {"required": {"model": ("UNILIP",), "image": ("IMAGE",), "fit": (list(FITS),)}}
+        return {"required": {"model": ("UNILIP",), "image": ("IMAGE",), "fit": (list(FITS),)}, "optional": sides()}
 
-    def reconstruct(self, model: UniLIP, image: Tensor, fit: str) -> tuple[Tensor, float]:
-        """Return (B,S,S,3) and the mean PSNR against what the encoder saw."""
-        from unilip.pictures import fit_square
+    def reconstruct(
+        self, model: UniLIP, image: Tensor, fit: str, width: int = 0, height: int = 0
+    ) -> tuple[Tensor, float]:
+        """Return (B,H,W,3) and the mean PSNR against what the encoder saw."""
+        from unilip.pictures import fit_picture
 
-        size = model.config.image_size
-        squares = [fit_square(one, size, fit) for one in pictures(image)]  # type: ignore[arg-type]
-        drawn = to_image(ready(model).reconstruct(squares, output_type="pt").images)
-        seen = from_pictures(squares)
+        given: dict[str, Any] = {"fit": fit, "width": width or None, "height": height or None}
+        sources = pictures(image)
+        drawn = to_image(ready(model).reconstruct(sources, output_type="pt", **given).images)
+        size = (drawn.shape[2], drawn.shape[1])
+        seen = from_pictures([fit_picture(one, size, fit) for one in sources])  # type: ignore[arg-type]
         errors = (drawn - seen).square().mean((1, 2, 3)).clamp_min(1e-10).tolist()
         return drawn, sum(-10 * math.log10(error) for error in errors) / len(errors)
 

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.std import tqdm
 
-from unilip import adapters, sampling
+from unilip import adapters, sampling, shapes
 from unilip.checkpoints import read, write
 from unilip.checkpoints.tokenizer import load_tokenizer
 from unilip.errors import ImageError, PromptError, UniLIPError, check_choice
@@ -30,16 +30,15 @@ from unilip.fast.loop import BUCKET, Compiled, Settings
 from unilip.fast.offload import Offload, Unmade, empty
 from unilip.fast.quantise import QUANTIZED, check_quantisation, is_quantised, quantise
 from unilip.machine import choose_device
-from unilip.method.config import SOLVERS, UniLIPConfig
+from unilip.method.config import SOLVERS, TOKEN_PIXELS, UniLIPConfig
 from unilip.method.connector import copy_from_llm
 from unilip.method.model import PARTS, Network, Reader
 from unilip.method.text import Message, Processor, Prompt, Tokens
 from unilip.pictures import (
     FITS,
-    MAX_SIDE,
     Fit,
     ImageLike,
-    fit_square,
+    fit_picture,
     load_image,
     tile,
     to_images,
@@ -59,8 +58,10 @@ from unilip.sampling import (
     check_number,
     check_plan,
     check_prompt,
+    draw_noises,
     works,
 )
+from unilip.shapes import Size
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MOST_IMAGES, MOST_TILES, LONGEST_BUCKET = 10_000, 1_000, 65_536
@@ -368,15 +369,20 @@ class UniLIP(Network):
 
     @works
     @torch.no_grad()
-    def encode(self, image: Any, *, fit: Fit = "resize", image_size: int | None = None) -> Tensor:
-        """Return the features (M,N,D) of pictures: what the LLM reads, edits keep, and `decode` draws."""
+    def encode(
+        self, image: Any, *, fit: Fit = "resize", height: int | None = None, width: int | None = None,
+        image_size: int | None = None, max_pixels: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return the features (M,N,D) of pictures: what the LLM reads, edits keep, and `decode` draws.
+
+        N = (height / 28)(width / 28), row by row; the sizes are chosen as in `edit`, one for all pictures.
+        """
         self.require("encoder")
-        size = self._size(image_size)
-        sources = _pictures(image, fit)
+        sources, sizes = self._sources(image, fit, height, width, image_size, max_pixels)
         if not sources:
-            width = self.config.text.hidden_size
-            return torch.empty(0, (size // 28) ** 2, width, device=self.device)
-        return self._features([fit_square(source, size, fit) for source in sources])
+            return torch.empty(0, self.config.num_image_tokens, self.config.text.hidden_size, device=self.device)
+        _check_alike(sizes)
+        return self._features(sources, sizes, fit)
 
     def features(self, pixels: Tensor) -> Tensor:
         """Return the features (M,N,D) of normalised pixels (M,3,H,W), as `pictures.to_pixels` makes them."""
@@ -385,19 +391,28 @@ class UniLIP(Network):
             raise ImageError(f"features takes pixels (M,3,H,W), not {_shape(pixels)}.")
         return sampling.encode(self, self.runtime, pixels.to(self.device))
 
-    def _features(self, squares: Sequence[Image.Image]) -> Tensor:
-        return self.features(to_pixels(squares))
+    def _features(self, sources: Sequence[Image.Image], sizes: Sequence[Size], fit: Fit) -> Tensor:
+        return self.features(to_pixels([fit_picture(s, size, fit) for s, size in zip(sources, sizes, strict=True)]))
 
     @works
     @torch.no_grad()
-    def decode(self, values: Tensor, *, output_type: str = "pil") -> ImageOutput:
-        """Draw features (M,N,D), or latents (M,Z,h,w) in the diffusion transformer's scale."""
+    def decode(self, values: Tensor, *, height: int | None = None, output_type: str = "pil") -> ImageOutput:
+        """Draw features (M,N,D), or latents (M,Z,h,w) in the diffusion transformer's scale.
+
+        `height` in pixels, a multiple of 28, belongs to features of pictures that were not square.
+        """
         latents = isinstance(values, Tensor) and values.dim() == 4
         self.require("pixel_decoder", *(() if latents else ("latent_head",)))
         _check_output(output_type)
-        self._check_latent(values) if latents else self._check_features(values)
+        rows = None
+        if height is not None:
+            rows, rest = divmod(check_number("height", height, TOKEN_PIXELS, whole=True), TOKEN_PIXELS)
+            if latents or rest:
+                why = "latents know their shape" if latents else f"it must be a multiple of {TOKEN_PIXELS}"
+                raise UniLIPError(f"height is {height}, but {why}.")
+        self._check_latent(values) if latents else self._check_features(values, rows)
         values = values.to(self.device)
-        return ImageOutput(self._output(values if latents else self._latent(values), output_type))
+        return ImageOutput(self._output(values if latents else self._latent(values, rows), output_type))
 
     def to_latent(self, features: Tensor, height: int | None = None) -> Tensor:
         """Return the latent (M,Z,h,w) in the diffusion transformer's scale, float32, of features (M,N,D)."""
@@ -406,11 +421,11 @@ class UniLIP(Network):
         with self.runtime.using("latent_head"):
             return super().to_latent(features, height)
 
-    def _latent(self, features: Tensor) -> Tensor:
+    def _latent(self, features: Tensor, rows: int | None = None) -> Tensor:
         """Do what `to_latent` does, and look at the result, for which training does not wait."""
         with self.runtime.using("latent_head"):
             dtype = next(self.latent_head.parameters()).dtype
-            return sampling.check_finite(self.to_latent(features), "latent_head", dtype)
+            return sampling.check_finite(self.to_latent(features, rows), "latent_head", dtype)
 
     def from_latent(self, latent: Tensor, decode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return pixels (M,3,H,W) in [0,1] of latents (M,Z,h,w) in the diffusion transformer's scale."""
@@ -459,6 +474,8 @@ class UniLIP(Network):
         generator: Generators = None,
         solver: str | None = None,
         preset: str = "quality",
+        height: int | None = None,
+        width: int | None = None,
         image_size: int | None = None,
         latents: Tensor | None = None,
         plan: bool | str = "auto",
@@ -479,7 +496,8 @@ class UniLIP(Network):
             preset: "quality" samples as published; "balanced" and "fast" save evaluations for a part of the quality;
                 "turbo" draws in a few jumps, with a model that was trained for them, and without guidance. What is
                 given besides (steps, solver) counts more than the preset.
-            image_size: square size in pixels, a multiple of 28; the model's own by default.
+            height, width: in pixels, rounded to multiples of 28; of one alone, a square; the model's own by default.
+            image_size: both of them, a multiple of 28.
             latents: noise (B,Z,h,w) to begin with, one for each picture, in place of what `generator` would draw.
             plan: let the language model write the prompt out, and draw that (thinking before drawing); the result's
                 `plans` say what was drawn. "auto" does so where the model was trained for it (`config.sampling.plan`).
@@ -497,17 +515,20 @@ class UniLIP(Network):
         generator, progress = check_generator(generator), check_progress(progress)
         _check_output(output_type)
         self.require("mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
-        processor = self._processor(image_size)
-        negatives, noise = _negatives(negative_prompt, len(prompts), settings), _noise(latents)
+        side, processor = self.config.image_size, self._processor()
+        size = shapes.targets([(side, side)], side, **_sides(self.config, height, width, image_size))[0]
+        negatives, on_step = _negatives(negative_prompt, len(prompts), settings), self._step(callback_on_step_end)
+        latents = _noise(latents)
         if not prompts:
             return ImageOutput([])
         processor.tokenize([processor.generate_text(text) for text in prompts])  # complains before anything is computed
+        noise = torch.stack(self._noises([size] * (len(prompts) * copies), generator, latents))
         plans: tuple[str, ...] = ()
         if plan is True or (plan == "auto" and self.config.sampling.plan):
             plans = tuple(sampling.write_out(self, self.runtime, processor, prompts))
         latents = sampling.draw(
-            self, self.runtime, processor, plans or prompts, settings, negatives=negatives, copies=copies,
-            generator=generator, noise=noise, on_step=self._step(callback_on_step_end), progress=progress,
+            self, self.runtime, processor, plans or prompts, settings, noise, negatives=negatives, on_step=on_step,
+            progress=progress,
         )  # fmt: skip
         return ImageOutput(self._output(latents, output_type), plans)
 
@@ -527,7 +548,10 @@ class UniLIP(Network):
         preset: str = "quality",
         fit: Fit = "resize",
         keep_aspect: bool = False,
+        height: int | None = None,
+        width: int | None = None,
         image_size: int | None = None,
+        max_pixels: int | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
@@ -538,9 +562,14 @@ class UniLIP(Network):
         Args:
             image: the source picture(s), any size and mode; batches (B,3,H,W) and (B,H,W,3) too.
             prompt: the instruction(s). One instruction may serve several images, and the other way round.
-            fit: how a source becomes the model's square: "resize" stretches it, "crop" keeps its centre, "pad" adds a
-                white border.
-            keep_aspect: return Pillow pictures at the source's aspect ratio (undoes "resize" and "pad").
+            fit: how a source gets its size: "resize" stretches it, "crop" keeps its centre, "pad" adds a white border;
+                the last two make a square where no size is given.
+            keep_aspect: return Pillow pictures at the source's exact aspect ratio (undoes "resize" and "pad").
+            height, width: in pixels, rounded to multiples of 28; the other of one alone follows the source's shape. By
+                default a picture keeps its source's shape, as far as multiples of 28 do, and has about as many pixels
+                as the model's own square. Sources that differ in shape are drawn one shape after the other.
+            image_size: both of them, a multiple of 28.
+            max_pixels: of a picture that keeps its source's shape, in place of the model's own number.
 
         The other arguments are those of `generate`.
         """
@@ -550,9 +579,8 @@ class UniLIP(Network):
         generator, progress = check_generator(generator), check_progress(progress)
         _check_output(output_type, keep_aspect)
         self.require("encoder", "mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
-        processor = self._processor(image_size)
-        noise = _noise(latents)
-        sources = _pictures(image, fit)
+        processor, on_step, latents = self._processor(), self._step(callback_on_step_end), _noise(latents)
+        sources, sizes = self._sources(image, fit, height, width, image_size, max_pixels)
         if not sources or not prompts:
             return ImageOutput([])
         if len(sources) != len(prompts) and 1 not in (len(sources), len(prompts)):
@@ -562,16 +590,30 @@ class UniLIP(Network):
         count = max(len(sources), len(prompts))
         negatives = _negatives(negative_prompt, count, settings)
         source_of = list(range(count)) if len(sources) == count else [0] * count
-        latents = sampling.draw(
-            self, self.runtime, processor, prompts * count if len(prompts) == 1 else prompts, settings,
-            features=self._features([fit_square(source, processor.image_size, fit) for source in sources]),
-            source_of=source_of, negatives=negatives, copies=copies, generator=generator, noise=noise,
-            on_step=self._step(callback_on_step_end), progress=progress,
-        )  # fmt: skip
-        images = self._output(latents, output_type)
+        prompts = prompts * count if len(prompts) == 1 else prompts
+        if output_type != "pil" or latents is not None:
+            _check_alike(sizes)
+        for size in set(sizes):  # complains before anything is computed
+            processor.tokenize([processor.edit_text(text, shapes.cells(size)) for text in (*prompts, *negatives)])
+        wanted = [sizes[source] for source in source_of for _ in range(copies)]
+        noises = self._noises(wanted, generator, latents)
+
+        def draw(size: Size, places: list[int]) -> Any:
+            own = [place // copies for place in places[::copies]]
+            used = sorted({source_of[i] for i in own})
+            latents = sampling.draw(
+                self, self.runtime, processor, [prompts[i] for i in own], settings,
+                torch.stack([noises[place] for place in places]),
+                features=self._features([sources[i] for i in used], [size] * len(used), fit),
+                source_of=[used.index(source_of[i]) for i in own], negatives=[negatives[i] for i in own],
+                on_step=on_step, progress=progress,
+            )  # fmt: skip
+            return self._output(latents, output_type)
+
+        images = _by_shape(wanted, draw)
         if keep_aspect:
-            sizes = [sources[source].size for source in source_of for _ in range(copies)]
-            images = [unfit_square(picture, size, fit) for picture, size in zip(images, sizes, strict=True)]
+            found = [sources[source].size for source in source_of for _ in range(copies)]
+            images = [unfit_square(picture, size, fit) for picture, size in zip(images, found, strict=True)]
         return ImageOutput(images)
 
     @works
@@ -582,21 +624,30 @@ class UniLIP(Network):
         *,
         fit: Fit = "resize",
         keep_aspect: bool = False,
+        height: int | None = None,
+        width: int | None = None,
         image_size: int | None = None,
+        max_pixels: int | None = None,
         output_type: str = "pil",
     ) -> ImageOutput:
         """Encode pictures to features and draw them again; what is lost is what the encoder does not know.
 
-        `output_type` "latent" gives the latent (B,Z,h,w) in the diffusion transformer's scale.
+        The sizes are chosen as in `edit`. `output_type` "latent" gives the latent (B,Z,h,w) in the diffusion
+        transformer's scale.
         """
         _check_output(output_type, keep_aspect)
         self.require("encoder", "latent_head", *(() if output_type == "latent" else ("pixel_decoder",)))
-        size = self._size(image_size)
-        sources = _pictures(image, fit)
+        sources, sizes = self._sources(image, fit, height, width, image_size, max_pixels)
         if not sources:
             return ImageOutput([])
-        features = self._features([fit_square(source, size, fit) for source in sources])
-        images = self._output(self._latent(features), output_type)
+        if output_type != "pil":
+            _check_alike(sizes)
+
+        def draw(size: Size, places: list[int]) -> Any:
+            features = self._features([sources[i] for i in places], [size] * len(places), fit)
+            return self._output(self._latent(features, shapes.rows(size)), output_type)
+
+        images = _by_shape(sizes, draw)
         if keep_aspect:
             images = [unfit_square(picture, source.size, fit) for picture, source in zip(images, sources, strict=True)]
         return ImageOutput(images)
@@ -674,8 +725,8 @@ class UniLIP(Network):
             texts.append(processor.chat_text(turns))
         processor.tokenize(texts)  # complains before anything is computed
         columns = sampling.answer(
-            self, self.runtime, processor, texts, self._features(squares) if squares else None, max_new_tokens=most,
-            temperature=temperature, top_p=top_p, generator=chosen,
+            self, self.runtime, processor, texts, self.features(to_pixels(squares)) if squares else None,
+            max_new_tokens=most, temperature=temperature, top_p=top_p, generator=chosen,
         )  # fmt: skip
         answers = [TextStream(processor, most) for _ in texts]
         if stream:
@@ -712,18 +763,31 @@ class UniLIP(Network):
         if not isinstance(latent, Tensor) or latent.dim() != 4 or latent.shape[1] != channels:
             raise UniLIPError(f"Latents are (M,{channels},h,w), not {_shape(latent)}.")
 
-    def _processor(self, image_size: int | None = None) -> Processor:
+    def _processor(self) -> Processor:
         if self.processor is None:
             raise UniLIPError(
                 "This model has no tokenizer; put the tokenizer files beside the checkpoint and load it again."
             )
-        return self.processor.resized(self._size(image_size))
+        return self.processor
 
-    def _size(self, image_size: int | None) -> int:
-        if image_size is None:
-            return self.config.image_size
-        size = check_number("image_size", image_size, -math.inf, MAX_SIDE, whole=True)
-        return self.config.replace(image_size=size).image_size
+    def _sources(
+        self, image: Any, fit: Fit, height: Any, width: Any, image_size: Any, max_pixels: Any
+    ) -> tuple[list[Image.Image], list[Size]]:
+        """Load pictures, and say at which size each is read."""
+        given = _sides(self.config, height, width, image_size) | {"max_pixels": max_pixels}
+        side, sources = self.config.image_size, _pictures(image, fit)
+        shapes.targets([(side, side)], side, **given)  # complains where there is no picture, too
+        return sources, shapes.targets([s.size if fit == "resize" else (side, side) for s in sources], side, **given)
+
+    def _noises(self, sizes: Sequence[Size], generator: Any, given: Tensor | None) -> list[Tensor]:
+        """Draw the noise of each picture; or take what is given, for pictures of one size."""
+        channels = self.config.dit.latent_channels
+        wanted = [(channels, shapes.rows(size), size[0] // TOKEN_PIXELS) for size in sizes]
+        if given is None:
+            return draw_noises(wanted, generator)
+        if tuple(given.shape) != (expected := (len(wanted), *wanted[0])):
+            raise UniLIPError(f"latents are {list(given.shape)}; noise for these pictures is {list(expected)}.")
+        return list(given.float())
 
     def _settings(self, preset: str, steps: int | None, guidance: float | None, solver: str | None) -> Settings:
         if steps is not None:
@@ -835,6 +899,33 @@ def _pictures(value: Any, fit: str = "resize") -> list[Image.Image]:
         value = value.images
     batch = isinstance(value, (Tensor, np.ndarray)) and value.ndim == 4
     return [load_image(image) for image in (list(value) if batch else _as_list(value))]
+
+
+def _sides(config: UniLIPConfig, height: Any, width: Any, image_size: Any) -> dict[str, Any]:
+    """Take the side of a square as both sides."""
+    if image_size is None:
+        return {"height": height, "width": width}
+    if height is not None or width is not None:
+        raise UniLIPError("Give either image_size, for a square, or height and width.")
+    side = shapes.number("image_size", image_size, TOKEN_PIXELS, shapes.MAX_DRAWN_SIDE)
+    config.replace(image_size=side)  # a multiple of 28
+    return {"height": side, "width": side}
+
+
+def _check_alike(sizes: Sequence[Size]) -> None:
+    if len(found := shapes.grouped(sizes)) > 1:
+        named = ", ".join(f"{width}x{height}" for width, height in found)
+        raise ImageError(f"One tensor cannot hold pictures of {named} px; give height and width, or a picture a call.")
+
+
+def _by_shape(sizes: Sequence[Size], draw: Callable[[Size, list[int]], Any]) -> Any:
+    """Draw pictures of one size after the other, and put them in order; of one size alone, as they are."""
+    groups = shapes.grouped(sizes)
+    made = {size: draw(size, places) for size, places in groups.items()}
+    if len(groups) == 1:
+        return made[sizes[0]]
+    images = {place: image for size, places in groups.items() for place, image in zip(places, made[size], strict=True)}
+    return [images[place] for place in range(len(sizes))]
 
 
 def _shape(values: Any) -> str:

@@ -171,39 +171,44 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# --- squares --------------------------------------------------------------------------------------------------------
+# --- shapes --------------------------------------------------------------------------------------------------------
 
 
 def fit_square(image: Image.Image, size: int, fit: Fit = "resize") -> Image.Image:
-    """Make an RGB picture `size` x `size`: "resize" stretches, "crop" keeps the centre, "pad" adds a white border."""
+    """Make an RGB picture `size` x `size`; see `fit_picture`."""
+    return fit_picture(image, (size, size), fit)
+
+
+def fit_picture(image: Image.Image, size: tuple[int, int], fit: Fit = "resize") -> Image.Image:
+    """Give an RGB picture a size (width, height): "resize" stretches, "crop" keeps the centre, "pad" adds white."""
     if fit not in FITS:
         raise ImageError(f"There is no way to fit an image called {fit!r}; allowed: {', '.join(FITS)}.")
     if fit == "crop":
-        return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        return ImageOps.fit(image, size, Image.Resampling.BICUBIC)
     if fit == "pad":
         left, top, right, bottom = _inner_box(image.size, size)
-        square = Image.new("RGB", (size, size), "white")
-        square.paste(image.resize((right - left, bottom - top), Image.Resampling.BICUBIC), (left, top))
-        return square
-    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+        framed = Image.new("RGB", size, "white")
+        framed.paste(image.resize((right - left, bottom - top), Image.Resampling.BICUBIC), (left, top))
+        return framed
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _inner_box(size: tuple[int, int], side: int) -> tuple[int, int, int, int]:
-    """Return the centred box (left, top, right, bottom) of a picture of `size` scaled to fit a square of `side` px."""
-    longest = max(size)
-    width, height = (max(1, round(length * side / longest)) for length in size)
-    left, top = (side - width) // 2, (side - height) // 2
+def _inner_box(size: tuple[int, int], frame: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return the centred box (left, top, right, bottom) of a picture of `size` scaled to fit into a frame."""
+    share, whole = min(((f, s) for f, s in zip(frame, size, strict=True)), key=lambda pair: pair[0] / pair[1])
+    width, height = (max(1, round(length * share / whole)) for length in size)
+    left, top = (frame[0] - width) // 2, (frame[1] - height) // 2
     return left, top, left + width, top + height
 
 
 def unfit_square(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
-    """Undo `fit_square`: return the square picture at the aspect ratio of `size` (width, height), without enlarging it.
+    """Undo `fit_picture`: return the picture at the aspect ratio of `size` (width, height), without enlarging it.
 
-    "resize" stretches back and "pad" cuts the border off; what "crop" removed cannot come back, so it stays square.
+    "resize" stretches back and "pad" cuts the border off; what "crop" removed cannot come back.
     """
-    if fit == "crop" or size[0] == size[1]:
+    if fit == "crop" or size[0] * image.height == size[1] * image.width:
         return image
-    left, top, right, bottom = _inner_box(size, image.width)
+    left, top, right, bottom = _inner_box(size, image.size)
     if fit == "pad":
         return image.crop((left, top, right, bottom))
     return image.resize((right - left, bottom - top), Image.Resampling.BICUBIC)

@@ -248,13 +248,13 @@ class UniLIPPipeline:
             image: the picture(s) to change; without one, pictures are drawn from the words alone.
             negative_prompt: what guidance moves away from, in place of the unconditional prompt, for all or one for
                 each; "" means none.
-            height, width: in pixels: equal, and a multiple of 28. One may be left out; the model's own without either.
+            height, width: in pixels, rounded to multiples of 28; left out, as in `UniLIP.generate` and `UniLIP.edit`.
             num_inference_steps, guidance_scale: the model's own when left out; guidance at or below 1 is off.
             preset: "quality", "balanced", "fast" or "turbo", as of `UniLIP.generate`.
             num_images_per_prompt: pictures of each prompt; the result is ordered prompt by prompt.
             generator: one or a seed, used for the pictures in order, or a list with one for each picture.
             latents: noise (B,Z,h,w) to begin with, in place of what `generator` would draw.
-            fit: how `image` becomes a square: "resize", "crop" or "pad".
+            fit: how `image` gets that size: "resize", "crop" or "pad".
             output_type: "pil", "np" (B,H,W,3), "pt" (B,3,H,W), both in [0,1], or "latent".
             return_dict: False returns a tuple whose first entry are the pictures.
             callback_on_step_end: called as f(pipe, step, timestep, {"latents": ...}) after each step. It may return
@@ -272,8 +272,6 @@ class UniLIPPipeline:
         if not (callback_on_step_end is None or callable(callback_on_step_end)):
             raise UniLIPError(f"callback_on_step_end is {callback_on_step_end!r}; give a function.")
         check_flag("return_dict", return_dict)
-        if height is not None and width is not None and height != width:
-            raise UniLIPError(f"The picture asked for is {width}x{height} px; this model draws squares only.")
 
         def on_step(_: UniLIP, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> Mapping[str, Tensor] | None:
             given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
@@ -284,7 +282,8 @@ class UniLIPPipeline:
 
         settings: dict[str, Any] = {
             "negative_prompt": negative_prompt,
-            "image_size": width if height is None else height,
+            "height": height,
+            "width": width,
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
             "preset": preset,

@@ -25,7 +25,6 @@ from unilip.fast import decoder, loop
 from unilip.fast.dit import prepare
 from unilip.fast.loop import Compiled, Settings
 from unilip.fast.offload import Offload
-from unilip.method.config import TOKEN_PIXELS
 from unilip.method.dit import DiT
 from unilip.method.model import Network
 from unilip.method.text import IMG_CONTEXT, TEXT_END, TURN_END, TURN_START, Message, Processor, Prompt
@@ -221,19 +220,26 @@ def draw_noise(
     A picture's noise depends on its generator's state alone, never on the batch it is drawn in: one generator serves
     the pictures in order, a list holds one for each.
     """
+    draws = draw_noises([shape] * count, generator)
+    return torch.stack(draws) if draws else torch.empty(0, *shape)
+
+
+def draw_noises(
+    shapes: Sequence[Sequence[int]], generator: torch.Generator | Sequence[torch.Generator] | None
+) -> list[Tensor]:
+    """Draw the noise of each of several pictures, whose shapes may differ, as `draw_noise` does."""
     if isinstance(generator, torch.Generator) or generator is None:
-        generators: list[torch.Generator | None] = [generator] * count
+        generators: list[torch.Generator | None] = [generator] * len(shapes)
     else:
         generators = list(generator)
-        if len(generators) != count:
+        if len(generators) != len(shapes):
             raise UniLIPError(
-                f"{len(generators)} generators were given for {count} pictures; give one, or one for each."
+                f"{len(generators)} generators were given for {len(shapes)} pictures; give one, or one for each."
             )
-    draws = [
+    return [
         torch.randn(*shape, generator=g, device="cpu" if g is None else g.device, dtype=torch.float32).cpu()
-        for g in generators
+        for shape, g in zip(shapes, generators, strict=True)
     ]
-    return torch.stack(draws) if draws else torch.empty(0, *shape)
 
 
 def check_finite(values: Tensor, part: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -287,31 +293,27 @@ def draw(
     processor: Processor,
     prompts: Sequence[str],
     settings: Settings,
+    noise: Tensor,
     *,
     features: Tensor | None = None,
     source_of: Sequence[int] = (),
     negatives: Sequence[str | None] | None = None,
-    copies: int = 1,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    noise: Tensor | None = None,
     on_step: OnStep | None = None,
     progress: Progress = True,
 ) -> Tensor:
-    """Draw latents (R,Z,h,w), R = prompts x copies in this order; edits where features (S,N,D) of sources are given.
+    """Draw latents from noise (R,Z,h,w), R a multiple of the prompts, prompt by prompt; edits where there are features.
 
     Args:
+        features: (S,N,D), of the sources that are edited.
         source_of: which source each prompt edits.
         negatives: what guidance moves each prompt away from; None for the unconditional prompt.
-        noise: to begin with, in place of what `generator` would draw.
         on_step: called as f(step, timestep, latents) after each step; may return latents in their place.
     """
     device = next(network.parameters()).device if runtime.offload is None else runtime.offload.device
-    index = torch.arange(len(prompts)).repeat_interleave(copies)
-    grid, channels = processor.image_size // TOKEN_PIXELS, network.config.dit.latent_channels
-    if noise is not None and tuple(noise.shape) != (len(index), channels, grid, grid):
-        expected = [len(index), channels, grid, grid]
-        raise UniLIPError(f"latents are {list(noise.shape)}; noise for these pictures is {expected}.")
-    write = processor.generate_text if features is None else processor.edit_text
+    index = torch.arange(len(prompts)).repeat_interleave(len(noise) // len(prompts))
+    write: Callable[[str | None], Prompt] = processor.generate_text
+    if features is not None:
+        write = functools.partial(processor.edit_text, cells=features.shape[1])
     texts = [write(prompt) for prompt in prompts]
     rows = index
     if features is not None:
@@ -330,7 +332,6 @@ def draw(
     with runtime.using("mllm", "connector"):
         condition, mask = network.condition(tokens, features)
         check_finite(condition, "mllm or connector")
-    noise = draw_noise(len(index), (channels, grid, grid), generator) if noise is None else noise.float()
     with runtime.using("dit"):
         prepared = prepare(network.dit.transformer, condition, mask).select(rows.to(device))
         # a bar alone does not keep the loop from being recorded as one graph

@@ -116,7 +116,7 @@ def explain(error: Exception, verb: str = "") -> tuple[str, int]:
     if isinstance(error, UniLIPError):
         return text, 2
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
-        return "memory ran out; try a smaller --batch-size or --image-size, --dtype bfloat16, or another --device.", 1
+        return "memory ran out; try a smaller --batch-size or picture, --dtype bfloat16, or another --device.", 1
     if isinstance(error, ModuleNotFoundError):
         extra = "serve" if verb in ("serve", "studio") else EXTRAS.get((error.name or "").partition(".")[0])
         how = install(extra) if extra else f"install it with pip install {error.name}"

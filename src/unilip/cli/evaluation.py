@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unilip.cli.options import LOADING, TELLING, Options, Verb, number, whole
+from unilip.cli.options import LOADING, TELLING, Options, Verb, number, pixels, whole
 from unilip.cli.terminal import Report, plural, say
 from unilip.errors import UniLIPError
 from unilip.machine import choose_device
@@ -313,9 +313,12 @@ RUN_CHANGES: dict[str, dict[str, Any]] = {
     "--output": dict(metavar="DIR", help="the run's folder; a rerun goes on where one stopped (eval-NAME)"),
     "--batch-size": dict(default=8, help="how many at once: speed and memory (8)"),
     "--count": dict(help="only the first N, in the file's order (all)"),
+    "--size": dict(
+        type=pixels, dest="image_size", metavar="PX", help="side of the squares, a multiple of 28 (the model's own)"
+    ),
 }
 DRAWN = (
-    "--prompts", "--own-prompts", "--count", "--steps", "--guidance-scale", "--image-size", "--seed", "--no-generate",
+    "--prompts", "--own-prompts", "--count", "--steps", "--guidance-scale", "--size", "--seed", "--no-generate",
     "--ray",
 )  # fmt: skip
 JUDGED = ("--judge", "--judge-model", "--judge-set")

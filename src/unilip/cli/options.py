@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from unilip import shapes
 from unilip.errors import UniLIPError
 from unilip.method.config import QUANTIZATIONS, SAMPLING_PRESETS, SOLVERS, TOKEN_PIXELS
 
@@ -57,6 +58,16 @@ def device_name(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"there is no device {text!r}; allowed: auto, cpu, cuda, cuda:N, mps")
     return text
+
+
+def picture_size(text: str) -> tuple[int, int]:
+    """Read the size of a picture that can be drawn, as it was asked for: 448x336, or 448 for a square."""
+    try:
+        size = shapes.parse(text)
+        shapes.nearest(*size)
+    except UniLIPError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return size
 
 
 def pixels(text: str) -> int:
@@ -124,14 +135,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--batch-size": dict(
         type=whole(1, 4096), default=4, metavar="N", help="how many at once: speed and memory, not results (4)"
     ),
-    "--image-size": dict(
-        type=pixels, metavar="PX", help=f"side of the square, a multiple of {TOKEN_PIXELS} (the model's own)"
+    "--size": dict(
+        type=picture_size, metavar="WxH",
+        help="width and height, or the side of a square; rounded to multiples of 28 (the model's own square)",
     ),
     "--fit": dict(
         choices=("resize", "crop", "pad"), default="resize",
-        help="how a picture becomes square: stretched, its centre cut out, or with a white border (resize)",
+        help="how a picture gets its size: stretched, its centre cut out, or with a white border; the last two make a "
+        "square where no size is given (resize)",
     ),
-    "--keep-aspect": dict(action="store_true", help="give the result the shape of the source again"),
+    "--keep-aspect": dict(action="store_true", help="give the result exactly the shape of the source again"),
     "--prompts": dict(
         metavar="FILE",
         help='a prompt a line, or JSON lines {"prompt": ..., "image": ..., "seed": ...}; - is stdin',
@@ -154,7 +167,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 LOADING = ("--model", "--device", "--dtype")
 SAVING = ("--adapter", "--low-memory", "--quantize")
 SAMPLING = ("--preset", "--steps", "--guidance-scale", "--solver", "--negative-prompt")
-DRAWING = (*SAMPLING, "--num-images", "--batch-size", "--image-size")
+DRAWING = (*SAMPLING, "--num-images", "--batch-size", "--size")
 WRITING = ("--output", "--force", "--no-metadata")
 TELLING = ("--no-progress", "--json", "--debug")
 

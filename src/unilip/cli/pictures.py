@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unilip import __version__
-from unilip.cli.options import DRAWING, LOADING, SAVING, TELLING, WRITING, Options, Verb
+from unilip.cli.options import DRAWING, LOADING, SAVING, TELLING, WRITING, Options, Verb, whole
 from unilip.cli.terminal import (
     Destination,
     Report,
@@ -21,12 +21,23 @@ from unilip.cli.terminal import (
     sampling,
     say,
     seeded,
+    sides,
     slug,
 )
+from unilip.method.config import TOKEN_PIXELS
+from unilip.shapes import MAX_DRAWN
 
 if TYPE_CHECKING:
     from unilip.model import ImageOutput, UniLIP
 
+SHAPED: dict[str, dict[str, Any]] = {
+    "--size": dict(help="width and height, or the side of a square; rounded to multiples of 28 (the source's shape)"),
+    "--max-pixels": dict(
+        type=whole(TOKEN_PIXELS**2, MAX_DRAWN), default=None, metavar="N",
+        help="pixels of a picture that keeps its source's shape (as many as the model's own square has)",
+    ),
+}  # fmt: skip
+SHAPING = ("--max-pixels", "--fit", "--keep-aspect")
 ANSWERING = ("--max-new-tokens", "--temperature", "--top-p", "--max-tiles")
 
 
@@ -89,8 +100,9 @@ def each_image(o: Options, found: Sequence[Request]) -> list[Request]:
     return [Request(r.text, r.image, r.seed + i) for r in found for i in range(o.num_images)]
 
 
-def check_negative(o: Options) -> None:
-    """Complain about a negative prompt before the model is loaded."""
+def check_drawing(o: Options) -> None:
+    """Complain about a negative prompt, or about two sizes, before the model is loaded."""
+    sides(o)
     if o.negative_prompt is not None:
         from unilip.sampling import check_prompt
 
@@ -101,7 +113,7 @@ def generate(o: Options) -> int:
     """Draw pictures from words."""
     report = Report(o, "generate")
     work = each_image(o, requests(o, "prompt", "never"))
-    check_negative(o)
+    check_drawing(o)
     out = Destination(o.output, o.force, len(work))
     model = load(o, "mllm", "connector", "dit", "pixel_decoder")
 
@@ -118,7 +130,7 @@ def edit(o: Options) -> int:
     """Change pictures as told."""
     report = Report(o, "edit")
     work = each_image(o, requests(o, "instruction", "always"))
-    check_negative(o)
+    check_drawing(o)
     out = Destination(o.output, o.force, len(work))
     model = load(o, "encoder", "mllm", "connector", "dit", "pixel_decoder")
 
@@ -127,7 +139,7 @@ def edit(o: Options) -> int:
         return model.edit(
             sources, [r.text for r in batch], generator=[seeded(r.seed) for r in batch],
             progress=bar_of_steps(o, work),
-            fit=o.fit, keep_aspect=o.keep_aspect, **settings,  # type: ignore[arg-type]
+            fit=o.fit, keep_aspect=o.keep_aspect, **settings,
         )  # fmt: skip
 
     return paint(o, report, model, work, out, draw)
@@ -136,29 +148,28 @@ def edit(o: Options) -> int:
 def reconstruct(o: Options) -> int:
     """Encode pictures and draw them again from their features."""
     report = Report(o, "reconstruct")
-    from unilip.pictures import fit_square, load_image, unfit_square
+    from unilip.pictures import fit_picture, load_image, unfit_square
 
     for word in o.words:
         load_image(word)
+    size = sides(o)
     out = Destination(o.output, o.force, len(o.words))
     model = load(o, "encoder", "latent_head", "pixel_decoder")
     from unilip.pictures import picture_psnr
 
-    size = o.image_size or model.config.image_size
     about = describe_model(o, model)
-    report.record |= {**about, "settings": {"image_size": size, "fit": o.fit, "keep_aspect": o.keep_aspect}}
+    report.record |= {**about, "settings": {**size, "fit": o.fit, "keep_aspect": o.keep_aspect}}
     report.loaded()
     made = []
     for batch in shown(o, o.words):
         sources = [load_image(word) for word in batch]
-        squares = [fit_square(source, size, o.fit) for source in sources]  # type: ignore[arg-type]
-        for word, source, square, image in zip(
-            batch, sources, squares, model.reconstruct(squares, image_size=size).images, strict=True
-        ):
-            same = square.tobytes() == image.tobytes()
-            score = None if same else round(picture_psnr(square, image), 3)
+        drawn = model.reconstruct(sources, fit=o.fit, **size).images
+        for word, source, image in zip(batch, sources, drawn, strict=True):
+            seen = fit_picture(source, image.size, o.fit)
+            same = seen.tobytes() == image.tobytes()
+            score = None if same else round(picture_psnr(seen, image), 3)
             texts = {"Software": f"unilip {__version__}", "model": about["model"], "image": word} if o.metadata else {}
-            shaped = unfit_square(image, source.size, o.fit) if o.keep_aspect else image  # type: ignore[arg-type]
+            shaped = unfit_square(image, source.size, o.fit) if o.keep_aspect else image
             path = out.write(shaped, out.name(Path(word).stem, "reconstructed"), texts)
             made.append({"path": str(path), "image": word, "psnr": score, "equal": same})
             report.line(str(path))
@@ -234,20 +245,9 @@ VERBS: dict[str, Verb] = {
         "Change pictures as told. One instruction is followed on every image.",
         'unilip edit car.png "change the color of the car to blue"\n'
         'unilip edit wide.jpg "change the background to pink" --fit pad --keep-aspect --output pink.png',
-        (
-            "--prompts",
-            *DRAWING,
-            "--fit",
-            "--keep-aspect",
-            "--seed",
-            *WRITING,
-            *LOADING,
-            *SAVING,
-            "--decoder",
-            "--compile",
-            *TELLING,
-        ),
+        ("--prompts", *DRAWING, *SHAPING, "--seed", *WRITING, *LOADING, *SAVING, "--decoder", "--compile", *TELLING),
         (0, math.inf),
+        SHAPED,
     ),
     "ask": Verb(
         ask,
@@ -263,7 +263,8 @@ VERBS: dict[str, Verb] = {
         "[OPTIONS] IMAGE [IMAGE ...]",
         "Encode pictures to CLIP features and draw them again. What is lost is what the encoder does not know.",
         "unilip reconstruct photo.jpg --output again.png",
-        ("--batch-size", "--image-size", "--fit", "--keep-aspect", *WRITING, *LOADING, *SAVING, "--decoder", *TELLING),
+        ("--batch-size", "--size", *SHAPING, *WRITING, *LOADING, *SAVING, *TELLING),
         (1, math.inf),
+        SHAPED,
     ),
 }

@@ -328,8 +328,20 @@ def sampling(o: Options, model: UniLIP) -> dict[str, Any]:
         "guidance_scale": settings.guidance_scale,
         "solver": settings.solver,
         "negative_prompt": o.negative_prompt,
-        "image_size": o.image_size or model.config.image_size,
+        **sides(o),
     }
+
+
+def sides(o: Options) -> dict[str, Any]:
+    """The size of pictures, as the model takes it; what is rounded is said, once."""
+    from unilip.shapes import drawn
+
+    most = getattr(o, "max_pixels", None)
+    if o.size and most:
+        raise UniLIPError("Give either --size or --max-pixels: a size needs no limit.")
+    o.size = drawn(*o.size) if o.size else None
+    width, height = o.size or (None, None)
+    return {"width": width, "height": height} | ({"max_pixels": most} if most else {})
 
 
 def batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:

@@ -188,11 +188,11 @@ class SamplingConfig:
 class UniLIPConfig:
     """Everything needed to build a UniLIP model without its weights.
 
-    `image_size` is the square size in pixels that the model reads and draws. Latents enter the diffusion transformer
-    as `(latent - latent_mean) * latent_factor`; both are a number or one number per channel. `name` is free text
-    shown by `unilip info`. `condition` and `substitute_features` are for ablations; released models have the defaults:
-    the DiT sees the hidden states of the prompt and of the queries ("dual"), and in edits the connector reads the
-    encoder's own features in place of the hidden states of the source picture.
+    `image_size` is the model's own square in pixels; other shapes have about as many of them. Latents enter the
+    diffusion transformer as `(latent - latent_mean) * latent_factor`; both are a number or one number per channel.
+    `name` is free text shown by `unilip info`. `condition` and `substitute_features` are for ablations; released models
+    have the defaults: the DiT sees the hidden states of the prompt and of the queries ("dual"), and in edits the
+    connector reads the encoder's own features in place of the hidden states of the source picture.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -238,12 +238,12 @@ class UniLIPConfig:
 
     @property
     def grid(self) -> int:
-        """Image tokens along one side."""
+        """Image tokens along one side of the model's own square."""
         return self.image_size // TOKEN_PIXELS
 
     @property
     def num_image_tokens(self) -> int:
-        """Image tokens of one picture, N."""
+        """Image tokens of the model's own square, N."""
         return self.grid**2
 
     def replace(self, **changes: Any) -> UniLIPConfig:

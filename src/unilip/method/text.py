@@ -82,17 +82,11 @@ class Processor:
     def _special(self, name: str) -> int:
         return cast(int, self.tokenizer.token_id(name))
 
-    def resized(self, image_size: int | None) -> Processor:
-        """Return a processor for another square size in pixels (a multiple of 28), or itself for None."""
-        if image_size is None or image_size == self.image_size:
-            return self
-        return Processor(self.tokenizer, self.config.replace(image_size=image_size))
-
     # --- prompts (no system turn) ---
 
-    def image(self, squares: int = 1) -> Prompt:
-        """Return what stands for one picture: start, N context slots for each of its squares, end."""
-        slots = (self.image_id,) * (self.num_image_tokens * squares)
+    def image(self, cells: int | None = None) -> Prompt:
+        """Return what stands for one picture: start, a context slot for each of its tokens (those of a square), end."""
+        slots = (self.image_id,) * (cells or self.num_image_tokens)
         return (self._special(IMG_START), *slots, self._special(IMG_END))
 
     def _turn(self, role: str, *content: str | int) -> Prompt:
@@ -106,17 +100,18 @@ class Processor:
         """Return the generation prompt; None gives the unconditional one."""
         return self._request("Generate an image." if prompt is None else f"Generate an image: {prompt}")
 
-    def edit_text(self, instruction: str | None) -> Prompt:
-        """Return the editing prompt with slots for the source picture; None gives the unconditional one."""
+    def edit_text(self, instruction: str | None, cells: int | None = None) -> Prompt:
+        """Return the editing prompt for a source of so many image tokens; None gives the unconditional one."""
         head = "Edit the image." if instruction is None else f"Edit the image: {instruction}"
-        return self._request(f"{head}\n", *self.image())
+        return self._request(f"{head}\n", *self.image(cells))
 
     def chat_text(self, messages: Sequence[Message], *, open_turn: bool = True) -> Prompt:
         """Return a conversation in the chat template, ending with an open assistant turn unless told otherwise."""
         parts: list[str | int] = []
         for message in messages:
             check_choice("role of a message", message.role, ("user", "assistant"), PromptError)
-            images = [part for squares in message.squares for part in (*self.image(squares), "\n")]
+            cells = [self.num_image_tokens * squares for squares in message.squares]
+            images = [part for count in cells for part in (*self.image(count), "\n")]
             parts += self._turn(message.role, *images, message.text)
         return (*parts, *((self._special(TURN_START), "assistant\n") if open_turn else ()))
 

@@ -58,10 +58,11 @@ from unilip.serve.jobs import (
     Result,
 )
 from unilip.serve.metrics import CONTENT_TYPE, Metrics
-from unilip.serve.pictures import FORMATS, decode, decode_mask, encode, outside_kept
+from unilip.serve.pictures import FORMATS, decode, decode_mask, encode, outside_kept, sized
 from unilip.serve.problems import JSON, Trouble, dumps, trouble, validation
 from unilip.serve.store import Store
 from unilip.serve.tickets import Ticket
+from unilip.shapes import cells
 
 logger = logging.getLogger(__name__)
 
@@ -300,7 +301,8 @@ def _routes(app: FastAPI, server: _Server) -> None:
         body = server.parse(schema.Reconstructions, fields)
         sources = [data for _, data in files]
         images, _ = await server.in_time(request, body, server.decoders, server.decoded, sources, [], body)
-        jobs = [Reconstruct(i, body.image_size, fit=body.fit, keep_aspect=body.keep_aspect) for i in images]
+        size = schema.size_of(body.size)
+        jobs = [Reconstruct(i, size, body.image_size, fit=body.fit, keep_aspect=body.keep_aspect) for i in images]
         return await server.pictures(request, body, jobs, "image_reconstruction")
 
     @app.post(
@@ -446,6 +448,7 @@ class _Server:
             "solver": body.solver,
             "preset": body.preset or "quality",
             "negative_prompt": body.negative_prompt,
+            "size": schema.size_of(body.size),
             "image_size": body.image_size,
             "partials": (body.partial_images or 0) if getattr(body, "stream", False) else 0,
         }
@@ -660,12 +663,9 @@ class _Server:
         about: Mapping[str, Any] | None = None,
     ) -> tuple[bytes, str]:
         """Return the file of a picture of the ticket `number`, at the size that was asked for, and that size."""
-        side = schema.side_of(getattr(body, "size", None))
-        shaped = image if after is None else after(number, image)
-        if side is not None and max(shaped.size) != side:
-            scale = side / max(shaped.size)
-            size = (max(1, round(shaped.width * scale)), max(1, round(shaped.height * scale)))
-            shaped = shaped.resize(size, Image.Resampling.BICUBIC)
+        wanted, shaped = schema.size_of(body.size), image if after is None else after(number, image)
+        if wanted is not None:
+            shaped = sized(shaped, wanted, after is not None or bool(getattr(body, "keep_aspect", False)))
         quality = 95 if body.output_compression is None else body.output_compression
         return encode(shaped, body.output_format, quality, about), f"{shaped.width}x{shaped.height}"
 
@@ -685,7 +685,7 @@ class _Server:
                 entry: dict[str, Any] = {}
                 if result.seeds:
                     entry["seed"] = about["seed"] = result.seeds[i]
-                    names = ("num_inference_steps", "guidance_scale", "solver", "preset", "image_size")
+                    names = ("num_inference_steps", "guidance_scale", "solver", "preset", "width", "height")
                     about |= {name: result.settings[name] for name in names}
                 if result.plan is not None:
                     entry["plan"] = about["plan"] = result.plan
@@ -706,7 +706,7 @@ class _Server:
         grid = 0
         read = looked = 0
         for ticket, result in zip(tickets, results, strict=True):
-            own = (int(result.settings["image_size"]) // 28) ** 2
+            own = cells((result.settings["width"], result.settings["height"]))
             grid += own * len(result.images)
             seen = 0 if ticket.verb == "generate" else own
             looked += seen
@@ -760,7 +760,7 @@ class _Server:
         if found.verb == "generate":
             jobs: list[Job] = [Generate(found.text, **common)]
         elif found.verb == "edit":
-            keep = schema.side_of(body.size) is None
+            keep = schema.size_of(body.size) is None
             jobs = [Edit(image, found.text, keep_aspect=keep, **common) for image in found.pictures]
         else:
             jobs = [dataclasses.replace(found.ask, max_new_tokens=self.answer_length(body), lower=True)]

@@ -1,6 +1,6 @@
 """Everything that can be wrong with a job is found here, before it is queued, and without the model's weights.
 
-In:  a job. Out: its units, ready for a batch (pictures already cut to the model's squares), or a `UniLIPError`.
+In:  a job. Out: its units, ready for a batch (pictures already of the size to be read), or a `UniLIPError`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from typing import Any
 
 from PIL import Image
 
+from unilip import shapes
 from unilip.errors import PromptError, UniLIPError
 from unilip.fast.loop import Settings
 from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
 from unilip.method.text import Message, Processor, Prompt
-from unilip.pictures import FITS, fit_square, load_image, tile
+from unilip.pictures import FITS, fit_picture, load_image, tile
 from unilip.sampling import MAX_PROMPT_CHARACTERS, check_negative, check_plan, check_prompt
 from unilip.serve.jobs import MAX_SEED, Ask, Edit, Generate, Job, Reconstruct
 from unilip.serve.tickets import Ticket, Unit
+from unilip.shapes import Size
 
 TINY = 1e-6  # a temperature below is greedy, as its limit is; dividing by it would overflow
 VERBS = ("generate", "edit", "reconstruct", "ask")
@@ -39,7 +41,7 @@ NEEDS = {
 class Limits:
     """The most that one job may ask for; whoever asks for more gets a `UniLIPError` that names the limit.
 
-    `image_size` is the largest square drawn, in pixels; None is twice the model's own.
+    `image_size` is the side of the largest square drawn, and squared the most pixels; None is twice the model's own.
     """
 
     count: int = 10
@@ -111,18 +113,21 @@ class Checker:
                 raise UniLIPError(f"The seed is {seed}; it must be at least 0 and below 2**63 - {count}.")
         if isinstance(job, Ask):
             return self._prepare_ask(job, seed, deadline)
-        size = self._check_size(job.image_size)
+        side = self._check_side(job.image_size)
+        source = None if isinstance(job, Generate) else self._check_fit(job)
+        own = source.size if source is not None and getattr(job, "fit", None) == "resize" else (side, side)
+        size = shapes.like(job.size or own, side**2)
         if isinstance(job, Reconstruct):
-            source = self._check_fit(job)
+            assert source is not None
             ticket = Ticket(verb, job, 1, deadline)
-            ticket.settings = {"image_size": size, "fit": job.fit}
-            square = fit_square(source, size, job.fit)
-            return [Unit(ticket, (verb, size), 0, 0, (square,), source.size)]
-        return self._prepare_drawing(job, verb, size, seed, deadline)
+            ticket.settings = {"width": size[0], "height": size[1], "fit": job.fit}
+            return [Unit(ticket, (verb, size), 0, 0, (fit_picture(source, size, job.fit),), source.size)]
+        return self._prepare_drawing(job, verb, source, size, seed, deadline)
 
     def _prepare_drawing(
-        self, job: Generate | Edit, verb: str, size: int, seed: int, deadline: float | None
-    ) -> list[Unit]:
+        self, job: Generate | Edit, verb: str, source: Image.Image | None, size: Size, seed: int,
+        deadline: float | None,
+    ) -> list[Unit]:  # fmt: skip
         given: dict[str, Any] = {
             "num_inference_steps": job.steps,
             "guidance_scale": job.guidance_scale,
@@ -137,15 +142,18 @@ class Checker:
         words = "prompt" if isinstance(job, Generate) else "instruction"
         text = check_prompt(job.prompt, words)
         negative = check_negative(job.negative_prompt, settings)
-        processor = self._need_processor(size)
-        make = processor.generate_text if isinstance(job, Generate) else processor.edit_text
+        processor = self._need_processor()
+
+        def make(words: str) -> Prompt:
+            edits = source is not None
+            return processor.edit_text(words, shapes.cells(size)) if edits else processor.generate_text(words)
+
         tokens = self._count_tokens(processor, make(text))
         if negative is not None:
             self._count_tokens(processor, make(negative))
-        square, source_size, fit = (), (0, 0), None
-        if isinstance(job, Edit):
-            source = self._check_fit(job)
-            square, source_size, fit = (fit_square(source, size, job.fit),), source.size, job.fit  # type: ignore[assignment]
+        read, source_size, fit = (), (0, 0), None
+        if isinstance(job, Edit) and source is not None:
+            read, source_size, fit = (fit_picture(source, size, job.fit),), source.size, job.fit  # type: ignore[assignment]
         ticket = Ticket(verb, job, steps * job.count, deadline)
         ticket.prompt_tokens = tokens
         ticket.settings = {
@@ -154,10 +162,11 @@ class Checker:
             "solver": settings.solver,
             "preset": job.preset,
             "negative_prompt": negative,
-            "image_size": size,
+            "width": size[0],
+            "height": size[1],
         } | ({"plan": check_plan(job.plan)} if isinstance(job, Generate) else {"fit": fit})
         key = (verb, size, steps, guidance, settings.solver, job.preset, negative, ticket.settings.get("plan"))
-        return [Unit(ticket, key, i, seed + i, square, source_size, text) for i in range(job.count)]
+        return [Unit(ticket, key, i, seed + i, read, source_size, text) for i in range(job.count)]
 
     def _prepare_ask(self, job: Ask, seed: int, deadline: float | None) -> list[Unit]:
         limits = self.limits
@@ -174,7 +183,7 @@ class Checker:
         pictures = sum(len(turn.images) for turn in job.history) + len(job.images)
         if pictures > limits.images:
             raise UniLIPError(f"The conversation has {pictures} pictures; at most {limits.images} are read.")
-        processor = self._need_processor(self.config.image_size)
+        processor = self._need_processor()
         squares: list[Image.Image] = []
 
         def cut(images: Sequence[Image.Image]) -> tuple[int, ...]:
@@ -203,7 +212,7 @@ class Checker:
         key: tuple[Hashable, ...] = ("ask",) if job.temperature == 0 else ("ask", id(ticket))
         return [Unit(ticket, key, 0, seed, tuple(squares), text=text)]
 
-    def _check_size(self, size: int | None) -> int:
+    def _check_side(self, size: int | None) -> int:
         most = self.limits.image_size or self.config.image_size
         if size is None:
             return self.config.image_size
@@ -219,11 +228,10 @@ class Checker:
             raise UniLIPError(f"There is no way to fit an image called {job.fit!r}; allowed: {', '.join(FITS)}.")
         return load_image(job.image)
 
-    def _need_processor(self, size: int) -> Processor:
+    def _need_processor(self) -> Processor:
         if self._processor is None:
             raise UniLIPError("This model has no tokenizer; put the tokenizer files beside the checkpoint.")
-        with self._checking:
-            return self._processor.resized(size)
+        return self._processor
 
     def _count_tokens(self, processor: Processor, text: str | Prompt) -> int:
         with self._checking:

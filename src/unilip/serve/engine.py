@@ -256,9 +256,8 @@ class Engine:
         """How many units like this one make a batch."""
         if unit.ticket.verb == "ask":
             return self.max_batch
-        size = unit.key[1]
-        assert isinstance(size, int)
-        return max(1, int(self.max_batch * min(1.0, (self.config.image_size / size) ** 2)))
+        width, height = (unit.ticket.settings[side] for side in ("width", "height"))
+        return max(1, int(self.max_batch * min(1.0, self.config.image_size**2 / (width * height))))
 
     def _take(self) -> list[Unit]:
         """Wait for work; return the oldest unit and those that can share its batch, or nothing at the end."""
@@ -434,7 +433,7 @@ class Engine:
 
     def _reconstruct(self, batch: list[Unit]) -> None:
         squares = [unit.squares[0] for unit in batch]
-        images = self.model.reconstruct(squares, image_size=squares[0].width).images
+        images = self.model.reconstruct(squares, width=squares[0].width, height=squares[0].height).images
         for unit, square, image in zip(batch, squares, images, strict=True):
             job = unit.ticket.job
             assert isinstance(job, Reconstruct)

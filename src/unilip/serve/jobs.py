@@ -14,6 +14,7 @@ from PIL import Image
 
 from unilip.errors import UniLIPError
 from unilip.pictures import Fit
+from unilip.shapes import Size
 
 MAX_SEED = 2**63 - 1
 
@@ -69,6 +70,7 @@ class Generate:
     solver: str | None = None
     preset: str = "quality"
     negative_prompt: str | None = None
+    size: Size | None = None
     image_size: int | None = None
     plan: bool | str = "auto"
     partials: int = 0
@@ -76,7 +78,11 @@ class Generate:
 
 @dataclass(frozen=True)
 class Edit:
-    """Change a picture as told, `count` times. `fit` and `keep_aspect` are those of `UniLIP.edit`."""
+    """Change a picture as told, `count` times. `fit` and `keep_aspect` are those of `UniLIP.edit`.
+
+    In all jobs the picture drawn has about the shape of `size` (width, height), else of its source, and about as many
+    pixels as a square of side `image_size`, else of the model's own.
+    """
 
     image: Image.Image
     prompt: str
@@ -87,6 +93,7 @@ class Edit:
     solver: str | None = None
     preset: str = "quality"
     negative_prompt: str | None = None
+    size: Size | None = None
     image_size: int | None = None
     fit: Fit = "resize"
     keep_aspect: bool = False
@@ -98,6 +105,7 @@ class Reconstruct:
     """Encode a picture and draw it again."""
 
     image: Image.Image
+    size: Size | None = None
     image_size: int | None = None
     fit: Fit = "resize"
     keep_aspect: bool = False

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from unilip import __version__
 from unilip.errors import ImageError
@@ -235,10 +235,17 @@ def encode(image: Image.Image, form: str = "png", quality: int = 95, about: Mapp
     return out.getvalue()
 
 
+def sized(image: Image.Image, size: tuple[int, int], keep_aspect: bool) -> Image.Image:
+    """Scale a picture to a size (width, height), or into it."""
+    if keep_aspect:
+        return ImageOps.contain(image, size, Image.Resampling.BICUBIC)
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
 def outside_kept(
     result: Image.Image, source: Image.Image, mask: Image.Image, fit: Any, longest: int = 2048
 ) -> Image.Image:
-    """Return the source with the model's square `result` put where the mask ("L", 255 is inside) allows it.
+    """Return the source with the model's `result` put where the mask ("L", 255 is inside) allows it.
 
     The picture has the source's size, but no side above `longest`; outside the mask its pixels are the source's.
     """

@@ -11,12 +11,13 @@ import difflib
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from unilip.errors import UniLIPError
 from unilip.method.config import SamplingConfig
 from unilip.sampling import MAX_PROMPT_CHARACTERS
 from unilip.serve.jobs import MAX_SEED
+from unilip.shapes import Size
 
 MAX_COUNT = 10
 MAX_OUTPUT_SIDE = 2048
@@ -35,23 +36,27 @@ def steps_of(quality: str | None, sampling: SamplingConfig) -> int:
     return max(1, round(QUALITY[quality or "auto"] * sampling.num_inference_steps))
 
 
-def side_of(size: str | None) -> int | None:
-    """Return the side in pixels that a `size` asks for, None for the model's own.
+def size_of(size: str | None) -> Size | None:
+    """Return the width and height in pixels that a `size` asks for, None for "auto".
 
     Raises:
-        ValueError: not a square, or out of range.
+        ValueError: of another form, or out of range.
     """
     if size in (None, "", "auto"):
         return None
     found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size or "")
     if found is None:
-        raise ValueError('size must be "auto" or look like 512x512')
+        raise ValueError('size must be "auto" or width x height, such as 512x512 or 768x512')
     width, height = int(found[1]), int(found[2])
-    if width != height:
-        raise ValueError(f"this model draws squares; {width}x{height} is none, ask for {height}x{height}")
-    if not 16 <= width <= MAX_OUTPUT_SIDE:
+    if not 16 <= min(width, height) <= max(width, height) <= MAX_OUTPUT_SIDE:
         raise ValueError(f"size must be between 16x16 and {MAX_OUTPUT_SIDE}x{MAX_OUTPUT_SIDE}")
-    return width
+    return width, height
+
+
+def checked_size(size: str) -> str:
+    """Return a `size` as it is, if `size_of` reads it."""
+    size_of(size)
+    return size
 
 
 class Body(BaseModel):
@@ -106,8 +111,8 @@ class Drawing(Body):
     """What requests for pictures share."""
 
     model: str | None = Field(None, max_length=256, description="Any name; there is one model, see /v1/models.")
-    size: str | None = Field(
-        None, max_length=16, description='Of the answer: "auto" (the model\'s own) or a square such as "512x512".'
+    size: Annotated[str, Field(max_length=16), AfterValidator(checked_size)] | None = Field(
+        None, description='Of the answer: "768x512", or "auto" (the model\'s own; the source\'s shape).'
     )
     quality: Quality | None = Field(None, description="Sampling steps as a share of the model's own; see the docs.")
     output_format: Literal["png", "jpeg", "webp"] = "png"
@@ -122,16 +127,12 @@ class Drawing(Body):
         None, description="How many evaluations a picture may cost, instead of `quality`; turbo needs few-step weights."
     )
     negative_prompt: str | None = Field(None, max_length=MAX_PROMPT_CHARACTERS)
-    image_size: int | None = Field(None, ge=28, le=8192, description="Side at which the model draws, in pixels.")
+    image_size: int | None = Field(
+        None, ge=28, le=8192, description="The model draws about as many pixels as a square of this side has."
+    )
     user: str | None = Field(None, max_length=512)
     safety_identifier: str | None = Field(None, max_length=512)
     partial_images: int | None = Field(None, ge=0, le=3, description="How many a stream shows on the way to each.")
-
-    @field_validator("size")
-    @classmethod
-    def _square(cls, value: str | None) -> str | None:
-        side_of(value)
-        return value
 
 
 class Images(Drawing):
@@ -164,14 +165,14 @@ class Generations(Images):
 class Edits(Images):
     """POST /v1/images/edits: the fields beside the files `image` (or `image[]`) and `mask`."""
 
-    fit: Literal["resize", "crop", "pad"] = Field("resize", description="How a picture becomes the model's square.")
+    fit: Literal["resize", "crop", "pad"] = Field("resize", description="How a picture gets the size drawn.")
     keep_aspect: bool | None = Field(None, description="Give the result the shape of its source; so without a `size`.")
     input_fidelity: Literal["low", "high"] | None = None
 
     @property
     def keeps_aspect(self) -> bool:
         """Whether the result has the shape of its source."""
-        return side_of(self.size) is None if self.keep_aspect is None else self.keep_aspect
+        return size_of(self.size) is None if self.keep_aspect is None else self.keep_aspect
 
 
 class Variations(Edits):
@@ -187,6 +188,7 @@ class Reconstructions(Body):
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100)
+    size: Annotated[str, Field(max_length=16), AfterValidator(checked_size)] | None = None
     image_size: int | None = Field(None, ge=28, le=8192)
     fit: Literal["resize", "crop", "pad"] = "resize"
     keep_aspect: bool = False
