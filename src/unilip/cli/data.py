@@ -20,7 +20,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--samples": dict(
         type=whole(1, 2**62), default=1000, metavar="N", help="how many of each kind to read, spread evenly (1000)"
     ),
-    "--ray": dict(type=whole(1, 10_000), metavar="N", help="N Ray workers, here or in the cluster of RAY_ADDRESS"),
 }  # fmt: skip
 
 

@@ -52,7 +52,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--no-generate": dict(
         action="store_false", dest="drawing", help="make no pictures; only score those that are there"
     ),
-    "--ray": dict(type=whole(1, 10_000), metavar="N", help="N Ray workers, here or in the cluster of RAY_ADDRESS"),
     "--judge": dict(metavar="URL", help="an OpenAI-compatible API that judges; its key is in OPENAI_API_KEY"),
     "--judge-model": dict(metavar="NAME", help="the judge's name there"),
     "--judge-set": dict(

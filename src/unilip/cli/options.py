@@ -156,6 +156,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--max-tiles": dict(
         type=whole(1, 64), default=1, metavar="N", help="read large pictures as up to N squares and a thumbnail (1)"
     ),
+    "--ray": dict(type=whole(1, 10_000), metavar="N", help="N Ray workers, here or in the cluster of RAY_ADDRESS"),
     "--no-metadata": dict(
         action="store_false", dest="metadata", help="do not write model, prompt, seed and settings into PNG files"
     ),

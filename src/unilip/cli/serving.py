@@ -178,7 +178,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         type=number(0, 3600), default=30.0, metavar="S", help="seconds to finish accepted requests after SIGTERM (30)"
     ),
     "--no-open": dict(action="store_false", dest="open", help="do not open the page in a browser"),
-    "--ray": dict(type=whole(1, 10_000), metavar="N", help="N Ray workers, here or in the cluster of RAY_ADDRESS"),
     "--max-replicas": dict(type=whole(1, 10_000), metavar="N", help="with --ray, add replicas up to N under load"),
 }  # fmt: skip
 

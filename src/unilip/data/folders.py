@@ -37,7 +37,20 @@ LISTS = ("metadata.jsonl", "metadata.csv")  # of other programs, which say what 
 READ = (".txt", ".json", ".jsonl", ".csv")
 
 
-class Folder:
+class _OneShard:
+    """What a folder and a list share: all their samples are one shard, and nothing has to be fetched."""
+
+    _found: dict[str, list[Any]]
+
+    def counts(self, kind: str) -> list[int]:
+        """Return how many samples of a kind there are."""
+        return [len(self._found[kind])]
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Nothing has to be fetched."""
+
+
+class Folder(_OneShard):
     """The samples of a folder.
 
     Raises DataError: there is no such folder, or it holds no pictures.
@@ -66,7 +79,7 @@ class Folder:
         self._abouts = {stem: p for stem, (p, meaning) in jsons.items() if meaning == "about"}
         stems = {key(p) for p in plain}
         some = any(not stems.isdisjoint(beside) for beside in (self._texts, self._talks, self._abouts))
-        self._found: dict[str, list[Any]] = {
+        self._found = {
             "image": found,
             # where some have a text, one without misses its own
             "caption": [
@@ -86,10 +99,6 @@ class Folder:
         lonely.update(p.suffix.lower() or p.name for p in files if p.suffix.lower() not in (*IMAGE_SUFFIXES, *READ))
         told = ", ".join(f"{what} ({count:,})" for what, count in lonely.most_common(9) if count)
         self.notes = [f"files that no sample has a use for: {told}"] if told else []
-
-    def counts(self, kind: str) -> list[int]:
-        """Return how many samples of a kind there are: one shard."""
-        return [len(self._found[kind])]
 
     def read(self, kind: str, shard: int, place: int) -> Record:
         """Read one sample; raises `Unreadable`."""
@@ -114,9 +123,6 @@ class Folder:
 
     def _text(self, stem: Path, what: str) -> Any:
         return read_bytes(self._texts.get(stem, Path(f"{stem}.txt")), what)
-
-    def expect(self, shards: Sequence[int]) -> None:
-        """Nothing has to be fetched."""
 
     def signature(self) -> str:
         """Return a hash of the names in the folder, and of size and end of its files."""
@@ -155,7 +161,7 @@ def marks(paths: Sequence[Path]) -> list[Any]:
     return found
 
 
-class Lines:
+class Lines(_OneShard):
     """The samples of a JSONL file, or of a JSON list as LLaVA has it. What is no sample of a known kind is named and
     left out.
 
@@ -166,7 +172,7 @@ class Lines:
         self.location, self.file = str(file), file
         self.faults: list[str] = []
         self.notes: list[str] = []
-        self._entries: dict[str, list[Any]] = {kind: [] for kind in KINDS}  # offsets of lines, or entries of the list
+        self._found = {kind: [] for kind in KINDS}  # offsets of lines, or entries of the list
         self._content = hashlib.blake2b(digest_size=12)
         self._pictures: list[Path] = []
         try:
@@ -186,7 +192,7 @@ class Lines:
             raise DataError(f"{file} is no JSON that can be read ({error}).") from error
         except OSError as error:
             raise DataError(f"{file} cannot be read ({error.strerror}).") from error
-        if not any(self._entries.values()):
+        if not any(self._found.values()):
             why = f" ({self.faults[0]})" if self.faults else ""
             raise DataError(
                 f'{file} holds no sample{why}; its lines must be like {{"image": ..., "caption": ...}}, '
@@ -214,7 +220,7 @@ class Lines:
         if not kinds:
             self._leave(name, "no sample of a known kind")
         for kind in kinds:
-            self._entries[kind].append(entry)
+            self._found[kind].append(entry)
         if kinds and len(self._pictures) < MARKED:
             fields = [field for field in ("image", "source", "target") if field in row]
             self._pictures += [self.file.parent / row[field] for field in fields if "\0" not in row[field]]
@@ -223,13 +229,9 @@ class Lines:
         self.faults.append(f"{self.file}, {name}: {why}")
         logger.warning("%s, %s is left out: %s", self.file, name, why)
 
-    def counts(self, kind: str) -> list[int]:
-        """Return how many samples of a kind there are: one shard."""
-        return [len(self._entries[kind])]
-
     def read(self, kind: str, shard: int, place: int) -> Record:
         """Read one sample; raises `Unreadable`."""
-        entry = self._entries[kind][place]
+        entry = self._found[kind][place]
         if isinstance(entry, tuple):
             name, values = f"{self.file}, entry {entry[0]}", sample_of(entry[1])
         else:
@@ -252,9 +254,6 @@ class Lines:
             return Record(name, conversation=values)
         field = "image" if "image" in values else "target"
         return Record(name, (bring(field),), values.get("caption"), values.get("conversations"))
-
-    def expect(self, shards: Sequence[int]) -> None:
-        """Nothing has to be fetched."""
 
     def signature(self) -> str:
         """Return a hash of the list, and of size and end of the pictures that it names first."""

@@ -9,7 +9,6 @@ to the cache folder as a tar file when its turn comes, and from there on treated
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -82,16 +81,12 @@ class HubStream(Shards):
         try:
             tar = partial(webdataset.TarWriter, encoder=False, mtime=0.0)
             with replacing(path) as part, part.open("wb") as file, tar(file) as writer:
-                for i, members in enumerate(self._samples(number)):
+                for i, row in enumerate(self._stream.shard(num_shards=self._stream.num_shards, index=number)):
+                    members = dict(_member(field, row[column]) for field, column in self.columns.items())
                     writer.write({"__key__": f"{i:08d}", **members})
         except Exception as error:  # of the network, of the format, of the library
             why = " ".join(str(error).split()) or type(error).__name__
             raise Unreadable("shard unreachable", f"{location}: {why}") from error
-
-    def _samples(self, number: int) -> Iterator[dict[str, bytes]]:
-        part = self._stream.shard(num_shards=self._stream.num_shards, index=number)
-        for row in part:
-            yield dict(_member(field, row[column]) for field, column in self.columns.items())
 
 
 def _open(name: str, options: dict[str, str], location: str) -> tuple[Any, list[int] | None, list[Any]]:

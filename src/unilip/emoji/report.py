@@ -9,7 +9,9 @@ from __future__ import annotations
 import html
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -155,26 +157,9 @@ def write_sheet(folder: Path, part: str, entries: Sequence[Record]) -> Path | No
     return path
 
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
-td, th { border-bottom: 1px solid #ddd; padding: .2rem .6rem; text-align: right } td:first-child { text-align: left }
-.two { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem }
-.items { display: flex; flex-wrap: wrap; gap: .8rem }
-figure { margin: 0; max-width: 22rem } figure img { display: block; max-width: 100%; border: 3px solid #3a8f4d }
-.wrong img { border-color: #c33 } figcaption { font-size: 12px; max-width: 14rem } h4 { margin: .4rem 0 }
-"""
-
-
 def make_page(results: Mapping[str, Any], records: Mapping[str, Sequence[Record]]) -> str:
     """Return an HTML page: the tables, and for each group right and wrong cases side by side."""
-    title = f"{results['model']} in the emoji world {results['world']}"
-    out = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{html.escape(title)}</h1><p>{html.escape(_setting(results))}</p>",
-    ]
+    out: list[str] = []
     for part, entries in records.items():
         found = results[f"emoji-{part}"]
         head, rows = _rows(found)
@@ -187,8 +172,9 @@ def make_page(results: Mapping[str, Any], records: Mapping[str, Sequence[Record]
             out += [f"<h3>{html.escape(group)}</h3>", '<div class="two">']
             out += _figures("right", right) + _figures("wrong", wrong)
             out += ["</div>"]
-    out += ["</body></html>", ""]
-    return "\n".join(out)
+    title = html.escape(f"{results['model']} in the emoji world {results['world']}")
+    template = Template((resources.files("unilip.emoji") / "report.html").read_text(encoding="utf-8"))
+    return template.substitute(title=title, setting=html.escape(_setting(results)), parts="\n".join(out))
 
 
 def _figures(kind: str, column: Sequence[Record]) -> list[str]:

@@ -54,21 +54,11 @@ class UniLIP(Base):
     ) -> None:  # fmt: skip
         super().__init__()
         place = Place.of_environment()
-        self._rank, self._world_size = place.rank, place.world
+        self._rank, self._world_size = place.rank, place.world  # which the kit reads as rank and world_size
         self._device = torch.device(choose_device(device or "auto"))
         self.model = Model.from_pretrained(pretrained, device=self._device, dtype=dtype, parts=("encoder", "mllm"))
         self.batch_size, self.max_tiles = int(batch_size), int(max_tiles)
         self._said: set[str] = set()  # settings of tasks that were ignored, and told
-
-    @property
-    def rank(self) -> int:
-        """Which process this is."""
-        return self._rank
-
-    @property
-    def world_size(self) -> int:
-        """How many there are."""
-        return self._world_size
 
     @property
     def device(self) -> torch.device:
