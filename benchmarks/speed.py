@@ -6,13 +6,14 @@
 
 Every size has random weights and a stand-in tokenizer, so nothing is downloaded; the work is that of the real model.
 For each size, task and number of pictures at once it prints the median time of the reference (benchmarks/reference.py)
-and of ours: exact (the default), compiled where asked for, and the presets `balanced` and `fast`. The floor is the time
+and of ours: exact (the default), compiled where asked for, and the presets. The floor is the time
 that the counted FLOPs of the exact path take at the rate of a large matrix product, measured here.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import statistics
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from unilip import UniLIP, preset
 from unilip.checkpoints.tokenizer import Tokenizer as OurTokenizer
+from unilip.fewstep import add_embedder
 from unilip.method.text import NEEDED_TOKENS, TEXT_END, Processor
 from unilip.sampling import draw_noise
 
@@ -59,6 +61,8 @@ def random_model(size: str, device: str, dtype: torch.dtype) -> UniLIP:
     names = json.dumps({"pad_token": TEXT_END, "tokenizer_class": "PreTrainedTokenizerFast"})
     files = {"tokenizer.json": bytewise.to_str().encode(), "tokenizer_config.json": names.encode()}
     model = UniLIP.from_config(preset(size))
+    add_embedder(model.dit)  # for the preset turbo; it changes nothing else
+    model.config = model.config.replace(dit=dataclasses.replace(model.config.dit, few_steps=(4, 2, 1)))
     model.processor = Processor(OurTokenizer(files), model.config)
     return model.to(device=device, dtype=dtype)
 
@@ -138,8 +142,8 @@ def compare(
         def run(steps: int | None = None if "preset" in settings else steps, count: int = count) -> None:
             prompts, images = first(count)
             common: dict[str, Any] = dict(
-                generator=generators(count), guidance_scale=guidance, output_type="latent", progress=False,
-                num_inference_steps=steps, **settings,
+                generator=generators(count), output_type="latent", progress=False, num_inference_steps=steps,
+                guidance_scale=None if settings.get("preset") == "turbo" else guidance, **settings,
             )  # fmt: skip
             drawn = model.generate(prompts, **common) if images is None else model.edit(images, prompts, **common)
             latents[name] = drawn.images.float().cpu()
@@ -242,7 +246,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="measure the compiled path, too")
-    parser.add_argument("--presets", nargs="*", default=["balanced", "fast"], choices=("balanced", "fast"))
+    parser.add_argument(
+        "--presets", nargs="*", default=["balanced", "fast", "turbo"], choices=("balanced", "fast", "turbo")
+    )
     parser.add_argument("--cpu-time", action="store_true", help="processor time, for a machine that others use")
     parser.add_argument("--json", type=Path)
     known, _ = parser.parse_known_args()

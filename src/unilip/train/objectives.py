@@ -33,7 +33,6 @@ from unilip.method.flow import (
     sample,
     train_levels,
 )
-from unilip.method.qwen2 import Layers
 from unilip.method.text import Tokens
 from unilip.model import UniLIP
 from unilip.pictures import normalise
@@ -522,9 +521,6 @@ class FewStepsObjective(FlowObjective):
         super().__init__(recipe, model, settings, sources)
         self.looks_ahead = True
         self.teacher = copy.deepcopy(model.dit).eval().requires_grad_(False)
-        for layers in self.teacher.modules():
-            if isinstance(layers, Layers):
-                layers.around = None  # nothing of it is recomputed
 
     def levels(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Noise (BK,Z,h,w) of a batch with latents, and levels s > r (BK,): the whole way, hardly any, any."""
