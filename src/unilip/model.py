@@ -40,6 +40,7 @@ from unilip.pictures import (
     ImageLike,
     fit_picture,
     load_image,
+    normalise,
     tile,
     to_images,
     to_pixels,
@@ -65,6 +66,7 @@ from unilip.shapes import Size
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MOST_IMAGES, MOST_TILES, LONGEST_BUCKET = 10_000, 1_000, 65_536
+MOST_TRIES = 64  # to choose the best of
 StepCallback = Callable[["UniLIP", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
 
@@ -479,6 +481,7 @@ class UniLIP(Network):
         image_size: int | None = None,
         latents: Tensor | None = None,
         plan: bool | str = "auto",
+        best_of: int = 1,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
         progress: Progress = True,
@@ -501,6 +504,8 @@ class UniLIP(Network):
             latents: noise (B,Z,h,w) to begin with, one for each picture, in place of what `generator` would draw.
             plan: let the language model write the prompt out, and draw that (thinking before drawing); the result's
                 `plans` say what was drawn. "auto" does so where the model was trained for it (`config.sampling.plan`).
+            best_of: draw so many for each picture, one after the other from its generator, and keep the one in which
+                the model itself, asked, most surely sees the prompt. Costs as much as so many pictures.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: called as f(model, step, timestep, {"latents": ...}) after each step; may return
                 {"latents": ...} to replace them, may raise to stop.
@@ -519,10 +524,18 @@ class UniLIP(Network):
         size = shapes.targets([(side, side)], side, **_sides(self.config, height, width, image_size))[0]
         negatives, on_step = _negatives(negative_prompt, len(prompts), settings), self._step(callback_on_step_end)
         latents = _noise(latents)
+        best_of = check_number("best_of", best_of, 1, MOST_TRIES, whole=True)
+        if best_of > 1:
+            self.require("encoder", "pixel_decoder")
+            if latents is not None:
+                raise UniLIPError(
+                    f"best_of is {best_of}, but latents are given, which leave no choice; drop one of them."
+                )
+            generator = [one for one in generator for _ in range(best_of)] if isinstance(generator, list) else generator
         if not prompts:
             return ImageOutput([])
         processor.tokenize([processor.generate_text(text) for text in prompts])  # complains before anything is computed
-        noise = torch.stack(self._noises([size] * (len(prompts) * copies), generator, latents))
+        noise = torch.stack(self._noises([size] * (len(prompts) * copies * best_of), generator, latents))
         plans: tuple[str, ...] = ()
         if plan is True or (plan == "auto" and self.config.sampling.plan):
             plans = tuple(sampling.write_out(self, self.runtime, processor, prompts))
@@ -530,7 +543,20 @@ class UniLIP(Network):
             self, self.runtime, processor, plans or prompts, settings, noise, negatives=negatives, on_step=on_step,
             progress=progress,
         )  # fmt: skip
+        if best_of > 1:
+            latents = self._best(latents, processor, [text for text in prompts for _ in range(copies)], best_of)
         return ImageOutput(self._output(latents, output_type), plans)
+
+    def _best(self, latents: Tensor, processor: Processor, prompts: Sequence[str], count: int) -> Tensor:
+        """Keep one of each COUNT latents (M COUNT,Z,h,w) of prompts (M): where the model best sees its prompt."""
+        pixels, side = sampling.decode(self, self.runtime, latents), self.config.image_size
+        if pixels.shape[-2:] != (side, side):  # as `ask` reads pictures
+            pixels = nn.functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+        features = self.features(normalise(pixels))
+        asked = [prompt for prompt in prompts for _ in range(count)]
+        liked = sampling.liking(self, self.runtime, processor, asked, features).view(-1, count)
+        chosen = liked.argmax(1) + count * torch.arange(len(prompts), device=liked.device)
+        return latents[chosen.to(latents.device)]
 
     @works
     @torch.no_grad()

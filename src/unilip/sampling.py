@@ -36,6 +36,8 @@ REWRITE = "Write this out as one description of a picture, with each thing, its 
 PLAN_TOKENS = 128
 FORBIDDEN = (TURN_START, TURN_END, TEXT_END, IMG_CONTEXT)  # control tokens, which nobody means as words
 
+SEEN = "Do you see {}?"  # what the best of several pictures is chosen by
+
 OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -285,6 +287,21 @@ def decode(network: Network, runtime: Runtime, latent: Tensor) -> Tensor:
 
     with runtime.using("pixel_decoder"):
         return network.from_latent(latent, run)
+
+
+def liking(
+    network: Network, runtime: Runtime, processor: Processor, prompts: Sequence[str], features: Tensor
+) -> Tensor:
+    """How much likelier is yes than no, in log-probability (M,), asked whether pictures (M,N,D) show prompts (M)."""
+    questions = [SEEN.format(prompt.rstrip(" .!?")) for prompt in prompts]
+    tokens = processor.tokenize([processor.chat_text([Message("user", text, (1,))]) for text in questions])
+    tokens = tokens.to(features.device)
+    with runtime.using("mllm"):
+        mllm = network.mllm
+        hidden = mllm(mllm.embed(tokens.input_ids, tokens.image_slots, features), tokens.attention_mask)[:, -1]
+        logits = check_finite(mllm.logits(hidden), "mllm", hidden.dtype)
+    yes, no = ([processor.ids(word)[0] for word in words] for words in (("yes", "Yes"), ("no", "No")))
+    return logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)
 
 
 def draw(

@@ -127,6 +127,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--quantize": dict(
         choices=QUANTIZATIONS, help="keep the weights of linear layers in few bits; needs the package torchao"
     ),
+    "--best-of": dict(
+        type=whole(1, 64), default=1, metavar="N",
+        help="draw N for each picture and keep the one that the model itself likes best; costs N times as much (1)",
+    ),
     "--decoder": dict(
         metavar="PATH", help="another pixel decoder: a folder, or small: the one beside the weights (the model's own)"
     ),

@@ -115,7 +115,7 @@ def generate(o: Options) -> int:
     work = each_image(o, requests(o, "prompt", "never"))
     check_drawing(o)
     out = Destination(o.output, o.force, len(work))
-    model = load(o, "mllm", "connector", "dit", "pixel_decoder")
+    model = load(o, *(["encoder"] if o.best_of > 1 else []), "mllm", "connector", "dit", "pixel_decoder")
 
     def draw(batch: Sequence[Request], settings: dict[str, Any]) -> ImageOutput:
         return model.generate(
@@ -228,6 +228,7 @@ VERBS: dict[str, Verb] = {
         (
             "--prompts",
             "--plan",
+            "--best-of",
             *DRAWING,
             "--seed",
             *WRITING,

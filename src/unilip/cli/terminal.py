@@ -328,6 +328,7 @@ def sampling(o: Options, model: UniLIP) -> dict[str, Any]:
         "guidance_scale": settings.guidance_scale,
         "solver": settings.solver,
         "negative_prompt": o.negative_prompt,
+        **({"best_of": o.best_of} if getattr(o, "best_of", 1) > 1 else {}),
         **sides(o),
     }
 

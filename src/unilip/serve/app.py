@@ -270,7 +270,7 @@ def _routes(app: FastAPI, server: _Server) -> None:
     async def generations(request: Request) -> Response:
         """Draw pictures of a prompt."""
         body = await server.read(request, schema.Generations)
-        job = Generate(body.prompt, count=body.n or 1, plan=body.plan, **server.drawing(body))
+        job = Generate(body.prompt, count=body.n or 1, plan=body.plan, best_of=body.best_of, **server.drawing(body))
         return await server.pictures(request, body, [job], "image_generation")
 
     @app.post(

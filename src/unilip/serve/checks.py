@@ -139,6 +139,11 @@ class Checker:
             raise UniLIPError(f"{steps} steps were asked for; at most {self.limits.steps} are taken here.")
         if not 0 <= job.partials <= 3:
             raise UniLIPError(f"{job.partials} partial pictures were asked for; between 0 and 3 are shown.")
+        tries = job.best_of if isinstance(job, Generate) else 1
+        if not 1 <= tries <= self.limits.count:
+            raise UniLIPError(f"best_of is {tries}; it must be between 1 and {self.limits.count}.")
+        if tries > 1 and job.partials:
+            raise UniLIPError(f"best_of is {tries}; the best is known at the end, so ask for no partial pictures.")
         words = "prompt" if isinstance(job, Generate) else "instruction"
         text = check_prompt(job.prompt, words)
         negative = check_negative(job.negative_prompt, settings)
@@ -165,7 +170,9 @@ class Checker:
             "width": size[0],
             "height": size[1],
         } | ({"plan": check_plan(job.plan)} if isinstance(job, Generate) else {"fit": fit})
-        key = (verb, size, steps, guidance, settings.solver, job.preset, negative, ticket.settings.get("plan"))
+        if tries > 1:
+            ticket.settings["best_of"] = tries
+        key = (verb, size, steps, guidance, settings.solver, job.preset, negative, ticket.settings.get("plan"), tries)
         return [Unit(ticket, key, i, seed + i, read, source_size, text) for i in range(job.count)]
 
     def _prepare_ask(self, job: Ask, seed: int, deadline: float | None) -> list[Unit]:

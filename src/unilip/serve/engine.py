@@ -257,7 +257,8 @@ class Engine:
         if unit.ticket.verb == "ask":
             return self.max_batch
         width, height = (unit.ticket.settings[side] for side in ("width", "height"))
-        return max(1, int(self.max_batch * min(1.0, self.config.image_size**2 / (width * height))))
+        tries = unit.ticket.settings.get("best_of", 1)
+        return max(1, int(self.max_batch / tries * min(1.0, self.config.image_size**2 / (width * height))))
 
     def _take(self) -> list[Unit]:
         """Wait for work; return the oldest unit and those that can share its batch, or nothing at the end."""

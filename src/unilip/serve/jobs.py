@@ -74,6 +74,7 @@ class Generate:
     image_size: int | None = None
     plan: bool | str = "auto"
     partials: int = 0
+    best_of: int = 1
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,7 @@ class Generations(Images):
     plan: bool | Literal["auto"] = Field(
         "auto", description="Let the language model write the prompt out first, and draw that; auto: if it learned to."
     )
+    best_of: int = Field(1, ge=1, le=MAX_COUNT, description="Draw so many for each picture; the model keeps the best.")
 
 
 class Edits(Images):
