@@ -58,6 +58,7 @@ def test_the_surest_of_a_generators_pictures_is_kept(tiny_model: UniLIP) -> None
         torch.testing.assert_close(draw(tiny_model, PROMPTS[i], 3 + i)[0], rows[0], atol=1e-5, rtol=1e-4)
     assert torch.equal(draw(tiny_model, best_of=1), draw(tiny_model))
     assert len(draw(tiny_model, "a dog", 1, num_images_per_prompt=3, best_of=2)) == 3
+    assert draw(tiny_model, "a dog", 1, width=84, height=56, best_of=2).shape == (1, 32, 2, 3)
 
 
 def test_the_server_keeps_the_best(tiny_model: UniLIP) -> None:
