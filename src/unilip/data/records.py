@@ -156,11 +156,6 @@ def caption_of(data: bytes) -> Any:
     return value.get("caption", value.get("text")) if isinstance(value, Mapping) else value
 
 
-def is_picture(part: Any) -> bool:
-    """Whether a part of a turn stands for the picture."""
-    return isinstance(part, Mapping) and str(part.get("type")).startswith("image")
-
-
 def read_turns(conversation: Any) -> Turns:
     """Return questions and answers of a conversation, in the manner of LLaVA (from, value) or OpenAI (role, content).
 
@@ -181,7 +176,8 @@ def read_turns(conversation: Any) -> Turns:
         role = SPEAKERS.get(str(turn.get("from", turn.get("role"))))
         value = turn.get("value", turn.get("content"))
         if isinstance(value, list):  # parts, as OpenAI and TRL have them
-            parts = [part.get("text") if isinstance(part, Mapping) else None for part in value if not is_picture(part)]
+            spelled = [part if isinstance(part, Mapping) else {} for part in value]
+            parts = [part.get("text") for part in spelled if not str(part.get("type")).startswith("image")]
             texts = [part for part in parts if isinstance(part, str)]
             value = "\n".join(texts) if len(texts) == len(parts) else None
         if role is None or not isinstance(value, str):

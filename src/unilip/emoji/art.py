@@ -180,11 +180,8 @@ class _Package:
     """An opened Iconify package: icon bodies by name, and icon names by codepoint."""
 
     label: str
-    icons: dict[str, Any]
-    aliases: dict[str, Any]
+    icons: dict[str, Any]  # what icons.json holds
     chars: dict[str, str]
-    width: float
-    height: float
 
     def svg(self, codepoint: str, name: str) -> tuple[str, float, float]:
         """Return (body, width, height) of the icon of CODEPOINT; raises DataError if the package lacks it."""
@@ -192,9 +189,9 @@ class _Package:
             icon_name = self.chars.get(variant)
             if icon_name is None:
                 continue
-            icon_name = self.aliases.get(icon_name, {}).get("parent", icon_name)
-            icon = self.icons[icon_name]
-            return icon["body"], icon.get("width", self.width), icon.get("height", self.height)
+            icon_name = self.icons.get("aliases", {}).get(icon_name, {}).get("parent", icon_name)
+            found = {"width": 16, "height": 16, **self.icons, **self.icons["icons"][icon_name]}
+            return found["body"], found["width"], found["height"]
         raise DataError(f"{self.label} has no drawing for {name!r} ({codepoint}); use the version named in art.STYLES")
 
 
@@ -214,16 +211,8 @@ def _open_package(style: Style, source: Path, scratch: Path) -> _Package:
         candidates.insert(0, target / "package")
     for folder in candidates:
         if (folder / "icons.json").is_file() and (folder / "chars.json").is_file():
-            icons = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
-            chars = json.loads((folder / "chars.json").read_text(encoding="utf-8"))
-            return _Package(
-                label=f"{style.package}@{style.version}",
-                icons=icons["icons"],
-                aliases=icons.get("aliases", {}),
-                chars=chars,
-                width=icons.get("width", 16),
-                height=icons.get("height", 16),
-            )
+            icons, chars = (json.loads((folder / f"{n}.json").read_text(encoding="utf-8")) for n in ("icons", "chars"))
+            return _Package(f"{style.package}@{style.version}", icons, chars)
     raise DataError(
         f"{source} holds no {style.package}@{style.version}; expected {style.tarball}, or a folder {short} with "
         "icons.json and chars.json; run `npm pack` there, or leave source away to fetch it"

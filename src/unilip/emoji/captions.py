@@ -40,14 +40,9 @@ OPENINGS = ("", "", "", "", "a picture of ", "an image of ", "a drawing of ")
 
 def with_article(words: str) -> str:
     """Put "a" or "an" in front of WORDS, by their first sound."""
-    return f"{'an' if _vowel(words) else 'a'} {words}"
-
-
-def _vowel(words: str) -> bool:
     start = words.lower()
-    return start.startswith(("hour", "honest")) or (
-        start[:1] in ("a", "e", "i", "o", "u") and not start.startswith(("uni", "use", "eu", "one"))
-    )
+    vowel = start[:1] in ("a", "e", "i", "o", "u") and not start.startswith(("uni", "use", "eu", "one"))
+    return f"{'an' if vowel or start.startswith(('hour', 'honest')) else 'a'} {words}"
 
 
 def noun(obj: Obj, world: World, plural: bool = False, style: bool = True) -> str:

@@ -230,7 +230,9 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
         moved = sum(p.numel() for p in named) + _count(objective.heads)
     trained, frozen = moved, everything - sum(p.numel() for p in named)
     if recipe.adapter.rank:
-        trained, frozen = adapter_size(recipe, named), everything
+        rank, dora = recipe.adapter.rank, recipe.adapter.dora
+        trained = sum(rank * (w.shape[0] + w.shape[1]) + w.shape[0] * dora for w in named)  # beside weights (out, in)
+        frozen = everything
     gradients = moved * 4  # alive at the end of the backward pass, and counted by themselves
     rise = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
     constant = max(0.0, peaks[0] - rise * sizes[0] - gradients)
@@ -244,12 +246,6 @@ def trains(recipe: Recipe, model: UniLIP) -> list[nn.Parameter]:
     if not recipe.adapter.rank:
         return [parameter for parameter, _ in trained_parameters(recipe, model).values()]
     return [model.get_parameter(f"{layer}.weight") for layer in target_layers(recipe, model)]
-
-
-def adapter_size(recipe: Recipe, weights: list[nn.Parameter]) -> int:
-    """Return how many parameters an adapter beside weights (out, in) has."""
-    rank, dora = recipe.adapter.rank, recipe.adapter.dora
-    return sum(rank * (w.shape[0] + w.shape[1]) + w.shape[0] * dora for w in weights)
 
 
 def _count(module: nn.Module) -> int:
