@@ -319,7 +319,7 @@ def _tell_few_steps(model: Any, acting: Sequence[str], merged: bool = False) -> 
 
     The embedder goes with the last adapter, but stays when one that needs it is merged.
     """
-    dit = getattr(model, "dit", None)
+    dit: Any = getattr(model, "dit", None)
     if not hasattr(dit, "plain_config"):
         return
     if not merged:

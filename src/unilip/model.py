@@ -122,7 +122,8 @@ class UniLIP(Network):
         super().__init__(config, parts)
         self.processor = processor
         self.runtime = Runtime()
-        for part in self.children():
+        children: Any = self.children()
+        for part in children:
             part.__class__, part.runtime = HELD[type(part)], Runtime(gate=self.runtime.gate)
 
     # --- making and keeping ---
