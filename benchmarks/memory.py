@@ -7,7 +7,7 @@
 `--size` writes a checkpoint of random weights in the authors' format (bfloat16) to DIR, unless it is there.
 `plain` is the whole model on the device; `low-memory` reads one part at a time from disk and decodes in strips;
 `offload` rests in main memory and works on the device (for a GPU); `tiling` only decodes in strips; int8, int4 and fp8
-are torchao's. Memory is resident (on a GPU, allocated); what the imports took, before the model, stands beside it.
+are torchao's. Memory is resident (on a GPU, allocated), and without mapped files; beside it what the imports took.
 The result is compared with that of `plain`: relative distance of the latents, PSNR of the pictures, and whether a
 question about the picture gets the same answer (where the encoder is loaded).
 """
@@ -18,6 +18,7 @@ import argparse
 import json
 import multiprocessing
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,28 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fp8": {"quantization": "fp8"},
     "int8 low-memory": {"quantization": "int8", "low_memory": True},
 }
-PARTS = ("mllm", "connector", "dit", "pixel_decoder")
+
+
+class Watch(threading.Thread):
+    """Samples the resident memory that is no file's (Linux): `most` of it, in GiB."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most, self._done = 0.0, threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        status = Path("/proc/self/status")
+        while status.exists():
+            lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+            self.most = max(self.most, int(lines["RssAnon"].split()[0]) / 2**20)
+            if self._done.wait(0.02):
+                return
+
+    def stop(self) -> float:
+        self._done.set()
+        self.join()
+        return self.most
 
 
 def in_fresh_process(task: Callable[..., Any], *arguments: Any) -> Any:
@@ -58,7 +80,7 @@ def write(size: str, folder: Path) -> None:
 
 
 def measure(
-    name: str, source: str | None, device: str, dtype: str, steps: int, folder: str, parts: tuple[str, ...] | None
+    name: str, source: str | None, device: str, dtype: str, steps: int, folder: str, parts: str | None
 ) -> dict[str, Any]:
     """Load, draw one picture, and keep it in FOLDER for the comparison."""
     cuda = device.startswith("cuda")
@@ -71,12 +93,14 @@ def measure(
     before = 0.0 if cuda else peak()
     start = time.perf_counter()
     where = "cpu" if name == "offload" else device
+    own = Watch()
     model = UniLIP.from_pretrained(source, dtype=dtype, device=where, parts=parts, **SETTINGS[name])
     if name == "tiling":
         model.enable_tiling()
     if name == "offload":
         model.enable_tiling().enable_cpu_offload(device)
     found = {"before_gib": before, "load_s": time.perf_counter() - start, "load_gib": peak()}
+    found["load_own_gib"] = own.most
     if not SETTINGS[name]:
         found["weights_gib"] = sum(p.nbytes for p in model.parameters()) / 2**30
     start = time.perf_counter()
@@ -84,7 +108,7 @@ def measure(
     settings: dict[str, Any] = dict(num_inference_steps=steps, generator=generator, progress=False)
     latents = model.generate(prompt, output_type="latent", **settings).images
     pixels = model.decode(latents, output_type="pt").images
-    found |= {"draw_s": time.perf_counter() - start, "peak_gib": peak()}
+    found |= {"draw_s": time.perf_counter() - start, "peak_gib": peak(), "own_gib": own.stop()}
     answer = None
     if "encoder" in model.parts:
         answer = model.ask(to_images(pixels)[0], "What is in the picture?", max_new_tokens=12)
@@ -117,18 +141,18 @@ def main() -> None:
             if not Path(source).exists():
                 in_fresh_process(write, o.size, work)
         print(
-            "| setting | before GiB | weights GiB | peak of loading GiB | peak GiB | load s | draw s "
-            "| latents, relative | PSNR, dB | same answer |\n|---|---|---|---|---|---|---|---|---|---|"
+            "| setting | before GiB | weights GiB | peak of loading GiB | peak GiB | peak without files GiB "
+            "| load s | draw s | latents, relative | PSNR, dB | same answer |\n" + "|---" * 11 + "|"
         )
         for name in chosen:
-            parts = None if o.all_parts else PARTS
+            parts = None if o.all_parts else "drawing"
             row = in_fresh_process(measure, name, source, o.device, o.dtype, o.steps, folder, parts)
             ours, plain = (torch.load(Path(folder) / f"{n}.pt", weights_only=True) for n in (name, "plain"))
             row["relative"] = float((ours["latents"] - plain["latents"]).norm() / plain["latents"].norm())
             row["psnr"] = float(psnr(ours["pixels"], plain["pixels"]).mean())
             row["same_answer"] = ours["answer"] == plain["answer"] if o.all_parts else None
             rows[name] = row
-            columns = ("before_gib", "weights_gib", "load_gib", "peak_gib")
+            columns = ("before_gib", "weights_gib", "load_gib", "peak_gib", "own_gib")
             sizes = " | ".join(f"{row[key]:.2f}" if key in row else "" for key in columns)
             answer = "" if row["same_answer"] is None else "yes" if row["same_answer"] else "no"
             print(

@@ -1,6 +1,7 @@
 """Less memory, the same answers: parts that come and go, strips, few bits, and nothing kept after an interruption."""
 
 import gc
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import unilip
 from unilip import cli
+from unilip.checkpoints.write import convert
 from unilip.errors import UniLIPError
+from unilip.fast.offload import HEAD
 from unilip.fast.quantise import is_quantised, quantise
 from unilip.method.config import QUANTIZATIONS
 from unilip.model import UniLIP
@@ -184,8 +189,123 @@ def test_quantised_models_draw_nearly_the_same(
     assert 1e-5 < float((near - exact).norm() / exact.norm()) < NEAR[kind]
     low = UniLIP.from_pretrained(tiny_folder, quantization=kind, low_memory=True)
     assert torch.equal(draw(low, output_type="latent"), near)
-    with pytest.raises(UniLIPError, match="cannot be saved"):
+    if kind == "int4":  # what a processor packs for itself stays there
+        with pytest.raises(UniLIPError, match="cannot be saved; save int8 or fp8"):
+            model.save_pretrained(tmp_path / "x")
+        return
+    model.save_pretrained(tmp_path / "x", max_shard_size="1MB")
+    for options in ({}, {"low_memory": True}):
+        again = UniLIP.from_pretrained(tmp_path / "x", **options)
+        assert torch.equal(draw(again, output_type="latent"), near)
+    again = UniLIP.from_pretrained(tmp_path / "x", dtype="bfloat16")
+    assert torch.equal(draw(again), draw(again.to(torch.bfloat16))) and draw(again).isfinite().all()
+
+
+def test_quantised_files_are_torchaos_and_read_strictly(tiny_folder: Path, tmp_path: Path) -> None:
+    layout = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
+    model = UniLIP.from_pretrained(tiny_folder, quantization="int8")
+    model.save_pretrained(tmp_path / "few")
+    file = tmp_path / "few" / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in load_file(file)}
+    theirs, left = layout.unflatten_tensor_state_dict(tensors, metadata)
+    state = model.state_dict()
+    assert (
+        not left and set(theirs) == set(state) and all(type(theirs[name]) is type(state[name].data) for name in state)
+    )
+    assert sum(t.nbytes for t in tensors.values()) < 0.6 * sum(
+        t.nbytes for t in load_file(tiny_folder / file.name).values()
+    )
+
+    some = next(name for name in tensors if name.endswith("_weight_scale"))
+    whole = some.replace("._weight_scale", ".weight")
+    about = json.loads(metadata[whole])
+    wrong: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {
+        "lacks a piece": ({n: t for n, t in tensors.items() if n != some}, metadata),
+        "has a piece too much": (tensors, {n: t for n, t in metadata.items() if n != whole} | {"tensor_names": "[]"}),
+        "of an unknown kind": (tensors, metadata | {whole: json.dumps(about | {"_type": "Int3Tensor"})}),
+        "of no kind": (tensors, metadata | {whole: "[1"}),
+        "of another shape": (tensors | {some.replace("scale", "qdata"): torch.zeros(3, 5, dtype=torch.int8)}, metadata),
+    }
+    for name, (held_tensors, said) in wrong.items():
+        save_file(held_tensors, file, said)
+        with pytest.raises(UniLIPError):
+            UniLIP.from_pretrained(tmp_path / "few")
+            pytest.fail(name)
+    save_file(tensors, file, metadata)
+    refused = {
+        "cannot be quantised": lambda: UniLIP.from_pretrained(tmp_path / "few", quantization="int8"),
+        "only plain weights": lambda: convert(tmp_path / "few", tmp_path / "out", "authors"),
+        "leave dtype out": lambda: model.save_pretrained(tmp_path / "out", dtype=torch.bfloat16),
+    }
+    for said_, call in refused.items():
+        with pytest.raises(UniLIPError, match=said_):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+def peak_bytes(task: Callable[[], Any]) -> tuple[int, Any]:
+    """The most that tensors hold at once while a task runs, as torch's allocator counts them, and what it returns."""
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        result = task()
+    now = most = 0
+    for event in profile.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most, result
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_quantised_never_peaks_above_plain(dtype: str, tiny_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+
+    def run(source: Path = tiny_folder, **options: Any) -> Callable[[], Any]:
+        def task() -> UniLIP:
+            model = UniLIP.from_pretrained(source, dtype=dtype, parts="drawing", **options)
+            draw(model)
+            return model
+
+        return task
+
+    run(quantization="int8")()  # what is made once is not counted
+    UniLIP.from_pretrained(tiny_folder, quantization="int8", dtype=dtype).save_pretrained(tmp_path / "int8")
+    plain, model = peak_bytes(run())
+    weights = sum(p.nbytes for p in model.parameters())
+    assert weights <= plain
+    peaks = {kind: peak_bytes(run(quantization=kind))[0] for kind in QUANTIZATIONS}
+    peaks["stored"] = peak_bytes(run(tmp_path / "int8"))[0]
+    assert {kind: peak / plain for kind, peak in peaks.items() if peak > plain} == {}
+    low, _ = peak_bytes(run(low_memory=True))
+    both, _ = peak_bytes(run(low_memory=True, quantization="int8"))
+    assert both <= low <= plain
+
+
+def test_pictures_read_no_language_head(tiny_folder: Path, tmp_path: Path) -> None:
+    model = UniLIP.from_pretrained(tiny_folder, parts="drawing")
+    assert not any("lm_head" in name for name in model.state_dict())
+    assert torch.equal(draw(model), draw(UniLIP.from_pretrained(tiny_folder)))
+    with pytest.raises(UniLIPError, match="lm_head"):
         model.save_pretrained(tmp_path / "x")
+    low = UniLIP.from_pretrained(tiny_folder, low_memory=True)
+    head: Any = low.mllm.language_model.lm_head
+    with low.using("mllm"):
+        assert head.weight.is_meta and not low.mllm.queries.is_meta
+    with low.using("mllm", HEAD):
+        assert not head.weight.is_meta
+
+
+def test_large_weights_are_quantised_by_rows_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao")
+    for kind in ("int8", "fp8"):
+        whole, parts = (torch.nn.Linear(64, 100, bias=False) for _ in range(2))
+        parts.load_state_dict(whole.state_dict())
+        quantise(whole, kind)
+        monkeypatch.setattr("unilip.fast.quantise.SLICE", 64 * 30)
+        quantise(parts, kind)
+        monkeypatch.undo()
+        x = torch.randn(3, 64)
+        assert is_quantised(parts) and torch.equal(whole(x), parts(x))
 
 
 @pytest.fixture(scope="module")
@@ -264,10 +384,10 @@ def test_low_memory_and_quantize_on_the_command_line(tiny_folder: Path, tmp_path
 def test_only_the_parts_that_a_verb_needs_are_loaded(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture: Callable[..., Image.Image]
 ) -> None:
-    load, asked = UniLIP.from_pretrained, []
+    load, asked = UniLIP.from_pretrained, list[Any]()
 
     def spy(*arguments: Any, **options: Any) -> UniLIP:
-        asked.append(set(options["parts"]))
+        asked.append(options["parts"])
         return load(*arguments, **options)
 
     monkeypatch.setattr(UniLIP, "from_pretrained", spy)
@@ -277,5 +397,5 @@ def test_only_the_parts_that_a_verb_needs_are_loaded(
     )
     words = ["generate", "a star", "--model", str(tiny_folder), "--steps", "1", "--output", str(tmp_path)]
     assert cli.main(words) == 0
-    assert asked[0] == {"encoder", "latent_head", "pixel_decoder"}
-    assert asked[1] == {"mllm", "connector", "dit", "pixel_decoder"}
+    assert set(asked[0]) == {"encoder", "latent_head", "pixel_decoder"}
+    assert asked[1] == "drawing"

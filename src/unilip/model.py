@@ -27,8 +27,8 @@ from unilip.checkpoints import read, write
 from unilip.checkpoints.tokenizer import load_tokenizer
 from unilip.errors import ImageError, PromptError, UniLIPError, check_choice
 from unilip.fast.loop import BUCKET, Compiled, Settings
-from unilip.fast.offload import Offload, Unmade, empty
-from unilip.fast.quantise import QUANTIZED, check_quantisation, is_quantised, quantise
+from unilip.fast.offload import HEAD, Offload, Unmade, empty, give_back
+from unilip.fast.quantise import QUANTIZED, check_quantisation, quantise
 from unilip.machine import choose_device
 from unilip.method.config import SOLVERS, TOKEN_PIXELS, UniLIPConfig
 from unilip.method.connector import copy_from_llm
@@ -64,6 +64,7 @@ from unilip.sampling import (
 )
 from unilip.shapes import Size
 
+DRAWING = ("pixel_decoder", "mllm", "connector", "dit")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MOST_IMAGES, MOST_TILES, LONGEST_BUCKET = 10_000, 1_000, 65_536
 MOST_TRIES = 64  # to choose the best of
@@ -165,7 +166,8 @@ class UniLIP(Network):
             dtype: of the weights in memory; float32 by default, "auto" for what is stored (float32 where the processor
                 has no instructions for that).
             device: where to put them; the CPU by default, "auto" for CUDA where there is one.
-            parts: load only these (of encoder, latent_head, pixel_decoder, mllm, connector, dit).
+            parts: load only these (of encoder, latent_head, pixel_decoder, mllm, connector, dit), or "drawing": the
+                last four, without the language head, which pictures have no use for.
             quantization: "int8", "int4" or "fp8": weight-only quantisation of linear layers; needs torchao.
             low_memory: hold only the part that is at work, reading it from the checkpoint each time it is needed, and
                 decode one picture at a time, in strips. The pictures stay the same.
@@ -183,7 +185,10 @@ class UniLIP(Network):
         if quantization is not None:
             check_quantisation(quantization)
         opened = read.open_checkpoint(source, **fetching)
-        wanted = opened.parts if parts is None else _names(parts)
+        if quantization is not None:
+            opened.require_plain(f"cannot be quantised to {quantization} anew")
+        drawing = isinstance(parts, str) and parts == "drawing"
+        wanted = opened.parts if parts is None else DRAWING if drawing else _names(parts)
         missing = sorted(set(wanted) - set(opened.parts))
         if missing:
             raise UniLIPError(f"{opened.path} has no {', '.join(missing)}; it holds: {', '.join(opened.parts)}.")
@@ -196,20 +201,30 @@ class UniLIP(Network):
             processor = Processor(load_tokenizer(opened.tokenizer_path), config)
         with Unmade():
             model = cls(config, processor, wanted)
+        if drawing and not opened.config.text.tie_embeddings:
+            del model.mllm.language_model.lm_head
+        later = (f"{HEAD}.weight",) if low_memory or drawing else ()
+
+        def settle(layer: nn.Module) -> None:
+            if quantization is not None:
+                quantise(layer, quantization)
 
         def load(model: nn.Module, part: str) -> None:
             source = other if other is not None and part == "pixel_decoder" else opened
-            read.load_into(model, source, dtype=dtype, device=where, parts=(part,))
-            if quantization is not None and part in QUANTIZED:
-                quantise(model.get_submodule(part), quantization)
+            few = part.partition(".")[0] in QUANTIZED
+            leave = later if part == "mllm" else ()
+            read.load_into(
+                model, source, dtype=dtype, device=where, parts=(part,), leave=leave, settle=settle if few else None
+            )
             model.get_submodule(part).eval()
+            give_back()
 
         if low_memory:
             empty(model.to(read.parse_dtype(dtype)))  # nothing is there yet: only what it says of itself changes
             model.runtime.offload = Offload(model, model.parts, where, load)
             model.enable_tiling()
         else:
-            for part in model.parts:  # one by one, so that no more than one is ever there unquantised
+            for part in model.parts:
                 load(model, part)
         return model.eval()
 
@@ -227,9 +242,9 @@ class UniLIP(Network):
         With `to="diffusers"` the folder is a pipeline, which `DiffusionPipeline.from_pretrained` loads.
         """
         check_choice("format to save in", to, ("unilip", "diffusers"))
-        if self.runtime.offload is not None or any(is_quantised(part) for part in self.children()):
+        if self.runtime.offload is not None:
             raise UniLIPError(
-                "An offloaded or quantised model cannot be saved; load the checkpoint plainly to save it."
+                "A model whose parts come and go cannot be saved; load the checkpoint plainly to save it."
             )
         tokenizer = self.processor.tokenizer if self.processor else None
         if not isinstance(max_shard_size, str):
@@ -366,6 +381,7 @@ class UniLIP(Network):
             raise UniLIPError("Quantise before offloading, or give `quantization` to `from_pretrained`.")
         for part in set(self.parts) & set(QUANTIZED):
             quantise(self.get_submodule(part), kind)
+            give_back()
         return self
 
     # --- features and latents ---

@@ -24,7 +24,7 @@ from unilip.errors import PromptError, UniLIPError
 from unilip.fast import decoder, loop
 from unilip.fast.dit import prepare
 from unilip.fast.loop import Compiled, Settings
-from unilip.fast.offload import Offload
+from unilip.fast.offload import HEAD, Offload
 from unilip.method.dit import DiT
 from unilip.method.model import Network
 from unilip.method.text import IMG_CONTEXT, TEXT_END, TURN_END, TURN_START, Message, Processor, Prompt
@@ -400,7 +400,7 @@ def answer(
         held = contextlib.ExitStack()
         try:
             with runtime.gate.taken(), torch.no_grad():
-                held.enter_context(runtime.held("mllm"))
+                held.enter_context(runtime.held("mllm", HEAD))
                 embeddings = network.mllm.embed(tokens.input_ids, tokens.image_slots, features)
             columns = network.mllm.answer(
                 embeddings, tokens.attention_mask, end_id=processor.end_id, max_new_tokens=max_new_tokens,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +35,7 @@ from unilip.checkpoints.tables import (
 )
 from unilip.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from unilip.errors import CheckpointError, ConfigError
+from unilip.fast.quantise import FewBits, few_bits
 from unilip.method.config import FORMAT, UniLIPConfig
 from unilip.method.text import IMG_CONTEXT
 
@@ -44,6 +45,7 @@ LARGEST_JSON = 16 * 2**20  # bytes
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 
 
@@ -149,6 +151,7 @@ class Weights:
 
     Attributes:
         files: where they are; metadata: text stored with them; shapes: by name, in the files' order.
+        quantized: the tensors that are stored in few bits, in torchao's layout; to the caller each is one tensor.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -165,6 +168,18 @@ class Weights:
             raise CheckpointError(
                 f"{listed([str(path) for path in files]) or 'Its index'} names no tensor; save again."
             )
+        self.quantized: dict[str, FewBits] = {}
+        self.quantized = few_bits(self.metadata, self._meta, str(self.files[0].parent))
+        if self.quantized:
+            pieces = {piece: name for name, tensor in self.quantized.items() for piece in tensor.pieces.values()}
+            whole = {name: tensor.shape for name, tensor in self.quantized.items()}
+            self.shapes = {n: whole.get(n, s) for n, s in ((pieces.get(n, n), s) for n, s in self.shapes.items())}
+            self._where |= {name: self._where[piece] for piece, name in pieces.items()}
+
+    def _meta(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return torch.empty(self.shapes[name], dtype=self.dtype(name), device="meta")
 
     def file_of(self, name: str) -> Path | None:
         """Which file holds a tensor."""
@@ -172,10 +187,24 @@ class Weights:
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor, without reading it."""
+        if name in self.quantized:
+            return self.quantized[name].dtype
         found = self._where[name].dtypes[name]
         if found is None:
             raise CheckpointError(f"{self.file_of(name)} holds {name} in a type that is not known; convert it to BF16.")
         return found
+
+    def few(self, origin: Origin, dtype: torch.dtype | None, damaged: str) -> Tensor:
+        """Read a quantised tensor, which computes in `dtype`, or in the type that it was saved with."""
+        few = self.quantized[origin.name]
+        if origin.parts != 1:
+            raise CheckpointError(
+                f"{self.file_of(origin.name)} holds {origin.name} stacked; save it in our own format."
+            )
+        pieces = {key: self._where[piece].read(piece, 0, 1) for key, piece in few.pieces.items()}
+        for key, piece in pieces.items():
+            check_weights(piece.float() if piece.is_floating_point() else piece, few.pieces[key], damaged)
+        return few.tensor(pieces, dtype)
 
     def read(self, origin: Origin) -> Tensor:
         """Read a tensor, or one part of a stacked one, into memory of its own."""
@@ -232,7 +261,7 @@ def _open_shards(index: Path) -> Weights:
         )
     weights = Weights(files)
     wrong = [name for name, file in table.items() if weights.file_of(name) != index.parent / file]
-    wrong += [name for name in weights.shapes if name not in table]
+    wrong += [name for name in weights.shapes if name not in table and name not in weights.quantized]
     if wrong:
         raise CheckpointError(
             f"{index} and its shards disagree about {wrong[0]} ({len(wrong)} in all); fetch them again."
@@ -271,7 +300,8 @@ class Checkpoint:
 
     def __init__(self, path: Path, kind: str, weights: Weights, data: Mapping[str, Any], folder: Path) -> None:
         self.path, self.kind, self.weights = path, kind, weights
-        self.metadata = {k: v for k, v in weights.metadata.items() if k != "format"}
+        about_tensors = {"format", "tensor_names", *weights.shapes}
+        self.metadata = {k: v for k, v in weights.metadata.items() if k not in about_tensors}
         self._origins, self.dropped = map_names(kind, weights.shapes)
         self._data = data
         self.notes: list[str] = []
@@ -321,6 +351,11 @@ class Checkpoint:
             self.notes.append("The language head is called tied, but differs from the embedding: both are used.")
 
     @property
+    def quantized(self) -> set[str]:
+        """Our names of the tensors that are stored in few bits."""
+        return {name for name, origin in self._origins.items() if origin.name in self.weights.quantized}
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Our names of the tensors that it holds."""
         return tuple(self._origins)
@@ -337,15 +372,23 @@ class Checkpoint:
         """Stored type of a tensor of ours."""
         return self.weights.dtype(self._origins[name].name)
 
-    def tensor(self, name: str) -> Tensor:
-        """Read a tensor of ours into memory of its own.
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Read a tensor of ours into memory of its own; a quantised one computes in `dtype`, or as it was saved.
 
         Raises CheckpointError: the file has changed or is cut off, or a value is NaN or infinite.
         """
         origin = self._origins[name]
+        damaged = f"{self.weights.file_of(origin.name)} is damaged: fetch or save it again"
+        if origin.name in self.weights.quantized:
+            return self.weights.few(origin, dtype, damaged)
         tensor = self.weights.read(origin)
-        check_weights(tensor, origin.name, f"{self.weights.file_of(origin.name)} is damaged: fetch or save it again")
+        check_weights(tensor, origin.name, damaged)
         return tensor.flatten(1) if POINTWISE.fullmatch(name) else tensor
+
+    def require_plain(self, why: str) -> None:
+        """Raise the error of quantised weights where plain ones are needed."""
+        if self.weights.quantized:
+            raise CheckpointError(f"{self.path} is quantised, and {why}; take the model that it was made from.")
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -481,8 +524,13 @@ def load_into(
     dtype: DType = None,
     device: torch.device | str = "cpu",
     parts: Sequence[str] | None = None,
+    leave: Sequence[str] = (),
+    settle: Callable[[nn.Module], None] | None = None,
 ) -> tuple[str, ...]:
     """Give parts of a model (built on the meta device, or any) the weights of a checkpoint, one tensor at a time.
+
+    A part may be a module inside one. Tensors named in `leave` are not read; `settle` is called with each linear
+    layer as soon as it has its own.
 
     Returns the names that the checkpoint never holds and that were drawn at random, the same every time: the queries of
     a language model that is no UniLIP yet.
@@ -491,22 +539,27 @@ def load_into(
     """
     target = parse_dtype(dtype)
     wanted = checkpoint.parts if parts is None else tuple(parts)
-    lacking = [part for part in wanted if part not in checkpoint.parts]
+    lacking = [part for part in wanted if part.split(".")[0] not in checkpoint.parts]
     if lacking:
         raise CheckpointError(
             f"{checkpoint.path} has no {', '.join(lacking)}; it holds: {', '.join(checkpoint.parts)}."
         )
     modules = {part: model.get_submodule(part) for part in wanted}
     tied = "mllm" in modules and checkpoint.config.text.tie_embeddings
+    left = {*leave, *((HEAD,) if checkpoint.config.text.tie_embeddings else ())}
     expected = {f"{part}.{n}": tuple(t.shape) for part, m in modules.items() for n, t in m.state_dict().items()}
-    if tied:
-        expected.pop(HEAD)
-    found = {name: checkpoint.shape(name) for name in checkpoint.names if name.split(".")[0] in modules}
+    expected = {name: shape for name, shape in expected.items() if name not in left}
+    inside = tuple(f"{part}." for part in modules)
+    found = {n: checkpoint.shape(n) for n in checkpoint.names if n.startswith(inside) and n not in leave}
     check_shapes(found, expected, str(checkpoint.path), checkpoint.absent)
+
+    quantized = checkpoint.quantized
 
     def read(name: str, like: Tensor) -> Tensor:
         if name not in found:
             return fresh_tensor(tuple(like.shape), target or like.dtype).to(device)
+        if name in quantized:
+            return checkpoint.tensor(name, target).to(device)
         value = checkpoint.tensor(name)
         stored = value.dtype if computes(value.dtype, device) else torch.float32
         return cast(value, target or stored, name).to(device)
@@ -515,13 +568,16 @@ def load_into(
         for prefix, module in root.named_modules(prefix=part):
             for key, old in list(module._parameters.items()):
                 name = f"{prefix}.{key}"
-                if old is not None and not (tied and name == HEAD):
-                    setattr(module, key, nn.Parameter(read(name, old), requires_grad=old.requires_grad))
+                if old is not None and name not in left:
+                    trained = old.requires_grad and name not in quantized
+                    setattr(module, key, nn.Parameter(read(name, old), requires_grad=trained))
+            if settle is not None and type(module) is nn.Linear and not module.weight.is_meta:
+                settle(module)
     if tied:
         llm: Any = model.get_submodule("mllm.language_model")
         llm.lm_head.weight = llm.model.embed_tokens.weight
-    left = [n for p in modules for n, t in modules[p].named_parameters(p) if t.is_meta]
-    assert not left, f"still on the meta device: {left[:4]}"
+    empty = [n for p in modules for n, t in modules[p].named_parameters(p) if t.is_meta and n not in leave]
+    assert not empty, f"still on the meta device: {empty[:4]}"
     return tuple(name for name in expected if name not in found)
 
 

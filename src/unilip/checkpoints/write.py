@@ -37,6 +37,7 @@ from unilip.checkpoints.read import (
 from unilip.checkpoints.tables import HEAD, PARTS, POINTWISE, QUERIES, Shape, check_shapes, unmap_names
 from unilip.checkpoints.tokenizer import TOKENIZER_FILES, Tokenizer
 from unilip.errors import CheckpointError
+from unilip.fast.quantise import flatten
 from unilip.method.config import FORMAT, UniLIPConfig
 
 Files = Mapping[str, Mapping[str, Any] | str]  # content by name
@@ -63,7 +64,8 @@ def save(
     In: model: a model, or its state dict (any subset of whole parts).
         folder: new, empty, or an older checkpoint, which is replaced; other files in it are kept.
         tokenizer: one of `checkpoints.tokenizer`, or of transformers.
-        dtype: stored type of floating tensors; as they are by default.
+        dtype: stored type of floating tensors; as they are by default. Quantised ones stay as they are, in torchao's
+            layout, and take no `dtype`.
         metadata: texts kept inside the weights file.
         to: "unilip", or "diffusers", whose folder holds the same files one level lower.
     Raises CheckpointError: the folder holds something else, or the tensors do not fit the config, or are no numbers.
@@ -73,9 +75,12 @@ def save(
     held = {name.split(".")[0] for name in names}
     expected = expected_shapes(config, [part for part in PARTS if part in held])
     check_shapes({name: tuple(state[name].shape) for name in names}, expected, "The model to be saved")
-    items: list[Item] = [(n, tuple(state[n].shape), state[n].dtype, partial(state.__getitem__, n)) for n in names]
+    flat, about = flatten({name: state[name] for name in names})
+    if about and dtype is not None:
+        raise CheckpointError("A quantised model is saved as it is; leave dtype out.")
+    items: list[Item] = [(n, tuple(t.shape), t.dtype, partial(flat.__getitem__, n)) for n, t in flat.items()]
     files = _own_files(config, items, dtype, to)
-    return _write_folder(folder, items, files, max_shard_size, tokenizer, dtype, metadata, to)
+    return _write_folder(folder, items, files, max_shard_size, tokenizer, dtype, {**(metadata or {}), **about}, to)
 
 
 def _own_files(config: UniLIPConfig, items: Sequence[Item], dtype: DType, to: str) -> Files:
@@ -265,6 +270,7 @@ def convert(
     if to not in FORMATS:
         raise CheckpointError(f"There is no format {to!r} to convert to; allowed: {', '.join(FORMATS)}.")
     opened = open_checkpoint(source)
+    opened.require_plain("only plain weights can be converted")
     metadata = dict(opened.metadata)
     if opened.image_token_id is not None:
         metadata["image_token_id"] = str(opened.image_token_id)

@@ -278,7 +278,7 @@ def load(o: Options, *parts: str) -> UniLIP:
     given = [adapter_of(text) for text in getattr(o, "adapter", ())]
     if o.model and os.path.isfile(os.path.join(o.model, ADAPTER)) and not os.path.exists(f"{o.model}/config.json"):
         raise UniLIPError(f"--model {o.model} is an adapter; give it as --adapter, beside the --model that it is of.")
-    from unilip.model import UniLIP
+    from unilip.model import DRAWING, UniLIP
 
     for folder, _ in given:  # damaged ones are told before anything is loaded; what an adapter changes is loaded too
         from unilip.adapters import read_adapter
@@ -292,8 +292,9 @@ def load(o: Options, *parts: str) -> UniLIP:
         say(f"loading {o.model or 'the embedded model'} on {device}")
     # beside a GPU plain weights rest in main memory; else they are read from disk (and quantised where they work)
     on_gpu = low_memory and device != "cpu" and quantized is None
+    drawing = not given and set(parts) == set(DRAWING)
     model = UniLIP.from_pretrained(
-        o.model, device="cpu" if on_gpu else device, dtype=o.dtype, parts=parts or None,
+        o.model, device="cpu" if on_gpu else device, dtype=o.dtype, parts="drawing" if drawing else parts or None,
         low_memory=low_memory and not on_gpu, quantization=quantized, decoder=getattr(o, "decoder", None),
     )  # fmt: skip
     for n, (folder, scale) in enumerate(given):

@@ -6,6 +6,7 @@ Their weights rest in main memory, or nowhere: with `load` they are read from th
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,9 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+HEAD = "mllm.language_model.lm_head"  # only answers need it
+
 
 class Offload:
-    """Brings parts of a model to a device: from the first `using` that names one to the end of the last such block."""
+    """Brings parts of a model to a device: from the first `using` that names one to the end of the last such block.
+
+    A part may be a module inside one (HEAD): read from the checkpoint it comes only when it is named, too.
+    """
 
     def __init__(
         self,
@@ -54,14 +60,14 @@ class Offload:
     @property
     def present(self) -> set[str]:
         """The parts that are on the device."""
-        return set(self._held)
+        return {part for part in self._held if "." not in part}
 
     def _bring(self, part: str) -> None:
         if self._load is not None:
             self._load(self._model[0], part)
             return
         moved: dict[int, Tensor] = {}  # tied weights stay tied
-        for module, name, tensor in self._home[part]:
+        for module, name, tensor in self._home.get(part, ()):
             if id(tensor) not in moved:
                 there = tensor.detach().to(self.device, non_blocking=True)
                 is_weight = isinstance(tensor, nn.Parameter)
@@ -70,10 +76,17 @@ class Offload:
 
     def _drop(self, part: str) -> None:
         if self._load is None:
-            for module, name, tensor in self._home[part]:
+            for module, name, tensor in self._home.get(part, ()):
                 place(module, name, tensor)  # nothing is copied back: the weights have not changed
             return
         empty(self._model[0].get_submodule(part))
+        give_back()
+
+
+def give_back() -> None:
+    """Return the memory of freed tensors to the system: glibc keeps the holes that weights leave in its heap."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Unmade(TorchFunctionMode):

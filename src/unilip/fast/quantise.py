@@ -6,18 +6,23 @@ In:  a part of a model. Out: the same part; the arithmetic stays in the type of 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from unilip.errors import UniLIPError, check_choice, install
+from unilip.errors import CheckpointError, UniLIPError, check_choice, install
 from unilip.method.config import QUANTIZATIONS
 
 SMALLEST = 32  # linear layers with a narrower side stay as they are: they weigh nothing, and decide much
 QUANTIZED = ("encoder", "mllm", "connector", "dit")  # the decoder is nearly all 3x3 convolutions
+SLICE = 2**24  # weights of more numbers are quantised some rows at a time
 INT4_ROWS = 16  # what torchao packs together; a language head of an odd vocabulary stays as it is
 GROUPS = (128, 64, 32)  # columns that share a scale in int4, the largest that divides the layer
 
@@ -56,16 +61,35 @@ def quantise(module: nn.Module, kind: str) -> None:
             and layer.in_features % wanted == 0
             and (kind != "int4" or layer.out_features % INT4_ROWS == 0)
         }
-        if chosen:
-            weight = next(iter(chosen)).weight
+        for layer in chosen:
+            weight = layer.weight
             try:
-                quantize_(module, settings(kind, weight, wanted), lambda layer, _, chosen=chosen: layer in chosen)
+                chosen_settings = settings(kind, weight, wanted)
+                if kind != "int4" and weight.numel() > SLICE:
+                    layer.weight = nn.Parameter(by_rows(weight.detach(), chosen_settings), requires_grad=False)
+                else:
+                    quantize_(layer, chosen_settings)
             except (NotImplementedError, AssertionError, ImportError, RuntimeError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise UniLIPError(
                     f"torchao cannot quantise to {kind} here ({weight.dtype} on {weight.device}: {reason}); "
                     "int8 works everywhere, int4 on CUDA needs bfloat16."
                 ) from error
+
+
+def by_rows(weight: Tensor, chosen: Any) -> Tensor:
+    """Quantise a large weight (D,C) some rows at a time, with their own scales, for want of room for copies of it."""
+    from torchao.quantization import quantize_
+
+    made: list[Tensor] = []
+    for rows in weight.split(max(1, SLICE // weight.shape[1])):
+        piece = nn.Linear(*reversed(rows.shape), bias=False, device="meta")
+        piece.weight = nn.Parameter(rows, requires_grad=False)
+        quantize_(piece, chosen)
+        made.append(piece.weight)
+    about = json.loads(flatten({"all.weight": made[0]})[1]["all.weight"])
+    whole = {key: torch.cat([getattr(part, key) for part in made]) for key in about["_tensor_data_names"]}
+    return FewBits(about, {}).tensor(whole)
 
 
 def settings(kind: str, weight: Tensor, group: int) -> Any:
@@ -86,6 +110,91 @@ def settings(kind: str, weight: Tensor, group: int) -> Any:
 def is_quantised(module: nn.Module) -> bool:
     """Tell whether any weight of a module is kept in few bits."""
     return any(type(p) is not nn.Parameter and hasattr(p, "tensor_data_names") for p in module.parameters())
+
+
+# --- in files ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FewBits:
+    """A quantised tensor as torchao's layout stores it: what it is, and which tensors of the file hold its data."""
+
+    about: Mapping[str, Any]
+    pieces: Mapping[str, str]
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+
+    def tensor(self, pieces: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        """Put it together; it computes in `dtype`, by default as it was saved."""
+        with quiet_import():
+            from torchao.prototype.safetensors.safetensors_utils import object_from_dict
+        given = {**self.about["_data"], **pieces}
+        if dtype is not None:
+            given["dtype"] = {"_type": "torch.dtype", "_data": str(dtype).removeprefix("torch.")}
+        made: Tensor = object_from_dict({**self.about, "_data": given})
+        return made
+
+
+def few_bits(metadata: Mapping[str, str], piece: Callable[[str], Tensor], where: str) -> dict[str, FewBits]:
+    """Find the quantised tensors that the metadata of a file in torchao's layout tells of; `piece` gives empty ones.
+
+    Raises:
+        CheckpointError: they are damaged or of an unknown kind, or there is no torchao.
+    """
+    found: dict[str, FewBits] = {}
+    name = "tensor_names"
+    try:
+        for name in json.loads(metadata.get("tensor_names", "[]")):
+            about = json.loads(metadata[name])
+            if about["_type"] == "Tensor":
+                continue
+            if importlib.util.find_spec("torchao") is None:
+                raise CheckpointError(f"{where} holds quantised weights, which need torchao; {install('quantize')}.")
+            few = FewBits(about, {key: piece_name(name, key) for key in about["_tensor_data_names"]})
+            whole = few.tensor({key: piece(stored) for key, stored in few.pieces.items()})
+            if not (hasattr(whole, "tensor_data_names") and whole.dtype.is_floating_point):
+                raise ValueError(f"{about['_type']} is no quantised tensor")
+            found[name] = dataclasses.replace(few, shape=tuple(whole.shape), dtype=whole.dtype)
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError, IndexError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{where} says it holds {str(name)[:120]} quantised in torchao's layout, but it does not ({error!r:.160}); "
+            "save it again."
+        ) from error
+    return found
+
+
+def flatten(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Take quantised tensors apart as torchao's layout does; returns plain tensors, and metadata if any was quantised.
+
+    Raises:
+        UniLIPError: a kind that the layout does not know: what is packed for this very processor.
+    """
+    flat, about = dict[str, Tensor](), dict[str, str]()
+    if not any(hasattr(tensor, "tensor_data_names") for tensor in state.values()):
+        return dict(state), {}
+    with quiet_import():
+        from torchao.prototype.safetensors import safetensors_utils as layout
+    for name, tensor in state.items():
+        kind = type(tensor).__name__
+        if not hasattr(tensor, "tensor_data_names"):
+            flat[name], about[name] = tensor, json.dumps({"_type": "Tensor"})
+            continue
+        if kind not in layout.ALLOWED_TENSORS_SUBCLASSES:
+            raise UniLIPError(
+                f"{name} is a {kind}, packed for this processor alone, and cannot be saved; save int8 or fp8, or load "
+                "the plain model with this quantisation each time."
+            )
+        about[name] = json.dumps(tensor, cls=layout.TensorSubclassAttributeJSONEncoder)
+        flat |= {piece_name(name, key): getattr(tensor, key) for key in json.loads(about[name])["_tensor_data_names"]}
+    return flat, {**about, "tensor_names": json.dumps(list(state))}
+
+
+def piece_name(name: str, key: str) -> str:
+    """Name one tensor of the data of a quantised tensor, as torchao does."""
+    module, _, weight = name.rpartition(".")
+    return f"{module}._{weight}_{key}"
 
 
 @contextlib.contextmanager

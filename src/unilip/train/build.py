@@ -125,6 +125,7 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
         if parts[0] in BESIDE:
             continue
         opened = open_checkpoint(locate(source, runs))
+        opened.require_plain("training needs plain weights")
         if parts == ("queries",):
             queries = UniLIP.from_pretrained(opened.path, parts=("mllm",)).mllm.queries.detach()
             continue
