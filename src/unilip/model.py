@@ -66,6 +66,7 @@ from unilip.shapes import Size
 
 DRAWING = ("pixel_decoder", "mllm", "connector", "dit")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+HOLES = 2**27  # give memory back after quantising so many bytes
 MOST_IMAGES, MOST_TILES, LONGEST_BUCKET = 10_000, 1_000, 65_536
 MOST_TRIES = 64  # to choose the best of
 StepCallback = Callable[["UniLIP", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
@@ -205,9 +206,15 @@ class UniLIP(Network):
             del model.mllm.language_model.lm_head
         later = (f"{HEAD}.weight",) if low_memory or drawing else ()
 
+        holes = 0  # bytes of weights that were quantised since their memory was last given back
+
         def settle(layer: nn.Module) -> None:
+            nonlocal holes
             if quantization is not None:
+                holes += sum(p.nbytes for p in layer.parameters())
                 quantise(layer, quantization)
+                if holes > HOLES:
+                    holes = give_back()
 
         def load(model: nn.Module, part: str) -> None:
             source = other if other is not None and part == "pixel_decoder" else opened

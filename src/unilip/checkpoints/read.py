@@ -203,7 +203,7 @@ class Weights:
             )
         pieces = {key: self._where[piece].read(piece, 0, 1) for key, piece in few.pieces.items()}
         for key, piece in pieces.items():
-            check_weights(piece.float() if piece.is_floating_point() else piece, few.pieces[key], damaged)
+            check_weights(piece, few.pieces[key], damaged)
         return few.tensor(pieces, dtype)
 
     def read(self, origin: Origin) -> Tensor:
@@ -271,7 +271,8 @@ def _open_shards(index: Path) -> Weights:
 
 def check_weights(tensor: Tensor, name: str, remedy: str) -> Tensor:
     """Return weights that are numbers, or say which are not; a small part of the time that reading them takes."""
-    if tensor.is_floating_point() and tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
+    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # fp8 has no comparison
+    if tensor.is_floating_point() and tensor.numel() and not all(bool(end.isfinite()) for end in values.aminmax()):
         raise CheckpointError(f"{name} holds NaN or infinite values in {tensor.dtype}. {remedy}.")
     return tensor
 

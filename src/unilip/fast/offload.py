@@ -83,10 +83,11 @@ class Offload:
         give_back()
 
 
-def give_back() -> None:
-    """Return the memory of freed tensors to the system: glibc keeps the holes that weights leave in its heap."""
+def give_back() -> int:
+    """Return the memory of freed tensors to the system: glibc keeps the holes that weights leave in its heap. 0."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc
         ctypes.CDLL(None).malloc_trim(0)
+    return 0
 
 
 class Unmade(TorchFunctionMode):
