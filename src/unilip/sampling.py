@@ -296,7 +296,7 @@ def liking(
     questions = [SEEN.format(prompt.rstrip(" .!?")) for prompt in prompts]
     tokens = processor.tokenize([processor.chat_text([Message("user", text, (1,))]) for text in questions])
     tokens = tokens.to(features.device)
-    with runtime.using("mllm"):
+    with runtime.using("mllm", HEAD):
         mllm = network.mllm
         hidden = mllm(mllm.embed(tokens.input_ids, tokens.image_slots, features), tokens.attention_mask)[:, -1]
         logits = check_finite(mllm.logits(hidden), "mllm", hidden.dtype)
