@@ -302,7 +302,7 @@ def score(runs: Sequence[Run], measure: str) -> dict[str, Any] | None:
         return None
     by_seed = [float(np.mean(values)) for values in means]
     spread = float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
-    errors = [np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0 for values in means]
+    errors = [float(np.std(v, ddof=1)) / math.sqrt(len(v)) if len(v) > 1 else 0.0 for v in means]
     return {"mean": float(np.mean(by_seed)), "spread": spread, "error": float(np.mean(errors)), "seeds": len(by_seed)}
 
 
