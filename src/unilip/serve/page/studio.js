@@ -234,9 +234,7 @@ async function look() {
   if (!card.abilities.includes(found.verb)) found.verb = card.abilities[0] ?? 'generate';
   try {
     if (text) found = await json('/v1/intent', {text, has_picture: pictures});
-  } catch {
-    return found;  // sending says what is wrong
-  }
+  } catch { /* sending says what is wrong */ }
   if (number === look.number) {
     taken = found;
     $('unread').textContent = warning(found.unread);
@@ -296,14 +294,23 @@ function down() {
 
 async function submit(given) {
   if (running) return running.abort();
+  running = new AbortController();
+  try {
+    await perform(given);
+  } finally {
+    running = null;
+    look();
+  }
+}
+
+async function perform(given) {
   note('');
-  const words = given?.words ?? $('words').value.trim();
-  const verb = given?.verb ?? ($('mode').value === 'auto' ? (await look()).verb : $('mode').value);
-  const auto = !given && $('mode').value === 'auto';
+  const words = given?.words ?? $('words').value.trim(), auto = !given && $('mode').value === 'auto';
+  const found = given ?? await look();
+  const verb = given || auto ? found.verb : $('mode').value;
   const pictures = given?.pictures ?? (verb === 'generate' ? [] : pictureNow());
   if (!words && verb !== 'reconstruct') return note('There are no words; say what you want.');
   if (!pictures.length && (verb === 'edit' || verb === 'reconstruct')) return note('Add a picture first, or draw one.');
-  running = new AbortController();
   const before = {attached, words: $('words').value, mode: $('mode').value};
   if (!given) {
     attached = [];
@@ -317,12 +324,12 @@ async function submit(given) {
   showComposer();
   try {
     const values = {...settings(), ...given?.values};
-    const text = verb === 'generate' && taken.verb === 'generate' && !given ? taken.text : words;
+    const text = verb === 'generate' && found.verb === verb && found.text ? found.text : words;
     await {ask, generate: draw, edit: draw, reconstruct}[verb](verb, text, pictures, values, place, auto);
   } catch (error) {
     place.found.remove();
     $('start').hidden = $('talk').querySelector('.turn') !== null;
-    if (!given) {
+    if (!given && !$('words').value.trim() && !attached.length) {  // what was written meanwhile stays
       attached = before.attached;
       $('words').value = before.words;
       $('mode').value = before.mode;
@@ -331,8 +338,6 @@ async function submit(given) {
     if (!(error instanceof Refused) && error.name !== 'AbortError') console.error(error);
     note(error.name === 'AbortError' ? 'Cancelled.' : error.message, error.name === 'AbortError');
   }
-  running = null;
-  look();
 }
 
 function form(pictures, fields) {
