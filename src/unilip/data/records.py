@@ -19,7 +19,7 @@ from PIL import Image
 from unilip.data.errors import DataError
 from unilip.errors import ImageError, PromptError
 from unilip.files import decode_text
-from unilip.pictures import Fit, fit_square, load_image, open_picture
+from unilip.pictures import Fit, fit_picture, load_image, open_picture
 from unilip.sampling import check_prompt
 
 KINDS = ("image", "caption", "edit", "talk", "text")
@@ -104,9 +104,9 @@ def decode_picture(data: bytes) -> Image.Image:
         raise Unreadable("picture unreadable", str(error) if data else "it is empty") from error
 
 
-def square(data: bytes, size: int, fit: Fit) -> np.ndarray:
-    """Decode a picture and make it a uint8 square (S,S,3)."""
-    return np.asarray(fit_square(decode_picture(data), size, fit))
+def square(data: bytes, size: int | tuple[int, int], fit: Fit) -> np.ndarray:
+    """Decode a picture and make it a uint8 square (S,S,3), or of a width and height (H,W,3)."""
+    return np.asarray(fit_picture(decode_picture(data), (size, size) if isinstance(size, int) else size, fit))
 
 
 def one_text(record: Record, number: int) -> Record:

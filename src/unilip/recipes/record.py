@@ -17,6 +17,7 @@ from typing import Any
 
 from unilip.errors import ConfigError
 from unilip.method.config import TOKEN_PIXELS
+from unilip.shapes import Size, nearest, parse
 
 # what trains: prefixes of weights, each with a factor of the learning rate
 TOKENIZER = (("encoder", 1.0), ("latent_head", 1.0), ("pixel_decoder", 1.0))
@@ -249,11 +250,12 @@ class Data:
     `edit_share` is the share of steps whose batches hold edits (a batch has one task); `edits` names kinds of the
     emoji world's edits and how often each comes, as in "recolour:3,background" (empty: all alike); `text_share`
     adds that share of questions without a picture. `image_size` replaces the model's own; `fit` makes pictures
-    square (auto: the centre of what is drawn, the whole of what is talked about). Texts over `max_characters`, or
-    over `max_tokens` (0: what the model reads), are left out. Over a share `max_skipped` of samples that cannot be
-    read the run stops. `window` shards are shuffled together; `lanes` are disjoint sets of shards that fill their
-    own part of every step; `keep_gb` bounds the remote shards on disk. `cache` is a folder made by `unilip data
-    cache`. `workers` processes prepare batches.
+    square (auto: the centre of what is drawn, the whole of what is talked about). `shapes` are widths and heights in
+    place of the square, "336x588,448x448" (aspect buckets): a step has one of them, drawn from the seed. Texts over
+    `max_characters`, or over `max_tokens` (0: what the model reads), are left out. Over a share `max_skipped` of
+    samples that cannot be read the run stops. `window` shards are shuffled together; `lanes` are disjoint sets of
+    shards that fill their own part of every step; `keep_gb` bounds the remote shards on disk. `cache` is a folder
+    made by `unilip data cache`. `workers` processes prepare batches.
     """
 
     source: str = "emoji"
@@ -261,6 +263,7 @@ class Data:
     path: str = ""
     image_size: int = 0
     fit: str = "auto"
+    shapes: str = ""
     edit_share: float = 0.0
     edits: str = ""
     text_share: float = 0.0
@@ -293,6 +296,17 @@ class Data:
             raise ConfigError(
                 f"data.image_size is {self.image_size}; it must be a multiple of {TOKEN_PIXELS}, or 0 for the model's."
             )
+        if self.shapes and (self.source == "emoji" or self.cache or self.image_size):
+            raise ConfigError("data.shapes is for data.source=files, without data.cache and data.image_size.")
+        for size in self.sizes:
+            if nearest(*size) != size:
+                near = "x".join(map(str, nearest(*size)))
+                raise ConfigError(f"data.shapes has {size[0]}x{size[1]}; sides are multiples of 28, write {near}.")
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """`shapes` as widths and heights."""
+        return tuple(parse(text) for text in self.shapes.split(",")) if self.shapes else ()
 
 
 @dataclass(frozen=True)
@@ -377,6 +391,10 @@ class Recipe:
                 f"trains is {self.trains}; give prefixes with factors of at least 0, one of them above 0."
             )
         self._check_together()
+        if self.data.shapes and isinstance(self.objective, Understand):
+            raise ConfigError("data.shapes is for flow and tokenizer stages; what is talked about is read as a square.")
+        if self.data.shapes and getattr(self.objective, "target", "") == "dcae":
+            raise ConfigError("data.shapes needs objective.target=unilip; the autoencoder's latents are of squares.")
 
     def _check_together(self) -> None:
         flow, kind = isinstance(self.objective, Flow), type(self.objective).__name__.lower()

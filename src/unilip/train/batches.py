@@ -34,6 +34,7 @@ from unilip.errors import ConfigError, UniLIPError
 from unilip.method.config import DECODER_PIXELS, TOKEN_PIXELS, UniLIPConfig
 from unilip.method.text import Message, Processor, Prompt, Tokens
 from unilip.recipes.record import FewSteps, Flow, Recipe, Understand
+from unilip.shapes import Size
 from unilip.train.processes import own_batches
 
 if TYPE_CHECKING:
@@ -143,7 +144,9 @@ class Batches(Dataset[dict[str, Any]]):
     def __init__(self, recipe: Recipe, config: UniLIPConfig, processor: Processor | None) -> None:
         self.recipe = recipe
         self.size = recipe.batch_size
-        self.image_size = self.target_size = config.image_size
+        self.image_size: int | Size = config.image_size
+        self.target_size: int | Size = config.image_size
+        self.source_cells: int | None = None  # image tokens of a picture to be edited, where it is not the square
         if isinstance(recipe.objective, Flow) and recipe.objective.target == "dcae":
             self.target_size = config.image_size // TOKEN_PIXELS * DECODER_PIXELS  # what the autoencoder reads
         self._processor = processor
@@ -244,8 +247,10 @@ class Batches(Dataset[dict[str, Any]]):
         return {
             **stacked("sources", [source for source, _, _ in items]),
             **stacked("targets", [target for _, target, _ in items]),
-            **self._blanks([self.processor.edit_text(None)] * len(kept)),
-            **self._prompts(samples, [self.processor.edit_text(text) for text in kept], kept, self.told_edit),
+            **self._blanks([self.processor.edit_text(None, self.source_cells)] * len(kept)),
+            **self._prompts(
+                samples, [self.processor.edit_text(text, self.source_cells) for text in kept], kept, self.told_edit
+            ),
         }
 
     def _blanks(self, texts: list[Prompt]) -> dict[str, Any]:

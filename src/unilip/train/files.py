@@ -18,7 +18,7 @@ import numpy as np
 from unilip.data.errors import DataError
 from unilip.data.order import Mixture, Order
 from unilip.data.records import Record, Source, Unreadable, clean_text, one_text, read_turns, square
-from unilip.data.seeding import stable_hash
+from unilip.data.seeding import generator, stable_hash
 from unilip.data.sources import Weighted, open_source, parse_mixture
 from unilip.errors import ConfigError
 from unilip.files import content_hash
@@ -26,6 +26,7 @@ from unilip.method.config import UniLIPConfig
 from unilip.method.text import Processor
 from unilip.pictures import Fit
 from unilip.recipes.record import FewSteps, Flow, Recipe, Understand
+from unilip.shapes import Size, cells
 from unilip.train.batches import Batches, Reading, Turns, conversation, stack
 from unilip.train.cached import cached_sources
 
@@ -151,6 +152,10 @@ class FileBatches(Batches):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         self._reading = Reading()
+        if sizes := self.recipe.data.sizes:  # all batches of a step have one shape
+            step = index // self.recipe.accumulate
+            size = sizes[generator("shape", self.recipe.seed, step).randrange(len(sizes))]
+            self.image_size, self.target_size, self.source_cells = size, size, cells(size)
         batch = super().__getitem__(index)
         batch["reading"] = self._reading
         return batch
@@ -192,8 +197,8 @@ class FileBatches(Batches):
             return {**sources, "targets": stack([item[-2] for item in items]), "prompts": prompts}
         return {"images": stack([item[0] for item in items])}
 
-    def _picture(self, record: Record, place: int, size: int, kind: str, names: Sequence[str] = ()) -> Any:
-        """The picture of a record as a square; of a cache the arrays of these names, and the picture if it is read."""
+    def _picture(self, record: Record, place: int, size: int | Size, kind: str, names: Sequence[str] = ()) -> Any:
+        """The picture of a record at its size; of a cache the arrays of these names, and the picture if it is read."""
         if record.tensors is None:
             return square(record.pictures[place], size, self.fit(kind))
         found = {name: array for name, array in unpacked(record.tensors).items() if not names or name in names}
@@ -220,7 +225,7 @@ class FileBatches(Batches):
     def text(self, record: Record, what: str, kind: str) -> str:
         """The caption or instruction of a record, within the limits."""
         text = clean_text(record.text, what, self.recipe.data.max_characters)
-        taken = TURN_EXTRA + (self.processor.num_image_tokens + 2 if kind == "edit" else 0)
+        taken = TURN_EXTRA + ((self.source_cells or self.processor.num_image_tokens) + 2 if kind == "edit" else 0)
         self._check_tokens(text, taken, what)
         return text
 

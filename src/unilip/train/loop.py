@@ -595,7 +595,7 @@ def measure_latents(model: UniLIP, batches: Batches, pictures: int = 1024) -> Un
     found = []
     for i in range(min(len(batches), math.ceil(pictures / batches.size))):
         pixels = normalise(to_unit(batches[i]["images"].to(model.device)))
-        found.append(model.to_latent(model.encoder(pixels)).movedim(1, -1).flatten(0, -2).cpu())
+        found.append(model.to_latent(model.encoder(pixels), pixels.shape[-2] // 28).movedim(1, -1).flatten(0, -2).cpu())
     latents = torch.cat(found)
     mean, std = latents.mean(0), latents.std(0).clamp(min=1e-6)
     return model.config.replace(

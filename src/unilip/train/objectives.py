@@ -412,7 +412,7 @@ class FlowObjective(Objective):
         if self.autoencoder is None:
             if features is None or self.target_encoder is not None:
                 features = (self.target_encoder or self.model.encoder)(normalise(unit))
-            return self.model.to_latent(features)
+            return self.model.to_latent(features, unit.shape[-2] // TOKEN_PIXELS)
         size = self.model.config.grid * DECODER_PIXELS
         if unit.shape[-1] != size:  # a source that draws in one size only
             unit = F.interpolate(unit, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
@@ -487,7 +487,12 @@ class FlowObjective(Objective):
         few: Batch = {name: value[:SHOWN] for name, value in batch.items() if isinstance(value, Tensor)}
         few["prompts"] = Tokens(prompts.input_ids[:SHOWN], prompts.attention_mask[:SHOWN], prompts.image_slots[:SHOWN])
         condition = self.conditions(few, None if "conditions" in few else self.source_features(few))
-        shape = (config.dit.latent_channels, config.grid, config.grid)
+        grid = (config.grid, config.grid)
+        if "latents" in few:
+            grid = (few["latents"].shape[-2], few["latents"].shape[-1])
+        elif self.autoencoder is None:
+            grid = (few["targets"].shape[-2] // TOKEN_PIXELS, few["targets"].shape[-1] // TOKEN_PIXELS)
+        shape = (config.dit.latent_channels, *grid)
         noise = draw_noise(len(few["prompts"].input_ids), shape, torch.Generator().manual_seed(0)).to(model.device)
         drawn = self.pixels(self.drawn(noise, condition))
         above = [to_unit(few[name]) for name in ("sources", "targets") if name in few]

@@ -21,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from unilip.errors import ConfigError
-from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
+from unilip.method.config import UniLIPConfig
 from unilip.method.model import PARTS
 from unilip.method.text import Tokens
 from unilip.model import UniLIP
 from unilip.recipes.record import FewSteps, Flow, Recipe, Reconstruct, Shrink
+from unilip.shapes import cells
 from unilip.train.adapters import target_layers
 from unilip.train.build import enable_checkpointing, parse_init, recipe_config, trained_parameters
 from unilip.train.objectives import make_objective, needed_parts
@@ -164,10 +165,11 @@ class Step:
 
 def batch_of(recipe: Recipe, config: UniLIPConfig, size: int, edits: bool) -> dict[str, Any]:
     """Make a batch of the shapes that a recipe's data have."""
-    images = torch.zeros(size, 3, config.image_size, config.image_size, dtype=torch.uint8)
+    width, height = max(recipe.data.sizes or ((config.image_size, config.image_size),), key=cells)  # the largest
+    images = torch.zeros(size, 3, height, width, dtype=torch.uint8)
     if isinstance(recipe.objective, Reconstruct):
         return {"images": images}
-    length = TEXT_TOKENS + (config.image_size // TOKEN_PIXELS) ** 2 * edits
+    length = TEXT_TOKENS + cells((width, height)) * edits
     slots = torch.zeros(size, length, dtype=torch.bool)
     tokens = Tokens(torch.zeros(size, length, dtype=torch.long), torch.ones(size, length, dtype=torch.long), slots)
     batch: dict[str, Any] = {"targets": images, "prompts": tokens, "seeds": list(range(size))}
