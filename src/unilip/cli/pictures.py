@@ -264,7 +264,7 @@ VERBS: dict[str, Verb] = {
         "[OPTIONS] IMAGE [IMAGE ...]",
         "Encode pictures to CLIP features and draw them again. What is lost is what the encoder does not know.",
         "unilip reconstruct photo.jpg --output again.png",
-        ("--batch-size", "--size", *SHAPING, *WRITING, *LOADING, *SAVING, *TELLING),
+        ("--batch-size", "--size", *SHAPING, *WRITING, *LOADING, *SAVING, "--decoder", *TELLING),
         (1, math.inf),
         SHAPED,
     ),
