@@ -117,7 +117,7 @@ def test_words_of_a_question_lie_where_what_they_name_lies():
         everything = cells(scene, PICO)[:, 0] > 0
         for qa in questions(scene, rng, PICO):
             found = of_question(qa, scene, PICO)
-            for end, tokens in found:
+            for end, *_, tokens in found:
                 named = [
                     obj for obj in scene.objects if qa.question[:end].lower().endswith((obj.concept, obj.concept + "s"))
                 ]
@@ -125,7 +125,7 @@ def test_words_of_a_question_lie_where_what_they_name_lies():
             if qa.kind == "background":
                 assert not found
                 continue
-            end, tokens = found[-1]
+            end, *_, tokens = found[-1]
             assert end == len(qa.question)
             if qa.answer in ("yes", "no"):
                 assert tokens.any() == (qa.answer == "yes"), qa

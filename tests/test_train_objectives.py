@@ -218,7 +218,7 @@ def test_understanding_terms(fresh_model):
     objective, batches = prepared("tiny/instruct", model, "objective.contrastive=0.5", "objective.next_token=2")
     loss, terms = objective.loss(batches[0], 0)
     wanted = 0.5 * terms["contrastive"] + terms["words"] + 2 * terms["next_token"] + terms["bind"]
-    wanted = wanted + 0.5 * (terms["grounding"] + terms["naming"])
+    wanted = wanted + 0.5 * (terms["grounding"] + terms["looking"])
     torch.testing.assert_close(loss, wanted)
     assert 0 <= terms["retrieval"] <= 1 and 0 <= terms["token_accuracy"] <= 1
     alone, batches = prepared(
@@ -521,7 +521,7 @@ def test_words_of_questions_learn_where_what_they_name_lies(fresh_model):
         total, terms = objective.loss(batch, 0)
         total.backward()
         optimizer.step()
-    assert terms["slot_word"] == 1 and not objective.middle
+    assert terms["slot_word"] == terms["own_word"] == 1 and terms["look"] > 0.9 and not objective.middle
     assert terms["ground"] == 1 and terms["ground_none"].nan_to_num(1) == 1, terms
 
 

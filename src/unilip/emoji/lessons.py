@@ -121,17 +121,20 @@ def of_edit(edit: Edit, text: str, world: World) -> Lesson:
     return Lesson(marks, _summary(kind=edit.kind, side=side, **one, **changed, **paint), ())
 
 
-def of_question(qa: QA, scene: Scene, world: World) -> tuple[tuple[int, np.ndarray], ...]:
-    """Return where in the picture it lies what a question speaks of: (end of a word, image tokens (N,) bool).
+def of_question(qa: QA, scene: Scene, world: World) -> tuple[tuple[int, int, int, np.ndarray], ...]:
+    """Return where in the picture it lies what a question speaks of: (end, concept, colour, image tokens (N,) bool).
 
-    For each name of a thing the tokens that such things cover, none where there are none; at the end of the question
-    those of what it is about.
+    For each name of a thing or a paint the tokens that such things cover, none where there are none; at the end of the
+    question, with neither concept nor colour, those of what it is about.
     """
-    kinds = [(m.end(), _named()[m[0].lower()]) for m in _names().finditer(qa.question)]
-    asked = [(end, [obj for obj in scene.objects if obj.concept == name]) for end, name in kinds]
+    asked: list[tuple[int, int, int, list[Obj]]] = []
     if qa.about is not None:
-        asked.append((len(qa.question), list(qa.about)))
-    return tuple((end, cells(Scene(scene.background, tuple(objs)), world)[:, 0] > 0) for end, objs in asked)
+        for found in _names().finditer(qa.question):
+            name = _named().get(found[0].lower(), found[0].lower())
+            kinds = (numbers("concept").get(name, 0), numbers("colour").get(name, 0))
+            asked.append((found.end(), *kinds, [obj for obj in scene.objects if name in (obj.concept, obj.colour)]))
+        asked.append((len(qa.question), 0, 0, list(qa.about)))
+    return tuple((*which, cells(Scene(scene.background, tuple(objs)), world)[:, 0] > 0) for *which, objs in asked)
 
 
 @cache
@@ -142,7 +145,7 @@ def _named() -> dict[str, str]:
 
 @cache
 def _names() -> re.Pattern[str]:
-    longest = sorted(_named(), key=len, reverse=True)
+    longest = sorted((*_named(), *PAINTS), key=len, reverse=True)
     return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest))})(?!\w)", re.IGNORECASE)
 
 

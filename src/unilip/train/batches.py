@@ -49,7 +49,7 @@ NOT_LEARNED = -100  # what cross entropy leaves out
 PLANNED = ("single", "two", "colour", "colour_attr", *("position",) * 3, *("counting",) * 3)  # tasks written out
 MASKS = {"conditions": "condition_mask", "unconditional": "unconditional_mask"}  # of arrays of different lengths
 Turns = Sequence[tuple[str, str]]
-Grounds = Sequence[tuple[int, np.ndarray]]  # of a question: the end of a word (a character), image tokens (N,) bool
+Grounds = Sequence[tuple[int, int, int, np.ndarray]]  # of a question: see `lessons.of_question`
 
 
 def stack(images: Sequence[np.ndarray]) -> Tensor:
@@ -496,18 +496,19 @@ def until(prompt: Prompt, words: str, end: int) -> Prompt:
 def grounded(processor: Processor, rows: Sequence[Turns], found: Sequence[Sequence[Grounds]]) -> Tensor:
     """Where the words of questions lie in `conversation`, and what they name on the picture.
 
-    Out: (M,2+N), row, column, and 1 for each image token that shows it.
+    Out: (M,4+N), row, column, concept and colour that the word means (0 both where a question ends), and 1 for each
+    image token that shows it.
     """
     marks: list[list[int]] = []
     for row, (turns, grounds) in enumerate(zip(rows, found, strict=True)):
         start = 0
         for i, ((question, answer), words) in enumerate(zip(turns, grounds, strict=True)):
             asked = processor.chat_text([Message("user", question, (1,) * (i == 0))])
-            for end, tokens in words:
+            for end, *kinds, tokens in words:
                 column = start + len(processor.ids(until(asked, question, end))) - 1
-                marks.append([row, column, *map(int, tokens)])
+                marks.append([row, column, *kinds, *map(int, tokens)])
             start += sum(len(processor.ids(piece)) for piece in (asked, (answer, processor.end_id), "\n"))
-    return torch.tensor(marks, dtype=torch.long).reshape(-1, 2 + processor.num_image_tokens)
+    return torch.tensor(marks, dtype=torch.long).reshape(-1, 4 + processor.num_image_tokens)
 
 
 def labels(

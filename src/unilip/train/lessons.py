@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from unilip.emoji.lessons import MARK, SUMMARY, UNKNOWN, classes, numbers
 from unilip.errors import ConfigError
-from unilip.method.config import UniLIPConfig
-from unilip.method.text import Processor
+from unilip.method.config import TextConfig, UniLIPConfig
+from unilip.method.qwen2 import TextLayer, positions, rotate, rotation
+from unilip.method.text import Processor, Tokens
 
 CELL = ("concept", "colour", "background")
 Terms = dict[str, Tensor]
@@ -35,15 +36,40 @@ def local_heads(config: UniLIPConfig) -> nn.ModuleDict:
 
 
 def ground_loss(head: nn.Module, states: Tensor, grounds: Tensor) -> tuple[Tensor, Terms]:
-    """What the states (B,L,D) of words tell of where that lies which they name: `grounds` (M,2+N) row, column, tokens.
+    """What the states (B,L,D) of words tell of where that lies which they name: `grounds` (M,4+N) of `grounded`.
 
     The loss is the mean over words of the sum over image tokens; the share is of words whose tokens are all told right.
     """
-    told, target = head(states[grounds[:, 0], grounds[:, 1]]).float(), grounds[:, 2:].float()
+    told, target = head(states[grounds[:, 0], grounds[:, 1]]).float(), grounds[:, 4:].float()
     loss = F.binary_cross_entropy_with_logits(told, target, reduction="sum") / max(len(grounds), 1)
     right = ((told > 0) == (target > 0)).all(-1)
     some = target.any(-1)
     return loss, {"ground": right[some].float().mean(), "ground_none": right[~some].float().mean()}
+
+
+def look_loss(layer: TextLayer, x: Tensor, tokens: Tokens, grounds: Tensor, text: TextConfig) -> tuple[Tensor, Terms]:
+    """Where words look in a layer whose input is x (B,L,D): at what they name, at no image token if it is not there.
+
+    One head of each group is asked, that of the softmax over all that a word sees. The term is the share of attention
+    on what is named.
+    """
+    rows, columns, targets = grounds[:, 0], grounds[:, 1], grounds[:, 4:].to(x.dtype)
+    attention, normed = layer.self_attn, layer.input_layernorm(x)
+    turns = rotation(positions(tokens.attention_mask), text)
+    q, k = (
+        rotate(project(normed).unflatten(-1, (-1, attention.width)).transpose(1, 2), turns)
+        for project in (attention.q_proj, attention.k_proj)
+    )
+    q, k = q[rows, :, columns][:, :: q.shape[1] // k.shape[1]].float(), k[rows].float()  # M G d, M G L d
+    logits = (k @ q[..., None]).squeeze(-1) / attention.width**0.5  # M G L
+    later = torch.arange(x.shape[1], device=x.device) > columns[:, None]
+    shares = logits.masked_fill(later[:, None], -torch.inf).softmax(-1)
+    slots = tokens.image_slots[rows]
+    named = torch.zeros(slots.shape, dtype=x.dtype, device=x.device).masked_scatter(slots, targets)
+    some = targets.any(-1)
+    on, anywhere = (shares * named[:, None]).sum(-1), (shares * slots[:, None]).sum(-1)  # M G
+    missed = torch.where(some[:, None], on, 1 - anywhere).clamp(min=1e-6).log().mean()
+    return -missed, {"look": on[some].mean(), "look_none": 1 - anywhere[~some].mean()}
 
 
 def slot_words(processor: Processor) -> dict[str, Tensor]:
@@ -67,10 +93,22 @@ def slot_loss(logits: Tensor, cells: Tensor, words: dict[str, Tensor]) -> tuple[
     concept, colour, background = (words[kind].to(logits.device)[cells[..., i]] for i, kind in enumerate(CELL))
     covered = cells[..., 0] > 0
     wanted = torch.where(covered[..., None], concept + colour, background)
-    wanted = wanted / wanted.sum(-1, keepdim=True)
-    loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1))
-    likeliest = logits.argmax(-1)[covered]
-    return loss, {"slot_word": (wanted[covered].gather(-1, likeliest[:, None]) > 0).float().mean()}
+    loss, share = say_loss(logits.flatten(0, 1), wanted.flatten(0, 1))
+    return loss, {"slot_word": share[covered.flatten()].float().mean()}
+
+
+def word_loss(logits: Tensor, grounds: Tensor, words: dict[str, Tensor]) -> tuple[Tensor, Terms]:
+    """What names of things and paints say in words (M,V): themselves, so that they and image tokens can be compared."""
+    concept, colour = (words[kind].to(logits.device)[grounds[:, 2 + i]] for i, kind in enumerate(("concept", "colour")))
+    loss, share = say_loss(logits, concept + colour)
+    return loss, {"own_word": share.float().mean()}
+
+
+def say_loss(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of logits (M,V) with shares of tokens (M,V), and in which rows the likeliest is one of them."""
+    shares = wanted / wanted.sum(-1, keepdim=True)
+    right = wanted.gather(-1, logits.argmax(-1, keepdim=True))[:, 0] > 0
+    return F.cross_entropy(logits, shares), right
 
 
 def bind_heads(width: int) -> nn.ModuleDict:

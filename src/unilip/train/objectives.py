@@ -47,9 +47,11 @@ from unilip.train.lessons import (
     ground_loss,
     local_heads,
     local_loss,
+    look_loss,
     repa_head,
     slot_loss,
     slot_words,
+    word_loss,
 )
 from unilip.train.losses import (
     PatchDiscriminator,
@@ -206,13 +208,9 @@ class UnderstandObjective(Objective):
             terms["next_token"], total = answers, total + weights.next_token * answers
             if "grounds" in batch:
                 grounded, found = ground_loss(self.heads["ground"], states, batch["grounds"])
-                slots = batch["conversations"].image_slots
-                halfway = self.model.mllm.language_model.model.norm(self.middle.pop()[slots])
-                said, more = slot_loss(
-                    self.model.mllm.logits(halfway).unflatten(0, (-1, features.shape[1])), batch["cells"], self.words
-                )
-                terms |= found | more | {"grounding": grounded, "naming": said}
-                total = total + weights.ground * (grounded + said)
+                looked, seen = self.look(batch, self.middle.pop())
+                terms |= found | seen | {"grounding": grounded, "looking": looked}
+                total = total + weights.ground * (grounded + looked)
         if weights.bind and "lessons" in batch:
             tokens, mllm = batch["lessons"], self.model.mllm
             states = mllm(mllm.embed(tokens.input_ids), tokens.attention_mask)  # B T D
@@ -221,6 +219,18 @@ class UnderstandObjective(Objective):
             total = total + weights.bind * bound
         self.middle.clear()
         return total, terms
+
+    def look(self, batch: Batch, halfway: Tensor) -> tuple[Tensor, Terms]:
+        """What image tokens say, and where words look next, by states (B,T,D) halfway through the language model."""
+        text, tokens = self.model.mllm.language_model.model, batch["conversations"]
+        slots = text.norm(halfway[tokens.image_slots]).unflatten(0, batch["cells"].shape[:2])
+        said, terms = slot_loss(self.model.mllm.logits(slots), batch["cells"], self.words)
+        layer = list(text.layers)[len(text.layers) // 2]
+        words = batch["grounds"][batch["grounds"][:, 2:4].any(-1)]
+        own = self.model.mllm.logits(text.norm(halfway[words[:, 0], words[:, 1]]))
+        named, more = word_loss(own, words, self.words)
+        looked, found = look_loss(layer, halfway, tokens, words, text.t)
+        return said + named + looked, {**terms, **more, **found}
 
     def read(self, tokens: Tokens, features: Tensor) -> Tensor:
         """Hidden states (B,T,D) of conversations about pictures with these features (B,N,D)."""
