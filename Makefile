@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 PIP   := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format wheel clean
+.PHONY: help demo test test-slow test-hosts lint format wheel clean
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=python3] [ARGS='more arguments for pytest or the demo']"
@@ -42,6 +42,10 @@ test: $(STAMP)  ## run the tests, without the slow ones
 test-slow: $(STAMP)  ## run the slow tests only
 	@echo "test-slow: running the slow tests"
 	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-hosts: $(STAMP)  ## run real clients and evaluation kits, which it installs, against this package
+	@echo "test-hosts: installing real clients into environments of their own and running them"
+	@$(BIN)/python -m pytest -m hosts tests/hosts/run_*.py $(ARGS)
 
 lint: $(STAMP)  ## check style, layout and types; change nothing
 	@echo "lint: ruff (rules and layout), import contracts, then mypy"

@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
 
@@ -401,6 +402,21 @@ def test_the_class_for_lmms_eval(tiny_folder, tmp_path, monkeypatch, caplog):
     asked = {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9, "num_beams": 4, "do_sample": True}
     assert model._settings(asked) == {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9}
     assert "num_beams cannot be followed" in caplog.text and model._settings({"num_beams": 1})["temperature"] == 0
+
+
+def test_the_file_for_their_repository_registers_the_same_class(monkeypatch):
+    import runpy
+    from types import ModuleType
+
+    from unilip.eval.lmms import UniLIP
+
+    registry, names = ModuleType("lmms_eval.api.registry"), []
+    registry.register_model = lambda *given: names.extend(given) or (lambda kind: kind)
+    for name in ("lmms_eval", "lmms_eval.api"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "lmms_eval.api.registry", registry)
+    path = Path(__file__).parents[1] / "integrations" / "lmms_eval" / "models" / "simple" / "unilip.py"
+    assert issubclass(runpy.run_path(str(path))["UniLIP"], UniLIP) and names == ["unilip"]
 
 
 def test_the_entry_point_of_lmms_eval_is_declared():

@@ -3,6 +3,7 @@
 `make test-hosts` runs them; each installs its client from the registry. Nothing here belongs to the quick suite.
 """
 
+import http.client
 import json
 import os
 import re
@@ -10,16 +11,66 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = ROOT / "src" / "unilip" / "weights" / "examples" / "panda.png"
-INSTALL_SECONDS = 300
+INSTALL_SECONDS = 900
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 REPORT: list[str] = []
+
+
+class Recorder(BaseHTTPRequestHandler):
+    """Passes requests on, and keeps the JSON among them, with the smallest of pictures in place of theirs.
+
+    `make test-hosts ARGS=--record` writes them to tests/recorded_requests.json, which the quick suite sends again.
+    """
+
+    port, client, kept = 0, "", {}
+
+    def do_POST(self):  # the name that the library gives it
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.command == "POST" and "json" in self.headers.get("Content-Type", ""):
+            small = re.sub(r"iVBORw0KGgo[A-Za-z0-9+/=]{40,}", PIXEL, body.decode())
+            entry = {"path": self.path, "body": json.loads(small)}
+            if entry not in self.kept.setdefault(Recorder.client, []):
+                self.kept[Recorder.client].append(entry)
+        onward = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        names = {"host": f"127.0.0.1:{self.port}", "connection": "close"}
+        headers = {name: names.get(name.lower(), value) for name, value in self.headers.items()}
+        onward.request(self.command, self.path, body or None, headers)
+        answer = onward.getresponse()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("transfer-encoding", "connection", "content-length", "date", "server"):
+                self.send_header(name, value)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        while piece := answer.read1(65536):
+            self.wfile.write(piece)
+        self.close_connection = True
+
+    do_GET = do_POST
+
+    def log_message(self, *given):
+        """Say nothing."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record", action="store_true", help="write down what the clients sent")
+
+
+def pytest_sessionfinish(session):
+    if session.config.getoption("--record", False):
+        path = ROOT / "tests" / "recorded_requests.json"
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps(known | Recorder.kept, indent=1, ensure_ascii=False) + "\n")
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -35,6 +86,8 @@ def server():
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
+    recorder = ThreadingHTTPServer(("127.0.0.1", 0), type("Recorder", (Recorder,), {"port": port}))
+    threading.Thread(target=recorder.serve_forever, daemon=True).start()
     process = subprocess.Popen([sys.executable, "-m", "unilip", "serve", "--port", str(port)], cwd=ROOT)
     try:
         for _ in range(240):
@@ -44,18 +97,27 @@ def server():
             except OSError:
                 assert process.poll() is None, "the server ended"
                 time.sleep(0.5)
-        yield address
+        yield f"http://127.0.0.1:{recorder.server_port}"
     finally:
+        recorder.shutdown()
         process.terminate()
         process.wait(60)
 
 
-def install(folder: Path, packages: tuple[str, ...]) -> Path:
-    """Make an environment with packages of the registry; return its Python. Skips where nothing can be installed."""
+def install(folder: Path, packages: tuple[str, ...], beside: bool = False) -> Path:
+    """Make an environment with packages of the registry; return its Python. Skips where nothing can be installed.
+
+    None at all means this program's own environment, and `beside` makes a new one that sees what is in that.
+    """
+    if not packages:
+        return Path(sys.executable)
     python = folder / "bin" / "python"
     if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *packages]
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+        site = next(folder.glob("lib/python*/site-packages"))
+        if beside:
+            (site / "beside.pth").write_text("\n".join([str(ROOT / "src"), *(p for p in sys.path if "site-pack" in p)]))
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-compile", *packages]
     done = subprocess.run(pip, capture_output=True, text=True, timeout=INSTALL_SECONDS)
     if done.returncode:
         pytest.skip(f"{' '.join(packages)} cannot be installed: {done.stderr.strip().splitlines()[-1][:200]}")
@@ -80,6 +142,7 @@ def run(command: list[str], name: str, folder: Path, seconds: int = 300) -> dict
     """Run a client; its last line is a JSON object of what it saw, which is reported."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "OPENAI_BASE_URL")}
     environment |= {"OPENAI_API_KEY": "none"}
+    Recorder.client = name
     done = subprocess.run(
         list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds
     )
