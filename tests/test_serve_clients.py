@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -350,3 +351,24 @@ def test_streams_show_pictures_on_the_way(official, tiny_model):
 
 def difference(a, b):
     return float(np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean())
+
+
+# --- requests as real clients sent them -------------------------------------------------------------------------------
+
+RECORDED = json.loads((Path(__file__).parent / "recorded_requests.json").read_text(encoding="utf-8"))
+
+
+def test_recorded_requests_of_real_clients_are_answered(client):
+    """What `make test-hosts ARGS=--record` wrote down; drawn in one step, answered in three words."""
+    refused, answered = [], set()
+    for name, requests in RECORDED.items():
+        for request in requests:
+            path, body = request["path"], dict(request["body"])
+            body["steps"] = 1
+            body["max_output_tokens" if path.endswith("responses") else "max_tokens"] = 3
+            body.pop("previous_response_id", None)
+            found = client.post(path, json=body)
+            answered.add((name, path))
+            if found.status_code != 200:
+                refused.append((name, path, found.text[:300]))
+    assert not refused and len(answered) >= 6, refused

@@ -120,7 +120,7 @@ def install(folder: Path, packages: tuple[str, ...], beside: bool = False) -> Pa
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-compile", *packages]
     done = subprocess.run(pip, capture_output=True, text=True, timeout=INSTALL_SECONDS)
     if done.returncode:
-        pytest.skip(f"{' '.join(packages)} cannot be installed: {done.stderr.strip().splitlines()[-1][:200]}")
+        pytest.skip(f"{' '.join(packages)} cannot be installed: {done.stderr.strip()[-200:]}")
     return python
 
 
@@ -134,7 +134,7 @@ def install_node(folder: Path, packages: tuple[str, ...]) -> str:
     command = [npm, "install", "--no-audit", "--no-fund", *packages]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=INSTALL_SECONDS)
     if done.returncode:
-        pytest.skip(f"{' '.join(packages)} cannot be installed: {done.stderr.strip().splitlines()[-1][:200]}")
+        pytest.skip(f"{' '.join(packages)} cannot be installed: {done.stderr.strip()[-200:]}")
     return node
 
 
