@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import inspect
 import io
 import math
@@ -28,7 +29,7 @@ from unilip.checkpoints.tokenizer import load_tokenizer
 from unilip.errors import ImageError, PromptError, UniLIPError, check_choice
 from unilip.fast.loop import BUCKET, Compiled, Settings
 from unilip.fast.offload import HEAD, Offload, Unmade, empty, give_back
-from unilip.fast.quantise import QUANTIZED, check_quantisation, quantise
+from unilip.fast.quantise import QUANTIZED, check_quantisation, kind_of, quantise
 from unilip.machine import choose_device
 from unilip.method.config import SOLVERS, TOKEN_PIXELS, UniLIPConfig
 from unilip.method.connector import copy_from_llm
@@ -169,7 +170,8 @@ class UniLIP(Network):
             device: where to put them; the CPU by default, "auto" for CUDA where there is one.
             parts: load only these (of encoder, latent_head, pixel_decoder, mllm, connector, dit), or "drawing": the
                 last four, without the language head, which pictures have no use for.
-            quantization: "int8", "int4" or "fp8": weight-only quantisation of linear layers; needs torchao.
+            quantization: "int8", "int4" or "fp8": weight-only quantisation of linear layers; "int8_dynamic": as
+                int8, and in connector and DiT products in int8, whose inputs are rounded as they come; needs torchao.
             low_memory: hold only the part that is at work, reading it from the checkpoint each time it is needed, and
                 decode one picture at a time, in strips. The pictures stay the same.
             decoder: another pixel decoder, as the recipe SIZE/small_decoder makes one: its folder, or "small" for the
@@ -208,11 +210,11 @@ class UniLIP(Network):
 
         holes = 0  # bytes of weights that were quantised since their memory was last given back
 
-        def settle(layer: nn.Module) -> None:
+        def settle(part: str, layer: nn.Module) -> None:
             nonlocal holes
             if quantization is not None:
                 holes += sum(p.nbytes for p in layer.parameters())
-                quantise(layer, quantization)
+                quantise(layer, kind_of(part, quantization))
                 if holes > HOLES:
                     holes = give_back()
 
@@ -221,8 +223,9 @@ class UniLIP(Network):
             few = part.partition(".")[0] in QUANTIZED
             leave = later if part == "mllm" else ()
             read.load_into(
-                model, source, dtype=dtype, device=where, parts=(part,), leave=leave, settle=settle if few else None
-            )
+                model, source, dtype=dtype, device=where, parts=(part,), leave=leave,
+                settle=functools.partial(settle, part) if few else None,
+            )  # fmt: skip
             model.get_submodule(part).eval()
             give_back()
 
@@ -383,11 +386,11 @@ class UniLIP(Network):
 
     @changes
     def quantize(self, kind: str) -> UniLIP:
-        """Weight-only quantisation of linear layers from now on: "int8", "int4" or "fp8"; needs torchao."""
+        """Quantise linear layers from now on, see `from_pretrained`: int8, int4, fp8 or int8_dynamic; needs torchao."""
         if self.runtime.offload is not None:
             raise UniLIPError("Quantise before offloading, or give `quantization` to `from_pretrained`.")
         for part in set(self.parts) & set(QUANTIZED):
-            quantise(self.get_submodule(part), kind)
+            quantise(self.get_submodule(part), kind_of(part, kind))
             give_back()
         return self
 

@@ -1,6 +1,6 @@
-"""Weight-only quantisation of linear layers by torchao: int8, int4, fp8.
+"""Quantisation of linear layers by torchao: weights in int8, int4 or fp8; int8_dynamic, products in int8, too.
 
-In:  a part of a model. Out: the same part; the arithmetic stays in the type of the activations.
+In:  a part of a model. Out: the same part; but for int8_dynamic the arithmetic stays in the activations' type.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from unilip.errors import CheckpointError, UniLIPError, check_choice, install
 from unilip.method.config import QUANTIZATIONS
 
 SMALLEST = 32  # linear layers with a narrower side stay as they are: they weigh nothing, and decide much
+DYNAMIC = ("connector", "dit")  # with int8_dynamic; the others' activations have outliers, so only their weights shrink
 QUANTIZED = ("encoder", "mllm", "connector", "dit")  # the decoder is nearly all 3x3 convolutions
 SLICE = 2**24  # weights of more numbers are quantised some rows at a time
 INT4_ROWS = 16  # what torchao packs together; a language head of an odd vocabulary stays as it is
@@ -36,6 +37,11 @@ def check_quantisation(kind: str) -> None:
     check_choice("quantisation", kind, QUANTIZATIONS)
     if importlib.util.find_spec("torchao") is None:
         raise UniLIPError(f"Quantisation to {kind} needs torchao; {install('quantize')}.")
+
+
+def kind_of(part: str, kind: str) -> str:
+    """Return how a part is quantised where the model is to be of a kind."""
+    return "int8" if kind == "int8_dynamic" and part.partition(".")[0] not in DYNAMIC else kind
 
 
 def quantise(module: nn.Module, kind: str) -> None:
@@ -98,6 +104,10 @@ def settings(kind: str, weight: Tensor, group: int) -> Any:
         from torchao.quantization import Float8WeightOnlyConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig
     if kind == "int8":
         return Int8WeightOnlyConfig(set_inductor_config=False)
+    if kind == "int8_dynamic":
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+        return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     if kind == "fp8":
         return Float8WeightOnlyConfig(set_inductor_config=False)
     if weight.device.type == "cpu":

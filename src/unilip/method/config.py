@@ -25,7 +25,7 @@ DECODER_PIXELS = 32  # one latent cell becomes 32 px in the DC-AE decoder
 BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")  # of the DC-AE decoder
 UPSAMPLING = ("interpolate", "pixel_shuffle")
 SOLVERS = ("dpm++", "euler", "unipc")
-QUANTIZATIONS = ("int8", "int4", "fp8")
+QUANTIZATIONS = ("int8", "int4", "fp8", "int8_dynamic")
 CONDITIONS = ("dual", "queries", "hidden")  # whose hidden states the DiT sees: prompt and queries, or one of the two
 SAMPLING_PRESETS = ("quality", "balanced", "fast", "turbo")  # how many evaluations a picture may cost
 
