@@ -370,7 +370,7 @@ class ShrinkObjective(ReconstructObjective):
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(output, target.clamp(0, 1))
             total = total + weights.perceptual * terms["perceptual"]
-        pairs = zip(self.heads["states"], *self.states, strict=True)  # type: ignore[arg-type, call-overload]
+        pairs = zip(self.heads["states"], *self.states, strict=True)  # type: ignore[call-overload]
         away = [F.mse_loss(head(ours).float(), theirs.float()) / theirs.float().var() for head, ours, theirs in pairs]
         terms["states"] = torch.stack(away).mean()
         return total + weights.states * terms["states"], terms
