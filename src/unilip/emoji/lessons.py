@@ -134,7 +134,10 @@ def of_question(qa: QA, scene: Scene, world: World) -> tuple[tuple[int, int, int
             kinds = (numbers("concept").get(name, 0), numbers("colour").get(name, 0))
             asked.append((found.end(), *kinds, [obj for obj in scene.objects if name in (obj.concept, obj.colour)]))
         asked.append((len(qa.question), 0, 0, list(qa.about)))
-    return tuple((*which, cells(Scene(scene.background, tuple(objs)), world)[:, 0] > 0) for *which, objs in asked)
+    return tuple(
+        (end, concept, colour, cells(Scene(scene.background, tuple(objs)), world)[:, 0] > 0)
+        for end, concept, colour, objs in asked
+    )
 
 
 @cache

@@ -89,7 +89,7 @@ def by_rows(weight: Tensor, chosen: Any) -> Tensor:
 
     made: list[Tensor] = []
     for rows in weight.split(max(1, SLICE // weight.shape[1])):
-        piece = nn.Linear(*reversed(rows.shape), bias=False, device="meta")
+        piece = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
         piece.weight = nn.Parameter(rows, requires_grad=False)
         quantize_(piece, chosen)
         made.append(piece.weight)

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from unilip.method.flow import (
     sample,
     train_levels,
 )
+from unilip.method.qwen2 import TextLayer
 from unilip.method.text import Tokens
 from unilip.model import UniLIP
 from unilip.pictures import normalise
@@ -225,7 +226,7 @@ class UnderstandObjective(Objective):
         text, tokens = self.model.mllm.language_model.model, batch["conversations"]
         slots = text.norm(halfway[tokens.image_slots]).unflatten(0, batch["cells"].shape[:2])
         said, terms = slot_loss(self.model.mllm.logits(slots), batch["cells"], self.words)
-        layer = list(text.layers)[len(text.layers) // 2]
+        layer = cast(TextLayer, list(text.layers)[len(text.layers) // 2])
         words = batch["grounds"][batch["grounds"][:, 2:4].any(-1)]
         own = self.model.mllm.logits(text.norm(halfway[words[:, 0], words[:, 1]]))
         named, more = word_loss(own, words, self.words)
