@@ -182,15 +182,17 @@ def test_names_and_shapes_are_strict_in_both_directions(tmp_path: Path) -> None:
     [
         ({"latent_mean": (0.1,) * 32}, "one factor"),
         ({"latent_factor": (2.0,) * 32}, "one factor"),
-        ({"dit": None}, "position embedding"),
+        ({"dit": {"interpolation_scale": None}}, "position embedding"),
+        ({"dit": {"plain_blocks": True}}, "SANA's blocks"),
     ],
 )
 def test_what_the_authors_format_cannot_say_is_refused(changes: dict[str, Any], message: str) -> None:
     config = preset("tiny")
     if "dit" in changes:
         data = config.to_dict()
-        data["dit"]["interpolation_scale"] = None
+        data["dit"] |= changes["dit"]
         config = UniLIPConfig.from_dict(data)
+        assert UniLIPConfig.from_dict(config.to_dict()) == config
     else:
         config = config.replace(**changes)
     with pytest.raises(CheckpointError, match=message):

@@ -29,6 +29,7 @@ from unilip.model import UniLIP
 from unilip.sizes import preset
 
 CONFIGS = {"tiny": preset("tiny"), "odd": ODD}
+PLAIN = preset("tiny").replace(dit=dataclasses.replace(preset("tiny").dit, plain_blocks=True))
 
 
 # --- transformer ------------------------------------------------------------------------------------------------------
@@ -37,7 +38,7 @@ CONFIGS = {"tiny": preset("tiny"), "odd": ODD}
 def test_prepared_steps_are_the_plain_transformer() -> None:
     """K latents of a condition, conditions chosen by index, of another length, of one timestep or one for each row."""
     wrong: list[str] = []
-    for name, config in CONFIGS.items():
+    for name, config in {**CONFIGS, "plain blocks": PLAIN}.items():
         net = spread(Transformer(config.dit))
         mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7, [1, 1, 1, 0, 0, 1, 1]])
         for size, k in (((2, 5), 1), ((3, 3), 3)):

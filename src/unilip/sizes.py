@@ -44,7 +44,7 @@ def _pico() -> UniLIPConfig:
         ),
         dit=DiTConfig(
             num_layers=6, num_heads=8, head_dim=32, num_cross_heads=8, cross_head_dim=32, caption_channels=192,
-            sample_size=4, latent_channels=64,
+            sample_size=4, latent_channels=64, plain_blocks=True,
         ),
         decoder=DecoderConfig(
             block_out_channels=(16, 16, 32, 64, 128, 256), layers_per_block=(0, 1, 1, 1, 3, 1), latent_channels=64,
@@ -68,7 +68,7 @@ def _nano() -> UniLIPConfig:
         ),
         dit=DiTConfig(
             num_layers=10, num_heads=8, head_dim=32, num_cross_heads=8, cross_head_dim=32, caption_channels=256,
-            sample_size=8,
+            sample_size=8, plain_blocks=True,
         ),
         decoder=DecoderConfig(
             block_out_channels=(32, 32, 64, 128, 128, 256), layers_per_block=(1, 1, 2, 2, 2, 1),

@@ -107,10 +107,11 @@ def authors_configs(config: UniLIPConfig, image_token_id: int | None = None) -> 
     Raises CheckpointError: the model has something that their format cannot say.
     """
     t, d, c = config.text, config.dit, config.decoder
-    if d.interpolation_scale is None:
+    if d.interpolation_scale is None or d.plain_blocks:
         raise CheckpointError(
-            "The authors' format always means a DiT with a position embedding, and this model has none "
-            "(dit.interpolation_scale is None); keep it in this package's own format."
+            "The authors' format always means a DiT with a position embedding and SANA's blocks, and this model has "
+            f"dit.interpolation_scale {d.interpolation_scale} and dit.plain_blocks {d.plain_blocks}; keep it in this "
+            "package's own format."
         )
     if config.condition != "dual" or not config.substitute_features:
         raise CheckpointError(

@@ -254,6 +254,7 @@ def _dit(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str
         caption_channels=shapes[f"{root}.caption_projection.linear_1.weight"][1],
         mlp_ratio=shapes[f"{root}.transformer_blocks.0.ff.conv_inverted.weight"][0] / (2 * width),
         latent_channels=shapes[f"{root}.patch_embed.proj.weight"][1],
+        plain_blocks=f"{root}.transformer_blocks.0.ff.conv_depth.weight" not in shapes,
     )
     given: Json | None = data if kind == "sana" else beside.get("dit_config.json")
     if given is not None:

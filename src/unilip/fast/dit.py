@@ -91,7 +91,8 @@ def run_block(
 ) -> Tensor:
     """Do what `Block.forward` does with ready keys and values: (R,n,W) -> (R,n,W)."""
     own = block.scale_shift_table + modulation  # 1|R 6 W
-    x = torch.addcmul(x, own[:, 2:3], linear_attention(block.attn1, modulated_norm(x, own[:, 0:2]), multiply))
+    look = full_attention if block.plain else linear_attention
+    x = torch.addcmul(x, own[:, 2:3], look(block.attn1, modulated_norm(x, own[:, 0:2]), multiply))
     x = x + cross_attention(block.attn2, x, k, v, seen, multiply)
     return torch.addcmul(x, own[:, 5:6], feed_forward(block.ff, modulated_norm(x, own[:, 3:5]), size, multiply))
 
@@ -111,7 +112,15 @@ def linear_attention(attn: Attention, x: Tensor, multiply: Multiply) -> Tensor:
     return joined.clip(-65504, 65504) if joined.dtype == torch.float16 else joined
 
 
-def cross_attention(attn: Attention, x: Tensor, k: Tensor, v: Tensor, seen: Tensor, multiply: Multiply) -> Tensor:
+def full_attention(attn: Attention, x: Tensor, multiply: Multiply) -> Tensor:
+    """Softmax attention among tokens, of `plain_blocks`: (R,n,W) -> (R,n,W)."""
+    k, v = (attn.split(multiply(project, x)) for project in (attn.to_k, attn.to_v))
+    return cross_attention(attn, x, k, v, None, multiply)
+
+
+def cross_attention(
+    attn: Attention, x: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, multiply: Multiply
+) -> Tensor:
     """`Attention.cross`: (R,n,W) -> (R,n,W)."""
     q = attn.split(multiply(attn.to_q, x).reshape(len(k), -1, x.shape[-1]))  # B heads Kn d
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
@@ -121,7 +130,10 @@ def cross_attention(attn: Attention, x: Tensor, k: Tensor, v: Tensor, seen: Tens
 def feed_forward(ff: FeedForward, x: Tensor, size: Size, multiply: Multiply) -> Tensor:
     """`FeedForward.forward`, in place where nothing is differentiated: (R,n,W) -> (R,n,W)."""
     fresh = not torch.is_grad_enabled()
-    wide = F.silu(multiply(ff.conv_inverted, x), inplace=fresh).unflatten(1, size).permute(0, 3, 1, 2)  # channels last
-    value, gate = ff.conv_depth(wide).permute(0, 2, 3, 1).flatten(1, 2).chunk(2, -1)  # R n M each
+    wide = multiply(ff.conv_inverted, x)
+    if ff.conv_depth is not None:
+        grid = F.silu(wide, inplace=fresh).unflatten(1, size).permute(0, 3, 1, 2)  # channels last
+        wide = ff.conv_depth(grid).permute(0, 2, 3, 1).flatten(1, 2)
+    value, gate = wide.chunk(2, -1)  # R n M each
     gated = value.mul_(F.silu(gate, inplace=True)) if fresh else value * F.silu(gate)
     return multiply(ff.conv_point, gated)

@@ -94,12 +94,13 @@ class TextConfig:
 class DiTConfig:
     """SANA transformer.
 
-    `interpolation_scale` switches the sin-cos position embedding of the latent grid: a number turns it on, None turns
-    it off. The released weights were trained *with* it (value 1) although their own config says None, because the
-    library version they were made with read None as 1. Loading them without it silently gives another network.
+    `interpolation_scale` switches the sin-cos position embedding of the latent grid: on by a number, off by None. The
+    released weights were trained *with* it (1), though their own config says None: the library that made them, diffusers
+    0.32, read None as 1. Without it they are silently another network.
 
     `few_steps` are the numbers of jumps from noise to a picture that the weights were trained for, their own number
-    first; where there are any, a second timestep embedder knows where a jump goes.
+    first; where there are any, a second timestep embedder knows where a jump goes. With `plain_blocks` self attention
+    is softmax attention and the feed-forward mixes no neighbours: of the small embedded models, not of SANA.
     """
 
     num_layers: int = 28
@@ -113,6 +114,7 @@ class DiTConfig:
     latent_channels: int = 32
     interpolation_scale: float | None = 1.0
     few_steps: tuple[int, ...] = ()
+    plain_blocks: bool = False
 
     def __post_init__(self) -> None:
         sizes = "num_layers num_heads head_dim num_cross_heads cross_head_dim caption_channels mlp_ratio sample_size"
@@ -256,8 +258,9 @@ class UniLIPConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-ready values, with the format's name."""
         values: dict[str, Any] = {"format": FORMAT, **json.loads(json.dumps(dataclasses.asdict(self)))}
-        if not self.dit.few_steps:  # earlier readers do not know it
-            del values["dit"]["few_steps"]
+        for name in ("few_steps", "plain_blocks"):  # earlier readers do not know them
+            if not values["dit"][name]:
+                del values["dit"][name]
         return values
 
     @classmethod

@@ -30,10 +30,7 @@ def sinusoids(values: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def grid_positions(size: Size, width: int, base: int, scale: float, device: torch.device) -> Tensor:
-    """Return sin-cos positions (n,W) of a grid: columns in the first half of the channels, rows in the second.
-
-    Without them the released weights are another network: diffusers 0.32, which made them, always added them.
-    """
+    """Return sin-cos positions (n,W) of a grid: columns in the first half of the channels, rows in the second."""
     halves = []
     h, w = size
     rows, columns = (torch.arange(side, device=device, dtype=torch.float32) / (side / base) / scale for side in size)
@@ -44,7 +41,7 @@ def grid_positions(size: Size, width: int, base: int, scale: float, device: torc
 
 
 class Attention(nn.Module):
-    """Projections of one attention; `linear` looks at the tokens themselves, `cross` at the condition."""
+    """Projections of one attention; `linear` looks at the tokens themselves, `cross` at the condition, or at those."""
 
     def __init__(self, width: int, heads: int, bias: bool) -> None:
         super().__init__()
@@ -66,7 +63,7 @@ class Attention(nn.Module):
         """Captions (B,L,W) -> keys and values (B,heads,L,d)."""
         return self.split(self.to_k(captions)), self.split(self.to_v(captions))
 
-    def cross(self, x: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    def cross(self, x: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
         """Softmax attention from tokens (KB,n,W) to keys and values (B,heads,L,d) where seen (B,1,1,L)."""
         q = self.split(self.to_q(x).reshape(len(k), -1, x.shape[-1]))  # B heads Kn d
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
@@ -80,37 +77,41 @@ def relu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """Widen, mix the 3x3 neighbours of each channel, gate, narrow."""
+    """Widen, mix the 3x3 neighbours of each channel unless `plain`, gate, narrow."""
 
-    def __init__(self, width: int, ratio: float) -> None:
+    def __init__(self, width: int, ratio: float, plain: bool = False) -> None:
         super().__init__()
         inner = int(ratio * width)
         self.conv_inverted = nn.Linear(width, 2 * inner)
-        self.conv_depth = nn.Conv2d(2 * inner, 2 * inner, 3, padding=1, groups=2 * inner)
+        self.conv_depth = None if plain else nn.Conv2d(2 * inner, 2 * inner, 3, padding=1, groups=2 * inner)
         self.conv_point = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
         """(R,n,W) -> (R,n,W)."""
-        wide = F.silu(self.conv_inverted(x)).unflatten(1, size).permute(0, 3, 1, 2)  # R 2M h w
-        value, gate = self.conv_depth(wide).permute(0, 2, 3, 1).flatten(1, 2).chunk(2, -1)  # R n M
+        wide = self.conv_inverted(x)
+        if self.conv_depth is not None:
+            grid = F.silu(wide).unflatten(1, size).permute(0, 3, 1, 2)  # R 2M h w
+            wide = self.conv_depth(grid).permute(0, 2, 3, 1).flatten(1, 2)
+        value, gate = wide.chunk(2, -1)  # R n M
         return self.conv_point(value * F.silu(gate))
 
 
 class Block(nn.Module):
-    """Linear self attention, cross attention, feed-forward; the timestep modulates the first and the last."""
+    """Self attention, cross attention, feed-forward; the timestep modulates the first and the last."""
 
     def __init__(self, d: DiTConfig) -> None:
         super().__init__()
         w = d.hidden_size
         self.attn1 = Attention(w, d.num_heads, False)
         self.attn2 = Attention(w, d.num_cross_heads, True)
-        self.ff = FeedForward(w, d.mlp_ratio)
+        self.ff, self.plain = FeedForward(w, d.mlp_ratio, d.plain_blocks), d.plain_blocks
         self.scale_shift_table = nn.Parameter(torch.randn(6, w) / w**0.5)
 
     def forward(self, x: Tensor, time: Tensor, captions: Tensor, seen: Tensor, size: Size) -> Tensor:
         """Tokens (R,n,W), modulation (R,6,W), captions (B,L,W) where seen (B,1,1,L) -> tokens (R,n,W)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + time).chunk(6, 1)
-        x = x + gate1 * self.attn1.linear(modulated(x, shift1, scale1))
+        own, attn = modulated(x, shift1, scale1), self.attn1
+        x = x + gate1 * (attn.cross(own, *attn.keys_values(own), None) if self.plain else attn.linear(own))
         x = x + self.attn2.cross(x, *self.attn2.keys_values(captions), seen)
         return x + gate2 * self.ff(modulated(x, shift2, scale2), size)
 
