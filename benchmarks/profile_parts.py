@@ -36,7 +36,7 @@ class Watch:
             "language model": (parts["mllm"], "read_with_queries"),
             "connector": (parts["connector"], "forward"),
             "keys and values": (sampling, "prepare"),
-            "modulations": (loop, "modulate"),
+            "modulations": (parts["dit"].transformer, "modulate"),
             "packing": (loop, "pack"),
             "steps": (loop, "step"),
             "decoder": (decoder, "decode"),

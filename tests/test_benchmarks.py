@@ -83,7 +83,6 @@ def test_parts_of_a_picture(tmp_path: Path, run: Run, monkeypatch: pytest.Monkey
 
     for module, name in (
         (sampling, "prepare"),
-        (loop, "modulate"),
         (loop, "pack"),
         (loop, "step"),
         (decoder, "decode"),

@@ -331,4 +331,4 @@ def test_the_arguments_are_those_of_diffusers():
     from diffusers import SanaPipeline
 
     ours = set(inspect.signature(UniLIPPipeline.__call__).parameters)
-    assert ours - set(inspect.signature(SanaPipeline.__call__).parameters) == {"image", "fit"}
+    assert ours - set(inspect.signature(SanaPipeline.__call__).parameters) == {"image", "fit", "preset"}

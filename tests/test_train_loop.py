@@ -159,6 +159,7 @@ def test_logs_and_pictures(stages):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     bound = {"bind", "bind_concept", "bind_colour", "bind_count", "bind_place"}
+    bound |= {"grounding", "ground", "ground_none", "looking", "look", "look_none", "slot_word", "own_word"}
     for stage, terms, sheet in (
         ("instruct", {"contrastive", "words", "next_token", "retrieval", "token_accuracy", *bound}, None),
         (

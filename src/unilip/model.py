@@ -389,6 +389,7 @@ class UniLIP(Network):
         """Quantise linear layers from now on, see `from_pretrained`: int8, int4, fp8 or int8_dynamic; needs torchao."""
         if self.runtime.offload is not None:
             raise UniLIPError("Quantise before offloading, or give `quantization` to `from_pretrained`.")
+        check_quantisation(kind)
         for part in set(self.parts) & set(QUANTIZED):
             quantise(self.get_submodule(part), kind_of(part, kind))
             give_back()

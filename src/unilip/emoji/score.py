@@ -40,6 +40,7 @@ from unilip.emoji.report import write_report
 from unilip.emoji.world import COMPOSITIONAL, TASKS, Scene, World
 from unilip.errors import UniLIPError
 from unilip.fast.loop import Settings
+from unilip.fast.offload import HEAD
 from unilip.files import read_json, write_json, write_text
 from unilip.model import UniLIP
 from unilip.pictures import picture_psnr, picture_ssim, to_pixels
@@ -418,7 +419,7 @@ def fingerprint(model: UniLIP) -> str:
     digest = hashlib.blake2b(digest_size=8)
     digest.update(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for part in model.parts:
-        with model.using(part):
+        with model.using(part, *((HEAD,) if part == "mllm" else ())):
             for name, value in model.get_submodule(part).state_dict(prefix=f"{part}.").items():
                 digest.update(name.encode())
                 digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -50,7 +50,7 @@ def corpus(world: World, n: int, seed: int = 0) -> Iterator[str]:
         if choice < 2:
             yield "Generate an image: " + _caption(world, rng)
         elif choice < 4:
-            scene = sample_scene(world, rng, rng.choice(TASKS))
+            scene = sample_scene(world, rng, rng.choice(TASKS), purpose="understanding")
             qa = rng.choice(questions(scene, rng, world))
             yield f"user\n{qa.question}\nassistant\n{qa.answer}\n"
         elif choice == 4:
@@ -68,7 +68,7 @@ def corpus(world: World, n: int, seed: int = 0) -> Iterator[str]:
 
 def _caption(world: World, rng: random.Random) -> str:
     task = rng.choice(TASKS)
-    scene = sample_scene(world, rng, task)
+    scene = sample_scene(world, rng, task, purpose="understanding")
     form = rng.random()
     if form < 0.2:
         return canonical(scene, task, world)

@@ -95,8 +95,8 @@ class DiTConfig:
     """SANA transformer.
 
     `interpolation_scale` switches the sin-cos position embedding of the latent grid: on by a number, off by None. The
-    released weights were trained *with* it (1), though their own config says None: the library that made them, diffusers
-    0.32, read None as 1. Without it they are silently another network.
+    released weights were trained *with* it (1), though their own config says None: diffusers 0.32, their maker, read
+    None as 1. Without it they are silently another network.
 
     `few_steps` are the numbers of jumps from noise to a picture that the weights were trained for, their own number
     first; where there are any, a second timestep embedder knows where a jump goes. With `plain_blocks` self attention

@@ -44,7 +44,7 @@ def ground_loss(head: nn.Module, states: Tensor, grounds: Tensor) -> tuple[Tenso
     loss = F.binary_cross_entropy_with_logits(told, target, reduction="sum") / max(len(grounds), 1)
     right = ((told > 0) == (target > 0)).all(-1)
     some = target.any(-1)
-    return loss, {"ground": right[some].float().mean(), "ground_none": right[~some].float().mean()}
+    return loss, {"ground": mean(right[some]), "ground_none": mean(right[~some])}
 
 
 def look_loss(layer: TextLayer, x: Tensor, tokens: Tokens, grounds: Tensor, text: TextConfig) -> tuple[Tensor, Terms]:
@@ -53,7 +53,7 @@ def look_loss(layer: TextLayer, x: Tensor, tokens: Tokens, grounds: Tensor, text
     One head of each group is asked, that of the softmax over all that a word sees. The term is the share of attention
     on what is named.
     """
-    rows, columns, targets = grounds[:, 0], grounds[:, 1], grounds[:, 4:].to(x.dtype)
+    rows, columns, targets = grounds[:, 0], grounds[:, 1], grounds[:, 4:].float()
     attention, normed = layer.self_attn, layer.input_layernorm(x)
     turns = rotation(positions(tokens.attention_mask), text)
     q, k = (
@@ -61,15 +61,15 @@ def look_loss(layer: TextLayer, x: Tensor, tokens: Tokens, grounds: Tensor, text
         for project in (attention.q_proj, attention.k_proj)
     )
     q, k = q[rows, :, columns][:, :: q.shape[1] // k.shape[1]].float(), k[rows].float()  # M G d, M G L d
-    logits = (k @ q[..., None]).squeeze(-1) / attention.width**0.5  # M G L
+    logits = (k * q[:, :, None]).sum(-1) / attention.width**0.5  # M G L
     later = torch.arange(x.shape[1], device=x.device) > columns[:, None]
     shares = logits.masked_fill(later[:, None], -torch.inf).softmax(-1)
     slots = tokens.image_slots[rows]
-    named = torch.zeros(slots.shape, dtype=x.dtype, device=x.device).masked_scatter(slots, targets)
+    named = torch.zeros(slots.shape, device=x.device).masked_scatter(slots, targets)
     some = targets.any(-1)
     on, anywhere = (shares * named[:, None]).sum(-1), (shares * slots[:, None]).sum(-1)  # M G
     missed = torch.where(some[:, None], on, 1 - anywhere).clamp(min=1e-6).log().mean()
-    return -missed, {"look": on[some].mean(), "look_none": 1 - anywhere[~some].mean()}
+    return -missed, {"look": mean(on[some]), "look_none": mean(1 - anywhere[~some])}
 
 
 def slot_words(processor: Processor) -> dict[str, Tensor]:
@@ -94,14 +94,14 @@ def slot_loss(logits: Tensor, cells: Tensor, words: dict[str, Tensor]) -> tuple[
     covered = cells[..., 0] > 0
     wanted = torch.where(covered[..., None], concept + colour, background)
     loss, share = say_loss(logits.flatten(0, 1), wanted.flatten(0, 1))
-    return loss, {"slot_word": share[covered.flatten()].float().mean()}
+    return loss, {"slot_word": mean(share[covered.flatten()])}
 
 
 def word_loss(logits: Tensor, grounds: Tensor, words: dict[str, Tensor]) -> tuple[Tensor, Terms]:
     """What names of things and paints say in words (M,V): themselves, so that they and image tokens can be compared."""
     concept, colour = (words[kind].to(logits.device)[grounds[:, 2 + i]] for i, kind in enumerate(("concept", "colour")))
     loss, share = say_loss(logits, concept + colour)
-    return loss, {"own_word": share.float().mean()}
+    return loss, {"own_word": mean(share)}
 
 
 def say_loss(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,6 +142,11 @@ def told(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[
     count = known.sum() if weight is None else weight[target[known]].sum()
     right = ((logits.argmax(-1) == target) & known).sum() / known.sum().clamp(min=1)
     return loss / count.clamp(min=1), right
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean in float32; 0 of none."""
+    return values.float().sum() / max(values.numel(), 1)
 
 
 def local_loss(heads: Any, features: Tensor, cells: Tensor) -> tuple[Tensor, Terms]:
