@@ -203,7 +203,7 @@ CHANGES = {
     "dit": {
         "num_layers": 3, "num_heads": 8, "head_dim": 32, "num_cross_heads": 4, "cross_head_dim": 16,
         "caption_channels": 40, "mlp_ratio": 3.0, "sample_size": 8, "latent_channels": 16, "interpolation_scale": None,
-        "few_steps": (4,),
+        "few_steps": (4,), "plain_blocks": True,
     },
     "decoder": {
         "block_out_channels": (16, 16, 16, 32, 32, 64), "layers_per_block": (0, 1, 1, 1, 1, 1),

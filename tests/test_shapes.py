@@ -282,7 +282,7 @@ def test_the_command_line_draws_any_shape(tiny_folder, tmp_path, monkeypatch, ca
         return json.loads(out), err
 
     made, err = run("generate", "a star", "--steps", "2", "--size", "90x55", "--output", "a.png")
-    assert Image.open("a.png").size == (84, 56) and err.count("90x55 is rounded to 84x56") == 1
+    assert Image.open("a.png").size == (84, 56) and err.count("unilip: 90x55 is rounded to 84x56") == 1
     assert (made["settings"]["width"], made["settings"]["height"]) == (84, 56)
     run("generate", "a star", "--steps", "2", "--size", "84", "--output", "b.png")
     assert Image.open("b.png").size == (84, 84)
