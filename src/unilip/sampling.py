@@ -123,11 +123,13 @@ class Runtime:
         """Return a copy of the transformer on the second device, if there is one, with the weights of this moment."""
         if self.second is None:
             return None
-        pairs = list(zip(dit.parameters(), () if self._twin is None else self._twin.parameters(), strict=False))
-        if not pairs or any(here.dtype != there.dtype for here, there in pairs):
+        current = list(dit.parameters())
+        copied = [] if self._twin is None else list(self._twin.parameters())
+        if [one.dtype for one in copied] != [one.dtype for one in current]:
             self._twin = copy.deepcopy(dit).to(self.second).eval()
-        for here, there in pairs:
-            there.copy_(here)
+        else:
+            for there, here in zip(copied, current, strict=True):
+                there.copy_(here)
         return self._twin
 
 
