@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity
 
 from unilip import UniLIP, sampling
 from unilip.fast import decoder, loop
+from unilip.fast.products import Products
 
 
 class Watch:
@@ -37,7 +38,7 @@ class Watch:
             "connector": (parts["connector"], "forward"),
             "keys and values": (sampling, "prepare"),
             "modulations": (parts["dit"].transformer, "modulate"),
-            "packing": (loop, "pack"),
+            "packing": (Products, "multiply"),
             "steps": (loop, "step"),
             "decoder": (decoder, "decode"),
         }

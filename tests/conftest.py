@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from unilip.model import UniLIP
+
+os.environ["UNILIP_CACHE"] = tempfile.mkdtemp(prefix="unilip-tests-")  # never the home of who runs the tests
 
 SEED = 0
 MAX_THREADS = 1  # tiny tensors gain nothing from more, and lose much where another program holds a core

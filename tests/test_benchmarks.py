@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
+from unilip.fast import products
 from unilip.fast.loop import PRESETS
-from unilip.fast.packing import can_pack, pack
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -33,18 +32,17 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_products_are_counted(dtype: torch.dtype) -> None:
+def test_packed_products_are_counted() -> None:
     from flops import counter
 
-    layer, tokens = nn.Linear(48, 80, dtype=dtype), torch.randn(2, 16, 48, dtype=dtype)
-    if not can_pack(layer):
-        pytest.skip(f"torch cannot pack {dtype} on this machine")
-    with torch.no_grad():
-        multiply = pack([layer], rows=32, calls=64)
-        with counter() as counted:
-            multiply(layer, tokens)
-    assert counted.get_total_flops() == 2 * 32 * 48 * 80
+    counted = {}
+    for way in products.measure((32, 48, 80), products.WAYS[:5]):
+        if "packing" not in way:
+            call, _ = products.prepared(way, (32, 48, 80))
+            with torch.no_grad(), counter() as operations:
+                call()
+            counted[way] = operations.get_total_flops()
+    assert counted and set(counted.values()) == {2 * 32 * 48 * 80}
 
 
 @pytest.mark.slow
@@ -83,7 +81,7 @@ def test_parts_of_a_picture(tmp_path: Path, run: Run, monkeypatch: pytest.Monkey
 
     for module, name in (
         (sampling, "prepare"),
-        (loop, "pack"),
+        (products.Products, "multiply"),
         (loop, "step"),
         (decoder, "decode"),
     ):

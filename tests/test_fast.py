@@ -4,6 +4,7 @@ Presets, compilation and benchmarks: `test_speed.py`. Offload, quantisation and 
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from method_support import ODD, apart, off, spread
+from unilip import cli, machine
 from unilip.fast import decoder as fast_decoder
-from unilip.fast import packing
+from unilip.fast import products
 from unilip.fast.decoder import decode
 from unilip.fast.dit import prepare, step
 from unilip.fast.mllm import read_in_two_passes
@@ -237,44 +239,116 @@ def test_a_plan_is_its_solver_with_guidance_and_replaced_latents() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-# --- packed weights ---------------------------------------------------------------------------------------------------
+# --- products ---------------------------------------------------------------------------------------------------------
+
+LIBRARIES = (("float32", "MKL"), ("float32", "oneDNN"), ("bfloat16", "oneDNN"))
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    if not packing.can_pack(nn.Linear(8, 8, dtype=request.param)):
-        pytest.skip(f"torch cannot pack {request.param} on this machine")
-    found: torch.dtype = request.param
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What every product takes, in place of what would be measured; weights of any size count."""
+    found: dict[str, float] = {}
+    monkeypatch.setattr(products, "product_times", lambda shape, ways=(), anew=False: dict(found))
+    monkeypatch.setattr(products, "SMALL", 0)
     return found
 
 
-def test_packed_weights_multiply_alike(dtype: torch.dtype) -> None:
-    for bias in (True, False):
-        layer, other = nn.Linear(48, 80, bias=bias, dtype=dtype), nn.LayerNorm(48, dtype=dtype)
-        tokens = torch.randn(2, 16, 48, dtype=dtype)
-        with torch.no_grad():
-            multiply = packing.pack([layer, other], rows=32, calls=64)
-            assert multiply is not packing.plain
-            for rows in (tokens, tokens[:1]):  # as packed, and half as many
-                close = dict(rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
-                torch.testing.assert_close(multiply(layer, rows), layer(rows), **close)
-                assert torch.equal(multiply(other, rows), other(rows))
+def test_packed_weights_multiply_alike(times: dict[str, float]) -> None:
+    for kind, library in LIBRARIES:
+        way, dtype = f"{kind} {library}", getattr(torch, kind)
+        if way not in products.measure((16, 48, 80), [way]):
+            continue  # not on this machine
+        times.clear()
+        times.update({kind: 2.0, way: 1.0, f"{way} packing": 1.0})
+        for bias in (True, False):
+            layer, other = nn.Linear(48, 80, bias=bias, dtype=dtype), nn.LayerNorm(48, dtype=dtype)
+            tokens = torch.randn(2, 16, 48, dtype=dtype)
+            with torch.no_grad():
+                multiply = products.Products().multiply([layer, other], rows=32, calls=64)
+                assert multiply is not products.plain
+                for rows in (tokens, tokens[:1]):  # as packed, and half as many
+                    close = dict(rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+                    torch.testing.assert_close(multiply(layer, rows), layer(rows), **close)
+                    assert torch.equal(multiply(other, rows), other(rows))
 
 
-def test_what_is_not_a_plain_product_or_too_much_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_way_is_the_one_that_was_measured_fastest(times: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (256, 64, 64)
+    cases: list[tuple[dict[str, float], int, str]] = [
+        ({}, 20, ""),
+        ({"float32": 10.0}, 20, ""),
+        ({"float32": 10.0, "float32 MKL": 8.0, "float32 MKL packing": 5.0}, 20, "MKL"),
+        ({"float32": 10.0, "float32 MKL": 8.0, "float32 MKL packing": 5.0}, 2, ""),  # packing takes longer
+        ({"float32": 10.0, "float32 MKL": 9.9, "float32 MKL packing": 0.1}, 20, ""),  # hardly faster
+        (
+            {
+                "float32": 10.0, "float32 MKL": 12.0, "float32 oneDNN": 7.0, "float32 MKL packing": 1.0,
+                "float32 oneDNN packing": 1.0, "bfloat16": 1.0, "bfloat16 oneDNN": 0.5, "bfloat16 oneDNN packing": 1.0,
+            },
+            20, "oneDNN",
+        ),
+    ]  # fmt: skip
+    wrong = []
+    for measured, calls, library in cases:
+        times.clear()
+        times.update(measured)
+        if products.fastest("float32", shape, calls) != library:
+            wrong.append((measured, calls, library))
+    assert not wrong
+    assert products.fastest("bfloat16", shape, 20) == "oneDNN" and products.fastest("float16", shape, 20) == ""
+    computes = {dtype: products.computes(dtype, "cpu", shape) for dtype in (torch.bfloat16, torch.float16)}
+    assert computes == {torch.bfloat16: True, torch.float16: False} and products.computes(torch.float16, "cuda", shape)
+    times["bfloat16"] = times["bfloat16 oneDNN"] = 6.9
+    assert not products.computes(torch.bfloat16, "cpu", shape)  # hardly faster than float32 by oneDNN
+
     class Wrapped(nn.Linear):
         """Does something else."""
 
-    others = [Wrapped(8, 8), nn.Conv2d(8, 8, 1), nn.Linear(8, 8).double(), nn.Linear(8, 8, device="meta")]
-    assert not any(packing.can_pack(layer) for layer in [*others, nn.LayerNorm(8)])
+    others = [Wrapped(64, 64), nn.Conv2d(8, 8, 1), nn.Linear(64, 64).double(), nn.Linear(64, 64, device="meta")]
+    assert not any(products.library_of(layer, 256, 20) for layer in others)
     layer = nn.Linear(64, 64)
-    if not packing.can_pack(layer):
-        pytest.skip("torch cannot pack float32 on this machine")
-    assert packing.pack([layer], rows=1, calls=packing.ENOUGH - 1) is packing.plain  # too few to be worth it
-    needed = packing.SHARE * 64 * 64 * 4
-    for spare, packs in ((needed, True), (needed - 1, False)):
-        monkeypatch.setattr(packing, "spare_memory", lambda spare=spare: spare)
-        assert (packing.pack([layer], packing.ENOUGH, 1) is not packing.plain) == packs
+    assert products.library_of(layer, 256, 20) == "oneDNN"
+    for spare, packs in (
+        (products.SHARE * layer.weight.nbytes, True),
+        (products.SHARE * layer.weight.nbytes - 1, False),
+    ):
+        monkeypatch.setattr(products, "spare_memory", lambda spare=spare: spare)
+        assert (products.Products().multiply([layer], 256, 20) is not products.plain) == packs
+    monkeypatch.setattr(products, "SMALL", 64 * 64 + 1)
+    assert products.library_of(layer, 256, 20) == ""
+
+
+def test_products_are_measured_once_and_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNILIP_CACHE", str(tmp_path / "new"))
+    measured: list[Any] = []
+    measure = products.measure
+    monkeypatch.setattr(products, "measure", lambda shape, ways: measured.append((shape, ways)) or measure(shape, ways))
+
+    def ask(shape: products.Shape = (7, 32, 48), fresh: bool = True, **options: Any) -> dict[str, float]:
+        if fresh:  # as another process
+            products._known.cache_clear()
+        return products.product_times(shape, ("float32", "bfloat16"), **options)
+
+    first = ask()
+    assert measured == [((8, 32, 48), ["float32", "bfloat16"])] and all(ms > 0 for ms in first.values())
+    assert ask() == ask(fresh=False) == ask((8, 32, 48)) == first and len(measured) == 1
+    ask((7, 32, 64))
+    assert ask() == first and len(measured) == 2
+    ask(anew=True)
+    assert len(measured) == 3
+    file = products.place()
+    whole = file.read_text()
+    for damaged in ("", "[1]", whole[:40], "null", '{"a": 1}', whole.replace(": 0.", ": -0.")):
+        file.write_text(damaged)
+        count = len(measured)
+        assert ask() and len(measured) == count + 1, damaged
+    monkeypatch.setattr(products, "processor", lambda: "another")
+    count = len(measured)
+    ask()
+    assert len(measured) == count + 1 and len(json.loads(file.read_text())) == 2
+    monkeypatch.setenv("UNILIP_CACHE", str(file / "no folder"))
+    assert ask() and ask(fresh=False) and len(measured) == count + 2
+    products._known.cache_clear()
 
 
 def test_spare_memory_is_that_of_the_machine_or_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,30 +363,70 @@ def test_spare_memory_is_that_of_the_machine_or_its_group(monkeypatch: pytest.Mo
     for limit, spare in ((None, 8000 * 1024), ("max\n", 8000 * 1024), ("5000\n", 4000)):
         if limit is not None:
             files["/sys/fs/cgroup/memory.max"] = limit
-        assert packing.spare_memory() == spare
+        assert machine.spare_memory() == spare
     files.clear()
-    assert packing.spare_memory() == 4 << 30
+    assert machine.spare_memory() == 4 << 30
 
 
-def test_denoising_multiplies_by_packed_weights(
-    fresh_model: Callable[..., UniLIP], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+def test_info_tells_the_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(products, "WAYS", ("float32", "bfloat16"))  # torchao takes long to import
+    assert cli.main(["info", "--machine", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["processor"] == machine.processor() and found["free_memory"] > 0
+    assert [row["product"] for row in found["products"]] == ["attention", "widening", "narrowing"]
+    assert all(set(row["milliseconds"]) == {"float32", "bfloat16"} for row in found["products"])
+    assert cli.main(["info", "--machine"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[-1] in found["processor"] and lines[-2].startswith("float32 ")
+    assert cli.main(["info", "--machine", "nowhere/at/all"]) == 2
+
+
+def test_denoising_packs_once_and_follows_its_weights(
+    fresh_model: Callable[..., UniLIP], times: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, calls = fresh_model().to(dtype), []
-    times = packing.Packed.times
-    monkeypatch.setattr(packing.Packed, "times", lambda *given: calls.append(1) or times(*given))
+    if "float32 oneDNN" not in products.measure((16, 48, 80), ["float32 oneDNN"]):
+        pytest.skip("torch cannot pack float32 on this machine")
+    model, calls, made = fresh_model(), [], []
+    multiply, of = products.Packed.times, products.Packed.of.__func__
+    monkeypatch.setattr(products.Packed, "times", lambda *given: calls.append(1) or multiply(*given))
+    monkeypatch.setattr(products.Packed, "of", classmethod(lambda *given: made.append(1) or of(*given)))
 
-    def draw() -> Tensor:
+    def draw(model: UniLIP = model, prompts: Any = ("a red star", "a dog")) -> Tensor:
         options: dict[str, Any] = dict(num_inference_steps=3, generator=3, progress=False, output_type="latent")
-        images: Tensor = model.generate(["a red star", "a dog"], **options).images
+        images: Tensor = model.generate(list(prompts), **options).images
         return images
 
-    monkeypatch.setattr(packing, "ENOUGH", 10**9)
     plain = draw()
     assert not calls
-    monkeypatch.setattr(packing, "ENOUGH", 1)
-    assert apart(draw(), plain) < (0.05 if dtype == torch.bfloat16 else 1e-5)
-    assert len(calls) == 3 * 8 * len(model.dit.transformer.transformer_blocks)
-    calls.clear()
+    times.update({"float32": 2.0, "float32 oneDNN": 1.0, "float32 oneDNN packing": 0.1})
+    layers = 8 * len(model.dit.transformer.transformer_blocks)
+    assert apart(draw(), plain) < 1e-5
+    assert len(calls) == 3 * layers and len(made) == layers
+    draw(), draw(prompts=["a dog"])
+    assert len(made) == layers  # kept from picture to picture
+    weight = model.dit.transformer.transformer_blocks[0].ff.conv_point.weight
+    changed: dict[str, Callable[[], Any]] = {
+        "in place": lambda: weight.mul_(0.5),
+        "behind torch's back": lambda: weight.data.mul_(3),
+        "loaded": lambda: model.load_state_dict(fresh_model(seed=1).state_dict()),
+        "cast": lambda: model.to(torch.float64).to(torch.float32),
+    }
+    wrong = {}
+    for name, change in changed.items():
+        with torch.no_grad():
+            change()
+        made.clear()
+        found = draw()
+        packed = len(made)
+        model.runtime.products = None  # nothing is packed
+        calls.clear()
+        expected = draw()
+        model.runtime.products = products.Products()
+        if apart(found, expected) > 1e-5 or calls or not packed:
+            wrong[name] = (apart(found, expected), packed)
+        draw()
+    assert not wrong
     model.enable_cpu_offload("cpu")  # whose weights come and go
+    calls.clear()
     draw()
     assert not calls

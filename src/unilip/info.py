@@ -18,6 +18,8 @@ from unilip.adapters import CONFIG, WEIGHTS, read_adapter
 from unilip.checkpoints.hub import Source
 from unilip.checkpoints.read import Checkpoint, open_checkpoint
 from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS
+from unilip.fast import products
+from unilip.machine import processor, spare_memory
 
 
 def describe(source: Source = None) -> dict[str, Any]:
@@ -60,6 +62,23 @@ def describe(source: Source = None) -> dict[str, Any]:
         "metadata": dict(opened.metadata),
         "config": opened.config.to_dict(),
     }
+
+
+def machine(source: Source = None) -> dict[str, Any]:
+    """Return what this machine is, and what the products of a checkpoint's transformer take on its processor, measured.
+
+    `products` holds names, shapes (rows, inputs, outputs), milliseconds of processor time by way, and which library
+    float32 and bfloat16 weights are packed for in 20 steps, if any.
+    """
+    config, rows = open_checkpoint(source).config, []
+    for name, shape in products.shapes_of(config):
+        times = {way: ms for way, ms in products.product_times(shape, anew=True).items() if way in products.WAYS}
+        packed = {kind: products.fastest(kind, shape, 20) for kind in ("float32", "bfloat16")}
+        row = {"product": name, "shape": list(shape), "measured": list(products.measured_shape(shape))}
+        rows.append({**row, "milliseconds": times, "packed": packed})
+    threads, free = torch.get_num_threads(), spare_memory()
+    about = {"processor": processor(), "torch": str(torch.__version__), "threads": threads, "free_memory": free}
+    return {**about, "model": config.name, "products": rows}
 
 
 def _describe_adapter(folder: Path) -> dict[str, Any]:

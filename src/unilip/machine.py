@@ -1,13 +1,21 @@
-"""The machine: which of a run's processes this is, on which device it computes, and Ray."""
+"""The machine: its processor and memory, which of a run's processes this is, on which device it computes, and Ray."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import logging
 import os
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from unilip.errors import ConfigError, UniLIPError, install
+
+CONTROLS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+TRAITS = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU part", "Features")  # of /proc/cpuinfo
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,35 @@ class Place:
                 "from 0 and must be less than WORLD_SIZE. Start with torchrun, or unset all of them."
             )
         return cls(int(rank), int(world), int(local))
+
+
+@functools.cache
+def processor() -> str:
+    """Name the kind of processor, so that two that compute differently have different names."""
+    try:
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    except OSError:
+        return platform.processor() or platform.machine()
+    found: dict[str, str] = {}
+    for key, _, value in lines:
+        found.setdefault(key.strip(), value.strip())
+    traits = "; ".join(found.get(key, "") for key in TRAITS)
+    name = found.get("model name") or platform.machine()
+    return f"{name} ({hashlib.blake2b(traits.encode(), digest_size=4).hexdigest()})"
+
+
+def spare_memory() -> int:
+    """Return how many bytes of memory are free, as Linux and its control groups tell; elsewhere a guess of 4 GiB."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 4 << 30
+    group = Path("/sys/fs/cgroup")
+    for limit, used in CONTROLS:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            free = min(free, int((group / limit).read_text()) - int((group / used).read_text()))
+    return free
 
 
 def choose_device(name: str = "auto") -> str:

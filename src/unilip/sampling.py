@@ -25,6 +25,7 @@ from unilip.fast import decoder, loop
 from unilip.fast.dit import prepare
 from unilip.fast.loop import Compiled, Settings
 from unilip.fast.offload import HEAD, Offload
+from unilip.fast.products import Products
 from unilip.method.dit import DiT
 from unilip.method.model import Network
 from unilip.method.text import IMG_CONTEXT, TEXT_END, TURN_END, TURN_START, Message, Processor, Prompt
@@ -90,17 +91,22 @@ changes = functools.partial(works, change=True)  # of what changes its model; no
 
 @dataclass
 class Runtime:
-    """How a network is run: what comes and goes, what is compiled, a second device for half of the guidance, strips."""
+    """How a network is run: what comes and goes, what is compiled, a second device for half of the guidance, strips.
+
+    `products` keeps packed weights; None where memory counts more.
+    """
 
     offload: Offload | None = None
     compiled: Compiled | None = None
     second: torch.device | None = None
     strips: int = 1
+    products: Products | None = field(default_factory=Products)
     gate: Gate = field(default_factory=Gate)
     _twin: DiT | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"compiled": None, "_twin": None}  # of a copy: both know this network
+        kept = None if self.products is None else Products()
+        return self.__dict__ | {"compiled": None, "_twin": None, "products": kept}  # of a copy: these know this network
 
     @contextlib.contextmanager
     def using(self, *parts: str) -> Iterator[None]:
@@ -115,8 +121,9 @@ class Runtime:
     def forget(self) -> None:
         """Drop what was recorded and copied of the network; for whoever changes it."""
         self._twin = None
-        if self.compiled is not None:
-            self.compiled.forget()
+        for kept in (self.compiled, self.products):
+            if kept is not None:
+                kept.forget()
 
     @torch.no_grad()
     def twin(self, dit: DiT) -> DiT | None:
@@ -368,7 +375,7 @@ def draw(
             latents = loop.denoise(
                 network.dit, prepared, noise.to(device), settings, compiled=runtime.compiled,
                 twin=runtime.twin(network.dit),
-                packed=runtime.offload is None, on_step=after if watched else None,
+                products=None if runtime.offload is not None else runtime.products, on_step=after if watched else None,
             )  # fmt: skip
         return check_finite(latents, "dit", prepared.keys_values[0][0].dtype)
 

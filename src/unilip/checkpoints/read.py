@@ -35,6 +35,7 @@ from unilip.checkpoints.tables import (
 )
 from unilip.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from unilip.errors import CheckpointError, ConfigError
+from unilip.fast.products import computes, shape_of
 from unilip.fast.quantise import FewBits, few_bits
 from unilip.method.config import FORMAT, UniLIPConfig
 from unilip.method.text import IMG_CONTEXT
@@ -492,7 +493,7 @@ def _kind(path: Path, data: Mapping[str, Any], names: Iterable[str]) -> str:
 def parse_dtype(dtype: DType) -> torch.dtype | None:
     """Return a floating type from its name; None (the default) is float32 and "auto" gives None, "as stored".
 
-    As stored means float32 on a processor that has no instructions for what is stored, see `computes`.
+    As stored means float32 on a processor that multiplies no faster in what is stored, see `fast.products.computes`.
 
     Raises CheckpointError: not a floating type of torch.
     """
@@ -502,19 +503,6 @@ def parse_dtype(dtype: DType) -> torch.dtype | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise CheckpointError(f"There is no dtype {dtype!r}; allowed: float32, bfloat16, float16, auto.")
     return found
-
-
-CPU_INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
-
-
-def computes(dtype: torch.dtype, device: torch.device | str) -> bool:
-    """Whether DEVICE multiplies matrices in DTYPE itself; a processor without the instructions is faster in float32."""
-    if torch.device(device).type != "cpu" or dtype not in CPU_INSTRUCTIONS:
-        return True
-    if hasattr(torch.cpu, "get_capabilities"):
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name, False) for name in CPU_INSTRUCTIONS[dtype])
-    return dtype == torch.bfloat16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 @torch.no_grad()
@@ -554,7 +542,7 @@ def load_into(
     found = {n: checkpoint.shape(n) for n in checkpoint.names if n.startswith(inside) and n not in leave}
     check_shapes(found, expected, str(checkpoint.path), checkpoint.absent)
 
-    quantized = checkpoint.quantized
+    quantized, shape = checkpoint.quantized, shape_of(checkpoint.config)
 
     def read(name: str, like: Tensor) -> Tensor:
         if name not in found:
@@ -562,8 +550,8 @@ def load_into(
         if name in quantized:
             return checkpoint.tensor(name, target).to(device)
         value = checkpoint.tensor(name)
-        stored = value.dtype if computes(value.dtype, device) else torch.float32
-        return cast(value, target or stored, name).to(device)
+        keep = target or (value.dtype if computes(value.dtype, device, shape) else torch.float32)
+        return cast(value, keep, name).to(device)
 
     for part, root in modules.items():
         for prefix, module in root.named_modules(prefix=part):

@@ -19,6 +19,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         choices=("unilip", "authors", "transformers", "diffusers"), default="unilip", help="format to write (unilip)"
     ),
     "--max-shard-size": dict(default="5GB", metavar="SIZE", help="split the weights into files of this size (5GB)"),
+    "--machine": dict(
+        action="store_true", help="measure how fast this processor multiplies for the model, in each way there is"
+    ),
     "--tolerance": dict(type=number(0), default=1e-4, metavar="E", help="largest absolute error allowed (1e-4)"),
 }  # fmt: skip
 
@@ -41,9 +44,13 @@ def convert(o: Options) -> int:
 
 
 def info(o: Options) -> int:
-    """Tell what a checkpoint is and holds."""
-    from unilip.info import describe
+    """Tell what a checkpoint is and holds, or how this machine multiplies for it."""
+    from unilip.info import describe, machine
 
+    if o.machine:
+        found = machine(o.words[0] if o.words else None)
+        print(json.dumps(found, ensure_ascii=False) if o.json else machine_table(found))
+        return 0
     found = describe(o.words[0] if o.words else None)
     if o.json:
         print(json.dumps(found, ensure_ascii=False))
@@ -64,6 +71,27 @@ def info(o: Options) -> int:
     if config is not None:
         print(f"\nconfig\n{json.dumps(config, indent=1)}")
     return 0
+
+
+def machine_table(found: dict[str, Any]) -> str:
+    """Lay out what products take; * marks the ways that 20 steps are done in, by type."""
+    from unilip.fast.products import WAYS
+
+    about = (("processor", found["processor"]), ("torch", f"{found['torch']}, {plural(found['threads'], 'thread')}"))
+    lines = [
+        f"{key:<16} {value}" for key, value in (*about, ("free memory", f"{found['free_memory'] / 2**30:.1f} GiB"))
+    ]
+    lines += ["", f"milliseconds of processor time of the products of {found['model']}; * is what 20 steps are done in"]
+    lines.append(f"{'way':<16}" + "".join(f"{row['product']:>18}" for row in found["products"]))
+    lines.append(f"{'':<16}" + "".join(f"{'x'.join(map(str, row['measured'])):>18}" for row in found["products"]))
+    for way in WAYS:
+        cells = []
+        for row in found["products"]:
+            kind, _, library = way.partition(" ")
+            ms = row["milliseconds"].get(way)
+            cells.append("-" if ms is None else f"{'* ' * (row['packed'].get(kind) == library)}{ms:.3g}")
+        lines.append(f"{way:<16}" + "".join(f"{cell:>18}" for cell in cells))
+    return "\n".join(lines)
 
 
 def verify(o: Options) -> int:
@@ -125,8 +153,8 @@ VERBS: dict[str, Verb] = {
         info,
         "[OPTIONS] [CHECKPOINT]",
         "Tell what a checkpoint is and holds. Only names and shapes are read; the embedded model by default.",
-        "unilip info\nunilip info kanashi6/UniLIP-1B",
-        ("--json", "--debug"),
+        "unilip info\nunilip info kanashi6/UniLIP-1B\nunilip info --machine",
+        ("--machine", "--json", "--debug"),
         (0, 1),
     ),
     "verify": Verb(

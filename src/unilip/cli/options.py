@@ -90,7 +90,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ),
     "--dtype": dict(
         choices=DTYPES, default="float32",
-        help="of the weights in memory; auto is what is stored, if the device computes in it (float32)",
+        help="of the weights in memory; auto is what is stored, where that is faster (float32)",
     ),
     "--seed": dict(
         type=whole(0, 2**63 - 1), default=0, metavar="N",

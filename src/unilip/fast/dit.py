@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unilip.fast.packing import Multiply, plain
+from unilip.fast.products import Multiply, plain
 from unilip.method.dit import Attention, Block, FeedForward, Size, Transformer, relu_attention
 
 

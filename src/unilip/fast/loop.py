@@ -21,7 +21,7 @@ from torch import Tensor
 from unilip.errors import UniLIPError, check_choice
 from unilip.fast import decoder as fast_decoder
 from unilip.fast.dit import PreparedCondition, packable, step
-from unilip.fast.packing import Multiply, pack, plain
+from unilip.fast.products import Multiply, Products, plain
 from unilip.fast.solver import integrate, plan
 from unilip.method.config import SAMPLING_PRESETS, SamplingConfig, UniLIPConfig
 from unilip.method.dit import DiT, Transformer
@@ -117,12 +117,12 @@ def denoise(
     *,
     compiled: Compiled | None = None,
     twin: DiT | None = None,
-    packed: bool = True,
+    products: Products | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw latents (R,Z,h,w) from noise; under guidance R unconditional rows of the condition come first.
 
-    `twin` is a copy of the DiT on another device that takes those. `packed` allows weights to be packed meanwhile.
+    `twin` is a copy of the DiT on another device that takes those. `products` keeps packed weights; without, none are.
     """
     planned = plan(settings.solver, settings.flow_shift, settings.num_inference_steps).to(noise.device)
     guided = settings.guided_steps()
@@ -134,9 +134,9 @@ def denoise(
     else:
         modulations = net.modulate(planned.timesteps)
     multiply: Multiply = plain
-    if packed and compiled is None:
+    if products is not None and compiled is None:
         calls = sum(now or not any(guided) for now in guided)
-        multiply = pack(packable(net), len(condition.mask) * noise[0, 0].numel(), calls)
+        multiply = products.multiply(packable(net), len(condition.mask) * noise[0, 0].numel(), calls)
 
     def plain_step(latent: Tensor, modulation: Tensor, rows: PreparedCondition) -> Tensor:
         return step(net, latent, modulation, rows, multiply)

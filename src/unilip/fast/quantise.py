@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from unilip.errors import CheckpointError, UniLIPError, check_choice, install
 from unilip.method.config import QUANTIZATIONS
 
+SMALL = 2**19  # weights of fewer numbers gain nothing from products in int8, nor from being packed
 SMALLEST = 32  # linear layers with a narrower side stay as they are: they weigh nothing, and decide much
 DYNAMIC = ("connector", "dit")  # with int8_dynamic; the others' activations have outliers, so only their weights shrink
 QUANTIZED = ("encoder", "mllm", "connector", "dit")  # the decoder is nearly all 3x3 convolutions
@@ -62,6 +63,7 @@ def quantise(module: nn.Module, kind: str) -> None:
             for layer in module.modules()
             if type(layer) is nn.Linear
             and min(layer.weight.shape) >= SMALLEST
+            and (kind != "int8_dynamic" or layer.weight.numel() >= SMALL)
             and not is_quantised(layer)
             and id(layer.weight) not in tied  # a language head that shares the embedding costs nothing as it is
             and layer.in_features % wanted == 0
@@ -101,12 +103,15 @@ def by_rows(weight: Tensor, chosen: Any) -> Tensor:
 def settings(kind: str, weight: Tensor, group: int) -> Any:
     """Return torchao's configuration for weights like this one."""
     with quiet_import():
-        from torchao.quantization import Float8WeightOnlyConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig
+        from torchao.quantization import (
+            Float8WeightOnlyConfig,
+            Int4WeightOnlyConfig,
+            Int8DynamicActivationInt8WeightConfig,
+            Int8WeightOnlyConfig,
+        )
     if kind == "int8":
         return Int8WeightOnlyConfig(set_inductor_config=False)
     if kind == "int8_dynamic":
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig
-
         return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     if kind == "fp8":
         return Float8WeightOnlyConfig(set_inductor_config=False)
@@ -115,6 +120,13 @@ def settings(kind: str, weight: Tensor, group: int) -> Any:
 
         return PrototypeInt4WeightOnlyConfig(group_size=group)
     return Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
+
+
+def dynamic_int8(layer: nn.Linear) -> None:
+    """Let a layer multiply in int8, whatever its size."""
+    with quiet_import():
+        from torchao.quantization import quantize_
+    quantize_(layer, settings("int8_dynamic", layer.weight, 1))
 
 
 def is_quantised(module: nn.Module) -> bool:
