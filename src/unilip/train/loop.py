@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
@@ -211,6 +212,13 @@ class Float32Attention(TorchFunctionMode):
             return func(*map(wide, args), **{name: wide(value) for name, value in kwargs.items()})
 
 
+def cpu_attention(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Attention that a CPU trains fast: in float32, or as plain products and softmax, which a compiler joins."""
+    if device.type != "cpu" or recipe.gradient_checkpointing or recipe.selective_checkpointing:
+        return contextlib.nullcontext()
+    return sdpa_kernel(SDPBackend.MATH) if recipe.compile else Float32Attention()
+
+
 class Health:
     """Counts steps that were skipped because they were not finite, without making the device wait.
 
@@ -277,8 +285,6 @@ class Loop:
         self.state.counters = {"skipped": 0, "skipped_in_a_row": 0}
         self.state.data, self.state.frozen = batches.signature, frozen
         self.mixed = mixed_precision(recipe, model.device)
-        once = not (recipe.compile or recipe.gradient_checkpointing or recipe.selective_checkpointing)
-        self.attention = Float32Attention() if once and model.device.type == "cpu" else contextlib.nullcontext()
         self.health = Health(model.device, recipe.skip_limit)
         self.step = 0
         self.recent: dict[str, deque[Tensor]] = {}  # the last values of terms that are checked
@@ -393,10 +399,10 @@ class Loop:
             batches.append(next(loader))
             batch = to_device(batches[-1], device)
             if self.objective.looks_ahead and self.state.ema is not None:
-                with self.state.ema.acting(), torch.no_grad(), self.mixed, self.attention:
+                with self.state.ema.acting(), torch.no_grad(), self.mixed, cpu_attention(self.recipe, self.model.device):
                     batch |= self.whole(self.objective.ahead, batch, self.step)
             with accumulating(self.whole, last=number + 1 == self.own_batches):
-                with self.mixed, self.attention:
+                with self.mixed, cpu_attention(self.recipe, self.model.device):
                     loss, terms = self.whole(self.objective.loss, batch, self.step)
                 (loss / self.own_batches).backward()
             second = self.objective.adversary_loss()
