@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm.std import tqdm
 
 from unilip import adapters, sampling, shapes
+from unilip.chat import Chat
 from unilip.checkpoints import read, write
 from unilip.checkpoints.tokenizer import load_tokenizer
 from unilip.errors import ImageError, PromptError, UniLIPError, check_choice
@@ -799,6 +800,16 @@ class UniLIP(Network):
                     yield piece
         if piece := answer.rest():
             yield piece
+
+    def chat(self, *, seed: int | None = None, from_original: bool = False, **settings: Any) -> Chat:
+        """Begin a conversation that draws, changes and answers, and keeps its pictures, answers and seeds; see `Chat`.
+
+        Args:
+            seed: the n-th picture has seed + n; without one each has a seed of its own, which its reply names.
+            from_original: let each change read the picture that the changes began with, and follow all of them.
+            settings: arguments of `generate`, `edit` and `ask`, each for those that know it.
+        """
+        return Chat(self, seed, from_original, settings)
 
     # --- checks and results ---
 

@@ -36,6 +36,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response, Strea
 
 from unilip import __version__
 from unilip.errors import UniLIPError
+from unilip.intent import intent
 from unilip.method.config import UniLIPConfig
 from unilip.serve import front, responses, schema
 from unilip.serve.checks import Checker, Limits
@@ -44,7 +45,6 @@ from unilip.serve.describe import inlined, page
 from unilip.serve.engine import Stats
 from unilip.serve.fetch import fetch
 from unilip.serve.guard import FILES, PAGE, STARTED, Guard, Rules
-from unilip.serve.intent import intent
 from unilip.serve.jobs import (
     Ask,
     Cancelled,

@@ -2,8 +2,7 @@
 
 In:  messages with text, data URLs, pictures in Markdown, pictures of earlier answers. Out: a verb, a text, pictures,
      and the question with its history for the case that words are wanted.
-The model knows no system turn and has read pictures in the user's turns only: a system message goes before the user's
-first words, and pictures of an answer are put into the turn that follows it.
+The model knows no system turn: a system message goes before the user's first words.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
+from unilip.chat import Conversation
 from unilip.errors import ImageError, PromptError
+from unilip.intent import intent
 from unilip.sampling import check_prompt
 from unilip.serve.fetch import fetch
 from unilip.serve.guard import FILES
-from unilip.serve.intent import intent
-from unilip.serve.jobs import Ask, Turn
+from unilip.serve.jobs import Ask
 from unilip.serve.pictures import decode, from_data_url
 from unilip.serve.schema import Chat, ChatMessage, Part
 from unilip.serve.store import Store
 
 MAX_PICTURES = 16
 _MARKDOWN = re.compile(r"!\[[^\[\]]{0,200}\]\((data:image/[a-z]{1,8};base64,[A-Za-z0-9+/=]+)\)")
-_SHOWN = "Here is the picture."
 TAKEN = {  # how a message was understood, where its words decided
     "generate": "Drawn; begin with “answer:” to ask instead.",
     "edit": "Changed; begin with “answer:” to ask instead.",
@@ -126,9 +125,8 @@ def read_conversation(body: Chat, reader: Reader, able: Able, chat: str = "auto"
     """
     if body.messages[-1].role in ("system", "developer", "assistant"):
         raise PromptError("The last message must be the user's; put what you want to know there.")
-    turns: list[Turn] = []
+    told = Conversation()
     system: list[str] = []
-    carried: tuple[Image.Image, ...] = ()
     for message in body.messages:
         text, images = _content(message, reader)
         if message.role in ("system", "developer", "tool", "function") and message is not body.messages[-1]:
@@ -136,19 +134,15 @@ def read_conversation(body: Chat, reader: Reader, able: Able, chat: str = "auto"
                 raise PromptError(f"A {message.role} message has a picture; only the user's and the assistant's may.")
             system += [text] if text else []
         elif message.role == "assistant":
-            carried = (*carried, *images)
-            turns.append(Turn("assistant", text or _SHOWN))
+            told = told.answered(text, images)
         else:
-            said = "\n".join([*system, text]).strip()
+            told = told.heard("\n".join([*system, text]).strip(), images)
             system = []
-            turns.append(Turn("user", said or _SHOWN, (*carried, *images)))
-            carried = ()
             last = text
-    question = turns.pop()
-    shown = next((turn.images for turn in [question, *reversed(turns)] if turn.images), ())
+    *turns, question = told.turns
     if last.strip():
         check_prompt(last, "message")
-    verb, words = _decide(body, last, bool(shown), able.verbs, chat)
+    verb, words = _decide(body, last, bool(told.shown), able.verbs, chat)
     if verb == "ask" and not last.strip():
         raise PromptError("The last message has no words; ask something, or say what to draw.")
     words_of_form = _form(body, [turn.text for turn in (*turns, question)])
@@ -156,7 +150,7 @@ def read_conversation(body: Chat, reader: Reader, able: Able, chat: str = "auto"
         question.text + words_of_form, question.images, tuple(turns), temperature=body.temperature or 0.0,
         top_p=1.0 if body.top_p is None else body.top_p, seed=body.seed, max_tiles=body.max_tiles or 1,
     )  # fmt: skip
-    return Wanted(verb, words, shown, ask)
+    return Wanted(verb, words, told.shown, ask)
 
 
 def _decide(body: Chat, text: str, has_picture: bool, verbs: tuple[str, ...], chat: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from unilip.chat import Turn as Turn
 from unilip.errors import UniLIPError
 from unilip.pictures import Fit
 from unilip.shapes import Size
@@ -110,15 +111,6 @@ class Reconstruct:
     image_size: int | None = None
     fit: Fit = "resize"
     keep_aspect: bool = False
-
-
-@dataclass(frozen=True)
-class Turn:
-    """An earlier turn of a conversation: `role` is "user" or "assistant"; its pictures come before its text."""
-
-    role: str
-    text: str
-    images: tuple[Image.Image, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import pytest
 
 from intent_lists import QUESTIONS, WISHES
-from unilip.serve.intent import intent
+from unilip.intent import intent
 
 
 @pytest.mark.parametrize(
