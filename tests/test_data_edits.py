@@ -1,5 +1,6 @@
 """Edits and datasets: only what the instruction names changes; item i is always the same item i."""
 
+import hashlib
 import pickle
 import random
 
@@ -9,7 +10,8 @@ import pytest
 from unilip.data.errors import DataError
 from unilip.emoji.art import Atlas
 from unilip.emoji.dataset import Edits, Knowledge, Questions, Scenes
-from unilip.emoji.edits import EDITS, sample_edit
+from unilip.emoji.edits import EDITS, sample_chain, sample_edit
+from unilip.emoji.lessons import cells, of_caption, of_edit
 from unilip.emoji.render import change_mask, render
 from unilip.emoji.world import World, overlap, relation
 
@@ -174,3 +176,40 @@ def test_datasets_refuse_wrong_splits_kinds_and_indices(atlas):
         Scenes(world, atlas, "train", 0, 10, "tokenizer")[10]
     with pytest.raises(DataError, match="style"):
         Questions(world, atlas, "train", 0, 10, kinds=("style",))[0]
+
+
+@pytest.mark.parametrize("name", ["tiny", "pico", "nano"])
+def test_edits_in_a_row_leave_one_object_alone(name):
+    world, rng = World.preset(name), random.Random(name)
+    kinds = set()
+    for _ in range(12):
+        row = sample_chain(world, rng, 5)
+        assert [edit.source for edit in row[1:]] == [edit.target for edit in row[:-1]]
+        assert set.intersection(*(set(scene.objects) for edit in row for scene in (edit.source, edit.target)))
+        for edit in row:
+            objects = edit.target.objects
+            assert 0 < len(objects) <= 2 and edit.target.background == edit.source.background
+            assert not any(overlap(a, b, world.gap) for i, a in enumerate(objects) for b in objects[:i])
+            assert not any(world.clashes(obj, edit.target.background) for obj in objects)
+            _check(edit, world)
+        kinds |= {edit.kind for edit in row}
+    assert kinds == {"add", "remove", "replace", "move", "recolour"}
+
+
+def test_what_training_draws_stays_as_it_was():
+    """Scenes, captions, edits, lessons and pictures of the world that the embedded model learns, by their hash."""
+    world = World.pico()
+    common = dict(world=world, atlas=Atlas.synthetic(world), split="train", seed=0, size=1 << 40)
+    scenes, edits = Scenes(**common, purpose="generation"), Edits(**common)
+    found = hashlib.sha256()
+    for i in range(100):
+        edit, (scene, task, text) = edits.draw(i), scenes.draw(i)
+        lessons = of_edit(edit, edit.instruction, world), of_caption(text, scene, world)
+        for value in (edit, scene, task, text, *lessons):
+            found.update(repr(value).encode())
+        for one in (edit.target, scene):
+            found.update(cells(one, world).tobytes())
+    for i in range(3):
+        for data in (scenes[i]["image"], edits[i]["source"], edits[i]["target"]):
+            found.update(data.tobytes())
+    assert found.hexdigest() == "c1b283d6b6f3add7263291a1a520fae030d549955b56c35e5aa6f61f6f924835"

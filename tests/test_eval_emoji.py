@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from unilip.chat import joined
+from unilip.data.seeding import generator
 from unilip.emoji import score as emoji
 from unilip.emoji.art import Atlas
 from unilip.emoji.dataset import Edits, pixels
+from unilip.emoji.edits import sample_chain
 from unilip.emoji.questions import KINDS
 from unilip.emoji.score import (
     PARTS,
@@ -101,6 +104,11 @@ def test_a_run_writes_all_it_promises(finished):
     row = results["emoji-recon"]["groups"]["held-out scenes"]
     assert row["psnr"] < 30 and -1 <= row["ssim"] <= 1 and row["feature_distance"] > 0
     assert set(results["emoji-edit"]["groups"]) >= {f"{kind}, seen" for kind in WORLD.edits}
+    chain = results["emoji-chain"]["groups"]
+    assert list(chain) == [
+        "1 in a row", "3 in a row", "5 in a row", "3 in a row, from the original", "5 in a row, from the original",
+    ]  # fmt: skip
+    assert all(row["psnr_outside"] > 0 and row["psnr_outside_reconstruction"] > 0 for row in chain.values())
     for line in (folder / "items.jsonl").read_text().splitlines():
         assert (folder / json.loads(line)["picture"]).is_file()
     page = (folder / "index.html").read_text()
@@ -190,7 +198,15 @@ class Painter:
             entry = Edits(
                 WORLD, bench.atlas, "val", emoji.DATA_SEED, bench.count, (item.data["kind"],), item.data["seen"]
             )
-            self.edits[entry[item.index]["instruction"]] = entry[item.index]
+            pair = entry[item.index]
+            self.edits[pair["source"].tobytes(), pair["instruction"]] = pair["target"]
+        for i in range(bench.count):
+            row = sample_chain(WORLD, generator("chain", emoji.DATA_SEED, i), emoji.DEPTHS[-1])
+            shown = [pixels(scene, bench.atlas, WORLD) for scene in (row[0].source, *(edit.target for edit in row))]
+            for depth, edit in enumerate(row):
+                self.edits[shown[depth].tobytes(), edit.instruction] = shown[depth + 1]
+                told = joined([edit.instruction for edit in row[: depth + 1]])
+                self.edits[shown[0].tobytes(), told] = shown[depth + 1]
 
     def generate(self, prompts, **_):
         names = list(self.scenes)
@@ -199,7 +215,7 @@ class Painter:
 
     def edit(self, sources, prompts, **_):
         return SimpleNamespace(
-            images=[s if self.wrong else self.edits[p]["target"] for s, p in zip(sources, prompts, strict=True)]
+            images=[s if self.wrong else self.edits[s.tobytes(), p] for s, p in zip(sources, prompts, strict=True)]
         )
 
     def reconstruct(self, pictures, **_):
@@ -210,7 +226,7 @@ class Painter:
 def test_a_perfect_model_is_right_and_a_deaf_one_is_wrong(tiny_model, wrong):
     bench = Bench(tiny_model, WORLD, Atlas.synthetic(WORLD), count=1 if wrong else 2, seeds=1)
     bench.model = Painter(tiny_model, bench, wrong)
-    for part in ("recon", "gen", "edit"):
+    for part in ("recon", "gen", "edit", "chain"):
         items = bench.plan(part)
         records = [
             {**record, "key": item.key, "group": item.group, "index": item.index, "mode": item.mode}
@@ -225,7 +241,7 @@ def test_a_perfect_model_is_right_and_a_deaf_one_is_wrong(tiny_model, wrong):
             if part == "gen":
                 assert found["swapped prompts"] <= 0.1
                 assert found[emoji.WRITTEN]["right"] >= 0.9 and found[emoji.WRITTEN]["as captions"] >= 0.9
-            if part == "edit":
+            if part in ("edit", "chain"):
                 assert all(row.get("psnr_outside", 100) == 100 for row in found["groups"].values())
 
 

@@ -42,7 +42,7 @@ JUDGE: dict[str, tuple[Callable[[str], Any], str]] = {  # of --judge-set: reader
 OPTIONS: dict[str, dict[str, Any]] = {
     "--count": dict(type=whole(1, 100_000), metavar="N", help="prompts of each task and kind of edit (12)"),
     "--seeds": dict(type=whole(1, 1000), metavar="N", help="pictures of each prompt (4)"),
-    "--parts": dict(metavar="NAMES", help="of recon,vqa,gen,edit,riddle, with commas between (all that the model can)"),
+    "--parts": dict(metavar="NAMES", help="of recon,vqa,gen,edit,riddle,chain, with commas (all that the model can)"),
     "--world": dict(metavar="NAME", help="pico, nano or tiny (the one with the model's picture size)"),
     "--protocol": dict(metavar="NAME", help="how it is measured; scores of two protocols are never comparable"),
     "--own-prompts": dict(

@@ -7,7 +7,7 @@ The objects have the sizes of scenes with several objects, so that adding and re
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from unilip.data.errors import DataError
@@ -81,6 +81,29 @@ def sample_edit(
     raise DataError(f"no edit of kind {kind!r} could be drawn (split {split}, seen={seen}); try another kind")
 
 
+def sample_chain(world: World, rng: random.Random, length: int) -> list[Edit]:
+    """Draw LENGTH edits, each of what the one before leaves, that never touch one object nor the background."""
+    kinds = [kind for kind in ("remove", "replace", "move", "recolour") if kind in world.edits]
+    for _ in range(200):
+        try:
+            names = _names(world, rng, 2, "generation")
+            scene = _lay_out(world, rng, _objects(world, rng, names, _style(world, rng)))
+        except _Unfit:
+            continue
+        kept, found = scene.objects[0], list[Edit]()
+        for _ in range(50 * length * world.seen(scene)):
+            kind = rng.choice(kinds) if len(scene.objects) > 1 else "add"
+            try:
+                edit = _MAKERS[kind](world, rng, "generation", scene)
+            except _Unfit:
+                continue
+            if kept in edit.target.objects and edit.target != scene and world.seen(edit.target):
+                found, scene = [*found, edit], edit.target
+            if len(found) == length:
+                return found
+    raise DataError(f"no row of {length} edits could be drawn in the world {world.name!r}; try fewer")
+
+
 class _Unfit(Exception):
     """What was drawn makes no edit; another try may."""
 
@@ -122,11 +145,15 @@ def _scene(world: World, rng: random.Random, purpose: str) -> Scene:
     return _lay_out(world, rng, _objects(world, rng, _names(world, rng, count, purpose), _style(world, rng)))
 
 
-def _add(world: World, rng: random.Random, purpose: str) -> Edit:
-    count = _count(world, rng)
-    objects = _objects(world, rng, _names(world, rng, count, purpose), _style(world, rng))
-    where = rng.choice(RELATIONS)
-    target = _lay_out(world, rng, objects, horizon=count == 2, where=where)
+def _add(world: World, rng: random.Random, purpose: str, given: Scene | None = None) -> Edit:
+    if given is None:
+        count = _count(world, rng)
+        objects = _objects(world, rng, _names(world, rng, count, purpose), _style(world, rng))
+        where = rng.choice(RELATIONS)
+        target = _lay_out(world, rng, objects, horizon=count == 2, where=where)
+    else:
+        where = rng.choice(RELATIONS)
+        target = _put_beside(world, rng, purpose, given, where)
     new, anchor = target.objects[0], target.objects[1]
     source = Scene(target.background, target.objects[1:])
     words = indefinite(new, world, style=_shown_style(world, source) != new.style)
@@ -134,23 +161,38 @@ def _add(world: World, rng: random.Random, purpose: str) -> Edit:
     return Edit(source, f"{verb} {words} {BESIDE[where]} {definite(anchor, world)}", target, "add")
 
 
+def _put_beside(world: World, rng: random.Random, purpose: str, scene: Scene, where: str) -> Scene:
+    """Put another object into SCENE, before the rest, WHERE seen from its first one."""
+    names = [name for name in world.pool("train", purpose) if name not in {obj.concept for obj in scene.objects}]
+    look = sample_look(world, rng, rng.choice(names), _shown_style(world, scene), 0.3)
+    look = replace(look, size=rng.choice(world.sizes(len(scene.objects) + 1)))
+    axis = world.positions(look.size)
+    for _ in range(100):
+        new = replace(look, x=rng.choice(axis), y=rng.choice(axis))
+        near = any(overlap(new, other, world.gap) for other in scene.objects)
+        flying = world.is_horizon(scene.background) and not world.grounded(new)
+        if not (near or flying or world.clashes(new, scene.background)) and relation(new, scene.objects[0]) == where:
+            return replace(scene, objects=(new, *scene.objects))
+    raise _Unfit
+
+
 def _shown_style(world: World, scene: Scene) -> str:
     """The style that an unnamed new object takes: that of the others, or the default where shapes show none."""
     return next((obj.style for obj in scene.objects if obj.concept not in SHAPES), world.default_style)
 
 
-def _remove(world: World, rng: random.Random, purpose: str) -> Edit:
-    count = _count(world, rng)
-    objects = _objects(world, rng, _names(world, rng, count, purpose), _style(world, rng))
-    source = _lay_out(world, rng, objects, horizon=count == 2)
+def _remove(world: World, rng: random.Random, purpose: str, given: Scene | None = None) -> Edit:
+    count = _count(world, rng) if given is None else 0
+    names = _names(world, rng, count, purpose)
+    source = given or _lay_out(world, rng, _objects(world, rng, names, _style(world, rng)), horizon=count == 2)
     gone = rng.choice(source.objects)
     target = Scene(source.background, tuple(obj for obj in source.objects if obj is not gone))
     words = rng.choice(("remove {}", "delete {}", "erase {}", "take {} away")).format(definite(gone, world))
     return Edit(source, words, target, "remove")
 
 
-def _replace(world: World, rng: random.Random, purpose: str) -> Edit:
-    source = _scene(world, rng, purpose)
+def _replace(world: World, rng: random.Random, purpose: str, given: Scene | None = None) -> Edit:
+    source = given or _scene(world, rng, purpose)
     old = rng.choice(source.objects)
     style = _shown_style(world, source)
     new = sample_look(world, rng, rng.choice(world.pool("train", purpose)), style, 0.3)
@@ -166,8 +208,8 @@ def _swap(scene: Scene, changes: dict[Obj, Obj]) -> Scene:
     return replace(scene, objects=tuple(changes.get(obj, obj) for obj in scene.objects))
 
 
-def _move(world: World, rng: random.Random, purpose: str) -> Edit:
-    source = _scene(world, rng, purpose)
+def _move(world: World, rng: random.Random, purpose: str, given: Scene | None = None) -> Edit:
+    source = given or _scene(world, rng, purpose)
     if len(source.objects) == 2 and rng.random() < 0.5:
         return _exchange(world, rng, source)
     obj = rng.choice(source.objects)
@@ -199,7 +241,10 @@ def _exchange(world: World, rng: random.Random, source: Scene) -> Edit:
     return Edit(source, words, target, "move")
 
 
-def _recolour(world: World, rng: random.Random, purpose: str) -> Edit:
+def _recolour(world: World, rng: random.Random, purpose: str, given: Scene | None = None) -> Edit:
+    if given is not None:
+        found = [obj for obj in given.objects if world.colours_of(obj.concept, obj.style)]
+        return _painted(world, rng, given, rng.choice(found) if found else given.objects[0])
     style = _style(world, rng)
     pool = world.pool("train", purpose)
     paintable = [name for name in (*pool, *world.guests) if world.colours_of(name, style)]
@@ -207,8 +252,14 @@ def _recolour(world: World, rng: random.Random, purpose: str) -> Edit:
     if rng.random() < 0.5:
         names += _names(world, rng, 1, purpose, [name for name in pool if name not in names])
     source = _lay_out(world, rng, _objects(world, rng, names, style, 0.6))
-    obj = next(o for o in source.objects if o.concept == names[0])
-    colour = rng.choice(world.colours_of(obj.concept, style))
+    return _painted(world, rng, source, next(o for o in source.objects if o.concept == names[0]))
+
+
+def _painted(world: World, rng: random.Random, source: Scene, obj: Obj) -> Edit:
+    colours = world.colours_of(obj.concept, obj.style)
+    if not colours:
+        raise _Unfit
+    colour = rng.choice(colours)
     painted = replace(obj, colour=colour)
     if world.looks(obj, colour) or world.clashes(painted, source.background):
         raise _Unfit
@@ -271,7 +322,7 @@ def _skin_tone(world: World, rng: random.Random, purpose: str) -> Edit:
     return Edit(source, rng.choice(patterns), _swap(source, {obj: replace(obj, tone=tone)}), "skin_tone")
 
 
-_MAKERS = {
+_MAKERS: dict[str, Callable[..., Edit]] = {
     "add": _add,
     "remove": _remove,
     "replace": _replace,

@@ -28,14 +28,16 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
 
-from unilip.data.seeding import stable_hash
+from unilip.chat import joined
+from unilip.data.seeding import generator, stable_hash
 from unilip.emoji.art import Atlas
 from unilip.emoji.captions import canonical
 from unilip.emoji.dataset import Edits, Questions, Scenes, pixels
-from unilip.emoji.edits import COMBINING
+from unilip.emoji.edits import COMBINING, sample_chain
 from unilip.emoji.judge import VERSION, Judge, Reading, judge_edit, judge_prompt, psnr_outside
 from unilip.emoji.knowledge import riddles
 from unilip.emoji.questions import KINDS
+from unilip.emoji.render import change_mask
 from unilip.emoji.report import write_report
 from unilip.emoji.world import COMPOSITIONAL, TASKS, Scene, World
 from unilip.errors import UniLIPError
@@ -47,14 +49,17 @@ from unilip.pictures import picture_psnr, picture_ssim, to_pixels
 
 log = logging.getLogger(__name__)
 
-PARTS = ("recon", "vqa", "gen", "edit", "riddle")
+PARTS = ("recon", "vqa", "gen", "edit", "riddle", "chain")
 NEEDS = {
     "recon": ("encoder", "latent_head", "pixel_decoder"),
     "vqa": ("encoder", "mllm"),
     "gen": ("mllm", "connector", "dit", "pixel_decoder"),
     "edit": ("encoder", "mllm", "connector", "dit", "pixel_decoder"),
     "riddle": ("mllm", "connector", "dit", "pixel_decoder"),
+    "chain": ("encoder", "latent_head", "mllm", "connector", "dit", "pixel_decoder"),
 }
+DEPTHS = (1, 3, 5)  # edits in a row after which a chain is looked at
+ORIGINAL = "from the original"
 COUNT, SEEDS = 12, 4  # prompts of each group, and pictures of each prompt
 CHEAP = 5  # reconstructions and questions cost little: so many times COUNT
 DATA_SEED = 20_000  # of the held-out items; training and its probes use other seeds
@@ -231,6 +236,57 @@ class Bench:
             for seed in range(self.seeds)
         ]  # fmt: skip
 
+    def _plan_chain(self) -> list[Item]:
+        return [
+            Item(f"chain/{i:04d}/{mode or 'last'}/{depth}", "chain", f"{depth} in a row{mode and f', {mode}'}", i,
+                 {"depth": depth}, mode)
+            for mode in ("", ORIGINAL)
+            for i in range(self.count)
+            for depth in DEPTHS[1 if mode else 0 :]
+        ]  # fmt: skip
+
+    def _perform_chain(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
+        """Follow edits one after the other, each on the last picture; or all at once, on the first."""
+        rows = {
+            i: sample_chain(self.world, generator("chain", DATA_SEED, i), DEPTHS[-1]) for i in {x.index for x in items}
+        }
+        first = {i: pixels(edits[0].source, self.atlas, self.world) for i, edits in rows.items()}
+        drawn, copies = {(i, 0): picture for i, picture in first.items()}, {(i, 0): p for i, p in first.items()}
+        whole = items[0].mode == ORIGINAL
+        for depth in DEPTHS[1:] if whole else range(1, max(item.data["depth"] for item in items) + 1):
+            before = 0 if whole else depth - 1
+            texts = [joined([edit.instruction for edit in edits[before:depth]]) for edits in rows.values()]
+            results = self._edited([drawn[i, before] for i in rows], texts, [("chain", i, depth) for i in rows])
+            again = self.model.reconstruct([copies[i, before] for i in rows]).images
+            for i, result, copy in zip(rows, results, again, strict=True):
+                drawn[i, depth], copies[i, depth] = result, np.asarray(copy)
+        done = []
+        for item in items:
+            i, depth = item.index, item.data["depth"]
+            edits = rows[i][:depth]
+            result, original = drawn[i, depth], first[i]
+            verdict = judge_edit(self.judge, result, edits[-1])
+            touched = [change_mask(edit.source, edit.target, self.atlas, self.world) for edit in edits]
+            outside = ~np.logical_or.reduce(touched)
+            record = {
+                "ok": verdict.ok,
+                "parts": {"done": verdict.done, "rest kept": verdict.kept},
+                "reason": verdict.reason,
+                "text": joined([edit.instruction for edit in edits]),
+                "psnr_outside": round(picture_psnr(result, original, outside), 3),
+                "psnr_outside_reconstruction": round(picture_psnr(copies[i, depth], original, outside), 3),
+            }
+            target = pixels(edits[-1].target, self.atlas, self.world)
+            done.append((record, np.concatenate([original, result, target], axis=1)))
+        return done
+
+    def _edited(self, sources: Sequence[Any], texts: Sequence[str], noises: Sequence[Sequence[object]]) -> list[Any]:
+        images = self.model.edit(
+            list(sources), list(texts), generator=[noise_generator(*parts) for parts in noises],
+            num_inference_steps=self.steps, preset=self.preset, guidance_scale=self.guidance_scale, progress=False,
+        ).images  # fmt: skip
+        return [np.asarray(image) for image in images]
+
     def _perform_recon(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
         truths = [pixels(item.data["scene"], self.atlas, self.world) for item in items]
         results = [np.asarray(image) for image in self.model.reconstruct(truths).images]
@@ -326,19 +382,14 @@ class Bench:
         for item in items:
             data = Edits(self.world, self.atlas, "val", DATA_SEED, self.count, (item.data["kind"],), item.data["seen"])
             entries.append(data[item.index])
-        results = self.model.edit(
+        results = self._edited(
             [entry["source"] for entry in entries],
             [entry["instruction"] for entry in entries],
-            generator=[noise_generator(item.key) for item in items],
-            num_inference_steps=self.steps,
-            preset=self.preset,
-            guidance_scale=self.guidance_scale,
-            progress=False,
-        ).images
+            [(item.key,) for item in items],
+        )
         kept = self.model.reconstruct([entry["source"] for entry in entries]).images
         done = []
-        for entry, image, copy in zip(entries, results, kept, strict=True):
-            result = np.asarray(image)
+        for entry, result, copy in zip(entries, results, kept, strict=True):
             verdict = judge_edit(self.judge, result, entry["edit"])
             record = {
                 "ok": verdict.ok,
