@@ -399,7 +399,8 @@ class Loop:
             batches.append(next(loader))
             batch = to_device(batches[-1], device)
             if self.objective.looks_ahead and self.state.ema is not None:
-                with self.state.ema.acting(), torch.no_grad(), self.mixed, cpu_attention(self.recipe, self.model.device):
+                plain = cpu_attention(self.recipe, self.model.device)
+                with self.state.ema.acting(), torch.no_grad(), self.mixed, plain:
                     batch |= self.whole(self.objective.ahead, batch, self.step)
             with accumulating(self.whole, last=number + 1 == self.own_batches):
                 with self.mixed, cpu_attention(self.recipe, self.model.device):
