@@ -18,7 +18,7 @@ mkdir -p "$runs"
 alone() { [ -e "$runs/pico/$1/final" ] || unilip train "pico/$1" --runs "$runs"; }
 shared() {
     [ -e "$runs/pico/$1/final" ] && return
-    torchrun --standalone --nproc-per-node="$processes" -m unilip train "pico/$1" --runs "$runs"
+    torchrun --standalone --nproc-per-node="$processes" -m unilip train "pico/$1" "${@:2}" --runs "$runs"
 }
 
 shared clip
@@ -27,6 +27,6 @@ words=$!
 [ -e "$runs/pico/recon_distill/final" ] || alone recon # its result holds all of the short one before
 alone recon_distill
 wait "$words"
-shared pretrain
-shared sft
+shared pretrain --set compile=true
+shared sft --set compile=true
 echo "$runs/pico/sft/final"

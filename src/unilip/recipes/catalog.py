@@ -60,14 +60,14 @@ def pico() -> list[Recipe]:
             ema=0.995, measure_latents=True, **common,
         ),
         Recipe(
-            name="pico/pretrain", objective=Flow(noises=4, bind=0.05, lesson_steps=800, repa=0.5), trains=GENERATE,
-            steps=4000, batch_size=32, optim=optim,
+            name="pico/pretrain", objective=Flow(noises=8, bind=0.05, lesson_steps=600, repa=0.5), trains=GENERATE,
+            steps=6000, batch_size=32, optim=optim,
             init=(f"{WHOLE_TOKENIZER}=pico/recon_distill", "mllm=pico/instruct"), ema=0.998,
             checks=bound, **(common | {"data": dataclasses.replace(data, edit_share=0.3)}),
             note="connector and pretrain in one: a DiT from nothing has no latents of its own to connect to first",
         ),
         Recipe(
-            name="pico/sft", objective=Flow(noises=4, bind=0.05), trains=GENERATE, steps=4000, batch_size=32,
+            name="pico/sft", objective=Flow(noises=8, bind=0.05), trains=GENERATE, steps=6000, batch_size=32,
             optim=dataclasses.replace(optim, lr=7e-4), ema=0.998, init=("all=pico/pretrain",),
             **(common | {"data": dataclasses.replace(data, edit_share=0.6)}),
         ),
