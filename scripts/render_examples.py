@@ -1,4 +1,6 @@
-"""Draw the pictures of the demo again, from the scenes in examples.json; needs the art (`unilip data prepare emoji`).
+"""Draw the pictures of the demo again, from the scenes in examples.json, and keep its judge's sprites.
+
+It needs the art (`unilip data prepare emoji`).
 
 python scripts/render_examples.py
 """
@@ -24,6 +26,7 @@ def main() -> None:
     for name, scene in scenes.items():
         render(Scene.from_dict(scene), atlas, world).save(FOLDER / name, optimize=True)
         print(FOLDER / name)
+    atlas.of(world).save(FOLDER / "sprites.npz")
 
 
 if __name__ == "__main__":

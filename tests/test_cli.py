@@ -17,8 +17,11 @@ from PIL import Image
 from support import failures
 from unilip import cli, demo
 from unilip.cli.terminal import read_prompts, slug
+from unilip.emoji.render import render
+from unilip.emoji.world import Scene
 from unilip.errors import UniLIPError
-from unilip.pictures import picture_psnr
+from unilip.model import UniLIP
+from unilip.pictures import load_image, picture_psnr
 
 QUICK = ["--steps", "2", "--no-progress", "--device", "cpu"]
 
@@ -436,10 +439,15 @@ def test_examples_are_whole():
     assert found.pictures[0].questions[0].accepts("A panda.") and not found.pictures[0].questions[0].accepts("a cat")
 
 
-def test_a_photograph_is_no_drawing():
-    picture = np.asarray(demo.photograph(112))
-    assert picture.shape == (112, 112, 3)
-    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 5000  # a drawing of the world has a few hundred colours
+def test_the_demo_judges_what_it_should_have_drawn():
+    found, show = demo.examples(), demo._Show(UniLIP.from_pretrained(), Path(), 0, "", None)
+    for edit in found.edits:
+        source, target = (load_image(path) for path in (edit.source, edit.target))
+        assert show.edited(target, edit)[0] and not show.edited(source, edit)[0]
+    for task, scene in found.asked:
+        picture = render(Scene.from_dict(scene), demo.judge().atlas, demo.judge().world)
+        assert show.drawn(picture, task, scene)[0]
+        assert not show.drawn(load_image(found.pictures[1].path), task, scene)[0]
 
 
 # --- the words themselves -------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 In:  a model, the example pictures beside its weights, a folder.
 Out: index.html with its PNGs. The examples are scenes that no training saw, with their true captions, answers and
-     edited pictures; one picture in the manner of a photograph shows what lies outside a small model's world.
+     edited pictures. What a small model draws is judged as in its evaluation; a photograph shows what lies outside.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -32,8 +31,12 @@ from unilip.errors import UniLIPError
 from unilip.model import UniLIP
 from unilip.pictures import fit_square, load_image, picture_psnr
 
+if TYPE_CHECKING:
+    from unilip.emoji.judge import Judge
+
 MARKER = ".unilip-demo"  # lists the files of a demo, so that the next one replaces these and nothing else
 PAGE = "index.html"
+JUDGED = " The marks are of the judge that the evaluation uses: it compares pictures with drawings, without a network."
 
 
 @dataclass(frozen=True)
@@ -64,34 +67,58 @@ class Edit:
     source: Path
     instruction: str
     target: Path
+    kind: str
+    scenes: tuple[dict[str, Any], dict[str, Any]]  # before and after
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What the demo works on; `riddles` are questions without a picture."""
+    """What the demo works on: `asked` has the task and scene of each prompt, `riddles` have no picture."""
 
     pictures: tuple[Picture, ...]
     edits: tuple[Edit, ...]
     prompts: tuple[str, ...]
+    asked: tuple[tuple[str, dict[str, Any]], ...]
     riddles: tuple[Question, ...]
     credits: str
+
+
+def _folder() -> Path:
+    return Path(str(resources.files("unilip"))) / "weights" / "examples"
 
 
 @cache
 def examples() -> Examples:
     """Return the examples that come with the package. Raises UniLIPError: this installation lacks them."""
-    folder = Path(str(resources.files("unilip"))) / "weights" / "examples"
+    folder = _folder()
     try:
         record = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UniLIPError(f"This installation lacks the example pictures ({error}); install it again.") from error
     return Examples(
         tuple(Picture(folder / p["file"], p["caption"], _questions(p["questions"])) for p in record["pictures"]),
-        tuple(Edit(folder / e["source"], e["instruction"], folder / e["target"]) for e in record["edits"]),
+        tuple(
+            Edit(
+                folder / e["source"], e["instruction"], folder / e["target"], e["kind"],
+                (e["source_scene"], e["target_scene"]),
+            )
+            for e in record["edits"]
+        ),
         tuple(record["prompts"]),
+        tuple((entry["task"], entry["scene"]) for entry in record["asked"]),
         _questions(record["riddles"]),
         record["credits"],
-    )
+    )  # fmt: skip
+
+
+@cache
+def judge() -> Judge:
+    """Return the judge of the small model's world, with the sprites that come with the package."""
+    from unilip.emoji.art import Atlas
+    from unilip.emoji.judge import Judge
+    from unilip.emoji.world import World
+
+    return Judge(World.preset("pico"), Atlas.load(_folder() / "sprites.npz"))
 
 
 def _questions(entries: Sequence[dict[str, Any]]) -> tuple[Question, ...]:
@@ -100,26 +127,6 @@ def _questions(entries: Sequence[dict[str, Any]]) -> tuple[Question, ...]:
 
 def _plain(text: str) -> str:
     return " ".join(re.sub(r"[.!,]", " ", text.lower()).split())
-
-
-def photograph(size: int = 224, seed: int = 0) -> Image.Image:
-    """Make up a picture in the manner of a photograph: hills under clouds, every pixel with its own shade."""
-    rng = np.random.default_rng(seed)
-    down = np.mgrid[0:size, 0:size][0][..., None] / size  # (S,S,1)
-
-    def noise(finest: int) -> np.ndarray:
-        total = np.zeros((size, size))
-        for power in range(1, finest + 1):
-            cells = Image.fromarray(rng.random((2**power + 1,) * 2).astype(np.float32))
-            total += np.asarray(cells.resize((size, size), Image.Resampling.BICUBIC)) / 2**power
-        return total[..., None] / total.max()
-
-    clouds = np.clip(noise(6) * 2.4 - 1.3, 0, 1)
-    picture = clouds + (1 - clouds) * ([0.38, 0.56, 0.80] + down * [0.62, 0.36, 0.10])
-    for height, tint in ((0.50, (0.50, 0.58, 0.66)), (0.60, (0.40, 0.50, 0.34)), (0.74, (0.42, 0.46, 0.20))):
-        ridge = height + 0.12 * (noise(6)[:1] - 0.5)  # (1,S,1)
-        picture = np.where(down > ridge, (0.2 + 1.1 * noise(7)) * tint, picture)
-    return Image.fromarray((np.clip(picture + rng.normal(0, 0.02, picture.shape), 0, 1) * 255).astype(np.uint8))
 
 
 def check_folder(folder: Path) -> None:
@@ -215,18 +222,23 @@ class _Show:
         cells = ((self.save(square, f"{name}-source"), "source"), (self.save(made, name), f"again, {score:.1f} dB"))
         return _row(*cells), score
 
+    @property
+    def judges(self) -> bool:
+        """Whether pictures of this model's size can be judged."""
+        return self.model.config.image_size == judge().world.image_size
+
     def generate(self) -> tuple[str, str, str]:
         prompts = self.examples.prompts
         with self.timed("generate"):
             made = self.model.generate(prompts, generator=self.generators(len(prompts)), progress=False)
+        verdicts = [self.drawn(image, *asked) for image, asked in zip(made, self.examples.asked, strict=True)]
         cards = [
-            _card(_row((self.save(image, "generate-" + re.sub(r"\W+", "-", prompt.lower())), "")), f"“{prompt}”")
-            for prompt, image in zip(prompts, made, strict=True)
+            _card(_row((self.save(image, "generate-" + re.sub(r"\W+", "-", prompt.lower())), "")), f"“{prompt}”", found)
+            for prompt, image, (_, found) in zip(prompts, made, verdicts, strict=True)
         ]
-        line = (
-            f"{len(made)} pictures of {self.model.config.sampling.num_inference_steps} steps, {self.rate('generate')}"
-        )
-        note = "Drawn from words alone, one try each, nothing picked: compare each with its words."
+        steps = self.model.config.sampling.num_inference_steps
+        line = f"{self.right('generate', verdicts)} pictures of {steps} steps, {self.rate('generate')}"
+        note = "Drawn from words alone, one try each, nothing picked." + JUDGED * self.judges
         return "Generate", line, _section(note, cards, self.command("generate", prompts[0], seeded=True))
 
     def edit(self) -> tuple[str, str, str]:
@@ -236,14 +248,20 @@ class _Show:
             instructions = [edit.instruction for edit in edits]
             made = self.model.edit(sources, instructions, generator=self.generators(len(edits)), progress=False)
         cards, names = [], ["edit-" + edit.source.stem.removesuffix("-before") for edit in edits]
-        for edit, name, source, image in zip(edits, names, sources, made, strict=True):
+        verdicts = [self.edited(image, edit) for image, edit in zip(made, edits, strict=True)]
+        for edit, name, source, image, (_, found) in zip(edits, names, sources, made, verdicts, strict=True):
             before = self.save(self.square(source), f"{name}-source")
             target = self.save(self.square(load_image(edit.target)), f"{name}-wanted")
             row = _row((before, "before"), (self.save(image, name), "after"), (target, "as it should be"))
-            cards.append(_card(row, f"“{edit.instruction}”"))
+            cards.append(_card(row, f"“{edit.instruction}”", found))
         note = "The features of the picture are part of the condition, so that what is not named can stay as it was."
+        note += JUDGED * self.judges
         again = self.command("edit", f"{names[0]}-source.png", edits[0].instruction, seeded=True)
-        return "Edit", f"{len(made)} pictures, {self.rate('edit')}", _section(note, cards, again, wide=True)
+        return (
+            "Edit",
+            f"{self.right('edit', verdicts)} pictures, {self.rate('edit')}",
+            _section(note, cards, again, wide=True),
+        )
 
     def ask(self) -> tuple[str, str, str]:
         asked: list[tuple[Picture | None, Question]] = [(p, q) for p in self.examples.pictures for q in p.questions]
@@ -286,14 +304,14 @@ class _Show:
         return "Reconstruct", line, _section(note, cards, again, wide=True)
 
     def outside(self) -> tuple[str, str, str]:
-        source = photograph(2 * self.model.config.image_size)
+        source = load_image(_folder() / "photograph.jpg")
         with self.timed("outside"):
             made = self.model.reconstruct(source)[0]
         row, score = self.pair(source, "photograph", made)
         self.result["photograph_psnr"] = round(score, 2)
         note = (
-            "A landscape made of noise, in the manner of a photograph. The embedded model has seen emoji drawings and "
-            "nothing else, so textures like these come back poor. The released models were trained on photographs."
+            "A photograph. The embedded model has seen emoji drawings and nothing else, so fur and light come back "
+            "poor. The released models were trained on photographs."
         )
         again = self.command("reconstruct", "photograph-source.png")
         return (
@@ -301,6 +319,36 @@ class _Show:
             f"{score:.1f} dB, {self.rate('outside')}",
             _section(note, [_card(row)], again, wide=True),
         )
+
+    def drawn(self, image: Image.Image, task: str, scene: dict[str, Any]) -> tuple[bool, str]:
+        """Whether a picture shows what was asked, and that in HTML."""
+        if not self.judges:
+            return False, ""
+        from unilip.emoji.judge import judge_prompt
+        from unilip.emoji.world import Scene
+
+        reading = judge().read(image)
+        verdict = judge_prompt(reading, Scene.from_dict(scene), task, judge().world)
+        return verdict.ok, _verdict(verdict.ok, f"saw {reading}")
+
+    def edited(self, image: Image.Image, edit: Edit) -> tuple[bool, str]:
+        """Whether an edit was done and the rest kept, and that in HTML."""
+        if not self.judges:
+            return False, ""
+        from unilip.emoji.edits import Edit as Asked
+        from unilip.emoji.judge import judge_edit
+        from unilip.emoji.world import Scene
+
+        before, after = map(Scene.from_dict, edit.scenes)
+        verdict = judge_edit(judge(), image, Asked(before, edit.instruction, after, edit.kind))
+        return verdict.ok, _verdict(verdict.ok, verdict.reason)
+
+    def right(self, part: str, verdicts: Sequence[tuple[bool, str]]) -> str:
+        """Count what is right, where that can be judged: "4 of 6"."""
+        if not self.judges:
+            return str(len(verdicts))
+        self.result[f"{part}_right"] = [ok for ok, _ in verdicts]
+        return f"{sum(ok for ok, _ in verdicts)} right of {len(verdicts)}"
 
     def rate(self, part: str) -> str:
         return f"in {self.result['seconds'][part]:.1f} s"
@@ -343,6 +391,11 @@ def _answer(question: Question, answer: str, right: bool) -> str:
     mark = '<span class="yes">✓</span>' if right else f'<span class="no">✗ (truth: {truth})</span>'
     said = html.escape(answer) or "<i>nothing</i>"
     return f'<p><span class="soft">{html.escape(question.question)}</span><br>{said} {mark}</p>'
+
+
+def _verdict(right: bool, reason: str) -> str:
+    mark = '<span class="yes">✓</span>' if right else f'<span class="no">✗ ({html.escape(reason)})</span>'
+    return f"<p>{mark}</p>"
 
 
 def _section(note: str, cards: Sequence[str], command: str, wide: bool = False) -> str:

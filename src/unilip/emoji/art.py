@@ -149,7 +149,7 @@ def prepare(
         sprites[_key(style, name, tone)] = _rasterise(*svg)
         if progress is not None:
             progress(done + 1, len(work))
-    _write_atlas(path, sprites)
+    Atlas(sprites).save(path)
     write_bytes(credits, _credits().encode())
     log.info("wrote %d sprites to %s", len(sprites), path)
     return path
@@ -254,17 +254,6 @@ def _credits() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _write_atlas(path: Path, sprites: dict[str, bytes]) -> None:
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        keys=np.array(list(sprites)),
-        ends=np.cumsum([len(data) for data in sprites.values()]),
-        data=np.frombuffer(b"".join(sprites.values()), dtype=np.uint8),
-    )
-    write_bytes(path, buffer.getvalue())
-
-
 def _key(style: str, name: str, tone: str | None) -> str:
     return f"{style}/{name}/{tone}" if tone else f"{style}/{name}"
 
@@ -307,6 +296,23 @@ class Atlas:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._sprites, *self._sizes)
+
+    def of(self, world: World) -> Atlas:
+        """Return the few sprites that a judge of WORLD looks for."""
+        keys = {_key(style, name, tone) for name in (*world.concepts, *world.extra) for style in world.styles
+                for tone in (None, *world.tones)}  # fmt: skip
+        return Atlas({key: data for key, data in self._sprites.items() if key in keys})
+
+    def save(self, path: Path) -> None:
+        """Write the file that `load` reads."""
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            keys=np.array(list(self._sprites)),
+            ends=np.cumsum([len(data) for data in self._sprites.values()]),
+            data=np.frombuffer(b"".join(self._sprites.values()), dtype=np.uint8),
+        )
+        write_bytes(path, buffer.getvalue())
 
     @property
     def fingerprint(self) -> str:
