@@ -11,13 +11,14 @@ import inspect
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from html import escape
 from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
 
 from unilip.errors import PromptError, check_choice
 from unilip.intent import Intent, intent
-from unilip.pictures import load_image
+from unilip.pictures import as_html, load_image
 from unilip.sampling import check_flag, check_number, check_prompt
 
 if TYPE_CHECKING:
@@ -99,11 +100,7 @@ class Reply:
         return self.text
 
     def _repr_html_(self) -> str:
-        from html import escape
-
-        from unilip.model import ImageOutput
-
-        return f"<p>{escape(self.text)}</p>{ImageOutput(self.images)._repr_html_()}"
+        return f"<p>{escape(self.text)}</p>{as_html(self.images)}"
 
 
 @dataclass

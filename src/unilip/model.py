@@ -6,11 +6,9 @@ are checked, before any work is done, and pictures become what the caller asked 
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
 import inspect
-import io
 import math
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -95,14 +93,9 @@ class ImageOutput:
         return iter(self.images)
 
     def _repr_html_(self) -> str:
-        shown = []
-        for image in self.images:
-            if not isinstance(image, Image.Image):
-                return f"<pre>{type(self.images).__name__} {list(getattr(self.images, 'shape', ()))}</pre>"
-            file = io.BytesIO()
-            image.save(file, "PNG")
-            shown.append(f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
-        return "\n".join(shown)
+        if not all(isinstance(image, Image.Image) for image in self.images):
+            return f"<pre>{type(self.images).__name__} {list(getattr(self.images, 'shape', ()))}</pre>"
+        return as_html(self.images)
 
 
 class Part:

@@ -6,6 +6,7 @@ Out: upright 8-bit RGB pictures; pixels (M,3,H,W) normalised by ImageNet's mean 
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 from collections.abc import Sequence
@@ -323,3 +324,13 @@ def picture_ssim(a: Image.Image | np.ndarray, b: Image.Image | np.ndarray) -> fl
     """Return the SSIM of two 8-bit RGB pictures with the Gaussian window."""
     x, y = (torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].double() / 255 for picture in (a, b))
     return float(ssim(x, y, gaussian=True)[0])
+
+
+def as_html(images: Sequence[Image.Image]) -> str:
+    """Pictures as HTML that holds them, for a notebook."""
+    shown = []
+    for image in images:
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        shown.append(f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
+    return "\n".join(shown)
