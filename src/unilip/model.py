@@ -38,6 +38,7 @@ from unilip.pictures import (
     FITS,
     Fit,
     ImageLike,
+    as_html,
     fit_picture,
     load_image,
     normalise,
