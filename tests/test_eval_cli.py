@@ -6,7 +6,6 @@ import pytest
 
 from eval_support import FakeJudge, paint, texts_of, write_prompts
 from unilip import cli
-from unilip.cli import evaluation
 
 QUICK = ["--steps", "1", "--no-progress", "--device", "cpu"]
 
@@ -132,8 +131,6 @@ def test_scoring_without_pictures_is_refused(run, prompts, judge):
     assert code == 2 and "run.json is missing" in err and judge.requests == []
 
 
-def test_every_option_is_of_some_verb_and_every_verb_has_its_own():
-    used = {option for verb in evaluation.VERBS.values() for option in verb.options}
-    assert set(evaluation.OPTIONS) <= used
-    assert "--official" not in evaluation.VERBS["eval imgedit"].options
-    assert len(evaluation.VERBS["eval geneval"].options) < 24
+def test_every_verb_has_its_own_options():
+    assert "--official" not in cli.VERBS["eval imgedit"].options
+    assert len(cli.VERBS["eval geneval"].options) < 24

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from unilip import cli
+from unilip.cli.options import TABLE
 from unilip.errors import UniLIPError
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
@@ -60,7 +61,7 @@ def test_readme_and_usage_name_every_verb_and_option():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     usage = (ROOT / "docs/usage.md").read_text(encoding="utf-8")
     assert [name for name in cli.VERBS if f"unilip {name}" not in readme] == []
-    assert [option for option in cli.OPTIONS if option not in usage] == []
+    assert [option for option in TABLE["options"] if option not in usage] == []
 
 
 def test_links_lead_somewhere():

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from unilip import __version__
-from unilip.cli import checkpoints, data, evaluation, options, pictures, serving, training
-from unilip.cli.options import Options, Parser, Verb
+from unilip.cli.options import VERBS, Options, make_parser
 from unilip.cli.terminal import reason, say
 from unilip.errors import UniLIPError, install
 
@@ -24,16 +24,6 @@ EXTRAS = {  # package -> extra of ours that brings it
     "matplotlib": "eval", "openai": "eval", "datasets": "eval", "pyarrow": "eval", "peft": "train",
     "tensorboard": "train", "webdataset": "train", "ray": "ray", "torchao": "quantize",
 }  # fmt: skip
-AREAS = (pictures, training, data, checkpoints, evaluation, serving)
-VERBS: dict[str, Verb] = {name: verb for area in AREAS for name, verb in area.VERBS.items()}
-OPTIONS: dict[str, dict[str, Any]] = dict(options.OPTIONS)
-for area in AREAS:
-    OPTIONS |= getattr(area, "OPTIONS", {})
-
-
-def make_parser(name: str, verb: Verb) -> Parser:
-    """Build the parser of one verb."""
-    return options.make_parser(name, verb, OPTIONS)
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Options]:
@@ -54,7 +44,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
     verb = VERBS[name]
     found = make_parser(name, verb).parse_intermixed_args(argv[len(name.split()) :], Options())
     least, most = verb.words
-    if not least <= len(found.words) <= most:
+    if not least <= len(found.words) <= (math.inf if most is None else most):
         given = f"{len(found.words)} were given: {' '.join(found.words)}" if found.words else "nothing was given"
         loose = [word for word in found.words if "=" in word and "--set" in argv]
         hint = f" Each setting has a --set of its own: --set {' --set '.join(loose)}." if loose else ""

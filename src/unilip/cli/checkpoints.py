@@ -9,21 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from unilip.cli.options import LOADING, TELLING, Options, Verb, number
+from unilip.cli.options import Options
 from unilip.cli.terminal import Report, bar, describe_model, load, plural, say
 from unilip.errors import UniLIPError
 from unilip.machine import choose_device
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--to": dict(
-        choices=("unilip", "authors", "transformers", "diffusers"), default="unilip", help="format to write (unilip)"
-    ),
-    "--max-shard-size": dict(default="5GB", metavar="SIZE", help="split the weights into files of this size (5GB)"),
-    "--machine": dict(
-        action="store_true", help="measure how fast this processor multiplies for the model, in each way there is"
-    ),
-    "--tolerance": dict(type=number(0), default=1e-4, metavar="E", help="largest absolute error allowed (1e-4)"),
-}  # fmt: skip
 
 
 def convert(o: Options) -> int:
@@ -133,47 +122,3 @@ def demo(o: Options) -> int:
     report.line(f"{folder / page.PAGE}")
     report.end("the page is ready", **describe_model(o, model), **result)
     return 0
-
-
-VERBS: dict[str, Verb] = {
-    "convert": Verb(
-        convert,
-        "[OPTIONS] SOURCE DESTINATION",
-        "Rewrite a checkpoint in our format, the authors', as a pipeline of diffusers, or as InternVL of transformers, "
-        "which answers but does not draw. Weights pass through memory one file at a time.",
-        "unilip convert kanashi6/UniLIP-1B unilip-1b\nunilip convert unilip-1b for-their-code --to authors",
-        ("--to", "--dtype", "--max-shard-size", "--force", "--json", "--debug"),
-        (2, 2),
-        {
-            "--dtype": dict(default=None, help="stored type of the weights; as they are by default"),
-            "--force": dict(help="replace the UniLIP checkpoint at the destination"),
-        },
-    ),
-    "info": Verb(
-        info,
-        "[OPTIONS] [CHECKPOINT]",
-        "Tell what a checkpoint is and holds. Only names and shapes are read; the embedded model by default.",
-        "unilip info\nunilip info kanashi6/UniLIP-1B\nunilip info --machine",
-        ("--machine", "--json", "--debug"),
-        (0, 1),
-    ),
-    "verify": Verb(
-        verify,
-        "[OPTIONS] CHECKPOINT EXPECTED",
-        "Recompute recorded numbers with a checkpoint. Exit code 1 tells that they differ.",
-        "unilip verify kanashi6/UniLIP-1B expected.safetensors --tolerance 1e-4",
-        ("--tolerance", "--device", "--dtype", *TELLING),
-        (2, 2),
-    ),
-    "demo": Verb(
-        demo,
-        "[OPTIONS]",
-        "Show what the embedded model can do. Writes a web page with its pictures.",
-        "unilip demo --output demo",
-        ("--output", "--seed", *LOADING, "--json", "--debug"),
-        changes={
-            "--output": dict(metavar="DIR", help="a new or empty folder, or that of an earlier demo (demo)"),
-            "--seed": dict(help="of every picture (0)"),
-        },
-    ),
-}

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
-from unilip.cli.options import TELLING, Options, Verb, whole
+from unilip.cli.options import Options
 from unilip.cli.terminal import Report, bar, plural, say
 from unilip.errors import UniLIPError
 from unilip.machine import choose_device
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--source": dict(metavar="DIR", help="folder of the three npm packages; without it npm fetches them"),
-    "--shard-size": dict(type=whole(1, 10**9), default=10_000, metavar="N", help="samples in a shard (10000)"),
-    "--shorter-side": dict(
-        type=whole(16, 10_000), metavar="PX", help="scale larger pictures down to this, as JPEG (as they are)"
-    ),
-    "--samples": dict(
-        type=whole(1, 2**62), default=1000, metavar="N", help="how many of each kind to read, spread evenly (1000)"
-    ),
-}  # fmt: skip
 
 
 def data_prepare_emoji(o: Options) -> int:
@@ -115,48 +103,3 @@ def data_cache(o: Options) -> int:
     note = f"{', '.join(made['names'])} of {plural(made['made'], 'sample')} in {plural(made['shards'], 'shard')}"
     report.end(note, path=o.output, **{key: made[key] for key in ("names", "dtype", "made", "unusable", "shards")})
     return 0
-
-
-VERBS: dict[str, Verb] = {
-    "data convert": Verb(
-        data_convert,
-        "[OPTIONS] LAYOUT FOLDER",
-        "Write a published data set as shards, or go on. Layouts: gpt-image-edit, sharegpt-4o-image, blip3o-60k.",
-        "unilip data convert sharegpt-4o-image downloads/ShareGPT-4o-Image --output data/sharegpt --shorter-side 512",
-        ("--output", "--shard-size", "--shorter-side", *TELLING),
-        (2, 2),
-        changes={"--output": dict(metavar="DIR", help="folder of the shards")},
-    ),
-    "data check": Verb(
-        data_check,
-        "[OPTIONS] PLACE ...",
-        "Look at data before training on it. Counts, sizes, lengths, broken files; exit code 1 where there are some.",
-        "unilip data check data/sharegpt --output sheet.png\nunilip data check 'blip3o/{0000..0099}.tar' --samples 200",
-        ("--output", "--samples", *TELLING),
-        (1, float("inf")),
-        changes={"--output": dict(metavar="FILE", help="where to draw a sheet of samples, .png or .jpg (none)")},
-    ),
-    "data cache": Verb(
-        data_cache,
-        "[OPTIONS] RECIPE",
-        "Compute once what a recipe's frozen parts make of its data, or go on. Training with data.cache reads it.",
-        "unilip data cache 1b/sft --set data.path=data/sharegpt --output cache/sft --device cuda",
-        ("--output", "--runs", "--set", "--device", "--dtype", "--ray", *TELLING),
-        (1, 1),
-        changes={
-            "--output": dict(metavar="DIR", help="folder of the cache"),
-            "--runs": dict(help="folder of all runs, where the recipe's starting points are looked for (runs)"),
-            "--dtype": dict(
-                choices=("float32", "float16"), help="of what is stored; float16 is half as large (float32)"
-            ),
-        },
-    ),
-    "data prepare emoji": Verb(
-        data_prepare_emoji,
-        "[OPTIONS]",
-        "Fetch the art of the emoji world and rasterise it. Training and judging the embedded models need it.",
-        "unilip data prepare emoji",
-        ("--source", "--output", *TELLING),
-        changes={"--output": dict(metavar="DIR", help="folder of the art ($UNILIP_DATA, or ~/.cache/unilip/emoji)")},
-    ),
-}

@@ -7,11 +7,10 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unilip.cli.options import LOADING, TELLING, Options, Verb, number, pixels, whole
+from unilip.cli.options import Options, number, whole
 from unilip.cli.terminal import Report, plural, say
 from unilip.errors import UniLIPError
 from unilip.machine import choose_device
@@ -31,47 +30,9 @@ def prices(text: str) -> tuple[float, float]:
     return low, high
 
 
-JUDGE: dict[str, tuple[Callable[[str], Any], str]] = {  # of --judge-set: reader, and what it is
-    "workers": (whole(1, 1024), "questions under way at once, 8"),
-    "rate": (number(0, above=True), "questions a minute at most, no limit"),
-    "retries": (whole(0, 100), "after timeouts, 429 and 5xx, with growing pauses, 6"),
-    "timeout": (number(0, above=True), "seconds for an answer, 120"),
-    "prices": (prices, "IN,OUT of a million tokens, to count the cost"),
-    "cache": (lambda text: Path(text).expanduser(), "folder of the answers, judge-cache in the run's"),
-}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--count": dict(type=whole(1, 100_000), metavar="N", help="prompts of each task and kind of edit (12)"),
-    "--seeds": dict(type=whole(1, 1000), metavar="N", help="pictures of each prompt (4)"),
-    "--parts": dict(metavar="NAMES", help="of recon,vqa,gen,edit,riddle,chain, with commas (all that the model can)"),
-    "--world": dict(metavar="NAME", help="pico, nano or tiny (the one with the model's picture size)"),
-    "--protocol": dict(metavar="NAME", help="how it is measured; scores of two protocols are never comparable"),
-    "--own-prompts": dict(
-        action="store_true", help="take a prompt file whose hash is not the published one; every score says so"
-    ),
-    "--sources": dict(metavar="DIR", help="folder of the pictures to edit (ImgEdit's Benchmark.tar, unpacked)"),
-    "--no-generate": dict(
-        action="store_false", dest="drawing", help="make no pictures; only score those that are there"
-    ),
-    "--judge": dict(metavar="URL", help="an OpenAI-compatible API that judges; its key is in OPENAI_API_KEY"),
-    "--judge-model": dict(metavar="NAME", help="the judge's name there"),
-    "--judge-set": dict(
-        action="append", default=[], metavar="NAME=VALUE",
-        help=f"how it is asked; repeatable: {', '.join(f'{name} ({text})' for name, (_, text) in JUDGE.items())}",
-    ),
-    "--rubric": dict(metavar="PATH", help="the authors' wording: their file or checkout (our own wording)"),
-    "--official": dict(metavar="DIR", help="checkout of the authors' repository, whose own program scores"),
-    "--official-python": dict(metavar="FILE", help="Python of the environment that it needs (this one)"),
-    "--official-args": dict(metavar="WORDS", default="", help="more words for it, such as '--model-path weights'"),
-    "--measures": dict(
-        metavar="NAMES", default="psnr,ssim,ssim_paper", help="of psnr,ssim,ssim_paper,lpips,rfid (the first three)"
-    ),
-    "--features": dict(
-        metavar="NAME", default="torch-fidelity",
-        help="of rfid: torch-fidelity, a TorchScript file (inception-2015-12-05.pt), or encoder, the model's own, "
-        "which is no rFID and named so",
-    ),
-    "--images": dict(metavar="DIR", help="folder that the pictures' paths are relative to (the file's)"),
-    "--pictures": dict(type=whole(0, 64), default=8, metavar="N", help="prompts whose pictures are shown (8)"),
+JUDGE: dict[str, Callable[[str], Any]] = {  # of --judge-set, which says what they are
+    "workers": whole(1, 1024), "rate": number(0, above=True), "retries": whole(0, 100),
+    "timeout": number(0, above=True), "prices": prices, "cache": lambda text: Path(text).expanduser(),
 }  # fmt: skip
 
 
@@ -161,7 +122,7 @@ def judge_terms(o: Options) -> Terms | None:
         if name not in JUDGE or not value:
             raise UniLIPError(f"--judge-set {text} is not understood; give NAME=VALUE, with one of {', '.join(JUDGE)}.")
         try:
-            given[name] = JUDGE[name][0](value)
+            given[name] = JUDGE[name](value)
         except argparse.ArgumentTypeError as error:
             raise UniLIPError(f"--judge-set {name}: {error}.") from error
     return Terms(o.judge or "", o.judge_model or "", **given)
@@ -195,8 +156,7 @@ def eval_benchmark(name: str, o: Options) -> int:
     benchmark = open_benchmark(**source).first(o.count)
     from unilip.eval.rubrics import read_rubric
 
-    has_rubric = "--rubric" in VERBS[f"eval {name}"].options
-    rubric = read_rubric(name, benchmark.protocol, o.rubric if has_rubric else None)
+    rubric = read_rubric(name, benchmark.protocol, getattr(o, "rubric", None))  # only some verbs have it
     from unilip.machine import Place
 
     place = Place.of_environment()
@@ -304,128 +264,3 @@ def eval_compare(o: Options) -> int:
     report.line(to_markdown(found["tables"], found["pictures"]))
     report.end(f"comparison in {output}", output=str(output), tables=found["tables"])
     return 0
-
-
-MODEL = ("--batch-size", *LOADING, *TELLING)
-RUN = ("--output", *MODEL)
-RUN_CHANGES: dict[str, dict[str, Any]] = {
-    "--output": dict(metavar="DIR", help="the run's folder; a rerun goes on where one stopped (eval-NAME)"),
-    "--batch-size": dict(default=8, help="how many at once: speed and memory (8)"),
-    "--count": dict(help="only the first N, in the file's order (all)"),
-    "--size": dict(
-        type=pixels, dest="image_size", metavar="PX", help="side of the squares, a multiple of 28 (the model's own)"
-    ),
-}
-DRAWN = (
-    "--prompts", "--own-prompts", "--count", "--steps", "--guidance-scale", "--size", "--seed", "--no-generate",
-    "--ray",
-)  # fmt: skip
-JUDGED = ("--judge", "--judge-model", "--judge-set")
-RUBRIC = (*JUDGED, "--rubric")
-OFFICIAL = ("--official", "--official-python", "--official-args")
-# The name of a benchmark -> what it is, what its prompts are, more words of an example, options of its own.
-BENCHMARKS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
-    "geneval": (
-        "GenEval: 553 prompts, four pictures each. Scored by its authors' program, or by a judge.", "FILE",
-        "evaluation_metadata.jsonl --official geneval", (*OFFICIAL, *JUDGED),
-    ),
-    "geneval2": (
-        "GenEval 2: 800 prompts, a picture each. Scored by its authors' program.", "FILE",
-        "geneval2_data.jsonl --official GenEval2", OFFICIAL,
-    ),
-    "dpg": (
-        "DPG-Bench: 1065 long prompts, four pictures tiled in a file. Scored by its authors' program.", "DIR",
-        "ELLA/dpg_bench/prompts --official ELLA", OFFICIAL,
-    ),
-    "wise": (
-        "WISE: 1000 prompts that need knowledge. Scored by a judge, in two protocols.", "PATH",
-        "WISE/data_verified --judge http://127.0.0.1:8000/v1 --judge-model Qwen3.5-35B-A3B --rubric WISE",
-        ("--protocol", *OFFICIAL, *RUBRIC),
-    ),
-    "imgedit": (
-        "ImgEdit: 737 single-turn edits. Scored by a judge from 1 to 5.", "FILE",
-        "basic_edit.json --sources singleturn --judge https://api.openai.com/v1 --judge-model gpt-4o --rubric ImgEdit",
-        ("--sources", "--fit", *RUBRIC),
-    ),
-    "gedit": (
-        "GEdit-Bench: 1212 edits in English and Chinese. Scored by a judge from 0 to 10.", "PATH",
-        "GEdit-Bench --judge https://api.openai.com/v1 --judge-model gpt-4.1", ("--fit", *RUBRIC),
-    ),
-}  # fmt: skip
-
-
-def _benchmark_verb(name: str) -> Verb:
-    title, kind, example, own = BENCHMARKS[name]
-    changes = {
-        **RUN_CHANGES,
-        "--prompts": dict(metavar=kind, help="the published prompts, on this machine; none are in this package"),
-        "--protocol": dict(
-            help="verified (0 or 1 each) or legacy (GPT-4o, three scores), prompts of its own (verified)"
-        ),
-        "--seed": dict(help="of the run; a picture's own follows from it and its key, whatever the batch (0)"),
-    }
-    example = f"unilip eval {name} --prompts {example}"
-    options = (*DRAWN, *own, *RUN)
-    return Verb(partial(eval_benchmark, name), f"[OPTIONS] --prompts {kind}", title, example, options, changes=changes)
-
-
-VERBS: dict[str, Verb] = {
-    "eval recon": Verb(
-        eval_recon,
-        "[OPTIONS] IMAGES",
-        "Measure how much of pictures survives the tokenizer. IMAGES: a folder, .tar or .parquet files, a dataset.",
-        "unilip eval recon imagenet/val --model kanashi6/UniLIP-1B --protocol 256 --measures psnr,ssim,ssim_paper,rfid "
-        "--features inception-2015-12-05.pt --device cuda --batch-size 64",
-        ("--protocol", "--measures", "--features", "--count", *RUN),
-        (1, 1),
-        {
-            **RUN_CHANGES,
-            "--protocol": dict(choices=("224", "256", "448", "native"), help="side; 256 is padded to 280 (256)"),
-        },
-    ),
-    **{f"eval {name}": _benchmark_verb(name) for name in BENCHMARKS},
-    "eval understand": Verb(
-        eval_understand,
-        "[OPTIONS] QUESTIONS",
-        "Ask questions about pictures. QUESTIONS is a .jsonl of question, image and, if known, answer.",
-        "unilip eval understand questions.jsonl --model kanashi6/UniLIP-1B --max-tiles 12 --device cuda",
-        ("--images", "--count", "--max-tiles", "--max-new-tokens", *RUN),
-        (1, 1),
-        {**RUN_CHANGES, "--max-new-tokens": dict(default=16, help="longest answer (16)")},
-    ),
-    "eval compare": Verb(
-        eval_compare,
-        "[OPTIONS] RUN [RUN ...]",
-        "Put runs side by side. Tables with intervals, differences to the first run, and pictures of the same prompts.",
-        "unilip eval compare eval-wise-a eval-wise-b --output comparison",
-        ("--output", "--pictures", *TELLING),
-        (1, math.inf),
-        {"--output": dict(metavar="DIR", help="folder of the comparison (eval-compare)")},
-    ),
-    "eval emoji": Verb(
-        eval_emoji,
-        "[OPTIONS]",
-        "Measure a model in the emoji world. The items are held out; no network judges.",
-        "unilip eval emoji --model runs/pico/sft/final --output results",
-        ("--output", "--count", "--seeds", "--parts", "--world", "--steps", "--guidance-scale", "--preset", *MODEL),
-        changes={
-            "--output": dict(metavar="DIR", help="folder of the results; a rerun goes on where one stopped (results)"),
-            "--batch-size": dict(default=None, help="how many at once: speed and memory, not results (24)"),
-        },
-    ),
-    "eval claims": Verb(
-        eval_claims,
-        "[OPTIONS] RUNS",
-        "Test the paper's claims on the ablations in RUNS. Question, verdict and number of each.",
-        "unilip eval claims runs --output claims\nunilip eval claims runs --world pico --parts tokenizer",
-        ("--output", "--parts", "--world", "--count", "--seeds", "--batch-size", "--device", "--dtype", *TELLING),
-        (1, 1),
-        {
-            "--output": dict(metavar="DIR", help="folder of the evidence; a rerun goes on (eval-claims)"),
-            "--parts": dict(help="of tokenizer,generation, with commas between (both)"),
-            "--world": dict(help="the size whose ablations are meant: tiny, pico or nano (all that there are)"),
-            "--seeds": dict(help="pictures of each prompt (2)"),
-            "--batch-size": dict(default=None, help="how many at once: speed and memory, not results (24)"),
-        },
-    ),
-}

@@ -1,15 +1,17 @@
-"""Command-line parsing: words after `unilip` -> typed options; readers of values, shared options, and what a verb is.
+"""Command-line parsing: words after `unilip` -> typed options.
 
-A module of verbs has a table `VERBS` and, for options of its own, a table `OPTIONS`; the package puts them together.
+Verbs and options, with all that they say of themselves, are a table, `verbs.json`; here are the readers of values.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module, resources
 from typing import Any, NoReturn
 
 from unilip import shapes
@@ -17,7 +19,7 @@ from unilip.errors import UniLIPError
 from unilip.method.config import QUANTIZATIONS, SAMPLING_PRESETS, SOLVERS, TOKEN_PIXELS
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-Options = argparse.Namespace  # has what the entry of its verb in `VERBS` names
+Options = argparse.Namespace  # has what the entry of its verb names
 
 
 def whole(low: int, high: int, hint: str = "") -> Callable[[str], int]:
@@ -79,115 +81,74 @@ def pixels(text: str) -> int:
     return side
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--model": dict(metavar="MODEL", help="a folder, a file or a hub id (owner/name); the embedded model by default"),
-    "--adapter": dict(
-        action="append", default=[], metavar="PATH[:SCALE]",
-        help="a LoRA or DoRA adapter, how strongly it acts (1 as trained); repeatable, several add up",
-    ),
-    "--device": dict(
-        type=device_name, default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (auto: CUDA, MPS or CPU)"
-    ),
-    "--dtype": dict(
-        choices=DTYPES, default="float32",
-        help="of the weights in memory; auto is what is stored, where that is faster (float32)",
-    ),
-    "--seed": dict(
-        type=whole(0, 2**63 - 1), default=0, metavar="N",
-        help="picture i of a prompt uses seed N + i, whatever the batch size: same seed, same picture (0)",
-    ),
-    "--output": dict(
-        metavar="PATH",
-        help="a .png, .jpg or .webp file for one picture, or a folder (made if new) for any number; without it free "
-        "names in the current folder. A file is overwritten only with --force",
-    ),
-    "--force": dict(action="store_true", help="overwrite what is there"),
-    "--steps": dict(type=whole(1, 1000, " (20 is usual)"), metavar="N", help="sampling steps (the model's own)"),
-    "--guidance-scale": dict(
-        type=number(0, hint=" (1 switches guidance off)"), metavar="G",
-        help="how far to follow the words; 1 is off and twice as fast (the model's own)",
-    ),
-    "--solver": dict(choices=SOLVERS, help="sampling method (the model's own)"),
-    "--plan": dict(
-        choices=("auto", "yes", "no"), default="auto",
-        help="let the language model write the prompt out first, and draw that; auto: if it was trained for it (auto)",
-    ),
-    "--preset": dict(
-        choices=SAMPLING_PRESETS, default="quality",
-        help="quality samples as published; balanced and fast take fewer steps and lose a little; turbo jumps, with a "
-        "model that was trained for it (quality)",
-    ),
-    "--compile": dict(
-        action="store_true", help="compile what runs often: slow once, then faster; for many pictures of one size"
-    ),
-    "--low-memory": dict(
-        action="store_true",
-        help="hold one part of the model at a time, and decode picture by picture, in strips; the same pictures, later",
-    ),
-    "--quantize": dict(
-        choices=QUANTIZATIONS, help="keep the weights of linear layers in few bits; needs the package torchao"
-    ),
-    "--best-of": dict(
-        type=whole(1, 64), default=1, metavar="N",
-        help="draw N for each picture and keep the one that the model itself likes best; costs N times as much (1)",
-    ),
-    "--decoder": dict(
-        metavar="PATH", help="another pixel decoder: a folder, or small: the one beside the weights (the model's own)"
-    ),
-    "--negative-prompt": dict(metavar="TEXT", help="what guidance moves away from"),
-    "--num-images": dict(type=whole(1, 10_000), default=1, metavar="N", help="pictures of each prompt (1)"),
-    "--batch-size": dict(
-        type=whole(1, 4096), default=4, metavar="N", help="how many at once: speed and memory, not results (4)"
-    ),
-    "--size": dict(
-        type=picture_size, metavar="WxH",
-        help="width and height, or the side of a square; rounded to multiples of 28 (the model's own square)",
-    ),
-    "--fit": dict(
-        choices=("resize", "crop", "pad"), default="resize",
-        help="how a picture gets its size: stretched, its centre cut out, or with a white border; the last two make a "
-        "square where no size is given (resize)",
-    ),
-    "--keep-aspect": dict(action="store_true", help="give the result exactly the shape of the source again"),
-    "--prompts": dict(
-        metavar="FILE",
-        help='a prompt a line, or JSON lines {"prompt": ..., "image": ..., "seed": ...}; - is stdin',
-    ),
-    "--together": dict(action="store_true", help="one question about all the images, not one about each"),
-    "--max-new-tokens": dict(type=whole(1, 100_000), default=128, metavar="N", help="longest answer (128)"),
-    "--temperature": dict(type=number(0), default=0.0, metavar="T", help="0 gives the likeliest answer (0)"),
-    "--top-p": dict(type=number(0, 1, above=True), default=1.0, metavar="P", help="sample the likeliest share P (1)"),
-    "--max-tiles": dict(
-        type=whole(1, 64), default=1, metavar="N", help="read large pictures as up to N squares and a thumbnail (1)"
-    ),
-    "--ray": dict(type=whole(1, 10_000), metavar="N", help="N Ray workers, here or in the cluster of RAY_ADDRESS"),
-    "--no-metadata": dict(
-        action="store_false", dest="metadata", help="do not write model, prompt, seed and settings into PNG files"
-    ),
-    "--no-progress": dict(action="store_false", dest="progress", help="no progress bars"),
-    "--json": dict(action="store_true", help="print one JSON object: paths or answers, settings, seconds"),
-    "--debug": dict(action="store_true", help="show warnings, and the traceback of an error"),
-}  # fmt: skip
+def pixel_count(text: str) -> int:
+    """Read how many pixels a picture may have that keeps its source's shape."""
+    return whole(TOKEN_PIXELS**2, shapes.MAX_DRAWN)(text)
 
-LOADING = ("--model", "--device", "--dtype")
-SAVING = ("--adapter", "--low-memory", "--quantize")
-SAMPLING = ("--preset", "--steps", "--guidance-scale", "--solver", "--negative-prompt")
-DRAWING = (*SAMPLING, "--num-images", "--batch-size", "--size")
-WRITING = ("--output", "--force", "--no-metadata")
-TELLING = ("--no-progress", "--json", "--debug")
+
+def origin(text: str) -> str:
+    """Check an origin as browsers write it."""
+    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text.lower()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no origin; it must look like https://chat.example or be *")
+    return text.lower()
+
+
+# --- the table of verbs -----------------------------------------------------------------------------------------------
+
+TABLE: dict[str, Any] = json.loads((resources.files("unilip.cli") / "verbs.json").read_text(encoding="utf-8"))
+READERS: dict[str, Callable[[str], Any]] = {
+    reader.__name__: reader for reader in (device_name, picture_size, pixels, pixel_count, origin)
+}
+MAKERS: dict[str, Callable[..., Callable[[str], Any]]] = {"whole": whole, "number": number}
+CHOICES = {"dtypes": DTYPES, "solvers": SOLVERS, "presets": SAMPLING_PRESETS, "quantizations": QUANTIZATIONS}
+
+
+def named(options: Sequence[str]) -> Iterator[str]:
+    """Yield names of options, those of a group in place of "+GROUP"."""
+    for name in options:
+        yield from named(TABLE["groups"][name[1:]]) if name.startswith("+") else (name,)
 
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb: its function, what it says of itself, which options it takes, and where these differ from the rest."""
+    """A verb: its function, what it says of itself, which options it takes, and where these differ from the rest.
 
-    run: Callable[[Options], int]
+    `function` is "MODULE.NAME" of this package, called with `given` and the options; `words` bounds how many words are
+    given beside them; `like` names changes that several verbs share.
+    """
+
+    function: str
     usage: str
     help: str
-    example: str
-    options: tuple[str, ...]
-    words: tuple[int, float] = (0, 0)
+    example: Sequence[str]
+    options: Sequence[str]
+    given: Sequence[str] = ()
+    words: tuple[int, int | None] = (0, 0)
+    like: Sequence[str] = ()
     changes: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+    def run(self, o: Options) -> int:
+        """Do what the verb says; returns the exit code."""
+        module, _, name = self.function.partition(".")
+        code: int = getattr(import_module(f"unilip.cli.{module}"), name)(*self.given, o)
+        return code
+
+    def option(self, name: str) -> dict[str, Any]:
+        """Return the arguments of `add_argument` for one of the verb's options."""
+        option = dict(TABLE["options"][name])
+        for changes in (*(TABLE["shared"][group] for group in self.like), self.changes):
+            option |= changes.get(name, {})
+        kind, choices = option.get("type"), option.get("choices")
+        if isinstance(kind, str):
+            option["type"] = READERS[kind]
+        elif kind is not None:  # {"whole": {"low": 1, "high": 64}}
+            option["type"] = next(MAKERS[maker](**limits) for maker, limits in kind.items())
+        return option if not isinstance(choices, str) else option | {"choices": CHOICES[choices]}
+
+
+VERBS = {
+    name: Verb(**(record | {"options": tuple(named(record["options"]))})) for name, record in TABLE["verbs"].items()
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -198,18 +159,18 @@ class Parser(argparse.ArgumentParser):
         raise UniLIPError(f"{message.removeprefix('argument ')}; see `{self.prog} --help`.")
 
 
-def make_parser(name: str, verb: Verb, known: Mapping[str, dict[str, Any]]) -> Parser:
-    """Build the parser of one verb, whose options are among `known`."""
-    examples = "\n".join(f"  {line}" for line in verb.example.splitlines())
+def make_parser(name: str, verb: Verb) -> Parser:
+    """Build the parser of one verb."""
+    examples = "\n".join(f"  {line}" for line in verb.example)
     parser = Parser(
         prog=f"unilip {name}",
         usage=f"unilip {name} {verb.usage}",
         description=verb.help,
-        epilog=f"example{'s' if len(verb.example.splitlines()) > 1 else ''}:\n{examples}",
+        epilog=f"example{'s' if len(verb.example) > 1 else ''}:\n{examples}",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=110),
         allow_abbrev=False,
     )
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     for option in verb.options:
-        parser.add_argument(option, **(known[option] | verb.changes.get(option, {})))
+        parser.add_argument(option, **verb.option(option))
     return parser

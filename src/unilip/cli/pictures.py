@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unilip import __version__
-from unilip.cli.options import DRAWING, LOADING, SAVING, TELLING, WRITING, Options, Verb, whole
+from unilip.cli.options import Options
 from unilip.cli.terminal import (
     Destination,
     Report,
@@ -24,21 +24,9 @@ from unilip.cli.terminal import (
     sides,
     slug,
 )
-from unilip.method.config import TOKEN_PIXELS
-from unilip.shapes import MAX_DRAWN
 
 if TYPE_CHECKING:
     from unilip.model import ImageOutput, UniLIP
-
-SHAPED: dict[str, dict[str, Any]] = {
-    "--size": dict(help="width and height, or the side of a square; rounded to multiples of 28 (the source's shape)"),
-    "--max-pixels": dict(
-        type=whole(TOKEN_PIXELS**2, MAX_DRAWN), default=None, metavar="N",
-        help="pixels of a picture that keeps its source's shape (as many as the model's own square has)",
-    ),
-}  # fmt: skip
-SHAPING = ("--max-pixels", "--fit", "--keep-aspect")
-ANSWERING = ("--max-new-tokens", "--temperature", "--top-p", "--max-tiles")
 
 
 Draw = Callable[[Sequence[Request], dict[str, Any]], "ImageOutput"]
@@ -215,57 +203,3 @@ def ask(o: Options) -> int:
             report.line("\t".join([",".join(images) or "-", *one_line]))
     report.end(answers=answers)
     return 0
-
-
-VERBS: dict[str, Verb] = {
-    "generate": Verb(
-        generate,
-        "[OPTIONS] PROMPT",
-        "Draw pictures from words. Every file is named after its prompt and seed.",
-        'unilip generate "three yellow stars"\n'
-        'unilip generate "a blue car" --num-images 4 --seed 7 --output pictures/\n'
-        "unilip generate --prompts prompts.txt --output pictures --json",
-        (
-            "--prompts",
-            "--plan",
-            "--best-of",
-            *DRAWING,
-            "--seed",
-            *WRITING,
-            *LOADING,
-            *SAVING,
-            "--decoder",
-            "--compile",
-            *TELLING,
-        ),
-        (0, math.inf),
-    ),
-    "edit": Verb(
-        edit,
-        "[OPTIONS] IMAGE [IMAGE ...] INSTRUCTION",
-        "Change pictures as told. One instruction is followed on every image.",
-        'unilip edit car.png "change the color of the car to blue"\n'
-        'unilip edit wide.jpg "change the background to pink" --fit pad --keep-aspect --output pink.png',
-        ("--prompts", *DRAWING, *SHAPING, "--seed", *WRITING, *LOADING, *SAVING, "--decoder", "--compile", *TELLING),
-        (0, math.inf),
-        SHAPED,
-    ),
-    "ask": Verb(
-        ask,
-        "[OPTIONS] [IMAGE ...] QUESTION",
-        "Answer a question about pictures. Each image is asked about by itself; without one only the words count.",
-        'unilip ask cat.png "What is this?"\nunilip ask a.png b.png "How many stars are there?" --json',
-        ("--prompts", "--together", *ANSWERING, "--batch-size", "--seed", *LOADING, *SAVING, *TELLING),
-        (0, math.inf),
-        {"--seed": dict(help="of sampled answers, at a temperature above 0 (0)")},
-    ),
-    "reconstruct": Verb(
-        reconstruct,
-        "[OPTIONS] IMAGE [IMAGE ...]",
-        "Encode pictures to CLIP features and draw them again. What is lost is what the encoder does not know.",
-        "unilip reconstruct photo.jpg --output again.png",
-        ("--batch-size", "--size", *SHAPING, *WRITING, *LOADING, *SAVING, "--decoder", *TELLING),
-        (1, math.inf),
-        SHAPED,
-    ),
-}

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import re
 import threading
 import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from unilip.cli.options import LOADING, Options, Verb, number, whole
+from unilip.cli.options import Options
 from unilip.cli.terminal import describe_model, load, say
 from unilip.errors import UniLIPError, install
 from unilip.machine import choose_device
@@ -124,93 +122,3 @@ def spread(o: Options, common: dict[str, Any]) -> tuple[Any, str]:
     say(f"starting {o.ray} replica{'s' if o.ray > 1 else ''} on Ray")
     engine = RemoteEngine(o.model, device=device, dtype=o.dtype, replicas=replicas, **common)
     return engine, f"{o.model or f'embedded ({engine.config.name})'} on {o.ray} to {most} replicas ({device})"
-
-
-def origin(text: str) -> str:
-    """Check an origin as browsers write it."""
-    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text.lower()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no origin; it must look like https://chat.example or be *")
-    return text.lower()
-
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--host": dict(
-        default="127.0.0.1", metavar="ADDRESS", help="where to listen; any but this machine needs a key"
-    ),
-    "--port": dict(type=whole(0, 65535), metavar="N", help="the TCP port"),
-    "--api-key": dict(
-        action="append", metavar="KEY",
-        help=f"clients must send it; may be given several times. Better kept in {KEYS}, with commas between",
-    ),
-    "--allow-origin": dict(
-        action="append", metavar="URL", type=origin,
-        help="let pages of this origin (https://chat.example) ask from a browser; * allows all. May be given again",
-    ),
-    "--model-name": dict(metavar="NAME", help="what the model is called to clients (unilip, or the name of --model)"),
-    "--max-queue": dict(
-        type=whole(1, 100_000), default=64, metavar="N", help="pictures that may wait; more get 429 (64)"
-    ),
-    "--max-batch": dict(
-        type=whole(1, 4096), default=8, metavar="N", help="pictures drawn together when that many wait (8)"
-    ),
-    "--deadline": dict(
-        type=number(0, 86400, above=True), default=300.0, metavar="S", help="seconds for a request, in all (300)"
-    ),
-    "--max-body": dict(type=whole(1, 1024), default=32, metavar="MIB", help="largest body of a request (32)"),
-    "--max-pixels": dict(
-        type=number(0, 100, above=True), default=24.0, metavar="M", help="million pixels of a request's pictures (24)"
-    ),
-    "--rate-limit": dict(
-        type=whole(0, 1_000_000), default=600, metavar="N", help="requests a minute per key or address; 0: any (600)"
-    ),
-    "--allow-url-images": dict(
-        action="store_true", help="fetch pictures from public http(s) addresses in chats; private ones never"
-    ),
-    "--strict": dict(action="store_true", help="refuse unknown fields, instead of naming them as ignored"),
-    "--chat": dict(
-        choices=("auto", "text"), default="auto",
-        help='auto: the words of a chat message decide whether to draw; text: only "modalities" can ask for it (auto)',
-    ),
-    "--log-level": dict(choices=LEVELS, default="info", help="the least that is logged (info)"),
-    "--log-format": dict(choices=("text", "json"), default="text", help="lines of text, or of JSON objects (text)"),
-    "--access-log": dict(action="store_true", help="a line for each request: address, path, status, seconds"),
-    "--drain": dict(
-        type=number(0, 3600), default=30.0, metavar="S", help="seconds to finish accepted requests after SIGTERM (30)"
-    ),
-    "--no-open": dict(action="store_false", dest="open", help="do not open the page in a browser"),
-    "--max-replicas": dict(type=whole(1, 10_000), metavar="N", help="with --ray, add replicas up to N under load"),
-}  # fmt: skip
-
-SERVING = (
-    "--host", "--port", "--api-key", "--allow-origin", "--model-name", "--max-queue", "--max-batch", "--deadline",
-    "--max-body", "--max-pixels", "--rate-limit", "--allow-url-images", "--no-metadata", "--drain", "--ray",
-    "--max-replicas", "--strict", "--chat", *LOADING, "--decoder", "--log-level", "--log-format",
-    "--access-log", "--debug",
-)  # fmt: skip
-CHANGES: dict[str, dict[str, Any]] = {
-    "--port": dict(default=8000, help="the TCP port (8000)"),
-    "--no-metadata": dict(help="do not write model and seed into the pictures"),
-    "--ray": dict(nargs="?", const=1, help="N replicas on Ray Serve, here or in the cluster RAY_ADDRESS (1)"),
-}
-
-VERBS: dict[str, Verb] = {
-    "serve": Verb(
-        serve,
-        "[OPTIONS]",
-        "Serve a model over HTTP, compatible with OpenAI's API. Only this machine can reach it unless told otherwise.",
-        "unilip serve\n"
-        "unilip serve --model kanashi6/UniLIP-1B --device cuda --dtype bfloat16 --port 9000 --max-batch 16\n"
-        "unilip serve --host 0.0.0.0 --api-key KEY\n"
-        "unilip serve --ray 2 --max-replicas 4 --device cuda",
-        SERVING,
-        changes=CHANGES,
-    ),
-    "studio": Verb(
-        serve,
-        "[OPTIONS]",
-        "Open a page in the browser to draw, change and ask. It is that of `unilip serve`, with its options.",
-        "unilip studio\nunilip studio --model runs/pico/sft/final --port 8080 --no-open",
-        (*SERVING, "--no-open"),
-        changes=CHANGES | {"--port": dict(default=7860, help="the TCP port (7860)")},
-    ),
-}

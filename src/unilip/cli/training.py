@@ -9,24 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from unilip.cli.options import TELLING, Options, Verb, whole
+from unilip.cli.options import Options
 from unilip.cli.terminal import Report, say
 from unilip.errors import UniLIPError
 from unilip.machine import choose_device
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--list": dict(action="store_true", dest="listing", help="list the recipes"),
-    "--runs": dict(default="runs", metavar="DIR", help="folder of all runs; this one writes to DIR/RECIPE (runs)"),
-    "--set": dict(
-        action="append", default=[], dest="settings", metavar="NAME=VALUE", help="change a setting; repeatable"
-    ),
-    "--restart": dict(action="store_true", help="begin anew, even where checkpoints exist"),
-    "--preflight": dict(
-        metavar="HARDWARE",
-        help="only estimate memory and time on h100:8 (a name and how many) or here, and refuse what cannot fit",
-    ),
-    "--stop-after": dict(type=whole(1, 2**31 - 1), metavar="N", help="save and stop after N more steps"),
-}  # fmt: skip
 
 
 def train(o: Options) -> int:
@@ -122,16 +108,3 @@ def list_recipes(o: Options, recipes: Iterable[Any]) -> int:
     for row in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(row[:5], widths, strict=True)), row[5]]).rstrip())
     return 0
-
-
-VERBS: dict[str, Verb] = {
-    "train": Verb(
-        train,
-        "[OPTIONS] RECIPE | --list",
-        "Run a training recipe, or go on where it stopped. The result is a model folder, DIR/RECIPE/final.",
-        "unilip train --list\nunilip train pico/recon --set steps=500 --set optim.lr=2e-4\n"
-        "unilip train 3b/sft --preflight h100:8",
-        ("--list", "--runs", "--set", "--restart", "--stop-after", "--preflight", "--device", *TELLING),
-        (0, 1),
-    ),
-}
