@@ -21,6 +21,7 @@ from unilip.serve.jobs import (
     Reconstruct,
     Turn,
 )
+from unilip.serve.log import CLIENT
 
 
 def close_to(one, other):
@@ -171,6 +172,53 @@ def test_a_full_queue_refuses_and_says_when(gated):
     tickets[0].cancel()
     assert engine.submit(Generate("b", steps=1)).done is False
     gate.open()
+
+
+def as_client(name, engine, job):
+    token = CLIENT.set(name)
+    try:
+        return engine.submit(job)
+    finally:
+        CLIENT.reset(token)
+
+
+def test_who_had_more_than_a_share_waits_behind_who_had_less(gated):
+    """Whatever is queued, and whether it is finished or given up; among the others the oldest is first."""
+    engine, gate, _ = gated
+    charge = engine._charge
+    engine._charge = lambda batch, seconds: charge(batch, batch[0].ticket.settings["num_inference_steps"])
+    crowd = [as_client("crowd", engine, Generate("a", seed=n, steps=k)) for n, k in ((1, 40), (2, 2), (3, 3))]
+    first, second = (as_client(name, engine, Generate("b", seed=n, steps=n)) for name, n in (("one", 4), ("two", 5)))
+    assert engine.ahead(first) == 4
+    gate.open()
+    crowd[-1].result(60)
+    assert gate.batches[1:] == [[1], [4], [5], [2], [3]] and first.done and second.done
+    gate.opened.clear()
+    gate.entered.clear()
+    left = as_client("crowd", engine, Generate("a", seed=6, steps=100))
+    assert gate.entered.wait(30)
+    later = [as_client(name, engine, Generate("c", seed=n, steps=n)) for name, n in (("crowd", 7), ("new", 8))]
+    left.cancel()
+    gate.open()
+    assert later[0].result(60) and gate.batches[-2:] == [[8], [7]]
+    assert len(engine._used) <= 4, "who has no more than a share is forgotten"
+
+
+def test_a_full_queue_has_places_for_who_holds_fewer(gated):
+    engine, gate, _ = gated
+    old, new = (as_client("crowd", engine, Generate("a", count=8, seed=n, steps=1)) for n in (0, 8))
+    for name, count in (("crowd", 1), ("other", 10)):
+        with pytest.raises(QueueFull):
+            as_client(name, engine, Generate("b", count=count, steps=1))
+    assert not old.done and not new.done and engine.stats().queued == 16, "refused before anything gave way"
+    other = as_client("other", engine, Generate("b", count=3, steps=1))
+    with pytest.raises(QueueFull, match="others came first") as caught:
+        new.result(1)
+    assert caught.value.retry_after >= 1 and not old.done and engine.stats().queued == 11
+    with pytest.raises(QueueFull):
+        as_client("other", engine, Generate("b", count=6, steps=1))
+    gate.open()
+    assert len(old.result(60).images) == 8 and len(other.result(60).images) == 3
 
 
 def test_cancelling_while_waiting_frees_the_queue(gated):

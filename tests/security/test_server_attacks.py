@@ -198,6 +198,43 @@ def test_work_that_fills_all_connections_of_an_address_is_told(tiny_model, monke
             sock.close()
 
 
+def test_one_address_does_not_fill_the_queue(tiny_model):
+    """Who asks for little is served before the many pictures of another address, and where it left no place."""
+    hold = threading.Event()
+    engine = Engine(tiny_model, max_queue=16)
+    run = engine._run
+    engine._run = lambda batch: hold.wait(300) and run(batch)
+    with running(tiny_model, engine=engine) as (port, _, _), concurrent.futures.ThreadPoolExecutor(10) as pool:
+
+        def ask(source, **body):
+            with httpx.Client(transport=httpx.HTTPTransport(local_address=source), timeout=300) as client:
+                answer = client.post(f"http://127.0.0.1:{port}/v1/images/generations", json={"prompt": "a", **body})
+                return answer.status_code, time.monotonic(), answer.headers.get("retry-after")
+
+        crowd = [pool.submit(ask, "127.0.0.2", n=2, steps=3 + k) for k in range(8)]
+        while engine.stats().queued < 14:
+            time.sleep(0.01)
+        other = [pool.submit(ask, "127.0.0.3", n=2, steps=1)]
+        while engine.stats().queued < 16:
+            time.sleep(0.01)
+        other += [pool.submit(ask, "127.0.0.1", n=2, steps=2)]
+        (refused,) = concurrent.futures.wait(crowd, return_when="FIRST_COMPLETED").done
+        assert refused.result()[0] == 429 and int(refused.result()[2]) >= 1
+        hold.set()
+        assert [one.result()[0] for one in other] == [200, 200]
+        ends = [one.result()[1] for one in crowd if one.result()[0] == 200]
+        assert len(ends) == 7 and max(one.result()[1] for one in other) < sorted(ends)[1], "after the batch at work"
+
+
+def test_the_address_of_a_client_is_what_it_cannot_choose():
+    names = {
+        "192.0.2.7": "192.0.2.7", "::ffff:192.0.2.7": "192.0.2.7", "::1": "::/64", "testclient": "testclient",
+        "2001:db8:1:2:3::4": "2001:db8:1:2::/64", "2001:db8:1:2:ffff::": "2001:db8:1:2::/64",
+        "fe80::1%eth0": "fe80::/64",
+    }  # fmt: skip
+    assert {name: guard.network((name, 1)) for name in names} == names and guard.network(None) == "unknown"
+
+
 def test_wrong_keys_are_limited_and_any_key_can_be_right(tiny_model):
     key = "clé-ключ-鍵-of-some-length"
     with running(tiny_model, api_keys=(key,)) as (port, _, _):

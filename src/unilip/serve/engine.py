@@ -4,6 +4,9 @@ In:  jobs (`unilip.serve.jobs`), from any thread, each with a deadline. Out: a `
 A single worker thread owns the model. It takes the oldest waiting picture and every other one that can share its batch
 (same verb, settings and size), so a batch forms whenever several callers wait. Each picture has a generator of
 its own: what it looks like does not depend on what it was batched with, up to rounding.
+
+Fair queueing: each client's seconds of work are counted against a virtual clock, which runs at the pace of an equal
+share. Who used less than that is served in the order of arrival, who used more waits behind them.
 """
 
 from __future__ import annotations
@@ -42,8 +45,8 @@ from unilip.serve.jobs import (
     Reconstruct,
 )
 from unilip.serve.log import REQUEST
+from unilip.serve.tickets import YIELDED, Unit, crowded_out
 from unilip.serve.tickets import Ticket as Ticket
-from unilip.serve.tickets import Unit
 
 logger = logging.getLogger(__name__)
 MAX_FAILURES = 5
@@ -126,6 +129,8 @@ class Engine:
         self._failed: Counter[str] = Counter()
         self._batches = 0
         self._pace = 0.0  # seconds per unit, a moving average
+        self._clock = 0.0  # seconds of work that a client had who got an equal share all the time
+        self._used: dict[str, float] = {}  # the same of clients who had more
         self._failures = 0  # batches in a row
         self._moved = 0.0  # when the worker last made a step
         self._worker = threading.Thread(target=self._work, name="unilip-engine", daemon=True)
@@ -170,7 +175,8 @@ class Engine:
 
         Raises:
             UniLIPError: something in the job is out of range; nothing was queued.
-            QueueFull: too much is waiting; `retry_after` says for how long, in seconds.
+            QueueFull: too much is waiting; `retry_after` says for how long, in seconds. A job that waits ends with
+                it, too, where its client holds the most places and one with fewer comes.
             Draining: the engine is being shut down.
         """
         seconds = seconds_for(deadline, self.deadline)
@@ -181,13 +187,18 @@ class Engine:
             if self._draining:
                 raise Draining("The server is shutting down; send the request again to another one, or later.", 5.0)
             self._sweep()
-            if len(self._queue) + len(units) > self.max_queue:
-                wait = self._estimate(len(self._queue) + len(self._running))
+            wait = self._estimate(len(self._queue) + len(self._running))
+            places = Counter(unit.ticket for unit in self._queue)
+            crowd = crowded_out(places, ticket, len(units), self.max_queue)
+            if crowd is None:
                 raise QueueFull(
                     f"{len(self._queue)} of at most {self.max_queue} pictures are waiting, and this request adds "
                     f"{len(units)}; send it again in {wait:.0f} s.",
                     wait,
                 )
+            for other in crowd:
+                other._fail(QueueFull(YIELDED.format(wait), wait))
+            self._sweep()
             self._queue.extend(units)
             self._changed.notify_all()
         return ticket
@@ -195,7 +206,7 @@ class Engine:
     def ahead(self, ticket: Ticket) -> int:
         """How many pictures and questions are served before a job that waits; 0 once it is being worked on."""
         with self._changed:
-            before = [*self._running, *self._queue]
+            before = [*self._running, *self._order()]
         return next((n for n, unit in enumerate(before) if unit.ticket is ticket), 0) if ticket.started is None else 0
 
     def drain(self, timeout: float | None = None) -> bool:
@@ -252,6 +263,19 @@ class Engine:
         """Seconds until `units` waiting ones are served, at least one."""
         return max(1.0, math.ceil((self._pace or 0.5) * units))
 
+    def _order(self) -> list[Unit]:
+        """What waits, in the order in which it is served."""
+        return sorted(self._queue, key=lambda unit: self._used.get(unit.ticket.client, self._clock))
+
+    def _charge(self, batch: Sequence[Unit], seconds: float) -> None:
+        """Count the seconds of a batch to those who asked for it."""
+        clients = {unit.ticket.client for unit in [*batch, *self._queue]}
+        for unit in batch:
+            name = unit.ticket.client
+            self._used[name] = self._used.get(name, self._clock) + seconds / len(batch)
+        self._clock += seconds / len(clients)
+        self._used = {name: used for name, used in self._used.items() if used > self._clock}
+
     def _room(self, unit: Unit) -> int:
         """How many units like this one make a batch."""
         if unit.ticket.verb == "ask":
@@ -261,7 +285,7 @@ class Engine:
         return max(1, int(self.max_batch / tries * min(1.0, self.config.image_size**2 / (width * height))))
 
     def _take(self) -> list[Unit]:
-        """Wait for work; return the oldest unit and those that can share its batch, or nothing at the end."""
+        """Wait for work; return the first unit and those that can share its batch, or nothing at the end."""
         with self._changed:
             while True:
                 self._sweep()
@@ -270,14 +294,14 @@ class Engine:
                 if self._closed:
                     return []
                 self._changed.wait(1.0)
-            room = self._room(self._queue[0])
+            room = self._room(self._order()[0])
             if self.batch_wait and len(self._queue) < room:
                 self._changed.wait_for(lambda: len(self._queue) >= room or self._closed, self.batch_wait)
                 self._sweep()
             if not self._queue:
                 return []
-            key = self._queue[0].key
-            batch = [unit for unit in self._queue if unit.key == key][:room]
+            order = self._order()
+            batch = [unit for unit in order if unit.key == order[0].key][:room]
             chosen = {id(unit) for unit in batch}
             self._queue = deque(unit for unit in self._queue if id(unit) not in chosen)
             self._running = batch
@@ -309,6 +333,7 @@ class Engine:
             seconds = time.monotonic() - started
             with self._changed:
                 self._running = []
+                self._charge(batch, seconds)
                 self._batches += 1
                 pace = seconds / len(batch)
                 self._pace = pace if not self._pace else 0.8 * self._pace + 0.2 * pace

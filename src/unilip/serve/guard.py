@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import logging
 import secrets
 import time
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from unilip.serve.log import REQUEST, access
+from unilip.serve.log import CLIENT, REQUEST, access
 from unilip.serve.metrics import Metrics
 from unilip.serve.problems import CLIENT_GONE, Trouble
 
@@ -159,7 +160,7 @@ class Guard:
         found = self._from_a_web_page(scope, headers)
         if found is not None or _asks_leave(scope, headers):
             return found
-        caller = f"address {(scope.get('client') or ('unknown', 0))[0]}".encode()
+        caller = f"address {network(scope.get('client'))}".encode()
         opened = self._is_open(scope["path"])
         if self._keys and not opened:
             given = headers.get("authorization", "")
@@ -171,7 +172,10 @@ class Guard:
                     401, "The API key is missing or wrong; send it as Authorization: Bearer KEY.", "invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )  # fmt: skip
+            CLIENT.set(f"{digest.hex()} {caller.decode()}")
             caller = digest
+        else:
+            CLIENT.set(caller.decode())
         return None if opened else self._limit(caller, self.rules.rate_limit)
 
     def _is_open(self, path: str) -> bool:
@@ -271,6 +275,18 @@ PREFLIGHT = {
 def _asks_leave(scope: Scope, headers: Mapping[str, str]) -> bool:
     """Whether this is a browser's question if a page may send its request (a CORS preflight)."""
     return scope["method"] == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
+
+
+def network(client: tuple[str, int] | None) -> str:
+    """The address of a client; of IPv6 the first half, for the other one is the client's to choose."""
+    text = (client or ("unknown", 0))[0]
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return text
+    if address.version == 4 or address.ipv4_mapped:
+        return str(getattr(address, "ipv4_mapped", None) or address)
+    return f"{ipaddress.IPv6Address(int(address) >> 64 << 64)}/64"
 
 
 def _has_body(headers: Mapping[str, str]) -> bool:

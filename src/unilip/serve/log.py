@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 REQUEST: ContextVar[str] = ContextVar("unilip_request", default="")  # the id of what is being worked on; set by Guard
+CLIENT: ContextVar[str] = ContextVar("unilip_client", default="")  # who asked for it: key and address
 access = logging.getLogger("unilip.access")
 access.setLevel(logging.WARNING)  # its lines are of INFO
 

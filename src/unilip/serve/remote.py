@@ -27,7 +27,8 @@ from unilip.model import UniLIP
 from unilip.serve.checks import Checker, Limits, seconds_for
 from unilip.serve.engine import Engine, Stats
 from unilip.serve.jobs import DeadlineExceeded, Draining, EngineFailed, Event, Job, QueueFull, Result
-from unilip.serve.tickets import Ticket
+from unilip.serve.log import CLIENT
+from unilip.serve.tickets import YIELDED, Ticket, crowded_out
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,11 @@ class Replica:
     def __init__(self, source: str | None, device: str, dtype: str | None, options: dict[str, Any]) -> None:
         self.engine = Engine(UniLIP.from_pretrained(source, device=device, dtype=dtype), **options)
 
-    async def run(self, job: Job, deadline: float | None) -> AsyncIterator[Event | Result | UniLIPError]:
+    async def run(
+        self, job: Job, deadline: float | None, client: str = ""
+    ) -> AsyncIterator[Event | Result | UniLIPError]:
         """Work on a job: yield its events, and at last its result or the error that it ended with."""
+        CLIENT.set(client)
         try:
             ticket = await asyncio.to_thread(self.engine.submit, job, deadline=deadline)
         except UniLIPError as error:
@@ -208,11 +212,16 @@ class RemoteEngine:
             raise Draining("The server is shutting down; send the request again to another one, or later.", 5.0)
         room = self._room
         with self._changed:
-            waiting = sum(map(_size, self._open.values()))
-            if waiting + _size(ticket) > room:
-                wait = max(1.0, math.ceil((self._pace or 0.5) * waiting))
+            places = {one: _size(one) for one in self._open.values()}
+            waiting = sum(places.values())
+            wait = max(1.0, math.ceil((self._pace or 0.5) * waiting))
+            crowd = crowded_out(places, ticket, _size(ticket), room)
+            if crowd is None:
                 raise QueueFull(f"{waiting} of at most {room} pictures are waiting; try again in {wait:.0f} s.", wait)
             self._open[id(ticket)] = ticket
+        for other in crowd:
+            if other._fail(QueueFull(YIELDED.format(wait), wait)):
+                other._on_cancel()
         future = asyncio.run_coroutine_threadsafe(self._follow(ticket, seconds), self._loop)
         ticket._on_cancel = future.cancel  # type: ignore[assignment]
         return ticket
@@ -221,7 +230,7 @@ class RemoteEngine:
         """Send a job, pass on what comes back, and see that the ticket ends in every case."""
         stream = None
         try:
-            stream = self._handle.options(stream=True).run.remote(ticket.job, seconds)
+            stream = self._handle.options(stream=True).run.remote(ticket.job, seconds, ticket.client)
             await asyncio.wait_for(self._pass_on(ticket, stream), seconds)
         except asyncio.TimeoutError:
             ticket._fail(DeadlineExceeded(f"The request was not done within its {seconds:.0f} s; send it again.", 1.0))

@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from unilip.errors import UniLIPError
-from unilip.serve.guard import Rules
+from unilip.serve.guard import Rules, network
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Connection(H11Protocol):
         self.since = self.moved = time.monotonic()
         self.unsent = 0
         open_ones = [one for one in self.connections if isinstance(one, Connection) and not one.transport.is_closing()]
-        own = [one for one in open_ones if one.client and self.client and one.client[0] == self.client[0]]
+        own = [one for one in open_ones if network(one.client) == network(self.client)]
         if len(own) <= MAX_OF_ADDRESS and len(open_ones) <= MAX_CONNECTIONS:
             return
         crowd = own if len(own) > MAX_OF_ADDRESS else open_ones

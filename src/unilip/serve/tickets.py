@@ -11,7 +11,7 @@ import queue as queues
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,10 @@ from PIL import Image
 from unilip.errors import UniLIPError
 from unilip.method.text import Prompt
 from unilip.serve.jobs import Cancelled, Event, Job, Result
-from unilip.serve.log import REQUEST
+from unilip.serve.log import CLIENT, REQUEST
 
 logger = logging.getLogger(__name__)
+YIELDED = "The queue is full and this client holds most of it, so others came first; send this again in {:.0f} s."
 
 
 class Ticket:
@@ -34,6 +35,7 @@ class Ticket:
         self.submitted = time.monotonic()
         self.deadline = deadline
         self.request = REQUEST.get()  # for the log
+        self.client = CLIENT.get()  # for a fair share
         self.started: float | None = None
         self.settings: dict[str, Any] = {}
         self.prompt_tokens = 0
@@ -191,3 +193,27 @@ class Unit:
     @property
     def alive(self) -> bool:
         return not self.ticket.done
+
+
+def crowded_out(places: Mapping[Ticket, int], newcomer: Ticket, more: int, room: int) -> list[Ticket] | None:
+    """The jobs that must leave a queue with `room` places so that `newcomer` gets `more`; None where it has to wait.
+
+    In: the places of each job that waits, oldest first. Out: the newest ones of the client who holds most, as long as
+    that is more than the newcomer's client would have.
+    """
+    held: Counter[str] = Counter()
+    for ticket, count in places.items():
+        held[ticket.client] += count
+    own, free, leaving = held[newcomer.client] + more, room - sum(places.values()), []
+    for _ in places:
+        if free >= more:
+            break
+        most = max(held, key=held.__getitem__)
+        waiting = (one for one in reversed(list(places)) if one.client == most and one not in leaving)
+        last = next((one for one in waiting if one.started is None), None)
+        if held[most] <= own or last is None:
+            return None
+        leaving.append(last)
+        held[most] -= places[last]
+        free += places[last]
+    return leaving if free >= more else None
