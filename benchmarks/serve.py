@@ -5,9 +5,14 @@
 
 1. In a process of its own, an engine is called in sequence: one picture after the other.
 2. `unilip serve` is started in another, and as many pictures are drawn by one client and by `--clients` at once.
-   The pictures of all three must be the same.
-3. `--requests` of all kinds, 5 % of them malformed, by `--clients` clients, beside `--misbehaving` others that stall,
-   send halves, do not read, lie and leave: statuses, 5xx, latency, resident memory. Then SIGTERM while requests run.
+   The pictures of all three must be the same. (`--pictures 0` leaves 1 and 2 out.)
+3. `--requests` of all kinds, 5 % of them malformed, by `--clients` clients with an address each, beside `--misbehaving`
+   others that stall, send halves, do not read, lie and leave: statuses, 5xx, latency, resident memory. Then SIGTERM
+   while requests run.
+
+The bound of latency is what an honest client is promised, who has one request at a time: the batch that is at work,
+one batch of each other honest client, and its own; however many others misbehave. A batch counts as a full one of the
+slowest kind of honest request, measured without misbehaving clients, before and after the load (the mean).
 A table goes to stdout, and everything to a file with `--json FILE`. The server is a child of this process and uses the
 processors that it may use (`taskset`).
 """
@@ -18,6 +23,7 @@ import argparse
 import asyncio
 import base64
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -30,6 +36,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +56,7 @@ PROMPTS = (
 EDITS = ("change the background to pink", "remove the star", "make it blue", "add a red circle")
 QUESTIONS = ("What is this?", "How many stars are there?", "What color is the background?")
 BAD_SHARE = 0.05
+Rows = list[tuple[str, str]]
 VERBS = ("generate", "edit", "reconstruct", "ask")
 
 
@@ -128,7 +136,7 @@ def percentile(values: list[float], share: float) -> float:
 
 def batches(address: str, verb: str = "generate") -> dict[str, float]:
     """Read the metrics page: the number of batches of a verb, the pictures or questions in them, and their seconds."""
-    page = httpx.get(f"{address}/metrics").text
+    page = httpx.get(f"{address}/metrics", timeout=600).text
 
     def value(name: str) -> float:
         found = re.search(rf'^unilip_{name}{{verb="{verb}"}} (\S+)', page, re.MULTILINE)
@@ -148,6 +156,11 @@ def packed(image: Image.Image, form: str = "PNG") -> bytes:
 def status(response: httpx.Response) -> int:
     """The status of an answer; of a stream that ended in an error 599, though it began with 200."""
     return 599 if 'data: {"error"' in response.text else response.status_code
+
+
+def pick_of(choices: Sequence[str], number: int) -> str:
+    """One of them, by number."""
+    return choices[number % len(choices)]
 
 
 class Mix:
@@ -192,6 +205,23 @@ class Mix:
             "stream": pick.random() < 0.5,
         }
         return kind, status(client.post("/v1/chat/completions", json=body))
+
+    def heaviest(self, client: httpx.Client, verb: str, number: int) -> None:
+        """Send the heaviest honest request of a verb."""
+        if verb == "generate":
+            body = {"prompt": pick_of(PROMPTS, number), "seed": number, "steps": 8}
+            found = client.post("/v1/images/generations", json=body)
+        elif verb == "edit":
+            fields = {"prompt": pick_of(EDITS, number), "steps": "8", "seed": str(number)}
+            found = client.post("/v1/images/edits", data=fields, files={"image": self.files[0]})
+        elif verb == "reconstruct":
+            found = client.post("/v1/images/reconstructions", files={"image": self.files[0]})
+        else:
+            picture = {"type": "image_url", "image_url": {"url": self.url}}
+            content = [{"type": "text", "text": pick_of(QUESTIONS, number)}, picture]
+            body = {"messages": [{"role": "user", "content": content}], "max_tokens": 16}
+            found = client.post("/v1/chat/completions", json=body)
+        found.raise_for_status()
 
     def malformed(self, client: httpx.Client, pick: random.Random) -> int:
         """Send something that must be refused."""
@@ -282,7 +312,51 @@ def resident(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def mixed(address: str, pid: int, clients: int, queue: int, requests: int, log: Any) -> dict[str, Any]:
+def full_batch(address: str, clients: int, size: int) -> float:
+    """Seconds of a full batch of the slowest kind of honest request."""
+    mix, seconds = Mix(1), {}
+    for verb in VERBS:
+        before = batches(address, verb)
+        with Crowd(address, clients) as crowd:
+            list(crowd.map(lambda client, number, verb=verb: mix.heaviest(client, verb, number), range(2 * size)))
+        after = batches(address, verb)
+        seconds[verb] = (after["seconds"] - before["seconds"]) / (after["batches"] - before["batches"])
+    return max(seconds.values())
+
+
+class Crowd:
+    """Honest clients, each in a thread and with an address of its own."""
+
+    def __init__(self, address: str, clients: int) -> None:
+        self.address, self.numbers, self.own = address, itertools.count(1), threading.local()
+        self.pool = ThreadPoolExecutor(clients, initializer=self.connect)
+        self.clients: list[httpx.Client] = []
+
+    def connect(self) -> None:
+        """Give a thread its client."""
+        transport = httpx.HTTPTransport(local_address=f"127.0.1.{next(self.numbers)}")
+        self.own.client = httpx.Client(base_url=self.address, timeout=600, transport=transport)
+        self.clients.append(self.own.client)
+
+    def submit(self, work: Any, *given: Any) -> Any:
+        """Have a client do something."""
+        return self.pool.submit(lambda: work(self.own.client, *given))
+
+    def map(self, work: Any, numbers: Any) -> Iterator[Any]:
+        """Have the clients do something for each number, and give what came of it in order."""
+        for found in [self.submit(work, number) for number in numbers]:
+            yield found.result()
+
+    def __enter__(self) -> Crowd:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown()
+        for client in self.clients:
+            client.close()
+
+
+def mixed(address: str, pid: int, clients: int, requests: int, log: Any) -> dict[str, Any]:
     """Send requests of all kinds; watch statuses and memory."""
     mix, lock = Mix(1), threading.Lock()
     statuses: dict[str, Counter[int]] = {}
@@ -291,7 +365,7 @@ def mixed(address: str, pid: int, clients: int, queue: int, requests: int, log: 
     done = 0
     every = max(1, requests // 200)
 
-    def one(number: int) -> None:
+    def one(client: httpx.Client, number: int) -> None:
         nonlocal done
         started = time.perf_counter()
         kind, status = mix.send(client, number)
@@ -305,14 +379,11 @@ def mixed(address: str, pid: int, clients: int, queue: int, requests: int, log: 
                 log(f"  {done} of {requests} requests, {memory[-1][1] if memory else 0:.0f} MiB")
 
     started = time.perf_counter()
-    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-    with ThreadPoolExecutor(clients) as pool, httpx.Client(base_url=address, timeout=600, limits=limits) as client:
-        list(pool.map(one, range(requests)))
+    with Crowd(address, clients) as crowd:
+        list(crowd.map(one, range(requests)))
     seconds = time.perf_counter() - started
     quarters = [[m for n, m in memory if low < n / requests <= low + 0.25] for low in (0, 0.75)]
     before, after = map(statistics.mean, quarters)
-    seconds_of = {verb: batches(address, verb) for verb in VERBS}
-    slowest = max(found["seconds"] / found["batches"] for found in seconds_of.values() if found["batches"])
     honest = [value for kind, found in latencies.items() if kind != "malformed" for value in found]
     every_status: Counter[int] = sum(statuses.values(), Counter())
     return {
@@ -329,10 +400,7 @@ def mixed(address: str, pid: int, clients: int, queue: int, requests: int, log: 
         "p95": percentile(honest, 0.95),
         "p100": max(honest),
         "p95_by_kind": {kind: percentile(found, 0.95) for kind, found in sorted(latencies.items())},
-        "batch_seconds": slowest,
-        # the slowest that is in order: a full queue in front, nothing in it in a batch with another
-        "bound": (queue + 1) * slowest,
-        "over_bound": sum(value > (queue + 1) * slowest for value in honest),
+        "latencies": latencies,
         "dishonest_server_errors": sum(
             count for status, count in every_status.items() if status >= 500 and status != 503
         ),
@@ -343,12 +411,76 @@ def mixed(address: str, pid: int, clients: int, queue: int, requests: int, log: 
     }
 
 
+def throughput(address: str, o: argparse.Namespace, sequence: dict[str, Any]) -> tuple[dict[str, Any], Rows]:
+    """Draw pictures with one client and with many, and compare them with those that were drawn in sequence."""
+    at_once(address, 1, 1, o.steps)
+    one = at_once(address, 1, o.pictures, o.steps)
+    before = batches(address)
+    many = at_once(address, o.clients, o.pictures, o.steps)
+    after = batches(address)
+    run = {key: after[key] - before[key] for key in after}
+    ways = {"sequence": sequence, "one": one, "many": many}
+    rates = {name: o.pictures / found["seconds"] for name, found in ways.items()}
+    difference = max(
+        int(np.abs(a.astype(int) - b.astype(int)).max())
+        for other in (one, many)
+        for a, b in zip(sequence["images"], other["images"], strict=True)
+    )
+    result = {
+        "pictures_per_second": rates,
+        "speedup": rates["many"] / rates["sequence"],
+        "latency": {
+            name: {f"p{round(100 * share)}": percentile(found["latencies"], share) for share in (0.5, 0.95, 1.0)}
+            for name, found in ways.items()
+        },
+        "mean_batch": run["pictures"] / max(1, run["batches"]),
+        "batch_seconds": run["seconds"] / max(1, run["batches"]),
+        # who arrives last finds a batch at work and all others before him: full batches, his own among the last
+        "bound": (-(-o.clients // o.max_batch) + 1) * o.max_batch * run["seconds"] / max(1, run["pictures"]),
+        "identical_pictures": sum(map(np.array_equal, sequence["images"], many["images"])),
+        "largest_difference": difference,
+    }
+    latency = result["latency"]["many"]
+    rows = [
+        ("pictures/s, engine in sequence", f"{rates['sequence']:.2f}"),
+        ("pictures/s, server, 1 client", f"{rates['one']:.2f}"),
+        (f"pictures/s, server, {o.clients} clients", f"{rates['many']:.2f}"),
+        ("clients at once over sequence", f"{result['speedup']:.2f} x (wanted: 1.5)"),
+        ("mean batch, seconds of a batch", f"{result['mean_batch']:.1f}, {result['batch_seconds']:.2f}"),
+        (f"latency of {o.clients} clients, p50 / p95", f"{latency['p50']:.2f} / {latency['p95']:.2f} s"),
+        ("bound: full batches in front and one's own", f"{result['bound']:.2f} s"),
+        (
+            "pictures equal to the sequence's bit by bit",
+            f"{result['identical_pictures']} of {o.pictures}, largest difference {difference} of 255",
+        ),
+    ]
+    return result, rows
+
+
+def ended(address: str, process: subprocess.Popen[str], clients: int) -> Counter[str]:
+    """Send SIGTERM while every client waits for a picture of 20 steps: what they got."""
+    ends: Counter[str] = Counter()
+    with Crowd(address, clients) as crowd:
+        body = {"prompt": PROMPTS[0], "steps": 20}
+        last = [crowd.submit(lambda client: client.post("/v1/images/generations", json=body)) for _ in range(clients)]
+        time.sleep(1)
+        process.terminate()
+        for one in last:
+            try:
+                found = one.result()
+                told = found.status_code != 503 or "retry-after" in found.headers
+                ends[f"{found.status_code}{'' if told else ' without Retry-After'}"] += 1
+            except httpx.HTTPError as error:
+                ends[type(error).__name__] += 1
+    return ends
+
+
 def main() -> None:
     """Run all and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", help="a folder or hub id; the embedded model by default")
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--pictures", type=int, default=32, help="of each throughput run (32)")
+    parser.add_argument("--pictures", type=int, default=32, help="of each throughput run (32); 0 leaves these out")
     parser.add_argument("--steps", type=int, help="of these pictures (the model's own)")
     parser.add_argument("--max-batch", type=int, default=8)
     parser.add_argument("--requests", type=int, default=200, help="of the mixed run (200; the long run has 10000)")
@@ -359,93 +491,33 @@ def main() -> None:
     def log(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    log("1. the engine in sequence")
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        sequence = pool.apply(in_sequence, (o.pictures, o.steps, o.model))
-    log("2. the server, one client and many")
+    rows: Rows = []
+    result: dict[str, Any] = vars(o).copy()
+    if o.pictures:
+        log("1. the engine in sequence")
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            sequence = pool.apply(in_sequence, (o.pictures, o.steps, o.model))
     model = [] if o.model is None else ["--model", o.model]
-    queue = 4 * o.clients
-    with server(["--max-batch", str(o.max_batch), "--max-queue", str(queue), *model]) as (
-        address,
-        process,
-        noise,
-    ):
-        at_once(address, 1, 1, o.steps)
-        one = at_once(address, 1, o.pictures, o.steps)
-        before = batches(address)
-        many = at_once(address, o.clients, o.pictures, o.steps)
-        after = batches(address)
-        log(f"3. {o.requests} mixed requests")
+    options = ["--max-batch", str(o.max_batch), "--max-queue", str(4 * o.clients), *model]
+    with server(options) as (address, process, noise):
+        if o.pictures:
+            log("2. the server, one client and many")
+            result["throughput"], rows = throughput(address, o, sequence)
+        longest = [full_batch(address, o.clients, o.max_batch)]
+        log(f"3. {o.requests} mixed requests; a full batch takes {longest[0]:.2f} s")
         with Nuisance(address, o.misbehaving) as nuisance:
-            load = mixed(address, process.pid, o.clients, queue, o.requests, log)
-        with ThreadPoolExecutor(o.clients) as pool, httpx.Client(base_url=address, timeout=120) as client:
-            body = {"prompt": PROMPTS[0], "steps": 20}
-            last = [pool.submit(client.post, "/v1/images/generations", json=body) for _ in range(o.clients)]
-            time.sleep(1)
-            process.terminate()
-            ends: Counter[str] = Counter()
-            for one_of in last:
-                try:
-                    found = one_of.result()
-                    ends[
-                        str(found.status_code)
-                        + (
-                            " without Retry-After"
-                            if found.status_code == 503 and "retry-after" not in found.headers
-                            else ""
-                        )
-                    ] += 1
-                except httpx.HTTPError as error:
-                    ends[type(error).__name__] += 1
-    run = {key: after[key] - before[key] for key in after}
-    batch_seconds = run["seconds"] / max(1, run["batches"])
-    # who arrives last finds a batch at work and all others before him: these full batches, his own among the last
-    bound = (-(-o.clients // o.max_batch) + 1) * o.max_batch * run["seconds"] / max(1, run["pictures"])
-
-    rates = {
-        name: o.pictures / found["seconds"] for name, found in (("sequence", sequence), ("one", one), ("many", many))
-    }
-    difference = max(
-        int(np.abs(a.astype(int) - b.astype(int)).max())
-        for other in (one, many)
-        for a, b in zip(sequence["images"], other["images"], strict=True)
-    )
-    same = sum(np.array_equal(a, b) for a, b in zip(sequence["images"], many["images"], strict=True))
-    result = {
-        "pictures": o.pictures,
-        "clients": o.clients,
-        "max_batch": o.max_batch,
-        "pictures_per_second": rates,
-        "speedup": rates["many"] / rates["sequence"],
-        "latency": {
-            name: {f"p{round(100 * share)}": percentile(found["latencies"], share) for share in (0.5, 0.95, 1.0)}
-            for name, found in (("sequence", sequence), ("one", one), ("many", many))
-        },
-        "mean_batch": run["pictures"] / max(1, run["batches"]),
-        "batch_seconds": batch_seconds,
-        "latency_bound": bound,
-        "identical_pictures": same,
-        "largest_difference": difference,
-        "mixed": load,
-        "misbehaved": dict(nuisance.done),
-        "sigterm": dict(ends),
-        "server_said": [line.strip() for line in noise],
-    }
-    rows = [
-        ("pictures/s, engine in sequence", f"{rates['sequence']:.2f}"),
-        ("pictures/s, server, 1 client", f"{rates['one']:.2f}"),
-        (f"pictures/s, server, {o.clients} clients", f"{rates['many']:.2f}"),
-        ("clients at once over sequence", f"{result['speedup']:.2f} x (wanted: 1.5)"),
-        ("mean batch, seconds of a batch", f"{result['mean_batch']:.1f}, {batch_seconds:.2f}"),
-        (
-            f"latency of {o.clients} clients, p50 / p95",
-            f"{result['latency']['many']['p50']:.2f} / {result['latency']['many']['p95']:.2f} s",
-        ),
-        ("bound: full batches in front and one's own", f"{bound:.2f} s"),
-        (
-            "pictures equal to the sequence's bit by bit",
-            f"{same} of {o.pictures}, largest difference {difference} of 255",
-        ),
+            load = mixed(address, process.pid, o.clients, o.requests, log)
+        longest.append(full_batch(address, o.clients, o.max_batch))
+        with Nuisance(address, o.misbehaving):
+            ends = ended(address, process, o.clients)
+    bound = (o.clients + 1) * statistics.mean(longest)
+    honest = [value for kind, found in load.pop("latencies").items() if kind != "malformed" for value in found]
+    over = sum(value > bound for value in honest)
+    result |= {
+        "mixed": load, "full_batch": longest, "bound": bound, "over_bound": over, "misbehaved": dict(nuisance.done),
+        "sigterm": dict(ends), "server_said": [line.strip() for line in noise],
+    }  # fmt: skip
+    rows += [
         ("mixed requests, seconds", f"{load['requests']}, {load['seconds']:.0f}"),
         ("statuses", ", ".join(f"{status}: {count}" for status, count in load["statuses"].items())),
         ("5xx; other than 503", f"{load['server_errors']}; {load['dishonest_server_errors']}"),
@@ -453,10 +525,8 @@ def main() -> None:
             "latency of mixed requests, p50 / p95 / longest",
             f"{load['p50']:.2f} / {load['p95']:.2f} / {load['p100']:.2f} s",
         ),
-        (
-            "bound: a full queue of the slowest batches in front; honest requests over it",
-            f"{load['bound']:.2f} s; {load['over_bound']}",
-        ),
+        ("seconds of a full batch, before and after", " / ".join(f"{one:.2f}" for one in longest)),
+        (f"bound: {o.clients + 1} full batches; honest requests over it", f"{bound:.2f} s; {over} (wanted: 0)"),
         ("misbehaving clients, connections they made", f"{o.misbehaving}, {sum(nuisance.done.values())}"),
         ("SIGTERM under load", ", ".join(f"{status}: {count}" for status, count in sorted(ends.items()))),
         (

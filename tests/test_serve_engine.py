@@ -1,6 +1,8 @@
 """The engine: batches, queue, deadlines, cancellation, progress, seeds, drain. In: a tiny model. No network."""
 
 import asyncio
+import heapq
+import random
 import threading
 import time
 
@@ -182,8 +184,8 @@ def as_client(name, engine, job):
         CLIENT.reset(token)
 
 
-def test_who_had_more_than_a_share_waits_behind_who_had_less(gated):
-    """Whatever is queued, and whether it is finished or given up; among the others the oldest is first."""
+def test_clients_are_served_as_if_each_had_an_equal_share(gated):
+    """Whatever they queue, and whether it is finished or given up; of each one the oldest is first."""
     engine, gate, _ = gated
     charge = engine._charge
     engine._charge = lambda batch, seconds: charge(batch, batch[0].ticket.settings["num_inference_steps"])
@@ -192,7 +194,7 @@ def test_who_had_more_than_a_share_waits_behind_who_had_less(gated):
     assert engine.ahead(first) == 4
     gate.open()
     crowd[-1].result(60)
-    assert gate.batches[1:] == [[1], [4], [5], [2], [3]] and first.done and second.done
+    assert gate.batches[1:] == [[4], [5], [1], [2], [3]] and first.done and second.done
     gate.opened.clear()
     gate.entered.clear()
     left = as_client("crowd", engine, Generate("a", seed=6, steps=100))
@@ -202,6 +204,83 @@ def test_who_had_more_than_a_share_waits_behind_who_had_less(gated):
     gate.open()
     assert later[0].result(60) and gate.batches[-2:] == [[8], [7]]
     assert len(engine._used) <= 4, "who has no more than a share is forgotten"
+
+
+class VirtualTime:
+    """An engine without a model, whose steps take a unit of time: 16 honest clients, and 200 that queue 100 steps and
+    leave, on 20 addresses. `waits` has the times of the honest requests, `refused` counts those that had no place."""
+
+    def __init__(self, model, seed=0):
+        self.random, self.now, self.events, self.waits, self.refused = random.Random(seed), 0, [], [], 0
+        self.engine = Engine(model, max_queue=64, batch_wait=0)
+        self.engine._run = self.run
+        charge, self.charged = self.engine._charge, 0
+        self.engine._charge = lambda batch, seconds: charge(batch, self.passed())
+
+    def passed(self):
+        before, self.charged = self.charged, self.now
+        return self.charged - before
+
+    def at(self, delay, what, *given):
+        heapq.heappush(self.events, (self.now + delay, len(self.events) + self.random.random(), what, given))
+
+    def start(self):
+        self.engine.submit(Generate("a", steps=1, seed=0))
+        for number in range(200):
+            self.at(1, self.leaving, number)
+        for number in range(16):
+            self.at(1, self.honest, number)
+
+    def honest(self, number):
+        steps, count = self.random.choice([4, 5, 6, 7, 8]), self.random.choice([1, 1, 2])
+        try:
+            ticket = as_client(f"honest {number}", self.engine, Generate("b", count=count, steps=steps))
+            ticket.listen(lambda event, since=self.now: event.kind == "end" and self.answered(number, ticket, since))
+        except QueueFull:
+            self.refused += 1
+            self.at(4, self.honest, number)
+        except Draining:
+            pass
+
+    def answered(self, number, ticket, since):
+        if ticket.succeeded:
+            self.waits.append(self.now - since)
+        else:
+            self.refused += 1
+        self.at(1, self.honest, number)
+
+    def leaving(self, number):
+        try:
+            ticket = as_client(f"address {number % 20}", self.engine, Generate("c", steps=100))
+            self.at(self.random.randrange(1, 40), ticket.cancel)
+        except (QueueFull, Draining):
+            pass
+        self.at(self.random.randrange(40, 80), self.leaving, number)
+
+    def run(self, batch):
+        for _ in range(batch[0].ticket.settings["num_inference_steps"]):
+            self.now += 1
+            while self.events and self.events[0][0] <= self.now:
+                _, _, what, given = heapq.heappop(self.events)
+                what(*given)
+            self.engine._checkpoint(batch)
+        for unit in batch:
+            unit.ticket._made[unit.index] = unit
+            if len(unit.ticket._made) == unit.ticket.job.count:
+                unit.ticket._succeed()
+
+
+def test_no_honest_client_waits_longer_than_for_one_batch_of_each_other(tiny_model):
+    """In steps of the model, so that no machine is too slow for it: the batch at work and a full one for each of 16."""
+    time_ = VirtualTime(tiny_model)
+    with time_.engine:
+        time_.start()
+        end = time.monotonic() + 300
+        while len(time_.waits) < 150 and time.monotonic() < end:
+            time.sleep(0.01)
+        waits, refused = list(time_.waits), time_.refused
+        time_.engine._run = lambda batch: [unit.ticket.cancel() for unit in batch]
+    assert len(waits) >= 150 and refused == 0 and max(waits) <= 17 * 8
 
 
 def test_a_full_queue_has_places_for_who_holds_fewer(gated):

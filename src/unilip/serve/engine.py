@@ -1,12 +1,13 @@
 """One model behind a queue: jobs of many callers in, batches through the model, results back to each.
 
 In:  jobs (`unilip.serve.jobs`), from any thread, each with a deadline. Out: a `Ticket` for each: events, a result.
-A single worker thread owns the model. It takes the oldest waiting picture and every other one that can share its batch
+A single worker thread owns the model. It takes the first waiting picture and every other one that can share its batch
 (same verb, settings and size), so a batch forms whenever several callers wait. Each picture has a generator of
 its own: what it looks like does not depend on what it was batched with, up to rounding.
 
-Fair queueing: each client's seconds of work are counted against a virtual clock, which runs at the pace of an equal
-share. Who used less than that is served in the order of arrival, who used more waits behind them.
+Weighted fair queueing: a virtual clock runs at the pace of one equal share of the worker's time, each client's seconds
+are counted against it, and what waits is served in the order in which it would end if all had their share all the time.
+Of one client, or of several who ask for the same, the oldest is first.
 """
 
 from __future__ import annotations
@@ -129,6 +130,7 @@ class Engine:
         self._failed: Counter[str] = Counter()
         self._batches = 0
         self._pace = 0.0  # seconds per unit, a moving average
+        self._paces: dict[str, float] = {}  # of each verb, seconds for a step of a unit
         self._clock = 0.0  # seconds of work that a client had who got an equal share all the time
         self._used: dict[str, float] = {}  # the same of clients who had more
         self._failures = 0  # batches in a row
@@ -199,6 +201,7 @@ class Engine:
             for other in crowd:
                 other._fail(QueueFull(YIELDED.format(wait), wait))
             self._sweep()
+            ticket.since = self._clock
             self._queue.extend(units)
             self._changed.notify_all()
         return ticket
@@ -264,11 +267,20 @@ class Engine:
         return max(1.0, math.ceil((self._pace or 0.5) * units))
 
     def _order(self) -> list[Unit]:
-        """What waits, in the order in which it is served."""
-        return sorted(self._queue, key=lambda unit: self._used.get(unit.ticket.client, self._clock))
+        """What waits, in the order in which it is served: that of the ends that it would have in an equal share."""
+        ends: dict[str, float] = {}
+        keys = []
+        for unit in self._queue:
+            ticket = unit.ticket
+            begin = max(ends.get(ticket.client, self._used.get(ticket.client, 0.0)), ticket.since)
+            ends[ticket.client] = begin + unit.steps * self._paces.get(ticket.verb, 0.0)
+            keys.append(ends[ticket.client])
+        return [unit for _, unit in sorted(zip(keys, self._queue, strict=True), key=lambda pair: pair[0])]
 
     def _charge(self, batch: Sequence[Unit], seconds: float) -> None:
         """Count the seconds of a batch to those who asked for it."""
+        if any(unit.ticket.succeeded for unit in batch):  # else they left, and its seconds say nothing
+            self._paces[batch[0].ticket.verb] = seconds / len(batch) / batch[0].steps
         clients = {unit.ticket.client for unit in [*batch, *self._queue]}
         for unit in batch:
             name = unit.ticket.client

@@ -36,6 +36,7 @@ class Ticket:
         self.deadline = deadline
         self.request = REQUEST.get()  # for the log
         self.client = CLIENT.get()  # for a fair share
+        self.since = 0.0  # when it came, on the engine's virtual clock
         self.started: float | None = None
         self.settings: dict[str, Any] = {}
         self.prompt_tokens = 0
@@ -54,6 +55,11 @@ class Ticket:
     def done(self) -> bool:
         """Whether there is a result, or an error."""
         return self._done.is_set()
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether there is a result."""
+        return self._result is not None
 
     def listen(self, listener: Callable[[Event], None]) -> None:
         """Call `listener` with every event, past ones at once.
@@ -189,6 +195,11 @@ class Unit:
     text: str | Prompt = ""
     output: Any = None
     plan: str | None = None
+
+    @property
+    def steps(self) -> float:
+        """Its part of the steps of its job."""
+        return self.ticket.total / getattr(self.ticket.job, "count", 1)
 
     @property
     def alive(self) -> bool:
