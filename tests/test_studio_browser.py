@@ -4,6 +4,7 @@ One page is opened once and used by the tests in their order, as a visitor would
 390x844 are written to the folder UNILIP_SCREENSHOTS, or a temporary one. Without Chromium and its driver it is skipped.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -287,6 +288,28 @@ def test_settings_are_used_and_several_pictures_drawn(visitor):
     visitor.click("#settings .close")
 
 
+def test_shapes_and_the_best_of_several(visitor):
+    visitor.click("#show-settings")
+    assert not visitor.all("#values [name=plan]") and "turbo" not in visitor.text("#values [name=preset]")
+    for name, value in (("best_of", "2"), ("steps", "6")):
+        visitor.type(f"#values [name={name}]", value)
+    visitor.click("#settings .close")
+    turns = visitor.turns()
+    visitor.type("#words", "draw a green fish")
+    visitor.click("#shapes label", "3:2")
+    assert [chip.text for chip in visitor.all("#shapes label")] == ["1:1", "3:2", "2:3"], "what 16 cells can tell apart"
+    visitor.shoot("20-shapes")
+    visitor.click("#go")
+    facts = visitor.made(turns + 1)
+    assert "140 × 84 px" in facts and "best of 2" in facts
+    visitor.shoot("21-wide")
+    visitor.click("#show-settings")
+    visitor.click("#values [type=reset]")
+    square = "return document.querySelector('#shapes input').checked"
+    visitor.until(lambda: visitor.driver.execute_script(square), "the shape stays")
+    visitor.click("#settings .close")
+
+
 def test_cancel_by_button_and_key_keeps_the_words(visitor, served):
     from selenium.webdriver.common.keys import Keys
 
@@ -350,7 +373,7 @@ def test_errors_are_told_in_words_and_nothing_is_lost(visitor, tmp_path):
 
 def test_the_gallery_outlives_the_page_and_gives_words_and_seed_back(visitor):
     count = visitor.thumbs()
-    assert count == 2 + 2 + 1 + 4
+    assert count == 2 + 2 + 1 + 4 + 1
     visitor.driver.refresh()
     visitor.until(lambda: visitor.thumbs() == count, "the gallery is lost")
     thumb = visitor.one("#thumbs button[title='a blue car']")
@@ -442,3 +465,26 @@ def test_a_key_is_asked_for(visitor, model):
         visitor.click("#key .main")
         visitor.click("#prompts button")
         visitor.made(1)
+
+
+def test_what_a_model_has_learned_is_offered(visitor, fresh_model):
+    """Jumps and written plans, of a tiny model that has both, and the shapes of its four cells."""
+    from unilip.fewstep import add_embedder, few_config
+
+    model = fresh_model()
+    add_embedder(model.dit)
+    sampling = dataclasses.replace(model.config.sampling, plan="Describe: ")
+    model.config = few_config(model.config.replace(sampling=sampling), (4, 2, 1))
+    with serving(model) as (address, _):
+        visitor.driver.get(address)
+        visitor.one("#start")
+        visitor.click("#show-settings")
+        visitor.one("#values [name=plan]")
+        visitor.click("#values [name=preset] option", "turbo")
+        visitor.click("#settings .close")
+        visitor.type("#words", "draw a star")
+        assert [chip.text for chip in visitor.all("#shapes label")] == ["1:1", "16:9", "9:16"]
+        visitor.click("#go")
+        assert "turbo" in visitor.made(1)
+        visitor.one(".turn:last-child .plan", "Written out")
+        visitor.shoot("22-planned")

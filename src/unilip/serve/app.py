@@ -428,6 +428,7 @@ class _Server:
             "image_size": self.engine.config.image_size,
             "limits": dataclasses.asdict(self.engine.limits),
             "sampling": dataclasses.asdict(self.engine.config.sampling),
+            "few_steps": list(self.engine.config.dit.few_steps),
             "about": dict(self.settings.about),
         }
 

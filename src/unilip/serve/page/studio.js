@@ -9,6 +9,8 @@ const DOING = {generate: 'Draw', edit: 'Edit', ask: 'Ask', reconstruct: 'Reconst
 const TAKEN = {generate: 'something to draw', edit: 'a change of the picture', ask: 'a question'};
 const KINDS = ['image/png', 'image/jpeg', 'image/webp', 'image/gif'];
 const OPEN = '(min-width:60.01rem)';
+const SHAPES = ['1:1', '3:2', '2:3', '16:9', '9:16'];
+const TOKEN = 28;  // the sides of a picture are multiples of it
 
 let card = {abilities: [], sampling: {}, limits: {}, about: {}, image_size: 448};
 let attached = [];  // pictures of the message being written
@@ -54,8 +56,10 @@ function refit() {
     for (const image of pictures.querySelectorAll('img')) fit(image, room);
     const wait = pictures.querySelector('.pending');
     if (wait) {
-      const side = card.image_size, times = Math.floor(Math.min(room.width, room.height) / side);
-      wait.style.width = wait.style.height = `${times ? side * times : Math.min(room.width, room.height)}px`;
+      const [width, height] = wait.dataset.size.split('x'), most = Math.min(room.width / width, room.height / height);
+      const times = Math.floor(most) || most;
+      wait.style.width = `${width * times}px`;
+      wait.style.height = `${height * times}px`;
     }
   }
   if (follow) down();
@@ -75,6 +79,33 @@ function picture(blob, alt, onclick) {
   return make('figure', {}, frame);
 }
 
+/** The width and height of a shape for a model of squares of `side`, as the server counts them. */
+function sizeFor(shape, side) {
+  const [a, b] = shape.split(':'), ratio = a / b, cells = (side / TOKEN) ** 2;
+  let best = [1, 1], least = Infinity;
+  for (let rows = 1; rows <= cells; rows++) {
+    const most = Math.floor(cells / rows), near = Math.floor(rows * ratio);
+    for (const columns of [Math.max(1, Math.min(most, near)), Math.min(most, near + 1)]) {
+      const cost = Math.abs(Math.log(columns / rows / ratio)) + 0.5 * Math.log(cells / (rows * columns));
+      if (cost < least) [best, least] = [[columns, rows], cost];
+    }
+  }
+  return best.map((count) => count * TOKEN).join('x');
+}
+
+/** Offer the shapes that differ at the size that is set. */
+function showShapes() {
+  const side = Number($('values').elements.image_size.value) || card.image_size, seen = new Set();
+  for (const chip of $('shapes').children) {
+    const size = sizeFor(chip.textContent.trim(), side), field = chip.firstChild;
+    chip.hidden = seen.has(size);
+    if (chip.hidden && field.checked) $('shapes').querySelector('input').checked = true;
+    chip.title = `${size.replace('x', ' × ')} px`;
+    seen.add(size);
+  }
+  $('shapes').hidden = seen.size < 2 || verbNow() !== 'generate';
+}
+
 const nameOf = (entry) => {
   const words = entry.words.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, '-').replace(/^-|-$/g, '').slice(0, 50);
   return `${words || entry.verb}${entry.seed === undefined ? '' : `-${entry.seed}`}.png`;
@@ -90,7 +121,7 @@ function factsOf(entry) {
   const about = entry.settings ?? {};
   return [
     entry.seed === undefined ? '' : `seed ${entry.seed}`, about.preset || (about.steps ? `${about.steps} steps` : ''),
-    about.guidance === undefined ? '' : `guidance ${about.guidance}`, entry.size ?? '',
+    about.best_of > 1 ? `best of ${about.best_of}` : '', about.guidance === undefined ? '' : `guidance ${about.guidance}`, entry.size ?? '',
     entry.psnr === undefined ? '' : `${entry.psnr.toFixed(1)} dB`, entry.seconds ? `${entry.seconds.toFixed(1)}\u00a0s` : '',
   ].filter(Boolean).join(' · ');
 }
@@ -153,6 +184,7 @@ function view(entry, other = null) {
 function reuse(entry) {
   const form = $('values').elements;
   for (const [name, value] of Object.entries(entry.settings ?? {})) if (form[name]) form[name].value = value ?? '';
+  showShapes();
   form.seed.value = entry.seed ?? '';
   form.n.value = '';
   attached = entry.source ? [{blob: entry.source, name: 'the same picture'}] : [];
@@ -219,6 +251,7 @@ function showComposer() {
     generate: 'Describe a picture', edit: 'Say what to change', ask: 'Ask about the picture',
     reconstruct: 'No words needed',
   }[verb];
+  showShapes();
 }
 
 function forget() {
@@ -264,19 +297,20 @@ async function attach(files) {
 function settings() {
   const found = {};
   for (const field of $('values').elements) {
-    if (!field.name || field.value === '' || (field.type === 'number' && !Number.isFinite(field.valueAsNumber))) continue;
+    if (!field.name || field.value === '' || (field.type === 'radio' && !field.checked)) continue;
+    if (field.type === 'number' && !Number.isFinite(field.valueAsNumber)) continue;
     const plain = field.type === 'number' || field.name === 'image_size';
     found[field.name] = plain ? Number(field.value) : field.value;
   }
   return found;
 }
 
-function turn(verb, words, pictures) {
+function turn(verb, words, pictures, values) {
   const bar = make('progress', {ariaLabel: 'Progress'}), state = make('p', {className: 'facts', textContent: 'Waiting …'});
   const side = make('div', {className: 'side'}, make('p', {className: 'said', textContent: words}), verb === 'ask' ? '' : bar, state);
   const seen = make('div', {className: 'pictures'});
   if (verb === 'ask') seen.append(...pictures.map((one) => picture(one.blob, 'the picture asked about')));
-  else seen.append(make('figure', {className: 'pending'}));
+  else seen.append(make('figure', {className: 'pending', dataset: {size: sizeFor(verb === 'generate' && values.shape || '1:1', values.image_size ?? card.image_size)}}));
   const found = make('article', {className: `turn ${verb}`}, seen.childElementCount ? seen : '', side);
   $('start').hidden = true;
   $('new').hidden = false;
@@ -320,10 +354,9 @@ async function perform(given) {
   }
   clearTimeout(look.timer);
   $('unread').textContent = '';
-  const place = turn(verb, words || 'Encoded and drawn again', pictures);
+  const values = {...settings(), ...given?.values}, place = turn(verb, words || 'Encoded and drawn again', pictures, values);
   showComposer();
   try {
-    const values = {...settings(), ...given?.values};
     const text = verb === 'generate' && found.verb === verb && found.text ? found.text : words;
     await {ask, generate: draw, edit: draw, reconstruct}[verb](verb, text, pictures, values, place, auto);
   } catch (error) {
@@ -348,9 +381,10 @@ function form(pictures, fields) {
 }
 
 async function draw(verb, words, pictures, values, place, auto) {
-  const started = performance.now(), made = [], {fit: how, ...rest} = values;
-  const fields = {prompt: words, ...rest, stream: true, include_progress: true, partial_images: 3};
-  const body = verb === 'edit' ? form(pictures, how ? {...fields, fit: how} : fields) : fields;
+  const started = performance.now(), made = [], {fit, shape, best_of, plan, ...rest} = values;
+  const fields = {prompt: words, ...rest, stream: true, include_progress: true, partial_images: best_of > 1 && verb === 'generate' ? 0 : 3};
+  const size = shape && sizeFor(shape, values.image_size ?? card.image_size);
+  const body = verb === 'edit' ? form(pictures, {...fields, fit}) : {...fields, size, best_of, plan};
   const path = verb === 'edit' ? '/v1/images/edits' : '/v1/images/generations';
   for await (const event of events(path, body, running.signal)) {
     if (event.type.endsWith('.queued')) place.state.textContent = `In the queue, ${event.ahead} ahead`;
@@ -369,8 +403,9 @@ async function draw(verb, words, pictures, values, place, auto) {
   const entries = made.map((event, i) => ({
     verb, words, seed: event.seed, size: sizeOf(event), blob: toBlob(event.b64_json), when: Date.now(),
     source: pictures[Math.floor(i / count)]?.blob, seconds: i ? undefined : (performance.now() - started) / 1000,
+    plan: event.plan,
     settings: {
-      preset: values.preset ?? '', steps: values.steps ?? (values.preset ? '' : own.num_inference_steps), guidance: values.guidance ?? own.guidance_scale,
+      best_of: best_of ?? '', plan: plan ?? '', shape: shape ?? '1:1', preset: values.preset ?? '', steps: values.steps ?? (values.preset ? '' : own.num_inference_steps), guidance: values.guidance ?? own.guidance_scale,
       solver: values.solver ?? '', negative_prompt: values.negative_prompt ?? '', image_size: values.image_size ?? '',
     },
   }));
@@ -404,6 +439,7 @@ async function finish(entries, place, auto, notes = {}) {
     place.seen.classList.add('many');
   }
   place.bar.remove();
+  if (entries[0].plan) place.side.append(make('p', {className: 'soft plan', textContent: `Written out: ${entries[0].plan}`}));
   place.state.textContent = entries.length === 1 ? factsOf(entries[0]) : `${entries.length} pictures; click one for more`;
   how(place, entries[0].verb, auto, notes);
 }
@@ -494,7 +530,17 @@ function describe() {
     .flatMap(([name, value]) => [make('dt', {textContent: name}), make('dd', {textContent: value})]));
   $('model').textContent = `${facts.Model} · ${side} px`;
   $('can').textContent = about.can ? `This model draws ${about.can}` : '';
-  form.n.max = limits.count;
+  form.n.max = form.best_of.max = limits.count;
+  form.best_of.parentElement.hidden = !card.abilities.includes('ask');
+  form.plan.parentElement.hidden = !sampling.plan;
+  if (!card.few_steps?.length) form.preset.querySelector('[value=turbo]')?.remove();
+  $('shapes').replaceChildren(...SHAPES.map((name, i) => make(
+    'label', {}, make('input', {type: 'radio', name: 'shape', value: name, className: 'unseen', defaultChecked: i === 0}), make('i', {ariaHidden: 'true'}), name,
+  )));
+  for (const chip of $('shapes').children) {
+    chip.firstChild.setAttribute('form', 'values');
+    chip.children[1].style.aspectRatio = chip.firstChild.value.replace(':', '/');
+  }
   form.steps.max = limits.steps;
   form.steps.placeholder = sampling.num_inference_steps;
   form.guidance.placeholder = sampling.guidance_scale;
@@ -565,6 +611,8 @@ function wire() {
   $('key').oncancel = (event) => event.preventDefault();
   $('clear').onclick = () => remove(...gallery.entries);
   $('values').onsubmit = (event) => event.preventDefault();
+  $('values').elements.image_size.onchange = showShapes;
+  $('values').onreset = () => setTimeout(showShapes);
   document.onkeydown = (event) => {
     if (event.key !== 'Escape' || document.querySelector('dialog[open]')) return;
     const open = ['settings', 'gallery'].find((name) => $(`show-${name}`).getAttribute('aria-expanded') === 'true');
