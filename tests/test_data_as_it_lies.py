@@ -328,6 +328,31 @@ def test_several_captions_of_a_streamed_set_are_texts_not_json(tmp_path, monkeyp
     assert captions(f"hf:{tmp_path / 'd'}") == [["one", "two"]]
 
 
+def test_images_and_messages_of_trl_are_streamed(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    words, picture = datasets.Value("string"), {"bytes": jpg(), "path": None}
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "Why?"}]
+    contents = {"parts": ([{"type": words, "text": words}], parts, parts[1:]), "words": (words, "<image>Why?", "Why?")}
+    for name, (kind, asked, said) in contents.items():
+        features = {"images": datasets.Sequence(datasets.Image()), "messages": [{"role": words, "content": kind}]}
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        rows = {"images": [[picture], [picture] * 2], "messages": [turns] * 2}
+        (tmp_path / name).mkdir()
+        kept = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+        kept.to_parquet(tmp_path / name / "train.parquet")
+        source = open_source(f"hf:{tmp_path / name}")
+        assert read_turns(source.read("talk", 0, 0).conversation) == (("Why?", "Why?"),)
+        report, _ = check(source)
+        assert report.counts["talk"] == 2 and set(report.skipped) == {"picture unreadable"}, "two pictures are not read"
+    rows = {"image": [picture]}
+    (tmp_path / "alone").mkdir()
+    kept = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
+    kept.to_parquet(tmp_path / "alone" / "train.parquet")
+    report, _ = check(open_source(f"hf:{tmp_path / 'alone'}"))
+    assert (report.counts["image"], report.counts["caption"], report.bad) == (1, 0, 0)
+
+
 def test_marks_of_byte_order_are_no_text(tmp_path):
     assert clean_text(b"\xef\xbb\xbfa red square\r\n", "caption") == "a red square"
     assert clean_text("a \ufeffsquare", "caption") == "a square"

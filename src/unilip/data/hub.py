@@ -1,14 +1,16 @@
 """A Hugging Face dataset as a source: streamed shard by shard through the `datasets` library.
 
 In: `hf:NAME?split=train&caption=prompt`, NAME being a hub id or a folder that `load_dataset` takes. The fields are
-those of a JSONL line (image, caption; source, instruction, target; conversations); `field=column` renames, `name=`
-chooses a configuration, `revision=` a version. Out: samples by shard and place; a shard of the stream is written
-to the cache folder as a tar file when its turn comes, and from there on treated like any remote shard.
+those of a JSONL line (image, caption; source, instruction, target; conversations), TRL's `images` and `messages` too;
+`field=column` renames, `name=` chooses a configuration, `revision=` a version. Out: samples by shard and place; a
+shard of the stream is written to the cache folder as a tar file when its turn comes, and from there on treated like any
+remote shard.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -22,6 +24,7 @@ from unilip.files import content_hash, replacing, stamp
 
 SCHEME = "hf:"
 FIELDS = ("image", "caption", "source", "instruction", "target", "conversations")
+TRL = {"image": "images", "conversations": "messages"}  # where there is no column of our name
 MEMBERS = {
     "image": "jpg", "source": "input.jpg", "target": "output.jpg", "caption": "txt", "instruction": "txt",
     "conversations": "json",
@@ -45,7 +48,9 @@ class HubStream(Shards):
             )
         self._stream, self._rows, self._versions = _open(name, options, location)
         columns = set(self._stream.column_names or ())
-        self.columns = {field: given.get(field, field) for field in FIELDS if given.get(field, field) in columns}
+        theirs = {field: name for field, name in TRL.items() if field not in columns}
+        named = {field: field for field in FIELDS} | theirs | given
+        self.columns = {field: column for field, column in named.items() if column in columns}
         missing = sorted(column for column in given.values() if column not in columns)
         self._kinds = _kinds(self.columns)
         if missing or not self._kinds:
@@ -100,9 +105,12 @@ def _open(name: str, options: dict[str, str], location: str) -> tuple[Any, list[
     try:
         builder = datasets.load_dataset_builder(name, **options)
         stream = datasets.load_dataset(name, split=split, streaming=True, **options)
+        raw = datasets.Image(decode=False)
         for column, feature in (stream.features or {}).items():
             if isinstance(feature, datasets.Image):
-                stream = stream.cast_column(column, datasets.Image(decode=False))
+                stream = stream.cast_column(column, raw)
+            elif isinstance(getattr(feature, "feature", None), datasets.Image):  # a list of pictures
+                stream = stream.cast_column(column, replace(feature, feature=raw))
         files = list((builder.config.data_files or {}).get(split, ()))
         parquet = len(files) == stream.num_shards and all(str(file).endswith(".parquet") for file in files)
         listed = (builder.config.data_files or {}).get(split)
@@ -134,13 +142,15 @@ def _kinds(columns: dict[str, str]) -> dict[str, int]:
         return found | {"edit": 1}
     if "image" in columns:
         talks = {"talk": 1} if "conversations" in columns else {}
-        return found | ({"caption": 1} if "caption" in columns or not talks else {}) | talks
+        return found | ({"caption": 1} if {"caption", "instruction"} & columns.keys() else {}) | talks
     return {"text": 1} if "conversations" in columns else {}
 
 
 def _member(field: str, value: Any) -> tuple[str, bytes]:
     """The member of a field; an empty one where there is nothing, so that the sample keeps its place."""
     ending = MEMBERS[field]
+    if isinstance(value, list) and ending.endswith("jpg"):
+        value = value[0] if len(value) == 1 else None
     if isinstance(value, dict) and ("bytes" in value or "path" in value) and ending != "json":
         if value.get("bytes") is not None:
             return ending, bytes(value["bytes"])
