@@ -266,7 +266,7 @@ def test_files(format, picture, tmp_path):
     picture(40, 30).save(buffer, format)
     data, path = buffer.getvalue(), tmp_path / "a.img"
     path.write_bytes(data)
-    assert load_image(path).size == load_image(str(path)).size == (40, 30)
+    assert {load_image(given).size for given in (path, str(path), data, io.BytesIO(data))} == {(40, 30)}
     for kept in (0, 4, len(data) // 2, int(len(data) * 0.9)):
         path.write_bytes(data[:kept])
         with pytest.raises(ImageError, match=r"truncated|not an image"):
@@ -279,6 +279,9 @@ def test_what_is_no_picture_is_refused(tmp_path):
         (tmp_path / "a.png", "not an image"),
         (tmp_path / "b.png", "no image file"),
         (tmp_path, "not an"),
+        ("https://example.com/a.png", "https://example.com/a.png is an address; download it"),
+        (b"hello", "not an image"),
+        (io.StringIO("hello"), "not StringIO"),
     ):
         with pytest.raises(ImageError, match=words):
             load_image(path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -29,7 +30,7 @@ MAX_SIDE = 32_768
 MAX_SCANS = 100  # of a JPEG: each is decoded over the whole picture, and a progressive one needs about ten
 PSNR_LIMIT = 100.0  # dB, for pictures that are equal: so means of dB stay numbers
 
-ImageLike = Image.Image | np.ndarray | Tensor | str | os.PathLike[str]
+ImageLike = Image.Image | np.ndarray | Tensor | str | os.PathLike[str] | bytes | io.IOBase
 Fit = Literal["resize", "crop", "pad"]
 FITS = ("resize", "crop", "pad")
 TURNS = {
@@ -71,7 +72,7 @@ def count_scans(jpeg: bytes) -> int:
 
 
 def load_image(image: ImageLike) -> Image.Image:
-    """Return an upright 8-bit RGB picture of a path, Pillow image, array (H,W[,C]) or tensor ([C,]H,W).
+    """Return an upright 8-bit RGB picture of a path, a file's bytes, Pillow image, array (H,W[,C]) or tensor ([C,]H,W).
 
     Arrays and tensors hold floats in [0,1] or integers in 0..255 (uint16: 0..65535). Palettes, transparency (over
     white), 16-bit and CMYK are converted; EXIF rotation is applied, and EXIF that cannot be read is left alone.
@@ -88,9 +89,15 @@ def load_image(image: ImageLike) -> Image.Image:
         image = _array_to_image(image)
     elif isinstance(image, (str, os.PathLike)):
         name = str(image)
+        if re.match("https?:/", name):
+            raise ImageError(f"{name} is an address; download it, and give the file.")
         image = open_picture(image)
+    elif isinstance(image, (bytes, io.IOBase)):  # what a file holds, or one that is open
+        held = image if isinstance(image, bytes) else image.read()  # type: ignore[attr-defined]
+        image = open_picture(bytes(held)) if isinstance(held, (bytes, bytearray)) else image
     if not isinstance(image, Image.Image):
-        raise ImageError(f"Expected a path, a Pillow image, an array or a tensor, not {type(image).__name__}.")
+        kind = type(image).__name__
+        raise ImageError(f"Expected a path, a file's bytes, a Pillow image, an array or a tensor, not {kind}.")
     check_size(*image.size, name)
     try:
         return _to_rgb(upright(image))
