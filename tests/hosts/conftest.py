@@ -23,6 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PICTURE = ROOT / "src" / "unilip" / "weights" / "examples" / "panda.png"
 INSTALL_SECONDS = 900
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+OPERATORS = (
+    'import torch; torch._declared = torch.library.Library("torchvision", "DEF"); '
+    'torch._declared.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")\n'
+)
 REPORT: list[str] = []
 
 
@@ -101,7 +105,7 @@ def server():
     finally:
         recorder.shutdown()
         process.terminate()
-        process.wait(60)
+        process.wait(300)
 
 
 def install(folder: Path, packages: tuple[str, ...], beside: bool = False) -> Path:
@@ -117,7 +121,12 @@ def install(folder: Path, packages: tuple[str, ...], beside: bool = False) -> Pa
         site = next(folder.glob("lib/python*/site-packages"))
         if beside:
             (site / "beside.pth").write_text("\n".join([str(ROOT / "src"), *(p for p in sys.path if "site-pack" in p)]))
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-compile", *packages]
+        if any(name.startswith("torchvision") for name in packages):  # its operators are built for CUDA's PyTorch
+            (site / "operators.pth").write_text(OPERATORS)
+    uv = shutil.which("uv")  # much faster, where it is at hand
+    which = ["--python", python]  # each has its own place for it
+    pip = [uv, "pip", "install", *which] if uv else [sys.executable, "-m", "pip", *which, "install"]
+    pip += ["-q", *packages]
     done = subprocess.run(pip, capture_output=True, text=True, timeout=INSTALL_SECONDS)
     if done.returncode:
         pytest.skip(f"{' '.join(packages)} cannot be installed: {done.stderr.strip()[-200:]}")
@@ -138,7 +147,7 @@ def install_node(folder: Path, packages: tuple[str, ...]) -> str:
     return node
 
 
-def run(command: list[str], name: str, folder: Path, seconds: int = 300) -> dict[str, object]:
+def run(command: list[str], name: str, folder: Path, seconds: int = 1800) -> dict[str, object]:
     """Run a client; its last line is a JSON object of what it saw, which is reported."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "OPENAI_BASE_URL")}
     environment |= {"OPENAI_API_KEY": "none"}
