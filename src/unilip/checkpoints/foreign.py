@@ -23,40 +23,25 @@ def template(name: str) -> str:
     return (resources.files("unilip.checkpoints") / "templates" / name).read_text(encoding="utf-8")
 
 
-FIXED: dict[str, Json] = json.loads(template("foreign.json"))  # what is the same for every model, by kind of config
+# what is the same for every model, by kind of config, and what theirs call our fields
+FIXED: dict[str, Json] = json.loads(template("foreign.json"))
+
+
+def _part(kind: str, config: Any) -> Json:
+    """What a kind of config says of a part: what is the same for every model, and the part's own fields, renamed."""
+    return FIXED[kind] | {theirs: getattr(config, ours) for theirs, ours in FIXED["fields"][kind].items()}
 
 
 def _multimodal(config: UniLIPConfig, image_token_id: int | None) -> Json:
     """What both kinds say of the encoder, the language model and how they are joined."""
-    t, v = config.text, config.vision
-    text = {
-        "hidden_size": t.hidden_size,
-        "intermediate_size": t.intermediate_size,
-        "max_position_embeddings": t.max_positions,
-        "num_attention_heads": t.num_heads,
-        "num_hidden_layers": t.num_layers,
-        "num_key_value_heads": t.num_kv_heads,
-        "rms_norm_eps": t.norm_eps,
-        "rope_theta": t.rope_theta,
-        "tie_word_embeddings": t.tie_embeddings,
-        "vocab_size": t.vocab_size,
-    }
-    vision = {
-        "hidden_size": v.hidden_size,
-        "image_size": [v.image_size, v.image_size],
-        "intermediate_size": v.intermediate_size,
-        "layer_norm_eps": v.norm_eps,
-        "layer_scale_init_value": v.layer_scale_init,
-        "num_attention_heads": v.num_heads,
-        "num_hidden_layers": v.num_layers,
-        "patch_size": [v.patch_size, v.patch_size],
-    }
+    v = config.vision
+    sides = {"image_size": [v.image_size] * 2, "patch_size": [v.patch_size] * 2}
     return {
         **FIXED["multimodal"],
         "image_seq_length": config.num_image_tokens,
-        "tie_word_embeddings": t.tie_embeddings,
-        "text_config": FIXED["text"] | text,
-        "vision_config": FIXED["vision"] | vision,
+        "tie_word_embeddings": config.text.tie_embeddings,
+        "text_config": _part("text", config.text),
+        "vision_config": _part("vision", v) | sides,
         **({} if image_token_id is None else {"image_token_id": image_token_id}),
     }
 
@@ -136,34 +121,14 @@ def authors_configs(config: UniLIPConfig, image_token_id: int | None = None) -> 
         "hidden_size": t.hidden_size,
         **_multimodal(config, image_token_id),
     }
-    dit = {
-        **FIXED["dit"],
-        "in_channels": d.latent_channels,
-        "out_channels": d.latent_channels,
-        "num_attention_heads": d.num_heads,
-        "attention_head_dim": d.head_dim,
-        "num_layers": d.num_layers,
-        "num_cross_attention_heads": d.num_cross_heads,
-        "cross_attention_head_dim": d.cross_head_dim,
-        "cross_attention_dim": d.hidden_size,
-        "caption_channels": d.caption_channels,
-        "mlp_ratio": d.mlp_ratio,
-        "sample_size": d.sample_size,
-        "interpolation_scale": d.interpolation_scale,
-        **({"few_steps": list(d.few_steps)} if d.few_steps else {}),
-    }
+    dit = _part("dit", d) | ({"few_steps": list(d.few_steps)} if d.few_steps else {})
     halves = {
         "block_types": list(c.block_types),
         "block_out_channels": list(c.block_out_channels),
         "layers_per_block": list(c.layers_per_block),
         "qkv_multiscales": [list(scales) for scales in c.qkv_multiscales],
     }
-    vae = {
-        **FIXED["vae"],
-        "latent_channels": c.latent_channels,
-        "attention_head_dim": c.attention_head_dim,
-        **{f"{half}_{field}": value for half in ("encoder", "decoder") for field, value in halves.items()},
-        "upsample_block_type": c.upsample_block_type,
-    }
+    vae = _part("vae", c)
+    vae |= {f"{half}_{field}": value for half in ("encoder", "decoder") for field, value in halves.items()}
     scheduler = {**FIXED["scheduler"], "flow_shift": config.sampling.flow_shift}
     return {"config.json": main, "dit_config.json": dit, "vae_config.json": vae, "scheduler_config.json": scheduler}

@@ -1,4 +1,4 @@
-"""Names of other people's tensors <-> ours: one table per kind of checkpoint, read in both directions.
+"""Names of other people's tensors <-> ours: one table per kind of checkpoint, `tables.json`, read in both directions.
 
 In:  tensor names and shapes. No tensor data passes through here.
 Out: for each of our tensors the source tensor (and which part of it), for each tensor left out the reason. Everything
@@ -10,10 +10,13 @@ several names of ours share one tensor of theirs, stacked along its first dimens
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
+from typing import Any
 
 from unilip.errors import CheckpointError
 
@@ -55,121 +58,22 @@ class Kind:
     absent: tuple[str, ...] = ()
 
 
-def _pair(theirs: str, *ours: str) -> Rule:
-    return Rule(theirs, ours)
+def _rules(rows: Sequence[Any], prefix: str = "") -> Iterator[Rule]:
+    """Yield the rules of rows: names, what is dropped and why, or a group of rows, where "@" is a prefix of theirs."""
+    for row in rows:
+        if isinstance(row, list):
+            yield Rule(row[0].replace("@", prefix), tuple(row[1:]))
+        elif "group" in row:
+            yield from _rules(TABLE["groups"][row["group"]], row.get("prefix", ""))
+        else:
+            yield Rule(row["drop"].replace("@", prefix), (), row["reason"])
 
 
-def _drop(theirs: str, reason: str) -> Rule:
-    return Rule(theirs, (), reason)
-
-
-def _original_vit(theirs: str) -> tuple[Rule, ...]:
-    """InternViT under its original names, with query, key and value fused."""
-    ours, layer = "encoder.vision_tower.embeddings", "encoder.vision_tower.encoder.layer.{i}"
-    return (
-        _pair(f"{theirs}.embeddings.class_embedding", f"{ours}.cls_token"),
-        _pair(f"{theirs}.embeddings.position_embedding", f"{ours}.position_embeddings"),
-        _pair(f"{theirs}.embeddings.patch_embedding.{{p}}", f"{ours}.patch_embeddings.projection.{{p}}"),
-        _pair(
-            f"{theirs}.encoder.layers.{{i}}.attn.qkv.{{p}}",
-            *(f"{layer}.attention.{x}_proj.{{p}}" for x in ("q", "k", "v")),
-        ),
-        _pair(f"{theirs}.encoder.layers.{{i}}.attn.proj.{{p}}", f"{layer}.attention.projection_layer.{{p}}"),
-        _pair(f"{theirs}.encoder.layers.{{i}}.ls1", f"{layer}.lambda_1"),
-        _pair(f"{theirs}.encoder.layers.{{i}}.ls2", f"{layer}.lambda_2"),
-        _pair(f"{theirs}.encoder.layers.{{i}}.norm1.{{p}}", f"{layer}.layernorm_before.{{p}}"),
-        _pair(f"{theirs}.encoder.layers.{{i}}.norm2.{{p}}", f"{layer}.layernorm_after.{{p}}"),
-        _pair(f"{theirs}.encoder.layers.{{i}}.mlp.{{rest}}", f"{layer}.mlp.{{rest}}"),
-    )
-
-
-def _internvl(prefix: str) -> tuple[Rule, ...]:
-    """InternVL under transformers' names, which gained a prefix and lost inner ones over its versions."""
-    return (
-        _drop(f"{prefix}vision_tower.embeddings.mask_token", "used by masked pre-training only"),
-        _pair(f"{prefix}vision_tower.{{rest}}", "encoder.vision_tower.{rest}"),
-        _pair(f"{prefix}multi_modal_projector.layer_norm.{{p}}", "encoder.projector.0.{p}"),
-        _pair(f"{prefix}multi_modal_projector.linear_1.{{p}}", "encoder.projector.1.{p}"),
-        _pair(f"{prefix}multi_modal_projector.linear_2.{{p}}", "encoder.projector.3.{p}"),
-        _pair(f"{prefix}language_model.lm_head.weight", HEAD),
-        _pair(f"{prefix}language_model.model.{{rest}}", "mllm.language_model.model.{rest}"),
-        _pair(f"{prefix}language_model.{{rest}}", "mllm.language_model.model.{rest}"),
-    )
-
-
-_ROTARY = _drop("{rest}.rotary_emb.inv_freq", "a constant that is computed from the config")
-
-_AUTHORS_BODY = (
-    _ROTARY,
-    _pair("model.latent_queries", QUERIES),
-    *_original_vit("model.vision_tower"),
-    _pair("model.multi_modal_projector.{rest}", "encoder.projector.{rest}"),
-    _pair("model.language_model.{rest}", "mllm.language_model.model.{rest}"),
-    _pair("lm_head.weight", HEAD),
-    _pair("model.llm_connector.layers.{rest}", "connector.layers.{rest}"),
-    _pair("model.llm_connector.norm.{rest}", "connector.norm.{rest}"),
-    _pair("model.projector.{p}", "connector.to_dit.{p}"),
-    _pair("model.dit.{rest}", "dit.transformer.{rest}"),
-)
-
+TABLE: dict[str, Any] = json.loads((resources.files("unilip.checkpoints") / "tables.json").read_text(encoding="utf-8"))
 KINDS: dict[str, Kind] = {
-    "unilip": Kind(
-        "UniLIP, this package's own format",
-        tuple(_pair(f"{part}.{{rest}}", f"{part}.{{rest}}") for part in PARTS),
-        PARTS,
-    ),
-    "authors": Kind(
-        "UniLIP as released by its authors (unilip_internvl)",
-        (
-            *_AUTHORS_BODY,
-            _pair("model.vae_decoder.decoder.{rest}", "pixel_decoder.decoder.{rest}"),
-            _pair("model.vae_decoder.down_blocks.{i}.mlp.{rest}", "latent_head.blocks.{i}.mlp.{rest}"),
-            _pair("model.vae_decoder.down_mlp.{rest}", "latent_head.out.{rest}"),
-        ),
-        PARTS,
-    ),
-    "authors-stage1": Kind(
-        "UniLIP after the authors' first generation stage (unilip_vae_internvl)",
-        (
-            *_AUTHORS_BODY,
-            _pair("model.dcae.decoder.{rest}", "pixel_decoder.decoder.{rest}"),
-            _drop("model.dcae.encoder.{rest}", "the DC-AE encoder: training targets only, no part of UniLIP"),
-        ),
-        ("encoder", "pixel_decoder", "mllm", "connector", "dit"),
-    ),
-    "tokenizer": Kind(
-        "UniLIP tokenizer (*_unilip.pth)",
-        (
-            *_original_vit("encoder"),
-            _pair("mlp1.{rest}", "encoder.projector.{rest}"),
-            _pair("down_blocks.{i}.mlp.{rest}", "latent_head.blocks.{i}.mlp.{rest}"),
-            _pair("down_mlp.{rest}", "latent_head.out.{rest}"),
-            _pair("decoder.{rest}", "pixel_decoder.decoder.{rest}"),
-            _drop("regressor.{rest}", "a training head that the authors' own loader deletes too"),
-        ),
-        ("encoder", "latent_head", "pixel_decoder"),
-    ),
-    "internvl": Kind(
-        "InternVL3 in transformers' format (OpenGVLab/InternVL3-*-hf)",
-        (_ROTARY, *_internvl(""), *_internvl("model."), _pair("lm_head.weight", HEAD)),
-        ("encoder", "mllm"),
-        (QUERIES,),
-    ),
-    "dcae": Kind(
-        "DC-AE in diffusers' format (AutoencoderDC)",
-        (
-            _pair("decoder.{rest}", "pixel_decoder.decoder.{rest}"),
-            _drop("encoder.{rest}", "the DC-AE encoder: training targets only, no part of UniLIP"),
-        ),
-        ("pixel_decoder",),
-    ),
-    "sana": Kind(
-        "SANA in diffusers' format (SanaTransformer2DModel)",
-        (_pair("{rest}", "dit.transformer.{rest}"),),
-        ("dit",),
-    ),
+    name: Kind(kind["title"], tuple(_rules(kind["rules"])), tuple(kind["parts"]), tuple(kind.get("absent", ())))
+    for name, kind in TABLE["kinds"].items()
 }
-
 UNDERSTOOD = "; ".join(kind.title for kind in KINDS.values())
 _PLACEHOLDERS = {"i": r"\d+", "p": "weight|bias", "rest": ".+"}
 
