@@ -91,7 +91,7 @@ def table(model: UniLIP, red: Image.Image) -> dict[str, Callable[[Any], Any]]:
         calls[f"encode {name}"] = lambda v, n=name: model.encode(red, **{n: v})
     for name in ["history", "max_new_tokens", "temperature", "top_p", "generator", "max_tiles", "stream"]:
         calls[f"ask {name}"] = lambda v, n=name: model.ask(None, "a", **(tokens | {n: v}))
-    for name in ("dtype", "device", "parts", "quantization", "low_memory"):
+    for name in ("dtype", "device", "parts", "quantization", "low_memory", "performance"):
         calls[f"from_pretrained {name}"] = lambda v, n=name: UniLIP.from_pretrained("nowhere", **{n: v})
     for name in ("dtype", "max_shard_size"):
         calls[f"save_pretrained {name}"] = lambda v, n=name: one.save_pretrained("saved", **{n: v})

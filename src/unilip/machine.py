@@ -14,6 +14,7 @@ from typing import Any
 
 from unilip.errors import ConfigError, UniLIPError, install
 
+PERFORMANCES = ("exact", "auto", "speed", "memory")  # what may count for who runs a model
 CONTROLS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 TRAITS = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU part", "Features")  # of /proc/cpuinfo
 

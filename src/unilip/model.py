@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import math
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -26,10 +27,11 @@ from unilip.chat import Chat
 from unilip.checkpoints import read, write
 from unilip.checkpoints.tokenizer import load_tokenizer
 from unilip.errors import ImageError, PromptError, UniLIPError, check_choice
+from unilip.fast.choose import choose
 from unilip.fast.loop import BUCKET, Compiled, Settings
 from unilip.fast.offload import HEAD, Offload, Unmade, empty, give_back
-from unilip.fast.quantise import QUANTIZED, check_quantisation, kind_of, quantise
-from unilip.machine import choose_device
+from unilip.fast.quantise import kinds_of, quantise
+from unilip.machine import PERFORMANCES, choose_device
 from unilip.method.config import SOLVERS, TOKEN_PIXELS, UniLIPConfig
 from unilip.method.connector import copy_from_llm
 from unilip.method.model import PARTS, Network, Reader
@@ -64,6 +66,8 @@ from unilip.sampling import (
     works,
 )
 from unilip.shapes import Size
+
+logger = logging.getLogger(__name__)
 
 DRAWING = ("pixel_decoder", "mllm", "connector", "dit")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -146,29 +150,35 @@ class UniLIP(Network):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | os.PathLike[str] | None = None,
+        source: str | os.PathLike[str] | read.Checkpoint | None = None,
         *,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         parts: Sequence[str] | None = None,
-        quantization: str | None = None,
-        low_memory: bool = False,
+        quantization: str | Mapping[str, str] | None = None,
+        low_memory: bool | None = None,
+        performance: str = "exact",
         decoder: str | os.PathLike[str] | None = None,
         **fetching: Any,
     ) -> UniLIP:
         """Load a model: nothing for the embedded one, else a folder, a file or a hub id, in any known format.
 
         Args:
-            source: our folder, the authors' folder, a stage-1 or tokenizer checkpoint, or "owner/name".
+            source: our folder, the authors' folder, a stage-1 or tokenizer checkpoint, "owner/name", or one opened.
             dtype: of the weights in memory; float32 by default, "auto" for what is stored (float32 where the processor
                 has no instructions for that).
             device: where to put them; the CPU by default, "auto" for CUDA where there is one.
             parts: load only these (of encoder, latent_head, pixel_decoder, mllm, connector, dit), or "drawing": the
                 last four, without the language head, which pictures have no use for.
             quantization: "int8", "int4" or "fp8": weight-only quantisation of linear layers; "int8_dynamic": as
-                int8, and in connector and DiT products in int8, whose inputs are rounded as they come; needs torchao.
+                int8, and in connector and DiT products in int8, whose inputs are rounded as they come; or a kind for
+                each of some parts, as a mapping or "dit=int8_dynamic,mllm=int8"; "none". Needs torchao.
             low_memory: hold only the part that is at work, reading it from the checkpoint each time it is needed, and
                 decode one picture at a time, in strips. The pictures stay the same.
+            performance: what counts, where the options above are left out: "exact" is float32, all in memory; "auto"
+                is that, with low_memory where it would not fit, and pictures within 60 dB of exact ones; "speed" takes
+                the types in which this machine was measured to be fastest, which may make another picture of some;
+                "memory" needs the least. A line of the log says what was chosen.
             decoder: another pixel decoder, as the recipe SIZE/small_decoder makes one: its folder, or "small" for the
                 folder small_decoder beside the weights. Saved, the model has it as its own.
             fetching: of the hub: revision, token, cache_dir, local_files_only; and variant, in the names of the files.
@@ -176,14 +186,14 @@ class UniLIP(Network):
         Raises:
             CheckpointError: missing, truncated, of an unknown kind, or not exactly the weights that the model needs.
         """
-        if not (source is None or isinstance(source, (str, os.PathLike))):
+        if not (source is None or isinstance(source, (str, os.PathLike, read.Checkpoint))):
             raise UniLIPError(f"source is {source!r}; give a folder, a file or a hub id as text or path.")
         where = _device("cpu" if device is None else device)
-        check_flag("low_memory", low_memory)
-        if quantization is not None:
-            check_quantisation(quantization)
-        opened = read.open_checkpoint(source, **fetching)
-        if quantization is not None:
+        low_memory = None if low_memory is None else check_flag("low_memory", low_memory)
+        check_choice("performance", performance, PERFORMANCES)
+        kinds = None if quantization is None else kinds_of(quantization)
+        opened = source if isinstance(source, read.Checkpoint) else read.open_checkpoint(source, **fetching)
+        if kinds:
             opened.require_plain(f"cannot be quantised to {quantization} anew")
         drawing = isinstance(parts, str) and parts == "drawing"
         wanted = opened.parts if parts is None else DRAWING if drawing else _names(parts)
@@ -193,6 +203,15 @@ class UniLIP(Network):
         if decoder is not None and "pixel_decoder" not in wanted:
             raise UniLIPError(f"decoder is {str(decoder)!r}, but parts leaves pixel_decoder out; give one of the two.")
         other = None if decoder is None else read.open_decoder(opened, decoder)
+        if performance != "exact":
+            numbers = sum(math.prod(opened.shape(n)) for n in opened.names if n.partition(".")[0] in wanted)
+            chosen = choose(
+                performance, opened.config, numbers, where, low_memory=low_memory,
+                dtype=None if dtype is None else read.parse_dtype(dtype),
+                quantization={} if opened.quantized else kinds,
+            )  # fmt: skip
+            logger.info("%s", chosen.said)
+            dtype, kinds, low_memory = chosen.dtype, dict(chosen.quantization), chosen.low_memory
         config = opened.config if other is None else opened.config.replace(decoder=other.config.decoder)
         processor = None
         if opened.tokenizer_path is not None:
@@ -205,21 +224,20 @@ class UniLIP(Network):
 
         holes = 0  # bytes of weights that were quantised since their memory was last given back
 
-        def settle(part: str, layer: nn.Module) -> None:
+        def settle(kind: str, layer: nn.Module) -> None:
             nonlocal holes
-            if quantization is not None:
-                holes += sum(p.nbytes for p in layer.parameters())
-                quantise(layer, kind_of(part, quantization))
-                if holes > HOLES:
-                    holes = give_back()
+            holes += sum(p.nbytes for p in layer.parameters())
+            quantise(layer, kind)
+            if holes > HOLES:
+                holes = give_back()
 
         def load(model: nn.Module, part: str) -> None:
             source = other if other is not None and part == "pixel_decoder" else opened
-            few = part.partition(".")[0] in QUANTIZED
+            kind = (kinds or {}).get(part.partition(".")[0])
             leave = later if part == "mllm" else ()
             read.load_into(
                 model, source, dtype=dtype, device=where, parts=(part,), leave=leave,
-                settle=functools.partial(settle, part) if few else None,
+                settle=functools.partial(settle, kind) if kind else None,
             )  # fmt: skip
             model.get_submodule(part).eval()
             give_back()
@@ -231,6 +249,8 @@ class UniLIP(Network):
         else:
             for part in model.parts:
                 load(model, part)
+        if performance == "memory":
+            model.runtime.products = None
         return model.eval()
 
     @works
@@ -380,14 +400,14 @@ class UniLIP(Network):
         return self
 
     @changes
-    def quantize(self, kind: str) -> UniLIP:
-        """Quantise linear layers from now on, see `from_pretrained`: int8, int4, fp8 or int8_dynamic; needs torchao."""
+    def quantize(self, kind: str | Mapping[str, str]) -> UniLIP:
+        """Quantise linear layers from now on: a kind, or one for each of some parts; see `from_pretrained`."""
         if self.runtime.offload is not None:
             raise UniLIPError("Quantise before offloading, or give `quantization` to `from_pretrained`.")
-        check_quantisation(kind)
-        for part in set(self.parts) & set(QUANTIZED):
-            quantise(self.get_submodule(part), kind_of(part, kind))
-            give_back()
+        for part, its in kinds_of(kind).items():
+            if part in self.parts:
+                quantise(self.get_submodule(part), its)
+                give_back()
         return self
 
     # --- features and latents ---

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 
 from unilip import shapes
 from unilip.errors import UniLIPError
-from unilip.method.config import QUANTIZATIONS, SAMPLING_PRESETS, SOLVERS, TOKEN_PIXELS
+from unilip.machine import PERFORMANCES
+from unilip.method.config import SAMPLING_PRESETS, SOLVERS, TOKEN_PIXELS
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 Options = argparse.Namespace  # has what the entry of its verb names
@@ -100,7 +101,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     reader.__name__: reader for reader in (device_name, picture_size, pixels, pixel_count, origin)
 }
 MAKERS: dict[str, Callable[..., Callable[[str], Any]]] = {"whole": whole, "number": number}
-CHOICES = {"dtypes": DTYPES, "solvers": SOLVERS, "presets": SAMPLING_PRESETS, "quantizations": QUANTIZATIONS}
+CHOICES = {"dtypes": DTYPES, "solvers": SOLVERS, "presets": SAMPLING_PRESETS, "performances": PERFORMANCES}
 
 
 def named(options: Sequence[str]) -> Iterator[str]:
@@ -173,4 +174,6 @@ def make_parser(name: str, verb: Verb) -> Parser:
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     for option in verb.options:
         parser.add_argument(option, **verb.option(option))
+    if "--performance" in verb.options:  # which chooses the type where nobody did
+        parser.set_defaults(dtype=None)
     return parser

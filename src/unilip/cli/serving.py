@@ -120,5 +120,5 @@ def spread(o: Options, common: dict[str, Any]) -> tuple[Any, str]:
     most = o.max_replicas or o.ray
     replicas = Replicas(o.ray, most, gpus=1.0 if device.startswith("cuda") else 0.0)
     say(f"starting {o.ray} replica{'s' if o.ray > 1 else ''} on Ray")
-    engine = RemoteEngine(o.model, device=device, dtype=o.dtype, replicas=replicas, **common)
+    engine = RemoteEngine(o.model, device=device, dtype=o.dtype, performance=o.performance, replicas=replicas, **common)
     return engine, f"{o.model or f'embedded ({engine.config.name})'} on {o.ray} to {most} replicas ({device})"

@@ -270,16 +270,24 @@ def adapter_of(text: str) -> tuple[str, float]:
 
 
 def load(o: Options, *parts: str) -> UniLIP:
-    """Load the model that the options name, or only some of its parts, with its adapters."""
-    quantized, low_memory = getattr(o, "quantize", None), getattr(o, "low_memory", False)
+    """Load the model that the options name, or only some of its parts, with its adapters.
+
+    What a person did not choose, --performance does; but adapters need plain weights, and compiled parts must stay.
+    """
+    performance, quantized = getattr(o, "performance", "exact"), getattr(o, "quantize", None)
+    low_memory = getattr(o, "low_memory", False)
     compiled = getattr(o, "compile", False)
     if low_memory and compiled:
         raise UniLIPError("--compile and --low-memory exclude each other: compiled parts have to stay; leave one out.")
     given = [adapter_of(text) for text in getattr(o, "adapter", ())]
     if o.model and os.path.isfile(os.path.join(o.model, ADAPTER)) and not os.path.exists(f"{o.model}/config.json"):
         raise UniLIPError(f"--model {o.model} is an adapter; give it as --adapter, beside the --model that it is of.")
+    from unilip.checkpoints.read import open_checkpoint
     from unilip.model import DRAWING, UniLIP
 
+    opened = open_checkpoint(o.model)
+    if "mllm" in parts and "mllm" in opened.parts and opened.tokenizer_path is None:
+        raise UniLIPError(f"{opened.path} has no tokenizer, without which it reads no words; put its files beside it.")
     for folder, _ in given:  # damaged ones are told before anything is loaded; what an adapter changes is loaded too
         from unilip.adapters import read_adapter
 
@@ -293,9 +301,11 @@ def load(o: Options, *parts: str) -> UniLIP:
     # beside a GPU plain weights rest in main memory; else they are read from disk (and quantised where they work)
     on_gpu = low_memory and device != "cpu" and quantized is None
     drawing = not given and set(parts) == set(DRAWING)
+    stays = True if low_memory and not on_gpu else False if given or compiled or on_gpu else None
     model = UniLIP.from_pretrained(
-        o.model, device="cpu" if on_gpu else device, dtype=o.dtype, parts="drawing" if drawing else parts or None,
-        low_memory=low_memory and not on_gpu, quantization=quantized, decoder=getattr(o, "decoder", None),
+        opened, device="cpu" if on_gpu else device, dtype=o.dtype, parts="drawing" if drawing else parts or None,
+        low_memory=stays, quantization=quantized or ("none" if given or on_gpu else None), performance=performance,
+        decoder=getattr(o, "decoder", None),
     )  # fmt: skip
     for n, (folder, scale) in enumerate(given):
         model.load_adapter(folder, f"adapter{n}", scale)

@@ -15,7 +15,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -133,7 +133,7 @@ def fastest(kind: str, shape: Shape, calls: int) -> str:
         return ""
     way = min(packed, key=packed.__getitem__)
     gained = (found[kind] - found[way]) * rows / measured_shape(shape)[0] * calls
-    return way.split()[1] if found[way] < WORTH * found[kind] and gained > found[f"{way} packing"] else ""
+    return way.split()[1] if found[way] < WORTH * found[kind] and gained > found.get(f"{way} packing", math.inf) else ""
 
 
 # --- what a product takes ---------------------------------------------------------------------------------------------
@@ -145,18 +145,22 @@ def shape_of(config: UniLIPConfig) -> Shape:
     return 2 * config.grid**2, width, 2 * int(config.dit.mlp_ratio * width)
 
 
-def least(found: Mapping[str, float], kind: str) -> float:
-    """Return the time of the fastest way of a kind (float32, bfloat16, float16, int8); infinite where there is none."""
-    return min((ms for way, ms in found.items() if way.split()[0] == kind and "packing" not in way), default=math.inf)
+def least(kind: str, shape: Shape) -> float:
+    """Return the time of the fastest way of a kind (float32, bfloat16, float16, int8) that a shape would be done in.
+
+    Infinite where there is none.
+    """
+    small = shape[1] * shape[2] < SMALL
+    ways = tuple(way for way in WAYS if way.split()[0] == kind and not (small and " " in way))
+    found = product_times(shape, ways) if ways else {}
+    return min((ms for way, ms in found.items() if way in ways), default=math.inf)
 
 
 def computes(dtype: torch.dtype, device: torch.device | str, shape: Shape) -> bool:
     """Whether a device multiplies faster in DTYPE than in float32; measured on a CPU."""
     if torch.device(device).type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return True
-    kind = name_of(dtype)
-    found = product_times(shape, tuple(way for way in WAYS if way.split()[0] in (kind, "float32")))
-    return least(found, kind) < WORTH * least(found, "float32")
+    return least(name_of(dtype), shape) < WORTH * least("float32", shape)
 
 
 def name_of(dtype: torch.dtype) -> str:

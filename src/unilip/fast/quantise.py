@@ -29,31 +29,44 @@ INT4_ROWS = 16  # what torchao packs together; a language head of an odd vocabul
 GROUPS = (128, 64, 32)  # columns that share a scale in int4, the largest that divides the layer
 
 
-def check_quantisation(kind: str) -> None:
-    """Say what is wrong with a kind of quantisation before anything is read.
+def kinds_of(given: Any) -> dict[str, str]:
+    """Return the kind of quantisation of each part: of one word for all, "part=kind,part=kind", or a mapping.
+
+    "none", like None, is no quantisation. With int8_dynamic as the one word the parts whose activations have outliers
+    have int8 weights.
 
     Raises:
-        UniLIPError: an unknown kind, or no torchao.
+        UniLIPError: an unknown kind or part, or no torchao.
     """
-    check_choice("quantisation", kind, QUANTIZATIONS)
-    if importlib.util.find_spec("torchao") is None:
-        raise UniLIPError(f"Quantisation to {kind} needs torchao; {install('quantize')}.")
-
-
-def kind_of(part: str, kind: str) -> str:
-    """Return how a part is quantised where the model is to be of a kind."""
-    return "int8" if kind == "int8_dynamic" and part.partition(".")[0] not in DYNAMIC else kind
+    if given is None or (isinstance(given, str) and given == "none"):
+        return {}
+    pairs: Any = given.items() if isinstance(given, Mapping) else None
+    if isinstance(given, str) and "=" in given:
+        pairs = [[side.strip() for side in pair.split("=", 1)] for pair in given.split(",") if "=" in pair]
+        if len(pairs) != given.count(",") + 1:
+            raise UniLIPError(f"quantization is {given!r}; give part=kind, with commas between.")
+    if pairs is None:
+        check_choice("quantisation", given, QUANTIZATIONS)
+        pairs = [(part, "int8" if given == "int8_dynamic" and part not in DYNAMIC else given) for part in QUANTIZED]
+    found = dict(pairs)
+    for part, kind in found.items():
+        check_choice("part to quantise", part, QUANTIZED)
+        check_choice("quantisation", kind, QUANTIZATIONS)
+        if importlib.util.find_spec("torchao") is None:
+            raise UniLIPError(f"Quantisation to {kind} needs torchao; {install('quantize')}.")
+    return found
 
 
 def quantise(module: nn.Module, kind: str) -> None:
     """Keep the weights of a module's linear layers in few bits.
 
-    Embeddings, norms, convolutions and layers narrower than 32 stay as they are.
+    Embeddings, norms, convolutions and layers narrower than 32 stay as they are, and with int8_dynamic those of under
+    half a million weights, which it would slow down.
 
     Raises:
         UniLIPError: an unknown kind, no torchao, or a device or type for which it has no kernels.
     """
-    check_quantisation(kind)
+    kinds_of(kind)
     with quiet_import():
         from torchao.quantization import quantize_
     tied = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}

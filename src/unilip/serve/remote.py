@@ -52,8 +52,8 @@ class Replicas:
 class Replica:
     """A process of the deployment: a model and its engine."""
 
-    def __init__(self, source: str | None, device: str, dtype: str | None, options: dict[str, Any]) -> None:
-        self.engine = Engine(UniLIP.from_pretrained(source, device=device, dtype=dtype), **options)
+    def __init__(self, source: str | None, device: str, loading: dict[str, Any], options: dict[str, Any]) -> None:
+        self.engine = Engine(UniLIP.from_pretrained(source, device=device, **loading), **options)
 
     async def run(
         self, job: Job, deadline: float | None, client: str = ""
@@ -88,7 +88,7 @@ class RemoteEngine:
     """Serves a model by replicas; to its callers it is like `Engine`.
 
     Args:
-        source, device, dtype: of the model, as `UniLIP.from_pretrained` takes them; every replica loads it.
+        source, device, dtype, performance: as `UniLIP.from_pretrained` takes them; every replica loads the model.
         replicas: how many, and what each needs.
         max_queue: pictures and questions that may wait in front of all replicas.
         max_batch, batch_wait, limits: of each replica's engine.
@@ -104,6 +104,7 @@ class RemoteEngine:
         *,
         device: str = "cpu",
         dtype: str | None = None,
+        performance: str = "exact",
         replicas: Replicas | None = None,
         max_queue: int = 64,
         max_batch: int = 8,
@@ -150,7 +151,11 @@ class RemoteEngine:
             ray_actor_options={"num_cpus": self.replicas.cpus, "num_gpus": self.replicas.gpus}, **scaling,
         )  # fmt: skip
         bound: Any = deployment
-        self._handle = serve.run(bound.bind(source, device, dtype, options), name=APP, route_prefix=None)
+        self._handle = serve.run(
+            bound.bind(source, device, {"dtype": dtype, "performance": performance}, options),
+            name=APP,
+            route_prefix=None,
+        )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="unilip-remote", daemon=True)
         self._thread.start()

@@ -1,0 +1,85 @@
+"""One word for what counts chooses how a model is run: type, few bits, packed weights, strips, parts that come and go.
+
+In:  the word, what the model is, the device, what the person chose besides.
+Out: a `Choice`, by what is measured on this processor and how much memory is free; `said` tells it in a line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from unilip.fast.products import WORTH, least, name_of, shape_of
+from unilip.fast.quantise import DYNAMIC, QUANTIZED, SMALL
+from unilip.machine import spare_memory
+from unilip.method.config import UniLIPConfig
+
+DECIBELS = 60  # "auto" rounds no further than float32, and leaves no exact picture further than this; tested
+ROOM = 2**30  # bytes that a picture needs beside the weights
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a model is loaded and run; with `low_memory` parts come and go, and pictures are decoded in strips."""
+
+    dtype: torch.dtype | None = None
+    quantization: Mapping[str, str] = field(default_factory=dict)
+    low_memory: bool = False
+    packing: bool = True
+    said: str = ""
+
+
+def choose(
+    performance: str,
+    config: UniLIPConfig,
+    numbers: int,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    quantization: Mapping[str, str] | None = None,
+    low_memory: bool | None = None,
+) -> Choice:
+    """Choose for a model of so many weights; what is given besides stays as it is, and the rest is chosen around it."""
+    few, small = importlib.util.find_spec("torchao") is not None, performance == "memory"
+    precision, kinds, why = torch.float32, dict[str, str](), list[str]()
+    if small:
+        precision, kinds = torch.bfloat16, dict.fromkeys(QUANTIZED if few else (), "int8")
+    elif performance == "speed":
+        precision, kinds, why = fast_types(config, device, few, dtype)
+    precision, kinds = dtype or precision, kinds if quantization is None else dict(quantization)
+    if performance == "auto" and low_memory is None:
+        needed, free = numbers * precision.itemsize + ROOM, free_memory(device)
+        small = needed > free
+        why.append(f"needs about {needed / 2**30:.1f} of {free / 2**30:.1f} GiB that are free")
+    small = small if low_memory is None else low_memory
+    bits = [f"{kind} in {', '.join(p for p in kinds if kinds[p] == kind)}" for kind in dict.fromkeys(kinds.values())]
+    said = f"performance {performance}: {', '.join([name_of(precision), *bits])}, "
+    said += "one part in memory at a time, decoded in strips" if small else "all parts in memory"
+    said += f" ({'; '.join(why)})" if why else ""
+    return Choice(precision, kinds, small, performance != "memory", said)
+
+
+def fast_types(
+    config: UniLIPConfig, device: torch.device, few: bool, dtype: torch.dtype | None
+) -> tuple[torch.dtype, dict[str, str], list[str]]:
+    """Return the type and the kinds of few bits by part in which products are fastest, and how fast they are."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, {}, ["this GPU multiplies in it"]
+    if device.type != "cpu":
+        return torch.float32, {}, []
+    shape = shape_of(config)
+    exact, half, eight = (least(kind, shape) for kind in ("float32", "bfloat16", "int8" if few else "none"))
+    named = (("bfloat16", half), ("int8", eight))
+    why = [f"here products in {kind} take {ms / exact:.2f} of float32's time" for kind, ms in named if ms < math.inf]
+    chosen = dtype or (torch.bfloat16 if half < WORTH * exact else torch.float32)
+    slow = eight >= WORTH * (half if chosen == torch.bfloat16 else exact)
+    return chosen, {} if slow or config.dit.hidden_size**2 < SMALL else dict.fromkeys(DYNAMIC, "int8_dynamic"), why
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes of a device, or of this machine."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else spare_memory()
