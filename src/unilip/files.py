@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import time
-import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -245,54 +244,24 @@ class Lock:
     """
 
     def __init__(self, file: Path, busy: str) -> None:
-        self._stream: io.TextIOWrapper | None = None
-        try:
-            import fcntl
-        except ImportError:  # Windows: no lock
-            return
+        from filelock import FileLock, Timeout
+
         file.parent.mkdir(parents=True, exist_ok=True)
-        while self._stream is None:
-            stream = file.open("w")
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                stream.close()
-                raise UniLIPError(busy) from None
-            except OSError:  # a file system without locks
-                stream.close()
-                return
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(stream.fileno()), file.stat()):
-                    self._stream, self._file = stream, file
-                    continue
-            stream.close()  # its last holder has just removed it
-        _held.add(self)
+        self._file, self._lock = file, FileLock(file, timeout=0, thread_local=False)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise UniLIPError(busy) from None
 
     def release(self) -> None:
         """Let another process have it."""
-        if self._stream is not None:
-            self._file.unlink(missing_ok=True)
-            self.forget()
-
-    def forget(self) -> None:
-        """Close the file without removing it: another process holds the lock."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        if self._lock.is_locked:
+            with contextlib.suppress(OSError):  # Windows: it is open still
+                self._file.unlink()
+            self._lock.release()
 
     def __enter__(self) -> Lock:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
-
-
-def _let_go() -> None:
-    """In a forked child: close what it inherited, or it would hold its parent's locks when the parent is gone."""
-    for lock in list(_held):
-        lock.forget()
-
-
-_held: weakref.WeakSet[Lock] = weakref.WeakSet()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
