@@ -49,22 +49,6 @@ from unilip.pictures import (
     to_pixels,
     unfit_square,
 )
-from unilip.sampling import (
-    LARGEST,
-    Generators,
-    Progress,
-    Runtime,
-    TextStream,
-    changes,
-    check_flag,
-    check_generator,
-    check_negative,
-    check_number,
-    check_plan,
-    check_prompt,
-    draw_noises,
-    works,
-)
 from unilip.shapes import Size
 
 logger = logging.getLogger(__name__)
@@ -106,9 +90,9 @@ class ImageOutput:
 class Part:
     """A part of a `UniLIP`: what moves it, casts it or gives it other weights waits for the model's work."""
 
-    runtime: Runtime
-    _apply = changes(nn.Module._apply)
-    load_state_dict = changes(nn.Module.load_state_dict)
+    runtime: sampling.Runtime
+    _apply = sampling.changes(nn.Module._apply)
+    load_state_dict = sampling.changes(nn.Module.load_state_dict)
 
 
 HELD = {kind: type(f"Held{kind.__name__}", (Part, kind), {"__module__": __name__}) for kind in PARTS.values()}
@@ -123,10 +107,10 @@ class UniLIP(Network):
     ) -> None:
         super().__init__(config, parts)
         self.processor = processor
-        self.runtime = Runtime()
+        self.runtime = sampling.Runtime()
         children: Any = self.children()
         for part in children:
-            part.__class__, part.runtime = HELD[type(part)], Runtime(gate=self.runtime.gate)
+            part.__class__, part.runtime = HELD[type(part)], sampling.Runtime(gate=self.runtime.gate)
 
     # --- making and keeping ---
 
@@ -135,7 +119,7 @@ class UniLIP(Network):
         """Build a float32 model with random weights that depend on `seed` alone; the connector copies the LLM's end."""
         if not isinstance(config, UniLIPConfig):
             raise UniLIPError(f"config is {config!r}; give a UniLIPConfig, for instance preset('tiny').")
-        seed, parts = check_number("seed", seed, -(2**63), 2**64 - 1, whole=True), _names(parts)
+        seed, parts = sampling.check_number("seed", seed, -(2**63), 2**64 - 1, whole=True), _names(parts)
         usual = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
@@ -189,7 +173,7 @@ class UniLIP(Network):
         if not (source is None or isinstance(source, (str, os.PathLike, read.Checkpoint))):
             raise UniLIPError(f"source is {source!r}; give a folder, a file or a hub id as text or path.")
         where = _device("cpu" if device is None else device)
-        low_memory = None if low_memory is None else check_flag("low_memory", low_memory)
+        low_memory = None if low_memory is None else sampling.check_flag("low_memory", low_memory)
         check_choice("performance", performance, PERFORMANCES)
         kinds = None if quantization is None else kinds_of(quantization)
         opened = source if isinstance(source, read.Checkpoint) else read.open_checkpoint(source, **fetching)
@@ -253,7 +237,7 @@ class UniLIP(Network):
             model.runtime.products = None
         return model.eval()
 
-    @works
+    @sampling.works
     def save_pretrained(
         self,
         folder: str | os.PathLike[str],
@@ -273,7 +257,7 @@ class UniLIP(Network):
             )
         tokenizer = self.processor.tokenizer if self.processor else None
         if not isinstance(max_shard_size, str):
-            check_number("max_shard_size", max_shard_size, 1)
+            sampling.check_number("max_shard_size", max_shard_size, 1)
         write.save(
             self, self.config, _path("folder", folder), max_shard_size=max_shard_size, tokenizer=tokenizer,
             dtype=dtype, to=to,
@@ -291,7 +275,7 @@ class UniLIP(Network):
         Raises:
             UniLIPError: it does not fit the model, is damaged, or peft is missing.
         """
-        check_number("scale", scale, -LARGEST)
+        sampling.check_number("scale", scale, -sampling.LARGEST)
         if not (name is None or isinstance(name, str)):
             raise UniLIPError(f"name is {name!r}; give a text.")
         return adapters.load_adapter(self, _path("folder", folder), name, scale)
@@ -310,14 +294,14 @@ class UniLIP(Network):
         """Take all adapters off."""
         adapters.unload_adapters(self)
 
-    @changes
+    @sampling.changes
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UniLIP:
         if self.runtime.offload is not None:
             raise UniLIPError("The parts of this model come and go; give device and type when it is loaded.")
         super()._apply(fn, recurse)
         return self
 
-    @changes
+    @sampling.changes
     def load_state_dict(self, *values: Any, **named: Any) -> Any:
         """Take other weights; see `torch.nn.Module`."""
         if self.runtime.offload is not None:
@@ -352,7 +336,7 @@ class UniLIP(Network):
 
     # --- speed and memory ---
 
-    @changes
+    @sampling.changes
     def compile(  # type: ignore[override]  # of `nn.Module`, which compiles `forward`; there is none here
         self, *, bucket: int = BUCKET, **options: Any
     ) -> UniLIP:
@@ -363,7 +347,7 @@ class UniLIP(Network):
         compiled steps without the graph. `options` go to `torch.compile`.
         """
         self.require("dit")
-        bucket = check_number("bucket", bucket, 1, LONGEST_BUCKET, whole=True)
+        bucket = sampling.check_number("bucket", bucket, 1, LONGEST_BUCKET, whole=True)
         if self.runtime.offload is not None:
             raise UniLIPError("A model whose parts come and go cannot be compiled; choose one of the two.")
         if "pixel_decoder" in self.parts and self.device.type == "cuda":  # convolutions want it so there
@@ -371,7 +355,7 @@ class UniLIP(Network):
         self.runtime.compiled = Compiled(self, bucket, **options)
         return self
 
-    @changes
+    @sampling.changes
     def enable_cpu_offload(self, device: torch.device | str = "cuda") -> UniLIP:
         """CPU offload: keep the weights in main memory and bring each part to a device only while it works."""
         runtime = self.runtime
@@ -381,13 +365,13 @@ class UniLIP(Network):
         runtime.offload = Offload(self.to("cpu"), self.parts, where)
         return self
 
-    @changes
+    @sampling.changes
     def enable_tiling(self, strips: int = 4) -> UniLIP:
         """Decode one picture at a time, in strips where the decoder works locally: the same pixels in less memory."""
-        self.runtime.strips = check_number("strips", strips, 1, whole=True)
+        self.runtime.strips = sampling.check_number("strips", strips, 1, whole=True)
         return self
 
-    @changes
+    @sampling.changes
     def split_guidance(self, device: torch.device | str) -> UniLIP:
         """Draw the unconditional half by a copy of the diffusion transformer on a second device.
 
@@ -399,7 +383,7 @@ class UniLIP(Network):
         self.runtime.second = _device(device)
         return self
 
-    @changes
+    @sampling.changes
     def quantize(self, kind: str | Mapping[str, str]) -> UniLIP:
         """Quantise linear layers from now on: a kind, or one for each of some parts; see `from_pretrained`."""
         if self.runtime.offload is not None:
@@ -412,7 +396,7 @@ class UniLIP(Network):
 
     # --- features and latents ---
 
-    @works
+    @sampling.works
     @torch.no_grad()
     def encode(
         self, image: Any, *, fit: Fit = "resize", height: int | None = None, width: int | None = None,
@@ -439,7 +423,7 @@ class UniLIP(Network):
     def _features(self, sources: Sequence[Image.Image], sizes: Sequence[Size], fit: Fit) -> Tensor:
         return self.features(to_pixels([fit_picture(s, size, fit) for s, size in zip(sources, sizes, strict=True)]))
 
-    @works
+    @sampling.works
     @torch.no_grad()
     def decode(self, values: Tensor, *, height: int | None = None, output_type: str = "pil") -> ImageOutput:
         """Draw features (M,N,D), or latents (M,Z,h,w) in the diffusion transformer's scale.
@@ -451,7 +435,7 @@ class UniLIP(Network):
         _check_output(output_type)
         rows = None
         if height is not None:
-            rows, rest = divmod(check_number("height", height, TOKEN_PIXELS, whole=True), TOKEN_PIXELS)
+            rows, rest = divmod(sampling.check_number("height", height, TOKEN_PIXELS, whole=True), TOKEN_PIXELS)
             if latents or rest:
                 why = "latents know their shape" if latents else f"it must be a multiple of {TOKEN_PIXELS}"
                 raise UniLIPError(f"height is {height}, but {why}.")
@@ -506,7 +490,7 @@ class UniLIP(Network):
 
     # --- the four abilities ---
 
-    @works
+    @sampling.works
     @torch.no_grad()
     def generate(
         self,
@@ -516,7 +500,7 @@ class UniLIP(Network):
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        generator: Generators = None,
+        generator: sampling.Generators = None,
         solver: str | None = None,
         preset: str = "quality",
         height: int | None = None,
@@ -527,7 +511,7 @@ class UniLIP(Network):
         best_of: int = 1,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
-        progress: Progress = True,
+        progress: sampling.Progress = True,
     ) -> ImageOutput:
         """Draw pictures of one prompt or several.
 
@@ -557,17 +541,17 @@ class UniLIP(Network):
         Raises:
             UniLIPError: a value out of range, an empty or overlong prompt, NaN or infinity in a result, a missing part.
         """
-        prompts, plan = [check_prompt(p) for p in _as_list(prompt)], check_plan(plan)
+        prompts, plan = [sampling.check_prompt(p) for p in _as_list(prompt)], sampling.check_plan(plan)
         settings = self._settings(preset, num_inference_steps, guidance_scale, solver)
-        copies = check_number("num_images_per_prompt", num_images_per_prompt, 1, MOST_IMAGES, whole=True)
-        generator, progress = check_generator(generator), check_progress(progress)
+        copies = sampling.check_number("num_images_per_prompt", num_images_per_prompt, 1, MOST_IMAGES, whole=True)
+        generator, progress = sampling.check_generator(generator), check_progress(progress)
         _check_output(output_type)
         self.require("mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
         side, processor = self.config.image_size, self._processor()
         size = shapes.targets([(side, side)], side, **_sides(self.config, height, width, image_size))[0]
         negatives, on_step = _negatives(negative_prompt, len(prompts), settings), self._step(callback_on_step_end)
         latents = _noise(latents)
-        best_of = check_number("best_of", best_of, 1, MOST_TRIES, whole=True)
+        best_of = sampling.check_number("best_of", best_of, 1, MOST_TRIES, whole=True)
         if best_of > 1:
             self.require("encoder", "pixel_decoder")
             if latents is not None:
@@ -601,7 +585,7 @@ class UniLIP(Network):
         chosen = liked.argmax(1) + count * torch.arange(len(prompts), device=liked.device)
         return latents[chosen.to(latents.device)]
 
-    @works
+    @sampling.works
     @torch.no_grad()
     def edit(
         self,
@@ -612,7 +596,7 @@ class UniLIP(Network):
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        generator: Generators = None,
+        generator: sampling.Generators = None,
         solver: str | None = None,
         preset: str = "quality",
         fit: Fit = "resize",
@@ -624,7 +608,7 @@ class UniLIP(Network):
         latents: Tensor | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
-        progress: Progress = True,
+        progress: sampling.Progress = True,
     ) -> ImageOutput:
         """Change pictures as instructed: one image and one instruction, or equally many of both.
 
@@ -642,10 +626,10 @@ class UniLIP(Network):
 
         The other arguments are those of `generate`.
         """
-        prompts = [check_prompt(p, "instruction") for p in _as_list(prompt)]
+        prompts = [sampling.check_prompt(p, "instruction") for p in _as_list(prompt)]
         settings = self._settings(preset, num_inference_steps, guidance_scale, solver)
-        copies = check_number("num_images_per_prompt", num_images_per_prompt, 1, MOST_IMAGES, whole=True)
-        generator, progress = check_generator(generator), check_progress(progress)
+        copies = sampling.check_number("num_images_per_prompt", num_images_per_prompt, 1, MOST_IMAGES, whole=True)
+        generator, progress = sampling.check_generator(generator), check_progress(progress)
         _check_output(output_type, keep_aspect)
         self.require("encoder", "mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
         processor, on_step, latents = self._processor(), self._step(callback_on_step_end), _noise(latents)
@@ -685,7 +669,7 @@ class UniLIP(Network):
             images = [unfit_square(picture, size, fit) for picture, size in zip(images, found, strict=True)]
         return ImageOutput(images)
 
-    @works
+    @sampling.works
     @torch.no_grad()
     def reconstruct(
         self,
@@ -721,7 +705,7 @@ class UniLIP(Network):
             images = [unfit_square(picture, source.size, fit) for picture, source in zip(images, sources, strict=True)]
         return ImageOutput(images)
 
-    @works
+    @sampling.works
     @torch.no_grad()
     def ask(
         self,
@@ -753,13 +737,13 @@ class UniLIP(Network):
         """
         self.require("encoder", "mllm")
         processor = self._processor()
-        temperature = check_number("temperature", temperature, 0)
-        top_p = check_number("top_p", top_p, 0, 1)
+        temperature = sampling.check_number("temperature", temperature, 0)
+        top_p = sampling.check_number("top_p", top_p, 0, 1)
         if top_p == 0:
             raise UniLIPError(f"top_p is {top_p}; it must be greater than 0 and at most 1 (1 keeps every token).")
-        most = check_number("max_new_tokens", max_new_tokens, 1, whole=True)
-        max_tiles = check_number("max_tiles", max_tiles, 1, MOST_TILES, whole=True)
-        chosen, stream = check_generator(generator), check_flag("stream", stream)
+        most = sampling.check_number("max_new_tokens", max_new_tokens, 1, whole=True)
+        max_tiles = sampling.check_number("max_tiles", max_tiles, 1, MOST_TILES, whole=True)
+        chosen, stream = sampling.check_generator(generator), sampling.check_flag("stream", stream)
         if not isinstance(history, (list, tuple)):
             raise PromptError(f"The history is {history!r}; give a list of turns.")
         if isinstance(chosen, list):
@@ -790,14 +774,14 @@ class UniLIP(Network):
         texts: list[Prompt] = []
         for text, images in zip(questions, pictures, strict=True):
             turns = [_turn(turn, cut) for turn in history]
-            turns.append(Message("user", check_prompt(text, "question"), cut(images)))
+            turns.append(Message("user", sampling.check_prompt(text, "question"), cut(images)))
             texts.append(processor.chat_text(turns))
         processor.tokenize(texts)  # complains before anything is computed
         columns = sampling.answer(
             self, self.runtime, processor, texts, self.features(to_pixels(squares)) if squares else None,
             max_new_tokens=most, temperature=temperature, top_p=top_p, generator=chosen,
         )  # fmt: skip
-        answers = [TextStream(processor, most) for _ in texts]
+        answers = [sampling.TextStream(processor, most) for _ in texts]
         if stream:
             return self._stream(columns, answers[0])
         for column in columns:
@@ -806,7 +790,7 @@ class UniLIP(Network):
                 answer.take(token)
         return answers[0].text if single else [answer.text for answer in answers]
 
-    def _stream(self, columns: Generator[list[int], None, None], answer: TextStream) -> Iterator[str]:
+    def _stream(self, columns: Generator[list[int], None, None], answer: sampling.TextStream) -> Iterator[str]:
         with contextlib.closing(columns):
             for column in columns:
                 sampling.check_ids(self, column)
@@ -834,7 +818,7 @@ class UniLIP(Network):
         count = features.shape[1]
         if height is None and math.isqrt(count) ** 2 != count:
             raise UniLIPError(f"{count} features make no square picture; give `height` to to_latent.")
-        if height is not None and count % check_number("height", height, 1, max(1, count), whole=True):
+        if height is not None and count % sampling.check_number("height", height, 1, max(1, count), whole=True):
             raise UniLIPError(f"height is {height}; it must divide the {count} features of a picture.")
 
     def _check_latent(self, latent: Any) -> None:
@@ -863,18 +847,18 @@ class UniLIP(Network):
         channels = self.config.dit.latent_channels
         wanted = [(channels, shapes.rows(size), size[0] // TOKEN_PIXELS) for size in sizes]
         if given is None:
-            return draw_noises(wanted, generator)
+            return sampling.draw_noises(wanted, generator)
         if tuple(given.shape) != (expected := (len(wanted), *wanted[0])):
             raise UniLIPError(f"latents are {list(given.shape)}; noise for these pictures is {list(expected)}.")
         return list(given.float())
 
     def _settings(self, preset: str, steps: int | None, guidance: float | None, solver: str | None) -> Settings:
         if steps is not None:
-            steps = check_number("num_inference_steps", steps, 1, 1000, whole=True)
+            steps = sampling.check_number("num_inference_steps", steps, 1, 1000, whole=True)
         if solver is not None:
             check_choice("solver", solver, SOLVERS)
         if guidance is not None:
-            guidance = check_number("guidance_scale", guidance, 0)
+            guidance = sampling.check_number("guidance_scale", guidance, 0)
         given = {"num_inference_steps": steps, "guidance_scale": guidance, "solver": solver}
         return Settings.of(self.config, preset, **given)
 
@@ -1014,7 +998,7 @@ def _shape(values: Any) -> str:
 
 def _check_output(output_type: str, keep_aspect: bool = False) -> None:
     check_choice("output type", output_type, OUTPUT_TYPES)
-    if check_flag("keep_aspect", keep_aspect) and output_type != "pil":
+    if sampling.check_flag("keep_aspect", keep_aspect) and output_type != "pil":
         raise UniLIPError(f'keep_aspect needs output_type "pil", not {output_type!r}.')
 
 
@@ -1023,7 +1007,7 @@ def _negatives(given: Any, count: int, settings: Settings) -> list[str | None]:
     several = list(given) if isinstance(given, (list, tuple)) else [given] * count
     if len(several) != count:
         raise PromptError(f"{len(several)} negative prompts were given for {count} prompts; give one, or as many.")
-    return [check_negative(prompt, settings) for prompt in several]
+    return [sampling.check_negative(prompt, settings) for prompt in several]
 
 
 def _noise(latents: Any) -> Tensor | None:
@@ -1033,10 +1017,10 @@ def _noise(latents: Any) -> Tensor | None:
     raise UniLIPError(f"latents is {_shape(latents)}; give a tensor of floating-point numbers, none infinite or NaN.")
 
 
-def check_progress(value: Any) -> Progress:
+def check_progress(value: Any) -> sampling.Progress:
     """Take whether to show a bar, or tqdm's arguments for it."""
     if not isinstance(value, Mapping):
-        return check_flag("progress", value)
+        return sampling.check_flag("progress", value)
     known = inspect.signature(tqdm.__init__).parameters
     for name in value:
         check_choice("argument of a progress bar", name, [n for n in known if n not in ("self", "total", "kwargs")])
@@ -1047,4 +1031,4 @@ def _turn(turn: Any, cut: Callable[[Any], tuple[int, ...]]) -> Message:
     """Read an earlier turn of a conversation; `cut` takes its pictures and counts the squares of each."""
     if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
         raise PromptError('A turn of the history must be {"role": ..., "content": text}, with "images" if it has any.')
-    return Message(turn["role"], check_prompt(turn["content"], "message"), cut(turn.get("images")))
+    return Message(turn["role"], sampling.check_prompt(turn["content"], "message"), cut(turn.get("images")))

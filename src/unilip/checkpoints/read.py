@@ -19,20 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from unilip.checkpoints import tables
 from unilip.checkpoints.hub import BESIDE, FILE_SUFFIXES, INDEX, STEMS, SUFFIXES, Fetch, Source, reason, resolve
 from unilip.checkpoints.infer import check_sizes, expected_shapes, infer_config
-from unilip.checkpoints.tables import (
-    EMBEDDING,
-    HEAD,
-    KINDS,
-    POINTWISE,
-    UNDERSTOOD,
-    Origin,
-    Shape,
-    check_shapes,
-    listed,
-    map_names,
-)
 from unilip.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from unilip.errors import CheckpointError, ConfigError
 from unilip.fast.products import computes, shape_of
@@ -81,7 +70,7 @@ class SafeFile:
             entries = json.loads(file.read(size))
             self._stamp = _stamp(file)
         entries.pop("__metadata__", None)
-        self.shapes: dict[str, Shape] = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        self.shapes: dict[str, tables.Shape] = {name: tuple(entry["shape"]) for name, entry in entries.items()}
         self.dtypes = {name: DTYPES.get(entry["dtype"]) for name, entry in entries.items()}
         self._places = {name: [8 + size + n for n in entry["data_offsets"]] for name, entry in entries.items()}
 
@@ -111,7 +100,7 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path, self.metadata = path, dict[str, str]()
         self._state = _load_pickle(path)
-        self.shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
+        self.shapes: dict[str, tables.Shape] = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
         self.dtypes: dict[str, torch.dtype | None] = {name: tensor.dtype for name, tensor in self._state.items()}
 
     def read(self, name: str, part: int, parts: int) -> Tensor:
@@ -158,7 +147,7 @@ class Weights:
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
         self.metadata: dict[str, str] = {}
-        self.shapes: dict[str, Shape] = {}
+        self.shapes: dict[str, tables.Shape] = {}
         self._where: dict[str, SafeFile | TorchFile] = {}
         for path in files:
             opened = _open_file(path)
@@ -167,7 +156,7 @@ class Weights:
             self._where |= dict.fromkeys(opened.shapes, opened)
         if not self.shapes:
             raise CheckpointError(
-                f"{listed([str(path) for path in files]) or 'Its index'} names no tensor; save again."
+                f"{tables.listed([str(path) for path in files]) or 'Its index'} names no tensor; save again."
             )
         self.quantized: dict[str, FewBits] = {}
         self.quantized = few_bits(self.metadata, self._meta, str(self.files[0].parent))
@@ -195,7 +184,7 @@ class Weights:
             raise CheckpointError(f"{self.file_of(name)} holds {name} in a type that is not known; convert it to BF16.")
         return found
 
-    def few(self, origin: Origin, dtype: torch.dtype | None, damaged: str) -> Tensor:
+    def few(self, origin: tables.Origin, dtype: torch.dtype | None, damaged: str) -> Tensor:
         """Read a quantised tensor, which computes in `dtype`, or in the type that it was saved with."""
         few = self.quantized[origin.name]
         if origin.parts != 1:
@@ -207,7 +196,7 @@ class Weights:
             check_weights(piece, few.pieces[key], damaged)
         return few.tensor(pieces, dtype)
 
-    def read(self, origin: Origin) -> Tensor:
+    def read(self, origin: tables.Origin) -> Tensor:
         """Read a tensor, or one part of a stacked one, into memory of its own."""
         name, parts = origin.name, origin.parts
         rows = (self.shapes[name] or (1,))[0]
@@ -304,7 +293,7 @@ class Checkpoint:
         self.path, self.kind, self.weights = path, kind, weights
         about_tensors = {"format", "tensor_names", *weights.shapes}
         self.metadata = {k: v for k, v in weights.metadata.items() if k not in about_tensors}
-        self._origins, self.dropped = map_names(kind, weights.shapes)
+        self._origins, self.dropped = tables.map_names(kind, weights.shapes)
         self._data = data
         self.notes: list[str] = []
         self._untie()
@@ -318,15 +307,15 @@ class Checkpoint:
             beside = {name: read_json(folder / name) for name in BESIDE if (folder / name).is_file()}
             self.config = infer_config(kind, data, shapes, beside, path.stem if path.is_file() else path.name)
         held = {name.split(".")[0] for name in shapes}
-        allowed = KINDS[kind].parts
+        allowed = tables.KINDS[kind].parts
         self.parts = tuple(p for p in allowed if p in held) if kind == "unilip" else allowed
         try:
             check_sizes(self.config, self.parts, len(shapes))
             expected = expected_shapes(self.config, self.parts)
         except (CheckpointError, RuntimeError, TypeError, ValueError, ArithmeticError, MemoryError) as error:
             raise CheckpointError(f"{path} does not fit its config: {reason(error)}") from error
-        self.absent = tuple(name for name in KINDS[kind].absent if name in expected and name not in shapes)
-        check_shapes(shapes, expected, str(path), self.absent)
+        self.absent = tuple(name for name in tables.KINDS[kind].absent if name in expected and name not in shapes)
+        tables.check_shapes(shapes, expected, str(path), self.absent)
         self.tokenizer_path = folder if _has_tokenizer(folder) else None
 
     @cached_property
@@ -345,10 +334,17 @@ class Checkpoint:
         """Drop a stored language head that the config calls tied, if it really equals the embedding."""
         data, text = self._data, self._data.get("text_config")
         said = data.get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings"))
-        if data.get("format") == FORMAT or not said or HEAD not in self._origins or EMBEDDING not in self._origins:
+        if (
+            data.get("format") == FORMAT
+            or not said
+            or tables.HEAD not in self._origins
+            or tables.EMBEDDING not in self._origins
+        ):
             return
-        if self.shape(HEAD) == self.shape(EMBEDDING) and torch.equal(self.tensor(HEAD), self.tensor(EMBEDDING)):
-            self.dropped[self._origins.pop(HEAD).name] = "tied: the same numbers as the token embedding"
+        if self.shape(tables.HEAD) == self.shape(tables.EMBEDDING) and torch.equal(
+            self.tensor(tables.HEAD), self.tensor(tables.EMBEDDING)
+        ):
+            self.dropped[self._origins.pop(tables.HEAD).name] = "tied: the same numbers as the token embedding"
         else:
             self.notes.append("The language head is called tied, but differs from the embedding: both are used.")
 
@@ -362,11 +358,11 @@ class Checkpoint:
         """Our names of the tensors that it holds."""
         return tuple(self._origins)
 
-    def shape(self, name: str) -> Shape:
+    def shape(self, name: str) -> tables.Shape:
         """Shape of a tensor of ours, without reading it."""
         origin = self._origins[name]
         shape = self.weights.shapes[origin.name]
-        if POINTWISE.fullmatch(name) and shape[2:] == (1, 1):
+        if tables.POINTWISE.fullmatch(name) and shape[2:] == (1, 1):
             return shape[:2]
         return shape if origin.parts == 1 else (shape[0] // origin.parts, *shape[1:])
 
@@ -385,7 +381,7 @@ class Checkpoint:
             return self.weights.few(origin, dtype, damaged)
         tensor = self.weights.read(origin)
         check_weights(tensor, origin.name, damaged)
-        return tensor.flatten(1) if POINTWISE.fullmatch(name) else tensor
+        return tensor.flatten(1) if tables.POINTWISE.fullmatch(name) else tensor
 
     def require_plain(self, why: str) -> None:
         """Raise the error of quantised weights where plain ones are needed."""
@@ -432,7 +428,7 @@ def open_checkpoint(source: Source = None, **fetching: Any) -> Checkpoint:
     if not config.is_file():
         files = sorted(p.name for p in path.glob("*.pth"))
         hint = f" It holds {files[0]}: give that file." if files else ""
-        raise CheckpointError(f"{path} has no config.json, so it is none of these: {UNDERSTOOD}.{hint}")
+        raise CheckpointError(f"{path} has no config.json, so it is none of these: {tables.UNDERSTOOD}.{hint}")
     data = read_json(config)
     _kind(path, data, ())  # a folder of another kind is named as such, even when its weights have other names too
     weights = _find_weights(path, fetch.variant)
@@ -470,7 +466,7 @@ def _kind(path: Path, data: Mapping[str, Any], names: Iterable[str]) -> str:
         return "tokenizer"
     if not data:
         raise CheckpointError(
-            f"{path} alone does not tell what it is; give its folder, with config.json. Known are: {UNDERSTOOD}."
+            f"{path} alone does not tell what it is; give its folder, with config.json. Known are: {tables.UNDERSTOOD}."
         )
     model_type, class_name = data.get("model_type"), data.get("_class_name")
     if data.get("format") == FORMAT:
@@ -484,7 +480,7 @@ def _kind(path: Path, data: Mapping[str, Any], names: Iterable[str]) -> str:
     if model_type == "internvl_chat":
         raise CheckpointError(f"{path} is InternVL3 in its original format; use the repository whose name ends in -hf.")
     what = model_type or class_name or data.get("format") or "nothing known"
-    raise CheckpointError(f"{path} is a checkpoint of {what!r}. Understood are: {UNDERSTOOD}.")
+    raise CheckpointError(f"{path} is a checkpoint of {what!r}. Understood are: {tables.UNDERSTOOD}.")
 
 
 # --- loading --------------------------------------------------------------------------------------------------------
@@ -535,12 +531,12 @@ def load_into(
         )
     modules = {part: model.get_submodule(part) for part in wanted}
     tied = "mllm" in modules and checkpoint.config.text.tie_embeddings
-    left = {*leave, *((HEAD,) if checkpoint.config.text.tie_embeddings else ())}
+    left = {*leave, *((tables.HEAD,) if checkpoint.config.text.tie_embeddings else ())}
     expected = {f"{part}.{n}": tuple(t.shape) for part, m in modules.items() for n, t in m.state_dict().items()}
     expected = {name: shape for name, shape in expected.items() if name not in left}
     inside = tuple(f"{part}." for part in modules)
     found = {n: checkpoint.shape(n) for n in checkpoint.names if n.startswith(inside) and n not in leave}
-    check_shapes(found, expected, str(checkpoint.path), checkpoint.absent)
+    tables.check_shapes(found, expected, str(checkpoint.path), checkpoint.absent)
 
     quantized, shape = checkpoint.quantized, shape_of(checkpoint.config)
 
@@ -570,7 +566,7 @@ def load_into(
     return tuple(name for name in expected if name not in found)
 
 
-def fresh_tensor(shape: Shape, dtype: torch.dtype) -> Tensor:
+def fresh_tensor(shape: tables.Shape, dtype: torch.dtype) -> Tensor:
     """Draw the start of a tensor that a kind of checkpoint never holds; always the same numbers, spread 0.02."""
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     return (drawn * 0.02).to(dtype)

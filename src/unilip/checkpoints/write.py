@@ -21,19 +21,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from unilip.checkpoints import read
 from unilip.checkpoints.foreign import authors_configs, diffusers_files, internvl_files
 from unilip.checkpoints.hub import BESIDE, CARD, INDEX, Source, model_card, previous_of, push_to_hub
 from unilip.checkpoints.infer import expected_shapes
-from unilip.checkpoints.read import (
-    Checkpoint,
-    DType,
-    cast,
-    check_weights,
-    fresh_tensor,
-    open_checkpoint,
-    parse_dtype,
-    read_json,
-)
 from unilip.checkpoints.tables import HEAD, PARTS, POINTWISE, QUERIES, Shape, check_shapes, unmap_names
 from unilip.checkpoints.tokenizer import TOKENIZER_FILES, Tokenizer
 from unilip.errors import CheckpointError
@@ -55,7 +46,7 @@ def save(
     *,
     max_shard_size: str | int = "5GB",
     tokenizer: Any = None,
-    dtype: DType = None,
+    dtype: read.DType = None,
     metadata: Mapping[str, str] | None = None,
     to: str = "unilip",
 ) -> Path:
@@ -83,9 +74,9 @@ def save(
     return _write_folder(folder, items, files, max_shard_size, tokenizer, dtype, {**(metadata or {}), **about}, to)
 
 
-def _own_files(config: UniLIPConfig, items: Sequence[Item], dtype: DType, to: str) -> Files:
+def _own_files(config: UniLIPConfig, items: Sequence[Item], dtype: read.DType, to: str) -> Files:
     held = {name.split(".")[0] for name, *_ in items}
-    stored = items[0][2] if dtype is None else parse_dtype(dtype) or items[0][2]
+    stored = items[0][2] if dtype is None else read.parse_dtype(dtype) or items[0][2]
     card = model_card(config, [part for part in PARTS if part in held], str(stored).removeprefix("torch."), to)
     return {CARD: card, **(diffusers_files(config) if to == "diffusers" else {"config.json": config.to_dict()})}
 
@@ -96,7 +87,7 @@ def _write_folder(
     files: Files,
     max_shard_size: str | int,
     tokenizer: Any,
-    dtype: DType,
+    dtype: read.DType,
     metadata: Mapping[str, str] | None,
     to: str,
 ) -> Path:
@@ -110,7 +101,7 @@ def _write_folder(
                 f"There is no {', '.join(lacking)}, which a pipeline needs to draw; load a whole model."
             )
     with _replacing(folder) as new:
-        stored = None if dtype is None else parse_dtype(dtype)
+        stored = None if dtype is None else read.parse_dtype(dtype)
         weights, words = (new / name if to == "diffusers" else new for name in ("model", "tokenizer"))
         weights.mkdir(exist_ok=True)
         words.mkdir(exist_ok=True)
@@ -168,7 +159,9 @@ def _write_shard(
     remedy = "Nothing was saved, for it could not be loaded"
     save_file(
         {
-            name: cast(check_weights(get().detach(), name, remedy).to("cpu", copy=True), dtype, name).contiguous()
+            name: read.cast(
+                read.check_weights(get().detach(), name, remedy).to("cpu", copy=True), dtype, name
+            ).contiguous()
             for name, (get, dtype) in sources.items()
         },
         path,
@@ -222,7 +215,7 @@ def _check_destination(folder: Path) -> None:
     if not any(folder.iterdir()):
         return
     config = folder / "model" / "config.json" if (folder / INDEX).is_file() else folder / "config.json"
-    data = read_json(config) if config.is_file() else {}
+    data = read.read_json(config) if config.is_file() else {}
     if data.get("format") != FORMAT and data.get("model_type") != "unilip_internvl":
         raise CheckpointError(f"{folder} holds something that is not a UniLIP checkpoint; give a new folder.")
 
@@ -242,7 +235,7 @@ def _link(old: Path, new: Path) -> None:
         one(str(old), str(new))
 
 
-def push_model(model: Any, repo_id: str, *, dtype: DType = None, **options: Any) -> str:
+def push_model(model: Any, repo_id: str, *, dtype: read.DType = None, **options: Any) -> str:
     """Save a model or pipeline to a temporary folder and upload it; `options` are those of `push_to_hub`."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
@@ -258,7 +251,7 @@ def convert(
     destination: str | os.PathLike[str],
     to: str = "unilip",
     *,
-    dtype: DType = None,
+    dtype: read.DType = None,
     max_shard_size: str | int = "5GB",
 ) -> Path:
     """Rewrite any checkpoint in our format, the authors', as a pipeline of diffusers, or as InternVL of transformers.
@@ -269,7 +262,7 @@ def convert(
     """
     if to not in FORMATS:
         raise CheckpointError(f"There is no format {to!r} to convert to; allowed: {', '.join(FORMATS)}.")
-    opened = open_checkpoint(source)
+    opened = read.open_checkpoint(source)
     opened.require_plain("only plain weights can be converted")
     metadata = dict(opened.metadata)
     if opened.image_token_id is not None:
@@ -281,7 +274,7 @@ def convert(
         expected = expected_shapes(opened.config, opened.parts)
         for name in opened.absent:
             shape, stored = expected[name], opened.dtype(opened.names[0])
-            items.append((name, shape, stored, partial(fresh_tensor, shape, stored)))
+            items.append((name, shape, stored, partial(read.fresh_tensor, shape, stored)))
         if opened.absent:
             metadata["created"] = ",".join(opened.absent)
         files = _own_files(opened.config, items, dtype, to)
@@ -297,13 +290,13 @@ def convert(
     return _write_folder(destination, items, files, max_shard_size, opened.tokenizer, dtype, metadata, to)
 
 
-def _require(opened: Checkpoint, parts: Sequence[str], why: str) -> None:
+def _require(opened: read.Checkpoint, parts: Sequence[str], why: str) -> None:
     lacking = [part for part in parts if part not in opened.parts]
     if lacking:
         raise CheckpointError(f"{opened.path} has no {', '.join(lacking)}; {why}.")
 
 
-def _renamed(opened: Checkpoint, kind: str, names: Sequence[str]) -> list[Item]:
+def _renamed(opened: read.Checkpoint, kind: str, names: Sequence[str]) -> list[Item]:
     """Give tensors of ours under their names, stacked where theirs are."""
     items: list[Item] = []
     for theirs, group in unmap_names(kind, names).items():
@@ -313,7 +306,7 @@ def _renamed(opened: Checkpoint, kind: str, names: Sequence[str]) -> list[Item]:
     return items
 
 
-def _stack(opened: Checkpoint, group: Sequence[str]) -> Tensor:
+def _stack(opened: read.Checkpoint, group: Sequence[str]) -> Tensor:
     tensors = [opened.tensor(name) for name in group]
     whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     return whole[..., None, None] if POINTWISE.fullmatch(group[0]) else whole

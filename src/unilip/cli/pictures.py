@@ -8,33 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unilip import __version__
+from unilip.cli import terminal
 from unilip.cli.options import Options
-from unilip.cli.terminal import (
-    Destination,
-    Report,
-    Request,
-    batches,
-    describe_model,
-    load,
-    plural,
-    requests,
-    sampling,
-    say,
-    seeded,
-    sides,
-    slug,
-)
 
 if TYPE_CHECKING:
     from unilip.model import ImageOutput, UniLIP
 
 
-Draw = Callable[[Sequence[Request], dict[str, Any]], "ImageOutput"]
+Draw = Callable[[Sequence[terminal.Request], dict[str, Any]], "ImageOutput"]
 
 
-def paint(o: Options, report: Report, model: UniLIP, work: Sequence[Request], out: Destination, draw: Draw) -> int:
+def paint(
+    o: Options,
+    report: terminal.Report,
+    model: UniLIP,
+    work: Sequence[terminal.Request],
+    out: terminal.Destination,
+    draw: Draw,
+) -> int:
     """Draw the pictures of all requests in batches, write each as soon as it is there, and report."""
-    settings, about = sampling(o, model), describe_model(o, model)
+    settings, about = terminal.sampling(o, model), terminal.describe_model(o, model)
     report.record |= {**about, "settings": settings}
     report.loaded()
     tell_unread(report, model, work)
@@ -45,26 +38,26 @@ def paint(o: Options, report: Report, model: UniLIP, work: Sequence[Request], ou
             named = {"prompt": request.text, "seed": request.seed} | ({"image": request.image} if request.image else {})
             if output.plans:
                 named["plan"] = output.plans[i]
-                say(f"planned: {output.plans[i]}")
+                terminal.say(f"planned: {output.plans[i]}")
             texts = {"Software": f"unilip {__version__}", "model": about["model"], **named, **settings}
             source = [Path(request.image).stem] if request.image else []
             kept = {key: str(value) for key, value in texts.items() if value is not None} if o.metadata else {}
-            path = out.write(image, out.name(*source, slug(request.text), str(request.seed)), kept)
+            path = out.write(image, out.name(*source, terminal.slug(request.text), str(request.seed)), kept)
             made.append({"path": str(path), **named})
             report.line(str(path))
     steps = settings["num_inference_steps"]
-    report.end(f"{plural(len(made), 'picture')} of {plural(steps, 'step')}", images=made)
+    report.end(f"{terminal.plural(len(made), 'picture')} of {terminal.plural(steps, 'step')}", images=made)
     return 0
 
 
-def tell_unread(report: Report, model: UniLIP, work: Sequence[Request]) -> None:
+def tell_unread(report: terminal.Report, model: UniLIP, work: Sequence[terminal.Request]) -> None:
     """Say which words a model of a small world never read: it takes them for others."""
     tokenizer = model.processor.tokenizer if model.processor else None
     find = getattr(tokenizer, "unread", None)
     words = list(dict.fromkeys(word for r in work for word in find(r.text))) if find else []
     if words:
         report.record["unread"] = words
-        say(f"never read in training: {', '.join(words[:10])}{' ...' if len(words) > 10 else ''}")
+        terminal.say(f"never read in training: {', '.join(words[:10])}{' ...' if len(words) > 10 else ''}")
 
 
 def shown(o: Options, work: Sequence[Any], unit: str = "picture") -> Iterator[Sequence[Any]]:
@@ -73,7 +66,7 @@ def shown(o: Options, work: Sequence[Any], unit: str = "picture") -> Iterator[Se
 
     one = len(work) <= o.batch_size
     with tqdm(total=len(work), unit=unit, leave=False, disable=None if o.progress and not one else True) as bar:
-        for batch in batches(work, o.batch_size):
+        for batch in terminal.batches(work, o.batch_size):
             yield batch
             bar.update(len(batch))
 
@@ -83,14 +76,14 @@ def bar_of_steps(o: Options, work: Sequence[Any]) -> bool:
     return o.progress and len(work) <= o.batch_size
 
 
-def each_image(o: Options, found: Sequence[Request]) -> list[Request]:
+def each_image(o: Options, found: Sequence[terminal.Request]) -> list[terminal.Request]:
     """Repeat every request --num-images times, with seeds that count up."""
-    return [Request(r.text, r.image, r.seed + i) for r in found for i in range(o.num_images)]
+    return [terminal.Request(r.text, r.image, r.seed + i) for r in found for i in range(o.num_images)]
 
 
 def check_drawing(o: Options) -> None:
     """Complain about a negative prompt, or about two sizes, before the model is loaded."""
-    sides(o)
+    terminal.sides(o)
     if o.negative_prompt is not None:
         from unilip.sampling import check_prompt
 
@@ -99,15 +92,15 @@ def check_drawing(o: Options) -> None:
 
 def generate(o: Options) -> int:
     """Draw pictures from words."""
-    report = Report(o, "generate")
-    work = each_image(o, requests(o, "prompt", "never"))
+    report = terminal.Report(o, "generate")
+    work = each_image(o, terminal.requests(o, "prompt", "never"))
     check_drawing(o)
-    out = Destination(o.output, o.force, len(work))
-    model = load(o, *(["encoder"] if o.best_of > 1 else []), "mllm", "connector", "dit", "pixel_decoder")
+    out = terminal.Destination(o.output, o.force, len(work))
+    model = terminal.load(o, *(["encoder"] if o.best_of > 1 else []), "mllm", "connector", "dit", "pixel_decoder")
 
-    def draw(batch: Sequence[Request], settings: dict[str, Any]) -> ImageOutput:
+    def draw(batch: Sequence[terminal.Request], settings: dict[str, Any]) -> ImageOutput:
         return model.generate(
-            [r.text for r in batch], generator=[seeded(r.seed) for r in batch], progress=bar_of_steps(o, work),
+            [r.text for r in batch], generator=[terminal.seeded(r.seed) for r in batch], progress=bar_of_steps(o, work),
             plan={"yes": True, "no": False}.get(o.plan, "auto"), **settings,
         )  # fmt: skip
 
@@ -116,16 +109,16 @@ def generate(o: Options) -> int:
 
 def edit(o: Options) -> int:
     """Change pictures as told."""
-    report = Report(o, "edit")
-    work = each_image(o, requests(o, "instruction", "always"))
+    report = terminal.Report(o, "edit")
+    work = each_image(o, terminal.requests(o, "instruction", "always"))
     check_drawing(o)
-    out = Destination(o.output, o.force, len(work))
-    model = load(o, "encoder", "mllm", "connector", "dit", "pixel_decoder")
+    out = terminal.Destination(o.output, o.force, len(work))
+    model = terminal.load(o, "encoder", "mllm", "connector", "dit", "pixel_decoder")
 
-    def draw(batch: Sequence[Request], settings: dict[str, Any]) -> ImageOutput:
+    def draw(batch: Sequence[terminal.Request], settings: dict[str, Any]) -> ImageOutput:
         sources = [r.image or "" for r in batch]
         return model.edit(
-            sources, [r.text for r in batch], generator=[seeded(r.seed) for r in batch],
+            sources, [r.text for r in batch], generator=[terminal.seeded(r.seed) for r in batch],
             progress=bar_of_steps(o, work),
             fit=o.fit, keep_aspect=o.keep_aspect, **settings,
         )  # fmt: skip
@@ -135,17 +128,17 @@ def edit(o: Options) -> int:
 
 def reconstruct(o: Options) -> int:
     """Encode pictures and draw them again from their features."""
-    report = Report(o, "reconstruct")
+    report = terminal.Report(o, "reconstruct")
     from unilip.pictures import fit_picture, load_image, unfit_square
 
     for word in o.words:
         load_image(word)
-    size = sides(o)
-    out = Destination(o.output, o.force, len(o.words))
-    model = load(o, "encoder", "latent_head", "pixel_decoder")
+    size = terminal.sides(o)
+    out = terminal.Destination(o.output, o.force, len(o.words))
+    model = terminal.load(o, "encoder", "latent_head", "pixel_decoder")
     from unilip.pictures import picture_psnr
 
-    about = describe_model(o, model)
+    about = terminal.describe_model(o, model)
     report.record |= {**about, "settings": {**size, "fit": o.fit, "keep_aspect": o.keep_aspect}}
     report.loaded()
     made = []
@@ -164,28 +157,28 @@ def reconstruct(o: Options) -> int:
     finite = [entry["psnr"] for entry in made if not entry["equal"]]
     mean = sum(finite) / len(finite) if finite else math.inf
     equal = f", and {len(made) - len(finite)} equal to the source, not in the mean" if len(finite) < len(made) else ""
-    report.end(f"{plural(len(made), 'picture')}, PSNR {mean:.2f} dB{equal}", images=made)
+    report.end(f"{terminal.plural(len(made), 'picture')}, PSNR {mean:.2f} dB{equal}", images=made)
     return 0
 
 
 def ask(o: Options) -> int:
     """Answer questions about pictures, or without any."""
-    report = Report(o, "ask")
-    found = requests(o, "question", "maybe")
-    groups: list[tuple[list[str], Request]] = [([r.image] if r.image else [], r) for r in found]
+    report = terminal.Report(o, "ask")
+    found = terminal.requests(o, "question", "maybe")
+    groups: list[tuple[list[str], terminal.Request]] = [([r.image] if r.image else [], r) for r in found]
     if o.together:
         seen: dict[str, list[str]] = {}
         for request in found:
             seen.setdefault(request.text, []).extend([request.image] if request.image else [])
-        groups = [(images, Request(text, None, o.seed)) for text, images in seen.items()]
-    model = load(o, "encoder", "mllm")
+        groups = [(images, terminal.Request(text, None, o.seed)) for text, images in seen.items()]
+    model = terminal.load(o, "encoder", "mllm")
     choices = {name: getattr(o, name) for name in ("max_new_tokens", "temperature", "top_p", "max_tiles")}
-    report.record |= {**describe_model(o, model), "settings": choices}
+    report.record |= {**terminal.describe_model(o, model), "settings": choices}
     report.loaded()
     tell_unread(report, model, found)
     if len(groups) == 1 and not o.json:
         images, request = groups[0]
-        for piece in model.ask(images, request.text, generator=seeded(request.seed), stream=True, **choices):
+        for piece in model.ask(images, request.text, generator=terminal.seeded(request.seed), stream=True, **choices):
             print(piece, end="", flush=True)
         print()
         return 0
@@ -194,7 +187,7 @@ def ask(o: Options) -> int:
         o.batch_size = 1  # one generator serves one question
     for batch in shown(o, groups, "question"):
         pictures, texts = [images for images, _ in batch], [request.text for _, request in batch]
-        generator = seeded(batch[0][1].seed)
+        generator = terminal.seeded(batch[0][1].seed)
         for (images, request), answer in zip(
             batch, model.ask(pictures, texts, generator=generator, **choices), strict=True
         ):  # fmt: skip

@@ -36,7 +36,7 @@ from unilip.method.config import UniLIPConfig
 from unilip.model import UniLIP
 from unilip.pictures import normalise, to_images
 from unilip.recipes.record import CHECK, Optim, Recipe, changed_settings, plain
-from unilip.train import processes
+from unilip.train import parallel, processes
 from unilip.train.adapters import save_adapter
 from unilip.train.batches import Batches, iterate, to_device
 from unilip.train.build import (
@@ -48,16 +48,6 @@ from unilip.train.build import (
     trained_parameters,
 )
 from unilip.train.objectives import Objective, to_unit
-from unilip.train.parallel import (
-    Whole,
-    accumulating,
-    average_gradients,
-    average_scalars,
-    clip,
-    sharded,
-    share,
-    whole_tensor,
-)
 from unilip.train.state import EMA, DamagedCheckpoint, State, set_aside, wholes
 
 logger = logging.getLogger(__name__)
@@ -267,7 +257,7 @@ class Loop:
         if recipe.weights_dtype == "bfloat16":
             cast_trained(recipe, model, torch.bfloat16)
         frozen = frozen_signature(model)
-        self.whole = share(Whole(model, objective.heads), recipe)
+        self.whole = parallel.share(parallel.Whole(model, objective.heads), recipe)
         named = trained_parameters(recipe, model)
         heads = [(p, 1.0) for p in objective.heads.parameters()]
         optimizers = [make_optimizer(recipe.optim, [*named.values(), *heads])]
@@ -402,7 +392,7 @@ class Loop:
                 plain = cpu_attention(self.recipe, self.model.device)
                 with self.state.ema.acting(), torch.no_grad(), self.mixed, plain:
                     batch |= self.whole(self.objective.ahead, batch, self.step)
-            with accumulating(self.whole, last=number + 1 == self.own_batches):
+            with parallel.accumulating(self.whole, last=number + 1 == self.own_batches):
                 with self.mixed, cpu_attention(self.recipe, self.model.device):
                     loss, terms = self.whole(self.objective.loss, batch, self.step)
                 (loss / self.own_batches).backward()
@@ -413,13 +403,13 @@ class Loop:
             for name, value in {"loss": loss, **terms}.items():
                 found.setdefault(name, []).append(value.detach())
         if adversary is not None:
-            average_gradients(adversary)
-        if sharded(self.whole):
-            average_scalars(self.whole)
+            parallel.average_gradients(adversary)
+        if parallel.sharded(self.whole):
+            parallel.average_scalars(self.whole)
         norms = []
         for optimizer in self.state.optimizers:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norms.append(clip(parameters, recipe.optim.grad_clip))
+            norms.append(parallel.clip(parameters, recipe.optim.grad_clip))
         means = {name: torch.stack(values).mean() for name, values in found.items()}
         if processes.world() > 1:
             together = processes.mean_(torch.stack([value.float() for value in means.values()]))
@@ -498,7 +488,7 @@ class Loop:
 
     def show(self) -> None:
         """Write picture grids of a fixed batch, drawn with the averaged weights."""
-        if not (processes.first() or sharded(self.whole)):
+        if not (processes.first() or parallel.sharded(self.whole)):
             return
         with self.averaged():
             pictures = self.together(self.objective.samples, to_device(self.batches[0], self.model.device))
@@ -530,7 +520,7 @@ class Loop:
     @torch.no_grad()
     def together(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function that uses the model outside of a step; where it is sharded all processes take part."""
-        return self.whole(function, *arguments) if sharded(self.whole) else function(*arguments)
+        return self.whole(function, *arguments) if parallel.sharded(self.whole) else function(*arguments)
 
     def finish(self) -> Path:
         """Write the result: averaged weights, latent statistics where asked for, and the recipe, as a model folder.
@@ -549,7 +539,7 @@ class Loop:
             shutil.rmtree(temporary, ignore_errors=True)
         if recipe.adapter.rank:
             save_adapter(model, temporary)
-        elif sharded(self.whole):
+        elif parallel.sharded(self.whole):
             model = gathered(model)
         if processes.first():
             if not recipe.adapter.rank:
@@ -579,7 +569,7 @@ def gathered(model: UniLIP) -> UniLIP:
         copy = UniLIP(model.config, model.processor, parts=model.parts)
     tensors = {}
     for name, tensor in model.state_dict().items():
-        one = whole_tensor(tensor)
+        one = parallel.whole_tensor(tensor)
         if processes.first():
             tensors[name] = one.cpu()
     if processes.first():

@@ -21,46 +21,17 @@ from torch import Tensor, nn
 from unilip.checkpoints.hub import resolve
 from unilip.errors import CheckpointError, ConfigError, install
 from unilip.fast.mllm import read_in_two_passes
+from unilip.method import flow
 from unilip.method.config import DECODER_PIXELS, TOKEN_PIXELS
 from unilip.method.dit import DiT
 from unilip.method.encoder import Encoder
-from unilip.method.flow import (
-    TRAIN_TIMESTEPS,
-    flow_loss,
-    interpolate,
-    logit_normal,
-    make_schedule,
-    sample,
-    train_levels,
-)
 from unilip.method.qwen2 import TextLayer
 from unilip.method.text import Tokens
 from unilip.model import UniLIP
 from unilip.pictures import normalise
 from unilip.recipes.record import FewSteps, Flow, Recipe, Reconstruct, Shrink, Understand
 from unilip.sampling import draw_noise
-from unilip.train.lessons import (
-    bind_heads,
-    bind_loss,
-    cell_heads,
-    cell_loss,
-    check_queries,
-    ground_loss,
-    local_heads,
-    local_loss,
-    look_loss,
-    repa_head,
-    slot_loss,
-    slot_words,
-    word_loss,
-)
-from unilip.train.losses import (
-    PatchDiscriminator,
-    contrastive_loss,
-    discriminator_loss,
-    lecam_penalty,
-    make_perceptual,
-)
+from unilip.train import lessons, losses
 
 Batch = dict[str, Any]
 Terms = dict[str, Tensor]
@@ -151,7 +122,7 @@ def contrast(model: UniLIP, heads: nn.ModuleDict, features: Tensor, batch: Batch
     """Contrastive loss between features (B,N,D) and the LLM's reading of their captions, and the share found."""
     image = F.normalize(heads["image"](pool(features)).float(), dim=-1)
     scale = heads.get_parameter("scale.log").clamp(max=4.6).exp()
-    return contrastive_loss(image, embed_texts(model, heads, batch["captions"]), batch["same"], scale)
+    return losses.contrastive_loss(image, embed_texts(model, heads, batch["captions"]), batch["same"], scale)
 
 
 def pool(features: Tensor) -> Tensor:
@@ -172,15 +143,15 @@ class UnderstandObjective(Objective):
             scale = first.pop("scale")
             self.heads = nn.ModuleDict({**first, "words": nn.Linear(2 * width, vocabulary), "scale": scale})
             if weights.local and recipe.lessons:
-                self.heads["local"] = local_heads(model.config)
+                self.heads["local"] = lessons.local_heads(model.config)
             if weights.bind and recipe.lessons:
-                self.heads["bind"] = bind_heads(width)
+                self.heads["bind"] = lessons.bind_heads(width)
             if weights.ground and recipe.lessons:
                 self.heads["ground"] = nn.Linear(width, model.config.num_image_tokens)
         self.words: dict[str, Tensor] = {}
         self.middle: list[Tensor] = []  # states halfway through the language model, while they are wanted
         if weights.ground and recipe.lessons and model.processor is not None:
-            self.words = slot_words(model.processor)
+            self.words = lessons.slot_words(model.processor)
             layers = model.mllm.language_model.model.layers
             layers[len(layers) // 2 - 1].register_forward_hook(lambda _, __, out: self.middle.append(out))
 
@@ -200,7 +171,7 @@ class UnderstandObjective(Objective):
             words = F.cross_entropy(self.heads["words"](pool(features)).float(), batch["words"])
             terms["words"], total = words, total + weights.words * words
         if weights.local and "cells" in batch:
-            local, found = local_loss(self.heads["local"], features, batch["cells"])
+            local, found = lessons.local_loss(self.heads["local"], features, batch["cells"])
             terms |= found | {"local": local}
             total = total + weights.local * local
         if weights.next_token:
@@ -208,14 +179,14 @@ class UnderstandObjective(Objective):
             answers, terms["token_accuracy"] = self.answer_loss(states, batch["labels"])
             terms["next_token"], total = answers, total + weights.next_token * answers
             if "grounds" in batch:
-                grounded, found = ground_loss(self.heads["ground"], states, batch["grounds"])
+                grounded, found = lessons.ground_loss(self.heads["ground"], states, batch["grounds"])
                 looked, seen = self.look(batch, self.middle.pop())
                 terms |= found | seen | {"grounding": grounded, "looking": looked}
                 total = total + weights.ground * (grounded + looked)
         if weights.bind and "lessons" in batch:
             tokens, mllm = batch["lessons"], self.model.mllm
             states = mllm(mllm.embed(tokens.input_ids), tokens.attention_mask)  # B T D
-            bound, found = bind_loss(self.heads["bind"], states, batch, tokens.input_ids.shape[1])
+            bound, found = lessons.bind_loss(self.heads["bind"], states, batch, tokens.input_ids.shape[1])
             terms |= found | {"bind": bound}
             total = total + weights.bind * bound
         self.middle.clear()
@@ -225,12 +196,12 @@ class UnderstandObjective(Objective):
         """What image tokens say, and where words look next, by states (B,T,D) halfway through the language model."""
         text, tokens = self.model.mllm.language_model.model, batch["conversations"]
         slots = text.norm(halfway[tokens.image_slots]).unflatten(0, batch["cells"].shape[:2])
-        said, terms = slot_loss(self.model.mllm.logits(slots), batch["cells"], self.words)
+        said, terms = lessons.slot_loss(self.model.mllm.logits(slots), batch["cells"], self.words)
         layer = cast(TextLayer, list(text.layers)[len(text.layers) // 2])
         words = batch["grounds"][batch["grounds"][:, 2:4].any(-1)]
         own = self.model.mllm.logits(text.norm(halfway[words[:, 0], words[:, 1]]))
-        named, more = word_loss(own, words, self.words)
-        looked, found = look_loss(layer, halfway, tokens, words, text.t)
+        named, more = lessons.word_loss(own, words, self.words)
+        looked, found = lessons.look_loss(layer, halfway, tokens, words, text.t)
         return said + named + looked, {**terms, **more, **found}
 
     def read(self, tokens: Tokens, features: Tensor) -> Tensor:
@@ -265,13 +236,13 @@ class ReconstructObjective(Objective):
                 self.heads = nn.ModuleDict(contrast_heads(model))
         self.perceptual: nn.Module | None = None
         if weights.perceptual:
-            self.perceptual = make_perceptual(weights.perceptual_source, self.teacher)
-        self.adversary: PatchDiscriminator | None = None
+            self.perceptual = losses.make_perceptual(weights.perceptual_source, self.teacher)
+        self.adversary: losses.PatchDiscriminator | None = None
         if weights.gan:
             self.adversary_start = weights.gan_start
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(recipe.seed)
-                self.adversary = PatchDiscriminator()
+                self.adversary = losses.PatchDiscriminator()
         self._pair: tuple[Tensor, Tensor] | None = None
 
     def reconstruct(self, normalised: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -317,8 +288,8 @@ class ReconstructObjective(Objective):
         if self._pair is None or self.adversary is None:
             return None
         real, fake = (self.adversary(x * 2 - 1).float() for x in self._pair)
-        hinge = discriminator_loss(real, fake)
-        penalty = lecam_penalty(real, fake, self.adversary.means.clone())
+        hinge = losses.discriminator_loss(real, fake)
+        penalty = losses.lecam_penalty(real, fake, self.adversary.means.clone())
         self.adversary.remember(real, fake)
         return hinge + self.weights.lecam * penalty, {"discriminator": hinge, "lecam": penalty}
 
@@ -338,7 +309,7 @@ class ShrinkObjective(ReconstructObjective):
         super().__init__(recipe, model, dataclasses.replace(weights, perceptual=0.0), {})
         self.weights, self.teacher = weights, encoder
         if weights.perceptual:
-            self.perceptual = make_perceptual(weights.perceptual_source, encoder)
+            self.perceptual = losses.make_perceptual(weights.perceptual_source, encoder)
         other = UniLIP.from_pretrained(sources["teacher"], parts=("pixel_decoder",))
         self.full = other.pixel_decoder
         self.full.eval().requires_grad_(False)
@@ -394,11 +365,11 @@ class FlowObjective(Objective):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)
             if settings.bind and recipe.lessons:
-                check_queries(model.config)
+                lessons.check_queries(model.config)
                 width = model.config.dit.caption_channels
-                self.heads["bind"], self.heads["cells"] = bind_heads(width), cell_heads(width)
+                self.heads["bind"], self.heads["cells"] = lessons.bind_heads(width), lessons.cell_heads(width)
             if settings.repa:
-                self.heads["repa"] = repa_head(model.config)
+                self.heads["repa"] = lessons.repa_head(model.config)
         self.repa_end = round(settings.repa_until * recipe.steps)
         self.middle: list[Tensor] = []  # states of the tokens a third through the transformer, while they are wanted
         if settings.repa:
@@ -463,12 +434,12 @@ class FlowObjective(Objective):
         clean = batch["latents"].float() if ready else self.clean_latents(batch["targets"], seen)  # B Z h w
         generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
         noise = draw_noise(len(clean), (k, *clean.shape[1:]), generators).flatten(0, 1).to(clean)  # BK Z h w
-        timesteps, sigmas = train_levels(torch.cat([logit_normal(k, g) for g in generators]))
+        timesteps, sigmas = flow.train_levels(torch.cat([flow.logit_normal(k, g) for g in generators]))
         clean = clean.repeat_interleave(k, 0)  # BK Z h w
-        noisy = interpolate(clean, noise, sigmas.to(clean))
+        noisy = flow.interpolate(clean, noise, sigmas.to(clean))
         self.middle.clear()
         velocity = model.dit(noisy, timesteps.to(clean.device), condition, mask)
-        loss = flow_loss(velocity, clean, noise)
+        loss = flow.flow_loss(velocity, clean, noise)
         terms["flow_edit" if "sources" in batch or "edits" in batch else "flow"] = loss
         if seen is not None:
             told = self.heads["repa"](self.middle.pop())  # BK N D
@@ -482,10 +453,10 @@ class FlowObjective(Objective):
         noise = torch.randn(heard.shape, generator=torch.Generator().manual_seed(batch["seeds"][0]))
         heard = heard + LESSON_NOISE * noise.to(heard)
         length = batch["prompts"].input_ids.shape[1]
-        bound, terms = bind_loss(self.heads["bind"], heard, batch, length)
+        bound, terms = lessons.bind_loss(self.heads["bind"], heard, batch, length)
         if "sources" in batch:
             del terms["bind_place"]  # instructions name no places of their own
-        known, found = cell_loss(self.heads["cells"], heard[:, length:], batch["cells"])
+        known, found = lessons.cell_loss(self.heads["cells"], heard[:, length:], batch["cells"])
         return bound + 4 * known, {**terms, **found, "lesson": bound + 4 * known}
 
     @torch.no_grad()
@@ -513,8 +484,8 @@ class FlowObjective(Objective):
 
     def drawn(self, noise: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
         """Latents (B,Z,h,w) of noise, in 20 steps of the published solver."""
-        dit, schedule = self.model.dit, make_schedule("dpm++", self.model.config.sampling.flow_shift, 20)
-        return sample(lambda x, t: dit(x, t.to(x.device).expand(len(x)), *condition).float(), noise, schedule)
+        dit, schedule = self.model.dit, flow.make_schedule("dpm++", self.model.config.sampling.flow_shift, 20)
+        return flow.sample(lambda x, t: dit(x, t.to(x.device).expand(len(x)), *condition).float(), noise, schedule)
 
     def pixels(self, latents: Tensor) -> Tensor:
         """Return pictures (B,3,H,W) in about [0,1] of latents (B,Z,h,w) of the kind that is learned."""
@@ -552,8 +523,8 @@ class FewStepsObjective(FlowObjective):
     def jump(self, dit: DiT, x: Tensor, s: Tensor, r: Tensor | None, condition: tuple[Tensor, Tensor]) -> Tensor:
         """F(x_s, s, r) of a transformer, or its velocity without r: (BK,Z,h,w), float32."""
         with torch.autocast(x.device.type, enabled=False):
-            there = None if r is None else r * TRAIN_TIMESTEPS
-            velocity: Tensor = dit(x, s * TRAIN_TIMESTEPS, condition[0].float(), condition[1], there)
+            there = None if r is None else r * flow.TRAIN_TIMESTEPS
+            velocity: Tensor = dit(x, s * flow.TRAIN_TIMESTEPS, condition[0].float(), condition[1], there)
             return velocity.float()
 
     @torch.no_grad()
@@ -577,7 +548,7 @@ class FewStepsObjective(FlowObjective):
                 found |= {"conditions": condition[0], "condition_mask": condition[1]}
         found["latents"] = batch["latents"].float() if "latents" in batch else self.clean_latents(batch["targets"])
         noise, s, r = self.levels(batch | found)
-        start = interpolate(found["latents"].repeat_interleave(settings.noises, 0), noise, s)
+        start = flow.interpolate(found["latents"].repeat_interleave(settings.noises, 0), noise, s)
         if len(blank[0]) == 1:
             blank = (blank[0].expand(len(condition[0]), -1, -1), blank[1].expand(len(condition[0]), -1))
         edits = "sources" in batch or "edits" in batch
