@@ -57,6 +57,8 @@ def some_are_unused(model: UniLIP, recipe: Recipe) -> bool:
     """Whether weights that train get no gradient in a step: the queries, for instance, while answers are learned."""
     used: tuple[str, ...] = ()
     if isinstance(recipe.objective, Flow):
+        if recipe.objective.lesson_steps or recipe.objective.repa:  # before the transformer, and after its likeness
+            return True
         used = ("mllm.queries", "connector.", "dit.")
     elif isinstance(recipe.objective, Reconstruct):
         used = ("encoder.", "latent_head.", "pixel_decoder.")
