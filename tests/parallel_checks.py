@@ -143,6 +143,7 @@ def compiled(runs: Path) -> None:
     together(2, run, runs / "selective", runs, [flow("parallel=fsdp", "selective_checkpointing=1")])
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
     together(2, run, runs / "fsdp", runs, [flow("parallel=fsdp", "compile=1", "gradient_checkpointing=1")])
+    together(2, run, runs / "ddp", runs, [flow("compile=1")])
 
 
 if __name__ == "__main__":

@@ -306,6 +306,8 @@ def _trains(module: nn.Module) -> bool:
 
 def compile_layers(model: UniLIP) -> None:
     """Compile each layer by itself, once for all layers of a kind; names of weights stay as they are."""
+    # A layer is too small to be split for DDP, and what does that has returned gradients that are no numbers.
+    torch._dynamo.config.optimize_ddp = False
     for name in ("encoder", "mllm", "connector", "dit"):
         if name in model.parts:
             for module in model.get_submodule(name).modules():
