@@ -11,8 +11,7 @@ from unilip.checkpoints.foreign import authors_configs
 from unilip.errors import CheckpointError, ConfigError
 from unilip.method.config import CONDITIONS, UniLIPConfig
 from unilip.model import UniLIP
-from unilip.recipes.ablations import ablations, nano, pico, tiny
-from unilip.recipes.catalog import get_recipe
+from unilip.recipes.catalog import TABLE, ablations, get_recipe
 from unilip.recipes.record import leaves, override, plain
 from unilip.sizes import preset
 from unilip.train.build import build, build_model, make_batches, parse_init, recipe_config
@@ -136,10 +135,10 @@ def test_lessons_need_the_dual_condition(fresh_model):
 # --- the recipes ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", [tiny(), pico(), nano()], ids=lambda base: base.size)
-def test_variants_differ_from_the_base_setting_in_what_they_say(base):
+@pytest.mark.parametrize("size", TABLE["ablation"]["sizes"])
+def test_variants_differ_from_the_base_setting_in_what_they_say(size):
     def changed(name, from_):
-        mine, other = plain(ALL[f"ablation/{base.size}/{name}"]), plain(ALL[f"ablation/{base.size}/{from_}"])
+        mine, other = plain(ALL[f"ablation/{size}/{name}"]), plain(ALL[f"ablation/{size}/{from_}"])
         names = {key for key in {*mine, *other} if mine.get(key) != other.get(key)}
         return names - {"name", "note", "measure_latents"}
 
@@ -153,7 +152,7 @@ def test_variants_differ_from_the_base_setting_in_what_they_say(base):
     assert changed("gen_unsubstituted", "gen_dual") == {"config"}
     assert changed("gen_separate", "gen_shared") == {"init", "objective.target"}
     for name in ALL:
-        if name.startswith(f"ablation/{base.size}/sweep_"):
+        if name.startswith(f"ablation/{size}/sweep_"):
             assert changed(name.split("/")[-1], "gen_dual") == {"config"}
 
 

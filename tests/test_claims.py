@@ -10,7 +10,7 @@ from unilip import cli
 from unilip.errors import UniLIPError
 from unilip.eval import claims
 from unilip.eval.claims import CLAIMS, Claim, Run, Statement, budget, check, conclude, difference, evaluate, score
-from unilip.recipes.ablations import ablations, nano, pico, tiny
+from unilip.recipes.catalog import TABLE, ablations
 from unilip.recipes.record import plain
 
 RECIPES = {recipe.name: recipe for recipe in ablations()}
@@ -120,13 +120,14 @@ def test_a_budget_has_the_first_stage_in_it():
 # --- what there is ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", [tiny(), pico(), nano()], ids=lambda base: base.size)
-def test_claims_and_recipes_name_the_same(base):
-    assert claims.ORIGINALS[base.size] == (base.encoder, base.llm)
-    names = {name.split("/")[-1] for name in RECIPES if name.startswith(f"ablation/{base.size}/")}
+@pytest.mark.parametrize("size", TABLE["ablation"]["sizes"])
+def test_claims_and_recipes_name_the_same(size):
+    original = TABLE["ablation"]["sizes"][size]["names"]
+    assert claims.ORIGINALS[size] == (original["encoder"], original["llm"])
+    names = {name.split("/")[-1] for name in RECIPES if name.startswith(f"ablation/{size}/")}
     assert set(claims.wanted()) <= names
-    swept = {name for name in names if name.startswith(claims.SWEPT)}
-    assert swept and all(any(n.startswith(f"{claims.SWEPT}{field}_") for field in claims.SWEEPS) for n in swept)
+    swept = {name for name in names if name.startswith("sweep_")}
+    assert swept and all(any(n.startswith(f"sweep_{field}_") for field in claims.SWEEPS) for n in swept)
     assert all(
         s.a in claim.variants and s.b in (*claim.variants, claims.ORIGINAL)
         for claim in CLAIMS

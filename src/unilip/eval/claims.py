@@ -55,7 +55,6 @@ MEASURES: dict[str, str] = TABLES["measures"]
 SHARES = ("answers", "generation", "edits", "riddles")  # of right ones, 0 to 1
 LOWER = ("feature_distance", "flow", "flow_edit")  # better when they are less
 SWEEPS = {"num_queries": "number of queries", "connector_layers": "layers of the connector"}
-SWEPT = "sweep_"  # ablations named sweep_FIELD_VALUE
 
 
 @dataclass(frozen=True)

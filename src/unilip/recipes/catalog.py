@@ -1,66 +1,87 @@
 """Every recipe by name, SIZE/STAGE: the embedded models' stages, the paper's six, and the ablations of its claims.
 
 `recipes.json` says what each stage is, by the names of settings that `--set` knows: of each size what its stages share,
-and of each stage its difference from that, or (`like`) from another stage. "{size}" stands for the size.
+and of each stage its difference from that, or (`like`) from another one. "{name}" stands for a value of the size.
+
+The ablations, `unilip train ablation/SIZE/VARIANT`, have equal budgets. Every seed has a folder of its own,
+runs/ablation/SIZE/VARIANT/seedN, and stands on the earlier stage of the same seed; `unilip eval claims` measures them.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
 from unilip.errors import ConfigError
-from unilip.recipes.ablations import ablations
-from unilip.recipes.record import (
-    Adapter,
-    Data,
-    FewSteps,
-    Flow,
-    Optim,
-    Recipe,
-    Reconstruct,
-    Shrink,
-    Understand,
-)
+from unilip.recipes import record as records
 
 TABLE: dict[str, Any] = json.loads((resources.files("unilip.recipes") / "recipes.json").read_text(encoding="utf-8"))
-OBJECTIVES: dict[str, Any] = {kind.__name__.lower(): kind for kind in (Understand, Reconstruct, Shrink, Flow, FewSteps)}
+OBJECTIVES: dict[str, Any] = {
+    kind.__name__.lower(): kind
+    for kind in (records.Understand, records.Reconstruct, records.Shrink, records.Flow, records.FewSteps)
+}
 # size -> the group of its stages, and what their texts are filled in with
 SIZES: dict[str, tuple[str, dict[str, str]]] = {
-    **{size: (size, {"size": size}) for size in ("tiny", "pico", "nano")},
-    **{size: ("paper", {"size": size, **names}) for size, names in TABLE["released"].items()},
+    **{size: (size, {}) for size in ("tiny", "pico", "nano")},
+    **{size: ("paper", names) for size, names in TABLE["released"].items()},
 }
 
 
-def read_stage(size: str, stage: str) -> Recipe:
-    """Return a stage of the table as a recipe."""
-    group, names = SIZES[size]
-    stages = TABLE[group]["stages"]
-    record = dict(stages[stage])
-    text = json.dumps(TABLE[group]["common"] | stages.get(record.pop("like", ""), {}) | record)
-    for name, value in names.items():
-        text = text.replace(f"{{{name}}}", value)
+def read_stage(group: str, stage: str, size: str, names: Mapping[str, Any], name: str, **common: Any) -> records.Recipe:
+    """Return a stage of a group of the table as the recipe of that name, for a size with these values."""
+    table = TABLE[group]
+    own = dict(table["stages"][stage])
+    like = (table.get("bases", {}) | table["stages"]).get(own.pop("like", ""), {})
+    text = json.dumps(table.get("common", {}) | common | like | own).replace("{size}", size)
+    for key, value in names.items():
+        text = text.replace(f'"{{{key}}}"', json.dumps(value)).replace(f"{{{key}}}", str(value))
     settings: dict[str, Any] = json.loads(text)
-    kinds = {"objective": OBJECTIVES[settings.pop("objective")], "optim": Optim, "data": Data, "adapter": Adapter}
+    kinds = {
+        "objective": OBJECTIVES[settings.pop("objective")], "optim": records.Optim, "data": records.Data,
+        "adapter": records.Adapter,
+    }  # fmt: skip
     parts: dict[str, dict[str, Any]] = {part: {} for part in kinds}
-    for name in [name for name in settings if "." in name]:
-        part, _, field = name.partition(".")
-        parts[part][field] = settings.pop(name)
-    trains = tuple(settings.pop("trains").items())
-    own = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    for setting in [setting for setting in settings if "." in setting]:
+        part, _, field = setting.partition(".")
+        parts[part][field] = settings.pop(setting)
+    for setting, value in settings.items():
+        if isinstance(value, (dict, list)):
+            settings[setting] = tuple(value.items() if isinstance(value, dict) else value)
     nested: dict[str, Any] = {part: kind(**parts[part]) for part, kind in kinds.items()}
-    return Recipe(name=f"{size}/{stage}", model=size, trains=trains, **nested, **own)
+    return records.Recipe(name=name, model=size, **nested, **settings)
 
 
-def all_recipes() -> dict[str, Recipe]:
-    """Return every recipe by name, in the order in which stages follow each other; the ablations come last."""
-    stages = (read_stage(size, stage) for size, (group, _) in SIZES.items() for stage in TABLE[group]["stages"])
-    return {recipe.name: recipe for recipe in (*stages, *ablations())}
+def stages() -> list[records.Recipe]:
+    """Return the stages of every size, in the order in which they follow each other."""
+    return [
+        read_stage(group, stage, size, names, f"{size}/{stage}")
+        for size, (group, names) in SIZES.items()
+        for stage in TABLE[group]["stages"]
+    ]
 
 
-def get_recipe(name: str) -> Recipe:
+def ablations() -> list[records.Recipe]:
+    """Return every ablation of every size."""
+    table = TABLE["ablation"]
+    return [
+        read_stage(
+            "ablation", stage, size, about["names"], f"ablation/{size}/{stage}", per_seed=True, **about["common"]
+        )
+        for size, about in table["sizes"].items()
+        for stage in table["stages"]
+        if stage not in about["without"]
+    ]
+
+
+def all_recipes() -> dict[str, records.Recipe]:
+    """Return every recipe by name; the ablations come last."""
+    return {recipe.name: recipe for recipe in (*stages(), *ablations())}
+
+
+def get_recipe(name: str) -> records.Recipe:
     """Return a recipe by its name, SIZE/STAGE or ablation/SIZE/VARIANT.
 
     Raises:

@@ -19,12 +19,6 @@ from unilip.errors import ConfigError
 from unilip.method.config import TOKEN_PIXELS
 from unilip.shapes import Size, nearest, parse
 
-# what trains: prefixes of weights, each with a factor of the learning rate
-TOKENIZER = (("encoder", 1.0), ("latent_head", 1.0), ("pixel_decoder", 1.0))
-CONNECT = (("mllm.queries", 1.0), ("connector", 1.0))
-GENERATE = (*CONNECT, ("dit", 1.0))
-WHOLE_TOKENIZER = "encoder,latent_head,pixel_decoder"
-
 FREE_TO_CHANGE = (
     "log_every", "sample_every", "save_every", "keep", "note", "data.workers", "parallel", "reduce_dtype", "skip_limit",
     "compile", "checks",
