@@ -116,7 +116,7 @@ def test_compiled_layers_have_the_same_losses_and_gradients(saving, fresh_model)
 
 @pytest.mark.slow
 def test_shards_recomputation_and_compiled_layers_together(tmp_path: Path):
-    """Two processes: compiled layers with DDP, and with FSDP2, all recomputed, or some of plain ones: the losses of one."""
+    """Two processes: compiled layers with DDP, and with FSDP2, recomputed wholly or in part: the losses of one."""
     runs = checks(tmp_path / "runs", "compiled")
     for folder in ("ddp", "fsdp", "selective"):
         same_curve(log_of(runs / "one", "x/sft"), log_of(runs / folder, "x/sft"))
