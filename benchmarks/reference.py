@@ -98,7 +98,8 @@ class Reference(nn.Module):
         self.language: Any = dressed(library_language(config.text), language.state_dict())
         connector = library_language(config.text, config.connector_layers).model
         self.connector: Any = dressed(connector, layers)
-        self.transformer: Any = dressed(library_dit(config.dit), model.dit.transformer.state_dict())
+        plain = {n: p for n, p in model.dit.transformer.state_dict().items() if not n.startswith("time_embed_2.")}
+        self.transformer: Any = dressed(library_dit(config.dit), plain)  # which knows nothing of few steps
         self.decoder = dressed(library_decoder(config.decoder), model.pixel_decoder.decoder.state_dict())
         if "encoder" in model.parts:
             self.vision = dressed(library_vision(config.vision), model.encoder.vision_tower.state_dict())

@@ -13,13 +13,15 @@ that the counted FLOPs of the exact path take at the rate of a large matrix prod
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from torch import Tensor
 from unilip import UniLIP, preset
 from unilip.checkpoints.tokenizer import Tokenizer as OurTokenizer
 from unilip.fewstep import add_embedder
+from unilip.method.config import QUANTIZATIONS
 from unilip.method.text import NEEDED_TOKENS, TEXT_END, Processor
 from unilip.sampling import draw_noise
 
@@ -122,6 +125,7 @@ def compare(
     compiled: bool,
     presets: list[str],
     clock: Clock,
+    kinds: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Time one size, task and number of pictures; the paths take turns."""
     everything = work(model, task, count)
@@ -138,7 +142,7 @@ def compare(
 
     latents: dict[str, Tensor] = {}
 
-    def ours(name: str, **settings: Any) -> Callable[..., None]:
+    def ours(name: str, model: UniLIP = model, **settings: Any) -> Callable[..., None]:
         def run(steps: int | None = None if "preset" in settings else steps, count: int = count) -> None:
             prompts, images = first(count)
             common: dict[str, Any] = dict(
@@ -155,18 +159,20 @@ def compare(
     def plain(steps: int = steps, count: int = count) -> None:
         latents["reference"] = reference.run(*first(count), noise[:count], steps, guidance)[0].float().cpu()
 
-    def compiled_run(steps: int = steps, count: int = count) -> None:
+    def compiled_run(steps: int = steps, count: int = count, name: str = "compiled", **settings: Any) -> None:
         model.runtime.compiled = accelerated
         try:
-            ours("compiled")(steps, count)
+            ours(name, **settings)(steps, count)
         finally:
             model.runtime.compiled = None
 
     accelerated = model.compile().runtime.compiled if compiled else None
     model.runtime.compiled = None
     paths: dict[str, Callable[..., None]] = {"reference": plain, "exact": ours("exact")}
-    if compiled:
+    if compiled:  # on CUDA the whole loop as one graph; a callback keeps the steps apart
         paths["compiled"] = compiled_run
+        paths["compiled steps"] = partial(compiled_run, name="compiled steps", callback_on_step_end=lambda *_: None)
+    paths |= {kind: ours(kind, copy.deepcopy(model).quantize(kind)) for kind in kinds}
     paths |= {name: ours(name, preset=name) for name in presets}
     # The first run of each path is not timed; on a CPU, where it only has to touch everything once, it is short and of
     # one picture. So is what is counted, which would otherwise take as long as what is timed.
@@ -224,7 +230,7 @@ def table(results: list[dict[str, Any]]) -> str:
     for r in results:
         for name, p in r["paths"].items():
             peak = "" if p["peak_gib"] is None else f"{p['peak_gib']:.2f}"
-            exact = name in ("reference", "exact", "compiled")
+            exact = name in ("reference", "exact") or name.startswith("compiled")
             floor = (f"{r['floor_s']:.3g}", f"{p['median_s'] / r['floor_s']:.2f}") if exact else ("", "")
             apart = f"{p['largest_difference']:.1e}" if exact else f"{p['relative_distance']:.3f} relative to exact"
             lines.append(
@@ -249,6 +255,7 @@ def main() -> None:
     parser.add_argument(
         "--presets", nargs="*", default=["balanced", "fast", "turbo"], choices=("balanced", "fast", "turbo")
     )
+    parser.add_argument("--quantize", nargs="*", default=[], choices=QUANTIZATIONS, help="measure these kinds, too")
     parser.add_argument("--cpu-time", action="store_true", help="processor time, for a machine that others use")
     parser.add_argument("--json", type=Path)
     known, _ = parser.parse_known_args()
@@ -274,7 +281,9 @@ def main() -> None:
         reference = Reference(model)
         for task in o.tasks:
             for count in o.batches:
-                found = compare(model, reference, task, count, o.steps, o.repeats, o.compile, o.presets, clock)
+                found = compare(
+                    model, reference, task, count, o.steps, o.repeats, o.compile, o.presets, clock, o.quantize
+                )
                 results.append({"size": size, **found, "floor_s": found["flops"] / rate})
                 print(f"{size} {task} x{count}: exact {found['paths']['exact']['ratio']:.2f} times as fast", flush=True)
         del model, reference

@@ -28,6 +28,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from flops import counter
 from reference import Reference
 from torch import Tensor
 
@@ -189,6 +190,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         kept[name] = {n: p.grad.float().reshape(trained[n].shape) for n, p in parameters.items() if p.grad is not None}
         found[name]["loss"] = loss.item()
         forget()
+    with counter() as counted:  # what is computed again counts again
+        ways["straightforward"]().backward()
+    found["flops"] = counted.get_total_flops()
+    forget()
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     for _ in range(arguments.repeats):
         for name, way in ways.items():

@@ -95,6 +95,27 @@ def test_parts_of_a_picture(tmp_path: Path, run: Run, monkeypatch: pytest.Monkey
     assert all(row[2] > 0 for name, row in parts.items() if name not in ("packing", "the rest"))
 
 
+def test_the_script_for_a_gpu_runs_dry(tmp_path: Path, run: Run) -> None:
+    import gpu
+
+    printed = run(gpu, "--dry", "--output", str(tmp_path))
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert (tmp_path / "gpu.md").read_text() in printed and {f.name for f in tmp_path.iterdir()} == {
+        "gpu.json",
+        "gpu.md",
+    }
+    assert len(found["steps"]) == len(gpu.steps(dry=False)) == 7
+    assert {name: step["printed"] for name, step in found["steps"].items() if step["code"]} == {}
+    assert "test_nothing_in_the_loop_waits_for_a_gpu" in "".join(found["steps"]["tests"]["printed"])
+    assert all(entry["ok"] for entry in found["steps"]["verify"]["results"]["entries"])
+    ways = found["steps"]["ways tiny"]["results"]["results"][0]["paths"]
+    assert list(ways) == ["reference", "exact", "int8"] and 0 < ways["int8"]["relative_distance"] < 0.05
+    assert found["steps"]["train tiny"]["results"]["flops"] > 0 and "| tiny | edit | 1 | exact |" in printed
+    assert sum(step.seconds for step in gpu.steps(dry=False)[:5]) < gpu.SECONDS < 540
+    late = gpu.run(gpu.Step("late", 0, ("-m", "http.server", "0")), tmp_path / "none", 0.5, here=False)
+    assert late["code"] == 124
+
+
 @pytest.mark.slow
 def test_memory_and_versions(tmp_path: Path, run: Run) -> None:
     import memory
