@@ -356,17 +356,19 @@ class Crowd:
             client.close()
 
 
-def mixed(address: str, pid: int, clients: int, requests: int, log: Any) -> dict[str, Any]:
+def mixed(address: str, pid: int, clients: int, requests: int, seconds: float | None, log: Any) -> dict[str, Any]:
     """Send requests of all kinds; watch statuses and memory."""
     mix, lock = Mix(1), threading.Lock()
     statuses: dict[str, Counter[int]] = {}
     memory: list[tuple[int, float]] = []
     latencies: dict[str, list[float]] = {}
     done = 0
-    every = max(1, requests // 200)
+    every = max(1, requests // 500)
 
     def one(client: httpx.Client, number: int) -> None:
         nonlocal done
+        if seconds is not None and time.perf_counter() - begun > seconds:
+            return
         started = time.perf_counter()
         kind, status = mix.send(client, number)
         with lock:
@@ -378,17 +380,16 @@ def mixed(address: str, pid: int, clients: int, requests: int, log: Any) -> dict
             if done % max(1, requests // 10) == 0:
                 log(f"  {done} of {requests} requests, {memory[-1][1] if memory else 0:.0f} MiB")
 
-    started = time.perf_counter()
+    begun = time.perf_counter()
     with Crowd(address, clients) as crowd:
         list(crowd.map(one, range(requests)))
-    seconds = time.perf_counter() - started
-    quarters = [[m for n, m in memory if low < n / requests <= low + 0.25] for low in (0, 0.75)]
+    quarters = [[m for n, m in memory if low < n / done <= low + 0.25] for low in (0, 0.75)]
     before, after = map(statistics.mean, quarters)
     honest = [value for kind, found in latencies.items() if kind != "malformed" for value in found]
     every_status: Counter[int] = sum(statuses.values(), Counter())
     return {
-        "requests": requests,
-        "seconds": seconds,
+        "requests": done,
+        "seconds": time.perf_counter() - begun,
         "statuses": {str(s): c for s, c in sorted(every_status.items())},
         "by_kind": {kind: {str(s): c for s, c in sorted(found.items())} for kind, found in sorted(statuses.items())},
         "server_errors": sum(count for status, count in every_status.items() if status >= 500),
@@ -462,6 +463,8 @@ def ended(address: str, process: subprocess.Popen[str], clients: int) -> Counter
     ends: Counter[str] = Counter()
     with Crowd(address, clients) as crowd:
         body = {"prompt": PROMPTS[0], "steps": 20}
+        for one in [crowd.submit(lambda client: client.get("/health")) for _ in range(clients)]:
+            one.result()
         last = [crowd.submit(lambda client: client.post("/v1/images/generations", json=body)) for _ in range(clients)]
         time.sleep(1)
         process.terminate()
@@ -484,6 +487,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of these pictures (the model's own)")
     parser.add_argument("--max-batch", type=int, default=8)
     parser.add_argument("--requests", type=int, default=200, help="of the mixed run (200; the long run has 10000)")
+    parser.add_argument("--seconds", type=float, help="and no more of them after so many")
     parser.add_argument("--misbehaving", type=int, default=200, help="clients that misbehave meanwhile (200)")
     parser.add_argument("--json", metavar="FILE", help="write everything there")
     o = parser.parse_args()
@@ -506,7 +510,7 @@ def main() -> None:
         longest = [full_batch(address, o.clients, o.max_batch)]
         log(f"3. {o.requests} mixed requests; a full batch takes {longest[0]:.2f} s")
         with Nuisance(address, o.misbehaving) as nuisance:
-            load = mixed(address, process.pid, o.clients, o.requests, log)
+            load = mixed(address, process.pid, o.clients, o.requests, o.seconds, log)
         longest.append(full_batch(address, o.clients, o.max_batch))
         with Nuisance(address, o.misbehaving):
             ends = ended(address, process, o.clients)

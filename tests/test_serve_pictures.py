@@ -7,8 +7,10 @@ import io
 import ipaddress
 import json
 import random
+import socket
 import struct
 import threading
+import time
 import zipfile
 import zlib
 
@@ -306,11 +308,11 @@ def site(picture):
                 "/inside": "http://inside.example/",
                 "/file": "file:///etc/passwd",
             }
+            self.server.hosts.append(self.headers["Host"])
             self.send_response(302 if self.path in places else 404 if self.path == "/none" else 200)
             if self.path in places:
                 self.send_header("Location", places[self.path])
             self.end_headers()
-            self.server.hosts.append(self.headers["Host"])
             if self.path == "/a.png":
                 self.wfile.write(body)
             elif self.path == "/big":
@@ -325,6 +327,43 @@ def site(picture):
     yield server, body
     server.shutdown()
     server.server_close()
+
+
+@pytest.mark.parametrize("how", ["name", "silence", "head", "body", "handshake"])
+def test_fetching_ends_in_its_time_whatever_is_slow(how):
+    """Each piece comes soon, the whole never."""
+    pieces = {"silence": [], "handshake": [b"\x16\x03\x03\x3f\xff"], "name": []}.get(how, [b"HTTP/1.1 200 OK\r\n"])
+    if how == "body":
+        pieces = [b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n"]
+    stop = threading.Event()
+
+    def drip():
+        with contextlib.suppress(OSError):
+            peer, _ = listening.accept()
+            with peer:
+                for piece in pieces:
+                    peer.sendall(piece)
+                while not stop.wait(0.1):
+                    peer.sendall(b"" if how == "silence" else b"x")
+
+    def resolver(host, port):
+        stop.wait(20 if how == "name" else 0)
+        return ["127.0.0.1"]
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        scheme, started = "https" if how == "handshake" else "http", time.monotonic()
+        try:
+            with pytest.raises(ImageError, match="URL"):
+                fetch(
+                    f"{scheme}://slow.example/", 10**6, seconds=0.7, resolver=resolver,
+                    allowed=lambda a: True, ports=dict.fromkeys(("http", "https"), listening.getsockname()[1]),
+                )  # fmt: skip
+            assert time.monotonic() - started < 5
+        finally:
+            stop.set()
+    thread.join(5)
 
 
 def test_fetching(site):

@@ -274,6 +274,25 @@ def test_what_is_not_done_at_the_end_gets_an_honest_503(tiny_model):
     )
 
 
+def test_what_came_before_the_end_and_was_not_read_gets_its_503(tiny_model):
+    """Connections in the kernel's queue, and requests on open ones, while the event loop is too busy to look."""
+    with running(tiny_model) as (port, made, _):
+        opened = [raw(port) for _ in range(3)]
+        time.sleep(0.3)
+        loop = made.servers[0].get_loop()
+        loop.call_soon_threadsafe(loop.call_later, 0.25, time.sleep, 4 * server.GRACE_SECONDS)
+        made.handle_exit(signal.SIGTERM, None)
+        time.sleep(0.6)
+        text = json.dumps({"prompt": "a"})
+        request = head("/v1/images/generations", "Content-Type: application/json", f"Content-Length: {len(text)}")
+        for sock in opened:
+            sock.sendall(request + text.encode())
+        opened += [raw(port, request + text.encode()) for _ in range(3)]
+        for sock in opened:
+            found = sock.recv(10_000)
+            assert found.startswith(b"HTTP/1.1 503") and b"retry-after" in found.lower(), found[:200]
+
+
 def test_health_fails_when_work_fails(tiny_model):
     engine = Engine(tiny_model)
     run, engine._run = engine._run, lambda batch: 1 / 0

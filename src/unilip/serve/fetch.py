@@ -15,11 +15,14 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from unilip.errors import ImageError
 
 MAX_REDIRECTS = 3
+_RESOLVERS = ThreadPoolExecutor(8, "unilip-resolver")  # the system's resolver has no limit of its own that we could set
 PORTS = {"http": 80, "https": 443}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _ORDINARY = ipaddress.ip_network("2000::/3")
@@ -52,14 +55,22 @@ class _Pinned(http.client.HTTPConnection):
         super().__init__(host, port, timeout=timeout)
         self.address, self.secure = address, secure
 
+        self.over = False
+
     def connect(self) -> None:
         """Connect to the address, with TLS for the host where wanted."""
         self.sock = socket.create_connection((self.address, self.port), self.timeout)
-        if self.secure:
-            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+        if self.secure:  # the handshake by itself, for it must be possible to hang up meanwhile
+            context = ssl.create_default_context()
+            self.sock = context.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
+        if self.over:
+            raise TimeoutError
+        if isinstance(self.sock, ssl.SSLSocket):
+            self.sock.do_handshake()
 
     def hang_up(self) -> None:
-        """End a read that is under way in another thread."""
+        """End what is under way in another thread."""
+        self.over = True
         with contextlib.suppress(OSError, AttributeError):  # it is closed, or not yet open
             self.sock.shutdown(socket.SHUT_RDWR)
 
@@ -102,8 +113,12 @@ def fetch(
         parts = _check(url)
         host, port = parts.hostname or "", (ports or PORTS)[parts.scheme]
         try:
-            addresses = resolver(host, port)
+            addresses = _RESOLVERS.submit(resolver, host, port).result(max(0.1, end - time.monotonic()))
             public = bool(addresses) and all(allowed(ipaddress.ip_address(a.split("%")[0])) for a in addresses)
+        except FutureTimeout as error:
+            raise ImageError(
+                "The host of the image URL is not found in time; send the picture as a data URL."
+            ) from error
         except (OSError, ValueError) as error:
             raise ImageError(f"The host {host} of the image URL cannot be found; check it.") from error
         if not public:
@@ -121,7 +136,10 @@ def fetch(
                 continue
             if response.status != 200:
                 raise ImageError(f"The image URL answered {response.status}; give one that answers 200.")
-            return _read(response, max_bytes, end)
+            data = _read(response, max_bytes)
+            if not connection.over:
+                return data
+            raise ImageError("The image URL answers too slowly; send the picture as a data URL.")
         except (OSError, http.client.HTTPException) as error:
             raise ImageError("The image URL could not be read; check it, or send the picture as a data URL.") from error
         finally:
@@ -130,12 +148,10 @@ def fetch(
     raise ImageError(f"The image URL redirects more than {MAX_REDIRECTS} times; give the final one.")
 
 
-def _read(response: http.client.HTTPResponse, max_bytes: int, end: float) -> bytes:
+def _read(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     data = bytearray()
     while piece := response.read1(65536):
         data += piece
         if len(data) > max_bytes:
             raise ImageError(f"The image URL answers more than {max_bytes} bytes; give a smaller picture.")
-        if time.monotonic() > end:
-            raise ImageError("The image URL answers too slowly; send the picture as a data URL.")
     return bytes(data)

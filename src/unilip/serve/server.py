@@ -9,10 +9,11 @@ import asyncio
 import dataclasses
 import ipaddress
 import logging
+import select
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -32,7 +33,8 @@ MAX_OF_ADDRESS = 250
 HEAD_SECONDS = 10.0  # for the head of a request, from the opening of the connection or the end of the answer before
 STUCK_SECONDS = 30.0  # for which a client may read less than SLOWEST bytes a second of its answer
 SLOWEST = 2048
-GRACE_SECONDS = 0.5  # at the end, in which what was on its way still gets its 503
+GRACE_SECONDS = 0.5  # at the end, in which what was on its way still gets its 503; again while there is more of it
+MOST_GRACE_SECONDS = 5.0
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -152,11 +154,23 @@ class _Server(uvicorn.Server):
                     connection.check(now)
         return await super().on_tick(counter)
 
+    def unread(self, sockets: Sequence[socket.socket]) -> bool:
+        """Whether there are connections that were not taken yet, or requests that were not read."""
+        poll = select.poll()
+        opened = [one for one in self.server_state.connections if isinstance(one, Connection) and one.idle]
+        for found in [*sockets, *(one.transport.get_extra_info("socket") for one in opened)]:
+            if found is not None and found.fileno() >= 0:
+                poll.register(found.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End: what the engine cannot finish in time is answered by 503, while there are still connections for it."""
         draining = asyncio.create_task(asyncio.to_thread(self.engine.drain, self.drain_seconds))
-        if not self.force_exit:
+        end = time.monotonic() + MOST_GRACE_SECONDS
+        while not self.force_exit:
             await asyncio.sleep(GRACE_SECONDS)
+            if time.monotonic() > end or not self.unread(sockets or []):
+                break
         await super().shutdown(sockets)
         if self.force_exit:
             await asyncio.to_thread(self.engine.drain, 0)
