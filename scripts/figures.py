@@ -1,5 +1,5 @@
 """Draw the figures of README and docs/method.md: all abilities, features before and after distillation, what queries
-read, denoising, edits.
+read, denoising, edits, and what the embedded model was taught to draw.
 
     python scripts/figures.py
     python scripts/figures.py --before runs/pico/recon/final --only features
@@ -27,6 +27,10 @@ from PIL import Image
 from torch import Tensor
 
 from unilip import UniLIP
+from unilip.demo import judge
+from unilip.emoji.concepts import SHAPES, concept
+from unilip.emoji.render import render
+from unilip.emoji.world import Scene, World
 from unilip.method.qwen2 import Attention, Rotation, rotate
 from unilip.method.text import NEEDED_TOKENS
 from unilip.pictures import to_pixels
@@ -249,6 +253,34 @@ def draw_edits(model: UniLIP) -> Any:
     )
 
 
+# --- the embedded model's world ---------------------------------------------------------------------------------------
+
+
+def draw_world() -> Any:
+    """Everything that the embedded model was taught to draw: things, colours, backgrounds."""
+    world, atlas = World.preset("pico"), judge().atlas
+    things = [name for name in world.concepts if name not in world.generation_held_out]
+
+    def sprite(name: str, colour: str | None) -> np.ndarray:
+        image = atlas.sprite(name, world.default_style, 48, colour)
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image)
+        return np.asarray(white.convert("RGB"))
+
+    cells = [(concept(name).phrase, sprite(name, "red" if name in SHAPES else None)) for name in things]
+    cells += [(f"a {colour} car", sprite("car", colour)) for colour in world.colours]
+    cells += [(f"on {'an' if name[0] in 'aeiou' else 'a'} {name} background", render(Scene(name, ()), atlas, world))
+              for name in world.backgrounds]  # fmt: skip
+    rows = -(-len(cells) // 12)
+    figure, axes = pyplot().subplots(rows, 12, figsize=(12, 1.25 * rows), layout="constrained")
+    for axis, cell in itertools.zip_longest(axes.flat, cells):
+        axis.axis("off")
+        if cell:
+            axis.imshow(cell[1], interpolation="nearest")
+            axis.set_title(textwrap.fill(cell[0], 14), fontsize=8)
+    return figure
+
+
 def save(figure: Any, path: Path) -> Path:
     """Write a figure as a small PNG of 256 colours, whole or not at all."""
     stream = io.BytesIO()
@@ -264,7 +296,7 @@ def save(figure: Any, path: Path) -> Path:
 def main() -> None:
     """Draw the figures that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("overview", "features", "queries", "denoising", "edits")
+    names = ("overview", "features", "queries", "denoising", "edits", "world")
     parser.add_argument("--before", default=BEFORE, help=f"checkpoint with the encoder before distillation ({BEFORE})")
     parser.add_argument("--model", help="the model; the embedded one by default")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "figures", help="folder (docs/figures)")
@@ -277,6 +309,7 @@ def main() -> None:
         "queries": lambda: draw_queries(model),
         "denoising": lambda: draw_denoising(model),
         "edits": lambda: draw_edits(model),
+        "world": draw_world,
     }
     o.output.mkdir(parents=True, exist_ok=True)
     for name in o.only:
