@@ -315,6 +315,14 @@ def test_a_conversation_draws_edits_and_answers(official, tiny_model):
     ]  # fmt: skip
     expected = tiny_model.ask(first, "How many dogs are there?", history=history, max_new_tokens=6)
     assert answer.unilip["verb"] == "ask" and answer.choices[0].message.content == expected
+    link = {"type": "image_url", "image_url": {"url": data_url(first.transpose(Image.Transpose.ROTATE_90))}}
+    before = {"role": "user", "content": [{"type": "text", "text": "What is this?"}, link]}
+    answer = say(
+        before, {"role": "assistant", "content": "a cow"}, asked, {"role": "assistant", "content": content}, question
+    )
+    history = [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "a cow"}, *history]
+    expected = tiny_model.ask(first, "How many dogs are there?", history=history, max_new_tokens=6)
+    assert answer.choices[0].message.content == expected, "about the drawn picture, not about earlier ones"
 
 
 def test_pictures_come_in_streams_too(official):

@@ -74,8 +74,16 @@ class Conversation:
     @property
     def recent(self) -> tuple[Turn, ...]:
         """The turns since pictures came last, these in the first of them."""
-        places = [place for place, turn in enumerate(self.turns) if turn.images]
-        return self.turns[places[-1] if places else 0 :]
+        return self.turns[self._newest :]
+
+    @property
+    def about_the_newest(self) -> tuple[Turn, ...]:
+        """All turns, with the pictures that came last alone."""
+        return (*(replace(turn, images=()) for turn in self.turns[: self._newest]), *self.recent)
+
+    @property
+    def _newest(self) -> int:
+        return max((place for place, turn in enumerate(self.turns) if turn.images), default=0)
 
 
 def joined(instructions: Sequence[str]) -> str:

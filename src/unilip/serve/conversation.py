@@ -118,7 +118,7 @@ def _parts(message: ChatMessage) -> list[Part]:
 
 
 def read_conversation(body: Chat, reader: Reader, able: Able, chat: str = "auto") -> Wanted:
-    """Read all messages.
+    """Read all messages. A question after a picture that the model made is about that one, not about earlier ones.
 
     Raises:
         ImageError, PromptError: a picture cannot be read; the last message is not the user's, or empty.
@@ -127,8 +127,10 @@ def read_conversation(body: Chat, reader: Reader, able: Able, chat: str = "auto"
         raise PromptError("The last message must be the user's; put what you want to know there.")
     told = Conversation()
     system: list[str] = []
+    made = False  # whether the newest pictures are the model's
     for message in body.messages:
         text, images = _content(message, reader)
+        made = message.role == "assistant" if images else made
         if message.role in ("system", "developer", "tool", "function") and message is not body.messages[-1]:
             if images:
                 raise PromptError(f"A {message.role} message has a picture; only the user's and the assistant's may.")
@@ -139,7 +141,7 @@ def read_conversation(body: Chat, reader: Reader, able: Able, chat: str = "auto"
             told = told.heard("\n".join([*system, text]).strip(), images)
             system = []
             last = text
-    *turns, question = told.turns
+    *turns, question = told.about_the_newest if made else told.turns
     if last.strip():
         check_prompt(last, "message")
     verb, words = _decide(body, last, bool(told.shown), able.verbs, chat)
