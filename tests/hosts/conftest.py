@@ -23,10 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PICTURE = ROOT / "src" / "unilip" / "weights" / "examples" / "panda.png"
 INSTALL_SECONDS = 900
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
-OPERATORS = (
-    'import torch; torch._declared = torch.library.Library("torchvision", "DEF"); '
-    'torch._declared.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")\n'
-)
+OPERATORS = """import torch
+kept = torch.library.Library("torchvision", "FRAGMENT")
+for name in ("nms", "qnms"):
+    kept.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""  # torchvision asks for them at its import, and has them for CUDA's PyTorch alone
 REPORT: list[str] = []
 
 
@@ -121,8 +122,9 @@ def install(folder: Path, packages: tuple[str, ...], beside: bool = False) -> Pa
         site = next(folder.glob("lib/python*/site-packages"))
         if beside:
             (site / "beside.pth").write_text("\n".join([str(ROOT / "src"), *(p for p in sys.path if "site-pack" in p)]))
-        if any(name.startswith("torchvision") for name in packages):  # its operators are built for CUDA's PyTorch
-            (site / "operators.pth").write_text(OPERATORS)
+        if any(name.startswith("torchvision") for name in packages):
+            (site / "declared_operators.py").write_text(OPERATORS)
+            (site / "operators.pth").write_text("import declared_operators")
     uv = shutil.which("uv")  # much faster, where it is at hand
     which = ["--python", python]  # each has its own place for it
     pip = [uv, "pip", "install", *which] if uv else [sys.executable, "-m", "pip", *which, "install"]

@@ -155,6 +155,19 @@ def test_silent_and_half_heads_are_closed(tiny_model, monkeypatch):
         thread.join()
 
 
+def test_connections_are_kept_for_those_who_have_asked_before(tiny_model, monkeypatch):
+    """A client's pool takes one up again after many seconds; what begins a head then has to end it."""
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.5)
+    with running(tiny_model) as (port, _, _):
+        kept = raw(port)
+        for _ in range(2):
+            kept.sendall(head("/health", method="GET"))
+            assert kept.recv(10_000).startswith(b"HTTP/1.1 200")
+            time.sleep(2.5)
+        kept.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
+        assert ended(kept, 4)
+
+
 def test_answers_that_nobody_reads_are_dropped(tiny_model, monkeypatch):
     monkeypatch.setattr(server, "STUCK_SECONDS", 1.0)
     with running(tiny_model) as (port, made, app):

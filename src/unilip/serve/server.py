@@ -30,7 +30,8 @@ MIN_KEY = 16
 MAX_HEADER_BYTES = 64 * 1024
 MAX_CONNECTIONS = 1000
 MAX_OF_ADDRESS = 250
-HEAD_SECONDS = 10.0  # for the head of a request, from the opening of the connection or the end of the answer before
+HEAD_SECONDS = 10.0  # for the head of a request, from the opening of the connection or its first byte on a kept one
+KEPT_SECONDS = 75  # for which a connection without requests is kept: clients and proxies take it for at most 60
 STUCK_SECONDS = 30.0  # for which a client may read less than SLOWEST bytes a second of its answer
 SLOWEST = 2048
 GRACE_SECONDS = 0.5  # at the end, in which what was on its way still gets its 503; again while there is more of it
@@ -122,13 +123,20 @@ class Connection(H11Protocol):
         self.since = time.monotonic()
         super().on_response_complete()
 
+    def data_received(self, data: bytes) -> None:
+        """Count from the first byte of a next request."""
+        if self.timeout_keep_alive_task is not None:
+            self.since = time.monotonic()
+        super().data_received(data)
+
     def check(self, now: float) -> None:
         """Once a second: end a connection whose peer does not send its request, or does not read its answer."""
         unsent = self.transport.get_write_buffer_size()
         if unsent == 0 or unsent <= self.unsent - SLOWEST:
             self.moved = now
         self.unsent = unsent
-        if now - self.moved > STUCK_SECONDS or (self.idle and now - self.since > HEAD_SECONDS):
+        waiting = self.idle and self.timeout_keep_alive_task is None  # for the rest of a head; uvicorn ends kept ones
+        if now - self.moved > STUCK_SECONDS or (waiting and now - self.since > HEAD_SECONDS):
             self.transport.abort()
 
 
@@ -184,7 +192,7 @@ def make_server(app: FastAPI, drain_seconds: float) -> uvicorn.Server:
         http=Connection,  # h11, which bounds the size of headers
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         ws="none",
-        timeout_keep_alive=5,
+        timeout_keep_alive=KEPT_SECONDS,
         timeout_graceful_shutdown=round(drain_seconds) + 2,
         proxy_headers=False,
         server_header=False,

@@ -18,7 +18,7 @@ port, patience = int(os.environ.get("OPEN_WEBUI_PORT", 28080)), 1200
 place.mkdir(parents=True, exist_ok=True)
 given = {
     "DATA_DIR": str(place / "data"), "WEBUI_AUTH": "False", "OFFLINE_MODE": "True", "ENABLE_OLLAMA_API": "False",
-    "OPENAI_API_BASE_URL": f"{address}/v1", "OPENAI_API_KEY": "none", "WEBUI_SECRET_KEY": "a secret of this run",
+    "OPENAI_API_BASE_URL": f"{address}/v1", "OPENAI_API_KEY": "none", "WEBUI_SECRET_KEY": "s" * 32,
     "RAG_EMBEDDING_ENGINE": "openai", "ANONYMIZED_TELEMETRY": "False", "DO_NOT_TRACK": "True",
 }  # fmt: skip
 command = [python.parent / "open-webui", "serve", "--host", "127.0.0.1", "--port", str(port)]
@@ -55,30 +55,32 @@ try:
     for close in driver.find_elements("xpath", '//button[contains(., "Let\'s Go")]'):
         driver.execute_script("arguments[0].click()", close)
 
-    def answers():
-        return driver.find_elements("css selector", ".chat-assistant")
+    def newest():
+        """The newest answer's identity, whether it has ended, its words, and how many pictures are in it."""
+        return driver.execute_script(
+            "const last = [...document.querySelectorAll('.chat-assistant')].at(-1);"
+            "const all = last?.closest('[id^=message-]');"
+            "return last ? [all.id, all.querySelector('.copy-response-button') !== null, last.innerText.trim(), "
+            "last.querySelectorAll('img').length] : ['', false, '', 0]"
+        )
 
     def say(words, file=None):
-        """Send a message; return the text of its answer, and how many pictures are in it."""
-        before = len(answers())
+        """Send a message; return the words of its answer, and how many pictures are in it."""
+        before = newest()[0]
         if file:
             field = driver.find_element("css selector", "input[type=file][multiple]:not([accept])")
             driver.execute_script("arguments[0].hidden = false", field)
             field.send_keys(str(file))
+            driver.execute_script("arguments[0].hidden = true", field)
             until("the picture is not attached", lambda: driver.find_elements("css selector", "form img"))
             time.sleep(5)
         field = until("no place to write", lambda: driver.find_element("id", "chat-input"))
         driver.execute_script("arguments[0].focus()", field)
         field.send_keys(words, Keys.ENTER)
-        until("no answer", lambda: len(answers()) > before)
-        until("not ended", lambda: ended(before))
-        driver.save_screenshot(str(place / f"{before + 1}.png"))
-        last = answers()[-1]
-        return last.text, len(last.find_elements("css selector", "img"))
-
-    def ended(number):
-        buttons = driver.find_elements("css selector", ".copy-response-button")
-        return len(buttons) > number and not driver.find_elements("css selector", "#stop-response-button")
+        until("no answer that ended", lambda: newest()[0] != before and newest()[1])
+        say.count = getattr(say, "count", 0) + 1
+        driver.save_screenshot(str(place / f"{say.count}.png"))
+        return newest()[2:]
 
     found = {"version": subprocess.run(
         [python, "-c", "from importlib.metadata import version; print(version('open-webui'))"],
