@@ -188,11 +188,7 @@ class Chat:
         return reply
 
     def undo(self) -> None:
-        """Take the last message and its reply back.
-
-        Raises:
-            PromptError: nothing was said.
-        """
+        """Take the last message and its reply back. Raises PromptError: nothing was said."""
         if not self._past:
             raise PromptError("Nothing was said yet, so nothing can be taken back.")
         self.conversation = self._past.pop()

@@ -131,10 +131,7 @@ def read_text(path: Path, what: str = "file") -> str:
 
 
 def read_json(path: Path, what: str = "file") -> Any:
-    """Read a JSON value.
-
-    Raises UniLIPError: there is no such file, or it is not JSON.
-    """
+    """Read a JSON value. Raises UniLIPError: there is no such file, or it is not JSON."""
     text = read_text(path, what)
     try:
         return json.loads(text)

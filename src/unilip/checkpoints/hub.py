@@ -45,10 +45,7 @@ class Fetch:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Fetch:
-        """Check options by name and type.
-
-        Raises CheckpointError: there is no such option, or it is of another type.
-        """
+        """Check options by name and type. Raises CheckpointError: there is no such option, or it is of another type."""
         known: dict[str, Any] = {"revision": str, "token": (str, bool), "cache_dir": (str, os.PathLike)}
         known |= {"local_files_only": bool, "variant": str}
         for name, value in options.items():

@@ -51,10 +51,7 @@ class _OneShard:
 
 
 class Folder(_OneShard):
-    """The samples of a folder.
-
-    Raises DataError: there is no such folder, or it holds no pictures.
-    """
+    """The samples of a folder. Raises DataError: there is no such folder, or it holds no pictures."""
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():

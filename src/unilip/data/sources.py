@@ -60,10 +60,7 @@ def _exists(name: str) -> bool:
 
 
 def open_source(location: str, keep_gb: float = 50.0) -> Source:
-    """Open one place.
-
-    Raises DataError: there is nothing there, or nothing of a known kind.
-    """
+    """Open one place. Raises DataError: there is nothing there, or nothing of a known kind."""
     if location.startswith("hf:") and not is_remote(location):
         from unilip.data.hub import HubStream
 
@@ -80,10 +77,7 @@ def open_source(location: str, keep_gb: float = 50.0) -> Source:
 
 
 def expand(pattern: str) -> list[str]:
-    """Write out the braces of a pattern, and for local paths its * and ?.
-
-    Raises DataError: no local file fits.
-    """
+    """Write out the braces of a pattern, and for local paths its * and ?. Raises DataError: no local file fits."""
     import braceexpand
 
     if not is_remote(pattern) and _exists(pattern):  # whatever signs are in its name

@@ -567,11 +567,7 @@ class Tally:
         self.left_out: Counter[str] = Counter()
 
     def add(self, reading: Reading) -> None:
-        """Count a batch's.
-
-        Raises:
-            DataError: more than the allowed share cannot be read.
-        """
+        """Count a batch's. Raises DataError: more than the allowed share cannot be read."""
         self.tried += reading.tried
         for reason, detail in reading.skipped:
             self.skipped[reason] += 1

@@ -66,10 +66,7 @@ KNOWN = {
 
 
 def hardware(text: str) -> Hardware:
-    """Read "h100", "h100:8" or "here".
-
-    Raises ConfigError: nothing of that name is known.
-    """
+    """Read "h100", "h100:8" or "here". Raises ConfigError: nothing of that name is known."""
     found = re.fullmatch(r"([\w-]+?)(?::(\d+))?", text.lower())
     name, count = (found[1], int(found[2] or 1)) if found else ("", 0)
     if name == "here" and count:
@@ -362,10 +359,7 @@ def _setting(words: str) -> str:
 
 
 def preflight(recipe: Recipe, machine: Hardware) -> Estimate:
-    """Estimate a run, and refuse one that cannot fit.
-
-    Raises ConfigError: it cannot; the message says what would.
-    """
+    """Estimate a run, and refuse one that cannot fit. Raises ConfigError: it cannot; the message says what would."""
     step = measure(recipe)
     found = estimate(recipe, machine, step)
     if not found.fits:
