@@ -1,7 +1,8 @@
 """UniLIP for users: load, save, generate, edit, reconstruct, ask, encode, decode.
 
-The networks and what they compute are `unilip.method`'s; how fast and in how much memory, `unilip.fast`'s. Here values
-are checked, before any work is done, and pictures become what the caller asked for.
+In:  a checkpoint; prompts, pictures and settings as people give them, checked before any work is done.
+Out: pictures as Pillow, numpy or torch has them, or their latents; answers; features (M,N,D) and latents (M,Z,h,w).
+The networks and what they compute are `unilip.method`'s; how fast and in how much memory, `unilip.fast`'s.
 """
 
 from __future__ import annotations

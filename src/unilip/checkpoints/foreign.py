@@ -7,20 +7,14 @@ In:  a `UniLIPConfig`, and the id of the image token or the tokenizer. Out: file
 from __future__ import annotations
 
 import json
-from importlib import resources
 from typing import Any
 
-from unilip.checkpoints.hub import INDEX
+from unilip.checkpoints.hub import INDEX, template
 from unilip.checkpoints.tokenizer import Tokenizer
 from unilip.errors import CheckpointError
 from unilip.method.config import UniLIPConfig
 
 Json = dict[str, Any]
-
-
-def template(name: str) -> str:
-    """Return a file of `templates/`; diffusers runs those named .py.txt when it is told to trust a pipeline folder."""
-    return (resources.files("unilip.checkpoints") / "templates" / name).read_text(encoding="utf-8")
 
 
 # what is the same for every model, by kind of config, and what theirs call our fields

@@ -6,6 +6,7 @@ In:  a source as people write it. Out: a local folder or file, fetched where it 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -181,40 +182,10 @@ def push_to_hub(
 
 # --- the model card -------------------------------------------------------------------------------------------------
 
-TASKS = {  # what a model can do: the part that it takes, a tag of the hub, the call that shows it
-    "dit": ("text-to-image", 'model.generate("three yellow stars").images[0].save("stars.png")'),
-    "mllm": ("image-text-to-text", 'print(model.ask("photo.png", "What is in the picture?"))'),
-    "latent_head": ("image-to-image", 'model.reconstruct("photo.png").images[0].save("again.png")'),
-}
-RELEASED = {"1b": "kanashi6/UniLIP-1B", "3b": "kanashi6/UniLIP-3B"}
-OURS = """The recipes of this size train on pictures drawn with Fluent Emoji by Microsoft (MIT), Noto Emoji by Google
-(Apache-2.0) and Twemoji (CC BY 4.0); the drawings themselves are no part of the weights."""
-THEIRS = "Say here what these weights were trained on, and under which licence they are given."
-LOADING = {"unilip": """from unilip import UniLIP
 
-model = UniLIP.from_pretrained("OWNER/NAME")
-""", "diffusers": """from diffusers import DiffusionPipeline  # beside it, the package unilip
-
-pipe = DiffusionPipeline.from_pretrained("OWNER/NAME", trust_remote_code=True)
-pipe("three yellow stars").images[0].save("stars.png")
-model = pipe.model
-"""}  # fmt: skip
-TEMPLATE = """---
-{head}
----
-# UniLIP {name}
-
-Weights of [UniLIP](https://arxiv.org/abs/2507.23278), one CLIP encoder that understands, reconstructs, generates and
-edits images. This checkpoint holds {parts} in {dtype}, for pictures of {size} pixels.
-
-```python
-{calls}
-```
-
-{origin}
-
-All sizes and settings are in `config.json`; `unilip info OWNER/NAME` explains them.
-"""
+def template(name: str) -> str:
+    """Return a file of `templates/`; diffusers runs those named .py.txt when it is told to trust a pipeline folder."""
+    return (resources.files("unilip.checkpoints") / "templates" / name).read_text(encoding="utf-8")
 
 
 def model_card(config: UniLIPConfig, parts: Sequence[str], dtype: str, library: str = "unilip") -> str:
@@ -222,18 +193,14 @@ def model_card(config: UniLIPConfig, parts: Sequence[str], dtype: str, library: 
 
     Licence and art are known of the sizes that this project trains, pico and nano; of others their publisher tells.
     """
-    ours = config.name in ("pico", "nano")
-    tasks = [TASKS[part] for part in TASKS if part in parts]
+    ours, words = config.name in ("pico", "nano"), json.loads(template("card.json"))
+    tasks = [(tag, call) for part, (tag, call) in words["tasks"].items() if part in parts]
     head = [f"library_name: {library}", f"license: {'apache-2.0' if ours else 'other'}"]
-    head += [f"base_model: {RELEASED[config.name]}"] if config.name in RELEASED else []
+    head += [f"base_model: {words['released'][config.name]}"] if config.name in words["released"] else []
     head += [f"pipeline_tag: {tasks[0][0]}"] if tasks else []
-    head += ["tags:", *(f"- {tag}" for tag in ("unilip", *(task for task, _ in tasks)))]
-    return TEMPLATE.format(
-        head="\n".join(head),
-        name=config.name,
-        parts=", ".join(parts),
-        dtype=dtype,
-        size=config.image_size,
-        calls=LOADING[library] + "\n".join(call for _, call in tasks),
-        origin=OURS if ours else THEIRS,
-    )
+    head += ["tags:", *(f"- {tag}" for tag in ("unilip", *(tag for tag, _ in tasks)))]
+    return template("card.md").format(
+        head="\n".join(head), name=config.name, parts=", ".join(parts), dtype=dtype, size=config.image_size,
+        calls="\n".join([*words["loading"][library], *(call for _, call in tasks)]),
+        origin=words["ours" if ours else "theirs"],
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Contact sheets: many small pictures with captions on one page, for looking at."""
+"""Contact sheets. In: small pictures, captions. Out: one page of them, for looking at."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sources by path, and weighted mixtures of them.
+"""Data sources by path, and weighted mixtures of them. In: places, as below. Out: a `Source` of samples for each.
 
 FOLDER                      pictures with texts beside them, or *.tar shards
 shards/{0000..0099}.tar     shards by a brace or * pattern, local or https://, s3://, hf://datasets/...

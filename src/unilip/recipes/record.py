@@ -1,7 +1,8 @@
 """A training run's configuration: one complete, typed record; stages differ in their values, not in code.
 
+In:  values by name, or "dotted.name=value" as `--set` has them. Out: a checked `Recipe`, or a ConfigError.
 A `Recipe` says what trains (parameter-name prefixes with learning-rate factors), the objective with its loss weights,
-the data, the optimiser and what is written when. `override` changes single fields by dotted name, as `--set` does.
+the data, the optimiser and what is written when. `override` changes single fields.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Batches of a recipe: item i is the i-th batch, a function of (seed, i) alone, on any number of loader workers.
 
+In:  a recipe, the model's config and its tokenizer. Out: dictionaries of tensors, tokens and seeds, by index.
 With accumulation, and with several processes, a step takes several items in a row; everything random about a sample
 depends on the number of the sample, so one batch of four and two batches of two are the same data. Pictures are uint8
 (B,3,S,S); prompts are `Tokens`; conversations carry labels (B,T), -100 where nothing is learned; `seeds` has one number

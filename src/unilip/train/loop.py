@@ -1,5 +1,6 @@
 """The one training loop: build what a recipe names, step, log, show, save, resume; the result is a model folder.
 
+In:  a recipe and the folder of all runs. Out: runs/NAME with its log, sheets and checkpoints, and final/, the model.
 Everything random in a step comes from the seed and the numbers of its samples, so a resumed run continues bit for bit
 on the same CPU. Under `torchrun` every process runs this loop; the first one logs, draws and writes the result.
 """

@@ -1,6 +1,6 @@
 """Losses that need more than a line: contrast, perceptual distances, and the adversary of the tokenizer stages.
 
-Pictures are (B,3,H,W) in [0,1] unless said otherwise; discriminator input is in [-1,1].
+In:  pictures (B,3,H,W) in [0,1] unless said otherwise, in [-1,1] for the discriminator. Out: scalars.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The objectives of training, each an object that turns a batch into a loss for the one loop.
 
-`Objective.loss(batch, step)` returns the scalar and its named terms; `heads` are weights that exist only for training;
-`adversary_loss` is the second player's loss where there is one. Batches are what `unilip.train.batches` makes.
+In:  a recipe, the model, and batches as `unilip.train.batches` makes them.
+Out: `Objective.loss(batch, step)`, a scalar and its named terms; `heads` are weights that exist only for training, and
+     `adversary_loss` is the second player's loss where there is one.
 Shapes: B batch, K noises per condition, V vocabulary.
 """
 
