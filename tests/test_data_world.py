@@ -9,8 +9,10 @@ import pytest
 from unilip.data.errors import DataError
 from unilip.data.seeding import generator, stable_hash
 from unilip.emoji.art import Atlas
+from unilip.emoji.captions import cell
 from unilip.emoji.concepts import SHAPES, concepts
 from unilip.emoji.edits import sample_edit
+from unilip.emoji.lessons import cells as token_cells
 from unilip.emoji.render import change_mask, object_mask, render
 from unilip.emoji.world import (
     COMPOSITIONAL,
@@ -241,7 +243,7 @@ def test_a_world_checks_itself():
     from dataclasses import replace
 
     pico = World.pico()
-    with pytest.raises(DataError, match=r"120.*image_size 112"):
+    with pytest.raises(DataError, match=r"120.*112x112"):
         replace(pico, single_sizes=(120,))
     with pytest.raises(DataError, match=r"styles.*oil"):
         replace(pico, styles=("oil",))
@@ -259,3 +261,32 @@ def test_lattice_of_pico():
     pico = World.pico()
     assert list(pico.positions(48)) == [4, 32, 60]
     assert all(b - a == 1 for a, b in pairwise(World.nano().positions(96)))
+
+
+def test_other_shapes_keep_the_lattice_and_the_names_of_places(atlas):
+    pico = World.pico()
+    wide, tall = pico.shaped((140, 84)), pico.shaped((84, 140))
+    assert pico.shaped((112, 112)) is pico and tall.shaped((112, 112)) == pico
+    assert [list(wide.positions(48, axis=axis)) for axis in (0, 1)] == [[4, 32, 88], [4, 32]]
+    assert [list(tall.positions(48, axis=axis)) for axis in (0, 1)] == [[4, 32], [4, 32, 88]]
+    rng, places = random.Random(0), set()
+    for world, (width, height) in ((wide, (140, 84)), (tall, (84, 140))):
+        for task in TASKS:
+            for _ in range(12):
+                scene = sample_scene(world, rng, task, "train", "generation")
+                cells = [cell(obj, world) for obj in scene.objects]
+                assert len(set(cells)) == len(cells), "a place has one name"
+                places |= set(cells)
+                for obj in scene.objects:
+                    assert obj.x % 28 == obj.y % 28 == 4
+                    assert min(obj.box) >= 2 and obj.box[2] <= width - 2 and obj.box[3] <= height - 2
+                picture = np.asarray(render(scene, atlas, world))
+                assert picture.shape == (height, width, 3)
+                shown = token_cells(scene, world).reshape(height // 28, width // 28, 3)
+                assert all(shown[obj.y // 28, obj.x // 28, 0] for obj in scene.objects)
+        for kind in world.edits:
+            edit = sample_edit(world, rng, kind)
+            assert change_mask(edit.source, edit.target, atlas, world).shape == (height, width)
+    assert len(places) == 8, "all but the middle of the middle"
+    with pytest.raises(DataError, match="28x140"):
+        pico.shaped((28, 140))

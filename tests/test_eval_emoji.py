@@ -104,6 +104,9 @@ def test_a_run_writes_all_it_promises(finished):
     row = results["emoji-recon"]["groups"]["held-out scenes"]
     assert row["psnr"] < 30 and -1 <= row["ssim"] <= 1 and row["feature_distance"] > 0
     assert set(results["emoji-edit"]["groups"]) >= {f"{kind}, seen" for kind in WORLD.edits}
+    assert list(results["emoji-shapes"]["groups"]) == [
+        f"{what}, {size}" for size in ("56x84", "84x56") for what in ("pictures", "edits")
+    ]
     chain = results["emoji-chain"]["groups"]
     assert list(chain) == [
         "1 in a row", "3 in a row", "5 in a row", "3 in a row, from the original", "5 in a row, from the original",
@@ -208,8 +211,23 @@ class Painter:
                 told = joined([edit.instruction for edit in row[: depth + 1]])
                 self.edits[shown[0].tobytes(), told] = shown[depth + 1]
 
-    def generate(self, prompts, **_):
-        names = list(self.scenes)
+        for item in bench.plan("shapes"):
+            world = WORLD.shaped(item.data["size"])
+            if "scene" in item.data:
+                self.scenes[item.data["prompt"], item.data["size"]] = item.data["scene"]
+            else:
+                source, target = (
+                    pixels(scene, bench.atlas, world) for scene in (item.data["edit"].source, item.data["edit"].target)
+                )
+                self.edits[source.tobytes(), item.data["edit"].instruction] = target
+
+    def generate(self, prompts, width=None, height=None, **_):
+        if width:
+            shown = [self.scenes[p, (width, height)] for p in prompts]
+            shown = [Scene(scene.background, ()) for scene in shown] if self.wrong else shown
+            world = WORLD.shaped((width, height))
+            return SimpleNamespace(images=[pixels(scene, self.bench.atlas, world) for scene in shown])
+        names = [name for name in self.scenes if isinstance(name, str)]
         shown = [names[(names.index(p) + self.wrong) % len(names)] for p in prompts]
         return SimpleNamespace(images=[pixels(self.scenes[p], self.bench.atlas, WORLD) for p in shown])
 
@@ -226,7 +244,7 @@ class Painter:
 def test_a_perfect_model_is_right_and_a_deaf_one_is_wrong(tiny_model, wrong):
     bench = Bench(tiny_model, WORLD, Atlas.synthetic(WORLD), count=1 if wrong else 2, seeds=1)
     bench.model = Painter(tiny_model, bench, wrong)
-    for part in ("recon", "gen", "edit", "chain"):
+    for part in ("recon", "gen", "edit", "chain", "shapes"):
         items = bench.plan(part)
         records = [
             {**record, "key": item.key, "group": item.group, "index": item.index, "mode": item.mode}
@@ -241,7 +259,7 @@ def test_a_perfect_model_is_right_and_a_deaf_one_is_wrong(tiny_model, wrong):
             if part == "gen":
                 assert found["swapped prompts"] <= 0.1
                 assert found[emoji.WRITTEN]["right"] >= 0.9 and found[emoji.WRITTEN]["as captions"] >= 0.9
-            if part in ("edit", "chain"):
+            if part in ("edit", "chain", "shapes"):
                 assert all(row.get("psnr_outside", 100) == 100 for row in found["groups"].values())
 
 

@@ -253,6 +253,14 @@ def test_a_run_makes_few_step_weights_and_resumes_bit_for_bit(
     with pytest.raises(UniLIPError, match="could not be put"):
         broken.load_adapter(whole)
     assert set(broken.state_dict()) == weights and broken.config == preset("tiny")
+    monkeypatch.undo()
+    from unilip.serve.engine import Engine, Generate
+
+    with Engine(fresh_model(), adapters={"quick": (whole, 1.0)}) as engine:
+        jumped = engine.submit(Generate("a star", preset="turbo", adapters=(("quick", 1.0),))).result(60)
+        assert jumped.settings["num_inference_steps"] == 4 and jumped.settings["guidance_scale"] == 1
+        with pytest.raises(UniLIPError, match="few-step weights"):
+            engine.submit(Generate("a star", preset="turbo"))
 
 
 SETTINGS = {

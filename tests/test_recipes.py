@@ -63,7 +63,7 @@ def test_every_size_has_its_stages():
 
 def check_plain_record(name):
     recipe = get_recipe(name)
-    assert recipe.name == name and [recipe.model, recipe.stage] == name.split("/")[-2:]
+    assert recipe.name == name and (name.startswith("lora/") or [recipe.model, recipe.stage] == name.split("/")[-2:])
     assert json.loads(json.dumps(plain(recipe))) == plain(recipe)
     assert changed_settings(recipe, plain(recipe)) == ""
     assert override(recipe, [f"{k}={v}" for k, v in leaves(recipe).items() if isinstance(v, (int, float))]) == recipe
@@ -86,6 +86,7 @@ def check_start(name):
     earlier = [n for n, other in RECIPES.items() if other.model == size]
     earlier = [RECIPES[n].folder for n in earlier[: earlier.index(name)]]
     known = {*earlier, *PUBLISHED.get(size, ()), *([DCAE] if size in PUBLISHED else [])}
+    known = {"embedded"} if name.startswith("lora/") else known
     sources = parse_init(recipe)
     assert {source for _, source in sources} <= known
     if earlier and size not in PUBLISHED:

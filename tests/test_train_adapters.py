@@ -2,15 +2,19 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import unilip.emoji.tokenizer
 from unilip import UniLIP, adapters, cli
-from unilip.adapters import INNER, adapted_layers, adapter_names, adapter_scale, unload_adapters
+from unilip.adapters import INNER, WEIGHTS, adapted_layers, adapter_names, adapter_scale, unload_adapters
+from unilip.checkpoints.hub import Adapted, adapted
 from unilip.errors import CheckpointError, ConfigError, UniLIPError
+from unilip.eval.runs import model_hash
 from unilip.info import describe
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
@@ -327,13 +331,80 @@ def test_merging_is_all_or_nothing(fresh_model, folders):
     assert adapter_names(quantised) == ["red"] and torch.equal(latent(quantised), before)
 
 
-def test_models_whose_parts_come_and_go_take_no_adapter(fresh_model, folders, tiny_folder):
-    low = UniLIP.from_pretrained(tiny_folder, low_memory=True)
-    for model in (low, fresh_model().enable_cpu_offload("cpu")):
-        before = latent(model)
-        with pytest.raises(UniLIPError, match="come and go"):
-            model.load_adapter(folders / "red")
-        assert adapter_names(model) == [] and torch.equal(latent(model), before)
+def test_an_offloaded_model_takes_no_adapter(fresh_model, folders):
+    model = fresh_model().enable_cpu_offload("cpu")
+    before = latent(model)
+    with pytest.raises(UniLIPError, match="load adapters first"):
+        model.load_adapter(folders / "red")
+    assert adapter_names(model) == [] and torch.equal(latent(model), before)
+
+
+def test_low_memory_adds_adapters_to_weights_as_they_are_read(folders, tiny_folder):
+    low, plain = UniLIP.from_pretrained(tiny_folder, low_memory=True), UniLIP.from_pretrained(tiny_folder)
+    before = latent(low)
+    steps = (
+        lambda m: m.load_adapter(folders / "red"), lambda m: m.load_adapter(folders / "dora", scale=0.5),
+        lambda m: m.load_adapter(folders / "blue"), lambda m: m.set_adapters({"dora": 1.0, "blue": -0.5}),
+        lambda m: m.set_adapters({}), lambda m: unload_adapters(m, ["red"]), lambda m: m.set_adapters({"blue": 2.0}),
+    )  # fmt: skip
+    for number, step in enumerate(steps):
+        assert step(low) == step(plain)
+        found = [{name: adapter_scale(m, name) for name in adapter_names(m)} for m in (low, plain)]
+        assert found[0] == found[1], number
+        drawn = latent(low)
+        assert torch.allclose(drawn, latent(plain), atol=1e-4), number
+        assert torch.equal(drawn, before) == (number in (4, 5))
+    with pytest.raises(UniLIPError, match="without low_memory to merge"):
+        low.merge_adapters()
+    low.unload_adapters()
+    assert adapter_names(low) == [] and torch.equal(latent(low), before)
+
+
+def test_quantised_models_take_adapters(folders, tiny_folder, tmp_path):
+    pytest.importorskip("torchao")
+    source = Adapted(tiny_folder, ((str(folders / "red"), 2.0),))
+    before = latent(UniLIP.from_pretrained(tiny_folder, quantization="int8", low_memory=True))
+    beside, read = (UniLIP.from_pretrained(source, quantization="int8", low_memory=low) for low in (False, True))
+    moved = (latent(beside) - before).abs().mean()
+    assert (latent(read) - latent(beside)).abs().mean() < 0.2 * moved, "but for the rounding of the sum"
+    UniLIP.from_pretrained(tiny_folder, quantization="int8").save_pretrained(tmp_path / "few")
+    few = UniLIP.from_pretrained(tmp_path / "few", low_memory=True)
+    with pytest.raises(UniLIPError, match="quantised weights"):
+        few.load_adapter(folders / "red")
+
+
+def test_the_result_of_a_run_stands_for_its_model(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = [f"init=all={tiny_folder}", "steps=1", "sample_every=9", "data.edit_share=0", "name=a/mine"]
+    final = train(recipe(*settings), "runs", progress=False)
+    with torch.no_grad():  # a step changes too little to be seen
+        tensors = {k: t + 0.1 if ".lora_B." in k else t for k, t in load_file(final / WEIGHTS).items()}
+    save_file(tensors, final / WEIGHTS, metadata={"format": "pt"})
+    beside = UniLIP.from_pretrained(tiny_folder)
+    plain = latent(beside)
+    assert beside.load_adapter(final) == "mine"
+    shutil.copytree("runs", "elsewhere/runs")  # where the base lies is said from the adapter's folder
+    model = UniLIP.from_pretrained(final, parts=("mllm",))
+    assert set(model.parts) == {"mllm", "connector", "dit"} and adapter_names(model) == ["mine"]
+    model = UniLIP.from_pretrained(Adapted(final, ((str(final), 0.5),)))
+    assert adapter_names(model) == ["mine", "mine1"] and adapter_scale(model, "mine1") == 0.5
+    model.set_adapters({"mine": 1.0})
+    assert torch.equal(latent(model), latent(beside)) and not torch.equal(latent(model), plain)
+    assert describe(final)["base"] == str(adapted(final).base) and Path(str(adapted(final).base)).samefile(tiny_folder)
+    assert model_hash(final) not in (model_hash(tiny_folder), model_hash(Adapted(final, ((str(final), 2.0),))))
+    quick = ["--steps", "1", "--no-progress", "--output"]
+    for name, words in {"model": ["--model", final], "beside": ["--model", tiny_folder, "--adapter", final]}.items():
+        assert cli.main(["generate", "a star", *map(str, words), *quick, f"{name}.png"]) == 0
+    assert Path("model.png").read_bytes() != Path("beside.png").read_bytes(), "their notes name what was given"
+    assert Image.open("model.png").tobytes() == Image.open("beside.png").tobytes()
+    assert cli.main(["convert", str(final), "whole"]) == 0
+    assert torch.allclose(latent(UniLIP.from_pretrained("whole")), latent(beside), atol=1e-4)
+    with pytest.raises(CheckpointError, match="unilip convert"):
+        train(recipe(f"init=all={final}", "name=a/second"), "runs", progress=False)
+    (final / "adapter_config.json").write_text("{")
+    for call in (UniLIP.from_pretrained, describe):
+        with pytest.raises(CheckpointError, match="is damaged"):
+            call(final)
 
 
 def test_a_transformer_copied_for_guidance_has_the_adapters_of_the_moment(fresh_model, folders):
@@ -354,12 +425,13 @@ def test_a_transformer_copied_for_guidance_has_the_adapters_of_the_moment(fresh_
     assert wrong == []
 
 
-def test_an_adapter_is_known_as_one(folders):
-    with pytest.raises(CheckpointError, match=r"holds an adapter.*load all=tiny/pretrain.*--adapter"):
-        UniLIP.from_pretrained(folders / "red")
+def test_an_adapter_is_known_as_one(folders, tmp_path):
+    several = variant(folders / "red", tmp_path / "red", base_model_name_or_path="encoder=a,mllm=b")
+    with pytest.raises(CheckpointError, match="holds an adapter of encoder=a,mllm=b; load that"):
+        UniLIP.from_pretrained(several)
     found = describe(folders / "red")
     assert (found["kind"], found["rank"], found["dora"]) == ("adapter", [2], False)
-    assert found["base"] == "all=tiny/pretrain" and found["parts"].keys() == {"connector", "dit"}
+    assert found["base"] == "tiny/pretrain" and found["parts"].keys() == {"connector", "dit"}
     assert found["parameters"] == sum(
         t.numel() for t in load_file(folders / "red" / "adapter_model.safetensors").values()
     )

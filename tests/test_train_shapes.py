@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from unilip.data.errors import DataError
 from unilip.data.shards import ShardWriter
 from unilip.errors import ConfigError
 from unilip.recipes.catalog import get_recipe
@@ -73,10 +74,37 @@ def test_ten_steps_and_resuming(name, place, tiny_folder, tmp_path):
         assert all(tensor.isfinite().all() and torch.equal(tensor, others[key]) for key, tensor in tensors.items())
 
 
+def test_the_emoji_world_in_shapes(tiny_model):
+    given = override(get_recipe("tiny/shapes"), ["accumulate=2", "batch_size=3"])
+    batches, again = (make_batches(given, tiny_model.config, tiny_model.processor) for _ in range(2))
+    found = {}
+    for step in range(16):
+        first, second = batches[2 * step], batches[2 * step + 1]
+        assert size_of(first) == size_of(second)
+        edits = "sources" in first
+        assert not edits or size_of(first, "sources") == size_of(first)
+        assert (
+            first["prompts"].image_slots.sum(1).tolist() == [size_of(first)[0] * size_of(first)[1] // 784 * edits] * 3
+        )
+        found.setdefault((size_of(first), edits), step)
+    assert {size for size, _ in found} == {(56, 84), (56, 56), (84, 56)} and len(found) > 4
+    for step in sorted(found.values(), reverse=True):  # whatever was read before
+        assert torch.equal(again[2 * step]["targets"], batches[2 * step]["targets"])
+    plain = make_batches(get_recipe("tiny/sft"), tiny_model.config, tiny_model.processor)
+    square = make_batches(
+        override(get_recipe("tiny/sft"), ["data.shapes=56x56"]), tiny_model.config, tiny_model.processor
+    )
+    for index in range(4):  # a square among shapes is the same square
+        assert torch.equal(plain[index]["targets"], square[index]["targets"])
+    with pytest.raises(DataError, match="84x28"):
+        make_batches(override(given, ["data.shapes=84x28"]), tiny_model.config, tiny_model.processor)
+
+
 def test_shapes_that_cannot_be_are_refused(place):
     cases = {
         "tiny/sft data.shapes=90x56": "write 84x56", "tiny/sft data.shapes=56by56": "no size",
-        "tiny/sft data.shapes=0x56": "between 28", "tiny/sft data.source=emoji": "data.source=files",
+        "tiny/sft data.shapes=0x56": "between 28", "tiny/sft data.cache=x": "data.cache",
+        "tiny/sft data.source=emoji objective.bind=0.1": "objective.bind=0",
         "tiny/sft data.image_size=56": "data.image_size", "tiny/clip": "read as a square",
         "tiny/sft objective.target=dcae": "objective.target=unilip",
     }  # fmt: skip

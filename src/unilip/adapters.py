@@ -1,7 +1,8 @@
 """LoRA and DoRA adapters in peft's format: loaded beside the weights, weighed, stacked, merged into them, taken off.
 
 In:  a model, and folders with adapter_config.json and adapter_model.safetensors. Out: the same model, whose linear
-layers add the adapters' updates. `UniLIP.load_adapter` and its neighbours call these functions. Everything is checked
+layers add the adapters' updates; where parts are read from the checkpoint each time, the updates are added to their
+weights then. `UniLIP.load_adapter` and its neighbours call these functions. Everything is checked
 before anything changes, and what fails in spite of that is undone.
 """
 
@@ -22,11 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from unilip.checkpoints.hub import ADAPTER
 from unilip.errors import CheckpointError, UniLIPError, install
+from unilip.fast.offload import HEAD
 from unilip.fewstep import add_embedder, few_config
 from unilip.sampling import changes
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name in peft's files
 KINDS = ("lora_A", "lora_B", "lora_magnitude_vector")  # of weights that an adapter has
 FEW_STEPS = "few_steps"  # in the settings: what peft does not know, it says and leaves alone
@@ -51,7 +54,25 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Return the names of the adapters that are loaded."""
-    return sorted({name.removeprefix(INNER) for _, layer in adapted_layers(model) for name in layer.lora_A})
+    beside = {name.removeprefix(INNER) for _, layer in adapted_layers(model) for name in layer.lora_A}
+    return sorted(beside | {*_read_in(model)})
+
+
+def _read_in(model: nn.Module) -> dict[str, tuple[Adapter, float]]:
+    """Return the adapters, with strengths, of a model whose weights take them in as they are read."""
+    offload = getattr(getattr(model, "runtime", None), "offload", None)
+    return {} if offload is None else offload.adapters  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def take_in(model: nn.Module, name: str, layer: Any) -> None:
+    """Add the adapters that act to the weight of a linear layer that has just been read."""
+    acting = [(one, scale) for one, scale in _read_in(model).values() if scale and name in one.tensors]
+    if acting:
+        whole = plain = layer.weight.float()
+        for one, scale in acting:
+            whole = one.added(name, whole, plain, scale)
+        layer.weight = nn.Parameter(whole.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
 
 
 @dataclass(frozen=True)
@@ -71,6 +92,23 @@ class Adapter:
     rank: Mapping[str, int]
     alpha: Mapping[str, float]
     few_steps: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Which parts of a model it changes."""
+        return tuple(sorted({layer.partition(".")[0] for layer in self.tensors}))
+
+    def added(self, layer: str, weight: Tensor, plain: Tensor, scale: float) -> Tensor:
+        """Return a layer's weight (out,in) after those that act before, and PLAIN without any, with this one as well.
+
+        It acts SCALE times as strongly as trained.
+        """
+        kinds = {kind: tensor.to(weight) for kind, tensor in self.tensors[layer].items()}
+        rank = self.rank[layer] ** 0.5 if self.rslora else self.rank[layer]
+        delta = scale * self.alpha[layer] / rank * (kinds["lora_B"] @ kinds["lora_A"])
+        if not self.dora:
+            return weight + delta
+        return kinds["lora_magnitude_vector"][:, None] / (plain + delta).norm(dim=1, keepdim=True) * (weight + delta)
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
@@ -147,6 +185,48 @@ def _ends(layer: str, pattern: str) -> bool:
     return f".{layer}".endswith(f".{pattern.removeprefix('^')}")
 
 
+def called(folder: str | os.PathLike[str]) -> str:
+    """Return what an adapter is called by its folder."""
+    path = Path(folder).resolve()
+    return path.parent.name if path.name == "final" else path.name
+
+
+def _lacks_embedder(model: nn.Module, adapter: Adapter) -> bool:
+    """Whether an adapter changes the second timestep embedder, and the model has none yet: it is lent one."""
+    dit: Any = getattr(model, "dit", None)
+    return bool(adapter.few_steps) and dit is not None and dit.transformer.time_embed_2 is None
+
+
+def fitting(model: nn.Module, folder: str | os.PathLike[str]) -> Adapter:
+    """Read an adapter for a model, whose weights need not be there yet.
+
+    Raises:
+        CheckpointError: it is damaged, or does not fit the model.
+        UniLIPError: the model reads its weights each time, and this adapter cannot be added to them then.
+    """
+    adapter = read_adapter(folder)
+    shapes = {layer: m.weight.shape for layer, m in model.named_modules() if isinstance(m, nn.Linear)}
+    shapes |= {layer: m.base_layer.weight.shape for layer, m in adapted_layers(model)}
+    lacking = _lacks_embedder(model, adapter)
+    if lacking:
+        shapes |= {layer.replace(".time_embed.", ".time_embed_2."): shape for layer, shape in shapes.items()}
+    strange = [layer for layer, tensors in adapter.tensors.items() if not _fits(shapes.get(layer), tensors)]
+    if strange:
+        raise CheckpointError(
+            f"{folder} does not fit the model: {', '.join(strange[:3])}. It was made for {adapter.base} and "
+            f"{len(adapter.tensors)} of its layers."
+        )
+    offload = getattr(getattr(model, "runtime", None), "offload", None)
+    tied = HEAD in adapter.tensors and model.config.text.tie_embeddings  # type: ignore[union-attr]
+    if offload is not None and (lacking or tied or offload.quantized):
+        why = "has quantised weights" if offload.quantized else f"has no place for {folder}"
+        raise UniLIPError(
+            f"This model reads its weights each time and {why}; merge the adapter into the plain model first, with "
+            "`unilip convert`, or load it without low_memory."
+        )
+    return adapter
+
+
 @changes
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, scale: float = 1.0) -> str:
     """Put an adapter beside the weights, active with those that are loaded already; returns its name.
@@ -157,34 +237,25 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
 
     Raises:
         CheckpointError: it is damaged, or does not fit the model.
-        UniLIPError: peft is missing, the name is taken, or the model's parts come and go.
+        UniLIPError: peft is missing, the name is taken, or the model was offloaded before.
     """
-    peft = library()
-    path = Path(folder).resolve()
-    name = (name or (path.parent.name if path.name == "final" else path.name)).replace(".", "_")
+    name = (name or called(folder)).replace(".", "_")
     others = adapter_names(model)
     if name in others:
         raise UniLIPError(f"An adapter {name} is loaded already; give another name, or unload first.")
-    runtime = getattr(model, "runtime", None)
-    if getattr(runtime, "offload", None) is not None:
-        raise UniLIPError(
-            "Parts of this model come and go, and an adapter would not; load it into a model without low_memory or "
-            "offload."
-        )
     _check_scales({name: scale})
-    adapter = read_adapter(folder)
-    shapes = {layer: m.weight.shape for layer, m in model.named_modules() if isinstance(m, nn.Linear)}
-    shapes |= {layer: m.base_layer.weight.shape for layer, m in adapted_layers(model)}
+    offload = getattr(getattr(model, "runtime", None), "offload", None)
+    if offload is not None and not offload.reads:
+        raise UniLIPError("The weights of this model rest elsewhere; load adapters first, then enable_cpu_offload.")
+    adapter = fitting(model, folder)
+    if offload is not None:
+        scales = {other: adapter_scale(model, other) for other in others}
+        offload.adapters[name] = (adapter, scale)
+        set_adapters(model, scales | {name: scale})
+        return name
+    peft = library()
     dit: Any = getattr(model, "dit", None)
-    lacking = bool(adapter.few_steps) and dit is not None and dit.transformer.time_embed_2 is None
-    if lacking:  # the embedder is lent to the model for as long as it has adapters
-        shapes |= {layer.replace(".time_embed.", ".time_embed_2."): shape for layer, shape in shapes.items()}
-    strange = [layer for layer, tensors in adapter.tensors.items() if not _fits(shapes.get(layer), tensors)]
-    if strange:
-        raise CheckpointError(
-            f"{folder} does not fit the model: {', '.join(strange[:3])}. It was made for {adapter.base} and "
-            f"{len(adapter.tensors)} of its layers."
-        )
+    lacking = _lacks_embedder(model, adapter)
     exact = {layer: re.escape(layer) for layer in adapter.tensors}
     rank, alpha = next(iter(adapter.rank.values())), next(iter(adapter.alpha.values()))
     config = peft.LoraConfig(
@@ -238,6 +309,9 @@ def set_adapters(model: nn.Module, scales: Mapping[str, float]) -> None:
         loaded = ", ".join(adapter_names(model)) or "none"
         raise UniLIPError(f"There is no adapter {', '.join(unknown)}; loaded: {loaded}.")
     _check_scales(scales)
+    taken = _read_in(model)
+    for name in [*(name for name in scales if name in taken), *(name for name in taken if name not in scales)]:
+        taken[name] = (taken.pop(name)[0], scales.get(name, 0.0))  # in the order in which they are to act
     flags = {id(p): p.requires_grad for p in model.parameters()}
     for _, layer in adapted_layers(model):
         active = {inner: scales[name] for name in scales for inner in _held(layer, name)}
@@ -262,6 +336,8 @@ def _held(layer: Any, name: str) -> list[str]:
 
 def adapter_scale(model: nn.Module, name: str) -> float:
     """Return how strongly an adapter acts: 0 where it is switched off."""
+    if name in (taken := _read_in(model)):
+        return taken[name][1]
     for _, layer in adapted_layers(model):
         for inner in _held(layer, name):
             root = layer.r[inner] ** 0.5 if layer.use_rslora.get(inner) else layer.r[inner]
@@ -278,8 +354,10 @@ def merge_adapters(model: nn.Module) -> None:
     Afterwards the model is an ordinary one: it can be saved, and runs as fast as before.
 
     Raises:
-        UniLIPError: the weights are quantised, or would no longer be finite; the model is as it was.
+        UniLIPError: the weights are quantised, read each time, or would not be finite; the model is as it was.
     """
+    if _read_in(model):
+        raise UniLIPError("This model reads its weights each time; load it without low_memory to merge adapters.")
     layers = list(adapted_layers(model))
     for name, layer in layers:
         weight = layer.base_layer.weight
@@ -303,6 +381,8 @@ def merge_adapters(model: nn.Module) -> None:
 def unload_adapters(model: nn.Module, names: list[str] | None = None) -> None:
     """Take adapters off, all by default; the weights are as if they had never been there."""
     gone = adapter_names(model) if names is None else names
+    for adapter in gone:
+        _read_in(model).pop(adapter, None)
     for name, layer in list(adapted_layers(model)):
         for adapter in gone:
             for inner in _held(layer, adapter):

@@ -160,13 +160,13 @@ def run(
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
     *,
-    source: str | None = None,
+    source: Sequence[str] = (),
     loaded: str = "",
 ) -> dict[str, Any]:
     """Try everything, write the page to `folder`, and return the numbers on it.
 
-    `say` gets a line after each part. `source` is where the model is from, for the commands on the page, `loaded` a
-    remark on how long loading took. The folder changes only once all is done.
+    `say` gets a line after each part. `source` are the options that name the model, for the commands on the page,
+    `loaded` a remark on how long loading took. The folder changes only once all is done.
     Raises UniLIPError: the folder holds something else, or the model lacks a part.
     """
     check_folder(folder)
@@ -190,7 +190,7 @@ def run(
 class _Show:
     """The parts of the demo; each returns its title, one line of numbers, and its HTML."""
 
-    def __init__(self, model: UniLIP, folder: Path, seed: int, shown: str, source: str | None) -> None:
+    def __init__(self, model: UniLIP, folder: Path, seed: int, shown: str, source: Sequence[str]) -> None:
         self.model, self.folder, self.seed, self.shown, self.source = model, folder, seed, shown, source
         self.examples = examples()
         self.result: dict[str, Any] = {"seed": seed, "seconds": {}}
@@ -214,7 +214,7 @@ class _Show:
     def command(self, *words: str, seeded: bool = False) -> str:
         """A command that does one of the block again; names of pictures become paths."""
         words = tuple(str(Path(self.shown) / w) if w.endswith(".png") else w for w in words)
-        words += ("--seed", str(self.seed)) * seeded + (("--model", self.source) if self.source else ())
+        words += ("--seed", str(self.seed)) * seeded + self.source
         return f"<pre>{html.escape(shlex.join(('unilip', *words)))}</pre>"
 
     def pair(self, source: Image.Image, name: str, made: Image.Image) -> tuple[str, float]:

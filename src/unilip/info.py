@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from unilip.adapters import CONFIG, WEIGHTS, read_adapter
-from unilip.checkpoints.hub import Source
+from unilip.checkpoints.hub import Source, adapted
 from unilip.checkpoints.read import Checkpoint, open_checkpoint
 from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS
+from unilip.errors import CheckpointError
 from unilip.fast import products
 from unilip.machine import processor, spare_memory
 
@@ -89,8 +90,8 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
     return {
         "path": str(folder),
         "kind": "adapter",
-        "title": f"{'DoRA' if adapter.dora else 'LoRA'} adapter; put it beside its base with --adapter",
-        "base": adapter.base,
+        "title": f"{'DoRA' if adapter.dora else 'LoRA'} adapter; it stands for its base with itself beside it",
+        "base": _base_of(folder) or adapter.base,
         "parts": dict(parameters),
         "parameters": sum(parameters.values()),
         "layers": len(adapter.tensors),
@@ -99,6 +100,14 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
         "few_steps": list(adapter.few_steps),
         "size_on_disk": (folder / WEIGHTS).stat().st_size,
     }
+
+
+def _base_of(folder: Path) -> str:
+    try:
+        base = adapted(folder).base
+    except CheckpointError:
+        return ""
+    return "embedded" if base is None else str(base)
 
 
 def _position_embedding(opened: Checkpoint) -> str:

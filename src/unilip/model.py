@@ -8,7 +8,6 @@ The networks and what they compute are `unilip.method`'s; how fast and in how mu
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import logging
 import math
@@ -26,6 +25,7 @@ from tqdm.std import tqdm
 from unilip import adapters, sampling, shapes
 from unilip.chat import Chat
 from unilip.checkpoints import read, write
+from unilip.checkpoints.hub import Adapted, Source
 from unilip.checkpoints.tokenizer import load_tokenizer
 from unilip.errors import ImageError, PromptError, UniLIPError, check_choice
 from unilip.fast.choose import choose
@@ -135,7 +135,7 @@ class UniLIP(Network):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | os.PathLike[str] | read.Checkpoint | None = None,
+        source: Source | read.Checkpoint = None,
         *,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -149,7 +149,8 @@ class UniLIP(Network):
         """Load a model: nothing for the embedded one, else a folder, a file or a hub id, in any known format.
 
         Args:
-            source: our folder, the authors' folder, a stage-1 or tokenizer checkpoint, "owner/name", or one opened.
+            source: our folder, the authors' folder, a stage-1 or tokenizer checkpoint, "owner/name", or one opened; an
+                adapter's folder stands for the model that it names, with the adapter beside it.
             dtype: of the weights in memory; float32 by default, "auto" for what is stored (float32 where the processor
                 has no instructions for that).
             device: where to put them; the CPU by default, "auto" for CUDA where there is one.
@@ -171,7 +172,7 @@ class UniLIP(Network):
         Raises:
             CheckpointError: missing, truncated, of an unknown kind, or not exactly the weights that the model needs.
         """
-        if not (source is None or isinstance(source, (str, os.PathLike, read.Checkpoint))):
+        if not (source is None or isinstance(source, (str, os.PathLike, Adapted, read.Checkpoint))):
             raise UniLIPError(f"source is {source!r}; give a folder, a file or a hub id as text or path.")
         where = _device("cpu" if device is None else device)
         low_memory = None if low_memory is None else sampling.check_flag("low_memory", low_memory)
@@ -179,9 +180,11 @@ class UniLIP(Network):
         kinds = None if quantization is None else kinds_of(quantization)
         opened = source if isinstance(source, read.Checkpoint) else read.open_checkpoint(source, **fetching)
         if kinds:
-            opened.require_plain(f"cannot be quantised to {quantization} anew")
+            opened.require_plain(f"cannot be quantised to {quantization} anew", alone=False)
         drawing = isinstance(parts, str) and parts == "drawing"
         wanted = opened.parts if parts is None else DRAWING if drawing else _names(parts)
+        for folder, _ in opened.adapters:
+            wanted = tuple(dict.fromkeys([*wanted, *adapters.read_adapter(folder).parts]))
         missing = sorted(set(wanted) - set(opened.parts))
         if missing:
             raise UniLIPError(f"{opened.path} has no {', '.join(missing)}; it holds: {', '.join(opened.parts)}.")
@@ -203,39 +206,43 @@ class UniLIP(Network):
             processor = Processor(load_tokenizer(opened.tokenizer_path), config)
         with Unmade():
             model = cls(config, processor, wanted)
+        drawing = drawing and not opened.adapters
+        for folder, _ in opened.adapters:
+            adapters.fitting(model, folder)  # complains before weights are read
         if drawing and not opened.config.text.tie_embeddings:
             del model.mllm.language_model.lm_head
         later = (f"{HEAD}.weight",) if low_memory or drawing else ()
 
         holes = 0  # bytes of weights that were quantised since their memory was last given back
 
-        def settle(kind: str, layer: nn.Module) -> None:
+        def settle(name: str, layer: nn.Module) -> None:
             nonlocal holes
-            holes += sum(p.nbytes for p in layer.parameters())
-            quantise(layer, kind)
-            if holes > HOLES:
-                holes = give_back()
+            adapters.take_in(model, name, layer)
+            if kind := (kinds or {}).get(name.partition(".")[0]):
+                holes += sum(p.nbytes for p in layer.parameters())
+                quantise(layer, kind)
+                if holes > HOLES:
+                    holes = give_back()
 
         def load(model: nn.Module, part: str) -> None:
             source = other if other is not None and part == "pixel_decoder" else opened
-            kind = (kinds or {}).get(part.partition(".")[0])
             leave = later if part == "mllm" else ()
-            read.load_into(
-                model, source, dtype=dtype, device=where, parts=(part,), leave=leave,
-                settle=functools.partial(settle, kind) if kind else None,
-            )  # fmt: skip
+            read.load_into(model, source, dtype=dtype, device=where, parts=(part,), leave=leave, settle=settle)
             model.get_submodule(part).eval()
             give_back()
 
         if low_memory:
             empty(model.to(read.parse_dtype(dtype)))  # nothing is there yet: only what it says of itself changes
-            model.runtime.offload = Offload(model, model.parts, where, load)
+            model.runtime.offload = Offload(model, model.parts, where, load, bool(opened.weights.quantized))
             model.enable_tiling()
         else:
             for part in model.parts:
                 load(model, part)
         if performance == "memory":
             model.runtime.products = None
+        for folder, scale in opened.adapters:
+            taken, name = adapters.adapter_names(model), adapters.called(folder)
+            adapters.load_adapter(model, folder, name if name not in taken else f"{name}{len(taken)}", scale)
         return model.eval()
 
     @sampling.works
@@ -270,6 +277,8 @@ class UniLIP(Network):
 
     def load_adapter(self, folder: str | os.PathLike[str], name: str | None = None, scale: float = 1.0) -> str:
         """Put a LoRA or DoRA adapter (a folder in peft's format) beside the weights; returns its name.
+
+        A model of low_memory adds it to its weights whenever these are read.
 
         It acts at once, `scale` times as strongly as trained, together with those loaded before it.
 

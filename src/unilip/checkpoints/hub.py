@@ -21,14 +21,54 @@ from unilip.errors import CheckpointError, check_choice
 from unilip.method.config import UniLIPConfig
 
 logger = logging.getLogger(__name__)
-Source = str | os.PathLike[str] | None
 
 BESIDE = ("dit_config.json", "vae_config.json", "scheduler_config.json")
 STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 SUFFIXES = (".safetensors", ".bin")
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 CARD, INDEX = "README.md", "model_index.json"  # the second marks a pipeline of diffusers
+ADAPTER = "adapter_config.json"  # marks the folder of an adapter
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:/([\w.-]+\.(?:pth|pt|bin|safetensors)))?(?:@([\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model with adapters beside it, in the place of a model's own source: pairs of a folder and its strength."""
+
+    base: Source = None
+    adapters: tuple[tuple[str, float], ...] = ()
+
+    def __str__(self) -> str:
+        named = (folder if scale == 1 else f"{folder}:{scale:g}" for folder, scale in self.adapters)
+        return " + ".join(["embedded" if self.base is None else str(self.base), *named])
+
+
+Source = str | os.PathLike[str] | Adapted | None
+
+
+def adapted(source: Source) -> Adapted:
+    """Tell a model's own source from its adapters. The folder of an adapter is the model that it names, and itself.
+
+    Raises CheckpointError: an adapter that names no model, or several.
+    """
+    if isinstance(source, Adapted):
+        inner = adapted(source.base)
+        return Adapted(inner.base, (*inner.adapters, *source.adapters))
+    folder = None if source is None else Path(source).expanduser()
+    if folder is None or not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
+        return Adapted(source)
+    try:
+        settings = json.loads((folder / ADAPTER).read_text(encoding="utf-8-sig"))
+        named = str(settings.get("base_model_name_or_path") or "").removeprefix("all=")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder / ADAPTER} is damaged ({error}); copy or train the adapter again.") from error
+    if not named or "=" in named:
+        raise CheckpointError(
+            f"{folder} holds an adapter of {named or 'a model that it does not name'}; load that, and give this folder "
+            "as --adapter, or to model.load_adapter."
+        )
+    place = os.path.normpath(folder / named) if named.startswith("..") else named
+    return Adapted(None if named == "embedded" else place, ((str(source), 1.0),))
 
 
 @dataclass(frozen=True)
@@ -58,7 +98,7 @@ class Fetch:
         return cls(**{name: value for name, value in options.items() if value is not None})
 
 
-def resolve(source: Source = None, fetch: Fetch | None = None) -> Path:
+def resolve(source: str | os.PathLike[str] | None = None, fetch: Fetch | None = None) -> Path:
     """Return the local folder or file of a source, fetching it from the hub if it is "owner/name".
 
     "owner/name@revision" and "owner/name/file.pth" work too. None is the embedded model.

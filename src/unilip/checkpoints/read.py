@@ -20,7 +20,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from unilip.checkpoints import tables
-from unilip.checkpoints.hub import BESIDE, FILE_SUFFIXES, INDEX, STEMS, SUFFIXES, Fetch, Source, reason, resolve
+from unilip.checkpoints.hub import (
+    BESIDE,
+    FILE_SUFFIXES,
+    INDEX,
+    STEMS,
+    SUFFIXES,
+    Adapted,
+    Fetch,
+    Source,
+    adapted,
+    reason,
+    resolve,
+)
 from unilip.checkpoints.infer import check_sizes, expected_shapes, infer_config
 from unilip.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from unilip.errors import CheckpointError, ConfigError
@@ -296,6 +308,7 @@ class Checkpoint:
         self._origins, self.dropped = tables.map_names(kind, weights.shapes)
         self._data = data
         self.notes: list[str] = []
+        self.adapters: tuple[tuple[str, float], ...] = ()  # that belong beside it: folders and strengths
         self._untie()
         shapes = {name: self.shape(name) for name in self._origins}
         if kind == "unilip" or data.get("format") == FORMAT:
@@ -383,8 +396,13 @@ class Checkpoint:
         check_weights(tensor, origin.name, damaged)
         return tensor.flatten(1) if tables.POINTWISE.fullmatch(name) else tensor
 
-    def require_plain(self, why: str) -> None:
-        """Raise the error of quantised weights where plain ones are needed."""
+    def require_plain(self, why: str, alone: bool = True) -> None:
+        """Raise an error where plain weights are needed, and these are quantised or, if ALONE, have adapters."""
+        if self.adapters and alone:
+            raise CheckpointError(
+                f"{self.adapters[0][0]} is an adapter of {self.path}, and {why}; merge the two into a model first: "
+                "`unilip convert`."
+            )
         if self.weights.quantized:
             raise CheckpointError(f"{self.path} is quantised, and {why}; take the model that it was made from.")
 
@@ -403,7 +421,12 @@ def open_checkpoint(source: Source = None, **fetching: Any) -> Checkpoint:
     Raises CheckpointError: missing, truncated, of an unknown kind, or at odds with its own config.
     """
     fetch = Fetch.of(fetching)
-    path = resolve(source, fetch)
+    if (whole := adapted(source)).adapters:
+        opened = open_checkpoint(whole.base, **fetching)
+        opened.adapters = whole.adapters
+        return opened
+    assert not isinstance(whole.base, Adapted)
+    path = resolve(whole.base, fetch)
     folder = path if path.is_dir() else path.parent
     config = folder / "config.json"
     if path.is_file():
@@ -419,12 +442,6 @@ def open_checkpoint(source: Source = None, **fetching: Any) -> Checkpoint:
         opened = open_checkpoint(path / "transformer", variant=fetch.variant)
         opened.notes.append(f"Of the pipeline {path.name} only the folder transformer is used.")
         return opened
-    if not config.is_file() and (path / "adapter_config.json").is_file():
-        base = read_json(path / "adapter_config.json").get("base_model_name_or_path") or "the model it was trained on"
-        raise CheckpointError(
-            f"{path} holds an adapter, which is no model by itself; load {base} and put the adapter beside it with "
-            "--adapter, or model.load_adapter."
-        )
     if not config.is_file():
         files = sorted(p.name for p in path.glob("*.pth"))
         hint = f" It holds {files[0]}: give that file." if files else ""
@@ -510,12 +527,12 @@ def load_into(
     device: torch.device | str = "cpu",
     parts: Sequence[str] | None = None,
     leave: Sequence[str] = (),
-    settle: Callable[[nn.Module], None] | None = None,
+    settle: Callable[[str, nn.Module], None] | None = None,
 ) -> tuple[str, ...]:
     """Give parts of a model (built on the meta device, or any) the weights of a checkpoint, one tensor at a time.
 
-    A part may be a module inside one. Tensors named in `leave` are not read; `settle` is called with each linear
-    layer as soon as it has its own.
+    A part may be a module inside one. Tensors named in `leave` are not read; `settle` is called with name and module of
+    each linear layer as soon as it has its own.
 
     Returns the names that the checkpoint never holds and that were drawn at random, the same every time: the queries of
     a language model that is no UniLIP yet.
@@ -557,7 +574,7 @@ def load_into(
                     trained = old.requires_grad and name not in quantized
                     setattr(module, key, nn.Parameter(read(name, old), requires_grad=trained))
             if settle is not None and type(module) is nn.Linear and not module.weight.is_meta:
-                settle(module)
+                settle(prefix, module)
     if tied:
         llm: Any = model.get_submodule("mllm.language_model")
         llm.lm_head.weight = llm.model.embed_tokens.weight

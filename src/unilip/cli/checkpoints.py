@@ -11,7 +11,7 @@ from typing import Any
 
 from unilip.cli.options import Options
 from unilip.cli.terminal import Report, bar, describe_model, load, plural, say
-from unilip.errors import UniLIPError
+from unilip.errors import UniLIPError, check_choice
 from unilip.machine import choose_device
 
 
@@ -26,7 +26,16 @@ def convert(o: Options) -> int:
 
     write.parse_size(o.max_shard_size)
     dtype = read.parse_dtype("auto" if o.dtype is None else o.dtype)
-    path = write.convert(source, folder, o.to, dtype=dtype, max_shard_size=o.max_shard_size)
+    if read.open_checkpoint(source).adapters:
+        from unilip.model import UniLIP
+
+        check_choice("format to merge an adapter into", o.to, ("unilip", "diffusers"))
+        model = UniLIP.from_pretrained(source, dtype="auto")
+        model.merge_adapters()
+        model.save_pretrained(folder, dtype=dtype, max_shard_size=o.max_shard_size, to=o.to)
+        path = folder
+    else:
+        path = write.convert(source, folder, o.to, dtype=dtype, max_shard_size=o.max_shard_size)
     report.line(str(path))
     report.end(f"converted to the {o.to} format", source=source, path=str(path), format=o.to)
     return 0
@@ -118,7 +127,8 @@ def demo(o: Options) -> int:
     model = load(o)
     loaded = report.loaded()
     say(f"{describe_model(o, model)['model']} on {device}, {loaded}")
-    result = page.run(model, folder, o.seed, say, source=o.model, loaded=loaded)
+    options = (*(("--model", o.model) if o.model else ()), *(word for one in o.adapter for word in ("--adapter", one)))
+    result = page.run(model, folder, o.seed, say, source=options, loaded=loaded)
     report.line(f"{folder / page.PAGE}")
     report.end("the page is ready", **describe_model(o, model), **result)
     return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unilip.cli.options import Options, number, whole
-from unilip.cli.terminal import Report, plural, say
+from unilip.cli.terminal import Report, plural, say, source_of
 from unilip.errors import UniLIPError
 from unilip.machine import choose_device
 
@@ -50,7 +50,7 @@ def eval_emoji(o: Options) -> int:
     if unknown:
         raise UniLIPError(f"--parts names {', '.join(map(repr, unknown))}; allowed: {', '.join(emoji.PARTS)}.")
     world = None if o.world is None else World.preset(o.world)
-    model = UniLIP.from_pretrained(o.model, device=device, dtype=o.dtype)
+    model = UniLIP.from_pretrained(source_of(o), device=device, dtype=o.dtype)
     given = {"parts": parts, **pick(o, "count", "seeds", "steps", "guidance_scale", "preset", "batch_size")}
     given = {name: value for name, value in given.items() if value is not None}
     results = emoji.evaluate(model, folder, world, progress=bars(o), **given)
@@ -188,8 +188,9 @@ def draw(o: Options, benchmark: Any, source: dict[str, Any], output: Path) -> di
 
     device = choose_device(o.device)
     given = pick(o, "steps", "guidance_scale", "image_size", "seed", "dtype")
-    settings = Settings.resolve(o.model, fit=getattr(o, "fit", None), **given)
-    given = {"output": output, "source": o.model, "settings": settings, "batch_size": o.batch_size}
+    source = source_of(o)
+    settings = Settings.resolve(source, fit=getattr(o, "fit", None), **given)
+    given = {"output": output, "source": source, "settings": settings, "batch_size": o.batch_size}
     if o.ray is None:
         return generate(benchmark, device=device, progress=bars(o), **given)
     if "WORLD_SIZE" in os.environ:
@@ -232,7 +233,7 @@ def eval_recon(o: Options) -> int:
     pictures = open_pictures(o.words[0], o.count)
     given = pick(o, "features", "batch_size", "dtype") | {"device": device, "progress": bars(o)}
     summary = recon.evaluate(
-        pictures, output, o.model, protocol=o.protocol or "256", measures=names_of(o.measures) or (), **given
+        pictures, output, source_of(o), protocol=o.protocol or "256", measures=names_of(o.measures) or (), **given
     )
     return 0 if summary is None else tell_scores(o, report, [summary], output)
 
@@ -247,7 +248,7 @@ def eval_understand(o: Options) -> int:
     sheet = understand.open_questions(o.words[0], o.images)
     given = pick(o, "count", "max_tiles", "max_new_tokens", "batch_size", "dtype")
     name = Path(o.words[0]).stem
-    summaries = understand.evaluate(sheet, output, o.model, name=name, device=device, progress=bars(o), **given)
+    summaries = understand.evaluate(sheet, output, source_of(o), name=name, device=device, progress=bars(o), **given)
     if summaries is None:
         return 0
     report.line(str(output / "answers.jsonl"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import webbrowser
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from unilip.cli.options import Options
-from unilip.cli.terminal import describe_model, load, say
+from unilip.cli.terminal import adapter_of, describe_model, load, say, source_of
 from unilip.errors import UniLIPError, install
 from unilip.machine import choose_device
 
@@ -74,9 +75,11 @@ def serve(o: Options) -> int:
     pixels = int(o.max_pixels * 1e6)
     if o.max_replicas is not None and (o.ray is None or o.max_replicas < o.ray):
         raise UniLIPError("--max-replicas goes with --ray N, and must be at least N.")
+    adapters = offered(o)
     taken = listen(o.host, o.port)
     metrics = Metrics()
     common: dict[str, Any] = {"max_queue": o.max_queue, "max_batch": o.max_batch, "deadline": o.deadline}
+    common["adapters"] = adapters
     if o.ray is not None:
         engine, what = spread(o, common)
         facts: dict[str, Any] = {"model": name_of(o)}
@@ -107,6 +110,24 @@ def serve(o: Options) -> int:
     return 0
 
 
+def offered(o: Options) -> dict[str, tuple[str, float]]:
+    """Take the adapters that requests can name, NAME=PATH[:SCALE], out of the options; the others act on all.
+
+    Raises UniLIPError: a name is given twice, or there is no such adapter.
+    """
+    found: dict[str, tuple[str, float]] = {}
+    given, o.adapter = o.adapter, []
+    for text in given:
+        named = None if os.path.exists(text) else re.fullmatch(r"([\w-]+)=(.+)", text)
+        if named is None:
+            o.adapter.append(text)
+            continue
+        if named[1] in found:
+            raise UniLIPError(f"--adapter {named[1]} is given twice; give each adapter a name of its own.")
+        found[named[1]] = adapter_of(named[2])
+    return found
+
+
 def spread(o: Options, common: dict[str, Any]) -> tuple[Any, str]:
     """Start the replicas."""
     try:
@@ -120,5 +141,6 @@ def spread(o: Options, common: dict[str, Any]) -> tuple[Any, str]:
     most = o.max_replicas or o.ray
     replicas = Replicas(o.ray, most, gpus=1.0 if device.startswith("cuda") else 0.0)
     say(f"starting {o.ray} replica{'s' if o.ray > 1 else ''} on Ray")
-    engine = RemoteEngine(o.model, device=device, dtype=o.dtype, performance=o.performance, replicas=replicas, **common)
+    common |= {"device": device, "dtype": o.dtype, "performance": o.performance, "replicas": replicas}
+    engine = RemoteEngine(source_of(o), **common)
     return engine, f"{o.model or f'embedded ({engine.config.name})'} on {o.ray} to {most} replicas ({device})"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from unilip.checkpoints.hub import Source
     from unilip.model import UniLIP
 
 ADAPTER = "adapter_config.json"
@@ -269,6 +270,14 @@ def adapter_of(text: str) -> tuple[str, float]:
     return folder, 1.0 if scale is None else scale
 
 
+def source_of(o: Options) -> Source:
+    """Return the model that the options name, with its adapters."""
+    from unilip.checkpoints.hub import Adapted
+
+    given = tuple(adapter_of(text) for text in getattr(o, "adapter", ()))
+    return Adapted(o.model, given) if given else o.model
+
+
 def load(o: Options, *parts: str) -> UniLIP:
     """Load the model that the options name, or only some of its parts, with its adapters.
 
@@ -279,36 +288,32 @@ def load(o: Options, *parts: str) -> UniLIP:
     compiled = getattr(o, "compile", False)
     if low_memory and compiled:
         raise UniLIPError("--compile and --low-memory exclude each other: compiled parts have to stay; leave one out.")
-    given = [adapter_of(text) for text in getattr(o, "adapter", ())]
-    if o.model and os.path.isfile(os.path.join(o.model, ADAPTER)) and not os.path.exists(f"{o.model}/config.json"):
-        raise UniLIPError(f"--model {o.model} is an adapter; give it as --adapter, beside the --model that it is of.")
+    source = source_of(o)
     from unilip.checkpoints.read import open_checkpoint
     from unilip.model import DRAWING, UniLIP
 
-    opened = open_checkpoint(o.model)
+    opened = open_checkpoint(source)
+    given = opened.adapters
     if "mllm" in parts and "mllm" in opened.parts and opened.tokenizer_path is None:
         raise UniLIPError(f"{opened.path} has no tokenizer, without which it reads no words; put its files beside it.")
-    for folder, _ in given:  # damaged ones are told before anything is loaded; what an adapter changes is loaded too
+    for folder, _ in given:
         from unilip.adapters import read_adapter
 
-        changed = sorted({layer.partition(".")[0] for layer in read_adapter(folder).tensors})
+        changed = read_adapter(folder).parts
         if parts and not set(changed) & set(parts):
             say(f"{folder} changes {', '.join(changed)}, which this verb does not use")
-        parts = tuple(dict.fromkeys([*parts, *changed])) if parts else ()
     device = choose_device(o.device)
     if getattr(o, "progress", False) and sys.stderr.isatty():
         say(f"loading {o.model or 'the embedded model'} on {device}")
     # beside a GPU plain weights rest in main memory; else they are read from disk (and quantised where they work)
     on_gpu = low_memory and device != "cpu" and quantized is None
-    drawing = not given and set(parts) == set(DRAWING)
+    drawing = set(parts) == set(DRAWING)
     stays = True if low_memory and not on_gpu else False if given or compiled or on_gpu else None
     model = UniLIP.from_pretrained(
         opened, device="cpu" if on_gpu else device, dtype=o.dtype, parts="drawing" if drawing else parts or None,
         low_memory=stays, quantization=quantized or ("none" if given or on_gpu else None), performance=performance,
         decoder=getattr(o, "decoder", None),
     )  # fmt: skip
-    for n, (folder, scale) in enumerate(given):
-        model.load_adapter(folder, f"adapter{n}", scale)
     if on_gpu:
         model.enable_tiling().enable_cpu_offload(device)
     return model.compile() if compiled else model
@@ -317,6 +322,7 @@ def load(o: Options, *parts: str) -> UniLIP:
 def describe_model(o: Options, model: UniLIP) -> dict[str, str]:
     """Name a model as reports and metadata do."""
     name = f"embedded ({model.config.name})" if o.model is None else o.model
+    name = " + ".join([name, *getattr(o, "adapter", ())])
     return {"model": name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
 
 

@@ -19,13 +19,19 @@ def train(o: Options) -> int:
     """Run a training recipe, or go on with it."""
     from unilip.files import read_json
     from unilip.recipes.catalog import all_recipes, get_recipe
-    from unilip.recipes.record import changed_settings, override
+    from unilip.recipes.record import changed_settings, leaves, override
 
     if o.listing:
         return list_recipes(o, all_recipes().values())
     if not o.words:
         raise UniLIPError("There is no recipe; give its name, or --list to see them all.")
+    if o.data is not None:
+        o.settings = [*o.settings, f"data.path={o.data}"]
     recipe = override(get_recipe(o.words[0]), o.settings)
+    given = {text.partition("=")[0] for text in o.settings}
+    before, after = leaves(get_recipe(o.words[0])), leaves(recipe)
+    if follow := [f"{n}={after[n]}" for n in after if after[n] != before[n] and n not in given]:
+        say(f"follows from the data: {', '.join(follow)}")
     if o.preflight:
         return estimate(o, recipe)
     report = Report(o, "train")

@@ -52,6 +52,18 @@ def parse_mixture(text: str) -> list[Weighted]:
     return found
 
 
+def local_sources(text: str) -> list[Source] | None:
+    """Open the places of a mixture; None where one of them is remote, not there, or artwork of the emoji world.
+
+    Raises DataError: one holds nothing of a known kind.
+    """
+    names = [place.location for place in parse_mixture(text)]
+    art = (file for name in names for file in Path(name).expanduser().glob("atlas-*.npz"))
+    if not all(_exists(name) for name in names) or any(art):
+        return None
+    return [open_source(name) for name in names]
+
+
 def _exists(name: str) -> bool:
     try:
         return bool(name) and Path(name).expanduser().exists()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from unilip.emoji.art import BACKGROUNDS
 from unilip.emoji.concepts import concept
-from unilip.emoji.world import INVERSE, Obj, Scene, World, reading_order, relation
+from unilip.emoji.world import INVERSE, Obj, Scene, World, reading_order, relation, third
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RELATION_WORDS = {
@@ -96,7 +96,7 @@ def grouped(objects: Sequence[Obj]) -> list[tuple[Obj, int]]:
 
 def cell(obj: Obj, world: World) -> tuple[str, str]:
     """Return row and column of OBJ among the nine places of a picture."""
-    x, y = (0 if c < 0.4 else 2 if c > 0.6 else 1 for c in (v / world.image_size for v in obj.centre))
+    x, y = (third(middle, side) for middle, side in zip(obj.centre, world.size, strict=True))
     return ROWS[y], COLUMNS[x]
 
 

@@ -1,6 +1,6 @@
 """Deterministic, indexable datasets: item i depends on the seed, the split and i, on nothing else.
 
-Out: dictionaries of uint8 pictures (S, S, 3), strings and scene records. Any item can be made at any time in any
+Out: dictionaries of uint8 pictures (H, W, 3), strings and scene records. Any item can be made at any time in any
 process, so resuming is starting at another index, and nothing is stored. Picklable for loader workers.
 """
 
@@ -25,7 +25,7 @@ from unilip.emoji.world import SPLITS, TASKS, TRAINED, Scene, World, sample_scen
 
 
 def pixels(scene: Scene, atlas: Atlas, world: World) -> np.ndarray:
-    """Return SCENE as a writable uint8 array (S, S, 3)."""
+    """Return SCENE as a writable uint8 array (H, W, 3)."""
     return np.array(render(scene, atlas, world), dtype=np.uint8)
 
 

@@ -166,9 +166,9 @@ def _put_beside(world: World, rng: random.Random, purpose: str, scene: Scene, wh
     names = [name for name in world.pool("train", purpose) if name not in {obj.concept for obj in scene.objects}]
     look = sample_look(world, rng, rng.choice(names), _shown_style(world, scene), 0.3)
     look = replace(look, size=rng.choice(world.sizes(len(scene.objects) + 1)))
-    axis = world.positions(look.size)
+    across, down = (world.positions(look.size, axis=axis) for axis in (0, 1))
     for _ in range(100):
-        new = replace(look, x=rng.choice(axis), y=rng.choice(axis))
+        new = replace(look, x=rng.choice(across), y=rng.choice(down))
         near = any(overlap(new, other, world.gap) for other in scene.objects)
         flying = world.is_horizon(scene.background) and not world.grounded(new)
         if not (near or flying or world.clashes(new, scene.background)) and relation(new, scene.objects[0]) == where:
@@ -214,8 +214,8 @@ def _move(world: World, rng: random.Random, purpose: str, given: Scene | None = 
         return _exchange(world, rng, source)
     obj = rng.choice(source.objects)
     where = rng.choice(RELATIONS)
-    axis = world.positions(obj.size)
-    ends = {"left": (axis[0], obj.y), "above": (obj.x, axis[0]), "right": (axis[-1], obj.y), "below": (obj.x, axis[-1])}
+    xs, ys = (world.positions(obj.size, axis=axis) for axis in (0, 1))
+    ends = {"left": (xs[0], obj.y), "above": (obj.x, ys[0]), "right": (xs[-1], obj.y), "below": (obj.x, ys[-1])}
     x, y = ends[where]
     moved = replace(obj, x=x, y=y)
     # a move of less than a quarter of the picture would hardly be seen

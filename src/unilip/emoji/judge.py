@@ -142,14 +142,14 @@ def _background_rows(name: str, size: int) -> np.ndarray:
 
 
 def read_background(picture: np.ndarray, world: World) -> tuple[str | None, np.ndarray]:
-    """Return the background's name, or None where none is near, and its rows as they are in the picture (S, 3).
+    """Return the background's name, or None where none is near, and its rows as they are in the picture (H, 3).
 
     Every pixel votes for the backgrounds that it is near to in CIELAB, those at the border with three times the weight.
     """
-    size = picture.shape[0]
+    size, width = picture.shape[:2]
     lab = to_lab(smooth(picture.astype(np.float32), 1.0))  # S S 3
-    weight = np.ones((size, size), dtype=np.float32)
-    rim = max(2, size // 14)
+    weight = np.ones((size, width), dtype=np.float32)
+    rim = max(2, min(size, width) // 14)
     weight[rim:-rim, rim:-rim] = 1 / 3
     best: tuple[float, float, str] | None = None
     for name in world.backgrounds:
@@ -263,15 +263,21 @@ class Judge:
         return F.avg_pool2d(_premultiply(sprite), 3)
 
     def read(self, picture: np.ndarray | Image.Image) -> Reading:
-        """Return what PICTURE, world.image_size pixels a side, shows."""
+        """Return what PICTURE, of the world's size, shows; a picture that is no square is looked at on a larger one."""
         pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
-        side = self.world.image_size
-        if pixels.shape != (side, side, 3) or pixels.dtype != np.uint8:
+        width, height = self.world.size
+        if pixels.shape != (height, width, 3) or pixels.dtype != np.uint8:
             raise UniLIPError(
-                f"the judge of world {self.world.name!r} reads uint8 pictures of shape {(side, side, 3)}; "
+                f"the judge of world {self.world.name!r} reads uint8 pictures of shape {(height, width, 3)}; "
                 f"got {pixels.dtype} of shape {pixels.shape}; resize the picture, or take another world's judge"
             )
         background, rows = read_background(pixels, self.world)
+        side = max(width, height)
+        if width != height:
+            rows = np.pad(rows, ((0, side - height), (0, 0)), mode="edge")
+            whole = np.repeat(rows[:, None], side, axis=1)
+            whole[:height, :width] = pixels
+            pixels = whole.round().clip(0, 255).astype(np.uint8)
         image = torch.from_numpy(smooth(pixels.astype(np.float32) / 255, BLUR)).permute(2, 0, 1)  # 3 S S
         behind = torch.from_numpy(rows / 255).T[:, :, None].expand(-1, -1, side).contiguous()
         difference = image - behind

@@ -47,15 +47,15 @@ def cells(scene: Scene, world: World) -> np.ndarray:
 
     A token of which less than a quarter is covered shows nothing.
     """
-    grid = world.image_size // TOKEN_PIXELS
-    found = np.zeros((grid, grid, 3), dtype=np.int64)
+    columns, rows = (side // TOKEN_PIXELS for side in world.size)
+    found = np.zeros((rows, columns, 3), dtype=np.int64)
     found[..., 2] = numbers("background")[scene.background]
-    covered = np.full((grid, grid), TOKEN_PIXELS**2 / 4)
-    edges = np.arange(grid) * TOKEN_PIXELS
+    covered = np.full((rows, columns), TOKEN_PIXELS**2 / 4)
+    across, down = (np.arange(count) * TOKEN_PIXELS for count in (columns, rows))
     for obj in scene.objects:
         left, top, right, bottom = obj.box
-        width = (np.minimum(right, edges + TOKEN_PIXELS) - np.maximum(left, edges)).clip(0)
-        height = (np.minimum(bottom, edges + TOKEN_PIXELS) - np.maximum(top, edges)).clip(0)
+        width = (np.minimum(right, across + TOKEN_PIXELS) - np.maximum(left, across)).clip(0)
+        height = (np.minimum(bottom, down + TOKEN_PIXELS) - np.maximum(top, down)).clip(0)
         area = height[:, None] * width
         most = area >= covered
         found[most, 0], found[most, 1] = numbers("concept")[obj.concept], numbers("colour")[obj.colour]

@@ -1,7 +1,7 @@
 """Scene -> picture, and the masks that say which pixels belong to what.
 
-In: `Scene`, `Atlas`, `World`. Out: an RGB picture of world.image_size pixels a side (S), or boolean arrays of shape
-(S, S). One renderer for training and evaluation: another one differs by more than a tokenizer's error.
+In: `Scene`, `Atlas`, `World`. Out: an RGB picture of world.size, width and height, or boolean arrays of shape
+(H, W). One renderer for training and evaluation: another one differs by more than a tokenizer's error.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from PIL import Image
 from unilip.data.errors import DataError
 from unilip.emoji.art import BACKGROUNDS, HORIZON, Atlas
 from unilip.emoji.world import Obj, Scene, World
+from unilip.shapes import Size
 
 
 def render(scene: Scene, atlas: Atlas, world: World) -> Image.Image:
-    """Draw SCENE; returns a new RGB picture, world.image_size pixels a side."""
-    image = _background(scene.background, world.image_size).copy()
+    """Draw SCENE; returns a new RGB picture of world.size."""
+    image = _background(scene.background, world.size).copy()
     for obj in scene.objects:
         sprite = atlas.sprite(obj.concept, obj.style, obj.size, obj.colour, obj.tone)
         image.paste(sprite, (obj.x, obj.y), sprite)
@@ -26,35 +27,35 @@ def render(scene: Scene, atlas: Atlas, world: World) -> Image.Image:
 
 
 @lru_cache(maxsize=128)
-def _background(name: str, size: int) -> Image.Image:
+def _background(name: str, size: Size) -> Image.Image:
     found = BACKGROUNDS.get(name)
     if found is None:
         raise DataError(f"unknown background {name!r}; allowed are {', '.join(BACKGROUNDS)}")
     if found.kind == "plain":
-        return Image.new("RGB", (size, size), found.top)
-    rows = (np.arange(size) + 0.5) / size
+        return Image.new("RGB", size, found.top)
+    rows = (np.arange(size[1]) + 0.5) / size[1]
     share = rows if found.kind == "gradient" else (rows > HORIZON).astype(float)
     top, bottom = np.array(found.top, float), np.array(found.bottom, float)
-    column = top + share[:, None] * (bottom - top)  # (S, 3)
-    pixels = np.repeat(np.round(column)[:, None], size, axis=1).astype(np.uint8)  # (S, S, 3)
+    column = top + share[:, None] * (bottom - top)  # (H, 3)
+    pixels = np.repeat(np.round(column)[:, None], size[0], axis=1).astype(np.uint8)  # (H, W, 3)
     return Image.fromarray(pixels)
 
 
 def object_mask(obj: Obj, atlas: Atlas, world: World, above: int = 0) -> np.ndarray:
-    """Return where OBJ covers the background, by an alpha ABOVE so much of 255: boolean (S, S)."""
-    mask = np.zeros((world.image_size, world.image_size), dtype=bool)
+    """Return where OBJ covers the background, by an alpha ABOVE so much of 255: boolean (H, W)."""
+    mask = np.zeros(world.size[::-1], dtype=bool)
     alpha = np.asarray(atlas.sprite(obj.concept, obj.style, obj.size, obj.colour, obj.tone).getchannel("A"))
     mask[obj.y : obj.y + obj.size, obj.x : obj.x + obj.size] = alpha > above
     return mask
 
 
 def change_mask(source: Scene, target: Scene, atlas: Atlas, world: World) -> np.ndarray:
-    """Return where an edit from SOURCE to TARGET may change pixels: boolean (S, S).
+    """Return where an edit from SOURCE to TARGET may change pixels: boolean (H, W).
 
     Objects that only one of the two has, and with a new background everything that no kept object covers fully.
     """
     shared = set(source.objects) & set(target.objects)
-    mask = np.full((world.image_size, world.image_size), source.background != target.background)
+    mask = np.full(world.size[::-1], source.background != target.background)
     for obj in shared:
         mask &= ~object_mask(obj, atlas, world, 254)
     for obj in set(source.objects) ^ set(target.objects):

@@ -7,6 +7,7 @@ where the last one stopped, and no picture depends on the batch it was made in.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
 
+from unilip.adapters import adapter_names, adapter_scale
 from unilip.chat import joined
 from unilip.data.seeding import generator, stable_hash
 from unilip.emoji.art import Atlas
@@ -44,12 +46,14 @@ from unilip.errors import UniLIPError
 from unilip.fast.loop import Settings
 from unilip.fast.offload import HEAD
 from unilip.files import read_json, write_json, write_text
+from unilip.method.config import TOKEN_PIXELS
 from unilip.model import UniLIP
 from unilip.pictures import picture_psnr, picture_ssim, to_pixels
+from unilip.shapes import Size
 
 log = logging.getLogger(__name__)
 
-PARTS = ("recon", "vqa", "gen", "edit", "riddle", "chain")
+PARTS = ("recon", "vqa", "gen", "edit", "riddle", "chain", "shapes")
 NEEDS = {
     "recon": ("encoder", "latent_head", "pixel_decoder"),
     "vqa": ("encoder", "mllm"),
@@ -57,6 +61,7 @@ NEEDS = {
     "edit": ("encoder", "mllm", "connector", "dit", "pixel_decoder"),
     "riddle": ("mllm", "connector", "dit", "pixel_decoder"),
     "chain": ("encoder", "latent_head", "mllm", "connector", "dit", "pixel_decoder"),
+    "shapes": ("encoder", "mllm", "connector", "dit", "pixel_decoder"),
 }
 DEPTHS = (1, 3, 5)  # edits in a row after which a chain is looked at
 ORIGINAL = "from the original"
@@ -141,6 +146,11 @@ class Bench:
     def judge(self) -> Judge:
         """The judge of the world, built when the first picture is to be read."""
         return Judge(self.world, self.atlas)
+
+    @functools.cache  # noqa: B019 - a bench lives as long as its run
+    def judge_of(self, world: World) -> Judge:
+        """The judge of the world in another shape."""
+        return Judge(world, self.atlas)
 
     def plan(self, part: str) -> list[Item]:
         """Return the items of PART, always the same ones in the same order."""
@@ -280,10 +290,53 @@ class Bench:
             done.append((record, np.concatenate([original, result, target], axis=1)))
         return done
 
-    def _edited(self, sources: Sequence[Any], texts: Sequence[str], noises: Sequence[Sequence[object]]) -> list[Any]:
+    def _plan_shapes(self) -> list[Item]:
+        items = []
+        for size in other_shapes(self.world):
+            world, named = self.world.shaped(size), "{}x{}".format(*size)
+            scenes = Scenes(world, self.atlas, "val", DATA_SEED, self.count, "generation", seen=True)
+            for i in range(self.count):
+                scene, task, _ = scenes.draw(i)
+                asked = {"size": size, "scene": scene, "task": task, "prompt": canonical(scene, task, world), "seed": 0}
+                items.append(Item(f"shapes/{named}/{i:04d}", "shapes", f"pictures, {named}", i, asked, named))
+            edits = Edits(world, self.atlas, "val", DATA_SEED, self.count)
+            items += [
+                Item(f"shapes/{named}/edit/{i:04d}", "shapes", f"edits, {named}", i,
+                     {"size": size, "edit": edits.draw(i)}, f"{named} edit")
+                for i in range(self.count)
+            ]  # fmt: skip
+        return items
+
+    def _perform_shapes(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
+        size = items[0].data["size"]
+        world = self.world.shaped(size)
+        judge, sides = self.judge_of(world), {"width": size[0], "height": size[1]}
+        done = []
+        if "edit" not in items[0].data:
+            for item, picture in zip(items, self._draw(items, **sides), strict=True):
+                verdict = judge_prompt(judge.read(picture), item.data["scene"], item.data["task"], world)
+                done.append(({**vars(verdict), "text": item.data["prompt"]}, picture))
+            return done
+        edits = [item.data["edit"] for item in items]
+        sources = [pixels(edit.source, self.atlas, world) for edit in edits]
+        noises = [(item.key,) for item in items]
+        results = self._edited(sources, [edit.instruction for edit in edits], noises, **sides)
+        for edit, source, result in zip(edits, sources, results, strict=True):
+            verdict = judge_edit(judge, result, edit)
+            record = {
+                "ok": verdict.ok, "parts": {"done": verdict.done, "rest kept": verdict.kept}, "reason": verdict.reason,
+                "text": edit.instruction, "psnr_outside": verdict.psnr_outside,
+            }  # fmt: skip
+            done.append((record, np.concatenate([source, result, pixels(edit.target, self.atlas, world)], axis=1)))
+        return done
+
+    def _edited(
+        self, sources: Sequence[Any], texts: Sequence[str], noises: Sequence[Sequence[object]], **sides: int
+    ) -> list[Any]:
         images = self.model.edit(
             list(sources), list(texts), generator=[noise_generator(*parts) for parts in noises],
             num_inference_steps=self.steps, preset=self.preset, guidance_scale=self.guidance_scale, progress=False,
+            **sides,
         ).images  # fmt: skip
         return [np.asarray(image) for image in images]
 
@@ -333,7 +386,7 @@ class Bench:
         assert isinstance(answers, list), "a list of questions has a list of answers"
         return answers
 
-    def _draw(self, items: Sequence[Item]) -> list[np.ndarray]:
+    def _draw(self, items: Sequence[Item], **sides: int) -> list[np.ndarray]:
         # the noise belongs to prompt and seed: without guidance, and as people write, it is the same again
         generators = [noise_generator(item.data.get("noise", item.data["prompt"]), item.data["seed"]) for item in items]
         images = self.model.generate(
@@ -343,6 +396,7 @@ class Bench:
             preset=self.preset,
             guidance_scale=1.0 if items[0].mode == UNGUIDED else self.guidance_scale,
             progress=False,
+            **sides,
         ).images
         return [np.asarray(image) for image in images]
 
@@ -401,6 +455,12 @@ class Bench:
             }
             done.append((record, np.concatenate([entry["source"], result, entry["target"]], axis=1)))
         return done
+
+
+def other_shapes(world: World) -> tuple[Size, Size]:
+    """Return an upright and a lying size: three fourths and five fourths of the square's sides."""
+    short, long = (math.ceil(share * world.image_size / TOKEN_PIXELS) * TOKEN_PIXELS for share in (0.75, 1.25))
+    return (short, long), (long, short)
 
 
 def measure_features(features: torch.Tensor, truth: torch.Tensor) -> float:
@@ -469,6 +529,8 @@ def fingerprint(model: UniLIP) -> str:
     """Return sixteen hex digits of configuration and weights."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name in adapter_names(model):
+        digest.update(f"{name} {adapter_scale(model, name)}".encode())
     for part in model.parts:
         with model.using(part, *((HEAD,) if part == "mllm" else ())):
             for name, value in model.get_submodule(part).state_dict(prefix=f"{part}.").items():

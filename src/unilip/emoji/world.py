@@ -19,6 +19,8 @@ from unilip.data.errors import DataError
 from unilip.data.seeding import stable_fraction, stable_hash
 from unilip.emoji.art import BACKGROUNDS, HORIZON, HUES, PAINTS, PALETTE, STYLES
 from unilip.emoji.concepts import SHAPES, TONES, concept, concepts, measured
+from unilip.method.config import TOKEN_PIXELS
+from unilip.shapes import Size
 
 TASKS = ("single", "two", "counting", "colour", "position", "colour_attr")
 TRAINED = (*TASKS, "two", "position", "colour_attr")  # how often training meets each
@@ -129,7 +131,9 @@ class World:
     those of ``colours``, ``paint`` takes colour too, ``guests`` are seen and recoloured, but never asked for, and
     ``strangers`` are only reconstructed: a tokenizer is to meet more shapes than have names here.
     Corners of objects lie on a lattice of ``grid`` pixels around the centred position; a single object strays at most
-    ``single_shift`` pixels from the middle (None: anywhere).
+    ``single_shift`` pixels from the middle (None: anywhere). ``shape`` is another width and height than the square
+    (``shaped``): the lattice goes on from the top left corner, so that objects meet the tokens as they do there, and of
+    a coarse one only one line stays to each of left, middle and right, of top, middle and bottom.
     """
 
     name: str
@@ -157,6 +161,7 @@ class World:
     single_shift: int | None = None
     default_background: str = "white"
     default_style: str = "flat"
+    shape: Size | None = None
 
     def __post_init__(self) -> None:
         known = concepts()
@@ -173,10 +178,11 @@ class World:
             if wrong:
                 raise DataError(f"World.{field} names {wrong[0]!r}, which does not exist; use {', '.join(allowed)}")
         largest = max(*self.single_sizes, *self.multi_sizes)
-        if largest + 2 * self.margin > self.image_size:
+        room = min(self.size) - 2 * self.margin
+        if largest > room:
             raise DataError(
-                f"World sizes go up to {largest} pixels, but image_size {self.image_size} less twice the margin "
-                f"{self.margin} leaves {self.image_size - 2 * self.margin}; use smaller sizes"
+                f"World sizes go up to {largest} pixels, but a picture of {self.size[0]}x{self.size[1]} less twice the "
+                f"margin {self.margin} leaves {room}; use smaller sizes"
             )
         if set(self.concepts) & set(self.extra):
             raise DataError("World.extra must not repeat concepts; extra is what no training ever sees")
@@ -294,6 +300,15 @@ class World:
             single_shift=7,
         )
 
+    @property
+    def size(self) -> Size:
+        """Width and height of a picture."""
+        return self.shape or (self.image_size, self.image_size)
+
+    def shaped(self, size: Size) -> World:
+        """The same world in pictures of another width and height; raises DataError where its objects have no room."""
+        return self if size == self.size else replace(self, shape=None if size == (self.image_size,) * 2 else size)
+
     @cached_property
     def training(self) -> World:
         """The world that training draws from: with everything that is there to learn from and never measured."""
@@ -361,10 +376,17 @@ class World:
 
     def grounded(self, obj: Obj) -> bool:
         """Whether the foot of OBJ is on the ground of a horizon background."""
-        return obj.y + obj.size >= self.image_size * (HORIZON + 0.06)
+        return obj.y + obj.size >= self.size[1] * (HORIZON + 0.06)
 
-    def positions(self, size: int, single: bool = False) -> range:
-        """Return where a corner of an object of SIZE may lie, along x or y."""
+    def positions(self, size: int, single: bool = False, axis: int = 0) -> Sequence[int]:
+        """Return where a corner of an object of SIZE may lie, along x (AXIS 0) or y."""
+        if self.shape is not None:
+            square = replace(self, shape=None).positions(size)
+            corners = range(square[0], self.shape[axis] - size - self.margin + 1, self.grid)
+            if self.grid < TOKEN_PIXELS:
+                return corners
+            named = {third(corner + size / 2, self.shape[axis]): corner for corner in reversed(corners)}
+            return tuple(sorted(named.values()))
         middle = (self.image_size - size) // 2
         reach = middle - self.margin
         if single and self.single_shift is not None:
@@ -406,6 +428,11 @@ def relation(a: Obj, b: Obj) -> str | None:
     return None
 
 
+def third(middle: float, side: int) -> int:
+    """Return whether people call a place along a SIDE its beginning, its middle or its end: 0, 1 or 2."""
+    return 0 if middle / side < 0.4 else 2 if middle / side > 0.6 else 1
+
+
 def reading_order(scene: Scene) -> tuple[Obj, ...]:
     """Return the objects from left to right, those in one column from top to bottom."""
     return tuple(sorted(scene.objects, key=lambda obj: (obj.centre[0], obj.centre[1])))
@@ -413,10 +440,10 @@ def reading_order(scene: Scene) -> tuple[Obj, ...]:
 
 @lru_cache(maxsize=256)
 def _lattice_layouts(
-    places: tuple[int, ...], size: int, gap: int, count: int
+    columns: tuple[int, ...], rows: tuple[int, ...], size: int, gap: int, count: int
 ) -> tuple[tuple[tuple[int, int], ...], ...]:
     """All ways to place COUNT equal objects on a coarse lattice, up to their order."""
-    cells = [(x, y) for x in places for y in places]
+    cells = [(x, y) for x in columns for y in rows]
     found: list[tuple[tuple[int, int], ...]] = []
 
     def extend(chosen: tuple[tuple[int, int], ...], start: int) -> None:
@@ -442,9 +469,9 @@ def place(
     single = len(objects) == 1 and objects[0].size in world.single_sizes
     horizon = world.is_horizon(background)
     sizes = {obj.size for obj in objects}
-    if len(sizes) == 1 and len(world.positions(objects[0].size, single)) <= 8:
-        places = tuple(world.positions(objects[0].size, single))
-        layouts = _lattice_layouts(places, objects[0].size, world.gap, len(objects))
+    columns, rows = (tuple(world.positions(objects[0].size, single, axis)) for axis in (0, 1))
+    if len(sizes) == 1 and max(len(columns), len(rows)) <= 8:
+        layouts = _lattice_layouts(columns, rows, objects[0].size, world.gap, len(objects))
         for _ in range(64 if layouts else 0):
             corners = list(rng.choice(layouts))
             rng.shuffle(corners)
@@ -455,13 +482,13 @@ def place(
     for _ in range(24):
         done: list[Obj] = []
         for obj in objects:
-            axis = world.positions(obj.size, single)
-            low = [y for y in (axis[0], axis[-1])]
+            across, down = (world.positions(obj.size, single, axis) for axis in (0, 1))
+            low = [y for y in (down[0], down[-1])]
             if horizon:
-                low[0] = max(low[0], int(world.image_size * (HORIZON + 0.06)) + 1 - obj.size)
+                low[0] = max(low[0], int(world.size[1] * (HORIZON + 0.06)) + 1 - obj.size)
             for _ in range(24):
-                y = rng.randrange(low[0], low[1] + 1) if world.grid == 1 else rng.choice(axis)
-                candidate = replace(obj, x=rng.choice(axis), y=y)
+                y = rng.randrange(low[0], low[1] + 1) if world.grid == 1 else rng.choice(down)
+                candidate = replace(obj, x=rng.choice(across), y=y)
                 if not any(overlap(candidate, other, world.gap) for other in done):
                     done.append(candidate)
                     break

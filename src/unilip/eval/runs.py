@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from unilip import __version__
-from unilip.checkpoints.hub import Source
+from unilip.checkpoints.hub import ADAPTER, Source
 from unilip.checkpoints.read import open_checkpoint
 from unilip.errors import UniLIPError
 from unilip.files import Lock, content_hash, file_hash, read_json, read_lines, write_json
@@ -49,6 +49,8 @@ def model_hash(source: Source = None) -> str:
     words = [] if beside is None else [file for pattern in WORDS for file in beside.glob(pattern) if file.is_file()]
     files = sorted({*opened.weights.files, *words}, key=lambda file: file.name)
     parts = [json.dumps(opened.config.to_dict(), sort_keys=True), *map(file_hash, files)]
+    for folder, scale in opened.adapters:
+        parts += [f"{scale:g}", *(file_hash(Path(folder) / name) for name in (ADAPTER, "adapter_model.safetensors"))]
     return content_hash(*parts)[:16]
 
 

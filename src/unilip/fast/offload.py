@@ -21,7 +21,8 @@ HEAD = "mllm.language_model.lm_head"  # only answers need it
 class Offload:
     """Brings parts of a model to a device: from the first `using` that names one to the end of the last such block.
 
-    A part may be a module inside one (HEAD): read from the checkpoint it comes only when it is named, too.
+    A part may be a module inside one (HEAD): read from the checkpoint it comes only when it is named, too. `quantized`
+    says that the checkpoint's own weights are.
     """
 
     def __init__(
@@ -30,8 +31,11 @@ class Offload:
         parts: Sequence[str],
         device: torch.device,
         load: Callable[[nn.Module, str], None] | None = None,
+        quantized: bool = False,
     ) -> None:
         self.device = device
+        self.quantized = quantized
+        self.adapters: dict[str, tuple[Any, float]] = {}  # with strengths: added to weights whenever these are read
         self._held: Counter[str] = Counter()
         self._model = [model]  # in a list: a module that knew its owner would be a part of itself
         self._load = load
@@ -56,6 +60,11 @@ class Offload:
                 if not self._held[part]:
                     del self._held[part]
                     self._drop(part)
+
+    @property
+    def reads(self) -> bool:
+        """Whether weights are read from the checkpoint each time."""
+        return self._load is not None
 
     @property
     def present(self) -> set[str]:

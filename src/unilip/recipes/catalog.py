@@ -1,4 +1,4 @@
-"""Every recipe by name, SIZE/STAGE: the embedded models' stages, the paper's six, and the ablations of its claims.
+"""Every recipe by name: the embedded models' stages, the paper's six, one's own adapters, the claims' ablations.
 
 `recipes.json` says what each stage is, by the names of settings that `--set` knows: of each size what its stages share,
 and of each stage its difference from that, or (`like`) from another one. "{name}" stands for a value of the size.
@@ -77,12 +77,13 @@ def ablations() -> list[records.Recipe]:
 
 
 def all_recipes() -> dict[str, records.Recipe]:
-    """Return every recipe by name; the ablations come last."""
-    return {recipe.name: recipe for recipe in (*stages(), *ablations())}
+    """Return every recipe by name; one's own adapters and the ablations come last."""
+    adapters = (read_stage("lora", stage, "pico", {}, f"lora/{stage}") for stage in TABLE["lora"]["stages"])
+    return {recipe.name: recipe for recipe in (*stages(), *adapters, *ablations())}
 
 
 def get_recipe(name: str) -> records.Recipe:
-    """Return a recipe by its name, SIZE/STAGE or ablation/SIZE/VARIANT.
+    """Return a recipe by its name, SIZE/STAGE, lora/KIND or ablation/SIZE/VARIANT.
 
     Raises:
         ConfigError: there is none of that name; the message has the nearest one.

@@ -291,8 +291,8 @@ class Data:
             raise ConfigError(
                 f"data.image_size is {self.image_size}; it must be a multiple of {TOKEN_PIXELS}, or 0 for the model's."
             )
-        if self.shapes and (self.source == "emoji" or self.cache or self.image_size):
-            raise ConfigError("data.shapes is for data.source=files, without data.cache and data.image_size.")
+        if self.shapes and (self.cache or self.image_size):
+            raise ConfigError("data.shapes goes without data.cache and data.image_size, which are of one square.")
         for size in self.sizes:
             if nearest(*size) != size:
                 near = "x".join(map(str, nearest(*size)))
@@ -386,6 +386,8 @@ class Recipe:
                 f"trains is {self.trains}; give prefixes with factors of at least 0, one of them above 0."
             )
         self._check_together()
+        if self.data.shapes and self.lessons and getattr(self.objective, "bind", 0.0):
+            raise ConfigError("data.shapes needs objective.bind=0 in the emoji world: its lessons are of squares.")
         if self.data.shapes and isinstance(self.objective, Understand):
             raise ConfigError("data.shapes is for flow and tokenizer stages; what is talked about is read as a square.")
         if self.data.shapes and getattr(self.objective, "target", "") == "dcae":
@@ -489,7 +491,10 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
 
 
 def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """Apply "dotted.name=value" settings, all at once; an unknown name is refused with the nearest valid one."""
+    """Apply "dotted.name=value" settings, all at once; an unknown name is refused with the nearest valid one.
+
+    Of a `data.path` on this machine, `data.source` and `data.edit_share` follow from what it holds unless they are set.
+    """
     names = leaves(recipe)
     changes: dict[str, Any] = {}
     for setting in settings:
@@ -501,8 +506,29 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
             hint = f" Did you mean {near}?" if near else ""
             raise ConfigError(f"{recipe.name} has no setting {name!r}.{hint} All of them: {', '.join(names)}.")
         changes[name] = _parse(name, text.strip(), names[name])
-    changed: Recipe = _replace(recipe, changes, "")
+    changed: Recipe = _replace(recipe, _following(recipe, changes) | changes, "")
     return changed
+
+
+def _following(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that follow from the place that `data.path` names: what it is, and which tasks it has.
+
+    Artwork of the emoji world stays that. Where there are edits and captions both, the recipe's own share stays.
+    """
+    path, found = changes.get("data.path") or "", dict[str, Any]()
+    if changes.get("data.source") == "emoji" or path in ("", "synthetic"):
+        return found
+    from unilip.data.sources import local_sources
+
+    sources = local_sources(path)
+    if sources is None:
+        return found
+    found["data.source"] = "files"
+    if isinstance(recipe.objective, Flow) and 0 < recipe.data.edit_share < 1:
+        edits, captions = (any(sum(one.counts(kind)) for one in sources) for kind in ("edit", "caption"))
+        if edits != captions:
+            found["data.edit_share"] = float(edits)
+    return found
 
 
 def _nearest(name: str, names: Iterable[str]) -> str | None:

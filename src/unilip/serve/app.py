@@ -56,6 +56,7 @@ from unilip.serve.jobs import (
     QueueFull,
     Reconstruct,
     Result,
+    Strengths,
 )
 from unilip.serve.metrics import CONTENT_TYPE, Metrics
 from unilip.serve.pictures import FORMATS, decode, decode_mask, encode, outside_kept, sized
@@ -302,7 +303,8 @@ def _routes(app: FastAPI, server: _Server) -> None:
         sources = [data for _, data in files]
         images, _ = await server.in_time(request, body, server.decoders, server.decoded, sources, [], body)
         size = schema.size_of(body.size)
-        jobs = [Reconstruct(i, size, body.image_size, fit=body.fit, keep_aspect=body.keep_aspect) for i in images]
+        more = {"fit": body.fit, "keep_aspect": body.keep_aspect, "adapters": server.strengths(body)}
+        jobs = [Reconstruct(i, size, body.image_size, **more) for i in images]
         return await server.pictures(request, body, jobs, "image_reconstruction")
 
     @app.post(
@@ -322,17 +324,15 @@ def _routes(app: FastAPI, server: _Server) -> None:
 
     @app.get("/v1/models", tags=["models"])
     async def models() -> Response:
-        """The one model."""
-        return JSON({"object": "list", "data": [server.model_card()]})
+        """The model, and with each of its adapters."""
+        return JSON({"object": "list", "data": [server.model_card(name) for name in server.names]})
 
     @app.get("/v1/models/{name:path}", tags=["models"])
     async def model(name: str) -> Response:
         """The model by its name."""
-        if name != settings.model_name:
-            raise _Refused(
-                Trouble(404, "There is no such model; /v1/models names the one there is.", "model_not_found")
-            )
-        return JSON(server.model_card())
+        if name not in server.names:
+            raise _Refused(Trouble(404, "There is no such model; /v1/models names what there is.", "model_not_found"))
+        return JSON(server.model_card(name))
 
     @app.get(FILES + "{name}", tags=["pictures"], responses={200: {"content": {"image/png": {}}}})
     async def file(name: str) -> Response:
@@ -417,10 +417,24 @@ class _Server:
         self._counting, self._pixels = threading.RLock(), 0
         self._started = int(time.time())
 
-    def model_card(self) -> dict[str, Any]:
+    @property
+    def names(self) -> list[str]:
+        """What `model` may be: the model, and the model with an adapter."""
+        own = self.settings.model_name
+        return [own, *(f"{own}:{name}" for name in self.engine.checker.adapters)]
+
+    def named(self, body: schema.Adapting | schema.Reconstructions) -> str:
+        """What the model that a request asks for is called in its answer."""
+        return body.model if body.model in self.names else self.settings.model_name  # type: ignore[return-value]
+
+    def strengths(self, body: schema.Adapting) -> Strengths:
+        """The adapters that act on a request."""
+        return body.strengths(self.engine.checker.adapters, self.settings.model_name)
+
+    def model_card(self, name: str) -> dict[str, Any]:
         """Describe the model."""
         return {
-            "id": self.settings.model_name,
+            "id": name,
             "object": "model",
             "created": self._started,
             "owned_by": "unilip",
@@ -451,6 +465,7 @@ class _Server:
             "negative_prompt": body.negative_prompt,
             "size": schema.size_of(body.size),
             "image_size": body.image_size,
+            "adapters": self.strengths(body),
             "partials": (body.partial_images or 0) if getattr(body, "stream", False) else 0,
         }
 
@@ -611,7 +626,7 @@ class _Server:
         data = await run_in_threadpool(self.picture_data, tickets, results, body, after, base)
         return JSON({
             "created": int(time.time()),
-            "model": self.settings.model_name,
+            "model": self.named(body),
             "data": data,
             "output_format": body.output_format,
             "size": data[0]["size"],
@@ -683,6 +698,8 @@ class _Server:
         for number, (ticket, result) in enumerate(zip(tickets, results, strict=True)):
             for i, image in enumerate(result.images):
                 about: dict[str, Any] = {"model": self.settings.model_name, "verb": ticket.verb}
+                if adapters := result.settings.get("adapters"):
+                    about["adapters"] = json.dumps(adapters)
                 entry: dict[str, Any] = {}
                 if result.seeds:
                     entry["seed"] = about["seed"] = result.seeds[i]
@@ -737,7 +754,7 @@ class _Server:
         ours = await run_in_threadpool(responses.read, fields, self.conversations)
         body = await run_in_threadpool(self.parse, schema.Chat, ours, form=False)
         talk = await self.start(request, body)
-        answer = responses.Answer(fields, ours, self.conversations, self.settings.model_name)
+        answer = responses.Answer(fields, ours, self.conversations, self.named(body))
 
         def urls(said: Mapping[str, Any]) -> list[str]:
             return [part["image_url"]["url"] for part in said["choices"][0]["message"].get("images", ())]
@@ -764,7 +781,8 @@ class _Server:
             keep = schema.size_of(body.size) is None
             jobs = [Edit(image, found.text, keep_aspect=keep, **common) for image in found.pictures]
         else:
-            jobs = [dataclasses.replace(found.ask, max_new_tokens=self.answer_length(body), lower=True)]
+            more = {"max_new_tokens": self.answer_length(body), "adapters": common["adapters"]}
+            jobs = [dataclasses.replace(found.ask, lower=True, **more)]
         return _Talk(self, body, await self.submit(request, body, jobs), found.text)
 
     def answer_length(self, body: schema.Chat) -> int:
@@ -791,7 +809,7 @@ class _Talk:
 
     def head(self, kind: str) -> dict[str, Any]:
         """What every chunk and the whole answer begin with."""
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.server.settings.model_name}
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.server.named(self.body)}
 
     def pictures(self, results: Sequence[Result], apart: bool = False) -> dict[str, Any]:
         """The content of an answer with pictures: Markdown for those who show text, parts for those who know them."""

@@ -8,21 +8,31 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 import secrets
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
 from unilip import shapes
-from unilip.errors import PromptError, UniLIPError
+from unilip.adapters import read_adapter
+from unilip.errors import PromptError, UniLIPError, check_choice
 from unilip.fast.loop import Settings
+from unilip.fewstep import few_config
 from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
 from unilip.method.text import Message, Processor, Prompt
 from unilip.pictures import FITS, fit_picture, load_image, tile
-from unilip.sampling import MAX_PROMPT_CHARACTERS, check_negative, check_plan, check_prompt
+from unilip.sampling import (
+    LARGEST,
+    MAX_PROMPT_CHARACTERS,
+    check_negative,
+    check_number,
+    check_plan,
+    check_prompt,
+)
 from unilip.serve.jobs import MAX_SEED, Ask, Edit, Generate, Job, Reconstruct
 from unilip.serve.tickets import Ticket, Unit
 from unilip.shapes import Size
@@ -63,17 +73,23 @@ def seconds_for(deadline: float | None, own: float | None) -> float | None:
     return min((seconds for seconds in (deadline, own) if seconds is not None), default=None)
 
 
+Adapters = Mapping[str, tuple[str | os.PathLike[str], float]]  # name: folder, strength where none is asked for
+
+
 class Checker:
-    """Checks jobs for a model of this configuration that has these parts loaded.
+    """Checks jobs for a model of this configuration that has these parts loaded, and offers these adapters.
 
     It has a tokenizer of its own, because callers check their prompts while a worker uses the model's.
     """
 
     def __init__(
-        self, config: UniLIPConfig, parts: Sequence[str], processor: Processor | None, limits: Limits | None = None
-    ) -> None:
+        self, config: UniLIPConfig, parts: Sequence[str], processor: Processor | None, limits: Limits | None = None,
+        adapters: Adapters | None = None,
+    ) -> None:  # fmt: skip
         limits = limits or Limits()
         self.config = config
+        self.adapters = {name: scale for name, (_, scale) in (adapters or {}).items()}
+        self._few = {name: read_adapter(folder).few_steps for name, (folder, _) in (adapters or {}).items()}
         self.parts = tuple(parts)
         self.limits = limits if limits.image_size else dataclasses.replace(limits, image_size=2 * config.image_size)
         self._processor = Processor(copy.deepcopy(processor.tokenizer), config) if processor else None
@@ -103,6 +119,19 @@ class Checker:
         if verb not in VERBS:
             raise UniLIPError(f"There is no job {type(job).__name__}; give Generate, Edit, Reconstruct or Ask.")
         self._require(*NEEDS[verb])
+        for name, scale in job.adapters:
+            check_choice("adapter", name, self.adapters)
+            check_number(f"The strength of {name}", scale, -LARGEST)
+        acting = {name: float(scale) for name, scale in job.adapters if scale}
+        job = dataclasses.replace(job, adapters=tuple(sorted(acting.items())))
+        units = self._units(job, verb, deadline)
+        for unit in units:
+            unit.key = (*unit.key, job.adapters)
+        if job.adapters:
+            units[0].ticket.settings["adapters"] = dict(job.adapters)
+        return units
+
+    def _units(self, job: Job, verb: str, deadline: float | None) -> list[Unit]:
         seed = 0
         if not isinstance(job, Reconstruct):
             count = 1 if isinstance(job, Ask) else job.count
@@ -133,7 +162,8 @@ class Checker:
             "guidance_scale": job.guidance_scale,
             "solver": job.solver,
         }
-        settings = Settings.of(self.config, job.preset, **given)
+        few = next((self._few[name] for name, _ in job.adapters if self._few[name]), ())
+        settings = Settings.of(few_config(self.config, few) if few else self.config, job.preset, **given)
         steps, guidance = settings.num_inference_steps, settings.guidance_scale
         if steps > self.limits.steps:
             raise UniLIPError(f"{steps} steps were asked for; at most {self.limits.steps} are taken here.")

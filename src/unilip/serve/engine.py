@@ -25,13 +25,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unilip.adapters import adapter_names, adapter_scale
 from unilip.errors import UniLIPError
 from unilip.fast.loop import Settings
 from unilip.method.flow import make_schedule
 from unilip.model import UniLIP
 from unilip.pictures import picture_psnr, to_pixels, unfit_square
 from unilip.sampling import TextStream, answer, not_finite
-from unilip.serve.checks import Checker, seconds_for
+from unilip.serve.checks import Adapters, Checker, seconds_for
 from unilip.serve.checks import Limits as Limits
 from unilip.serve.jobs import (
     Ask,
@@ -80,6 +81,8 @@ class Engine:
         deadline: seconds that a job may take, waiting included; None is for ever. A step that lasts longer is held to
             hang: jobs end at their deadlines all the same, and the engine is no longer `alive`.
         limits: the most that one job may ask for.
+        adapters: that jobs may name: by name the folder, and the strength where a job leaves it open. They are loaded
+            here, and act on those jobs alone; others the model may have act on all.
         on_batch: called from the worker as f(verb, size, seconds) after each batch, for metrics.
 
     Use:
@@ -107,6 +110,7 @@ class Engine:
         deadline: float | None = 300.0,
         limits: Limits | None = None,
         on_batch: Callable[[str, int, float], None] | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         for name, value in (("max_queue", max_queue), ("max_batch", max_batch)):
             if value < 1:
@@ -114,13 +118,19 @@ class Engine:
         if batch_wait < 0 or (deadline is not None and deadline <= 0):
             raise UniLIPError("batch_wait must be at least 0 seconds, and deadline more than 0.")
         self.model = model
+        self._always = {name: adapter_scale(model, name) for name in adapter_names(model)}
+        self._acting = tuple[tuple[str, float], ...]()  # of those that jobs name
+        for name, (folder, _) in (adapters or {}).items():
+            model.load_adapter(folder, name, 0.0)
+        if adapters:
+            model.set_adapters(self._always)
         self.config = model.config
         self.max_queue = max_queue
         self.max_batch = max_batch
         self.batch_wait = batch_wait
         self.deadline = deadline
         self.on_batch = on_batch
-        self.checker = Checker(model.config, model.parts, model.processor, limits)
+        self.checker = Checker(model.config, model.parts, model.processor, limits, adapters)
         self.limits = self.checker.limits
         self._queue: deque[Unit] = deque()
         self._running: list[Unit] = []
@@ -385,7 +395,10 @@ class Engine:
                     self._failed[unit.ticket.verb] += 1
 
     def _run(self, batch: list[Unit]) -> None:
-        verb = batch[0].ticket.verb
+        verb, acting = batch[0].ticket.verb, batch[0].ticket.job.adapters
+        if acting != self._acting:
+            self.model.set_adapters(self._always | dict(acting))
+            self._acting = acting
         if verb == "ask":
             self._answer(batch)
         elif verb == "reconstruct":
@@ -414,7 +427,7 @@ class Engine:
                 ticket._tell_step()
             self._checkpoint(batch)
 
-        settings = {k: v for k, v in batch[0].ticket.settings.items() if k != "fit"}
+        settings = {k: v for k, v in batch[0].ticket.settings.items() if k not in ("fit", "adapters")}
         settings |= {
             "generator": [torch.Generator().manual_seed(unit.seed) for unit in batch],
             "callback_on_step_end": on_step,
@@ -442,7 +455,7 @@ class Engine:
                 wanted[row] = places.index(done)
         if not wanted or before is None:
             return
-        shift = Settings.of(self.config, settings["preset"]).flow_shift
+        shift = Settings.of(self.model.config, settings["preset"]).flow_shift
         levels = make_schedule(settings["solver"], shift, steps).levels
         velocity = (now - before) / (levels[done] - levels[done - 1])
         images = self.model.decode((now - levels[done] * velocity)[list(wanted)]).images

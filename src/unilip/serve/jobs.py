@@ -1,6 +1,7 @@
 """What can be asked of an engine, and what it says back: plain records, without a model.
 
 In:  `Generate`, `Edit`, `Reconstruct`, `Ask`: words, Pillow pictures and settings. None means the model's own value.
+     `adapters` are those of the engine's that act on a job, with their strengths.
 Out: `Event` while it works, one `Result` at the end, or one of the errors of this file.
 """
 
@@ -18,6 +19,7 @@ from unilip.pictures import Fit
 from unilip.shapes import Size
 
 MAX_SEED = 2**63 - 1
+Strengths = tuple[tuple[str, float], ...]  # of adapters, by name
 
 
 class EngineError(UniLIPError):
@@ -76,6 +78,7 @@ class Generate:
     plan: bool | str = "auto"
     partials: int = 0
     best_of: int = 1
+    adapters: Strengths = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Edit:
     fit: Fit = "resize"
     keep_aspect: bool = False
     partials: int = 0
+    adapters: Strengths = ()
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ class Reconstruct:
     image_size: int | None = None
     fit: Fit = "resize"
     keep_aspect: bool = False
+    adapters: Strengths = ()
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ class Ask:
     top_p: float = 1.0
     seed: int | None = None
     max_tiles: int = 1
+    adapters: Strengths = ()
     lower: bool = False  # take fewer new tokens where the conversation leaves no room for all
 
 

@@ -18,13 +18,14 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+from unilip.checkpoints.hub import Source
 from unilip.checkpoints.read import open_checkpoint
 from unilip.checkpoints.tokenizer import load_tokenizer
 from unilip.errors import UniLIPError
 from unilip.machine import start_ray
 from unilip.method.text import Processor
 from unilip.model import UniLIP
-from unilip.serve.checks import Checker, Limits, seconds_for
+from unilip.serve.checks import Adapters, Checker, Limits, seconds_for
 from unilip.serve.engine import Engine, Stats
 from unilip.serve.jobs import DeadlineExceeded, Draining, EngineFailed, Event, Job, QueueFull, Result
 from unilip.serve.log import CLIENT
@@ -52,7 +53,7 @@ class Replicas:
 class Replica:
     """A process of the deployment: a model and its engine."""
 
-    def __init__(self, source: str | None, device: str, loading: dict[str, Any], options: dict[str, Any]) -> None:
+    def __init__(self, source: Source, device: str, loading: dict[str, Any], options: dict[str, Any]) -> None:
         self.engine = Engine(UniLIP.from_pretrained(source, device=device, **loading), **options)
 
     async def run(
@@ -91,7 +92,7 @@ class RemoteEngine:
         source, device, dtype, performance: as `UniLIP.from_pretrained` takes them; every replica loads the model.
         replicas: how many, and what each needs.
         max_queue: pictures and questions that may wait in front of all replicas.
-        max_batch, batch_wait, limits: of each replica's engine.
+        max_batch, batch_wait, limits, adapters: of each replica's engine.
         deadline: seconds that a job may take when it does not say so itself.
         start_seconds: how long the first replicas may take to load.
 
@@ -100,7 +101,7 @@ class RemoteEngine:
 
     def __init__(
         self,
-        source: str | None = None,
+        source: Source = None,
         *,
         device: str = "cpu",
         dtype: str | None = None,
@@ -111,6 +112,7 @@ class RemoteEngine:
         batch_wait: float = 0.005,
         deadline: float | None = 300.0,
         limits: Limits | None = None,
+        adapters: Adapters | None = None,
         start_seconds: float = 600.0,
     ) -> None:
         from ray import serve
@@ -123,7 +125,7 @@ class RemoteEngine:
         opened = open_checkpoint(source)
         processor = Processor(load_tokenizer(opened.tokenizer_path), opened.config) if opened.tokenizer_path else None
         self.config = opened.config
-        self.checker = Checker(opened.config, opened.parts, processor, limits)
+        self.checker = Checker(opened.config, opened.parts, processor, limits, adapters)
         self.limits = self.checker.limits
         self.max_queue, self.max_batch, self.deadline = max_queue, max_batch, deadline
         self._draining = False
@@ -136,7 +138,8 @@ class RemoteEngine:
         start_ray(namespace=APP)
         serve.start(proxy_location="Disabled")  # the application stays here; only the model is spread
         self._room = max_queue + self.replicas.most * max_batch
-        options = dict(max_queue=self._room, max_batch=max_batch, batch_wait=batch_wait, limits=self.limits)
+        options: dict[str, Any] = dict(max_queue=self._room, max_batch=max_batch, batch_wait=batch_wait)
+        options |= {"limits": self.limits, "adapters": adapters}
         scaling: dict[str, Any] = {"num_replicas": self.replicas.least}
         if self.replicas.most > self.replicas.least:
             scaling = {

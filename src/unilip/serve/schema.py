@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from unilip.errors import UniLIPError
+from unilip.errors import UniLIPError, check_choice
 from unilip.method.config import SamplingConfig
 from unilip.sampling import MAX_PROMPT_CHARACTERS
-from unilip.serve.jobs import MAX_SEED
+from unilip.serve.jobs import MAX_SEED, Strengths
 from unilip.shapes import Size
 
 MAX_COUNT = 10
@@ -107,10 +108,43 @@ def read(kind: type[B], fields: dict[str, Any], strict: bool, form: bool = False
     return body
 
 
-class Drawing(Body):
+class Adapting(Body):
+    """What requests share that adapters can act on."""
+
+    model: str | None = Field(
+        None, max_length=256, description='Any name; there is one model, and "NAME:ADAPTER" with one of its adapters.'
+    )
+    adapters: (
+        Annotated[str, Field(max_length=1024)]
+        | Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=16)]
+        | Annotated[dict[Annotated[str, Field(max_length=256)], Finite], Field(max_length=16)]
+        | None
+    ) = Field(None, description='Adapters that act, "style:0.5,other", as a list, or with strengths {"style": 0.5}.')
+
+    def strengths(self, known: Mapping[str, float], name: str) -> Strengths:
+        """Return the adapters that act, of those that a model of this name offers with their usual strengths.
+
+        Raises:
+            UniLIPError: `model` or `adapters` name one that is not offered.
+        """
+        head, _, tail = (self.model or "").rpartition(":")
+        found = {tail: known[tail]} if tail in known and head else {}
+        if head == name and not found:
+            check_choice(f"adapter of {name} called", tail, known or ["(none)"])
+        given = self.adapters.split(",") if isinstance(self.adapters, str) else self.adapters or ()
+        for one in given:
+            word, _, scale = (one.strip(), "", "") if isinstance(given, dict) else one.strip().partition(":")
+            check_choice("adapter", word, known or ["(none)"])
+            try:
+                found[word] = given[one] if isinstance(given, dict) else float(scale) if scale else known[word]
+            except ValueError as error:
+                raise UniLIPError(f"The strength of adapter {word} is {scale!r}; write it as {word}:0.5.") from error
+        return tuple(found.items())
+
+
+class Drawing(Adapting):
     """What requests for pictures share."""
 
-    model: str | None = Field(None, max_length=256, description="Any name; there is one model, see /v1/models.")
     size: Annotated[str, Field(max_length=16), AfterValidator(checked_size)] | None = Field(
         None, description='Of the answer: "768x512", or "auto" (the model\'s own; the source\'s shape).'
     )
@@ -182,10 +216,9 @@ class Variations(Edits):
     prompt: str = Field("Draw this scene again, a little differently.", max_length=MAX_PROMPT_CHARACTERS)
 
 
-class Reconstructions(Body):
+class Reconstructions(Adapting):
     """POST /v1/images/reconstructions: the fields beside the files `image` (or `image[]`)."""
 
-    model: str | None = Field(None, max_length=256)
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100)

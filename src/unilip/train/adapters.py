@@ -70,8 +70,8 @@ def add_adapter(recipe: Recipe, model: UniLIP) -> None:
         put_in(model, config, NAME)
 
 
-def save_adapter(model: UniLIP, folder: Path) -> None:
-    """Write the adapter to a new folder in peft's format; where it is sharded, all processes must take part."""
+def save_adapter(model: UniLIP, folder: Path, base: str = "") -> None:
+    """Write the adapter to a new folder in peft's format, with what it is of; sharded, by all processes together."""
     tensors = {}
     for name, parameter in model.named_parameters():
         if is_adapter(name):
@@ -85,5 +85,6 @@ def save_adapter(model: UniLIP, folder: Path) -> None:
     values = configs[NAME].to_dict()
     if any(".time_embed_2." in name for name in tensors):
         values[FEW_STEPS] = list(model.config.dit.few_steps)
+    values["base_model_name_or_path"] = base or values["base_model_name_or_path"]
     values |= {"inference_mode": True, "target_modules": sorted(values["target_modules"])}
     (folder / CONFIG).write_text(json.dumps(values, indent=1, default=str), encoding="utf-8")

@@ -19,7 +19,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ from unilip.errors import ConfigError, UniLIPError
 from unilip.method.config import DECODER_PIXELS, TOKEN_PIXELS, UniLIPConfig
 from unilip.method.text import Message, Processor, Prompt, Tokens
 from unilip.recipes.record import FewSteps, Flow, Recipe, Understand
-from unilip.shapes import Size
+from unilip.shapes import Size, cells
 from unilip.train.processes import own_batches
 
 if TYPE_CHECKING:
@@ -165,6 +165,16 @@ class Batches(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return self.recipe.steps * self.recipe.accumulate
+
+    def take_shape(self, index: int) -> Size | None:
+        """Give the pictures of a batch the shape of its step, where the recipe has several."""
+        sizes = self.recipe.data.sizes
+        if not sizes:
+            return None
+        step = index // self.recipe.accumulate  # all batches of a step have one
+        size = sizes[generator("shape", self.recipe.seed, step).randrange(len(sizes))]
+        self.image_size, self.target_size, self.source_cells = size, size, cells(size)
+        return size
 
     # what a source has
 
@@ -382,9 +392,18 @@ class EmojiBatches(Batches):
         self.scenes = Scenes(**common, purpose=purpose)
         kinds = edit_kinds(recipe.data.edits, world.edits)
         self.edit_pairs = Edits(**common, kinds=kinds) if recipe.data.edit_share else None
+        self.shaped = {
+            size: tuple(data and replace(data, world=world.shaped(size)) for data in (self.scenes, self.edit_pairs))
+            for size in recipe.data.sizes
+        }
         self.knowledge = Knowledge(world, "train")
         if isinstance(recipe.objective, Understand) and recipe.objective.words:
             self.word_weights()  # likewise
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if size := self.take_shape(index):
+            self.scenes, self.edit_pairs = self.shaped[size]
+        return super().__getitem__(index)
 
     def caption_item(self, index: int) -> tuple[np.ndarray, str]:
         item = self.scenes[index]

@@ -7,6 +7,7 @@ made for, or fresh. Nothing is loaded loosely: a part that does not fit the othe
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -90,6 +91,18 @@ def locate(source: str, runs: Path) -> str:
         first = f"{name} --set seed={seed}" if seed else name
         raise ConfigError(f"The recipe starts from {source}, which has not finished in {runs}; train {first} first.")
     return source
+
+
+def adapter_base(recipe: Recipe, runs: Path, folder: Path) -> str:
+    """Return what the adapter in a folder says of its model: "embedded", a path from there, or a hub id.
+
+    Of a model that was put together of several sources, all of them.
+    """
+    if [parts for parts, _ in parse_init(recipe)] != [("all",)]:
+        return ",".join(recipe.init)
+    source = parse_init(recipe)[0][1]
+    found = Path(source if source == "embedded" else locate(source, runs)).expanduser()
+    return os.path.relpath(found.resolve(), folder.resolve()) if found.exists() else source
 
 
 def parse_init(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:

@@ -18,7 +18,7 @@ import numpy as np
 from unilip.data.errors import DataError
 from unilip.data.order import Mixture, Order
 from unilip.data.records import Record, Source, Unreadable, clean_text, one_text, read_turns, square
-from unilip.data.seeding import generator, stable_hash
+from unilip.data.seeding import stable_hash
 from unilip.data.sources import Weighted, open_source, parse_mixture
 from unilip.errors import ConfigError
 from unilip.files import content_hash
@@ -26,7 +26,7 @@ from unilip.method.config import UniLIPConfig
 from unilip.method.text import Processor
 from unilip.pictures import Fit
 from unilip.recipes.record import FewSteps, Flow, Recipe, Understand
-from unilip.shapes import Size, cells
+from unilip.shapes import Size
 from unilip.train.batches import Batches, Reading, Turns, conversation, stack
 from unilip.train.cached import cached_sources
 
@@ -152,10 +152,7 @@ class FileBatches(Batches):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         self._reading = Reading()
-        if sizes := self.recipe.data.sizes:  # all batches of a step have one shape
-            step = index // self.recipe.accumulate
-            size = sizes[generator("shape", self.recipe.seed, step).randrange(len(sizes))]
-            self.image_size, self.target_size, self.source_cells = size, size, cells(size)
+        self.take_shape(index)
         batch = super().__getitem__(index)
         batch["reading"] = self._reading
         return batch

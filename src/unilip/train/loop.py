@@ -41,6 +41,7 @@ from unilip.train import parallel, processes
 from unilip.train.adapters import save_adapter
 from unilip.train.batches import Batches, iterate, to_device
 from unilip.train.build import (
+    adapter_base,
     build,
     cast_trained,
     compile_layers,
@@ -539,7 +540,8 @@ class Loop:
         if processes.first():
             shutil.rmtree(temporary, ignore_errors=True)
         if recipe.adapter.rank:
-            save_adapter(model, temporary)
+            runs = run.parents[recipe.folder.count("/")]
+            save_adapter(model, temporary, adapter_base(recipe, runs, final))
         elif parallel.sharded(self.whole):
             model = gathered(model)
         if processes.first():
