@@ -148,9 +148,9 @@ class Bench:
         return Judge(self.world, self.atlas)
 
     @functools.cache  # noqa: B019 - a bench lives as long as its run
-    def judge_of(self, world: World) -> Judge:
-        """The judge of the world in another shape."""
-        return Judge(world, self.atlas)
+    def judge_of(self, size: Size) -> Judge:
+        """The judge of the world in pictures of another width and height."""
+        return Judge(self.world.shaped(size), self.atlas)
 
     def plan(self, part: str) -> list[Item]:
         """Return the items of PART, always the same ones in the same order."""
@@ -310,7 +310,7 @@ class Bench:
     def _perform_shapes(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
         size = items[0].data["size"]
         world = self.world.shaped(size)
-        judge, sides = self.judge_of(world), {"width": size[0], "height": size[1]}
+        judge, sides = self.judge_of(size), {"width": size[0], "height": size[1]}
         done = []
         if "edit" not in items[0].data:
             for item, picture in zip(items, self._draw(items, **sides), strict=True):
