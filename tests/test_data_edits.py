@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import random
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from unilip.data.errors import DataError
 from unilip.emoji.art import Atlas
 from unilip.emoji.dataset import Edits, Knowledge, Questions, Scenes
-from unilip.emoji.edits import EDITS, sample_chain, sample_edit
+from unilip.emoji.edits import EDITS, sample_chain, sample_edit, sample_joint
 from unilip.emoji.lessons import cells, of_caption, of_edit
 from unilip.emoji.render import change_mask, render
 from unilip.emoji.world import World, overlap, relation
@@ -213,3 +214,19 @@ def test_what_training_draws_stays_as_it_was():
         for data in (scenes[i]["image"], edits[i]["source"], edits[i]["target"]):
             found.update(data.tobytes())
     assert found.hexdigest() == "c1b283d6b6f3add7263291a1a520fae030d549955b56c35e5aa6f61f6f924835"
+
+
+@pytest.mark.parametrize("name", ["tiny", "pico", "nano"])
+def test_an_edit_of_two_pictures_brings_the_thing_of_the_second(name):
+    world, rng = World.preset(name), random.Random(name)
+    colours = set()
+    for _ in range(40):
+        edit, other = sample_joint(world, rng)
+        thing = edit.target.objects[0]
+        assert edit.target.objects[1:] == edit.source.objects and edit.target.background == edit.source.background
+        assert [obj.look for obj in other.objects] == [thing.look] and thing.concept in edit.instruction
+        assert re.search(r"picture 2|second picture|image 2", edit.instruction)
+        colours.add(thing.colour)
+        for scene in (edit.source, other, edit.target):
+            assert world.allowed(scene, "train", "generation")
+    assert len(colours) > 2, "of which the instruction says nothing"

@@ -203,7 +203,8 @@ class Chat:
             raise PromptError("There is no picture to change yet; bring one as `image`, or have one drawn.")
         if self.from_original:
             sources, words = now.before, joined((*now.changes, words))
-        seeds = [seed + place for place in range(len(sources))]
+        joint = arguments.get("joint") is True
+        seeds = [seed + place for place in range(1 if joint else len(sources))]
         return Reply(verb, words, tuple(self.model.edit(list(sources), words, generator=seeds, **arguments)), seed)
 
     def _ask(self, turns: Sequence[Turn], seed: int, arguments: dict[str, Any]) -> Reply:

@@ -615,6 +615,7 @@ class UniLIP(Network):
         width: int | None = None,
         image_size: int | None = None,
         max_pixels: int | None = None,
+        joint: bool = False,
         latents: Tensor | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
@@ -633,6 +634,9 @@ class UniLIP(Network):
                 as the model's own square. Sources that differ in shape are drawn one shape after the other.
             image_size: both of them, a multiple of 28.
             max_pixels: of a picture that keeps its source's shape, in place of the model's own number.
+            joint: the pictures belong to one instruction, or to each: the first is changed, with the help of the
+                others ("put the hat of image 2 on the cat"), which are read at their own shapes. A model that has not
+                learned that (`config.sampling.joint`) does something; a warning says so.
 
         The other arguments are those of `generate`.
         """
@@ -646,28 +650,38 @@ class UniLIP(Network):
         sources, sizes = self._sources(image, fit, height, width, image_size, max_pixels)
         if not sources or not prompts:
             return ImageOutput([])
-        if len(sources) != len(prompts) and 1 not in (len(sources), len(prompts)):
+        if sampling.check_flag("joint", joint) and len(sources) > 1:
+            sizes = [sizes[0], *self._sources(sources[1:], fit, None, None, None, max_pixels)[1]]
+            self._check_joint(sizes, processor)
+        changed = [0] if joint else range(len(sources))  # the others of a joint edit are only read
+        if len(changed) != len(prompts) and 1 not in (len(changed), len(prompts)):
             raise UniLIPError(
                 f"{len(sources)} images and {len(prompts)} instructions were given; give one of either, or as many."
             )
-        count = max(len(sources), len(prompts))
+        count = max(len(changed), len(prompts))
         negatives = _negatives(negative_prompt, count, settings)
-        source_of = list(range(count)) if len(sources) == count else [0] * count
+        source_of = list(range(count)) if len(changed) == count else [0] * count
         prompts = prompts * count if len(prompts) == 1 else prompts
         if output_type != "pil" or latents is not None:
-            _check_alike(sizes)
-        for size in set(sizes):  # complains before anything is computed
-            processor.tokenize([processor.edit_text(text, shapes.cells(size)) for text in (*prompts, *negatives)])
+            _check_alike([sizes[source] for source in changed])
+        cells = [shapes.cells(size) for size in sizes]
+        for own_cells in (cells,) if joint else {(one,) for one in cells}:  # complains before anything is computed
+            processor.tokenize([processor.edit_text(text, own_cells) for text in (*prompts, *negatives)])
         wanted = [sizes[source] for source in source_of for _ in range(copies)]
         noises = self._noises(wanted, generator, latents)
 
         def draw(size: Size, places: list[int]) -> Any:
             own = [place // copies for place in places[::copies]]
             used = sorted({source_of[i] for i in own})
+            if joint:
+                read = [self._features([one], [own_size], fit) for one, own_size in zip(sources, sizes, strict=True)]
+                features = torch.cat(read, 1)  # 1, N of all, D
+            else:
+                features = self._features([sources[i] for i in used], [size] * len(used), fit)
             latents = sampling.draw(
                 self, self.runtime, processor, [prompts[i] for i in own], settings,
                 torch.stack([noises[place] for place in places]),
-                features=self._features([sources[i] for i in used], [size] * len(used), fit),
+                features=features, cells=cells if joint else None,
                 source_of=[used.index(source_of[i]) for i in own], negatives=[negatives[i] for i in own],
                 on_step=on_step, progress=progress,
             )  # fmt: skip
@@ -851,6 +865,17 @@ class UniLIP(Network):
         side, sources = self.config.image_size, _pictures(image, fit)
         shapes.targets([(side, side)], side, **given)  # complains where there is no picture, too
         return sources, shapes.targets([s.size if fit == "resize" else (side, side) for s in sources], side, **given)
+
+    def _check_joint(self, sizes: Sequence[Size], processor: Processor) -> None:
+        """Refuse more pictures than the model reads; say where it has not learned to read several."""
+        total = sum(map(shapes.cells, sizes))
+        if total >= processor.max_tokens:
+            raise PromptError(
+                f"{len(sizes)} pictures have {total} image tokens, and the model reads at most {processor.max_tokens} "
+                "tokens; give fewer pictures, or smaller ones (max_pixels)."
+            )
+        if not self.config.sampling.joint:
+            logger.warning("this model has not learned from edits of several pictures: what it draws may be anything")
 
     def _noises(self, sizes: Sequence[Size], generator: Any, given: Tensor | None) -> list[Tensor]:
         """Draw the noise of each picture; or take what is given, for pictures of one size."""

@@ -322,6 +322,7 @@ def draw(
     noise: Tensor,
     *,
     features: Tensor | None = None,
+    cells: Sequence[int] | None = None,
     source_of: Sequence[int] = (),
     negatives: Sequence[str | None] | None = None,
     on_step: OnStep | None = None,
@@ -331,6 +332,7 @@ def draw(
 
     Args:
         features: (S,N,D), of the sources that are edited.
+        cells: how many of the N each picture has, of a source that is several; else it is one.
         source_of: which source each prompt edits.
         negatives: what guidance moves each prompt away from; None for the unconditional prompt.
         on_step: called as f(step, timestep, latents) after each step; may return latents in their place.
@@ -339,7 +341,7 @@ def draw(
     index = torch.arange(len(prompts)).repeat_interleave(len(noise) // len(prompts))
     write: Callable[[str | None], Prompt] = processor.generate_text
     if features is not None:
-        write = functools.partial(processor.edit_text, cells=features.shape[1])
+        write = functools.partial(processor.edit_text, cells=cells or features.shape[1])
     texts = [write(prompt) for prompt in prompts]
     rows = index
     if features is not None:

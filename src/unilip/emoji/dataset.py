@@ -17,7 +17,7 @@ from unilip.data.errors import DataError
 from unilip.data.seeding import generator
 from unilip.emoji.art import Atlas
 from unilip.emoji.captions import as_written, background_words, caption, place_words
-from unilip.emoji.edits import Edit, sample_edit
+from unilip.emoji.edits import Edit, sample_edit, sample_joint
 from unilip.emoji.knowledge import knowledge, met_riddles
 from unilip.emoji.questions import questions
 from unilip.emoji.render import render
@@ -155,6 +155,14 @@ class Edits(_Items):
         edit = sample_edit(self.world, rng, kind, self.split, self.seen)
         written = self.split == "train" and rng.random() < 0.5
         return replace(edit, instruction=as_written(edit.instruction, rng, wish=False)) if written else edit
+
+    def joint(self, i: int) -> dict[str, Any]:
+        """Return edit I of two pictures: dict(source, other, target, instruction, edit)."""
+        rng = generator("joint", self.seed, self.split, _index(i, self.size))
+        edit, other = sample_joint(self.world, rng, self.split)
+        shown = {"source": edit.source, "other": other, "target": edit.target}
+        pictures = {name: pixels(scene, self.atlas, self.world) for name, scene in shown.items()}
+        return {**pictures, "instruction": edit.instruction, "edit": edit}
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         edit = self.draw(i)

@@ -81,6 +81,33 @@ def sample_edit(
     raise DataError(f"no edit of kind {kind!r} could be drawn (split {split}, seen={seen}); try another kind")
 
 
+def sample_joint(world: World, rng: random.Random, split: str = "train") -> tuple[Edit, Scene]:
+    """Draw an edit that puts the thing of a second picture into the first, and that picture, which has one thing.
+
+    Its colour is not said: it has to be looked at.
+    """
+    if split == "train":
+        world = world.training
+    for _ in range(2000):
+        try:
+            names, style = _names(world, rng, 2, "generation"), _style(world, rng)
+            source = _lay_out(world, rng, _objects(world, rng, names[:1], style), horizon=False)
+            look = _objects(world, rng, names[1:], style, 0.7)[0]
+            other = _lay_out(world, rng, [look], horizon=False)
+            where = rng.choice(RELATIONS)
+            target = _put_beside(world, rng, look, source, where)
+        except _Unfit:
+            continue
+        if all(world.seen(scene) and world.allowed(scene, split, "generation") for scene in (source, other, target)):
+            thing, beside = definite(look, world), f"{BESIDE[where]} {definite(source.objects[0], world)}"
+            patterns = (
+                f"put {thing} of picture 2 {beside}", f"add {thing} of the second picture {beside}",
+                f"take {thing} from image 2 and put it {beside}",
+            )  # fmt: skip
+            return Edit(source, rng.choice(patterns), target, "add"), other
+    raise DataError(f"no edit of two pictures could be drawn in the world {world.name!r}")
+
+
 def sample_chain(world: World, rng: random.Random, length: int) -> list[Edit]:
     """Draw LENGTH edits, each of what the one before leaves, that never touch one object nor the background."""
     kinds = [kind for kind in ("remove", "replace", "move", "recolour") if kind in world.edits]
@@ -153,7 +180,10 @@ def _add(world: World, rng: random.Random, purpose: str, given: Scene | None = N
         target = _lay_out(world, rng, objects, horizon=count == 2, where=where)
     else:
         where = rng.choice(RELATIONS)
-        target = _put_beside(world, rng, purpose, given, where)
+        names = [n for n in world.pool("train", purpose) if n not in {obj.concept for obj in given.objects}]
+        look = sample_look(world, rng, rng.choice(names), _shown_style(world, given), 0.3)
+        look = replace(look, size=rng.choice(world.sizes(len(given.objects) + 1)))
+        target = _put_beside(world, rng, look, given, where)
     new, anchor = target.objects[0], target.objects[1]
     source = Scene(target.background, target.objects[1:])
     words = indefinite(new, world, style=_shown_style(world, source) != new.style)
@@ -161,11 +191,8 @@ def _add(world: World, rng: random.Random, purpose: str, given: Scene | None = N
     return Edit(source, f"{verb} {words} {BESIDE[where]} {definite(anchor, world)}", target, "add")
 
 
-def _put_beside(world: World, rng: random.Random, purpose: str, scene: Scene, where: str) -> Scene:
+def _put_beside(world: World, rng: random.Random, look: Obj, scene: Scene, where: str) -> Scene:
     """Put another object into SCENE, before the rest, WHERE seen from its first one."""
-    names = [name for name in world.pool("train", purpose) if name not in {obj.concept for obj in scene.objects}]
-    look = sample_look(world, rng, rng.choice(names), _shown_style(world, scene), 0.3)
-    look = replace(look, size=rng.choice(world.sizes(len(scene.objects) + 1)))
     across, down = (world.positions(look.size, axis=axis) for axis in (0, 1))
     for _ in range(100):
         new = replace(look, x=rng.choice(across), y=rng.choice(down))

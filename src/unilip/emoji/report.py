@@ -29,6 +29,7 @@ TITLES = {
     "gen": "pictures of held-out captions",
     "edit": "edits of held-out pictures; each row shows source, result and exact target",
     "riddle": "pictures of what is meant without being named",
+    "joint": "edits that take a thing of a second picture into the first; each row shows both, result and exact target",
     "shapes": "pictures and edits that are no squares; edits show source, result and exact target",
     "chain": "edits in a row, judged by the last of them; outside is what none of them may change, against the first "
     "picture, and a reconstruction is encoded and drawn as often; each row shows the first picture, result and target",

@@ -53,7 +53,7 @@ from unilip.shapes import Size
 
 log = logging.getLogger(__name__)
 
-PARTS = ("recon", "vqa", "gen", "edit", "riddle", "chain", "shapes")
+PARTS = ("recon", "vqa", "gen", "edit", "riddle", "chain", "shapes", "joint")
 NEEDS = {
     "recon": ("encoder", "latent_head", "pixel_decoder"),
     "vqa": ("encoder", "mllm"),
@@ -62,6 +62,7 @@ NEEDS = {
     "riddle": ("mllm", "connector", "dit", "pixel_decoder"),
     "chain": ("encoder", "latent_head", "mllm", "connector", "dit", "pixel_decoder"),
     "shapes": ("encoder", "mllm", "connector", "dit", "pixel_decoder"),
+    "joint": ("encoder", "mllm", "connector", "dit", "pixel_decoder"),
 }
 DEPTHS = (1, 3, 5)  # edits in a row after which a chain is looked at
 ORIGINAL = "from the original"
@@ -330,13 +331,30 @@ class Bench:
             done.append((record, np.concatenate([source, result, pixels(edit.target, self.atlas, world)], axis=1)))
         return done
 
+    def _plan_joint(self) -> list[Item]:
+        return [Item(f"joint/{i:04d}", "joint", "a thing of picture 2", i) for i in range(self.count)]
+
+    def _perform_joint(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
+        pairs, done = Edits(self.world, self.atlas, "val", DATA_SEED, self.count), []
+        for item in items:
+            pair = pairs.joint(item.index)
+            result = self._edited([pair["source"], pair["other"]], [pair["instruction"]], [(item.key,)], joint=True)[0]
+            verdict = judge_edit(self.judge, result, pair["edit"])
+            record = {
+                "ok": verdict.ok, "parts": {"done": verdict.done, "rest kept": verdict.kept}, "reason": verdict.reason,
+                "text": pair["instruction"], "psnr_outside": verdict.psnr_outside,
+            }  # fmt: skip
+            shown = (pair["source"], pair["other"], result, pair["target"])
+            done.append((record, np.concatenate(shown, axis=1)))
+        return done
+
     def _edited(
-        self, sources: Sequence[Any], texts: Sequence[str], noises: Sequence[Sequence[object]], **sides: int
+        self, sources: Sequence[Any], texts: Sequence[str], noises: Sequence[Sequence[object]], **how: Any
     ) -> list[Any]:
         images = self.model.edit(
             list(sources), list(texts), generator=[noise_generator(*parts) for parts in noises],
             num_inference_steps=self.steps, preset=self.preset, guidance_scale=self.guidance_scale, progress=False,
-            **sides,
+            **how,
         ).images  # fmt: skip
         return [np.asarray(image) for image in images]
 
@@ -610,6 +628,7 @@ def check_parts(parts: Sequence[str] | None, model: UniLIP) -> tuple[str, ...]:
     """Return the parts to run in their order; raises UniLIPError for one that does not exist or that MODEL lacks."""
     if parts is None:
         able = tuple(part for part in PARTS if set(NEEDS[part]) <= set(model.parts))
+        able = tuple(part for part in able if part != "joint" or model.config.sampling.joint)
         if not able:
             raise UniLIPError(f"A model with {', '.join(model.parts)} only can do none of {', '.join(PARTS)}.")
         return able

@@ -176,6 +176,7 @@ class SamplingConfig:
     flow_shift: float = 3.0
     solver: str = "dpm++"
     plan: str = ""
+    joint: bool = False  # whether it has learned from edits of several pictures
 
     def __post_init__(self) -> None:
         steps, guidance = self.num_inference_steps, self.guidance_scale

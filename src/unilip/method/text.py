@@ -86,8 +86,7 @@ class Processor:
 
     def image(self, cells: int | None = None) -> Prompt:
         """Return what stands for one picture: start, a context slot for each of its tokens (those of a square), end."""
-        slots = (self.image_id,) * (cells or self.num_image_tokens)
-        return (self._special(IMG_START), *slots, self._special(IMG_END))
+        return (self._special(IMG_START), *(self.image_id,) * (cells or self.num_image_tokens), self._special(IMG_END))
 
     def _turn(self, role: str, *content: str | int) -> Prompt:
         return (self._special(TURN_START), f"{role}\n", *content, self.end_id, "\n")
@@ -100,10 +99,11 @@ class Processor:
         """Return the generation prompt; None gives the unconditional one."""
         return self._request("Generate an image." if prompt is None else f"Generate an image: {prompt}")
 
-    def edit_text(self, instruction: str | None, cells: int | None = None) -> Prompt:
-        """Return the editing prompt for a source of so many image tokens; None gives the unconditional one."""
+    def edit_text(self, instruction: str | None, cells: int | Sequence[int] | None = None) -> Prompt:
+        """Return the editing prompt for a source of so many image tokens, or several; None: the unconditional one."""
         head = "Edit the image." if instruction is None else f"Edit the image: {instruction}"
-        return self._request(f"{head}\n", *self.image(cells))
+        sources = cells if isinstance(cells, Sequence) else [cells]
+        return self._request(head, *(part for count in sources for part in ("\n", *self.image(count))))
 
     def chat_text(self, messages: Sequence[Message], *, open_turn: bool = True) -> Prompt:
         """Return a conversation in the chat template, ending with an open assistant turn unless told otherwise."""

@@ -243,7 +243,8 @@ class Data:
     """Where batches come from: the emoji world by its name, or files of one's own: `path` says where, docs/data.md how.
 
     `edit_share` is the share of steps whose batches hold edits (a batch has one task); `edits` names kinds of the
-    emoji world's edits and how often each comes, as in "recolour:3,background" (empty: all alike); `text_share`
+    emoji world's edits and how often each comes, as in "recolour:3,background" (empty: all alike); `joint` is the share
+    of edits there that take a thing of a second picture into the first; `text_share`
     adds that share of questions without a picture. `image_size` replaces the model's own; `fit` makes pictures
     square (auto: the centre of what is drawn, the whole of what is talked about). `shapes` are widths and heights in
     place of the square, "336x588,448x448" (aspect buckets): a step has one of them, drawn from the seed. Texts over
@@ -261,6 +262,7 @@ class Data:
     shapes: str = ""
     edit_share: float = 0.0
     edits: str = ""
+    joint: float = 0.0
     text_share: float = 0.0
     max_characters: int = 1000
     max_tokens: int = 0
@@ -276,13 +278,17 @@ class Data:
             raise ConfigError(f"data.source is {self.source!r}; allowed: emoji, files.")
         if self.source == "files" and not self.path:
             raise ConfigError("data.path is empty; data.source=files needs a folder, shards, a .jsonl file or hf:NAME.")
-        for name in ("edit_share", "text_share", "max_skipped"):
+        for name in ("edit_share", "joint", "text_share", "max_skipped"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"data.{name} is {getattr(self, name)}; it is a share between 0 and 1.")
         if self.fit not in ("auto", "crop", "resize", "pad"):
             raise ConfigError(f"data.fit is {self.fit!r}; allowed: auto, crop, resize, pad.")
         if self.edits and self.source == "files":
             raise ConfigError("data.edits is for data.source=emoji; files hold the edits that they hold.")
+        if self.joint and (self.source == "files" or not self.edit_share):
+            raise ConfigError(
+                "data.joint is for data.source=emoji with data.edit_share above 0; no files hold such edits."
+            )
         if self.cache and self.source == "emoji":
             raise ConfigError("data.cache is for data.source=files; the emoji world is drawn anew all the time.")
         _check(self, "data.", "at least 0", "workers", "image_size", "max_characters", "max_tokens", "keep_gb")
@@ -386,6 +392,8 @@ class Recipe:
                 f"trains is {self.trains}; give prefixes with factors of at least 0, one of them above 0."
             )
         self._check_together()
+        if self.data.joint and getattr(self.objective, "bind", 0.0):
+            raise ConfigError("data.joint needs objective.bind=0: its lessons are of words, not of a second picture.")
         if self.data.shapes and self.lessons and getattr(self.objective, "bind", 0.0):
             raise ConfigError("data.shapes needs objective.bind=0 in the emoji world: its lessons are of squares.")
         if self.data.shapes and isinstance(self.objective, Understand):

@@ -287,7 +287,7 @@ def _routes(app: FastAPI, server: _Server) -> None:
         masks = [data for name, data in files if name == "mask"]
         images, after = await server.in_time(request, body, server.decoders, server.decoded, sources, masks, body)
         common = server.drawing(body) | {"count": body.n or 1, "fit": body.fit, "keep_aspect": body.keeps_aspect}
-        jobs = [Edit(image, body.prompt, **common) for image in images]
+        jobs = server.edits(images, body.prompt, body.joint, common)
         return await server.pictures(request, body, jobs, "image_edit", after)
 
     @app.post(
@@ -468,6 +468,14 @@ class _Server:
             "adapters": self.strengths(body),
             "partials": (body.partial_images or 0) if getattr(body, "stream", False) else 0,
         }
+
+    def edits(
+        self, images: Sequence[Image.Image], prompt: str, joint: bool | None, common: Mapping[str, Any]
+    ) -> list[Job]:
+        """One edit for each picture; or a joint one of the first, where that is asked for or the model learned it."""
+        if self.engine.config.sampling.joint if joint is None else joint:
+            return [Edit(images[0], prompt, others=tuple(images[1:]), **common)]
+        return [Edit(image, prompt, **common) for image in images]
 
     def parse(self, kind: type[B], fields: dict[str, Any], form: bool = True) -> B:
         """Check the fields of a request."""
@@ -779,7 +787,7 @@ class _Server:
             jobs: list[Job] = [Generate(found.text, **common)]
         elif found.verb == "edit":
             keep = schema.size_of(body.size) is None
-            jobs = [Edit(image, found.text, keep_aspect=keep, **common) for image in found.pictures]
+            jobs = self.edits(found.pictures, found.text, body.joint, common | {"keep_aspect": keep})
         else:
             more = {"max_new_tokens": self.answer_length(body), "adapters": common["adapters"]}
             jobs = [dataclasses.replace(found.ask, lower=True, **more)]

@@ -179,16 +179,29 @@ class Checker:
         negative = check_negative(job.negative_prompt, settings)
         processor = self._need_processor()
 
+        beside = [load_image(image) for image in job.others] if isinstance(job, Edit) else []
+        if len(beside) >= self.limits.images:
+            raise UniLIPError(f"{len(beside) + 1} pictures belong to one edit; at most {self.limits.images} are read.")
+        side = self.config.image_size
+        own = [shapes.like(o.size, side**2) if getattr(job, "fit", "") == "resize" else (side, side) for o in beside]
+        cells = [shapes.cells(one) for one in (size, *own)]
+        if sum(cells) >= processor.max_tokens:
+            raise PromptError(
+                f"{len(cells)} pictures have {sum(cells)} image tokens, and the model reads at most "
+                f"{processor.max_tokens} tokens; send fewer."
+            )
+
         def make(words: str) -> Prompt:
-            edits = source is not None
-            return processor.edit_text(words, shapes.cells(size)) if edits else processor.generate_text(words)
+            return processor.generate_text(words) if source is None else processor.edit_text(words, cells)
 
         tokens = self._count_tokens(processor, make(text))
         if negative is not None:
             self._count_tokens(processor, make(negative))
         read, source_size, fit = (), (0, 0), None
         if isinstance(job, Edit) and source is not None:
-            read, source_size, fit = (fit_picture(source, size, job.fit),), source.size, job.fit  # type: ignore[assignment]
+            shown = zip((source, *beside), (size, *own), strict=True)
+            read = tuple(fit_picture(one, one_size, job.fit) for one, one_size in shown)  # type: ignore[assignment]
+            source_size, fit = source.size, job.fit  # type: ignore[assignment]
         ticket = Ticket(verb, job, steps * job.count, deadline)
         ticket.prompt_tokens = tokens
         ticket.settings = {
@@ -202,7 +215,8 @@ class Checker:
         } | ({"plan": check_plan(job.plan)} if isinstance(job, Generate) else {"fit": fit})
         if tries > 1:
             ticket.settings["best_of"] = tries
-        key = (verb, size, steps, guidance, settings.solver, job.preset, negative, ticket.settings.get("plan"), tries)
+        key: tuple[Hashable, ...] = (verb, size, steps, guidance, settings.solver, job.preset, negative)
+        key = (*key, ticket.settings.get("plan"), tries, id(ticket) if beside else 0)  # several pictures: a batch alone
         return [Unit(ticket, key, i, seed + i, read, source_size, text) for i in range(job.count)]
 
     def _prepare_ask(self, job: Ask, seed: int, deadline: float | None) -> list[Unit]:

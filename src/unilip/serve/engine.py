@@ -435,7 +435,9 @@ class Engine:
         }
         texts = [str(unit.text) for unit in batch]
         if verb == "edit":
-            output = self.model.edit([unit.squares[0] for unit in batch], texts, **settings)
+            together = list(batch[0].squares) if len(batch[0].squares) > 1 else None
+            sources = together or [unit.squares[0] for unit in batch]
+            output = self.model.edit(sources, texts, joint=together is not None, **settings)
         else:
             output = self.model.generate(texts, **settings)
         for unit, image, plan in zip(batch, output.images, output.plans or [None] * len(batch), strict=True):

@@ -86,7 +86,8 @@ class Edit:
     """Change a picture as told, `count` times. `fit` and `keep_aspect` are those of `UniLIP.edit`.
 
     In all jobs the picture drawn has about the shape of `size` (width, height), else of its source, and about as many
-    pixels as a square of side `image_size`, else of the model's own.
+    pixels as a square of side `image_size`, else of the model's own. `others` are pictures that are only read, for the
+    same instruction (joint edits).
     """
 
     image: Image.Image
@@ -104,6 +105,7 @@ class Edit:
     keep_aspect: bool = False
     partials: int = 0
     adapters: Strengths = ()
+    others: tuple[Image.Image, ...] = ()
 
 
 @dataclass(frozen=True)

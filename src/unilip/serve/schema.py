@@ -203,6 +203,9 @@ class Edits(Images):
     fit: Literal["resize", "crop", "pad"] = Field("resize", description="How a picture gets the size drawn.")
     keep_aspect: bool | None = Field(None, description="Give the result the shape of its source; so without a `size`.")
     input_fidelity: Literal["low", "high"] | None = None
+    joint: bool | None = Field(
+        None, description="Change the first picture with the help of the others; so where the model has learned it."
+    )
 
     @property
     def keeps_aspect(self) -> bool:
@@ -288,6 +291,7 @@ class Chat(Drawing):
     modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1, max_length=2)] | None = Field(
         None, description='["text"] never draws, ["image"] always does; else the words decide.'
     )
+    joint: bool | None = Field(None, description="Pictures of a message belong to one edit, see edits.")
     max_tokens: int | None = Field(None, ge=1, description="As many as fit, at most.")
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: Finite | None = Field(None, ge=0, le=2, description="0, the default, gives the likeliest answer.")

@@ -405,6 +405,22 @@ class EmojiBatches(Batches):
             self.scenes, self.edit_pairs = self.shaped[size]
         return super().__getitem__(index)
 
+    def edits(self, samples: range) -> dict[str, Any]:
+        """Sources, instructions, targets; in a share of the steps two sources of each, one after the other."""
+        step = samples.start // (self.size * self.recipe.accumulate)
+        if generator("joint", self.recipe.seed, step).random() >= self.recipe.data.joint:
+            return super().edits(samples)
+        assert self.edit_pairs is not None
+        items = [self.edit_pairs.joint(i) for i in samples]
+        kept = [self._kept(item["instruction"], i) for i, item in zip(samples, items, strict=True)]
+        grid = [self.source_cells or self.processor.num_image_tokens] * 2
+        return {
+            **stacked("sources", [item[name] for item in items for name in ("source", "other")]),
+            **stacked("targets", [item["target"] for item in items]),
+            **self._blanks([self.processor.edit_text(None, grid)] * len(kept)),
+            **self._prompts(samples, [self.processor.edit_text(text, grid) for text in kept], kept, self.told_edit),
+        }
+
     def caption_item(self, index: int) -> tuple[np.ndarray, str]:
         item = self.scenes[index]
         return item["image"], item["caption"]

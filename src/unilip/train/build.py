@@ -130,7 +130,7 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
     config = recipe_config(recipe)
     if recipe.data.image_size:
         config = config.replace(image_size=recipe.data.image_size)
-    asked, changes = dict(recipe.config), dict[str, Any]()
+    asked, changes, learned_joint = dict(recipe.config), dict[str, Any](), recipe.data.joint > 0
     loaded: dict[str, nn.Module] = {}
     tokenizer: Any = None
     queries: torch.Tensor | None = None
@@ -147,6 +147,7 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
         for part in wanted:
             loaded[part] = getattr(other, part)
             changes |= {name: getattr(other.config, name) for name in FOLLOWS[part]}
+        learned_joint = learned_joint or ("dit" in wanted and other.config.sampling.joint)
         fresh_queries = "mllm.queries" in opened.absent or "num_queries" in asked
         if fresh_queries and "mllm" in wanted:
             new_queries(other.mllm, config.num_queries, recipe.seed)
@@ -154,6 +155,8 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
         if other.processor is not None and (tokenizer is None or "mllm" in wanted):
             tokenizer = other.processor.tokenizer
     config = config.replace(**(changes | asked))
+    if learned_joint:
+        config = config.replace(sampling=dataclasses.replace(config.sampling, joint=True))
     if isinstance(recipe.objective, Shrink):
         config = config.replace(**full_decoder(recipe, runs))
         config = config.replace(decoder=small_decoder(config.decoder))

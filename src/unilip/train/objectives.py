@@ -468,6 +468,9 @@ class FlowObjective(Objective):
             return {}
         config, prompts = model.config, batch["prompts"]
         few: Batch = {name: value[:SHOWN] for name, value in batch.items() if isinstance(value, Tensor)}
+        if "sources" in batch:  # one or several for each prompt
+            each = len(batch["sources"]) // len(prompts.input_ids)
+            few["sources"] = batch["sources"][: each * SHOWN]
         few["prompts"] = Tokens(prompts.input_ids[:SHOWN], prompts.attention_mask[:SHOWN], prompts.image_slots[:SHOWN])
         condition = self.conditions(few, None if "conditions" in few else self.source_features(few))
         grid = (config.grid, config.grid)
@@ -478,7 +481,8 @@ class FlowObjective(Objective):
         shape = (config.dit.latent_channels, *grid)
         noise = draw_noise(len(few["prompts"].input_ids), shape, torch.Generator().manual_seed(0)).to(model.device)
         drawn = self.pixels(self.drawn(noise, condition))
-        above = [to_unit(few[name]) for name in ("sources", "targets") if name in few]
+        above = [to_unit(few["sources"][i::each]) for i in range(each)] if "sources" in few else []
+        above += [to_unit(few["targets"])] if "targets" in few else []
         above += [self.pixels(few["latents"].float())] if "latents" in few else []  # of a cache, without pictures
         rows = [F.interpolate(row, drawn.shape[-2:], mode="bilinear") for row in above]
         return {"drawn": torch.stack([*rows, drawn]).clamp(0, 1)}
