@@ -90,7 +90,8 @@ def test_a_run_writes_all_it_promises(finished):
     for name in ("results.json", "results.md", "index.html", "items.jsonl", "run.json"):
         assert (folder / name).is_file(), name
     assert json.loads((folder / "results.json").read_text()) == results
-    for part in PARTS:
+    assert "emoji-joint" not in results, "which the model has not learned"
+    for part in PARTS[:-1]:
         assert (folder / f"sheet-{part}.png").is_file()
         assert 0 <= results[f"emoji-{part}"]["right"] <= 1
     assert set(results["emoji-vqa"]["groups"]) == set(KINDS) - {"style"}
@@ -211,6 +212,9 @@ class Painter:
                 told = joined([edit.instruction for edit in row[: depth + 1]])
                 self.edits[shown[0].tobytes(), told] = shown[depth + 1]
 
+        for i in range(bench.count):
+            pair = Edits(WORLD, bench.atlas, "val", emoji.DATA_SEED, bench.count).joint(i)
+            self.edits[pair["source"].tobytes(), pair["instruction"]] = pair["target"]
         for item in bench.plan("shapes"):
             world = WORLD.shaped(item.data["size"])
             if "scene" in item.data:
@@ -231,7 +235,8 @@ class Painter:
         shown = [names[(names.index(p) + self.wrong) % len(names)] for p in prompts]
         return SimpleNamespace(images=[pixels(self.scenes[p], self.bench.atlas, WORLD) for p in shown])
 
-    def edit(self, sources, prompts, **_):
+    def edit(self, sources, prompts, joint=False, **_):
+        sources = sources[:1] if joint else sources
         return SimpleNamespace(
             images=[s if self.wrong else self.edits[s.tobytes(), p] for s, p in zip(sources, prompts, strict=True)]
         )
@@ -244,7 +249,7 @@ class Painter:
 def test_a_perfect_model_is_right_and_a_deaf_one_is_wrong(tiny_model, wrong):
     bench = Bench(tiny_model, WORLD, Atlas.synthetic(WORLD), count=1 if wrong else 2, seeds=1)
     bench.model = Painter(tiny_model, bench, wrong)
-    for part in ("recon", "gen", "edit", "chain", "shapes"):
+    for part in ("recon", "gen", "edit", "chain", "shapes", "joint"):
         items = bench.plan(part)
         records = [
             {**record, "key": item.key, "group": item.group, "index": item.index, "mode": item.mode}

@@ -13,6 +13,7 @@ const SHAPES = ['1:1', '3:2', '2:3', '16:9', '9:16'];
 const TOKEN = 28;  // the sides of a picture are multiples of it
 
 let card = {abilities: [], sampling: {}, limits: {}, about: {}, image_size: 448};
+let cards = [];  // the model, and the model with each of its adapters
 let attached = [];  // pictures of the message being written
 let current = null;  // the picture that the conversation is about
 let said = [];  // what was asked and answered about it
@@ -406,7 +407,7 @@ async function draw(verb, words, pictures, values, place, auto) {
     plan: event.plan,
     settings: {
       best_of: best_of ?? '', plan: plan ?? '', shape: shape ?? '1:1', preset: values.preset ?? '', steps: values.steps ?? (values.preset ? '' : own.num_inference_steps), guidance: values.guidance ?? own.guidance_scale,
-      solver: values.solver ?? '', negative_prompt: values.negative_prompt ?? '', image_size: values.image_size ?? '',
+      solver: values.solver ?? '', negative_prompt: values.negative_prompt ?? '', image_size: values.image_size ?? '', model: values.model ?? '',
     },
   }));
   await finish(entries, place, auto, made[0].unilip);
@@ -416,7 +417,7 @@ async function draw(verb, words, pictures, values, place, auto) {
 }
 
 async function reconstruct(verb, words, pictures, values, place) {
-  const fields = Object.fromEntries(Object.entries(values).filter(([name]) => ['fit', 'image_size'].includes(name)));
+  const fields = Object.fromEntries(Object.entries(values).filter(([name]) => ['fit', 'image_size', 'model'].includes(name)));
   const found = await json('/v1/images/reconstructions', form(pictures, fields), running.signal);
   const entries = found.data.map((one, i) => ({
     verb, words: 'Encoded and drawn again', psnr: one.psnr ?? undefined, size: sizeOf(one),
@@ -481,7 +482,7 @@ async function ask(verb, words, pictures, values, place, auto) {
   const read = async (history) => {
     const turns = [...history, {role: 'user', content: words}].map((one) => ({...one}));
     turns[0].content = [{type: 'text', text: turns[0].content}, ...shownFirst];
-    const body = {messages: turns, modalities: ['text'], stream: true, max_tokens: 256};
+    const body = {messages: turns, modalities: ['text'], stream: true, max_tokens: 256, ...(values.model ? {model: values.model} : {})};
     for await (const chunk of events('/v1/chat/completions', body, running.signal)) {
       text += chunk.choices[0]?.delta.content ?? '';
       notes = chunk.unilip ?? notes;
@@ -545,6 +546,8 @@ function describe() {
   form.steps.placeholder = sampling.num_inference_steps;
   form.guidance.placeholder = sampling.guidance_scale;
   form.solver.replaceChildren(...['', 'dpm++', 'euler', 'unipc'].map((name) => make('option', {value: name, textContent: name || sampling.solver})));
+  form.model.parentElement.hidden = cards.length < 2;
+  form.model.replaceChildren(...cards.map(({id}, i) => make('option', {value: i ? id : '', textContent: i ? id.slice(card.id.length + 1) : 'none'})));
   const sizes = [1, 1.5, 2].map((times) => Math.floor(side * times / 28) * 28).filter((size) => size === side || size <= limits.image_size);
   form.image_size.replaceChildren(...sizes.map((size) => make('option', {value: size === side ? '' : size, textContent: `${size} px`})));
   for (const option of $('mode').options) option.hidden = option.disabled = option.value !== 'auto' && !card.abilities.includes(option.value);
@@ -643,7 +646,8 @@ onKey(askForKey);
 await gallery.open();
 showGallery();
 try {
-  [card] = (await json('/v1/models')).data;
+  cards = (await json('/v1/models')).data;
+  [card] = cards;
   describe();
   await look();
 } catch (error) {
