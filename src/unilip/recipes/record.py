@@ -82,19 +82,10 @@ class Understand:
     turns: int = 4
 
     def __post_init__(self) -> None:
-        _check(
-            self,
-            "objective.",
-            "a weight of at least 0",
-            "contrastive",
-            "words",
-            "next_token",
-            "local",
-            "bind",
-            "ground",
-        )
+        weights = ("contrastive", "words", "next_token", "local", "bind", "ground")
+        _check(self, "objective.", "a weight of at least 0", *weights)
         _check(self, "objective.", "at least 1", "turns", least=1)
-        if not self.contrastive + self.words + self.next_token + self.local + self.bind + self.ground:
+        if not any(getattr(self, name) for name in weights):
             raise ConfigError("every weight of the objective is 0; nothing would be learned.")
 
 
