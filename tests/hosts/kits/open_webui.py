@@ -35,7 +35,8 @@ def until(what, condition):
             last = error
         assert process.poll() is None, "Open WebUI ended"
         time.sleep(1)
-    driver.save_screenshot(str(place / "failed.png"))
+    if driver is not None:
+        driver.save_screenshot(str(place / "failed.png"))
     raise AssertionError(f"{what}: {locals().get('last')}")
 
 

@@ -19,6 +19,7 @@ rows = {
 }  # fmt: skip
 pandas.DataFrame(rows).to_csv(place / "data" / "OwnTiny.tsv", sep="\t", index=False)
 
+sys.path.insert(0, os.getcwd())  # as `python -m unilip.eval.vlmevalkit` does in the checkout
 from unilip.eval.vlmevalkit import main  # noqa: E402  after the kit's environment is set
 
 main(f"--data OwnTiny --model UniLIP --work-dir {place / 'out'} --judge exact_matching".split())
