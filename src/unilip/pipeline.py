@@ -73,7 +73,7 @@ class UniLIPPipeline:
             device: where to put them; the CPU by default, "auto" for CUDA where there is one.
             device_map: diffusers' word for it: a device, "auto" or "balanced", all of it on one device.
             options: those of `UniLIP.from_pretrained`: revision, token, cache_dir, local_files_only, variant,
-                quantization, low_memory. `IGNORED` names those of diffusers that change nothing here.
+                quantization, low_memory, performance. `IGNORED` names those of diffusers that change nothing here.
 
         Raises:
             UniLIPError: an unknown option, or two that contradict each other.
