@@ -52,7 +52,7 @@ def steps(dry: bool) -> list[Step]:
     train = ("train.py", "--device", device, "--dtype", plain, "--fraction", "1", "--size", one, "--json")
     memory = ("memory.py", "--device", device, "--dtype", plain, "--json", "{out}", "--settings")
     settings = ("plain",) if dry else ("low-memory", "offload", "tiling", "int8", "fp8", "--size", "1b")
-    kinds = ("int8",) if dry else ("int8", "fp8", "int8_dynamic", "--compile", "--presets")
+    kinds = ("int8",) if dry else ("int8", "fp8", "--compile", "--presets")
     batches = ("1",) if dry else ("1", "4", "16")
     check = ("tests/parity", "tests/parity/expected.safetensors", "--device", device, "--tolerance", "1e-3", "--json")
     return [

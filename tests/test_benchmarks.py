@@ -100,13 +100,11 @@ def test_the_script_for_a_gpu_runs_dry(tmp_path: Path, run: Run) -> None:
 
     printed = run(gpu, "--dry", "--output", str(tmp_path))
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert (tmp_path / "gpu.md").read_text() in printed and {f.name for f in tmp_path.iterdir()} == {
-        "gpu.json",
-        "gpu.md",
-    }
+    assert (tmp_path / "gpu.md").read_text() in printed
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["gpu.json", "gpu.md"]
     assert len(found["steps"]) == len(gpu.steps(dry=False)) == 7
     assert {name: step["printed"] for name, step in found["steps"].items() if step["code"]} == {}
-    assert "test_nothing_in_the_loop_waits_for_a_gpu" in "".join(found["steps"]["tests"]["printed"])
+    assert found["steps"]["tests"]["printed"][-1].startswith("tests/test_speed.py: ")  # and how many there are
     assert all(entry["ok"] for entry in found["steps"]["verify"]["results"]["entries"])
     ways = found["steps"]["ways tiny"]["results"]["results"][0]["paths"]
     assert list(ways) == ["reference", "exact", "int8"] and 0 < ways["int8"]["relative_distance"] < 0.05
