@@ -73,7 +73,10 @@ def head(path, *lines, method="POST"):
 def test_foreign_pages_are_refused_on_every_route_and_method(tiny_model):
     strangers = ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Host": "evil.example"},
                  {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"})  # fmt: skip
-    with running(tiny_model) as (port, _, app), httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+    with (
+        running(tiny_model) as (port, _, app),
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+    ):
         paths = {route.path.replace("{name:path}", "a").replace("{name}", "a") for route in app.routes} | {"/nowhere"}
         assert len(paths) > 10
         for path in sorted(paths - {"/v1/images/files/a"}):

@@ -282,8 +282,8 @@ class Engine:
         keys = []
         for unit in self._queue:
             ticket = unit.ticket
-            begin = max(ends.get(ticket.client, self._used.get(ticket.client, 0.0)), ticket.since)
-            ends[ticket.client] = begin + unit.steps * self._paces.get(ticket.verb, 0.0)
+            unit.begin = max(ends.get(ticket.client, self._used.get(ticket.client, 0.0)), ticket.since)
+            ends[ticket.client] = unit.begin + unit.steps * self._paces.get(ticket.verb, 0.0)
             keys.append(ends[ticket.client])
         return [unit for _, unit in sorted(zip(keys, self._queue, strict=True), key=lambda pair: pair[0])]
 
@@ -323,6 +323,7 @@ class Engine:
             if not self._queue:
                 return []
             order = self._order()
+            self._clock = max(self._clock, order[0].begin)  # who leaves takes no share, and others have more than one
             batch = [unit for unit in order if unit.key == order[0].key][:room]
             chosen = {id(unit) for unit in batch}
             self._queue = deque(unit for unit in self._queue if id(unit) not in chosen)

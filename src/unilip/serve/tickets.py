@@ -195,6 +195,7 @@ class Unit:
     text: str | Prompt = ""
     output: Any = None
     plan: str | None = None
+    begin: float = 0.0  # on the engine's virtual clock
 
     @property
     def steps(self) -> float:
