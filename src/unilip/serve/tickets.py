@@ -216,7 +216,8 @@ def crowded_out(places: Mapping[Ticket, int], newcomer: Ticket, more: int, room:
     held: Counter[str] = Counter()
     for ticket, count in places.items():
         held[ticket.client] += count
-    own, free, leaving = held[newcomer.client] + more, room - sum(places.values()), []
+    own, free = held[newcomer.client] + more, room - sum(places.values())
+    leaving: list[Ticket] = []
     for _ in places:
         if free >= more:
             break
