@@ -61,7 +61,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 def _read_in(model: nn.Module) -> dict[str, tuple[Adapter, float]]:
     """Return the adapters, with strengths, of a model whose weights take them in as they are read."""
     offload = getattr(getattr(model, "runtime", None), "offload", None)
-    return {} if offload is None else offload.adapters  # type: ignore[no-any-return]
+    return {} if offload is None else offload.adapters
 
 
 @torch.no_grad()

@@ -214,7 +214,7 @@ class _Show:
     def command(self, *words: str, seeded: bool = False) -> str:
         """A command that does one of the block again; names of pictures become paths."""
         words = tuple(str(Path(self.shown) / w) if w.endswith(".png") else w for w in words)
-        words += ("--seed", str(self.seed)) * seeded + self.source
+        words += ("--seed", str(self.seed)) * seeded + tuple(self.source)
         return f"<pre>{html.escape(shlex.join(('unilip', *words)))}</pre>"
 
     def pair(self, source: Image.Image, name: str, made: Image.Image) -> tuple[str, float]:

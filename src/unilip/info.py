@@ -7,6 +7,7 @@ Out: plain values ready for JSON: what it is, its parts and sizes, its config, a
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -30,7 +31,7 @@ def describe(source: Source = None) -> dict[str, Any]:
 
     Raises CheckpointError: it cannot be opened.
     """
-    folder = Path(source) if source is not None else None
+    folder = Path(source) if isinstance(source, (str, os.PathLike)) else None
     if folder is not None and (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
         return _describe_adapter(folder)
     opened = open_checkpoint(source)

@@ -93,7 +93,7 @@ def load_image(image: ImageLike) -> Image.Image:
             raise ImageError(f"{name} is an address; download it, and give the file.")
         image = open_picture(image)
     elif isinstance(image, (bytes, io.IOBase)):  # what a file holds, or one that is open
-        held = image if isinstance(image, bytes) else image.read()  # type: ignore[attr-defined]
+        held = image if isinstance(image, bytes) else image.read()
         image = open_picture(bytes(held)) if isinstance(held, (bytes, bytearray)) else image
     if not isinstance(image, Image.Image):
         kind = type(image).__name__

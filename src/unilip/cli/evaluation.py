@@ -188,9 +188,9 @@ def draw(o: Options, benchmark: Any, source: dict[str, Any], output: Path) -> di
 
     device = choose_device(o.device)
     given = pick(o, "steps", "guidance_scale", "image_size", "seed", "dtype")
-    source = source_of(o)
-    settings = Settings.resolve(source, fit=getattr(o, "fit", None), **given)
-    given = {"output": output, "source": source, "settings": settings, "batch_size": o.batch_size}
+    loaded = source_of(o)
+    settings = Settings.resolve(loaded, fit=getattr(o, "fit", None), **given)
+    given = {"output": output, "source": loaded, "settings": settings, "batch_size": o.batch_size}
     if o.ray is None:
         return generate(benchmark, device=device, progress=bars(o), **given)
     if "WORLD_SIZE" in os.environ:

@@ -323,10 +323,10 @@ class Bench:
         noises = [(item.key,) for item in items]
         results = self._edited(sources, [edit.instruction for edit in edits], noises, **sides)
         for edit, source, result in zip(edits, sources, results, strict=True):
-            verdict = judge_edit(judge, result, edit)
+            found = judge_edit(judge, result, edit)
             record = {
-                "ok": verdict.ok, "parts": {"done": verdict.done, "rest kept": verdict.kept}, "reason": verdict.reason,
-                "text": edit.instruction, "psnr_outside": verdict.psnr_outside,
+                "ok": found.ok, "parts": {"done": found.done, "rest kept": found.kept}, "reason": found.reason,
+                "text": edit.instruction, "psnr_outside": found.psnr_outside,
             }  # fmt: skip
             done.append((record, np.concatenate([source, result, pixels(edit.target, self.atlas, world)], axis=1)))
         return done
@@ -404,7 +404,7 @@ class Bench:
         assert isinstance(answers, list), "a list of questions has a list of answers"
         return answers
 
-    def _draw(self, items: Sequence[Item], **sides: int) -> list[np.ndarray]:
+    def _draw(self, items: Sequence[Item], **sides: Any) -> list[np.ndarray]:
         # the noise belongs to prompt and seed: without guidance, and as people write, it is the same again
         generators = [noise_generator(item.data.get("noise", item.data["prompt"]), item.data["seed"]) for item in items]
         images = self.model.generate(

@@ -383,9 +383,9 @@ class Recipe:
                 f"trains is {self.trains}; give prefixes with factors of at least 0, one of them above 0."
             )
         self._check_together()
-        if self.data.joint and getattr(self.objective, "bind", 0.0):
+        if self.data.joint and isinstance(self.objective, Flow) and self.objective.bind:
             raise ConfigError("data.joint needs objective.bind=0: its lessons are of words, not of a second picture.")
-        if self.data.shapes and self.lessons and getattr(self.objective, "bind", 0.0):
+        if self.data.shapes and self.lessons and isinstance(self.objective, Flow | Understand) and self.objective.bind:
             raise ConfigError("data.shapes needs objective.bind=0 in the emoji world: its lessons are of squares.")
         if self.data.shapes and isinstance(self.objective, Understand):
             raise ConfigError("data.shapes is for flow and tokenizer stages; what is talked about is read as a square.")

@@ -303,8 +303,8 @@ def _routes(app: FastAPI, server: _Server) -> None:
         sources = [data for _, data in files]
         images, _ = await server.in_time(request, body, server.decoders, server.decoded, sources, [], body)
         size = schema.size_of(body.size)
-        more = {"fit": body.fit, "keep_aspect": body.keep_aspect, "adapters": server.strengths(body)}
-        jobs = [Reconstruct(i, size, body.image_size, **more) for i in images]
+        more = (size, body.image_size, body.fit, body.keep_aspect, server.strengths(body))
+        jobs = [Reconstruct(image, *more) for image in images]
         return await server.pictures(request, body, jobs, "image_reconstruction")
 
     @app.post(
@@ -425,7 +425,7 @@ class _Server:
 
     def named(self, body: schema.Adapting | schema.Reconstructions) -> str:
         """What the model that a request asks for is called in its answer."""
-        return body.model if body.model in self.names else self.settings.model_name  # type: ignore[return-value]
+        return body.model if body.model in self.names else self.settings.model_name
 
     def strengths(self, body: schema.Adapting) -> Strengths:
         """The adapters that act on a request."""

@@ -197,11 +197,12 @@ class Checker:
         tokens = self._count_tokens(processor, make(text))
         if negative is not None:
             self._count_tokens(processor, make(negative))
-        read, source_size, fit = (), (0, 0), None
+        read: tuple[Image.Image, ...] = ()
+        source_size, fit = (0, 0), None
         if isinstance(job, Edit) and source is not None:
             shown = zip((source, *beside), (size, *own), strict=True)
-            read = tuple(fit_picture(one, one_size, job.fit) for one, one_size in shown)  # type: ignore[assignment]
-            source_size, fit = source.size, job.fit  # type: ignore[assignment]
+            read = tuple(fit_picture(one, one_size, job.fit) for one, one_size in shown)
+            source_size, fit = source.size, job.fit
         ticket = Ticket(verb, job, steps * job.count, deadline)
         ticket.prompt_tokens = tokens
         ticket.settings = {

@@ -393,7 +393,10 @@ class EmojiBatches(Batches):
         kinds = edit_kinds(recipe.data.edits, world.edits)
         self.edit_pairs = Edits(**common, kinds=kinds) if recipe.data.edit_share else None
         self.shaped = {
-            size: tuple(data and replace(data, world=world.shaped(size)) for data in (self.scenes, self.edit_pairs))
+            size: (
+                replace(self.scenes, world=world.shaped(size)),
+                self.edit_pairs and replace(self.edit_pairs, world=world.shaped(size)),
+            )
             for size in recipe.data.sizes
         }
         self.knowledge = Knowledge(world, "train")
