@@ -236,10 +236,15 @@ def test_impossible_arrays_are_refused(array):
         load_image(array)
 
 
-@pytest.mark.parametrize("thing", [None, 3, b"png", ["a.png"]], ids=repr)
+@pytest.mark.parametrize("thing", [None, 3, {}, ["a.png"]], ids=repr)
 def test_other_things_are_refused(thing):
     with pytest.raises(ImageError, match=type(thing).__name__):
         load_image(thing)
+
+
+def test_bytes_that_are_no_picture_are_refused():
+    with pytest.raises(ImageError, match="not an image that can be read"):
+        load_image(b"png")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

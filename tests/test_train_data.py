@@ -345,7 +345,7 @@ def test_captions_and_edits_from_a_folder(folder, tiny_model):
     ("name", "settings", "harm", "message"),
     [
         ("tiny/instruct", (), lambda f: None, "no pictures with conversations, which tiny/instruct learns from"),
-        ("tiny/sft", (), lambda f: [p.unlink() for p in f.glob("e*")], "holds no edits"),
+        ("tiny/sft", ("data.edit_share=0.6",), lambda f: [p.unlink() for p in f.glob("e*")], "holds no edits"),
         ("tiny/pretrain", (), lambda f: [p.unlink() for p in f.rglob("part*/*")], "2 edits .*edit_share=1"),
     ],
 )  # fmt: skip
