@@ -155,7 +155,7 @@ def test_every_option_changes_the_picture(option, draw, edit, picture):
     assert difference(edit(picture()), edit(picture(), **option)) > 1e-4
 
 
-def test_a_plan_is_what_the_language_model_writes_and_what_is_drawn(fresh_model):
+def test_a_plan_is_what_the_language_model_writes_and_what_is_drawn(fresh_model, monkeypatch):
     """The plan's picture is that of the plan as a prompt; "auto" plans where the config has the words for it."""
     model = fresh_model()
     quick = dict(num_inference_steps=2, output_type="latent", progress=False)
@@ -168,8 +168,11 @@ def test_a_plan_is_what_the_language_model_writes_and_what_is_drawn(fresh_model)
     assert torch.equal(planned.images, again.images) and not torch.equal(planned.images, plain.images)
     own = model.config.replace(sampling=dataclasses.replace(model.config.sampling, plan="Place: "))
     model.config = own
-    auto = model.generate("a cat", generator=3, **quick)
-    assert auto.plans == (model.ask(None, "Place: a cat", max_new_tokens=sampling.PLAN_TOKENS) or "a cat",)
+    written = model.ask(None, "Place: a cat", max_new_tokens=sampling.PLAN_TOKENS)
+    assert model.generate("a cat", generator=3, plan=True, **quick).plans == (written or "a cat",)
+    monkeypatch.setattr(sampling, "write_out", lambda *_: ["a red cat in a tree", "a dog at the top", "a dog, a red cat"])
+    auto = model.generate(["A cat.", "a cat and a dog", "a red dog and a cat"], generator=3, **quick)
+    assert auto.plans == ("a red cat in a tree", "a cat and a dog", "a red dog and a cat")  # nothing lost or swapped
     assert model.generate("a cat", generator=3, plan=False, **quick).plans == ()
     for wrong in ("yes", None, 1):
         with pytest.raises(UniLIPError, match="plan is"):

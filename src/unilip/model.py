@@ -540,7 +540,8 @@ class UniLIP(Network):
             image_size: both of them, a multiple of 28.
             latents: noise (B,Z,h,w) to begin with, one for each picture, in place of what `generator` would draw.
             plan: let the language model write the prompt out, and draw that (thinking before drawing); the result's
-                `plans` say what was drawn. "auto" does so where the model was trained for it (`config.sampling.plan`).
+                `plans` say what was drawn. "auto" does so where the model was trained for it (`config.sampling.plan`),
+                and draws a prompt as it is when its plan lost or swapped words of it.
             best_of: draw so many for each picture, one after the other from its generator, and keep the one in which
                 the model itself, asked, most surely sees the prompt. Costs as much as so many pictures.
             output_type: "pil", "np", "pt" or "latent".
@@ -576,6 +577,8 @@ class UniLIP(Network):
         plans: tuple[str, ...] = ()
         if plan is True or (plan == "auto" and self.config.sampling.plan):
             plans = tuple(sampling.write_out(self, self.runtime, processor, prompts))
+            if plan == "auto":
+                plans = tuple(new if sampling.keeps(new, old) else old for new, old in zip(plans, prompts, strict=True))
         latents = sampling.draw(
             self, self.runtime, processor, plans or prompts, settings, noise, negatives=negatives, on_step=on_step,
             progress=progress,

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import math
+import re
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,10 @@ Progress = bool | Mapping[str, Any]  # whether to show a bar, or how: arguments 
 MAX_PROMPT_CHARACTERS = 8_000
 REWRITE = "Write this out as one description of a picture, with each thing, its colour and its place. Only that: "
 PLAN_TOKENS = 128
+SMALL_WORDS = frozenset(
+    "a an the and of with on in at to is are it me my i draw paint make create show generate please picture image "
+    "photo drawing want would like can you could some".split()
+)  # what a plan may leave out of a prompt
 FORBIDDEN = (TURN_START, TURN_END, TEXT_END, IMG_CONTEXT)  # control tokens, which nobody means as words
 
 SEEN = "Do you see {}?"  # what the best of several pictures is chosen by
@@ -448,6 +453,12 @@ def write_out(network: Network, runtime: Runtime, processor: Processor, prompts:
         except PromptError:
             plans.append(prompt)
     return plans
+
+
+def keeps(plan: str, prompt: str) -> bool:
+    """Say whether PLAN has all words of PROMPT, in their order, but for small ones; it may add, not lose or swap."""
+    rest = iter(re.findall(r"\w+", plan.lower()))
+    return all(word in rest for word in re.findall(r"\w+", prompt.lower()) if word not in SMALL_WORDS)
 
 
 class TextStream:
