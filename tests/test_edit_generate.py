@@ -170,7 +170,8 @@ def test_a_plan_is_what_the_language_model_writes_and_what_is_drawn(fresh_model,
     model.config = own
     written = model.ask(None, "Place: a cat", max_new_tokens=sampling.PLAN_TOKENS)
     assert model.generate("a cat", generator=3, plan=True, **quick).plans == (written or "a cat",)
-    monkeypatch.setattr(sampling, "write_out", lambda *_: ["a red cat in a tree", "a dog at the top", "a dog, a red cat"])
+    plans = ["a red cat in a tree", "a dog at the top", "a dog, a red cat"]
+    monkeypatch.setattr(sampling, "write_out", lambda *_: plans)
     auto = model.generate(["A cat.", "a cat and a dog", "a red dog and a cat"], generator=3, **quick)
     assert auto.plans == ("a red cat in a tree", "a cat and a dog", "a red dog and a cat")  # nothing lost or swapped
     assert model.generate("a cat", generator=3, plan=False, **quick).plans == ()

@@ -37,8 +37,11 @@ MAX_PROMPT_CHARACTERS = 8_000
 REWRITE = "Write this out as one description of a picture, with each thing, its colour and its place. Only that: "
 PLAN_TOKENS = 128
 SMALL_WORDS = frozenset(
-    "a an the and of with on in at to is are it me my i draw paint make create show generate please picture image "
-    "photo drawing want would like can you could some".split()
+    re.findall(
+        r"\w+",
+        "a an the and of with on in at to is are it me my i draw paint make create show generate please picture image "
+        "photo drawing want would like can you could some",
+    )
 )  # what a plan may leave out of a prompt
 FORBIDDEN = (TURN_START, TURN_END, TEXT_END, IMG_CONTEXT)  # control tokens, which nobody means as words
 
