@@ -16,6 +16,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -137,6 +138,11 @@ def read_json(path: Path, what: str = "file") -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UniLIPError(f"The {what} {path} cannot be read ({error}); give a whole JSON file.") from error
+
+
+def read_table(package: str, name: str) -> Any:
+    """Read a JSON file that lies in a package."""
+    return json.loads((resources.files(package) / name).read_text(encoding="utf-8"))
 
 
 def lines_of(text: str) -> list[str]:

@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from importlib import resources
 from typing import Any
 
 from unilip.errors import ConfigError, check_choice
+from unilip.files import read_table
 from unilip.method.config import DecoderConfig, UniLIPConfig
 
-PRESETS: dict[str, dict[str, Any]] = json.loads((resources.files("unilip") / "sizes.json").read_text(encoding="utf-8"))
+PRESETS: dict[str, dict[str, Any]] = read_table("unilip", "sizes.json")
 
 
 def small_decoder(full: DecoderConfig) -> DecoderConfig:

@@ -10,15 +10,14 @@ several names of ours share one tensor of theirs, stacked along its first dimens
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from typing import Any
 
 from unilip.errors import CheckpointError
+from unilip.files import read_table
 
 Shape = tuple[int, ...]
 
@@ -69,7 +68,7 @@ def _rules(rows: Sequence[Any], prefix: str = "") -> Iterator[Rule]:
             yield Rule(row["drop"].replace("@", prefix), (), row["reason"])
 
 
-TABLE: dict[str, Any] = json.loads((resources.files("unilip.checkpoints") / "tables.json").read_text(encoding="utf-8"))
+TABLE: dict[str, Any] = read_table("unilip.checkpoints", "tables.json")
 KINDS: dict[str, Kind] = {
     name: Kind(kind["title"], tuple(_rules(kind["rules"])), tuple(kind["parts"]), tuple(kind.get("absent", ())))
     for name, kind in TABLE["kinds"].items()

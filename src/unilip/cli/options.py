@@ -6,16 +6,16 @@ Verbs and options, with all that they say of themselves, are a table, `verbs.jso
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module, resources
+from importlib import import_module
 from typing import Any, NoReturn
 
 from unilip import shapes
 from unilip.errors import UniLIPError
+from unilip.files import read_table
 from unilip.machine import PERFORMANCES
 from unilip.method.config import SAMPLING_PRESETS, SOLVERS, TOKEN_PIXELS
 
@@ -96,7 +96,7 @@ def origin(text: str) -> str:
 
 # --- the table of verbs -----------------------------------------------------------------------------------------------
 
-TABLE: dict[str, Any] = json.loads((resources.files("unilip.cli") / "verbs.json").read_text(encoding="utf-8"))
+TABLE: dict[str, Any] = read_table("unilip.cli", "verbs.json")
 READERS: dict[str, Callable[[str], Any]] = {
     reader.__name__: reader for reader in (device_name, picture_size, pixels, pixel_count, origin)
 }

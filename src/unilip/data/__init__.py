@@ -1,4 +1,1 @@
-"""A user's own files as training data: shards, folders, lists and Hub datasets, mixed, ordered, checked and converted.
-
-In: paths. Out: sources of records (``sources.open_source``). Importing this package is cheap.
-"""
+"""Own files as training data: shards, folders, lists and Hub datasets, mixed, ordered, checked and converted."""

@@ -1,7 +1,6 @@
-"""Inspect a data set before training: counts, sizes, text lengths, broken samples, and a contact sheet.
+"""Inspect a data set before training: every sample is counted, as many as asked for are read.
 
-In: a place that training reads. Out: a report of plain values, and a contact sheet of samples spread evenly
-over it. All samples are counted; as many as asked for are read.
+In: a place that training reads. Out: a report of plain values, and a contact sheet of samples spread evenly over it.
 """
 
 from __future__ import annotations
@@ -78,11 +77,10 @@ def check(
     longest: int = 1000,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Report, Image.Image | None]:
-    """Count everything, read samples spread evenly over each kind, and draw some of them on a sheet.
+    """Count everything, read `samples` of each kind (None: all) spread evenly over it, and draw some on a sheet.
 
-    In: samples: how many of each kind are read; None: all.
-        longest: texts over so many characters are left out by training.
-        progress: told samples read and to be read.
+    In: longest: texts over so many characters count as left out by training. progress: told samples read and to be
+    read.
     """
     counts = {kind: int(sum(source.counts(kind))) for kind in KINDS}
     report = Report(source.location, len(source.counts("image")), counts, list(source.faults), list(source.notes))

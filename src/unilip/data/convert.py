@@ -1,8 +1,7 @@
-"""Published data sets -> WebDataset shards that training reads.
+"""Published data sets -> WebDataset shards `LAYOUT-000000.tar` ... that training reads, each with an index beside it.
 
-In: the folder of a download. Out: `LAYOUT-000000.tar` ... with an index beside each. A sample that cannot be
-read is left out, counted by reason and named. A shard holds the same range of the data in every run, so that one that
-was interrupted goes on with the first shard that is missing.
+A sample that cannot be read is left out, counted by reason and named. A shard holds the same range of the data in every
+run, so one that was interrupted goes on with the first shard that is missing.
 
     gpt-image-edit      JSON lists of edits (input, output, instruction; or two images with a conversation), or shards
     sharegpt-4o-image   text_to_image.json and text_and_image_to_image.json
@@ -60,12 +59,9 @@ def convert(
 ) -> Converted:
     """Write a data set as shards, or go on with a conversion that was interrupted.
 
-    In: layout: one of `LAYOUTS`.
-        source: folder of the download.
-        shard_size: samples of the data set in a shard.
-        shorter_side: pictures whose shorter side is longer are scaled down to it and kept as JPEG; without it the
-            bytes of pictures stay as they are.
-        progress: told samples done and in all.
+    In: layout: one of `LAYOUTS`. source: folder of the download. shard_size: samples in a shard. shorter_side: longer
+    shorter sides are scaled down to it and kept as JPEG (None: pictures keep their bytes). progress: told samples done
+    and in all.
     Raises DataError: an unknown layout, or nothing of it in the folder.
     """
     if layout not in LAYOUTS:

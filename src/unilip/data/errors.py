@@ -1,7 +1,4 @@
-"""The one error of the data layer.
-
-Its message says what was given, what is allowed and what to do.
-"""
+"""The one error of the data layer."""
 
 from __future__ import annotations
 

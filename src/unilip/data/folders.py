@@ -159,8 +159,7 @@ def marks(paths: Sequence[Path]) -> list[Any]:
 
 
 class Lines(_OneShard):
-    """The samples of a JSONL file, or of a JSON list as LLaVA has it. What is no sample of a known kind is named and
-    left out.
+    """The samples of a JSONL file, or of a JSON list as LLaVA has it; lines of no known kind are named and left out.
 
     Raises DataError: the file cannot be read or holds no sample.
     """

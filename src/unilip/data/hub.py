@@ -1,10 +1,9 @@
 """A Hugging Face dataset as a source: streamed shard by shard through the `datasets` library.
 
 In: `hf:NAME?split=train&caption=prompt`, NAME being a hub id or a folder that `load_dataset` takes. The fields are
-those of a JSONL line (image, caption; source, instruction, target; conversations), TRL's `images` and `messages` too;
-`field=column` renames, `name=` chooses a configuration, `revision=` a version. Out: samples by shard and place; a
-shard of the stream is written to the cache folder as a tar file when its turn comes, and from there on treated like any
-remote shard.
+those of a JSONL line, TRL's `images` and `messages` too; `field=column` renames, `name=` chooses a configuration,
+`revision=` a version. Out: samples by shard and place; a shard is written to the cache folder as a tar file in its
+turn.
 """
 
 from __future__ import annotations
@@ -32,10 +31,7 @@ MEMBERS = {
 
 
 class HubStream(Shards):
-    """The samples of a dataset on the hub, or of a folder that `load_dataset` takes.
-
-    Raises DataError: it cannot be opened, or has no columns that make a sample.
-    """
+    """The samples of a dataset. Raises DataError: it cannot be opened, or has no columns that make a sample."""
 
     def __init__(self, location: str, keep_gb: float = 50.0) -> None:
         name, _, query = location.removeprefix(SCHEME).partition("?")
@@ -95,10 +91,7 @@ class HubStream(Shards):
 
 
 def _open(name: str, options: dict[str, str], location: str) -> tuple[Any, list[int] | None, list[Any]]:
-    """Open a stream with undecoded pictures; also the rows of its shards where they are Parquet, and files' versions.
-
-    A version changes with the file: commit and tag on the hub, and what the file system says of one on this machine.
-    """
+    """Open a stream with undecoded pictures; also the rows of its shards if they are Parquet, and files' versions."""
     import datasets
 
     split = options.pop("split", "train")

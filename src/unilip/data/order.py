@@ -1,6 +1,5 @@
 """Shuffled sampling order with random access: pure functions from a sample's number to its place, so a run can resume.
 
-In: how many samples each shard has, a seed, the number of a sample. Out: shard and place inside the shard.
 An epoch visits every sample once. Shards are shuffled, then the samples of a few shards together (a window), so a
 stream reads few shards at a time. Lanes are disjoint sets of shards with streams of their own.
 """

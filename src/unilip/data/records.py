@@ -43,11 +43,10 @@ class Unreadable(DataError):
 
 @dataclass(frozen=True)
 class Record:
-    """A sample before anything is decoded: pictures as encoded bytes, texts as bytes or strings.
+    """A sample before decoding: pictures as encoded bytes (of an edit source and target), texts as bytes or strings.
 
-    An edit has two pictures, source and target. A text may be a list of several, of which one is chosen by the number
-    of the sample (`one_text`). `tensors` is what a cache holds in place of pictures, as npz; `blank` what it holds in
-    place of a prompt that is dropped.
+    A text may be a list, of which `one_text` chooses one. `tensors` is what a cache holds in place of pictures, as npz;
+    `blank` in place of a prompt that is dropped.
     """
 
     name: str
@@ -59,10 +58,7 @@ class Record:
 
 
 class Source(Protocol):
-    """Samples by kind, shard and place.
-
-    `location` is where they lie, `faults` says what of it is damaged, `notes` what of it is not read, and why.
-    """
+    """Samples by kind, shard and place; `faults` says what of it is damaged, `notes` what is not read, and why."""
 
     location: str
     faults: list[str]
@@ -157,10 +153,7 @@ def caption_of(data: bytes) -> Any:
 
 
 def read_turns(conversation: Any) -> Turns:
-    """Return questions and answers of a conversation, in the manner of LLaVA (from, value) or OpenAI (role, content).
-
-    Marks of the picture are taken out, and a system turn, which the chat template does not have.
-    """
+    """Return the questions and answers of LLaVA's (from, value) or OpenAI's (role, content), no system turn."""
     if isinstance(conversation, (bytes, str)):
         try:
             data = conversation if isinstance(conversation, bytes) else conversation.encode("utf-8", "surrogatepass")

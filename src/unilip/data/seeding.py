@@ -1,7 +1,4 @@
-"""Stable hashing: the same words give the same generator and the same coin on every machine and every run.
-
-Python's own ``hash`` is salted per process, so everything random here starts from blake2b.
-"""
+"""Stable hashing: the same words give the same generator and the same coin on every machine and in every run."""
 
 from __future__ import annotations
 

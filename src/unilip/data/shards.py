@@ -1,10 +1,8 @@
 """WebDataset shards, local or remote: tar files whose members `KEY.jpg`, `KEY.txt` ... make one sample for each KEY.
 
-In: the paths or addresses of tar files. Out: any sample by shard and place, without reading what lies
-before it. An index of each shard's members is built once (a pass over the headers) and kept in the cache folder, or
-comes as `NAME.tar.index.json` beside the shard. A remote shard is fetched whole when its turn comes and kept on disk
-within a limit. Members of a sample: `jpg` (or png, webp) with `txt`; `input.jpg`, `output.jpg`, `txt`; `json` with
-conversations.
+In: paths or addresses of tar files. Out: any sample by shard and place. An index of each shard's members is built once
+and kept in the cache folder, or comes as `NAME.tar.index.json` beside the shard. A remote shard is fetched whole in its
+turn. Members: `jpg` (or png, webp) with `txt`; `input.jpg`, `output.jpg`, `txt`; `json` with conversations.
 """
 
 from __future__ import annotations
@@ -69,10 +67,10 @@ def is_remote(location: str) -> bool:
 
 @dataclass
 class ShardIndex:
-    """The samples of a shard by kind: key and members. `fault` says where a damaged shard ends to be readable.
+    """The samples of a shard by kind: key and members; `fault` says where a damaged shard ends to be readable.
 
-    `stamp` is what the shard was when the index was made: of a file on this machine `unilip.files.stamp`, of a remote
-    one what its server says of it. `ignored` counts the members that belong to no sample, by ending.
+    `stamp` is what the shard was then: `unilip.files.stamp`, or what a server says; `ignored` counts unused members by
+    ending.
     """
 
     size: int
@@ -148,10 +146,7 @@ def belongs(head: Mapping[str, Any], path: Path) -> bool:
 
 
 def scan(path: Path) -> ShardIndex:
-    """Read the headers of a tar file: -> its samples, up to the place where it is damaged, if it is.
-
-    Archives that were concatenated are read one after the other; a key counts in its own archive.
-    """
+    """Read the headers of a tar file, or several concatenated ones: -> samples, up to where it is damaged, if it is."""
     size, fault, archive = path.stat().st_size, "", 0
     found: dict[tuple[int, str], Member] = {}  # in the order of the shard: archive and name -> member
     meanings: dict[tuple[int, str], str] = {}  # of each json
@@ -265,9 +260,8 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def kinds_of(members: Mapping[str, T], texts: bool = True) -> Iterator[tuple[str, dict[str, T]]]:
-    """Yield each kind that a sample can serve as, with the members that it needs.
-
-    A picture without a text is a caption that misses its text where others have one (`texts`), else a picture alone.
+    """Yield each kind that a sample can serve as, with its members; where others have texts, a lone picture misses its
+    own.
     """
     cached = next((kind for kind in KINDS if f"{kind}.npz" in members), None)
     if cached is not None:
@@ -300,9 +294,8 @@ def kinds_of(members: Mapping[str, T], texts: bool = True) -> Iterator[tuple[str
 
 
 class Shards:
-    """The samples of a list of tar files. `keep_gb` bounds the remote shards on disk.
-
-    A damaged shard is named in the log and in `faults`; what comes before the damage is used.
+    """The samples of a list of tar files, of damaged ones what comes before the damage; `keep_gb` bounds remote ones on
+    disk.
 
     Raises DataError: none of the shards can be read.
     """
@@ -513,9 +506,7 @@ def remote_stamp(location: str) -> Any:
 
 
 def fetch(location: str, path: Path, keep_gb: float, bring: Callable[[str, Path], None] | None = None) -> Path:
-    """Bring a remote shard to the cache folder, once for all processes of the machine; drops those not used for long.
-
-    `bring` writes it to a path in another way than by downloading.
+    """Bring a remote shard (by `bring`) to the cache folder, once for all processes of the machine, and drop old ones.
 
     Raises Unreadable: it cannot be fetched after three attempts.
     """
@@ -563,10 +554,7 @@ def _drop_old(newest: Path, keep_gb: float) -> None:
 
 
 class ShardWriter:
-    """Writes samples to `NAME-000000.tar`, ..., at most `count` samples in each, every shard with its index beside it.
-
-    A shard appears under its name when it is whole; what was left of an earlier attempt is written anew.
-    """
+    """Writes samples to whole shards `NAME-000000.tar`, ..., at most `count` in each, each with its index beside it."""
 
     def __init__(self, folder: Path, name: str, count: int = 10_000, first: int = 0) -> None:
         self.folder, self.name, self.count = folder, name, count

@@ -31,10 +31,7 @@ class Weighted:
 
 
 def parse_mixture(text: str) -> list[Weighted]:
-    """Split "A:2,B" into places with weights; commas in braces, and commas and colons of names that exist, stay.
-
-    Raises DataError: nothing is named.
-    """
+    """Split "A:2,B" into places with weights; those in names that exist stay. Raises DataError: none is named."""
     parts = re.split(r",(?![^{]*\})", text)
     found = []
     while parts:
@@ -53,10 +50,7 @@ def parse_mixture(text: str) -> list[Weighted]:
 
 
 def local_sources(text: str) -> list[Source] | None:
-    """Open the places of a mixture; None where one of them is remote, not there, or artwork of the emoji world.
-
-    Raises DataError: one holds nothing of a known kind.
-    """
+    """Open the places of a mixture; None where one is remote, not there, or art. Raises DataError: of no known kind."""
     names = [place.location for place in parse_mixture(text)]
     art = (file for name in names for file in Path(name).expanduser().glob("atlas-*.npz"))
     if not all(_exists(name) for name in names) or any(art):

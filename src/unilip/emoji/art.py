@@ -1,8 +1,7 @@
 """Emoji artwork: fetched once, rasterised once, handed out as sprites of any size, colour and skin tone.
 
-In: three npm packages of SVG icons (`prepare`). Out: one atlas file (PNG bytes by key), and `Atlas.sprite`, an RGBA
-picture whose longer visible side fills the asked size. Colours are painted by a shift of the dominant hue. The four
-shapes (heart, circle, square, triangle) are drawn here, in the fixed palette, and need no art.
+In: three npm packages of SVG icons (`prepare`). Out: one atlas file, and `Atlas.sprite`, an RGBA picture whose longer
+visible side fills the size asked for. Four shapes (heart, circle, square, triangle) are drawn here, without any art.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +29,7 @@ from unilip.data.errors import DataError
 from unilip.data.seeding import stable_hash
 from unilip.emoji.concepts import SHAPES, TONES, concept, concepts
 from unilip.errors import install
-from unilip.files import write_bytes
+from unilip.files import read_table, write_bytes
 from unilip.pictures import open_picture
 
 if TYPE_CHECKING:
@@ -59,7 +57,7 @@ class Style:
         return f"{self.package.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 
-TABLES: dict[str, Any] = json.loads((resources.files("unilip.emoji") / "art.json").read_text(encoding="utf-8"))
+TABLES: dict[str, Any] = read_table("unilip.emoji", "art.json")
 STYLES = {name: Style(**fields) for name, fields in TABLES["styles"].items()}
 PALETTE: dict[str, RGB] = {name: tuple(colour) for name, colour in TABLES["palette"].items()}
 # Between those of the palette: for a model to learn that colours are a range. Nothing is measured on them.
@@ -122,9 +120,8 @@ def prepare(
 ) -> Path:
     """Rasterise every concept in three styles and all skin tones to one atlas file, and return its path.
 
-    SOURCE may hold the three npm tarballs (``npm pack``) or the unpacked packages; without it ``npm pack`` fetches
-    them. OUTPUT is a folder (default ``data_dir()``); PROGRESS is called with (done, total). Raises DataError when
-    npm, a package or a drawing is missing.
+    SOURCE may hold the three npm tarballs or the unpacked packages; else ``npm pack`` fetches them. OUTPUT is a folder
+    (default ``data_dir()``); PROGRESS is told (done, total). Raises DataError: npm, a package or a drawing is missing.
     """
     folder = Path(output) if output is not None else data_dir()
     path, credits = folder / ATLAS_FILE, folder / "CREDITS.txt"
@@ -323,9 +320,8 @@ class Atlas:
         return digest.hexdigest()
 
     def warm(self, world: World) -> Atlas:
-        """Decode and paint everything that WORLD can show, once (about 100 kB a sprite), and return the atlas itself.
-
-        Loader workers that are forked afterwards share the result.
+        """Decode and paint all that WORLD can show (100 kB a sprite), for loader workers to share; returns the atlas
+        itself.
         """
         work = [
             (name, style, colour, tone)
@@ -343,10 +339,9 @@ class Atlas:
     def sprite(
         self, name: str, style: str, size: int, colour: str | None = None, tone: str | None = None
     ) -> Image.Image:
-        """Return the RGBA sprite of SIZE x SIZE pixels; do not write into it, it is cached.
+        """Return the cached RGBA sprite of SIZE x SIZE pixels; do not write into it. A drawn shape needs a colour.
 
-        COLOUR is a name of PAINTS, TONE one of concepts.TONES. A drawn shape needs a colour. Raises DataError for
-        a name, style, colour or tone that does not exist.
+        Raises DataError: a name, style, colour (of PAINTS) or tone (of TONES) that does not exist.
         """
         return self._sized(name, style, size, colour, tone)
 
@@ -397,10 +392,7 @@ def _hue_distance(hue: np.ndarray, centre: float) -> np.ndarray:
 
 
 def recolour(image: Image.Image, colour: RGB, width: float = 40.0) -> Image.Image:
-    """Shift the dominant hue of an RGBA picture to COLOUR, shades included; hues over WIDTH degrees away stay.
-
-    The most common saturated tone lands on COLOUR itself, so that the word for it holds whatever the artist used.
-    """
+    """Shift the dominant hue of an RGBA picture and those within WIDTH degrees, so that its main tone is COLOUR."""
     pixels = np.asarray(image, dtype=np.float32)
     hue, saturation, value = _to_hsv(pixels[..., :3] / 255.0)
     tone = _dominant(hue, saturation, value, pixels[..., 3] / 255.0, width)

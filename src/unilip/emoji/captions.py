@@ -1,41 +1,28 @@
 """Scene -> words: noun phrases with the right article and plural, captions in several wordings, one canonical form.
 
-What a caption leaves out is at its default (white background, flat style, the art's own colour), so that words
-determine the picture up to sizes, and up to places unless they are said too. ``as_written`` gives a caption the forms
-in which people write.
+What a caption leaves out is at its default (white background, flat style, the art's own colour), so words determine the
+picture up to sizes, and up to places unless they are said too.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from unilip.emoji.art import BACKGROUNDS
 from unilip.emoji.concepts import concept
 from unilip.emoji.world import INVERSE, Obj, Scene, World, reading_order, relation, third
+from unilip.files import read_table
 
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-RELATION_WORDS = {
-    "left": ("to the left of", "on the left of"),
-    "right": ("to the right of", "on the right of"),
-    "above": ("above", "over"),
-    "below": ("below", "under"),
-}
+WORDS: dict[str, Any] = read_table("unilip.emoji", "words.json")
+NUMBERS: list[str] = WORDS["numbers"]
+RELATION_WORDS: dict[str, list[str]] = WORDS["relations"]
 PLAN = "Place: "  # asks the language model to write a caption out, with all places
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
 # where an object is, by its row and column; the first wording is the canonical one
-PLACES = {
-    ("top", "left"): ("in the top left corner", "at the top left", "in the upper left corner"),
-    ("top", "middle"): ("at the top", "at the top", "at the top in the middle"),
-    ("top", "right"): ("in the top right corner", "at the top right", "in the upper right corner"),
-    ("middle", "left"): ("on the left", "on the left side", "at the left"),
-    ("middle", "middle"): ("in the middle", "in the center", "in the centre"),
-    ("middle", "right"): ("on the right", "on the right side", "at the right"),
-    ("bottom", "left"): ("in the bottom left corner", "at the bottom left", "in the lower left corner"),
-    ("bottom", "middle"): ("at the bottom", "at the bottom", "at the bottom in the middle"),
-    ("bottom", "right"): ("in the bottom right corner", "at the bottom right", "in the lower right corner"),
-}
-OPENINGS = ("", "", "", "", "a picture of ", "an image of ", "a drawing of ")
+PLACES = {(row, column): tuple(WORDS["places"][f"{row} {column}"]) for row in ROWS for column in COLUMNS}
+OPENINGS: tuple[str, ...] = tuple(WORDS["openings"])
 
 
 def with_article(words: str) -> str:
@@ -125,10 +112,7 @@ def scene_style(scene: Scene, world: World) -> str:
 
 
 def canonical(scene: Scene, task: str, world: World, background: bool | None = None) -> str:
-    """Return the one caption that evaluation uses: left to right, first wordings.
-
-    BACKGROUND says whether the background is named; None names it unless it is the default one.
-    """
+    """Return the caption that evaluation uses; BACKGROUND: whether it is named (None: unless it is the default one)."""
     objects = reading_order(scene)
     if task == "position" and len(objects) == 2:
         where = relation(objects[0], objects[1])
@@ -188,10 +172,7 @@ def background_words(scene: Scene, rng: random.Random, world: World) -> str:
 
 
 def as_written(text: str, rng: random.Random, wish: bool = True) -> str:
-    """Give TEXT some of the forms in which people type it: politeness, no article, case, full stop, spaces, quotes.
-
-    A WISH names what to draw; what is no wish is an instruction already, and gets no "draw" before it.
-    """
+    """Give TEXT forms in which people type it; only a WISH, which names what to draw, gets "draw" before it."""
     body = text
     if wish and rng.random() < 0.3:
         for article in ("a ", "an ", "the "):

@@ -1,27 +1,18 @@
 """The concepts of the emoji world: 384 drawings that exist in all three styles, and four shapes that we draw.
 
-In: `concepts.json` beside this file (names checked by eye). Out: `Concept` records by name.
 A drawn shape exists only in a named colour, so the art's own coloured hearts, circles and squares step aside for it.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
-from typing import Any
 
 from unilip.data.errors import DataError
+from unilip.files import read_table
 
 SHAPES = ("heart", "circle", "square", "triangle")
-TONES = {
-    "light": "1f3fb",
-    "medium light": "1f3fc",
-    "medium": "1f3fd",
-    "medium dark": "1f3fe",
-    "dark": "1f3ff",
-}
+TONES = {"light": "1f3fb", "medium light": "1f3fc", "medium": "1f3fd", "medium dark": "1f3fe", "dark": "1f3ff"}
 
 
 @dataclass(frozen=True)
@@ -49,29 +40,23 @@ class Concept:
 @cache
 def concepts() -> dict[str, Concept]:
     """Return all concepts by name, the four drawn shapes last."""
-    records = json.loads(files("unilip.emoji").joinpath("concepts.json").read_text(encoding="utf-8"))
-    found = {record["name"]: Concept(**record) for record in records}
-    for shape in SHAPES:
-        found[shape] = Concept(name=shape, phrase=f"a {shape}", plural=f"{shape}s", group="drawn shapes")
-    return found
+    found = [Concept(**record) for record in read_table("unilip.emoji", "concepts.json")]
+    found += [Concept(shape, f"a {shape}", f"{shape}s", "drawn shapes") for shape in SHAPES]
+    return {each.name: each for each in found}
 
 
 @cache
 def measured() -> dict[str, dict[str, dict[str, list[str]]]]:
-    """Return what was measured of the drawings: ["clashes" or "natural"][style][concept] -> names.
-
-    "clashes" are the plain backgrounds on which a drawing would hardly show, "natural" is the palette colour that it
-    already has.
-    """
-    found: dict[str, Any] = json.loads(files("unilip.emoji").joinpath("measured.json").read_text(encoding="utf-8"))
+    """Return, by style and concept, "clashes": plain backgrounds that hide it; "natural": its colours unpainted."""
+    found: dict[str, dict[str, dict[str, list[str]]]] = read_table("unilip.emoji", "measured.json")
     return found
 
 
 def concept(name: str) -> Concept:
     """Return the concept called NAME; raises DataError for an unknown name."""
-    try:
-        return concepts()[name]
-    except KeyError:
+    known = concepts()
+    if name not in known:
         raise DataError(
-            f"unknown concept {name!r}; allowed are the {len(concepts())} names of unilip.emoji.concepts.concepts()"
-        ) from None
+            f"unknown concept {name!r}; allowed are the {len(known)} names of unilip.emoji.concepts.concepts()"
+        )
+    return known[name]

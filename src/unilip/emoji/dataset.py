@@ -1,7 +1,6 @@
-"""Deterministic, indexable datasets: item i depends on the seed, the split and i, on nothing else.
+"""Deterministic, indexable, picklable datasets: item i depends on the seed, the split and i, on nothing else.
 
-Out: dictionaries of uint8 pictures (H, W, 3), strings and scene records. Any item can be made at any time in any
-process, so resuming is starting at another index, and nothing is stored. Picklable for loader workers.
+Out: dictionaries of uint8 pictures (H, W, 3), strings and scene records; nothing is stored.
 """
 
 from __future__ import annotations
@@ -62,10 +61,7 @@ class _Items:
 
 @dataclass(frozen=True)
 class Scenes(_Items):
-    """Pictures with captions: dict(image, caption, scene, task).
-
-    ``seen`` None means: validation shows held-out combinations where the task has any; ``pool`` limits the concepts.
-    """
+    """Pictures with captions: dict(image, caption, scene, task). ``seen`` None: held-out ones in validation."""
 
     world: World
     atlas: Atlas
@@ -94,10 +90,7 @@ class Scenes(_Items):
 
 @dataclass(frozen=True)
 class Questions(_Items):
-    """Pictures with one question each: dict(image, question, answer, accepted, kind, scene).
-
-    A third of the questions ask for a description; the other kinds that the scene can answer share the rest.
-    """
+    """Pictures with one question: dict(image, question, answer, accepted, kind, scene); so many ``describe``."""
 
     world: World
     atlas: Atlas

@@ -1,7 +1,6 @@
 """Edits with exact targets: a source scene, an instruction in one of several wordings, and the scene that results.
 
 Whatever the instruction does not name stays as it is, to the pixel: ``render.change_mask`` says where changes may be.
-The objects have the sizes of scenes with several objects, so that adding and removing leaves the others alone.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from unilip.data.errors import DataError
 from unilip.emoji.art import BACKGROUNDS
-from unilip.emoji.captions import definite, indefinite
+from unilip.emoji.captions import WORDS, definite, indefinite
 from unilip.emoji.concepts import SHAPES, concept
 from unilip.emoji.questions import BESIDE
 from unilip.emoji.world import (
@@ -31,12 +30,6 @@ from unilip.emoji.world import (
 
 __all__ = ["EDITS", "Edit", "sample_edit"]
 
-SIDES = {
-    "left": ("to the left", "to the left side"),
-    "right": ("to the right", "to the right side"),
-    "above": ("up", "to the top"),
-    "below": ("down", "to the bottom"),
-}
 COMBINING = ("add", "replace", "recolour")  # kinds whose target can be a combination that the source is not
 
 
@@ -53,10 +46,9 @@ class Edit:
 def sample_edit(
     world: World, rng: random.Random, kind: str, split: str = "train", seen: bool = True, purpose: str = "generation"
 ) -> Edit:
-    """Draw an edit of KIND whose two scenes SPLIT and PURPOSE allow.
+    """Draw an edit of KIND whose scenes SPLIT and PURPOSE allow; SEEN false: its target is a held-out combination.
 
-    With SEEN false (validation only) the target of add, replace and recolour is a held-out combination. Raises
-    DataError for a kind that WORLD does not have.
+    Raises DataError: WORLD has no such kind, or SEEN is false in training.
     """
     if kind not in world.edits:
         raise DataError(f"world {world.name!r} has no edit {kind!r}; allowed are {', '.join(world.edits)}")
@@ -82,10 +74,7 @@ def sample_edit(
 
 
 def sample_joint(world: World, rng: random.Random, split: str = "train") -> tuple[Edit, Scene]:
-    """Draw an edit that puts the thing of a second picture into the first, and that picture, which has one thing.
-
-    Its colour is not said: it has to be looked at.
-    """
+    """Draw an edit that puts the thing of a second picture, colour unsaid, into the first; and that picture."""
     if split == "train":
         world = world.training
     for _ in range(2000):
@@ -252,7 +241,7 @@ def _move(world: World, rng: random.Random, purpose: str, given: Scene | None = 
         raise _Unfit
     if world.is_horizon(source.background) and not world.grounded(moved):
         raise _Unfit
-    words = f"move {definite(obj, world)} {rng.choice(SIDES[where])}"
+    words = f"move {definite(obj, world)} {rng.choice(WORDS['moves'][where])}"
     return Edit(source, words, _swap(source, {obj: moved}), "move")
 
 
@@ -349,13 +338,6 @@ def _skin_tone(world: World, rng: random.Random, purpose: str) -> Edit:
     return Edit(source, rng.choice(patterns), _swap(source, {obj: replace(obj, tone=tone)}), "skin_tone")
 
 
-_MAKERS: dict[str, Callable[..., Edit]] = {
-    "add": _add,
-    "remove": _remove,
-    "replace": _replace,
-    "move": _move,
-    "recolour": _recolour,
-    "background": _background,
-    "style": _restyle,
-    "skin_tone": _skin_tone,
-}
+_MAKERS: dict[str, Callable[..., Edit]] = dict(
+    zip(EDITS, (_add, _remove, _replace, _move, _recolour, _background, _restyle, _skin_tone), strict=True)
+)

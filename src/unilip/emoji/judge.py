@@ -1,10 +1,9 @@
 """Reads a picture of the emoji world without any trained network: background, and each object with place and colour.
 
-In: a picture (H, W, 3) uint8, a World and its Atlas. Out: a `Reading`. The background is the one that most pixels are
-close to in CIELAB. Every sprite is then laid over that background at all places and sizes, on a coarse grid (CELLS a
-side of a window) and, for the likeliest, in full resolution: a sprite explains as much of the picture's difference from
-its background as the squared error falls. The greatest wins, hides what it covers, and so on. Colours are named in
-CIELAB on the pixels that painting changes. The verdicts compare a Reading with the scene asked for.
+In: a picture (H, W, 3) uint8, a World and its Atlas. Out: a `Reading`. Every sprite is laid over the background at all
+places and sizes, on a coarse grid and, for the likeliest, in full resolution: it explains as much of the picture's
+difference from its background as the squared error falls. The greatest wins, hides what it covers, and so on.
+Background and colours are named in CIELAB. The verdicts compare a Reading with the scene asked for.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from unilip.emoji.art import BACKGROUNDS, HORIZON, PAINTS, Atlas, recolour
+from unilip.emoji.art import PAINTS, Atlas, recolour
 from unilip.emoji.concepts import SHAPES, concept
 from unilip.emoji.edits import Edit
-from unilip.emoji.render import change_mask, render
+from unilip.emoji.render import background_rows, change_mask, render
 from unilip.emoji.world import Obj, Scene, World, relation
 from unilip.errors import UniLIPError
 from unilip.pictures import picture_psnr
@@ -54,10 +53,7 @@ LIGHTNESS_WEIGHT = 0.5  # of L against a and b when a colour is named: shading i
 
 @dataclass(frozen=True)
 class Found:
-    """One object read off a picture; the box is left, top, right, bottom in pixels, the score at most 1.
-
-    ``colour`` is the nearest of the colours that the concept can be painted in, None where it takes none.
-    """
+    """One object read off a picture; box: left, top, right, bottom in pixels; score up to 1; colour None: no paint."""
 
     concept: str
     style: str
@@ -131,18 +127,8 @@ def to_lab(rgb: np.ndarray) -> np.ndarray:
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
 
 
-@lru_cache(maxsize=64)
-def _background_rows(name: str, size: int) -> np.ndarray:
-    """Colour of each row of a background: (S, 3) in 0..255, without rounding."""
-    found = BACKGROUNDS[name]
-    rows = (np.arange(size) + 0.5) / size
-    share = {"plain": rows * 0, "gradient": rows, "horizon": (rows > HORIZON).astype(float)}[found.kind]
-    top, bottom = np.array(found.top, float), np.array(found.bottom, float)
-    return (top + share[:, None] * (bottom - top)).astype(np.float32)
-
-
 def read_background(picture: np.ndarray, world: World) -> tuple[str | None, np.ndarray]:
-    """Return the background's name, or None where none is near, and its rows as they are in the picture (H, 3).
+    """Return the background's name, None where none is near, and its rows as they are in the picture (H, 3).
 
     Every pixel votes for the backgrounds that it is near to in CIELAB, those at the border with three times the weight.
     """
@@ -153,14 +139,14 @@ def read_background(picture: np.ndarray, world: World) -> tuple[str | None, np.n
     weight[rim:-rim, rim:-rim] = 1 / 3
     best: tuple[float, float, str] | None = None
     for name in world.backgrounds:
-        distance = np.linalg.norm(lab - to_lab(_background_rows(name, size))[:, None], axis=-1)
+        distance = np.linalg.norm(lab - to_lab(background_rows(name, size))[:, None], axis=-1)
         cost = float((np.minimum(distance, BACKGROUND_NEAR) * weight).sum() / weight.sum())
         share = float((distance < BACKGROUND_NEAR).mean())
         if best is None or cost < best[0]:
             best = (cost, share, name)
     assert best is not None, "a world has at least one background"
     _, share, name = best
-    rows = _background_rows(name, size)
+    rows = background_rows(name, size).astype(np.float32)
     near = np.linalg.norm(lab - to_lab(rows)[:, None], axis=-1) < BACKGROUND_NEAR
     if not near.any():
         return None, rows
@@ -198,10 +184,7 @@ def _template(layers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _scene(difference: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
-    """Difference J and background B (3, h, w) -> (8, h, w) such that its product with a template is the gain.
-
-    The gain of laying a sprite (colour S, alpha a) over B is |J|^2 - |J - a (S - B)|^2, summed over the window.
-    """
+    """Difference J and background B (3, h, w) -> (8, h, w); times a template: |J|^2 - |J - a (S - B)|^2, summed."""
     dot = (difference * background).sum(0, keepdim=True)
     square = (background**2).sum(0, keepdim=True)
     return torch.cat([2 * difference, -2 * dot, 2 * background, -square])
@@ -551,11 +534,10 @@ def assign(found: Sequence[Found], asked: Sequence[Obj]) -> tuple[int, ...] | No
 
 
 def judge_prompt(reading: Reading, asked: Scene, task: str, world: World) -> Verdict:
-    """Compare a reading with the scene that a prompt asked for, in what the prompt says.
+    """Compare a reading with the scene that a prompt asked for, in the parts that the prompt says.
 
-    Parts: background; objects (the right things and no others); count; colour and tone (where the prompt names one);
-    style (where the world has several); relation (task "position"). Where the objects are not those asked for, the part
-    "colour" only says whether the colours asked for are there.
+    Parts: background; objects (the right things, no others); count; colour and tone (where named); style (where the
+    world has several); relation (task "position"). With other objects "colour" only says whether the colours are there.
     """
     parts, pairs = _compare(reading, asked, world)
     painted = [obj.colour for obj in asked.objects if obj.colour]
@@ -592,10 +574,8 @@ def _compare(reading: Reading, asked: Scene, world: World) -> tuple[dict[str, bo
 
 @dataclass(frozen=True)
 class EditVerdict:
-    """DONE: the instruction was followed. KEPT: what it does not name is still there. PSNR_OUTSIDE in decibels.
-
-    ``psnr_outside`` compares the result with the exact target where the edit may not change anything (None where it
-    may change everything, capped at 100).
+    """DONE: the instruction was followed. KEPT: what it does not name is still there. PSNR_OUTSIDE the mask, in dB (or
+    None).
     """
 
     done: bool
@@ -615,8 +595,8 @@ def judge_edit(
 ) -> EditVerdict:
     """Compare the RESULT of an edit with its target scene, object by object, and outside the mask pixel by pixel.
 
-    Objects are told apart by what they are, and have to be within PLACE_TOLERANCE of their place; a new object next
-    to another has to be on the side that the instruction names. READING saves reading the result again.
+    Objects have to be within PLACE_TOLERANCE of their place, a new one on the side named. READING saves reading it
+    again.
     """
     world, target = judge.world, edit.target
     pixels = np.asarray(result)

@@ -1,26 +1,18 @@
-"""Things to know about the concepts, in words only: never paired with a picture, so drawing from them is a test.
-
-Out: `Fact` records (question, answer) for training, and `Riddle` records ("the animal that says moo" and the
-concept meant) for the reasoning test. All of it written for this project.
-"""
+"""Things to know about the concepts, in words only: never paired with a picture, so drawing from them is a test."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import resources
 
 from unilip.data.seeding import stable_hash
 from unilip.emoji.concepts import concept
 from unilip.emoji.world import World
+from unilip.files import read_table
 
 # concept: what kind of thing, then what is true of it and of no other concept here, as in "the KIND that CLUE"
 CLUES: dict[str, tuple[str, tuple[str, ...]]] = {
-    name: (kind, tuple(clues))
-    for name, (kind, *clues) in json.loads(
-        resources.files("unilip.emoji").joinpath("clues.json").read_text(encoding="utf-8")
-    ).items()
+    name: (kind, tuple(clues)) for name, (kind, *clues) in read_table("unilip.emoji", "clues.json").items()
 }
 
 

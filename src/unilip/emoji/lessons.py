@@ -43,10 +43,7 @@ def classes(kind: str) -> int:
 
 
 def cells(scene: Scene, world: World) -> np.ndarray:
-    """Return (N,3) int64: concept and colour of what covers most of each image token, and the background.
-
-    A token of which less than a quarter is covered shows nothing.
-    """
+    """Return (N,3) int64: concept and colour of what covers most, a quarter at least, of each image token; ground."""
     columns, rows = (side // TOKEN_PIXELS for side in world.size)
     found = np.zeros((rows, columns, 3), dtype=np.int64)
     found[..., 2] = numbers("background")[scene.background]
@@ -65,10 +62,9 @@ def cells(scene: Scene, world: World) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a text says: `marks` pairs the end of a word or phrase (a character) with its labels, in the order of MARK.
+    """What a text says: `marks` pair the end of a word (a character) with labels in the order of MARK; UNKNOWN: unsaid.
 
-    `summary` has the labels of the whole in the order of SUMMARY, `present` the concepts of a caption, as class
-    numbers. UNKNOWN stands for what the text does not say.
+    `summary` has the labels of the whole in the order of SUMMARY, `present` the class numbers of a caption's concepts.
     """
 
     marks: tuple[tuple[int, tuple[int, ...]], ...]
@@ -124,8 +120,8 @@ def of_edit(edit: Edit, text: str, world: World) -> Lesson:
 def of_question(qa: QA, scene: Scene, world: World) -> tuple[tuple[int, int, int, np.ndarray], ...]:
     """Return where in the picture it lies what a question speaks of: (end, concept, colour, image tokens (N,) bool).
 
-    For each name of a thing or a paint the tokens that such things cover, none where there are none; at the end of the
-    question, with neither concept nor colour, those of what it is about.
+    One for each name of a thing or a paint; and at the end of the question, without concept and colour, what it is
+    about.
     """
     asked: list[tuple[int, int, int, list[Obj]]] = []
     if qa.about is not None:

@@ -1,8 +1,4 @@
-"""Scene -> questions with short answers, true by construction.
-
-Goes in: a scene graph. Comes out: ``QA`` records with the answer in its canonical form and all forms to accept.
-Yes and no are equally likely in every kind of question that can be answered so.
-"""
+"""Scene -> questions with short answers, true by construction; yes and no are equally likely."""
 
 from __future__ import annotations
 
@@ -16,6 +12,7 @@ from unilip.emoji.art import BACKGROUNDS
 from unilip.emoji.captions import (
     NUMBERS,
     PLACES,
+    WORDS,
     canonical,
     cell,
     counted,
@@ -31,17 +28,16 @@ from unilip.emoji.concepts import SHAPES, concept
 from unilip.emoji.world import INVERSE, Obj, Scene, World, reading_order, relation
 
 KINDS = ("identity", "colour", "count", "position", "presence", "background", "style", "caption")
-DESCRIBE = ("Describe the picture.", "Describe this image.", "What does the picture show?", "Write a caption.")
-BESIDE = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
-SIDES = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
+DESCRIBE: list[str] = WORDS["describe"]
+BESIDE: dict[str, str] = WORDS["beside"]
+SIDES: dict[str, str] = WORDS["sides"]
 
 
 @dataclass(frozen=True)
 class QA:
     """A question about one picture; ``accepted`` holds every right answer in lower case, ``answer`` first.
 
-    ``about`` are the objects of the picture that it asks about: none where what it claims is not so, None where it asks
-    about something else than objects.
+    ``about`` are the objects that it asks about: none where what it claims is not so, None where it is about none.
     """
 
     question: str
@@ -57,10 +53,7 @@ def _qa(kind: str, question: str, answer: str, *others: str, about: Sequence[Obj
 
 
 def questions(scene: Scene, rng: random.Random, world: World, split: str = "train") -> list[QA]:
-    """Return one question of every kind that SCENE can answer, in random wordings.
-
-    In the training split no question names a held-out pair of concepts or of concept and colour.
-    """
+    """Return one question of every kind that SCENE can answer; in training none names a held-out combination."""
     found = [
         _identity(scene, rng, world),
         _colour(scene, rng, world, split),

@@ -1,8 +1,4 @@
-"""Scene -> picture, and the masks that say which pixels belong to what.
-
-In: `Scene`, `Atlas`, `World`. Out: an RGB picture of world.size, width and height, or boolean arrays of shape
-(H, W). One renderer for training and evaluation: another one differs by more than a tokenizer's error.
-"""
+"""Scene -> RGB picture of world.size, width and height, and the boolean masks (H, W) of which pixels belong to what."""
 
 from __future__ import annotations
 
@@ -28,17 +24,19 @@ def render(scene: Scene, atlas: Atlas, world: World) -> Image.Image:
 
 @lru_cache(maxsize=128)
 def _background(name: str, size: Size) -> Image.Image:
-    found = BACKGROUNDS.get(name)
-    if found is None:
+    if name not in BACKGROUNDS:
         raise DataError(f"unknown background {name!r}; allowed are {', '.join(BACKGROUNDS)}")
-    if found.kind == "plain":
-        return Image.new("RGB", size, found.top)
-    rows = (np.arange(size[1]) + 0.5) / size[1]
-    share = rows if found.kind == "gradient" else (rows > HORIZON).astype(float)
-    top, bottom = np.array(found.top, float), np.array(found.bottom, float)
-    column = top + share[:, None] * (bottom - top)  # (H, 3)
-    pixels = np.repeat(np.round(column)[:, None], size[0], axis=1).astype(np.uint8)  # (H, W, 3)
+    pixels = np.repeat(np.round(background_rows(name, size[1]))[:, None], size[0], axis=1).astype(np.uint8)  # (H, W, 3)
     return Image.fromarray(pixels)
+
+
+def background_rows(name: str, height: int) -> np.ndarray:
+    """Return the colour of each row of a background: (H, 3) in 0..255, without rounding."""
+    found = BACKGROUNDS[name]
+    rows = (np.arange(height) + 0.5) / height
+    share = {"plain": rows * 0, "gradient": rows, "horizon": (rows > HORIZON).astype(float)}[found.kind]
+    top, bottom = np.array(found.top, float), np.array(found.bottom, float)
+    return top + share[:, None] * (bottom - top)
 
 
 def object_mask(obj: Obj, atlas: Atlas, world: World, above: int = 0) -> np.ndarray:
@@ -50,10 +48,7 @@ def object_mask(obj: Obj, atlas: Atlas, world: World, above: int = 0) -> np.ndar
 
 
 def change_mask(source: Scene, target: Scene, atlas: Atlas, world: World) -> np.ndarray:
-    """Return where an edit from SOURCE to TARGET may change pixels: boolean (H, W).
-
-    Objects that only one of the two has, and with a new background everything that no kept object covers fully.
-    """
+    """Return where an edit from SOURCE to TARGET may change pixels: boolean (H, W)."""
     shared = set(source.objects) & set(target.objects)
     mask = np.full(world.size[::-1], source.background != target.background)
     for obj in shared:

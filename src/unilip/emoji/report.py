@@ -1,7 +1,6 @@
 """Pages that a person can check the judge by: a Markdown table, an HTML page and one contact sheet a part.
 
-In: the results and judged items of a run. Out, in its folder: results.md, index.html, sheet-PART.png; right cases on
-the left, wrong ones on the right, each with what the judge says.
+Right cases are on the left, wrong ones on the right, each with what the judge says.
 """
 
 from __future__ import annotations
@@ -18,32 +17,14 @@ import numpy as np
 from PIL import Image
 
 from unilip.data.sheet import contact_sheet
+from unilip.emoji.captions import WORDS
 from unilip.files import write_text
 from unilip.pictures import open_picture
 
 Record = dict[str, Any]
 SHOWN = 4  # right ones and wrong ones of each group
-TITLES = {
-    "recon": "what a reconstruction keeps; right: the judge still reads the whole scene off it",
-    "vqa": "answers to questions about held-out pictures",
-    "gen": "pictures of held-out captions",
-    "edit": "edits of held-out pictures; each row shows source, result and exact target",
-    "riddle": "pictures of what is meant without being named",
-    "joint": "edits that take a thing of a second picture into the first; each row shows both, result and exact target",
-    "shapes": "pictures and edits that are no squares; edits show source, result and exact target",
-    "chain": "edits in a row, judged by the last of them; outside is what none of them may change, against the first "
-    "picture, and a reconstruction is encoded and drawn as often; each row shows the first picture, result and target",
-}
-COLUMNS = {
-    "psnr": "PSNR, dB",
-    "ssim": "SSIM",
-    "feature_distance": "feature distance",
-    "psnr_outside": "PSNR outside, dB",
-    "psnr_outside_reconstruction": "of a reconstruction, dB",
-    "another picture": "another picture",
-    "swapped prompts": "swapped prompts",
-    "as captions": "the same as captions",
-}
+TITLES: dict[str, str] = WORDS["titles"]
+COLUMNS: dict[str, str] = WORDS["columns"]
 
 
 def write_report(folder: Path, results: Mapping[str, Any], records: Mapping[str, Sequence[Record]]) -> None:

@@ -1,8 +1,7 @@
 """Evaluation of a model in the emoji world: reconstructions, answers, generations, edits and riddles, all held out.
 
-In: a model, its world and the atlas. Out, in a folder: items.jsonl (one judged item a line), pictures/, results.json,
-results.md, index.html and one contact sheet a part. Every item is made and seeded by its own key, so a rerun goes on
-where the last one stopped, and no picture depends on the batch it was made in.
+Out, in a folder: items.jsonl (one judged item a line), pictures/, results.json, results.md, index.html and a contact
+sheet a part. Every item is seeded by its own key, so a rerun goes on, and no picture depends on its batch.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from unilip.emoji.art import Atlas
 from unilip.emoji.captions import canonical
 from unilip.emoji.dataset import Edits, Questions, Scenes, pixels
 from unilip.emoji.edits import COMBINING, sample_chain
-from unilip.emoji.judge import VERSION, Judge, Reading, judge_edit, judge_prompt, psnr_outside
+from unilip.emoji.judge import VERSION, EditVerdict, Judge, Reading, judge_edit, judge_prompt, psnr_outside
 from unilip.emoji.knowledge import riddles
 from unilip.emoji.questions import KINDS
 from unilip.emoji.render import change_mask
@@ -54,15 +53,13 @@ from unilip.shapes import Size
 log = logging.getLogger(__name__)
 
 PARTS = ("recon", "vqa", "gen", "edit", "riddle", "chain", "shapes", "joint")
+DRAWING = ("mllm", "connector", "dit", "pixel_decoder")
 NEEDS = {
     "recon": ("encoder", "latent_head", "pixel_decoder"),
     "vqa": ("encoder", "mllm"),
-    "gen": ("mllm", "connector", "dit", "pixel_decoder"),
-    "edit": ("encoder", "mllm", "connector", "dit", "pixel_decoder"),
-    "riddle": ("mllm", "connector", "dit", "pixel_decoder"),
-    "chain": ("encoder", "latent_head", "mllm", "connector", "dit", "pixel_decoder"),
-    "shapes": ("encoder", "mllm", "connector", "dit", "pixel_decoder"),
-    "joint": ("encoder", "mllm", "connector", "dit", "pixel_decoder"),
+    "chain": ("encoder", "latent_head", *DRAWING),
+    **dict.fromkeys(("gen", "riddle"), DRAWING),
+    **dict.fromkeys(("edit", "shapes", "joint"), ("encoder", *DRAWING)),
 }
 DEPTHS = (1, 3, 5)  # edits in a row after which a chain is looked at
 ORIGINAL = "from the original"
@@ -90,10 +87,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to do: GROUP is the row of the table that it counts for, DATA what its part needs.
-
-    ``index`` numbers the prompt within its group; items of one ``mode`` go through the model together.
-    """
+    """One thing to do; ``group``: row of the table; ``index`` of the prompt in it; a ``mode`` goes through together."""
 
     key: str
     part: str
@@ -280,10 +274,7 @@ class Bench:
             touched = [change_mask(edit.source, edit.target, self.atlas, self.world) for edit in edits]
             outside = ~np.logical_or.reduce(touched)
             record = {
-                "ok": verdict.ok,
-                "parts": {"done": verdict.done, "rest kept": verdict.kept},
-                "reason": verdict.reason,
-                "text": joined([edit.instruction for edit in edits]),
+                **edit_record(verdict, joined([edit.instruction for edit in edits])),
                 "psnr_outside": round(picture_psnr(result, original, outside), 3),
                 "psnr_outside_reconstruction": round(picture_psnr(copies[i, depth], original, outside), 3),
             }
@@ -323,11 +314,7 @@ class Bench:
         noises = [(item.key,) for item in items]
         results = self._edited(sources, [edit.instruction for edit in edits], noises, **sides)
         for edit, source, result in zip(edits, sources, results, strict=True):
-            found = judge_edit(judge, result, edit)
-            record = {
-                "ok": found.ok, "parts": {"done": found.done, "rest kept": found.kept}, "reason": found.reason,
-                "text": edit.instruction, "psnr_outside": found.psnr_outside,
-            }  # fmt: skip
+            record = edit_record(judge_edit(judge, result, edit), edit.instruction)
             done.append((record, np.concatenate([source, result, pixels(edit.target, self.atlas, world)], axis=1)))
         return done
 
@@ -339,11 +326,7 @@ class Bench:
         for item in items:
             pair = pairs.joint(item.index)
             result = self._edited([pair["source"], pair["other"]], [pair["instruction"]], [(item.key,)], joint=True)[0]
-            verdict = judge_edit(self.judge, result, pair["edit"])
-            record = {
-                "ok": verdict.ok, "parts": {"done": verdict.done, "rest kept": verdict.kept}, "reason": verdict.reason,
-                "text": pair["instruction"], "psnr_outside": verdict.psnr_outside,
-            }  # fmt: skip
+            record = edit_record(judge_edit(self.judge, result, pair["edit"]), pair["instruction"])
             shown = (pair["source"], pair["other"], result, pair["target"])
             done.append((record, np.concatenate(shown, axis=1)))
         return done
@@ -462,17 +445,17 @@ class Bench:
         kept = self.model.reconstruct([entry["source"] for entry in entries]).images
         done = []
         for entry, result, copy in zip(entries, results, kept, strict=True):
-            verdict = judge_edit(self.judge, result, entry["edit"])
-            record = {
-                "ok": verdict.ok,
-                "parts": {"done": verdict.done, "rest kept": verdict.kept},
-                "reason": verdict.reason,
-                "text": entry["instruction"],
-                "psnr_outside": verdict.psnr_outside,
-                "psnr_outside_reconstruction": psnr_outside(self.judge, np.asarray(copy), entry["edit"]),
-            }
+            record = edit_record(judge_edit(self.judge, result, entry["edit"]), entry["instruction"])
+            record["psnr_outside_reconstruction"] = psnr_outside(self.judge, np.asarray(copy), entry["edit"])
             done.append((record, np.concatenate([entry["source"], result, entry["target"]], axis=1)))
         return done
+
+
+def edit_record(verdict: EditVerdict, text: str) -> Record:
+    """Return what is kept of a verdict on an edit."""
+    parts = {"done": verdict.done, "rest kept": verdict.kept}
+    about = {"ok": verdict.ok, "parts": parts, "reason": verdict.reason, "text": text}
+    return {**about, "psnr_outside": verdict.psnr_outside}
 
 
 def other_shapes(world: World) -> tuple[Size, Size]:
@@ -574,15 +557,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate MODEL on held-out items and write everything to the folder OUTPUT; returns what results.json holds.
 
-    In: world, atlas: by default the world of the model's picture size, and the atlas in ``data_dir()``.
-        parts: of PARTS; by default all that the model's own parts allow.
-        count: prompts of each group (task, kind of edit); reconstructions and questions CHEAP times as many.
-        seeds: pictures of each prompt; of each edit half as many.
-        steps, guidance_scale: of the sampler; the model's own by default.
-        preset: of sampling, as in `UniLIP.generate`.
-        batch_size: items at once: speed and memory, not results.
-    Raises UniLIPError: an unknown part, a world of another size, or a folder that holds another run's results;
-    DataError: the atlas is missing.
+    In: world, atlas: of the model's picture size, and of ``data_dir()``, by default. parts: of PARTS; all that the
+    model's own parts allow. count: prompts of each group; reconstructions and questions CHEAP times as many. seeds:
+    pictures of each prompt; of each edit half as many. steps, guidance_scale, preset: of the sampler. batch_size: speed
+    and memory only.
+    Raises UniLIPError: an unknown part, another size of world, another run's folder, or (DataError) no atlas.
     """
     chosen = check_parts(parts, model)
     world = world if world is not None else world_of(model)

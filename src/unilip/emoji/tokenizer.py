@@ -1,7 +1,7 @@
 """Train the tokenizer of the embedded models: byte-level BPE with the released special tokens.
 
-In: a world, whose sentences are the corpus; text is read in lower case, with single spaces and plain quotation marks.
-Out: a folder that `AutoTokenizer` loads. Same world and size, same bytes.
+In: a world, whose sentences, in lower case and with single spaces, are the corpus. Out: a folder that `AutoTokenizer`
+loads. Same world and size, same bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from unilip.checkpoints.tokenizer import FOLDS, QWEN2_SPLIT, WORD
 from unilip.checkpoints.tokenizer import Tokenizer as Trained
 from unilip.data.errors import DataError
 from unilip.data.seeding import generator
-from unilip.emoji.captions import PLAN, as_written, canonical, caption, plan
+from unilip.emoji.captions import PLAN, WORDS, as_written, canonical, caption, plan
 from unilip.emoji.concepts import concept
 from unilip.emoji.edits import sample_edit
 from unilip.emoji.knowledge import knowledge
@@ -30,14 +30,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# words outside the pictures: what people also type to a demo
-SMALL_TALK = (
-    "Hello! What can you do?",
-    "I can describe a picture, answer questions about it, draw one from a caption and edit one.",
-    "Thank you.",
-    "Please draw it again, but larger. Numbers: 0 1 2 3 4 5 6 7 8 9.",
-    "This is not in my world, so I cannot draw a photograph.",
-)
+SMALL_TALK: list[str] = WORDS["small talk"]  # outside the pictures: what people also type to a demo
 
 
 def corpus(world: World, n: int, seed: int = 0) -> Iterator[str]:
@@ -83,7 +76,7 @@ def train_tokenizer(
 ) -> Trained:
     """Train on WORLD's corpus, save to folder PATH if given, and return the tokenizer.
 
-    VOCAB_SIZE counts the special tokens; the default is 1536 for pico and 3072 for others. Raises DataError below 320.
+    VOCAB_SIZE counts the special tokens; by default 1536 for pico and 3072 for others. Raises DataError below 320.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -92,19 +85,11 @@ def train_tokenizer(
         raise DataError(f"vocab_size {size} is too small; give at least 320, for 256 bytes and the special tokens")
     tokenizer = Tokenizer(models.BPE())
     # case, quotation marks and spaces carry nothing in this world; line breaks belong to the chat template
-    tokenizer.normalizer = normalizers.Sequence(
-        [
-            normalizers.NFKC(),
-            normalizers.Lowercase(),
-            *(normalizers.Replace(Regex(pattern), content) for pattern, content in FOLDS),
-        ]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    folds = [normalizers.Replace(Regex(pattern), content) for pattern, content in FOLDS]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), *folds])
+    split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated")
+    bytelevel = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytelevel])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,

@@ -1,17 +1,14 @@
 """The emoji world: which things, colours, styles, sizes and places exist, what is held out, and scenes drawn from it.
 
-Goes in: a preset name and a seeded generator. Comes out: ``Scene`` records with exact ground truth (boxes in pixels,
-x to the right, y down, from the top left corner). Nothing here loads pictures.
+Scenes have exact ground truth: boxes in pixels, x to the right, y down, from the top left corner.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, lru_cache
-from importlib.resources import files
 from itertools import combinations
 from typing import Any
 
@@ -19,6 +16,7 @@ from unilip.data.errors import DataError
 from unilip.data.seeding import stable_fraction, stable_hash
 from unilip.emoji.art import BACKGROUNDS, HORIZON, HUES, PAINTS, PALETTE, STYLES
 from unilip.emoji.concepts import SHAPES, TONES, concept, concepts, measured
+from unilip.files import read_table
 from unilip.method.config import TOKEN_PIXELS
 from unilip.shapes import Size
 
@@ -33,48 +31,9 @@ GUESTS = 0.2  # share of the scenes to look at in which guests may be
 STRANGERS = 0.4  # share of the scenes to reconstruct that are of nothing else
 INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
-PICO_CONCEPTS = (
-    "cat", "dog", "pig", "frog", "panda", "lion", "penguin", "fish", "butterfly", "turtle", "whale", "octopus",
-    "sunflower", "rose", "cactus", "tree", "mushroom", "red apple", "banana", "strawberry", "watermelon",
-    "slice of pizza", "donut", "hamburger", "car", "bus", "airplane", "rocket", "sailboat", "bicycle", "house",
-    "umbrella", "balloon", "gift box", "bell", "crown", "guitar", "soccer ball", "sun", "star",
-)  # fmt: skip
-PICO_EXTRA = ("carrot", "owl", "truck", "key")
-PICO_RECOLOURABLE = (
-    "car", "house", "star", "umbrella", "balloon", "gift box", "fish", "butterfly", "bell", "crown", "octopus",
-    "cactus",
-)  # fmt: skip
-PICO_PAINT = ("cat", "frog", "guitar", "mushroom", "rose", "sunflower", "tree", "turtle", "whale")
-PICO_BACKGROUNDS = ("white", "gray", "black", "yellow", "green", "blue", "pink", "brown")
-
-# Looked at, style by style: a dominant-hue shift leaves these mixed, pale, or coloured in the wrong place.
-BADLY_RECOLOURED = {
-    "flat": (
-        "kite", "rabbit", "parrot", "pair of socks", "bee", "sneaker", "sailboat", "racing car", "motorcycle", "dragon",
-        "bicycle", "tent", "bear", "pig",
-    ),
-    "glossy": (
-        "kite", "rabbit", "parrot", "pair of socks", "bee", "t-shirt", "truck", "tractor", "shield", "motorcycle",
-        "racing car", "dragon", "bicycle", "bear", "pig",
-    ),
-    "cartoon": (
-        "rabbit", "parrot", "bee", "pair of gloves", "truck", "flamingo", "racing car", "motorcycle", "sailboat",
-        "tent", "bear", "pig",
-    ),
-}  # fmt: skip
-
+KNOWN: dict[str, Any] = read_table("unilip.emoji", "worlds.json")
 # Painted colours that would vanish on a background that does not carry their name.
-COLOUR_CLASHES = {
-    "light blue": ("blue",),
-    "gray": ("black",),
-    "sunset sky": ("orange", "purple"),
-    "blue sky": ("blue",),
-    "night sky": ("black", "blue", "purple"),
-    "mint to teal": ("green",),
-    "grass": ("green",),
-    "sand": ("yellow", "orange"),
-    "water": ("blue",),
-}
+COLOUR_CLASHES: dict[str, list[str]] = KNOWN["colour clashes"]
 
 
 @dataclass(frozen=True)
@@ -126,14 +85,12 @@ class Scene:
 class World:
     """What exists, how large it is drawn, and what is held out. All sizes in pixels.
 
-    ``concepts`` are in use, ``extra`` never appears in any training; ``recolourable`` names the styles in which a
-    concept takes a colour. Training draws from more than is measured (``training``): ``hues`` are colours between
-    those of ``colours``, ``paint`` takes colour too, ``guests`` are seen and recoloured, but never asked for, and
-    ``strangers`` are only reconstructed: a tokenizer is to meet more shapes than have names here.
-    Corners of objects lie on a lattice of ``grid`` pixels around the centred position; a single object strays at most
-    ``single_shift`` pixels from the middle (None: anywhere). ``shape`` is another width and height than the square
-    (``shaped``): the lattice goes on from the top left corner, so that objects meet the tokens as they do there, and of
-    a coarse one only one line stays to each of left, middle and right, of top, middle and bottom.
+    ``concepts`` are in use, ``extra`` in no training; ``recolourable`` names the styles in which a concept takes a
+    colour. Training has more (``training``): ``hues`` between the ``colours``, ``paint`` that takes colour too,
+    ``guests`` that are seen and recoloured, ``strangers`` that are only reconstructed. Corners lie on a lattice of
+    ``grid`` pixels around the centred position, of a single object at most ``single_shift`` from the middle (None:
+    anywhere). In a ``shape`` other than the square the lattice goes on from the top left corner; of a coarse one a line
+    stays to each third of a side.
     """
 
     name: str
@@ -195,10 +152,9 @@ class World:
     @classmethod
     def preset(cls, name: str) -> World:
         """Return the world called NAME; raises DataError, naming them all, where there is none."""
-        makers = {"nano": cls.nano, "pico": cls.pico, "tiny": cls.tiny}
-        if name not in makers:
-            raise DataError(f"unknown world {name!r}; allowed are {', '.join(makers)}")
-        return makers[name]()
+        _check("world", name, ("nano", "pico", "tiny"))
+        world: World = getattr(cls, name)()
+        return world
 
     @classmethod
     @cache
@@ -210,44 +166,37 @@ class World:
             if c.codepoint and (name.split()[-1] not in SHAPES or name == "broken heart")
         ]
         # what pico knows stays in use here, so that one example prompt serves both worlds
-        plain = [name for name in drawable if name not in (*PICO_CONCEPTS, "boy", "girl", "broken heart")]
+        plain = [name for name in drawable if name not in (*KNOWN["pico"]["concepts"], "boy", "girl", "broken heart")]
         shuffled = sorted(plain, key=lambda name: stable_hash("held out of nano", name))
         unseen, ungenerated = tuple(shuffled[:24]), tuple(shuffled[24:48])
-        listed = json.loads(files("unilip.emoji").joinpath("recolor.json").read_text(encoding="utf-8"))["objects"]
-        styles = tuple(STYLES)
         paintable = {
-            name: frozenset(style for style in styles if name not in BADLY_RECOLOURED[style])
-            for name in listed
+            name: frozenset(style for style, badly in KNOWN["badly recoloured"].items() if name not in badly)
+            for name in KNOWN["recolourable"]
             if name in drawable
         }
         return cls(
             name="nano",
-            image_size=224,
             concepts=(*(name for name in drawable if name not in unseen), *SHAPES),
             extra=unseen,
             generation_held_out=ungenerated,
-            styles=styles,
+            styles=tuple(STYLES),
             colours=tuple(PALETTE),
             backgrounds=tuple(BACKGROUNDS),
             recolourable={name: found for name, found in paintable.items() if found},
-            single_sizes=tuple(range(96, 161, 8)),
-            multi_sizes=tuple(range(56, 105, 8)),
             edits=EDITS,
             tones=tuple(TONES),
-            max_objects=4,
+            **_fields("nano"),
         )
 
     @classmethod
     @cache
     def pico(cls) -> World:
-        """112 pixels, one style, 40 concepts and four shapes in one size on plain backgrounds: learned on a CPU.
-
-        Objects lie in nine places, a token apart. Training has more to paint, in more colours, so that a colour goes
-        with any shape, and one never met lies between two that were.
-        """
-        candidates = [name for name in PICO_CONCEPTS if name not in PICO_RECOLOURABLE]
+        """112 pixels, one style, 40 concepts and four shapes, one size, nine places, plain grounds: learned on CPUs."""
+        fields = _fields("pico")
+        named = KNOWN["pico"]["concepts"]
+        candidates = [name for name in named if name not in fields["recolourable"]]
         shuffled = sorted(candidates, key=lambda name: stable_hash("held out of pico", name))
-        taken = {*PICO_CONCEPTS, *PICO_EXTRA}
+        taken = {*named, *fields["extra"]}
         paintable = [name for name, styles in cls.nano().recolourable.items() if "flat" in styles and name not in taken]
         twins = ("fire truck", "eagle")  # too much like what is held out
         others = [
@@ -257,48 +206,18 @@ class World:
         ]
         return cls(
             name="pico",
-            image_size=112,
-            concepts=(*PICO_CONCEPTS, *SHAPES),
-            extra=PICO_EXTRA,
             generation_held_out=tuple(shuffled[:2]),
-            styles=("flat",),
-            colours=("red", "orange", "yellow", "green", "blue", "purple"),
-            backgrounds=PICO_BACKGROUNDS,
-            recolourable={name: frozenset(("flat",)) for name in PICO_RECOLOURABLE},
-            single_sizes=(48,),
-            multi_sizes=(48,),
-            edits=("add", "remove", "replace", "recolour", "background", "move"),
             hues=("pink", "black", *HUES),
-            paint=PICO_PAINT,
             guests=tuple(paintable),
             strangers=tuple(others),
-            grid=28,  # the size of a token: every object meets the tokens in the same way
-            gap=4,
+            **fields,
         )
 
     @classmethod
     @cache
     def tiny(cls) -> World:
         """56 pixels, six concepts and four shapes: for tests, drawn without any art."""
-        return replace(
-            cls.pico(),
-            name="tiny",
-            image_size=56,
-            concepts=("cat", "dog", "fish", "car", "star", "house", *SHAPES),
-            extra=("owl",),
-            generation_held_out=(),
-            hues=(),
-            paint=(),
-            guests=(),
-            strangers=(),
-            recolourable={name: frozenset(("flat",)) for name in ("fish", "car", "star", "house")},
-            single_sizes=(36,),
-            multi_sizes=(22,),
-            grid=7,
-            gap=2,
-            margin=1,
-            single_shift=7,
-        )
+        return replace(cls.pico(), **_fields("tiny"))
 
     @property
     def size(self) -> Size:
@@ -333,10 +252,7 @@ class World:
         )
 
     def allowed(self, scene: Scene, split: str, purpose: str) -> bool:
-        """Whether SCENE may be used: training never sees what is held out, validation may see all.
-
-        For the purpose "generation" the training split also lacks the concepts of ``generation_held_out``.
-        """
+        """Whether SCENE may be used: training lacks what is held out, for "generation" also ``generation_held_out``."""
         _check("split", split, SPLITS)
         _check("purpose", purpose, PURPOSES)
         if split == "val":
@@ -402,6 +318,15 @@ class World:
         return tuple(size for size in self.multi_sizes if size <= limit) or self.multi_sizes[:1]
 
 
+def _fields(name: str) -> dict[str, Any]:
+    """Return what the table says of a world, which has the drawn shapes, too, and paints in the flat style."""
+    found = {key: tuple(value) if isinstance(value, list) else value for key, value in KNOWN[name].items()}
+    if "concepts" in found:
+        found["concepts"] += SHAPES
+        found["recolourable"] = dict.fromkeys(found["recolourable"], frozenset(("flat",)))
+    return found
+
+
 def _check(what: str, given: str, allowed: Sequence[str]) -> None:
     if given not in allowed:
         raise DataError(f"unknown {what} {given!r}; allowed are {', '.join(allowed)}")
@@ -462,10 +387,7 @@ def _lattice_layouts(
 def place(
     world: World, rng: random.Random, objects: Sequence[Obj], background: str, where: str | None = None
 ) -> tuple[Obj, ...] | None:
-    """Give OBJECTS corners at which they do not overlap; WHERE is the relation of the first to the second.
-
-    Returns None where no layout was found, so that the caller draws another scene.
-    """
+    """Give OBJECTS corners where they do not overlap, the first WHERE of the second; None where there is no layout."""
     single = len(objects) == 1 and objects[0].size in world.single_sizes
     horizon = world.is_horizon(background)
     sizes = {obj.size for obj in objects}
@@ -516,11 +438,10 @@ def sample_scene(
     seen: bool | None = None,
     pool: Sequence[str] | None = None,
 ) -> Scene:
-    """Draw a scene for TASK that SPLIT and PURPOSE allow.
+    """Draw a scene for TASK that SPLIT and PURPOSE allow, of POOL (such as ``world.extra``) where one is given.
 
-    SEEN asks for combinations that training has (True) or lacks (False); by default validation takes held-out ones
-    for the tasks of COMPOSITIONAL. POOL names the concepts to draw from, such as ``world.extra``; with a pool
-    of never-seen concepts SEEN is not looked at.
+    SEEN asks for combinations that training has (True) or lacks (False; by default in validation, for COMPOSITIONAL
+    tasks); of a pool of never-seen concepts it is not looked at.
     """
     _check("task", task, TASKS)
     candidates = tuple(pool) if pool is not None else world.pool(split, purpose)

@@ -1,7 +1,6 @@
 """Published prompt files -> items: what to draw or edit, and the file name under which the official scorer reads it.
 
-In: the path of a prompt file that its authors published (none is in this package) and a protocol. Out: a `Benchmark`
-with its items in the file's order. The file's SHA-256 is compared with the published one. Formats are the authors':
+In: a prompt file as its authors published it (none is in this package), known by its SHA-256, and a protocol:
 
     geneval   evaluation_metadata.jsonl     images/<00000>/metadata.jsonl, images/<00000>/samples/<0000>.png
     geneval2  geneval2_data.jsonl           images/<0000>.png, images.json {prompt: path}
@@ -17,7 +16,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,12 +25,12 @@ from unilip.errors import PromptError, UniLIPError
 from unilip.eval.pictures import ParquetRows, cell_bytes, decode, open_dataset
 from unilip.eval.runs import PICTURES
 from unilip.eval.scores import Row, make_row
-from unilip.files import content_hash, file_hash, read_json, read_lines, read_text
+from unilip.files import content_hash, file_hash, read_json, read_lines, read_table, read_text
 from unilip.sampling import check_prompt
 
 # What the authors published: hashes, homes, protocols, and the groups of WISE by protocol (first and last prompt id,
 # weight in the overall score, category in the files).
-KNOWN: dict[str, Any] = json.loads((resources.files("unilip.eval") / "benchmarks.json").read_text(encoding="utf-8"))
+KNOWN: dict[str, Any] = read_table("unilip.eval", "benchmarks.json")
 PUBLISHED: dict[str, Sequence[str]] = KNOWN["published"]  # SHA-256 -> benchmark, protocol or "", what it is
 HOMES: dict[str, str] = KNOWN["homes"]
 PROTOCOLS: dict[str, list[str]] = KNOWN["protocols"]
@@ -43,14 +41,9 @@ NAMES = tuple(HOMES)
 class Item:
     """One picture file to make.
 
-    In: key: unique in the benchmark; the noise of a picture depends on it, not on its place in the file.
-        prompt: what to draw, or the instruction of an edit.
-        path: of the picture, in the run folder.
-        group: the row of the table that it counts for.
-        cluster: items of one prompt share it; intervals are over clusters.
-        pictures: how many are drawn for this file (four are tiled two by two).
-        data: what scoring needs of the prompt file.
-        split: what is never averaged with another split (languages).
+    In: key: unique in the benchmark, seeds the noise. path: in the run folder. group: the row of the table. cluster:
+    shared by items of one prompt, for intervals. pictures: drawn for this file (four are tiled two by two). data: what
+    scoring needs of the prompt file. split: what is never averaged with another split (languages).
     """
 
     key: str
@@ -72,10 +65,9 @@ class Item:
 class Benchmark:
     """A benchmark's items and how they are named.
 
-    In: weights: of the groups in the overall score; None where the mean is over items; an empty one where it is the
-        mean of the groups.
-        source: returns the picture that an item edits; None for benchmarks that draw from words.
-        beside: returns what the scorer reads beside the picture of an item: path -> picture or bytes.
+    In: weights: of the groups in the overall score; None: the mean over items; empty: the mean of the groups. source:
+    returns the picture that an item edits; None where words alone are drawn. beside: returns what the scorer reads
+    beside an item's picture: path -> picture or bytes.
     """
 
     name: str
@@ -105,12 +97,9 @@ def open_benchmark(
 ) -> Benchmark:
     """Read the prompt file of a benchmark.
 
-    In: name: one of NAMES.
-        prompts: the published file or folder, somewhere on this machine.
-        protocol: one of PROTOCOLS[name]; the first by default.
-        sources: imgedit only, the folder of the pictures to edit.
-        samples: geneval only, pictures of each prompt (4).
-        own_prompts: take a file whose hash is not the published one; every score says so.
+    In: name: one of NAMES. prompts: the published file or folder. protocol: one of PROTOCOLS[name], the first by
+    default. sources: imgedit only, the folder of the pictures to edit. samples: geneval only, pictures of each prompt
+    (4). own_prompts: take a file whose hash is not the published one; every score says so.
     Raises UniLIPError: no file, a file of another format, protocol or hash, or a repeated or impossible item.
     """
     if name not in NAMES:

@@ -1,14 +1,12 @@
 """The paper's claims, tested on the ablations that have been trained: question, verdict, number.
 
-In: a folder of runs with runs/ablation/SIZE/VARIANT/seedN/final, and the size's original encoder and language model.
-Out, in a folder: what was measured of each run (a rerun goes on where one stopped), results.json and results.md. A
-comparison is paired: over the same held-out items, with the spread of the items and of the seeds as its error; a
-difference within two standard errors decides nothing.
+In: a folder of runs with runs/ablation/SIZE/VARIANT/seedN/final. Out, in a folder: what was measured of each run,
+results.json and results.md. A comparison is paired over the same held-out items, its error the spread of items and of
+seeds; a difference within two standard errors decides nothing.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -17,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +31,7 @@ from unilip.emoji.captions import canonical
 from unilip.emoji.dataset import Edits, Scenes
 from unilip.emoji.world import World
 from unilip.errors import UniLIPError
-from unilip.files import read_json, read_lines, write_json, write_text
+from unilip.files import read_json, read_lines, read_table, write_json, write_text
 from unilip.method.flow import logit_normal
 from unilip.model import UniLIP
 from unilip.pictures import to_pixels
@@ -48,7 +45,7 @@ CHEAP = 5  # so many times COUNT reconstructions, and questions of each kind
 NOISES = 4  # of each held-out sample of the flow loss
 ORIGINAL = "original"  # stands for the encoder that no tokenizer training has touched
 
-TABLES: dict[str, Any] = json.loads((resources.files("unilip.eval") / "claims.json").read_text(encoding="utf-8"))
+TABLES: dict[str, Any] = read_table("unilip.eval", "claims.json")
 # The recipes whose results are the original encoder and the language model that learned to read it, by size.
 ORIGINALS: dict[str, tuple[str, str]] = {size: (encoder, llm) for size, (encoder, llm) in TABLES["originals"].items()}
 MEASURES: dict[str, str] = TABLES["measures"]
@@ -109,10 +106,7 @@ class Run:
 
 
 def find_runs(runs: Path, size: str) -> dict[str, list[Run]]:
-    """Return the finished ablations of a size by variant, in the order of their seeds.
-
-    Raises UniLIPError: a result has no recipe beside it.
-    """
+    """Return a size's finished ablations by variant, in order of seeds. Raises UniLIPError: one has no recipe."""
     found: dict[str, list[Run]] = defaultdict(list)
     for final in sorted(runs.glob(f"ablation/{size}/*/seed*/final")):
         recipe = read_json(final / "recipe.json", "recipe of the run")
@@ -293,8 +287,7 @@ def judged(folder: Path, count: int, seeds: int) -> dict[str, dict[str, float]]:
 def score(runs: Sequence[Run], measure: str) -> dict[str, Any] | None:
     """Return what a measure comes to over the seeds of a variant; None where none has it.
 
-    Out: "mean" over items and seeds, "spread" the standard deviation over seeds (None of one seed), "error" that of the
-        item mean, and the number of "seeds".
+    Out: "mean" over items and seeds, "spread" over seeds (None of one), "error" of the item mean, number of "seeds".
     """
     means = [list(run.values[measure].values()) for run in runs if run.values.get(measure)]
     if not means:
@@ -339,10 +332,7 @@ def check(statement: Statement, runs: Mapping[str, Sequence[Run]]) -> dict[str, 
 
 
 def conclude(claim: Claim, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
-    """Return a claim's verdict: reproduced, not reproduced, undecided within the spread, or not measured.
-
-    One seed says nothing about another training run, so the verdict says that there was one.
-    """
+    """Return a claim's verdict: reproduced, not, undecided within the spread, or not measured; and if of one seed."""
     statements = [check(statement, runs) for statement in claim.statements]
     verdicts = {s["verdict"] for s in statements}
     budgets = {name: budget(runs[name][0], runs) for name in claim.variants if name in runs}
@@ -377,10 +367,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the ablations in RUNS and write the evidence to OUTPUT; returns what results.json holds.
 
-    In: size: of ORIGINALS; by default every one that has a finished ablation.
-        parts: of PARTS; all by default. What an earlier call measured is in the results all the same.
-        count: prompts of each group; reconstructions and questions CHEAP times as many.
-        seeds: pictures of each prompt.
+    In: size: of ORIGINALS; by default all that have a finished ablation. parts: of PARTS; all by default. count:
+    prompts of each group; reconstructions and questions CHEAP times as many. seeds: pictures of each prompt.
     Raises UniLIPError: an unknown part or size, no ablation, or the original encoder is missing.
     """
     runs, output = Path(runs).expanduser(), Path(output)

@@ -1,8 +1,7 @@
 """Runs side by side: tables with intervals, paired differences, and the same prompts' pictures in a row.
 
-In: folders that `unilip eval` filled. Out: compare.md, compare.csv and pictures-*.png. Scores share a table only if
-task, protocol, scorer, wording and prompts are the same. Differences are over the items that both runs have, with a
-bootstrap over prompts that draws the same prompts for both.
+Scores share a table only if task, protocol, scorer, wording and prompts are the same. Differences are over the items
+that both runs have, with a bootstrap over prompts that draws the same prompts for both.
 """
 
 from __future__ import annotations
@@ -56,10 +55,7 @@ class Scored:
 
 
 def load_runs(folders: Sequence[str | Path]) -> list[Scored]:
-    """Read the scores of runs; names are the folders', longer where they are equal.
-
-    Raises UniLIPError: a folder is missing, given twice, or has no scores.
-    """
+    """Read the scores of runs by folder name. Raises UniLIPError: one is missing, given twice, or has no scores."""
     paths = [Path(folder).expanduser() for folder in folders]
     resolved = [path.resolve() for path in paths]
     if len(set(resolved)) != len(resolved):
@@ -109,10 +105,7 @@ def _emoji(path: Path, name: str) -> list[Scored]:
 
 
 def difference(a: Scored, b: Scored, metric: str, split: str, resamples: int = RESAMPLES) -> dict[str, Any] | None:
-    """Return B less A over the items that both have: value, interval and how many; None if they share none.
-
-    Clusters are drawn together, so what makes a prompt hard for both cancels.
-    """
+    """Return B less A over the items that both have, drawn together: value, interval, how many; None if none."""
     keys = [
         {row["key"] for row in one.rows if row["split"] == split and row["scores"] and metric in row["scores"]}
         for one in (a, b)
@@ -163,10 +156,7 @@ def make_tables(runs: Sequence[Scored]) -> dict[str, list[dict[str, Any]]]:
 
 
 def compare(folders: Sequence[str | Path], output: Path, pictures: int = SHOWN) -> dict[str, Any]:
-    """Write the comparison of runs to a folder; returns its tables by column.
-
-    In: pictures: prompts whose pictures are shown, where a column has pictures; 0 shows none.
-    """
+    """Write the comparison of runs, with the pictures of so many prompts, to a folder; returns its tables by column."""
     runs = load_runs(folders)
     tables = make_tables(runs)
     sheets: dict[str, str] = {}

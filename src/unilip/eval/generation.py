@@ -1,8 +1,8 @@
 """Pictures for a benchmark, under the names that its official scorer reads.
 
-In: a `Benchmark`, a model, settings. Out: a run folder with run.json (model, prompts, settings, versions), items.jsonl
-and images/. Every picture's noise depends on the seed and its own key alone; batches are the same for one process or
-many, so the files are too. What is there is never made again.
+Out: a run folder with run.json (model, prompts, settings, versions), items.jsonl and images/. Every picture's noise
+depends on the seed and its own key alone; batches are the same for one process or many. What is there is never made
+again.
 """
 
 from __future__ import annotations
@@ -39,10 +39,8 @@ ITEMS = "items.jsonl"
 class Settings:
     """What pictures depend on beside model and prompt; all of it is in run.json.
 
-    In: steps, guidance_scale, solver, image_size: of the sampler; never None once resolved.
-        seed: of the run; each picture's own follows from it and the item's key.
-        dtype: of the weights.
-        fit: how the source of an edit becomes a square.
+    In: steps, guidance_scale, solver, image_size: of the sampler. seed: of the run; each picture's own follows from it
+    and the item's key. dtype: of the weights. fit: how the source of an edit becomes a square.
     """
 
     steps: int
@@ -95,12 +93,9 @@ def generate(
 ) -> dict[str, Any]:
     """Make the pictures of a benchmark that are not there yet.
 
-    In: output: the run folder; other processes of the run give the same one.
-        source: of the model.
-        settings: the model's own by default.
-        batch_size: pictures at once: speed and memory. The last bit of a picture may depend on it.
-        place: which process this is; from RANK and WORLD_SIZE by default.
-        load: returns the model, in place of loading `source`; only called if there is something to draw.
+    In: output: the run folder, the same for all processes. source: of the model. settings: the model's own by default.
+    batch_size: pictures at once: speed and memory; a last bit may depend on it. place: which process this is; from RANK
+    and WORLD_SIZE by default. load: returns the model, in place of loading `source`.
     Out: "made" by this process, "there" before, "missing" elsewhere, and the "identity" of the run.
     Raises UniLIPError: the folder holds another run, or pictures of another size.
     """
@@ -195,10 +190,7 @@ def tile(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def check_pictures(output: Path, items: Sequence[Item], identity: Mapping[str, Any]) -> None:
-    """Refuse pictures that this run cannot have made.
-
-    Raises UniLIPError: one has another size or origin, or is no picture.
-    """
+    """Refuse pictures that this run cannot have made. Raises UniLIPError: another size or origin, or no picture."""
     for item in items:
         file, side = output / item.path, identity["settings"]["image_size"] * (2 if item.pictures > 1 else 1)
         try:
@@ -231,9 +223,7 @@ def finish(benchmark: Benchmark, output: Path) -> None:
 def generate_with_ray(workers: int, gpus: float, **arguments: Any) -> dict[str, Any]:
     """Do what `generate` does in several Ray workers, here or in the cluster that RAY_ADDRESS names.
 
-    In: workers: how many; each is one process of the run, on the same file system.
-        gpus: of each worker.
-        arguments: of `open_benchmark` as "benchmark" and "count", of `generate` all others but `place`.
+    In: gpus: of each worker. arguments: of `open_benchmark` as "benchmark" and "count", of `generate` all but `place`.
     """
     from unilip.eval.benchmarks import open_benchmark
 

@@ -40,10 +40,8 @@ def manifest() -> Any:
 class UniLIP(Base):
     """The model class: `generate_until` answers; likelihoods and several rounds are not offered.
 
-    In: pretrained: what `UniLIP.from_pretrained` takes; None is the embedded model.
-        device, dtype: where and how; CUDA if there is one, and what is stored.
-        batch_size: questions at once.
-        max_tiles: squares that a picture is cut into at most.
+    In: pretrained: what `UniLIP.from_pretrained` takes (None: the embedded model). device, dtype: CUDA if there is one,
+    as stored. batch_size: questions at once. max_tiles: squares that a picture is cut into at most.
     """
 
     is_simple = True

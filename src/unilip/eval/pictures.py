@@ -1,7 +1,6 @@
 """Pictures from where people keep them: a folder, tar shards, Parquet files or a saved dataset.
 
-In: a path. Out: a `Pictures` that knows its names at once, and reads and decodes one picture at a time, so that fifty
-thousand of them need no memory.
+Out: a `Pictures` that knows its names at once, and reads and decodes one picture at a time.
 """
 
 from __future__ import annotations
@@ -34,10 +33,7 @@ class Pictures:
         return len(self.names)
 
     def digest(self, index: int) -> str:
-        """Return the SHA-256 of a picture's file, in hex.
-
-        Raises ImageError: it cannot be read; the message names it.
-        """
+        """Return the SHA-256 of a picture's file, in hex. Raises ImageError, naming it: it cannot be read."""
         return hashlib.sha256(self._data(index)).hexdigest()
 
     def load(self, index: int) -> Image.Image:
@@ -52,10 +48,7 @@ class Pictures:
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """Decode the bytes of a picture file to an upright RGB picture.
-
-    Raises ImageError: they cannot be decoded; the message begins with NAME.
-    """
+    """Decode a picture file's bytes to an upright RGB picture. Raises ImageError, beginning with NAME: it cannot be."""
     try:
         return load_image(open_picture(data))
     except ImageError as error:
@@ -65,10 +58,8 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 
 def open_pictures(path: str | Path, count: int | None = None) -> Pictures:
-    """Find the pictures of a folder (its subfolders too), of .tar files, of .parquet files or of a saved dataset.
+    """Find the first COUNT pictures of a folder (subfolders too), of .tar or .parquet files or of a saved dataset.
 
-    In: path: a folder of any of these, or one file.
-        count: only the first so many, in the order of their names.
     Raises UniLIPError: nothing is there, or nothing of these kinds.
     """
     path = Path(path).expanduser()
@@ -125,10 +116,7 @@ def _of_tars(shards: Sequence[Path]) -> Pictures:
 
 
 def open_dataset(path: Path, column: str | None = None) -> tuple[Any, str]:
-    """Return a dataset saved by `datasets`, its pictures left encoded, and the name of the column that holds them.
-
-    Raises UniLIPError: there is no such column.
-    """
+    """Return a saved dataset of `datasets`, pictures encoded, and their column. Raises UniLIPError: it has none."""
     from datasets import Image as Pictured
     from datasets import load_from_disk
 
@@ -183,10 +171,7 @@ class ParquetRows:
 
 
 def cell_bytes(cell: object) -> bytes:
-    """Return the picture file of a table's cell: bytes, or {"bytes": ..., "path": ...} as datasets stores it.
-
-    Raises ImageError: it is neither.
-    """
+    """Return the picture in a cell: bytes, or {"bytes", "path"} as datasets stores it. Raises ImageError: neither."""
     data = cell.get("bytes") if isinstance(cell, Mapping) else cell
     if data is None and isinstance(cell, Mapping) and cell.get("path"):
         return Path(str(cell["path"])).read_bytes()

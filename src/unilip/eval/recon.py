@@ -1,15 +1,15 @@
 """Reconstruction: how much of a picture survives the tokenizer, `unilip eval recon`.
 
-In: pictures and a model. Out, in a run folder: images.csv (a row a picture), scores/recon.json, worst-best.png.
-Protocols: the shorter side becomes S (bicubic), the centre is cut out, S x S goes through the model, and the result,
-rounded to 8 bits, is compared with it.
+Out, in a run folder: images.csv (a row a picture), scores/recon.json, worst-best.png. Protocols: the shorter side
+becomes S (bicubic), the centre is cut out, S x S goes through the model, and the result, in 8 bits, is compared with
+it.
 
     224, 448   S as it is
     256        S = 256, reflected to 280, encoded to 10 x 10, decoded to 320, shrunk to 280 (align_corners), cut to 256
     native     the model's own size
 
-Measures: psnr (range 1.0), ssim (7 x 7 window, range 1.0), ssim_paper (the same with range 2.0, which reads higher),
-lpips, and the Frechet distance of features: "rfid" with Inception, "fd" with any other. B pictures, F features.
+Measures: psnr (range 1.0), ssim (7 x 7 window, range 1.0), ssim_paper (range 2.0, which reads higher), lpips, and the
+Frechet distance of features: "rfid" with Inception, "fd" with any other. B pictures, F features.
 """
 
 from __future__ import annotations
@@ -56,10 +56,7 @@ Distance = Callable[[Tensor, Tensor], Tensor]  # two of [0,1] (B,3,H,W) -> (B,)
 
 
 def frechet_distance(real: np.ndarray, made: np.ndarray) -> float:
-    """Return the Frechet distance of Gaussians fitted to features (N,F) and (M,F).
-
-    Raises UniLIPError: fewer than two pictures.
-    """
+    """Return the Frechet distance of Gaussians fitted to features (N,F) and (M,F). Raises UniLIPError: under two."""
     if min(len(real), len(made)) < 2:
         raise UniLIPError("A Frechet distance needs at least two pictures; give more.")
     real, made = real.astype(np.float64), made.astype(np.float64)
@@ -72,11 +69,10 @@ def frechet_distance(real: np.ndarray, made: np.ndarray) -> float:
 
 
 def open_extractor(source: str, model: UniLIP | None = None, device: str = "cpu") -> tuple[str, Extractor]:
-    """Return the name and function of a feature extractor.
+    """Return name and function of a feature extractor. Raises UniLIPError: its package or file is missing.
 
-    In: source: "torch-fidelity" (its Inception, weights fetched or cached by it); a TorchScript file such as
-        inception-2015-12-05.pt, called with return_features=True; or "encoder", the model's own encoder.
-    Raises UniLIPError: the package or the file is missing.
+    In: source: "torch-fidelity" (its Inception, fetched or cached by it); a TorchScript file such as
+    inception-2015-12-05.pt, called with return_features=True; or "encoder", the model's own.
     """
     if source == "encoder":
         if model is None:
@@ -126,10 +122,7 @@ def _encoder_features(model: UniLIP) -> Extractor:
 
 
 def open_lpips(device: str = "cpu") -> Distance:
-    """Return LPIPS with VGG16 of the `lpips` package.
-
-    Raises UniLIPError: it is missing, or its weights cannot be had.
-    """
+    """Return LPIPS (VGG16) of the `lpips` package. Raises UniLIPError: it is missing, or its weights cannot be had."""
     try:
         import lpips
 
@@ -214,12 +207,10 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Measure a model's reconstructions; returns the summary, or None in a process whose rank is not 0.
 
-    A picture that the folder knows is not measured again: known by its bytes, whatever its name.
-    In: measures: of MEASURES.
-        features, extractor: for "rfid", see `open_extractor`; `extractor` is (name, function) and wins.
-        distance: for "lpips"; `open_lpips` by default.
-        batch_size: speed and memory; the last bit may depend on it.
-        place: which process this is; from RANK and WORLD_SIZE by default.
+    A picture that the folder knows, by its bytes, is not measured again.
+    In: measures: of MEASURES. features, extractor: for "rfid", see `open_extractor`; (name, function) wins. distance:
+    for "lpips"; `open_lpips` by default. batch_size: speed and memory; the last bit may depend on it. place: which
+    process this is.
     Raises UniLIPError: an unknown measure or protocol, a missing package, or another run's folder.
     """
     place = place or Place.of_environment()

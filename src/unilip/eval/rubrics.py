@@ -1,8 +1,7 @@
 """What a judge is asked about each picture, and how its answers become scores.
 
-In: a benchmark's items with their pictures. Out: questions for `vlm.RemoteJudge`, and from its answers one row an item:
-status, scores, parts. The wording is ours (RUBRIC) or, for WISE, ImgEdit and GEdit, read from the authors' own file on
-this machine; which of them is part of a score's name. The rules of counting are the authors' (docstrings).
+The wording is ours (RUBRIC) or, for WISE, ImgEdit and GEdit, read from the authors' own file on this machine; which of
+them is part of a score's name. The rules of counting are the authors' (docstrings).
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,12 @@ from unilip.eval.benchmarks import Benchmark, Item
 from unilip.eval.pictures import decode
 from unilip.eval.scores import Row
 from unilip.eval.vlm import STATUSES, Answer, Question
-from unilip.files import file_hash, png_bytes, read_json
+from unilip.files import file_hash, png_bytes, read_json, read_table
 from unilip.pictures import open_picture
 
 RUBRIC = "unilip-1"  # of our wording; raised when a word of it changes
 
-KNOWN: dict[str, Any] = json.loads((resources.files("unilip.eval") / "rubrics.json").read_text(encoding="utf-8"))
+KNOWN: dict[str, Any] = read_table("unilip.eval", "rubrics.json")
 OFFICIAL: dict[str, list[str]] = KNOWN["official"]  # SHA-256 of the authors' files that hold their wording
 PLACES: dict[str, dict[str, str]] = KNOWN["places"]  # where these lie in a checkout, by benchmark and protocol
 WORDING: dict[str, str] = KNOWN["wording"]  # ours
@@ -49,9 +47,8 @@ class Rubric:
 
 
 def read_rubric(name: str, protocol: str, path: str | Path | None) -> Rubric:
-    """Read the wording from a file of the benchmark's authors, or from a checkout of their repository.
+    """Read the wording from a file of the benchmark's authors, parsed and never run, or from their checkout.
 
-    The file is parsed, never run.
     Raises UniLIPError: this benchmark has no such file, or the wording is not found in it.
     """
     if path is None:

@@ -1,9 +1,8 @@
 """The folder of a run: what it is of (run.json), results that a rerun finds again, and which process does what.
 
-In: an identity (benchmark, protocol, model, settings). Out: a folder that a killed run goes on in, that refuses another
-run's identity, and that several processes fill together. What depends on other inputs besides is known by a
-fingerprint of their content (`left`, `keep`, `wait`). A batch of files is first written aside, then committed by one
-rename and moved into place; so no batch is ever half there after a restart.
+A killed run goes on in its folder, another run's identity is refused, several processes fill it together. What depends
+on other inputs is known by a fingerprint of their content (`left`, `keep`, `wait`). A batch of files is written aside,
+then committed by one rename and moved into place, so none is ever half there.
 """
 
 from __future__ import annotations
@@ -40,10 +39,7 @@ WORDS = ("*token*", "vocab*", "merges*", "chat_template*")  # a checkpoint's fil
 
 
 def model_hash(source: Source = None) -> str:
-    """Return sixteen hex digits of a checkpoint's configuration, weights and tokenizer, without loading it.
-
-    Raises CheckpointError: it cannot be opened.
-    """
+    """Return 16 hex digits of a model's config, weights and tokenizer. Raises CheckpointError: none can be opened."""
     opened = open_checkpoint(source)
     beside = opened.tokenizer_path
     words = [] if beside is None else [file for pattern in WORDS for file in beside.glob(pattern) if file.is_file()]
@@ -71,10 +67,8 @@ def environment(place: Place) -> dict[str, Any]:
 class RunFolder:
     """The folder of one run, which processes of the same run share.
 
-    In: path: made if it is not there.
-        identity: what may not differ when the run goes on.
-        place: which process this is; every process of a run gives its own.
-        name: of the model, for people; the identity has its hash.
+    In: path: made if it is not there. identity: what may not differ when the run goes on. place: which process this is.
+    name: of the model, for people.
     Raises UniLIPError: the folder holds another run, pictures of unknown origin, or is in use.
     """
 

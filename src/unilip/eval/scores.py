@@ -1,8 +1,7 @@
 """Rows of scored items -> a score with its protocol, scorer, interval, and what could not be scored.
 
-In: rows {"key", "cluster", "group", "split", "picture", "status", "scores", "parts"} and a rule of averaging.
-Out: scores/NAME.json and NAME.jsonl in the run folder, and lines to print. Intervals are bootstraps over
-clusters (prompts), within groups where groups are averaged.
+In: rows {"key", "cluster", "group", "split", "picture", "status", "scores", "parts"} and a rule of averaging. Out:
+scores/NAME.json and NAME.jsonl. Intervals are bootstraps over clusters (prompts), within groups that are averaged.
 """
 
 from __future__ import annotations
@@ -107,10 +106,7 @@ def interval(samples: np.ndarray) -> tuple[float, float]:
 def summarise(
     rows: Sequence[Row], rule: Rule, ranges: Mapping[str, tuple[float, float]] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Return by split the metrics: value, interval, and, where items are open, the least and the most it can be.
-
-    Raises UniLIPError: no item has a score.
-    """
+    """Return by split the metrics: value, interval, least and most with open items. Raises UniLIPError: no score."""
     ranges = ranges or {}
     metrics = list(dict.fromkeys(name for row in rows if row["scores"] for name in row["scores"]))
     if not metrics:
@@ -153,10 +149,7 @@ def write_scores(
     output: Path, name: str, rows: Sequence[Row], rule: Rule, about: Mapping[str, Any],
     ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write scores/NAME.jsonl, then the summary scores/NAME.json; returns the summary.
-
-    In: about: what stands beside the score: task, protocol, scorer, model, prompts, and what else is to be kept.
-    """
+    """Write scores/NAME.jsonl, then the summary scores/NAME.json, beside what it is `about`; returns the summary."""
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "scores"
     folder = output / FOLDER
     write_lines(folder / f"{slug}.jsonl", rows)  # first: the reasons are there even if nothing could be scored

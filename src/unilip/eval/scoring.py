@@ -36,10 +36,7 @@ CHUNK = 64  # items whose pictures are in memory at once
 
 
 def check_complete(benchmark: Benchmark, output: Path) -> dict[str, Any]:
-    """Return the manifest of a run whose pictures are all there, of the right size, for these prompts.
-
-    Raises UniLIPError: it is another run, pictures are missing, or have another size.
-    """
+    """Return the manifest of a run whose pictures are all there. Raises UniLIPError: another run, missing pictures."""
     manifest = read_manifest(output)
     identity = manifest["identity"]
     for name, here in (("task", benchmark.name), ("protocol", benchmark.protocol), ("prompts", benchmark.prompts)):
@@ -79,10 +76,8 @@ def score_by_judge(
     rubric: Rubric = Rubric(),  # noqa: B008
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Ask a judge about every picture of a run; returns the summary that scores/judge-NAME.json holds.
+    """Ask a judge, by terms and rubric (ours by default), about every picture of a run; returns scores/judge-NAME.json.
 
-    In: terms: who is asked, and how.
-        rubric: the wording; ours by default.
     Raises UniLIPError: missing pictures, or a judge that cannot be asked.
     """
     if benchmark.name in ("geneval2", "dpg"):
@@ -132,11 +127,9 @@ def score_officially(
 ) -> dict[str, Any]:
     """Run the scorer of a benchmark's authors on a run; returns the summary that scores/official.json holds.
 
-    In: checkout: of the authors' repository.
-        prompts: the prompt file of the run.
-        python: the interpreter of the environment that the scorer needs; this one by default.
-        arguments: more words for the program, such as GenEval's --model-path.
-        terms: wise only, the judge that their program asks.
+    In: checkout: of the authors' repository. prompts: the prompt file of the run. python: the scorer's interpreter;
+    this one by default. arguments: more words for it, such as GenEval's --model-path. terms: wise only, the judge that
+    it asks.
     Raises UniLIPError: no such program, it failed, or its results lack items.
     """
     name = benchmark.name

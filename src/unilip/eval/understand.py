@@ -1,8 +1,8 @@
 """Ask a model the questions of a JSON-lines file, `unilip eval understand`; a rerun asks only what is new.
 
 In: a line a question, {"question": text, "image": a path, base64, or a list of them, "id"?, "answer"?}. Out, in a run
-folder: answers.jsonl, and the exact match with the given answers, if any. The published benchmarks (MMBench, MME, MMVP,
-MMMU, SEED, AI2D, MM-Vet) are for lmms-eval and VLMEvalKit, which find the model by `lmms.py` and `vlmevalkit.py`.
+folder: answers.jsonl, and the exact match with the given answers. The published benchmarks (MMBench, MME, MMVP, MMMU,
+SEED, AI2D, MM-Vet) are for lmms-eval and VLMEvalKit, which find the model by `lmms.py` and `vlmevalkit.py`.
 """
 
 from __future__ import annotations
@@ -60,9 +60,8 @@ class Sheet:
 
 
 def open_questions(path: str | Path, images: str | Path | None = None) -> Sheet:
-    """Read a .jsonl file of questions, or a .json list of them.
+    """Read a .jsonl or .json file of questions; IMAGES is the folder of image paths, that of the file by default.
 
-    In: images: the folder that image paths are relative to; that of the file by default.
     Raises UniLIPError: no such file, another format, a missing picture, or an id that is there twice.
     """
     path = Path(path).expanduser()
@@ -129,12 +128,9 @@ def evaluate(
     place: Place | None = None,
     progress: bool = False,
 ) -> list[dict[str, Any]] | None:
-    """Ask a model all questions; returns the summary of the exact match, if answers were given, or None by rank.
+    """Ask a model the first COUNT questions; returns a list of at most one summary; None where the rank is not 0.
 
-    In: name: of the questions, for people.
-        count: only the first so many.
-        max_tiles, max_new_tokens: of `UniLIP.ask`.
-    Out: A list of no or one summary; None in a process whose rank is not 0. answers.jsonl holds the answers.
+    In: name: of the questions, for people. max_tiles, max_new_tokens: of `UniLIP.ask`.
     Raises UniLIPError: a picture cannot be read, or the folder is another run's.
     """
     place = place or Place.of_environment()

@@ -1,8 +1,7 @@
 """A vision-language model behind an OpenAI-compatible address, as a judge of pictures.
 
-In: questions of texts and pictures, each with a reader of its answer. Out: an answer to each, with a status:
-"ok", "refused", "unparsable" or "failed"; only "ok" has a value. Answers are kept on disk, so a rerun asks only what is
-still open. Nothing that the judge did not say becomes a score.
+Every question gets an answer with a status: "ok", "refused", "unparsable" or "failed"; only "ok" has a value. Answers
+are kept on disk, so a rerun asks only what is open. Nothing that the judge did not say becomes a score.
 """
 
 from __future__ import annotations
@@ -68,16 +67,10 @@ class Answer:
 class Terms:
     """How a judge is asked.
 
-    In: url: of the API, such as https://api.openai.com/v1.
-        model: the judge's name there.
-        key: secret of the API; from OPENAI_API_KEY by default, "none" where there is no such variable.
-        workers: questions under way at once.
-        rate: questions a minute at most; None is no limit.
-        retries: after timeouts, lost connections, 408, 409, 429 and 5xx, with growing pauses (or Retry-After).
-        attempts: times that an answer that cannot be read is asked for.
-        timeout: seconds for one answer.
-        prices: of a million tokens in and out, in any currency; None is unknown.
-        cache: folder of the answers; None keeps none.
+    In: url: of the API, such as https://api.openai.com/v1. model: its name there. key: from OPENAI_API_KEY by default,
+    else "none". workers: questions under way at once. rate: questions a minute at most (None: no limit). retries: after
+    timeouts, lost connections, 408, 409, 429 and 5xx, with growing pauses. attempts: for an answer that cannot be read.
+    timeout: seconds for one answer. prices: of a million tokens in and out. cache: folder of the answers (None: none).
     """
 
     url: str
@@ -147,9 +140,8 @@ class RemoteJudge:
         self._stop = threading.Event()
 
     def ask(self, questions: Sequence[Question], progress: bool = False) -> list[Answer]:
-        """Return an answer to each question, in their order.
-
-        Raises JudgeStopped: address, key or model name are wrong; what was answered before is in the cache.
+        """Answer each question, in order. Raises JudgeStopped: a wrong address, key or model name; answers so far are
+        kept.
         """
         answers: list[Answer] = []
         self._stop.clear()

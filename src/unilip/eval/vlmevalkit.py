@@ -27,10 +27,7 @@ NAME = "UniLIP"
 
 
 def split_message(message: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]:
-    """Return the pictures and the text of a message of the kit.
-
-    Raises UniLIPError: it holds something else, such as a video.
-    """
+    """Return pictures and text of a message of the kit. Raises UniLIPError: it holds something else, as a video."""
     other = sorted({str(part["type"]) for part in message} - {"text", "image"})
     if other:
         raise UniLIPError(f"UniLIP understands texts and images, not {', '.join(other)}; choose another data set.")

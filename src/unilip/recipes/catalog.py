@@ -12,13 +12,13 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from importlib import resources
 from typing import Any
 
 from unilip.errors import ConfigError
+from unilip.files import read_table
 from unilip.recipes import record as records
 
-TABLE: dict[str, Any] = json.loads((resources.files("unilip.recipes") / "recipes.json").read_text(encoding="utf-8"))
+TABLE: dict[str, Any] = read_table("unilip.recipes", "recipes.json")
 OBJECTIVES: dict[str, Any] = {
     kind.__name__.lower(): kind
     for kind in (records.Understand, records.Reconstruct, records.Shrink, records.Flow, records.FewSteps)
