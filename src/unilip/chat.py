@@ -1,8 +1,8 @@
 """Conversations about pictures: what was said and shown, which pictures a message is about, and a model that replies.
 
-In:  messages with words and pictures. Out: `Conversation`, which the server builds of what clients send, and `Chat`,
-which keeps one and has a model draw, change and answer.
-The model has read pictures in the user's turns alone: those of an answer are put into the turn that follows it.
+Out: `Conversation`, which the server builds of what clients send, and `Chat`, which keeps one and has a model draw,
+change and answer. The model has read pictures in the user's turns alone: those of an answer go into the turn that
+follows.
 """
 
 from __future__ import annotations
@@ -43,10 +43,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What was said, in order. `shown` are the pictures that the next change is about: those that came last.
-
-    `before` are the pictures that a row of changes began with, and `changes` the instructions since.
-    """
+    """What was said, in order, and the pictures `shown` last; those `before` a row of `changes`, and these."""
 
     turns: tuple[Turn, ...] = ()
     shown: Pictures = ()
@@ -93,10 +90,7 @@ def joined(instructions: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of a message: `text` is the answer, or the words that were drawn or followed; `images` in PIL.
-
-    `seed` gives the first picture again (each further one has the next), together with `text` and the same settings.
-    """
+    """What came of a message: `text`, said or drawn; `images` in PIL; `seed` of the first (further: the next)."""
 
     verb: Intent
     text: str
@@ -115,8 +109,6 @@ class Reply:
 class Chat:
     """A conversation with a model; `UniLIP.chat` makes one.
 
-    Use:
-
         chat = model.chat(seed=7)
         chat("draw a dog with a hat").images[0]
         chat("now remove the hat")                 # changes the last picture
@@ -124,13 +116,9 @@ class Chat:
         chat("make it blue", "photo.jpg")          # brings a picture of its own
         chat.undo()
 
-    Attributes:
-        seed: of the first picture; the n-th of the conversation has seed + n. None draws one for each.
-        from_original: let a change read the picture that the changes began with and follow all instructions since, in
-            place of the last picture, which loses a little each time it is encoded again.
-        settings: arguments of `generate`, `edit` and `ask`, each for those verbs that know it.
-        replies: all that was replied, with pictures and seeds.
-        conversation: what was said.
+    Attributes: seed: the n-th picture has seed + n; None draws one for each. from_original: let a change read the
+    picture that the changes began with and follow all instructions since, as each encoding loses a little. settings: of
+    `generate`, `edit` and `ask`, each for those that know it. replies: all, with pictures and seeds.
     """
 
     model: UniLIP
@@ -153,15 +141,11 @@ class Chat:
         return self.conversation.shown
 
     def __call__(self, message: str, image: Any = None, *, verb: str | None = None, **settings: Any) -> Reply:
-        """Draw, change or answer, as the words of a message want; `answer:`, `draw:` and `edit:` before them decide.
+        """Draw, change or answer, as the words of a message want; `answer:`, `draw:` and `edit:` before them decide, or
+        `verb`.
 
-        Args:
-            image: a picture that the message brings, or several; as for `UniLIP.edit`.
-            verb: "generate", "edit" or "ask", where not the words are to decide.
-            settings: as those of the chat, for this message; `seed` too.
-
-        Raises:
-            UniLIPError: what the verb's own method raises, or an edit without a picture. Nothing was added then.
+        In: image: that the message brings, or several; as for `UniLIP.edit`. settings: for this message; `seed` too.
+        Raises UniLIPError: what the verb's own method raises, or an edit without a picture. Nothing was added then.
         """
         check_prompt(message, "message")
         seed = settings.pop("seed", None)

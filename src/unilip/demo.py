@@ -1,8 +1,7 @@
 """The demonstration: every ability of a model on a handful of pictures, as one web page that is honest about it.
 
-In:  a model, the example pictures beside its weights, a folder.
-Out: index.html with its PNGs. The examples are scenes that no training saw, with their true captions, answers and
-     edited pictures. What a small model draws is judged as in its evaluation; a photograph shows what lies outside.
+The examples are scenes that no training saw, with their true captions, answers and edited pictures. What a small model
+draws is judged as in its evaluation; a photograph shows what lies outside.
 """
 
 from __future__ import annotations
@@ -165,9 +164,9 @@ def run(
 ) -> dict[str, Any]:
     """Try everything, write the page to `folder`, and return the numbers on it.
 
-    `say` gets a line after each part. `source` are the options that name the model, for the commands on the page,
-    `loaded` a remark on how long loading took. The folder changes only once all is done.
-    Raises UniLIPError: the folder holds something else, or the model lacks a part.
+    `say` gets a line after each part; `source` are the options that name the model, `loaded` a remark on loading. The
+    folder changes only once all is done. Raises UniLIPError: the folder holds something else, or the model lacks a
+    part.
     """
     check_folder(folder)
     place = folder.absolute()

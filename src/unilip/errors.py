@@ -1,8 +1,6 @@
-"""Errors that a user can cause and mend.
+"""Errors that a user can cause and mend: `UniLIPError`, with what was given, what is allowed and what to do.
 
-Everything in the library that rejects what a person gave raises `UniLIPError` (or a subclass) with one sentence that
-says what was given, what is allowed and what to do. The command line turns it into exit code 2 without a traceback,
-the server into a 4xx. Programming mistakes stay `AssertionError`, `TypeError` and the like.
+The command line turns one into exit code 2, the server into a 4xx. Programming mistakes stay `TypeError` and the like.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Few-step weights: a second timestep embedder, which tells a diffusion transformer where a jump goes.
-
-In:  a network whose transformer knows velocities alone. Out: the same network, bit for bit, with an embedder that
-     training (`SIZE/few`) or an adapter (`SIZE/few_lora`) makes something of.
-"""
+"""Few-step weights: a second timestep embedder, which tells a diffusion transformer where a jump goes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """Files: written whole or not at all, read with an error that says what is wrong, and told apart by their content.
 
-In:  paths, text, JSON values, JSON lines, pictures with notes.
-Out: files that a killed process never leaves half there; values read as UTF-8 with or without a byte order mark;
-     fingerprints that change when a file's content does, whatever its name, time or size.
+Values are read as UTF-8 with or without a byte order mark; fingerprints change when a file's content does.
 """
 
 from __future__ import annotations
@@ -36,10 +34,7 @@ TAIL = 64  # bytes at the end of a file's data that, with its size, tell picture
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a hidden name beside `path` for a file or a new folder, which takes its place when the block ends well.
-
-    On any error it vanishes. The name is short whatever `path` is called, and of this process alone.
-    """
+    """Yield a hidden name, of this process alone, that takes `path`'s place when the block ends well, else vanishes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     name = hashlib.blake2b(path.name.encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
     temporary = path.with_name(f".{name}.{os.getpid()}{PART}")
@@ -119,10 +114,7 @@ def decode_text(data: bytes) -> str:
 
 
 def read_text(path: Path, what: str = "file") -> str:
-    """Read UTF-8 text, without a byte order mark if there is one.
-
-    Raises UniLIPError: there is no such file, or it is no UTF-8 text.
-    """
+    """Read UTF-8 text without its byte order mark. Raises UniLIPError: there is no such file, or no UTF-8 text."""
     try:
         return decode_text(path.read_bytes())
     except FileNotFoundError:
@@ -151,10 +143,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def read_lines(path: Path, what: str = "file") -> list[dict[str, Any]]:
-    """Read JSON lines, one object each; empty lines are skipped.
-
-    Raises UniLIPError: there is no such file, or a line is not a JSON object.
-    """
+    """Read JSON lines, one object each, but for empty ones. Raises UniLIPError: no such file, a line is no object."""
     rows = []
     for number, line in enumerate(lines_of(read_text(path, what)), 1):
         if not line.strip():
@@ -212,10 +201,7 @@ def fingerprint(path: Path) -> str:
 
 
 def stamp(path: Path) -> list[int]:
-    """Return what the file system says of a file: size, times of change and inode. Equal stamps, equal content.
-
-    The inode's time of change cannot be set back, as the file's own can (rsync -a, cp -p).
-    """
+    """Return size, times of change and inode of a file: equal stamps, equal content, whatever its own time."""
     about = path.stat()
     return [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
 
@@ -241,10 +227,7 @@ def crc(path: Path) -> list[int]:
 
 
 class Lock:
-    """A lock file that one process holds; it is let go when the process ends, however it does.
-
-    Raises UniLIPError: another process holds it; `busy` says so.
-    """
+    """A lock file that one process holds until it ends. Raises UniLIPError, as `busy` says: another holds it."""
 
     def __init__(self, file: Path, busy: str) -> None:
         from filelock import FileLock, Timeout

@@ -1,9 +1,4 @@
-"""Describe a checkpoint without loading it.
-
-In:  anything that `checkpoints.read.open_checkpoint` takes.
-Out: plain values ready for JSON: what it is, its parts and sizes, its config, and what the position embedding of its
-     diffusion transformer means.
-"""
+"""Describe a checkpoint, anything that `open_checkpoint` takes, without loading it: plain values ready for JSON."""
 
 from __future__ import annotations
 
@@ -25,9 +20,8 @@ from unilip.machine import processor, spare_memory
 
 
 def describe(source: Source = None) -> dict[str, Any]:
-    """Return what a checkpoint is: kind, parts with parameter counts, types, size on disk, config, what is dropped.
-
-    Of an adapter's folder: what it was trained on, its ranks, and how many parameters it has in which parts.
+    """Return kind, parts with parameter counts, types, sizes, config, what is dropped; of an adapter base, ranks and
+    parts.
 
     Raises CheckpointError: it cannot be opened.
     """
@@ -69,8 +63,7 @@ def describe(source: Source = None) -> dict[str, Any]:
 def machine(source: Source = None) -> dict[str, Any]:
     """Return what this machine is, and what the products of a checkpoint's transformer take on its processor, measured.
 
-    `products` holds names, shapes (rows, inputs, outputs), milliseconds of processor time by way, and which library
-    float32 and bfloat16 weights are packed for in 20 steps, if any.
+    `products`: names, shapes (rows, inputs, outputs), milliseconds by way, the library weights are packed for, if any.
     """
     config, rows = open_checkpoint(source).config, []
     for name, shape in products.shapes_of(config):

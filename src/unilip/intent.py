@@ -1,8 +1,7 @@
-"""What a turn of a conversation wants: a new picture, a changed one, or words.
+"""What a turn of a conversation wants: "generate" a picture, "edit" one, or "ask" for words; and the model's text.
 
-In:  the text of the turn, and whether the conversation has a picture. Out: "generate", "edit" or "ask", and the text
-that the model should get. Plain rules, so that it can be foreseen. In doubt it is a question: words where a picture was
-wanted cost a sentence more, a picture where words were wanted is a wrong answer. "answer:", "draw:" and "edit:" decide.
+Plain rules, so that it can be foreseen. In doubt it is a question: words where a picture was wanted cost a sentence
+more, a picture where words were wanted is a wrong answer. "answer:", "draw:" and "edit:" decide.
 """
 
 from __future__ import annotations

@@ -29,10 +29,7 @@ class Place:
 
     @classmethod
     def of_environment(cls) -> Place:
-        """Read RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them.
-
-        Raises UniLIPError: they are no numbers, or contradict each other.
-        """
+        """Read RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them. Raises UniLIPError: no such place."""
         rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         local = os.environ.get("LOCAL_RANK", "0")
         if not (rank.isdigit() and world.isdigit() and local.isdigit() and int(rank) < int(world)):
@@ -73,10 +70,7 @@ def spare_memory() -> int:
 
 
 def choose_device(name: str = "auto") -> str:
-    """Return a device that is there: "auto" is CUDA, Apple's GPU or the CPU; of several processes each has its GPU.
-
-    Raises UniLIPError: the one asked for is not there.
-    """
+    """Return a device that is there; "auto": CUDA, Apple's GPU or the CPU. Raises UniLIPError: it is not there."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -93,10 +87,7 @@ def choose_device(name: str = "auto") -> str:
 
 
 def start_ray(**options: Any) -> bool:
-    """Join the Ray cluster of RAY_ADDRESS, or start one here; False where this process has joined one already.
-
-    Raises ConfigError: Ray is not installed.
-    """
+    """Join the Ray cluster of RAY_ADDRESS, or start one; False: joined already. Raises ConfigError: Ray is missing."""
     try:
         import ray
     except ImportError as error:

@@ -1,8 +1,7 @@
 """UniLIP for users: load, save, generate, edit, reconstruct, ask, encode, decode.
 
-In:  a checkpoint; prompts, pictures and settings as people give them, checked before any work is done.
-Out: pictures as Pillow, numpy or torch has them, or their latents; answers; features (M,N,D) and latents (M,Z,h,w).
-The networks and what they compute are `unilip.method`'s; how fast and in how much memory, `unilip.fast`'s.
+In:  a checkpoint; prompts, pictures and settings as people give them, checked before any work is done. Out: pictures as
+Pillow, numpy or torch has them; answers; features (M,N,D) and latents (M,Z,h,w).
 """
 
 from __future__ import annotations
@@ -64,10 +63,9 @@ StepCallback = Callable[["UniLIP", int, Tensor, dict[str, Tensor]], Mapping[str,
 
 @dataclass(frozen=True)
 class ImageOutput:
-    """Pictures of a call: a list of Pillow images, an array (B,H,W,3) or tensor (B,3,H,W) in [0,1], or latents.
+    """Pictures of a call: Pillow images, an array (B,H,W,3) or tensor (B,3,H,W) in [0,1], or latents; indexable.
 
-    `output[0]`, `len(output)` and iteration give the pictures; a notebook shows them. `plans` are the prompts as the
-    language model wrote them out, one for each prompt, where it did.
+    `plans` are the prompts as the language model wrote them out, one for each prompt, where it did.
     """
 
     images: Any
@@ -254,10 +252,7 @@ class UniLIP(Network):
         max_shard_size: str = "5GB",
         to: str = "unilip",
     ) -> None:
-        """Write config, weights (sharded above `max_shard_size`) and tokenizer to a folder, whole or not at all.
-
-        With `to="diffusers"` the folder is a pipeline, which `DiffusionPipeline.from_pretrained` loads.
-        """
+        """Write config, weights (sharded above `max_shard_size`) and tokenizer, whole; `to` "diffusers", too."""
         check_choice("format to save in", to, ("unilip", "diffusers"))
         if self.runtime.offload is not None:
             raise UniLIPError(
@@ -278,12 +273,9 @@ class UniLIP(Network):
     def load_adapter(self, folder: str | os.PathLike[str], name: str | None = None, scale: float = 1.0) -> str:
         """Put a LoRA or DoRA adapter (a folder in peft's format) beside the weights; returns its name.
 
-        A model of low_memory adds it to its weights whenever these are read.
-
-        It acts at once, `scale` times as strongly as trained, together with those loaded before it.
-
-        Raises:
-            UniLIPError: it does not fit the model, is damaged, or peft is missing.
+        It acts at once, `scale` times as strongly as trained, together with those loaded before; with low_memory,
+        whenever weights are read.
+        Raises UniLIPError: it does not fit the model, is damaged, or peft is missing.
         """
         sampling.check_number("scale", scale, -sampling.LARGEST)
         if not (name is None or isinstance(name, str)):
@@ -352,9 +344,8 @@ class UniLIP(Network):
     ) -> UniLIP:
         """Compile the step of the diffusion transformer and the pixel decoder; on CUDA record the loop as one graph.
 
-        The first picture of each size and each number of pictures at once is slow. Conditions are left-padded to a
-        multiple of `bucket` tokens, so that the length of a prompt matters no more. A callback on each step runs
-        compiled steps without the graph. `options` go to `torch.compile`.
+        The first picture of each size and number of pictures at once is slow. Conditions are left-padded to a multiple
+        of `bucket` tokens. A callback on each step runs without the graph. `options` go to `torch.compile`.
         """
         self.require("dit")
         bucket = sampling.check_number("bucket", bucket, 1, LONGEST_BUCKET, whole=True)
@@ -383,10 +374,7 @@ class UniLIP(Network):
 
     @sampling.changes
     def split_guidance(self, device: torch.device | str) -> UniLIP:
-        """Draw the unconditional half by a copy of the diffusion transformer on a second device.
-
-        It is brought up to date before each drawing.
-        """
+        """Draw the unconditional half by a copy of the diffusion transformer on a second device, kept up to date."""
         self.require("dit")
         if self.runtime.offload is not None:
             raise UniLIPError("A model whose parts come and go cannot be split over devices; choose one of the two.")
@@ -412,10 +400,7 @@ class UniLIP(Network):
         self, image: Any, *, fit: Fit = "resize", height: int | None = None, width: int | None = None,
         image_size: int | None = None, max_pixels: int | None = None,
     ) -> Tensor:  # fmt: skip
-        """Return the features (M,N,D) of pictures: what the LLM reads, edits keep, and `decode` draws.
-
-        N = (height / 28)(width / 28), row by row; the sizes are chosen as in `edit`, one for all pictures.
-        """
+        """Return the features (M,N,D) of pictures, N = (height / 28)(width / 28), row by row; one size for all."""
         self.require("encoder")
         sources, sizes = self._sources(image, fit, height, width, image_size, max_pixels)
         if not sources:
@@ -712,8 +697,7 @@ class UniLIP(Network):
     ) -> ImageOutput:
         """Encode pictures to features and draw them again; what is lost is what the encoder does not know.
 
-        The sizes are chosen as in `edit`. `output_type` "latent" gives the latent (B,Z,h,w) in the diffusion
-        transformer's scale.
+        Sizes are chosen as in `edit`. `output_type` "latent" gives (B,Z,h,w) in the diffusion transformer's scale.
         """
         _check_output(output_type, keep_aspect)
         self.require("encoder", "latent_head", *(() if output_type == "latent" else ("pixel_decoder",)))
@@ -750,17 +734,15 @@ class UniLIP(Network):
         """Answer a question about pictures.
 
         Args:
-            image: a picture, a list of pictures that one question is about, or None. With a list of questions, a list
-                with an entry of that kind for each.
+            image: a picture, a list of pictures that one question is about, or None; of several questions, a list.
             question: one question, or a list of them (answered as a batch).
             history: earlier turns as {"role": "user" | "assistant", "content": text, "images": [...]}.
             temperature, top_p, generator: greedy at temperature 0, else sampled.
             max_tiles: cut each picture into up to this many squares plus a thumbnail (dynamic resolution).
             stream: return an iterator of text pieces instead (one question only).
 
-        Raises:
-            UniLIPError: a value out of range, a list of another length, a missing part; logits that are no numbers, or
-                a model that was changed while a stream of it was read.
+        Raises UniLIPError: a value out of range, a list of another length, a missing part; logits that are no numbers,
+        or a model that was changed while a stream of it was read.
         """
         self.require("encoder", "mllm")
         processor = self._processor()
@@ -827,13 +809,7 @@ class UniLIP(Network):
             yield piece
 
     def chat(self, *, seed: int | None = None, from_original: bool = False, **settings: Any) -> Chat:
-        """Begin a conversation that draws, changes and answers, and keeps its pictures, answers and seeds; see `Chat`.
-
-        Args:
-            seed: the n-th picture has seed + n; without one each has a seed of its own, which its reply names.
-            from_original: let each change read the picture that the changes began with, and follow all of them.
-            settings: arguments of `generate`, `edit` and `ask`, each for those that know it.
-        """
+        """Begin a conversation that draws, changes and answers, and keeps pictures, answers and seeds; see `Chat`."""
         return Chat(self, seed, from_original, settings)
 
     # --- checks and results ---

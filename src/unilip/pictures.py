@@ -1,7 +1,7 @@
 """Pictures: read, made square and shaped back, cut into tiles, turned into tensors and back, compared.
 
-In:  files, bytes, Pillow pictures, arrays (H,W[,C]) and tensors ([C,]H,W) of any mode, size and orientation.
-Out: upright 8-bit RGB pictures; pixels (M,3,H,W) normalised by ImageNet's mean and standard deviation; PSNR and SSIM.
+In:  files, bytes, Pillow pictures, arrays (H,W[,C]) and tensors ([C,]H,W) of any mode, size and orientation. Out:
+upright 8-bit RGB pictures; pixels (M,3,H,W) normalised by ImageNet's mean and standard deviation; PSNR and SSIM.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ TURNS = {
 def open_picture(source: bytes | str | os.PathLike[str], formats: Sequence[str] = FORMATS) -> Image.Image:
     """Open an encoded picture, without decoding it yet. The one place where Pillow meets foreign bytes.
 
-    Raises:
-        ImageError: no such file, another format than those allowed, too large, or a JPEG of more than 100 scans.
+    Raises ImageError: no such file, another format than those allowed, too large, or a JPEG of more than 100 scans.
     """
     name = "The image" if isinstance(source, bytes) else str(source)
     try:
@@ -75,10 +74,8 @@ def load_image(image: ImageLike) -> Image.Image:
     """Return an upright 8-bit RGB picture of a path, a file's bytes, Pillow image, array (H,W[,C]) or tensor ([C,]H,W).
 
     Arrays and tensors hold floats in [0,1] or integers in 0..255 (uint16: 0..65535). Palettes, transparency (over
-    white), 16-bit and CMYK are converted; EXIF rotation is applied, and EXIF that cannot be read is left alone.
-
-    Raises:
-        ImageError: unreadable, truncated, empty, out of range, of a format not allowed, or over 100 million pixels.
+    white), 16-bit and CMYK are converted; EXIF rotation is applied.
+    Raises ImageError: unreadable, truncated, empty, out of range, of a format not allowed, or over 100 million pixels.
     """
     name = "The image"
     if isinstance(image, Tensor):
@@ -210,9 +207,8 @@ def _inner_box(size: tuple[int, int], frame: tuple[int, int]) -> tuple[int, int,
 
 
 def unfit_square(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
-    """Undo `fit_picture`: return the picture at the aspect ratio of `size` (width, height), without enlarging it.
-
-    "resize" stretches back and "pad" cuts the border off; what "crop" removed cannot come back.
+    """Undo `fit_picture` at the aspect ratio of `size`, without enlarging: "resize" stretches back, "pad" cuts borders
+    off.
     """
     if fit == "crop" or size[0] * image.height == size[1] * image.width:
         return image
@@ -223,10 +219,7 @@ def unfit_square(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.I
 
 
 def tile_grid(width: int, height: int, size: int, max_tiles: int) -> tuple[int, int]:
-    """Choose columns and rows, at most `max_tiles` in all, whose ratio is nearest to the picture's.
-
-    Of grids with the same ratio (1x1, 2x2, ...) the largest is taken that the picture fills to more than half.
-    """
+    """Choose the columns and rows (at most `max_tiles` in all) nearest to the picture's ratio, the largest filled."""
     grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1)]
     best, nearest = (1, 1), float("inf")
     for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
@@ -238,9 +231,8 @@ def tile_grid(width: int, height: int, size: int, max_tiles: int) -> tuple[int, 
 
 
 def tile(image: Image.Image, size: int, max_tiles: int) -> list[Image.Image]:
-    """Cut an RGB picture into up to `max_tiles` squares of `size` px at the nearest aspect ratio, plus a thumbnail.
-
-    This is InternVL's dynamic resolution for understanding. One tile means the plain resized picture.
+    """Cut an RGB picture into up to `max_tiles` squares of `size` px and a thumbnail, as InternVL; one is the plain
+    picture.
     """
     columns, rows = tile_grid(image.width, image.height, size, max_tiles)
     if columns * rows == 1:
@@ -267,11 +259,7 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def to_images(pixels: Tensor, maker: str = "pixel decoder") -> list[Image.Image]:
-    """Turn (M,3,H,W) in [0,1] into Pillow pictures; what lies outside is clipped.
-
-    Raises:
-        ImageError: a value is NaN or infinite; the message names `maker`, the part of the model that made it.
-    """
+    """Turn (M,3,H,W), clipped to [0,1], into Pillow pictures. Raises ImageError, naming `maker`: NaN or infinity."""
     values = pixels.detach().float()
     if not values.isfinite().all():
         kind = str(pixels.dtype).removeprefix("torch.")
@@ -301,11 +289,9 @@ def picture_psnr(a: Image.Image | np.ndarray, b: Image.Image | np.ndarray, where
 def ssim(a: Tensor, b: Tensor, data_range: float = 1.0, gaussian: bool = False) -> Tensor:
     """Return the structural similarity (B,) of pictures (B,3,H,W) in [0,1], mean over channels and the inside.
 
-    A uniform 7 x 7 window with sample covariance, as scikit-image's default; or with `gaussian` the 11 x 11 one of
-    Wang et al. 2004 (sigma 1.5). The paper's numbers were made with a `data_range` of 2.0.
-
-    Raises:
-        ImageError: a side is shorter than the window.
+    A uniform 7 x 7 window with sample covariance, as scikit-image's default; or with `gaussian` the 11 x 11 one of Wang
+    et al. 2004 (sigma 1.5). The paper's numbers were made with a `data_range` of 2.0. Raises ImageError: a side is
+    shorter.
     """
     places = torch.arange(-5, 6, dtype=torch.float64, device=a.device)
     line = torch.exp(-0.5 * (places / 1.5) ** 2) if gaussian else torch.ones_like(places[:7])

@@ -1,8 +1,7 @@
 """A request becomes a batch, and a batch a result: the one place for the model, the server, commands and evaluation.
 
-In:  a network and its `Runtime`, checked prompts, features of pictures, settings.
-Out: features, latents, pixels in [0,1], answers token by token.
-Parts bring themselves to the device, so a model whose parts come and go does everything that any other does.
+In:  a network and its `Runtime`, checked prompts, features of pictures, settings. Out: features, latents, pixels in
+[0,1], answers token by token. Parts bring themselves to the device.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Gate:
     """The lock of a model: one thread at a time works with it, or changes it; the others wait.
 
-    A change from within the work of its own thread, as in a callback, is refused. `changes` counts them, so that an
-    answer that somebody takes word by word, between which the gate is open, is not finished by another model.
+    A change from within its own thread's work, as in a callback, is refused. `changes` counts them, so that an answer
+    taken word by word is not finished by another model.
     """
 
     def __init__(self) -> None:
@@ -99,10 +98,7 @@ changes = functools.partial(works, change=True)  # of what changes its model; no
 
 @dataclass
 class Runtime:
-    """How a network is run: what comes and goes, what is compiled, a second device for half of the guidance, strips.
-
-    `products` keeps packed weights; None where memory counts more.
-    """
+    """How a network is run: what comes and goes, what is compiled, a second device for half of the guidance, strips."""
 
     offload: Offload | None = None
     compiled: Compiled | None = None
@@ -149,10 +145,9 @@ class Runtime:
 
 
 def check_prompt(prompt: object, what: str = "prompt") -> str:
-    """Return a prompt stripped of surrounding space, or say what is wrong with it.
+    """Return a prompt stripped of surrounding space.
 
-    Raises:
-        PromptError: no string, empty, over 8000 characters, with control tokens of the chat template, or no Unicode.
+    Raises PromptError: no string, empty, over 8000 characters, with control tokens of the chat template, or no Unicode.
     """
     if not isinstance(prompt, str):
         raise PromptError(f"The {what} must be a string, not {type(prompt).__name__}.")
@@ -172,11 +167,7 @@ def check_prompt(prompt: object, what: str = "prompt") -> str:
 
 
 def check_negative(prompt: object, settings: Settings) -> str | None:
-    """Take a negative prompt; None and an empty one, the default of many programs, are none.
-
-    Raises:
-        PromptError: a prompt that `check_prompt` refuses, or that nothing moves away from, as with the preset turbo.
-    """
+    """Take a negative prompt; None and "" are none. Raises PromptError: bad, or nothing moves away from it (turbo)."""
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
         return None
     if settings.jumps:
@@ -190,11 +181,7 @@ LARGEST = 3e38  # of float32
 
 
 def check_number(name: str, value: Any, least: float, most: float = math.inf, *, whole: bool = False) -> Any:
-    """Return a number in range, or say what was given and what is allowed.
-
-    Raises:
-        UniLIPError: no number, no whole one where that is asked for, or out of range.
-    """
+    """Return a number in range. Raises UniLIPError: no number, no whole one where asked for, or out of range."""
     kind = "whole number" if whole else "number"
     number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
     if isinstance(number, bool) or not isinstance(number, int if whole else (int, float)):
@@ -234,10 +221,9 @@ def check_generator(generator: Any) -> torch.Generator | list[torch.Generator] |
 def draw_noise(
     count: int, shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None
 ) -> Tensor:
-    """Draw float32 noise (count, *shape) on the CPU, one picture after the other.
+    """Draw float32 noise (count, *shape) on the CPU, picture by picture, by one generator in order or one for each.
 
-    A picture's noise depends on its generator's state alone, never on the batch it is drawn in: one generator serves
-    the pictures in order, a list holds one for each.
+    A picture's noise depends on its generator's state alone, never on the batch it is drawn in.
     """
     draws = draw_noises([shape] * count, generator)
     return torch.stack(draws) if draws else torch.empty(0, *shape)
@@ -262,11 +248,7 @@ def draw_noises(
 
 
 def check_finite(values: Tensor, part: str, dtype: torch.dtype | None = None) -> Tensor:
-    """Return values that are numbers, or say which part made others.
-
-    Raises:
-        UniLIPError: NaN or infinity, which would become a black picture.
-    """
+    """Return values that are numbers. Raises UniLIPError, naming the part: NaN or infinity, which would draw black."""
     if not bool(torch.isfinite(values).all()):
         raise not_finite(part, dtype or values.dtype)
     return values
@@ -338,12 +320,9 @@ def draw(
 ) -> Tensor:
     """Draw latents from noise (R,Z,h,w), R a multiple of the prompts, prompt by prompt; edits where there are features.
 
-    Args:
-        features: (S,N,D), of the sources that are edited.
-        cells: how many of the N each picture has, of a source that is several; else it is one.
-        source_of: which source each prompt edits.
-        negatives: what guidance moves each prompt away from; None for the unconditional prompt.
-        on_step: called as f(step, timestep, latents) after each step; may return latents in their place.
+    Args: features: (S,N,D), of the sources that are edited. cells: how many of the N each picture has, of a source that
+    is several. source_of: which source each prompt edits. negatives: what guidance moves each away from (None: the
+    unconditional prompt). on_step: f(step, timestep, latents) after each step; may return latents in their place.
     """
     device = next(network.parameters()).device if runtime.offload is None else runtime.offload.device
     index = torch.arange(len(prompts)).repeat_interleave(len(noise) // len(prompts))
@@ -407,10 +386,7 @@ def answer(
 ) -> Generator[list[int], None, None]:
     """Continue conversations as text: yield the next id of each until all have ended; -1 where it is no number.
 
-    Between two ids the caller's code runs, in any thread, and others may use the model.
-
-    Raises:
-        UniLIPError: the model was changed since the call.
+    Between two ids others may use the model. Raises UniLIPError: it was changed since the call.
     """
     device = next(network.parameters()).device if runtime.offload is None else runtime.offload.device
     tokens, state = processor.tokenize(prompts).to(device), runtime.gate.changes
@@ -465,11 +441,7 @@ def keeps(plan: str, prompt: str) -> bool:
 
 
 class TextStream:
-    """The text of one answer as it grows; a piece is held back while it may still be half a character.
-
-    Attributes:
-        text: all of it, stripped; ids: its tokens; reason: "" while it grows, then "stop" or "length".
-    """
+    """The text of one answer as it grows, never half a character; `reason`: "", then "stop" or "length"."""
 
     def __init__(self, processor: Processor, limit: int) -> None:
         self.processor, self.limit = processor, limit

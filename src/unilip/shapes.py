@@ -43,11 +43,7 @@ def drawn(width: object, height: object) -> Size:
 
 
 def nearest(width: object, height: object) -> Size:
-    """Return the size nearest to the one asked for that can be drawn.
-
-    Raises:
-        ConfigError: no whole numbers, a side out of range, or too many pixels.
-    """
+    """Return the nearest size that can be drawn. Raises ConfigError: no whole numbers, or out of range."""
     asked = number("width", width, TOKEN_PIXELS, MAX_DRAWN_SIDE), number("height", height, TOKEN_PIXELS, MAX_DRAWN_SIDE)
     w, h = ((side + TOKEN_PIXELS // 2) // TOKEN_PIXELS * TOKEN_PIXELS for side in asked)
     if w * h > MAX_DRAWN:
@@ -77,9 +73,7 @@ def targets(
     """Return the sizes at which sources (width, height) are read and drawn again by a model of squares of `side` px.
 
     Without a wish each keeps its shape, at `side` squared or `max_pixels`; of one side that is given the other follows.
-
-    Raises:
-        ConfigError: a value out of range, or a size beside `max_pixels`.
+    Raises ConfigError: a value out of range, or a size beside `max_pixels`.
     """
     if width is None and height is None:
         most = side**2 if max_pixels is None else number("max_pixels", max_pixels, TOKEN_PIXELS**2, MAX_DRAWN)
@@ -100,11 +94,7 @@ def targets(
 
 
 def parse(text: str) -> Size:
-    """Read "448x336", or "448" for a square: width and height as they are written.
-
-    Raises:
-        ConfigError: another form.
-    """
+    """Read "448x336", or "448" for a square: width and height as they are written. Raises ConfigError: another form."""
     found = re.fullmatch(r"([0-9]{1,6})(?:[xX×]([0-9]{1,6}))?", text.strip())
     if found is None:
         raise ConfigError(f"{text!r} is no size; write 448x336 (width x height), or 448 for a square.")

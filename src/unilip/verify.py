@@ -1,10 +1,9 @@
 """Recompute recorded numbers: does this checkpoint, on this machine, still give what the authors' code gave?
 
-In:  a checkpoint, and a safetensors file of recorded inputs and results (names are `group.entry`).
-Out: one `Row` per recorded result with the largest error. An entry that is not understood is a failed row.
-
-Groups: `t2i*` and `edit*` are generations (prompts first, then as many unconditional rows), `train_t2i*` and
-`train_edit*` training steps with gradients, `recon*` reconstructions, `sampler` and `train` the schedules.
+In:  a checkpoint, and a safetensors file of recorded inputs and results (names are `group.entry`). Out: one `Row` per
+recorded result with the largest error. Groups: `t2i*` and `edit*` are generations (prompts first, then as many
+unconditional rows), `train_t2i*` and `train_edit*` training steps with gradients, `recon*` reconstructions, `sampler`
+and `train` the schedules. An entry that is not understood is a failed row.
 """
 
 from __future__ import annotations
@@ -57,10 +56,9 @@ def verify(
 ) -> list[Row]:
     """Recompute every entry of a file of recorded numbers with a checkpoint, and compare.
 
-    `tolerance` is the largest absolute error allowed. Whole numbers must be equal; float16 is measured from the
-    interval that rounds to it. `progress` is called as f(entries done, entries in all, name of the entry).
-
-    Raises CheckpointError: a file cannot be read.
+    `tolerance` is the largest absolute error allowed; whole numbers must be equal; float16 is measured from the
+    interval that rounds to it. `progress` is f(entries done, in all, name). Raises CheckpointError: a file cannot be
+    read.
     """
     path = Path(expected)
     if not path.is_file() or path.suffix != ".safetensors":
@@ -159,10 +157,7 @@ def reconstruction(model: Network, opened: Checkpoint, record: Record) -> Result
 
 @torch.no_grad()
 def generation(model: Network, opened: Checkpoint, record: Record) -> Results:
-    """Prompts, and pictures to edit -> hidden states, condition, both ends of the sampling loop, the picture.
-
-    The picture is that of the *recorded* latents: a decoder of random weights magnifies rounding a hundredfold.
-    """
+    """Prompts, and pictures to edit -> hidden states, condition, ends of the loop, the picture of recorded latents."""
     half, results, features = len(record["input_ids"]) // 2, Results(), None
     batch = (record["input_ids"], record["attention_mask"].long(), slots(opened, record, "pixel_values"))
     tokens = Tokens(*(part.roll(half, 0) for part in batch))  # recorded prompts first, drawn unconditional rows first

@@ -1,7 +1,7 @@
 """Configurations of ours, written as other programs read them.
 
-In:  a `UniLIPConfig`, and the id of the image token or the tokenizer. Out: files by name, for the authors' code, and
-     for transformers, vLLM and SGLang, to which a UniLIP without its drawing half is an InternVL; and for diffusers.
+Out: files by name, for the authors' code; for transformers, vLLM and SGLang, to which a UniLIP without its drawing half
+is an InternVL; and for diffusers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _multimodal(config: UniLIPConfig, image_token_id: int | None) -> Json:
 
 
 def internvl_files(config: UniLIPConfig, tokenizer: Tokenizer | None) -> dict[str, Json | str]:
-    """Return the files of an InternVL folder, but for its weights and what its tokenizer keeps, by name.
+    """Return the files of an InternVL folder, but for its weights and the tokenizer's own, by name.
 
     Raises CheckpointError: there is no tokenizer with the special tokens.
     """

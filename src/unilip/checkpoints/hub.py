@@ -1,7 +1,6 @@
 """Where checkpoints come from and go to: this machine, the Hugging Face hub, or the package itself.
 
-In:  a source as people write it. Out: a local folder or file, fetched where it must be. Or, on the way up: the address
-     of a commit, and the model card that tells what was uploaded.
+In:  a source as people write it. Out: a local folder or file, fetched where it must be.
 """
 
 from __future__ import annotations
@@ -47,10 +46,7 @@ Source = str | os.PathLike[str] | Adapted | None
 
 
 def adapted(source: Source) -> Adapted:
-    """Tell a model's own source from its adapters. The folder of an adapter is the model that it names, and itself.
-
-    Raises CheckpointError: an adapter that names no model, or several.
-    """
+    """Tell a model's own source from its adapters. Raises CheckpointError: an adapter names no model, or several."""
     if isinstance(source, Adapted):
         inner = adapted(source.base)
         return Adapted(inner.base, (*inner.adapters, *source.adapters))
@@ -73,10 +69,7 @@ def adapted(source: Source) -> Adapted:
 
 @dataclass(frozen=True)
 class Fetch:
-    """How to fetch from the hub: a branch, tag or commit, a token, where to keep files, and whether to look here only.
-
-    `variant` is the word in the names of weights files, as in model.fp16.safetensors, here or on the hub.
-    """
+    """How to fetch: revision, token, where to keep files, whether offline; `variant` as in model.fp16.safetensors."""
 
     revision: str | None = None
     token: str | bool | None = None
@@ -99,9 +92,7 @@ class Fetch:
 
 
 def resolve(source: str | os.PathLike[str] | None = None, fetch: Fetch | None = None) -> Path:
-    """Return the local folder or file of a source, fetching it from the hub if it is "owner/name".
-
-    "owner/name@revision" and "owner/name/file.pth" work too. None is the embedded model.
+    """Return the local folder or file of a source; "owner/name[@revision]" and "owner/name/file.pth" are fetched.
 
     Raises CheckpointError: nothing is there.
     """
@@ -200,10 +191,7 @@ def push_to_hub(
     revision: str | None = None,
     commit_message: str = "Upload UniLIP checkpoint",
 ) -> str:
-    """Upload a checkpoint folder to the hub, with the model card that it holds; returns the address of the commit.
-
-    Raises CheckpointError: the folder is no checkpoint, or the hub refused.
-    """
+    """Upload a checkpoint folder; returns the commit's address. Raises CheckpointError: no checkpoint, or refused."""
     path = Path(folder)
     if not any((path / name).is_file() for name in ("config.json", INDEX)):
         raise CheckpointError(f"{path} has no config.json; save a checkpoint there first.")
@@ -229,10 +217,7 @@ def template(name: str) -> str:
 
 
 def model_card(config: UniLIPConfig, parts: Sequence[str], dtype: str, library: str = "unilip") -> str:
-    """Return the README.md of a checkpoint folder: the hub's metadata, usage, what the weights are, credits.
-
-    Licence and art are known of the sizes that this project trains, pico and nano; of others their publisher tells.
-    """
+    """Return the README.md of a checkpoint folder: the hub's metadata, usage, what the weights are, credits."""
     ours, words = config.name in ("pico", "nano"), json.loads(template("card.json"))
     tasks = [(tag, call) for part, (tag, call) in words["tasks"].items() if part in parts]
     head = [f"library_name: {library}", f"license: {'apache-2.0' if ours else 'other'}"]

@@ -1,7 +1,7 @@
 """What a checkpoint should hold, and the configuration of one that does not say it.
 
-In:  a configuration of ours -> names and shapes of all its tensors. Or, of another kind: names and shapes, its own
-     config.json, and the JSON files beside it -> a `UniLIPConfig`.
+In:  a configuration of ours -> names and shapes of all its tensors. Or names and shapes of another kind, its own
+config.json, and the JSON files beside it -> a `UniLIPConfig`.
 """
 
 from __future__ import annotations
@@ -42,10 +42,7 @@ def expected_shapes(config: UniLIPConfig, parts: Sequence[str]) -> dict[str, Sha
 
 
 def check_sizes(config: UniLIPConfig, parts: Sequence[str], tensors: int) -> None:
-    """Refuse, before anything is built, numbers that this many tensors cannot bear out.
-
-    Raises CheckpointError: more layers than tensors, or a number beyond any network's.
-    """
+    """Refuse, before anything is built, more layers than tensors, or a number beyond all, by CheckpointError."""
     blocks = sum(config.decoder.layers_per_block) + sum(map(len, config.decoder.qkv_multiscales))
     layers = {
         "encoder": config.vision.num_layers,
@@ -78,13 +75,10 @@ _SANA_NAME = re.compile(r"sana.*?_(600M|1600M)(?:_(\d+)px)?", re.IGNORECASE)
 def infer_config(
     kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str, Json], name: str = ""
 ) -> UniLIPConfig:
-    """Work out our config of another kind of checkpoint.
+    """Work out our config of another KIND of checkpoint, NAME being what to call a model of no released size.
 
-    In: kind: one of `KINDS` but "unilip".
-        data: its own config.json; empty where there is none.
-        shapes: its tensors under *our* names.
-        beside: JSON files lying beside it, by file name (dit_config.json, vae_config.json, scheduler_config.json).
-        name: what to call the model when it is not one of the released sizes.
+    In: data: its own config.json, or {}. shapes: its tensors under *our* names. beside: JSON files lying beside it, by
+    file name (dit_config.json, vae_config.json, scheduler_config.json).
     Raises CheckpointError: the shapes leave something open; says which file to put there.
     """
     try:  # there and back checks the type of every field

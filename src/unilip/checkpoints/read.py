@@ -1,8 +1,8 @@
 """Open checkpoints of every kind, and load them into a model part by part.
 
-In:  a folder, a file, a hub id or nothing (the embedded model), in any format that `tables.KINDS` names.
-Out: a `Checkpoint` whose tensors have our names and are read from disk one at a time; or a model with nothing left on
-     the meta device. Every tensor is accounted for in both directions; nothing is loaded loosely.
+In:  a folder, a file, a hub id or nothing (the embedded model), in any format that `tables.KINDS` names. Out: a
+`Checkpoint` whose tensors have our names and are read one at a time; or a model with nothing left on the meta device.
+Every tensor is accounted for in both directions; nothing is loaded loosely.
 """
 
 from __future__ import annotations
@@ -68,10 +68,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class SafeFile:
-    """A safetensors file: checked as a whole when opened, then closed; tensors are read into fresh memory.
-
-    Nothing stays mapped, so what was read of a file no longer counts as memory of the process.
-    """
+    """A safetensors file: checked as a whole when opened, then closed; tensors are read into fresh memory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -151,9 +148,8 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 class Weights:
     """Named tensors in one file or several; only names, shapes and types are known until a tensor is asked for.
 
-    Attributes:
-        files: where they are; metadata: text stored with them; shapes: by name, in the files' order.
-        quantized: the tensors that are stored in few bits, in torchao's layout; to the caller each is one tensor.
+    `metadata` is text stored with them; `quantized` are those in few bits, in torchao's layout, each one tensor to
+    callers.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -294,11 +290,9 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 class Checkpoint:
     """An opened checkpoint: what it is, and its tensors under our names, read when asked for.
 
-    Attributes:
-        path: the local folder or file; kind: a key of `tables.KINDS`; config: ours.
-        parts: which of the model's parts it holds; tokenizer_path: the folder with tokenizer files, or None.
-        names: our names of its tensors; absent: what its kind never holds although its parts have it (new queries).
-        dropped: their name -> why it is left out; notes: remarks for people; metadata: text stored with the weights.
+    Attributes: kind: a key of `tables.KINDS`; config: ours. parts: of the model that it holds; absent: names that its
+    kind never holds although its parts have them (new queries). dropped: their name -> why it is left out; notes:
+    remarks for people.
     """
 
     def __init__(self, path: Path, kind: str, weights: Weights, data: Mapping[str, Any], folder: Path) -> None:
@@ -414,9 +408,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def open_checkpoint(source: Source = None, **fetching: Any) -> Checkpoint:
-    """Find and open a checkpoint of any kind; tensors stay on disk, names and shapes are checked.
-
-    `fetching` are the fields of `hub.Fetch`.
+    """Find and open a checkpoint of any kind, tensors left on disk; `fetching` are the fields of `hub.Fetch`.
 
     Raises CheckpointError: missing, truncated, of an unknown kind, or at odds with its own config.
     """
@@ -456,10 +448,7 @@ SMALL = "small_decoder"  # the folder beside a model's weights
 
 
 def open_decoder(model: Checkpoint, decoder: str | os.PathLike[str]) -> Checkpoint:
-    """Open another pixel decoder for a model: of this folder, or, as "small", of the one beside its weights.
-
-    Raises CheckpointError: there is none, or it was trained for other latents.
-    """
+    """Open another pixel decoder, of a folder, or as "small" the one beside the weights. Raises CheckpointError."""
     if not isinstance(decoder, (str, os.PathLike)):
         raise CheckpointError(f'decoder is {decoder!r}; give "small" or a folder.')
     beside = (model.path if model.path.is_dir() else model.path.parent) / SMALL
@@ -504,9 +493,7 @@ def _kind(path: Path, data: Mapping[str, Any], names: Iterable[str]) -> str:
 
 
 def parse_dtype(dtype: DType) -> torch.dtype | None:
-    """Return a floating type from its name; None (the default) is float32 and "auto" gives None, "as stored".
-
-    As stored means float32 on a processor that multiplies no faster in what is stored, see `fast.products.computes`.
+    """Return a floating type from its name; None is float32; "auto" gives None, as stored (or float32, if as fast).
 
     Raises CheckpointError: not a floating type of torch.
     """
@@ -529,14 +516,11 @@ def load_into(
     leave: Sequence[str] = (),
     settle: Callable[[str, nn.Module], None] | None = None,
 ) -> tuple[str, ...]:
-    """Give parts of a model (built on the meta device, or any) the weights of a checkpoint, one tensor at a time.
+    """Give parts of a model (on the meta device, or any) the weights of a checkpoint, one tensor at a time.
 
     A part may be a module inside one. Tensors named in `leave` are not read; `settle` is called with name and module of
-    each linear layer as soon as it has its own.
-
-    Returns the names that the checkpoint never holds and that were drawn at random, the same every time: the queries of
-    a language model that is no UniLIP yet.
-
+    each linear layer as soon as it has its own. Returns the names that were drawn at random, the same every time, as
+    the checkpoint never holds them: the queries of a language model that is no UniLIP yet.
     Raises CheckpointError: a part is not in the checkpoint, does not fit exactly, or holds what is no number.
     """
     target = parse_dtype(dtype)

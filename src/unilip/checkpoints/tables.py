@@ -1,11 +1,8 @@
 """Names of other people's tensors <-> ours: one table per kind of checkpoint, `tables.json`, read in both directions.
 
-In:  tensor names and shapes. No tensor data passes through here.
-Out: for each of our tensors the source tensor (and which part of it), for each tensor left out the reason. Everything
-     is strict: a name is used, named as dropped, or an error.
-
-A table row pairs a template of their names with ours. `{i}` is a number, `{p}` weight or bias, `{rest}` anything;
-several names of ours share one tensor of theirs, stacked along its first dimension (fused query, key, value).
+Everything is strict: a name is used, named as dropped with its reason, or an error. A row pairs a template of their
+names with ours. `{i}` is a number, `{p}` weight or bias, `{rest}` anything; several names of ours share one tensor of
+theirs, stacked along its first dimension (fused query, key, value).
 """
 
 from __future__ import annotations
@@ -142,10 +139,7 @@ def unmap_names(kind: str, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 def check_shapes(
     found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str, absent: Sequence[str] = ()
 ) -> None:
-    """Compare names and shapes in both directions; `absent` may be missing.
-
-    Raises CheckpointError: missing or unexpected tensors, or other shapes; names the first few and how many.
-    """
+    """Compare names and shapes in both directions (`absent` may be missing). Raises CheckpointError: they differ."""
     problems = {
         "missing": [name for name in expected if name not in found and name not in absent],
         "unexpected": [name for name in found if name not in expected],

@@ -1,8 +1,7 @@
 """Byte-level BPE tokenizer of Qwen2, read by the package `tokenizers` alone.
 
-In:  the tokenizer files of a folder: tokenizer.json, or vocab.json and merges.txt with what was added to them.
-Out: a `Tokenizer`: text <-> ids, special tokens by name. No code of a checkpoint is ever run (`auto_map` is not even
-     looked at), and what a file may ask for is on a short list, so a hostile one is refused rather than obeyed.
+In:  a folder's tokenizer.json, or vocab.json and merges.txt with what was added to them. Out: text <-> ids. No code of
+a checkpoint is ever run, and what a file may ask for is on a short list, so a hostile one is refused.
 """
 
 from __future__ import annotations
@@ -50,12 +49,9 @@ STEPS = {  # what a tokenizer.json may be made of, by section; none of it lets a
 class Tokenizer:
     """Text to ids and back.
 
-    In: files: tokenizer files by name, as in `TOKENIZER_FILES`; `save` writes exactly these bytes.
-        where: what errors call the place that they came from.
-
-    Attributes:
-        files: as given; vocabulary: every token, added ones included -> its id; pad_id: of the padding token, or None.
-
+    In: files: tokenizer files by name, as in `TOKENIZER_FILES`; `save` writes exactly these bytes. where: what errors
+    call their place. Attributes: vocabulary: every token, added ones included -> its id; pad_id: of the padding token,
+    or None.
     Raises CheckpointError: a file is missing, damaged, or asks for more than byte-level BPE.
     """
 
@@ -96,11 +92,7 @@ class Tokenizer:
         return {"input_ids": self.encode(text, special=True)}
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """Return the ids of a text.
-
-        In: special: whether `<img>` and its like mean the special tokens. They do in a template; in what people
-                write they are plain text.
-        """
+        """Return the ids of a text; SPECIAL: `<img>` and its like mean the special tokens, as in a template."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         if not special and not set(self._reserved.values()).isdisjoint(ids):
             ids = self._plain.encode(text, add_special_tokens=False).ids
@@ -193,10 +185,7 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
-    """Read the tokenizer files of a folder.
-
-    Raises CheckpointError: there are none, they cannot be read, or are links to files elsewhere.
-    """
+    """Read a folder's tokenizer files. Raises CheckpointError: none, unreadable ones, or links to files elsewhere."""
     files, own = {}, Path(folder).resolve()
     homes = [own, *(place.parent / "blobs" for place in own.parents if place.name == "snapshots")]  # of the hub's cache
     for path in (Path(folder) / name for name in TOKENIZER_FILES):

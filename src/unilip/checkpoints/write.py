@@ -1,7 +1,6 @@
 """Save and convert checkpoints: whole or not at all, at most one shard in memory.
 
-In:  a model or its state dict, or a checkpoint of any kind. Out: a folder of config.json, model.safetensors (or shards
-     and their index), tokenizer files and a model card.
+Out: a folder of config.json, model.safetensors (or shards and their index), tokenizer files and a model card.
 """
 
 from __future__ import annotations
@@ -52,13 +51,10 @@ def save(
 ) -> Path:
     """Write a checkpoint in our own format, whole or not at all; returns its folder.
 
-    In: model: a model, or its state dict (any subset of whole parts).
-        folder: new, empty, or an older checkpoint, which is replaced; other files in it are kept.
-        tokenizer: one of `checkpoints.tokenizer`, or of transformers.
-        dtype: stored type of floating tensors; as they are by default. Quantised ones stay as they are, in torchao's
-            layout, and take no `dtype`.
-        metadata: texts kept inside the weights file.
-        to: "unilip", or "diffusers", whose folder holds the same files one level lower.
+    In: model: a model, or its state dict (any subset of whole parts). folder: new, empty, or an older checkpoint, which
+    is replaced; other files in it are kept. tokenizer: one of `checkpoints.tokenizer`, or of transformers. dtype:
+    stored type of floating tensors, but for quantised ones, which stay in torchao's layout. metadata: texts kept in the
+    weights file. to: "unilip", or "diffusers", whose folder holds the same files one level lower.
     Raises CheckpointError: the folder holds something else, or the tensors do not fit the config, or are no numbers.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
@@ -251,9 +247,8 @@ def convert(
     dtype: read.DType = None,
     max_shard_size: str | int = "5GB",
 ) -> Path:
-    """Rewrite any checkpoint in our format, the authors', as a pipeline of diffusers, or as InternVL of transformers.
-
-    At most one shard is in memory. Returns the folder.
+    """Rewrite any checkpoint as ours, the authors', a pipeline of diffusers, or transformers' InternVL; returns the
+    folder.
 
     Raises CheckpointError: an unknown format, or a model that the format cannot hold.
     """

@@ -29,8 +29,7 @@ EXTRAS = {  # package -> extra of ours that brings it
 def parse(argv: Sequence[str]) -> tuple[str, Options]:
     """Return the name of the verb that the words call, and its options.
 
-    Raises UniLIPError: there is no such verb or option, or a value out of range; SystemExit: help or the version was
-    asked for and printed.
+    Raises UniLIPError: no such verb or option, or a value out of range; SystemExit: help or the version was printed.
     """
     argv = list(argv)
     plain = []

@@ -1,7 +1,4 @@
-"""Command-line parsing: words after `unilip` -> typed options.
-
-Verbs and options, with all that they say of themselves, are a table, `verbs.json`; here are the readers of values.
-"""
+"""Command-line parsing: words after `unilip` -> typed options, by the table `verbs.json` and readers of values."""
 
 from __future__ import annotations
 
@@ -112,10 +109,8 @@ def named(options: Sequence[str]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb: its function, what it says of itself, which options it takes, and where these differ from the rest.
-
-    `function` is "MODULE.NAME" of this package, called with `given` and the options; `words` bounds how many words are
-    given beside them; `like` names changes that several verbs share.
+    """A verb: its function "MODULE.NAME" and what it takes: so many `words`, `given` values, changes that verbs share
+    (`like`).
     """
 
     function: str

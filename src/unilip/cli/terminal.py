@@ -44,10 +44,7 @@ class Request:
 
 
 def read_prompts(name: str) -> list[dict[str, Any]]:
-    """Read a file of prompts: on each line a prompt, or a JSON object; `-` is standard input.
-
-    Raises UniLIPError: no such file, no prompt in it, or a line that cannot be understood.
-    """
+    """Read prompts or JSON objects, one a line; `-` is standard input. Raises UniLIPError: none, or a bad line."""
     try:
         text = sys.stdin.read() if name == "-" else read_text(Path(name), "file of prompts")
     except UnicodeDecodeError as error:
@@ -77,10 +74,7 @@ def _entry(line: str, where: str) -> dict[str, Any]:
 
 
 def requests(o: Options, what: str, image: str) -> list[Request]:
-    """Turn words and --prompts into requests, and check every text and picture before any model is loaded.
-
-    `what` is what a text is called; `image` says whether a picture is "never", "maybe" or "always" part of a request.
-    """
+    """Turn words and --prompts into requests, all checked; `image`: "never", "maybe" or "always" part of one."""
     if o.prompts is not None:
         if image == "never" and o.words:
             raise UniLIPError("A prompt and --prompts FILE were given; give one of them, not both.")
@@ -253,10 +247,7 @@ def bar(o: Options, unit: str) -> Iterator[Callable[..., None]]:
 
 
 def adapter_of(text: str) -> tuple[str, float]:
-    """Split PATH or PATH:SCALE, where a path may hold colons itself.
-
-    Raises UniLIPError: there is no adapter, or the scale is not finite.
-    """
+    """Split PATH[:SCALE]; a path may hold colons. Raises UniLIPError: no adapter, or a scale that is not finite."""
     path, _, tail = text.rpartition(":")
     try:
         scale = float(tail) if path and not os.path.isdir(text) else None
@@ -279,10 +270,7 @@ def source_of(o: Options) -> Source:
 
 
 def load(o: Options, *parts: str) -> UniLIP:
-    """Load the model that the options name, or only some of its parts, with its adapters.
-
-    What a person did not choose, --performance does; but adapters need plain weights, and compiled parts must stay.
-    """
+    """Load the model, or some of its parts, as the options say, with its adapters; --performance chooses the rest."""
     performance, quantized = getattr(o, "performance", "exact"), getattr(o, "quantize", None)
     low_memory = getattr(o, "low_memory", False)
     compiled = getattr(o, "compile", False)

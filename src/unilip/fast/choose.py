@@ -1,6 +1,5 @@
 """One word for what counts chooses how a model is run: type, few bits, packed weights, strips, parts that come and go.
 
-In:  the word, what the model is, the device, what the person chose besides.
 Out: a `Choice`, by what is measured on this processor and how much memory is free; `said` tells it in a line.
 """
 

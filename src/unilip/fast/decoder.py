@@ -1,9 +1,7 @@
 """The pixel decoder with less work and memory: one picture at a time, in strips, with folded upsampling, in place.
 
-In:  a `method.decoder.DCDecoder`, latents (M,Z,h,w).
-Out: pixels (M,3,32h,32w) equal to the plain decoder's.
-The last stages are local: an output row depends on a few input rows around its own. A strip gets that many more rows,
-which are cut off again, so only what is held at once is less.
+Latents (M,Z,h,w) -> pixels (M,3,32h,32w), equal to the plain decoder's. The last stages are local: a strip gets as many
+more rows as its outputs depend on, which are cut off again, so only what is held at once is less.
 """
 
 from __future__ import annotations
@@ -83,8 +81,7 @@ def run_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
 def upsample(layer: Upsample, x: Tensor) -> Tensor:
     """Repeat every pixel 2x2, convolve by 3x3, add the shortcut: (M,c,r,s) -> (M,out,2r,2s), repeating nothing.
 
-    Among repeated pixels three taps fall on two, so each of the four outputs of a pixel is a 2x2 convolution of the
-    small picture with summed taps: 16 products in place of 36.
+    Three taps fall on two repeated pixels, so each of four outputs is a 2x2 convolution: 16 products in place of 36.
     """
     m, _, r, s = x.shape
     weight, bias = layer.conv.weight, layer.conv.bias

@@ -1,9 +1,8 @@
 """The diffusion transformer over many steps: what does not depend on the latent is computed once for a whole picture.
 
-In:  a `method.dit.Transformer`, conditions (B,L,C) with masks (B,L), timesteps (S,).
-Out: keys and values of the cross attention by `prepare`; the velocity by `step`, equal to the plain forward, under the
-     shifts, scales and gates that the transformer's own `modulate` gives for all timesteps at once.
-Letters as there: R rows, n = h w tokens of width W.
+In:  a `method.dit.Transformer`, conditions (B,L,C) with masks (B,L), timesteps (S,). Out: keys and values of the cross
+attention by `prepare`; the velocity by `step`, equal to the plain forward. Letters as there: R rows, n = h w tokens of
+width W.
 """
 
 from __future__ import annotations

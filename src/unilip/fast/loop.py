@@ -1,8 +1,7 @@
 """Sampling with less work: presets, compiled steps, CUDA graphs, classifier-free guidance on two devices.
 
-In:  the transformer, the prepared condition of a batch, settings.
-Out: latents. The preset "quality" and everything compiled give the same pictures up to rounding; "balanced" and "fast"
-     trade a measured part of quality for fewer evaluations; "turbo" jumps, by weights that were trained for it.
+"quality" and everything compiled give the same pictures up to rounding; "balanced" and "fast" trade a measured part of
+quality for fewer evaluations; "turbo" jumps, by weights that were trained for it.
 """
 
 from __future__ import annotations
@@ -37,10 +36,7 @@ BUCKET = 128  # compiled steps see conditions of a multiple of this many tokens
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset changes about sampling; None leaves it. Guidance is on in the first `guided` share of the steps.
-
-    With `jumps` a step is one evaluation of few-step weights, which know where it goes and what guidance would do.
-    """
+    """What a preset changes (None: nothing); guidance in the first `guided` of steps; `jumps` of few-step weights."""
 
     num_inference_steps: int | None = None
     solver: str | None = None
@@ -67,11 +63,7 @@ class Settings(SamplingConfig):
 
     @classmethod
     def of(cls, config: UniLIPConfig, preset: str = "quality", **given: Any) -> Settings:
-        """Combine; what is None in `given` was not given.
-
-        Raises:
-            UniLIPError: there is no such preset, a value is out of range, or the model has no weights for it.
-        """
+        """Combine; what is None in `given` was not given. Raises UniLIPError: unknown, out of range, no weights."""
         check_choice("sampling preset", preset, PRESETS)
         values, chosen = dataclasses.asdict(config.sampling), PRESETS[preset]
         if chosen.jumps:
@@ -120,9 +112,8 @@ def denoise(
     products: Products | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Draw latents (R,Z,h,w) from noise; under guidance R unconditional rows of the condition come first.
-
-    `twin` is a copy of the DiT on another device that takes those. `products` keeps packed weights; without, none are.
+    """Draw latents (R,Z,h,w) from noise; under guidance R unconditional rows come first, or go to `twin`, a copy
+    elsewhere.
     """
     planned = plan(settings.solver, settings.flow_shift, settings.num_inference_steps).to(noise.device)
     guided = settings.guided_steps()
@@ -191,8 +182,7 @@ class Velocity:
 class Compiled:
     """Compiled step and decoder of a network, and on CUDA a recorded graph of the whole loop for each shape.
 
-    Conditions are left-padded to a multiple of `bucket` tokens, so that prompts of different lengths share their code:
-    a picture size and a number of pictures at once are compiled once.
+    Conditions are left-padded to a multiple of `bucket` tokens, so that prompts of different lengths share their code.
     """
 
     def __init__(self, network: Network, bucket: int = BUCKET, **options: Any) -> None:
@@ -243,8 +233,8 @@ class Compiled:
     ) -> Tensor:
         """Run a loop as a recorded graph; `make(condition, modulations)` returns a function that may run once.
 
-        A graph reads weights at the addresses that it was recorded with: values written there are seen, and it is
-        thrown away when they are elsewhere. Whoever changes what is computed, as adapters do, calls `forget`.
+        Values written to the weights' recorded addresses are seen; it is thrown away when they are elsewhere, or by
+        `forget`.
         """
         where = tuple(p.data_ptr() for p in self.net.parameters())
         key = (settings, tuple(noise.shape), noise.device, tuple(condition.mask.shape), where)

@@ -1,7 +1,4 @@
-"""CPU offload: parts of a model are on the device only while they work.
-
-Their weights rest in main memory, or nowhere: with `load` they are read from the checkpoint each time.
-"""
+"""CPU offload: parts of a model are on the device only while they work; else in memory, or read again by `load`."""
 
 from __future__ import annotations
 
@@ -21,8 +18,7 @@ HEAD = "mllm.language_model.lm_head"  # only answers need it
 class Offload:
     """Brings parts of a model to a device: from the first `using` that names one to the end of the last such block.
 
-    A part may be a module inside one (HEAD): read from the checkpoint it comes only when it is named, too. `quantized`
-    says that the checkpoint's own weights are.
+    A part may be a module inside one (HEAD). `quantized` says that the checkpoint's own weights are.
     """
 
     def __init__(
@@ -100,10 +96,7 @@ def give_back() -> int:
 
 
 class Unmade(TorchFunctionMode):
-    """Modules built within it have names and shapes, but no weights: these are on the meta device, and not drawn.
-
-    `torch.device("meta")` alone does it, too, but draws them in pretence, for which torch imports its compiler.
-    """
+    """Modules built within it are on the meta device, and not even drawn in pretence, which loads the compiler."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Pass everything on but the reservation and the initialisation of weights."""

@@ -1,9 +1,7 @@
 """Products of linear layers, each in the way that was measured to be the fastest on this processor.
 
-In:  linear layers, the rows of their inputs, how often each will be called; or shapes of products.
-Out: a `Multiply` that applies a layer to (...,C) -> (...,D), by a packed copy of its weight where that pays (a library
-     that is given the plain weight reorders it anew in every call); and the processor time of a product in each way,
-     measured at first use and kept on disk.
+Out: a `Multiply` that applies a layer to (...,C) -> (...,D), by a packed copy of its weight where that pays; and the
+processor time of a product in each way, measured at first use and kept on disk.
 """
 
 from __future__ import annotations
@@ -88,9 +86,8 @@ class Products:
     def multiply(self, layers: Iterable[nn.Module], rows: int, calls: int) -> Multiply:
         """Return how to apply layers to `rows` rows, `calls` times each, in the least time, packing included.
 
-        Takes plain layers on a CPU, and leaves all as they are where what is to be packed would take more than a
-        quarter of the memory that is left. The choice depends on what was measured and on these numbers alone, not on
-        what was drawn before.
+        Takes plain layers on a CPU, and packs none where that would take over a quarter of the memory that is left. The
+        choice depends on what was measured and on these numbers alone.
         """
         wanted = {cast(nn.Linear, x): library for x in layers if (library := library_of(x, rows, calls))}
         for layer, library in wanted.items():
@@ -146,10 +143,7 @@ def shape_of(config: UniLIPConfig) -> Shape:
 
 
 def least(kind: str, shape: Shape) -> float:
-    """Return the time of the fastest way of a kind (float32, bfloat16, float16, int8) that a shape would be done in.
-
-    Infinite where there is none.
-    """
+    """Return the least time of a kind (float32, bfloat16, float16, int8) on a shape; infinite where there is none."""
     small = shape[1] * shape[2] < SMALL
     ways = tuple(way for way in WAYS if way.split()[0] == kind and not (small and " " in way))
     found = product_times(shape, ways) if ways else {}
@@ -178,10 +172,7 @@ _lock = threading.RLock()
 
 
 def product_times(shape: Shape, ways: tuple[str, ...] | None = None, anew: bool = False) -> Times:
-    """Return what a product takes in each way that works here: of this process, from disk, or measured now.
-
-    Measuring takes milliseconds for small models, tenths of a second at 1b. Kept by processor, torch and threads.
-    """
+    """Return what a product takes in each way: of this process, from disk (by processor and torch), or measured now."""
     few, where = measured_shape(shape), " | ".join((processor(), f"torch {torch.__version__}"))
     where, name = f"{where} | {torch.get_num_threads()} threads", "x".join(map(str, few))
     with _lock:

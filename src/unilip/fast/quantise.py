@@ -1,7 +1,4 @@
-"""Quantisation of linear layers by torchao: weights in int8, int4 or fp8; int8_dynamic, products in int8, too.
-
-In:  a part of a model. Out: the same part; but for int8_dynamic the arithmetic stays in the activations' type.
-"""
+"""Quantisation of linear layers by torchao: weights in int8, int4 or fp8; int8_dynamic, products in int8, too."""
 
 from __future__ import annotations
 
@@ -30,13 +27,10 @@ GROUPS = (128, 64, 32)  # columns that share a scale in int4, the largest that d
 
 
 def kinds_of(given: Any) -> dict[str, str]:
-    """Return the kind of quantisation of each part: of one word for all, "part=kind,part=kind", or a mapping.
+    """Return each part's kind of quantisation: of one word, "part=kind,part=kind", or a mapping; "none" is none.
 
-    "none", like None, is no quantisation. With int8_dynamic as the one word the parts whose activations have outliers
-    have int8 weights.
-
-    Raises:
-        UniLIPError: an unknown kind or part, or no torchao.
+    With int8_dynamic as the one word the parts whose activations have outliers have int8 weights.
+    Raises UniLIPError: an unknown kind or part, or no torchao.
     """
     if given is None or (isinstance(given, str) and given == "none"):
         return {}
@@ -58,13 +52,10 @@ def kinds_of(given: Any) -> dict[str, str]:
 
 
 def quantise(module: nn.Module, kind: str) -> None:
-    """Keep the weights of a module's linear layers in few bits.
+    """Keep the weights of a module's linear layers in few bits; embeddings, norms, convolutions and narrow layers stay.
 
-    Embeddings, norms, convolutions and layers narrower than 32 stay as they are, and with int8_dynamic those of under
-    half a million weights, which it would slow down.
-
-    Raises:
-        UniLIPError: an unknown kind, no torchao, or a device or type for which it has no kernels.
+    With int8_dynamic layers of under half a million weights stay, too, which it would slow down.
+    Raises UniLIPError: an unknown kind, no torchao, or a device or type for which it has no kernels.
     """
     kinds_of(kind)
     with quiet_import():
@@ -171,10 +162,9 @@ class FewBits:
 
 
 def few_bits(metadata: Mapping[str, str], piece: Callable[[str], Tensor], where: str) -> dict[str, FewBits]:
-    """Find the quantised tensors that the metadata of a file in torchao's layout tells of; `piece` gives empty ones.
+    """Find the quantised tensors that a file's metadata, in torchao's layout, tells of; `piece` gives empty ones.
 
-    Raises:
-        CheckpointError: they are damaged or of an unknown kind, or there is no torchao.
+    Raises CheckpointError: they are damaged or of an unknown kind, or there is no torchao.
     """
     found: dict[str, FewBits] = {}
     name = "tensor_names"
@@ -203,8 +193,7 @@ def few_bits(metadata: Mapping[str, str], piece: Callable[[str], Tensor], where:
 def flatten(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Take quantised tensors apart as torchao's layout does; returns plain tensors, and metadata if any was quantised.
 
-    Raises:
-        UniLIPError: a kind that the layout does not know: what is packed for this very processor.
+    Raises UniLIPError: a kind that the layout does not know: what is packed for this very processor.
     """
     flat, about = dict[str, Tensor](), dict[str, str]()
     if not any(hasattr(tensor, "tensor_data_names") for tensor in state.values()):

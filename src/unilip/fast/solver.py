@@ -1,8 +1,7 @@
 """A solver on a schedule as the matrix that it is: its states are sums of noise and velocities.
 
-In:  the name of a solver, a shift, a number of steps S.
-Out: a `Plan`, read off `method.flow.sample` by running it on unit vectors; `integrate` follows it with no tiny kernels
-     and no waiting for the device.
+Out: a `Plan`, read off `method.flow.sample` on unit vectors; `integrate` follows it with no tiny kernels and no
+waiting.
 """
 
 from __future__ import annotations
@@ -21,10 +20,8 @@ from unilip.method.flow import OnStep, guide, make_schedule, sample
 class Plan:
     """A schedule and its coefficients.
 
-    Attributes:
-        timesteps: integers (S,).
-        weights: (S,S+1), of the noise and of each velocity in the state after each step.
-        carried: (S,S), of what was added from outside after step j, in the state after step i.
+    Attributes: timesteps: integers (S,). weights: (S,S+1), of the noise and of each velocity in the state after each
+    step. carried: (S,S), of what was added from outside after step j, in the state after step i.
     """
 
     timesteps: Tensor
@@ -63,10 +60,10 @@ def integrate(
     on_step: OnStep | None = None,
     guided: Sequence[bool] | None = None,
 ) -> Tensor:
-    """Go from noise (B,Z,h,w) to clean latents, in float32.
+    """Go from noise (B,Z,h,w) to clean latents, in float32; `on_step` may return replaced latents.
 
-    With `guidance_scale` > 1, `velocity` receives the batch twice (unconditional rows first); otherwise, and in the
-    steps that `guided` marks False, once. `on_step` may return replaced latents.
+    With `guidance_scale` > 1, `velocity` gets the batch twice (unconditional rows first), in the steps that `guided`
+    marks.
     """
     latents = noise.float()
     history = latents.new_empty(len(planned.timesteps) + 1, *latents.shape)  # noise, then velocities

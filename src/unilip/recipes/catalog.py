@@ -1,10 +1,8 @@
 """Every recipe by name: the embedded models' stages, the paper's six, one's own adapters, the claims' ablations.
 
-`recipes.json` says what each stage is, by the names of settings that `--set` knows: of each size what its stages share,
-and of each stage its difference from that, or (`like`) from another one. "{name}" stands for a value of the size.
-
-The ablations, `unilip train ablation/SIZE/VARIANT`, have equal budgets. Every seed has a folder of its own,
-runs/ablation/SIZE/VARIANT/seedN, and stands on the earlier stage of the same seed; `unilip eval claims` measures them.
+`recipes.json` says of each size what its stages share, and of each stage its difference from that, or (`like`) from
+another one. "{name}" stands for a value of the size. The ablations have equal budgets and a folder for each seed, and
+stand on the earlier stage of the same seed; `unilip eval claims` measures them.
 """
 
 from __future__ import annotations
@@ -83,11 +81,7 @@ def all_recipes() -> dict[str, records.Recipe]:
 
 
 def get_recipe(name: str) -> records.Recipe:
-    """Return a recipe by its name, SIZE/STAGE, lora/KIND or ablation/SIZE/VARIANT.
-
-    Raises:
-        ConfigError: there is none of that name; the message has the nearest one.
-    """
+    """Return a recipe by its name, SIZE/STAGE, lora/KIND or ablation/SIZE/VARIANT. Raises ConfigError: none."""
     recipes = all_recipes()
     if name not in recipes:
         near = difflib.get_close_matches(name, recipes, n=1)

@@ -1,8 +1,7 @@
 """A training run's configuration: one complete, typed record; stages differ in their values, not in code.
 
-In:  values by name, or "dotted.name=value" as `--set` has them. Out: a checked `Recipe`, or a ConfigError.
 A `Recipe` says what trains (parameter-name prefixes with learning-rate factors), the objective with its loss weights,
-the data, the optimiser and what is written when. `override` changes single fields.
+the data, the optimiser and what is written when. `override` changes single fields, by "dotted.name=value".
 """
 
 from __future__ import annotations
@@ -37,10 +36,7 @@ def _check(record: object, where: str, rule: str, *names: str, least: float = 0,
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW with linear warm-up and cosine decay; `warmup` is a fraction of the steps, `final` a fraction of `lr`.
-
-    `grad_clip` bounds the norm of the gradient of everything that trains, together.
-    """
+    """AdamW: `warmup` (a fraction of the steps, linear), cosine to `final` (of `lr`); `grad_clip` bounds the norm."""
 
     lr: float = 1e-4
     beta1: float = 0.9
@@ -65,12 +61,11 @@ class Optim:
 class Understand:
     """Stage 0: image-text contrast, prediction of the caption's words, next token of answers. Weights of the three.
 
-    `local` weighs what each image token is to tell by itself: concept and colour of what lies on it, its place, and
-    the background. `bind` weighs what the hidden states of prompts and instructions are to tell, read without any
-    picture: concept, colour, count and place at the words that say them, the whole at the end. `ground` weighs what the
-    words of questions are to tell: on which image tokens that lies which they name; and what, halfway through the
-    language model, image tokens are to say: the words for what lies on them. All three rest where the data are
-    files, which do not know that. `turns` is the most questions asked about one picture.
+    `local` weighs what each image token is to tell: concept and colour of what lies on it, its place, and the
+    background. `bind`: what hidden states of prompts, read without a picture, are to tell: concept, colour, count and
+    place at the words that say them, the whole at the end. `ground`: on which image tokens that lies which words of
+    questions name, and which words image tokens say halfway through the language model. All three rest where the data
+    are files. `turns` is the most questions asked about one picture.
     """
 
     contrastive: float = 1.0
@@ -93,10 +88,9 @@ class Understand:
 class Reconstruct:
     """Tokenizer stages: L2 in [0,1], perceptual, distillation to the frozen original features, contrast, hinge GAN.
 
-    Contrast with captions, read by a language model that `init` names, can stand in for distillation (an ablation).
-
-    The GAN, and the learning rate of its discriminator, begin at step `gan_start`. The original is the encoder that
-    the stage starts from, unless `init` names a "teacher".
+    Contrast with captions, read by a language model that `init` names, can stand in for distillation (an ablation). The
+    GAN, and its discriminator's learning rate, begin at step `gan_start`. The original is the encoder that the stage
+    starts from, unless `init` names a "teacher".
     """
 
     pixel: float = 1.0
@@ -121,10 +115,7 @@ class Reconstruct:
 
 @dataclass(frozen=True)
 class Shrink(Reconstruct):
-    """A pixel decoder of half the widths draws what the full one does: L2, perceptual, and the states of its stages.
-
-    `init` names the model with the full one as "teacher"; `states` weighs the distance of the three coarsest stages.
-    """
+    """A pixel decoder of half the widths draws what the "teacher" of `init` does: L2, perceptual, stages' `states`."""
 
     perceptual: float = 0.1
     states: float = 0.1
@@ -141,13 +132,11 @@ class Flow:
     """Generation stages: `noises` noisy copies share one condition; `target` is the latent space that is learned.
 
     "unilip": features of the target picture through the latent head; "dcae": latents of a DC-AE autoencoder, which is
-    what a frozen pretrained SANA knows; "separate": as "unilip", but by the encoder of another tokenizer, which `init`
-    names as autoencoder, and whose latent head and pixel decoder the model has (two encoders, an ablation). A share
-    `drop_prompt` of the prompts is replaced by the unconditional one.
-    `bind` weighs what the connector's output is to tell, heard through noise: what words say, and at each query what
-    lies on the latent token of the same number in the picture to be drawn; it rests with files. In the first
-    `lesson_steps` nothing else is learned. `repa` weighs how much the middle of the diffusion transformer resembles the
-    encoder's features of the clean target, in the first `repa_until` of the run.
+    what a frozen pretrained SANA knows; "separate": as "unilip", by the encoder of another tokenizer that `init` names
+    as autoencoder (an ablation). A share `drop_prompt` of the prompts is the unconditional one. `bind` weighs what the
+    connector's output is to tell, through noise: what words say, and at each query what lies on its latent token; it
+    rests with files. In the first `lesson_steps` nothing else is learned. `repa` weighs how much the middle of the
+    diffusion transformer resembles the encoder's features of the clean target, in the first `repa_until` of the run.
     """
 
     noises: int = 1
@@ -177,10 +166,9 @@ class Flow:
 class FewSteps(Flow):
     """Few-step stages (RCGM, arXiv 2512.05150): jumps of any length to where the teacher's guided velocity leads.
 
-    The teacher is the diffusion transformer that the run starts from, guided at `guidance` (edits: `edit_guidance`).
-    A jump is compared with a step of `stride` along that velocity and `rollouts` jumps of the averaged weights. Noises
-    of a sample take turns: the whole way, hardly any, any length. `steps` are the numbers of jumps that the model is to
-    draw in, its own first.
+    The teacher is the diffusion transformer that the run starts from, guided at `guidance` (edits: `edit_guidance`). A
+    jump is compared with a step of `stride` along that velocity and `rollouts` jumps of the averaged weights. `steps`
+    are the numbers of jumps that the model is to draw in, its own first.
     """
 
     noises: int = 3
@@ -214,8 +202,8 @@ class FewSteps(Flow):
 class Adapter:
     """LoRA or DoRA in place of the weights that `trains` names: off at rank 0.
 
-    `targets` names linear layers by the last words of their names, with commas; empty means all that `trains` reaches.
-    The update is scaled by alpha / rank; alpha 0 stands for twice the rank.
+    `targets` names linear layers by the last words of their names, with commas (empty: all that `trains` reaches). The
+    update is scaled by alpha / rank; alpha 0 stands for twice the rank.
     """
 
     rank: int = 0
@@ -233,16 +221,14 @@ class Adapter:
 class Data:
     """Where batches come from: the emoji world by its name, or files of one's own: `path` says where, docs/data.md how.
 
-    `edit_share` is the share of steps whose batches hold edits (a batch has one task); `edits` names kinds of the
-    emoji world's edits and how often each comes, as in "recolour:3,background" (empty: all alike); `joint` is the share
-    of edits there that take a thing of a second picture into the first; `text_share`
-    adds that share of questions without a picture. `image_size` replaces the model's own; `fit` makes pictures
-    square (auto: the centre of what is drawn, the whole of what is talked about). `shapes` are widths and heights in
-    place of the square, "336x588,448x448" (aspect buckets): a step has one of them, drawn from the seed. Texts over
-    `max_characters`, or over `max_tokens` (0: what the model reads), are left out. Over a share `max_skipped` of
-    samples that cannot be read the run stops. `window` shards are shuffled together; `lanes` are disjoint sets of
-    shards that fill their own part of every step; `keep_gb` bounds the remote shards on disk. `cache` is a folder
-    made by `unilip data cache`. `workers` processes prepare batches.
+    Shares: `edit_share` of steps have edits, `joint` of those take a thing of a second picture, `text_share` adds
+    questions without a picture. `edits` names kinds of the world's edits and how often each comes,
+    "recolour:3,background" (empty: all alike). `image_size` replaces the model's own; `fit` makes pictures square
+    (auto: the centre of what is drawn, the whole of what is talked about); `shapes` are sizes in place of the square,
+    "336x588,448x448" (aspect buckets), one a step. Texts over `max_characters`, or `max_tokens` (0: what the model
+    reads), are left out. Over a share `max_skipped` of samples that cannot be read the run stops. `window` shards are
+    shuffled together; `lanes` are disjoint sets of shards that fill their own part of every step; `keep_gb` bounds
+    remote shards on disk. `cache`: made by `unilip data cache`. `workers`: processes.
     """
 
     source: str = "emoji"
@@ -305,21 +291,18 @@ class Data:
 class Recipe:
     """A whole run. `init` lists where parts start: "part,part=source", a source being a recipe, a path or a hub id.
 
-    `config` pairs fields of the model's config with values that differ from the preset's and from those of the sources.
-    With `per_seed` every seed has a folder of its own, and "{seed}" in a source stands for the recipe's seed.
+    `config` pairs fields of the model's config with values that differ from the preset's and the sources'. With
+    `per_seed` every seed has a folder, and "{seed}" in a source stands for the seed. A step is `accumulate` batches of
+    `batch_size`, the most that a process holds at once: their product is the global batch, which processes share.
+    `trains` pairs parameter-name prefixes with a factor on the learning rate; the longest prefix decides, and what none
+    names is frozen.
 
-    A step is `accumulate` batches of `batch_size`: their product is the global batch, which several processes share,
-    and `batch_size` the most samples that a process holds at once. `trains` pairs parameter-name prefixes with a
-    factor on the learning rate; the longest prefix decides, and what no prefix names is frozen.
-
-    `parallel` is how several processes share the model: ddp (each has all of it) or fsdp (each has a part).
-    `dtype` is the precision of the arithmetic, `weights_dtype` that in which trained weights and the optimizer's
-    averages are kept, `reduce_dtype` that of gradients on their way between processes. A step whose loss or gradient
-    is not finite is skipped; `skip_limit` of them in a row stop the run. `compile` compiles each layer by itself.
-    `gradient_checkpointing` keeps only what goes into a layer and computes it again for the backward pass;
-    `selective_checkpointing` keeps its matrix products and convolutions as well, so that little is computed again.
-    `checks` stop a run that goes wrong: each names a term of the log and what its mean over the last steps must be,
-    as in "local_concept >= 0.9 @ 500": at step 500, or without a step at the end.
+    `parallel`: ddp (each process has all of the model) or fsdp (each a part). `dtype` is the precision of the
+    arithmetic, `weights_dtype` of trained weights and the optimizer's averages, `reduce_dtype` of gradients between
+    processes. A step that is not finite is skipped; `skip_limit` in a row stop the run. `gradient_checkpointing` keeps
+    only what goes into a layer and computes it again; `selective_checkpointing` keeps matrix products and convolutions
+    as well. `checks` stop a run that goes wrong: a term of the log and what its mean must be, as in "local_concept >=
+    0.9 @ 500".
     """
 
     name: str
@@ -465,10 +448,7 @@ def plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def changed_settings(recipe: Recipe, before: Mapping[str, Any]) -> str:
-    """Say in words which settings differ from those of an earlier run of the recipe; empty where none does.
-
-    A setting that did not exist then had its present default.
-    """
+    """Say which settings differ from an earlier run's (a new one had its present default); empty: none."""
     now = plain(recipe)
     before = _defaults(recipe) | dict(before)
     names = [name for name in {**now, **before} if name not in FREE_TO_CHANGE and now.get(name) != before.get(name)]
@@ -510,10 +490,7 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
 
 
 def _following(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that follow from the place that `data.path` names: what it is, and which tasks it has.
-
-    Artwork of the emoji world stays that. Where there are edits and captions both, the recipe's own share stays.
-    """
+    """Return the settings that follow from the place that `data.path` names: what it is, and which tasks it has."""
     path, found = changes.get("data.path") or "", dict[str, Any]()
     if changes.get("data.source") == "emoji" or path in ("", "synthetic"):
         return found

@@ -49,10 +49,7 @@ NEEDS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that one job may ask for; whoever asks for more gets a `UniLIPError` that names the limit.
-
-    `image_size` is the side of the largest square drawn, and squared the most pixels; None is twice the model's own.
-    """
+    """The most that one job may ask for; `image_size`, the side of the largest square: twice the model's own."""
 
     count: int = 10
     steps: int = 200
@@ -63,11 +60,7 @@ class Limits:
 
 
 def seconds_for(deadline: float | None, own: float | None) -> float | None:
-    """Return the seconds that a job may take: what it asks for itself, but no more than the engine allows.
-
-    Raises:
-        UniLIPError: it asks for no time, or for no number.
-    """
+    """Return the seconds that a job may take, its own within the engine's. Raises UniLIPError: none, or no number."""
     if deadline is not None and not 0 < deadline < math.inf:
         raise UniLIPError(f"The deadline is {deadline} s; it must be more than 0 seconds.")
     return min((seconds for seconds in (deadline, own) if seconds is not None), default=None)
@@ -77,10 +70,7 @@ Adapters = Mapping[str, tuple[str | os.PathLike[str], float]]  # name: folder, s
 
 
 class Checker:
-    """Checks jobs for a model of this configuration that has these parts loaded, and offers these adapters.
-
-    It has a tokenizer of its own, because callers check their prompts while a worker uses the model's.
-    """
+    """Checks jobs, in callers' threads with a tokenizer of its own, for a model of this config, parts and adapters."""
 
     def __init__(
         self, config: UniLIPConfig, parts: Sequence[str], processor: Processor | None, limits: Limits | None = None,

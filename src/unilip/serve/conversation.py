@@ -1,8 +1,7 @@
 """OpenAI's messages -> what the last of them wants, with the pictures it is about.
 
 In:  messages with text, data URLs, pictures in Markdown, pictures of earlier answers. Out: a verb, a text, pictures,
-     and the question with its history for the case that words are wanted.
-The model knows no system turn: a system message goes before the user's first words.
+and the question with its history. The model knows no system turn: a system message goes before the user's first words.
 """
 
 from __future__ import annotations
@@ -120,8 +119,7 @@ def _parts(message: ChatMessage) -> list[Part]:
 def read_conversation(body: Chat, reader: Reader, able: Able, chat: str = "auto") -> Wanted:
     """Read all messages. A question after a picture that the model made is about that one, not about earlier ones.
 
-    Raises:
-        ImageError, PromptError: a picture cannot be read; the last message is not the user's, or empty.
+    Raises ImageError, PromptError: a picture cannot be read; the last message is not the user's, or empty.
     """
     if body.messages[-1].role in ("system", "developer", "assistant"):
         raise PromptError("The last message must be the user's; put what you want to know there.")

@@ -1,13 +1,12 @@
 """One model behind a queue: jobs of many callers in, batches through the model, results back to each.
 
-In:  jobs (`unilip.serve.jobs`), from any thread, each with a deadline. Out: a `Ticket` for each: events, a result.
-A single worker thread owns the model. It takes the first waiting picture and every other one that can share its batch
-(same verb, settings and size), so a batch forms whenever several callers wait. Each picture has a generator of
-its own: what it looks like does not depend on what it was batched with, up to rounding.
+In:  jobs (`unilip.serve.jobs`), from any thread, each with a deadline. Out: a `Ticket` for each: events, a result. A
+single worker thread owns the model. It takes the first waiting picture and every other one that can share its batch
+(same verb, settings and size). Each picture has a generator of its own: what it looks like does not depend on its
+batch.
 
 Weighted fair queueing: a virtual clock runs at the pace of one equal share of the worker's time, each client's seconds
 are counted against it, and what waits is served in the order in which it would end if all had their share all the time.
-Of one client, or of several who ask for the same, the oldest is first.
 """
 
 from __future__ import annotations
@@ -77,27 +76,24 @@ class Engine:
         model: a loaded `UniLIP`; from now on the engine's worker thread alone may use it.
         max_queue: pictures and questions that may wait; beyond that `submit` raises `QueueFull`.
         max_batch: pictures or questions in one batch, at the model's own size; larger pictures make smaller batches.
-        batch_wait: seconds to wait for company when less than a batch is waiting; a lonely request is so much later.
+        batch_wait: seconds to wait for company when less than a batch is waiting.
         deadline: seconds that a job may take, waiting included; None is for ever. A step that lasts longer is held to
             hang: jobs end at their deadlines all the same, and the engine is no longer `alive`.
         limits: the most that one job may ask for.
-        adapters: that jobs may name: by name the folder, and the strength where a job leaves it open. They are loaded
-            here, and act on those jobs alone; others the model may have act on all.
+        adapters: that jobs may name: by name the folder, and the strength where a job leaves it open. They act on those
+            jobs alone; others the model may have act on all.
         on_batch: called from the worker as f(verb, size, seconds) after each batch, for metrics.
 
     Use:
 
-        engine = Engine(UniLIP.from_pretrained())
-        ticket = engine.submit(Generate("three yellow stars", seed=7), deadline=60)
-        for event in ticket.events():              # or: async for event in ticket.events_async()
-            if event.kind == "step":
-                print(event.step, "of", event.steps)
-        picture = ticket.result().images[0]        # or: await ticket.result_async()
-        answer = engine.submit(Ask("What color is it?", (picture,))).result().text
-        engine.close()
+        with Engine(UniLIP.from_pretrained()) as engine:
+            ticket = engine.submit(Generate("three yellow stars", seed=7), deadline=60)
+            for event in ticket.events():              # or: async for event in ticket.events_async()
+                print(event.kind, event.step, "of", event.steps)
+            picture = ticket.result().images[0]        # or: await ticket.result_async()
 
-    Everything of a job is checked by `submit`, in the caller's thread, so that a bad one cannot spoil a batch. Should a
-    batch fail nevertheless, its members are tried one by one. An engine is also a context manager that closes itself.
+    A job is checked by `submit`, in the caller's thread; should a batch fail all the same, its members are tried one by
+    one.
     """
 
     def __init__(
@@ -179,17 +175,12 @@ class Engine:
             )
 
     def submit(self, job: Job, *, deadline: float | None = None) -> Ticket:
-        """Check a job and put it into the queue.
+        """Check a job and put it into the queue; nobody wants it any more after `deadline` seconds, the engine's own at
+        most.
 
-        Args:
-            job: what to do.
-            deadline: seconds from now after which nobody wants it any more; never later than the engine's own.
-
-        Raises:
-            UniLIPError: something in the job is out of range; nothing was queued.
-            QueueFull: too much is waiting; `retry_after` says for how long, in seconds. A job that waits ends with
-                it, too, where its client holds the most places and one with fewer comes.
-            Draining: the engine is being shut down.
+        Raises UniLIPError: something in it is out of range; QueueFull: too much is waiting, `retry_after` says for how
+        long (a waiting job ends with it, too, where its client holds the most places and one with fewer comes);
+        Draining: shutting down.
         """
         seconds = seconds_for(deadline, self.deadline)
         units = self.checker.prepare(job, None if seconds is None else time.monotonic() + seconds)
@@ -223,9 +214,8 @@ class Engine:
         return next((n for n, unit in enumerate(before) if unit.ticket is ticket), 0) if ticket.started is None else 0
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Take nothing new and finish what was accepted; after `timeout` seconds the rest is cancelled.
-
-        Returns whether everything was finished.
+        """Take nothing new and finish what was accepted, or cancel it after `timeout` seconds; returns whether all was
+        finished.
         """
         with self._changed:
             self._draining = True

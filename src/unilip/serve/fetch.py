@@ -1,8 +1,7 @@
 """Pictures from addresses on the network, for servers that were told to allow it; made so that it cannot reach inside.
 
-In:  an http(s) URL of a stranger. Out: at most so many bytes of what it answers.
 The name is resolved once, every address it has must be a public one, and the connection goes to the very address that
-was checked (a second answer of the name server cannot change it); each redirect is checked anew. Standard ports only.
+was checked; each redirect is checked anew. Standard ports only.
 """
 
 from __future__ import annotations
@@ -101,12 +100,9 @@ def fetch(
     allowed: Callable[[Address], bool] = is_public,
     ports: dict[str, int] | None = None,
 ) -> bytes:
-    """Return what a URL answers, at most `max_bytes`, within `seconds` for all of it.
+    """Return what a URL answers, at most `max_bytes`, within `seconds`; tests set `resolver`, `allowed` and `ports`.
 
-    `resolver`, `allowed` and `ports` (the ports to connect to) are there for tests.
-
-    Raises:
-        ImageError: a forbidden or unreachable address, an answer other than 200, too large, or too slow.
+    Raises ImageError: a forbidden or unreachable address, an answer other than 200, too large, or too slow.
     """
     end = time.monotonic() + seconds
     for _ in range(MAX_REDIRECTS + 1):

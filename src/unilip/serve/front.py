@@ -1,6 +1,6 @@
 """The files of the page, read once: a request can ask for one of these names, and names nothing on the disk.
 
-In:  the package's own files. Out: answers from memory, with a policy that lets a browser load nothing from elsewhere.
+Answers come with a policy that lets a browser load nothing from elsewhere.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What stands before the application: who may ask, how often, and how much.
 
-In:  raw requests. Out: requests whose host, origin, key, rate and size are in order, with the whole body in memory; the
-     others are answered here. Also the last net for errors, and the count of all answers.
+Out: requests whose host, origin, key, rate and size are in order, with the whole body in memory; the others are
+answered here. Also the last net for errors, and the count of all answers.
 """
 
 from __future__ import annotations
@@ -47,10 +47,8 @@ class Rules:
     Args:
         api_keys: any of them is good; without keys nobody is asked.
         max_body: bytes of one request's body; eight times as much for all requests that are being read.
-        rate_limit: requests a minute for a key (or an address, where there are no keys), saved up to a minute's worth;
-            0 is no limit.
-        hosts: names under which a server without keys may be addressed, so that no web page can reach it by a name of
-            its own; "*" allows all.
+        rate_limit: requests a minute for a key (without keys, an address), saved up to a minute's worth; 0: none.
+        hosts: names by which a server without keys may be addressed; "*" allows all.
         origins: other origins ("https://chat.example") whose pages may ask from a browser; "*" allows all.
         bodies: smaller limits of single paths. Nothing is read for GET, nor for an open path that is not here.
         open_paths: what needs no key; a path that ends with "/" stands for all below it.

@@ -1,8 +1,7 @@
 """What can be asked of an engine, and what it says back: plain records, without a model.
 
-In:  `Generate`, `Edit`, `Reconstruct`, `Ask`: words, Pillow pictures and settings. None means the model's own value.
-     `adapters` are those of the engine's that act on a job, with their strengths.
-Out: `Event` while it works, one `Result` at the end, or one of the errors of this file.
+In:  `Generate`, `Edit`, `Reconstruct`, `Ask`: words, Pillow pictures, settings (None: the model's own) and the adapters
+that act, with their strengths. Out: `Event` while it works, one `Result` at the end, or one of the errors of this file.
 """
 
 from __future__ import annotations
@@ -23,10 +22,7 @@ Strengths = tuple[tuple[str, float], ...]  # of adapters, by name
 
 
 class EngineError(UniLIPError):
-    """A request was in order, but the engine could not serve it; it may be sent again.
-
-    `retry_after` is how many seconds it is wise to wait, None where waiting does not help.
-    """
+    """A request was in order, but could not be served; `retry_after`: seconds to wait before another (None: no use)."""
 
     retry_after: float | None = None
 
@@ -60,10 +56,7 @@ class EngineFailed(EngineError):
 
 @dataclass(frozen=True)
 class Generate:
-    """Draw `count` pictures of a prompt. Picture i uses seed `seed` + i; without a seed one is drawn and reported.
-
-    `partials` (up to 3) are shown of each on the way: what its latents would become if they went straight on.
-    """
+    """Draw `count` pictures of a prompt, picture i with seed `seed` + i (or drawn), up to 3 `partials` on the way."""
 
     prompt: str
     count: int = 1
@@ -85,9 +78,8 @@ class Generate:
 class Edit:
     """Change a picture as told, `count` times. `fit` and `keep_aspect` are those of `UniLIP.edit`.
 
-    In all jobs the picture drawn has about the shape of `size` (width, height), else of its source, and about as many
-    pixels as a square of side `image_size`, else of the model's own. `others` are pictures that are only read, for the
-    same instruction (joint edits).
+    It has about the shape of `size` (width, height), else of its source, and as many pixels as a square of
+    `image_size`, else of the model's own. `others` are only read, for the same instruction (joint edits).
     """
 
     image: Image.Image
@@ -141,9 +133,7 @@ Job = Generate | Edit | Reconstruct | Ask
 
 @dataclass(frozen=True)
 class Event:
-    """What happens to a job: "start" (it left the queue), "step" (`step` of `steps` done, all its pictures counted
-    together), "text" (a piece of an answer), "partial" (`image`, the `number`th on the way to picture `picture`), and,
-    always last, "end"."""
+    """ "start" (left the queue), "step" (`step` of `steps`), "text" (a piece), "partial" (`image`), and, last, "end"."""
 
     kind: Literal["start", "step", "text", "partial", "end"]
     step: int = 0
@@ -158,17 +148,10 @@ class Event:
 class Result:
     """What came of a job.
 
-    Args:
-        images: the pictures, in the order of their seeds.
-        seeds: one for each picture of `Generate` and `Edit`; of `Ask` the one that was used.
-        plan: the prompt as the language model wrote it out before drawing, if it did.
-        psnr: dB between each reconstructed picture and its source at the same size, at most 100.
-        text: the answer of `Ask`.
-        finish_reason: "stop", or "length" when `max_new_tokens` cut the answer.
-        prompt_tokens: of the text that the model read, slots of pictures included.
-        completion_tokens: of the answer of `Ask`.
-        settings: the settings that were used, none left open.
-        waited, seconds: in the queue, and from submission to the end.
+    Attributes: images, seeds: in order; of `Ask` the one seed that was used. plan: the prompt as the model wrote it
+    out. psnr: dB between each reconstructed picture and its source, at most 100. text, finish_reason: of `Ask`; "stop",
+    or "length". prompt_tokens: slots of pictures included. settings: that were used, none open. waited, seconds: in the
+    queue, in all.
     """
 
     images: tuple[Image.Image, ...] = ()

@@ -1,7 +1,6 @@
-"""The log of server and studio: lines that say when, how bad, of which request, what, and why.
+"""The log of server and studio: lines that say when, how bad, of which request, what, and why; as text or JSON.
 
-In:  records of Python's logging. Out: lines on stderr, as text or JSON. A log that cannot be written, because the disk
-     is full or its reader has gone, is given up in silence: it must never stop what it tells about.
+A log that cannot be written, because the disk is full or its reader has gone, must never stop what it tells about.
 """
 
 from __future__ import annotations

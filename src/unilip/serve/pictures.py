@@ -1,9 +1,7 @@
 """Bytes of strangers -> pictures, and pictures -> bytes with a note of where they came from. Nothing touches the disk.
 
-In:  PNG, JPEG, WebP or GIF bytes. Their structure is walked and their size read before any decoder sees them: a file
-     that is too large, animated or truncated is refused. What follows the picture (a second picture of a phone, a gain
-     map, a film, another kind of file) is cut off where the walk found the end.
-Out: upright RGB pictures; PNG, JPEG or WebP bytes whose metadata name model and seed.
+The structure of PNG, JPEG, WebP or GIF is walked and its size read before any decoder sees it: what is too large,
+animated or truncated is refused. What follows the picture (a phone's second picture, a gain map, a film) is cut off.
 """
 
 from __future__ import annotations
@@ -36,8 +34,7 @@ _SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmi
 def decode(data: bytes, max_pixels: int) -> Image.Image:
     """Decode a whole PNG, JPEG, WebP or GIF of one frame into an upright RGB picture.
 
-    Raises:
-        ImageError: another format, too many pixels, more than one frame, or truncated.
+    Raises ImageError: another format, too many pixels, more than one frame, or truncated.
     """
     kind, image = _open(data, max_pixels)
     try:
@@ -49,11 +46,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def decode_mask(data: bytes, max_pixels: int) -> Image.Image:
-    """Decode a mask into "L": 255 where the picture may change. Transparent means change, as OpenAI has it.
-
-    Raises:
-        ImageError: as `decode`, or the mask has no transparency.
-    """
+    """Decode a mask into "L": 255, where it was transparent, may change. Raises ImageError: as `decode`, or opaque."""
     _, image = _open(data, max_pixels)
     try:
         image = upright(image)
@@ -219,8 +212,7 @@ def from_data_url(url: str) -> bytes:
 def encode(image: Image.Image, form: str = "png", quality: int = 95, about: Mapping[str, Any] | None = None) -> bytes:
     """Encode a picture as "png", "jpeg" or "webp" (`quality` 0 to 100 for the latter two).
 
-    `about` (model, seed, ...) is written into the metadata, beside the names of this program and of IPTC's source type
-    for pictures made by a model; None writes nothing.
+    `about` (model, seed, ...) is written into the metadata, beside this program's name and IPTC's source type.
     """
     note = None if about is None else {**about, "digital_source_type": _SOURCE_TYPE}
     software = f"unilip {__version__}"
@@ -245,10 +237,7 @@ def sized(image: Image.Image, size: tuple[int, int], keep_aspect: bool) -> Image
 def outside_kept(
     result: Image.Image, source: Image.Image, mask: Image.Image, fit: Any, longest: int = 2048
 ) -> Image.Image:
-    """Return the source with the model's `result` put where the mask ("L", 255 is inside) allows it.
-
-    The picture has the source's size, but no side above `longest`; outside the mask its pixels are the source's.
-    """
+    """Return the source, no side above `longest`, with the model's `result` where the mask ("L", 255) allows it."""
     scale = min(1.0, longest / max(source.size))
     if scale < 1:
         size = (max(1, round(source.width * scale)), max(1, round(source.height * scale)))

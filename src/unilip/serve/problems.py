@@ -1,7 +1,4 @@
-"""Errors -> answers in OpenAI's shape: {"error": {"message", "type", "param", "code"}}, and when to try again.
-
-In:  our errors, pydantic's and Starlette's. Out: a status and a body that say what to do, and nothing of the inside.
-"""
+"""Errors -> answers in OpenAI's shape: {"error": {"message", "type", "param", "code"}}, and when to try again."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The same application over many replicas: an engine whose jobs run in Ray Serve, on other processes, GPUs or machines.
 
-In:  jobs, checked here with the model's configuration and tokenizer alone. Out: tickets like those of `Engine`.
-Each replica holds a whole `Engine` with its own batches. Ray routes a job to the replica with less to do, starts
-another where one dies, and adds or removes replicas with the load. A job whose replica dies fails with `ReplicaLost`.
+Each replica holds a whole `Engine`. Ray routes a job to the replica with less to do, starts another where one dies, and
+adds or removes replicas with the load. A job whose replica dies fails with `ReplicaLost`.
 """
 
 from __future__ import annotations
@@ -93,8 +92,7 @@ class RemoteEngine:
         replicas: how many, and what each needs.
         max_queue: pictures and questions that may wait in front of all replicas.
         max_batch, batch_wait, limits, adapters: of each replica's engine.
-        deadline: seconds that a job may take when it does not say so itself.
-        start_seconds: how long the first replicas may take to load.
+        deadline, start_seconds: of a job that does not say so itself; for the first replicas to load.
 
     It joins the Ray cluster that RAY_ADDRESS names, or starts one in this machine.
     """

@@ -1,6 +1,5 @@
 """OpenAI's Responses, told in the terms of chat completions: the same conversation in, the same answer out.
 
-In:  the body of POST /v1/responses. Out: the body of a chat completion; then a response object, or its events.
 Text, pictures and the tool `image_generation` are served. Earlier responses are kept in memory for an hour.
 """
 
@@ -24,11 +23,7 @@ MEANT = (*SAME, "input", "instructions", "tools", "tool_choice", "max_output_tok
 
 
 def read(fields: Mapping[str, Any], kept: Store) -> dict[str, Any]:
-    """Return the body of a chat completion that asks for the same.
-
-    Raises:
-        UniLIPError: a part has another form than OpenAI's, or the earlier response is not there (any more).
-    """
+    """Return the chat completion that asks for the same. Raises UniLIPError: bad form, or an earlier one is gone."""
     chat = {name: fields[name] for name in fields if name in SAME or name not in MEANT}
     given = fields.get("tools")
     tools = [tool for tool in given if isinstance(tool, dict)] if isinstance(given, list) else []

@@ -1,6 +1,5 @@
-"""The requests that the server understands: OpenAI's fields, and a few of ours.
+"""The requests that the server understands: OpenAI's fields, and a few of ours; pydantic's errors become 400.
 
-In:  JSON bodies and form fields of strangers. Out: typed records, or pydantic's errors, which become 400.
 What the answer can truthfully do without is ignored and named in the answer, so that a mistyped option is seen; what
 would change the form of the answer is refused.
 """
@@ -38,11 +37,7 @@ def steps_of(quality: str | None, sampling: SamplingConfig) -> int:
 
 
 def size_of(size: str | None) -> Size | None:
-    """Return the width and height in pixels that a `size` asks for, None for "auto".
-
-    Raises:
-        ValueError: of another form, or out of range.
-    """
+    """Return width and height in pixels of a `size`, None for "auto". Raises ValueError: bad form, out of range."""
     if size in (None, "", "auto"):
         return None
     found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size or "")
@@ -79,15 +74,11 @@ HOLLOW = ("tools", "frequency_penalty", "presence_penalty", "logit_bias")
 
 
 def read(kind: type[B], fields: dict[str, Any], strict: bool, form: bool = False) -> B:
-    """Check the fields of a request.
+    """Check the fields of a request; null, "" in a form, and the seed -1 count as not sent.
 
-    Fields that are null, or empty in a form, count as not sent, and so does the seed -1 of forms and chats. What is not
-    understood is ignored, and named in `ignored`, unless it would change the form of the answer or looks mistyped;
-    `strict` refuses all of it.
-
-    Raises:
-        UniLIPError: a field is written almost like one that there is.
-        ValidationError: pydantic's.
+    What is not understood is ignored, and named in `ignored`, unless it would change the form of the answer or looks
+    mistyped; `strict` refuses all of it.
+    Raises UniLIPError: a field is written almost like one that there is; ValidationError: pydantic's.
     """
     kept, ignored = {}, []
     for name, value in fields.items():
@@ -122,10 +113,8 @@ class Adapting(Body):
     ) = Field(None, description='Adapters that act, "style:0.5,other", as a list, or with strengths {"style": 0.5}.')
 
     def strengths(self, known: Mapping[str, float], name: str) -> Strengths:
-        """Return the adapters that act, of those that a model of this name offers with their usual strengths.
-
-        Raises:
-            UniLIPError: `model` or `adapters` name one that is not offered.
+        """Return the adapters that act, with their strengths. Raises UniLIPError: `model` or `adapters` name one not
+        offered.
         """
         head, _, tail = (self.model or "").rpartition(":")
         found = {tail: known[tail]} if tail in known and head else {}

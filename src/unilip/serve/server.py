@@ -1,7 +1,4 @@
-"""From an address to a running server: check who may reach it, take the port, serve, and end in good order.
-
-In:  an application and where to listen. Out: nothing; it returns when a signal ended it and accepted work was finished.
-"""
+"""From an address to a running server: check who may reach it, take the port, serve, and end in good order."""
 
 from __future__ import annotations
 
@@ -50,11 +47,7 @@ def is_local(host: str) -> bool:
 
 
 def check_access(host: str, rules: Rules) -> Rules:
-    """Return the rules for an address, with its own name among the hosts.
-
-    Raises:
-        UniLIPError: others can reach the address and there is no key, or one that can be guessed.
-    """
+    """Return the rules for an address. Raises UniLIPError: it can be reached without a key that is hard to guess."""
     if not is_local(host):
         if not rules.api_keys:
             raise UniLIPError(
@@ -69,11 +62,7 @@ def check_access(host: str, rules: Rules) -> Rules:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take the port, before any model is loaded; port 0 takes a free one.
-
-    Raises:
-        UniLIPError: it is taken, or the address is none of this machine's.
-    """
+    """Take the port (0: a free one) before any model is loaded. Raises UniLIPError: taken, or no address of ours."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

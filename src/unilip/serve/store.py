@@ -1,7 +1,4 @@
-"""Pictures that were asked for as a URL, kept in memory for a while.
-
-In:  encoded pictures. Out: the same by a name that nobody can guess. Old ones go after an hour, or when room is needed.
-"""
+"""Pictures that were asked for as a URL, in memory by a name that nobody can guess, for an hour at most."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a caller holds of a job that was accepted (`Ticket`), and what the queue holds of it (`Unit`).
-
-In: events and outcomes from the engine's worker. Out: events, a result or an error, for threads and for event loops.
-"""
+"""What a caller holds of a job that was accepted (`Ticket`), and what the queue holds of it (`Unit`)."""
 
 from __future__ import annotations
 
@@ -62,10 +59,8 @@ class Ticket:
         return self._result is not None
 
     def listen(self, listener: Callable[[Event], None]) -> None:
-        """Call `listener` with every event, past ones at once.
-
-        Later ones come from the worker's thread, under its locks: put them somewhere and return, and do not call the
-        engine from there.
+        """Call `listener` with every event, past ones at once; later ones under the worker's locks, so it must not call
+        back.
         """
         with self._lock:
             for event in self._past:
@@ -73,10 +68,7 @@ class Ticket:
             self._listeners.append(listener)
 
     def cancel(self) -> bool:
-        """Give the job up: a waiting one leaves the queue, a running one stops after its present step.
-
-        Returns whether it was still unfinished. Waiting callers get `Cancelled`.
-        """
+        """Give the job up, waiting or after its present step, with `Cancelled`; returns whether it was unfinished."""
         if not self._fail(Cancelled("The request was cancelled.")):
             return False
         self._on_cancel()
@@ -85,9 +77,8 @@ class Ticket:
     def result(self, timeout: float | None = None) -> Result:
         """Wait for the result.
 
-        Raises:
-            UniLIPError: the job failed: `Cancelled`, `DeadlineExceeded`, `EngineFailed`, `Draining`.
-            TimeoutError: `timeout` seconds passed; the job goes on.
+        Raises UniLIPError: it failed: `Cancelled`, `DeadlineExceeded`, `EngineFailed`, `Draining`; TimeoutError: it
+        goes on.
         """
         if not self._done.wait(timeout):
             raise TimeoutError(f"no result within {timeout} s")
@@ -208,11 +199,7 @@ class Unit:
 
 
 def crowded_out(places: Mapping[Ticket, int], newcomer: Ticket, more: int, room: int) -> list[Ticket] | None:
-    """The jobs that must leave a queue with `room` places so that `newcomer` gets `more`; None where it has to wait.
-
-    In: the places of each job that waits, oldest first. Out: the newest ones of the client who holds most, as long as
-    that is more than the newcomer's client would have.
-    """
+    """The newest jobs of the client with most places, more than the newcomer's, that must leave `room`; None: wait."""
     held: Counter[str] = Counter()
     for ticket, count in places.items():
         held[ticket.client] += count

@@ -1,7 +1,6 @@
 """Fine-tuning by adapters: LoRA or DoRA on the linear layers that a recipe's `trains` reaches, by peft.
 
-In:  a built model. Out: the same model with adapters that train in place of its weights; and, at the end, the folder
-that `UniLIP.load_adapter` and `peft.PeftModel.from_pretrained` read.
+Out: a folder that `UniLIP.load_adapter` and `peft.PeftModel.from_pretrained` read.
 """
 
 from __future__ import annotations
@@ -30,10 +29,7 @@ def is_adapter(name: str) -> bool:
 
 
 def target_layers(recipe: Recipe, model: nn.Module) -> list[str]:
-    """Return the names of the linear layers that get an adapter.
-
-    Raises ConfigError: there are none, or a prefix of `trains` reaches none.
-    """
+    """Return the linear layers that get an adapter. Raises ConfigError: none, or a prefix of `trains` reaches none."""
     last_words = {word.strip() for word in recipe.adapter.targets.split(",") if word.strip()}
     factors = dict(recipe.trains)
     used: set[str] = set()

@@ -1,10 +1,8 @@
 """Batches of a recipe: item i is the i-th batch, a function of (seed, i) alone, on any number of loader workers.
 
-In:  a recipe, the model's config and its tokenizer. Out: dictionaries of tensors, tokens and seeds, by index.
-With accumulation, and with several processes, a step takes several items in a row; everything random about a sample
-depends on the number of the sample, so one batch of four and two batches of two are the same data. Pictures are uint8
-(B,3,S,S); prompts are `Tokens`; conversations carry labels (B,T), -100 where nothing is learned; `seeds` has one number
-for each sample. What a cache made beforehand comes in place of pictures, under its own names.
+A step takes several items in a row; everything random about a sample depends on its number, so one batch of four and
+two batches of two are the same data. Out: pictures, uint8 (B,3,S,S); prompts, `Tokens`; conversations with labels
+(B,T), -100 where nothing is learned; `seeds`, a number for each sample. What a cache holds comes in place of pictures.
 """
 
 from __future__ import annotations
@@ -84,10 +82,7 @@ def left_padded(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 
 def edit_kinds(text: str, known: Sequence[str]) -> list[str] | None:
-    """Read kinds of edits such as "recolour:3,background": each as often as it says. None for an empty text.
-
-    Raises ConfigError for a kind that is not among the known ones, or a number that is not a whole one above 0.
-    """
+    """Read kinds of edits such as "recolour:3,background", as often as it says; None for "". Raises ConfigError."""
     kinds: list[str] = []
     for name, _, times in (part.strip().partition(":") for part in text.split(",") if part.strip()):
         if name not in known or not (times or "1").isdigit() or not int(times or "1"):
@@ -112,9 +107,8 @@ def padded(tokens: Tokens, pad_id: int) -> Tokens:
 
 
 def conversation(processor: Processor, rows: Sequence[tuple[int, Turns]]) -> tuple[Tokens, Tensor]:
-    """Tokenize rows of (number of pictures, question-answer turns), right-padded; only answers are learned.
-
-    An answer ends with the end of its turn, and everything before it is the text that `UniLIP.ask` would build.
+    """Tokenize rows of (number of pictures, question-answer turns), right-padded, as `UniLIP.ask` would; only answers
+    count.
     """
     ids_rows, label_rows = [], []
     for pictures, turns in rows:
@@ -533,10 +527,10 @@ def until(prompt: Prompt, words: str, end: int) -> Prompt:
 
 
 def grounded(processor: Processor, rows: Sequence[Turns], found: Sequence[Sequence[Grounds]]) -> Tensor:
-    """Where the words of questions lie in `conversation`, and what they name on the picture.
+    """Where the words of questions lie in `conversation`, and what they name: (M,4+N), row, column, concept, colour,
+    tokens.
 
-    Out: (M,4+N), row, column, concept and colour that the word means (0 both where a question ends), and 1 for each
-    image token that shows it.
+    Concept and colour are 0 where a question ends; the N image tokens are 1 where they show what is named.
     """
     marks: list[list[int]] = []
     for row, (turns, grounds) in enumerate(zip(rows, found, strict=True)):
@@ -583,10 +577,7 @@ def labels(
 
 @dataclass
 class Reading:
-    """What happened while a batch was read: how many samples were tried, and those not used as (reason, detail).
-
-    `left_out` are over a limit that was set, `skipped` could not be read.
-    """
+    """How many samples a batch `tried`, those `left_out` (over a limit) or `skipped`: (reason, detail)."""
 
     tried: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -658,13 +649,10 @@ class _Unforeseen:
 
 
 def iterate(batches: Batches, start: int) -> Generator[dict[str, Any]]:
-    """Yield this process's batches from index `start` (the first of a step) on, prepared by loader workers.
+    """Yield this process's batches from index `start` (the first of a step) on, prepared by workers, which end with it.
 
-    However it ends, the workers have ended too.
-
-    Raises:
-        UniLIPError: a batch cannot be made, or more samples than allowed cannot be read.
-        RuntimeError: an unforeseen error in making a batch, with the trace of it; or a worker was killed.
+    Raises UniLIPError: a batch cannot be made, or more samples than allowed cannot be read; RuntimeError: an unforeseen
+    error in making one, with its trace; or a worker was killed.
     """
     workers = batches.recipe.data.workers
     tally = batches.tally = Tally(batches.recipe.data.max_skipped, batches.samples)

@@ -1,7 +1,7 @@
 """Recipe -> model, objective, data and optimizers, checked against each other.
 
-Parts start from what `init` names (earlier stages, folders, hub ids), each with the child config that its weights were
-made for, or fresh. Nothing is loaded loosely: a part that does not fit the others is an error that names its tensors.
+Parts start from what `init` names, each with the config that its weights were made for, or fresh. Nothing is loaded
+loosely: a part that does not fit the others is an error that names its tensors.
 """
 
 from __future__ import annotations
@@ -94,10 +94,7 @@ def locate(source: str, runs: Path) -> str:
 
 
 def adapter_base(recipe: Recipe, runs: Path, folder: Path) -> str:
-    """Return what the adapter in a folder says of its model: "embedded", a path from there, or a hub id.
-
-    Of a model that was put together of several sources, all of them.
-    """
+    """Return what the adapter in a folder says of its model: "embedded", paths from there, or hub ids, with commas."""
     if [parts for parts, _ in parse_init(recipe)] != [("all",)]:
         return ",".join(recipe.init)
     source = parse_init(recipe)[0][1]
@@ -124,8 +121,7 @@ def parse_init(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
 def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
     """Build the recipe's model: parts that are needed or named in `init`; later sources win over earlier ones.
 
-    "queries=SOURCE" takes the learned queries alone, where the language model comes from somewhere else. Queries are
-    new where the recipe's own `config` says how many there are.
+    "queries=SOURCE" takes the learned queries alone; they are new where `config` says how many there are.
     """
     config = recipe_config(recipe)
     if recipe.data.image_size:
@@ -198,10 +194,7 @@ def full_decoder(recipe: Recipe, runs: Path) -> dict[str, Any]:
 
 
 def recipe_config(recipe: Recipe) -> UniLIPConfig:
-    """Return the config of a recipe's preset, changed as the recipe says.
-
-    Raises ConfigError: the recipe changes a field that there is not, or to a value that it cannot have.
-    """
+    """Return a preset's config, changed as the recipe says. Raises ConfigError: no such field, or no such value."""
     config = preset(recipe.model)
     known = {
         f.name: type(value)
@@ -238,10 +231,7 @@ def world_processor(world: str, config: UniLIPConfig, folder: Path) -> Processor
 
 
 def trained_parameters(recipe: Recipe, model: UniLIP) -> Trained:
-    """Return name -> (parameter, learning-rate factor) of what trains; the longest matching prefix decides.
-
-    With an adapter, its weights train in place of the model's own.
-    """
+    """Return name -> (parameter, learning-rate factor) of what trains, or its adapter; the longest prefix decides."""
     found: Trained = {}
     used: set[str] = set()
     for name, parameter in model.named_parameters():
@@ -259,10 +249,7 @@ def trained_parameters(recipe: Recipe, model: UniLIP) -> Trained:
 
 
 def make_optimizer(optim: Optim, parameters: Sequence[tuple[nn.Parameter, float]]) -> torch.optim.AdamW:
-    """AdamW with one group per (rate factor, decay or not, single number or not); vectors and scales are not decayed.
-
-    Fused: one pass over the weights, which skips a step on the device where its `found_inf` is set.
-    """
+    """Fused AdamW, a group per (rate factor, decayed, single number); vectors and scales are not decayed."""
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for parameter, factor in parameters:
         decay = optim.weight_decay if parameter.dim() > 1 else 0.0
@@ -295,11 +282,7 @@ def keep_products(_: Any, operation: Any, *arguments: Any, **named: Any) -> Chec
 
 
 def enable_checkpointing(model: UniLIP, selective: bool = False) -> None:
-    """Recompute activations in the backward pass instead of keeping them, layer by layer.
-
-    With SELECTIVE, results of matrix products and convolutions are kept; then the layers of a frozen language model are
-    recomputed as well, of which else only what the queries need is there.
-    """
+    """Recompute activations in the backward pass, layer by layer; SELECTIVE keeps matrix products and convolutions."""
     how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # no layer draws random numbers
     if selective:
         how["context_fn"] = partial(create_selective_checkpoint_contexts, keep_products)

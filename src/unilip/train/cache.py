@@ -1,15 +1,13 @@
 """Precompute the outputs of a recipe's frozen parts into shards, from which training reads them in every epoch.
 
-In: a recipe on files. Out: a folder with a tar file for each shard of the data, in which each sample has its place, and
-`cache.json`, which says what made them. Training with `data.cache=FOLDER` draws the same samples in the same order and
-takes from the cache, where the part is frozen:
+Out: a folder with a tar file for each shard of the data, in which each sample has its place, and `cache.json`, which
+says what made them. Training with `data.cache=FOLDER` draws the same samples in the same order and takes from the
+cache:
 
     latents        of the picture to draw (Z,h,w): encoder and latent head, or the autoencoder
     features       (N,D) of the source of an edit, of a picture talked about or reconstructed: encoder
     conditions     (T+Q,C) of the prompt, as long as the prompt: encoder, language model, queries and connector
     teacher        (N,D) the features that distillation holds to: the original encoder
-
-One machine does one shard after the other; with Ray a cluster does many at once, each worker with its own model.
 """
 
 from __future__ import annotations
@@ -183,12 +181,11 @@ def make_cache(
     ray: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Compute a recipe's cache, or go on with one that was interrupted; returns what `cache.json` says, with counts.
+    """Compute a recipe's cache, or go on with an interrupted one; returns what `cache.json` says, with counts.
 
-    In: folder: of the cache; with Ray it, the data and `runs` must be seen by every machine.
-        dtype: of the stored arrays; float16 halves them, and the losses are no longer exactly those without a cache.
-        ray: None for this process alone; else how many models work at once with Ray, on this machine or in the cluster
-            that the environment variable RAY_ADDRESS names.
+    In: folder: of the cache; with Ray it, the data and `runs` must be seen by every machine. dtype: of the stored
+    arrays; float16 halves them, and losses are no longer exactly those without. ray: None for this process alone; else
+    how many models work at once, on this machine or in the cluster of RAY_ADDRESS.
     Raises UniLIPError: the recipe cannot be built, has nothing to cache, or the folder holds another cache.
     """
     if recipe.data.source != "files":

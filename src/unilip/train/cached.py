@@ -1,7 +1,4 @@
-"""Read a training cache in place of what it was made of, once it is found to fit recipe, data and weights.
-
-In: a recipe with `data.cache`. Out: sources whose samples carry arrays (`unilip.train.cache` says which).
-"""
+"""Read a training cache in place of what it was made of, once it is found to fit recipe, data and weights."""
 
 from __future__ import annotations
 
@@ -134,10 +131,7 @@ class Cached:
 
 
 def cached_sources(recipe: Recipe, sources: Sequence[tuple[Weighted, Source]]) -> list[tuple[Weighted, Source]]:
-    """Put the cache that a recipe names before its sources.
-
-    Raises ConfigError: the cache was made with other settings, of other data, or is not finished.
-    """
+    """Put a recipe's cache before its sources. Raises ConfigError: of other settings or data, or unfinished."""
     folder = Path(recipe.data.cache).expanduser()
     about = read_about(folder)
     wanted = settings_of(recipe)
@@ -176,10 +170,7 @@ def cached_sources(recipe: Recipe, sources: Sequence[tuple[Weighted, Source]]) -
 
 
 def check_cache(recipe: Recipe, model: UniLIP, objective: Objective) -> None:
-    """Refuse a cache whose makers train now, or had other weights.
-
-    Raises ConfigError: it does not fit the model that will be trained from it.
-    """
+    """Refuse, by ConfigError, a cache whose makers train now, or had other weights."""
     folder = Path(recipe.data.cache).expanduser()
     about = read_about(folder)
     moving = sorted(set(about["names"]) - set(cacheable(recipe, model, objective)))

@@ -1,9 +1,8 @@
 """Files of one's own as batches: shards, folders, lists and hub datasets, mixed by weight (`unilip.data.sources`).
 
-In: the recipe's `data`. Out: square uint8 pictures and texts by the number of the sample. Each task
-(pictures to draw, edits, questions) has its own stream, whose order is a function of (seed, epoch, lane); every sample
-comes once in an epoch, and any number can be asked for at once. A sample that cannot be read gives way to another of
-the same place, chosen by its number, and is counted.
+Each task (pictures to draw, edits, questions) has its own stream, whose order is a function of (seed, epoch, lane);
+every sample comes once in an epoch, and any number can be asked for at once. A sample that cannot be read gives way to
+another of the same place, chosen by its number, and is counted.
 """
 
 from __future__ import annotations
@@ -67,9 +66,8 @@ class Stream:
 class FileBatches(Batches):
     """Pictures, captions, edits and conversations from files.
 
-    Raises:
-        ConfigError: the files have nothing of the kind that the objective learns from.
-        DataError: a place cannot be opened.
+    Raises ConfigError: the files have nothing of the kind that the objective learns from; DataError: a place cannot be
+    opened.
     """
 
     def __init__(self, recipe: Recipe, config: UniLIPConfig, processor: Processor | None) -> None:
@@ -160,10 +158,7 @@ class FileBatches(Batches):
     # --- what it holds ----------------------------------------------------------------------------------------------
 
     def item(self, record: Record, kind: str, turns: int = 1) -> tuple[Any, ...]:
-        """Decode a record: (picture), (picture, caption), (source, target, instruction) or (picture, caption, turns).
-
-        What a cache holds comes in place of a picture, as a dictionary of arrays.
-        """
+        """Decode a record: (picture), (picture, caption), (source, target, instruction), (picture, caption, turns)."""
         if kind == "image":
             return (self._picture(record, 0, self.target_size, kind),)
         if kind == "text":

@@ -1,8 +1,6 @@
 """Lessons beside the three objectives: heads for training alone, and what they are to tell.
 
-In:  features of image tokens, hidden states of words, conditions; the labels of `unilip.emoji.lessons`.
-Out: a loss, and the shares told right.
-Shapes: B batch, N image tokens, Q queries, L length, M marked words, D width.
+Out: a loss, and the shares told right. B batch, N image tokens, Q queries, L length, M marked words, D width.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ def local_heads(config: UniLIPConfig) -> nn.ModuleDict:
 def ground_loss(head: nn.Module, states: Tensor, grounds: Tensor) -> tuple[Tensor, Terms]:
     """What the states (B,L,D) of words tell of where that lies which they name: `grounds` (M,4+N) of `grounded`.
 
-    The loss is the mean over words of the sum over image tokens; the share is of words whose tokens are all told right.
+    The loss is the mean over words of the sum over image tokens; the share is of words with all tokens right.
     """
     told, target = head(states[grounds[:, 0], grounds[:, 1]]).float(), grounds[:, 4:].float()
     loss = F.binary_cross_entropy_with_logits(told, target, reduction="sum") / max(len(grounds), 1)
@@ -50,8 +48,8 @@ def ground_loss(head: nn.Module, states: Tensor, grounds: Tensor) -> tuple[Tenso
 def look_loss(layer: TextLayer, x: Tensor, tokens: Tokens, grounds: Tensor, text: TextConfig) -> tuple[Tensor, Terms]:
     """Where words look in a layer whose input is x (B,L,D): at what they name, at no image token if it is not there.
 
-    One head of each group is asked, that of the softmax over all that a word sees. The term is the share of attention
-    on what is named.
+    One head of each group is asked, under the softmax over all that a word sees; the term is its share on what is
+    named.
     """
     rows, columns, targets = grounds[:, 0], grounds[:, 1], grounds[:, 4:].float()
     attention, normed = layer.self_attn, layer.input_layernorm(x)
@@ -85,11 +83,7 @@ def slot_words(processor: Processor) -> dict[str, Tensor]:
 
 
 def slot_loss(logits: Tensor, cells: Tensor, words: dict[str, Tensor]) -> tuple[Tensor, Terms]:
-    """What the slots of pictures say in words (B,N,V) of the cells (B,N,3) they show.
-
-    Where an object lies it and its paint are to be named, elsewhere the background. The share is of objects whose
-    likeliest token belongs to them.
-    """
+    """What the slots of pictures say in words (B,N,V) of the cells (B,N,3) they show: thing and paint, or ground."""
     concept, colour, background = (words[kind].to(logits.device)[cells[..., i]] for i, kind in enumerate(CELL))
     covered = cells[..., 0] > 0
     wanted = torch.where(covered[..., None], concept + colour, background)

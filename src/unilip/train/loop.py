@@ -1,8 +1,8 @@
 """The one training loop: build what a recipe names, step, log, show, save, resume; the result is a model folder.
 
-In:  a recipe and the folder of all runs. Out: runs/NAME with its log, sheets and checkpoints, and final/, the model.
-Everything random in a step comes from the seed and the numbers of its samples, so a resumed run continues bit for bit
-on the same CPU. Under `torchrun` every process runs this loop; the first one logs, draws and writes the result.
+Out: runs/NAME with its log, sheets and checkpoints, and final/, the model. Everything random in a step comes from the
+seed and the numbers of its samples, so a resumed run continues bit for bit on the same CPU. Under `torchrun` every
+process runs this loop; the first one logs, draws and writes the result.
 """
 
 from __future__ import annotations
@@ -73,17 +73,11 @@ def train(
     """Run a recipe to its end, resuming the newest whole checkpoint, and return the folder of the result.
 
     In a process that `torchrun` started this is one of several that share the run; each must call it.
-
-    Args:
-        runs: folder of all runs; this one writes to runs/NAME.
-        restart: begin anew: earlier checkpoints and logs are deleted; an earlier result stays until the new one.
-        progress: show a bar with the time left, on a terminal.
-        stop_after: stop, saved, after this many steps of this call; the folder of the run is returned.
-
-    Raises:
-        UniLIPError: the recipe contradicts itself, its sources or data, or the run that it would resume; losses that
-            are no numbers, `skip_limit` in a row.
-        Interrupted: SIGINT or SIGTERM came; the state is saved.
+    In: runs: folder of all runs; this one writes to runs/NAME. restart: begin anew: earlier checkpoints and logs are
+    deleted. progress: show a bar, on a terminal. stop_after: stop, saved, after so many steps; the run's folder is
+    returned.
+    Raises UniLIPError: the recipe contradicts itself, its sources, its data or the run to resume, or losses are no
+    numbers, `skip_limit` in a row; Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"stop_after is {stop_after}; it must be at least 1 step.")
@@ -187,10 +181,7 @@ def mixed_precision(recipe: Recipe, device: torch.device) -> torch.autocast:
 
 
 class Float32Attention(TorchFunctionMode):
-    """Attention in float32 inside of autocast, for a CPU: its backward pass in bfloat16 is six times slower than that.
-
-    Not for layers that run again in the backward pass: no such mode reaches into that.
-    """
+    """Attention in float32 inside of autocast on a CPU, whose bfloat16 backward is six times slower; not recomputed."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -212,10 +203,7 @@ def cpu_attention(recipe: Recipe, device: torch.device) -> contextlib.AbstractCo
 
 
 class Health:
-    """Counts steps that were skipped because they were not finite, without making the device wait.
-
-    The answer of a step is looked at one step later, when a GPU has it at hand; on a CPU at once.
-    """
+    """Counts steps skipped as not finite; looked at a step later, so that no GPU waits; on a CPU at once."""
 
     def __init__(self, device: torch.device, limit: int) -> None:
         self.limit = limit
@@ -285,11 +273,7 @@ class Loop:
         self.bar: Any = None
 
     def resume(self) -> int:
-        """Load the newest usable checkpoint of the run, if any; returns the step to go on from.
-
-        Raises:
-            DamagedCheckpoint: there are checkpoints, and none of them can be used.
-        """
+        """Load the newest usable checkpoint, if any; returns the step to go on from. Raises DamagedCheckpoint."""
         step, folders = 0, processes.told(wholes(self.run_folder))
         for i, folder in enumerate(folders):
             try:
@@ -378,10 +362,7 @@ class Loop:
         self.state.settle()
 
     def one_step(self, loader: Iterator[dict[str, Any]]) -> dict[str, Tensor]:
-        """Accumulate, clip, update; the adversary likewise where there is one. Returns the means of the terms.
-
-        A step that is not finite in any process changes nothing in all of them.
-        """
+        """Accumulate, clip, update, the adversary too; returns the means. A step not finite anywhere is none."""
         recipe, device = self.recipe, self.model.device
         adversary = self.objective.adversary
         means_before = [] if adversary is None else [b.clone() for b in adversary.buffers()]
@@ -525,10 +506,7 @@ class Loop:
         return self.whole(function, *arguments) if parallel.sharded(self.whole) else function(*arguments)
 
     def finish(self) -> Path:
-        """Write the result: averaged weights, latent statistics where asked for, and the recipe, as a model folder.
-
-        The result of a run that trained an adapter is the adapter's folder.
-        """
+        """Write the result as a model folder: averaged weights, latent statistics, recipe; or the adapter's folder."""
         recipe, model, run = self.recipe, self.model, self.run_folder
         final = run / "final"
         if self.state.ema is not None:
@@ -587,10 +565,7 @@ def plain_batch(batch: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_latents(model: UniLIP, batches: Batches, pictures: int = 1024) -> UniLIPConfig:
-    """Return the config with per-channel mean and 1/standard deviation of the latents of some training pictures.
-
-    The flow needs latents of zero mean and unit variance per channel.
-    """
+    """Return the config with mean and 1/standard deviation of each latent channel over some training pictures."""
     model.config = model.config.replace(latent_mean=0.0, latent_factor=1.0)
     found = []
     for i in range(min(len(batches), math.ceil(pictures / batches.size))):

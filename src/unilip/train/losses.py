@@ -117,10 +117,7 @@ class BlurDown(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Three blurred downsampling stages and a score per patch: (B,3,H,W) -> (B,1,H/8,W/8).
-
-    `means` (2,) are the running mean scores of real and of drawn pictures, which LeCam regularisation needs.
-    """
+    """Three blurred stages and a score per patch: (B,3,H,W) -> (B,1,H/8,W/8); `means` (2,) are LeCam's mean scores."""
 
     means: Tensor
 

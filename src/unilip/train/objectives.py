@@ -1,9 +1,7 @@
 """The objectives of training, each an object that turns a batch into a loss for the one loop.
 
-In:  a recipe, the model, and batches as `unilip.train.batches` makes them.
-Out: `Objective.loss(batch, step)`, a scalar and its named terms; `heads` are weights that exist only for training, and
-     `adversary_loss` is the second player's loss where there is one.
-Shapes: B batch, K noises per condition, V vocabulary.
+Out: `Objective.loss(batch, step)`, a scalar and its named terms; `heads`, weights that exist only for training; and
+`adversary_loss`, the second player's where there is one. B batch, K noises per condition, V vocabulary.
 """
 
 from __future__ import annotations
@@ -503,7 +501,7 @@ class FlowObjective(Objective):
 class FewStepsObjective(FlowObjective):
     """Mean velocity of jumps, learned from a frozen teacher's guided velocity and from shorter jumps (RCGM).
 
-    Levels s and r in [0,1]: a jump from x_s to x_r is x_s - (s - r) F(x_s, s, r), and F(x, s, s) is a velocity. The
+    A jump from x_s to x_r, s and r in [0,1], is x_s - (s - r) F(x_s, s, r), and F(x, s, s) is a velocity. The
     differences are small, so the diffusion transformer computes in float32 whatever the precision of the rest.
     """
 

@@ -1,7 +1,7 @@
 """One model in several processes: each holds all of it (DDP), or a part of every layer (FSDP2).
 
-In:  model and objective of `build`, on the device. Out: a module whose call runs a function of theirs with gradients
-kept in step. The model itself is not edited: what trains keeps its names, its parameters become sharded tensors.
+Out: a module whose call runs a function of theirs with gradients kept in step. The model itself is not edited: what
+trains keeps its names, its parameters become sharded tensors.
 """
 
 from __future__ import annotations

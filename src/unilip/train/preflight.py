@@ -1,8 +1,8 @@
 """Will a recipe fit, and how long will it take? Asked before a GPU hour is spent, on any computer, without weights.
 
 In:  a recipe and hardware ("h100:8"). Out: bytes for each process by what they are for, operations and seconds a step.
-A step is run on tensors that have shapes but no content, and what is alive at once is counted; so changes of the model
-need no new formulas. The rest is arithmetic on the recipe. Time assumes `EFFICIENCY` of the hardware's peak.
+A step is run on tensors that have shapes but no content, and what is alive at once is counted. Time assumes
+`EFFICIENCY` of the hardware's peak.
 """
 
 from __future__ import annotations
@@ -99,10 +99,7 @@ def here(count: int = 1) -> Hardware:
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of tensors that are made inside and alive at once, and the operations of products.
-
-    `peak` is the most bytes there were; convolutions and attention are products too.
-    """
+    """Counts bytes of tensors made inside and alive at once (`peak`: the most), and operations of products."""
 
     def __init__(self) -> None:
         super().__init__()

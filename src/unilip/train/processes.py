@@ -1,8 +1,8 @@
 """The processes of a run: who this one is, what it reads, and the few things that all of them agree on.
 
-`torchrun` tells each process its place in the environment; without it there is one process, and everything here is
-free. A recipe states the global batch, `batch_size` x `accumulate`; `divided` cuts it for any number of processes so
-that a step holds the same samples, and `own_batches` says which of its batches a process reads.
+Without `torchrun` there is one process, and everything here is free. A recipe states the global batch; `divided` cuts
+it for any number of processes so that a step holds the same samples, and `own_batches` says which batches a process
+reads.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ def again() -> bool:
 def divided(recipe: Recipe, processes: int) -> Recipe:
     """Return the recipe with its step cut into batches for so many processes; the samples of a step stay the same.
 
-    The result's `accumulate` counts the batches of a step over all processes, so that the batch of an index, and the
-    step that an index belongs to, mean the same in each of them. One process gets the recipe as it is.
-
+    Its `accumulate` counts the batches of a step over all processes. One process gets the recipe as it is.
     Raises ConfigError: the samples of a step cannot be shared out equally.
     """
     samples = recipe.batch_size * recipe.accumulate
@@ -105,10 +103,9 @@ def join(device: torch.device) -> None:
 def agree(store: Any) -> str:
     """Agree with the other processes on a name that no earlier attempt had.
 
-    torchrun keeps one store over its restarts, where the addresses of processes that are gone still stand: who reads
-    one of these waits for a dead process. So each process says hello under a name of its own, the first answers what it
-    finds there until all have heard it, and what follows is stored under the first one's name.
-
+    torchrun keeps one store over its restarts, with addresses of processes that are gone. So each process says hello
+    under a name of its own, the first answers what it finds there until all have heard it, and what follows is stored
+    under that name.
     Raises UniLIPError: a process does not come within the time that others are waited for.
     """
     own = uuid.uuid4().hex

@@ -80,10 +80,7 @@ class EMA:
 
 
 class State:
-    """Everything that changes: trained weights by name, training-only modules, optimizers, averages.
-
-    `counters` are whole numbers that go with a checkpoint.
-    """
+    """Everything that changes: trained weights by name, training-only modules, optimizers, averages, `counters`."""
 
     def __init__(
         self,
@@ -104,7 +101,6 @@ class State:
         """Write a checkpoint under a temporary name, rename it, and drop all but the newest `recipe.keep`.
 
         Several processes write in the background; `settle` waits for the end of it.
-
         Raises CheckpointError: it cannot be written; what was there before is whole still.
         """
         self.settle()
@@ -125,10 +121,7 @@ class State:
         return pending.target
 
     def settle(self) -> None:
-        """Wait for the checkpoint that is being written, if there is one; all processes must ask.
-
-        Raises CheckpointError: it could not be written.
-        """
+        """Wait for the checkpoint being written; all processes must ask. Raises CheckpointError: it could not be."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.finish()
@@ -178,10 +171,8 @@ class State:
     def restore(self, folder: Path, recipe: Recipe) -> int:
         """Take everything back from a checkpoint of the same recipe, exactly; returns its step.
 
-        Raises:
-            ConfigError: the recipe has other settings now.
-            DamagedCheckpoint: a file is missing, cut off, or not what was written.
-            CheckpointError: it holds other tensors.
+        Raises ConfigError: other settings now; DamagedCheckpoint: a file is not what was written; CheckpointError:
+        other tensors.
         """
         about = inspect(folder)
         changed = changed_settings(recipe, about["recipe"])
@@ -359,9 +350,8 @@ def newest(run: Path) -> Path | None:
 
 
 def inspect(folder: Path) -> dict[str, Any]:
-    """Return what a checkpoint's `state.json` says, once its files are found to be what was written.
-
-    Raises DamagedCheckpoint: they are not; the message names the file.
+    """Return what `state.json` says, once the files are what was written. Raises DamagedCheckpoint, naming one that is
+    not.
     """
     complaint, about = "", {}
     if processes.first():
