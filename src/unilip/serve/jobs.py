@@ -133,7 +133,7 @@ Job = Generate | Edit | Reconstruct | Ask
 
 @dataclass(frozen=True)
 class Event:
-    """ "start" (left the queue), "step" (`step` of `steps`), "text" (a piece), "partial" (`image`), and, last, "end"."""
+    """It left the queue ("start"), `step` of `steps`, a piece of "text", a "partial" `image`, or, last, the "end"."""
 
     kind: Literal["start", "step", "text", "partial", "end"]
     step: int = 0
