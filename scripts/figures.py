@@ -27,8 +27,10 @@ from PIL import Image
 from torch import Tensor
 
 from unilip import UniLIP
-from unilip.demo import judge
+from unilip.demo import Question, judge
 from unilip.emoji.concepts import SHAPES, concept
+from unilip.emoji.edits import Edit
+from unilip.emoji.judge import judge_edit, judge_prompt
 from unilip.emoji.render import render
 from unilip.emoji.world import Scene, World
 from unilip.method.qwen2 import Attention, Rotation, rotate
@@ -88,39 +90,54 @@ def grid(rows: Sequence[tuple[str, Sequence[Any]]], titles: Sequence[str], width
 
 @torch.no_grad()
 def draw_overview(model: UniLIP) -> Any:
-    """All bundled examples: the first question of each picture, its reconstruction, the prompts, the edits."""
-    record = bundled()
+    """All bundled examples, right or wrong: the prompts, the edits, a question of each picture, its reconstruction."""
+    record, world = bundled(), judge().world
 
     def generators(count: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(0) for _ in range(count)]
 
-    entries, prompts, edits = record["pictures"], record["prompts"], record["edits"]
+    def right(picture: Image.Image, scene: dict[str, Any], task: str = "recon") -> bool:
+        return judge_prompt(judge().read(picture), Scene.from_dict(scene), task, world).ok
+
+    entries, prompts, asked, edits = (record[name] for name in ("pictures", "prompts", "asked", "edits"))
     pictures = [open_picture(entry["file"]) for entry in entries]
-    questions = [entry["questions"][0]["question"] for entry in entries]
-    answers = model.ask(pictures, questions, max_new_tokens=32)
+    questions = [Question(q["question"], tuple(q["answers"])) for q in (entry["questions"][0] for entry in entries)]
+    answers = model.ask(pictures, [q.question for q in questions], max_new_tokens=32)
+    again = model.reconstruct(pictures).images
     sources, wanted = [open_picture(e["source"]) for e in edits], [e["instruction"] for e in edits]
     edited = model.edit(sources, wanted, generator=generators(len(edits)), progress=False).images
     drawn = model.generate(prompts, generator=generators(len(prompts)), progress=False).images
-    rows: list[tuple[str, list[tuple[str, Any]]]] = [
-        ("understand", [(f"{q} -- {a}", p) for q, a, p in zip(questions, answers, pictures, strict=True)]),
-        ("reconstruct", [("", image) for image in model.reconstruct(pictures).images]),
-        ("generate", [(prompt, image) for prompt, image in zip(prompts, drawn, strict=True)]),
-        ("edit", [x for a, w, b in zip(sources, wanted, edited, strict=True) for x in (("", a), (w, b))]),
+    scenes = [(Scene.from_dict(e["source_scene"]), Scene.from_dict(e["target_scene"])) for e in edits]
+    changes = [
+        Edit(before, e["instruction"], after, e["kind"]) for e, (before, after) in zip(edits, scenes, strict=True)
     ]
+    done = [judge_edit(judge(), image, edit).ok for image, edit in zip(edited, changes, strict=True)]
+    rows: list[tuple[str, list[tuple[str, Any, bool | None]]]] = [
+        ("draw", [(p, x, right(x, a["scene"], a["task"])) for p, x, a in zip(prompts, drawn, asked, strict=True)]),
+        ("edit", [
+            cell for source, words, image, ok in zip(sources, wanted, edited, done, strict=True)
+            for cell in (("before", source, None), (words, image, ok))
+        ]),
+        ("ask", [
+            (f"{q.question}\n“{a}”", p, q.accepts(a)) for q, a, p in zip(questions, answers, pictures, strict=True)
+        ]),
+        ("reconstruct", [("", x, right(x, e["scene"])) for x, e in zip(again, entries, strict=True)]),
+    ]  # fmt: skip
     count = max(len(cells) for _, cells in rows)
     figure, axes = pyplot().subplots(
-        len(rows), count, figsize=(1.7 * count + 0.4, 2.05 * len(rows)), squeeze=False, layout="constrained"
+        len(rows), count, figsize=(2 * count + 0.3, 2.35 * len(rows)), squeeze=False, layout="constrained"
     )
     for line, (label, cells) in zip(axes, rows, strict=True):
-        line[0].set_ylabel(label, fontsize=11)
-        for axis, (title, picture) in itertools.zip_longest(line, cells, fillvalue=("", None)):
+        line[0].set_ylabel(label, fontsize=12)
+        for axis, (title, picture, ok) in zip(line, cells, strict=True):
             axis.set_xticks([])
             axis.set_yticks([])
-            if picture is None:
-                axis.axis("off")
-            else:
-                axis.imshow(np.asarray(picture), interpolation="nearest")
-                axis.set_title(textwrap.fill(title, 24), fontsize=7.5)
+            axis.spines[:].set_color("#d0d0d0")
+            axis.imshow(np.asarray(picture), interpolation="nearest")
+            axis.set_title("\n".join(textwrap.fill(part, 25) for part in title.split("\n")), fontsize=9)
+            if ok is not None:
+                mark, colour = ("✓", "#1a7f37") if ok else ("✗", "#c62828")
+                axis.set_xlabel(mark, color=colour, fontsize=12, labelpad=1)
     return figure
 
 

@@ -146,7 +146,7 @@ CASES = {
     "an unknown fit": (["reconstruct", "{broken}/good.png", "--fit", "squeeze"], "crop"),
     "an unknown dtype": ([*GENERATE, "--dtype", "int4"], "bfloat16"),
     "an unknown device": ([*GENERATE, "--device", "tpu"], "allowed: auto, cpu"),
-    "a device that is not there": ([*GENERATE, "--device", "cuda:99"], "--device cuda:99"),
+    "a device that is not there": ([*GENERATE, "--device", "cuda:99"], "device cuda:99"),
     "a top-p of zero": (["ask", "Why?", "--top-p", "0"], "above 0"),
     "a negative temperature": (["ask", "Why?", "--temperature", "-1"], "at least 0"),
     # verbs, options, recipes

@@ -201,6 +201,8 @@ def test_tensors(dtype):
     assert pixel(tensor) == (0, 255, 0)
     assert load_image(tensor[0]).size == (2, 1)  # a grey (H,W) is not turned
     assert pixel(tensor[1:2]) == (255, 255, 255)
+    with pytest.raises(ImageError, match=r"tensor must be .* not \(2, 80, 3\)"):  # the shape as it was given
+        load_image(torch.zeros(2, 80, 3).to(dtype))
     assert pixel(tensor.clone().requires_grad_() if dtype.is_floating_point else tensor) == (0, 255, 0)
 
 

@@ -119,6 +119,7 @@ def test_an_interrupt_leaves_out_the_rest_and_lasts_for_one_call(pipe):
     def callback(pipe, step, timestep, tensors):
         steps.append(step)
         pipe._interrupt = step == 1
+        assert pipe.num_timesteps == 5
 
     pipe("stars", num_inference_steps=5, callback_on_step_end=callback)
     assert steps == [0, 1]

@@ -310,7 +310,7 @@ class Ask:
                 "question": ("STRING", {"multiline": True, "default": "What is this?"}),
                 "max_new_tokens": ("INT", {"default": 128, "min": 1, "max": 4096}),
                 "temperature": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 2.0, "step": 0.05}),
-                "seed": ("INT", {"default": 0, "min": 0, "max": 2**64 - 1}),
+                "seed": ("INT", {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": False}),
             },
             "optional": {"image": ("IMAGE",)},
         }

@@ -79,9 +79,9 @@ def choose_device(name: str = "auto") -> str:
         name = "cuda" if gpus else "mps" if mps else "cpu"
     if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= gpus:
         have = f"has {gpus} CUDA device{'s' if gpus > 1 else ''}, numbered from 0" if gpus else "offers no CUDA device"
-        raise UniLIPError(f"--device {name}: PyTorch {have} here; use --device cpu, or auto.")
+        raise UniLIPError(f"device {name}: PyTorch {have} here; use cpu, or auto.")
     if name == "mps" and not mps:
-        raise UniLIPError("--device mps: PyTorch offers no Apple GPU here; use --device cpu, or auto.")
+        raise UniLIPError("device mps: PyTorch offers no Apple GPU here; use cpu, or auto.")
     place = Place.of_environment()
     return f"cuda:{place.local % gpus}" if name == "cuda" and place.world > 1 else name
 

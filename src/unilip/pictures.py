@@ -81,6 +81,8 @@ def load_image(image: ImageLike) -> Image.Image:
     if isinstance(image, Tensor):
         values = image.detach().cpu()
         values = values.float() if values.is_floating_point() else values
+        if values.dim() == 3 and len(values) not in (1, 3, 4):
+            raise ImageError(f"An image tensor must be (H,W) or (1, 3 or 4,H,W), not {tuple(values.shape)}.")
         image = _array_to_image((values.movedim(0, -1) if values.dim() == 3 else values).numpy())
     elif isinstance(image, np.ndarray):
         image = _array_to_image(image)

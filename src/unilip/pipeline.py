@@ -46,6 +46,7 @@ class UniLIPPipeline:
     def __init__(self, model: UniLIP) -> None:
         self.model = model
         self._interrupt = False
+        self.num_timesteps = 0  # of the last call
         self._progress_bar_config: Progress = {}
         self._scales: dict[str, float] = {}  # of adapters that `disable_lora` switched off
 
@@ -295,6 +296,7 @@ class UniLIPPipeline:
             "progress": self._progress_bar_config,
         }
         self._interrupt = False
+        self.num_timesteps = self.model._settings(preset, num_inference_steps, guidance_scale, None).num_inference_steps
         try:
             if image is None:
                 output = self.model.generate(prompt, **settings)

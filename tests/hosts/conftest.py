@@ -31,8 +31,17 @@ for name in ("nms", "qnms"):
 REPORT: list[str] = []
 
 
+def short(value: object, most: int = 300) -> object:
+    """Cut what was sent to what its kind can be told by: the beginnings of texts without pictures, two of the tools."""
+    if isinstance(value, dict):
+        return {name: short(one[:2] if name == "tools" else one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [short(one) for one in value]
+    return value[:most] if isinstance(value, str) and PIXEL not in value else value
+
+
 class Recorder(BaseHTTPRequestHandler):
-    """Passes requests on, and keeps the JSON among them, with the smallest of pictures in place of theirs.
+    """Passes requests on, and keeps the JSON among them, shortened, with the smallest of pictures in place of theirs.
 
     `make test-hosts ARGS=--record` writes them to tests/recorded_requests.json, which the quick suite sends again.
     """
@@ -43,7 +52,7 @@ class Recorder(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.command == "POST" and "json" in self.headers.get("Content-Type", ""):
             small = re.sub(r"iVBORw0KGgo[A-Za-z0-9+/=]{40,}", PIXEL, body.decode())
-            entry = {"path": self.path, "body": json.loads(small)}
+            entry = {"path": self.path, "body": short(json.loads(small))}
             if entry not in self.kept.setdefault(Recorder.client, []):
                 self.kept[Recorder.client].append(entry)
         onward = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
@@ -128,6 +137,9 @@ def install(folder: Path, packages: tuple[str, ...], beside: bool = False) -> Pa
     uv = shutil.which("uv")  # much faster, where it is at hand
     which = ["--python", python]  # each has its own place for it
     pip = [uv, "pip", "install", *which] if uv else [sys.executable, "-m", "pip", *which, "install"]
+    if beside and uv:  # which sees nothing that is beside, and would bring another PyTorch
+        (folder / "overrides.txt").write_text("torch; python_version < '3'\n")
+        pip += ["--overrides", folder / "overrides.txt"]
     pip += ["-q", *packages]
     done = subprocess.run(pip, capture_output=True, text=True, timeout=INSTALL_SECONDS)
     if done.returncode:

@@ -47,7 +47,7 @@ def test_vlmevalkit(place, tmp_path):
     python = place / "vlmevalkit" / "bin" / "python"
     if not python.exists():
         python = beside(place / "vlmevalkit", ("torchvision==0.28.0",))
-        install(place / "vlmevalkit", ("-r", str(kit / "requirements.txt")))
+        install(place / "vlmevalkit", ("-r", str(kit / "requirements.txt")), beside=True)
     found = run([python, KITS / "vlmevalkit_task.py", PICTURE, tmp_path], "VLMEvalKit", kit)
     assert len(found["answer"]) == 3 and found["right"] > 0
 
@@ -63,6 +63,6 @@ def test_open_webui(server, place, tmp_path):
     pytest.importorskip("selenium", reason="selenium is not installed")
     if not shutil.which("chromium") or not shutil.which("chromedriver"):
         pytest.skip("needs chromium and chromedriver")
-    python = install(place / "open-webui", ("open-webui",))
+    python = install(place / "open-webui", ("open-webui",), beside=True)
     found = run([sys.executable, KITS / "open_webui.py", python, server, PICTURE, tmp_path], "Open WebUI", tmp_path)
     assert "panda" in found["answer"] and "pink" in found["follow_up"]
