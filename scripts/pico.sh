@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the CPU edition: all six stages in order, each where it was stopped; what has ended is left alone.
+# Train the CPU edition: all seven stages in order, each where it was stopped; what has ended is left alone.
 #
 #   scripts/pico.sh [RUNS]                 go on from the stages that lie in weights/chain
 #   FRESH=1 scripts/pico.sh [RUNS]         from nothing
@@ -29,4 +29,5 @@ alone recon_distill
 wait "$words"
 shared pretrain --set compile=true
 shared sft --set compile=true
-echo "$runs/pico/sft/final"
+shared shapes
+echo "$runs/pico/shapes/final"

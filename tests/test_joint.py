@@ -109,7 +109,10 @@ def test_server_and_chat(fresh_model, tiny_model, pair):
 
 
 def test_training_teaches_it(tiny_model, tiny_folder, tmp_path):
-    given = override(get_recipe("tiny/joint"), ["data.edit_share=0.7", "objective.drop_prompt=0.3"])
+    given = override(
+        get_recipe("tiny/shapes"),
+        ["data.shapes=", "data.joint=0.5", "data.edit_share=0.7", "objective.drop_prompt=0.3"],
+    )
     batches, plain = (
         make_batches(one, tiny_model.config, tiny_model.processor) for one in (given, override(given, ["data.joint=0"]))
     )
