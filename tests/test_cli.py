@@ -23,6 +23,8 @@ from unilip.emoji.world import Scene
 from unilip.errors import UniLIPError
 from unilip.model import UniLIP
 from unilip.pictures import load_image, picture_psnr
+from unilip.recipes import catalog
+from unilip.recipes.record import override
 
 QUICK = ["--steps", "2", "--no-progress", "--device", "cpu"]
 
@@ -439,6 +441,17 @@ def test_examples_are_whole():
     for path in [p.path for p in found.pictures] + [p for e in found.edits for p in (e.source, e.target)]:
         assert Image.open(path).size == (112, 112)
     assert found.pictures[0].questions[0].accepts("A panda.") and not found.pictures[0].questions[0].accepts("a cat")
+
+
+def test_the_demo_teaches_a_new_thing(tmp_path, monkeypatch):
+    """Three steps teach nothing, and that is what it then says; only the embedded model is taught."""
+    short = override(catalog.get_recipe("lora/concept"), ["steps=3"])
+    monkeypatch.setattr(catalog, "get_recipe", lambda name: short)
+    show = demo._Show(UniLIP.from_pretrained(), tmp_path, 0, "", ())
+    title, line, body = show.learn()
+    assert show.result["learned"] == [0, 0] and "0 of 16 right before, 0 after" in line and "lora/concept" in body
+    assert len(list(tmp_path.glob("learn-*.png"))) == 9 and title == "Learn"
+    assert cli.main(["demo", "--learn", "--model", "nowhere", "--output", str(tmp_path / "demo")]) == 2
 
 
 def test_the_demo_judges_what_it_should_have_drawn():

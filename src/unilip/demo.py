@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 MARKER = ".unilip-demo"  # lists the files of a demo, so that the next one replaces these and nothing else
 PAGE = "index.html"
+TAUGHT = 20  # pictures of a new thing
 JUDGED = " The marks are of the judge that the evaluation uses: it compares pictures with drawings, without a network."
 
 
@@ -161,12 +163,13 @@ def run(
     *,
     source: Sequence[str] = (),
     loaded: str = "",
+    learn: bool = False,
 ) -> dict[str, Any]:
     """Try everything, write the page to `folder`, and return the numbers on it.
 
-    `say` gets a line after each part; `source` are the options that name the model, `loaded` a remark on loading. The
-    folder changes only once all is done. Raises UniLIPError: the folder holds something else, or the model lacks a
-    part.
+    `say` gets a line after each part; `source` are the options that name the model, `loaded` a remark on loading;
+    `learn` teaches the embedded model a new thing as well, which takes minutes. The folder changes only once all is
+    done. Raises UniLIPError: the folder holds something else, or the model lacks a part.
     """
     check_folder(folder)
     place = folder.absolute()
@@ -175,7 +178,7 @@ def run(
     try:
         show = _Show(model, new, seed, str(folder), source)
         sections = []
-        for part in (show.generate, show.edit, show.ask, show.reconstruct, show.outside):
+        for part in (show.generate, show.edit, show.ask, show.reconstruct, show.outside, *[show.learn] * learn):
             title, line, body = part()
             sections.append(f"<section><h2>{title}</h2><p>{html.escape(line)}</p>{body}</section>")
             say(f"{title.lower()}: {line}")
@@ -319,6 +322,54 @@ class _Show:
             _section(note, [_card(row)], again, wide=True),
         )
 
+    def learn(self) -> tuple[str, str, str]:
+        """Train an adapter on a thing that no training showed; draw it before and after, in words not taught."""
+        from unilip.emoji.captions import with_article
+        from unilip.emoji.dataset import Scenes
+        from unilip.recipes.catalog import get_recipe
+        from unilip.recipes.record import override
+        from unilip.train.loop import train
+
+        world, atlas = judge().world, judge().atlas
+        thing = with_article(world.extra[0])
+        lesson = Scenes(world, atlas, "val", 0, TAUGHT, "generation", ("single",), None, world.extra[:1])
+        lessons = [lesson[i] for i in range(TAUGHT)]
+        known = Scenes(world, atlas, "train", 1, 2 * TAUGHT, "generation")
+        captions = {item["caption"] for item in lessons}
+        asked = [f"{thing} on {with_article(name)} background" for name in world.backgrounds]
+        asked = [prompt for prompt in asked if prompt not in captions][:4]
+        prompts = [prompt for prompt in asked for _ in range(4)]
+        seeds = [self.seed + i for i in range(4)] * len(asked)
+        with self.timed("learn"), tempfile.TemporaryDirectory() as place:
+            for name, items in (("new", lessons), ("known", [known[i] for i in range(2 * TAUGHT)])):
+                (Path(place) / name).mkdir()
+                for i, item in enumerate(items):
+                    Image.fromarray(item["image"]).save(Path(place) / name / f"{i:02}.png")
+                    (Path(place) / name / f"{i:02}.txt").write_text(item["caption"], encoding="utf-8")
+            settings = [f"data.path={place}/new:1,{place}/known:2", f"seed={self.seed}"]
+            final = train(override(get_recipe("lora/concept"), settings), place, progress=False)
+            drawn = []
+            for model in (self.model, UniLIP.from_pretrained(final).to(self.model.device)):
+                drawn.append(model.generate(prompts, generator=seeds, progress=False).images)
+        right = [[[one.concept for one in judge().read(image).objects] == [world.extra[0]] for image in images]
+                 for images in drawn]  # fmt: skip
+        self.result["learned"] = [sum(one) for one in right]
+        cards = []
+        for i in range(0, len(prompts), 4):
+            pair = [
+                (self.save(drawn[k][i], f"learn-{i // 4}-{when}"), when) for k, when in enumerate(("before", "after"))
+            ]
+            cards.append(_card(_row(*pair), f"“{prompts[i]}”", _verdict(right[1][i], "it is not")))
+        taught = self.save(Image.fromarray(lessons[0]["image"]), "learn-taught")
+        cards.insert(0, _card(_row((taught, "")), f"One of the {TAUGHT}: “{lessons[0]['caption']}”"))
+        note = (
+            f"{thing[:1].upper() + thing[1:]} stands in no training picture. An adapter (LoRA) was trained here and "
+            f"now on {TAUGHT} captioned pictures of it, mixed with known ones; the prompts are not among the captions."
+        )
+        line = f"{thing}: {sum(right[0])} of {len(prompts)} right before, {sum(right[1])} after, {self.rate('learn')}"
+        again = "<pre>unilip train lora/concept --data FOLDER</pre>"
+        return "Learn", line, _section(note, cards, again, wide=True)
+
     def drawn(self, image: Image.Image, task: str, scene: dict[str, Any]) -> tuple[bool, str]:
         """Whether a picture shows what was asked, and that in HTML."""
         if not self.judges:
@@ -361,7 +412,8 @@ class _Show:
             f"{loaded[:1].upper() + loaded[1:]}{', ' if loaded else 'In '}{seconds:.1f} s of work."
         )
         times = max(1, 224 // config.image_size)  # pictures are shown at a whole multiple of their size
-        after = self.command("studio") + self.command("generate", "a green cactus", "--num-images", "4")
+        learn = "" if self.source else "<pre>unilip demo --learn   # two minutes: a thing that it never saw</pre>"
+        after = learn + self.command("studio") + self.command("generate", "a green cactus", "--num-images", "4")
         shared = (resources.files("unilip") / "serve" / "page" / "style.css").read_text(encoding="utf-8")
         template = Template((resources.files("unilip") / "demo.html").read_text(encoding="utf-8"))
         return template.substitute(

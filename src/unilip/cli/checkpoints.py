@@ -124,11 +124,13 @@ def demo(o: Options) -> int:
     folder = Path(o.output or "demo").expanduser()
     page.check_folder(folder)
     page.examples()
+    options = (*(("--model", o.model) if o.model else ()), *(word for one in o.adapter for word in ("--adapter", one)))
+    if o.learn and options:
+        raise UniLIPError(f"--learn teaches the embedded model; leave {options[0]} out.")
     model = load(o)
     loaded = report.loaded()
     say(f"{describe_model(o, model)['model']} on {device}, {loaded}")
-    options = (*(("--model", o.model) if o.model else ()), *(word for one in o.adapter for word in ("--adapter", one)))
-    result = page.run(model, folder, o.seed, say, source=options, loaded=loaded)
+    result = page.run(model, folder, o.seed, say, source=options, loaded=loaded, learn=o.learn)
     report.line(f"{folder / page.PAGE}")
     report.end("the page is ready", **describe_model(o, model), **result)
     return 0
