@@ -48,8 +48,7 @@ class Report:
     def lines(self) -> list[str]:
         """Say it in lines."""
         counts = ", ".join(f"{count:,} {kind}" for kind, count in self.counts.items() if count)
-        shards = f"{self.shards} shard{'' if self.shards == 1 else 's'}"
-        found = [f"{self.location}: {shards}; {counts}"]
+        found = [f"{self.location}: {f'{self.shards} shards; ' if self.shards > 1 else ''}{counts}"]
         found += [f"damaged: {fault}" for fault in self.damaged]
         found += [f"note: {note}" for note in self.notes]
         found.append(f"read {self.read:,} samples, of which {self.bad:,} cannot be used")
@@ -67,7 +66,7 @@ class Report:
         for what, (low, middle, high) in self.characters.items():
             found.append(f"{what}: {low} to {high} characters, median {middle}")
         if self.repeated_texts:
-            found.append(f"texts that came before: {self.repeated_texts:,}")
+            found.append(f"repeated texts: {self.repeated_texts:,}")
         return found
 
 

@@ -133,5 +133,6 @@ def validation(errors: Sequence[Mapping[str, Any]]) -> Trouble:
         message = known.format(**first.get("ctx", {}))
     more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
     glue = " " if known else ": "
-    text = f"{place}{glue}{message}{more}" if place else f"{message}{more}"
+    named = not place or message.startswith(f"{place} ")
+    text = f"{message}{more}" if named else f"{place}{glue}{message}{more}"
     return Trouble(400, text[:1000], str(first["type"])[:80], place or None)

@@ -124,7 +124,7 @@ function factsOf(entry) {
     entry.seed === undefined ? '' : `seed ${entry.seed}`, about.preset || (about.steps ? `${about.steps} steps` : ''),
     about.best_of > 1 ? `best of ${about.best_of}` : '', about.guidance === undefined ? '' : `guidance ${about.guidance}`, entry.size ?? '',
     entry.psnr === undefined ? '' : `${entry.psnr.toFixed(1)} dB`, entry.seconds ? `${entry.seconds.toFixed(1)}\u00a0s` : '',
-  ].filter(Boolean).join(' · ');
+  ].filter(Boolean).join('\u00a0· ');
 }
 
 // --- the gallery, with its viewer
