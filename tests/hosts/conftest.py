@@ -31,7 +31,7 @@ for name in ("nms", "qnms"):
 REPORT: list[str] = []
 
 
-def short(value: object, most: int = 300) -> object:
+def short(value: object, most: int = 80) -> object:
     """Cut what was sent to what its kind can be told by: the beginnings of texts without pictures, two of the tools."""
     if isinstance(value, dict):
         return {name: short(one[:2] if name == "tools" else one) for name, one in value.items()}
