@@ -200,6 +200,18 @@ def test_edit_takes_a_batch(node, tiny_model, image):
     assert not torch.equal(made, node("UniLIPEdit", **inputs, fit="pad")[0])
 
 
+def test_a_second_image_helps_with_each(node, tiny_model, image):
+    inputs = {"model": tiny_model, "image": image, "instruction": "make it red", "fit": "resize", **DRAW, "count": 2}
+    (made,) = node("UniLIPEdit", **inputs, image2=image[:1], keep_aspect=False)
+    assert made.shape == (4, 56, 56, 3)
+    sources = [(one * 255).round().byte().numpy() for one in (image[1], image[0])]
+    alone = tiny_model.edit(
+        sources, "make it red", joint=True, num_inference_steps=2, generator=[5, 6], num_images_per_prompt=2
+    )
+    for one, other in zip(made[2:], alone, strict=True):
+        assert ((one * 255) - torch.from_numpy(np.array(other))).abs().max() <= 1
+
+
 def test_ask_answers_with_and_without_a_picture(pack, node, tiny_model, image):
     inputs = {"model": tiny_model, "question": "What is this?", "max_new_tokens": 4, "temperature": 0.0, "seed": 0}
     assert node("UniLIPAsk", **inputs, image=image)[0] == tiny_model.ask(

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import json
 import logging
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from PIL import Image, ImageChops
 from starlette.testclient import TestClient
 
-from unilip import UniLIP
+from unilip import UniLIP, cli
 from unilip.errors import ConfigError, UniLIPError
+from unilip.pipeline import UniLIPPipeline
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
 from unilip.serve.app import Settings, create_app
@@ -46,7 +48,7 @@ def test_a_prompt_has_a_block_for_each_picture(tiny_model):
 def test_both_pictures_are_read_and_one_is_as_ever(tiny_model, pair):
     a, b = pair
     plain = tiny_model.edit(a, "make it red", generator=0, **QUICK).images[0]
-    assert apart(tiny_model.edit([a], "make it red", joint=True, generator=0, **QUICK).images[0], plain) == 0
+    assert apart(tiny_model.edit([a], "make it red", generator=0, **QUICK).images[0], plain) == 0
     how = {"joint": True, "guidance_scale": 1.0, "output_type": "latent", "solver": "euler", **QUICK}
     both = tiny_model.edit([a, b], "make it red", generator=0, **how).images
     assert both.shape[0] == 1
@@ -72,8 +74,42 @@ def test_what_was_not_taught_is_said_and_too_much_refused(tiny_model, fresh_mode
         assert not caplog.text
     with pytest.raises(UniLIPError, match=r"300 pictures have .* image tokens.*at most .*fewer pictures"):
         taught.edit([pair[0]] * 300, "x", joint=True, **QUICK)
-    with pytest.raises(UniLIPError, match="joint"):
-        taught.edit(list(pair), "x", joint="yes", **QUICK)
+    for images, joint in ((list(pair), "yes"), (pair[0], True), ([pair[0]], True)):
+        with pytest.raises(UniLIPError, match="joint"):
+            taught.edit(images, "x", joint=joint, **QUICK)
+
+
+def test_the_command_and_the_pipeline_know_it(tiny_model, tiny_folder, pair, tmp_path, monkeypatch, capsys):
+    expected = tiny_model.edit(list(pair), "make it red", joint=True, generator=3, **QUICK).images[0]
+    made = UniLIPPipeline(tiny_model)("make it red", list(pair), joint=True, generator=3, num_inference_steps=1).images
+    assert len(made) == 1 and apart(made[0], expected) == 0
+    monkeypatch.chdir(tmp_path)
+    for name, image in zip("ab", pair, strict=True):
+        image.save(f"{name}.png")
+    lines = [{"prompt": "make it red", "seed": 3}, {"prompt": "make it red", "seed": 3, "image": ["b.png", "a.png"]}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    always = ["--model", str(tiny_folder), "--device", "cpu", "--steps", "1", "--joint", "--json"]
+
+    def run(*words):
+        code = cli.main(["edit", *words, *always])
+        return code, *capsys.readouterr()
+
+    code, out, err = run("a.png", "b.png", "make it red", "--seed", "2", "--num-images", "2")
+    found = json.loads(out)["images"]
+    assert code == 0 and "not learned" in err and [one["seed"] for one in found] == [2, 3]
+    assert found[0]["image"] == "a.png" and found[0]["others"] == ["b.png"]
+    assert apart(Image.open(found[1]["path"]), expected) <= 1
+    found = json.loads(run("a.png", "b.png", "--prompts", "p.jsonl")[1])["images"]
+    assert apart(Image.open(found[0]["path"]), expected) <= 1 and found[1]["image"] == "b.png"
+    assert apart(Image.open(found[1]["path"]).resize(expected.size), expected) > 1
+    (tmp_path / "odd.jsonl").write_text('{"prompt": "x", "image": []}')
+    bad = {
+        "has several pictures": ["a.png", "x"], "There is no image": ["x"], "no image file": ["a.png", "c.png", "x"],
+        "image tokens": ["a.png"] * 300 + ["x"], "image is not understood": ["--prompts", "odd.jsonl"],
+    }  # fmt: skip
+    for message, words in bad.items():
+        code, out, err = run(*words)
+        assert code == 2 and message in err and not out, message
 
 
 def test_server_and_chat(fresh_model, tiny_model, pair):
@@ -81,6 +117,8 @@ def test_server_and_chat(fresh_model, tiny_model, pair):
     expected = tiny_model.edit(list(pair), "make it red", joint=True, generator=3, **QUICK).images[0]
     chat = tiny_model.chat(seed=3, joint=True, **QUICK)
     assert apart(chat("make it red", list(pair)).images[0], expected) == 0
+    assert len(chat("make it blue").images) == 1, "of the one picture that there is now"
+    assert [len(one.chat(**QUICK)("make it red", list(pair)).images) for one in (model, tiny_model)] == [1, 2]
 
     def packed(image):
         file = io.BytesIO()
@@ -99,6 +137,11 @@ def test_server_and_chat(fresh_model, tiny_model, pair):
         assert len(found) == 1, "a model that learned it does so unasked"
         assert apart(Image.open(io.BytesIO(base64.b64decode(found[0]["b64_json"]))), expected) <= 1
         assert len(client.post("/v1/images/edits", data=form | {"joint": "false"}, files=files).json()["data"]) == 2
+        mask = ("mask", packed(Image.new("RGBA", pair[0].size)))
+        several = [*files, mask]
+        for joint, sent, status in (("true", files[:1], 400), ("false", several, 400), ("", several, 200)):
+            answer = client.post("/v1/images/edits", data=form | {"joint": joint}, files=sent)
+            assert answer.status_code == status, answer.text
         urls = [f"data:image/png;base64,{base64.b64encode(packed(one)).decode()}" for one in pair]
         parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         said = [{"role": "user", "content": [*parts, {"type": "text", "text": "make it red"}]}]
@@ -106,6 +149,12 @@ def test_server_and_chat(fresh_model, tiny_model, pair):
             body = {"messages": said, "steps": 1, "seed": 3, "modalities": ["image"], "joint": joint}
             answer = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
             assert len(answer["images"]) == count
+    with Engine(tiny_model) as engine:
+        client = TestClient(create_app(engine, Settings("tiny", Rules(rate_limit=0))), base_url="http://localhost")
+        for joint, count, warning in (("", 2, "by itself"), ("true", 1, "not learned"), ("false", 2, "")):
+            found = client.post("/v1/images/edits", data=form | {"joint": joint}, files=files).json()
+            assert len(found["data"]) == count and warning in found.get("unilip", {}).get("warning", "")
+            assert bool(warning) == ("warning" in found.get("unilip", {}))
 
 
 def test_training_teaches_it(tiny_model, tiny_folder, tmp_path):

@@ -320,6 +320,7 @@ def test_what_it_saves_and_uploads_diffusers_loads(pipe, tmp_path, monkeypatch):
         ({"prompt": "stars", "height": 57.5}, "height is 57.5"),
         ({"prompt": "stars", "output_type": "jpg"}, "allowed: pil, np, pt, latent"),
         ({"prompt": "stars", "image": "nowhere.png"}, "no image file nowhere.png"),
+        ({"prompt": "stars", "joint": True}, "needs its pictures"),
     ],
     ids=str,
 )
@@ -332,4 +333,4 @@ def test_the_arguments_are_those_of_diffusers():
     from diffusers import SanaPipeline
 
     ours = set(inspect.signature(UniLIPPipeline.__call__).parameters)
-    assert ours - set(inspect.signature(SanaPipeline.__call__).parameters) == {"image", "fit", "preset"}
+    assert ours - set(inspect.signature(SanaPipeline.__call__).parameters) == {"image", "fit", "joint", "preset"}

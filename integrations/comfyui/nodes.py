@@ -259,7 +259,10 @@ class Edit:
 
     CATEGORY, FUNCTION = CATEGORY, "edit"
     RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("images",)
-    DESCRIPTION = "Change each picture as told, `count` times. Result i uses seed + i."
+    DESCRIPTION = (
+        "Change each picture as told, `count` times. Result i uses seed + i. All pictures of `image2` help with each "
+        "change (a joint edit), which a model must have learned."
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -276,22 +279,28 @@ class Edit:
                 "negative_prompt": ("STRING", {"multiline": True, "default": ""}),
                 "keep_aspect": ("BOOLEAN", {"default": True, "tooltip": "give the result the shape of its source"}),
                 **sides(),
+                "image2": ("IMAGE",),
             },
         }
 
     def edit(
         self, model: UniLIP, image: Tensor, instruction: str, seed: int, steps: int, guidance_scale: float,
         solver: str, count: int, fit: str, negative_prompt: str = "", keep_aspect: bool = True, width: int = 0,
-        height: int = 0,
+        height: int = 0, image2: Tensor | None = None,
     ) -> tuple[Tensor]:  # fmt: skip
         """Return (B*count,H,W,3), picture by picture."""
-        sources = pictures(image)
+        sources, others = pictures(image), [] if image2 is None else pictures(image2)
+        seeds = seeded(seed, len(sources) * count)
         given = settings(steps, guidance_scale, solver, negative_prompt, width, height) | {"output_type": "pil"}
-        drawn = ready(model).edit(
-            sources, instruction, fit=fit, num_images_per_prompt=count,  # type: ignore[arg-type]
-            generator=seeded(seed, len(sources) * count), keep_aspect=keep_aspect and not (width or height), **given,
-        )  # fmt: skip
-        return (from_pictures(drawn.images),)
+        given |= {"fit": fit, "num_images_per_prompt": count, "keep_aspect": keep_aspect and not (width or height)}
+        edit = ready(model).edit
+        if not others:
+            return (from_pictures(edit(sources, instruction, generator=seeds, **given).images),)
+        drawn = [
+            edit([one, *others], instruction, joint=True, generator=seeds[i * count : (i + 1) * count], **given).images
+            for i, one in enumerate(sources)
+        ]
+        return (from_pictures([image for images in drawn for image in images]),)
 
 
 class Ask:

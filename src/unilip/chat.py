@@ -118,7 +118,8 @@ class Chat:
 
     Attributes: seed: the n-th picture has seed + n; None draws one for each. from_original: let a change read the
     picture that the changes began with and follow all instructions since, as each encoding loses a little. settings: of
-    `generate`, `edit` and `ask`, each for those that know it. replies: all, with pictures and seeds.
+    `generate`, `edit` and `ask`, each for those that know it; several pictures of a message belong to one change
+    (`joint`) where the model has learned that. replies: all, with pictures and seeds.
     """
 
     model: UniLIP
@@ -187,9 +188,10 @@ class Chat:
             raise PromptError("There is no picture to change yet; bring one as `image`, or have one drawn.")
         if self.from_original:
             sources, words = now.before, joined((*now.changes, words))
-        joint = arguments.get("joint") is True
+        joint = check_flag("joint", arguments.pop("joint", self.model.config.sampling.joint)) and len(sources) > 1
         seeds = [seed + place for place in range(1 if joint else len(sources))]
-        return Reply(verb, words, tuple(self.model.edit(list(sources), words, generator=seeds, **arguments)), seed)
+        drawn = self.model.edit(list(sources), words, generator=seeds, joint=joint, **arguments)
+        return Reply(verb, words, tuple(drawn), seed)
 
     def _ask(self, turns: Sequence[Turn], seed: int, arguments: dict[str, Any]) -> Reply:
         """Answer the last turn with those since the picture came, as far back as the model can read."""

@@ -624,7 +624,7 @@ class UniLIP(Network):
             max_pixels: of a picture that keeps its source's shape, in place of the model's own number.
             joint: the pictures belong to one instruction, or to each: the first is changed, with the help of the
                 others ("put the hat of image 2 on the cat"), which are read at their own shapes. A model that has not
-                learned that (`config.sampling.joint`) does something; a warning says so.
+                learned that (`config.sampling.joint`) draws anything; a warning says so. A single one is an error.
 
         The other arguments are those of `generate`.
         """
@@ -638,9 +638,11 @@ class UniLIP(Network):
         sources, sizes = self._sources(image, fit, height, width, image_size, max_pixels)
         if not sources or not prompts:
             return ImageOutput([])
-        if sampling.check_flag("joint", joint) and len(sources) > 1:
+        if sampling.check_joint(joint, len(sources)):
             sizes = [sizes[0], *self._sources(sources[1:], fit, None, None, None, max_pixels)[1]]
-            self._check_joint(sizes, processor)
+            sampling.check_together([shapes.cells(size) for size in sizes], processor)
+            if not self.config.sampling.joint:
+                logger.warning("%s", sampling.NOT_TAUGHT)
         changed = [0] if joint else range(len(sources))  # the others of a joint edit are only read
         if len(changed) != len(prompts) and 1 not in (len(changed), len(prompts)):
             raise UniLIPError(
@@ -844,17 +846,6 @@ class UniLIP(Network):
         side, sources = self.config.image_size, _pictures(image, fit)
         shapes.targets([(side, side)], side, **given)  # complains where there is no picture, too
         return sources, shapes.targets([s.size if fit == "resize" else (side, side) for s in sources], side, **given)
-
-    def _check_joint(self, sizes: Sequence[Size], processor: Processor) -> None:
-        """Refuse more pictures than the model reads; say where it has not learned to read several."""
-        total = sum(map(shapes.cells, sizes))
-        if total >= processor.max_tokens:
-            raise PromptError(
-                f"{len(sizes)} pictures have {total} image tokens, and the model reads at most {processor.max_tokens} "
-                "tokens; give fewer pictures, or smaller ones (max_pixels)."
-            )
-        if not self.config.sampling.joint:
-            logger.warning("this model has not learned from edits of several pictures: what it draws may be anything")
 
     def _noises(self, sizes: Sequence[Size], generator: Any, given: Tensor | None) -> list[Tensor]:
         """Draw the noise of each picture; or take what is given, for pictures of one size."""

@@ -3,6 +3,7 @@
     pipe = UniLIPPipeline.from_pretrained(...).to("cuda")
     pipe("three yellow stars", num_inference_steps=20, generator=torch.Generator().manual_seed(0)).images[0]
     pipe("change the background to pink", image=picture).images[0]
+    pipe("put the hat of picture 2 on the cat", image=[cat, hat], joint=True).images[0]
 
 In: a prompt, or an instruction and a picture. Out: an object with `.images`. The pipeline holds a `UniLIP` and adds no
 computation of its own; answering and reconstructing are `pipe.model.ask` and `pipe.model.reconstruct`.
@@ -237,6 +238,7 @@ class UniLIPPipeline:
         generator: Generators = None,
         latents: Tensor | None = None,
         fit: Fit = "resize",
+        joint: bool = False,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: PipelineCallback | None = None,
@@ -256,6 +258,7 @@ class UniLIPPipeline:
             generator: one or a seed, used for the pictures in order, or a list with one for each picture.
             latents: noise (B,Z,h,w) to begin with, in place of what `generator` would draw.
             fit: how `image` gets that size: "resize", "crop" or "pad".
+            joint: several pictures belong to one edit of the first, as of `UniLIP.edit`.
             output_type: "pil", "np" (B,H,W,3), "pt" (B,3,H,W), both in [0,1], or "latent".
             return_dict: False returns a tuple whose first entry are the pictures.
             callback_on_step_end: called as f(pipe, step, timestep, {"latents": ...}) after each step. It may return
@@ -273,6 +276,8 @@ class UniLIPPipeline:
         if not (callback_on_step_end is None or callable(callback_on_step_end)):
             raise UniLIPError(f"callback_on_step_end is {callback_on_step_end!r}; give a function.")
         check_flag("return_dict", return_dict)
+        if check_flag("joint", joint) and image is None:
+            raise UniLIPError("A joint edit needs its pictures; give them as image.")
 
         def on_step(_: UniLIP, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> Mapping[str, Tensor] | None:
             given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
@@ -301,7 +306,7 @@ class UniLIPPipeline:
             if image is None:
                 output = self.model.generate(prompt, **settings)
             else:
-                output = self.model.edit(image, prompt, fit=fit, **settings)
+                output = self.model.edit(image, prompt, fit=fit, joint=joint, **settings)
         except _Interrupted as stopped:
             output = self.model.decode(stopped.latents, output_type=output_type)
         return output if return_dict else (output.images,)

@@ -42,6 +42,7 @@ SMALL_WORDS = frozenset(
         "photo drawing want would like can you could some",
     )
 )  # what a plan may leave out of a prompt
+NOT_TAUGHT = "this model has not learned from edits of several pictures: what it draws may be anything"
 FORBIDDEN = (TURN_START, TURN_END, TEXT_END, IMG_CONTEXT)  # control tokens, which nobody means as words
 
 SEEN = "Do you see {}?"  # what the best of several pictures is chosen by
@@ -198,6 +199,22 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(flag, bool):
         raise UniLIPError(f"{name} is {value!r}; it must be True or False.")
     return flag
+
+
+def check_joint(value: Any, count: int) -> bool:
+    """Return whether COUNT pictures belong to one edit. Raises UniLIPError: that was asked of a single one."""
+    if (joint := check_flag("joint", value)) and count == 1:
+        raise UniLIPError("A joint edit has several pictures, and there is one; give another, or leave joint out.")
+    return joint
+
+
+def check_together(cells: Sequence[int], processor: Processor) -> None:
+    """Raise PromptError where pictures of so many image tokens are more than the model reads."""
+    if sum(cells) >= processor.max_tokens:
+        raise PromptError(
+            f"{len(cells)} pictures have {sum(cells)} image tokens, and the model reads at most {processor.max_tokens} "
+            "tokens; give fewer pictures, or smaller ones (max_pixels)."
+        )
 
 
 def check_plan(value: Any) -> bool | str:

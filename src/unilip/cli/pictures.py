@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,6 +38,7 @@ def paint(
         output = draw(batch, settings)
         for i, (request, image) in enumerate(zip(batch, output.images, strict=True)):
             named = {"prompt": request.text, "seed": request.seed} | ({"image": request.image} if request.image else {})
+            named |= {"others": list(request.others)} if request.others else {}
             if output.plans:
                 named["plan"] = output.plans[i]
                 terminal.say(f"planned: {output.plans[i]}")
@@ -78,7 +81,7 @@ def bar_of_steps(o: Options, work: Sequence[Any]) -> bool:
 
 def each_image(o: Options, found: Sequence[terminal.Request]) -> list[terminal.Request]:
     """Repeat every request --num-images times, with seeds that count up."""
-    return [terminal.Request(r.text, r.image, r.seed + i) for r in found for i in range(o.num_images)]
+    return [dataclasses.replace(r, seed=r.seed + i) for r in found for i in range(o.num_images)]
 
 
 def check_drawing(o: Options) -> None:
@@ -110,18 +113,23 @@ def generate(o: Options) -> int:
 def edit(o: Options) -> int:
     """Change pictures as told."""
     report = terminal.Report(o, "edit")
-    work = each_image(o, terminal.requests(o, "instruction", "always"))
+    work = each_image(o, terminal.requests(o, "instruction", "always", joint=o.joint))
     check_drawing(o)
     out = terminal.Destination(o.output, o.force, len(work))
     model = terminal.load(o, "encoder", "mllm", "connector", "dit", "pixel_decoder")
 
     def draw(batch: Sequence[terminal.Request], settings: dict[str, Any]) -> ImageOutput:
-        sources = [r.image or "" for r in batch]
-        return model.edit(
-            sources, [r.text for r in batch], generator=[terminal.seeded(r.seed) for r in batch],
-            progress=bar_of_steps(o, work),
-            fit=o.fit, keep_aspect=o.keep_aspect, **settings,
-        )  # fmt: skip
+        from unilip.model import ImageOutput
+
+        images: list[Any] = []
+        for sources, together in itertools.groupby(batch, lambda r: (r.image, *r.others) if o.joint else None):
+            same = list(together)
+            images += model.edit(
+                list(sources or [r.image or "" for r in same]), [r.text for r in same], joint=o.joint, fit=o.fit,
+                keep_aspect=o.keep_aspect, progress=bar_of_steps(o, work),
+                generator=[terminal.seeded(r.seed) for r in same], **settings,
+            ).images  # fmt: skip
+        return ImageOutput(images)
 
     return paint(o, report, model, work, out, draw)
 

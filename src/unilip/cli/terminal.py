@@ -36,11 +36,15 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to do: words, the picture they are about, if any, and the seed of the first result."""
+    """One thing to do: words, the picture they are about, if any, the seed of the first result, and further pictures.
+
+    `others` are those that only help with a joint edit.
+    """
 
     text: str
     image: str | None
     seed: int
+    others: tuple[str, ...] = ()
 
 
 def read_prompts(name: str) -> list[dict[str, Any]]:
@@ -63,18 +67,26 @@ def _entry(line: str, where: str) -> dict[str, Any]:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UniLIPError(f"{where} is not JSON ({error}); write one object on each line.") from error
-    kinds = {"prompt": str, "image": str, "seed": int}
+    kinds: dict[str, Any] = {"prompt": str, "image": (str, list), "seed": int}
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         raise UniLIPError(f'{where} has no "prompt"; write {{"prompt": "..."}}.')
-    wrong = [k for k, v in entry.items() if k not in kinds or type(v) is not kinds[k]]
+    wrong = [k for k, v in entry.items() if not isinstance(v, kinds.get(k, ())) or isinstance(v, bool)]
+    images = entry.get("image", "")
+    wrong += ["image"] if isinstance(images, list) and not (images and all(isinstance(i, str) for i in images)) else []
     if wrong or not 0 <= entry.get("seed", 0) < 2**63:
         what = ", ".join(wrong) or "seed"
-        raise UniLIPError(f"{where}: {what} is not understood; allowed: prompt, image (texts), seed (0 to 2^63 - 1).")
+        raise UniLIPError(
+            f"{where}: {what} is not understood; allowed: prompt (text), image (text, or "
+            "list of texts), seed (0 to 2^63 - 1)."
+        )
     return entry
 
 
-def requests(o: Options, what: str, image: str) -> list[Request]:
-    """Turn words and --prompts into requests, all checked; `image`: "never", "maybe" or "always" part of one."""
+def requests(o: Options, what: str, image: str, joint: bool = False) -> list[Request]:
+    """Turn words and --prompts into requests, all checked; `image`: "never", "maybe" or "always" part of one.
+
+    With `joint` all pictures of a text are, and not one of each.
+    """
     if o.prompts is not None:
         if image == "never" and o.words:
             raise UniLIPError("A prompt and --prompts FILE were given; give one of them, not both.")
@@ -88,18 +100,23 @@ def requests(o: Options, what: str, image: str) -> list[Request]:
         if os.path.isfile(o.words[-1]):
             raise UniLIPError(f"There is no {what} behind {o.words[-1]}; give it last, in quotes.")
     from unilip.pictures import load_image
-    from unilip.sampling import check_prompt
+    from unilip.sampling import check_joint, check_prompt
 
     found = []
     for entry in entries:
         text = check_prompt(entry["prompt"], what)
-        own = [entry["image"]] if "image" in entry else images
+        own = entry.get("image", images)
+        own = [own] if isinstance(own, str) else own
         if own and image == "never":
             raise UniLIPError("A prompt of `unilip generate` takes no image; use `unilip edit` to change one.")
         if not own and image == "always":
             raise UniLIPError(f"There is no image; give at least one before the {what}.")
-        found += [Request(text, path, entry.get("seed", o.seed)) for path in own or [None]]
-    for path in dict.fromkeys(request.image for request in found if request.image is not None):
+        seed = entry.get("seed", o.seed)
+        if joint and check_joint(joint, len(own)):
+            found.append(Request(text, own[0], seed, tuple(own[1:])))
+        else:
+            found += [Request(text, path, seed) for path in own or [None]]
+    for path in dict.fromkeys(path for r in found for path in (r.image, *r.others) if path is not None):
         load_image(path)
     return found
 

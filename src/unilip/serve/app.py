@@ -38,6 +38,7 @@ from unilip import __version__
 from unilip.errors import UniLIPError
 from unilip.intent import intent
 from unilip.method.config import UniLIPConfig
+from unilip.sampling import NOT_TAUGHT, check_joint
 from unilip.serve import front, responses, schema
 from unilip.serve.checks import Checker, Limits
 from unilip.serve.conversation import TAKEN, Reader, as_json, has_pictures, read_conversation, wants_json
@@ -72,6 +73,10 @@ DECODERS = 2  # pictures of strangers that are decoded at the same time
 FETCHERS = 8  # and fetched
 IN_MEMORY = 8  # requests' worth of pixels that are kept at the same time
 MARKDOWN = "![{}]({})"
+APART = (
+    "Each picture was changed by itself, for this model has not learned edits of several; joint=true asks for one all "
+    "the same, joint=false for this without a warning."
+)
 KEEP_ALIVE_SECONDS = 15.0
 QUEUE_SECONDS = 0.5  # between two words on the place in the queue, where progress is asked for
 
@@ -279,12 +284,14 @@ def _routes(app: FastAPI, server: _Server) -> None:
     )
     @app.post("/v1/images/edits", responses=picture_answer, openapi_extra=form(schema.Edits, True), tags=["pictures"])
     async def edits(request: Request) -> Response:
-        """Change pictures as told. Each `image` is changed by itself; outside a `mask` nothing changes."""
+        """Change pictures as told: the first with the help of the others, or each by itself; none outside a `mask`."""
         kind = schema.Variations if request.url.path.endswith("variations") else schema.Edits
         fields, files = await read_form(request, settings.rules.max_body, {"image", "image[]", "mask"})
         body = server.parse(kind, fields)
         sources = [data for name, data in files if name != "mask"]
         masks = [data for name, data in files if name == "mask"]
+        if body.joint is not None:
+            check_joint(body.joint, len(sources))
         images, after = await server.in_time(request, body, server.decoders, server.decoded, sources, masks, body)
         common = server.drawing(body) | {"count": body.n or 1, "fit": body.fit, "keep_aspect": body.keeps_aspect}
         jobs = server.edits(images, body.prompt, body.joint, common)
@@ -447,10 +454,16 @@ class _Server:
         }
 
     def notes(self, body: schema.Body, jobs: Sequence[Job]) -> dict[str, Any]:
-        """What an answer says beside itself: fields that were ignored, words that training never read."""
+        """What an answer says beside itself: fields that were ignored, unlearned words and edits."""
+        taught, warning = self.engine.config.sampling.joint, ""
+        if not taught and any(isinstance(job, Edit) and job.others for job in jobs):
+            warning = NOT_TAUGHT
+        elif not taught and len(jobs) > 1 and getattr(body, "joint", False) is None:
+            warning = APART
         texts = [job.question if isinstance(job, Ask) else getattr(job, "prompt", "") for job in jobs]
         unread = list(dict.fromkeys(word for text in texts for word in self.engine.checker.unread(text)))
-        return {name: value for name, value in (("ignored", body.ignored), ("unread", unread)) if value}
+        found: tuple[tuple[str, Any], ...] = (("ignored", body.ignored), ("unread", unread), ("warning", warning))
+        return {name: value for name, value in found if value}
 
     def drawing(self, body: schema.Drawing) -> dict[str, Any]:
         """The settings of a drawing, as a job takes them."""
@@ -469,11 +482,15 @@ class _Server:
             "partials": (body.partial_images or 0) if getattr(body, "stream", False) else 0,
         }
 
+    def together(self, joint: bool | None, count: int) -> bool:
+        """Whether COUNT pictures belong to one edit, as OpenAI has it: else each is changed by itself."""
+        return count > 1 and (self.engine.config.sampling.joint if joint is None else joint)
+
     def edits(
         self, images: Sequence[Image.Image], prompt: str, joint: bool | None, common: Mapping[str, Any]
     ) -> list[Job]:
         """One edit for each picture; or a joint one of the first, where that is asked for or the model learned it."""
-        if self.engine.config.sampling.joint if joint is None else joint:
+        if self.together(joint, len(images)):
             return [Edit(images[0], prompt, others=tuple(images[1:]), **common)]
         return [Edit(image, prompt, **common) for image in images]
 
@@ -558,8 +575,8 @@ class _Server:
                 text = "More than one mask was sent; send one."
             elif body.fit == "crop":
                 text = 'A mask cannot be kept when fit is "crop", which cuts the picture; use "resize" or "pad".'
-            elif len(files) > 1:
-                text = "A mask belongs to one picture, but several were sent; send them one by one."
+            elif len(files) > 1 and not self.together(getattr(body, "joint", False), len(files)):
+                text = "A mask belongs to one picture, but each of several is changed here; send one, or joint=true."
             if text:
                 raise _Refused(Trouble(400, text, "invalid_mask", "fit" if body.fit == "crop" else "mask"))
         images, left = [], self.settings.max_pixels

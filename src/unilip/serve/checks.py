@@ -32,6 +32,7 @@ from unilip.sampling import (
     check_number,
     check_plan,
     check_prompt,
+    check_together,
 )
 from unilip.serve.jobs import MAX_SEED, Ask, Edit, Generate, Job, Reconstruct
 from unilip.serve.tickets import Ticket, Unit
@@ -175,11 +176,7 @@ class Checker:
         side = self.config.image_size
         own = [shapes.like(o.size, side**2) if getattr(job, "fit", "") == "resize" else (side, side) for o in beside]
         cells = [shapes.cells(one) for one in (size, *own)]
-        if sum(cells) >= processor.max_tokens:
-            raise PromptError(
-                f"{len(cells)} pictures have {sum(cells)} image tokens, and the model reads at most "
-                f"{processor.max_tokens} tokens; send fewer."
-            )
+        check_together(cells, processor)
 
         def make(words: str) -> Prompt:
             return processor.generate_text(words) if source is None else processor.edit_text(words, cells)

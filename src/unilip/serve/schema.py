@@ -193,7 +193,7 @@ class Edits(Images):
     keep_aspect: bool | None = Field(None, description="Give the result the shape of its source; so without a `size`.")
     input_fidelity: Literal["low", "high"] | None = None
     joint: bool | None = Field(
-        None, description="Change the first picture with the help of the others; so where the model has learned it."
+        None, description="Change the first picture with the help of the others; unsaid: where the model learned it."
     )
 
     @property
@@ -205,6 +205,7 @@ class Edits(Images):
 class Variations(Edits):
     """POST /v1/images/variations: an edit whose instruction may be left out."""
 
+    joint: bool | None = False
     prompt: str = Field("Draw this scene again, a little differently.", max_length=MAX_PROMPT_CHARACTERS)
 
 

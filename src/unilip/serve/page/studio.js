@@ -448,6 +448,7 @@ async function finish(entries, place, auto, notes = {}) {
 /** Say how a message was taken, with a way to take it otherwise, and which of its words are unknown. */
 function how(place, verb, auto, notes = {}) {
   if (notes?.unread?.length) place.side.append(make('p', {className: 'warn', textContent: warning(notes.unread, verb)}));
+  if (notes?.warning) place.side.append(make('p', {className: 'warn', textContent: notes.warning}));
   const other = verb === 'ask' ? (current ? 'edit' : 'generate') : 'ask';
   if (!auto || !card.abilities.includes(other)) return;
   const words = place.side.firstChild.textContent;
