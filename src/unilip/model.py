@@ -255,9 +255,7 @@ class UniLIP(Network):
         """Write config, weights (sharded above `max_shard_size`) and tokenizer, whole; `to` "diffusers", too."""
         check_choice("format to save in", to, ("unilip", "diffusers"))
         if self.runtime.offload is not None:
-            raise UniLIPError(
-                "A model whose parts come and go cannot be saved; load the checkpoint plainly to save it."
-            )
+            raise UniLIPError("A model whose parts come and go cannot be saved; load it plainly to save it.")
         tokenizer = self.processor.tokenizer if self.processor else None
         if not isinstance(max_shard_size, str):
             sampling.check_number("max_shard_size", max_shard_size, 1)
@@ -551,9 +549,7 @@ class UniLIP(Network):
         if best_of > 1:
             self.require("encoder", "pixel_decoder")
             if latents is not None:
-                raise UniLIPError(
-                    f"best_of is {best_of}, but latents are given, which leave no choice; drop one of them."
-                )
+                raise UniLIPError(f"best_of is {best_of}, but latents are given, which leave no choice; drop one.")
             generator = [one for one in generator for _ in range(best_of)] if isinstance(generator, list) else generator
         if not prompts:
             return ImageOutput([])
@@ -645,9 +641,7 @@ class UniLIP(Network):
                 logger.warning("%s", sampling.NOT_TAUGHT)
         changed = [0] if joint else range(len(sources))  # the others of a joint edit are only read
         if len(changed) != len(prompts) and 1 not in (len(changed), len(prompts)):
-            raise UniLIPError(
-                f"{len(sources)} images and {len(prompts)} instructions were given; give one of either, or as many."
-            )
+            raise UniLIPError(f"{len(sources)} images and {len(prompts)} instructions: give one of either, or as many.")
         count = max(len(changed), len(prompts))
         negatives = _negatives(negative_prompt, count, settings)
         source_of = list(range(count)) if len(changed) == count else [0] * count
@@ -766,9 +760,7 @@ class UniLIP(Network):
         else:
             pictures = list(image) if isinstance(image, (list, tuple)) else [image] * len(questions)
             if len(pictures) != len(questions):
-                raise UniLIPError(
-                    f"{len(pictures)} images and {len(questions)} questions were given; give one for each."
-                )
+                raise UniLIPError(f"{len(pictures)} images and {len(questions)} questions were given; give as many.")
         if stream and not single:
             raise UniLIPError("Streaming answers one question at a time; give a string, not a list.")
         if not questions:
@@ -833,9 +825,7 @@ class UniLIP(Network):
 
     def _processor(self) -> Processor:
         if self.processor is None:
-            raise UniLIPError(
-                "This model has no tokenizer; put the tokenizer files beside the checkpoint and load it again."
-            )
+            raise UniLIPError("This model has no tokenizer; put its files beside the checkpoint and load again.")
         return self.processor
 
     def _sources(
@@ -878,9 +868,7 @@ class UniLIP(Network):
             if result is None:
                 return None
             if not isinstance(result, Mapping):
-                raise UniLIPError(
-                    f"callback_on_step_end returned {type(result).__name__}; return None, or {{'latents': tensor}}."
-                )
+                raise UniLIPError(f"callback_on_step_end returned {type(result).__name__}; give {{'latents': tensor}}.")
             changed = result.get("latents")
             if changed is not None and (not isinstance(changed, Tensor) or changed.shape != latents.shape):
                 shape = list(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__

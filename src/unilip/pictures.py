@@ -103,9 +103,7 @@ def load_image(image: ImageLike) -> Image.Image:
     except ImageError:
         raise
     except Exception as error:  # whatever the decoder of a format raises for a broken file
-        raise ImageError(
-            f"{name} cannot be decoded ({error}); it may be truncated. Give a whole PNG or JPEG."
-        ) from error
+        raise ImageError(f"{name} cannot be decoded ({error}); it may be cut off. Give a whole PNG or JPEG.") from error
 
 
 def check_size(width: int, height: int, name: str = "The image") -> None:

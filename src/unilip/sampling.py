@@ -156,9 +156,7 @@ def check_prompt(prompt: object, what: str = "prompt") -> str:
     if not text.strip("\u200b\u200c\u200d\u2060"):  # nor is text of zero width
         raise PromptError(f"The {what} is empty; say in words what you want.")
     if len(text) > MAX_PROMPT_CHARACTERS:
-        raise PromptError(
-            f"The {what} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are read. Shorten it."
-        )
+        raise PromptError(f"The {what} has {len(text)} characters; {MAX_PROMPT_CHARACTERS} are read. Shorten it.")
     reserved = ", ".join(token for token in FORBIDDEN if token in text)
     if reserved:
         raise PromptError(f"The {what} contains {reserved}, which the model reserves for itself; leave it out.")
@@ -172,9 +170,7 @@ def check_negative(prompt: object, settings: Settings) -> str | None:
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
         return None
     if settings.jumps:
-        raise PromptError(
-            "A negative prompt needs guidance, which the preset turbo has none of; leave one of them out."
-        )
+        raise PromptError("A negative prompt needs guidance, which the preset turbo has none of; leave one out.")
     return check_prompt(prompt, "negative prompt")
 
 
@@ -255,9 +251,7 @@ def draw_noises(
     else:
         generators = list(generator)
         if len(generators) != len(shapes):
-            raise UniLIPError(
-                f"{len(generators)} generators were given for {len(shapes)} pictures; give one, or one for each."
-            )
+            raise UniLIPError(f"{len(generators)} generators were given for {len(shapes)} pictures; give 1 or as many.")
     return [
         torch.randn(*shape, generator=g, device="cpu" if g is None else g.device, dtype=torch.float32).cpu()
         for shape, g in zip(shapes, generators, strict=True)

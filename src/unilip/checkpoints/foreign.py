@@ -99,9 +99,7 @@ def authors_configs(config: UniLIPConfig, image_token_id: int | None = None) -> 
             "package's own format."
         )
     if config.latent_mean != 0.0 or isinstance(config.latent_factor, tuple):
-        raise CheckpointError(
-            "The authors' format has one factor for all latent channels and no mean; this model has more."
-        )
+        raise CheckpointError("The authors' format has one factor for all latent channels and no mean; this has more.")
     large = t.hidden_size > 1000
     hub = "OpenGVLab/InternVL3-2B" if large else "OpenGVLab/InternVL3-1B"
     main = {

@@ -109,9 +109,7 @@ def resolve(source: str | os.PathLike[str] | None = None, fetch: Fetch | None = 
         return _fetch(hub[1], hub[2], replace(fetch, revision=fetch.revision or hub[3]))
     previous = previous_of(path)
     hint = f" An interrupted save left the old one whole in {previous}; rename it back." if previous.exists() else ""
-    raise CheckpointError(
-        f'There is no checkpoint at {path}; give a folder, a file, or a hub id like "owner/name".{hint}'
-    )
+    raise CheckpointError(f'There is no checkpoint at {path}; give a folder, a file, or a hub id "owner/name".{hint}')
 
 
 def embedded() -> Path:

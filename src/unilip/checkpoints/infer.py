@@ -260,9 +260,7 @@ def _dit(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str
         if lacking:
             raise CheckpointError(f"The SANA config lacks {listed(lacking)}; use that of SANA's transformer folder.")
         if given.get("guidance_embeds") or given.get("qk_norm") or given.get("patch_size", 1) != 1:
-            raise CheckpointError(
-                "Its diffusion transformer is a later SANA, with guidance embedding, norms or patches."
-            )
+            raise CheckpointError("Its diffusion transformer is a later SANA: guidance embedding, norms or patches.")
         config = DiTConfig(
             num_heads=given["num_attention_heads"],
             head_dim=given["attention_head_dim"],

@@ -163,9 +163,7 @@ class Weights:
             self.shapes |= opened.shapes
             self._where |= dict.fromkeys(opened.shapes, opened)
         if not self.shapes:
-            raise CheckpointError(
-                f"{tables.listed([str(path) for path in files]) or 'Its index'} names no tensor; save again."
-            )
+            raise CheckpointError(f"{tables.listed([str(path) for path in files]) or 'Its index'} names no tensor.")
         self.quantized: dict[str, FewBits] = {}
         self.quantized = few_bits(self.metadata, self._meta, str(self.files[0].parent))
         if self.quantized:
@@ -196,9 +194,7 @@ class Weights:
         """Read a quantised tensor, which computes in `dtype`, or in the type that it was saved with."""
         few = self.quantized[origin.name]
         if origin.parts != 1:
-            raise CheckpointError(
-                f"{self.file_of(origin.name)} holds {origin.name} stacked; save it in our own format."
-            )
+            raise CheckpointError(f"{self.file_of(origin.name)} holds {origin.name} stacked; save it in our format.")
         pieces = {key: self._where[piece].read(piece, 0, 1) for key, piece in few.pieces.items()}
         for key, piece in pieces.items():
             check_weights(piece, few.pieces[key], damaged)
@@ -242,9 +238,7 @@ def _find_weights(folder: Path, variant: str | None) -> Weights:
     if len(only) == 1 and not variant:
         return Weights(only)
     names = ", ".join(f"{stem}{word}{suffix}" for suffix in SUFFIXES for stem in STEMS)
-    raise CheckpointError(
-        f"{folder} has a config.json but no weights; expected one of {names}, or shards and their index."
-    )
+    raise CheckpointError(f"{folder} has config.json but no weights; expected one of {names}, or shards and index.")
 
 
 def _open_shards(index: Path) -> Weights:
@@ -254,16 +248,12 @@ def _open_shards(index: Path) -> Weights:
     files = [index.parent / name for name in sorted(set(table.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise CheckpointError(
-            f"{index.parent} lacks {', '.join(missing)}, named in {index.name}; fetch or save it again."
-        )
+        raise CheckpointError(f"{index.parent} lacks {', '.join(missing)} of {index.name}; fetch or save it again.")
     weights = Weights(files)
     wrong = [name for name, file in table.items() if weights.file_of(name) != index.parent / file]
     wrong += [name for name in weights.shapes if name not in table and name not in weights.quantized]
     if wrong:
-        raise CheckpointError(
-            f"{index} and its shards disagree about {wrong[0]} ({len(wrong)} in all); fetch them again."
-        )
+        raise CheckpointError(f"{index} and its shards disagree about {wrong[0]} ({len(wrong)} in all); fetch again.")
     return weights
 
 
@@ -527,9 +517,7 @@ def load_into(
     wanted = checkpoint.parts if parts is None else tuple(parts)
     lacking = [part for part in wanted if part.split(".")[0] not in checkpoint.parts]
     if lacking:
-        raise CheckpointError(
-            f"{checkpoint.path} has no {', '.join(lacking)}; it holds: {', '.join(checkpoint.parts)}."
-        )
+        raise CheckpointError(f"{checkpoint.path} has no {', '.join(lacking)}; it holds {', '.join(checkpoint.parts)}.")
     modules = {part: model.get_submodule(part) for part in wanted}
     tied = "mllm" in modules and checkpoint.config.text.tie_embeddings
     left = {*leave, *((tables.HEAD,) if checkpoint.config.text.tie_embeddings else ())}

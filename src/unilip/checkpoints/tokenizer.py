@@ -131,9 +131,7 @@ class Tokenizer:
     def _assemble(self) -> dict[str, Any]:
         """Make the contents of a tokenizer.json from the older files of a Qwen2 tokenizer."""
         if "vocab.json" not in self.files or "merges.txt" not in self.files:
-            raise CheckpointError(
-                f"{self._where} has no tokenizer; expected tokenizer.json, or vocab.json and merges.txt."
-            )
+            raise CheckpointError(f"{self._where} has no tokenizer: no tokenizer.json, nor vocab.json and merges.txt.")
         vocabulary = self._json("vocab.json")
         lines = self._text("merges.txt").replace("\r\n", "\n").split("\n")
         merges = [line for n, line in enumerate(lines) if line and not (n == 0 and line.startswith("#version"))]
@@ -222,9 +220,7 @@ def _check_steps(section: str, step: Any) -> None:
         pattern = one.get("pattern", {}).get("Regex") if kind in ("Split", "Replace") else None
         if kind == "Replace":
             if (pattern, one.get("content")) not in FOLDS:
-                raise ValueError(
-                    f"its normalizer replaces {str(pattern)[:60]!r}, which is not one of the known patterns"
-                )
+                raise ValueError(f"its normalizer replaces {str(pattern)[:60]!r}, which is no known pattern")
             continue
         if pattern is not None and pattern not in SPLITS:
             raise ValueError(f"its pre-tokenizer splits by {str(pattern)[:60]!r}, which is not one of Qwen2's patterns")

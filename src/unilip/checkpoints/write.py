@@ -93,9 +93,7 @@ def _write_folder(
         held = {name.split(".")[0] for name, *_ in items} | ({"tokenizer"} if tokenizer is not None else set())
         lacking = [part for part in ("pixel_decoder", "mllm", "connector", "dit", "tokenizer") if part not in held]
         if lacking:
-            raise CheckpointError(
-                f"There is no {', '.join(lacking)}, which a pipeline needs to draw; load a whole model."
-            )
+            raise CheckpointError(f"There is no {', '.join(lacking)}, which a pipeline needs; load a whole model.")
     with _replacing(folder) as new:
         stored = None if dtype is None else read.parse_dtype(dtype)
         weights, words = (new / name if to == "diffusers" else new for name in ("model", "tokenizer"))

@@ -110,9 +110,7 @@ def judge_terms(o: Options) -> Terms | None:
     """Return whom to ask and how, or None where no judge was named."""
     if getattr(o, "judge", None) is None:
         if getattr(o, "judge_model", None) is not None or getattr(o, "judge_set", None):
-            raise UniLIPError(
-                "--judge-model (and --judge-set) needs --judge: its address, such as http://127.0.0.1:8000/v1."
-            )
+            raise UniLIPError("--judge-model (and --judge-set) needs --judge, its address: http://127.0.0.1:8000/v1.")
         return None
     from unilip.eval.vlm import Terms
 

@@ -162,9 +162,7 @@ class Destination:
             raise UniLIPError(f"{self.folder} is a file, not a folder; give another --output.")
         base = self.folder if self.folder.exists() or self.file else self.folder.absolute().parent
         if not base.is_dir():
-            raise UniLIPError(
-                f"There is no folder {base} to write {path.name} to; make it first with `mkdir -p {base}`."
-            )
+            raise UniLIPError(f"There is no folder {base} to write {path.name} to; make it: `mkdir -p {base}`.")
         if not os.access(base, os.W_OK):
             raise UniLIPError(f"The folder {base} cannot be written to; give another --output.")
 

@@ -78,9 +78,7 @@ def check_sources(recipe: Any, runs: Path) -> None:
         name, _, seed = source.partition("/seed")
         if name in all_recipes() and not (runs / source / "final").exists() and not Path(source).exists():
             first = f"{name} --set seed={seed}" if seed else name
-            raise UniLIPError(
-                f"The recipe starts from {source}, which has not finished in {runs}; train {first} first."
-            )
+            raise UniLIPError(f"The recipe starts from {source}, which has not finished in {runs}; train {first}.")
 
 
 def estimate(o: Options, recipe: Any) -> int:

@@ -39,9 +39,7 @@ class HubStream(Shards):
         options: dict[str, str] = {key: given.pop(key) for key in ("split", "name", "revision") if key in given}
         unknown = sorted(set(given) - set(FIELDS))
         if unknown:
-            raise DataError(
-                f"{location} sets {', '.join(unknown)}; allowed: split, name, revision, {', '.join(FIELDS)}."
-            )
+            raise DataError(f"{location} sets {', '.join(unknown)}; known: split, name, revision, {', '.join(FIELDS)}.")
         self._stream, self._rows, self._versions = _open(name, options, location)
         columns = set(self._stream.column_names or ())
         theirs = {field: name for field, name in TRL.items() if field not in columns}
@@ -52,9 +50,7 @@ class HubStream(Shards):
         if missing or not self._kinds:
             have = ", ".join(sorted(columns)) or "none that are known"
             want = f"no column {', '.join(missing)}" if missing else "no columns for a sample"
-            raise DataError(
-                f"{location} has {want}; its columns are: {have}. Name them, as in ?image=COLUMN&caption=COLUMN."
-            )
+            raise DataError(f"{location} has {want}; its columns are: {have}. Name them: ?image=COLUMN&caption=COLUMN.")
         shards = [f"hf://{location.removeprefix(SCHEME)}#{i}" for i in range(self._stream.num_shards)]
         super().__init__(shards, location, keep_gb)
 

@@ -56,7 +56,5 @@ def concept(name: str) -> Concept:
     """Return the concept called NAME; raises DataError for an unknown name."""
     known = concepts()
     if name not in known:
-        raise DataError(
-            f"unknown concept {name!r}; allowed are the {len(known)} names of unilip.emoji.concepts.concepts()"
-        )
+        raise DataError(f"unknown concept {name!r}; allowed are the {len(known)} of unilip.emoji.concepts.concepts()")
     return known[name]

@@ -320,9 +320,7 @@ def _gedit(path: Path, protocol: str) -> Benchmark:
     for n, row in enumerate(rows):
         task, language = _text(row, "task_type", path, f"row {n}"), _text(row, "instruction_language", path, f"row {n}")
         if task not in KNOWN["gedit"] or language not in ("en", "cn"):
-            raise UniLIPError(
-                f"{path}, row {n}: task {task!r} in {language!r} is none of GEdit; fetch {HOMES['gedit']}."
-            )
+            raise UniLIPError(f"{path}, row {n}: task {task!r} in {language!r} is no GEdit; fetch {HOMES['gedit']}.")
         key, prompt = _text(row, "key", path, f"row {n}"), _text(row, "instruction", path, f"row {n}")
         place = f"{PICTURES}/fullset/{task}/{language}/{key}.png"
         wanted = {"row": n, "key": key, "task_type": task, "both": bool(row["Intersection_exist"])}

@@ -198,9 +198,7 @@ def check_pictures(output: Path, items: Sequence[Item], identity: Mapping[str, A
                 size, notes = picture.size, dict(picture.info)
                 picture.verify()
         except Exception as error:
-            raise UniLIPError(
-                f"{file} is no whole picture ({error}); remove it, and a rerun makes it again."
-            ) from error
+            raise UniLIPError(f"{file} is no whole picture ({error}); remove it and run again.") from error
         fault = f"{size[0]}x{size[1]} px, but this run makes {side}x{side}" if size != (side, side) else ""
         for name, value in _notes(item, identity).items():
             if notes.get(name, value) != value:

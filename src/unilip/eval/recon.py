@@ -95,9 +95,7 @@ def open_extractor(source: str, model: UniLIP | None = None, device: str = "cpu"
         script = torch.jit.load(str(file), map_location=device).eval()
     except (RuntimeError, zipfile.BadZipFile) as error:
         first = str(error).splitlines()[0][:160]
-        raise UniLIPError(
-            f"{file} is no TorchScript file ({first}); give one, such as inception-2015-12-05.pt."
-        ) from error
+        raise UniLIPError(f"{file} is no TorchScript file ({first}), such as inception-2015-12-05.pt.") from error
     title = "rfid" if "inception" in file.name.lower() else f"fd[{file.stem} {file_hash(file)[:8]}]"
 
     @torch.no_grad()

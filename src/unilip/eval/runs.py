@@ -222,9 +222,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Return run.json of a run folder. Raises UniLIPError: the folder is none of a run, or the file is damaged."""
     file = path / MANIFEST
     if not file.is_file():
-        raise UniLIPError(
-            f"{path} is no folder of a run ({MANIFEST} is missing); give a folder that `unilip eval` made."
-        )
+        raise UniLIPError(f"{path} is no folder of a run ({MANIFEST} is missing); give one that `unilip eval` made.")
     manifest = read_json(file, "manifest")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("identity"), dict):
         raise UniLIPError(f"{file} is no manifest of `unilip eval`; give another --output.")

@@ -143,9 +143,7 @@ def score_officially(
     if not program.is_file():
         raise UniLIPError(f"There is no {PROGRAMS[name]} in {folder}; give a checkout of {name}'s repository.")
     if name == "wise" and (benchmark.protocol != "verified" or terms is None):
-        raise UniLIPError(
-            "The official scorer of WISE is run for --protocol verified, and needs --judge and --judge-model."
-        )
+        raise UniLIPError("WISE's official scorer is for --protocol verified, and needs --judge and --judge-model.")
     manifest = check_complete(benchmark, output)
     root, made = output.resolve(), output.resolve() / FOLDER / "official-files"
     shutil.rmtree(made, ignore_errors=True)  # results of an earlier call are not those of this one
@@ -218,9 +216,7 @@ def _read_geneval(benchmark: Benchmark, made: Path) -> Found:
 def _read_geneval2(benchmark: Benchmark, made: Path) -> Found:
     lists = json.loads((made / "lists.json").read_text(encoding="utf-8"))
     if len(lists) != len(benchmark.items):
-        raise UniLIPError(
-            f"evaluation.py scored {len(lists)} prompts, the run has {len(benchmark.items)}; run all of them."
-        )
+        raise UniLIPError(f"evaluation.py scored {len(lists)} prompts, not {len(benchmark.items)}; run all of them.")
     return {
         item.key: {
             "soft_tifa_gm": math.exp(sum(math.log(v) for v in values) / len(values)) if min(values) > 0 else 0.0,

@@ -78,9 +78,7 @@ def register(**settings: Any) -> None:
         from vlmeval.config import supported_VLM
         from vlmeval.vlm.base import BaseModel
     except ImportError as error:
-        raise UniLIPError(
-            f"VLMEvalKit cannot be imported ({error}); install it with pip install -e . in its checkout."
-        ) from error
+        raise UniLIPError(f"VLMEvalKit cannot be imported ({error}); run pip install -e . in its checkout.") from error
     supported_VLM[NAME] = partial(make_class(BaseModel), **settings)
 
 

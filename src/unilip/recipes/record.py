@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unilip.errors import ConfigError
+from unilip.files import read_table
 from unilip.method.config import TOKEN_PIXELS
 from unilip.shapes import Size, nearest, parse
 
@@ -26,12 +27,25 @@ FREE_TO_CHANGE = (
 CHECK = r"(\w+) (>=|<=) ([\d.]+)(?: @ (\d+))?"  # "local_concept >= 0.9 @ 500"
 
 
-def _check(record: object, where: str, rule: str, *names: str, least: float = 0, below: float = math.inf) -> None:
-    """Refuse numbers outside [least, below), NaN and infinity among them."""
-    for name in names:
-        value = getattr(record, name)
-        if not least <= value < below:
-            raise ConfigError(f"{where}{name} is {value}; it must be {rule}.")
+# What a field may be, by the name of its record; and what is said where fields contradict each other.
+RULES: dict[str, Any] = read_table("unilip.recipes", "rules.json")
+
+
+def _check(record: object, where: str, **wrong: object) -> None:
+    """Refuse values that the rules do not allow, NaN and infinity too, and the first of WRONG that holds."""
+    for rule in (rule for kind in type(record).__mro__ for rule in RULES.get(kind.__name__, ())):
+        for name in rule["of"]:
+            value = getattr(record, name)
+            if "allowed" in rule and value not in rule["allowed"]:
+                raise ConfigError(f"{where}{name} is {value!r}; allowed: {rule['says']}.")
+            if "allowed" not in rule and not (
+                rule.get("least", 0) <= value < rule.get("below", math.inf)
+                and rule.get("above", -1) < value <= rule.get("most", math.inf)
+            ):
+                raise ConfigError(f"{where}{name} is {value}; it must be {rule['says']}.")
+    for name in (name for name, holds in wrong.items() if holds):
+        kind = type(getattr(record, "objective", record)).__name__.lower()
+        raise ConfigError(RULES["words"][name].format(record, kind=kind))
 
 
 @dataclass(frozen=True)
@@ -47,14 +61,7 @@ class Optim:
     grad_clip: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "grad_clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"optim.{name} is {getattr(self, name)}; it must be a number greater than 0.")
-        _check(self, "optim.", "at least 0 and below 1", "beta1", "beta2", below=1)
-        _check(self, "optim.", "at least 0", "weight_decay")
-        _check(self, "optim.", "a fraction of the steps, at least 0 and below 1", "warmup", below=1)
-        if not 0 <= self.final <= 1:
-            raise ConfigError(f"optim.final is {self.final}; it must be a fraction of lr, between 0 and 1.")
+        _check(self, "optim.")
 
 
 @dataclass(frozen=True)
@@ -77,11 +84,8 @@ class Understand:
     turns: int = 4
 
     def __post_init__(self) -> None:
-        weights = ("contrastive", "words", "next_token", "local", "bind", "ground")
-        _check(self, "objective.", "a weight of at least 0", *weights)
-        _check(self, "objective.", "at least 1", "turns", least=1)
-        if not any(getattr(self, name) for name in weights):
-            raise ConfigError("every weight of the objective is 0; nothing would be learned.")
+        weights = (self.contrastive, self.words, self.next_token, self.local, self.bind, self.ground)
+        _check(self, "objective.", weights=not any(weights))
 
 
 @dataclass(frozen=True)
@@ -103,14 +107,7 @@ class Reconstruct:
     perceptual_source: str = "teacher"
 
     def __post_init__(self) -> None:
-        weights = ("pixel", "perceptual", "distill", "contrastive", "gan", "lecam")
-        _check(self, "objective.", "a weight of at least 0", *weights)
-        _check(self, "objective.", "at least 0", "gan_start")
-        if self.perceptual_source not in ("teacher", "lpips"):
-            raise ConfigError(
-                f"objective.perceptual_source is {self.perceptual_source!r}; allowed: teacher (features of the frozen "
-                "original encoder), lpips (LPIPS-VGG16 and ConvNeXt logits; needs their weights)."
-            )
+        _check(self, "objective.")
 
 
 @dataclass(frozen=True)
@@ -121,10 +118,7 @@ class Shrink(Reconstruct):
     states: float = 0.1
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self, "objective.", "a weight of at least 0", "states")
-        if self.distill or self.contrastive or self.gan:
-            raise ConfigError("objective.distill, contrastive and gan are not for a smaller decoder; set them to 0.")
+        _check(self, "objective.", smaller=self.distill or self.contrastive or self.gan)
 
 
 @dataclass(frozen=True)
@@ -148,18 +142,8 @@ class Flow:
     repa_until: float = 0.4
 
     def __post_init__(self) -> None:
-        if self.target not in ("unilip", "dcae", "separate"):
-            raise ConfigError(f"objective.target is {self.target!r}; allowed: unilip, dcae, separate.")
-        if not 0 <= self.drop_prompt <= 1 or not 0 <= self.repa_until <= 1:
-            raise ConfigError("objective.drop_prompt and objective.repa_until must be shares in [0, 1].")
-        _check(self, "objective.", "at least 1", "noises", least=1)
-        _check(self, "objective.", "at least 0", "bind", "lesson_steps", "repa")
-        if self.lesson_steps and not self.bind:
-            raise ConfigError("objective.lesson_steps needs objective.bind above 0: there is no other lesson.")
-        if self.repa and self.target != "unilip":
-            raise ConfigError(
-                f"objective.repa needs objective.target=unilip, whose features they are; not {self.target}."
-            )
+        lessons = self.lesson_steps and not self.bind
+        _check(self, "objective.", lesson_steps=lessons, repa=self.repa and self.target != "unilip")
 
 
 @dataclass(frozen=True)
@@ -180,17 +164,9 @@ class FewSteps(Flow):
     steps: str = "4,2,1"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self, "objective.", "at least 1", "rollouts", least=1)
-        _check(self, "objective.", "at least 0 (1: no guidance)", "guidance", "edit_guidance")
-        if not 0 < self.stride <= 0.1:
-            raise ConfigError(f"objective.stride is {self.stride}; it must be above 0 and at most 0.1.")
-        if not re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2})*", self.steps) or len(set(self.counts)) < len(self.counts):
-            raise ConfigError(
-                f"objective.steps is {self.steps!r}; write numbers of jumps, the usual first, as in 4,2,1."
-            )
-        if self.bind or self.lesson_steps or self.repa or self.drop_prompt or self.target != "unilip":
-            raise ConfigError("objective.bind, lesson_steps, repa, drop_prompt and target are not for few steps.")
+        others = self.bind or self.lesson_steps or self.repa or self.drop_prompt or self.target != "unilip"
+        counts = re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2})*", self.steps)
+        _check(self, "objective.", few=others, jumps=not counts or len(set(self.counts)) < len(self.counts))
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -212,9 +188,7 @@ class Adapter:
     targets: str = ""
 
     def __post_init__(self) -> None:
-        _check(self, "adapter.", "at least 0", "rank", "alpha")
-        if not self.rank and (self.alpha or self.dora or self.targets):
-            raise ConfigError("adapter.alpha, dora or targets is given, but adapter.rank is 0; give a rank, e.g. 8.")
+        _check(self, "adapter.", rank=not self.rank and (self.alpha or self.dora or self.targets))
 
 
 @dataclass(frozen=True)
@@ -251,31 +225,17 @@ class Data:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.source not in ("emoji", "files"):
-            raise ConfigError(f"data.source is {self.source!r}; allowed: emoji, files.")
-        if self.source == "files" and not self.path:
-            raise ConfigError("data.path is empty; data.source=files needs a folder, shards, a .jsonl file or hf:NAME.")
-        for name in ("edit_share", "joint", "text_share", "max_skipped"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"data.{name} is {getattr(self, name)}; it is a share between 0 and 1.")
-        if self.fit not in ("auto", "crop", "resize", "pad"):
-            raise ConfigError(f"data.fit is {self.fit!r}; allowed: auto, crop, resize, pad.")
-        if self.edits and self.source == "files":
-            raise ConfigError("data.edits is for data.source=emoji; files hold the edits that they hold.")
-        if self.joint and (self.source == "files" or not self.edit_share):
-            raise ConfigError(
-                "data.joint is for data.source=emoji with data.edit_share above 0; no files hold such edits."
-            )
-        if self.cache and self.source == "emoji":
-            raise ConfigError("data.cache is for data.source=files; the emoji world is drawn anew all the time.")
-        _check(self, "data.", "at least 0", "workers", "image_size", "max_characters", "max_tokens", "keep_gb")
-        _check(self, "data.", "at least 1", "window", "lanes", least=1)
-        if self.image_size % TOKEN_PIXELS:
-            raise ConfigError(
-                f"data.image_size is {self.image_size}; it must be a multiple of {TOKEN_PIXELS}, or 0 for the model's."
-            )
-        if self.shapes and (self.cache or self.image_size):
-            raise ConfigError("data.shapes goes without data.cache and data.image_size, which are of one square.")
+        files = self.source == "files"
+        _check(
+            self,
+            "data.",
+            path=files and not self.path,
+            edits=self.edits and files,
+            joint=self.joint and (files or not self.edit_share),
+            cache=self.cache and not files,
+            image_size=self.image_size % TOKEN_PIXELS,
+            shapes=self.shapes and (self.cache or self.image_size),
+        )
         for size in self.sizes:
             if nearest(*size) != size:
                 near = "x".join(map(str, nearest(*size)))
@@ -337,78 +297,32 @@ class Recipe:
     note: str = ""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*", self.name):
-            raise ConfigError(f"name is {self.name!r}; it becomes a folder, so give words like size/stage.")
-        counts = ("steps", "batch_size", "accumulate", "log_every", "sample_every", "save_every", "keep", "skip_limit")
-        _check(self, "", "at least 1", *counts, least=1)
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"dtype is {self.dtype!r}; allowed: float32, bfloat16 (autocast; weights stay float32).")
-        for name in ("weights_dtype", "reduce_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16"):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: float32, bfloat16.")
-        if self.weights_dtype == "bfloat16" and self.dtype != "bfloat16":
-            raise ConfigError(
-                "weights_dtype is bfloat16, but dtype is float32; weights in bfloat16 need arithmetic in it, so set "
-                "dtype=bfloat16 as well."
-            )
-        if self.parallel not in ("ddp", "fsdp"):
-            raise ConfigError(
-                f"parallel is {self.parallel!r}; allowed: ddp (each process has the model), fsdp (a part)."
-            )
-        _check(self, "", "at least 0 (off) and below 1", "ema", below=1)
-        wrong = [check for check in self.checks if not re.fullmatch(CHECK, check)]
-        if wrong:
-            raise ConfigError(
-                f'checks has {wrong[0]!r}; write "TERM >= NUMBER", or <=, and " @ STEP" unless at the end.'
-            )
-        if not any(factor > 0 for _, factor in self.trains) or not all(0 <= f < math.inf for _, f in self.trains):
-            raise ConfigError(
-                f"trains is {self.trains}; give prefixes with factors of at least 0, one of them above 0."
-            )
-        self._check_together()
-        if self.data.joint and isinstance(self.objective, Flow) and self.objective.bind:
-            raise ConfigError("data.joint needs objective.bind=0: its lessons are of words, not of a second picture.")
-        if self.data.shapes and self.lessons and isinstance(self.objective, Flow | Understand) and self.objective.bind:
-            raise ConfigError("data.shapes needs objective.bind=0 in the emoji world: its lessons are of squares.")
-        if self.data.shapes and isinstance(self.objective, Understand):
-            raise ConfigError("data.shapes is for flow and tokenizer stages; what is talked about is read as a square.")
-        if self.data.shapes and getattr(self.objective, "target", "") == "dcae":
-            raise ConfigError("data.shapes needs objective.target=unilip; the autoencoder's latents are of squares.")
-
-    def _check_together(self) -> None:
-        flow, kind = isinstance(self.objective, Flow), type(self.objective).__name__.lower()
+        objective, data = self.objective, self.data
+        flow, few = isinstance(objective, Flow), isinstance(objective, FewSteps)
+        bind, repa, target = (flow and getattr(objective, name) for name in ("bind", "repa", "target"))
         reached = {prefix.split(".")[0] for prefix, factor in self.trains if factor > 0}
-        if flow and not reached & {"connector", "dit", "mllm"}:
-            raise ConfigError(
-                "trains names nothing that a flow objective reaches; name connector, dit or mllm.queries."
-            )
-        if self.data.edit_share and not flow:
-            raise ConfigError(f"data.edit_share is {self.data.edit_share}, but the objective {kind} has no edits.")
-        if isinstance(self.objective, Flow) and self.data.cache and self.objective.repa:
-            raise ConfigError("objective.repa needs the target pictures, which a cache leaves out; set it to 0.")
-        if isinstance(self.objective, FewSteps) and (not self.ema or self.weights_dtype != "float32"):
-            raise ConfigError(
-                f"Few-step stages need averaged weights in float32: ema is {self.ema} (above 0, 0.99 is usual), "
-                f"weights_dtype {self.weights_dtype} (float32)."
-            )
-        if isinstance(self.objective, FewSteps) and "dit" not in reached:
-            raise ConfigError(f"trains is {self.trains}; a few-step stage trains dit.")
-        if isinstance(self.objective, Shrink) and reached != {"pixel_decoder"}:
-            raise ConfigError(f"trains is {self.trains}; a smaller decoder trains pixel_decoder alone.")
-        if self.data.text_share and not (isinstance(self.objective, Understand) and self.objective.next_token):
-            raise ConfigError(f"data.text_share is {self.data.text_share}, which needs objective.next_token above 0.")
-        if self.batch_size * self.accumulate % self.data.lanes:
-            raise ConfigError(
-                f"data.lanes is {self.data.lanes}; it must divide the samples of a step, batch_size x accumulate = "
-                f"{self.batch_size} x {self.accumulate}."
-            )
-        if self.selective_checkpointing and (self.gradient_checkpointing or self.compile):
-            raise ConfigError(
-                "selective_checkpointing excludes gradient_checkpointing, which keeps less, and compile, which decides "
-                "by itself what to compute again; set one of them."
-            )
-        if self.measure_latents and not isinstance(self.objective, Reconstruct):
-            raise ConfigError(f"measure_latents is for tokenizer stages; the objective {kind} makes no latents.")
+        _check(
+            self,
+            "",
+            name=not re.fullmatch(r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*", self.name),
+            weights_dtype=self.weights_dtype == "bfloat16" and self.dtype != "bfloat16",
+            checks=not all(re.fullmatch(CHECK, check) for check in self.checks),
+            trains=not reached or not all(0 <= factor < math.inf for _, factor in self.trains),
+            reached=flow and not reached & {"connector", "dit", "mllm"},
+            edit_share=data.edit_share and not flow,
+            cached_repa=data.cache and repa,
+            averages=few and (not self.ema or self.weights_dtype != "float32"),
+            few_dit=few and "dit" not in reached,
+            decoder=isinstance(objective, Shrink) and reached != {"pixel_decoder"},
+            text_share=data.text_share and not (isinstance(objective, Understand) and objective.next_token),
+            lanes=self.batch_size * self.accumulate % data.lanes,
+            selective=self.selective_checkpointing and (self.gradient_checkpointing or self.compile),
+            latents=self.measure_latents and not isinstance(objective, Reconstruct),
+            joint_bind=data.joint and bind,
+            shapes_bind=data.shapes and self.lessons and getattr(objective, "bind", 0),
+            shapes_talk=data.shapes and isinstance(objective, Understand),
+            shapes_dcae=data.shapes and target == "dcae",
+        )
 
     @property
     def folder(self) -> str:

@@ -100,9 +100,7 @@ class Checker:
     def _require(self, *parts: str) -> None:
         missing = [part for part in parts if part not in self.parts]
         if missing:
-            raise UniLIPError(
-                f"This needs {', '.join(missing)}, but the model was loaded with {', '.join(self.parts)} only."
-            )
+            raise UniLIPError(f"This needs {', '.join(missing)}, but the model has {', '.join(self.parts)} only.")
 
     def prepare(self, job: Job, deadline: float | None) -> list[Unit]:
         """Check a job and cut it into units."""
@@ -256,9 +254,7 @@ class Checker:
         if size is None:
             return self.config.image_size
         if not TOKEN_PIXELS <= size <= most or size % TOKEN_PIXELS:
-            raise UniLIPError(
-                f"image_size is {size}; it must be a multiple of {TOKEN_PIXELS} between {TOKEN_PIXELS} and {most}."
-            )
+            raise UniLIPError(f"image_size is {size}; it must be a multiple of {TOKEN_PIXELS} up to {most}.")
         return size
 
     @staticmethod

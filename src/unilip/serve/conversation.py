@@ -83,9 +83,7 @@ class Reader:
             if found is not None:
                 return found[0]
         if not self.allow_urls:
-            raise ImageError(
-                "This server fetches no pictures from addresses; send a data URL (data:image/png;base64,...)."
-            )
+            raise ImageError("This server fetches no pictures by address; send data URLs (data:image/png;base64,...).")
         if url not in self.fetched:
             self.fetched[url] = self.fetch(url, self.max_bytes)
         return self.fetched[url]

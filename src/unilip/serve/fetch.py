@@ -112,9 +112,7 @@ def fetch(
             addresses = _RESOLVERS.submit(resolver, host, port).result(max(0.1, end - time.monotonic()))
             public = bool(addresses) and all(allowed(ipaddress.ip_address(a.split("%")[0])) for a in addresses)
         except FutureTimeout as error:
-            raise ImageError(
-                "The host of the image URL is not found in time; send the picture as a data URL."
-            ) from error
+            raise ImageError("The host of the image URL is not found in time; send it as a data URL.") from error
         except (OSError, ValueError) as error:
             raise ImageError(f"The host {host} of the image URL cannot be found; check it.") from error
         if not public:

@@ -117,9 +117,7 @@ class RemoteEngine:
 
         self.replicas = replicas or Replicas()
         if not 1 <= self.replicas.least <= self.replicas.most:
-            raise UniLIPError(
-                f"There cannot be {self.replicas.least} to {self.replicas.most} replicas; 1 is the least."
-            )
+            raise UniLIPError(f"There cannot be {self.replicas.least} to {self.replicas.most} replicas; 1 is least.")
         opened = open_checkpoint(source)
         processor = Processor(load_tokenizer(opened.tokenizer_path), opened.config) if opened.tokenizer_path else None
         self.config = opened.config

@@ -242,9 +242,7 @@ def trained_parameters(recipe: Recipe, model: UniLIP) -> Trained:
             found[name] = (parameter, factor)
     unused = [prefix for prefix, _ in recipe.trains if prefix not in used]
     if unused:
-        raise ConfigError(
-            f"{recipe.name} trains {', '.join(unused)}, which names nothing in the model ({', '.join(model.parts)})."
-        )
+        raise ConfigError(f"{recipe.name} trains {', '.join(unused)}, which names nothing in {', '.join(model.parts)}.")
     return found
 
 

@@ -196,16 +196,12 @@ def make_cache(
     worker = Worker(recipe, str(runs), str(folder), "cpu" if ray else device, dtype)
     if not worker.names:
         trained = ", ".join(prefix for prefix, factor in recipe.trains if factor)
-        raise ConfigError(
-            f"{recipe.name} trains {trained}, so nothing stays the same from epoch to epoch; no cache helps."
-        )
+        raise ConfigError(f"{recipe.name} trains {trained}, so nothing stays the same in every epoch; no cache helps.")
     about = worker.about(dtype)
     before = read_about(folder) if (folder / ABOUT).exists() else None
     if before is not None and before != about:
         changed = [key for key in about if before.get(key) != about[key]]
-        raise ConfigError(
-            f"{folder} holds a cache that differs in {', '.join(changed)}; give another folder, or empty it."
-        )
+        raise ConfigError(f"{folder} holds a cache that differs in {', '.join(changed)}; give another, or empty it.")
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder / ".lock", f"Another process is making the cache {folder}; wait for it, or give another folder."):
         write_json(folder / ABOUT, about)

@@ -148,9 +148,7 @@ def cached_sources(recipe: Recipe, sources: Sequence[tuple[Weighted, Source]]) -
     locations = [source["location"] for source in about["sources"]]
     for place, source in sources:
         if place.location not in locations:
-            raise ConfigError(
-                f"data.cache {folder} has nothing of {place.location}; it was made of {', '.join(locations)}."
-            )
+            raise ConfigError(f"data.cache {folder} has nothing of {place.location}; it is of {', '.join(locations)}.")
         number = locations.index(place.location)
         if about["sources"][number]["content"] != source.signature():
             raise ConfigError(
@@ -175,9 +173,7 @@ def check_cache(recipe: Recipe, model: UniLIP, objective: Objective) -> None:
     about = read_about(folder)
     moving = sorted(set(about["names"]) - set(cacheable(recipe, model, objective)))
     if moving:
-        raise ConfigError(
-            f"data.cache {folder} holds {', '.join(moving)}, which change while {recipe.name} trains. Make a new one."
-        )
+        raise ConfigError(f"data.cache {folder} holds {', '.join(moving)}, which change while it trains. Make another.")
     now = digests(about["names"], model, objective)
     other = [name for name in now if now[name] != about["weights"].get(name)]
     if other:
@@ -191,7 +187,5 @@ def read_about(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"data.cache {folder} is no cache ({error}); make one with `unilip data cache`.") from error
     if about.get("format") != FORMAT:
-        raise ConfigError(
-            f"data.cache {folder} has the format {about.get('format')}, known is {FORMAT}. Make a new one."
-        )
+        raise ConfigError(f"data.cache {folder} has the format {about.get('format')}, not {FORMAT}. Make a new one.")
     return about

@@ -143,9 +143,7 @@ def check_finished(recipe: Recipe, final: Path) -> None:
     file = final / "recipe.json"
     changed = changed_settings(recipe, read_json(file)) if file.exists() else ""
     if changed:
-        raise ConfigError(
-            f"{final} was made with other settings: {changed}. Restart the run, or use another runs folder or name."
-        )
+        raise ConfigError(f"{final} was made with other settings: {changed}. Restart the run, or use another folder.")
 
 
 def clear(run: Path) -> None:

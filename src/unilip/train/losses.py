@@ -75,9 +75,7 @@ class LPIPSConvNeXt(nn.Module):
         try:
             logits: Any = ConvNextForImageClassification.from_pretrained(folder, local_files_only=Path(folder).exists())
         except OSError as error:
-            raise ConfigError(
-                f"ConvNeXt-S cannot be loaded from {folder}; set UNILIP_CONVNEXT to its folder."
-            ) from error
+            raise ConfigError(f"ConvNeXt-S cannot be loaded from {folder}; set UNILIP_CONVNEXT to it.") from error
         self.logits = logits
         self.lpips = lpips.LPIPS(net="vgg")
         self.requires_grad_(False).eval()

@@ -72,9 +72,7 @@ def hardware(text: str) -> Hardware:
     if name == "here" and count:
         return here(count)
     if name not in KNOWN or not count:
-        raise ConfigError(
-            f"There is no hardware {text!r}; allowed: here, or NAME:COUNT with a name of {', '.join(KNOWN)}."
-        )
+        raise ConfigError(f"There is no hardware {text!r}; allowed: here, or NAME:COUNT of {', '.join(KNOWN)}.")
     memory, bfloat16, float32 = KNOWN[name]
     return Hardware(name, memory * GIB, bfloat16 * 1e12, float32 * 1e12, count)
 

@@ -177,9 +177,7 @@ class State:
         about = inspect(folder)
         changed = changed_settings(recipe, about["recipe"])
         if changed:
-            raise ConfigError(
-                f"{folder} was made with other settings: {changed}. Restart the run, or use another runs folder."
-            )
+            raise ConfigError(f"{folder} was made with other settings: {changed}. Restart it, or use another folder.")
         if self.frozen and about.get("frozen", self.frozen) != self.frozen:
             raise ConfigError(
                 f"The weights that {recipe.name} does not train are others than when {folder} was made; "
@@ -372,9 +370,7 @@ def inspect(folder: Path) -> dict[str, Any]:
 
 def damaged(folder: Path, why: object) -> DamagedCheckpoint:
     """Say which checkpoint cannot be used, and why."""
-    return DamagedCheckpoint(
-        f"{folder} is damaged ({why}); delete it to resume from the checkpoint before, or restart the run."
-    )
+    return DamagedCheckpoint(f"{folder} is damaged ({why}); delete it to resume from the checkpoint before or restart.")
 
 
 def _must_fit(own: Mapping[str, Tensor], shapes: Mapping[str, Any], where: str) -> None:
