@@ -52,7 +52,6 @@ class Conversation:
     carried: Pictures = ()
 
     def heard(self, text: str, images: Sequence[Image.Image] = ()) -> Conversation:
-        """Add a message of the user's."""
         turn = Turn("user", text or SHOWN, (*self.carried, *images))
         return replace(self._showing(images), turns=(*self.turns, turn), carried=())
 
@@ -138,7 +137,6 @@ class Chat:
 
     @property
     def images(self) -> Pictures:
-        """The pictures that a change would be about."""
         return self.conversation.shown
 
     def __call__(self, message: str, image: Any = None, *, verb: str | None = None, **settings: Any) -> Reply:

@@ -226,7 +226,6 @@ class _Show:
 
     @property
     def judges(self) -> bool:
-        """Whether pictures of this model's size can be judged."""
         return self.model.config.image_size == judge().world.image_size
 
     def generate(self) -> tuple[str, str, str]:
@@ -404,7 +403,6 @@ class _Show:
         return f"in {self.result['seconds'][part]:.1f} s"
 
     def page(self, sections: Sequence[str], loaded: str) -> str:
-        """The whole page around its sections."""
         config, seconds = self.model.config, sum(self.result["seconds"].values())
         facts = (
             f"Model {config.name}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} million parameters, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from math import prod
@@ -78,6 +79,9 @@ def machine(source: Source = None) -> dict[str, Any]:
 
 def _describe_adapter(folder: Path) -> dict[str, Any]:
     adapter = read_adapter(folder)
+    base = adapter.base
+    with contextlib.suppress(CheckpointError):
+        base = str(adapted(folder).base or "embedded")
     parameters: Counter[str] = Counter()
     for layer, tensors in adapter.tensors.items():
         parameters[layer.split(".")[0]] += sum(tensor.numel() for tensor in tensors.values())
@@ -85,7 +89,7 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
         "path": str(folder),
         "kind": "adapter",
         "title": f"{'DoRA' if adapter.dora else 'LoRA'} adapter; it stands for its base with itself beside it",
-        "base": _base_of(folder) or adapter.base,
+        "base": base,
         "parts": dict(parameters),
         "parameters": sum(parameters.values()),
         "layers": len(adapter.tensors),
@@ -94,14 +98,6 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
         "few_steps": list(adapter.few_steps),
         "size_on_disk": (folder / WEIGHTS).stat().st_size,
     }
-
-
-def _base_of(folder: Path) -> str:
-    try:
-        base = adapted(folder).base
-    except CheckpointError:
-        return ""
-    return "embedded" if base is None else str(base)
 
 
 def _position_embedding(opened: Checkpoint) -> str:
@@ -117,11 +113,7 @@ def _few_steps(opened: Checkpoint) -> str:
     if "dit" not in opened.parts:
         return "no diffusion transformer here"
     steps = ", ".join(map(str, opened.config.dit.few_steps))
-    return (
-        f"{steps}: the preset turbo draws in so many jumps"
-        if steps
-        else "none: it was not trained for the preset turbo"
-    )
+    return f"{steps}: the preset turbo draws in so many jumps" if steps else "none: not trained for the preset turbo"
 
 
 def _language_head(opened: Checkpoint) -> str:

@@ -178,11 +178,9 @@ class Weights:
         return torch.empty(self.shapes[name], dtype=self.dtype(name), device="meta")
 
     def file_of(self, name: str) -> Path | None:
-        """Which file holds a tensor."""
         return self._where[name].path if name in self._where else None
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor, without reading it."""
         if name in self.quantized:
             return self.quantized[name].dtype
         found = self._where[name].dtypes[name]
@@ -352,11 +350,9 @@ class Checkpoint:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Our names of the tensors that it holds."""
         return tuple(self._origins)
 
     def shape(self, name: str) -> tables.Shape:
-        """Shape of a tensor of ours, without reading it."""
         origin = self._origins[name]
         shape = self.weights.shapes[origin.name]
         if tables.POINTWISE.fullmatch(name) and shape[2:] == (1, 1):
@@ -364,7 +360,6 @@ class Checkpoint:
         return shape if origin.parts == 1 else (shape[0] // origin.parts, *shape[1:])
 
     def dtype(self, name: str) -> torch.dtype:
-        """Stored type of a tensor of ours."""
         return self.weights.dtype(self._origins[name].name)
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:

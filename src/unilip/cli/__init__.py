@@ -81,7 +81,6 @@ class Speaker(logging.Handler):
     """Shows the library's log to the person."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one record."""
         say(record.getMessage())
 
 

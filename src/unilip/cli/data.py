@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from unilip.cli.options import Options
@@ -70,7 +71,7 @@ def data_check(o: Options) -> int:
             about, sheet = check(open_source(place.location), o.samples, progress=progress)
         for line in about.lines():
             report.line(line)
-        values = about.values()
+        values = asdict(about)
         if sheet is not None and sheet_path is not None:
             path = sheet_path if len(places) == 1 else sheet_path.with_stem(f"{sheet_path.stem}-{number + 1}")
             with replacing(path) as temporary:

@@ -124,7 +124,6 @@ class Verb:
     changes: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     def run(self, o: Options) -> int:
-        """Do what the verb says; returns the exit code."""
         module, _, name = self.function.partition(".")
         code: int = getattr(import_module(f"unilip.cli.{module}"), name)(*self.given, o)
         return code
@@ -151,7 +150,6 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are errors like all others."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print."""
         raise UniLIPError(f"{message.removeprefix('argument ')}; see `{self.prog} --help`.")
 
 

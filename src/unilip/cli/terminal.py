@@ -225,7 +225,6 @@ class Report:
         return f"loaded in {seconds:.1f} s"
 
     def line(self, text: str) -> None:
-        """Print a result."""
         if not self.as_json:
             print(printable(text), flush=True)
 

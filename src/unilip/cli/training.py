@@ -18,7 +18,7 @@ from unilip.machine import choose_device
 def train(o: Options) -> int:
     """Run a training recipe, or go on with it."""
     from unilip.files import read_json
-    from unilip.recipes.catalog import all_recipes, get_recipe
+    from unilip.recipes.catalog import all_recipes, get_recipe, require_finished
     from unilip.recipes.record import changed_settings, leaves, override
 
     if o.listing:
@@ -43,7 +43,8 @@ def train(o: Options) -> int:
             report.end(f"{recipe.name} had finished; --restart trains it again")
             return 0
     elif "torch" not in sys.modules:  # the loop sees the same, after seconds of imports
-        check_sources(recipe, Path(o.runs))
+        for text in recipe.init:
+            require_finished(text.replace("{seed}", str(recipe.seed)).partition("=")[2], Path(o.runs))
     device = choose_device(o.device)
     from unilip.train import loop
 
@@ -67,18 +68,6 @@ def again(o: Options) -> str:
     words += ["--runs", o.runs] if o.runs != "runs" else []
     words += ["--device", o.device] if o.device != "auto" else []
     return shlex.join([*words, *([] if o.progress else ["--no-progress"])])
-
-
-def check_sources(recipe: Any, runs: Path) -> None:
-    """Complain of a predecessor that has not finished, and say what to train first. Raises UniLIPError: one has not."""
-    from unilip.recipes.catalog import all_recipes
-
-    for text in recipe.init:
-        source = text.replace("{seed}", str(recipe.seed)).partition("=")[2]
-        name, _, seed = source.partition("/seed")
-        if name in all_recipes() and not (runs / source / "final").exists() and not Path(source).exists():
-            first = f"{name} --set seed={seed}" if seed else name
-            raise UniLIPError(f"The recipe starts from {source}, which has not finished in {runs}; train {first}.")
 
 
 def estimate(o: Options, recipe: Any) -> int:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -41,12 +40,7 @@ class Report:
     characters: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     repeated_texts: int = 0
 
-    def values(self) -> dict[str, Any]:
-        """Return the report as JSON-ready values."""
-        return asdict(self)
-
     def lines(self) -> list[str]:
-        """Say it in lines."""
         counts = ", ".join(f"{count:,} {kind}" for kind, count in self.counts.items() if count)
         found = [f"{self.location}: {f'{self.shards} shards; ' if self.shards > 1 else ''}{counts}"]
         found += [f"damaged: {fault}" for fault in self.damaged]

@@ -142,7 +142,6 @@ class Files:
         self._members: dict[str, tuple[Path, int, int]] | None = None
 
     def read(self, name: str) -> bytes:
-        """Return a file's bytes."""
         path = self.folder / name
         if path.is_file():
             return path.read_bytes()

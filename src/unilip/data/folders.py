@@ -43,7 +43,6 @@ class _OneShard:
     _found: dict[str, list[Any]]
 
     def counts(self, kind: str) -> list[int]:
-        """Return how many samples of a kind there are."""
         return [len(self._found[kind])]
 
     def expect(self, shards: Sequence[int]) -> None:
@@ -98,7 +97,6 @@ class Folder(_OneShard):
         self.notes = [f"files that no sample has a use for: {told}"] if told else []
 
     def read(self, kind: str, shard: int, place: int) -> Record:
-        """Read one sample; raises `Unreadable`."""
         entry = self._found[kind][place]
         if kind == "edit":
             stem, source, target = entry
@@ -226,7 +224,6 @@ class Lines(_OneShard):
         logger.warning("%s, %s is left out: %s", self.file, name, why)
 
     def read(self, kind: str, shard: int, place: int) -> Record:
-        """Read one sample; raises `Unreadable`."""
         entry = self._found[kind][place]
         if isinstance(entry, tuple):
             name, values = f"{self.file}, entry {entry[0]}", sample_of(entry[1])

@@ -43,7 +43,6 @@ class Order:
         self._epochs: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def total(self, lane: int = 0) -> int:
-        """How many samples an epoch of a lane has."""
         return int(self.counts[self.lanes[lane]].sum())
 
     def place(self, number: int, lane: int = 0) -> tuple[int, int]:

@@ -81,7 +81,6 @@ class ShardIndex:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of samples of each kind."""
         return {kind: len(self.samples[kind]) for kind in KINDS}
 
     def head(self) -> dict[str, Any]:
@@ -98,7 +97,6 @@ class ShardIndex:
         return sorted({tuple(member) for member in [*members[::step], *members[-1:]]})  # type: ignore[misc]
 
     def write(self, path: Path) -> None:
-        """Write the index, whole or not at all."""
         write_text(path, json.dumps(self.head()) + "\n" + json.dumps(self.samples) + "\n")
 
     @classmethod
@@ -328,11 +326,9 @@ class Shards:
         return self.__dict__ | {"_open": OrderedDict(), "_turn": None, "_coming": {}}
 
     def counts(self, kind: str) -> list[int]:
-        """Return how many samples of a kind each shard has."""
         return [int(head["counts"][kind]) for head in self._heads]
 
     def read(self, kind: str, shard: int, place: int) -> Record:
-        """Read one sample; raises `Unreadable`."""
         self._own_process()
         file, index = self._opened(shard)
         key, members = index.samples[kind][place]
@@ -375,7 +371,6 @@ class Shards:
         return [next(found) if is_remote(shard) else None for shard in self.shards]
 
     def _kept(self, shard: int) -> Path:
-        """Where a remote shard is kept."""
         return kept(self.shards[shard], self._stamps[shard])
 
     def _bring(self, shard: int) -> Path:
@@ -572,7 +567,6 @@ class ShardWriter:
             self._writer = webdataset.TarWriter(self._file, encoder=False, mtime=0.0)
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
-        """Add a sample: ending -> bytes."""
         self.begin()
         self._writer.write({"__key__": key, **members})
         self.inside += 1
@@ -580,7 +574,6 @@ class ShardWriter:
             self.close()
 
     def close(self) -> None:
-        """Finish the shard that is being written."""
         if self._writer is None:
             return
         self._writer.close()

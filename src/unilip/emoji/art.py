@@ -53,7 +53,6 @@ class Style:
 
     @property
     def tarball(self) -> str:
-        """Name that ``npm pack`` gives to the package."""
         return f"{self.package.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 
@@ -301,7 +300,6 @@ class Atlas:
         return Atlas({key: data for key, data in self._sprites.items() if key in keys})
 
     def save(self, path: Path) -> None:
-        """Write the file that `load` reads."""
         buffer = io.BytesIO()
         np.savez(
             buffer,

@@ -53,11 +53,9 @@ def indefinite(obj: Obj, world: World, style: bool = True) -> str:
     return with_article(words) if concept(obj.concept).countable else words
 
 
-def definite(obj: Obj, world: World, scene: Scene | None = None) -> str:
-    """Return "the car"; with colour or tone where SCENE holds another object of that concept."""
-    twins = scene is not None and sum(other.concept == obj.concept for other in scene.objects) > 1
-    name = noun(obj, world, style=False) if twins else obj.concept
-    return name if obj.concept == "santa claus" else f"the {name}"
+def definite(obj: Obj) -> str:
+    """Return "the car"."""
+    return obj.concept if obj.concept == "santa claus" else f"the {obj.concept}"
 
 
 def counted(obj: Obj, count: int, world: World, style: bool = True) -> str:

@@ -88,7 +88,7 @@ def sample_joint(world: World, rng: random.Random, split: str = "train") -> tupl
         except _Unfit:
             continue
         if all(world.seen(scene) and world.allowed(scene, split, "generation") for scene in (source, other, target)):
-            thing, beside = definite(look, world), f"{BESIDE[where]} {definite(source.objects[0], world)}"
+            thing, beside = definite(look), f"{BESIDE[where]} {definite(source.objects[0])}"
             patterns = (
                 f"put {thing} of picture 2 {beside}", f"add {thing} of the second picture {beside}",
                 f"take {thing} from image 2 and put it {beside}",
@@ -177,7 +177,7 @@ def _add(world: World, rng: random.Random, purpose: str, given: Scene | None = N
     source = Scene(target.background, target.objects[1:])
     words = indefinite(new, world, style=_shown_style(world, source) != new.style)
     verb = rng.choice(("add", "add", "put", "place", "draw"))
-    return Edit(source, f"{verb} {words} {BESIDE[where]} {definite(anchor, world)}", target, "add")
+    return Edit(source, f"{verb} {words} {BESIDE[where]} {definite(anchor)}", target, "add")
 
 
 def _put_beside(world: World, rng: random.Random, look: Obj, scene: Scene, where: str) -> Scene:
@@ -203,7 +203,7 @@ def _remove(world: World, rng: random.Random, purpose: str, given: Scene | None 
     source = given or _lay_out(world, rng, _objects(world, rng, names, _style(world, rng)), horizon=count == 2)
     gone = rng.choice(source.objects)
     target = Scene(source.background, tuple(obj for obj in source.objects if obj is not gone))
-    words = rng.choice(("remove {}", "delete {}", "erase {}", "take {} away")).format(definite(gone, world))
+    words = rng.choice(("remove {}", "delete {}", "erase {}", "take {} away")).format(definite(gone))
     return Edit(source, words, target, "remove")
 
 
@@ -216,7 +216,7 @@ def _replace(world: World, rng: random.Random, purpose: str, given: Scene | None
     if any(new.concept == obj.concept for obj in source.objects) or world.clashes(new, source.background):
         raise _Unfit
     pattern = rng.choice(("replace {} with {}", "replace {} with {}", "turn {} into {}", "change {} to {}"))
-    words = pattern.format(definite(old, world), indefinite(new, world, style=False))
+    words = pattern.format(definite(old), indefinite(new, world, style=False))
     return Edit(source, words, _swap(source, {old: new}), "replace")
 
 
@@ -241,7 +241,7 @@ def _move(world: World, rng: random.Random, purpose: str, given: Scene | None = 
         raise _Unfit
     if world.is_horizon(source.background) and not world.grounded(moved):
         raise _Unfit
-    words = f"move {definite(obj, world)} {rng.choice(WORDS['moves'][where])}"
+    words = f"move {definite(obj)} {rng.choice(WORDS['moves'][where])}"
     return Edit(source, words, _swap(source, {obj: moved}), "move")
 
 
@@ -252,7 +252,7 @@ def _exchange(world: World, rng: random.Random, source: Scene) -> Edit:
     if where is None or a.size != b.size:
         raise _Unfit
     target = _swap(source, {a: replace(a, x=b.x, y=b.y), b: replace(b, x=a.x, y=a.y)})
-    one, two = definite(a, world), definite(b, world)
+    one, two = definite(a), definite(b)
     words = rng.choice((f"swap {one} and {two}", f"exchange {one} and {two}"))
     return Edit(source, words, target, "move")
 
@@ -279,7 +279,7 @@ def _painted(world: World, rng: random.Random, source: Scene, obj: Obj) -> Edit:
     painted = replace(obj, colour=colour)
     if world.looks(obj, colour) or world.clashes(painted, source.background):
         raise _Unfit
-    thing = definite(obj, world)
+    thing = definite(obj)
     patterns = (
         f"make {thing} {colour}",
         f"change the color of {thing} to {colour}",
@@ -305,7 +305,7 @@ def _background(world: World, rng: random.Random, purpose: str) -> Edit:
     elif found.kind == "gradient":
         patterns = (f"change the background to {found.target}", f"make the background {found.target}")
     else:
-        thing = definite(target.objects[0], world) if len(target.objects) == 1 else "everything"
+        thing = definite(target.objects[0]) if len(target.objects) == 1 else "everything"
         patterns = (f"change the background to {found.target}", f"put {thing} on {found.target}")
     return Edit(replace(target, background=before), rng.choice(patterns), target, "background")
 
@@ -333,7 +333,7 @@ def _skin_tone(world: World, rng: random.Random, purpose: str) -> Edit:
     source = _lay_out(world, rng, _objects(world, rng, names, _style(world, rng)))
     obj = next(o for o in source.objects if o.concept == names[0])
     tone = rng.choice(world.tones)
-    thing = definite(obj, world)
+    thing = definite(obj)
     patterns = (f"give {thing} {tone} skin", f"change the skin tone of {thing} to {tone}")
     return Edit(source, rng.choice(patterns), _swap(source, {obj: replace(obj, tone=tone)}), "skin_tone")
 

@@ -64,12 +64,10 @@ class Found:
 
     @property
     def centre(self) -> tuple[float, float]:
-        """Middle of the box in pixels."""
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
     @property
     def size(self) -> float:
-        """Side of the box in pixels."""
         return self.box[2] - self.box[0]
 
     def __str__(self) -> str:
@@ -84,12 +82,10 @@ class Reading:
     objects: tuple[Found, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain dictionaries and lists, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Reading:
-        """Undo ``to_dict``."""
         objects = (Found(**{**entry, "box": tuple(entry["box"])}) for entry in record["objects"])
         return cls(record["background"], tuple(objects))
 
@@ -586,21 +582,17 @@ class EditVerdict:
 
     @property
     def ok(self) -> bool:
-        """Whether the instruction was followed and the rest kept."""
         return self.done and self.kept
 
 
-def judge_edit(
-    judge: Judge, result: np.ndarray | Image.Image, edit: Edit, reading: Reading | None = None
-) -> EditVerdict:
+def judge_edit(judge: Judge, result: np.ndarray | Image.Image, edit: Edit) -> EditVerdict:
     """Compare the RESULT of an edit with its target scene, object by object, and outside the mask pixel by pixel.
 
-    Objects have to be within PLACE_TOLERANCE of their place, a new one on the side named. READING saves reading it
-    again.
+    Objects have to be within PLACE_TOLERANCE of their place, a new one on the side named.
     """
     world, target = judge.world, edit.target
     pixels = np.asarray(result)
-    reading = reading if reading is not None else judge.read(pixels)
+    reading = judge.read(pixels)
     parts, pairs = _compare(reading, target, world)
     style = parts.pop("style", True)
     before = set(edit.source.objects)

@@ -121,7 +121,7 @@ def _colour(scene: Scene, rng: random.Random, world: World, split: str) -> QA | 
     obj, count = rng.choice(painted)
     assert obj.colour is not None
     about = _alike(scene, obj)
-    things = f"the {concept(obj.concept).plural}" if count > 1 else definite(obj, world)
+    things = f"the {concept(obj.concept).plural}" if count > 1 else definite(obj)
     verb = "are" if count > 1 or obj.concept.startswith("pair") else "is"
     if rng.random() < 0.65:
         helper = "do" if count > 1 else "does"
@@ -178,7 +178,7 @@ def _position(scene: Scene, rng: random.Random, world: World) -> QA | None:
         return _place(scene, rng, world)
     a, b, where = rng.choice(pairs)
     words = BESIDE[where]
-    the_a, the_b = definite(a, world), definite(b, world)
+    the_a, the_b = definite(a), definite(b)
     if rng.random() < 0.5 and len(scene.objects) == 2:
         question = rng.choice((f"What is {words} {the_b}?", f"What is {SIDES[where]}?"))
         forms = (a.concept, indefinite(a, world, False), noun(a, world, style=False))
@@ -192,11 +192,11 @@ def _place(scene: Scene, rng: random.Random, world: World) -> QA:
     """Ask where in the picture an object is, or what is there; of two objects, the side will do as well."""
     obj = rng.choice(scene.objects)
     forms = PLACES[cell(obj, world)]
-    thing, choice = definite(obj, world), rng.random()
+    thing, choice = definite(obj), rng.random()
     if choice < 0.6:
         others = [other for other in scene.objects if other is not obj]
         where = relation(obj, others[0]) if len(others) == 1 else None
-        sides = (SIDES[where], f"{BESIDE[where]} {definite(others[0], world)}") if where else ()
+        sides = (SIDES[where], f"{BESIDE[where]} {definite(others[0])}") if where else ()
         question = rng.choice((f"Where is {thing}?", f"Where is {thing}?", f"Where in the picture is {thing}?"))
         bare = (re.sub("^(in|on|at) (the )?", "", form) for form in forms)
         said = (f"{thing} is {form}" for form in forms)

@@ -139,12 +139,10 @@ class Bench:
 
     @cached_property
     def judge(self) -> Judge:
-        """The judge of the world, built when the first picture is to be read."""
         return Judge(self.world, self.atlas)
 
     @functools.cache  # noqa: B019 - a bench lives as long as its run
     def judge_of(self, size: Size) -> Judge:
-        """The judge of the world in pictures of another width and height."""
         return Judge(self.world.shaped(size), self.atlas)
 
     def plan(self, part: str) -> list[Item]:
@@ -514,7 +512,6 @@ class Folder:
         write_text(self._items, "".join(line + "\n" for line in whole))
 
     def add(self, item: Item, record: Record, picture: np.ndarray) -> None:
-        """Keep a judged item and its picture."""
         name = re.sub(r"[^a-z0-9]+", "-", item.key.split("/", 1)[1].lower())
         file = self.path / "pictures" / item.part / f"{name}.png"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,6 @@ class Obj:
 
     @property
     def centre(self) -> tuple[float, float]:
-        """Middle of the box in pixels."""
         return self.x + self.size / 2, self.y + self.size / 2
 
     @property
@@ -72,12 +71,10 @@ class Scene:
     objects: tuple[Obj, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain dictionaries and lists, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Scene:
-        """Undo ``to_dict``."""
         return cls(record["background"], tuple(Obj(**entry) for entry in record["objects"]))
 
 
@@ -221,7 +218,6 @@ class World:
 
     @property
     def size(self) -> Size:
-        """Width and height of a picture."""
         return self.shape or (self.image_size, self.image_size)
 
     def shaped(self, size: Size) -> World:

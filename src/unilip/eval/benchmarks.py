@@ -56,7 +56,6 @@ class Item:
     split: str = ""
 
     def row(self, scores: Mapping[str, float] | None, status: str, **more: Any) -> Row:
-        """Return the row of its scores."""
         about = {"cluster": self.cluster, "group": self.group, "split": self.split, "picture": self.path}
         return make_row(self.key, scores, **about, prompt=self.prompt, status=status, **more)
 

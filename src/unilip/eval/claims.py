@@ -101,7 +101,6 @@ class Run:
 
     @property
     def samples(self) -> int:
-        """Training samples of this run alone."""
         return int(self.recipe["steps"] * self.recipe["batch_size"] * self.recipe["accumulate"])
 
 
@@ -157,7 +156,6 @@ class Lab:
         self.atlas = Atlas.synthetic(self.world) if self.size == "tiny" else Atlas.load()
 
     def load(self, folder: str | os.PathLike[str], parts: Sequence[str] | None = None) -> UniLIP:
-        """Load a model on the device."""
         return UniLIP.from_pretrained(folder, parts=parts, device=self.device, dtype=self.dtype)
 
     def judge(self, model: UniLIP, place: Path, parts: Sequence[str]) -> dict[str, dict[str, float]]:

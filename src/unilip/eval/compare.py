@@ -50,7 +50,6 @@ class Scored:
 
     @property
     def rule(self) -> Rule:
-        """How its items are averaged."""
         return Rule(**self.summary["rule"])
 
 

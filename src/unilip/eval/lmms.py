@@ -60,7 +60,6 @@ class UniLIP(Base):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
         return self._device
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -107,11 +106,9 @@ class UniLIP(Base):
         }
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Not offered: raises NotImplementedError."""
         raise NotImplementedError("UniLIP answers in words; choose tasks of the kind generate_until.")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not offered: raises NotImplementedError."""
         raise NotImplementedError("UniLIP answers single rounds here; choose tasks of the kind generate_until.")
 
 

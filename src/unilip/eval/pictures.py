@@ -149,18 +149,15 @@ class ParquetRows:
         return self.total
 
     def plain(self, columns: Sequence[str]) -> list[dict[str, Any]]:
-        """Return these columns of all rows."""
         return [row for file in self.files for row in file.read(columns=list(columns)).to_pylist()]
 
     def image_column(self) -> str:
-        """Return the name of the column that holds the pictures."""
         column = next((name for name in COLUMNS if name in self.columns), None)
         if column is None:
             raise UniLIPError(f"The Parquet files have no column of pictures; they have {', '.join(self.columns)}.")
         return column
 
     def image(self, row: int, column: str) -> bytes:
-        """Return the picture file in a column of a row."""
         n = int(np.searchsorted([start for start, _, _ in self.starts], row, side="right")) - 1
         start, file, group = self.starts[n]
         return cell_bytes(self._group(file, group, column)[row - start])

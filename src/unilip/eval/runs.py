@@ -205,7 +205,6 @@ class RunFolder:
         shutil.rmtree(done, ignore_errors=True)
 
     def close(self) -> None:
-        """Let another process have the folder."""
         self._lock.release()
         if self.place.world == 1:
             with contextlib.suppress(OSError):

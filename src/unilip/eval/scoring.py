@@ -22,7 +22,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from unilip.errors import UniLIPError
-from unilip.eval.benchmarks import Benchmark, wise_files
+from unilip.eval.benchmarks import KNOWN, Benchmark, wise_files
 from unilip.eval.generation import check_pictures, missing
 from unilip.eval.rubrics import RANGES, Questionnaire, Rubric
 from unilip.eval.runs import PICTURES, read_manifest
@@ -102,12 +102,9 @@ def score_by_judge(
     return write_scores(output, f"judge-{terms.model}-{rubric.name}", rows, Rule.of(benchmark.weights), about, RANGES)
 
 
-PROGRAMS = {
-    "geneval": "evaluation/evaluate_images.py",
-    "geneval2": "evaluation.py",
-    "dpg": "dpg_bench/compute_dpg_bench.py",
-    "wise": "vllm_eval.py",
-}
+# The authors' programs, in their checkouts, and the words that they are called with.
+PROGRAMS: dict[str, list[str]] = KNOWN["programs"]
+
 # The program's words come on its stdin: a key among them would be in every list of processes.
 LAUNCH = (
     "import json, os, runpy, sys; sys.argv = json.loads(sys.stdin.readline()); "
@@ -139,9 +136,10 @@ def score_officially(
             f"The scorer of {name} has its judge's address and key written into its source, so it cannot be run as it "
             "is; use --judge with --rubric, which asks the same questions."
         )
-    program = folder / PROGRAMS[name]
+    inside, *form = PROGRAMS[name]
+    program = folder / inside
     if not program.is_file():
-        raise UniLIPError(f"There is no {PROGRAMS[name]} in {folder}; give a checkout of {name}'s repository.")
+        raise UniLIPError(f"There is no {inside} in {folder}; give a checkout of {name}'s repository.")
     if name == "wise" and (benchmark.protocol != "verified" or terms is None):
         raise UniLIPError("WISE's official scorer is for --protocol verified, and needs --judge and --judge-model.")
     manifest = check_complete(benchmark, output)
@@ -152,33 +150,11 @@ def score_officially(
     executable = python or sys.executable
     more = shlex.split(arguments)
     source = Path(prompts).expanduser().resolve()
-    calls: list[list[str]] = []
-    if name == "geneval":
-        calls = [[str(root / PICTURES), "--outfile", str(made / "results.jsonl")]]
-    elif name == "geneval2":
-        calls = [[
-            "--benchmark_data", str(source), "--image_filepath_data", str(root / f"{PICTURES}.json"),
-            "--method", "soft_tifa_gm", "--output_file", str(made / "lists.json"),
-        ]]  # fmt: skip
-    elif name == "dpg":
-        calls = [[
-            "--image-root-path", str(root / PICTURES), "--resolution", str(size), "--pic-num", "4",
-            "--csv", str(folder / "dpg_bench/dpg_bench.csv"), "--res-path", str(made / "results.txt"),
-        ]]  # fmt: skip
-    else:
-        assert terms is not None
-        files = [source] if source.is_file() else wise_files(source)
-        calls = [
-            [
-                "--json_path", str(file), "--image_dir", str(root / PICTURES), "--output_dir", str(made), "--model",
-                terms.model, "--api_base", terms.url, "--max_workers", str(terms.workers),
-                "--timeout", str(math.ceil(terms.timeout)), "--result_full", f"{file.stem}_full.json",
-                "--result_scores", f"{file.stem}_scores.jsonl",
-            ]
-            for file in files
-        ]  # fmt: skip
-    for call in calls:
-        words = [str(program), *call, *more]
+    files = wise_files(source) if name == "wise" and source.is_dir() else [source]
+    given = {"images": root / PICTURES, "made": made, "size": size, "checkout": folder, "terms": terms}
+    given["timeout"] = None if terms is None else math.ceil(terms.timeout)
+    for file in files:
+        words = [str(program), *(word.format(prompts=file, stem=file.stem, **given) for word in form), *more]
         if name == "wise" and terms is not None:
             words += ["--api_key", terms.key or os.environ.get("OPENAI_API_KEY") or "none"]
         log.info("running %s", program)
@@ -198,7 +174,7 @@ def score_officially(
     if lacking:
         log.warning("%s gave no score for %d of %d items", program.name, len(lacking), len(full))
     judge = f", judge {terms.model}" if name == "wise" and terms is not None else ""
-    about = _about(benchmark, manifest, f"official {PROGRAMS[name]}{judge}")
+    about = _about(benchmark, manifest, f"official {inside}{judge}")
     return write_scores(output, "official", full, Rule.of(benchmark.weights), about, RANGES)
 
 

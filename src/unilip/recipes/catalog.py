@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from unilip.errors import ConfigError
@@ -88,3 +89,12 @@ def get_recipe(name: str) -> records.Recipe:
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ConfigError(f"There is no recipe {name!r}.{hint} `unilip train --list` shows all of them.")
     return recipes[name]
+
+
+def require_finished(source: str, runs: Path) -> None:
+    """Raise ConfigError where a source is a recipe or a run that has no result yet; says what to train first."""
+    name, _, seed = source.partition("/seed")
+    known = name in all_recipes() or (runs / source).exists()
+    if known and not (runs / source / "final").exists() and not Path(source).exists():
+        first = f"{name} --set seed={seed}" if seed else name
+        raise ConfigError(f"The recipe starts from {source}, which has not finished in {runs}; train {first} first.")

@@ -26,7 +26,6 @@ class Formatter(logging.Formatter):
         self.form = form
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format one record."""
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         request = getattr(record, "request", None) or REQUEST.get()
         error = record.exc_info[1] if record.exc_info else None
@@ -47,7 +46,6 @@ class Handler(logging.StreamHandler[Any]):
     """Writes to what is stderr at the time, and outlives it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record."""
         self.stream = sys.stderr
         super().emit(record)
 

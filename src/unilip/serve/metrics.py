@@ -53,5 +53,4 @@ class Metrics:
         self._running.set_function(running)
 
     def page(self) -> bytes:
-        """Return the page."""
         return generate_latest(self.registry)

@@ -23,7 +23,6 @@ class JSON(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """Encode the content."""
         return dumps(content).encode("ascii")
 
 
@@ -45,12 +44,10 @@ class Trouble:
 
     @property
     def body(self) -> dict[str, Any]:
-        """The body in OpenAI's shape."""
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSON:
-        """The answer."""
         wait = {} if self.retry_after is None else {"Retry-After": str(max(1, round(self.retry_after)))}
         return JSON(self.body, self.status, {**wait, **self.headers})
 

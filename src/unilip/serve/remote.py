@@ -163,17 +163,14 @@ class RemoteEngine:
 
     @property
     def verbs(self) -> tuple[str, ...]:
-        """What the model can do."""
         return self.checker.verbs
 
     @property
     def alive(self) -> bool:
-        """Whether jobs can be sent."""
         return self._thread.is_alive()
 
     @property
     def draining(self) -> bool:
-        """Whether nothing new is taken."""
         return self._draining
 
     def processes(self, tries: int = 20) -> set[int]:
@@ -204,7 +201,6 @@ class RemoteEngine:
         return sum(map(_size, tickets[: tickets.index(ticket)])) if ticket in tickets else 0
 
     def stop_accepting(self) -> None:
-        """Take nothing new from now on."""
         self._draining = True
 
     def submit(self, job: Job, *, deadline: float | None = None) -> Ticket:

@@ -108,7 +108,6 @@ class Connection(H11Protocol):
         return (self.cycle is None or self.cycle.response_complete) and not self.transport.get_write_buffer_size()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request."""
         self.since = time.monotonic()
         super().on_response_complete()
 

@@ -170,51 +170,23 @@ class Batches(Dataset[dict[str, Any]]):
         self.image_size, self.target_size, self.source_cells = size, size, cells(size)
         return size
 
-    # what a source has
-
-    def caption_item(self, index: int) -> tuple[Any, str]:
-        """Return picture and caption."""
-        raise AssertionError("a source must give captions")
+    # What a source has, by the number of a sample. Only one with lessons has the last five.
+    caption_item: Callable[[int], tuple[Any, str]]  # picture and caption
+    questions_item: Callable[[int, int], tuple[Any, str, Turns]]  # picture, caption, so many question-answer turns
+    edit_item: Callable[[int], tuple[Any, Any, str]]  # source, target, instruction
+    text_item: Callable[[int], tuple[str, str]]  # a question and answer without picture
+    cells: Callable[[int], np.ndarray]  # what lies on each image token of the picture of `questions_item` (N,3)
+    grounds: Callable[[int, int], list[Grounds]]  # for each of its questions, where what its words name lies
+    lesson_item: Callable[[int], tuple[Prompt, str, Lesson]]  # whole prompt, what somebody wrote of it, what that says
+    told_caption: Callable[[int], tuple[Lesson, np.ndarray]]  # what a caption says, and lets one know of each token
+    told_edit: Callable[[int], tuple[Lesson, np.ndarray]]  # what an instruction says, and what is to lie on each token
 
     def caption(self, index: int) -> str:
-        """Return the caption alone."""
         return self.caption_item(index)[1]
 
     def image_item(self, index: int) -> Any:
         """Return a picture alone."""
         return self.caption_item(index)[0]
-
-    def questions_item(self, index: int, turns: int) -> tuple[Any, str, Turns]:
-        """Return picture, caption, and question-answer turns."""
-        raise AssertionError("a source must give questions")
-
-    def cells(self, index: int) -> np.ndarray:
-        """Return what lies on each image token of the picture of `questions_item` (N,3)."""
-        raise AssertionError("a source with lessons must say what lies where")
-
-    def grounds(self, index: int, turns: int) -> list[Grounds]:
-        """Return for each question of `questions_item` where what its words name lies on the picture."""
-        raise AssertionError("a source with lessons must say what lies where")
-
-    def edit_item(self, index: int) -> tuple[Any, Any, str]:
-        """Return source, target, instruction."""
-        raise AssertionError("a source must give edits")
-
-    def text_item(self, index: int) -> tuple[str, str]:
-        """Return a question and answer without picture."""
-        raise AssertionError("a source must give texts")
-
-    def lesson_item(self, index: int) -> tuple[Prompt, str, Lesson]:
-        """Return a whole prompt without a picture, the part of it that somebody wrote, and what that says."""
-        raise AssertionError("a source with lessons must say what its texts mean")
-
-    def told_caption(self, index: int) -> tuple[Lesson, np.ndarray]:
-        """Return what the caption of `caption_item` says, and what it lets one know of each image token (N,3)."""
-        raise AssertionError("a source with lessons must say what its texts mean")
-
-    def told_edit(self, index: int) -> tuple[Lesson, np.ndarray]:
-        """Return what the instruction of `edit_item` says, and what is to lie on each image token (N,3)."""
-        raise AssertionError("a source with lessons must say what its texts mean")
 
     # what a batch is
 
@@ -236,7 +208,6 @@ class Batches(Dataset[dict[str, Any]]):
         return generator("task", self.recipe.seed, step).random() < self.recipe.data.edit_share
 
     def generation(self, samples: range) -> dict[str, Any]:
-        """Prompts and the pictures they ask for."""
         items = [self.caption_item(i) for i in samples]
         kept = [self._kept(text, i) for i, (_, text) in zip(samples, items, strict=True)]
         return {
@@ -246,7 +217,6 @@ class Batches(Dataset[dict[str, Any]]):
         }
 
     def edits(self, samples: range) -> dict[str, Any]:
-        """Sources, instructions, targets."""
         items = [self.edit_item(i) for i in samples]
         kept = [self._kept(text, i) for i, (*_, text) in zip(samples, items, strict=True)]
         return {

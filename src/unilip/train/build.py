@@ -33,7 +33,7 @@ from unilip.method.model import PARTS
 from unilip.method.qwen2 import Layers
 from unilip.method.text import Processor
 from unilip.model import UniLIP
-from unilip.recipes.catalog import all_recipes
+from unilip.recipes.catalog import require_finished
 from unilip.recipes.record import FewSteps, Optim, Recipe, Shrink
 from unilip.sizes import preset, small_decoder
 from unilip.train import processes
@@ -84,13 +84,8 @@ def locate(source: str, runs: Path) -> str:
     if source == "embedded":
         return str(resolve(None))
     result = runs / source / "final"
-    if result.exists():
-        return str(result)
-    name, _, seed = source.partition("/seed")
-    if not Path(source).exists() and (name in all_recipes() or (runs / source).exists()):
-        first = f"{name} --set seed={seed}" if seed else name
-        raise ConfigError(f"The recipe starts from {source}, which has not finished in {runs}; train {first} first.")
-    return source
+    require_finished(source, runs)
+    return str(result) if result.exists() else source
 
 
 def adapter_base(recipe: Recipe, runs: Path, folder: Path) -> str:

@@ -59,7 +59,6 @@ class Worker:
         self.mixed = mixed_precision(recipe, self.device)
 
     def about(self, dtype: str) -> dict[str, Any]:
-        """Return what `cache.json` says."""
         return {
             "format": FORMAT,
             "names": list(self.names),
@@ -77,7 +76,6 @@ class Worker:
         }
 
     def tasks(self) -> list[dict[str, int]]:
-        """Return every shard that is to be made."""
         counts = [len(source.counts(self.kinds[0])) for _, source in self.batches.sources]
         return [{"source": i, "shard": j} for i, count in enumerate(counts) for j in range(count)]
 

@@ -106,11 +106,9 @@ class Cached:
         self.original, self.shards, self.pictures, self.blank = original, shards, pictures, blank
 
     def counts(self, kind: str) -> Sequence[int]:
-        """Return how many samples of a kind each shard has."""
         return self.shards.counts(kind)
 
     def read(self, kind: str, shard: int, place: int) -> Record:
-        """Read one sample; raises `Unreadable`."""
         record = self.shards.read(kind, shard, place)
         if not record.tensors:
             why = json.loads(record.text or b"{}")
@@ -124,7 +122,6 @@ class Cached:
         return self.original.signature()
 
     def expect(self, shards: Sequence[int]) -> None:
-        """Hear which shards will be wanted next."""
         self.shards.expect(shards)
         if self.pictures:
             self.original.expect(shards)

@@ -208,7 +208,6 @@ class FileBatches(Batches):
         return target
 
     def fit(self, kind: str) -> Fit:
-        """How pictures of a kind become square."""
         fit = self.recipe.data.fit
         if fit == "auto":
             fit = "resize" if kind == "talk" else "crop"

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from unilip.errors import ConfigError, ImageError, UniLIPError
-from unilip.files import Lock, content_hash, png_bytes, read_json, write_bytes, write_text
+from unilip.files import Lock, content_hash, png_bytes, read_json, remove, write_bytes, write_text
 from unilip.machine import choose_device
 from unilip.method.config import UniLIPConfig
 from unilip.model import UniLIP
@@ -148,16 +148,9 @@ def check_finished(recipe: Recipe, final: Path) -> None:
 
 def clear(run: Path) -> None:
     """Delete what an earlier run wrote, but for its result and its tokenizer."""
-    for old in (
-        *run.glob("step_*"),
-        *run.glob("damaged_step_*"),
-        *run.glob(".*.part"),
-        run / "tensorboard",
-        run / "samples",
-    ):
-        shutil.rmtree(old, ignore_errors=True)
-    for file in (run / "log.jsonl", *run.glob("skipped_*.pt")):
-        file.unlink(missing_ok=True)
+    names = ("step_*", "damaged_step_*", ".*.part", "tensorboard", "samples", "log.jsonl", "skipped_*.pt")
+    for old in (old for name in names for old in run.glob(name)):
+        remove(old)
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
@@ -447,7 +440,6 @@ class Loop:
                 )
 
     def save(self) -> None:
-        """Write a checkpoint."""
         self.state.counters = {
             "skipped": int(self.health.total), "skipped_in_a_row": int(self.health.row),
         }  # fmt: skip
@@ -471,7 +463,11 @@ class Loop:
         """Write picture grids of a fixed batch, drawn with the averaged weights."""
         if not (processes.first() or parallel.sharded(self.whole)):
             return
-        with self.averaged():
+        ema = self.state.ema
+        with contextlib.ExitStack() as after:
+            if ema is not None:  # the averaged weights are in the model meanwhile
+                ema.swap()
+                after.callback(ema.swap)
             pictures = self.together(self.objective.samples, to_device(self.batches[0], self.model.device))
         if not processes.first():
             return
@@ -485,18 +481,6 @@ class Loop:
                 write_bytes(folder / f"{name}_{self.step:08d}.png", png_bytes(to_images(sheet[None], name)[0]))
             except ImageError as error:
                 logger.warning("no sheet of step %d: %s", self.step, error)
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Have the averaged weights in the model inside the block."""
-        ema = self.state.ema
-        if ema is not None:
-            ema.swap()
-        try:
-            yield
-        finally:
-            if ema is not None:
-                ema.swap()
 
     @torch.no_grad()
     def together(self, function: Callable[..., Any], *arguments: Any) -> Any:

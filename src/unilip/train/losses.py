@@ -81,7 +81,6 @@ class LPIPSConvNeXt(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return the weighted distance."""
         close = self.lpips(output * 2 - 1, target * 2 - 1).mean()
         at_224 = [F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True) for x in (output, target)]
         a, b = (self.logits(normalise(x)).logits.float() for x in at_224)

@@ -73,14 +73,11 @@ class Objective:
 
 def make_objective(recipe: Recipe, model: UniLIP, sources: Mapping[str, str]) -> Objective:
     """Build the objective that a recipe's record names."""
+    kinds: dict[type, Any] = {Shrink: ShrinkObjective, Reconstruct: ReconstructObjective, FewSteps: FewStepsObjective}
     if isinstance(recipe.objective, Understand):
         return UnderstandObjective(recipe, model, recipe.objective)
-    if isinstance(recipe.objective, Shrink):
-        return ShrinkObjective(recipe, model, recipe.objective, sources)
-    if isinstance(recipe.objective, Reconstruct):
-        return ReconstructObjective(recipe, model, recipe.objective, sources)
-    few = isinstance(recipe.objective, FewSteps)
-    return (FewStepsObjective if few else FlowObjective)(recipe, model, recipe.objective, sources)
+    made: Objective = kinds.get(type(recipe.objective), FlowObjective)(recipe, model, recipe.objective, sources)
+    return made
 
 
 def needed_parts(objective: Understand | Reconstruct | Flow) -> tuple[str, ...]:
@@ -294,7 +291,6 @@ class ReconstructObjective(Objective):
 
     @torch.no_grad()
     def samples(self, batch: Batch) -> dict[str, Tensor]:
-        """Input above reconstruction."""
         target = to_unit(batch["images"][:SHOWN])
         _, output = self.reconstruct(normalise(target))
         return {"reconstruction": torch.stack([target, output.clamp(0, 1)])}

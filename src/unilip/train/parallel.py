@@ -31,7 +31,6 @@ class Whole(nn.Module):
         self.heads = heads
 
     def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function that uses the model."""
         return function(*arguments)
 
 

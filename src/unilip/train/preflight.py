@@ -258,17 +258,14 @@ class Estimate:
 
     @property
     def total(self) -> float:
-        """Bytes in each process."""
         return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
-        """Whether the hardware has as much."""
         return self.total <= self.hardware.usable
 
     @property
     def hours(self) -> float:
-        """Of the whole run."""
         return self.seconds * self.recipe.steps / 3600
 
     def lines(self) -> Iterator[str]:

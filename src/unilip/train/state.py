@@ -129,7 +129,6 @@ class State:
             pending.check()
 
     def _write(self, folder: Path) -> None:
-        """Write the files of one process."""
         _save_tensors(self.parameters, folder / "weights.safetensors")
         _save_tensors(self.heads.state_dict(), folder / "heads.safetensors")
         if self.ema is not None:
@@ -308,7 +307,6 @@ class Pending:
                     shutil.rmtree(old, ignore_errors=True)
 
     def fail(self, error: BaseException) -> None:
-        """Note why it cannot be written."""
         lines = str(error).strip().splitlines() or [type(error).__name__]
         telling = [line for line in lines if "Error" in line or "error" in line]
         self.error = (telling or lines)[-1].strip()
@@ -316,7 +314,6 @@ class Pending:
             shutil.rmtree(self.temporary, ignore_errors=True)
 
     def check(self) -> None:
-        """Raise where it could not be written."""
         if self.error is not None:
             raise CheckpointError(
                 f"{self.target} cannot be written ({self.error}); the last whole checkpoint is kept. Make room and "
