@@ -140,8 +140,7 @@ class Chat:
         return self.conversation.shown
 
     def __call__(self, message: str, image: Any = None, *, verb: str | None = None, **settings: Any) -> Reply:
-        """Draw, change or answer, as the words of a message want; `answer:`, `draw:` and `edit:` before them decide, or
-        `verb`.
+        """Draw, change or answer, as a message's words want, or `verb`, or `answer:`, `draw:` and `edit:` before them.
 
         In: image: that the message brings, or several; as for `UniLIP.edit`. settings: for this message; `seed` too.
         Raises UniLIPError: what the verb's own method raises, or an edit without a picture. Nothing was added then.

@@ -21,8 +21,7 @@ from unilip.machine import processor, spare_memory
 
 
 def describe(source: Source = None) -> dict[str, Any]:
-    """Return kind, parts with parameter counts, types, sizes, config, what is dropped; of an adapter base, ranks and
-    parts.
+    """Return kind, parts with parameter counts, types, sizes, config, what is dropped; of an adapter base and ranks.
 
     Raises CheckpointError: it cannot be opened.
     """

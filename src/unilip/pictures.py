@@ -207,9 +207,7 @@ def _inner_box(size: tuple[int, int], frame: tuple[int, int]) -> tuple[int, int,
 
 
 def unfit_square(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
-    """Undo `fit_picture` at the aspect ratio of `size`, without enlarging: "resize" stretches back, "pad" cuts borders
-    off.
-    """
+    """Undo `fit_picture` at the aspect ratio of `size`, not enlarging: "resize" stretches back, "pad" cuts borders."""
     if fit == "crop" or size[0] * image.height == size[1] * image.width:
         return image
     left, top, right, bottom = _inner_box(size, image.size)
@@ -231,9 +229,7 @@ def tile_grid(width: int, height: int, size: int, max_tiles: int) -> tuple[int, 
 
 
 def tile(image: Image.Image, size: int, max_tiles: int) -> list[Image.Image]:
-    """Cut an RGB picture into up to `max_tiles` squares of `size` px and a thumbnail, as InternVL; one is the plain
-    picture.
-    """
+    """Cut an RGB picture into up to `max_tiles` squares of `size` px and a thumbnail, as InternVL; one is plain."""
     columns, rows = tile_grid(image.width, image.height, size, max_tiles)
     if columns * rows == 1:
         return [fit_square(image, size)]

@@ -245,8 +245,7 @@ def convert(
     dtype: read.DType = None,
     max_shard_size: str | int = "5GB",
 ) -> Path:
-    """Rewrite any checkpoint as ours, the authors', a pipeline of diffusers, or transformers' InternVL; returns the
-    folder.
+    """Rewrite any checkpoint as ours, the authors', a pipeline of diffusers, or transformers' InternVL.
 
     Raises CheckpointError: an unknown format, or a model that the format cannot hold.
     """

@@ -109,9 +109,7 @@ def named(options: Sequence[str]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb: its function "MODULE.NAME" and what it takes: so many `words`, `given` values, changes that verbs share
-    (`like`).
-    """
+    """A verb: its function "MODULE.NAME", its number of `words`, `given` values, changes that verbs share (`like`)."""
 
     function: str
     usage: str

@@ -258,9 +258,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def kinds_of(members: Mapping[str, T], texts: bool = True) -> Iterator[tuple[str, dict[str, T]]]:
-    """Yield each kind that a sample can serve as, with its members; where others have texts, a lone picture misses its
-    own.
-    """
+    """Yield each kind that a sample can serve as, with its members; a lone picture may miss its text."""
     cached = next((kind for kind in KINDS if f"{kind}.npz" in members), None)
     if cached is not None:
         parts = {part: members[part] for part in ("txt", "json") if part in members}
@@ -292,8 +290,7 @@ def kinds_of(members: Mapping[str, T], texts: bool = True) -> Iterator[tuple[str
 
 
 class Shards:
-    """The samples of a list of tar files, of damaged ones what comes before the damage; `keep_gb` bounds remote ones on
-    disk.
+    """The samples of tar files, of damaged ones what comes before the damage; `keep_gb` bounds remote ones on disk.
 
     Raises DataError: none of the shards can be read.
     """

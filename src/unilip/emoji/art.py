@@ -80,29 +80,9 @@ class Background:
 HORIZON = 0.6  # share of the height above the ground line
 
 
-def _plain(name: str, colour: RGB) -> Background:
-    article = "an" if name[0] in "aeiou" else "a"
-    words = (f"on {article} {name} background", f"in front of {article} {name} background")
-    return Background(name, "plain", colour, colour, words, name, name)
-
-
-def _gradient(name: str, top: RGB, bottom: RGB) -> Background:
-    if not name.endswith("sky"):
-        words: tuple[str, ...] = (f"on a {name} background",)
-        return Background(name, "gradient", top, bottom, words, name, name)
-    words = (f"in front of a {name}", f"against a {name}", f"under a {name}")
-    return Background(name, "gradient", top, bottom, words, f"a {name}", f"a {name}")
-
-
-def _horizon(name: str, ground: RGB) -> Background:
-    sky = (168, 206, 242)
-    return Background(name, "horizon", sky, ground, (f"on {name}", f"on the {name}"), name, name)
-
-
-_KINDS: dict[str, Callable[..., Background]] = {"plain": _plain, "gradient": _gradient, "horizon": _horizon}
 BACKGROUNDS: dict[str, Background] = {
-    name: _KINDS[kind](name, *(tuple(colour) for colour in colours))
-    for name, (kind, *colours) in TABLES["backgrounds"].items()
+    name: Background(name, kind, tuple(top), tuple(bottom), tuple(phrases), *named)
+    for name, (kind, top, bottom, phrases, *named) in TABLES["backgrounds"].items()
 }
 
 
@@ -318,9 +298,7 @@ class Atlas:
         return digest.hexdigest()
 
     def warm(self, world: World) -> Atlas:
-        """Decode and paint all that WORLD can show (100 kB a sprite), for loader workers to share; returns the atlas
-        itself.
-        """
+        """Decode and paint all that WORLD can show (100 kB a sprite), for loader workers to share; returns itself."""
         work = [
             (name, style, colour, tone)
             for name in (*world.concepts, *world.extra, *world.guests, *world.strangers)

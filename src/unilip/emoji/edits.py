@@ -89,11 +89,7 @@ def sample_joint(world: World, rng: random.Random, split: str = "train") -> tupl
             continue
         if all(world.seen(scene) and world.allowed(scene, split, "generation") for scene in (source, other, target)):
             thing, beside = definite(look), f"{BESIDE[where]} {definite(source.objects[0])}"
-            patterns = (
-                f"put {thing} of picture 2 {beside}", f"add {thing} of the second picture {beside}",
-                f"take {thing} from image 2 and put it {beside}",
-            )  # fmt: skip
-            return Edit(source, rng.choice(patterns), target, "add"), other
+            return Edit(source, rng.choice(WORDS["joint"]).format(thing=thing, beside=beside), target, "add"), other
     raise DataError(f"no edit of two pictures could be drawn in the world {world.name!r}")
 
 
@@ -279,14 +275,8 @@ def _painted(world: World, rng: random.Random, source: Scene, obj: Obj) -> Edit:
     painted = replace(obj, colour=colour)
     if world.looks(obj, colour) or world.clashes(painted, source.background):
         raise _Unfit
-    thing = definite(obj)
-    patterns = (
-        f"make {thing} {colour}",
-        f"change the color of {thing} to {colour}",
-        f"change the colour of {thing} to {colour}",
-        f"paint {thing} {colour}",
-    )
-    return Edit(source, rng.choice(patterns), _swap(source, {obj: painted}), "recolour")
+    words = rng.choice(WORDS["paint"]).format(thing=definite(obj), colour=colour)
+    return Edit(source, words, _swap(source, {obj: painted}), "recolour")
 
 
 def _background(world: World, rng: random.Random, purpose: str) -> Edit:
@@ -296,18 +286,9 @@ def _background(world: World, rng: random.Random, purpose: str) -> Edit:
     if before is None:
         raise _Unfit
     found = BACKGROUNDS[target.background]
-    if found.kind == "plain":
-        patterns: tuple[str, ...] = (
-            f"change the background to {found.name}",
-            f"make the background {found.name}",
-            f"change the background color to {found.name}",
-        )
-    elif found.kind == "gradient":
-        patterns = (f"change the background to {found.target}", f"make the background {found.target}")
-    else:
-        thing = definite(target.objects[0]) if len(target.objects) == 1 else "everything"
-        patterns = (f"change the background to {found.target}", f"put {thing} on {found.target}")
-    return Edit(replace(target, background=before), rng.choice(patterns), target, "background")
+    thing = definite(target.objects[0]) if len(target.objects) == 1 else "everything"
+    words = rng.choice(WORDS["backgrounds"][found.kind]).format(found, thing)
+    return Edit(replace(target, background=before), words, target, "background")
 
 
 def _restyle(world: World, rng: random.Random, purpose: str) -> Edit:
@@ -321,8 +302,7 @@ def _restyle(world: World, rng: random.Random, purpose: str) -> Edit:
             raise _Unfit
         if world.clashes(obj, source.background):
             raise _Unfit
-    patterns = (f"make it {style}", f"change the style to {style}", f"redraw it in {style} style")
-    return Edit(source, rng.choice(patterns), _swap(source, changes), "style")
+    return Edit(source, rng.choice(WORDS["restyle"]).format(style=style), _swap(source, changes), "style")
 
 
 def _skin_tone(world: World, rng: random.Random, purpose: str) -> Edit:
@@ -333,9 +313,8 @@ def _skin_tone(world: World, rng: random.Random, purpose: str) -> Edit:
     source = _lay_out(world, rng, _objects(world, rng, names, _style(world, rng)))
     obj = next(o for o in source.objects if o.concept == names[0])
     tone = rng.choice(world.tones)
-    thing = definite(obj)
-    patterns = (f"give {thing} {tone} skin", f"change the skin tone of {thing} to {tone}")
-    return Edit(source, rng.choice(patterns), _swap(source, {obj: replace(obj, tone=tone)}), "skin_tone")
+    words = rng.choice(WORDS["skin"]).format(thing=definite(obj), tone=tone)
+    return Edit(source, words, _swap(source, {obj: replace(obj, tone=tone)}), "skin_tone")
 
 
 _MAKERS: dict[str, Callable[..., Edit]] = dict(

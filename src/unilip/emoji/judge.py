@@ -570,9 +570,7 @@ def _compare(reading: Reading, asked: Scene, world: World) -> tuple[dict[str, bo
 
 @dataclass(frozen=True)
 class EditVerdict:
-    """DONE: the instruction was followed. KEPT: what it does not name is still there. PSNR_OUTSIDE the mask, in dB (or
-    None).
-    """
+    """DONE: the instruction was followed. KEPT: what it does not name is still there. PSNR_OUTSIDE the mask, in dB."""
 
     done: bool
     kept: bool

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from unilip.data.seeding import stable_hash
+from unilip.emoji.captions import WORDS
 from unilip.emoji.concepts import concept
 from unilip.emoji.world import World
 from unilip.files import read_table
@@ -37,12 +38,7 @@ class Riddle:
 def _wordings(kind: str, clue: str) -> tuple[str, ...]:
     article = "an" if kind[0] in "aeiou" else "a"
     who = "Who" if kind == "person" else f"What {kind}"
-    return (
-        f"Which {kind} {clue}?",
-        f"{who} {clue}?",
-        f"Name the {kind} that {clue}.",
-        f"I am thinking of {article} {kind} that {clue}. What is it?",
-    )
+    return tuple(form.format(kind=kind, clue=clue, who=who, article=article) for form in WORDS["asking"])
 
 
 @lru_cache(maxsize=16)

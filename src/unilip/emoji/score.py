@@ -46,14 +46,13 @@ from unilip.fast.loop import Settings
 from unilip.fast.offload import HEAD
 from unilip.files import read_json, write_json, write_text
 from unilip.method.config import TOKEN_PIXELS
-from unilip.model import UniLIP
+from unilip.model import DRAWING, UniLIP
 from unilip.pictures import picture_psnr, picture_ssim, to_pixels
 from unilip.shapes import Size
 
 log = logging.getLogger(__name__)
 
 PARTS = ("recon", "vqa", "gen", "edit", "riddle", "chain", "shapes", "joint")
-DRAWING = ("mllm", "connector", "dit", "pixel_decoder")
 NEEDS = {
     "recon": ("encoder", "latent_head", "pixel_decoder"),
     "vqa": ("encoder", "mllm"),

@@ -26,10 +26,6 @@ from unilip.files import write_text
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 PAD, EOS = "<|endoftext|>", "<|im_end|>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SMALL_TALK: list[str] = WORDS["small talk"]  # outside the pictures: what people also type to a demo
 
 
@@ -116,14 +112,7 @@ def _files(content: str, words: list[str]) -> dict[str, str]:
         "pad_token": PAD,
         "additional_special_tokens": [token for token in SPECIAL_TOKENS if token not in (EOS, PAD)],
     }
-    settings = {
-        **special,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": 4096,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-        "known_words": words,
-    }
+    settings = {**special, **WORDS["tokenizer"], "known_words": words}
     return {
         "tokenizer.json": content + "\n",
         "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",

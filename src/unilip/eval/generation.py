@@ -26,12 +26,11 @@ from unilip.eval.benchmarks import Benchmark, Item
 from unilip.eval.runs import PICTURES, RunFolder, batches, model_hash, name_of
 from unilip.files import png_bytes, write_json, write_lines
 from unilip.machine import Place, start_ray
-from unilip.model import UniLIP
+from unilip.model import DRAWING, UniLIP
 from unilip.pictures import Fit, open_picture
 
 log = logging.getLogger(__name__)
 
-DRAWING = ("mllm", "connector", "dit", "pixel_decoder")
 ITEMS = "items.jsonl"
 
 

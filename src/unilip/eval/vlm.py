@@ -140,9 +140,7 @@ class RemoteJudge:
         self._stop = threading.Event()
 
     def ask(self, questions: Sequence[Question], progress: bool = False) -> list[Answer]:
-        """Answer each question, in order. Raises JudgeStopped: a wrong address, key or model name; answers so far are
-        kept.
-        """
+        """Answer each question, in order. Raises JudgeStopped: a wrong address, key or model; answers are kept."""
         answers: list[Answer] = []
         self._stop.clear()
         with (

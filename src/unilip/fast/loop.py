@@ -112,9 +112,7 @@ def denoise(
     products: Products | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Draw latents (R,Z,h,w) from noise; under guidance R unconditional rows come first, or go to `twin`, a copy
-    elsewhere.
-    """
+    """Draw latents (R,Z,h,w) from noise; under guidance R unconditional rows come first, or go to `twin`, a copy."""
     planned = plan(settings.solver, settings.flow_shift, settings.num_inference_steps).to(noise.device)
     guided = settings.guided_steps()
     net, count = dit.transformer, len(noise)

@@ -24,7 +24,7 @@ from unilip.fast.loop import Settings
 from unilip.fewstep import few_config
 from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
 from unilip.method.text import Message, Processor, Prompt
-from unilip.pictures import FITS, fit_picture, load_image, tile
+from unilip.pictures import fit_picture, load_image, tile
 from unilip.sampling import (
     LARGEST,
     MAX_PROMPT_CHARACTERS,
@@ -132,7 +132,7 @@ class Checker:
         if isinstance(job, Ask):
             return self._prepare_ask(job, seed, deadline)
         side = self._check_side(job.image_size)
-        source = None if isinstance(job, Generate) else self._check_fit(job)
+        source = None if isinstance(job, Generate) else load_image(job.image)
         own = source.size if source is not None and getattr(job, "fit", None) == "resize" else (side, side)
         size = shapes.like(job.size or own, side**2)
         if isinstance(job, Reconstruct):
@@ -256,12 +256,6 @@ class Checker:
         if not TOKEN_PIXELS <= size <= most or size % TOKEN_PIXELS:
             raise UniLIPError(f"image_size is {size}; it must be a multiple of {TOKEN_PIXELS} up to {most}.")
         return size
-
-    @staticmethod
-    def _check_fit(job: Edit | Reconstruct) -> Image.Image:
-        if job.fit not in FITS:
-            raise UniLIPError(f"There is no way to fit an image called {job.fit!r}; allowed: {', '.join(FITS)}.")
-        return load_image(job.image)
 
     def _need_processor(self) -> Processor:
         if self._processor is None:

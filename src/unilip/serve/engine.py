@@ -175,8 +175,7 @@ class Engine:
             )
 
     def submit(self, job: Job, *, deadline: float | None = None) -> Ticket:
-        """Check a job and put it into the queue; nobody wants it any more after `deadline` seconds, the engine's own at
-        most.
+        """Check a job and put it into the queue, for `deadline` seconds or the engine's own.
 
         Raises UniLIPError: something in it is out of range; QueueFull: too much is waiting, `retry_after` says for how
         long (a waiting job ends with it, too, where its client holds the most places and one with fewer comes);
@@ -214,8 +213,8 @@ class Engine:
         return next((n for n, unit in enumerate(before) if unit.ticket is ticket), 0) if ticket.started is None else 0
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Take nothing new and finish what was accepted, or cancel it after `timeout` seconds; returns whether all was
-        finished.
+        """Take nothing new and finish what was accepted within `timeout` seconds, or cancel it; returns whether all was
+        done.
         """
         with self._changed:
             self._draining = True

@@ -113,9 +113,7 @@ class Adapting(Body):
     ) = Field(None, description='Adapters that act, "style:0.5,other", as a list, or with strengths {"style": 0.5}.')
 
     def strengths(self, known: Mapping[str, float], name: str) -> Strengths:
-        """Return the adapters that act, with their strengths. Raises UniLIPError: `model` or `adapters` name one not
-        offered.
-        """
+        """Return the adapters that act, with their strengths. Raises UniLIPError: one that is not offered."""
         head, _, tail = (self.model or "").rpartition(":")
         found = {tail: known[tail]} if tail in known and head else {}
         if head == name and not found:

@@ -59,9 +59,7 @@ class Ticket:
         return self._result is not None
 
     def listen(self, listener: Callable[[Event], None]) -> None:
-        """Call `listener` with every event, past ones at once; later ones under the worker's locks, so it must not call
-        back.
-        """
+        """Call `listener` with every event, past ones at once, later ones under locks: it must not call back."""
         with self._lock:
             for event in self._past:
                 listener(event)

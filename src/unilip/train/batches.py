@@ -107,9 +107,7 @@ def padded(tokens: Tokens, pad_id: int) -> Tokens:
 
 
 def conversation(processor: Processor, rows: Sequence[tuple[int, Turns]]) -> tuple[Tokens, Tensor]:
-    """Tokenize rows of (number of pictures, question-answer turns), right-padded, as `UniLIP.ask` would; only answers
-    count.
-    """
+    """Tokenize rows of (number of pictures, question-answer turns), right-padded, as in `ask`; only answers count."""
     ids_rows, label_rows = [], []
     for pictures, turns in rows:
         ids: list[int] = []
@@ -497,10 +495,10 @@ def until(prompt: Prompt, words: str, end: int) -> Prompt:
 
 
 def grounded(processor: Processor, rows: Sequence[Turns], found: Sequence[Sequence[Grounds]]) -> Tensor:
-    """Where the words of questions lie in `conversation`, and what they name: (M,4+N), row, column, concept, colour,
-    tokens.
+    """Where the words of questions lie in `conversation`, and what they name: (M,4+N).
 
-    Concept and colour are 0 where a question ends; the N image tokens are 1 where they show what is named.
+    Columns: row, column, concept and colour (0 where a question ends), and N image tokens, 1 where they show what is
+    named.
     """
     marks: list[list[int]] = []
     for row, (turns, grounds) in enumerate(zip(rows, found, strict=True)):

@@ -17,7 +17,7 @@ from unilip.data.shards import Shards
 from unilip.data.sources import Weighted
 from unilip.errors import ConfigError
 from unilip.model import UniLIP
-from unilip.recipes.record import FewSteps, Flow, Recipe, Reconstruct, Shrink, Understand, leaves
+from unilip.recipes.record import Flow, Recipe, Reconstruct, leaves
 from unilip.train.objectives import FlowObjective, Objective, ReconstructObjective, UnderstandObjective
 
 FORMAT = 2
@@ -52,14 +52,7 @@ def cacheable(recipe: Recipe, model: UniLIP, objective: Objective) -> tuple[str,
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """Return the settings that decide what a sample becomes."""
     data = {f"data.{name}": value for name, value in leaves(recipe.data).items() if name not in FREE}
-    kinds: dict[type, tuple[str, ...]] = {
-        Flow: ("target",),
-        FewSteps: ("target",),
-        Understand: (),
-        Reconstruct: (),
-        Shrink: (),
-    }
-    chosen = {f"objective.{name}": getattr(recipe.objective, name) for name in kinds[type(recipe.objective)]}
+    chosen = {"objective.target": recipe.objective.target} if isinstance(recipe.objective, Flow) else {}
     return {"objective": type(recipe.objective).__name__.lower(), "dtype": recipe.dtype, **data, **chosen}
 
 

@@ -345,9 +345,7 @@ def newest(run: Path) -> Path | None:
 
 
 def inspect(folder: Path) -> dict[str, Any]:
-    """Return what `state.json` says, once the files are what was written. Raises DamagedCheckpoint, naming one that is
-    not.
-    """
+    """Return what `state.json` says, once the files are what was written. Raises DamagedCheckpoint: one is not."""
     complaint, about = "", {}
     if processes.first():
         try:
