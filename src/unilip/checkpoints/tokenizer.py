@@ -17,11 +17,10 @@ from typing import Any
 import tokenizers
 
 from unilip.errors import CheckpointError
+from unilip.files import read_table
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-    "special_tokens_map.json", "chat_template.jinja",
-)  # fmt: skip
+TABLE: dict[str, Any] = read_table("unilip.checkpoints", "tables.json")["tokenizer"]
+TOKENIZER_FILES: tuple[str, ...] = tuple(TABLE["files"])
 WORD = r"[^\W\d_]+"  # letters of any script
 LARGEST_FILE = 64 * 2**20  # bytes; Qwen2's tokenizer.json has 11 MiB
 
@@ -32,18 +31,9 @@ QWEN2_SPLIT = (
 # A pattern decides how long a text takes, and a bad one takes for ever: these are known to be quick.
 SPLITS = (QWEN2_SPLIT, QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|", 1))
 # What small models read alike, as (pattern, what it becomes): quotation marks, spaces, and spaces before a stop.
-FOLDS = (
-    ("[\u2018\u2019\u201a\u2032`]", "'"),
-    ("[\u201c\u201d\u201e\u00ab\u00bb]", '"'),
-    (r"[ \t]+", " "),
-    (r" (?=[.,!?\r\n]|$)", ""),
-)
-STEPS = {  # what a tokenizer.json may be made of, by section; none of it lets a text grow or wait
-    "normalizer": ("Sequence", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Replace"),
-    "pre_tokenizer": ("Sequence", "Split", "ByteLevel"),
-    "decoder": ("Sequence", "ByteLevel"),
-    "model": ("BPE",),
-}
+FOLDS: tuple[tuple[str, str], ...] = tuple((pattern, content) for pattern, content in TABLE["folds"])
+# What a tokenizer.json may be made of, by section; none of it lets a text grow or wait.
+STEPS: dict[str, list[str]] = TABLE["steps"]
 
 
 class Tokenizer:

@@ -10,6 +10,7 @@ from typing import Any
 from starlette.responses import Response
 
 from unilip.errors import ImageError, PromptError, UniLIPError
+from unilip.files import read_table
 from unilip.serve.jobs import Cancelled, DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull
 
 CLIENT_GONE = 499  # nobody reads it; it is for metrics and logs
@@ -66,50 +67,12 @@ def trouble(error: UniLIPError, param: str | None = None) -> Trouble:
     for kind, status, code in _ENGINE:
         if isinstance(error, kind):
             return Trouble(status, str(error), code, param, error.retry_after)
-    code = "invalid_value"
-    if isinstance(error, ImageError):
-        code = "invalid_image"
-    elif isinstance(error, PromptError):
-        code = "invalid_prompt"
-    return Trouble(400, str(error), code, param)
+    what = "image" if isinstance(error, ImageError) else "prompt" if isinstance(error, PromptError) else "value"
+    return Trouble(400, str(error), f"invalid_{what}", param)
 
 
-_WORDS = {
-    "missing": "is missing",
-    "extra_forbidden": "is no parameter; see /docs for all",
-    "string_type": "must be text",
-    "string_unicode": "must be text",
-    "string_too_long": "may have at most {max_length} characters",
-    "too_long": "may have at most {max_length} entries",
-    "too_short": "must have at least {min_length} entry",
-    "int_type": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_parsing_size": "must be a smaller number",
-    "int_from_float": "must be a whole number",
-    "float_type": "must be a number",
-    "float_parsing": "must be a number",
-    "finite_number": "must be a finite number",
-    "bool_type": "must be true or false",
-    "bool_parsing": "must be true or false",
-    "list_type": "must be a list",
-    "dict_type": "must be an object",
-    "model_type": "must be an object",
-    "model_attributes_type": "must be an object",
-    "greater_than_equal": "must be at least {ge}",
-    "greater_than": "must be more than {gt}",
-    "less_than_equal": "must be at most {le}",
-    "less_than": "must be less than {lt}",
-    "literal_error": "must be {expected}",
-}
-_FIELDS = {
-    "tools": "cannot be called: this model has no tools; leave them out",
-    "tool_choice": 'can be "none" or "auto": this model calls no tools',
-    "function_call": 'can be "none" or "auto": this model calls no functions',
-    "n": "may be 1: a question has one answer",
-    "logprobs": "are not given by this model; leave it out",
-    "top_logprobs": "are not given by this model; leave it out",
-    "response_format": 'can be "text", "json_object" or "json_schema"',
-}
+# What is said of pydantic's complaints by their type, and of some fields whatever is wrong with them.
+SAID: dict[str, dict[str, str]] = read_table("unilip.serve", "problems.json")
 
 
 def validation(errors: Sequence[Mapping[str, Any]]) -> Trouble:
@@ -123,9 +86,9 @@ def validation(errors: Sequence[Mapping[str, Any]]) -> Trouble:
     ]
     place = ".".join(parts).encode("ascii", "backslashreplace").decode()[:200]
     message = str(first["msg"]).removeprefix("Value error, ")
-    field, known = parts[0] if parts else "", _WORDS.get(first["type"])
-    if field in _FIELDS and first["type"] in ("literal_error", "too_long", "extra_forbidden", "model_type"):
-        place, known = field, _FIELDS[field]
+    field, known = parts[0] if parts else "", SAID["words"].get(first["type"])
+    if field in SAID["fields"] and first["type"] in ("literal_error", "too_long", "extra_forbidden", "model_type"):
+        place, known = field, SAID["fields"][field]
     if known is not None:
         message = known.format(**first.get("ctx", {}))
     more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""

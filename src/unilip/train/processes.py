@@ -15,16 +15,15 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from unilip.errors import ConfigError, UniLIPError
 from unilip.machine import Place
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from unilip.recipes.record import Recipe
+from unilip.recipes.record import Recipe
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective that waits for others, a slow checkpoint among them
 _groups: dict[str, Any] = {}  # "control": agreement between hosts; "checkpoint": of the thread that writes
@@ -74,15 +73,9 @@ def own_batches(start: int, end: int) -> range:
     return range(start + rank(), end, world())
 
 
-# --- what needs torch -------------------------------------------------------------------------------------------------
-
-
 def join(device: torch.device) -> None:
     """Join the others, for the rest of the program; nothing happens where there is one process."""
     if world() > 1 and not _groups:
-        import torch
-        import torch.distributed as dist
-
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if not dist.is_initialized():
@@ -130,8 +123,6 @@ def agree(store: Any) -> str:
 
 
 def _leave() -> None:
-    import torch.distributed as dist
-
     with contextlib.suppress(Exception):  # the others may be gone
         dist.destroy_process_group()
 
@@ -144,8 +135,6 @@ def group(name: str) -> Any:
 def wait() -> None:
     """Wait for all processes."""
     if group("control") is not None:
-        import torch.distributed as dist
-
         dist.barrier(group=group("control"))
 
 
@@ -163,9 +152,6 @@ def anywhere(flag: int) -> int:
     """Return the largest of the numbers that the processes give: a signal that one received, for instance."""
     if group("control") is None:
         return flag
-    import torch
-    import torch.distributed as dist
-
     shared = torch.tensor(flag)
     dist.all_reduce(shared, dist.ReduceOp.MAX, group=group("control"))
     return int(shared)
@@ -175,8 +161,6 @@ def told(value: Any) -> Any:
     """Return the first process's value in every process."""
     if group("control") is None:
         return value
-    import torch.distributed as dist
-
     box = [value]
     dist.broadcast_object_list(box, src=0, group=group("control"))
     return box[0]
@@ -186,7 +170,5 @@ def mean_(values: Tensor) -> Tensor:
     """Replace values (on the run's device) by their mean over the processes, without waiting for it."""
     if group("control") is None:
         return values
-    import torch.distributed as dist
-
     dist.all_reduce(values)
     return values.div_(world())
