@@ -33,6 +33,11 @@ def install(extra: str) -> str:
     return f"install it with pip install '.[{extra}]' in a checkout of UniLIP"
 
 
+def reason(error: BaseException, most: int | None = None) -> str:
+    """Return what an error says on one line, in so many characters at most; its kind where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def check_choice(what: str, value: object, allowed: Iterable[str], kind: type[UniLIPError] = UniLIPError) -> None:
     """Raise an error of a kind where a value, of whatever type, is none of the texts allowed."""
     names = list(allowed)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from unilip.errors import ImageError
+from unilip.errors import ImageError, check_choice
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -186,8 +186,7 @@ def fit_square(image: Image.Image, size: int, fit: Fit = "resize") -> Image.Imag
 
 def fit_picture(image: Image.Image, size: tuple[int, int], fit: Fit = "resize") -> Image.Image:
     """Give an RGB picture a size (width, height): "resize" stretches, "crop" keeps the centre, "pad" adds white."""
-    if fit not in FITS:
-        raise ImageError(f"There is no way to fit an image called {fit!r}; allowed: {', '.join(FITS)}.")
+    check_choice("way to fit an image called", fit, FITS, ImageError)
     if fit == "crop":
         return ImageOps.fit(image, size, Image.Resampling.BICUBIC)
     if fit == "pad":

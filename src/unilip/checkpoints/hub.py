@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from unilip.checkpoints.tokenizer import TOKENIZER_FILES
-from unilip.errors import CheckpointError, check_choice
+from unilip.errors import CheckpointError, check_choice, reason
 from unilip.method.config import UniLIPConfig
 
 logger = logging.getLogger(__name__)
@@ -170,14 +170,9 @@ def _fetch(repo: str, file: str | None, fetch: Fetch) -> Path:
         raise
     except Exception as error:  # the client lets errors of several libraries through
         raise CheckpointError(
-            f"{repo} is no folder here and could not be fetched from the hub ({reason(error)}); check the name and "
-            "the network, or give a folder."
+            f"{repo} is no folder here and could not be fetched from the hub ({reason(error, 300)}); check the name "
+            "and the network, or give a folder."
         ) from error
-
-
-def reason(error: Exception) -> str:
-    """Return the first line of what an error says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def push_to_hub(
@@ -201,7 +196,7 @@ def push_to_hub(
         done = api.upload_folder(repo_id=repo_id, folder_path=path, revision=revision, commit_message=commit_message)
     except Exception as error:  # the client lets errors of several libraries through
         raise CheckpointError(
-            f"The hub did not take {repo_id} ({reason(error)}); check the name, the network and `hf auth login`."
+            f"The hub did not take {repo_id} ({reason(error, 300)}); check the name, the network and `hf auth login`."
         ) from error
     return str(done)
 

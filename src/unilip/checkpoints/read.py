@@ -30,12 +30,11 @@ from unilip.checkpoints.hub import (
     Fetch,
     Source,
     adapted,
-    reason,
     resolve,
 )
 from unilip.checkpoints.infer import check_sizes, expected_shapes, infer_config
 from unilip.checkpoints.tokenizer import Tokenizer, load_tokenizer
-from unilip.errors import CheckpointError, ConfigError
+from unilip.errors import CheckpointError, ConfigError, reason
 from unilip.fast.products import computes, shape_of
 from unilip.fast.quantise import FewBits, few_bits
 from unilip.method.config import FORMAT, UniLIPConfig
@@ -132,7 +131,9 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors, and loading it could run code; it was refused. Save its tensors alone."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({reason(error)}); fetch or save it again.") from error
+        raise CheckpointError(
+            f"{path} is truncated or damaged ({reason(error, 300)}); fetch or save it again."
+        ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -308,7 +309,7 @@ class Checkpoint:
             check_sizes(self.config, self.parts, len(shapes))
             expected = expected_shapes(self.config, self.parts)
         except (CheckpointError, RuntimeError, TypeError, ValueError, ArithmeticError, MemoryError) as error:
-            raise CheckpointError(f"{path} does not fit its config: {reason(error)}") from error
+            raise CheckpointError(f"{path} does not fit its config: {reason(error, 300)}") from error
         self.absent = tuple(name for name in tables.KINDS[kind].absent if name in expected and name not in shapes)
         tables.check_shapes(shapes, expected, str(path), self.absent)
         self.tokenizer_path = folder if _has_tokenizer(folder) else None

@@ -16,7 +16,7 @@ from typing import Any
 
 import tokenizers
 
-from unilip.errors import CheckpointError
+from unilip.errors import CheckpointError, reason
 from unilip.files import read_table
 
 TABLE: dict[str, Any] = read_table("unilip.checkpoints", "tables.json")["tokenizer"]
@@ -167,9 +167,9 @@ class Tokenizer:
     def _settings(self, name: str) -> dict[str, Any]:
         return self._json(name) if name in self.files else {}
 
-    def _damaged(self, error: object, name: str = "its tokenizer") -> CheckpointError:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        return CheckpointError(f"{self._where}: {name} cannot be read ({reason}); copy the original file again.")
+    def _damaged(self, error: BaseException | str, name: str = "its tokenizer") -> CheckpointError:
+        why = error if isinstance(error, str) else reason(error, 200)
+        return CheckpointError(f"{self._where}: {name} cannot be read ({why}); copy the original file again.")
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:

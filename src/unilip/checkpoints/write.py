@@ -26,7 +26,7 @@ from unilip.checkpoints.hub import BESIDE, CARD, INDEX, Source, model_card, prev
 from unilip.checkpoints.infer import expected_shapes
 from unilip.checkpoints.tables import HEAD, PARTS, POINTWISE, QUERIES, Shape, check_shapes, unmap_names
 from unilip.checkpoints.tokenizer import TOKENIZER_FILES, Tokenizer
-from unilip.errors import CheckpointError
+from unilip.errors import CheckpointError, check_choice
 from unilip.fast.quantise import flatten
 from unilip.method.config import FORMAT, UniLIPConfig
 
@@ -249,8 +249,7 @@ def convert(
 
     Raises CheckpointError: an unknown format, or a model that the format cannot hold.
     """
-    if to not in FORMATS:
-        raise CheckpointError(f"There is no format {to!r} to convert to; allowed: {', '.join(FORMATS)}.")
+    check_choice("format to convert to called", to, FORMATS, CheckpointError)
     opened = read.open_checkpoint(source)
     opened.require_plain("only plain weights can be converted")
     metadata = dict(opened.metadata)

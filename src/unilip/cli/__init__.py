@@ -17,8 +17,8 @@ from typing import NoReturn
 
 from unilip import __version__
 from unilip.cli.options import VERBS, Options, make_parser
-from unilip.cli.terminal import reason, say
-from unilip.errors import UniLIPError, install
+from unilip.cli.terminal import say
+from unilip.errors import UniLIPError, install, reason
 
 EXTRAS = {  # package -> extra of ours that brings it
     "matplotlib": "eval", "openai": "eval", "datasets": "eval", "pyarrow": "eval", "peft": "train",

@@ -372,8 +372,3 @@ def batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
 def plural(count: int, noun: str) -> str:
     """Return "1 picture", "2 pictures"."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def reason(error: BaseException) -> str:
-    """The message of an error on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

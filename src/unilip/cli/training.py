@@ -1,4 +1,4 @@
-"""The verb of training: train."""
+"""The verbs of data and training: data NAME, which prepare what training reads, and train."""
 
 from __future__ import annotations
 
@@ -6,13 +6,108 @@ import json
 import shlex
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from unilip.cli.options import Options
-from unilip.cli.terminal import Report, say
+from unilip.cli.terminal import Report, bar, plural, say
 from unilip.errors import UniLIPError
 from unilip.machine import choose_device
+
+
+def data_prepare_emoji(o: Options) -> int:
+    """Fetch and rasterise the art of the emoji world."""
+    report = Report(o, "data prepare emoji")
+    from unilip.emoji.art import prepare
+
+    if o.source is not None and not Path(o.source).is_dir():
+        raise UniLIPError(f"There is no folder {o.source}; give the one with the npm packages, or leave --source away.")
+    with bar(o, "drawing") as progress:
+        path = prepare(Path(o.output) if o.output else None, Path(o.source) if o.source else None, progress)
+    report.line(str(path))
+    report.end("the art is ready", path=str(path))
+    return 0
+
+
+def data_convert(o: Options) -> int:
+    """Write a published data set as shards."""
+    report = Report(o, "data convert")
+    from unilip.data.convert import convert
+
+    if o.output is None:
+        raise UniLIPError("There is no --output; give the folder of the shards.")
+    with bar(o, "sample") as progress:
+        done = convert(
+            o.words[0], o.words[1], Path(o.output), shard_size=o.shard_size, shorter_side=o.shorter_side,
+            progress=progress,
+        )  # fmt: skip
+    for path in done.shards:
+        report.line(str(path))
+    for name in done.named[:20]:
+        say(f"left out: {name}")
+    if done.skipped:
+        say(f"{done.skipped.total()} left out: {', '.join(f'{k}: {n}' for k, n in done.skipped.most_common())}")
+    report.end(
+        f"{plural(len(done.shards), 'shard')}, {plural(done.samples.total(), 'sample')} written now",
+        shards=[str(path) for path in done.shards], samples=dict(done.samples), skipped=dict(done.skipped),
+        named=done.named[:20],
+    )  # fmt: skip
+    return 0
+
+
+def data_check(o: Options) -> int:
+    """Look at data before training on it: 1 where something of it cannot be used."""
+    report = Report(o, "data check")
+    from unilip.data.check import check
+    from unilip.data.sources import open_source, parse_mixture
+    from unilip.files import replacing
+
+    sheet_path = None if o.output is None else Path(o.output)
+    if sheet_path is not None and (
+        sheet_path.suffix not in (".png", ".jpg") or not sheet_path.absolute().parent.is_dir()
+    ):
+        raise UniLIPError(f"--output {o.output} must be a .png or .jpg file in a folder that exists.")
+    found, fine = [], True
+    places = [place for text in o.words for place in parse_mixture(text)]
+    for number, place in enumerate(places):
+        with bar(o, "sample") as progress:
+            about, sheet = check(open_source(place.location), o.samples, progress=progress)
+        for line in about.lines():
+            report.line(line)
+        values = asdict(about)
+        if sheet is not None and sheet_path is not None:
+            path = sheet_path if len(places) == 1 else sheet_path.with_stem(f"{sheet_path.stem}-{number + 1}")
+            with replacing(path) as temporary:
+                sheet.save(temporary, {".png": "PNG", ".jpg": "JPEG"}[path.suffix])
+            report.line(str(path))
+            values["sheet"] = str(path)
+        found.append(values)
+        fine = fine and not about.bad and not about.damaged
+    report.end("checked" if fine else "checked, with faults", places=found)
+    return 0 if fine else 1
+
+
+def data_cache(o: Options) -> int:
+    """Compute what a recipe's frozen parts make of its data."""
+    from unilip.recipes.catalog import get_recipe
+    from unilip.recipes.record import override
+
+    if o.output is None:
+        raise UniLIPError("There is no --output; give the folder of the cache.")
+    recipe = override(get_recipe(o.words[0]), o.settings)
+    report = Report(o, "data cache")
+    device = choose_device(o.device)
+    from unilip.train.cache import make_cache
+
+    made = make_cache(
+        recipe, o.output, o.runs, device=device, dtype=o.dtype or "float32", ray=o.ray,
+        progress=o.progress and sys.stderr.isatty(),
+    )  # fmt: skip
+    report.line(o.output)
+    note = f"{', '.join(made['names'])} of {plural(made['made'], 'sample')} in {plural(made['shards'], 'shard')}"
+    report.end(note, path=o.output, **{key: made[key] for key in ("names", "dtype", "made", "unusable", "shards")})
+    return 0
 
 
 def train(o: Options) -> int:

@@ -26,6 +26,7 @@ from unilip.data.errors import DataError
 from unilip.data.records import Record, Unreadable, clean_text, decode_picture, one_text
 from unilip.data.shards import INDEX_SUFFIX, ShardWriter
 from unilip.data.sources import open_source
+from unilip.errors import check_choice
 from unilip.files import content_hash, decode_text, lines_of, read_json, write_json
 from unilip.pictures import open_picture
 
@@ -64,8 +65,7 @@ def convert(
     and in all.
     Raises DataError: an unknown layout, or nothing of it in the folder.
     """
-    if layout not in LAYOUTS:
-        raise DataError(f"There is no layout {layout!r}; allowed: {', '.join(LAYOUTS)}.")
+    check_choice("layout", layout, LAYOUTS, DataError)
     entries = LAYOUTS[layout](source)
     if not entries:
         raise DataError(f"{source} holds no sample of the layout {layout}.")

@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl
 from unilip.data.errors import DataError
 from unilip.data.records import KINDS, Unreadable
 from unilip.data.shards import FORMAT, Shards, fetch
+from unilip.errors import reason
 from unilip.files import content_hash, replacing, stamp
 
 SCHEME = "hf:"
@@ -82,8 +83,7 @@ class HubStream(Shards):
                     members = dict(_member(field, row[column]) for field, column in self.columns.items())
                     writer.write({"__key__": f"{i:08d}", **members})
         except Exception as error:  # of the network, of the format, of the library
-            why = " ".join(str(error).split()) or type(error).__name__
-            raise Unreadable("shard unreachable", f"{location}: {why}") from error
+            raise Unreadable("shard unreachable", f"{location}: {reason(error)}") from error
 
 
 def _open(name: str, options: dict[str, str], location: str) -> tuple[Any, list[int] | None, list[Any]]:
@@ -110,8 +110,7 @@ def _open(name: str, options: dict[str, str], location: str) -> tuple[Any, list[
         ]
         return stream, [_rows_of(str(file)) for file in files] if parquet else None, versions or [str(builder.hash)]
     except Exception as error:  # the library documents none
-        why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DataError(f"{location} cannot be opened by the datasets library ({why}).") from error
+        raise DataError(f"{location} cannot be opened by the datasets library ({reason(error, 300)}).") from error
 
 
 def _rows_of(file: str) -> int:

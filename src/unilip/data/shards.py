@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from unilip.data.errors import DataError
 from unilip.data.records import IMAGE_SUFFIXES, KINDS, Record, Unreadable, caption_of, is_litter, json_meaning
-from unilip.errors import UniLIPError
+from unilip.errors import UniLIPError, reason
 from unilip.files import TAIL, content_hash, read_json, replacing, retried, stamp, write_json, write_text
 
 logger = logging.getLogger(__name__)
@@ -519,8 +519,7 @@ def _download(location: str, path: Path) -> None:
     try:
         retried(lambda: _get(location, path))
     except Exception as error:  # each file system has its own
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise Unreadable("shard unreachable", f"{location}: {why}") from error
+        raise Unreadable("shard unreachable", f"{location}: {reason(error)}") from error
 
 
 def _get(location: str, path: Path) -> None:

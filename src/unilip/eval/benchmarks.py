@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from unilip.errors import PromptError, UniLIPError
+from unilip.errors import PromptError, UniLIPError, check_choice
 from unilip.eval.pictures import ParquetRows, cell_bytes, decode, open_dataset
 from unilip.eval.runs import PICTURES
 from unilip.eval.scores import Row, make_row
@@ -101,8 +101,7 @@ def open_benchmark(
     (4). own_prompts: take a file whose hash is not the published one; every score says so.
     Raises UniLIPError: no file, a file of another format, protocol or hash, or a repeated or impossible item.
     """
-    if name not in NAMES:
-        raise UniLIPError(f"There is no benchmark {name!r}; allowed: {', '.join(NAMES)}.")
+    check_choice("benchmark", name, NAMES)
     protocol = protocol or PROTOCOLS[name][0]
     if protocol not in PROTOCOLS[name]:
         raise UniLIPError(f"{name} has no protocol {protocol!r}; allowed: {', '.join(PROTOCOLS[name])}.")

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from unilip.checkpoints.hub import Source
 from unilip.checkpoints.read import open_checkpoint
 from unilip.data.sheet import contact_sheet
-from unilip.errors import ConfigError, UniLIPError
+from unilip.errors import ConfigError, UniLIPError, check_choice, reason
 from unilip.eval.pictures import Pictures
 from unilip.eval.runs import RunFolder, model_hash, name_of
 from unilip.eval.scores import Rule, make_row, write_scores
@@ -94,7 +94,7 @@ def open_extractor(source: str, model: UniLIP | None = None, device: str = "cpu"
     try:
         script = torch.jit.load(str(file), map_location=device).eval()
     except (RuntimeError, zipfile.BadZipFile) as error:
-        first = str(error).splitlines()[0][:160]
+        first = reason(error, 160)
         raise UniLIPError(f"{file} is no TorchScript file ({first}), such as inception-2015-12-05.pt.") from error
     title = "rfid" if "inception" in file.name.lower() else f"fd[{file.stem} {file_hash(file)[:8]}]"
 
@@ -127,7 +127,7 @@ def open_lpips(device: str = "cpu") -> Distance:
         network = lpips.LPIPS(net="vgg", verbose=False).to(device).eval()
     except Exception as error:  # also: torchvision missing, no network for the weights
         raise UniLIPError(
-            f"lpips cannot be measured here ({' '.join(str(error).split())[:160]}); install lpips and torchvision, or "
+            f"lpips cannot be measured here ({reason(error, 160)}); install lpips and torchvision, or "
             "leave it out of --measures."
         ) from error
 
@@ -140,8 +140,7 @@ def open_lpips(device: str = "cpu") -> Distance:
 
 def side_of(protocol: str, native: int) -> int:
     """Return the side that pictures are compared at. Raises UniLIPError: there is no such protocol."""
-    if protocol not in PROTOCOLS:
-        raise UniLIPError(f"There is no protocol {protocol!r}; allowed: {', '.join(PROTOCOLS)}.")
+    check_choice("protocol", protocol, PROTOCOLS)
     return native if protocol == "native" else int(protocol)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from unilip.errors import UniLIPError, install
+from unilip.errors import UniLIPError, install, reason
 from unilip.files import write_json
 
 log = logging.getLogger(__name__)
@@ -197,17 +197,17 @@ class RemoteJudge:
         except (e.AuthenticationError, e.PermissionDeniedError, e.NotFoundError) as error:
             self._stop.set()
             raise JudgeStopped(
-                f"The judge {self.terms.model} at {self.terms.url} does not answer us ({_line(error)}); check --judge, "
-                "--judge-model and OPENAI_API_KEY. Pictures and answers so far are kept."
+                f"The judge {self.terms.model} at {self.terms.url} does not answer us ({reason(error, 300)}); check "
+                "--judge, --judge-model and OPENAI_API_KEY. Pictures and answers so far are kept."
             ) from error
         except e.BadRequestError as error:
             said = f"{error} {error.code} {error.body}"
             refused = any(code in said for code in POLICY)
             self._count(1, 0)
-            return Answer(question.key, "refused" if refused else "failed", reason=_line(error))
+            return Answer(question.key, "refused" if refused else "failed", reason=reason(error, 300))
         except Exception as error:  # timeouts, lost connections, what the server says after all retries, broken JSON
             self._count(1, self.terms.retries)
-            return Answer(question.key, "failed", reason=_line(error))
+            return Answer(question.key, "failed", reason=reason(error, 300))
         self._count(1, raw.retries_taken)
         choice = reply.choices[0] if getattr(reply, "choices", None) else None
         if choice is None or choice.message is None:
@@ -256,7 +256,3 @@ class RemoteJudge:
 def _data_url(data: bytes) -> str:
     kind = "jpeg" if data[:2] == b"\xff\xd8" else "png"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unilip.errors import CheckpointError, UniLIPError, check_choice, install
+from unilip.errors import CheckpointError, UniLIPError, check_choice, install, reason
 from unilip.method.config import QUANTIZATIONS
 
 SMALL = 2**19  # weights of fewer numbers gain nothing from products in int8, nor from being packed
@@ -82,9 +82,8 @@ def quantise(module: nn.Module, kind: str) -> None:
                 else:
                     quantize_(layer, chosen_settings)
             except (NotImplementedError, AssertionError, ImportError, RuntimeError) as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise UniLIPError(
-                    f"torchao cannot quantise to {kind} here ({weight.dtype} on {weight.device}: {reason}); "
+                    f"torchao cannot quantise to {kind} here ({weight.dtype} on {weight.device}: {reason(error)}); "
                     "int8 works everywhere, int4 on CUDA needs bfloat16."
                 ) from error
 

@@ -215,15 +215,17 @@ class Batches(Dataset[dict[str, Any]]):
         }
 
     def edits(self, samples: range) -> dict[str, Any]:
-        items = [self.edit_item(i) for i in samples]
+        return self._edits(samples, [((source,), *rest) for source, *rest in map(self.edit_item, samples)])
+
+    def _edits(self, samples: range, items: Sequence[Any], cells: int | Sequence[int] | None = None) -> dict[str, Any]:
+        """The batch of edits (sources, target, instruction), one source of each after the other."""
+        cells = cells or self.source_cells
         kept = [self._kept(text, i) for i, (*_, text) in zip(samples, items, strict=True)]
         return {
-            **stacked("sources", [source for source, _, _ in items]),
+            **stacked("sources", [source for sources, _, _ in items for source in sources]),
             **stacked("targets", [target for _, target, _ in items]),
-            **self._blanks([self.processor.edit_text(None, self.source_cells)] * len(kept)),
-            **self._prompts(
-                samples, [self.processor.edit_text(text, self.source_cells) for text in kept], kept, self.told_edit
-            ),
+            **self._blanks([self.processor.edit_text(None, cells)] * len(kept)),
+            **self._prompts(samples, [self.processor.edit_text(text, cells) for text in kept], kept, self.told_edit),
         }
 
     def _blanks(self, texts: list[Prompt]) -> dict[str, Any]:
@@ -376,15 +378,9 @@ class EmojiBatches(Batches):
         if generator("joint", self.recipe.seed, step).random() >= self.recipe.data.joint:
             return super().edits(samples)
         assert self.edit_pairs is not None
-        items = [self.edit_pairs.joint(i) for i in samples]
-        kept = [self._kept(item["instruction"], i) for i, item in zip(samples, items, strict=True)]
-        grid = [self.source_cells or self.processor.num_image_tokens] * 2
-        return {
-            **stacked("sources", [item[name] for item in items for name in ("source", "other")]),
-            **stacked("targets", [item["target"] for item in items]),
-            **self._blanks([self.processor.edit_text(None, grid)] * len(kept)),
-            **self._prompts(samples, [self.processor.edit_text(text, grid) for text in kept], kept, self.told_edit),
-        }
+        found = [self.edit_pairs.joint(i) for i in samples]
+        items = [((item["source"], item["other"]), item["target"], item["instruction"]) for item in found]
+        return self._edits(samples, items, [self.source_cells or self.processor.num_image_tokens] * 2)
 
     def caption_item(self, index: int) -> tuple[np.ndarray, str]:
         item = self.scenes[index]

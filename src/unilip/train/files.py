@@ -198,14 +198,16 @@ class FileBatches(Batches):
             found["images"] = square(record.pictures[place], size, self.fit(kind))
         return found
 
-    def _with_condition(self, target: Any, record: Record, index: int) -> Any:
-        """Choose, of what a cache holds, the condition of the prompt or of the one that replaces it."""
+    def _conditioned(self, record: Record, kind: str, index: int) -> Any:
+        """Decode a record; of what a cache holds, take the condition of the prompt or of the one that replaces it."""
+        item = self.item(record, kind)
+        target = item[-2]
         if isinstance(target, dict) and "conditions" in target:
             blank, few = target.pop("unconditional", None), isinstance(self.recipe.objective, FewSteps)
             if few or self._kept("", index) is None:
                 blank = unpacked(record.blank or b"")["conditions"] if blank is None else blank
                 target["unconditional" if few else "conditions"] = blank
-        return target
+        return item
 
     def fit(self, kind: str) -> Fit:
         fit = self.recipe.data.fit
@@ -231,35 +233,26 @@ class FileBatches(Batches):
         return self._take("image", index, lambda record: self.item(record, "image"))[0]
 
     def caption_item(self, index: int) -> tuple[Any, str]:
-        def use(record: Record) -> tuple[Any, str]:
-            picture, text = self.item(record, "caption")
-            return self._with_condition(picture, record, index), text
-
-        return self._take("caption", index, use)
+        found: tuple[Any, str] = self._take(
+            "caption", index, lambda record: self._conditioned(record, "caption", index)
+        )
+        return found
 
     def caption(self, index: int) -> str:
         kind = next(kind for kind in ("talk", "caption") if kind in self.streams)
         return self._take(kind, index, lambda record: self.text(record, "caption", kind))
 
     def edit_item(self, index: int) -> tuple[Any, Any, str]:
-        def use(record: Record) -> tuple[Any, Any, str]:
-            source, target, text = self.item(record, "edit")
-            return source, self._with_condition(target, record, index), text
-
-        return self._take("edit", index, use)
+        found: tuple[Any, Any, str] = self._take("edit", index, lambda record: self._conditioned(record, "edit", index))
+        return found
 
     def edits(self, samples: range) -> dict[str, Any]:
         """Sources, instructions, targets; a cache holds nothing that tells them from captions."""
         return super().edits(samples) | ({"edits": True} if self.recipe.data.cache else {})
 
     def questions_item(self, index: int, turns: int) -> tuple[Any, str, Turns]:
-        kind = self.kinds[0]
-
-        def use(record: Record) -> tuple[Any, str, Turns]:
-            picture, text, said = self.item(record, kind, turns)
-            return picture, text, said
-
-        return self._take(kind, index, use)
+        found: Any = self._take(self.kinds[0], index, lambda record: self.item(record, self.kinds[0], turns))
+        return found[0], found[1], found[2]
 
     def _turns(self, record: Record, most: int, pictures: int) -> Turns:
         """The first turns of a conversation, as many as are wanted and fit."""
