@@ -27,6 +27,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of Pillow's: none that starts another program
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 32_768
+SCAN = b"\xff\xda"  # begins a scan of a JPEG
 MAX_SCANS = 100  # of a JPEG: each is decoded over the whole picture, and a progressive one needs about ten
 PSNR_LIMIT = 100.0  # dB, for pictures that are equal: so means of dB stay numbers
 
@@ -60,14 +61,9 @@ def open_picture(source: bytes | str | os.PathLike[str], formats: Sequence[str] 
         allowed = ", ".join(formats)
         raise ImageError(f"{name} is not an image that can be read (allowed: {allowed}), or it is damaged.") from error
     check_size(*image.size, name)
-    if image.format in ("JPEG", "MPO") and (scans := count_scans(data)) > MAX_SCANS:
+    if image.format in ("JPEG", "MPO") and (scans := data.count(SCAN, max(0, data.find(SCAN)))) > MAX_SCANS:
         raise ImageError(f"{name} is a JPEG of {scans} scans; at most {MAX_SCANS} are decoded. Save it anew.")
     return image
-
-
-def count_scans(jpeg: bytes) -> int:
-    """Count the scans of a JPEG: a few kilobytes can ask for thousands of passes over the whole picture."""
-    return jpeg.count(b"\xff\xda", max(0, jpeg.find(b"\xff\xda")))
 
 
 def load_image(image: ImageLike) -> Image.Image:

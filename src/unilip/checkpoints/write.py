@@ -34,7 +34,8 @@ Files = Mapping[str, Mapping[str, Any] | str]  # content by name
 Item = tuple[str, Shape, torch.dtype, Callable[[], Tensor]]  # name, shape, stored type, how to get it
 
 FORMATS = ("unilip", "authors", "transformers", "diffusers")
-OTHER_FILES = ("generation_config.json", "preprocessor_config.json", "processor_config.json")  # of InternVL
+OF_INTERNVL = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
+OURS = ("config.json", *BESIDE, *TOKENIZER_FILES, *OF_INTERNVL)
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
@@ -179,7 +180,8 @@ def _replacing(folder: Path) -> Iterator[Path]:
             return
         pipeline = (folder / INDEX).is_file()
         for old in folder.iterdir():
-            ours = _is_ours(old.name) or (pipeline and old.name in (INDEX, "pipeline.py", "model", "tokenizer"))
+            ours = old.name in OURS or _WEIGHTS.fullmatch(old.name)
+            ours = ours or (pipeline and old.name in (INDEX, "pipeline.py", "model", "tokenizer"))
             if not ours and not (new / old.name).exists():
                 _link(old, new / old.name)
         shutil.rmtree(previous, ignore_errors=True)
@@ -191,11 +193,6 @@ def _replacing(folder: Path) -> Iterator[Path]:
         if previous.exists() and not folder.exists():
             previous.rename(folder)
         raise
-
-
-def _is_ours(name: str) -> bool:
-    others = ("config.json", *BESIDE, *TOKENIZER_FILES, *OTHER_FILES)
-    return name in others or bool(_WEIGHTS.fullmatch(name))
 
 
 def _check_destination(folder: Path) -> None:

@@ -214,7 +214,9 @@ def _sorted(
     for (archive, name), member in found.items():
         if is_litter(name):
             continue
-        key, ending = split_name(name)
+        folder, slash, file = name.rpartition("/")
+        stem, _, ending = file.partition(".")  # at the first dot, as WebDataset does
+        key, ending = f"{folder}{slash}{stem}", ending.lower()
         group = groups.setdefault((archive, key), {})
         stem = ""
         if ending not in ENDINGS:  # a name with dots, or what belongs to the sample but is not read
@@ -248,13 +250,6 @@ def _sorted(
         if not kinds:
             ignored.update(f"{ending} without a picture" for ending in group)
     return ShardIndex(size, fault, samples, dict(ignored.most_common(9)))
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Split the path of a member at the first dot of its file name, as WebDataset does: -> key, ending."""
-    folder, slash, file = name.rpartition("/")
-    stem, _, ending = file.partition(".")
-    return f"{folder}{slash}{stem}", ending.lower()
 
 
 def kinds_of(members: Mapping[str, T], texts: bool = True) -> Iterator[tuple[str, dict[str, T]]]:
@@ -368,7 +363,7 @@ class Shards:
         return [next(found) if is_remote(shard) else None for shard in self.shards]
 
     def _kept(self, shard: int) -> Path:
-        return kept(self.shards[shard], self._stamps[shard])
+        return cache_folder() / f"{_name_in_cache(self.shards[shard], self._stamps[shard])}.tar"
 
     def _bring(self, shard: int) -> Path:
         """Return where a shard lies on this machine, after fetching it if need be."""
@@ -456,11 +451,6 @@ def index_cache(location: str, version: Any = None) -> Path:
 
 
 # --- remote shards --------------------------------------------------------------------------------------------------
-
-
-def kept(location: str, version: Any) -> Path:
-    """Where a remote shard of that version is kept."""
-    return cache_folder() / f"{_name_in_cache(location, version)}.tar"
 
 
 def later(call: Callable[[], T], turn: threading.Lock) -> Future[T]:

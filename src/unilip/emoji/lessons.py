@@ -90,9 +90,10 @@ def of_caption(text: str, scene: Scene, world: World) -> Lesson:
     if len(found) == 2 and len(scene.objects) == 2:
         first, second = (next(o for o in scene.objects if _labels(o, 1) == labels) for _, _, labels in sorted(found))
         between = numbers("relation")[relation(first, second)]
+    present = tuple(sorted({numbers("concept")[obj.concept] for obj in scene.objects}))
     summary = list(_summary(background=scene.background))
     summary[SUMMARY.index("relation")] = between
-    return Lesson(tuple(marks), tuple(summary), _present(scene))
+    return Lesson(tuple(marks), tuple(summary), present)
 
 
 def of_edit(edit: Edit, text: str, world: World) -> Lesson:
@@ -150,10 +151,6 @@ def _names() -> re.Pattern[str]:
 
 def _labels(obj: Obj, count: int) -> tuple[int, ...]:
     return numbers("concept")[obj.concept], numbers("colour")[obj.colour], numbers("count")[count], UNKNOWN
-
-
-def _present(scene: Scene) -> tuple[int, ...]:
-    return tuple(sorted({numbers("concept")[obj.concept] for obj in scene.objects}))
 
 
 def _summary(**known: str | None) -> tuple[int, ...]:

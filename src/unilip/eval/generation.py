@@ -67,17 +67,6 @@ def picture_seed(seed: int, item: Item, sample: int = 0) -> int:
     return stable_hash("noise", seed, *parts) % 2**63
 
 
-def identify(benchmark: Benchmark, source: Source, settings: Settings) -> dict[str, Any]:
-    """Return what makes a run of pictures this run and no other."""
-    return {
-        "task": benchmark.name,
-        "protocol": benchmark.protocol,
-        "prompts": benchmark.prompts,
-        "model": model_hash(source),
-        "settings": asdict(settings),
-    }
-
-
 def generate(
     benchmark: Benchmark,
     output: Path,
@@ -100,7 +89,10 @@ def generate(
     """
     settings = settings or Settings.resolve(source)
     place = place or Place.of_environment()
-    identity = identify(benchmark, source, settings)
+    identity = {
+        "task": benchmark.name, "protocol": benchmark.protocol, "prompts": benchmark.prompts,
+        "model": model_hash(source), "settings": asdict(settings),
+    }  # fmt: skip
     with RunFolder(output, identity, place, name_of(source)) as folder:
         items = benchmark.items
         if place.rank == 0:

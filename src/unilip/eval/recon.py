@@ -77,7 +77,14 @@ def open_extractor(source: str, model: UniLIP | None = None, device: str = "cpu"
     if source == "encoder":
         if model is None:
             raise UniLIPError("--features encoder needs the model; it cannot be used without one.")
-        return "fd[encoder]", _encoder_features(model)
+        size = model.config.image_size
+
+        @torch.no_grad()
+        def encode(pictures: Tensor) -> Tensor:
+            values = F.interpolate(pictures.float() / 255, size=(size, size), mode="bilinear", antialias=True)
+            return model.features(_normalise(values)).float().mean(1).cpu()
+
+        return "fd[encoder]", encode
     if source == "torch-fidelity":
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -109,16 +116,6 @@ def open_extractor(source: str, model: UniLIP | None = None, device: str = "cpu"
     return title, extract
 
 
-def _encoder_features(model: UniLIP) -> Extractor:
-    @torch.no_grad()
-    def extract(pictures: Tensor) -> Tensor:
-        size = model.config.image_size
-        values = F.interpolate(pictures.float() / 255, size=(size, size), mode="bilinear", antialias=True)
-        return model.features(_normalise(values)).float().mean(1).cpu()
-
-    return extract
-
-
 def open_lpips(device: str = "cpu") -> Distance:
     """Return LPIPS (VGG16) of the `lpips` package. Raises UniLIPError: it is missing, or its weights cannot be had."""
     try:
@@ -136,12 +133,6 @@ def open_lpips(device: str = "cpu") -> Distance:
         return network(a.to(device) * 2 - 1, b.to(device) * 2 - 1).flatten().cpu()
 
     return distance
-
-
-def side_of(protocol: str, native: int) -> int:
-    """Return the side that pictures are compared at. Raises UniLIPError: there is no such protocol."""
-    check_choice("protocol", protocol, PROTOCOLS)
-    return native if protocol == "native" else int(protocol)
 
 
 def prepare(image: Image.Image, side: int) -> Image.Image:
@@ -215,7 +206,8 @@ def evaluate(
     if unknown or not measures:
         raise UniLIPError(f"There is no measure {', '.join(unknown) or '(none)'}; allowed: {', '.join(MEASURES)}.")
     config = open_checkpoint(source).config
-    side = side_of(protocol, config.image_size)
+    check_choice("protocol", protocol, PROTOCOLS)
+    side = config.image_size if protocol == "native" else int(protocol)
     try:
         config.replace(image_size=280 if protocol == "256" else side)
     except ConfigError as error:

@@ -189,7 +189,7 @@ class Engine:
             if self._draining:
                 raise Draining("The server is shutting down; send the request again to another one, or later.", 5.0)
             self._sweep()
-            wait = self._estimate(len(self._queue) + len(self._running))
+            wait = max(1.0, math.ceil((self._pace or 0.5) * (len(self._queue) + len(self._running))))
             places = Counter(unit.ticket for unit in self._queue)
             crowd = crowded_out(places, ticket, len(units), self.max_queue)
             if crowd is None:
@@ -260,10 +260,6 @@ class Engine:
         with self._changed:
             self._queue = deque(unit for unit in self._queue if unit.alive)
             self._changed.notify_all()
-
-    def _estimate(self, units: int) -> float:
-        """Seconds until `units` waiting ones are served, at least one."""
-        return max(1.0, math.ceil((self._pace or 0.5) * units))
 
     def _order(self) -> list[Unit]:
         """What waits, in the order in which it is served: that of the ends that it would have in an equal share."""

@@ -285,15 +285,12 @@ def enable_checkpointing(model: UniLIP, selective: bool = False) -> None:
         return result
 
     for name in model.parts:
-        if name == "mllm" and not selective and not _trains(model.mllm.language_model):
+        frozen = name == "mllm" and not any(p.requires_grad for p in model.mllm.language_model.parameters())
+        if frozen and not selective:
             continue
         for module in model.get_submodule(name).modules():
             if isinstance(module, Layers):
                 module.around = around
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def compile_layers(model: UniLIP) -> None:

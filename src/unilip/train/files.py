@@ -219,15 +219,11 @@ class FileBatches(Batches):
         """The caption or instruction of a record, within the limits."""
         text = clean_text(record.text, what, self.recipe.data.max_characters)
         taken = TURN_EXTRA + ((self.source_cells or self.processor.num_image_tokens) + 2 if kind == "edit" else 0)
-        self._check_tokens(text, taken, what)
-        return text
-
-    def _check_tokens(self, text: str, taken: int, what: str) -> None:
-        """Leave out what is longer than the model reads; a text never has more tokens than bytes."""
-        if taken + len(text.encode()) > self.longest:
+        if taken + len(text.encode()) > self.longest:  # a text never has more tokens than bytes
             count = taken + len(self.processor.ids(text))
             if count > self.longest:
                 raise Unreadable(f"{what} over {self.longest} tokens", f"it has {count}", left_out=True)
+        return text
 
     def image_item(self, index: int) -> Any:
         return self._take("image", index, lambda record: self.item(record, "image"))[0]

@@ -8,7 +8,6 @@ process runs this loop; the first one logs, draws and writes the result.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import json
 import logging
@@ -20,6 +19,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -413,7 +413,8 @@ class Loop:
         suffix = f"_rank{processes.rank()}" if processes.world() > 1 else ""
         file = self.run_folder / f"skipped_{step:08d}{suffix}.pt"
         with contextlib.suppress(OSError, RuntimeError):  # a full disk: the reason to stop is the one below
-            torch.save([plain_batch(batch) for batch in batches], file)
+            plain_ones = [{k: vars(v) if is_dataclass(v) else v for k, v in batch.items()} for batch in batches]
+            torch.save(plain_ones, file)  # which any program can load
         self.state.settle()
         raise UniLIPError(
             f"The loss or its gradient is not a finite number at step {step} of {self.recipe.name}, the last of "
@@ -538,11 +539,6 @@ def gathered(model: UniLIP) -> UniLIP:
     if processes.first():
         copy.load_state_dict(tensors, assign=True)
     return copy
-
-
-def plain_batch(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return a batch whose records are dictionaries, which any program can load."""
-    return {k: dict(vars(v)) if dataclasses.is_dataclass(v) else v for k, v in batch.items()}
 
 
 @torch.no_grad()

@@ -249,7 +249,7 @@ class Pending:
 
     def __init__(self, run: Path, step: int, keep: int, about: dict[str, Any]) -> None:
         self.run, self.keep, self.about = run, keep, about
-        self.target = step_folder(run, step)
+        self.target = run / f"step_{step:08d}"
         self.temporary = self.target.with_name(f".{self.target.name}.part")
         self.error: str | None = None
         self.future: Any = None
@@ -319,11 +319,6 @@ class Pending:
                 f"{self.target} cannot be written ({self.error}); the last whole checkpoint is kept. Make room and "
                 "give the same command again."
             )
-
-
-def step_folder(run: Path, step: int) -> Path:
-    """Name of a step's checkpoint."""
-    return run / f"step_{step:08d}"
 
 
 def wholes(run: Path) -> list[Path]:
