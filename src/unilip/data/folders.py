@@ -18,17 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unilip.data import records
 from unilip.data.errors import DataError
-from unilip.data.records import (
-    IMAGE_SUFFIXES,
-    KINDS,
-    Record,
-    Unreadable,
-    caption_of,
-    is_litter,
-    json_meaning,
-    read_bytes,
-)  # fmt: skip
 from unilip.files import content_hash, decode_text, mark
 
 logger = logging.getLogger(__name__)
@@ -57,12 +48,12 @@ class Folder(_OneShard):
             raise DataError(f"{folder} is not a folder.")
         self.location, self.folder = str(folder), folder
         try:
-            files = sorted(path for path in walk(folder) if not is_litter(path.relative_to(folder).as_posix()))
+            files = sorted(path for path in walk(folder) if not records.is_litter(path.relative_to(folder).as_posix()))
         except OSError as error:
             raise DataError(f"{error.filename or folder} cannot be read ({error.strerror}).") from error
-        found = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
+        found = [p for p in files if p.suffix.lower() in records.IMAGE_SUFFIXES]
         if not found:
-            raise DataError(f"{folder} holds no pictures to learn from ({', '.join(IMAGE_SUFFIXES)}).")
+            raise DataError(f"{folder} holds no pictures to learn from ({', '.join(records.IMAGE_SUFFIXES)}).")
         pairs: dict[Path, list[Path | None]] = {}
         for path in found:
             for place, part in enumerate((".input", ".output")):
@@ -70,7 +61,7 @@ class Folder(_OneShard):
                     pairs.setdefault(key(path, part), [None, None])[place] = path
         plain = [p for p in found if not p.stem.endswith((".input", ".output"))]
         self._texts = {key(p): p for p in files if p.suffix.lower() == ".txt"}  # by path without ending
-        jsons = {key(p): (p, json_meaning(_bytes(p))) for p in files if p.suffix.lower() == ".json"}
+        jsons = {key(p): (p, records.json_meaning(_bytes(p))) for p in files if p.suffix.lower() == ".json"}
         self._talks = {stem: p for stem, (p, meaning) in jsons.items() if meaning == "json"}
         self._abouts = {stem: p for stem, (p, meaning) in jsons.items() if meaning == "about"}
         stems = {key(p) for p in plain}
@@ -92,32 +83,38 @@ class Folder(_OneShard):
             logger.warning("%s", fault)
         lonely = Counter("txt without a picture" for stem in self._texts if stem not in stems and stem not in pairs)
         lonely["json without a conversation or a caption"] = sum(not meaning for _, meaning in jsons.values())
-        lonely.update(p.suffix.lower() or p.name for p in files if p.suffix.lower() not in (*IMAGE_SUFFIXES, *READ))
+        lonely.update(
+            p.suffix.lower() or p.name for p in files if p.suffix.lower() not in (*records.IMAGE_SUFFIXES, *READ)
+        )
         told = ", ".join(f"{what} ({count:,})" for what, count in lonely.most_common(9) if count)
         self.notes = [f"files that no sample has a use for: {told}"] if told else []
 
-    def read(self, kind: str, shard: int, place: int) -> Record:
+    def read(self, kind: str, shard: int, place: int) -> records.Record:
         entry = self._found[kind][place]
         if kind == "edit":
             stem, source, target = entry
             if source is None or target is None:
-                raise Unreadable("picture missing", f"{stem} has only one of input and output")
-            pictures = (read_bytes(source, "picture"), read_bytes(target, "picture"))
-            return Record(str(stem), pictures, self._text(stem, "instruction"))
+                raise records.Unreadable("picture missing", f"{stem} has only one of input and output")
+            pictures = (records.read_bytes(source, "picture"), records.read_bytes(target, "picture"))
+            return records.Record(str(stem), pictures, self._text(stem, "instruction"))
         if kind == "text":
-            return Record(str(entry), conversation=read_bytes(entry, "conversation"))
-        picture, stem = (read_bytes(entry, "picture"),), key(entry)
+            return records.Record(str(entry), conversation=records.read_bytes(entry, "conversation"))
+        picture, stem = (records.read_bytes(entry, "picture"),), key(entry)
         if kind == "image":
-            return Record(str(entry), picture)
+            return records.Record(str(entry), picture)
         if kind == "caption":
             about = None if stem in self._texts else self._abouts.get(stem)
-            said = self._text(stem, "caption") if about is None else caption_of(read_bytes(about, "caption"))
-            return Record(str(entry), picture, said)
+            said = (
+                self._text(stem, "caption")
+                if about is None
+                else records.caption_of(records.read_bytes(about, "caption"))
+            )
+            return records.Record(str(entry), picture, said)
         text = self._text(stem, "caption") if stem in self._texts else None
-        return Record(str(entry), picture, text, read_bytes(self._talks[stem], "conversation"))
+        return records.Record(str(entry), picture, text, records.read_bytes(self._talks[stem], "conversation"))
 
     def _text(self, stem: Path, what: str) -> Any:
-        return read_bytes(self._texts.get(stem, Path(f"{stem}.txt")), what)
+        return records.read_bytes(self._texts.get(stem, Path(f"{stem}.txt")), what)
 
     def signature(self) -> str:
         """Return a hash of the names in the folder, and of size and end of its files."""
@@ -166,7 +163,7 @@ class Lines(_OneShard):
         self.location, self.file = str(file), file
         self.faults: list[str] = []
         self.notes: list[str] = []
-        self._found = {kind: [] for kind in KINDS}  # offsets of lines, or entries of the list
+        self._found = {kind: [] for kind in records.KINDS}  # offsets of lines, or entries of the list
         self._content = hashlib.blake2b(digest_size=12)
         self._pictures: list[Path] = []
         try:
@@ -223,7 +220,7 @@ class Lines(_OneShard):
         self.faults.append(f"{self.file}, {name}: {why}")
         logger.warning("%s, %s is left out: %s", self.file, name, why)
 
-    def read(self, kind: str, shard: int, place: int) -> Record:
+    def read(self, kind: str, shard: int, place: int) -> records.Record:
         entry = self._found[kind][place]
         if isinstance(entry, tuple):
             name, values = f"{self.file}, entry {entry[0]}", sample_of(entry[1])
@@ -234,19 +231,19 @@ class Lines(_OneShard):
                     file.seek(entry)
                     values = sample_of(json.loads(decode_text(file.readline())))
             except (OSError, ValueError, RecursionError) as error:
-                raise Unreadable("line unreadable", f"{name}: {error}") from error
+                raise records.Unreadable("line unreadable", f"{name}: {error}") from error
             if kind not in kinds_of_object(values):
-                raise Unreadable("line unreadable", f"{name}: the file has changed since it was opened")
+                raise records.Unreadable("line unreadable", f"{name}: the file has changed since it was opened")
 
         def bring(field: str) -> bytes:
-            return read_bytes(self.file.parent / _home(values[field]), "picture")
+            return records.read_bytes(self.file.parent / _home(values[field]), "picture")
 
         if kind == "edit":
-            return Record(name, (bring("source"), bring("target")), values.get("instruction"))
+            return records.Record(name, (bring("source"), bring("target")), values.get("instruction"))
         if kind == "text":
-            return Record(name, conversation=values)
+            return records.Record(name, conversation=values)
         field = "image" if "image" in values else "target"
-        return Record(name, (bring(field),), values.get("caption"), values.get("conversations"))
+        return records.Record(name, (bring(field),), values.get("caption"), values.get("conversations"))
 
     def signature(self) -> str:
         """Return a hash of the list, and of size and end of the pictures that it names first."""

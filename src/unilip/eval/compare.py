@@ -17,20 +17,8 @@ from PIL import Image
 
 from unilip.data.sheet import contact_sheet
 from unilip.errors import UniLIPError
+from unilip.eval import scores
 from unilip.eval.runs import read_manifest
-from unilip.eval.scores import (
-    RESAMPLES,
-    Row,
-    Rule,
-    bootstrap,
-    column,
-    combine,
-    interval,
-    make_row,
-    read_scores,
-    summarise,
-    tabulate,
-)
 from unilip.files import png_bytes, read_json, read_lines, write_bytes, write_text
 from unilip.pictures import open_picture
 
@@ -46,11 +34,11 @@ class Scored:
     folder: Path
     column: str
     summary: Mapping[str, Any]
-    rows: Sequence[Row]
+    rows: Sequence[scores.Row]
 
     @property
-    def rule(self) -> Rule:
-        return Rule(**self.summary["rule"])
+    def rule(self) -> scores.Rule:
+        return scores.Rule(**self.summary["rule"])
 
 
 def load_runs(folders: Sequence[str | Path]) -> list[Scored]:
@@ -67,7 +55,9 @@ def load_runs(folders: Sequence[str | Path]) -> list[Scored]:
             found += _emoji(path, name)
             continue
         read_manifest(path)
-        found += [Scored(name, path, column(summary), summary, rows) for summary, rows in read_scores(path)]
+        found += [
+            Scored(name, path, scores.column(summary), summary, rows) for summary, rows in scores.read_scores(path)
+        ]
     return found
 
 
@@ -85,25 +75,27 @@ def _emoji(path: Path, name: str) -> list[Scored]:
     found = []
     for part in dict.fromkeys(row["part"] for row in rows):
         own = [
-            make_row(
+            scores.make_row(
                 row["key"], {"right": float(row["ok"])}, cluster=f"{row['group']}/{row['index']}", group=row["group"],
                 picture=row["picture"], prompt=row.get("text", ""),
             )
             for row in rows
             if row["part"] == part and row["group"] != "no guidance"
         ]  # fmt: skip
-        rule = Rule("groups")
+        rule = scores.Rule("groups")
         summary: dict[str, Any] = {
             "task": f"emoji-{part}", "protocol": f"world {results['world']}, {results['count']} prompts a group",
             "scorer": f"emoji judge {results['judge']}", "model": results["model"],
-            "rule": {"over": "groups", "weights": {}}, "statuses": {"ok": len(own)}, "scores": summarise(own, rule),
-            "parts": {}, "items": len(own),
+            "rule": {"over": "groups", "weights": {}}, "statuses": {"ok": len(own)}, "parts": {},
+            "items": len(own), "scores": scores.summarise(own, rule),
         }  # fmt: skip
-        found.append(Scored(name, path, column(summary), summary, own))
+        found.append(Scored(name, path, scores.column(summary), summary, own))
     return found
 
 
-def difference(a: Scored, b: Scored, metric: str, split: str, resamples: int = RESAMPLES) -> dict[str, Any] | None:
+def difference(
+    a: Scored, b: Scored, metric: str, split: str, resamples: int = scores.RESAMPLES
+) -> dict[str, Any] | None:
     """Return B less A over the items that both have, drawn together: value, interval, how many; None if none."""
     keys = [
         {row["key"] for row in one.rows if row["split"] == split and row["scores"] and metric in row["scores"]}
@@ -112,13 +104,13 @@ def difference(a: Scored, b: Scored, metric: str, split: str, resamples: int = R
     shared = keys[0] & keys[1]
     if not shared:
         return None
-    tables = [
-        tabulate(sorted((row for row in one.rows if row["key"] in shared), key=lambda row: str(row["key"])), metric)
-        for one in (a, b)
-    ]
-    samples = bootstrap(tables[1], a.rule, resamples) - bootstrap(tables[0], a.rule, resamples)  # one seed: paired
-    low, high = interval(samples)
-    value = combine(tables[1], a.rule) - combine(tables[0], a.rule)
+    tables = []
+    for one in (a, b):
+        rows = sorted((row for row in one.rows if row["key"] in shared), key=lambda row: str(row["key"]))
+        tables.append(scores.tabulate(rows, metric))
+    drawn = [scores.bootstrap(table, a.rule, resamples) for table in tables]  # one seed: paired
+    low, high = scores.interval(drawn[1] - drawn[0])
+    value = scores.combine(tables[1], a.rule) - scores.combine(tables[0], a.rule)
     return {"value": value, "low": low, "high": high, "items": len(shared)}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from unilip import shapes
+from unilip import sampling, shapes
 from unilip.adapters import read_adapter
 from unilip.errors import PromptError, UniLIPError, check_choice
 from unilip.fast.loop import Settings
@@ -25,15 +25,6 @@ from unilip.fewstep import few_config
 from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
 from unilip.method.text import Message, Processor, Prompt
 from unilip.pictures import fit_picture, load_image, tile
-from unilip.sampling import (
-    LARGEST,
-    MAX_PROMPT_CHARACTERS,
-    check_negative,
-    check_number,
-    check_plan,
-    check_prompt,
-    check_together,
-)
 from unilip.serve.jobs import MAX_SEED, Ask, Edit, Generate, Job, Reconstruct
 from unilip.serve.tickets import Ticket, Unit
 from unilip.shapes import Size
@@ -95,7 +86,7 @@ class Checker:
     def unread(self, text: str) -> list[str]:
         """Return the words of a text that training never read, as far as the tokenizer knows."""
         find = getattr(self._processor.tokenizer, "unread", None) if self._processor else None
-        return list(find(text[:MAX_PROMPT_CHARACTERS])) if find else []
+        return list(find(text[: sampling.MAX_PROMPT_CHARACTERS])) if find else []
 
     def _require(self, *parts: str) -> None:
         missing = [part for part in parts if part not in self.parts]
@@ -110,7 +101,7 @@ class Checker:
         self._require(*NEEDS[verb])
         for name, scale in job.adapters:
             check_choice("adapter", name, self.adapters)
-            check_number(f"The strength of {name}", scale, -LARGEST)
+            sampling.check_number(f"The strength of {name}", scale, -sampling.LARGEST)
         acting = {name: float(scale) for name, scale in job.adapters if scale}
         job = dataclasses.replace(job, adapters=tuple(sorted(acting.items())))
         units = self._units(job, verb, deadline)
@@ -164,8 +155,8 @@ class Checker:
         if tries > 1 and job.partials:
             raise UniLIPError(f"best_of is {tries}; the best is known at the end, so ask for no partial pictures.")
         words = "prompt" if isinstance(job, Generate) else "instruction"
-        text = check_prompt(job.prompt, words)
-        negative = check_negative(job.negative_prompt, settings)
+        text = sampling.check_prompt(job.prompt, words)
+        negative = sampling.check_negative(job.negative_prompt, settings)
         processor = self._need_processor()
 
         beside = [load_image(image) for image in job.others] if isinstance(job, Edit) else []
@@ -174,7 +165,7 @@ class Checker:
         side = self.config.image_size
         own = [shapes.like(o.size, side**2) if getattr(job, "fit", "") == "resize" else (side, side) for o in beside]
         cells = [shapes.cells(one) for one in (size, *own)]
-        check_together(cells, processor)
+        sampling.check_together(cells, processor)
 
         def make(words: str) -> Prompt:
             return processor.generate_text(words) if source is None else processor.edit_text(words, cells)
@@ -198,7 +189,7 @@ class Checker:
             "negative_prompt": negative,
             "width": size[0],
             "height": size[1],
-        } | ({"plan": check_plan(job.plan)} if isinstance(job, Generate) else {"fit": fit})
+        } | ({"plan": sampling.check_plan(job.plan)} if isinstance(job, Generate) else {"fit": fit})
         if tries > 1:
             ticket.settings["best_of"] = tries
         key: tuple[Hashable, ...] = (verb, size, steps, guidance, settings.solver, job.preset, negative)
@@ -228,8 +219,10 @@ class Checker:
             squares.extend(square for picture in tiles for square in picture)
             return tuple(len(picture) for picture in tiles)
 
-        turns = [Message(turn.role, check_prompt(turn.text, "message"), cut(turn.images)) for turn in job.history]
-        turns.append(Message("user", check_prompt(job.question, "question"), cut(job.images)))
+        turns = [
+            Message(turn.role, sampling.check_prompt(turn.text, "message"), cut(turn.images)) for turn in job.history
+        ]
+        turns.append(Message("user", sampling.check_prompt(job.question, "question"), cut(job.images)))
         text = processor.chat_text(turns)
         length = self._count_tokens(processor, text)
         room = self.config.text.max_positions - length
