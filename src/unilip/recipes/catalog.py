@@ -94,7 +94,7 @@ def get_recipe(name: str) -> records.Recipe:
 def require_finished(source: str, runs: Path) -> None:
     """Raise ConfigError where a source is a recipe or a run that has no result yet; says what to train first."""
     name, _, seed = source.partition("/seed")
-    known = name in all_recipes() or (runs / source).exists()
-    if known and not (runs / source / "final").exists() and not Path(source).exists():
+    there = (runs / source / "final").exists() or Path(source).exists()
+    if not there and (name in all_recipes() or (runs / source).exists()):
         first = f"{name} --set seed={seed}" if seed else name
         raise ConfigError(f"The recipe starts from {source}, which has not finished in {runs}; train {first} first.")

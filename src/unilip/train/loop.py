@@ -149,7 +149,7 @@ def check_finished(recipe: Recipe, final: Path) -> None:
 def clear(run: Path) -> None:
     """Delete what an earlier run wrote, but for its result and its tokenizer."""
     names = ("step_*", "damaged_step_*", ".*.part", "tensorboard", "samples", "log.jsonl", "skipped_*.pt")
-    for old in (old for name in names for old in run.glob(name)):
+    for old in [old for name in names for old in run.glob(name)]:
         remove(old)
 
 
