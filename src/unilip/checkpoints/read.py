@@ -19,19 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from unilip.checkpoints import tables
-from unilip.checkpoints.hub import (
-    BESIDE,
-    FILE_SUFFIXES,
-    INDEX,
-    STEMS,
-    SUFFIXES,
-    Adapted,
-    Fetch,
-    Source,
-    adapted,
-    resolve,
-)
+from unilip.checkpoints import hub, tables
 from unilip.checkpoints.infer import check_sizes, expected_shapes, infer_config
 from unilip.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from unilip.errors import CheckpointError, ConfigError, reason
@@ -221,8 +209,8 @@ def _open_file(path: Path) -> SafeFile | TorchFile:
 
 def _find_weights(folder: Path, variant: str | None) -> Weights:
     word = f".{variant}" if variant else ""
-    for suffix in SUFFIXES:
-        for stem in STEMS:
+    for suffix in hub.SUFFIXES:
+        for stem in hub.STEMS:
             index, single = folder / f"{stem}{suffix}.index{word}.json", folder / f"{stem}{word}{suffix}"
             if index.is_file() and single.is_file():
                 raise CheckpointError(
@@ -236,7 +224,7 @@ def _find_weights(folder: Path, variant: str | None) -> Weights:
     only = sorted(folder.glob("*.safetensors"))
     if len(only) == 1 and not variant:
         return Weights(only)
-    names = ", ".join(f"{stem}{word}{suffix}" for suffix in SUFFIXES for stem in STEMS)
+    names = ", ".join(f"{stem}{word}{suffix}" for suffix in hub.SUFFIXES for stem in hub.STEMS)
     raise CheckpointError(f"{folder} has config.json but no weights; expected one of {names}, or shards and index.")
 
 
@@ -300,7 +288,7 @@ class Checkpoint:
             except ConfigError as error:
                 raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
         else:
-            beside = {name: read_json(folder / name) for name in BESIDE if (folder / name).is_file()}
+            beside = {name: read_json(folder / name) for name in hub.BESIDE if (folder / name).is_file()}
             self.config = infer_config(kind, data, shapes, beside, path.stem if path.is_file() else path.name)
         held = {name.split(".")[0] for name in shapes}
         allowed = tables.KINDS[kind].parts
@@ -393,30 +381,30 @@ def _has_tokenizer(folder: Path) -> bool:
     )
 
 
-def open_checkpoint(source: Source = None, **fetching: Any) -> Checkpoint:
+def open_checkpoint(source: hub.Source = None, **fetching: Any) -> Checkpoint:
     """Find and open a checkpoint of any kind, tensors left on disk; `fetching` are the fields of `hub.Fetch`.
 
     Raises CheckpointError: missing, truncated, of an unknown kind, or at odds with its own config.
     """
-    fetch = Fetch.of(fetching)
-    if (whole := adapted(source)).adapters:
+    fetch = hub.Fetch.of(fetching)
+    if (whole := hub.adapted(source)).adapters:
         opened = open_checkpoint(whole.base, **fetching)
         opened.adapters = whole.adapters
         return opened
-    assert not isinstance(whole.base, Adapted)
-    path = resolve(whole.base, fetch)
+    assert not isinstance(whole.base, hub.Adapted)
+    path = hub.resolve(whole.base, fetch)
     folder = path if path.is_dir() else path.parent
     config = folder / "config.json"
     if path.is_file():
-        if path.suffix not in FILE_SUFFIXES:
-            raise CheckpointError(f"{path} is no weights file ({', '.join(FILE_SUFFIXES)}); give one, or a folder.")
+        if path.suffix not in hub.FILE_SUFFIXES:
+            raise CheckpointError(f"{path} is no weights file ({', '.join(hub.FILE_SUFFIXES)}); give one, or a folder.")
         weights, data = Weights([path]), read_json(config) if config.is_file() else {}
         return Checkpoint(path, _kind(path, data, weights.shapes), weights, data, folder)
-    if not config.is_file() and (path / INDEX).is_file() and (path / "model" / "config.json").is_file():
+    if not config.is_file() and (path / hub.INDEX).is_file() and (path / "model" / "config.json").is_file():
         opened = open_checkpoint(path / "model", variant=fetch.variant)
         opened.tokenizer_path = path / "tokenizer" if _has_tokenizer(path / "tokenizer") else opened.tokenizer_path
         return opened
-    if not config.is_file() and (path / INDEX).is_file() and (path / "transformer").is_dir():
+    if not config.is_file() and (path / hub.INDEX).is_file() and (path / "transformer").is_dir():
         opened = open_checkpoint(path / "transformer", variant=fetch.variant)
         opened.notes.append(f"Of the pipeline {path.name} only the folder transformer is used.")
         return opened
