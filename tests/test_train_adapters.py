@@ -1,6 +1,7 @@
 """Adapters: trained in place of weights, kept in peft's format, loaded, weighed, stacked, merged, taken off."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -232,6 +233,41 @@ def variant(folder, target, tensors=None, **changes):
     if tensors is not None:
         save_file(tensors, target / "adapter_model.safetensors")
     return target
+
+
+def test_the_base_is_known_again(fresh_model, folders, tiny_folder, tmp_path, caplog):
+    """By its weights, in any type, however they are read; another of the same shapes is refused, one changed told."""
+    caplog.set_level(logging.INFO, "unilip.adapters")
+    for how in ({}, {"dtype": "bfloat16"}, {"dtype": "float16"}, {"low_memory": True}, {"quantization": "int8"}):
+        UniLIP.from_pretrained(tiny_folder, **how).load_adapter(folders / "red")
+    assert not caplog.records, "nothing to say"
+    changed = fresh_model()
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.mul_(1 + 0.05 * torch.randn(parameter.shape))
+    changed.load_adapter(folders / "red")
+    assert "was trained on tiny/pretrain (weights" in caplog.text and "and this is tiny (" in caplog.text
+    other = fresh_model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.02)
+    other.save_pretrained(tmp_path / "other")
+    before = latent(other)
+    beside = Adapted(tmp_path / "other", ((str(folders / "red"), 1.0),))
+    for load in (
+        lambda: other.load_adapter(folders / "red"), lambda: UniLIP.from_pretrained(beside),
+        lambda: UniLIP.from_pretrained(beside, low_memory=True),
+        lambda: UniLIP.from_pretrained(tmp_path / "other", low_memory=True).load_adapter(folders / "red"),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match=r"trained on tiny/pretrain .* another model of the same shapes"):
+            load()
+    assert torch.equal(latent(other), before) and not adapter_names(other)
+    caplog.clear()
+    other.load_adapter(variant(folders / "red", tmp_path / "untold", auto_mapping=None))
+    assert "does not tell the weights that it was trained on; it names tiny/pretrain" in caplog.text
+    for i, odd in enumerate(({"connector.to_dit": 1}, {"connector.to_dit": "?"}, "x", [1])):
+        with pytest.raises(CheckpointError, match="is damaged"):
+            other.load_adapter(variant(folders / "red", tmp_path / f"odd{i}", auto_mapping={"trained_on": odd}))
 
 
 def test_faulty_settings_and_tensors_change_nothing(fresh_model, folders, tmp_path):

@@ -8,13 +8,15 @@ before anything changes, and what fails in spite of that is undone.
 
 from __future__ import annotations
 
+import base64
 import json
+import logging
 import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,16 @@ from unilip.checkpoints.hub import ADAPTER
 from unilip.errors import CheckpointError, UniLIPError, install
 from unilip.fast.offload import HEAD
 from unilip.fewstep import add_embedder, few_config
+from unilip.files import content_hash
 from unilip.sampling import changes
 
 CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name in peft's files
 KINDS = ("lora_A", "lora_B", "lora_magnitude_vector")  # of weights that an adapter has
+MAPPING, TRAINED_ON = "auto_mapping", "trained_on"  # what peft lets say of the base; in it, values of its weights
+LAYERS, VALUES = 4, 64  # of each part, of each layer: so many tell a model from another
 FEW_STEPS = "few_steps"  # in the settings: what peft does not know, it says and leaves alone
+logger = logging.getLogger(__name__)
 INNER = "adapter_"  # peft makes attributes of names, so that "train" or "half" would hide what a module has already
 
 
@@ -82,6 +88,7 @@ class Adapter:
     Attributes:
         base: what it was trained on, as it says itself; dora: whether it also has lengths of the weights' columns.
         tensors: by layer and kind (`KINDS`); rank, alpha: by layer; rslora: whether alpha is divided by sqrt(rank).
+        trained_on: by layer, some values of the weights that it was trained on (`sampled`), where it tells.
         few_steps: the numbers of jumps that it teaches its base to draw in, of `unilip.fewstep`; mostly none.
     """
 
@@ -92,6 +99,7 @@ class Adapter:
     rank: Mapping[str, int]
     alpha: Mapping[str, float]
     few_steps: tuple[int, ...] = ()
+    trained_on: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -144,6 +152,13 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     steps = settings.get(FEW_STEPS) or []
     if not isinstance(steps, list) or not all(type(n) is int and 1 <= n <= 1000 for n in steps):
         raise CheckpointError(f"{path / CONFIG} has {FEW_STEPS} {steps!r}; they are numbers between 1 and 1000.")
+    about = settings.get(MAPPING)
+    try:
+        told = about.get(TRAINED_ON, {}) if isinstance(about, dict) else {}
+        trained_on = {layer: text for layer, text in told.items() if len(unpacked(text)) and layer in tensors}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        wrong = f"{path / CONFIG} is damaged ({MAPPING}.{TRAINED_ON}: {error}); copy or train the adapter again."
+        raise CheckpointError(wrong) from error
     dora = bool(settings.get("use_dora"))
     for layer, found in tensors.items():
         if found.keys() != set(KINDS if dora else KINDS[:2]):
@@ -159,9 +174,10 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         sizes = found["lora_A"].shape[:1], found["lora_B"].shape[1:]
         if any(tuple(size) != (rank[layer],) for size in sizes):
             raise CheckpointError(f"{path / CONFIG} says rank {rank[layer]:g} of {layer}, whose tensors have another.")
+    base = str(settings.get("base_model_name_or_path") or "another model").removeprefix("all=")
     return Adapter(
-        str(settings.get("base_model_name_or_path") or "another model"), dora, bool(settings.get("use_rslora")),
-        tensors, {layer: int(value) for layer, value in rank.items()}, alpha, tuple(steps),
+        base, dora, bool(settings.get("use_rslora")), tensors, {layer: int(value) for layer, value in rank.items()},
+        alpha, tuple(steps), trained_on,
     )  # fmt: skip
 
 
@@ -197,11 +213,62 @@ def _lacks_embedder(model: nn.Module, adapter: Adapter) -> bool:
     return bool(adapter.few_steps) and dit is not None and dit.transformer.time_embed_2 is None
 
 
-def fitting(model: nn.Module, folder: str | os.PathLike[str]) -> Adapter:
-    """Read an adapter for a model, whose weights need not be there yet.
+def sampled(layers: Iterable[str], weight: Callable[[str], Tensor]) -> dict[str, str]:
+    """Return some values of some of the weights that `weight` gives by layer: what a base is known by again."""
+    found = {}
+    names = sorted(n for n in layers if n != HEAD and ".time_embed_2." not in n)  # both are often lent or shared
+    for part in sorted({name.partition(".")[0] for name in names}):
+        own = [name for name in names if name.startswith(f"{part}.")]
+        for name in own[:: -(-len(own) // LAYERS)]:
+            tensor = weight(name).detach()
+            if hasattr(tensor, "tensor_data_names"):  # in few bits: not all kinds tell their values
+                eye = torch.eye(tensor.shape[1], dtype=tensor.dtype, device=tensor.device)
+                tensor = nn.functional.linear(eye, tensor).mT.contiguous()
+            some = tensor.flatten()[:: max(1, tensor.numel() // VALUES) | 1][:VALUES].to("cpu", torch.bfloat16)
+            found[name] = base64.b64encode(some.contiguous().view(torch.uint8).numpy().tobytes()).decode()
+    return found
+
+
+def unpacked(text: str) -> Tensor:
+    """Return the values (M,) of a layer of `sampled`."""
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.bfloat16).float()
+
+
+def check_base(model: Any, folder: object, adapter: Adapter, weight: Callable[[str], Tensor]) -> None:
+    """Compare a model's weights with those that an adapter was trained beside, as far as their types tell.
+
+    A log's line says where they have changed since, or where the adapter does not tell.
+    Raises CheckpointError: it is another model of the same shapes.
+    """
+    if not adapter.trained_on:
+        logger.info("%s does not tell the weights that it was trained on; it names %s", folder, adapter.base)
+        return
+    weights = {layer: weight(layer) for layer in adapter.trained_on}
+    now = sampled(weights, weights.__getitem__)
+    then = torch.cat([unpacked(adapter.trained_on[name]) for name in now])
+    here = torch.cat([unpacked(text) for text in now.values()])
+    apart = float((here - then).norm() / then.norm().clamp_min(1e-12))
+    rounded = any(hasattr(tensor, "tensor_data_names") for tensor in weights.values())  # kept in few bits
+    if bool(((here - then).abs() <= then.abs() / 128 + 1e-6).all()) or (rounded and apart < 0.3):
+        return
+    marks = [content_hash(dict(one))[:8] for one in (adapter.trained_on, now)]
+    both = f"{folder} was trained on {adapter.base} (weights {marks[0]}), and this is {model.config.name} ({marks[1]})"
+    if torch.cosine_similarity(here, then, 0) < 0.2:
+        raise CheckpointError(
+            f"{both}, another model of the same shapes. Load it beside the one it was trained on, or train one here."
+        )
+    logger.warning("%s, whose weights have changed by %.0f %%: it may do less than there", both, 100 * apart)
+
+
+def fitting(
+    model: nn.Module, folder: str | os.PathLike[str], stored: Callable[[str], Tensor] | None = None, known: bool = False
+) -> Adapter:
+    """Read an adapter for a model, whose weights need not be there yet where STORED reads tensors by name.
+
+    `known`: its base was compared already.
 
     Raises:
-        CheckpointError: it is damaged, or does not fit the model.
+        CheckpointError: it is damaged, or does not fit the model, or belongs to another one.
         UniLIPError: the model reads its weights each time, and this adapter cannot be added to them then.
     """
     adapter = read_adapter(folder)
@@ -224,14 +291,27 @@ def fitting(model: nn.Module, folder: str | os.PathLike[str]) -> Adapter:
             f"This model reads its weights each time and {why}; merge the adapter into the plain model first, with "
             "`unilip convert`, or load it without low_memory."
         )
+    read = stored or getattr(offload, "stored", None)
+
+    def weight(layer: str) -> Tensor:
+        if read is not None:
+            return read(f"{layer}.weight")
+        found: Any = model.get_submodule(layer)
+        return getattr(found, "base_layer", found).weight
+
+    if not known:
+        check_base(model, folder, adapter, weight)
     return adapter
 
 
 @changes
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, scale: float = 1.0) -> str:
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, scale: float = 1.0, known: bool = False
+) -> str:
     """Put an adapter beside the weights, active with those that are loaded already; returns its name.
 
     Args:
+        known: its base was compared already.
         name: what to call it; the folder's own name by default ("final" is called after the folder above).
         scale: how strongly it acts: 0 not at all, 1 as trained.
 
@@ -247,7 +327,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
     offload = getattr(getattr(model, "runtime", None), "offload", None)
     if offload is not None and not offload.reads:
         raise UniLIPError("The weights of this model rest elsewhere; load adapters first, then enable_cpu_offload.")
-    adapter = fitting(model, folder)
+    adapter = fitting(model, folder, known=known)
     if offload is not None:
         scales = {other: adapter_scale(model, other) for other in others}
         offload.adapters[name] = (adapter, scale)

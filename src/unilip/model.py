@@ -206,7 +206,7 @@ class UniLIP(Network):
             model = cls(config, processor, wanted)
         drawing = drawing and not opened.adapters
         for folder, _ in opened.adapters:
-            adapters.fitting(model, folder)  # complains before weights are read
+            adapters.fitting(model, folder, opened.tensor)  # complains before weights are read
         if drawing and not opened.config.text.tie_embeddings:
             del model.mllm.language_model.lm_head
         later = (f"{HEAD}.weight",) if low_memory or drawing else ()
@@ -232,6 +232,7 @@ class UniLIP(Network):
         if low_memory:
             empty(model.to(read.parse_dtype(dtype)))  # nothing is there yet: only what it says of itself changes
             model.runtime.offload = Offload(model, model.parts, where, load, bool(opened.weights.quantized))
+            model.runtime.offload.stored = opened.tensor
             model.enable_tiling()
         else:
             for part in model.parts:
@@ -240,7 +241,8 @@ class UniLIP(Network):
             model.runtime.products = None
         for folder, scale in opened.adapters:
             taken, name = adapters.adapter_names(model), adapters.called(folder)
-            adapters.load_adapter(model, folder, name if name not in taken else f"{name}{len(taken)}", scale)
+            name = name if name not in taken else f"{name}{len(taken)}"
+            adapters.load_adapter(model, folder, name, scale, known=True)
         return model.eval()
 
     @sampling.works

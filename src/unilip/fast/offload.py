@@ -32,6 +32,7 @@ class Offload:
         self.device = device
         self.quantized = quantized
         self.adapters: dict[str, tuple[Any, float]] = {}  # with strengths: added to weights whenever these are read
+        self.stored: Callable[[str], Tensor] | None = None  # a tensor of the checkpoint, by name
         self._held: Counter[str] = Counter()
         self._model = [model]  # in a list: a module that knew its owner would be a part of itself
         self._load = load

@@ -13,7 +13,19 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from unilip.adapters import CONFIG, FEW_STEPS, KINDS, PREFIX, WEIGHTS, library, put_in
+from unilip.adapters import (
+    CONFIG,
+    FEW_STEPS,
+    KINDS,
+    MAPPING,
+    PREFIX,
+    TRAINED_ON,
+    WEIGHTS,
+    adapted_layers,
+    library,
+    put_in,
+    sampled,
+)
 from unilip.errors import ConfigError
 from unilip.model import UniLIP
 from unilip.recipes.record import Recipe
@@ -73,6 +85,8 @@ def save_adapter(model: UniLIP, folder: Path, base: str = "") -> None:
         if is_adapter(name):
             stored = name.replace(f".{NAME}.weight", "" if ".lora_magnitude_vector." in name else ".weight")
             tensors[PREFIX + stored] = whole_tensor(parameter.detach()).cpu().contiguous().clone()
+    base_layers = {layer: module.base_layer for layer, module in adapted_layers(model)}
+    trained_on = sampled(base_layers, lambda layer: whole_tensor(base_layers[layer].weight))
     if not processes.first():
         return
     folder.mkdir(parents=True)
@@ -82,5 +96,6 @@ def save_adapter(model: UniLIP, folder: Path, base: str = "") -> None:
     if any(".time_embed_2." in name for name in tensors):
         values[FEW_STEPS] = list(model.config.dit.few_steps)
     values["base_model_name_or_path"] = base or values["base_model_name_or_path"]
+    values[MAPPING] = {"base_model_class": "UniLIP", "parent_library": "unilip.model", TRAINED_ON: trained_on}
     values |= {"inference_mode": True, "target_modules": sorted(values["target_modules"])}
     (folder / CONFIG).write_text(json.dumps(values, indent=1, default=str), encoding="utf-8")
