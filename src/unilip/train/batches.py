@@ -211,7 +211,7 @@ class Batches(Dataset[dict[str, Any]]):
         return {
             **stacked("targets", [image for image, _ in items]),
             **self._blanks([self.processor.generate_text(None)]),
-            **self._prompts(samples, [self.processor.generate_text(text) for text in kept], kept, self.told_caption),
+            **self._prompts(samples, [self.processor.generate_text(text) for text in kept], kept, "told_caption"),
         }
 
     def edits(self, samples: range) -> dict[str, Any]:
@@ -225,7 +225,7 @@ class Batches(Dataset[dict[str, Any]]):
             **stacked("sources", [source for sources, _, _ in items for source in sources]),
             **stacked("targets", [target for _, target, _ in items]),
             **self._blanks([self.processor.edit_text(None, cells)] * len(kept)),
-            **self._prompts(samples, [self.processor.edit_text(text, cells) for text in kept], kept, self.told_edit),
+            **self._prompts(samples, [self.processor.edit_text(text, cells) for text in kept], kept, "told_edit"),
         }
 
     def _blanks(self, texts: list[Prompt]) -> dict[str, Any]:
@@ -238,16 +238,16 @@ class Batches(Dataset[dict[str, Any]]):
         samples: range,
         texts: list[Prompt],
         kept: list[str | None],
-        told: Callable[[int], tuple[Lesson, np.ndarray]],
+        told: str,
     ) -> dict[str, Any]:
-        """Tokens and seeds; with objective.bind also what the texts say and what is to lie on each token."""
+        """Tokens and seeds; with objective.bind also what TOLD, if there is one, knows of texts and tokens."""
         tokens = padded(self.processor.tokenize(texts), self.processor.pad_id)
         batch: dict[str, Any] = {"prompts": tokens, "seeds": self._seeds(samples)}
         assert isinstance(self.recipe.objective, Flow)
         if self.recipe.objective.bind and self.recipe.lessons:
             from unilip.emoji.lessons import UNKNOWN
 
-            found = [told(i) for i in samples]
+            found = [getattr(self, told)(i) for i in samples]
             rows = [(text, words, lesson) for text, words, (lesson, _) in zip(texts, kept, found, strict=True)]
             batch |= labels(self.processor, batch["prompts"], rows)
             batch["cells"] = torch.from_numpy(np.stack([cells for _, cells in found]))
