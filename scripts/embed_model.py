@@ -34,6 +34,19 @@ def effort(run: Path, recipe: dict[str, Any]) -> dict[str, object]:
     return {"samples": count, "minutes": round(sum(gaps) / 60, 1)}
 
 
+def chain_of(weights: Path) -> list[dict[str, Any]]:
+    """Return the stages before, in their order: those that the weights told so far, and those that are kept."""
+    origin = weights / "origin.json"
+    told = json.loads(origin.read_text()).get("chain", []) if origin.exists() else []
+    found = {stage["stage"]: stage for stage in told}
+    for file in (weights.parent.parent.parent / "weights" / "chain").glob("*/*/final/origin.json"):
+        record = json.loads(file.read_text())
+        name = record["last_recipe"]["name"]
+        found[name] = {"stage": name, **{key: record[key] for key in ("date", "code", "samples", "minutes", "note")}}
+    order = ("clip", "instruct", "recon", "recon_distill", "pretrain", "sft")
+    return sorted(found.values(), key=lambda stage: order.index(stage["stage"].rpartition("/")[2]))
+
+
 def main() -> None:
     """Load, set the default guidance, save as float16, and note the origin."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,13 +69,15 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     recipe_file = options.run / "recipe.json"
     recipe = json.loads(recipe_file.read_text()) if recipe_file.exists() else {}
-    if options.to != WEIGHTS and recipe:
+    if recipe:
         shutil.copy(recipe_file, options.to)  # training asks it whether the stage is the one that it wants
+    chain = chain_of(options.to)
     origin = {
         "date": date.today().isoformat(),
         "code": options.code or commit,
         "note": options.note,
         **effort(options.run.parent, recipe),
+        **({"chain": chain} if options.to == WEIGHTS else {}),
         "last_recipe": recipe or None,
     }
     (options.to / "origin.json").write_text(json.dumps(origin, indent=1) + "\n")

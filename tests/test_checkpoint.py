@@ -392,7 +392,7 @@ def test_the_embedded_model_or_a_clear_error(
     with pytest.raises(CheckpointError, match="no embedded model"):
         resolve(None)
     shutil.copytree(tiny_folder, tmp_path / "weights")
-    assert resolve(None) == tmp_path / "weights"
+    assert resolve(None) == tmp_path / "weights" == resolve("embedded")
 
 
 def test_only_what_is_needed_is_fetched() -> None:

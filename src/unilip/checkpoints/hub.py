@@ -94,10 +94,14 @@ class Fetch:
 def resolve(source: str | os.PathLike[str] | None = None, fetch: Fetch | None = None) -> Path:
     """Return the local folder or file of a source; "owner/name[@revision]" and "owner/name/file.pth" are fetched.
 
+    Nothing, or "embedded" where no file is called so, is the model that the package carries.
+
     Raises CheckpointError: nothing is there.
     """
     fetch = fetch or Fetch()
-    path = embedded() if source is None else Path(source).expanduser()
+    path = Path("" if source is None else source).expanduser()
+    if source is None or (str(source) == "embedded" and not path.exists()):
+        path = embedded()
     if path.exists():
         if fetch.revision is not None:
             logger.warning("%s is here and not fetched: revision %s is ignored", path, fetch.revision)
