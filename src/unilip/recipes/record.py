@@ -43,9 +43,10 @@ def _check(record: object, where: str, **wrong: object) -> None:
                 and rule.get("above", -1) < value <= rule.get("most", math.inf)
             ):
                 raise ConfigError(f"{where}{name} is {value}; it must be {rule['says']}.")
-    for name in (name for name, holds in wrong.items() if holds):
-        kind = type(getattr(record, "objective", record)).__name__.lower()
-        raise ConfigError(RULES["words"][name].format(record, kind=kind))
+    for name, found in wrong.items():
+        if found:
+            kind = type(getattr(record, "objective", record)).__name__.lower()
+            raise ConfigError(RULES["words"][name].format(record, kind=kind, found=found))
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,7 @@ class Recipe:
             "",
             name=not re.fullmatch(r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*", self.name),
             weights_dtype=self.weights_dtype == "bfloat16" and self.dtype != "bfloat16",
-            checks=not all(re.fullmatch(CHECK, check) for check in self.checks),
+            checks=[check for check in self.checks if not re.fullmatch(CHECK, check)],
             trains=not reached or not all(0 <= factor < math.inf for _, factor in self.trains),
             reached=flow and not reached & {"connector", "dit", "mllm"},
             edit_share=data.edit_share and not flow,

@@ -176,7 +176,9 @@ class State:
         about = inspect(folder)
         changed = changed_settings(recipe, about["recipe"])
         if changed:
-            raise ConfigError(f"{folder} was made with other settings: {changed}. Restart it, or use another folder.")
+            raise ConfigError(
+                f"{folder} was made with other settings: {changed}. Restart the run, or use another folder."
+            )
         if self.frozen and about.get("frozen", self.frozen) != self.frozen:
             raise ConfigError(
                 f"The weights that {recipe.name} does not train are others than when {folder} was made; "
