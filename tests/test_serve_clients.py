@@ -87,11 +87,12 @@ def test_what_would_change_the_form_of_an_answer_is_refused_in_words(client):
         ({"messages": [{"content": "a"}]}, "messages.0.role is missing"),
         ({"modalities": ["smell"]}, "must be 'text' or 'image'"),
         ({"step": 4}, "it is steps"),
+        ({"size": "7x7"}, "size must be between 16x16"),
     ):
         found = talk(client, **sent)
         message = found.json()["error"]["message"]
         assert found.status_code == 400 and words in message, (sent, message)
-        assert "Input should" not in message and "validation" not in message
+        assert "Input should" not in message and "validation" not in message and "size: size" not in message
 
 
 def test_empty_fields_of_a_form_are_not_sent(client):
