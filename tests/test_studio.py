@@ -57,7 +57,7 @@ def test_the_page_is_served_to_browsers_with_a_policy_that_lets_nothing_else_in(
 
 def test_the_page_asks_no_other_host_and_reads_nothing_as_markup():
     texts = {name: content.decode() for name, (content, kind) in front.files().items() if kind.startswith("text")}
-    assert len(texts) == 6
+    assert len(texts) == 7
     for name, text in texts.items():
         addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.[a-z]{2,}[^\s'\"]*", text)) - {"http://www.w3.org/2000/svg"}
         assert not addresses, (name, addresses)

@@ -30,18 +30,22 @@ DESK, PHONE = (1280, 800), (390, 844)
 
 
 @contextmanager
-def serving(model, **rules):
+def serving(model, runs=None, **rules):
     """A server in a thread, as `unilip studio` starts it: its address, and its engine."""
     from unilip.cli.serving import about
     from unilip.serve.app import Settings, create_app
     from unilip.serve.engine import Engine
     from unilip.serve.guard import Rules
     from unilip.serve.server import listen, make_server
+    from unilip.serve.training import Trainer
 
     taken = listen("127.0.0.1", 0)
     with Engine(model) as engine:
-        settings = Settings("unilip", Rules(rate_limit=0, **rules), about=about(Namespace(model=None), model))
-        server = make_server(create_app(engine, settings), 3)
+        told, trainer = about(Namespace(model=None), model), None
+        if runs is not None:
+            told["trains"], trainer = True, Trainer(runs, str(runs / "base"), "tiny", "cpu", engine.lend)
+        settings = Settings("unilip", Rules(rate_limit=0, **rules), about=told)
+        server = make_server(create_app(engine, settings, trainer=trainer), 3)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
         thread.start()
         while not server.started:
@@ -488,3 +492,48 @@ def test_what_a_model_has_learned_is_offered(visitor, fresh_model):
         assert "turbo" in visitor.made(1)
         visitor.one(".turn:last-child .plan", "Written out")
         visitor.shoot("22-planned")
+
+
+def test_an_adapter_is_trained(visitor, fresh_model, tmp_path, picture):
+    """Pictures and captions are chosen, the training is watched, and its adapter picked."""
+    from unilip.serve.training import Trainer
+
+    pytest.importorskip("peft")
+    model = fresh_model()
+    model.save_pretrained(tmp_path / "base")
+    for i in range(6):
+        picture(80, 60, i).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"a red star, number {i}" if i else "")
+    files = [str(path) for path in sorted(tmp_path.glob("[0-9].*"))]
+    with serving(model, tmp_path) as (address, _):
+        visitor.driver.get(address)
+        visitor.click("#show-train")
+        visitor.one("#train-count", "5 to 50 pictures")
+        visitor.driver.find_element("css selector", "#train-files").send_keys("\n".join(files))
+        visitor.one("#train-count", "5 of 6 pictures are complete")
+        assert not visitor.one("#train-go").is_enabled()
+        visitor.type("#train-rows .row input", "a red star")
+        visitor.type("#train-form [name=name]", "stars")
+        visitor.type("#train-form [name=steps]", "40")
+        visitor.shoot("23-train")
+        visitor.click("#train-form [name=kind] option", "an edit")
+        visitor.one("#train-count", "3 of 3 pairs are complete")
+        visitor.shoot("24-pairs")
+        visitor.size(*PHONE)
+        edges = "const right = e => e.getBoundingClientRect().right, box = document.getElementById('train');"
+        beyond = "return [...box.querySelectorAll('*')].filter(e => e.offsetParent && right(e) > right(box)).length"
+        assert visitor.driver.execute_script(edges + beyond) == 0
+        visitor.size(*DESK)
+        visitor.click("#train-form [name=kind] option", "a style")
+        visitor.one("#train-count", "6 of 6 pictures are complete")
+        visitor.click("#train-go")
+        visitor.one("#train-state", "of 40")
+        visitor.until(lambda: visitor.all("#train-sheet"), "no picture of the progress")
+        visitor.shoot("25-training")
+        visitor.one("#train-state", "is done")
+        visitor.click("#train .close")
+        visitor.click("#show-settings")
+        picked = "return document.querySelector('#values [name=model]').value"
+        assert visitor.driver.execute_script(picked) == "unilip:stars"
+        visitor.shoot("26-picked")
+    assert list(Trainer(tmp_path, str(tmp_path / "base"), "tiny", "cpu").kept()) == ["stars"]

@@ -17,6 +17,8 @@ from unilip.machine import choose_device
 
 if TYPE_CHECKING:
     from unilip.model import UniLIP
+    from unilip.serve.engine import Engine
+    from unilip.serve.training import Trainer
 
 KEYS = "UNILIP_API_KEY"
 MEGA = 2**20
@@ -79,7 +81,7 @@ def serve(o: Options) -> int:
     taken = listen(o.host, o.port)
     metrics = Metrics()
     common: dict[str, Any] = {"max_queue": o.max_queue, "max_batch": o.max_batch, "deadline": o.deadline}
-    common["adapters"] = adapters
+    common["adapters"], trainer = adapters, None
     if o.ray is not None:
         engine, what = spread(o, common)
         facts: dict[str, Any] = {"model": name_of(o)}
@@ -89,8 +91,11 @@ def serve(o: Options) -> int:
         model = load(o)
         what, facts = f"{describe_model(o, model)['model']} on {model.device}", about(o, model)
         engine = Engine(model, on_batch=metrics.batch, **common)
+        if hasattr(o, "runs"):
+            trainer = training(o, engine)
+            facts["trains"] = trainer is not None
     settings = Settings(name_of(o), rules, pixels, o.allow_url_images, o.metadata, o.drain, o.strict, o.chat, facts)
-    app = create_app(engine, settings, metrics)
+    app = create_app(engine, settings, metrics, trainer)
     host, port = taken.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     page = getattr(o, "open", None)  # of the studio: whether to open it
@@ -108,6 +113,27 @@ def serve(o: Options) -> int:
     run(app, taken, o.drain, started)
     say("ended")
     return 0
+
+
+def training(o: Options, engine: Engine) -> Trainer | None:
+    """Return what trains adapters of the engine's model, and lend those that it trained before; None: it cannot."""
+    from unilip.checkpoints.hub import adapted
+    from unilip.serve.training import Trainer
+    from unilip.sizes import PRESETS
+
+    base = adapted(source_of(o)).base
+    if engine.config.name not in PRESETS:
+        return None
+    named = "embedded" if base is None else str(base)
+    where = os.path.abspath(named) if base is not None and os.path.exists(named) else named
+    trainer = Trainer(Path(o.runs), where, engine.config.name, str(engine.model.device), engine.lend)
+    for name, folder in trainer.kept().items():
+        if name not in engine.checker.adapters:
+            try:
+                engine.lend(name, folder)
+            except UniLIPError as error:
+                say(f"the adapter {name} is not lent: {error}")
+    return trainer
 
 
 def offered(o: Options) -> dict[str, tuple[str, float]]:

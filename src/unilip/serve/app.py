@@ -64,6 +64,7 @@ from unilip.serve.pictures import FORMATS, decode, decode_mask, encode, outside_
 from unilip.serve.problems import JSON, Trouble, dumps, trouble, validation
 from unilip.serve.store import Store
 from unilip.serve.tickets import Ticket
+from unilip.serve.training import KINDS, MOST, Trainer
 from unilip.shapes import cells
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,16 @@ DECODERS = 2  # pictures of strangers that are decoded at the same time
 FETCHERS = 8  # and fetched
 IN_MEMORY = 8  # requests' worth of pixels that are kept at the same time
 MARKDOWN = "![{}]({})"
+NOT_STORED = {"Cache-Control": "no-store"}
+_TEXT: dict[str, Any] = {"type": "string"}
+TRAINING_FORM: dict[str, Any] = {"required": True, "content": {"multipart/form-data": {"schema": {
+    "type": "object", "required": ["name", "kind", "texts", "image"],
+    "properties": {
+        "name": _TEXT, "kind": {"enum": list(KINDS)}, "steps": {"type": "integer"},
+        "texts": {**_TEXT, "description": "A JSON list: a caption of each picture, or the instruction of each pair."},
+        "image": {"type": "array", "items": {**_TEXT, "format": "binary"}},
+    },
+}}}}  # fmt: skip
 APART = (
     "Each picture was changed by itself, for this model has not learned edits of several; joint=true asks for one all "
     "the same, joint=false for this without a warning."
@@ -143,8 +154,10 @@ class _Refused(Exception):
         self.trouble = found
 
 
-def create_app(engine: Serving, settings: Settings | None = None, metrics: Metrics | None = None) -> FastAPI:
-    """Build the application around an engine, which it drains and closes when it is shut down."""
+def create_app(
+    engine: Serving, settings: Settings | None = None, metrics: Metrics | None = None, trainer: Trainer | None = None
+) -> FastAPI:
+    """Build the application around an engine, which it drains and closes when it is shut down, as it does a trainer."""
     settings = settings or Settings()
     metrics = metrics or Metrics()
     server = _Server(engine, settings, metrics)
@@ -152,6 +165,8 @@ def create_app(engine: Serving, settings: Settings | None = None, metrics: Metri
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
+        if trainer is not None:
+            await run_in_threadpool(trainer.close)
         await run_in_threadpool(engine.close, settings.drain_seconds)
 
     failures: dict[int | str, dict[str, Any]] = {
@@ -198,6 +213,8 @@ def create_app(engine: Serving, settings: Settings | None = None, metrics: Metri
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
     _routes(app, server)
+    if trainer is not None:
+        _training(app, server, trainer)
     return app
 
 
@@ -369,18 +386,74 @@ def _routes(app: FastAPI, server: _Server) -> None:
         return Response(server.metrics.page(), headers={"Content-Type": CONTENT_TYPE})
 
 
+def _training(app: FastAPI, server: _Server, trainer: Trainer) -> None:
+    """The routes of the page's trainings; what they answer is `Trainer.state`."""
+
+    @app.get("/v1/training", tags=["training"])
+    async def state() -> Response:
+        """How the training goes, and which ones can be gone on with."""
+        return JSON(await run_in_threadpool(trainer.state))
+
+    @app.get("/v1/training/estimate", tags=["training"])
+    async def estimate(kind: str, steps: int) -> Response:
+        """Memory in GiB and hours that a training would take here."""
+        return JSON(await run_in_threadpool(trainer.estimate, kind, steps))
+
+    @app.get("/v1/training/sheet", tags=["training"])
+    async def sheet() -> Response:
+        """The newest picture of the progress: wanted above made."""
+        if (found := trainer.sheet()) is None:
+            raise _Refused(Trouble(404, "There is no picture of the training yet.", "not_found"))
+        return Response(await run_in_threadpool(found.read_bytes), media_type="image/png", headers=NOT_STORED)
+
+    @app.post("/v1/training", tags=["training"], openapi_extra={"requestBody": TRAINING_FORM})
+    async def begin(request: Request) -> Response:
+        """Train an adapter: files `image` in the order of `texts`; of edits each is followed by its result."""
+        most = MOST * 2
+        fields, files = await read_form(request, server.settings.rules.max_body, {"image"}, most)
+        kind, each = fields.get("kind", ""), 2 if fields.get("kind") == "edit" else 1
+        try:
+            texts, steps = json.loads(fields.get("texts", "")), int(fields.get("steps", "300"))
+        except (ValueError, RecursionError):
+            raise _Refused(Trouble(400, "texts must be a JSON list, steps a whole number.", "invalid_form")) from None
+        if not isinstance(texts, list) or len(texts) * each != len(files):
+            raise _Refused(Trouble(400, f"{len(files)} pictures need {len(files) // each} texts.", "invalid_form"))
+
+        def read() -> list[Image.Image]:
+            images, left = [], server.settings.max_pixels
+            for _, data in files:
+                images.append(server.decode(data, left))
+                left -= images[-1].width * images[-1].height
+            return images
+
+        images = await asyncio.get_running_loop().run_in_executor(server.decoders, read)
+        samples = [(text, images[i * each : (i + 1) * each]) for i, text in enumerate(texts)]
+        await run_in_threadpool(trainer.begin, fields.get("name", ""), kind, steps, samples)
+        return JSON(await run_in_threadpool(trainer.state), 202)
+
+    @app.post("/v1/training/continue", tags=["training"])
+    async def go_on(request: Request) -> Response:
+        """Go on with the training `name` that was stopped, or failed."""
+        await run_in_threadpool(trainer.go_on, (await server.load(request)).get("name"))
+        return JSON(await run_in_threadpool(trainer.state), 202)
+
+    @app.post("/v1/training/stop", tags=["training"])
+    async def stop() -> Response:
+        """Stop the training, which saves itself."""
+        trainer.stop()
+        return JSON(await run_in_threadpool(trainer.state), 202)
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
 async def read_form(
-    request: Request, max_body: int, allowed: set[str]
+    request: Request, max_body: int, allowed: set[str], most: int = MAX_FILES + 1
 ) -> tuple[dict[str, str], list[tuple[str, bytes]]]:
     """Read a form in memory: its fields, and its files as (name, bytes) in their order."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise _Refused(Trouble(400, "Send a form: multipart/form-data with the file `image`.", "invalid_form"))
-    parser = MultiPartParser(
-        request.headers, request.stream(), max_files=MAX_FILES + 1, max_fields=64, max_part_size=64 * 1024
-    )
+    parser = MultiPartParser(request.headers, request.stream(), max_files=most, max_fields=64, max_part_size=64 * 1024)
     parser.spool_max_size = max_body + 1  # what has no room in memory was refused before; nothing is spooled to disk
     try:
         form = await parser.parse()

@@ -70,12 +70,18 @@ class Checker:
     ) -> None:  # fmt: skip
         limits = limits or Limits()
         self.config = config
-        self.adapters = {name: scale for name, (_, scale) in (adapters or {}).items()}
-        self._few = {name: read_adapter(folder).few_steps for name, (folder, _) in (adapters or {}).items()}
+        self.adapters, self._few = dict[str, float](), dict[str, tuple[int, ...]]()
+        for name, (folder, scale) in (adapters or {}).items():
+            self.lend(name, folder, scale)
         self.parts = tuple(parts)
         self.limits = limits if limits.image_size else dataclasses.replace(limits, image_size=2 * config.image_size)
         self._processor = Processor(copy.deepcopy(processor.tokenizer), config) if processor else None
         self._checking = threading.Lock()
+
+    def lend(self, name: str, folder: str | os.PathLike[str], scale: float = 1.0) -> None:
+        """Offer an adapter."""
+        self._few[name] = read_adapter(folder).few_steps
+        self.adapters = {**self.adapters, name: scale}  # others read it meanwhile
 
     @property
     def verbs(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -146,6 +147,11 @@ class Engine:
         threading.Thread(target=self._watch, name="unilip-deadlines", daemon=True).start()
 
     # --- for callers
+
+    def lend(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Offer one more adapter to jobs, once the model is free. Raises UniLIPError: it does not fit, or is known."""
+        self.model.load_adapter(folder, name, 0.0)
+        self.checker.lend(name, folder)
 
     @property
     def verbs(self) -> tuple[str, ...]:

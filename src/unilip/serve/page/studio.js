@@ -2,6 +2,7 @@
 
 import {Refused, events, json, onKey, send, toBlob, toURL} from './api.js';
 import {Gallery, urlOf} from './gallery.js';
+import {take as takeToTrain, wireTraining} from './train.js';
 
 const $ = (id) => document.getElementById(id);
 const gallery = new Gallery();
@@ -632,13 +633,16 @@ function wire() {
   document.ondragover = (event) => {
     if (!event.dataTransfer.types.includes('Files')) return;
     event.preventDefault();
-    $('composer').classList.add('over');
+    over().classList.add('over');
   };
-  document.ondragleave = (event) => { if (!event.relatedTarget) $('composer').classList.remove('over'); };
+  const over = () => $($('train').open && !$('train-form').hidden ? 'train' : 'composer');
+  document.ondragleave = (event) => { if (!event.relatedTarget) over().classList.remove('over'); };
   document.ondrop = (event) => {
     event.preventDefault();
-    $('composer').classList.remove('over');
-    attach([...event.dataTransfer.files]);
+    over().classList.remove('over');
+    const files = [...event.dataTransfer.files];
+    if (over().id === 'train') takeToTrain(files);
+    else if (!$('train').open) attach(files);
   };
 }
 
@@ -650,6 +654,14 @@ try {
   cards = (await json('/v1/models')).data;
   [card] = cards;
   describe();
+  if (card.about.trains) {
+    wireTraining(make, card.image_size, async (name) => {
+      cards = (await json('/v1/models')).data;
+      describe();
+      $('values').elements.model.value = `${card.id}:${name}`;
+      look();
+    });
+  }
   await look();
 } catch (error) {
   note(error.message);

@@ -1,0 +1,241 @@
+"""Adapters trained from the page: pictures with texts in, an adapter that the server lends out.
+
+In:  5 to 50 pictures with captions, or pairs of pictures with instructions. Out: RUNS/studio/NAME, a run as `unilip
+train` leaves it, with the samples in data/; and the adapter of its result under that name.
+The training is `unilip train lora/KIND` in a process of its own, one at a time; it can be stopped and gone on with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from unilip.errors import UniLIPError, check_choice
+from unilip.files import content_hash, write_text
+from unilip.sampling import check_number, check_prompt
+
+logger = logging.getLogger(__name__)
+KINDS = ("style", "concept", "edit")
+FEWEST, MOST, MOST_STEPS = 5, 50, 20_000
+GROUP, ABOUT = "studio", "studio.json"  # of the runs; what one was asked to be
+SHEETS = 8  # pictures of the progress, over a run
+PATIENCE = 60.0  # seconds that a stopped training has to save itself
+Sample = tuple[str, Sequence[Image.Image]]  # its text; one picture, or before and after
+
+
+class Trainer:
+    """Trains adapters of one model, and hands those that are done to LEND (name, folder).
+
+    In: runs: folder of all runs. base: what the adapters are of, as `init` says it ("embedded", a folder, a hub id).
+    size: the model's name of `unilip.sizes`. device: where to train.
+    """
+
+    def __init__(
+        self, runs: Path, base: str, size: str, device: str, lend: Callable[[str, Path], None] = lambda *_: None
+    ) -> None:
+        self.runs, self.base, self.size, self.device, self.lend = runs, base, size, device, lend
+        self._lock, self._process, self._thread = threading.Lock(), None, None  # type: tuple[Any, Any, Any]
+        self._state: dict[str, Any] = {"status": "idle"}
+        self._estimates: dict[str, Any] = {}
+        self._measuring = threading.Lock()
+
+    @cached_property
+    def root(self) -> Path:
+        """The folder of the adapters."""
+        return self.runs.absolute() / GROUP
+
+    def kept(self) -> dict[str, Path]:
+        """The adapters that are done, by name."""
+        return {path.parent.name: path for path in sorted(self.root.glob("*/final")) if self._asked(path.parent)}
+
+    def unfinished(self) -> list[str]:
+        """Names of runs that were stopped, or failed; their pictures and last checkpoints are there."""
+        runs = [path.parent for path in sorted(self.root.glob(f"*/{ABOUT}")) if not (path.parent / "final").exists()]
+        return [run.name for run in runs if self._asked(run) and not (self.running and run.name == self._state["name"])]
+
+    def _asked(self, run: Path) -> dict[str, Any]:
+        """What a run was asked to be; nothing where it is of another model, or none of ours."""
+        try:
+            about = json.loads((run / ABOUT).read_text(encoding="utf-8"))
+            return dict(about) if about["base"] == self.base and about["kind"] in KINDS else {}
+        except (OSError, ValueError, TypeError, KeyError):
+            return {}
+
+    @property
+    def running(self) -> bool:
+        """Whether a training is under way."""
+        return self._state["status"] in ("running", "stopping")
+
+    # --- what is asked
+
+    def settings(self, kind: str, steps: int) -> list[str]:
+        """The settings of a recipe that make it this model's."""
+        check_choice("kind of training", kind, KINDS)
+        steps = check_number("steps", steps, 1, MOST_STEPS, whole=True)
+        often = max(1, steps // SHEETS)
+        return [
+            f"init=all={self.base}", f"model={self.size}", f"steps={steps}", f"log_every={min(10, often)}",
+            f"sample_every={often}", f"save_every={often}",
+        ]  # fmt: skip
+
+    def estimate(self, kind: str, steps: int) -> dict[str, Any]:
+        """What memory (GiB) and time (hours) a training needs here. Raises UniLIPError: it cannot fit."""
+        from unilip.recipes.catalog import get_recipe
+        from unilip.recipes.record import override
+        from unilip.train.preflight import GIB, hardware, preflight
+
+        recipe = override(get_recipe(f"lora/{kind}"), self.settings(kind, steps))
+        with self._measuring:  # what a step takes is the same for any number of them
+            if kind not in self._estimates:
+                self._estimates[kind] = preflight(recipe, hardware("here"))
+        found = self._estimates[kind]
+        usable, hours = found.hardware.usable / GIB, found.seconds * steps / 3600
+        return {"memory": found.total / GIB, "usable": usable, "hours": hours, "hardware": str(found.hardware)}
+
+    def begin(self, name: str, kind: str, steps: int, samples: Sequence[Sample]) -> None:
+        """Keep samples and train on them. Raises UniLIPError: something is wrong with them; nothing was written."""
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,39}", name):
+            raise UniLIPError(f"The name is {name!r}; give 1 to 40 of a-z, 0-9, - and _, a letter or digit first.")
+        self.settings(kind, steps)
+        if not FEWEST <= len(samples) <= MOST:
+            what = "pairs" if kind == "edit" else "pictures"
+            raise UniLIPError(f"{len(samples)} {what} were given; a training takes {FEWEST} to {MOST}.")
+        for number, (text, _) in enumerate(samples, 1):
+            with contextlib.suppress(UniLIPError):
+                check_prompt(text, "text")
+                continue
+            raise UniLIPError(f"Picture {number} has no text; say what is in it, or what was changed.")
+        run = self.root / name
+        with self._lock:
+            self._check_free()
+            if run.exists():
+                more = "; go on with it" if name in self.unfinished() else ""
+                raise UniLIPError(f"There is an adapter {name} already{more}, or give this one another name.")
+            part = self.root / f".{name}.part"
+            shutil.rmtree(part, ignore_errors=True)
+            try:
+                (part / "data").mkdir(parents=True)
+                for number, (text, pictures) in enumerate(samples, 1):
+                    endings = (".input", ".output") if kind == "edit" else ("",)
+                    for ending, picture in zip(endings, pictures, strict=True):
+                        picture.save(part / "data" / f"{number:02}{ending}.png")
+                    (part / "data" / f"{number:02}.txt").write_text(text, encoding="utf-8")
+                about = {"kind": kind, "steps": steps, "base": self.base}
+                write_text(part / ABOUT, json.dumps(about))
+                part.rename(run)
+            except OSError as error:
+                raise UniLIPError(f"{self.root} cannot be written ({error.strerror}); make room there.") from error
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+            self._start(name)
+
+    def go_on(self, name: Any) -> None:
+        """Go on with a run that was stopped, or failed. Raises UniLIPError: there is none of that name."""
+        with self._lock:
+            self._check_free()
+            check_choice("unfinished training", name, self.unfinished())
+            self._start(name)
+
+    def _check_free(self) -> None:
+        if self.running:
+            raise UniLIPError(f"{self._state['name']} is being trained; wait for it, or stop it first.")
+
+    # --- the process
+
+    def _start(self, name: str) -> None:
+        run = self.root / name
+        about = self._asked(run)
+        words = [sys.executable, "-m", "unilip", "train", f"lora/{about['kind']}", "--data", str(run / "data")]
+        words += ["--runs", str(self.runs.absolute()), "--device", self.device, "--no-progress"]
+        for setting in (f"name={GROUP}/{name}", *self.settings(about["kind"], about["steps"])):
+            words += ["--set", setting]
+        with (run / "output.txt").open("wb") as output:
+            self._process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        self._state = {"status": "running", "name": name, "kind": about["kind"], "steps": about["steps"]}
+        self._thread = threading.Thread(target=self._watch, args=(name,), name="unilip-training", daemon=True)
+        self._thread.start()
+        logger.info("training the adapter %s in %s", name, run)
+
+    def _watch(self, name: str) -> None:
+        run, code = self.root / name, self._process.wait()
+        said = (run / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+        found: dict[str, Any] = {"status": "done"}
+        if code == 0 and (run / "final").is_dir():
+            try:
+                self.lend(name, run / "final")
+            except Exception as error:  # the result is there, whatever keeps it from acting
+                logger.exception("the adapter %s is not lent", name)
+                found = {"status": "failed", "error": f"It is kept in {run / 'final'}, but cannot act here: {error}"}
+        elif self._state["status"] == "stopping" or code == 130:
+            found = {"status": "stopped"}
+        else:
+            last = next((line for line in reversed(said) if line.startswith("unilip: error: ")), "")
+            text = last.removeprefix("unilip: error: ") or f"It ended ({code}); {run / 'output.txt'} says more."
+            found = {"status": "failed", "error": text}
+        logger.info("the training of %s: %s", name, found.get("error", found["status"]))
+        self._state = self._state | found
+
+    def stop(self) -> None:
+        """Stop the training under way: it saves itself, and can be gone on with."""
+        if self.running:
+            again = self._state["status"] == "stopping"
+            self._state = self._state | {"status": "stopping"}
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGTERM if os.name == "nt" or again else signal.SIGINT)
+
+    def close(self) -> None:
+        """Stop, and wait until all is saved."""
+        self.stop()
+        if self._thread is not None:
+            self._thread.join(PATIENCE)
+            if self._thread.is_alive():
+                self._process.kill()
+                self._thread.join()
+
+    # --- what is told
+
+    def state(self) -> dict[str, Any]:
+        """How it goes: status (idle, running, stopping, stopped, done, failed), name, step, loss, seconds left, ..."""
+        found = dict(self._state) | {"unfinished": self.unfinished(), "kinds": KINDS, "fewest": FEWEST, "most": MOST}
+        if "name" not in found:
+            return found
+        lines = self._log(self.root / found["name"])
+        if lines:
+            first, last = lines[0], lines[-1]
+            found |= {"step": last["step"], "loss": last.get("loss")}
+            if self.running and last["step"] > first["step"]:
+                pace = (last["time"] - first["time"]) / (last["step"] - first["step"])
+                found["left"] = round(max(0.0, last["time"] + pace * (found["steps"] - last["step"]) - time.time()))
+        if (sheet := self.sheet()) is not None:
+            found["sheet"] = content_hash(str(sheet))  # another one, another name
+        return found
+
+    def _log(self, run: Path) -> list[Mapping[str, Any]]:
+        lines = []
+        with contextlib.suppress(OSError):
+            for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # one that is being written
+                    lines.append(json.loads(line))
+        return lines
+
+    def sheet(self) -> Path | None:
+        """The newest picture of the progress: wanted above made."""
+        sheets = (self.root / str(self._state.get("name")) / "samples").glob("*.png")
+        return max(sheets, key=lambda path: path.stem.rpartition("_")[2], default=None)
