@@ -25,6 +25,7 @@ from typing import Any
 
 from PIL import Image
 
+from unilip.adapters import library
 from unilip.errors import UniLIPError, check_choice
 from unilip.files import content_hash, write_text
 from unilip.sampling import check_number, check_prompt
@@ -112,6 +113,7 @@ class Trainer:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,39}", name):
             raise UniLIPError(f"The name is {name!r}; give 1 to 40 of a-z, 0-9, - and _, a letter or digit first.")
         self.settings(kind, steps)
+        library()
         if not FEWEST <= len(samples) <= MOST:
             what = "pairs" if kind == "edit" else "pictures"
             raise UniLIPError(f"{len(samples)} {what} were given; a training takes {FEWEST} to {MOST}.")
