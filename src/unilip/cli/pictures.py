@@ -41,7 +41,7 @@ def paint(
             named |= {"others": list(request.others)} if request.others else {}
             if output.plans:
                 named["plan"] = output.plans[i]
-                terminal.say(f"planned: {output.plans[i]}")
+                terminal.say(f"planned: {output.plans[i]}" if output.plans[i] != request.text else "drawn as written")
             texts = {"Software": f"unilip {__version__}", "model": about["model"], **named, **settings}
             source = [Path(request.image).stem] if request.image else []
             kept = {key: str(value) for key, value in texts.items() if value is not None} if o.metadata else {}
