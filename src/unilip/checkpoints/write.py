@@ -180,9 +180,8 @@ def _replacing(folder: Path) -> Iterator[Path]:
             return
         pipeline = (folder / INDEX).is_file()
         for old in folder.iterdir():
-            ours = old.name in OURS or _WEIGHTS.fullmatch(old.name)
-            ours = ours or (pipeline and old.name in (INDEX, "pipeline.py", "model", "tokenizer"))
-            if not ours and not (new / old.name).exists():
+            exported = pipeline and old.name in (INDEX, "pipeline.py", "model", "tokenizer")
+            if not (exported or old.name in OURS or _WEIGHTS.fullmatch(old.name)) and not (new / old.name).exists():
                 _link(old, new / old.name)
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
