@@ -166,6 +166,7 @@ def run(command: list[str], name: str, folder: Path, seconds: int = 1800) -> dic
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "OPENAI_BASE_URL")}
     environment |= {"OPENAI_API_KEY": "none"}
     Recorder.client = name
+    folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds
     )
