@@ -156,18 +156,19 @@ class Bench:
 
     def _plan_recon(self) -> list[Item]:
         size = CHEAP * self.count
-        groups = {
-            "held-out scenes": Scenes(self.world, self.atlas, "val", DATA_SEED, size, "tokenizer"),
-            "held-out concepts": Scenes(
-                self.world, self.atlas, "val", DATA_SEED, size, "tokenizer", tasks=("single",), pool=self.world.extra
-            ),
-        }
+        common: dict[str, Any] = dict(world=self.world, atlas=self.atlas, split="val", seed=DATA_SEED, size=size)
+        groups: dict[str, list[tuple[Scene, str]]] = {}
+        strange = {"held-out concepts": {"tasks": ("single",), "pool": self.world.extra}} if self.world.extra else {}
+        for group, more in {"held-out scenes": dict[str, Any](), **strange}.items():
+            drawn = map(Scenes(**common, purpose="tokenizer", **more).draw, range(size))
+            groups[group] = [(scene, task) for scene, task, _ in drawn]
+        if "recolour" in self.world.edits:  # what a perfect edit to an unseen pair would have to draw
+            targets = Edits(**common, kinds=("recolour",), seen=False)
+            groups["recolourings, unseen"] = [(targets.draw(i).target, "recolour") for i in range(size)]
         return [
             Item(f"recon/{group}/{i:04d}", "recon", group, i, {"scene": scene, "task": task})
-            for group, data in groups.items()
-            if group == "held-out scenes" or self.world.extra
-            for i in range(size)
-            for scene, task, _ in (data.draw(i),)
+            for group, scenes in groups.items()
+            for i, (scene, task) in enumerate(scenes)
         ]
 
     def _plan_vqa(self) -> list[Item]:
