@@ -179,8 +179,8 @@ def _sheet(runs: Sequence[Scored], count: int) -> Image.Image | None:
                 return None
             with open_picture(file) as picture:
                 images.append(picture.convert("RGB").resize((CELL, CELL), Image.Resampling.BICUBIC))
-            scores = rows[key]["scores"] or {}
-            said = ", ".join(f"{name} {value:.3g}" for name, value in scores.items()) or rows[key]["status"]
+            own = rows[key]["scores"] or {}
+            said = ", ".join(f"{name} {value:.3g}" for name, value in own.items()) or rows[key]["status"]
             captions.append(f"{run.run}: {said}. {rows[key].get('prompt', '')[:90]}")
     return contact_sheet(images, len(runs), captions) if images else None
 
