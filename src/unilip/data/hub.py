@@ -40,7 +40,8 @@ class HubStream(Shards):
         options: dict[str, str] = {key: given.pop(key) for key in ("split", "name", "revision") if key in given}
         unknown = sorted(set(given) - set(FIELDS))
         if unknown:
-            raise DataError(f"{location} sets {', '.join(unknown)}; known: split, name, revision, {', '.join(FIELDS)}.")
+            allowed = ", ".join(("split", "name", "revision", *FIELDS))
+            raise DataError(f"{location} sets {', '.join(unknown)}; allowed: {allowed}.")
         self._stream, self._rows, self._versions = _open(name, options, location)
         columns = set(self._stream.column_names or ())
         theirs = {field: name for field, name in TRL.items() if field not in columns}
