@@ -439,7 +439,7 @@ def test_a_hub_dataset_is_streamed_shard_by_shard(dataset, cache, monkeypatch, t
         open_source(f"hf:{dataset}")
     with pytest.raises(DataError, match="no column pic"):
         open_source(f"hf:{dataset}?image=pic&caption=prompt")
-    with pytest.raises(DataError, match="sets captions; known"):
+    with pytest.raises(DataError, match="sets captions; allowed"):
         open_source(f"hf:{dataset}?captions=prompt")
     with pytest.raises(DataError, match="cannot be opened by the datasets library"):
         open_source(f"hf:{dataset}?split=test&image=picture&caption=prompt")
