@@ -1,8 +1,10 @@
 """What real clients send, beyond what OpenAI's documentation asks for; recorded shapes of their requests."""
 
+import base64
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from starlette.testclient import TestClient
 
 from unilip.method.flow import make_schedule
 from unilip.serve.app import Settings, create_app
+from unilip.serve.conversation import Reader, read_conversation
 from unilip.serve.engine import Engine
 from unilip.serve.guard import Rules
+from unilip.serve.schema import Chat
 
 LOCAL = "http://localhost:8000"
 USER = [{"role": "user", "content": "What is this?"}]
@@ -373,3 +377,23 @@ def test_recorded_requests_of_real_clients_are_answered(client):
             if found.status_code != 200:
                 refused.append((name, path, found.text[:300]))
     assert not refused and len(answered) >= 6, refused
+
+
+def test_a_model_that_learned_no_long_conversations_hears_what_came_since_the_picture():
+    """What is left out is named; a model that has learned them hears all, and so does a chat without pictures."""
+    picture = "data:image/png;base64," + base64.b64encode(png((28, 28))).decode()
+    shown = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "What is this?"}]
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    asked = {"role": "user", "content": "What color is it?"}
+    for recall, messages, turns, left in (
+        (False, [*talk, {"role": "user", "content": shown}], [], 1),
+        (False, [*talk, {"role": "user", "content": shown}, talk[1], asked], ["What is this?", "hi"], 1),
+        (True, [*talk, {"role": "user", "content": shown}], ["hello", "hi"], 0),
+        (False, [*talk, asked], ["hello", "hi"], 0),
+    ):
+        config = SimpleNamespace(sampling=SimpleNamespace(recall=recall))
+        body = Chat(messages=messages, modalities=["text"])
+        reader = Reader(10**6, 10**6, False, None)
+        wanted = read_conversation(body, reader, SimpleNamespace(config=config, verbs=("ask",)))
+        assert [turn.text for turn in wanted.ask.history] == turns, (recall, messages)
+        assert len(body.ignored) == left and ("messages 1 to 2" in str(body.ignored)) == bool(left)

@@ -177,6 +177,7 @@ class SamplingConfig:
     solver: str = "dpm++"
     plan: str = ""
     joint: bool = False  # whether it has learned from edits of several pictures
+    recall: bool = True  # whether it has learned from conversations that began before their newest picture
 
     def __post_init__(self) -> None:
         steps, guidance = self.num_inference_steps, self.guidance_scale

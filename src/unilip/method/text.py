@@ -115,8 +115,6 @@ class Processor:
             parts += self._turn(message.role, *images, message.text)
         return (*parts, *((self._special(TURN_START), "assistant\n") if open_turn else ()))
 
-    # --- ids ---
-
     def ids(self, prompt: str | Prompt) -> list[int]:
         """Return the token ids of a prompt. Texts that touch are read as one."""
         parts: list[str | int] = []

@@ -18,6 +18,7 @@ from PIL import Image
 from unilip.chat import Conversation
 from unilip.errors import ImageError, PromptError
 from unilip.intent import intent
+from unilip.method.config import UniLIPConfig
 from unilip.sampling import check_prompt
 from unilip.serve.fetch import fetch
 from unilip.serve.guard import FILES
@@ -38,6 +39,8 @@ _NOTES = re.compile("|".join(rf"\*{re.escape(note)}\*" for note in TAKEN.values(
 
 class Able(Protocol):
     """What can be done."""
+
+    config: UniLIPConfig
 
     @property
     def verbs(self) -> tuple[str, ...]: ...
@@ -137,7 +140,10 @@ def read_conversation(body: Chat, reader: Reader, able: Able, chat: str = "auto"
             told = told.heard("\n".join([*system, text]).strip(), images)
             system = []
             last = text
-    *turns, question = told.about_the_newest if made else told.turns
+    kept = told.recent if not able.config.sampling.recall else told.about_the_newest if made else told.turns
+    if len(kept) < len(told.turns):
+        body._ignored = (*body.ignored, f"messages 1 to {len(told.turns) - len(kept)}, from before the newest picture")
+    *turns, question = kept
     if last.strip():
         check_prompt(last, "message")
     verb, words = _decide(body, last, bool(told.shown), able.verbs, chat)
