@@ -931,7 +931,8 @@ class _Talk:
         found |= {"taken": TAKEN[verb]} if self.by_words else {}
         found |= {"plan": results[0].plan} if results[0].plan is not None else {}
         if self.json and as_json(results[0].text)[1]:
-            found["wrapped"] = "The model wrote no JSON object; its words are the field `answer` of one."
+            cut = ", cut at max_tokens" if results[0].finish_reason == "length" else ""
+            found["wrapped"] = f"The model wrote no JSON object; its words{cut} are the field `answer` of one."
         return found | self.server.notes(self.body, [ticket.job for ticket in self.tickets])
 
     def usage(self, results: Sequence[Result]) -> dict[str, Any]:
@@ -949,7 +950,8 @@ class _Talk:
             content = self.pictures(results, apart)
         else:
             text, cut = _cut(results[0].text, self.stops)
-            content, reason = {"content": as_json(text)[0] if self.json else text}, "stop" if cut else reason
+            content = {"content": as_json(text)[0] if self.json else text}
+            reason = "stop" if cut or self.json else reason  # an object is whole, whatever came after it
         message = {"role": "assistant", "refusal": None, **content}
         choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
         more = {"choices": [choice], "usage": self.usage(results), "unilip": self.about(results)}
@@ -1001,7 +1003,7 @@ class _Talk:
             yield self.chunk(await run_in_threadpool(self.pictures, results))
         elif sent < len(text) or self.json:
             yield self.chunk({"content": as_json(text)[0] if self.json else text[sent:]})
-        reason = "stop" if self.drawn or stopped else results[0].finish_reason
+        reason = "stop" if self.drawn or stopped or self.json else results[0].finish_reason
         yield self.chunk({}, reason, unilip=self.about(results))
         if options.include_usage:
             usage = {**self.head("chat.completion.chunk"), "choices": [], "usage": self.usage(results)}

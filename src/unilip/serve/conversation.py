@@ -29,6 +29,9 @@ from unilip.serve.store import Store
 
 MAX_PICTURES = 16
 _MARKDOWN = re.compile(r"!\[[^\[\]]{0,200}\]\((data:image/[a-z]{1,8};base64,[A-Za-z0-9+/=]+)\)")
+_ATTACHED = re.compile(
+    r"\s*<attached_files>(?:[^<]|<(?!/attached_files>)){0,4000}</attached_files>\s*"
+)  # as Open WebUI adds
 TAKEN = {  # how a message was understood, where its words decided
     "generate": "Drawn; begin with “answer:” to ask instead.",
     "edit": "Changed; begin with “answer:” to ask instead.",
@@ -126,9 +129,12 @@ def read_conversation(body: Chat, reader: Reader, able: Able, chat: str = "auto"
         raise PromptError("The last message must be the user's; put what you want to know there.")
     told = Conversation()
     system: list[str] = []
+    listed: tuple[str, ...] = ()
     made = False  # whether the newest pictures are the model's
     for message in body.messages:
         text, images = _content(message, reader)
+        if any("<attached_files>" in (part.text or "") for part in _parts(message)):
+            listed = ("attached_files",)  # their pictures come as parts
         made = message.role == "assistant" if images else made
         if message.role in ("system", "developer", "tool", "function") and message is not body.messages[-1]:
             if images:
@@ -140,6 +146,7 @@ def read_conversation(body: Chat, reader: Reader, able: Able, chat: str = "auto"
             told = told.heard("\n".join([*system, text]).strip(), images)
             system = []
             last = text
+    body._ignored = (*body.ignored, *listed)
     kept = told.recent if not able.config.sampling.recall else told.about_the_newest if made else told.turns
     if len(kept) < len(told.turns):
         body._ignored = (*body.ignored, f"messages 1 to {len(told.turns) - len(kept)}, from before the newest picture")
@@ -203,7 +210,7 @@ def _content(message: ChatMessage, reader: Reader) -> tuple[str, tuple[Image.Ima
             images.append(reader.read(part.image_url.url))
         elif text:
             images += [reader.read(url) for url in _MARKDOWN.findall(text)]
-            words.append(_NOTES.sub("", _MARKDOWN.sub("", text)).strip())
+            words.append(_ATTACHED.sub("\n", _NOTES.sub("", _MARKDOWN.sub("", text))).strip())
     if not images:  # an answer of ours has its pictures twice: in its words, and as parts
         images = [reader.read(part.image_url.url) for part in message.images or () if part.image_url is not None]
     return "\n".join(word for word in words if word), tuple(images)
