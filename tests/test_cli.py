@@ -443,7 +443,7 @@ def test_examples_are_whole():
     assert found.pictures[0].questions[0].accepts("A panda.") and not found.pictures[0].questions[0].accepts("a cat")
 
 
-def test_the_demo_teaches_a_new_thing(tmp_path, monkeypatch):
+def test_the_demo_teaches_a_new_thing(tmp_path, monkeypatch, capsys):
     """Three steps teach nothing, and that is what it then says; only the embedded model is taught."""
     short = override(catalog.get_recipe("lora/concept"), ["steps=3"])
     monkeypatch.setattr(catalog, "get_recipe", lambda name: short)
@@ -452,6 +452,10 @@ def test_the_demo_teaches_a_new_thing(tmp_path, monkeypatch):
     assert show.result["learned"] == [0, 0] and "0 of 16 right before, 0 after" in line and "lora/concept" in body
     assert len(list(tmp_path.glob("learn-*.png"))) == 9 and title == "Learn"
     assert cli.main(["demo", "--learn", "--model", "nowhere", "--output", str(tmp_path / "demo")]) == 2
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert cli.main(["demo", "--learn", "--output", str(tmp_path / "demo")]) == 2, "before anything is drawn"
+    assert "need the package peft" in (said := capsys.readouterr().err)
+    assert "right of" not in said and not (tmp_path / "demo").exists()
 
 
 def test_the_demo_judges_what_it_should_have_drawn():

@@ -127,6 +127,10 @@ def demo(o: Options) -> int:
     options = (*(("--model", o.model) if o.model else ()), *(word for one in o.adapter for word in ("--adapter", one)))
     if o.learn and options:
         raise UniLIPError(f"--learn teaches the embedded model; leave {options[0]} out.")
+    if o.learn:
+        from unilip.adapters import library
+
+        library()  # complains before anything is loaded
     model = load(o)
     loaded = report.loaded()
     say(f"{describe_model(o, model)['model']} on {device}, {loaded}")
