@@ -410,11 +410,8 @@ class _Show:
             f"{loaded[:1].upper() + loaded[1:]}{', ' if loaded else 'In '}{seconds:.1f} s of work."
         )
         times = max(1, 224 // config.image_size)  # pictures are shown at a whole multiple of their size
-        learn = (
-            ""
-            if self.source
-            else "<pre>unilip demo --learn   # two minutes: a thing that it never saw; needs pip install &#x27;.[train]&#x27;</pre>"
-        )
+        teach = "pip install '.[train]' && unilip demo --learn   # two minutes: a thing that it never saw"
+        learn = "" if self.source else f"<pre>{html.escape(teach)}</pre>"
         after = learn + self.command("studio") + self.command("generate", "a green cactus", "--num-images", "4")
         shared = (resources.files("unilip") / "serve" / "page" / "style.css").read_text(encoding="utf-8")
         template = Template((resources.files("unilip") / "demo.html").read_text(encoding="utf-8"))
