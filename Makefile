@@ -35,9 +35,9 @@ demo: $(BASE)  ## let the embedded model answer, draw, edit and reconstruct; pic
 	@echo "demo: running the embedded model, pictures go to demo/"
 	@$(BIN)/unilip demo --output demo $(ARGS)
 
-test: $(STAMP)  ## run the tests, without the slow ones
+test: $(STAMP)  ## run the tests, without the slow ones, in two processes
 	@echo "test: running the tests, without the slow ones"
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(STAMP)  ## run the slow tests only
 	@echo "test-slow: running the slow tests"
