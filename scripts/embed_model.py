@@ -34,16 +34,16 @@ def effort(run: Path, recipe: dict[str, Any]) -> dict[str, object]:
     return {"samples": count, "minutes": round(sum(gaps) / 60, 1)}
 
 
-def chain_of(weights: Path) -> list[dict[str, Any]]:
-    """Return the stages before, in their order: those that the weights told so far, and those that are kept."""
-    origin = weights / "origin.json"
-    told = json.loads(origin.read_text()).get("chain", []) if origin.exists() else []
-    found = {stage["stage"]: stage for stage in told}
-    for file in (weights.parent.parent.parent / "weights" / "chain").glob("*/*/final/origin.json"):
-        record = json.loads(file.read_text())
-        name = record["last_recipe"]["name"]
-        found[name] = {"stage": name, **{key: record[key] for key in ("date", "code", "samples", "minutes", "note")}}
-    order = ("clip", "instruct", "recon", "recon_distill", "pretrain", "sft")
+def chain_of(weights: Path, run: str) -> list[dict[str, Any]]:
+    """Return the stages before RUN, in their order: those that the weights told, these themselves, and those kept."""
+    found: dict[str, dict[str, Any]] = {}
+    for file in (weights / "origin.json", *(weights.parents[2] / "weights" / "chain").glob("*/*/final/origin.json")):
+        record = json.loads(file.read_text()) if file.exists() else {"last_recipe": {"name": run}}
+        found |= {stage["stage"]: stage for stage in record.get("chain", [])}
+        if (name := record["last_recipe"]["name"]) != run:
+            told = {key: record[key] for key in ("date", "code", "samples", "minutes", "note")}
+            found[name] = {"stage": name, **told}
+    order = ("clip", "instruct", "recon", "recon_distill", "pretrain", "sft", "shapes")
     return sorted(found.values(), key=lambda stage: order.index(stage["stage"].rpartition("/")[2]))
 
 
@@ -71,7 +71,7 @@ def main() -> None:
     recipe = json.loads(recipe_file.read_text()) if recipe_file.exists() else {}
     if recipe:
         shutil.copy(recipe_file, options.to)  # training asks it whether the stage is the one that it wants
-    chain = chain_of(options.to)
+    chain = chain_of(options.to, recipe.get("name", ""))
     origin = {
         "date": date.today().isoformat(),
         "code": options.code or commit,

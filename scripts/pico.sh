@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train the CPU edition: all seven stages in order, each where it was stopped; what has ended is left alone.
 #
-#   scripts/pico.sh [RUNS]                 go on from the embedded model, and the stages in weights/chain
+#   scripts/pico.sh [RUNS]                 from the first stages, which lie in weights/chain
 #   FRESH=1 scripts/pico.sh [RUNS]         from nothing
 #
 # PROCESSES (2) share a stage, with one thread each; `instruct` and the tokenizer's stages run side by side.
@@ -12,11 +12,7 @@ processes=${PROCESSES:-2}
 export OMP_NUM_THREADS=1
 
 mkdir -p "$runs"
-if [ -z "${FRESH:-}" ]; then
-    mkdir -p "$runs/pico/sft"
-    cp -rn weights/chain/. "$runs/"
-    [ -e "$runs/pico/sft/final" ] || cp -r src/unilip/weights "$runs/pico/sft/final" # what the package carries
-fi
+[ -n "${FRESH:-}" ] || cp -rn weights/chain/. "$runs/"
 [ -e "${UNILIP_DATA:-$HOME/.cache/unilip/emoji}/atlas-160.npz" ] || unilip data prepare emoji
 
 alone() { [ -e "$runs/pico/$1/final" ] || unilip train "pico/$1" --runs "$runs"; }
@@ -31,9 +27,7 @@ words=$!
 [ -e "$runs/pico/recon_distill/final" ] || alone recon # its result holds all of the short one before
 alone recon_distill
 wait "$words"
-if [ ! -e "$runs/pico/sft/final" ]; then
-    shared pretrain --set compile=true
-    shared sft --set compile=true
-fi
+shared pretrain --set compile=true
+shared sft --set compile=true
 shared shapes
 echo "$runs/pico/shapes/final"
