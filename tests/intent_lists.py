@@ -1,8 +1,9 @@
 """Two lists of messages: what asks for words, and what asks for a picture.
 
-Over 200 each, written after the prompts of evaluation kits and how people talk to a chat with pictures; the last forty
-of each came after the rules and did not shape all of them. Every message stands for itself. Questions are asked with a
-picture at hand and without, those with "-" without; wishes have one where they begin with "+".
+Over 400 each, written after the prompts of evaluation kits and how people talk to a chat with pictures. The rules were
+mended with them. At first sight, of four times sixty messages of each kind, the questions chosen to look like wishes,
+9 % were drawn and 18 % answered before; of the last sixty 8 % and 5 %. Every message stands for itself. Questions are
+asked with a picture at hand and without, those with "-" without; wishes have one where they begin with "+".
 """
 
 QUESTIONS = [
@@ -231,6 +232,245 @@ Three facts about this animal
 - An answer in one sentence, please.
 - What can you do?
 - What does the <img> tag do in HTML?
+Hint: Please provide the correct option letter, e.g., A, B, C, D, at the end. Question: Which number is missing?
+Is the following statement about the image true? The cat sits on the mat. Please answer yes or no.
+Subtract all tiny shiny balls. Subtract all purple objects. How many objects are left?
+According to the question shown in the image, please directly answer the question and provide the final value.
+Give a one-sentence summary of the chart.
+Please provide the bounding box coordinate of the region this sentence describes: man in blue shirt.
+What is written at the top of the page?
+OCR this image please
+Extract every line item from this receipt as JSON
+Turn this whiteboard photo into meeting notes
+Convert this handwritten page to plain text
+Make a short story out of this picture
+Create alt text for this photo
+Write a product description for the shoes in the photo
+Add up the numbers in the second column
+Change 72 degrees Fahrenheit to Celsius
+Set a reminder for tomorrow at 9
+Place the following events in order: moon landing, fall of the Berlin Wall, first iPhone
+Put this into one paragraph.
+Move on to the next question
+Remove the duplicates from this list: a, b, a, c
+Draw up a packing list for Iceland
+Paint a verbal portrait of the main character
+Show your work.
+Show me how to tie a bowline
+Show the steps to solve x^2 = 16
+Generate five names for a coffee shop
+Generate a regex that matches dates
+Create a unit test for this function
+Create a 3-day workout plan
+Design a database schema for a library
+Make sense of this error message
+Give me three reasons to visit Lisbon
+Give me the hex code of the wall
+Get me the phone number on the sign
+I want to know who is in this picture
+I need help with my homework
+I'd like an explanation of the joke in this meme
+Let me know whether the light is on
+Let's talk about cats
+Can I see through this window or is it frosted
+Can you generate a title for this conversation
+Could you create a caption in Spanish
+Imagine the next frame. What happens?
+Illustrate your reasoning step by step.
+Sketch out an argument against this claim
+Render a verdict: is this dish overcooked?
+Visualize this data as an ASCII table
+hello there
+thanks, that's great
+what can you do
+tell me about the picture
+the sky, what colour
+how does it look
+who made you
+is it a boy or a girl
+and the one on the left
+Suggest 3-5 relevant follow-up questions or prompts that the user might ask next
+Create a concise, 3-5 word title with an emoji summarizing the chat history.
+Please answer directly with only the letter of the correct option and nothing else.
+Does this artwork exist in the form of painting? Please answer yes or no.
+Is there a red traffic light in this image? Answer with yes or no
+In the image, there is a table with a laptop. What brand is it?
+Which mood does this image convey? A. cosy B. angry C. sad D. anxious
+Identify the question that the given ad is meant to answer.
+Offer a succinct explanation of the picture presented.
+Present a compact description of the photo's key features.
+Provide a short description for this region.
+Locate the phrase a man in a red hat and answer with a bounding box.
+Image: table. Task: sum the second column.
+Extract the total amount from the invoice
+Pull the dates out of this letter
+Rewrite the sign so it sounds friendlier
+Change this sentence to past tense: he runs fast
+Change the tone of this email to formal
+Make this shorter
+Make it more concise
+Make this paragraph sound professional
+Make a note of what you see
+Make a comparison table of these two phones
+Make a prediction about the weather here
+Give me an overview of the diagram
+Give a title to this painting
+Give me a breakdown of the calories in this meal
+Give me more detail about the bridge
+Give me a hint
+Give me feedback on my drawing
+I want a short caption for instagram
+I want to book a flight
+I'd like to improve this photo, what settings should I use
+I would like some advice on my garden
+I need an idea for dinner
+I need to write a letter to my landlord
+Show me the code for a binary search
+Show me a good way to cook salmon
+Show how the force acts on the block
+Let's see if you can solve this riddle
+Let me see what you can do
+Create a docker compose file for postgres
+Create a study schedule for finals
+Create a function that reverses a string
+Create a character backstory for my elf rogue
+Generate a random number between 1 and 10
+Generate a summary of the slides
+Generate a cover letter for this job
+Design a marketing campaign for a coffee brand
+Design an experiment to test gravity
+Draw the conclusion that follows logically
+Draw a parallel between Rome and Byzantium
+Draw on your knowledge of physics to explain the rainbow
+Imagine that you are a travel guide and describe this place
+Illustrate how photosynthesis works in simple terms
+Add a docstring to the function
+Remove the stop words from my sentence
+Translate to French: the red car is fast
+red flags in this contract
+a word that rhymes with orange
+the name of this bird
+good morning
+Based on the following comic, which of the options best describes the author's attitude? Answer with the letter.
+Question: What is the value of x? Choices: (A) 12 (B) 15 (C) 18. Answer:
+Is the word in the logo "apple"? Please answer yes or no.
+What is the genre of this book? Answer the question with detailed reason.
+Can you infer where this was photographed?
+Could this be a wolf?
+Describe the differences between the two images as JSON with keys added and removed.
+Find all the text on the poster
+Point to the largest bottle
+How would the scene change if it rained?
+Using the map, name the northernmost city
+Give a caption
+Give the color and the shape of every object
+Give me a list with everything on the shelf
+Give me a rough count of the people
+Give me two adjectives
+Get the time from the clock
+Get the main colors as hex values
+Make an educated guess about the age
+Make an estimate of the distance
+Make a table with columns for name and price
+Make a recipe from what is in the fridge
+Create a quiz about this diagram
+Create captions for each panel
+Create a table of contents
+Create an email to my boss
+Create a small program in C
+Generate a bullet list of the features
+Generate an answer to the riddle
+Generate html for this mockup
+Generate a caption in the style of Hemingway
+Generate flashcards from the page
+Design a prompt for a text-to-image model
+Turn it into a list
+Turn the sketch into HTML
+Turn the numbers into percentages
+Convert the amounts to euros
+Change the units to metric
+Set the equation equal to zero and solve
+Move the decimal point two places and tell me the number
+Put this in simpler terms
+Put the steps in order
+Add a sentence about the weather
+Add the prices
+Remove jargon from the explanation
+Replace every adjective in the caption
+Show the answer only
+Show me the formula
+Show me an easy proof
+I want an answer in one word
+I want a summary
+I want you to act as a travel agent
+I'd like a second opinion on this x-ray
+I need three synonyms for happy
+Let me ask about the man in red
+Draw your own conclusions and tell me
+Paint a picture of life in the trenches in your own words
+Picture a triangle with sides 3, 4 and 5. What is its area?
+white wine or red with fish
+Write SVG code of a circle
+What is the name of the colony shown? A. Maryland B. New Hampshire Answer with the option letter only.
+Which of these states is farthest north?
+Is this person male or female?
+Is the dog in front of the cat in the image?
+What number is printed on the jersey? Keep the answer short.
+Judge whether the sentence fits the picture: a man is surfing
+Explain why this meme is funny
+Caption this
+Describe what the woman on the left is holding in detail.
+Solve the equation on the blackboard
+Write alt text
+Read out the plate number
+Spot the mistake in the drawing
+List the ingredients
+Rank these from smallest to largest
+Estimate the calories
+Guess the city
+Check whether the code compiles
+Compare A and B
+Give me your honest review of this logo
+Give me instructions to assemble this
+Give me a score out of ten
+Give an example of a mammal
+Make a haiku out of the scene
+Make a timeline of the events in the text
+Make a budget from these receipts
+Make up a backstory for the cat
+Make the case for buying a bike
+Create an outline for my talk
+Create a checklist from this manual page
+Create a hashtag for this picture
+Create a rhyme about the duck
+Generate a description for the visually impaired
+Generate ten interview questions
+Generate a JSON schema from this form
+Generate a headline for the photo
+Design a game plan for our match
+Design a meal plan for a runner
+Show me the way to the exit on this map
+Show me what is wrong in line 3
+Show the numbers behind this chart
+Turn my notes into a speech
+Convert the date to ISO format
+Translate this menu
+Change my mind about pineapple pizza
+Set a good password policy
+Add punctuation to this text
+Remove the accents from this string: café
+Replace x by 3 and compute y
+Move the sentence to the end
+Draw the line between fact and opinion here
+Draw lessons from the story
+Sketch a proof that root two is irrational
+Render this as markdown
+Picture this from the dog's view. What does it think?
+Paint a clear picture of the risks for me
+I would like to understand this chart
+I want to learn how to draw a cat
+You are a helpful assistant. Answer briefly.
+ok and who is the second one
 """.strip().splitlines()
 ]
 
@@ -464,5 +704,243 @@ wallpaper with mountains
 + please change it into a painting
 + remove her glasses
 + change style to anime
+draw a penguin wearing a scarf
+A golden retriever puppy playing in autumn leaves
+an astronaut riding a horse, photorealistic
+a photo of a bench
+a photo of two clocks
+a photo of a green cup and a red pizza
+a photo of a dog right of a tie
+a brown bear in a blue hat
+generate an image of a castle on a hill at sunset
+please create a watercolor painting of a fishing village
+can you make me a picture of a robot?
+could you draw an octopus for my daughter
+I want an image with two elephants
+I'd love a drawing of a lighthouse
+i need a logo with a fox
+give me a picture of a pineapple
+give me a blue bird
+show me a dragon
+show me what a purple banana looks like
+make a cartoon of a cow
+make me a poster of a rocket
+design an icon of a snail
+paint a bowl of fruit
+sketch of a sailing boat
+cute cat, kawaii style, pastel colours
+pixel art of a tree
+logo for a bakery with a croissant
+four green apples on a table
+red bicycle
+let me see a giraffe
+let's see a turtle with sunglasses
+imagine a city under the sea
+how about a picture of a whale
+now a picture of a mouse
+draw it again but with a panda
+create a sunset over mountains
++ make the sky purple
++ change it to night
++ turn the dog into a cat
++ add sunglasses to the panda
++ add two more stars
++ remove the person on the left
++ get rid of the background
++ replace the car with a bicycle
++ give the cat a hat
++ make her hair red
++ put a crown on its head
++ the background should be blue
++ blue background please
++ could you remove the text
++ I want the car in green
++ now without the hat
++ a bit smaller
++ as a pencil sketch
++ swap the colours of the two balls
++ move the ball to the right
++ colour the leaves orange
++ crop to the face
+draw a monkey
+Draw a red apple on a white plate.
+draw me an elephant in a bathtub
+pls draw a cow
+can u draw a cat
+Can you paint a snowy forest?
+Create an image of an old man reading a newspaper
+Create a realistic photo of a tiger
+Generate a photo of a plate of pasta
+generate image of a wolf
+generate picture: a green frog on a leaf
+image: two birds on a branch
+make a picture with three balls
+make me an image of a haunted house
+make a sticker of a smiling avocado
+I want a drawing of my dog as a superhero
+I want to see a picture of a volcano
+I'd like an image of a train in the mountains
+I need a cartoon picture of a crab
+give me an image of a chair
+give me a cute hedgehog
+show me a photo of a waterfall
+show me three mushrooms
+Could you show me an orange fish?
+a photo of three cell phones
+a photo of a bicycle below a parking meter
+a photo of a purple elephant
+a black cat sitting on a red chair
+an oil painting of a ship in a storm
+a watercolor of tulips
+portrait of an old sailor
+a wooden table with a vase of roses
+a bear reading a letter
+two people at a table, oil painting
+green dragon
+pink flamingo in a lake
+tiny house in a snow globe, isometric, 4k
+cyberpunk street at night, neon lights, rain
+poster of a jazz concert
+surprise me with a picture
++ make the hat green
++ make the whole thing purple
++ make him older
++ turn the apple into an orange
++ turn the background black
++ change the cat to a fox
++ change the season to autumn
++ add a rainbow in the sky
++ add another dog
++ put the car in a desert
++ remove everything except the dog
++ delete the second star
++ take out the tree on the right
++ swap red and blue
++ can you give the man a beard?
++ could the dog be brown?
++ please use a white background
++ I'd like the flower in blue
++ same picture but at night
++ now as an oil painting
+Draw a snowman with a carrot nose
+draw: a fox in the snow
+Draw me two cherries please
+Could you draw a lion with a crown?
+please generate a realistic picture of a sports car
+Generate a cartoon of a dancing banana
+generate a blue bus
+Generate an owl on a branch at night
+generate a logo for a pizza place
+create a picture of two kids flying a kite
+create a pink butterfly
+create a snowy mountain with a cabin
+create a 3d render of a teapot
+make an image of a turtle on a skateboard
+make me a drawing of a mermaid
+make a wallpaper with stars
+make a green balloon
+I want to see a zebra
+I want a picture of the Eiffel tower at night
+I'd like you to paint a rose
+i would like a photo of an old car
+I need an icon with a camera
+let's make a picture of a monster
+let's draw a frog
+show me a lighthouse in a storm
+show me two yellow ducks
+show me a picture of you
+give me a photo of a wolf
+give me an illustration with mushrooms
+how about a drawing of a camel?
+can I get a picture of a peacock
+can you do a picture of a squirrel?
+a photo of a couch left of a toaster
+a photo of four handbags
+a photo of a yellow bowl and a white sheep
+a white sandcastle
+a corgi in a wizard hat
+three cats on a roof under the full moon
+an owl, flat vector style
+a lighthouse on a cliff, oil painting, dramatic lighting
+medieval knight, digital art
+abstract painting with circles
+blue whale jumping out of the water
++ make the panda wear a tie
++ make it more colorful
++ make it square
++ change its color
++ change the number of stars to five
++ add a butterfly on the flower
++ add some clouds
++ remove his beard
++ remove that thing in the corner
++ erase the writing
++ replace the sky with a sunset
++ turn it upside down
++ give it a yellow background
++ put it on a beach
++ can you make the eyes bigger?
++ the car should be yellow, not red
++ in the style of van Gogh
+draw a giraffe eating leaves
+Draw a blue square and a red circle
+draw a picture of a beach for me
+draw some flowers
+Please draw a cat on a skateboard.
+Can you draw a ship for me please?
+Could you create a picture of a forest?
+create an image with a sun and two clouds
+create a drawing of a happy robot
+Create a photorealistic portrait of a woman
+create a purple dragon with wings
+generate a cat
+Generate a picture of the moon
+generate an image of a cake with candles
+generate a red umbrella
+generate 3 balloons
+make a painting of a lake
+make a picture of a family of ducks
+make a cute bunny
+make an orange cat with a hat
+please make me a picture of a train
+produce a sketch of a bridge
+I want an image of a rainbow
+I want a drawing with three fish
+I'd like to see a penguin
+i'd like a photo of a coffee cup
+I need a picture of an elephant for my presentation
+give me a picture of a moose
+give me a sketch of a hand
+show me a pink car
+show me an image of a kangaroo
+show me a snake in the grass
+let me see a picture of a shark
+can you show me a picture of a koala?
+could I get an image of a pirate?
+a photo of a giraffe
+a photo of a blue cow
+a photo of three pizzas
+a photo of a toothbrush below a pizza
+two red balloons and a kite
+a cat sleeping on a pile of books
+a steampunk airship above the clouds
+a bowl of soup on a table
+an elderly woman knitting, soft light
+cat
+pixel art spaceship
++ make the background darker
++ make the apple green
++ make this look older
++ change the colour of the hat to blue
++ add a tree next to the house
++ add a smile
++ remove the hat
++ remove the words
++ replace the ball with a cube
++ put the panda on a skateboard
++ turn it into a painting
++ convert it to a cartoon
++ could you add some snow please?
++ I want two of them
 """.strip().splitlines()
 ]

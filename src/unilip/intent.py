@@ -35,7 +35,7 @@ def intent(text: str, has_picture: bool) -> tuple[Intent, str]:
 
     With a picture at hand "make it blue", "add a star" or "paint the car red" change it; "draw a car" starts anew.
     """
-    text = text.strip()
+    text = text.strip().replace("？", "?")
     if found := RULE["prefix"].match(text):
         word, rest = found[1].lower(), text[found.end() :]
         if word in ("edit", "change"):
@@ -51,13 +51,17 @@ def intent(text: str, has_picture: bool) -> tuple[Intent, str]:
     question = "?" in text and not (asked and text.count("?") == 1 and text.endswith("?"))
     if question or not start:
         return "ask", text
+    if RULE["told"].search(start):
+        return "ask", text
     new = RULE["new"].match(start)
     if new and rest[new.end() :].strip(" \t\n,:;-?"):
         return "generate", rest[new.end() :].strip(" \t\n,:;-")
     drawn = RULE["draw"].match(start)
     if drawn is not None and RULE["not_drawn"].search(start[:80]):
         return "ask", text
-    if drawn is None and not (has_picture and RULE["visible"].match(start)) and RULE["words"].search(start):
+    seen = RULE["place"].sub(" ", start)  # without what can be seen, though words have its name
+    words = RULE["words"].search(seen) or RULE["head"].match(seen)
+    if drawn is None and not (has_picture and RULE["visible"].match(start)) and words:
         return "ask", text
     if has_picture:
         fresh = drawn is not None and not RULE["changes"].match(start)
@@ -68,11 +72,12 @@ def intent(text: str, has_picture: bool) -> tuple[Intent, str]:
             for clause in clauses[:4]
         ):
             return "edit", rest
-    if drawn is None and not RULE["about"].search(start):
+    about = RULE["about"].search(start)
+    if drawn is None and not about:
         drawn = RULE["used"].match(start) or RULE["make"].match(start) or RULE["show"].match(start)
     if (
         drawn is None
-        and not has_picture
+        and not (has_picture or about)
         and not start.lower().startswith("the ")
         and RULE["noun"].match(start)
         and not RULE["sentence"].search(start)
