@@ -377,6 +377,10 @@ def test_the_class_for_vlmevalkit(tiny_folder, tmp_path):
     assert model.generate_inner(message) == model.model.ask([str(file)], "What?\nA. x", max_new_tokens=4)
     with pytest.raises(UniLIPError, match="video"):
         split_message([{"type": "video", "value": "x"}])
+    model.dump_image = lambda line, dataset: line["files"]
+    row = {"question": "What?", "A": "x", "B": "y", "files": [str(file)]}
+    assert not model.use_custom_prompt("any")
+    assert split_message(model.build_prompt(row, "any")) == ([str(file)], "What?")
 
 
 def test_the_class_for_lmms_eval(tiny_folder, tmp_path, monkeypatch, caplog):

@@ -48,14 +48,14 @@ def test_vlmevalkit(place, tmp_path):
     needed = ("-r", str(kit / "requirements.txt"), "rouge-score")  # which it imports and does not name
     python = install(place / "vlmevalkit", needed, beside=True)
     found = run([python, KITS / "vlmevalkit_task.py", PICTURE, tmp_path], "VLMEvalKit", kit)
-    assert len(found["answer"]) == 3 and found["right"] > 0
+    assert len(found["answer"]) == 3 and round(found["right"], 3) == 0.667, found
 
 
 def test_comfyui(place, tmp_path):
     kit, pack = checkout("UNILIP_COMFYUI"), ROOT / "integrations" / "comfyui"
     python = beside(place / "comfyui", COMFYUI)
     found = run([python, KITS / "comfyui_workflow.py", kit, pack, tmp_path], "ComfyUI", tmp_path)
-    assert found["nodes"] == 5 and "pink" in str(found["answer"])
+    assert found["nodes"] == 5 and "pink" in str(found["answer"]) and found["cancelled_at"] < found["steps"], found
 
 
 def test_open_webui(server, place, tmp_path):

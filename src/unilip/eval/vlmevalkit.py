@@ -4,6 +4,9 @@ In: the kit's messages, a list of {"type": "text" | "image", "value": ...}. Out:
 points, so `python -m unilip.eval.vlmevalkit` adds the model to its table and then runs its run.py, in its checkout:
 
     python -m unilip.eval.vlmevalkit --data MMBench_DEV_EN --model UniLIP --path kanashi6/UniLIP-1B
+
+--plain asks the questions alone, for models that never learned to choose from options (as the embedded one): the kit
+finds the option that an answer in words names. Such scores are not comparable with those of the kit's own prompt.
 """
 
 from __future__ import annotations
@@ -46,7 +49,8 @@ def make_class(base: type) -> type:
 
         def __init__(
             self, path: str | None = None, device: str | None = None, dtype: str = "auto", max_tiles: int = 12,
-            max_new_tokens: int = 1024, temperature: float = 0.0, top_p: float = 1.0, **ignored: Any,
+            max_new_tokens: int = 1024, temperature: float = 0.0, top_p: float = 1.0, plain: bool = False,
+            **ignored: Any,
         ) -> None:  # fmt: skip
             super().__init__()
             from unilip.machine import choose_device
@@ -56,12 +60,23 @@ def make_class(base: type) -> type:
                 log.warning("%s cannot be followed and is left out", ", ".join(sorted(ignored)))
             device = choose_device(device or "auto")
             self.model: UniLIP = UniLIP.from_pretrained(path, device=device, dtype=dtype, parts=("encoder", "mllm"))
-            self.max_tiles = max_tiles
+            self.max_tiles, self.plain = max_tiles, plain
             self.settings: dict[str, Any] = {
                 "max_new_tokens": max_new_tokens,
                 "temperature": temperature,
                 "top_p": top_p,
             }
+
+        def use_custom_prompt(self, dataset: str) -> bool:
+            """Whether the kit's own prompt is left out."""
+            return self.plain
+
+        def build_prompt(self, line: Mapping[str, Any], dataset: str) -> list[dict[str, str]]:
+            """Return the pictures of a row and its question alone."""
+            files = self.dump_image(line, dataset)
+            images = files if isinstance(files, list) else [files]
+            shown = [{"type": "image", "value": str(image)} for image in images]
+            return [*shown, {"type": "text", "value": str(line["question"])}]
 
         def generate_inner(self, message: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
             """Return the answer to a message."""
@@ -83,17 +98,18 @@ def register(**settings: Any) -> None:
 
 
 def main(words: Sequence[str]) -> None:
-    """Register the model with --path and --max-tiles, and run the kit's run.py with the other words."""
+    """Register the model with --path, --max-tiles and --plain, and run the kit's run.py with the other words."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m unilip.eval.vlmevalkit", description=__doc__, allow_abbrev=False)
     parser.add_argument("--path", help="folder, file or hub id; the embedded model by default")
     parser.add_argument("--max-tiles", type=int, default=12)
+    parser.add_argument("--plain", action="store_true", help="ask the questions alone")
     found, rest = parser.parse_known_args(list(words))
     script = Path("run.py")
     if not script.is_file():
         raise UniLIPError("There is no run.py here; start this in the checkout of VLMEvalKit.")
-    register(path=found.path, max_tiles=found.max_tiles)
+    register(**vars(found))
     sys.argv = ["run.py", *rest]
     runpy.run_path(str(script), run_name="__main__")
 
