@@ -39,9 +39,9 @@ SMALL_WORDS = frozenset(
     re.findall(
         r"\w+",
         "a an the and of with on in at to is are it me my i draw paint make create show generate please picture image "
-        "photo drawing want would like can you could some",
+        "photo drawing want would like can you could some above below over under",
     )
-)  # what a plan may leave out of a prompt
+)  # what a plan may leave out of a prompt, or says by places
 NOT_TAUGHT = "this model has not learned from edits of several pictures: what it draws may be anything"
 FORBIDDEN = (TURN_START, TURN_END, TEXT_END, IMG_CONTEXT)  # control tokens, which nobody means as words
 
