@@ -15,7 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from unilip.serve import app as application
+from unilip.serve import service
 from unilip.serve.app import Settings, create_app
 from unilip.serve.engine import Engine, Limits
 from unilip.serve.guard import Guard, Rules
@@ -510,7 +510,7 @@ def test_bad_conversations(strict, body):
     ],
 )
 def test_pictures_from_elsewhere_are_not_fetched(client, url, monkeypatch):
-    monkeypatch.setattr(application, "fetch", lambda *a: pytest.fail("it was fetched"))
+    monkeypatch.setattr(service, "fetch", lambda *a: pytest.fail("it was fetched"))
     content = [{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {"url": url}}]
     refusal(
         client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": content}]}),
@@ -520,7 +520,7 @@ def test_pictures_from_elsewhere_are_not_fetched(client, url, monkeypatch):
 
 
 def test_pictures_are_fetched_where_that_is_allowed(engine, picture, monkeypatch):
-    monkeypatch.setattr(application, "fetch", lambda url, limit: packed(picture()) if "example" in url else b"")
+    monkeypatch.setattr(service, "fetch", lambda url, limit: packed(picture()) if "example" in url else b"")
     allowing = client_for(engine, allow_url_images=True)
     content = [{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}]
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2}
@@ -568,7 +568,7 @@ def test_pixels_are_counted_over_all_pictures(engine, picture):
 
 
 def test_pixels_in_memory_are_limited_and_given_back(engine, picture, monkeypatch):
-    monkeypatch.setattr(application, "IN_MEMORY", 0)
+    monkeypatch.setattr(service, "IN_MEMORY", 0)
     small = client_for(engine, max_pixels=5000)
     files = [("image", packed(picture(60, 50)))]
     for _ in range(3):

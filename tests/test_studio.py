@@ -117,7 +117,7 @@ def test_answers_name_the_words_that_were_never_read(client):
 
 
 def test_a_stream_tells_the_place_in_the_queue(tiny_model, monkeypatch):
-    monkeypatch.setattr("unilip.serve.app.QUEUE_SECONDS", 0.01)
+    monkeypatch.setattr("unilip.serve.images.QUEUE_SECONDS", 0.01)
     go = threading.Event()
     with Engine(tiny_model, max_batch=2) as engine:
         monkeypatch.setattr(engine, "_run", lambda batch, run=engine._run: (go.wait(30), run(batch)))

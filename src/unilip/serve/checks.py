@@ -51,13 +51,6 @@ class Limits:
     tiles: int = 12
 
 
-def seconds_for(deadline: float | None, own: float | None) -> float | None:
-    """Return the seconds that a job may take, its own within the engine's. Raises UniLIPError: none, or no number."""
-    if deadline is not None and not 0 < deadline < math.inf:
-        raise UniLIPError(f"The deadline is {deadline} s; it must be more than 0 seconds.")
-    return min((seconds for seconds in (deadline, own) if seconds is not None), default=None)
-
-
 Adapters = Mapping[str, tuple[str | os.PathLike[str], float]]  # name: folder, strength where none is asked for
 
 

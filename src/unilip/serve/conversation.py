@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 from urllib.parse import urlsplit
 
 from PIL import Image
@@ -18,8 +17,8 @@ from PIL import Image
 from unilip.chat import Conversation
 from unilip.errors import ImageError, PromptError
 from unilip.intent import intent
-from unilip.method.config import UniLIPConfig
 from unilip.sampling import check_prompt
+from unilip.serve.checks import Checker
 from unilip.serve.fetch import fetch
 from unilip.serve.guard import FILES
 from unilip.serve.jobs import Ask
@@ -38,15 +37,6 @@ TAKEN = {  # how a message was understood, where its words decided
     "ask": "Answered; begin with “draw:” or “edit:” to get a picture instead.",
 }
 _NOTES = re.compile("|".join(rf"\*{re.escape(note)}\*" for note in TAKEN.values()))
-
-
-class Able(Protocol):
-    """What can be done."""
-
-    config: UniLIPConfig
-
-    @property
-    def verbs(self) -> tuple[str, ...]: ...
 
 
 @dataclass
@@ -120,7 +110,7 @@ def _parts(message: ChatMessage) -> list[Part]:
     return [*words, *(message.images or ())]
 
 
-def read_conversation(body: Chat, reader: Reader, able: Able, chat: str = "auto") -> Wanted:
+def read_conversation(body: Chat, reader: Reader, able: Checker, chat: str = "auto") -> Wanted:
     """Read all messages. A question after a picture that the model made is about that one, not about earlier ones.
 
     Raises ImageError, PromptError: a picture cannot be read; the last message is not the user's, or empty.
@@ -146,10 +136,10 @@ def read_conversation(body: Chat, reader: Reader, able: Able, chat: str = "auto"
             told = told.heard("\n".join([*system, text]).strip(), images)
             system = []
             last = text
-    body._ignored = (*body.ignored, *listed)
+    body._ignored += listed
     kept = told.recent if not able.config.sampling.recall else told.about_the_newest if made else told.turns
     if len(kept) < len(told.turns):
-        body._ignored = (*body.ignored, f"messages 1 to {len(told.turns) - len(kept)}, from before the newest picture")
+        body._ignored += (f"messages 1 to {len(told.turns) - len(kept)}, from before the newest picture",)
     *turns, question = kept
     if last.strip():
         check_prompt(last, "message")

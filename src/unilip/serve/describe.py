@@ -9,6 +9,8 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
+from unilip.serve.schema import Body
+
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}
 code{font-family:ui-monospace,monospace}
@@ -34,6 +36,25 @@ def inlined(schema: Mapping[str, Any]) -> dict[str, Any]:
 
     found: dict[str, Any] = put(schema)
     return found
+
+
+def json_body(kind: type[Body]) -> dict[str, Any]:
+    """Return the OpenAPI description of a body of JSON."""
+    content = {"application/json": {"schema": inlined(kind.model_json_schema())}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def form_body(kind: type[Body], most: Mapping[str, int]) -> dict[str, Any]:
+    """Return the OpenAPI description of a form with files, by name the `most` of each; the first must be there."""
+    schema = kind.model_json_schema()
+    file = {"type": "string", "contentMediaType": "application/octet-stream", "format": "binary"}
+    files = {
+        name: file if count == 1 else {"type": "array", "items": file, "minItems": 1, "maxItems": count}
+        for name, count in most.items()
+    }
+    required = [*schema.get("required", ()), next(iter(most))]
+    schema |= {"properties": {**schema["properties"], **files}, "required": required}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 def kind_of(field: Mapping[str, Any]) -> str:

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
@@ -32,45 +30,22 @@ from unilip.method.flow import make_schedule
 from unilip.model import UniLIP
 from unilip.pictures import picture_psnr, to_pixels, unfit_square
 from unilip.sampling import TextStream, answer, not_finite
-from unilip.serve.checks import Adapters, Checker, seconds_for
+from unilip.serve.checks import Adapters, Checker
 from unilip.serve.checks import Limits as Limits
-from unilip.serve.jobs import (
-    Ask,
-    DeadlineExceeded,
-    Draining,
-    Edit,
-    EngineFailed,
-    Event,
-    Generate,
-    Job,
-    QueueFull,
-    Reconstruct,
-)
+from unilip.serve.jobs import Ask, DeadlineExceeded, Edit, EngineFailed, Event, Generate, Reconstruct
 from unilip.serve.log import REQUEST
-from unilip.serve.tickets import YIELDED, Unit, crowded_out
-from unilip.serve.tickets import Ticket as Ticket
+from unilip.serve.serving import Serving, Stats
+from unilip.serve.tickets import Ticket, Unit
 
 logger = logging.getLogger(__name__)
 MAX_FAILURES = 5
-
-
-@dataclass(frozen=True)
-class Stats:
-    """A snapshot of an engine: pictures and questions waiting and being worked on, and counts since it started."""
-
-    queued: int
-    running: int
-    served: Mapping[str, int]
-    failed: Mapping[str, int]
-    batches: int
-    seconds_per_unit: float
 
 
 class _Stop(Exception):
     """Raised in a step when nobody wants the batch any more."""
 
 
-class Engine:
+class Engine(Serving):
     """Serves one model to many callers.
 
     Args:
@@ -93,8 +68,7 @@ class Engine:
                 print(event.kind, event.step, "of", event.steps)
             picture = ticket.result().images[0]        # or: await ticket.result_async()
 
-    A job is checked by `submit`, in the caller's thread; should a batch fail all the same, its members are tried one by
-    one.
+    Should a batch fail, its members are tried one by one.
     """
 
     def __init__(
@@ -109,34 +83,20 @@ class Engine:
         on_batch: Callable[[str, int, float], None] | None = None,
         adapters: Adapters | None = None,
     ) -> None:
-        for name, value in (("max_queue", max_queue), ("max_batch", max_batch)):
-            if value < 1:
-                raise UniLIPError(f"{name} is {value}; it must be at least 1.")
-        if batch_wait < 0 or (deadline is not None and deadline <= 0):
-            raise UniLIPError("batch_wait must be at least 0 seconds, and deadline more than 0.")
-        self.model = model
+        if batch_wait < 0:
+            raise UniLIPError("batch_wait must be at least 0 seconds.")
+        checker = Checker(model.config, model.parts, model.processor, limits, adapters)
+        super().__init__(checker, max_queue, max_batch, deadline)
+        self.model, self.batch_wait, self.on_batch = model, batch_wait, on_batch
         self._always = {name: adapter_scale(model, name) for name in adapter_names(model)}
         self._acting = tuple[tuple[str, float], ...]()  # of those that jobs name
         for name, (folder, _) in (adapters or {}).items():
             model.load_adapter(folder, name, 0.0)
         if adapters:
             model.set_adapters(self._always)
-        self.config = model.config
-        self.max_queue = max_queue
-        self.max_batch = max_batch
-        self.batch_wait = batch_wait
-        self.deadline = deadline
-        self.on_batch = on_batch
-        self.checker = Checker(model.config, model.parts, model.processor, limits, adapters)
-        self.limits = self.checker.limits
         self._queue: deque[Unit] = deque()
         self._running: list[Unit] = []
-        self._changed = threading.Condition()
-        self._draining = self._closed = False
-        self._served: Counter[str] = Counter()
-        self._failed: Counter[str] = Counter()
-        self._batches = 0
-        self._pace = 0.0  # seconds per unit, a moving average
+        self._closed = False
         self._paces: dict[str, float] = {}  # of each verb, seconds for a step of a unit
         self._clock = 0.0  # seconds of work that a client had who got an equal share all the time
         self._used: dict[str, float] = {}  # the same of clients who had more
@@ -154,99 +114,40 @@ class Engine:
         self.checker.lend(name, folder)
 
     @property
-    def verbs(self) -> tuple[str, ...]:
-        """What this model can do: of generate, edit, reconstruct, ask, those whose parts are loaded."""
-        return self.checker.verbs
-
-    @property
     def alive(self) -> bool:
         """Whether the worker does its work: it runs, does not hang, and not all of the last batches failed."""
         hangs = self._running and self.deadline is not None and time.monotonic() - self._moved > self.deadline
         return self._worker.is_alive() and not hangs and self._failures < MAX_FAILURES
 
-    @property
-    def draining(self) -> bool:
-        """Whether the engine takes nothing new."""
-        return self._draining
-
-    def stop_accepting(self) -> None:
-        """Take nothing new from now on; safe to call from a signal handler. `drain` waits as well."""
-        self._draining = True
-
     def stats(self) -> Stats:
-        """Return counts for metrics and health pages."""
         with self._changed:
-            return Stats(
-                len(self._queue), len(self._running), dict(self._served), dict(self._failed), self._batches, self._pace
-            )
-
-    def submit(self, job: Job, *, deadline: float | None = None) -> Ticket:
-        """Check a job and put it into the queue, for `deadline` seconds or the engine's own.
-
-        Raises UniLIPError: something in it is out of range; QueueFull: too much is waiting, `retry_after` says for how
-        long (a waiting job ends with it, too, where its client holds the most places and one with fewer comes);
-        Draining: shutting down.
-        """
-        seconds = seconds_for(deadline, self.deadline)
-        units = self.checker.prepare(job, None if seconds is None else time.monotonic() + seconds)
-        ticket = units[0].ticket
-        ticket._on_cancel = self._forget
-        with self._changed:
-            if self._draining:
-                raise Draining("The server is shutting down; send the request again to another one, or later.", 5.0)
-            self._sweep()
-            wait = max(1.0, math.ceil((self._pace or 0.5) * (len(self._queue) + len(self._running))))
-            places = Counter(unit.ticket for unit in self._queue)
-            crowd = crowded_out(places, ticket, len(units), self.max_queue)
-            if crowd is None:
-                raise QueueFull(
-                    f"{len(self._queue)} of at most {self.max_queue} pictures are waiting, and this request adds "
-                    f"{len(units)}; send it again in {wait:.0f} s.",
-                    wait,
-                )
-            for other in crowd:
-                other._fail(QueueFull(YIELDED.format(wait), wait))
-            self._sweep()
-            ticket.since = self._clock
-            self._queue.extend(units)
-            self._changed.notify_all()
-        return ticket
+            return Stats(len(self._queue), len(self._running), dict(self._served), dict(self._failed))
 
     def ahead(self, ticket: Ticket) -> int:
-        """How many pictures and questions are served before a job that waits; 0 once it is being worked on."""
         with self._changed:
             before = [*self._running, *self._order()]
         return next((n for n, unit in enumerate(before) if unit.ticket is ticket), 0) if ticket.started is None else 0
 
-    def drain(self, timeout: float | None = None) -> bool:
-        """Take nothing new and finish what was accepted within `timeout` seconds, or cancel it; returns whether all was
-        done.
-        """
-        with self._changed:
-            self._draining = True
-            self._changed.notify_all()
-            finished = self._changed.wait_for(lambda: not self._queue and not self._running, timeout)
-            rest = [*self._queue, *self._running]
-        for unit in rest:
-            unit.ticket._fail(Draining("The server shut down before the request was done; send it again.", 5.0))
-        self._forget()
-        return finished
-
     def close(self, timeout: float = 0.0) -> None:
-        """Drain for at most `timeout` seconds, and end the worker."""
         self.drain(timeout)
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._worker.join(60)
 
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     # --- the queue (these hold the lock)
+
+    def _take_in(self, units: Sequence[Unit]) -> None:
+        self._sweep()
+        ticket = units[0].ticket
+        places = Counter(unit.ticket for unit in self._queue)
+        self._make_room(places, ticket, len(units), self.max_queue, len(self._running))
+        ticket._on_cancel, ticket.since = self._forget, self._clock
+        self._queue.extend(units)
+        self._changed.notify_all()
+
+    def _unfinished(self) -> list[Ticket]:
+        return list({unit.ticket: None for unit in [*self._queue, *self._running]})
 
     def _sweep(self) -> None:
         """Fail what is past its deadline, and drop what nobody waits for."""
@@ -259,10 +160,10 @@ class Engine:
                     DeadlineExceeded(f"The request was not done within its {spent:.0f} s; send it again later.", 1.0)
                 )
                 self._failed[unit.ticket.verb] += 1
-        if any(not unit.alive for unit in self._queue):
-            self._queue = deque(unit for unit in self._queue if unit.alive)
+        self._queue = deque(unit for unit in self._queue if unit.alive)
 
     def _forget(self) -> None:
+        """Drop what nobody waits for."""
         with self._changed:
             self._queue = deque(unit for unit in self._queue if unit.alive)
             self._changed.notify_all()
@@ -348,7 +249,6 @@ class Engine:
             with self._changed:
                 self._running = []
                 self._charge(batch, seconds)
-                self._batches += 1
                 pace = seconds / len(batch)
                 self._pace = pace if not self._pace else 0.8 * self._pace + 0.2 * pace
                 self._changed.notify_all()

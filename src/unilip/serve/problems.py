@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from unilip.errors import ImageError, PromptError, UniLIPError
@@ -32,9 +34,9 @@ def dumps(content: Any) -> str:
     return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
-@dataclass(frozen=True)
-class Trouble:
-    """A status, what to say, and how long to wait before trying again."""
+@dataclass(eq=False)
+class Trouble(Exception):
+    """An answer that is not a success: a status, what to say, how many seconds to wait before trying again."""
 
     status: int
     message: str
@@ -62,13 +64,24 @@ _ENGINE: tuple[tuple[type[EngineError], int, str], ...] = (
 )
 
 
-def trouble(error: UniLIPError, param: str | None = None) -> Trouble:
-    """Turn one of our errors into a status and a code."""
+def trouble(error: Exception) -> Trouble:
+    """Turn an error of ours, or of the framework about a request, into its answer; any other is the server's fault."""
+    if isinstance(error, Trouble):
+        return error
+    if isinstance(error, RequestValidationError):
+        return validation(error.errors())
+    if isinstance(error, HTTPException):
+        status = 400 if error.status_code == 422 else error.status_code
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        text = "There is nothing here; see /docs for what there is." if status == 404 else str(error.detail)
+        return Trouble(status, text, codes.get(status, "bad_request"), headers=error.headers or {})
     for kind, status, code in _ENGINE:
         if isinstance(error, kind):
-            return Trouble(status, str(error), code, param, error.retry_after)
+            return Trouble(status, str(error), code, retry_after=error.retry_after)
+    if not isinstance(error, UniLIPError):
+        return Trouble(500, "Something went wrong in the server; its log says more.", "internal_error")
     what = "image" if isinstance(error, ImageError) else "prompt" if isinstance(error, PromptError) else "value"
-    return Trouble(400, str(error), f"invalid_{what}", param)
+    return Trouble(400, str(error), f"invalid_{what}")
 
 
 # What is said of pydantic's complaints by their type, and of some fields whatever is wrong with them.

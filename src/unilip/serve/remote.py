@@ -7,13 +7,12 @@ adds or removes replicas with the load. A job whose replica dies fails with `Rep
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-import math
 import os
 import threading
 import time
-from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +23,17 @@ from unilip.errors import UniLIPError
 from unilip.machine import start_ray
 from unilip.method.text import Processor
 from unilip.model import UniLIP
-from unilip.serve.checks import Adapters, Checker, Limits, seconds_for
-from unilip.serve.engine import Engine, Stats
-from unilip.serve.jobs import DeadlineExceeded, Draining, EngineFailed, Event, Job, QueueFull, Result
+from unilip.serve.checks import Adapters, Checker
+from unilip.serve.engine import Engine
+from unilip.serve.jobs import DeadlineExceeded, EngineFailed, Event, Job, Result
 from unilip.serve.log import CLIENT
-from unilip.serve.tickets import YIELDED, Ticket, crowded_out
+from unilip.serve.serving import Serving, Stats
+from unilip.serve.tickets import Ticket, Unit
 
 logger = logging.getLogger(__name__)
 
 APP = "unilip"
+START_SECONDS = 600.0  # for the first replicas to load
 
 
 class ReplicaLost(EngineFailed):
@@ -84,15 +85,15 @@ class Replica:
             raise RuntimeError("the engine's worker has ended")
 
 
-class RemoteEngine:
+class RemoteEngine(Serving):
     """Serves a model by replicas; to its callers it is like `Engine`.
 
     Args:
         source, device, dtype, performance: as `UniLIP.from_pretrained` takes them; every replica loads the model.
         replicas: how many, and what each needs.
         max_queue: pictures and questions that may wait in front of all replicas.
-        max_batch, batch_wait, limits, adapters: of each replica's engine.
-        deadline, start_seconds: of a job that does not say so itself; for the first replicas to load.
+        max_batch, adapters: of each replica's engine.
+        deadline: seconds, of a job that does not say so itself.
 
     It joins the Ray cluster that RAY_ADDRESS names, or starts one in this machine.
     """
@@ -107,11 +108,8 @@ class RemoteEngine:
         replicas: Replicas | None = None,
         max_queue: int = 64,
         max_batch: int = 8,
-        batch_wait: float = 0.005,
         deadline: float | None = 300.0,
-        limits: Limits | None = None,
         adapters: Adapters | None = None,
-        start_seconds: float = 600.0,
     ) -> None:
         from ray import serve
 
@@ -120,22 +118,15 @@ class RemoteEngine:
             raise UniLIPError(f"There cannot be {self.replicas.least} to {self.replicas.most} replicas; 1 is least.")
         opened = open_checkpoint(source)
         processor = Processor(load_tokenizer(opened.tokenizer_path), opened.config) if opened.tokenizer_path else None
-        self.config = opened.config
-        self.checker = Checker(opened.config, opened.parts, processor, limits, adapters)
-        self.limits = self.checker.limits
-        self.max_queue, self.max_batch, self.deadline = max_queue, max_batch, deadline
-        self._draining = False
-        self._changed = threading.Condition()
-        self._open: dict[int, Ticket] = {}
-        self._served: Counter[str] = Counter()
-        self._failed: Counter[str] = Counter()
-        self._pace = 0.0
+        super().__init__(
+            Checker(opened.config, opened.parts, processor, None, adapters), max_queue, max_batch, deadline
+        )
+        self._open: dict[Ticket, int] = {}  # of pictures and questions
 
         start_ray(namespace=APP)
         serve.start(proxy_location="Disabled")  # the application stays here; only the model is spread
         self._room = max_queue + self.replicas.most * max_batch
-        options: dict[str, Any] = dict(max_queue=self._room, max_batch=max_batch, batch_wait=batch_wait)
-        options |= {"limits": self.limits, "adapters": adapters}
+        options = {"max_queue": self._room, "max_batch": max_batch, "limits": self.limits, "adapters": adapters}
         scaling: dict[str, Any] = {"num_replicas": self.replicas.least}
         if self.replicas.most > self.replicas.least:
             scaling = {
@@ -159,19 +150,11 @@ class RemoteEngine:
         self._thread = threading.Thread(target=self._loop.run_forever, name="unilip-remote", daemon=True)
         self._thread.start()
         process = asyncio.run_coroutine_threadsafe(self._ask_process(), self._loop)
-        process.result(start_seconds)
-
-    @property
-    def verbs(self) -> tuple[str, ...]:
-        return self.checker.verbs
+        process.result(START_SECONDS)
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
-
-    @property
-    def draining(self) -> bool:
-        return self._draining
 
     def processes(self, tries: int = 20) -> set[int]:
         """Ask the replicas for the numbers of their processes; with enough tries all of them answer."""
@@ -185,50 +168,30 @@ class RemoteEngine:
         return int(await self._handle.process.remote())
 
     def stats(self) -> Stats:
-        """Return counts; what waits inside a replica counts as waiting."""
-        with self._changed:
-            tickets = list(self._open.values())
-            running = sum(_size(ticket) for ticket in tickets if ticket.started is not None)
-            queued = sum(map(_size, tickets)) - running
-            return Stats(queued, running, dict(self._served), dict(self._failed), 0, self._pace)
+        with self._changed:  # what waits inside a replica counts as waiting
+            running = sum(count for ticket, count in self._open.items() if ticket.started is not None)
+            queued = sum(self._open.values()) - running
+            return Stats(queued, running, dict(self._served), dict(self._failed))
 
     def ahead(self, ticket: Ticket) -> int:
-        """How many pictures and questions came before a job that waits, and are not done."""
-        if ticket.started is not None:
-            return 0
         with self._changed:
-            tickets = list(self._open.values())
-        return sum(map(_size, tickets[: tickets.index(ticket)])) if ticket in tickets else 0
+            waits = ticket in self._open and ticket.started is None
+            before = itertools.takewhile(lambda one: one is not ticket, self._open) if waits else ()
+            return sum(self._open[one] for one in before)
 
-    def stop_accepting(self) -> None:
-        self._draining = True
-
-    def submit(self, job: Job, *, deadline: float | None = None) -> Ticket:
-        """Check a job and send it to a replica; see `Engine.submit`."""
-        seconds = seconds_for(deadline, self.deadline)
-        end = None if seconds is None else time.monotonic() + seconds
-        ticket = self.checker.prepare(job, end)[0].ticket
-        if self._draining:
-            raise Draining("The server is shutting down; send the request again to another one, or later.", 5.0)
-        room = self._room
-        with self._changed:
-            places = {one: _size(one) for one in self._open.values()}
-            waiting = sum(places.values())
-            wait = max(1.0, math.ceil((self._pace or 0.5) * waiting))
-            crowd = crowded_out(places, ticket, _size(ticket), room)
-            if crowd is None:
-                raise QueueFull(f"{waiting} of at most {room} pictures are waiting; try again in {wait:.0f} s.", wait)
-            self._open[id(ticket)] = ticket
-        for other in crowd:
-            if other._fail(QueueFull(YIELDED.format(wait), wait)):
-                other._on_cancel()
-        future = asyncio.run_coroutine_threadsafe(self._follow(ticket, seconds), self._loop)
+    def _take_in(self, units: Sequence[Unit]) -> None:
+        ticket = units[0].ticket
+        self._make_room(self._open, ticket, len(units), self._room)
+        self._open[ticket] = len(units)
+        future = asyncio.run_coroutine_threadsafe(self._follow(ticket), self._loop)
         ticket._on_cancel = future.cancel  # type: ignore[assignment]
-        return ticket
 
-    async def _follow(self, ticket: Ticket, seconds: float | None) -> None:
+    def _unfinished(self) -> list[Ticket]:
+        return list(self._open)
+
+    async def _follow(self, ticket: Ticket) -> None:
         """Send a job, pass on what comes back, and see that the ticket ends in every case."""
-        stream = None
+        stream, seconds = None, None if ticket.deadline is None else ticket.deadline - ticket.submitted
         try:
             stream = self._handle.options(stream=True).run.remote(ticket.job, seconds, ticket.client)
             await asyncio.wait_for(self._pass_on(ticket, stream), seconds)
@@ -243,10 +206,10 @@ class RemoteEngine:
             if stream is not None and not (ticket.done and ticket._error is None):
                 stream.cancel()
             with self._changed:
-                self._open.pop(id(ticket), None)
+                count = self._open.pop(ticket)
                 if ticket._error is None and ticket.started is not None:
                     self._served[ticket.verb] += 1
-                    pace = (time.monotonic() - ticket.started) / _size(ticket)
+                    pace = (time.monotonic() - ticket.started) / count
                     self._pace = pace if not self._pace else 0.9 * self._pace + 0.1 * pace
                 elif ticket.done:
                     self._failed[ticket.verb] += 1
@@ -266,19 +229,7 @@ class RemoteEngine:
         if not ticket.done:
             raise RuntimeError("the stream ended without a result")
 
-    def drain(self, timeout: float | None = None) -> bool:
-        """Take nothing new and wait for what was accepted; see `Engine.drain`."""
-        self._draining = True
-        with self._changed:
-            finished = self._changed.wait_for(lambda: not self._open, timeout)
-            rest = list(self._open.values())
-        for ticket in rest:
-            if ticket._fail(Draining("The server shut down before the request was done; send it again.", 5.0)):
-                ticket._on_cancel()
-        return finished
-
     def close(self, timeout: float = 0.0) -> None:
-        """Drain for at most `timeout` seconds and end the replicas."""
         from ray import serve
 
         self.drain(timeout)
@@ -286,15 +237,5 @@ class RemoteEngine:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
 
-    def __enter__(self) -> RemoteEngine:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
 
 PASSED = ("images", "seeds", "psnr", "text", "finish_reason", "completion_tokens")
-
-
-def _size(ticket: Ticket) -> int:
-    return int(getattr(ticket.job, "count", 1))

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from unilip.errors import UniLIPError
 from unilip.serve.problems import dumps
+from unilip.serve.service import WAITING
 from unilip.serve.store import Store
 
 SAME = ("model", "temperature", "top_p", "seed", "steps", "guidance", "solver", "preset", "negative_prompt",
@@ -116,15 +117,16 @@ class Answer:
             **({"unilip": said["unilip"]} if said else {}),
         }  # fmt: skip
 
-    def finish(self, said: Mapping[str, Any], urls: Sequence[str]) -> dict[str, Any]:
+    def finish(self, said: Mapping[str, Any]) -> dict[str, Any]:
         """The response object at the end; the conversation is kept with it."""
         message = said["choices"][0]["message"]
-        content = [{"type": "image_url", "image_url": {"url": url}} for url in urls] or message["content"]
+        pictures = message.get("images", ())
+        content = pictures or message["content"]
         history = [one for one in self.chat["messages"] if one["role"] != "system"]
         if self.fields.get("store") is not False:
             kept = json.dumps([*history, {"role": "assistant", "content": content}]).encode()
             self.kept.put(kept, "application/json", self.id)
-        output = [picture(url) for url in urls] or [text(message["content"])]
+        output = [picture(one["image_url"]["url"]) for one in pictures] or [text(message["content"])]
         cut = said["choices"][0]["finish_reason"] == "length"
         return self.whole("incomplete" if cut else "completed", output, said)
 
@@ -134,8 +136,8 @@ class Answer:
         body = {"type": f"response.{kind}", "sequence_number": self.number, **more}
         return f"event: response.{kind}\ndata: {dumps(body)}\n\n"
 
-    async def events(self, pieces: AsyncIterator[str | dict[str, Any]], drawn: bool, urls: Any) -> AsyncIterator[str]:
-        """Turn pieces of text, and at last the chat completion, into events."""
+    async def events(self, pieces: AsyncIterator[tuple[str, Any]], drawn: bool) -> AsyncGenerator[str, None]:
+        """Turn the pieces of a chat's answer into events."""
         for kind in ("created", "in_progress"):
             yield self.event(kind, response=self.whole("in_progress"))
         item = picture("", "in_progress") if drawn else text("", "in_progress") | {"content": []}
@@ -147,17 +149,15 @@ class Answer:
                 yield self.event(f"image_generation_call.{kind}", **where)
         else:
             yield self.event("content_part.added", **inside, part=text("")["content"][0])
-        said: dict[str, Any] = {}
-        async for piece in pieces:
-            if isinstance(piece, dict) and "partial_image_b64" in piece:
-                yield self.event("image_generation_call.partial_image", **where, **piece)
-            elif isinstance(piece, dict):
-                said = piece
-            elif piece.startswith(":"):
-                yield piece
-            else:
-                yield self.event("output_text.delta", **inside, delta=piece, logprobs=[])
-        done = self.finish(said, urls(said))
+        async for kind, value in pieces:
+            if kind == "partial":
+                yield self.event("image_generation_call.partial_image", **where, **value)
+            elif kind == "waiting":
+                yield WAITING
+            elif kind == "text":
+                yield self.event("output_text.delta", **inside, delta=value, logprobs=[])
+            elif kind == "end":
+                done = self.finish(value)
         for number, one in enumerate(done["output"]):
             one = one | {"id": item["id"]} if number == 0 else one
             done["output"][number] = one

@@ -11,10 +11,9 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PrivateAttr, WithJsonSchema, model_validator
 
 from unilip.errors import UniLIPError, check_choice
-from unilip.method.config import SamplingConfig
 from unilip.sampling import MAX_PROMPT_CHARACTERS
 from unilip.serve.jobs import MAX_SEED, Strengths
 from unilip.shapes import Size
@@ -24,35 +23,24 @@ MAX_OUTPUT_SIDE = 2048
 MAX_MESSAGES = 100
 
 B = TypeVar("B", bound="Body")
-Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
+Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
 # How many times the model's own number of steps a quality takes.
 QUALITY = {"auto": 1.0, "medium": 1.0, "standard": 1.0, "low": 0.4, "high": 2.0, "hd": 2.0, "xhigh": 3.0, "max": 4.0}
 
 
-def steps_of(quality: str | None, sampling: SamplingConfig) -> int:
-    """Return the sampling steps that a quality stands for."""
-    return max(1, round(QUALITY[quality or "auto"] * sampling.num_inference_steps))
-
-
-def size_of(size: str | None) -> Size | None:
+def size_of(size: Any) -> Size | None:
     """Return width and height in pixels of a `size`, None for "auto". Raises ValueError: bad form, out of range."""
     if size in (None, "", "auto"):
         return None
-    found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size or "")
+    found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size) if isinstance(size, str) else None
     if found is None:
         raise ValueError('size must be "auto" or width x height, such as 512x512 or 768x512')
     width, height = int(found[1]), int(found[2])
     if not 16 <= min(width, height) <= max(width, height) <= MAX_OUTPUT_SIDE:
         raise ValueError(f"size must be between 16x16 and {MAX_OUTPUT_SIDE}x{MAX_OUTPUT_SIDE}")
     return width, height
-
-
-def checked_size(size: str) -> str:
-    """Return a `size` as it is, if `size_of` reads it."""
-    size_of(size)
-    return size
 
 
 class Body(BaseModel):
@@ -129,15 +117,24 @@ class Adapting(Body):
         return tuple(found.items())
 
 
-class Drawing(Adapting):
-    """What requests for pictures share."""
+class Pictures(Adapting):
+    """What requests share whose answers may be pictures."""
 
-    size: Annotated[str, Field(max_length=16), AfterValidator(checked_size)] | None = Field(
+    size: Annotated[Size | None, PlainValidator(size_of), WithJsonSchema({"type": ["string", "null"]})] = Field(
         None, description='Of the answer: "768x512", or "auto" (the model\'s own; the source\'s shape).'
     )
-    quality: Quality | None = Field(None, description="Sampling steps as a share of the model's own; see the docs.")
+    image_size: int | None = Field(
+        None, ge=28, le=8192, description="The model draws about as many pixels as a square of this side has."
+    )
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp, 95 by default.")
+    user: str | None = Field(None, max_length=512)
+
+
+class Drawing(Pictures):
+    """What requests to draw share."""
+
+    quality: Quality | None = Field(None, description="Sampling steps as a share of the model's own; see the docs.")
     seed: int | None = Field(
         None, ge=0, le=MAX_SEED - MAX_COUNT, description="Picture i uses seed + i. Same request, same picture."
     )
@@ -148,10 +145,6 @@ class Drawing(Adapting):
         None, description="How many evaluations a picture may cost, instead of `quality`; turbo needs few-step weights."
     )
     negative_prompt: str | None = Field(None, max_length=MAX_PROMPT_CHARACTERS)
-    image_size: int | None = Field(
-        None, ge=28, le=8192, description="The model draws about as many pixels as a square of this side has."
-    )
-    user: str | None = Field(None, max_length=512)
     safety_identifier: str | None = Field(None, max_length=512)
     partial_images: int | None = Field(None, ge=0, le=3, description="How many a stream shows on the way to each.")
 
@@ -197,7 +190,7 @@ class Edits(Images):
     @property
     def keeps_aspect(self) -> bool:
         """Whether the result has the shape of its source."""
-        return size_of(self.size) is None if self.keep_aspect is None else self.keep_aspect
+        return self.size is None if self.keep_aspect is None else self.keep_aspect
 
 
 class Variations(Edits):
@@ -207,17 +200,12 @@ class Variations(Edits):
     prompt: str = Field("Draw this scene again, a little differently.", max_length=MAX_PROMPT_CHARACTERS)
 
 
-class Reconstructions(Adapting):
+class Reconstructions(Pictures):
     """POST /v1/images/reconstructions: the fields beside the files `image` (or `image[]`)."""
 
     response_format: Literal["b64_json", "url"] = "b64_json"
-    output_format: Literal["png", "jpeg", "webp"] = "png"
-    output_compression: int | None = Field(None, ge=0, le=100)
-    size: Annotated[str, Field(max_length=16), AfterValidator(checked_size)] | None = None
-    image_size: int | None = Field(None, ge=28, le=8192)
     fit: Literal["resize", "crop", "pad"] = "resize"
     keep_aspect: bool = False
-    user: str | None = Field(None, max_length=512)
 
 
 class ImageURL(BaseModel):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue as queues
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -20,7 +22,6 @@ from unilip.serve.jobs import Cancelled, Event, Job, Result
 from unilip.serve.log import CLIENT, REQUEST
 
 logger = logging.getLogger(__name__)
-YIELDED = "The queue is full and this client holds most of it, so others came first; send this again in {:.0f} s."
 
 
 class Ticket:
@@ -94,27 +95,16 @@ class Ticket:
 
     async def events_async(self) -> AsyncIterator[Event]:
         """Yield events until the end, in an event loop."""
-        loop, waiting = asyncio.get_running_loop(), asyncio.Queue[Event]()
-
-        def forward(event: Event) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(waiting.put_nowait, event)
-
-        self.listen(forward)
-        while (event := await waiting.get()).kind != "end":
-            yield event
+        with contextlib.suppress(UniLIPError):  # `result` raises it
+            async for _, event in merged([self]):
+                if event is not None:
+                    yield event
 
     async def result_async(self) -> Result:
         """Wait for the result in an event loop; a task that is cancelled meanwhile cancels the job."""
-        loop, ended = asyncio.get_running_loop(), asyncio.Event()
-
-        def forward(event: Event) -> None:
-            if event.kind == "end" and not loop.is_closed():
-                loop.call_soon_threadsafe(ended.set)
-
-        self.listen(forward)
         try:
-            await ended.wait()
+            async for _ in self.events_async():
+                pass
         except asyncio.CancelledError:
             self.cancel()
             raise
@@ -171,6 +161,33 @@ class Ticket:
             self._emit(Event("end"))
 
 
+async def merged(tickets: Sequence[Ticket], patience: float | None = None) -> AsyncIterator[tuple[int, Event | None]]:
+    """Yield the events of several tickets as they come, and None after `patience` seconds in which nothing happens.
+
+    Ends when all tickets have. Raises UniLIPError: what one of them ended with.
+    """
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
+
+    def forward(number: int, event: Event) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(queue.put_nowait, (number, event))
+
+    for number, ticket in enumerate(tickets):
+        ticket.listen(partial(forward, number))
+    left = len(tickets)
+    while left:
+        try:
+            number, event = await asyncio.wait_for(queue.get(), patience)
+        except asyncio.TimeoutError:
+            yield 0, None
+            continue
+        if event.kind == "end":
+            left -= 1
+            tickets[number].result(0)
+        else:
+            yield number, event
+
+
 @dataclass
 class Unit:
     """One picture, or one answer, of a job: what the queue holds and a batch is made of."""
@@ -194,24 +211,3 @@ class Unit:
     @property
     def alive(self) -> bool:
         return not self.ticket.done
-
-
-def crowded_out(places: Mapping[Ticket, int], newcomer: Ticket, more: int, room: int) -> list[Ticket] | None:
-    """The newest jobs of the client with most places, more than the newcomer's, that must leave `room`; None: wait."""
-    held: Counter[str] = Counter()
-    for ticket, count in places.items():
-        held[ticket.client] += count
-    own, free = held[newcomer.client] + more, room - sum(places.values())
-    leaving: list[Ticket] = []
-    for _ in places:
-        if free >= more:
-            break
-        most = max(held, key=held.__getitem__)
-        waiting = (one for one in reversed(list(places)) if one.client == most and one not in leaving)
-        last = next((one for one in waiting if one.started is None), None)
-        if held[most] <= own or last is None:
-            return None
-        leaving.append(last)
-        held[most] -= places[last]
-        free += places[last]
-    return leaving if free >= more else None

@@ -7,7 +7,9 @@ The training is `unilip train lora/KIND` in a process of its own, one at a time;
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -19,16 +21,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fastapi import APIRouter, Request
 from PIL import Image
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
 
 from unilip.adapters import library
 from unilip.errors import UniLIPError, check_choice
 from unilip.files import content_hash, write_text
 from unilip.sampling import check_number, check_prompt
+from unilip.serve.problems import JSON, Trouble
+from unilip.serve.service import NOT_STORED, Service
 
 logger = logging.getLogger(__name__)
 KINDS = ("style", "concept", "edit")
@@ -55,7 +61,7 @@ class Trainer:
         self._estimates: dict[str, Any] = {}
         self._measuring = threading.Lock()
 
-    @cached_property
+    @functools.cached_property
     def root(self) -> Path:
         """The folder of the adapters."""
         return self.runs.absolute() / GROUP
@@ -241,3 +247,69 @@ class Trainer:
         """The newest picture of the progress: wanted above made."""
         sheets = (self.root / str(self._state.get("name")) / "samples").glob("*.png")
         return max(sheets, key=lambda path: path.stem.rpartition("_")[2], default=None)
+
+
+# --- over HTTP
+
+TEXT: dict[str, Any] = {"type": "string"}
+FORM: dict[str, Any] = {"required": True, "content": {"multipart/form-data": {"schema": {
+    "type": "object", "required": ["name", "kind", "texts", "image"],
+    "properties": {
+        "name": TEXT, "kind": {"enum": list(KINDS)}, "steps": {"type": "integer"},
+        "texts": {**TEXT, "description": "A JSON list: a caption of each picture, or the instruction of each pair."},
+        "image": {"type": "array", "items": {**TEXT, "format": "binary"}},
+    },
+}}}}  # fmt: skip
+
+
+def routes(service: Service, trainer: Trainer) -> APIRouter:
+    """The routes of the page's trainings; what they answer is `Trainer.state`."""
+    router = APIRouter(prefix="/v1/training", tags=["training"])
+
+    @router.get("")
+    async def state() -> Response:
+        """How the training goes, and which ones can be gone on with."""
+        return JSON(await run_in_threadpool(trainer.state))
+
+    @router.get("/estimate")
+    async def estimate(kind: str, steps: int) -> Response:
+        """Memory in GiB and hours that a training would take here."""
+        return JSON(await run_in_threadpool(trainer.estimate, kind, steps))
+
+    @router.get("/sheet")
+    async def sheet() -> Response:
+        """The newest picture of the progress: wanted above made."""
+        if (found := trainer.sheet()) is None:
+            raise Trouble(404, "There is no picture of the training yet.", "not_found")
+        return Response(await run_in_threadpool(found.read_bytes), media_type="image/png", headers=NOT_STORED)
+
+    @router.post("", openapi_extra={"requestBody": FORM})
+    async def begin(request: Request) -> Response:
+        """Train an adapter: files `image` in the order of `texts`; of edits each is followed by its result."""
+        fields, files = await service.form(request, "image", most=MOST * 2)
+        kind, each = fields.get("kind", ""), 2 if fields.get("kind") == "edit" else 1
+        try:
+            texts, steps = json.loads(fields.get("texts", "")), int(fields.get("steps", "300"))
+        except (ValueError, RecursionError):
+            raise Trouble(400, "texts must be a JSON list, steps a whole number.", "invalid_form") from None
+        if not isinstance(texts, list) or len(texts) * each != len(files):
+            raise Trouble(400, f"{len(files)} pictures need {len(files) // each} texts.", "invalid_form")
+        work = functools.partial(service.decode_all, [data for _, data in files])
+        images, _ = await asyncio.get_running_loop().run_in_executor(service.decoders, work)
+        samples = [(text, images[i * each : (i + 1) * each]) for i, text in enumerate(texts)]
+        await run_in_threadpool(trainer.begin, fields.get("name", ""), kind, steps, samples)
+        return JSON(await run_in_threadpool(trainer.state), 202)
+
+    @router.post("/continue")
+    async def go_on(request: Request) -> Response:
+        """Go on with the training `name` that was stopped, or failed."""
+        await run_in_threadpool(trainer.go_on, (await service.load(request)).get("name"))
+        return JSON(await run_in_threadpool(trainer.state), 202)
+
+    @router.post("/stop")
+    async def stop() -> Response:
+        """Stop the training, which saves itself."""
+        trainer.stop()
+        return JSON(await run_in_threadpool(trainer.state), 202)
+
+    return router

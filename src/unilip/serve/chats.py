@@ -1,0 +1,219 @@
+"""OpenAI's chat completions and Responses: a conversation in, words or a picture out, whole or as a stream."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from unilip.intent import intent
+from unilip.serve import responses, schema
+from unilip.serve.conversation import TAKEN, Reader, as_json, has_pictures, read_conversation, wants_json
+from unilip.serve.describe import json_body
+from unilip.serve.jobs import Generate, Job, Result
+from unilip.serve.pictures import FORMATS
+from unilip.serve.problems import JSON, dumps
+from unilip.serve.service import KEEP_ALIVE_SECONDS, WAITING, Service, events
+from unilip.serve.tickets import Ticket, merged
+
+MARKDOWN = "![{}]({})"
+
+
+def routes(service: Service) -> APIRouter:
+    """The routes of conversations."""
+    router = APIRouter(prefix="/v1", tags=["chat"])
+
+    @router.post("/intent", openapi_extra=json_body(schema.Intent))
+    async def intention(request: Request) -> Response:
+        """How a chat would take a message, and its words that training never read."""
+        body, able = await service.read(request, schema.Intent), service.engine.checker
+        verb, text = await run_in_threadpool(intent, body.text, body.has_picture)
+        unread = await run_in_threadpool(able.unread, text)
+        return JSON({"verb": verb if verb in able.verbs else "ask", "text": text, "unread": unread})
+
+    @router.post(
+        "/chat/completions",
+        responses={200: {"description": "An answer; a stream of chunks where `stream` was asked for."}},
+        openapi_extra=json_body(schema.Chat),
+    )
+    async def chat(request: Request) -> Response:
+        """Talk about pictures, have them drawn and changed."""
+        body = await service.read(request, schema.Chat)
+        if body.partial_images is not None:  # a stream of chunks has no place for them
+            body.partial_images = None
+            body._ignored += ("partial_images",)
+        talk = await start(service, request, body)
+        if body.stream:
+            return events(talk.chunks(), talk.tickets, done="[DONE]")
+        return JSON(await run_in_threadpool(talk.whole, await service.finished(request, talk.tickets)))
+
+    @router.post("/responses")
+    async def respond(request: Request) -> Response:
+        """The same as chat completions, by OpenAI's Responses: text, pictures, the tool image_generation."""
+        fields = await service.load(request)
+        ours = await run_in_threadpool(responses.read, fields, service.conversations)
+        body = await run_in_threadpool(service.parse, schema.Chat, ours, form=False)
+        talk = await start(service, request, body, apart=True)
+        answer = responses.Answer(fields, ours, service.conversations, service.named(body))
+        if body.stream:
+            return events(answer.events(talk.pieces(), talk.drawn), talk.tickets)
+        return JSON(answer.finish(await run_in_threadpool(talk.whole, await service.finished(request, talk.tickets))))
+
+    return router
+
+
+async def start(service: Service, request: Request, body: schema.Chat, apart: bool = False) -> Talk:
+    """Read a conversation, and queue what its last message wants."""
+    settings, engine = service.settings, service.engine
+    limits = (settings.max_pixels, settings.rules.max_body, settings.allow_url_images)
+    reader = Reader(*limits, service.store, service.decode, service.fetch)
+    if settings.allow_url_images:
+        await service.in_time(request, body, None, reader.prefetch, body)
+    pool = service.decoders if has_pictures(body) else None
+    found = await service.in_time(request, body, pool, read_conversation, body, reader, engine.checker, settings.chat)
+    common = service.drawing(body)
+    if found.verb == "generate":
+        jobs: list[Job] = [Generate(found.text, **common)]
+    elif found.verb == "edit":
+        jobs = service.edits(found.pictures, found.text, body.joint, common | {"keep_aspect": body.size is None})
+    else:
+        most = min(body.max_completion_tokens or body.max_tokens or 128, engine.limits.new_tokens)
+        jobs = [dataclasses.replace(found.ask, lower=True, max_new_tokens=most, adapters=common["adapters"])]
+    return Talk(service, body, await service.submit(request, body, jobs), found.text, apart)
+
+
+class Talk:
+    """One answer of a conversation, whole or in pieces; where pictures are `apart`, they are never Markdown."""
+
+    def __init__(self, service: Service, body: schema.Chat, tickets: Sequence[Ticket], text: str, apart: bool) -> None:
+        self.service, self.body, self.tickets, self.text = service, body, tickets, text
+        self.apart = apart or "image" in (body.modalities or ())  # who asks for pictures knows the field
+        self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
+        stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        self.stops = [stop for stop in stops if stop]
+        self.json = wants_json(body)
+        self.by_words = body.modalities is None and service.settings.chat == "auto" and not self.json
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the answer is a picture."""
+        return self.tickets[0].verb != "ask"
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """What every chunk and the whole answer begin with."""
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.service.named(self.body)}
+
+    def pictures(self, results: Sequence[Result]) -> dict[str, Any]:
+        """The content of an answer with pictures: Markdown for those who show text, parts for those who know them."""
+        media = FORMATS[self.body.output_format]
+        entries = self.service.picture_data(self.tickets, results, self.body)
+        urls = [f"data:{media};base64,{entry['b64_json']}" for entry in entries]
+        if self.apart:
+            return {"content": "", "images": [{"type": "image_url", "image_url": {"url": url}} for url in urls]}
+        label = " ".join(self.text.split())[:80].translate(str.maketrans("[]()!", "     "))
+        note = f"*{TAKEN[self.tickets[0].verb]}*\n\n" if self.by_words else ""
+        return {"content": note + "\n".join(MARKDOWN.format(label, url) for url in urls)}
+
+    def about(self, results: Sequence[Result]) -> dict[str, Any]:
+        """What was done: an addition to OpenAI's fields."""
+        seeds = [seed for result in results for seed in result.seeds]
+        verb = self.tickets[0].verb
+        found = {"verb": verb, "seeds": seeds, "settings": dict(results[0].settings)}
+        found |= {"taken": TAKEN[verb]} if self.by_words else {}
+        found |= {"plan": results[0].plan} if results[0].plan is not None else {}
+        if self.json and as_json(results[0].text)[1]:
+            cut = ", cut at max_tokens" if results[0].finish_reason == "length" else ""
+            found["wrapped"] = f"The model wrote no JSON object; its words{cut} are the field `answer` of one."
+        return found | self.service.notes(self.body, [ticket.job for ticket in self.tickets])
+
+    def usage(self, results: Sequence[Result]) -> dict[str, Any]:
+        """Count tokens."""
+        read = sum(result.prompt_tokens for result in results)
+        made = sum(result.completion_tokens for result in results)
+        if self.drawn:
+            made = self.service.picture_usage(self.tickets, results)["output_tokens"]
+        return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+
+    def whole(self, results: Sequence[Result]) -> dict[str, Any]:
+        """The answer as one object."""
+        if self.drawn:
+            content, reason = self.pictures(results), "stop"
+        else:
+            text, cut = _cut(results[0].text, self.stops)
+            content = {"content": as_json(text)[0] if self.json else text}
+            # an object is whole, whatever came after it
+            reason = "stop" if cut or self.json else results[0].finish_reason
+        message = {"role": "assistant", "refusal": None, **content}
+        choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
+        more = {"choices": [choice], "usage": self.usage(results), "unilip": self.about(results)}
+        return {**self.head("chat.completion"), **more}
+
+    async def pieces(self) -> AsyncGenerator[tuple[str, Any], None]:
+        """Yield kinds and values: "waiting"; "step", those done of all; "text", a piece; "partial", fields of a picture
+        on the way; at last "end", the whole answer.
+        """
+        steps = [0] * len(self.tickets)
+        text, sent, stopped = "", 0, False
+        hold = max((len(stop) - 1 for stop in self.stops), default=0)  # this much may be the beginning of a stop
+        async for number, event in merged(self.tickets, KEEP_ALIVE_SECONDS):
+            if event is None:
+                yield "waiting", None
+            elif event.kind == "step":
+                steps[number] = event.step
+                yield "step", {"step": sum(steps), "steps": sum(ticket.total for ticket in self.tickets)}
+            elif event.kind == "text" and not stopped and not self.json:
+                text, stopped = _cut(text + event.text, self.stops)
+                ready = len(text) if stopped else max(sent, len(text) - hold)
+                if ready > sent:
+                    yield "text", text[sent:ready]
+                    sent = ready
+            elif event.kind == "partial" and event.image is not None:
+                shown, _ = await run_in_threadpool(self.service.encoded, event.image, self.body, number)
+                data = base64.b64encode(shown).decode()
+                yield "partial", {"partial_image_b64": data, "partial_image_index": event.number}
+        said = await run_in_threadpool(self.whole, [ticket.result(0) for ticket in self.tickets])
+        rest = said["choices"][0]["message"]["content"] if self.json else text[sent:]
+        if rest and not self.drawn:
+            yield "text", rest
+        yield "end", said
+
+    def chunk(self, delta: dict[str, Any], reason: str | None = None, **more: Any) -> str:
+        """One event of the stream."""
+        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
+        return f"data: {dumps({**self.head('chat.completion.chunk'), 'choices': [choice], **more})}\n\n"
+
+    async def chunks(self) -> AsyncGenerator[str, None]:
+        """Yield the answer as it comes."""
+        options = self.body.stream_options or schema.StreamOptions.model_validate({})
+        yield self.chunk({"role": "assistant", "content": ""})
+        async for kind, value in self.pieces():
+            if kind == "waiting":
+                yield WAITING
+            elif kind == "step" and options.include_progress:
+                yield self.chunk({}, unilip=value)
+            elif kind == "text":
+                yield self.chunk({"content": value})
+            elif kind == "end":
+                choice = value["choices"][0]
+                if self.drawn:
+                    shown = {
+                        name: choice["message"][name] for name in ("content", "images") if name in choice["message"]
+                    }
+                    yield self.chunk(shown)
+                yield self.chunk({}, choice["finish_reason"], unilip=value["unilip"])
+                if options.include_usage:
+                    usage = {**self.head("chat.completion.chunk"), "choices": [], "usage": value["usage"]}
+                    yield f"data: {dumps(usage)}\n\n"
+
+
+def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """End a text before the first of the stops in it."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return (text[: min(places)], True) if places else (text, False)

@@ -1,0 +1,175 @@
+"""OpenAI's endpoints for pictures: drawn, changed, drawn again; answered by JSON, or as a stream of events.
+
+In:  JSON with a prompt, or forms with files. Out: pictures in base64, or addresses under which they are kept in memory.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from PIL import Image
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from unilip.sampling import check_joint
+from unilip.serve import schema
+from unilip.serve.describe import form_body, json_body
+from unilip.serve.guard import FILES
+from unilip.serve.jobs import Generate, Job, Reconstruct
+from unilip.serve.pictures import decode_mask, outside_kept
+from unilip.serve.problems import JSON, Trouble, dumps
+from unilip.serve.service import KEEP_ALIVE_SECONDS, MAX_FILES, WAITING, After, Service, events
+from unilip.serve.tickets import Ticket, merged
+
+QUEUE_SECONDS = 0.5  # between two words on the place in the queue, where progress is asked for
+ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The pictures; a stream of events where `stream` was asked for."}
+}
+IMAGE = {"image": MAX_FILES}
+
+
+def routes(service: Service) -> APIRouter:
+    """The routes of pictures."""
+    router = APIRouter(prefix="/v1/images", tags=["pictures"])
+
+    @router.post("/generations", responses=ANSWER, openapi_extra=json_body(schema.Generations))
+    async def generations(request: Request) -> Response:
+        """Draw pictures of a prompt."""
+        body = await service.read(request, schema.Generations)
+        job = Generate(body.prompt, count=body.n or 1, plan=body.plan, best_of=body.best_of, **service.drawing(body))
+        return await answer(service, request, body, [job], "image_generation")
+
+    @router.post("/variations", responses=ANSWER, openapi_extra=form_body(schema.Variations, IMAGE))
+    @router.post("/edits", responses=ANSWER, openapi_extra=form_body(schema.Edits, IMAGE | {"mask": 1}))
+    async def edits(request: Request) -> Response:
+        """Change pictures as told: the first with the help of the others, or each by itself; none outside a `mask`."""
+        kind = schema.Variations if request.url.path.endswith("variations") else schema.Edits
+        fields, files = await service.form(request, "image", "image[]", "mask")
+        body = service.parse(kind, fields)
+        sources = [data for name, data in files if name != "mask"]
+        masks = [data for name, data in files if name == "mask"]
+        if body.joint is not None:
+            check_joint(body.joint, len(sources))
+        images, after = await service.in_time(request, body, service.decoders, decoded, service, sources, masks, body)
+        common = service.drawing(body) | {"count": body.n or 1, "fit": body.fit, "keep_aspect": body.keeps_aspect}
+        jobs = service.edits(images, body.prompt, body.joint, common)
+        return await answer(service, request, body, jobs, "image_edit", after)
+
+    @router.post("/reconstructions", responses=ANSWER, openapi_extra=form_body(schema.Reconstructions, IMAGE))
+    async def reconstructions(request: Request) -> Response:
+        """Encode pictures and draw them again, with the PSNR of each in dB."""
+        fields, files = await service.form(request, "image", "image[]")
+        body = service.parse(schema.Reconstructions, fields)
+        sources = [data for _, data in files]
+        images, _ = await service.in_time(request, body, service.decoders, decoded, service, sources, [], body)
+        more = (body.size, body.image_size, body.fit, body.keep_aspect, service.strengths(body))
+        jobs = [Reconstruct(image, *more) for image in images]
+        return await answer(service, request, body, jobs, "image_reconstruction")
+
+    @router.get(FILES.removeprefix(router.prefix) + "{name}", responses={200: {"content": {"image/png": {}}}})
+    async def file(name: str) -> Response:
+        """A picture that was asked for as a URL; it is forgotten after an hour."""
+        found = service.store.get(name)
+        if found is None:
+            raise Trouble(404, "There is no such picture, or it was forgotten by now.", "not_found")
+        data, media = found
+        return Response(data, media_type=media, headers={"Cache-Control": "private, max-age=3600"})
+
+    return router
+
+
+def decoded(
+    service: Service, files: Sequence[bytes], masks: Sequence[bytes], body: schema.Edits | schema.Reconstructions
+) -> tuple[list[Image.Image], After | None]:
+    """Decode the pictures of one request, and what keeps the outside of a mask."""
+    if len(files) > MAX_FILES:
+        raise Trouble(400, f"{len(files)} pictures were sent; at most {MAX_FILES}.", "too_many", "image")
+    if masks:
+        text = ""
+        if len(masks) > 1:
+            text = "More than one mask was sent; send one."
+        elif body.fit == "crop":
+            text = 'A mask cannot be kept when fit is "crop", which cuts the picture; use "resize" or "pad".'
+        elif len(files) > 1 and not service.together(getattr(body, "joint", False), len(files)):
+            text = "A mask belongs to one picture, but each of several is changed here; send one, or joint=true."
+        if text:
+            raise Trouble(400, text, "invalid_mask", "fit" if body.fit == "crop" else "mask")
+    images, left = service.decode_all(files)
+    if not masks:
+        return images, None
+    mask, source = service.decode(masks[0], left, decode_mask), images[0]
+    if mask.size != source.size:
+        sizes = f"{mask.width}x{mask.height} px, the picture {source.width}x{source.height}"
+        raise Trouble(400, f"The mask has {sizes}; make them equal.", "invalid_mask", "mask")
+    return images, lambda job, result: outside_kept(result, source, mask, body.fit)
+
+
+async def answer(
+    service: Service,
+    request: Request,
+    body: schema.Images | schema.Reconstructions,
+    jobs: Sequence[Job],
+    kind: str,
+    after: After | None = None,
+) -> Response:
+    """Answer with the pictures of some jobs: JSON, or a stream of events."""
+    tickets = await service.submit(request, body, jobs)
+    notes = service.notes(body, jobs)
+    extra = {"unilip": notes} if notes else {}
+    if isinstance(body, schema.Images) and body.stream:
+        return events(picture_events(service, tickets, body, kind, after, extra), tickets)
+    results = await service.finished(request, tickets)
+    base = str(request.base_url).rstrip("/")
+    data = await run_in_threadpool(service.picture_data, tickets, results, body, after, base)
+    return JSON({
+        "created": int(time.time()),
+        "model": service.named(body),
+        "data": data,
+        "output_format": body.output_format,
+        "size": data[0]["size"],
+        "usage": service.picture_usage(tickets, results),
+        **extra,
+    })  # fmt: skip
+
+
+async def picture_events(
+    service: Service,
+    tickets: Sequence[Ticket],
+    body: schema.Images,
+    kind: str,
+    after: After | None,
+    extra: dict[str, Any],
+) -> AsyncGenerator[str, None]:
+    """Yield the place in the queue and progress, then a completed event for each picture."""
+
+    def event_of(name: str, **fields: Any) -> str:
+        return f"event: {kind}.{name}\ndata: {dumps({'type': f'{kind}.{name}', **fields})}\n\n"
+
+    def said() -> dict[str, Any]:
+        """What every event with a picture tells about it."""
+        quality = {"standard": "medium", "hd": "high", None: "auto"}.get(body.quality, body.quality)
+        return {
+            "created_at": int(time.time()), "background": "opaque", "output_format": body.output_format,
+            "quality": quality,
+        }  # fmt: skip
+
+    steps = [0] * len(tickets)
+    async for number, event in merged(tickets, QUEUE_SECONDS if body.include_progress else KEEP_ALIVE_SECONDS):
+        if event is None:
+            ahead = service.engine.ahead(tickets[0]) if body.include_progress else 0
+            yield event_of("queued", ahead=ahead) if ahead else WAITING
+        elif event.kind == "step" and body.include_progress:
+            steps[number] = event.step
+            yield event_of("progress", step=sum(steps), steps=sum(ticket.total for ticket in tickets))
+        elif event.kind == "partial" and event.image is not None:
+            shown, size = await run_in_threadpool(service.encoded, event.image, body, number, after)
+            data = base64.b64encode(shown).decode()
+            yield event_of("partial_image", b64_json=data, partial_image_index=event.number, size=size, **said())
+    results = [ticket.result(0) for ticket in tickets]
+    usage = service.picture_usage(tickets, results)
+    for entry in await run_in_threadpool(service.picture_data, tickets, results, body, after):
+        yield event_of("completed", **entry, **said(), usage=usage, **extra)

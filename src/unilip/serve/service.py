@@ -1,0 +1,400 @@
+"""What all routes share: requests read, jobs queued and waited for, pictures encoded.
+
+In:  requests that `Guard` let through; JSON, or forms with files. Out: jobs, results, answers, or a `Trouble`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextvars
+import json
+import logging
+import math
+import threading
+import time
+import weakref
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from fastapi import Request
+from PIL import Image
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.responses import StreamingResponse
+
+from unilip.errors import UniLIPError
+from unilip.sampling import NOT_TAUGHT
+from unilip.serve import schema
+from unilip.serve.fetch import fetch
+from unilip.serve.guard import FILES, STARTED, Rules
+from unilip.serve.jobs import Ask, Cancelled, DeadlineExceeded, Edit, Job, QueueFull, Result, Strengths
+from unilip.serve.metrics import Metrics
+from unilip.serve.pictures import FORMATS, decode, encode, sized
+from unilip.serve.problems import Trouble, dumps, trouble, validation
+from unilip.serve.serving import Serving
+from unilip.serve.store import Store
+from unilip.serve.tickets import Ticket, merged
+from unilip.shapes import cells
+
+logger = logging.getLogger(__name__)
+
+MAX_FILES = 16
+DECODERS = 2  # pictures of strangers that are decoded at the same time
+FETCHERS = 8  # and fetched
+IN_MEMORY = 8  # requests' worth of pixels that are kept at the same time
+APART = (
+    "Each picture was changed by itself, for this model has not learned edits of several; joint=true asks for one all "
+    "the same, joint=false for this without a warning."
+)
+KEEP_ALIVE_SECONDS = 15.0
+NOT_STORED = {"Cache-Control": "no-store"}
+WAITING = ": waiting\n\n"  # a comment, which keeps a stream open
+
+After = Callable[[int, Image.Image], Image.Image]
+B = TypeVar("B", bound=schema.Body)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the application behaves.
+
+    Args:
+        model_name: what the model is called in answers, in /v1/models and in the metadata of pictures.
+        rules: who may ask, how often, how much.
+        max_pixels: of all pictures of one request together.
+        allow_url_images: fetch pictures from public http(s) addresses.
+        metadata: write model and seed into the pictures.
+        drain_seconds: at the end, how long to go on with what was accepted.
+        strict: refuse fields that are not understood, instead of ignoring and naming them.
+        chat: "auto" lets the words of a message decide whether to draw; "text" always answers in words, unless
+            `modalities` asks for a picture.
+        about: what the page says of the model, as JSON.
+    """
+
+    model_name: str = "unilip"
+    rules: Rules = field(default_factory=Rules)
+    max_pixels: int = 24_000_000
+    allow_url_images: bool = False
+    metadata: bool = True
+    drain_seconds: float = 30.0
+    strict: bool = False
+    chat: Literal["auto", "text"] = "auto"
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Service:
+    """An engine with its settings, and what is kept between requests."""
+
+    def __init__(self, engine: Serving, settings: Settings, metrics: Metrics) -> None:
+        self.engine, self.settings, self.metrics = engine, settings, metrics
+        self.store, self.conversations = Store(), Store(64 * 2**20)
+        self.decoders = ThreadPoolExecutor(DECODERS, "unilip-decoder")  # a pool of its own, so that text need not wait
+        self._fetchers = threading.BoundedSemaphore(FETCHERS)
+        self._counting, self._pixels = threading.RLock(), 0
+
+    @property
+    def names(self) -> list[str]:
+        """What `model` may be: the model, and the model with an adapter."""
+        own = self.settings.model_name
+        return [own, *(f"{own}:{name}" for name in self.engine.checker.adapters)]
+
+    def named(self, body: schema.Adapting) -> str:
+        """What the model that a request asks for is called in its answer."""
+        return body.model if body.model in self.names else self.settings.model_name
+
+    def strengths(self, body: schema.Adapting) -> Strengths:
+        """The adapters that act on a request."""
+        return body.strengths(self.engine.checker.adapters, self.settings.model_name)
+
+    # --- reading
+
+    async def load(self, request: Request) -> dict[str, Any]:
+        """Read a JSON body, outside the event loop."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise Trouble(400, "Send JSON, with the header Content-Type: application/json.", "invalid_json")
+        try:
+            fields = await run_in_threadpool(json.loads, await request.body())
+        except (ValueError, RecursionError) as error:
+            where = f" ({error})" if isinstance(error, json.JSONDecodeError) else ""
+            raise Trouble(400, f"The body is no valid JSON{where}.", "invalid_json") from None
+        if not isinstance(fields, dict):
+            raise Trouble(400, "The body must be a JSON object: {...}.", "invalid_json")
+        return fields
+
+    def parse(self, kind: type[B], fields: dict[str, Any], form: bool = True) -> B:
+        """Check the fields of a request."""
+        try:
+            return schema.read(kind, fields, self.settings.strict, form)
+        except ValidationError as error:
+            raise validation([dict(e) for e in error.errors()]) from None
+
+    async def read(self, request: Request, kind: type[B]) -> B:
+        """Read and check a JSON body."""
+        return await run_in_threadpool(self.parse, kind, await self.load(request), form=False)
+
+    async def form(
+        self, request: Request, *allowed: str, most: int = MAX_FILES + 1
+    ) -> tuple[dict[str, str], list[tuple[str, bytes]]]:
+        """Read a form in memory: its fields, and its files, called as `allowed`, as (name, bytes) in their order."""
+        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            raise Trouble(400, "Send a form: multipart/form-data with the file `image`.", "invalid_form")
+        parser = MultiPartParser(
+            request.headers, request.stream(), max_files=most, max_fields=64, max_part_size=64 * 1024
+        )
+        # what has no room in memory was refused before; nothing is spooled to disk
+        parser.spool_max_size = self.settings.rules.max_body + 1
+        try:
+            form = await parser.parse()
+        except MultiPartException as error:
+            raise Trouble(400, f"The form is malformed: {error.message}", "invalid_form") from None
+        except (ValueError, KeyError) as error:
+            raise Trouble(400, "The form is malformed; send multipart/form-data.", "invalid_form") from error
+        fields: dict[str, str] = {}
+        files: list[tuple[str, bytes]] = []
+        for name, value in form.multi_items():
+            shown = name.encode("ascii", "backslashreplace").decode()[:64]
+            if isinstance(value, UploadFile):
+                if name not in allowed:
+                    raise Trouble(400, f"There is no file field {shown!r}.", "invalid_form", shown)
+                files.append((name, await value.read()))
+                await value.close()
+            elif name in allowed:
+                raise Trouble(400, f"{shown} must be a file, not text.", "invalid_form", shown)
+            elif name in fields:
+                raise Trouble(400, f"{shown} was given twice.", "invalid_form", shown)
+            else:
+                fields[name] = value
+        if not any(name != "mask" for name, _ in files):
+            raise Trouble(400, "There is no picture; send it as the file `image`.", "invalid_form", "image")
+        return fields, files
+
+    def left(self, request: Request, body: schema.Body) -> float | None:
+        """Seconds that a request still has: its own deadline or the server's, whichever is earlier."""
+        allowed = [seconds for seconds in (body.deadline, self.engine.deadline) if seconds is not None]
+        return max(0.001, min(allowed) - (time.monotonic() - request.scope[STARTED])) if allowed else None
+
+    async def in_time(
+        self, request: Request, body: schema.Body, pool: ThreadPoolExecutor | None, work: Callable[..., T], *given: Any
+    ) -> T:
+        """Run something in a thread, for as long as the request has time."""
+        context = contextvars.copy_context()
+        future = asyncio.get_running_loop().run_in_executor(pool, lambda: context.run(work, *given))
+        try:
+            return await asyncio.wait_for(future, self.left(request, body))
+        except asyncio.TimeoutError:
+            raise DeadlineExceeded("The request's time was over before its pictures were read.", 1.0) from None
+
+    def decode(self, data: bytes, max_pixels: int, how: Callable[[bytes, int], Image.Image] = decode) -> Image.Image:
+        """Decode a picture in one of the decoders' threads: memory is what a decoder needs most."""
+        if self._pixels > IN_MEMORY * self.settings.max_pixels:
+            raise QueueFull("Too many pictures are being read at once; send the request again.", 2.0)
+        image = how(data, max_pixels)
+        size = image.width * image.height
+        self._count_pixels(size)
+        weakref.finalize(image, self._count_pixels, -size)  # given back with the picture's memory
+        return image
+
+    def decode_all(self, files: Sequence[bytes]) -> tuple[list[Image.Image], int]:
+        """Decode the pictures of one request, which share `max_pixels`; return them and what is left of that."""
+        images, left = [], self.settings.max_pixels
+        for data in files:
+            images.append(self.decode(data, left))
+            left -= images[-1].width * images[-1].height
+        return images, left
+
+    def _count_pixels(self, change: int) -> None:
+        with self._counting:
+            self._pixels += change
+
+    def fetch(self, url: str, max_bytes: int) -> bytes:
+        """Fetch a picture in the calling thread; slow hosts must not keep all threads."""
+        if not self._fetchers.acquire(blocking=False):
+            raise QueueFull("Too many pictures are being fetched; send them as data URLs, or try again.", 5.0)
+        try:
+            return fetch(url, max_bytes)
+        finally:
+            self._fetchers.release()
+
+    # --- working
+
+    def drawing(self, body: schema.Drawing) -> dict[str, Any]:
+        """The settings of a drawing, as a job takes them."""
+        steps, limit = body.steps, self.engine.limits.steps
+        if steps is None and body.quality is not None and body.preset is None:
+            own = self.engine.config.sampling.num_inference_steps
+            steps = min(max(1, round(schema.QUALITY[body.quality] * own)), limit)
+        return {
+            "seed": body.seed,
+            "steps": steps,
+            "guidance_scale": body.guidance,
+            "solver": body.solver,
+            "preset": body.preset or "quality",
+            "negative_prompt": body.negative_prompt,
+            "size": body.size,
+            "image_size": body.image_size,
+            "adapters": self.strengths(body),
+            "partials": (body.partial_images or 0) if getattr(body, "stream", False) else 0,
+        }
+
+    def together(self, joint: bool | None, count: int) -> bool:
+        """Whether COUNT pictures belong to one edit, as OpenAI has it: else each is changed by itself."""
+        return count > 1 and (self.engine.config.sampling.joint if joint is None else joint)
+
+    def edits(
+        self, images: Sequence[Image.Image], prompt: str, joint: bool | None, common: Mapping[str, Any]
+    ) -> list[Job]:
+        """One edit for each picture; or a joint one of the first, where that is asked for or the model learned it."""
+        if self.together(joint, len(images)):
+            return [Edit(images[0], prompt, others=tuple(images[1:]), **common)]
+        return [Edit(image, prompt, **common) for image in images]
+
+    async def submit(self, request: Request, body: schema.Body, jobs: Sequence[Job]) -> list[Ticket]:
+        """Queue all jobs, or none."""
+        most = max(self.engine.limits.count, MAX_FILES)
+        pictures = sum(getattr(job, "count", 1) for job in jobs)
+        if pictures > most:
+            raise Trouble(400, f"{pictures} pictures would be made; at most {most}.", "too_many", "n")
+
+        def queue() -> list[Ticket]:
+            tickets: list[Ticket] = []
+            try:
+                for job in jobs:
+                    tickets.append(self.engine.submit(job, deadline=self.left(request, body)))
+            except UniLIPError:
+                for ticket in tickets:
+                    ticket.cancel()
+                raise
+            return tickets
+
+        return await run_in_threadpool(queue)
+
+    async def finished(self, request: Request, tickets: Sequence[Ticket]) -> list[Result]:
+        """Wait for all results; a client that leaves meanwhile cancels them."""
+
+        async def follow() -> None:
+            async for _ in merged(tickets):
+                pass
+
+        async def listen() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        work, gone = asyncio.ensure_future(follow()), asyncio.ensure_future(listen())
+        try:
+            await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise Cancelled("The client left.")
+            work.result()
+            return [ticket.result(0) for ticket in tickets]
+        finally:
+            work.cancel()
+            gone.cancel()
+            for ticket in tickets:
+                ticket.cancel()
+
+    # --- answering
+
+    def notes(self, body: schema.Body, jobs: Sequence[Job]) -> dict[str, Any]:
+        """What an answer says beside itself: fields that were ignored, unlearned words and edits."""
+        taught, warning = self.engine.config.sampling.joint, ""
+        if not taught and any(isinstance(job, Edit) and job.others for job in jobs):
+            warning = NOT_TAUGHT
+        elif not taught and len(jobs) > 1 and getattr(body, "joint", False) is None:
+            warning = APART
+        texts = [job.question if isinstance(job, Ask) else getattr(job, "prompt", "") for job in jobs]
+        unread = list(dict.fromkeys(word for text in texts for word in self.engine.checker.unread(text)))
+        found: tuple[tuple[str, Any], ...] = (("ignored", body.ignored), ("unread", unread), ("warning", warning))
+        return {name: value for name, value in found if value}
+
+    def encoded(
+        self,
+        image: Image.Image,
+        body: schema.Pictures,
+        number: int,
+        after: After | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> tuple[bytes, str]:
+        """Return the file of a picture of the ticket `number`, at the size that was asked for, and that size."""
+        shaped = image if after is None else after(number, image)
+        if body.size is not None:
+            shaped = sized(shaped, body.size, after is not None or bool(getattr(body, "keep_aspect", False)))
+        quality = 95 if body.output_compression is None else body.output_compression
+        return encode(shaped, body.output_format, quality, about), f"{shaped.width}x{shaped.height}"
+
+    def picture_data(
+        self,
+        tickets: Sequence[Ticket],
+        results: Sequence[Result],
+        body: schema.Pictures,
+        after: After | None = None,
+        base: str = "",
+    ) -> list[dict[str, Any]]:
+        """Encode all pictures of some results; `base`: of their addresses, where they are asked for as such."""
+        data = []
+        for number, (ticket, result) in enumerate(zip(tickets, results, strict=True)):
+            for i, image in enumerate(result.images):
+                about: dict[str, Any] = {"model": self.settings.model_name, "verb": ticket.verb}
+                if adapters := result.settings.get("adapters"):
+                    about["adapters"] = json.dumps(adapters)
+                entry: dict[str, Any] = {}
+                if result.seeds:
+                    entry["seed"] = about["seed"] = result.seeds[i]
+                    names = ("num_inference_steps", "guidance_scale", "solver", "preset", "width", "height")
+                    about |= {name: result.settings[name] for name in names}
+                if result.plan is not None:
+                    entry["plan"] = about["plan"] = result.plan
+                if result.psnr:
+                    entry["psnr"] = round(result.psnr[i], 3) if math.isfinite(result.psnr[i]) else None
+                noted = about if self.settings.metadata else None
+                encoded, entry["size"] = self.encoded(image, body, number, after, noted)
+                if getattr(body, "response_format", "b64_json") == "url":
+                    name = self.store.put(encoded, FORMATS[body.output_format])
+                    entry["url"] = f"{base}{FILES}{name}"
+                else:
+                    entry["b64_json"] = base64.b64encode(encoded).decode()
+                data.append(entry)
+        return data
+
+    def picture_usage(self, tickets: Sequence[Ticket], results: Sequence[Result]) -> dict[str, Any]:
+        """Count tokens as OpenAI does: what was read, and the latent cells that were drawn."""
+        grid = read = looked = 0
+        for ticket, result in zip(tickets, results, strict=True):
+            own = cells((result.settings["width"], result.settings["height"]))
+            grid += own * len(result.images)
+            seen = 0 if ticket.verb == "generate" else own
+            looked += seen
+            read += max(result.prompt_tokens, seen)
+        return {
+            "input_tokens": read,
+            "output_tokens": grid,
+            "total_tokens": read + grid,
+            "input_tokens_details": {"text_tokens": read - looked, "image_tokens": looked},
+        }
+
+
+def events(source: AsyncGenerator[str, None], tickets: Sequence[Ticket], done: str | None = None) -> StreamingResponse:
+    """Send server-sent events; an error on the way becomes the last event, and who stops reading cancels the jobs."""
+
+    async def body() -> AsyncGenerator[str, None]:
+        try:
+            async with aclosing(source):
+                async for event in source:
+                    yield event
+        except Exception as error:
+            if not isinstance(error, UniLIPError):
+                logger.exception("a stream failed")
+            yield f"data: {dumps(trouble(error).body)}\n\n"
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
+        if done is not None:
+            yield f"data: {done}\n\n"
+
+    return StreamingResponse(body(), media_type="text/event-stream", headers=NOT_STORED)

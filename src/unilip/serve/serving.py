@@ -1,0 +1,160 @@
+"""What the engine of one process and that of replicas share: which jobs are taken, what is counted, how it ends.
+
+In:  jobs (`unilip.serve.jobs`), from any thread, each with a deadline. Out: a `Ticket` for each: events, a result.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from unilip.errors import UniLIPError
+from unilip.serve.checks import Checker
+from unilip.serve.jobs import Draining, Job, QueueFull
+from unilip.serve.tickets import Ticket, Unit
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+YIELDED = "The queue is full and this client holds most of it, so others came first; send this again in {:.0f} s."
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A snapshot of an engine: pictures and questions waiting and being worked on, and counts since it started."""
+
+    queued: int
+    running: int
+    served: Mapping[str, int]
+    failed: Mapping[str, int]
+
+
+class Serving(ABC):
+    """Takes jobs for a model, as many as there is room for, with a fair share for each client."""
+
+    def __init__(self, checker: Checker, max_queue: int, max_batch: int, deadline: float | None) -> None:
+        for name, value in (("max_queue", max_queue), ("max_batch", max_batch)):
+            if value < 1:
+                raise UniLIPError(f"{name} is {value}; it must be at least 1.")
+        if deadline is not None and deadline <= 0:
+            raise UniLIPError("The deadline must be more than 0 seconds.")
+        self.checker, self.config, self.limits = checker, checker.config, checker.limits
+        self.max_queue, self.max_batch, self.deadline = max_queue, max_batch, deadline
+        self._changed = threading.Condition()
+        self._draining = False
+        self._served: Counter[str] = Counter()
+        self._failed: Counter[str] = Counter()
+        self._pace = 0.0  # seconds per unit, a moving average
+
+    @property
+    def verbs(self) -> tuple[str, ...]:
+        """What this model can do: of generate, edit, reconstruct, ask, those whose parts are loaded."""
+        return self.checker.verbs
+
+    @property
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether the work is done."""
+
+    @property
+    def draining(self) -> bool:
+        """Whether nothing new is taken."""
+        return self._draining
+
+    def stop_accepting(self) -> None:
+        """Take nothing new from now on; safe to call from a signal handler. `drain` waits as well."""
+        self._draining = True
+
+    def submit(self, job: Job, *, deadline: float | None = None) -> Ticket:
+        """Check a job and put it into the queue, for `deadline` seconds or the engine's own.
+
+        Raises UniLIPError: something in it is out of range; QueueFull: too much is waiting, `retry_after` says for how
+        long (a waiting job ends with it, too, where its client holds the most places and one with fewer comes);
+        Draining: shutting down.
+        """
+        if deadline is not None and not 0 < deadline < math.inf:
+            raise UniLIPError(f"The deadline is {deadline} s; it must be more than 0 seconds.")
+        seconds = min((given for given in (deadline, self.deadline) if given is not None), default=None)
+        units = self.checker.prepare(job, None if seconds is None else time.monotonic() + seconds)
+        with self._changed:
+            if self._draining:
+                raise Draining("The server is shutting down; send the request again to another one, or later.", 5.0)
+            self._take_in(units)
+        return units[0].ticket
+
+    @abstractmethod
+    def _take_in(self, units: Sequence[Unit]) -> None:
+        """Queue the units of a job, after `_make_room` for them; called under the lock."""
+
+    @abstractmethod
+    def _unfinished(self) -> Sequence[Ticket]:
+        """The jobs that wait or are worked on; called under the lock."""
+
+    @abstractmethod
+    def stats(self) -> Stats:
+        """Return counts for metrics and health pages."""
+
+    @abstractmethod
+    def ahead(self, ticket: Ticket) -> int:
+        """How many pictures and questions are served before a job that waits; 0 once it is being worked on."""
+
+    def _make_room(
+        self, places: Mapping[Ticket, int], newcomer: Ticket, more: int, room: int, working: int = 0
+    ) -> None:
+        """Let the newest jobs of the client with most places go for a newcomer with fewer, where that is needed.
+
+        places: how many pictures of each job wait, the oldest job first, for `room`; working: those under way.
+        """
+        waiting = sum(places.values())
+        wait = max(1.0, math.ceil((self._pace or 0.5) * (waiting + working)))
+        held: Counter[str] = Counter()
+        for ticket, count in places.items():
+            held[ticket.client] += count
+        own, free = held[newcomer.client] + more, room - waiting
+        leaving: list[Ticket] = []
+        while free < more:
+            most = max(held, key=held.__getitem__, default="")
+            theirs = (one for one in reversed([*places]) if one.client == most and one not in leaving)
+            last = next((one for one in theirs if one.started is None), None)
+            if last is None or held[most] <= own:
+                raise QueueFull(
+                    f"{waiting} of at most {room} pictures are waiting, and this request adds {more}; "
+                    f"send it again in {wait:.0f} s.",
+                    wait,
+                )
+            leaving.append(last)
+            held[most] -= places[last]
+            free += places[last]
+        for other in leaving:
+            if other._fail(QueueFull(YIELDED.format(wait), wait)):
+                other._on_cancel()
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take nothing new and finish what was accepted within `timeout` seconds, or cancel it; returns whether all was
+        done.
+        """
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+            finished = self._changed.wait_for(lambda: not self._unfinished(), timeout)
+            rest = self._unfinished()
+        for ticket in rest:
+            if ticket._fail(Draining("The server shut down before the request was done; send it again.", 5.0)):
+                ticket._on_cancel()
+        return finished
+
+    @abstractmethod
+    def close(self, timeout: float = 0.0) -> None:
+        """Drain for at most `timeout` seconds, and end."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
