@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
-import json
 import os
 import textwrap
 from collections.abc import Callable, Sequence
@@ -27,11 +26,12 @@ from PIL import Image
 from torch import Tensor
 
 from unilip import UniLIP
-from unilip.demo import Question, judge
+from unilip.demo import examples, judge
 from unilip.emoji.concepts import SHAPES, concept
 from unilip.emoji.edits import Edit
 from unilip.emoji.judge import judge_edit, judge_prompt
 from unilip.emoji.render import render
+from unilip.emoji.score import accepts
 from unilip.emoji.world import Scene, World
 from unilip.method.qwen2 import Attention, Rotation, rotate
 from unilip.method.text import NEEDED_TOKENS
@@ -51,12 +51,6 @@ def pyplot() -> Any:
     from matplotlib import pyplot as found
 
     return found
-
-
-def bundled() -> dict[str, Any]:
-    """Return the record of the bundled examples."""
-    record: dict[str, Any] = json.loads((EXAMPLES / "examples.json").read_text(encoding="utf-8"))
-    return record
 
 
 def open_picture(name: str) -> Image.Image:
@@ -91,7 +85,7 @@ def grid(rows: Sequence[tuple[str, Sequence[Any]]], titles: Sequence[str], width
 @torch.no_grad()
 def draw_overview(model: UniLIP) -> Any:
     """All bundled examples, right or wrong: the prompts, the edits, a question of each picture, its reconstruction."""
-    record, world = bundled(), judge().world
+    record, world = examples(), judge().world
 
     def generators(count: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(0) for _ in range(count)]
@@ -101,8 +95,8 @@ def draw_overview(model: UniLIP) -> Any:
 
     entries, prompts, asked, edits = (record[name] for name in ("pictures", "prompts", "asked", "edits"))
     pictures = [open_picture(entry["file"]) for entry in entries]
-    questions = [Question(q["question"], tuple(q["answers"])) for q in (entry["questions"][0] for entry in entries)]
-    answers = model.ask(pictures, [q.question for q in questions], max_new_tokens=32)
+    questions = [entry["questions"][0] for entry in entries]
+    answers = model.ask(pictures, [q["question"] for q in questions], max_new_tokens=32)
     again = model.reconstruct(pictures).images
     sources, wanted = [open_picture(e["source"]) for e in edits], [e["instruction"] for e in edits]
     edited = model.edit(sources, wanted, generator=generators(len(edits)), progress=False).images
@@ -119,7 +113,8 @@ def draw_overview(model: UniLIP) -> Any:
             for cell in (("before", source, None), (words, image, ok))
         ]),
         ("ask", [
-            (f"{q.question}\n“{a}”", p, q.accepts(a)) for q, a, p in zip(questions, answers, pictures, strict=True)
+            (f"{q['question']}\n“{a}”", p, accepts(a, q["answers"]))
+            for q, a, p in zip(questions, answers, pictures, strict=True)
         ]),
         ("reconstruct", [("", x, right(x, e["scene"])) for x, e in zip(again, entries, strict=True)]),
     ]  # fmt: skip
@@ -160,7 +155,7 @@ def as_colours(features: Tensor, basis: Tensor, mean: Tensor, scale: Tensor) -> 
 def draw_features(model: UniLIP, before: str) -> Any:
     """Features of both encoders in one basis, and what each gives back of the pictures."""
     old = UniLIP.from_pretrained(before)
-    pictures = [open_picture(entry["file"]) for entry in bundled()["pictures"]]
+    pictures = [open_picture(entry["file"]) for entry in examples()["pictures"]]
     first, last = encode(old, pictures), encode(model, pictures)
     flat = first.flatten(0, 1)
     mean = flat.mean(0)
@@ -192,7 +187,7 @@ def attention(attn: Attention, x: Tensor, turn: Rotation, seen: Tensor) -> Tenso
 @torch.no_grad()
 def draw_queries(model: UniLIP) -> Any:
     """Attention of the queries to the words of a prompt, in every layer of the language model, mean over heads."""
-    prompt = bundled()["prompts"][3]
+    prompt = examples()["prompts"][3]
     processor = model.processor
     assert processor is not None, "the embedded model has a tokenizer"
     tokens = processor.tokenize([processor.generate_text(prompt)])
@@ -227,7 +222,7 @@ def draw_queries(model: UniLIP) -> Any:
 @torch.no_grad()
 def draw_denoising(model: UniLIP) -> Any:
     """The latents of some steps, decoded as they are, for three prompts."""
-    prompts = bundled()["prompts"][:3]
+    prompts = examples()["prompts"][:3]
     kept: dict[int, Tensor] = {}
 
     def keep(model: UniLIP, step: int, timestep: Tensor, state: dict[str, Tensor]) -> None:
@@ -257,7 +252,7 @@ def difference(a: Image.Image, b: Image.Image) -> np.ndarray:
 def draw_edits(model: UniLIP) -> Any:
     """Each bundled edit: source, result, what changed, what should have changed."""
     rows = []
-    for entry in bundled()["edits"]:
+    for entry in examples()["edits"]:
         source, target = open_picture(entry["source"]), open_picture(entry["target"])
         result = model.edit(source, entry["instruction"], generator=torch.Generator().manual_seed(0), progress=False)
         made = result.images[0]

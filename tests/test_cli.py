@@ -19,6 +19,7 @@ from unilip import cli, demo
 from unilip.cli.options import TABLE
 from unilip.cli.terminal import read_prompts, slug
 from unilip.emoji.render import render
+from unilip.emoji.score import accepts
 from unilip.emoji.world import Scene
 from unilip.errors import UniLIPError
 from unilip.model import UniLIP
@@ -436,11 +437,13 @@ def test_a_failing_demo_changes_nothing(fresh_model, tmp_path):
 
 def test_examples_are_whole():
     found = demo.examples()
-    assert len(found.pictures) >= 4 and len(found.edits) >= 2 and "three yellow stars" in found.prompts
-    assert "Microsoft" in found.credits
-    for path in [p.path for p in found.pictures] + [p for e in found.edits for p in (e.source, e.target)]:
-        assert Image.open(path).size == (112, 112)
-    assert found.pictures[0].questions[0].accepts("A panda.") and not found.pictures[0].questions[0].accepts("a cat")
+    pictures, edits = found["pictures"], found["edits"]
+    assert len(pictures) >= 4 and len(edits) >= 2 and "three yellow stars" in found["prompts"]
+    assert "Microsoft" in found["credits"]
+    for name in [p["file"] for p in pictures] + [e[key] for e in edits for key in ("source", "target")]:
+        assert Image.open(demo.FOLDER / name).size == (112, 112)
+    answers = pictures[0]["questions"][0]["answers"]
+    assert accepts("A panda.", answers) and not accepts("a cat", answers)
 
 
 def test_the_demo_teaches_a_new_thing(tmp_path, monkeypatch, capsys):
@@ -460,13 +463,13 @@ def test_the_demo_teaches_a_new_thing(tmp_path, monkeypatch, capsys):
 
 def test_the_demo_judges_what_it_should_have_drawn():
     found, show = demo.examples(), demo._Show(UniLIP.from_pretrained(), Path(), 0, "", None)
-    for edit in found.edits:
-        source, target = (load_image(path) for path in (edit.source, edit.target))
+    for edit in found["edits"]:
+        source, target = (load_image(demo.FOLDER / edit[key]) for key in ("source", "target"))
         assert show.edited(target, edit)[0] and not show.edited(source, edit)[0]
-    for task, scene in found.asked:
-        picture = render(Scene.from_dict(scene), demo.judge().atlas, demo.judge().world)
-        assert show.drawn(picture, task, scene)[0]
-        assert not show.drawn(load_image(found.pictures[1].path), task, scene)[0]
+    for asked in found["asked"]:
+        picture = render(Scene.from_dict(asked["scene"]), demo.judge().atlas, demo.judge().world)
+        assert show.drawn(picture, **asked)[0]
+        assert not show.drawn(load_image(demo.FOLDER / found["pictures"][1]["file"]), **asked)[0]
 
 
 # --- the words themselves -------------------------------------------------------------------------------------------

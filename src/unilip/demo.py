@@ -16,14 +16,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
 
 from unilip import __version__
@@ -37,79 +35,21 @@ if TYPE_CHECKING:
 MARKER = ".unilip-demo"  # lists the files of a demo, so that the next one replaces these and nothing else
 PAGE = "index.html"
 TAUGHT = 20  # pictures of a new thing
+FOLDER = Path(str(resources.files("unilip"))) / "weights" / "examples"
 JUDGED = " The marks are of the judge that the evaluation uses: it compares pictures with drawings, without a network."
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question and every answer that is right, the shortest full one first."""
-
-    question: str
-    answers: tuple[str, ...]
-
-    def accepts(self, answer: str) -> bool:
-        """Whether an answer is right, whatever its case and final stop."""
-        return _plain(answer) in {_plain(right) for right in self.answers}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An example picture, its true caption, and questions about it."""
-
-    path: Path
-    caption: str
-    questions: tuple[Question, ...]
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A picture, an instruction, and the picture that a perfect editor would make."""
-
-    source: Path
-    instruction: str
-    target: Path
-    kind: str
-    scenes: tuple[dict[str, Any], dict[str, Any]]  # before and after
-
-
-@dataclass(frozen=True)
-class Examples:
-    """What the demo works on: `asked` has the task and scene of each prompt, `riddles` have no picture."""
-
-    pictures: tuple[Picture, ...]
-    edits: tuple[Edit, ...]
-    prompts: tuple[str, ...]
-    asked: tuple[tuple[str, dict[str, Any]], ...]
-    riddles: tuple[Question, ...]
-    credits: str
-
-
-def _folder() -> Path:
-    return Path(str(resources.files("unilip"))) / "weights" / "examples"
-
-
 @cache
-def examples() -> Examples:
-    """Return the examples that come with the package. Raises UniLIPError: this installation lacks them."""
-    folder = _folder()
+def examples() -> dict[str, Any]:
+    """Return the record of the examples: captions, questions, edits, prompts with their scenes, riddles, credits.
+
+    Raises UniLIPError: this installation lacks them.
+    """
     try:
-        record = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads((FOLDER / "examples.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UniLIPError(f"This installation lacks the example pictures ({error}); install it again.") from error
-    return Examples(
-        tuple(Picture(folder / p["file"], p["caption"], _questions(p["questions"])) for p in record["pictures"]),
-        tuple(
-            Edit(
-                folder / e["source"], e["instruction"], folder / e["target"], e["kind"],
-                (e["source_scene"], e["target_scene"]),
-            )
-            for e in record["edits"]
-        ),
-        tuple(record["prompts"]),
-        tuple((entry["task"], entry["scene"]) for entry in record["asked"]),
-        _questions(record["riddles"]),
-        record["credits"],
-    )  # fmt: skip
+    return record
 
 
 @cache
@@ -119,15 +59,7 @@ def judge() -> Judge:
     from unilip.emoji.judge import Judge
     from unilip.emoji.world import World
 
-    return Judge(World.preset("pico"), Atlas.load(_folder() / "sprites.npz"))
-
-
-def _questions(entries: Sequence[dict[str, Any]]) -> tuple[Question, ...]:
-    return tuple(Question(entry["question"], tuple(entry["answers"])) for entry in entries)
-
-
-def _plain(text: str) -> str:
-    return " ".join(re.sub(r"[.!,]", " ", text.lower()).split())
+    return Judge(World.preset("pico"), Atlas.load(FOLDER / "sprites.npz"))
 
 
 def check_folder(folder: Path) -> None:
@@ -207,9 +139,6 @@ class _Show:
         yield
         self.result["seconds"][part] = round(time.perf_counter() - start, 2)
 
-    def generators(self, count: int) -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(self.seed) for _ in range(count)]
-
     def square(self, image: Image.Image) -> Image.Image:
         return fit_square(image, self.model.config.image_size)
 
@@ -229,10 +158,10 @@ class _Show:
         return self.model.config.image_size == judge().world.image_size
 
     def generate(self) -> tuple[str, str, str]:
-        prompts = self.examples.prompts
+        prompts = self.examples["prompts"]
         with self.timed("generate"):
-            made = self.model.generate(prompts, generator=self.generators(len(prompts)), progress=False)
-        verdicts = [self.drawn(image, *asked) for image, asked in zip(made, self.examples.asked, strict=True)]
+            made = self.model.generate(prompts, generator=[self.seed] * len(prompts), progress=False)
+        verdicts = [self.drawn(image, **asked) for image, asked in zip(made, self.examples["asked"], strict=True)]
         cards = [
             _card(_row((self.save(image, "generate-" + re.sub(r"\W+", "-", prompt.lower())), "")), f"“{prompt}”", found)
             for prompt, image, (_, found) in zip(prompts, made, verdicts, strict=True)
@@ -243,69 +172,67 @@ class _Show:
         return "Generate", line, _section(note, cards, self.command("generate", prompts[0], seeded=True))
 
     def edit(self) -> tuple[str, str, str]:
-        edits = self.examples.edits
-        sources = [load_image(edit.source) for edit in edits]
+        edits = self.examples["edits"]
+        sources, wishes = [load_image(FOLDER / e["source"]) for e in edits], [e["instruction"] for e in edits]
         with self.timed("edit"):
-            instructions = [edit.instruction for edit in edits]
-            made = self.model.edit(sources, instructions, generator=self.generators(len(edits)), progress=False)
-        cards, names = [], ["edit-" + edit.source.stem.removesuffix("-before") for edit in edits]
+            made = self.model.edit(sources, wishes, generator=[self.seed] * len(edits), progress=False)
+        cards, names = [], ["edit-" + Path(e["source"]).stem.removesuffix("-before") for e in edits]
         verdicts = [self.edited(image, edit) for image, edit in zip(made, edits, strict=True)]
         for edit, name, source, image, (_, found) in zip(edits, names, sources, made, verdicts, strict=True):
             before = self.save(self.square(source), f"{name}-source")
-            target = self.save(self.square(load_image(edit.target)), f"{name}-wanted")
+            target = self.save(self.square(load_image(FOLDER / edit["target"])), f"{name}-wanted")
             row = _row((before, "before"), (self.save(image, name), "after"), (target, "as it should be"))
-            cards.append(_card(row, f"“{edit.instruction}”", found))
+            cards.append(_card(row, f"“{edit['instruction']}”", found))
         note = "The features of the picture are part of the condition, so that what is not named can stay as it was."
-        note += JUDGED * self.judges
-        again = self.command("edit", f"{names[0]}-source.png", edits[0].instruction, seeded=True)
-        return (
-            "Edit",
-            f"{self.right('edit', verdicts)} pictures, {self.rate('edit')}",
-            _section(note, cards, again, wide=True),
-        )
+        line = f"{self.right('edit', verdicts)} pictures, {self.rate('edit')}"
+        again = self.command("edit", f"{names[0]}-source.png", wishes[0], seeded=True)
+        return "Edit", line, _section(note + JUDGED * self.judges, cards, again, wide=True)
 
     def ask(self) -> tuple[str, str, str]:
-        asked: list[tuple[Picture | None, Question]] = [(p, q) for p in self.examples.pictures for q in p.questions]
-        asked += [(None, question) for question in self.examples.riddles]
-        pictures = [None if picture is None else load_image(picture.path) for picture, _ in asked]
+        from unilip.emoji.score import accepts
+
+        shown = [*self.examples["pictures"], {"file": None, "questions": self.examples["riddles"]}]
+        pictures = [entry["file"] and load_image(FOLDER / entry["file"]) for entry in shown]
+        about = [picture for entry, picture in zip(shown, pictures, strict=True) for _ in entry["questions"]]
+        questions = [question["question"] for entry in shown for question in entry["questions"]]
         with self.timed("ask"):
-            answers = self.model.ask(pictures, [question.question for _, question in asked], max_new_tokens=32)
-        told = [(about, q, answer, q.accepts(answer)) for (about, q), answer in zip(asked, answers, strict=True)]
-        self.result["answers"] = [
-            {"question": q.question, "answer": answer, "truth": q.answers[0], "right": ok} for _, q, answer, ok in told
-        ]
-        cards = []
-        for picture in (*self.examples.pictures, None):
-            lines = "".join(_answer(q, answer, ok) for about, q, answer, ok in told if about is picture)
-            name = self.save(self.square(load_image(picture.path)), f"ask-{picture.path.stem}") if picture else ""
-            cards.append(_card(_row((name, "")) if picture else "", "" if picture else "Without a picture", lines))
-        right = sum(ok for *_, ok in told)
-        first = self.examples.pictures[0]
-        again = self.command("ask", f"ask-{first.path.stem}.png", first.questions[0].question)
-        note = "Greedy answers, compared with the truth word by word."
-        line = f"{right} of {len(told)} answers right, {self.rate('ask')}"
-        return "Ask", line, _section(note, cards, again)
+            answers = iter(self.model.ask(about, questions, max_new_tokens=32))
+        cards, told = [], []
+        for entry, picture in zip(shown, pictures, strict=True):
+            lines = ""
+            for question in entry["questions"]:
+                answer, truth = next(answers), question["answers"]
+                told.append({"question": question["question"], "answer": answer, "truth": truth[0]})
+                told[-1]["right"] = accepts(answer, truth)
+                lines += _answer(**told[-1])
+            row = picture and _row((self.save(self.square(picture), f"ask-{Path(entry['file']).stem}"), ""))
+            cards.append(_card(row or "", "" if picture else "Without a picture", lines))
+        self.result["answers"] = told
+        again = self.command("ask", f"ask-{Path(shown[0]['file']).stem}.png", questions[0])
+        line = f"{sum(one['right'] for one in told)} of {len(told)} answers right, {self.rate('ask')}"
+        return "Ask", line, _section("Greedy answers, compared with the truth word by word.", cards, again)
 
     def reconstruct(self) -> tuple[str, str, str]:
-        pictures = [load_image(picture.path) for picture in self.examples.pictures]
+        entries = self.examples["pictures"]
+        pictures = [load_image(FOLDER / entry["file"]) for entry in entries]
         with self.timed("reconstruct"):
             made = self.model.reconstruct(pictures)
         cards, scores = [], []
-        for picture, source, image in zip(self.examples.pictures, pictures, made, strict=True):
-            row, score = self.pair(source, f"reconstruct-{picture.path.stem}", image)
+        for entry, source, image in zip(entries, pictures, made, strict=True):
+            row, score = self.pair(source, f"reconstruct-{Path(entry['file']).stem}", image)
             scores.append(score)
-            cards.append(_card(row, picture.caption))
+            cards.append(_card(row, entry["caption"]))
         self.result["psnr"] = [round(score, 2) for score in scores]
         note = (
             "The picture becomes the features of the CLIP encoder, and is drawn again from these alone. Decibels are "
             "PSNR, more is better; on plain backgrounds they are high even where the eye sees another thing."
         )
-        again = self.command("reconstruct", f"reconstruct-{self.examples.pictures[0].path.stem}-source.png")
+        again = self.command("reconstruct", f"reconstruct-{Path(entries[0]['file']).stem}-source.png")
         line = f"{len(made)} pictures, {sum(scores) / len(scores):.1f} dB on average, {self.rate('reconstruct')}"
         return "Reconstruct", line, _section(note, cards, again, wide=True)
 
     def outside(self) -> tuple[str, str, str]:
-        source = load_image(_folder() / "photograph.jpg")
+        source = load_image(FOLDER / "photograph.jpg")
         with self.timed("outside"):
             made = self.model.reconstruct(source)[0]
         row, score = self.pair(source, "photograph", made)
@@ -314,12 +241,8 @@ class _Show:
             "A photograph. The embedded model has seen emoji drawings and nothing else, so fur and light come back "
             "poor. The released models were trained on photographs."
         )
-        again = self.command("reconstruct", "photograph-source.png")
-        return (
-            "Outside its world",
-            f"{score:.1f} dB, {self.rate('outside')}",
-            _section(note, [_card(row)], again, wide=True),
-        )
+        body = _section(note, [_card(row)], self.command("reconstruct", "photograph-source.png"), wide=True)
+        return "Outside its world", f"{score:.1f} dB, {self.rate('outside')}", body
 
     def learn(self) -> tuple[str, str, str]:
         """Train an adapter on a thing that no training showed; draw it before and after, in words not taught."""
@@ -353,14 +276,12 @@ class _Show:
         right = [[[one.concept for one in judge().read(image).objects] == [world.extra[0]] for image in images]
                  for images in drawn]  # fmt: skip
         self.result["learned"] = [sum(one) for one in right]
-        cards = []
-        for i in range(0, len(prompts), 4):
-            pair = [
-                (self.save(drawn[k][i], f"learn-{i // 4}-{when}"), when) for k, when in enumerate(("before", "after"))
-            ]
-            cards.append(_card(_row(*pair), f"“{prompts[i]}”", _verdict(right[1][i], "it is not")))
         taught = self.save(Image.fromarray(lessons[0]["image"]), "learn-taught")
-        cards.insert(0, _card(_row((taught, "")), f"One of the {TAUGHT}: “{lessons[0]['caption']}”"))
+        cards = [_card(_row((taught, "")), f"One of the {TAUGHT}: “{lessons[0]['caption']}”")]
+        for i in range(0, len(prompts), 4):
+            whens = enumerate(("before", "after"))
+            row = _row(*((self.save(drawn[k][i], f"learn-{i // 4}-{when}"), when) for k, when in whens))
+            cards.append(_card(row, f"“{prompts[i]}”", _verdict(right[1][i], "it is not")))
         note = (
             f"{thing[:1].upper() + thing[1:]} stands in no training picture. An adapter (LoRA) was trained here and "
             f"now on {TAUGHT} captioned pictures of it, mixed with known ones; the prompts are not among the captions."
@@ -380,16 +301,16 @@ class _Show:
         verdict = judge_prompt(reading, Scene.from_dict(scene), task, judge().world)
         return verdict.ok, _verdict(verdict.ok, f"saw {reading}")
 
-    def edited(self, image: Image.Image, edit: Edit) -> tuple[bool, str]:
+    def edited(self, image: Image.Image, edit: dict[str, Any]) -> tuple[bool, str]:
         """Whether an edit was done and the rest kept, and that in HTML."""
         if not self.judges:
             return False, ""
-        from unilip.emoji.edits import Edit as Asked
+        from unilip.emoji.edits import Edit
         from unilip.emoji.judge import judge_edit
         from unilip.emoji.world import Scene
 
-        before, after = map(Scene.from_dict, edit.scenes)
-        verdict = judge_edit(judge(), image, Asked(before, edit.instruction, after, edit.kind))
+        before, after = (Scene.from_dict(edit[f"{which}_scene"]) for which in ("source", "target"))
+        verdict = judge_edit(judge(), image, Edit(before, edit["instruction"], after, edit["kind"]))
         return verdict.ok, _verdict(verdict.ok, verdict.reason)
 
     def right(self, part: str, verdicts: Sequence[tuple[bool, str]]) -> str:
@@ -417,7 +338,7 @@ class _Show:
         template = Template((resources.files("unilip") / "demo.html").read_text(encoding="utf-8"))
         return template.substitute(
             shared=shared, size=config.image_size, times=times, facts=html.escape(facts), sections="".join(sections),
-            after=after, credits=html.escape(self.examples.credits), version=__version__,
+            after=after, credits=html.escape(self.examples["credits"]), version=__version__,
         )  # fmt: skip
 
 
@@ -436,16 +357,17 @@ def _card(row: str, text: str = "", more: str = "") -> str:
     return f'<div class="card">{row}{words}{more}</div>'
 
 
-def _answer(question: Question, answer: str, right: bool) -> str:
-    truth = html.escape(question.answers[0])
-    mark = '<span class="yes">✓</span>' if right else f'<span class="no">✗ (truth: {truth})</span>'
+def _answer(question: str, answer: str, truth: str, right: bool) -> str:
     said = html.escape(answer) or "<i>nothing</i>"
-    return f'<p><span class="soft">{html.escape(question.question)}</span><br>{said} {mark}</p>'
+    return f'<p><span class="soft">{html.escape(question)}</span><br>{said} {_mark(right, f"truth: {truth}")}</p>'
 
 
 def _verdict(right: bool, reason: str) -> str:
-    mark = '<span class="yes">✓</span>' if right else f'<span class="no">✗ ({html.escape(reason)})</span>'
-    return f"<p>{mark}</p>"
+    return f"<p>{_mark(right, reason)}</p>"
+
+
+def _mark(right: bool, reason: str) -> str:
+    return '<span class="yes">✓</span>' if right else f'<span class="no">✗ ({html.escape(reason)})</span>'
 
 
 def _section(note: str, cards: Sequence[str], command: str, wide: bool = False) -> str:

@@ -49,9 +49,9 @@ def about(o: Options, model: UniLIP) -> dict[str, Any]:
     }  # fmt: skip
     if o.model is None:
         given = examples()
-        found |= {"can": CAN, "cannot": CANNOT, "prompts": given.prompts}
-        found["edits"] = [(edit.source.name, edit.instruction) for edit in given.edits]
-        found["questions"] = [(one.path.name, one.questions[0].question) for one in given.pictures]
+        found |= {"can": CAN, "cannot": CANNOT, "prompts": given["prompts"]}
+        found["edits"] = [(edit["source"], edit["instruction"]) for edit in given["edits"]]
+        found["questions"] = [(one["file"], one["questions"][0]["question"]) for one in given["pictures"]]
     return found | ({} if o.model is None else {"model": name_of(o)})
 
 
