@@ -13,6 +13,7 @@ from method_support import ODD, apart, seeds, spread
 from support import failures
 from unilip.cli import main
 from unilip.errors import UniLIPError
+from unilip.fast.loop import Settings
 from unilip.method.encoder import Embeddings
 from unilip.method.text import Tokens
 from unilip.model import UniLIP
@@ -193,7 +194,7 @@ def test_squares_are_bit_equal_to_the_plain_way(tiny_model, picture):
         assert torch.equal(first, again)
     generator = torch.Generator().manual_seed(5)
     noise = torch.stack([torch.randn(32, 2, 2, generator=generator) for _ in range(2)])
-    settings = tiny_model._settings("quality", 3, None, None)
+    settings = Settings.of(tiny_model.config, num_inference_steps=3)
     from unilip import sampling
 
     assert torch.equal(

@@ -2,16 +2,14 @@
 
 In:  a model, and folders with adapter_config.json and adapter_model.safetensors. Out: the same model, whose linear
 layers add the adapters' updates; where parts are read from the checkpoint each time, the updates are added to their
-weights then. `UniLIP.load_adapter` and its neighbours call these functions. Everything is checked
-before anything changes, and what fails in spite of that is undone.
+weights then. Everything is checked before anything changes, and what fails in spite of that is undone.
 """
 
 from __future__ import annotations
 
 import base64
-import json
+import contextlib
 import logging
-import math
 import os
 import re
 from collections import defaultdict
@@ -25,12 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from unilip.checkpoints.hub import ADAPTER
-from unilip.errors import CheckpointError, UniLIPError, install
-from unilip.fast.offload import HEAD
+from unilip.checkpoints.hub import ADAPTER, REMEDY, read_json
+from unilip.errors import LARGEST, CheckpointError, UniLIPError, check_number, install
+from unilip.fast.offload import HEAD, Offload
 from unilip.fewstep import add_embedder, few_config
 from unilip.files import content_hash
-from unilip.sampling import changes
+from unilip.sampling import changes, check_path
 
 CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name in peft's files
@@ -64,9 +62,13 @@ def adapter_names(model: nn.Module) -> list[str]:
     return sorted(beside | {*_read_in(model)})
 
 
+def _offload(model: Any) -> Offload | None:
+    return getattr(getattr(model, "runtime", None), "offload", None)
+
+
 def _read_in(model: nn.Module) -> dict[str, tuple[Adapter, float]]:
     """Return the adapters, with strengths, of a model whose weights take them in as they are read."""
-    offload = getattr(getattr(model, "runtime", None), "offload", None)
+    offload = _offload(model)
     return {} if offload is None else offload.adapters
 
 
@@ -86,12 +88,14 @@ class Adapter:
     """What an adapter's folder holds, checked.
 
     Attributes:
+        path: the folder.
         base: what it was trained on, as it says itself; dora: whether it also has lengths of the weights' columns.
         tensors: by layer and kind (`KINDS`); rank, alpha: by layer; rslora: whether alpha is divided by sqrt(rank).
         trained_on: by layer, some values of the weights that it was trained on (`sampled`), where it tells.
         few_steps: the numbers of jumps that it teaches its base to draw in, of `unilip.fewstep`; mostly none.
     """
 
+    path: Path
     base: str
     dora: bool
     rslora: bool
@@ -125,16 +129,14 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     Raises:
         CheckpointError: it is no folder of a LoRA adapter, damaged, or its settings and tensors disagree.
     """
-    path = Path(folder)
+    path = Path(check_path("folder", folder))
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise CheckpointError(f"{path} is no adapter; give a folder with {CONFIG} and {WEIGHTS}, as peft writes it.")
+    settings = read_json(path / CONFIG, REMEDY)
     try:
-        settings = json.loads((path / CONFIG).read_text(encoding="utf-8-sig"))
         stored = load_file(path / WEIGHTS)
-        if not isinstance(settings, dict):
-            raise ValueError(f"{CONFIG} holds no JSON object")
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); copy or train the adapter again.") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}){REMEDY}.") from error
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(f"{path} is an adapter of the kind {kind}; LORA (and DoRA) can be loaded.")
@@ -143,12 +145,12 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         raise CheckpointError(f"{path / CONFIG} uses {', '.join(odd)}, which is not supported; train it without.")
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in stored.items():
-        layer, what = _split(key.removeprefix(PREFIX))
-        if what is None or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+        layer, _, what = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if what not in KINDS or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{path / WEIGHTS} holds {key}, which is no finite weight of a LoRA adapter.")
         tensors[layer][what] = tensor
     if not tensors:
-        raise CheckpointError(f"{path / WEIGHTS} is empty; copy or train the adapter again.")
+        raise CheckpointError(f"{path / WEIGHTS} is empty{REMEDY}.")
     steps = settings.get(FEW_STEPS) or []
     if not isinstance(steps, list) or not all(type(n) is int and 1 <= n <= 1000 for n in steps):
         raise CheckpointError(f"{path / CONFIG} has {FEW_STEPS} {steps!r}; they are numbers between 1 and 1000.")
@@ -157,8 +159,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         told = about.get(TRAINED_ON, {}) if isinstance(about, dict) else {}
         trained_on = {layer: text for layer, text in told.items() if len(unpacked(text)) and layer in tensors}
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        wrong = f"{path / CONFIG} is damaged ({MAPPING}.{TRAINED_ON}: {error}); copy or train the adapter again."
-        raise CheckpointError(wrong) from error
+        raise CheckpointError(f"{path / CONFIG} is damaged ({MAPPING}.{TRAINED_ON}: {error}){REMEDY}.") from error
     dora = bool(settings.get("use_dora"))
     for layer, found in tensors.items():
         if found.keys() != set(KINDS if dora else KINDS[:2]):
@@ -175,24 +176,16 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         if any(tuple(size) != (rank[layer],) for size in sizes):
             raise CheckpointError(f"{path / CONFIG} says rank {rank[layer]:g} of {layer}, whose tensors have another.")
     base = str(settings.get("base_model_name_or_path") or "another model").removeprefix("all=")
-    return Adapter(
-        base, dora, bool(settings.get("use_rslora")), tensors, {layer: int(value) for layer, value in rank.items()},
-        alpha, tuple(steps), trained_on,
-    )  # fmt: skip
+    return Adapter(path, base, dora, bool(settings.get("use_rslora")), tensors, rank, alpha, tuple(steps), trained_on)
 
 
-def _setting(path: Path, settings: Mapping[str, Any], name: str, pattern: str, layer: str) -> float:
+def _setting(path: Path, settings: Mapping[str, Any], name: str, pattern: str, layer: str) -> Any:
     """A positive number of a layer: that of the first pattern that ends its name, or that of all."""
     special = settings.get(pattern) or {}
-    value: Any = settings.get(name)
+    value: Any = special
     if isinstance(special, dict):  # peft allows regular expressions here; none of a file's are ever run
-        value = next((special[key] for key in special if _ends(layer, key)), value)
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if (
-        not isinstance(special, dict)
-        or not (whole or (name != "r" and isinstance(value, float)))
-        or not 0 < value < 1e6
-    ):
+        value = next((special[key] for key in special if _ends(layer, key)), settings.get(name))
+    if type(value) not in ((int,) if name == "r" else (int, float)) or not 0 < value < 1e6:
         raise CheckpointError(f"{path / CONFIG} has {name} {value!r} for {layer}; it must be a number greater than 0.")
     return value
 
@@ -234,14 +227,14 @@ def unpacked(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.bfloat16).float()
 
 
-def check_base(model: Any, folder: object, adapter: Adapter, weight: Callable[[str], Tensor]) -> None:
+def check_base(model: Any, adapter: Adapter, weight: Callable[[str], Tensor]) -> None:
     """Compare a model's weights with those that an adapter was trained beside, as far as their types tell.
 
     A log's line says where they have changed since, or where the adapter does not tell.
     Raises CheckpointError: it is another model of the same shapes.
     """
     if not adapter.trained_on:
-        logger.info("%s does not tell the weights that it was trained on; it names %s", folder, adapter.base)
+        logger.info("%s does not tell the weights that it was trained on; it names %s", adapter.path, adapter.base)
         return
     weights = {layer: weight(layer) for layer in adapter.trained_on}
     now = sampled(weights, weights.__getitem__)
@@ -252,7 +245,8 @@ def check_base(model: Any, folder: object, adapter: Adapter, weight: Callable[[s
     if bool(((here - then).abs() <= then.abs() / 128 + 1e-6).all()) or (rounded and apart < 0.3):
         return
     marks = [content_hash(dict(one))[:8] for one in (adapter.trained_on, now)]
-    both = f"{folder} was trained on {adapter.base} (weights {marks[0]}), and this is {model.config.name} ({marks[1]})"
+    both = f"{adapter.path} was trained on {adapter.base} (weights {marks[0]}), and this is {model.config.name}"
+    both += f" ({marks[1]})"
     if torch.cosine_similarity(here, then, 0) < 0.2:
         raise CheckpointError(
             f"{both}, another model of the same shapes. Load it beside the one it was trained on, or train one here."
@@ -260,18 +254,13 @@ def check_base(model: Any, folder: object, adapter: Adapter, weight: Callable[[s
     logger.warning("%s, whose weights have changed by %.0f %%: it may do less than there", both, 100 * apart)
 
 
-def fitting(
-    model: nn.Module, folder: str | os.PathLike[str], stored: Callable[[str], Tensor] | None = None, known: bool = False
-) -> Adapter:
-    """Read an adapter for a model, whose weights need not be there yet where STORED reads tensors by name.
-
-    `known`: its base was compared already.
+def fitting(model: Any, adapter: Adapter, stored: Callable[[str], Tensor] | None = None) -> Adapter:
+    """Check an adapter beside a model, whose weights need not be there yet where STORED reads tensors by name.
 
     Raises:
-        CheckpointError: it is damaged, or does not fit the model, or belongs to another one.
+        CheckpointError: it does not fit the model, or belongs to another one.
         UniLIPError: the model reads its weights each time, and this adapter cannot be added to them then.
     """
-    adapter = read_adapter(folder)
     shapes = {layer: m.weight.shape for layer, m in model.named_modules() if isinstance(m, nn.Linear)}
     shapes |= {layer: m.base_layer.weight.shape for layer, m in adapted_layers(model)}
     lacking = _lacks_embedder(model, adapter)
@@ -280,18 +269,18 @@ def fitting(
     strange = [layer for layer, tensors in adapter.tensors.items() if not _fits(shapes.get(layer), tensors)]
     if strange:
         raise CheckpointError(
-            f"{folder} does not fit the model: {', '.join(strange[:3])}. It was made for {adapter.base} and "
+            f"{adapter.path} does not fit the model: {', '.join(strange[:3])}. It was made for {adapter.base} and "
             f"{len(adapter.tensors)} of its layers."
         )
-    offload = getattr(getattr(model, "runtime", None), "offload", None)
-    tied = HEAD in adapter.tensors and model.config.text.tie_embeddings  # type: ignore[union-attr]
+    offload = _offload(model)
+    tied = HEAD in adapter.tensors and model.config.text.tie_embeddings
     if offload is not None and (lacking or tied or offload.quantized):
-        why = "has quantised weights" if offload.quantized else f"has no place for {folder}"
+        why = "has quantised weights" if offload.quantized else f"has no place for {adapter.path}"
         raise UniLIPError(
             f"This model reads its weights each time and {why}; merge the adapter into the plain model first, with "
             "`unilip convert`, or load it without low_memory."
         )
-    read = stored or getattr(offload, "stored", None)
+    read = stored or (offload and offload.stored)
 
     def weight(layer: str) -> Tensor:
         if read is not None:
@@ -299,43 +288,37 @@ def fitting(
         found: Any = model.get_submodule(layer)
         return getattr(found, "base_layer", found).weight
 
-    if not known:
-        check_base(model, folder, adapter, weight)
+    check_base(model, adapter, weight)
     return adapter
 
 
 @changes
 def load_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, scale: float = 1.0, known: bool = False
+    model: Any, folder: str | os.PathLike[str] | Adapter, name: str | None = None, scale: float = 1.0
 ) -> str:
-    """Put an adapter beside the weights, active with those that are loaded already; returns its name.
+    """Put a LoRA or DoRA adapter (a folder in peft's format, or one that `fitting` passed) beside the weights.
 
-    Args:
-        known: its base was compared already.
-        name: what to call it; the folder's own name by default ("final" is called after the folder above).
-        scale: how strongly it acts: 0 not at all, 1 as trained.
-
-    Raises:
-        CheckpointError: it is damaged, or does not fit the model.
-        UniLIPError: peft is missing, the name is taken, or the model was offloaded before.
+    It acts at once, `scale` times as strongly as trained, together with those loaded before; with low_memory, whenever
+    weights are read. Returns its name: by default that of the folder, or of the one above if it is called "final".
+    Raises UniLIPError: it does not fit the model, is damaged, the name is taken, or peft is missing.
     """
-    name = (name or called(folder)).replace(".", "_")
-    others = adapter_names(model)
+    if not (name is None or isinstance(name, str)):
+        raise UniLIPError(f"name is {name!r}; give a text.")
+    path = folder.path if isinstance(folder, Adapter) else check_path("folder", folder)
+    name, others = (name or called(path)).replace(".", "_"), adapter_names(model)
     if name in others:
         raise UniLIPError(f"An adapter {name} is loaded already; give another name, or unload first.")
+    scales = {other: adapter_scale(model, other) for other in others}
     _check_scales({name: scale})
-    offload = getattr(getattr(model, "runtime", None), "offload", None)
+    offload = _offload(model)
     if offload is not None and not offload.reads:
         raise UniLIPError("The weights of this model rest elsewhere; load adapters first, then enable_cpu_offload.")
-    adapter = fitting(model, folder, known=known)
+    adapter = folder if isinstance(folder, Adapter) else fitting(model, read_adapter(folder))
     if offload is not None:
-        scales = {other: adapter_scale(model, other) for other in others}
         offload.adapters[name] = (adapter, scale)
         set_adapters(model, scales | {name: scale})
         return name
     peft = library()
-    dit: Any = getattr(model, "dit", None)
-    lacking = _lacks_embedder(model, adapter)
     exact = {layer: re.escape(layer) for layer in adapter.tensors}
     rank, alpha = next(iter(adapter.rank.values())), next(iter(adapter.alpha.values()))
     config = peft.LoraConfig(
@@ -344,13 +327,12 @@ def load_adapter(
         alpha_pattern={exact[layer]: value for layer, value in adapter.alpha.items() if value != alpha},
         lora_dropout=0.0, inference_mode=True, base_model_name_or_path=adapter.base,
     )  # fmt: skip
-    scales = {other: adapter_scale(model, other) for other in others}
     try:
-        if lacking:
-            add_embedder(dit)
-            dit.plain_config = model.config
+        if _lacks_embedder(model, adapter):
+            add_embedder(model.dit)
+            model.dit.plain_config = model.config
         put_in(model, config, INNER + name)
-        model.peft_config[INNER + name].few_steps = adapter.few_steps  # type: ignore[union-attr, index]
+        model.peft_config[INNER + name].few_steps = adapter.few_steps
         layers = dict(adapted_layers(model))
         for layer, tensors in adapter.tensors.items():
             for kind, tensor in tensors.items():
@@ -361,29 +343,37 @@ def load_adapter(
         unload_adapters(model, [name])
         set_adapters(model, scales)
         if isinstance(error, (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError, ImportError)):
-            raise UniLIPError(f"{folder} could not be put into the model ({error}).") from error
+            raise UniLIPError(f"{path} could not be put into the model ({error}).") from error
         raise
     return name
+
+
+@contextlib.contextmanager
+def _same_flags(model: nn.Module) -> Iterator[None]:
+    """Let parameters be trained after the block as before it, and new ones not: making one act is not training it."""
+    flags = {id(p): p.requires_grad for p in model.parameters()}
+    yield
+    for parameter in model.parameters():
+        parameter.requires_grad_(flags.get(id(parameter), False))
 
 
 @changes
 def put_in(model: nn.Module, config: Any, name: str) -> None:
     """Give the layers that a peft config names an adapter of this name; the model's training flags stay."""
-    flags = {id(p): p.requires_grad for p in model.parameters()}
     training = model.training
-    library().inject_adapter_in_model(config, model, adapter_name=name)
-    for parameter in model.parameters():
-        parameter.requires_grad_(flags.get(id(parameter), False))
+    with _same_flags(model):
+        library().inject_adapter_in_model(config, model, adapter_name=name)
     model.train(training)
 
 
 @changes
 def set_adapters(model: nn.Module, scales: Mapping[str, float]) -> None:
-    """Make exactly these adapters act, each as strongly as said; several add up.
+    """Make exactly these loaded adapters act, each as strongly as said; an empty mapping switches all off.
 
-    Raises:
-        UniLIPError: one of them is not loaded.
+    Raises UniLIPError: one of them is not loaded, or its strength is no number.
     """
+    if not isinstance(scales, Mapping):
+        raise UniLIPError(f"scales is {scales!r}; give a mapping from names of adapters to numbers.")
     unknown = sorted(set(scales) - set(adapter_names(model)))
     if unknown:
         loaded = ", ".join(adapter_names(model)) or "none"
@@ -392,21 +382,18 @@ def set_adapters(model: nn.Module, scales: Mapping[str, float]) -> None:
     taken = _read_in(model)
     for name in [*(name for name in scales if name in taken), *(name for name in taken if name not in scales)]:
         taken[name] = (taken.pop(name)[0], scales.get(name, 0.0))  # in the order in which they are to act
-    flags = {id(p): p.requires_grad for p in model.parameters()}
-    for _, layer in adapted_layers(model):
-        active = {inner: scales[name] for name in scales for inner in _held(layer, name)}
-        layer.set_adapter(list(active))
-        for inner, scale in active.items():
-            layer.set_scale(inner, scale)
-    for parameter in model.parameters():  # making it act is not training it
-        parameter.requires_grad_(flags[id(parameter)])
+    with _same_flags(model):
+        for _, layer in adapted_layers(model):
+            active = {inner: scales[name] for name in scales for inner in _held(layer, name)}
+            layer.set_adapter(list(active))
+            for inner, scale in active.items():
+                layer.set_scale(inner, scale)
     _tell_few_steps(model, [name for name in scales if scales[name]])
 
 
 def _check_scales(scales: Mapping[str, float]) -> None:
     for name, scale in scales.items():
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-            raise UniLIPError(f"The scale of adapter {name} is {scale!r}; it must be a number (1 is as trained).")
+        check_number(f"The scale of adapter {name}", scale, -LARGEST)
 
 
 def _held(layer: Any, name: str) -> list[str]:
@@ -421,20 +408,16 @@ def adapter_scale(model: nn.Module, name: str) -> float:
     for _, layer in adapted_layers(model):
         for inner in _held(layer, name):
             root = layer.r[inner] ** 0.5 if layer.use_rslora.get(inner) else layer.r[inner]
-            return (
-                float(layer.scaling[inner] / layer.lora_alpha[inner] * root) if inner in layer.active_adapters else 0.0
-            )
+            acts = inner in layer.active_adapters
+            return float(layer.scaling[inner] / layer.lora_alpha[inner] * root) if acts else 0.0
     raise UniLIPError(f"There is no adapter {name}; loaded: {', '.join(adapter_names(model)) or 'none'}.")
 
 
 @changes
 def merge_adapters(model: nn.Module) -> None:
-    """Add the active adapters to the weights, as strongly as they act, and take all of them off.
+    """Add the acting adapters to the weights for good, and take all off; the model can then be saved as any other.
 
-    Afterwards the model is an ordinary one: it can be saved, and runs as fast as before.
-
-    Raises:
-        UniLIPError: the weights are quantised, read each time, or would not be finite; the model is as it was.
+    Raises UniLIPError: the weights are quantised, read each time, or would not be finite; the model is as it was.
     """
     if _read_in(model):
         raise UniLIPError("This model reads its weights each time; load it without low_memory to merge adapters.")
@@ -442,14 +425,11 @@ def merge_adapters(model: nn.Module) -> None:
     for name, layer in layers:
         weight = layer.base_layer.weight
         if not weight.is_floating_point() or hasattr(weight, "tensor_data_names"):
-            raise UniLIPError(
-                "Quantised weights cannot take an adapter in; load the model plainly, merge, then quantise."
-            )
+            raise UniLIPError("Quantised weights take no adapter in; load the model plainly, merge, then quantise.")
         for inner in layer.active_adapters:
             if inner in layer.lora_A and not bool((weight + layer.get_delta_weight(inner)).isfinite().all()):
-                raise UniLIPError(
-                    f"Merging overflows {weight.dtype} in {name}; load the model in float32, or scale less."
-                )
+                why = f"Merging overflows {weight.dtype} in {name}"
+                raise UniLIPError(f"{why}; load the model in float32, or scale less.")
     for name, layer in layers:
         layer.merge()
         _replace(model, name, layer.base_layer)
@@ -500,12 +480,6 @@ def _forget(model: nn.Module) -> None:
     """Drop what peft notes on a model with adapters."""
     if hasattr(model, "peft_config"):
         del model.peft_config
-
-
-def _split(key: str) -> tuple[str, str | None]:
-    """Split a stored name into layer and kind: 'dit.x.to_q.lora_A.weight' -> 'dit.x.to_q', 'lora_A'."""
-    layer, _, kind = key.removesuffix(".weight").rpartition(".")
-    return layer, kind if kind in KINDS else None
 
 
 def _fits(shape: Any, tensors: Mapping[str, Tensor]) -> bool:

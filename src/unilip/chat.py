@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
 
-from unilip.errors import PromptError, check_choice
+from unilip.errors import PromptError, check_choice, check_flag, check_number
 from unilip.intent import Intent, intent
 from unilip.pictures import as_html, load_image
-from unilip.sampling import check_flag, check_number, check_prompt
+from unilip.sampling import check_prompt
 
 if TYPE_CHECKING:
     from unilip.model import UniLIP

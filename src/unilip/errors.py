@@ -5,7 +5,11 @@ The command line turns one into exit code 2, the server into a 4xx. Programming 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import Any
+
+LARGEST = 3e38  # of float32
 
 
 class UniLIPError(ValueError):
@@ -43,3 +47,31 @@ def check_choice(what: str, value: object, allowed: Iterable[str], kind: type[Un
     names = list(allowed)
     if not isinstance(value, str) or value not in names:
         raise kind(f"There is no {what} {value!r}; allowed: {', '.join(names)}.")
+
+
+def check_number(
+    name: str,
+    value: Any,
+    least: float,
+    most: float = math.inf,
+    *,
+    whole: bool = False,
+    kind: type[UniLIPError] = UniLIPError,
+) -> Any:
+    """Return a number in range. Raises an error of a kind: no number, no whole one where asked for, or out of range."""
+    form = "whole number" if whole else "number"
+    number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    if isinstance(number, bool) or not isinstance(number, int if whole else (int, float)):
+        raise kind(f"{name} is {value!r}; it must be a {form}.")
+    if not least <= number <= most or abs(number) > LARGEST:
+        allowed = f"at least {least:.12g}" if math.isinf(most) else f"between {least:.12g} and {most:.12g}"
+        raise kind(f"{name} is {value!r}; it must be a {form} {allowed}.")
+    return number if whole or abs(number) < 2**63 else float(number)  # torch takes no longer ones
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return True or False, or say what was given instead."""
+    flag = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    if not isinstance(flag, bool):
+        raise UniLIPError(f"{name} is {value!r}; it must be True or False.")
+    return flag

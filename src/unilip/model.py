@@ -26,13 +26,13 @@ from unilip.chat import Chat
 from unilip.checkpoints import read, write
 from unilip.checkpoints.hub import Adapted, Source
 from unilip.checkpoints.tokenizer import load_tokenizer
-from unilip.errors import ImageError, PromptError, UniLIPError, check_choice
+from unilip.errors import ImageError, PromptError, UniLIPError, check_choice, check_flag, check_number
 from unilip.fast.choose import choose
 from unilip.fast.loop import BUCKET, Compiled, Settings
 from unilip.fast.offload import HEAD, Offload, Unmade, empty, give_back
 from unilip.fast.quantise import kinds_of, quantise
 from unilip.machine import PERFORMANCES, choose_device
-from unilip.method.config import SOLVERS, TOKEN_PIXELS, UniLIPConfig
+from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
 from unilip.method.connector import copy_from_llm
 from unilip.method.model import PARTS, Network, Reader
 from unilip.method.text import Message, Processor, Prompt, Tokens
@@ -118,7 +118,7 @@ class UniLIP(Network):
         """Build a float32 model with random weights that depend on `seed` alone; the connector copies the LLM's end."""
         if not isinstance(config, UniLIPConfig):
             raise UniLIPError(f"config is {config!r}; give a UniLIPConfig, for instance preset('tiny').")
-        seed, parts = sampling.check_number("seed", seed, -(2**63), 2**64 - 1, whole=True), _names(parts)
+        seed, parts = check_number("seed", seed, -(2**63), 2**64 - 1, whole=True), _names(parts)
         usual = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
@@ -173,7 +173,7 @@ class UniLIP(Network):
         if not (source is None or isinstance(source, (str, os.PathLike, Adapted, read.Checkpoint))):
             raise UniLIPError(f"source is {source!r}; give a folder, a file or a hub id as text or path.")
         where = _device("cpu" if device is None else device)
-        low_memory = None if low_memory is None else sampling.check_flag("low_memory", low_memory)
+        low_memory = None if low_memory is None else check_flag("low_memory", low_memory)
         check_choice("performance", performance, PERFORMANCES)
         kinds = None if quantization is None else kinds_of(quantization)
         opened = source if isinstance(source, read.Checkpoint) else read.open_checkpoint(source, **fetching)
@@ -181,8 +181,8 @@ class UniLIP(Network):
             opened.require_plain(f"cannot be quantised to {quantization} anew", alone=False)
         drawing = isinstance(parts, str) and parts == "drawing"
         wanted = opened.parts if parts is None else DRAWING if drawing else _names(parts)
-        for folder, _ in opened.adapters:
-            wanted = tuple(dict.fromkeys([*wanted, *adapters.read_adapter(folder).parts]))
+        beside = [adapters.read_adapter(folder) for folder, _ in opened.adapters]
+        wanted = tuple(dict.fromkeys([*wanted, *(part for adapter in beside for part in adapter.parts)]))
         missing = sorted(set(wanted) - set(opened.parts))
         if missing:
             raise UniLIPError(f"{opened.path} has no {', '.join(missing)}; it holds: {', '.join(opened.parts)}.")
@@ -204,9 +204,9 @@ class UniLIP(Network):
             processor = Processor(load_tokenizer(opened.tokenizer_path), config)
         with Unmade():
             model = cls(config, processor, wanted)
-        drawing = drawing and not opened.adapters
-        for folder, _ in opened.adapters:
-            adapters.fitting(model, folder, opened.tensor)  # complains before weights are read
+        drawing = drawing and not beside
+        for adapter in beside:
+            adapters.fitting(model, adapter, opened.tensor)  # complains before weights are read
         if drawing and not opened.config.text.tie_embeddings:
             del model.mllm.language_model.lm_head
         later = (f"{HEAD}.weight",) if low_memory or drawing else ()
@@ -239,10 +239,9 @@ class UniLIP(Network):
                 load(model, part)
         if performance == "memory":
             model.runtime.products = None
-        for folder, scale in opened.adapters:
+        for adapter, (folder, scale) in zip(beside, opened.adapters, strict=True):
             taken, name = adapters.adapter_names(model), adapters.called(folder)
-            name = name if name not in taken else f"{name}{len(taken)}"
-            adapters.load_adapter(model, folder, name, scale, known=True)
+            adapters.load_adapter(model, adapter, name if name not in taken else f"{name}{len(taken)}", scale)
         return model.eval()
 
     @sampling.works
@@ -258,43 +257,14 @@ class UniLIP(Network):
         check_choice("format to save in", to, ("unilip", "diffusers"))
         if self.runtime.offload is not None:
             raise UniLIPError("A model whose parts come and go cannot be saved; load it plainly to save it.")
-        tokenizer = self.processor.tokenizer if self.processor else None
-        if not isinstance(max_shard_size, str):
-            sampling.check_number("max_shard_size", max_shard_size, 1)
         write.save(
-            self, self.config, _path("folder", folder), max_shard_size=max_shard_size, tokenizer=tokenizer,
-            dtype=dtype, to=to,
+            self, self.config, sampling.check_path("folder", folder), max_shard_size=max_shard_size, dtype=dtype, to=to,
+            tokenizer=self.processor.tokenizer if self.processor else None,
         )  # fmt: skip
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Save to a temporary folder and upload it; returns the address."""
-        return write.push_model(self, repo_id, **options)
-
-    def load_adapter(self, folder: str | os.PathLike[str], name: str | None = None, scale: float = 1.0) -> str:
-        """Put a LoRA or DoRA adapter (a folder in peft's format) beside the weights; returns its name.
-
-        It acts at once, `scale` times as strongly as trained, together with those loaded before; with low_memory,
-        whenever weights are read.
-        Raises UniLIPError: it does not fit the model, is damaged, or peft is missing.
-        """
-        sampling.check_number("scale", scale, -sampling.LARGEST)
-        if not (name is None or isinstance(name, str)):
-            raise UniLIPError(f"name is {name!r}; give a text.")
-        return adapters.load_adapter(self, _path("folder", folder), name, scale)
-
-    def set_adapters(self, scales: Mapping[str, float]) -> None:
-        """Make exactly these loaded adapters act, each as strongly as said; an empty mapping switches all off."""
-        if not isinstance(scales, Mapping):
-            raise UniLIPError(f"scales is {scales!r}; give a mapping from names of adapters to numbers.")
-        adapters.set_adapters(self, scales)
-
-    def merge_adapters(self) -> None:
-        """Add the acting adapters to the weights for good; the model can then be saved as any other."""
-        adapters.merge_adapters(self)
-
-    def unload_adapters(self) -> None:
-        """Take all adapters off."""
-        adapters.unload_adapters(self)
+    push_to_hub = write.push_model
+    load_adapter, set_adapters = adapters.load_adapter, adapters.set_adapters
+    merge_adapters, unload_adapters = adapters.merge_adapters, adapters.unload_adapters
 
     @sampling.changes
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UniLIP:
@@ -348,7 +318,7 @@ class UniLIP(Network):
         of `bucket` tokens. A callback on each step runs without the graph. `options` go to `torch.compile`.
         """
         self.require("dit")
-        bucket = sampling.check_number("bucket", bucket, 1, LONGEST_BUCKET, whole=True)
+        bucket = check_number("bucket", bucket, 1, LONGEST_BUCKET, whole=True)
         if self.runtime.offload is not None:
             raise UniLIPError("A model whose parts come and go cannot be compiled; choose one of the two.")
         if "pixel_decoder" in self.parts and self.device.type == "cuda":  # convolutions want it so there
@@ -369,7 +339,7 @@ class UniLIP(Network):
     @sampling.changes
     def enable_tiling(self, strips: int = 4) -> UniLIP:
         """Decode one picture at a time, in strips where the decoder works locally: the same pixels in less memory."""
-        self.runtime.strips = sampling.check_number("strips", strips, 1, whole=True)
+        self.runtime.strips = check_number("strips", strips, 1, whole=True)
         return self
 
     @sampling.changes
@@ -430,7 +400,7 @@ class UniLIP(Network):
         _check_output(output_type)
         rows = None
         if height is not None:
-            rows, rest = divmod(sampling.check_number("height", height, TOKEN_PIXELS, whole=True), TOKEN_PIXELS)
+            rows, rest = divmod(check_number("height", height, TOKEN_PIXELS, whole=True), TOKEN_PIXELS)
             if latents or rest:
                 why = "latents know their shape" if latents else f"it must be a multiple of {TOKEN_PIXELS}"
                 raise UniLIPError(f"height is {height}, but {why}.")
@@ -538,16 +508,18 @@ class UniLIP(Network):
             UniLIPError: a value out of range, an empty or overlong prompt, NaN or infinity in a result, a missing part.
         """
         prompts, plan = [sampling.check_prompt(p) for p in _as_list(prompt)], sampling.check_plan(plan)
-        settings = self._settings(preset, num_inference_steps, guidance_scale, solver)
-        copies = sampling.check_number("num_images_per_prompt", num_images_per_prompt, 1, MOST_IMAGES, whole=True)
+        settings = Settings.of(
+            self.config, preset, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, solver=solver
+        )
+        copies = check_number("num_images_per_prompt", num_images_per_prompt, 1, MOST_IMAGES, whole=True)
         generator, progress = sampling.check_generator(generator), check_progress(progress)
         _check_output(output_type)
         self.require("mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
         side, processor = self.config.image_size, self._processor()
-        size = shapes.targets([(side, side)], side, **_sides(self.config, height, width, image_size))[0]
+        size = shapes.targets([(side, side)], side, height=height, width=width, image_size=image_size)[0]
         negatives, on_step = _negatives(negative_prompt, len(prompts), settings), self._step(callback_on_step_end)
         latents = _noise(latents)
-        best_of = sampling.check_number("best_of", best_of, 1, MOST_TRIES, whole=True)
+        best_of = check_number("best_of", best_of, 1, MOST_TRIES, whole=True)
         if best_of > 1:
             self.require("encoder", "pixel_decoder")
             if latents is not None:
@@ -627,8 +599,10 @@ class UniLIP(Network):
         The other arguments are those of `generate`.
         """
         prompts = [sampling.check_prompt(p, "instruction") for p in _as_list(prompt)]
-        settings = self._settings(preset, num_inference_steps, guidance_scale, solver)
-        copies = sampling.check_number("num_images_per_prompt", num_images_per_prompt, 1, MOST_IMAGES, whole=True)
+        settings = Settings.of(
+            self.config, preset, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, solver=solver
+        )
+        copies = check_number("num_images_per_prompt", num_images_per_prompt, 1, MOST_IMAGES, whole=True)
         generator, progress = sampling.check_generator(generator), check_progress(progress)
         _check_output(output_type, keep_aspect)
         self.require("encoder", "mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
@@ -744,13 +718,13 @@ class UniLIP(Network):
         """
         self.require("encoder", "mllm")
         processor = self._processor()
-        temperature = sampling.check_number("temperature", temperature, 0)
-        top_p = sampling.check_number("top_p", top_p, 0, 1)
+        temperature = check_number("temperature", temperature, 0)
+        top_p = check_number("top_p", top_p, 0, 1)
         if top_p == 0:
             raise UniLIPError(f"top_p is {top_p}; it must be greater than 0 and at most 1 (1 keeps every token).")
-        most = sampling.check_number("max_new_tokens", max_new_tokens, 1, whole=True)
-        max_tiles = sampling.check_number("max_tiles", max_tiles, 1, MOST_TILES, whole=True)
-        chosen, stream = sampling.check_generator(generator), sampling.check_flag("stream", stream)
+        most = check_number("max_new_tokens", max_new_tokens, 1, whole=True)
+        max_tiles = check_number("max_tiles", max_tiles, 1, MOST_TILES, whole=True)
+        chosen, stream = sampling.check_generator(generator), check_flag("stream", stream)
         if not isinstance(history, (list, tuple)):
             raise PromptError(f"The history is {history!r}; give a list of turns.")
         if isinstance(chosen, list):
@@ -817,7 +791,7 @@ class UniLIP(Network):
         count = features.shape[1]
         if height is None and math.isqrt(count) ** 2 != count:
             raise UniLIPError(f"{count} features make no square picture; give `height` to to_latent.")
-        if height is not None and count % sampling.check_number("height", height, 1, max(1, count), whole=True):
+        if height is not None and count % check_number("height", height, 1, max(1, count), whole=True):
             raise UniLIPError(f"height is {height}; it must divide the {count} features of a picture.")
 
     def _check_latent(self, latent: Any) -> None:
@@ -834,7 +808,7 @@ class UniLIP(Network):
         self, image: Any, fit: Fit, height: Any, width: Any, image_size: Any, max_pixels: Any
     ) -> tuple[list[Image.Image], list[Size]]:
         """Load pictures, and say at which size each is read."""
-        given = _sides(self.config, height, width, image_size) | {"max_pixels": max_pixels}
+        given = {"height": height, "width": width, "image_size": image_size, "max_pixels": max_pixels}
         side, sources = self.config.image_size, _pictures(image, fit)
         shapes.targets([(side, side)], side, **given)  # complains where there is no picture, too
         return sources, shapes.targets([s.size if fit == "resize" else (side, side) for s in sources], side, **given)
@@ -848,16 +822,6 @@ class UniLIP(Network):
         if tuple(given.shape) != (expected := (len(wanted), *wanted[0])):
             raise UniLIPError(f"latents are {list(given.shape)}; noise for these pictures is {list(expected)}.")
         return list(given.float())
-
-    def _settings(self, preset: str, steps: int | None, guidance: float | None, solver: str | None) -> Settings:
-        if steps is not None:
-            steps = sampling.check_number("num_inference_steps", steps, 1, 1000, whole=True)
-        if solver is not None:
-            check_choice("solver", solver, SOLVERS)
-        if guidance is not None:
-            guidance = sampling.check_number("guidance_scale", guidance, 0)
-        given = {"num_inference_steps": steps, "guidance_scale": guidance, "solver": solver}
-        return Settings.of(self.config, preset, **given)
 
     def _step(self, callback: StepCallback | None) -> sampling.OnStep | None:
         if callback is None:
@@ -927,12 +891,6 @@ def _names(parts: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _path(name: str, value: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    if not isinstance(value, (str, os.PathLike)):
-        raise UniLIPError(f"{name} is {value!r}; give a text or a path.")
-    return value
-
-
 def _device(device: torch.device | str) -> torch.device:
     try:
         chosen = choose_device(str(device) if isinstance(device, torch.device) else device)
@@ -959,17 +917,6 @@ def _pictures(value: Any, fit: str = "resize") -> list[Image.Image]:
     return [load_image(image) for image in (list(value) if batch else _as_list(value))]
 
 
-def _sides(config: UniLIPConfig, height: Any, width: Any, image_size: Any) -> dict[str, Any]:
-    """Take the side of a square as both sides."""
-    if image_size is None:
-        return {"height": height, "width": width}
-    if height is not None or width is not None:
-        raise UniLIPError("Give either image_size, for a square, or height and width.")
-    side = shapes.number("image_size", image_size, TOKEN_PIXELS, shapes.MAX_DRAWN_SIDE)
-    config.replace(image_size=side)  # a multiple of 28
-    return {"height": side, "width": side}
-
-
 def _check_alike(sizes: Sequence[Size]) -> None:
     if len(found := shapes.grouped(sizes)) > 1:
         named = ", ".join(f"{width}x{height}" for width, height in found)
@@ -993,7 +940,7 @@ def _shape(values: Any) -> str:
 
 def _check_output(output_type: str, keep_aspect: bool = False) -> None:
     check_choice("output type", output_type, OUTPUT_TYPES)
-    if sampling.check_flag("keep_aspect", keep_aspect) and output_type != "pil":
+    if check_flag("keep_aspect", keep_aspect) and output_type != "pil":
         raise UniLIPError(f'keep_aspect needs output_type "pil", not {output_type!r}.')
 
 
@@ -1015,7 +962,7 @@ def _noise(latents: Any) -> Tensor | None:
 def check_progress(value: Any) -> sampling.Progress:
     """Take whether to show a bar, or tqdm's arguments for it."""
     if not isinstance(value, Mapping):
-        return sampling.check_flag("progress", value)
+        return check_flag("progress", value)
     known = inspect.signature(tqdm.__init__).parameters
     for name in value:
         check_choice("argument of a progress bar", name, [n for n in known if n not in ("self", "total", "kwargs")])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 
 from unilip import adapters
 from unilip.checkpoints.write import push_model
-from unilip.errors import UniLIPError
+from unilip.errors import LARGEST, UniLIPError, check_flag, check_number
+from unilip.fast.loop import Settings
 from unilip.method.config import UniLIPConfig
 from unilip.model import ImageOutput, UniLIP, check_progress
 from unilip.pictures import Fit, ImageLike
-from unilip.sampling import LARGEST, Generators, Progress, check_flag, check_number
+from unilip.sampling import Generators, Progress
 
 logger = logging.getLogger(__name__)
 IGNORED = ("low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "safety_checker")  # options of diffusers
@@ -66,20 +68,14 @@ class UniLIPPipeline:
         device_map: str | Mapping[str, Any] | None = None,
         **options: Any,
     ) -> UniLIPPipeline:
-        """Load a model: nothing for the embedded one, else a folder, a file or a hub id, in any known format.
+        """Load a model as `UniLIP.from_pretrained` does, whose `options` these are; `IGNORED` change nothing here.
 
         Args:
-            source: what `UniLIP.from_pretrained` takes.
-            dtype, torch_dtype: of the weights in memory, under either name; float32 by default, "auto" for what is
-                stored.
-            device: where to put them; the CPU by default, "auto" for CUDA where there is one.
-            device_map: diffusers' word for it: a device, "auto" or "balanced", all of it on one device.
-            options: those of `UniLIP.from_pretrained`: revision, token, cache_dir, local_files_only, variant,
-                quantization, low_memory, performance. `IGNORED` names those of diffusers that change nothing here.
+            torch_dtype: the other name of `dtype`.
+            device_map: diffusers' word for `device`: one, "auto" or "balanced", all of the model on it.
 
         Raises:
-            UniLIPError: an unknown option, or two that contradict each other.
-            CheckpointError: missing, truncated, of an unknown kind, or not exactly the weights that the model needs.
+            UniLIPError: an unknown option, or two that contradict each other; or what loading raises.
         """
         if None not in (dtype, torch_dtype) and dtype != torch_dtype:
             raise UniLIPError(f"dtype is {dtype} and torch_dtype {torch_dtype}; give one of the two.")
@@ -95,9 +91,8 @@ class UniLIPPipeline:
         given = {name: value for name, value in options.items() if name not in IGNORED}
         if device_map is not None:
             device = "auto" if device_map == "balanced" else device_map
-        return cls(
-            UniLIP.from_pretrained(source, dtype=torch_dtype if dtype is None else dtype, device=device, **given)
-        )
+        dtype = torch_dtype if dtype is None else dtype
+        return cls(UniLIP.from_pretrained(source, dtype=dtype, device=device, **given))
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
         """Write a folder that `DiffusionPipeline.from_pretrained` reads, and everything of this package.
@@ -117,17 +112,14 @@ class UniLIPPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
         return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
         return self.model.dtype
 
     @property
     def config(self) -> UniLIPConfig:
-        """Of the model."""
         return self.model.config
 
     @property
@@ -207,19 +199,11 @@ class UniLIPPipeline:
         self.model.merge_adapters()
 
     def unfuse_lora(self) -> None:
-        """Nothing: a merged adapter is gone, and so are the weights from before.
-
-        Raises:
-            UniLIPError: always.
-        """
+        """Raise UniLIPError: a merged adapter is gone, and so are the weights from before."""
         raise UniLIPError("A merged adapter cannot be taken out again; load the model anew.")
 
     def set_progress_bar_config(self, **options: Any) -> None:
-        """Give tqdm's arguments for the bar: disable=True for none, else as it is on a terminal, desc, leave, ...
-
-        Raises:
-            UniLIPError: tqdm has no such argument.
-        """
+        """Give tqdm's arguments for the bar: disable=True for none. Raises UniLIPError: there is no such argument."""
         self._progress_bar_config = check_progress(options)
 
     @torch.no_grad()
@@ -247,19 +231,9 @@ class UniLIPPipeline:
         """Draw pictures of a prompt, or change `image` as the prompt says.
 
         Args:
-            prompt: one or several.
+            prompt: one or several. What is not named here is as in `UniLIP.generate` and `UniLIP.edit`.
             image: the picture(s) to change; without one, pictures are drawn from the words alone.
-            negative_prompt: what guidance moves away from, in place of the unconditional prompt, for all or one for
-                each; "" means none.
-            height, width: in pixels, rounded to multiples of 28; left out, as in `UniLIP.generate` and `UniLIP.edit`.
-            num_inference_steps, guidance_scale: the model's own when left out; guidance at or below 1 is off.
-            preset: "quality", "balanced", "fast" or "turbo", as of `UniLIP.generate`.
-            num_images_per_prompt: pictures of each prompt; the result is ordered prompt by prompt.
-            generator: one or a seed, used for the pictures in order, or a list with one for each picture.
-            latents: noise (B,Z,h,w) to begin with, in place of what `generator` would draw.
-            fit: how `image` gets that size: "resize", "crop" or "pad".
-            joint: several pictures belong to one edit of the first, as of `UniLIP.edit`.
-            output_type: "pil", "np" (B,H,W,3), "pt" (B,3,H,W), both in [0,1], or "latent".
+            fit, joint: of edits alone.
             return_dict: False returns a tuple whose first entry are the pictures.
             callback_on_step_end: called as f(pipe, step, timestep, {"latents": ...}) after each step. It may return
                 {"latents": ...} to replace them; after it sets `pipe._interrupt = True` the rest of the steps is left
@@ -286,27 +260,19 @@ class UniLIPPipeline:
                 raise _Interrupted((result or {}).get("latents", tensors["latents"]))
             return result
 
-        settings: dict[str, Any] = {
-            "negative_prompt": negative_prompt,
-            "height": height,
-            "width": width,
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "preset": preset,
-            "num_images_per_prompt": 1 if num_images_per_prompt is None else num_images_per_prompt,
-            "generator": generator,
-            "latents": latents,
-            "output_type": output_type,
-            "callback_on_step_end": on_step if callback_on_step_end is not None else None,
-            "progress": self._progress_bar_config,
-        }
         self._interrupt = False
-        self.num_timesteps = self.model._settings(preset, num_inference_steps, guidance_scale, None).num_inference_steps
+        settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        self.num_timesteps = Settings.of(self.config, preset, **settings).num_inference_steps
+        draw: Callable[..., ImageOutput]
+        draw = self.model.generate if image is None else partial(self.model.edit, image, fit=fit, joint=joint)
         try:
-            if image is None:
-                output = self.model.generate(prompt, **settings)
-            else:
-                output = self.model.edit(image, prompt, fit=fit, joint=joint, **settings)
+            output = draw(
+                prompt, negative_prompt=negative_prompt, height=height, width=width, preset=preset,
+                **settings, generator=generator,
+                num_images_per_prompt=1 if num_images_per_prompt is None else num_images_per_prompt, latents=latents,
+                callback_on_step_end=None if callback_on_step_end is None else on_step, output_type=output_type,
+                progress=self._progress_bar_config,
+            )  # fmt: skip
         except _Interrupted as stopped:
             output = self.model.decode(stopped.latents, output_type=output_type)
         return output if return_dict else (output.images,)

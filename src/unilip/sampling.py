@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import math
+import os
 import re
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.std import tqdm
 
-from unilip.errors import PromptError, UniLIPError
+from unilip.errors import PromptError, UniLIPError, check_flag, check_number
 from unilip.fast import decoder, loop
 from unilip.fast.dit import prepare
 from unilip.fast.loop import Compiled, Settings
@@ -174,27 +174,11 @@ def check_negative(prompt: object, settings: Settings) -> str | None:
     return check_prompt(prompt, "negative prompt")
 
 
-LARGEST = 3e38  # of float32
-
-
-def check_number(name: str, value: Any, least: float, most: float = math.inf, *, whole: bool = False) -> Any:
-    """Return a number in range. Raises UniLIPError: no number, no whole one where asked for, or out of range."""
-    kind = "whole number" if whole else "number"
-    number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
-    if isinstance(number, bool) or not isinstance(number, int if whole else (int, float)):
-        raise UniLIPError(f"{name} is {value!r}; it must be a {kind}.")
-    if not least <= number <= most or abs(number) > LARGEST:
-        allowed = f"at least {least:g}" if math.isinf(most) else f"between {least:g} and {most:g}"
-        raise UniLIPError(f"{name} is {value!r}; it must be a {kind} {allowed}.")
-    return number if whole or abs(number) < 2**63 else float(number)  # torch takes no longer ones
-
-
-def check_flag(name: str, value: Any) -> bool:
-    """Return True or False, or say what was given instead."""
-    flag = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
-    if not isinstance(flag, bool):
-        raise UniLIPError(f"{name} is {value!r}; it must be True or False.")
-    return flag
+def check_path(name: str, value: Any) -> str | os.PathLike[str]:
+    """Return a text or path, or say what was given instead."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise UniLIPError(f"{name} is {value!r}; give a text or a path.")
+    return value
 
 
 def check_joint(value: Any, count: int) -> bool:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
-import operator
 import re
 from collections.abc import Sequence
 
-from unilip.errors import ConfigError
+from unilip.errors import ConfigError, check_number
 from unilip.method.config import TOKEN_PIXELS
 
 logger = logging.getLogger(__name__)
@@ -19,19 +18,6 @@ logger = logging.getLogger(__name__)
 Size = tuple[int, int]  # width, height in pixels
 MAX_DRAWN = 4480 * 4480  # pixels of a picture that is drawn
 MAX_DRAWN_SIDE = 8960
-
-
-def number(name: str, value: object, least: int, most: int) -> int:
-    """Return a whole number of pixels, or raise an error that says what is allowed."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number of pixels.")
-    try:
-        pixels = operator.index(value)
-    except TypeError as error:  # a tensor of several numbers, or of none that is whole
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number of pixels.") from error
-    if not least <= pixels <= most:
-        raise ConfigError(f"{name} is {pixels}; it must be between {least} and {most} pixels.")
-    return pixels
 
 
 def drawn(width: object, height: object) -> Size:
@@ -44,11 +30,16 @@ def drawn(width: object, height: object) -> Size:
 
 def nearest(width: object, height: object) -> Size:
     """Return the nearest size that can be drawn. Raises ConfigError: no whole numbers, or out of range."""
-    asked = number("width", width, TOKEN_PIXELS, MAX_DRAWN_SIDE), number("height", height, TOKEN_PIXELS, MAX_DRAWN_SIDE)
+    asked = _side("width", width), _side("height", height)
     w, h = ((side + TOKEN_PIXELS // 2) // TOKEN_PIXELS * TOKEN_PIXELS for side in asked)
     if w * h > MAX_DRAWN:
         raise ConfigError(f"{asked[0]}x{asked[1]} are {w * h} pixels; at most {MAX_DRAWN} are drawn (4480x4480).")
     return w, h
+
+
+def _side(name: str, value: object) -> int:
+    side: int = check_number(name, value, TOKEN_PIXELS, MAX_DRAWN_SIDE, whole=True, kind=ConfigError)
+    return side
 
 
 def like(source: Size, pixels: int) -> Size:
@@ -68,21 +59,36 @@ def like(source: Size, pixels: int) -> Size:
 
 
 def targets(
-    sources: Sequence[Size], side: int, *, width: object = None, height: object = None, max_pixels: object = None
+    sources: Sequence[Size],
+    side: int,
+    *,
+    width: object = None,
+    height: object = None,
+    image_size: object = None,
+    max_pixels: object = None,
 ) -> list[Size]:
     """Return the sizes at which sources (width, height) are read and drawn again by a model of squares of `side` px.
 
-    Without a wish each keeps its shape, at `side` squared or `max_pixels`; of one side that is given the other follows.
-    Raises ConfigError: a value out of range, or a size beside `max_pixels`.
+    Without a wish each keeps its shape, at `side` squared or `max_pixels`; of one side that is given the other follows;
+    `image_size` is both.
+    Raises ConfigError: a value out of range, or a size beside another or `max_pixels`.
     """
+    if image_size is not None:
+        if width is not None or height is not None:
+            raise ConfigError("Give either image_size, for a square, or height and width.")
+        width = height = _side("image_size", image_size)
+        if height % TOKEN_PIXELS:
+            raise ConfigError(f"image_size is {height}; take a multiple of 28 (for example {nearest(height, 28)[0]}).")
     if width is None and height is None:
-        most = side**2 if max_pixels is None else number("max_pixels", max_pixels, TOKEN_PIXELS**2, MAX_DRAWN)
+        most = side**2
+        if max_pixels is not None:
+            most = check_number("max_pixels", max_pixels, TOKEN_PIXELS**2, MAX_DRAWN, whole=True, kind=ConfigError)
         known = {source: like(source, most) for source in set(sources)}
         return [known[source] for source in sources]
     if max_pixels is not None:
         raise ConfigError("Give either a size or max_pixels: a size needs no limit.")
     if width is None or height is None:
-        given = number("width or height", height if width is None else width, TOKEN_PIXELS, MAX_DRAWN_SIDE)
+        given = _side("width or height", height if width is None else width)
         return [
             drawn(
                 given if height is None else max(TOKEN_PIXELS, round(given * w / h)),

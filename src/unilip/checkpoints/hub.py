@@ -27,7 +27,22 @@ SUFFIXES = (".safetensors", ".bin")
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 CARD, INDEX = "README.md", "model_index.json"  # the second marks a pipeline of diffusers
 ADAPTER = "adapter_config.json"  # marks the folder of an adapter
+REMEDY = "; copy or train the adapter again"
+LARGEST_JSON = 16 * 2**20  # bytes
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:/([\w.-]+\.(?:pth|pt|bin|safetensors)))?(?:@([\w./-]+))?")
+
+
+def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+    """Read a JSON object, or say what is wrong with the file."""
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"more than {LARGEST_JSON >> 20} MiB")
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}){remedy}.") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds no JSON object{remedy}.")
+    return data
 
 
 @dataclass(frozen=True)
@@ -53,11 +68,7 @@ def adapted(source: Source) -> Adapted:
     folder = None if source is None else Path(source).expanduser()
     if folder is None or not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
         return Adapted(source)
-    try:
-        settings = json.loads((folder / ADAPTER).read_text(encoding="utf-8-sig"))
-        named = str(settings.get("base_model_name_or_path") or "").removeprefix("all=")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder / ADAPTER} is damaged ({error}); copy or train the adapter again.") from error
+    named = str(read_json(folder / ADAPTER, REMEDY).get("base_model_name_or_path") or "").removeprefix("all=")
     if not named or "=" in named:
         raise CheckpointError(
             f"{folder} holds an adapter of {named or 'a model that it does not name'}; load that, and give this folder "

@@ -30,25 +30,11 @@ from unilip.method.text import IMG_CONTEXT
 
 DType = torch.dtype | str | None
 
-LARGEST_JSON = 16 * 2**20  # bytes
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, or say what is wrong with the file."""
-    try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"more than {LARGEST_JSON >> 20} MiB")
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}).") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds no JSON object.")
-    return data
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------
@@ -229,7 +215,7 @@ def _find_weights(folder: Path, variant: str | None) -> Weights:
 
 
 def _open_shards(index: Path) -> Weights:
-    table = read_json(index).get("weight_map")
+    table = hub.read_json(index).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(v, str) and "/" not in v for v in table.values()):
         raise CheckpointError(f"{index} has no weight_map of file names; fetch or save it again.")
     files = [index.parent / name for name in sorted(set(table.values()))]
@@ -288,7 +274,7 @@ class Checkpoint:
             except ConfigError as error:
                 raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
         else:
-            beside = {name: read_json(folder / name) for name in hub.BESIDE if (folder / name).is_file()}
+            beside = {name: hub.read_json(folder / name) for name in hub.BESIDE if (folder / name).is_file()}
             self.config = infer_config(kind, data, shapes, beside, path.stem if path.is_file() else path.name)
         held = {name.split(".")[0] for name in shapes}
         allowed = tables.KINDS[kind].parts
@@ -398,7 +384,7 @@ def open_checkpoint(source: hub.Source = None, **fetching: Any) -> Checkpoint:
     if path.is_file():
         if path.suffix not in hub.FILE_SUFFIXES:
             raise CheckpointError(f"{path} is no weights file ({', '.join(hub.FILE_SUFFIXES)}); give one, or a folder.")
-        weights, data = Weights([path]), read_json(config) if config.is_file() else {}
+        weights, data = Weights([path]), hub.read_json(config) if config.is_file() else {}
         return Checkpoint(path, _kind(path, data, weights.shapes), weights, data, folder)
     if not config.is_file() and (path / hub.INDEX).is_file() and (path / "model" / "config.json").is_file():
         opened = open_checkpoint(path / "model", variant=fetch.variant)
@@ -412,7 +398,7 @@ def open_checkpoint(source: hub.Source = None, **fetching: Any) -> Checkpoint:
         files = sorted(p.name for p in path.glob("*.pth"))
         hint = f" It holds {files[0]}: give that file." if files else ""
         raise CheckpointError(f"{path} has no config.json, so it is none of these: {tables.UNDERSTOOD}.{hint}")
-    data = read_json(config)
+    data = hub.read_json(config)
     _kind(path, data, ())  # a folder of another kind is named as such, even when its weights have other names too
     weights = _find_weights(path, fetch.variant)
     return Checkpoint(path, _kind(path, data, weights.shapes), weights, data, path)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from unilip.checkpoints import read
 from unilip.checkpoints.foreign import authors_configs, diffusers_files, internvl_files
-from unilip.checkpoints.hub import BESIDE, CARD, INDEX, Source, model_card, previous_of, push_to_hub
+from unilip.checkpoints.hub import BESIDE, CARD, INDEX, Source, model_card, previous_of, push_to_hub, read_json
 from unilip.checkpoints.infer import expected_shapes
 from unilip.checkpoints.tables import HEAD, PARTS, POINTWISE, QUERIES, Shape, check_shapes, unmap_names
 from unilip.checkpoints.tokenizer import TOKENIZER_FILES, Tokenizer
@@ -202,7 +202,7 @@ def _check_destination(folder: Path) -> None:
     if not any(folder.iterdir()):
         return
     config = folder / "model" / "config.json" if (folder / INDEX).is_file() else folder / "config.json"
-    data = read.read_json(config) if config.is_file() else {}
+    data = read_json(config) if config.is_file() else {}
     if data.get("format") != FORMAT and data.get("model_type") != "unilip_internvl":
         raise CheckpointError(f"{folder} holds something that is not a UniLIP checkpoint; give a new folder.")
 

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unilip.errors import UniLIPError, check_choice
+from unilip.errors import UniLIPError, check_choice, check_number
 from unilip.fast import decoder as fast_decoder
 from unilip.fast.dit import PreparedCondition, packable, step
 from unilip.fast.products import Multiply, Products, plain
 from unilip.fast.solver import integrate, plan
-from unilip.method.config import SAMPLING_PRESETS, SamplingConfig, UniLIPConfig
+from unilip.method.config import SAMPLING_PRESETS, SOLVERS, SamplingConfig, UniLIPConfig
 from unilip.method.dit import DiT, Transformer
 from unilip.method.flow import TRAIN_TIMESTEPS, OnStep, make_schedule
 from unilip.method.model import Network
@@ -65,6 +65,12 @@ class Settings(SamplingConfig):
     def of(cls, config: UniLIPConfig, preset: str = "quality", **given: Any) -> Settings:
         """Combine; what is None in `given` was not given. Raises UniLIPError: unknown, out of range, no weights."""
         check_choice("sampling preset", preset, PRESETS)
+        if (steps := given.get("num_inference_steps")) is not None:
+            given["num_inference_steps"] = check_number("num_inference_steps", steps, 1, 1000, whole=True)
+        if (guidance := given.get("guidance_scale")) is not None:
+            given["guidance_scale"] = check_number("guidance_scale", guidance, 0)
+        if (solver := given.get("solver")) is not None:
+            check_choice("solver", solver, SOLVERS)
         values, chosen = dataclasses.asdict(config.sampling), PRESETS[preset]
         if chosen.jumps:
             check_jumps(config, preset, given)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from unilip import sampling, shapes
 from unilip.adapters import read_adapter
-from unilip.errors import PromptError, UniLIPError, check_choice
+from unilip.errors import LARGEST, PromptError, UniLIPError, check_choice, check_number
 from unilip.fast.loop import Settings
 from unilip.fewstep import few_config
 from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
@@ -100,7 +100,7 @@ class Checker:
         self._require(*NEEDS[verb])
         for name, scale in job.adapters:
             check_choice("adapter", name, self.adapters)
-            sampling.check_number(f"The strength of {name}", scale, -sampling.LARGEST)
+            check_number(f"The strength of {name}", scale, -LARGEST)
         acting = {name: float(scale) for name, scale in job.adapters if scale}
         job = dataclasses.replace(job, adapters=tuple(sorted(acting.items())))
         units = self._units(job, verb, deadline)

@@ -30,9 +30,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from unilip.adapters import library
-from unilip.errors import UniLIPError, check_choice
+from unilip.errors import UniLIPError, check_choice, check_number
 from unilip.files import content_hash, write_text
-from unilip.sampling import check_number, check_prompt
+from unilip.sampling import check_prompt
 from unilip.serve.problems import JSON, Trouble
 from unilip.serve.service import NOT_STORED, Service
 
