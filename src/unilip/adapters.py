@@ -280,7 +280,7 @@ def fitting(model: Any, adapter: Adapter, stored: Callable[[str], Tensor] | None
             f"This model reads its weights each time and {why}; merge the adapter into the plain model first, with "
             "`unilip convert`, or load it without low_memory."
         )
-    read = stored or (offload and offload.stored)
+    read = stored or getattr(offload, "stored", None)
 
     def weight(layer: str) -> Tensor:
         if read is not None:

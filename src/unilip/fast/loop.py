@@ -23,7 +23,7 @@ from unilip.fast.dit import PreparedCondition, packable, step
 from unilip.fast.products import Multiply, Products, plain
 from unilip.fast.solver import integrate, plan
 from unilip.method.config import SAMPLING_PRESETS, SOLVERS, SamplingConfig, UniLIPConfig
-from unilip.method.dit import DiT, Transformer
+from unilip.method.dit import DiT
 from unilip.method.flow import TRAIN_TIMESTEPS, OnStep, make_schedule
 from unilip.method.model import Network
 
@@ -136,9 +136,29 @@ def denoise(
     def plain_step(latent: Tensor, modulation: Tensor, rows: PreparedCondition) -> Tensor:
         return step(net, latent, modulation, rows, multiply)
 
+    one = plain_step if compiled is None else compiled.step
+
     def make(rows: PreparedCondition, times: Tensor) -> Run:
-        one = plain_step if compiled is None else compiled.step
-        velocity = Velocity(one, rows, times, count, twin.transformer if twin else None)
+        """Return a loop that may run once: which step it is in is counted."""
+        both = len(rows.mask) > count
+        own = rows.part(slice(count, None)) if both else rows
+        there = times.device if twin is None else next(twin.parameters()).device
+        steps = zip(times.split(1), times.to(there).split(1), strict=True)
+        if both and twin is not None:
+            theirs = rows.part(slice(0, count)).map(lambda tensor: tensor.to(there))
+
+        def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
+            modulation, their_modulation = next(steps)
+            latents = latents.to(modulation.dtype)
+            if len(latents) == len(own.mask):
+                return one(latents, modulation, own)
+            if twin is None:
+                return one(latents, modulation, rows)
+            unconditional, conditional = latents.chunk(2)  # both devices work at once: nothing here waits for either
+            first = step(twin.transformer, unconditional.to(there), their_modulation, theirs)
+            here = one(conditional, modulation, own)
+            return torch.cat([first.to(here.device), here])
+
         return lambda start: integrate(velocity, start, planned, settings.guidance_scale, on_step, guided)
 
     if compiled is None:
@@ -147,37 +167,6 @@ def denoise(
     if noise.device.type != "cuda" or on_step is not None or twin is not None:
         return make(condition, modulations)(noise)
     return compiled.recorded(settings, make, noise, condition, modulations)
-
-
-class Velocity:
-    """The velocity of one batch, called step after step with its latents, twice over where a step is guided."""
-
-    def __init__(
-        self, one: Step, condition: PreparedCondition, modulations: Tensor, count: int, twin: Transformer | None
-    ) -> None:
-        guided = len(condition.mask) > count
-        self.one, self.modulations, self.i = one, modulations, 0
-        self.both = condition
-        self.own = condition.part(slice(count, None)) if guided else condition
-        self.twin = twin if guided else None
-        if self.twin is not None:
-            there = next(self.twin.parameters()).device
-            self.theirs = condition.part(slice(0, count)).map(lambda tensor: tensor.to(there))
-            self.their_modulations = modulations.to(there)
-
-    def __call__(self, rows: Tensor, timestep: Tensor) -> Tensor:
-        """Return the velocity (R,Z,h,w) of latents (R,Z,h,w) in the next step; which one it is, is counted."""
-        i, self.i = self.i, self.i + 1
-        modulation = self.modulations[i : i + 1]
-        rows = rows.to(modulation.dtype)
-        guided = len(rows) > len(self.own.mask)
-        if guided and self.twin is not None:
-            unconditional, conditional = rows.chunk(2)  # both devices work at once: nothing here waits for either
-            theirs = self.their_modulations[i : i + 1]
-            there = step(self.twin, unconditional.to(theirs.device), theirs, self.theirs)
-            here = self.one(conditional, modulation, self.own)
-            return torch.cat([there.to(here.device), here])
-        return self.one(rows, modulation, self.both if guided else self.own)
 
 
 # --- compiled ---------------------------------------------------------------------------------------------------------
@@ -190,8 +179,6 @@ class Compiled:
     """
 
     def __init__(self, network: Network, bucket: int = BUCKET, **options: Any) -> None:
-        if bucket < 1:
-            raise UniLIPError(f"bucket is {bucket}; it must be at least 1.")
         self.bucket = bucket
         self.told: set[tuple[Any, ...]] = set()
         net = network.dit.transformer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,22 +71,16 @@ class Offload:
     def _bring(self, part: str) -> None:
         if self._load is not None:
             self._load(self._model[0], part)
-            return
-        moved: dict[int, Tensor] = {}  # tied weights stay tied
-        for module, name, tensor in self._home.get(part, ()):
-            if id(tensor) not in moved:
-                there = tensor.detach().to(self.device, non_blocking=True)
-                is_weight = isinstance(tensor, nn.Parameter)
-                moved[id(tensor)] = nn.Parameter(there, tensor.requires_grad) if is_weight else there
-            place(module, name, moved[id(tensor)])
+        else:
+            replace(self._home.get(part, ()), lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def _drop(self, part: str) -> None:
-        if self._load is None:
-            for module, name, tensor in self._home.get(part, ()):
-                place(module, name, tensor)  # nothing is copied back: the weights have not changed
+        if self._load is not None:
+            empty(self._model[0].get_submodule(part))
+            give_back()
             return
-        empty(self._model[0].get_submodule(part))
-        give_back()
+        for module, name, tensor in self._home.get(part, ()):
+            setattr(module, name, tensor)  # nothing is copied back: the weights have not changed
 
 
 def give_back() -> int:
@@ -118,20 +112,16 @@ def own_tensors(root: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
                 yield module, name, tensor
 
 
-def place(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a parameter or buffer in place of the one of that name."""
-    if name in module._parameters:
-        assert isinstance(tensor, nn.Parameter)
-        module._parameters[name] = tensor
-    else:
-        module._buffers[name] = tensor
+def replace(tensors: Iterable[tuple[nn.Module, str, Tensor]], change: Callable[[Tensor], Tensor]) -> None:
+    """Put what `change` makes of parameters and buffers in their places; tied weights stay tied."""
+    made: dict[int, Tensor] = {}
+    for module, name, tensor in tensors:
+        if id(tensor) not in made:
+            new = change(tensor.detach())
+            made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+        setattr(module, name, made[id(tensor)])
 
 
 def empty(root: nn.Module) -> None:
     """Take the data of every parameter and buffer under a module away; shapes and types stay."""
-    gone: dict[int, Tensor] = {}  # tied weights stay tied
-    for module, name, tensor in own_tensors(root):
-        if id(tensor) not in gone:
-            shape = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            gone[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
-        place(module, name, gone[id(tensor)])
+    replace(own_tensors(root), lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
