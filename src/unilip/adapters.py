@@ -110,6 +110,12 @@ class Adapter:
         """Which parts of a model it changes."""
         return tuple(sorted({layer.partition(".")[0] for layer in self.tensors}))
 
+    def fits(self, layer: str, shape: Sequence[int] | None) -> bool:
+        """Whether what it has for a layer belongs to a weight of this shape (out, in)."""
+        out, width, rank = *(shape or (0, 0)), self.rank[layer]
+        wanted = {"lora_A": (rank, width), "lora_B": (out, rank), "lora_magnitude_vector": (out,)}
+        return all(tuple(tensor.shape) == wanted[kind] for kind, tensor in self.tensors[layer].items())
+
     def added(self, layer: str, weight: Tensor, plain: Tensor, scale: float) -> Tensor:
         """Return a layer's weight (out,in) after those that act before, and PLAIN without any, with this one as well.
 
@@ -126,8 +132,7 @@ class Adapter:
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """Read an adapter's folder.
 
-    Raises:
-        CheckpointError: it is no folder of a LoRA adapter, damaged, or its settings and tensors disagree.
+    Raises CheckpointError: it is no folder of a LoRA adapter, damaged, or its settings and tensors disagree.
     """
     path = Path(check_path("folder", folder))
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
@@ -266,7 +271,7 @@ def fitting(model: Any, adapter: Adapter, stored: Callable[[str], Tensor] | None
     lacking = _lacks_embedder(model, adapter)
     if lacking:
         shapes |= {layer.replace(".time_embed.", ".time_embed_2."): shape for layer, shape in shapes.items()}
-    strange = [layer for layer, tensors in adapter.tensors.items() if not _fits(shapes.get(layer), tensors)]
+    strange = [layer for layer in adapter.tensors if not adapter.fits(layer, shapes.get(layer))]
     if strange:
         raise CheckpointError(
             f"{adapter.path} does not fit the model: {', '.join(strange[:3])}. It was made for {adapter.base} and "
@@ -480,16 +485,3 @@ def _forget(model: nn.Module) -> None:
     """Drop what peft notes on a model with adapters."""
     if hasattr(model, "peft_config"):
         del model.peft_config
-
-
-def _fits(shape: Any, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the tensors of a layer belong to a linear layer of the shape (out, in)."""
-    if shape is None or len(shape) != 2:
-        return False
-    out, width = shape
-    wanted = {"lora_A": (..., width), "lora_B": (out, ...), "lora_magnitude_vector": (out,)}
-    return all(
-        len(wanted[kind]) == tensor.dim()
-        and all(w in (..., n) for w, n in zip(wanted[kind], tensor.shape, strict=True))
-        for kind, tensor in tensors.items()
-    )

@@ -120,5 +120,4 @@ def _language_head(opened: Checkpoint) -> str:
         return "no language model here"
     if opened.config.text.tie_embeddings:
         return "tied to the token embedding"
-    same = opened.shape(HEAD) == opened.shape(EMBEDDING) and torch.equal(opened.tensor(HEAD), opened.tensor(EMBEDDING))
-    return "stored, equal to the token embedding" if same else "stored, differs from the token embedding"
+    return f"stored, {'equal to' if opened.same(HEAD, EMBEDDING) else 'differs from'} the token embedding"

@@ -167,8 +167,7 @@ class UniLIP(Network):
                 folder small_decoder beside the weights. Saved, the model has it as its own.
             fetching: of the hub: revision, token, cache_dir, local_files_only; and variant, in the names of the files.
 
-        Raises:
-            CheckpointError: missing, truncated, of an unknown kind, or not exactly the weights that the model needs.
+        Raises CheckpointError: missing, truncated, of an unknown kind, or not exactly the weights that the model needs.
         """
         if not (source is None or isinstance(source, (str, os.PathLike, Adapted, read.Checkpoint))):
             raise UniLIPError(f"source is {source!r}; give a folder, a file or a hub id as text or path.")

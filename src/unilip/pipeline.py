@@ -74,8 +74,7 @@ class UniLIPPipeline:
             torch_dtype: the other name of `dtype`.
             device_map: diffusers' word for `device`: one, "auto" or "balanced", all of the model on it.
 
-        Raises:
-            UniLIPError: an unknown option, or two that contradict each other; or what loading raises.
+        Raises UniLIPError: an unknown option, or two that contradict each other; or what loading raises.
         """
         if None not in (dtype, torch_dtype) and dtype != torch_dtype:
             raise UniLIPError(f"dtype is {dtype} and torch_dtype {torch_dtype}; give one of the two.")
@@ -240,8 +239,7 @@ class UniLIPPipeline:
                 out, and the picture comes back as far as it was drawn.
             callback_on_step_end_tensor_inputs: which tensors the callback is given: ("latents",) or ().
 
-        Raises:
-            UniLIPError: a value out of range, an empty or overlong prompt, or a missing part.
+        Raises UniLIPError: a value out of range, an empty or overlong prompt, or a missing part.
         """
         named = callback_on_step_end_tensor_inputs
         if not isinstance(named, (list, tuple)) or not set(map(repr, named)) <= set(map(repr, TENSOR_INPUTS)):
@@ -262,7 +260,7 @@ class UniLIPPipeline:
 
         self._interrupt = False
         settings: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        self.num_timesteps = Settings.of(self.config, preset, **settings).num_inference_steps
+        self.num_timesteps = Settings.of(self.model.config, preset, **settings).num_inference_steps
         draw: Callable[..., ImageOutput]
         draw = self.model.generate if image is None else partial(self.model.edit, image, fit=fit, joint=joint)
         try:

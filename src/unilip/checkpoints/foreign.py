@@ -114,13 +114,8 @@ def authors_configs(config: UniLIPConfig, image_token_id: int | None = None) -> 
         **_multimodal(config, image_token_id),
     }
     dit = _part("dit", d) | ({"few_steps": list(d.few_steps)} if d.few_steps else {})
-    halves = {
-        "block_types": list(c.block_types),
-        "block_out_channels": list(c.block_out_channels),
-        "layers_per_block": list(c.layers_per_block),
-        "qkv_multiscales": [list(scales) for scales in c.qkv_multiscales],
-    }
-    vae = _part("vae", c)
-    vae |= {f"{half}_{field}": value for half in ("encoder", "decoder") for field, value in halves.items()}
+    decoder = config.to_dict()["decoder"]
+    halves = ("block_types", "block_out_channels", "layers_per_block", "qkv_multiscales")
+    vae = _part("vae", c) | {f"{half}_{name}": decoder[name] for half in ("encoder", "decoder") for name in halves}
     scheduler = {**FIXED["scheduler"], "flow_shift": config.sampling.flow_shift}
     return {"config.json": main, "dit_config.json": dit, "vae_config.json": vae, "scheduler_config.json": scheduler}

@@ -99,9 +99,8 @@ def _infer(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[s
         changes["vision"] = _vision(data.get("vision_config", {}), shapes)
         changes["image_size"] = changes["vision"].image_size
     if "mllm" in parts:
-        text = _text(data, shapes)
-        changes["text"] = text
-        changes["connector_layers"] = min(base.connector_layers, text.num_layers)
+        changes["text"] = _text(data, shapes)
+        changes["connector_layers"] = min(base.connector_layers, changes["text"].num_layers)
     elif "encoder" in parts and base.text.hidden_size != width:
         raise CheckpointError(
             f"The tokenizer's width {width} is not a released one (896, 1536); put the config.json of its model, in "
@@ -195,19 +194,16 @@ def _decoder(data: Json, shapes: Mapping[str, Shape]) -> DecoderConfig:
     known = {"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu", "decoder_conv_act_fn": "relu"}
     for field, value in known.items():
         given = data.get(field, value)
-        if {given} != {value} if isinstance(given, str) else set(given) != {value}:
+        if {*([given] if isinstance(given, str) else given)} != {value}:
             raise CheckpointError(f"The DC-AE config has {field} {given!r}; only {value!r} is supported.")
     root = "pixel_decoder.decoder"
     conv_in = shapes[f"{root}.conv_in.weight"]
-    channels: list[int] = [0] * 6
-    layers: list[int] = [0] * 6
-    types = ["ResBlock"] * 6
+    channels, layers, types = [0] * 6, [0] * 6, ["ResBlock"] * 6
     scales: list[tuple[int, ...]] = [()] * 6
-    head_dim = data.get("attention_head_dim", 32)
-    pixel_shuffle = False
+    head_dim, pixel_shuffle = data.get("attention_head_dim", 32), False
     for level in range(5, -1, -1):
         prefix = f"{root}.up_blocks.{level}."
-        first = 0 if level == 5 else 1  # every other scale opens with its upsampling convolution
+        first = int(level < 5)  # every other scale opens with its upsampling convolution
         layers[level] = max(0, _count(shapes, prefix) - first)
         block = f"{prefix}{first}."
         if layers[level] == 0:
@@ -215,8 +211,8 @@ def _decoder(data: Json, shapes: Mapping[str, Shape]) -> DecoderConfig:
         if f"{block}attn.to_q.weight" in shapes:
             types[level] = "EfficientViTBlock"
             channels[level] = shapes[f"{block}attn.to_out.weight"][0]
-            convolutions = _count(shapes, f"{block}attn.to_qkv_multiscale.")
-            names = [f"{block}attn.to_qkv_multiscale.{n}" for n in range(convolutions)]
+            convolutions = range(_count(shapes, f"{block}attn.to_qkv_multiscale."))
+            names = [f"{block}attn.to_qkv_multiscale.{n}" for n in convolutions]
             scales[level] = tuple(shapes[f"{n}.proj_in.weight"][-1] for n in names)
             head_dim = shapes[f"{names[0]}.proj_out.weight"][1] if names else head_dim
         else:
@@ -252,23 +248,17 @@ def _dit(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str
     )
     given: Json | None = data if kind == "sana" else beside.get("dit_config.json")
     if given is not None:
-        heads = (
-            "num_attention_heads", "attention_head_dim", "num_cross_attention_heads", "cross_attention_head_dim",
-            "sample_size",
-        )  # fmt: skip
-        lacking = [field for field in heads if given.get(field) is None]
+        wanted = ("num_heads", "head_dim", "num_cross_heads", "cross_head_dim", "sample_size")
+        heads = {ours: theirs for theirs, ours in FIXED["fields"]["dit"].items() if ours in wanted}
+        lacking = [theirs for theirs in heads.values() if given.get(theirs) is None]
         if lacking:
             raise CheckpointError(f"The SANA config lacks {listed(lacking)}; use that of SANA's transformer folder.")
         if given.get("guidance_embeds") or given.get("qk_norm") or given.get("patch_size", 1) != 1:
             raise CheckpointError("Its diffusion transformer is a later SANA: guidance embedding, norms or patches.")
         config = DiTConfig(
-            num_heads=given["num_attention_heads"],
-            head_dim=given["attention_head_dim"],
-            num_cross_heads=given["num_cross_attention_heads"],
-            cross_head_dim=given["cross_attention_head_dim"],
-            sample_size=given["sample_size"],
             interpolation_scale=given.get("interpolation_scale"),
             few_steps=tuple(given.get("few_steps", ())),
+            **{ours: given[theirs] for ours, theirs in heads.items()},
             **shaped,
         )
     else:
@@ -288,10 +278,8 @@ def _dit(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str
 
 
 def _factor(kind: str, data: Json, beside: Mapping[str, Json], base: UniLIPConfig) -> float:
-    if kind == "authors":
-        if "unilip_factor" not in data:
-            raise CheckpointError("Its config.json has no unilip_factor (10.6 in the 1B release, 9.5 in 3B); add it.")
-        return float(data["unilip_factor"])
+    if kind == "authors" and "unilip_factor" not in data:
+        raise CheckpointError("Its config.json has no unilip_factor (10.6 in the 1B release, 9.5 in 3B); add it.")
     if kind == "authors-stage1":
         return float(beside.get("vae_config.json", {}).get("scaling_factor", 0.41407))
     if kind == "dcae":
@@ -300,9 +288,8 @@ def _factor(kind: str, data: Json, beside: Mapping[str, Json], base: UniLIPConfi
 
 
 def _sampling(data: Json) -> SamplingConfig:
-    solver = {"DPMSolverMultistepScheduler": "dpm++", "FlowMatchEulerDiscreteScheduler": "euler"}.get(
-        str(data.get("_class_name", "DPMSolverMultistepScheduler"))
-    )
+    known = {"DPMSolverMultistepScheduler": "dpm++", "FlowMatchEulerDiscreteScheduler": "euler"}
+    solver = known.get(str(data.get("_class_name", next(iter(known)))))
     off = "euler_at_final thresholding use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas"
     names = ("_class_name", "num_train_timesteps")  # which say nothing of the way
     dpm = {k: v for k, v in FIXED["scheduler"].items() if k not in names} | dict.fromkeys(off.split(), False)

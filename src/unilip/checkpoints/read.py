@@ -94,20 +94,16 @@ class TorchFile:
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     """Load a torch file, tensors only: code inside it is never run."""
     try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            state = torch.load(path, map_location="cpu", weights_only=True)  # the format before 2020
+        with path.open("rb") as file:
+            mapped = file.read(4) == b"PK\3\4"  # else it has the format before 2020
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors, and loading it could run code; it was refused. Save its tensors alone."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or damaged ({reason(error, 300)}); fetch or save it again."
-        ) from error
+        why = f"{path} is truncated or damaged ({reason(error, 300)})"
+        raise CheckpointError(f"{why}; fetch or save it again.") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -148,8 +144,6 @@ class Weights:
             self._where |= {name: self._where[piece] for piece, name in pieces.items()}
 
     def _meta(self, name: str) -> Tensor:
-        if name not in self.shapes:
-            raise KeyError(name)
         return torch.empty(self.shapes[name], dtype=self.dtype(name), device="meta")
 
     def file_of(self, name: str) -> Path | None:
@@ -304,16 +298,9 @@ class Checkpoint:
         """Drop a stored language head that the config calls tied, if it really equals the embedding."""
         data, text = self._data, self._data.get("text_config")
         said = data.get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings"))
-        if (
-            data.get("format") == FORMAT
-            or not said
-            or tables.HEAD not in self._origins
-            or tables.EMBEDDING not in self._origins
-        ):
+        if data.get("format") == FORMAT or not said or not {tables.HEAD, tables.EMBEDDING} <= self._origins.keys():
             return
-        if self.shape(tables.HEAD) == self.shape(tables.EMBEDDING) and torch.equal(
-            self.tensor(tables.HEAD), self.tensor(tables.EMBEDDING)
-        ):
+        if self.same(tables.HEAD, tables.EMBEDDING):
             self.dropped[self._origins.pop(tables.HEAD).name] = "tied: the same numbers as the token embedding"
         else:
             self.notes.append("The language head is called tied, but differs from the embedding: both are used.")
@@ -350,6 +337,10 @@ class Checkpoint:
         check_weights(tensor, origin.name, damaged)
         return tensor.flatten(1) if tables.POINTWISE.fullmatch(name) else tensor
 
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors of ours hold the same numbers."""
+        return self.shape(one) == self.shape(other) and torch.equal(self.tensor(one), self.tensor(other))
+
     def require_plain(self, why: str, alone: bool = True) -> None:
         """Raise an error where plain weights are needed, and these are quantised or, if ALONE, have adapters."""
         if self.adapters and alone:
@@ -362,9 +353,8 @@ class Checkpoint:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any(
-        all((folder / f).is_file() for f in files) for files in (("tokenizer.json",), ("vocab.json", "merges.txt"))
-    )
+    there = [(folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")]
+    return there[0] or all(there[1:])
 
 
 def open_checkpoint(source: hub.Source = None, **fetching: Any) -> Checkpoint:
@@ -386,11 +376,12 @@ def open_checkpoint(source: hub.Source = None, **fetching: Any) -> Checkpoint:
             raise CheckpointError(f"{path} is no weights file ({', '.join(hub.FILE_SUFFIXES)}); give one, or a folder.")
         weights, data = Weights([path]), hub.read_json(config) if config.is_file() else {}
         return Checkpoint(path, _kind(path, data, weights.shapes), weights, data, folder)
-    if not config.is_file() and (path / hub.INDEX).is_file() and (path / "model" / "config.json").is_file():
+    pipeline = not config.is_file() and (path / hub.INDEX).is_file()
+    if pipeline and (path / "model" / "config.json").is_file():
         opened = open_checkpoint(path / "model", variant=fetch.variant)
         opened.tokenizer_path = path / "tokenizer" if _has_tokenizer(path / "tokenizer") else opened.tokenizer_path
         return opened
-    if not config.is_file() and (path / hub.INDEX).is_file() and (path / "transformer").is_dir():
+    if pipeline and (path / "transformer").is_dir():
         opened = open_checkpoint(path / "transformer", variant=fetch.variant)
         opened.notes.append(f"Of the pipeline {path.name} only the folder transformer is used.")
         return opened
@@ -488,9 +479,8 @@ def load_into(
     lacking = [part for part in wanted if part.split(".")[0] not in checkpoint.parts]
     if lacking:
         raise CheckpointError(f"{checkpoint.path} has no {', '.join(lacking)}; it holds {', '.join(checkpoint.parts)}.")
-    modules = {part: model.get_submodule(part) for part in wanted}
-    tied = "mllm" in modules and checkpoint.config.text.tie_embeddings
-    left = {*leave, *((tables.HEAD,) if checkpoint.config.text.tie_embeddings else ())}
+    modules, tied = {part: model.get_submodule(part) for part in wanted}, checkpoint.config.text.tie_embeddings
+    left = {*leave, *[tables.HEAD] * tied}
     expected = {f"{part}.{n}": tuple(t.shape) for part, m in modules.items() for n, t in m.state_dict().items()}
     expected = {name: shape for name, shape in expected.items() if name not in left}
     inside = tuple(f"{part}." for part in modules)
@@ -517,7 +507,7 @@ def load_into(
                     setattr(module, key, nn.Parameter(read(name, old), requires_grad=trained))
             if settle is not None and type(module) is nn.Linear and not module.weight.is_meta:
                 settle(prefix, module)
-    if tied:
+    if tied and "mllm" in modules:
         llm: Any = model.get_submodule("mllm.language_model")
         llm.lm_head.weight = llm.model.embed_tokens.weight
     empty = [n for p in modules for n, t in modules[p].named_parameters(p) if t.is_meta and n not in leave]

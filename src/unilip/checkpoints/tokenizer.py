@@ -77,10 +77,6 @@ class Tokenizer:
         """Return the id of a token by its name, or None."""
         return self.vocabulary.get(name)
 
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        """Tokenize as transformers' tokenizers do, special tokens recognised."""
-        return {"input_ids": self.encode(text, special=True)}
-
     def encode(self, text: str, special: bool) -> list[int]:
         """Return the ids of a text; SPECIAL: `<img>` and its like mean the special tokens, as in a template."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -98,12 +94,8 @@ class Tokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the files into a folder, as `save` does, which is made if need be."""
+        """Write the files, byte for byte as they were read, into a folder, which is made if need be."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self.save(folder)
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the files, byte for byte as they were read, into a folder that exists."""
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
 

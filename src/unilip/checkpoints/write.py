@@ -25,7 +25,7 @@ from unilip.checkpoints.foreign import authors_configs, diffusers_files, internv
 from unilip.checkpoints.hub import BESIDE, CARD, INDEX, Source, model_card, previous_of, push_to_hub, read_json
 from unilip.checkpoints.infer import expected_shapes
 from unilip.checkpoints.tables import HEAD, PARTS, POINTWISE, QUERIES, Shape, check_shapes, unmap_names
-from unilip.checkpoints.tokenizer import TOKENIZER_FILES, Tokenizer
+from unilip.checkpoints.tokenizer import TOKENIZER_FILES
 from unilip.errors import CheckpointError, check_choice
 from unilip.fast.quantise import flatten
 from unilip.method.config import FORMAT, UniLIPConfig
@@ -99,11 +99,8 @@ def _write_folder(
         stored = None if dtype is None else read.parse_dtype(dtype)
         weights, words = (new / name if to == "diffusers" else new for name in ("model", "tokenizer"))
         weights.mkdir(exist_ok=True)
-        words.mkdir(exist_ok=True)
         _write_weights(weights, items, limit, stored, {"format": "pt", **(metadata or {})})
-        if isinstance(tokenizer, Tokenizer):
-            tokenizer.save(words)
-        elif tokenizer is not None:
+        if tokenizer is not None:
             tokenizer.save_pretrained(str(words))
         for name, data in files.items():
             if name != CARD or not (folder / name).exists():  # a card that somebody wrote stays
@@ -148,17 +145,11 @@ def _write_shard(
     """Write one file of weights; what it takes to hold its tensors is free again when this returns."""
     path.touch()
     mode = path.stat().st_mode  # as the umask has it; the library would let nobody else read the file
-    remedy = "Nothing was saved, for it could not be loaded"
-    save_file(
-        {
-            name: read.cast(
-                read.check_weights(get().detach(), name, remedy).to("cpu", copy=True), dtype, name
-            ).contiguous()
-            for name, (get, dtype) in sources.items()
-        },
-        path,
-        metadata,
-    )
+    tensors = {}
+    for name, (get, dtype) in sources.items():
+        sound = read.check_weights(get().detach(), name, "Nothing was saved, for it could not be loaded")
+        tensors[name] = read.cast(sound.to("cpu", copy=True), dtype, name).contiguous()
+    save_file(tensors, path, metadata)
     path.chmod(mode)
 
 
