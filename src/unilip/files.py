@@ -52,10 +52,8 @@ def _alive(process: str) -> bool:
     """Whether a process of this machine is there; what is no number of one counts as being so."""
     try:
         os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except (ValueError, OSError):
-        return True
+    except (ValueError, OSError) as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
@@ -78,9 +76,9 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write a JSON value whole or not at all."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from unilip.errors import ImageError, check_choice
+from unilip.files import png_bytes
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -312,9 +313,5 @@ def picture_ssim(a: Image.Image | np.ndarray, b: Image.Image | np.ndarray) -> fl
 
 def as_html(images: Sequence[Image.Image]) -> str:
     """Pictures as HTML that holds them, for a notebook."""
-    shown = []
-    for image in images:
-        file = io.BytesIO()
-        image.save(file, "PNG")
-        shown.append(f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
-    return "\n".join(shown)
+    shown = (base64.b64encode(png_bytes(image)).decode() for image in images)
+    return "\n".join(f'<img src="data:image/png;base64,{one}">' for one in shown)

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -78,50 +78,44 @@ def adapted(source: Source) -> Adapted:
     return Adapted(None if named == "embedded" else place, ((str(source), 1.0),))
 
 
-@dataclass(frozen=True)
-class Fetch:
-    """How to fetch: revision, token, where to keep files, whether offline; `variant` as in model.fp16.safetensors."""
-
-    revision: str | None = None
-    token: str | bool | None = None
-    cache_dir: str | os.PathLike[str] | None = None
-    local_files_only: bool = False
-    variant: str | None = None
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Fetch:
-        """Check options by name and type. Raises CheckpointError: there is no such option, or it is of another type."""
-        known: dict[str, Any] = {"revision": str, "token": (str, bool), "cache_dir": (str, os.PathLike)}
-        known |= {"local_files_only": bool, "variant": str}
-        for name, value in options.items():
-            check_choice("option for loading", name, known, CheckpointError)
-            if not (value is None or isinstance(value, known[name])):
-                raise CheckpointError(f"{name} is {value!r}; give a text, or True or False where it is a switch.")
-        if not re.fullmatch(r"[\w-]+", options.get("variant") or "none"):
-            raise CheckpointError(f"variant is {options['variant']!r}; give a word like fp16.")
-        return cls(**{name: value for name, value in options.items() if value is not None})
+FETCHING: dict[str, Any] = {
+    "revision": str, "token": (str, bool), "cache_dir": (str, os.PathLike), "local_files_only": bool, "variant": str,
+}  # fmt: skip
 
 
-def resolve(source: str | os.PathLike[str] | None = None, fetch: Fetch | None = None) -> Path:
+def check_fetching(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of fetching that are given: whether offline, and `variant` as in model.fp16.safetensors.
+
+    Raises CheckpointError: there is no such option, or it is of another type.
+    """
+    for name, value in options.items():
+        check_choice("option for loading", name, FETCHING, CheckpointError)
+        if not (value is None or isinstance(value, FETCHING[name])):
+            raise CheckpointError(f"{name} is {value!r}; give a text, or True or False where it is a switch.")
+    if not re.fullmatch(r"[\w-]+", options.get("variant") or "none"):
+        raise CheckpointError(f"variant is {options['variant']!r}; give a word like fp16.")
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def resolve(source: str | os.PathLike[str] | None = None, *, revision: str | None = None, **fetching: Any) -> Path:
     """Return the local folder or file of a source; "owner/name[@revision]" and "owner/name/file.pth" are fetched.
 
     Nothing, or "embedded" where no file is called so, is the model that the package carries.
 
     Raises CheckpointError: nothing is there.
     """
-    fetch = fetch or Fetch()
     path = Path("" if source is None else source).expanduser()
     if source is None or (str(source) == "embedded" and not path.exists()):
         path = embedded()
     if path.exists():
-        if fetch.revision is not None:
-            logger.warning("%s is here and not fetched: revision %s is ignored", path, fetch.revision)
+        if revision is not None:
+            logger.warning("%s is here and not fetched: revision %s is ignored", path, revision)
         return path
     hub = _HUB_ID.fullmatch(str(source))
     if hub and not str(source).startswith("."):
-        if hub[3] and fetch.revision not in (None, hub[3]):
-            raise CheckpointError(f"{source} names one revision, and revision={fetch.revision!r} another; give one.")
-        return _fetch(hub[1], hub[2], replace(fetch, revision=fetch.revision or hub[3]))
+        if hub[3] and revision not in (None, hub[3]):
+            raise CheckpointError(f"{source} names one revision, and revision={revision!r} another; give one.")
+        return _fetch(hub[1], hub[2], revision=revision or hub[3], **fetching)
     previous = previous_of(path)
     hint = f" An interrupted save left the old one whole in {previous}; rename it back." if previous.exists() else ""
     raise CheckpointError(f'There is no checkpoint at {path}; give a folder, a file, or a hub id "owner/name".{hint}')
@@ -161,24 +155,26 @@ def needed_files(files: Iterable[str], variant: str | None = None) -> list[str]:
     return chosen
 
 
-def _fetch(repo: str, file: str | None, fetch: Fetch) -> Path:
+def _fetch(
+    repo: str, file: str | None, *, local_files_only: bool = False, variant: str | None = None, **options: Any
+) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-    options: dict[str, Any] = {"revision": fetch.revision, "token": fetch.token, "cache_dir": fetch.cache_dir}
+    options = {"token": None, "cache_dir": None} | options
     try:
         if file is not None:
-            return Path(hf_hub_download(repo, file, local_files_only=fetch.local_files_only, **options))
-        if fetch.local_files_only:
+            return Path(hf_hub_download(repo, file, local_files_only=local_files_only, **options))
+        if local_files_only:
             return Path(snapshot_download(repo, local_files_only=True, **options))
         try:
-            there = HfApi(token=fetch.token).list_repo_files(repo, revision=fetch.revision)
+            there = HfApi(token=options["token"]).list_repo_files(repo, revision=options["revision"])
         except Exception:  # no network: perhaps it was fetched before
             return Path(snapshot_download(repo, local_files_only=True, **options))
-        files = needed_files(there, fetch.variant)
+        files = needed_files(there, variant)
         if not any(name.endswith(SUFFIXES) for name in files):
             single = [name for name in there if name.endswith(FILE_SUFFIXES)]
             hint = f"; name one of its files, for example {repo}/{single[0]}" if single else ""
-            of = f" of the variant {fetch.variant}" if fetch.variant else ""
+            of = f" of the variant {variant}" if variant else ""
             raise CheckpointError(f"{repo} has no weights{of} under a known name{hint}.")
         return Path(snapshot_download(repo, allow_patterns=files, **options))
     except CheckpointError:

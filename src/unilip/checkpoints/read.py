@@ -358,17 +358,17 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def open_checkpoint(source: hub.Source = None, **fetching: Any) -> Checkpoint:
-    """Find and open a checkpoint of any kind, tensors left on disk; `fetching` are the fields of `hub.Fetch`.
+    """Find and open a checkpoint of any kind, tensors left on disk; `fetching` as of `hub.check_fetching`.
 
     Raises CheckpointError: missing, truncated, of an unknown kind, or at odds with its own config.
     """
-    fetch = hub.Fetch.of(fetching)
+    fetching = hub.check_fetching(fetching)
     if (whole := hub.adapted(source)).adapters:
         opened = open_checkpoint(whole.base, **fetching)
         opened.adapters = whole.adapters
         return opened
     assert not isinstance(whole.base, hub.Adapted)
-    path = hub.resolve(whole.base, fetch)
+    path = hub.resolve(whole.base, **fetching)
     folder = path if path.is_dir() else path.parent
     config = folder / "config.json"
     if path.is_file():
@@ -378,11 +378,11 @@ def open_checkpoint(source: hub.Source = None, **fetching: Any) -> Checkpoint:
         return Checkpoint(path, _kind(path, data, weights.shapes), weights, data, folder)
     pipeline = not config.is_file() and (path / hub.INDEX).is_file()
     if pipeline and (path / "model" / "config.json").is_file():
-        opened = open_checkpoint(path / "model", variant=fetch.variant)
+        opened = open_checkpoint(path / "model", variant=fetching.get("variant"))
         opened.tokenizer_path = path / "tokenizer" if _has_tokenizer(path / "tokenizer") else opened.tokenizer_path
         return opened
     if pipeline and (path / "transformer").is_dir():
-        opened = open_checkpoint(path / "transformer", variant=fetch.variant)
+        opened = open_checkpoint(path / "transformer", variant=fetching.get("variant"))
         opened.notes.append(f"Of the pipeline {path.name} only the folder transformer is used.")
         return opened
     if not config.is_file():
@@ -391,7 +391,7 @@ def open_checkpoint(source: hub.Source = None, **fetching: Any) -> Checkpoint:
         raise CheckpointError(f"{path} has no config.json, so it is none of these: {tables.UNDERSTOOD}.{hint}")
     data = hub.read_json(config)
     _kind(path, data, ())  # a folder of another kind is named as such, even when its weights have other names too
-    weights = _find_weights(path, fetch.variant)
+    weights = _find_weights(path, fetching.get("variant"))
     return Checkpoint(path, _kind(path, data, weights.shapes), weights, data, path)
 
 

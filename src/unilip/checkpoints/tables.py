@@ -156,9 +156,9 @@ def check_shapes(
         raise CheckpointError(f"{where} does not fit its config: {'; '.join(said)}.{hint}")
 
 
-def listed(names: Sequence[str], most: int = 4) -> str:
+def listed(names: Sequence[str]) -> str:
     """Return the first few names, for an error."""
-    return ", ".join(name[:120] for name in names[:most]) + (", ..." if len(names) > most else "")
+    return ", ".join(name[:120] for name in names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def several(names: Sequence[str], noun: str) -> str:

@@ -51,7 +51,8 @@ def choose(
         precision, kinds, why = fast_types(config, device, few, dtype)
     precision, kinds = dtype or precision, kinds if quantization is None else dict(quantization)
     if performance == "auto" and low_memory is None:
-        needed, free = numbers * precision.itemsize + ROOM, free_memory(device)
+        needed = numbers * precision.itemsize + ROOM
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else spare_memory()
         small = needed > free
         why.append(f"needs about {needed / 2**30:.1f} of {free / 2**30:.1f} GiB that are free")
     small = small if low_memory is None else low_memory
@@ -77,8 +78,3 @@ def fast_types(
     chosen = dtype or (torch.bfloat16 if half < WORTH * exact else torch.float32)
     slow = eight >= WORTH * (half if chosen == torch.bfloat16 else exact)
     return chosen, {} if slow or config.dit.hidden_size**2 < SMALL else dict.fromkeys(DYNAMIC, "int8_dynamic"), why
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the free bytes of a device, or of this machine."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else spare_memory()

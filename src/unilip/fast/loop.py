@@ -254,13 +254,12 @@ class RecordedLoop:
         noise: Tensor,
         condition: PreparedCondition,
         modulations: Tensor,
-        warm_up: int = 2,
     ) -> None:
         self.noise, self.condition, self.modulations = noise.clone(), condition.map(Tensor.clone), modulations.clone()
         side = torch.cuda.Stream(noise.device)
         side.wait_stream(torch.cuda.current_stream(noise.device))
         with torch.cuda.stream(side):
-            for _ in range(warm_up):  # compiles, and lets the libraries choose and reserve what they need
+            for _ in range(2):  # compiles, and lets the libraries choose and reserve what they need
                 make(self.condition, self.modulations)(self.noise)
         torch.cuda.current_stream(noise.device).wait_stream(side)
         run = make(self.condition, self.modulations)

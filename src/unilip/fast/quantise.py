@@ -61,31 +61,29 @@ def quantise(module: nn.Module, kind: str) -> None:
     with quiet_import():
         from torchao.quantization import quantize_
     tied = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
-    for wanted in GROUPS if kind == "int4" else (1,):
-        chosen = {
-            layer
-            for layer in module.modules()
-            if type(layer) is nn.Linear
-            and min(layer.weight.shape) >= SMALLEST
-            and (kind != "int8_dynamic" or layer.weight.numel() >= SMALL)
-            and not is_quantised(layer)
-            and id(layer.weight) not in tied  # a language head that shares the embedding costs nothing as it is
-            and layer.in_features % wanted == 0
-            and (kind != "int4" or layer.out_features % INT4_ROWS == 0)
-        }
-        for layer in chosen:
-            weight = layer.weight
-            try:
-                chosen_settings = settings(kind, weight, wanted)
-                if kind != "int4" and weight.numel() > SLICE:
-                    layer.weight = nn.Parameter(by_rows(weight.detach(), chosen_settings), requires_grad=False)
-                else:
-                    quantize_(layer, chosen_settings)
-            except (NotImplementedError, AssertionError, ImportError, RuntimeError) as error:
-                raise UniLIPError(
-                    f"torchao cannot quantise to {kind} here ({weight.dtype} on {weight.device}: {reason(error)}); "
-                    "int8 works everywhere, int4 on CUDA needs bfloat16."
-                ) from error
+    for layer in list(module.modules()):
+        if type(layer) is not nn.Linear or is_quantised(layer) or min(layer.weight.shape) < SMALLEST:
+            continue
+        weight, group = layer.weight, 1
+        if id(weight) in tied:  # a language head that shares the embedding costs nothing as it is
+            continue
+        if kind == "int4":
+            group = next((n for n in GROUPS if layer.in_features % n == 0), 0)
+        if not group or (group > 1 and layer.out_features % INT4_ROWS):
+            continue
+        if kind == "int8_dynamic" and weight.numel() < SMALL:
+            continue
+        try:
+            chosen = settings(kind, weight, group)
+            if kind != "int4" and weight.numel() > SLICE:
+                layer.weight = nn.Parameter(by_rows(weight.detach(), chosen), requires_grad=False)
+            else:
+                quantize_(layer, chosen)
+        except (NotImplementedError, AssertionError, ImportError, RuntimeError) as error:
+            raise UniLIPError(
+                f"torchao cannot quantise to {kind} here ({weight.dtype} on {weight.device}: {reason(error)}); int8 "
+                "works everywhere, int4 on CUDA needs bfloat16."
+            ) from error
 
 
 def by_rows(weight: Tensor, chosen: Any) -> Tensor:
@@ -106,23 +104,19 @@ def by_rows(weight: Tensor, chosen: Any) -> Tensor:
 def settings(kind: str, weight: Tensor, group: int) -> Any:
     """Return torchao's configuration for weights like this one."""
     with quiet_import():
-        from torchao.quantization import (
-            Float8WeightOnlyConfig,
-            Int4WeightOnlyConfig,
-            Int8DynamicActivationInt8WeightConfig,
-            Int8WeightOnlyConfig,
-        )
-    if kind == "int8":
-        return Int8WeightOnlyConfig(set_inductor_config=False)
-    if kind == "int8_dynamic":
-        return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
-    if kind == "fp8":
-        return Float8WeightOnlyConfig(set_inductor_config=False)
+        from torchao import quantization as ao
+    plain = {
+        "int8": ao.Int8WeightOnlyConfig,
+        "int8_dynamic": ao.Int8DynamicActivationInt8WeightConfig,
+        "fp8": ao.Float8WeightOnlyConfig,
+    }
+    if kind in plain:
+        return plain[kind](set_inductor_config=False)
     if weight.device.type == "cpu":
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
         return PrototypeInt4WeightOnlyConfig(group_size=group)
-    return Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
+    return ao.Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
 
 
 def dynamic_int8(layer: nn.Linear) -> None:
