@@ -262,14 +262,11 @@ def check_base(model: Any, adapter: Adapter, weight: Callable[[str], Tensor]) ->
 def fitting(model: Any, adapter: Adapter, stored: Callable[[str], Tensor] | None = None) -> Adapter:
     """Check an adapter beside a model, whose weights need not be there yet where STORED reads tensors by name.
 
-    Raises:
-        CheckpointError: it does not fit the model, or belongs to another one.
-        UniLIPError: the model reads its weights each time, and this adapter cannot be added to them then.
+    Raises CheckpointError: it does not fit the model, or belongs to another one.
     """
     shapes = {layer: m.weight.shape for layer, m in model.named_modules() if isinstance(m, nn.Linear)}
     shapes |= {layer: m.base_layer.weight.shape for layer, m in adapted_layers(model)}
-    lacking = _lacks_embedder(model, adapter)
-    if lacking:
+    if _lacks_embedder(model, adapter):
         shapes |= {layer.replace(".time_embed.", ".time_embed_2."): shape for layer, shape in shapes.items()}
     strange = [layer for layer in adapter.tensors if not adapter.fits(layer, shapes.get(layer))]
     if strange:
@@ -277,15 +274,7 @@ def fitting(model: Any, adapter: Adapter, stored: Callable[[str], Tensor] | None
             f"{adapter.path} does not fit the model: {', '.join(strange[:3])}. It was made for {adapter.base} and "
             f"{len(adapter.tensors)} of its layers."
         )
-    offload = _offload(model)
-    tied = HEAD in adapter.tensors and model.config.text.tie_embeddings
-    if offload is not None and (lacking or tied or offload.quantized):
-        why = "has quantised weights" if offload.quantized else f"has no place for {adapter.path}"
-        raise UniLIPError(
-            f"This model reads its weights each time and {why}; merge the adapter into the plain model first, with "
-            "`unilip convert`, or load it without low_memory."
-        )
-    read = stored or getattr(offload, "stored", None)
+    read = stored or getattr(_offload(model), "stored", None)
 
     def weight(layer: str) -> Tensor:
         if read is not None:
@@ -305,7 +294,8 @@ def load_adapter(
 
     It acts at once, `scale` times as strongly as trained, together with those loaded before; with low_memory, whenever
     weights are read. Returns its name: by default that of the folder, or of the one above if it is called "final".
-    Raises UniLIPError: it does not fit the model, is damaged, the name is taken, or peft is missing.
+    Raises UniLIPError: it is damaged, does not fit the model, or cannot be added to weights that are read each time; the
+    name is taken, or peft is missing.
     """
     if not (name is None or isinstance(name, str)):
         raise UniLIPError(f"name is {name!r}; give a text.")
@@ -320,6 +310,13 @@ def load_adapter(
         raise UniLIPError("The weights of this model rest elsewhere; load adapters first, then enable_cpu_offload.")
     adapter = folder if isinstance(folder, Adapter) else fitting(model, read_adapter(folder))
     if offload is not None:
+        tied = HEAD in adapter.tensors and model.config.text.tie_embeddings
+        if tied or offload.quantized or _lacks_embedder(model, adapter):
+            why = "has quantised weights" if offload.quantized else f"has no place for {path}"
+            raise UniLIPError(
+                f"This model reads its weights each time and {why}; merge the adapter into the plain model first, with "
+                "`unilip convert`, or load it without low_memory."
+            )
         offload.adapters[name] = (adapter, scale)
         set_adapters(model, scales | {name: scale})
         return name

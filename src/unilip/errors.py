@@ -42,7 +42,10 @@ def reason(error: BaseException, most: int | None = None) -> str:
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
-def check_choice(what: str, value: object, allowed: Iterable[str], kind: type[UniLIPError] = UniLIPError) -> None:
+Kind = type[UniLIPError]
+
+
+def check_choice(what: str, value: object, allowed: Iterable[str], kind: Kind = UniLIPError) -> None:
     """Raise an error of a kind where a value, of whatever type, is none of the texts allowed."""
     names = list(allowed)
     if not isinstance(value, str) or value not in names:
@@ -50,13 +53,7 @@ def check_choice(what: str, value: object, allowed: Iterable[str], kind: type[Un
 
 
 def check_number(
-    name: str,
-    value: Any,
-    least: float,
-    most: float = math.inf,
-    *,
-    whole: bool = False,
-    kind: type[UniLIPError] = UniLIPError,
+    name: str, value: Any, least: float, most: float = math.inf, *, whole: bool = False, kind: Kind = UniLIPError
 ) -> Any:
     """Return a number in range. Raises an error of a kind: no number, no whole one where asked for, or out of range."""
     form = "whole number" if whole else "number"

@@ -238,7 +238,6 @@ class Lock:
             raise UniLIPError(busy) from None
 
     def release(self) -> None:
-        """Let another process have it."""
         if self._lock.is_locked:
             with contextlib.suppress(OSError):  # Windows: it is open still
                 self._file.unlink()

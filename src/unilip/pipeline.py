@@ -154,7 +154,6 @@ class UniLIPPipeline:
         self.model.load_adapter(folder, adapter_name)
 
     def unload_lora_weights(self) -> None:
-        """Take all adapters off."""
         self.model.unload_adapters()
 
     def set_adapters(
@@ -169,7 +168,6 @@ class UniLIPPipeline:
         self.model.set_adapters({n: 1.0 if w is None else w for n, w in zip(names, weights, strict=True)})
 
     def get_active_adapters(self) -> list[str]:
-        """Names of the adapters that act."""
         return [name for name in adapters.adapter_names(self.model) if adapters.adapter_scale(self.model, name)]
 
     def get_list_adapters(self) -> dict[str, list[str]]:

@@ -138,28 +138,31 @@ def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
     return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
 
 
+def _ours(kind: str, data: Json) -> dict[str, Any]:
+    """What another kind of config says of a part, under our names."""
+    return {ours: data[theirs] for theirs, ours in FIXED["fields"][kind].items() if theirs in data}
+
+
 def _vision(data: Json, shapes: Mapping[str, Shape]) -> VisionConfig:
     if data.get("norm_type", "layer_norm") != "layer_norm" or data.get("use_qk_norm", False):
         raise CheckpointError("Its vision encoder has other norms than InternViT-300M; use InternVL3-1B or 2B.")
     root = "encoder.vision_tower"
     _, positions, width = shapes[f"{root}.embeddings.position_embeddings"]
     patch = shapes[f"{root}.embeddings.patch_embeddings.projection.weight"][-1]
-    heads = data.get("num_attention_heads", 16 if width == 1024 else None)
-    if heads is None:
+    given = _ours("vision", data)
+    if given.get("num_heads") is None and width != 1024:
         raise CheckpointError(
             f"The number of heads of a vision encoder {width} wide does not follow from its tensors; put the "
             "config.json of its model beside it."
         )
-    return VisionConfig(
+    shaped: dict[str, Any] = dict(
         hidden_size=width,
         num_layers=_count(shapes, f"{root}.encoder.layer."),
-        num_heads=heads,
         intermediate_size=shapes[f"{root}.encoder.layer.0.mlp.fc1.weight"][0],
         image_size=isqrt(positions - 1) * patch,
         patch_size=patch,
-        layer_scale_init=data.get("layer_scale_init_value", 0.1),
-        norm_eps=data.get("layer_norm_eps", 1e-6),
     )
+    return VisionConfig(**{**given, **shaped})
 
 
 def _text(data: Json, shapes: Mapping[str, Shape]) -> TextConfig:
@@ -175,18 +178,15 @@ def _text(data: Json, shapes: Mapping[str, Shape]) -> TextConfig:
     if rope.get("rope_type", rope.get("type", "default")) not in ("default", "dynamic"):
         raise CheckpointError(f"Its position embedding {rope.get('rope_type', rope.get('type'))!r} is not supported.")
     vocabulary, width = shapes[EMBEDDING]
-    return TextConfig(
+    shaped: dict[str, Any] = dict(
         vocab_size=vocabulary,
         hidden_size=width,
         num_layers=_count(shapes, f"{layer}."),
-        num_heads=text["num_attention_heads"],
-        num_kv_heads=text["num_key_value_heads"],
         intermediate_size=shapes[f"{layer}.0.mlp.gate_proj.weight"][0],
         rope_theta=float(text.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-        max_positions=text.get("max_position_embeddings", 32768),
-        norm_eps=text.get("rms_norm_eps", 1e-6),
         tie_embeddings=HEAD not in shapes,
     )
+    return TextConfig(**{**_ours("text", text), **shaped})
 
 
 def _decoder(data: Json, shapes: Mapping[str, Shape]) -> DecoderConfig:
@@ -248,17 +248,17 @@ def _dit(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str
     )
     given: Json | None = data if kind == "sana" else beside.get("dit_config.json")
     if given is not None:
-        wanted = ("num_heads", "head_dim", "num_cross_heads", "cross_head_dim", "sample_size")
-        heads = {ours: theirs for theirs, ours in FIXED["fields"]["dit"].items() if ours in wanted}
-        lacking = [theirs for theirs in heads.values() if given.get(theirs) is None]
+        own, names = _ours("dit", given), FIXED["fields"]["dit"]
+        needed = ("num_heads", "head_dim", "num_cross_heads", "cross_head_dim", "sample_size")
+        lacking = [theirs for theirs, ours in names.items() if ours in needed and own.get(ours) is None]
         if lacking:
             raise CheckpointError(f"The SANA config lacks {listed(lacking)}; use that of SANA's transformer folder.")
         if given.get("guidance_embeds") or given.get("qk_norm") or given.get("patch_size", 1) != 1:
             raise CheckpointError("Its diffusion transformer is a later SANA: guidance embedding, norms or patches.")
         config = DiTConfig(
-            interpolation_scale=given.get("interpolation_scale"),
+            interpolation_scale=own.get("interpolation_scale"),
             few_steps=tuple(given.get("few_steps", ())),
-            **{ours: given[theirs] for ours, theirs in heads.items()},
+            **{name: own[name] for name in needed},
             **shaped,
         )
     else:

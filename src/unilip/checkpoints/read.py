@@ -77,11 +77,31 @@ def _stamp(file: BinaryIO) -> tuple[int, int, int]:
 
 
 class TorchFile:
-    """A file of torch.save with tensors only, whatever else the file would like to be."""
+    """A file of torch.save with tensors only, whatever else it would like to be: code inside it is never run."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.metadata = path, dict[str, str]()
-        self._state = _load_pickle(path)
+        try:
+            with path.open("rb") as file:
+                mapped = file.read(4) == b"PK\3\4"  # else it has the format before 2020
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            why = f"{path} holds more than tensors, and loading it could run code; it was refused"
+            raise CheckpointError(f"{why}. Save its tensors alone.") from error
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            why = f"{path} is truncated or damaged ({reason(error, 300)})"
+            raise CheckpointError(f"{why}; fetch or save it again.") from error
+        for wrapper in ("state_dict", "model"):
+            if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+                state = state[wrapper]
+        if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+            raise CheckpointError(f"{path} is not a dictionary of tensors.")
+        for name, value in state.items():
+            plain = isinstance(name, str) and value.layout == torch.strided and not value.is_quantized
+            if not plain or value.nbytes > value.untyped_storage().nbytes():  # a view may repeat few numbers endlessly
+                why = f"{path} holds {str(name)[:120]} in a form that is not supported"
+                raise CheckpointError(f"{why}; save it as plain.")
+        self._state: dict[str, Tensor] = dict(state)
         self.shapes: dict[str, tables.Shape] = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
         self.dtypes: dict[str, torch.dtype | None] = {name: tensor.dtype for name, tensor in self._state.items()}
 
@@ -89,31 +109,6 @@ class TorchFile:
         """Copy one of several equal pieces of a tensor, along its first dimension."""
         tensor = self._state[name]
         return (tensor if parts == 1 else tensor.chunk(parts)[part]).detach().clone()
-
-
-def _load_pickle(path: Path) -> dict[str, Tensor]:
-    """Load a torch file, tensors only: code inside it is never run."""
-    try:
-        with path.open("rb") as file:
-            mapped = file.read(4) == b"PK\3\4"  # else it has the format before 2020
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors, and loading it could run code; it was refused. Save its tensors alone."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        why = f"{path} is truncated or damaged ({reason(error, 300)})"
-        raise CheckpointError(f"{why}; fetch or save it again.") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} is not a dictionary of tensors.")
-    for name, value in state.items():
-        plain = isinstance(name, str) and value.layout == torch.strided and not value.is_quantized
-        if not plain or value.nbytes > value.untyped_storage().nbytes():  # a view may repeat few numbers endlessly
-            raise CheckpointError(f"{path} holds {str(name)[:120]} in a form that is not supported; save it as plain.")
-    return dict(state)
 
 
 class Weights:

@@ -241,7 +241,6 @@ class Compiled:
         return make(condition, modulations)(noise) if loop is None else loop(noise, condition, modulations)
 
     def forget(self) -> None:
-        """Throw all recorded loops away."""
         self.loops.clear()
 
 

@@ -107,7 +107,6 @@ class Products:
         return multiply if packed else plain
 
     def forget(self) -> None:
-        """Drop all packed weights."""
         self._packed.clear()
 
 

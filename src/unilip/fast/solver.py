@@ -29,7 +29,6 @@ class Plan:
     carried: Tensor
 
     def to(self, device: torch.device | str) -> Plan:
-        """Move all three tensors."""
         return Plan(self.timesteps.to(device), self.weights.to(device), self.carried.to(device))
 
 
