@@ -294,8 +294,8 @@ def load_adapter(
 
     It acts at once, `scale` times as strongly as trained, together with those loaded before; with low_memory, whenever
     weights are read. Returns its name: by default that of the folder, or of the one above if it is called "final".
-    Raises UniLIPError: it is damaged, does not fit the model, or cannot be added to weights that are read each time; the
-    name is taken, or peft is missing.
+    Raises UniLIPError: it is damaged, does not fit the model, or cannot be added to weights that are read each time;
+    the name is taken, or peft is missing.
     """
     if not (name is None or isinstance(name, str)):
         raise UniLIPError(f"name is {name!r}; give a text.")

@@ -303,6 +303,7 @@ class UniLIP(Network):
 
     def using(self, *parts: str) -> contextlib.AbstractContextManager[None]:
         """Have parts on the device within the block; for whoever calls `model.encoder` and its like directly."""
+        self.require(*(part.partition(".")[0] for part in parts))
         return self.runtime.using(*parts)
 
     # --- speed and memory ---
@@ -409,9 +410,8 @@ class UniLIP(Network):
 
     def to_latent(self, features: Tensor, height: int | None = None) -> Tensor:
         """Return the latent (M,Z,h,w) in the diffusion transformer's scale, float32, of features (M,N,D)."""
-        self.require("latent_head")
         self._check_features(features, height)
-        with self.runtime.using("latent_head"):
+        with self.using("latent_head"):
             return super().to_latent(features, height)
 
     def _latent(self, features: Tensor, rows: int | None = None) -> Tensor:
@@ -431,25 +431,24 @@ class UniLIP(Network):
         self, tokens: Tokens, features: Tensor | None = None, read: Reader | None = None
     ) -> tuple[Tensor, Tensor]:
         """Turn prompts, and the features (M,N,D) of their pictures, into the DiT's condition; see `Network`."""
-        self.require("mllm", "connector")
         if not isinstance(tokens, Tokens):
             raise PromptError(f"condition takes Tokens, as processor.tokenize makes them, not {_shape(tokens)}.")
-        with self.runtime.using("mllm", "connector"):
+        with self.using("mllm", "connector"):
             return super().condition(tokens, features, read)
 
     def draw(self, *values: Any, **named: Any) -> Tensor:
         """Draw latents plainly; see `Network.draw`."""
-        with self.runtime.using("mllm", "connector", "dit"):
+        with self.using("mllm", "connector", "dit"):
             return super().draw(*values, **named)
 
     def flow_loss(self, *values: Any, **named: Any) -> Tensor:
         """Return the velocity error; see `Network.flow_loss`."""
-        with self.runtime.using("encoder", "latent_head", "mllm", "connector", "dit"):
+        with self.using("encoder", "latent_head", "mllm", "connector", "dit"):
             return super().flow_loss(*values, **named)
 
     def tokenizer_loss(self, *values: Any, **named: Any) -> Tensor:
         """Return the error of pictures and features; see `Network.tokenizer_loss`."""
-        with self.runtime.using("encoder", "latent_head", "pixel_decoder"):
+        with self.using("encoder", "latent_head", "pixel_decoder"):
             return super().tokenizer_loss(*values, **named)
 
     # --- the four abilities ---
