@@ -200,12 +200,11 @@ class Chat:
             own = None if history else pictures or None
             try:
                 answer = self.model.ask(own, turns[-1].text, history=history, generator=seed, **arguments)
+                return Reply("ask", cast(str, answer), (), seed if arguments.get("temperature") else None)
             except PromptError:
                 if not history:
                     raise
                 turns = turns[2:]  # without the oldest question and its answer
-                continue
-            return Reply("ask", cast(str, answer), (), seed if arguments.get("temperature") else None)
 
     def _arguments(self, verb: str, settings: dict[str, Any]) -> dict[str, Any]:
         """Choose the settings that a verb knows; one that no verb knows is an error."""

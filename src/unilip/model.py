@@ -727,15 +727,11 @@ class UniLIP(Network):
             raise PromptError(f"The history is {history!r}; give a list of turns.")
         if isinstance(chosen, list):
             raise UniLIPError("ask takes one generator or seed, not a list of them.")
-        questions = _as_list(question)
-        single = not isinstance(question, (list, tuple))
-        if single:
-            pictures = [image]
-        else:
-            pictures = list(image) if isinstance(image, (list, tuple)) else [image] * len(questions)
-            if len(pictures) != len(questions):
-                raise UniLIPError(f"{len(pictures)} images and {len(questions)} questions were given; give as many.")
-        if stream and not single:
+        questions, several = _as_list(question), isinstance(question, (list, tuple))
+        pictures = list(image) if several and isinstance(image, (list, tuple)) else [image] * len(questions)
+        if len(pictures) != len(questions):
+            raise UniLIPError(f"{len(pictures)} images and {len(questions)} questions were given; give as many.")
+        if stream and several:
             raise UniLIPError("Streaming answers one question at a time; give a string, not a list.")
         if not questions:
             return []
@@ -765,7 +761,7 @@ class UniLIP(Network):
             sampling.check_ids(self, column)
             for answer, token in zip(answers, column, strict=True):
                 answer.take(token)
-        return answers[0].text if single else [answer.text for answer in answers]
+        return [answer.text for answer in answers] if several else answers[0].text
 
     def _stream(self, columns: Generator[list[int], None, None], answer: sampling.TextStream) -> Iterator[str]:
         with contextlib.closing(columns):

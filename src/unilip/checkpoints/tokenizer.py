@@ -195,8 +195,8 @@ def _build(data: Mapping[str, Any]) -> tokenizers.Tokenizer:
 def _check_steps(section: str, step: Any) -> None:
     """Say with a ValueError which step of a section is not on the list."""
     allowed = STEPS[section]
-    kinds = [(one, one.get("type", allowed[0] if section == "model" else None)) for one in _flat(step)]
-    for one, kind in kinds:
+    for one in _flat(step):
+        kind = one.get("type", allowed[0] if section == "model" else None)
         if kind not in allowed:
             raise ValueError(f"{section} {kind!r} is not supported; known are {', '.join(allowed)}")
         pattern = one.get("pattern", {}).get("Regex") if kind in ("Split", "Replace") else None
