@@ -56,13 +56,12 @@ def check_number(
     name: str, value: Any, least: float, most: float = math.inf, *, whole: bool = False, kind: Kind = UniLIPError
 ) -> Any:
     """Return a number in range. Raises an error of a kind: no number, no whole one where asked for, or out of range."""
-    form = "whole number" if whole else "number"
     number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
     if isinstance(number, bool) or not isinstance(number, int if whole else (int, float)):
-        raise kind(f"{name} is {value!r}; it must be a {form}.")
+        raise kind(f"{name} is {value!r}; it must be a {'whole ' * whole}number.")
     if not least <= number <= most or abs(number) > LARGEST:
         allowed = f"at least {least:.12g}" if math.isinf(most) else f"between {least:.12g} and {most:.12g}"
-        raise kind(f"{name} is {value!r}; it must be a {form} {allowed}.")
+        raise kind(f"{name} is {value!r}; it must be {'' if whole else 'a number '}{allowed}.")
     return number if whole or abs(number) < 2**63 else float(number)  # torch takes no longer ones
 
 
