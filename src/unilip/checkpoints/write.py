@@ -67,12 +67,16 @@ def save(
     if about and dtype is not None:
         raise CheckpointError("A quantised model is saved as it is; leave dtype out.")
     items: list[Item] = [(n, tuple(t.shape), t.dtype, partial(flat.__getitem__, n)) for n, t in flat.items()]
-    files = _own_files(config, items, dtype, to)
-    return _write_folder(folder, items, files, max_shard_size, tokenizer, dtype, {**(metadata or {}), **about}, to)
+    files = _own_files(config, items, tokenizer, dtype, to)
+    return _write_folder(folder, items, files, max_shard_size, tokenizer, dtype, {**(metadata or {}), **about})
 
 
-def _own_files(config: UniLIPConfig, items: Sequence[Item], dtype: read.DType, to: str) -> Files:
+def _own_files(config: UniLIPConfig, items: Sequence[Item], tokenizer: Any, dtype: read.DType, to: str) -> Files:
     held = {name.split(".")[0] for name, *_ in items}
+    lacking = [part for part in ("pixel_decoder", "mllm", "connector", "dit") if part not in held]
+    lacking += ["tokenizer"] if tokenizer is None else []
+    if to == "diffusers" and lacking:
+        raise CheckpointError(f"There is no {', '.join(lacking)}, which a pipeline needs; load a whole model.")
     stored = items[0][2] if dtype is None else read.parse_dtype(dtype) or items[0][2]
     card = model_card(config, [part for part in PARTS if part in held], str(stored).removeprefix("torch."), to)
     return {CARD: card, **(diffusers_files(config) if to == "diffusers" else {"config.json": config.to_dict()})}
@@ -85,21 +89,15 @@ def _write_folder(
     max_shard_size: str | int,
     tokenizer: Any,
     dtype: read.DType,
-    metadata: Mapping[str, str] | None,
-    to: str,
+    metadata: Mapping[str, str],
 ) -> Path:
     folder = Path(os.path.abspath(Path(folder).expanduser()))
     limit = parse_size(max_shard_size)
-    if to == "diffusers":
-        held = {name.split(".")[0] for name, *_ in items} | ({"tokenizer"} if tokenizer is not None else set())
-        lacking = [part for part in ("pixel_decoder", "mllm", "connector", "dit", "tokenizer") if part not in held]
-        if lacking:
-            raise CheckpointError(f"There is no {', '.join(lacking)}, which a pipeline needs; load a whole model.")
     with _replacing(folder) as new:
         stored = None if dtype is None else read.parse_dtype(dtype)
-        weights, words = (new / name if to == "diffusers" else new for name in ("model", "tokenizer"))
+        weights, words = (new / name if INDEX in files else new for name in ("model", "tokenizer"))
         weights.mkdir(exist_ok=True)
-        _write_weights(weights, items, limit, stored, {"format": "pt", **(metadata or {})})
+        _write_weights(weights, items, limit, stored, {"format": "pt", **metadata})
         if tokenizer is not None:
             tokenizer.save_pretrained(str(words))
         for name, data in files.items():
@@ -252,7 +250,7 @@ def convert(
             items.append((name, shape, stored, partial(read.fresh_tensor, shape, stored)))
         if opened.absent:
             metadata["created"] = ",".join(opened.absent)
-        files = _own_files(opened.config, items, dtype, to)
+        files = _own_files(opened.config, items, opened.tokenizer, dtype, to)
     elif to == "authors":
         _require(opened, PARTS, "the authors' format holds whole models only")
         files = authors_configs(opened.config, opened.image_token_id)
@@ -262,7 +260,7 @@ def convert(
         files = internvl_files(opened.config, opened.tokenizer)
         kept = [name for name in opened.names if name.startswith(("encoder.", "mllm.")) and name != QUERIES]
         items = _renamed(opened, "internvl", kept)
-    return _write_folder(destination, items, files, max_shard_size, opened.tokenizer, dtype, metadata, to)
+    return _write_folder(destination, items, files, max_shard_size, opened.tokenizer, dtype, metadata)
 
 
 def _require(opened: read.Checkpoint, parts: Sequence[str], why: str) -> None:
