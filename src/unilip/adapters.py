@@ -112,7 +112,7 @@ class Adapter:
 
     def fits(self, layer: str, shape: Sequence[int] | None) -> bool:
         """Whether what it has for a layer belongs to a weight of this shape (out, in)."""
-        out, width, rank = *(shape or (0, 0)), self.rank[layer]
+        (out, width), rank = shape or (0, 0), self.rank[layer]
         wanted = {"lora_A": (rank, width), "lora_B": (out, rank), "lora_magnitude_vector": (out,)}
         return all(tuple(tensor.shape) == wanted[kind] for kind, tensor in self.tensors[layer].items())
 

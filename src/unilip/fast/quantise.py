@@ -105,7 +105,7 @@ def settings(kind: str, weight: Tensor, group: int) -> Any:
     """Return torchao's configuration for weights like this one."""
     with quiet_import():
         from torchao import quantization as ao
-    plain = {
+    plain: dict[str, Any] = {
         "int8": ao.Int8WeightOnlyConfig,
         "int8_dynamic": ao.Int8DynamicActivationInt8WeightConfig,
         "fp8": ao.Float8WeightOnlyConfig,
