@@ -33,15 +33,16 @@ _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:/([\w.-]+\.(?:pth|pt|bin|safetensors
 
 
 def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
-    """Read a JSON object, or say what is wrong with the file."""
+    """Read a JSON object, or say what is wrong with the file, and the remedy if there is one."""
+    about = f"{path} is damaged: it" if remedy else str(path)
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"more than {LARGEST_JSON >> 20} MiB")
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}){remedy}.") from error
+        raise CheckpointError(f"{about} cannot be read as JSON ({error}){remedy}.") from error
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds no JSON object{remedy}.")
+        raise CheckpointError(f"{about} holds no JSON object{remedy}.")
     return data
 
 
