@@ -156,10 +156,30 @@ def test_few_step_loss_is_the_formula(fresh_model, share):
     assert kinds == {0, 1, 2} and int(((s == 1) & (r == 0)).sum()) == 3
 
 
-def test_jumps_are_learned_from_the_teacher_alone(fresh_model):
+def test_jumps_of_a_path_are_the_ways_between_its_states(fresh_model, monkeypatch):
+    """A teacher of one velocity everywhere: it is every jump's, and starts lie on the straight way from the noise."""
+    objective, batches = prepared("tiny/few", fresh_model(), "objective.path=8", "objective.noises=2")
+    assert not objective.looks_ahead
+    constant = torch.randn(1, 32, 2, 2)
+    monkeypatch.setattr(objective, "guided", lambda batch, x, *_: constant.expand_as(x))
+    ahead = objective.ahead(batches[0], 0)
+    (s, r, _), count = ahead["levels"], 2 * 2 * 8
+    assert len(ahead["start"]) == len(s) == count and bool((s > r).all())
+    torch.testing.assert_close(ahead["target"], constant.expand_as(ahead["target"]))
+    noise = ahead["start"] + (1 - s)[:, None, None, None] * constant
+    own = noise.reshape(4, 8, *noise.shape[1:])  # pictures x noises, jumps
+    torch.testing.assert_close(own, own[:, :1].expand_as(own))
+    assert float((own[0, 0] - own[1, 0]).abs().max()) > 0.1, "each noise has its own way"
+    wished = {(1, 0), (1, 0.5), (0.5, 0), (1, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0)}
+    assert sum(pair in wished for pair in zip(s.tolist(), r.tolist(), strict=True)) >= count * 5 // 8
+
+
+@pytest.mark.parametrize("path", [0, 8])
+def test_jumps_are_learned_from_the_teacher_alone(fresh_model, path):
     """A few hundred small steps on one batch: one jump comes near to where many guided steps lead."""
     model = fresh_model()
-    objective, batches = prepared("tiny/few", model, "data.edit_share=0", "objective.noises=3", "objective.guidance=1")
+    settings = ("data.edit_share=0", "objective.noises=3", "objective.guidance=1", f"objective.path={path}")
+    objective, batches = prepared("tiny/few", model, *settings)
     batch, wanted = batches[0], None
     batch |= {k: v for k, v in objective.ahead(batch, 0).items() if k in ("conditions", "condition_mask", "latents")}
     condition = (batch["conditions"], batch["condition_mask"])

@@ -152,8 +152,9 @@ class FewSteps(Flow):
     """Few-step stages (RCGM, arXiv 2512.05150): jumps of any length to where the teacher's guided velocity leads.
 
     The teacher is the diffusion transformer that the run starts from, guided at `guidance` (edits: `edit_guidance`). A
-    jump is compared with a step of `stride` along that velocity and `rollouts` jumps of the averaged weights. `steps`
-    are the numbers of jumps that the model is to draw in, its own first.
+    jump is compared with a step of `stride` along that velocity and `rollouts` jumps of the averaged weights; or, with
+    `path` above 0, with where so many steps of the teacher lead. `steps` are the numbers of jumps that the model is to
+    draw in, its own first.
     """
 
     noises: int = 3
@@ -162,12 +163,15 @@ class FewSteps(Flow):
     edit_guidance: float = 4.5
     stride: float = 0.01
     rollouts: int = 2
+    path: int = 0
     steps: str = "4,2,1"
 
     def __post_init__(self) -> None:
         others = self.bind or self.lesson_steps or self.repa or self.drop_prompt or self.target != "unilip"
         counts = re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2})*", self.steps)
-        _check(self, "objective.", few=others, jumps=not counts or len(set(self.counts)) < len(self.counts))
+        jumps = not counts or len(set(self.counts)) < len(self.counts)
+        uneven = not jumps and any(self.path % count for count in self.counts)
+        _check(self, "objective.", few=others, jumps=jumps, uneven=uneven)
 
     @property
     def counts(self) -> tuple[int, ...]:

@@ -293,13 +293,13 @@ def enable_checkpointing(model: UniLIP, selective: bool = False) -> None:
                 module.around = around
 
 
-def compile_layers(model: UniLIP) -> None:
+def compile_layers(model: UniLIP, teacher: object = None) -> None:
     """Compile each layer by itself, once for all layers of a kind; names of weights stay as they are."""
     # A layer is too small to be split for DDP, and what does that has returned gradients that are no numbers.
     torch._dynamo.config.optimize_ddp = False
-    for name in ("encoder", "mllm", "connector", "dit"):
-        if name in model.parts:
-            for module in model.get_submodule(name).modules():
-                if isinstance(module, Layers):
-                    for layer in module:
-                        layer.compile()
+    parts = [model.get_submodule(name) for name in ("encoder", "mllm", "connector", "dit") if name in model.parts]
+    for part in [*parts, *([teacher] if isinstance(teacher, nn.Module) else [])]:
+        for module in part.modules():
+            if isinstance(module, Layers):
+                for layer in module:
+                    layer.compile()

@@ -130,7 +130,7 @@ def run_recipe(
         if recipe.gradient_checkpointing or recipe.selective_checkpointing:
             enable_checkpointing(model, recipe.selective_checkpointing)
         if recipe.compile:
-            compile_layers(model)
+            compile_layers(model, getattr(objective, "teacher", None))
         loop = Loop(recipe, run, model, objective, batches)
         start = loop.resume()
         with loop.watching(progress and processes.first(), start):

@@ -494,18 +494,22 @@ class FlowObjective(Objective):
         return drawn
 
 
+PAIRS = 8  # jumps that are learned of each way of the teacher
+
+
 class FewStepsObjective(FlowObjective):
     """Mean velocity of jumps, learned from a frozen teacher's guided velocity and from shorter jumps (RCGM).
 
     A jump from x_s to x_r, s and r in [0,1], is x_s - (s - r) F(x_s, s, r), and F(x, s, s) is a velocity. The
-    differences are small, so the diffusion transformer computes in float32 whatever the precision of the rest.
+    differences are small, so the diffusion transformer computes in float32 whatever the precision of the rest. With
+    `path` the jumps are instead read off the teacher's whole way from noise to picture, PAIRS of each.
     """
 
     settings: FewSteps
 
     def __init__(self, recipe: Recipe, model: UniLIP, settings: Flow, sources: Mapping[str, str]) -> None:
         super().__init__(recipe, model, settings, sources)
-        self.looks_ahead = True
+        self.looks_ahead = not self.settings.path  # at the averaged weights, of which a teacher's path needs nothing
         self.teacher = copy.deepcopy(model.dit).eval().requires_grad_(False)
 
     def levels(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -521,7 +525,7 @@ class FewStepsObjective(FlowObjective):
 
     def jump(self, dit: DiT, x: Tensor, s: Tensor, r: Tensor | None, condition: tuple[Tensor, Tensor]) -> Tensor:
         """F(x_s, s, r) of a transformer, or its velocity without r: (BK,Z,h,w), float32."""
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=self.settings.path > 0 and torch.is_autocast_enabled(x.device.type)):
             there = None if r is None else r * flow.TRAIN_TIMESTEPS
             velocity: Tensor = dit(x, s * flow.TRAIN_TIMESTEPS, condition[0].float(), condition[1], there)
             return velocity.float()
@@ -546,14 +550,11 @@ class FewStepsObjective(FlowObjective):
             ):
                 found |= {"conditions": condition[0], "condition_mask": condition[1]}
         found["latents"] = batch["latents"].float() if "latents" in batch else self.clean_latents(batch["targets"])
+        if settings.path:
+            return found | self.path(batch | found, condition, blank)
         noise, s, r = self.levels(batch | found)
         start = flow.interpolate(found["latents"].repeat_interleave(settings.noises, 0), noise, s)
-        if len(blank[0]) == 1:
-            blank = (blank[0].expand(len(condition[0]), -1, -1), blank[1].expand(len(condition[0]), -1))
-        edits = "sources" in batch or "edits" in batch
-        scale = settings.edit_guidance if edits else settings.guidance
-        free, told = (self.jump(self.teacher, start, s, None, given) for given in (blank, condition))
-        target = free + scale * (told - free)
+        target = self.guided(batch, start, s, condition, blank)
         h = (s - r).clamp(max=settings.stride)
         x, rest, times = start - wide(h) * target, torch.zeros_like(start), s - h
         for left in range(settings.rollouts, 0, -1):
@@ -562,6 +563,42 @@ class FewStepsObjective(FlowObjective):
             x, rest, times = x - way, rest + way, until
         return found | {"start": start, "levels": torch.stack([s, r, h]), "target": target, "rest": rest}
 
+    def guided(
+        self, batch: Batch, x: Tensor, s: Tensor, told: tuple[Tensor, Tensor], blank: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Return the teacher's guided velocity (BK,Z,h,w) under a condition (B,L,C) and one without words (B or 1)."""
+        scale = self.settings.edit_guidance if "sources" in batch or "edits" in batch else self.settings.guidance
+        blank = (blank[0].expand(len(told[0]), -1, -1), blank[1].expand(len(told[0]), -1))
+        free, said = (self.jump(self.teacher, x, s, None, condition) for condition in (blank, told))
+        return free + scale * (said - free)
+
+    def path(self, batch: Batch, condition: tuple[Tensor, Tensor], blank: tuple[Tensor, Tensor]) -> Batch:
+        """Return jumps between states of the teacher's way (Adams-Bashforth, even steps): PAIRS for each noise.
+
+        Two of three are jumps that the model is to make (`steps`), the others go from anywhere to anywhere below.
+        """
+        steps, k = self.settings.path, self.settings.noises
+        generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
+        shape = (k, *batch["latents"].shape[1:])
+        x = draw_noise(len(generators), shape, generators).flatten(0, 1).to(batch["latents"])
+        states, before = [x], None
+        for i in range(steps):
+            velocity = self.guided(batch, x, torch.full((len(x),), 1 - i / steps, device=x.device), condition, blank)
+            x = x - (velocity if before is None else 1.5 * velocity - 0.5 * before) / steps
+            states, before = [*states, x], velocity
+        jumps = [(i * steps // n, (i + 1) * steps // n) for n in self.settings.counts for i in range(n)]
+        picks = []
+        for generator in generators:
+            for i in range(k * PAIRS):
+                wish = torch.randint(len(jumps), (1,), generator=generator)
+                first, last = torch.rand(2, generator=generator).mul(steps + 1).long().sort().values.tolist()
+                picks.append(jumps[int(wish)] if i % 3 or first == last else (first, last))
+        start, end = (torch.tensor(ends, device=x.device) for ends in zip(*picks, strict=True))  # BKP each
+        way, row = torch.stack(states), torch.arange(len(picks), device=x.device) // PAIRS
+        s, r = 1 - start / steps, 1 - end / steps
+        target = (way[start, row] - way[end, row]) / wide(s - r)
+        return {"start": way[start, row], "levels": torch.stack([s, r, s - r]), "target": target}
+
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """Distance of jumps from a short step along the velocity and the shorter jumps after it, by Charbonnier."""
         if "start" not in batch:
@@ -569,11 +606,14 @@ class FewStepsObjective(FlowObjective):
         s, r, h = batch["levels"]
         condition = self.conditions(batch, None if "conditions" in batch else self.source_features(batch))
         mean = self.jump(self.model.dit, batch["start"], s, r, condition)
+        name = "few_edit" if "sources" in batch or "edits" in batch else "few"
+        if self.settings.path:
+            loss = F.mse_loss(mean, batch["target"])
+            return loss, {name: loss}
         stretch = wide((s - r) / h.clamp(min=1e-9)).where(wide(s - r > h), torch.ones(()).to(mean))
         off = (stretch * mean.detach() - batch["rest"] / wide(h.clamp(min=1e-9)) - batch["target"]).clamp(-1, 1)
         errors = (mean - (mean - off).detach()).square().flatten(1).mean(1)  # BK
         weights = (torch.tan((1 - (s - r)) * math.pi / 2.5) + 1) / (errors.detach() + 1e-6).sqrt()
-        name = "few_edit" if "sources" in batch or "edits" in batch else "few"
         return (weights * errors).mean(), {name: errors.mean()}
 
     def drawn(self, noise: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
