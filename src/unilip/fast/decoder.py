@@ -68,10 +68,14 @@ def upsample(layer: Upsample, x: Tensor, strips: int) -> Tensor:
             for left in (0, 1):
                 part = some_rows(x, folded[top][left], bias, start, stop, 1 - top)[..., left : left + s]
                 if layer.copies:
-                    own = x[:, :, start:stop]
-                    part += own if layer.copies == 4 else own.repeat_interleave(layer.copies, 1)[:, 2 * top + left :: 4]
+                    part += repeated(x[:, :, start:stop], layer.copies, 2 * top + left)
                 out[:, :, 2 * start + top : 2 * stop : 2, left::2] = part
     return out
+
+
+def repeated(x: Tensor, copies: int, nth: int) -> Tensor:
+    """Repeat each channel of (M,c,r,s), and return every fourth from the nth on: a view where that can be."""
+    return x[:, nth // copies :: 4 // copies] if 4 % copies == 0 else x.repeat_interleave(copies, 1)[:, nth::4]
 
 
 def fold(weight: Tensor, second: int, dim: int) -> Tensor:
@@ -131,6 +135,6 @@ def some_rows(x: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: 
 
 def unit(norm: ChannelNorm, hidden: Tensor) -> Tensor:
     """Divide in place by the root mean square over channels (M,c,r,s), which is taken in float32."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    scale = torch.linalg.vector_norm(hidden, dim=1, keepdim=True, dtype=wide).square_().div_(hidden.shape[1])
-    return hidden.mul_(scale.add_(norm.eps).rsqrt_())
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # mixed types multiply many times as slowly
+    scale = torch.linalg.vector_norm(wide, dim=1, keepdim=True).square_().div_(wide.shape[1]).add_(norm.eps).rsqrt_()
+    return hidden.copy_(wide.mul_(scale))

@@ -102,7 +102,7 @@ class LinearAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(M,c,r,s) -> (M,c,r,s), sums in float32."""
         m, _, r, s = x.shape
-        cells = x.movedim(1, -1)
+        cells = x.movedim(1, -1).contiguous()
         qkv = torch.cat([self.to_q(cells), self.to_k(cells), self.to_v(cells)], -1).movedim(-1, 1)
         scales = torch.cat([qkv, *(scale(qkv) for scale in self.to_qkv_multiscale)], 1).float()
         q, k, v = scales.reshape(m, -1, 3 * self.width, r * s).chunk(3, 2)  # M heads d rs
@@ -112,7 +112,7 @@ class LinearAttention(nn.Module):
         else:  # the same sums in the cheaper order
             scores = k.transpose(2, 3) @ q
             out = v @ (scores / (scores.sum(2, keepdim=True) + 1e-15))
-        out = self.to_out(out.to(x.dtype).reshape(m, -1, r, s).movedim(1, -1)).movedim(-1, 1)
+        out = self.to_out(out.to(x.dtype).reshape(m, -1, r, s).movedim(1, -1).contiguous()).movedim(-1, 1)
         return x + self.norm_out(out)
 
 
