@@ -266,7 +266,8 @@ def test_a_run_makes_few_step_weights_and_resumes_bit_for_bit(
 SETTINGS = {
     "ema=0": "averaged weights", "objective.steps=4,4": "objective.steps", "objective.steps=0": "objective.steps",
     "objective.stride=0.5": "stride", "objective.rollouts=0": "rollouts", "objective.guidance=-1": "guidance",
-    "objective.path=6": "a multiple of every number", "objective.path=-4": "path", "objective.repa=0.5": "not for few", "trains=connector": "trains dit",
+    "objective.path=6": "a multiple of every number", "objective.path=-4": "path", "objective.repa=0.5": "not for few",
+    "trains=connector": "trains dit",
 }  # fmt: skip
 
 

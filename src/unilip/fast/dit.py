@@ -71,7 +71,7 @@ def step(
 ) -> Tensor:
     """Return the velocity (R,Z,h,w) of latents (R,Z,h,w) under a modulation (1 or R,8,W)."""
     size = (latent.shape[2], latent.shape[3])
-    x = net.tokens(latent)
+    x = net.tokens(latent).contiguous()  # else transposed in all blocks, which bfloat16 pays for
     for block, (k, v) in zip(blocks(net), condition.keys_values, strict=True):
         x = run_block(block, x, modulation[:, :6], k, v, condition.mask, size, multiply)
     velocity: Tensor = net.proj_out(modulated_norm(x, modulation[:, 6:]))
