@@ -177,20 +177,25 @@ def test_count_can_grow(prompts, draw, tmp_path):
     assert draw(benchmark, tmp_path / "run")["made"] == 9
 
 
-def test_a_batch_committed_before_a_kill_is_moved_into_place(tmp_path):
-    with RunFolder(tmp_path / "run", {"a": 1}, Place()) as folder:
-        done = folder.staging / "batch-000007.rank0"
-        done.mkdir(parents=True)
-        (done / "00000").write_bytes(b"first")
-        (done / "00001").write_bytes(b"second")
-        (done / "moves.json").write_text(json.dumps({"00000": "images/x/1.png", "00001": "images/2.png"}))
-        half = folder.staging / "batch-000008.rank0.part"
-        half.mkdir()
-        (half / "00000").write_bytes(b"half")
-    RunFolder(tmp_path / "run", {"a": 1}, Place()).close()
-    assert (tmp_path / "run/images/x/1.png").read_bytes() == b"first"
-    assert (tmp_path / "run/images/2.png").read_bytes() == b"second"
-    assert not (tmp_path / "run/.staging").exists()
+def test_a_kill_between_two_files_leaves_no_picture_without_what_belongs_to_it(prompts, draw, tmp_path, monkeypatch):
+    benchmark, write = open_benchmark("gedit", **prompts["gedit"]), generation.write_bytes
+    draw(benchmark, tmp_path / "whole", batch_size=1)
+    written = []
+
+    def killed(path, data):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, data)
+
+    monkeypatch.setattr(generation, "write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        draw(benchmark, tmp_path / "run", batch_size=3)
+    names = [path.name for path in sorted((tmp_path / "run/images").rglob("*.png"))]
+    assert names == ["key0.png", "key0_SRCIMG.png", "key1_SRCIMG.png"]
+    monkeypatch.setattr(generation, "write_bytes", write)
+    assert draw(benchmark, tmp_path / "run", batch_size=1)["made"] == 2
+    assert tree(tmp_path / "run").keys() == tree(tmp_path / "whole").keys()
 
 
 SLOW_RUN = """

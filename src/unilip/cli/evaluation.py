@@ -201,12 +201,11 @@ def wait_for_others(benchmark: Any, output: Path) -> None:
     """Return once the other processes of this run have made their pictures."""
     import time
 
-    from unilip.eval.generation import finish, missing
+    from unilip.eval.generation import missing
 
     while left := missing(benchmark, output):
         say(f"waiting for {plural(len(left), 'file')} of other processes")
         time.sleep(5)
-    finish(benchmark, output)
 
 
 def score(o: Options, benchmark: Any, output: Path, rubric: Any, terms: Terms | None) -> Any:
@@ -230,27 +229,9 @@ def eval_recon(o: Options) -> int:
 
     pictures = open_pictures(o.words[0], o.count)
     given = pick(o, "features", "batch_size", "dtype") | {"device": device, "progress": bars(o)}
-    summary = recon.evaluate(
-        pictures, output, source_of(o), protocol=o.protocol or "256", measures=names_of(o.measures) or (), **given
-    )
+    given |= {"protocol": o.protocol or "256", "measures": names_of(o.measures) or ()}
+    summary = recon.evaluate(pictures, output, source_of(o), **given)
     return 0 if summary is None else tell_scores(o, report, [summary], output)
-
-
-def eval_understand(o: Options) -> int:
-    """Ask the questions of a file about pictures."""
-    report = Report(o, "eval understand")
-    output = output_of(o, "understand")
-    device = choose_device(o.device)
-    from unilip.eval import understand
-
-    sheet = understand.open_questions(o.words[0], o.images)
-    given = pick(o, "count", "max_tiles", "max_new_tokens", "batch_size", "dtype")
-    name = Path(o.words[0]).stem
-    summaries = understand.evaluate(sheet, output, source_of(o), name=name, device=device, progress=bars(o), **given)
-    if summaries is None:
-        return 0
-    report.line(str(output / "answers.jsonl"))
-    return tell_scores(o, report, summaries, output)
 
 
 def eval_compare(o: Options) -> int:

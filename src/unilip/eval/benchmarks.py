@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image
 
 from unilip.errors import PromptError, UniLIPError, check_choice
-from unilip.eval.pictures import ParquetRows, cell_bytes, decode, open_dataset
+from unilip.eval.pictures import cell, decode, open_dataset
 from unilip.eval.runs import PICTURES
 from unilip.eval.scores import Row, make_row
 from unilip.files import content_hash, file_hash, read_json, read_lines, read_table, read_text
@@ -299,21 +299,13 @@ def _imgedit(path: Path, protocol: str, sources: str | Path | None) -> Benchmark
 
 
 def _gedit(path: Path, protocol: str) -> Benchmark:
-    columns = ("key", "task_type", "instruction", "instruction_language", "Intersection_exist")
-    read: Callable[[int], bytes]
-    tables = [path] if path.suffix == ".parquet" else sorted(path.glob("**/*.parquet")) if path.is_dir() else []
-    if tables:
-        table = ParquetRows(tables)
-        _need(columns, table.columns, path)
-        rows, read = table.plain(columns), lambda i: table.image(i, "input_image")
-    elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        data, column = open_dataset(path, "input_image")
-        _need(columns, data.column_names, path)
-        rows, read = data.select_columns(list(columns)).to_list(), lambda i: cell_bytes(data[i][column])
-        tables = sorted(path.glob("**/*.arrow"))
-    else:
-        raise UniLIPError(f"{path} holds no Parquet files and no saved dataset; fetch {HOMES['gedit']}.")
-    digest = hashlib.sha256("".join(file_hash(file) for file in tables).encode()).hexdigest()
+    columns = ["key", "task_type", "instruction", "instruction_language", "Intersection_exist"]
+    data, pictured, files = open_dataset(path, "input_image")
+    lacking = [name for name in columns if name not in data.column_names]
+    if lacking:
+        raise UniLIPError(f"{path} has no column {', '.join(lacking)}; fetch {HOMES['gedit']}.")
+    rows = data.select_columns(columns).to_list()
+    digest = hashlib.sha256("".join(file_hash(file) for file in files).encode()).hexdigest()
     items = []
     for n, row in enumerate(rows):
         task, language = _text(row, "task_type", path, f"row {n}"), _text(row, "instruction_language", path, f"row {n}")
@@ -325,16 +317,10 @@ def _gedit(path: Path, protocol: str) -> Benchmark:
         items.append(Item(f"{task}/{language}/{key}", prompt, place, task, f"{language}/{key}", 1, wanted, language))
 
     def source(item: Item) -> Image.Image:
-        return decode(read(item.data["row"]), f"{path}, row {item.data['row']}")
+        return decode(cell(data[item.data["row"]][pictured]), f"{path}, row {item.data['row']}")
 
     prompts = describe_prompts("gedit", protocol, [digest], len(items)) | {"published": None}
     return Benchmark(
         "gedit", protocol, tuple(items), prompts, {}, source=source,
         beside=lambda item: {item.path.removesuffix(".png") + "_SRCIMG.png": source(item)},
     )  # fmt: skip
-
-
-def _need(columns: Sequence[str], there: Sequence[str], path: Path) -> None:
-    missing = [name for name in (*columns, "input_image") if name not in there]
-    if missing:
-        raise UniLIPError(f"{path} has no column {', '.join(missing)}; fetch {HOMES['gedit']}.")

@@ -2,7 +2,7 @@
 
 Out: a run folder with run.json (model, prompts, settings, versions), items.jsonl and images/. Every picture's noise
 depends on the seed and its own key alone; batches are the same for one process or many. What is there is never made
-again.
+again: a file is written whole or not at all, and a picture after all that belongs to it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from unilip.data.seeding import stable_hash
 from unilip.errors import UniLIPError
 from unilip.eval.benchmarks import Benchmark, Item
 from unilip.eval.runs import PICTURES, RunFolder, batches, model_hash, name_of
-from unilip.files import png_bytes, write_json, write_lines
+from unilip.files import png_bytes, write_bytes, write_json, write_lines
 from unilip.machine import Place, start_ray
 from unilip.model import DRAWING, UniLIP
 from unilip.pictures import Fit, open_picture
@@ -93,7 +93,7 @@ def generate(
         "task": benchmark.name, "protocol": benchmark.protocol, "prompts": benchmark.prompts,
         "model": model_hash(source), "settings": asdict(settings),
     }  # fmt: skip
-    with RunFolder(output, identity, place, name_of(source)) as folder:
+    with RunFolder(output, identity, place, name_of(source)):
         items = benchmark.items
         if place.rank == 0:
             seed = settings.seed
@@ -102,26 +102,24 @@ def generate(
                 for i in items
             ]
             write_lines(output / ITEMS, lines)
+            if benchmark.name == "geneval2":  # its scorer finds pictures by their prompt
+                write_json(output / f"{PICTURES}.json", {item.prompt: item.path for item in items})
         there = {item.path for item in items if (output / item.path).is_file()}
         check_pictures(output, [item for item in items if item.path in there], identity)
         per_batch = max(1, batch_size // max(item.pictures for item in items))
-        work = [
-            (number, left)
-            for number, batch in batches(items, per_batch, place)
-            if (left := [item for item in batch if item.path not in there])
-        ]
-        made = sum(len(left) for _, left in work)
-        if work:
+        cut = [[item for item in batch if item.path not in there] for batch in batches(items, per_batch, place)]
+        made = sum(map(len, cut))
+        if made:
             parts = DRAWING if benchmark.source is None else ("encoder", *DRAWING)
             model = load() if load else UniLIP.from_pretrained(source, device=device, dtype=settings.dtype, parts=parts)
             total, before = len(items), len(there)
             name = benchmark.name if place.world == 1 else f"{benchmark.name} {place.rank + 1}/{place.world}"
             with tqdm(total=before + made, initial=before, desc=name, unit="file", disable=not progress) as bar:
-                for number, left in work:
-                    folder.commit(f"batch-{number:06d}", _draw(model, benchmark, left, settings, batch_size, identity))
+                for left in filter(None, cut):
+                    for path, data in _draw(model, benchmark, left, settings, batch_size, identity).items():
+                        write_bytes(output / path, data)
                     bar.update(len(left))
             log.info("%s: %d of %d files made, %d were there", name, made, total, before)
-        finish(benchmark, output)
     return {"made": made, "there": len(there), "missing": len(missing(benchmark, output)), "identity": identity}
 
 
@@ -201,12 +199,6 @@ def check_pictures(output: Path, items: Sequence[Item], identity: Mapping[str, A
 def missing(benchmark: Benchmark, output: Path) -> list[Item]:
     """Return the items whose file is not there."""
     return [item for item in benchmark.items if not (output / item.path).is_file()]
-
-
-def finish(benchmark: Benchmark, output: Path) -> None:
-    """Write what a scorer needs beside the pictures, once all are there."""
-    if benchmark.name == "geneval2" and not missing(benchmark, output):
-        write_json(output / f"{PICTURES}.json", {item.prompt: item.path for item in benchmark.items})
 
 
 def generate_with_ray(workers: int, gpus: float, **arguments: Any) -> dict[str, Any]:

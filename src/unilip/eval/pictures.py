@@ -1,50 +1,44 @@
-"""Pictures from where people keep them: a folder, tar shards, Parquet files or a saved dataset.
+"""Pictures to measure, from where people keep them: what training reads, Parquet files or a saved dataset.
 
-Out: a `Pictures` that knows its names at once, and reads and decodes one picture at a time.
+Out: `Pictures`, which knows how many there are at once, and reads and decodes one at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
-import tarfile
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
+from unilip.data.errors import DataError
+from unilip.data.sources import open_source
 from unilip.errors import ImageError, UniLIPError
 from unilip.pictures import load_image, open_picture
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 COLUMNS = ("image", "jpg", "png", "img")  # of datasets, the first that is there
 
 
 class Pictures:
-    """Named pictures, read when asked for: `names[i]`, `load(i)`, and `digest(i)`, which knows them by their bytes."""
+    """Pictures as (name, bytes), read when asked for. Raises ImageError, naming the picture: it cannot be read."""
 
-    def __init__(self, names: Sequence[str], read: Callable[[int], bytes]) -> None:
-        self.names = list(names)
-        self.read = read
+    def __init__(self, count: int, read: Callable[[int], tuple[str, bytes]]) -> None:
+        self.count, self.read = count, read
 
     def __len__(self) -> int:
-        return len(self.names)
+        return self.count
 
-    def digest(self, index: int) -> str:
-        """Return the SHA-256 of a picture's file, in hex. Raises ImageError, naming it: it cannot be read."""
-        return hashlib.sha256(self._data(index)).hexdigest()
+    def mark(self, index: int) -> tuple[str, str]:
+        """Return a picture's name, and the SHA-256 of its file in hex."""
+        name, data = self.read(index)
+        return name, hashlib.sha256(data).hexdigest()
 
     def load(self, index: int) -> Image.Image:
-        """Return an upright RGB picture. Raises ImageError: it cannot be decoded; the message names it."""
-        return decode(self._data(index), self.names[index])
-
-    def _data(self, index: int) -> bytes:
-        try:
-            return self.read(index)
-        except Exception as error:  # whatever a file system or table raises
-            raise ImageError(f"{self.names[index]} cannot be read ({error}); remove or replace it.") from error
+        """Return an upright RGB picture."""
+        name, data = self.read(index)
+        return decode(data, name)
 
 
 def decode(data: bytes, name: str) -> Image.Image:
@@ -57,121 +51,58 @@ def decode(data: bytes, name: str) -> Image.Image:
         raise ImageError(f"{name} cannot be decoded ({error}); remove or replace it.") from error
 
 
-def open_pictures(path: str | Path, count: int | None = None) -> Pictures:
-    """Find the first COUNT pictures of a folder (subfolders too), of .tar or .parquet files or of a saved dataset.
+def open_pictures(place: str | Path, count: int | None = None) -> Pictures:
+    """Find the first COUNT pictures of a place that training reads, of .parquet files or of a saved dataset.
 
     Raises UniLIPError: nothing is there, or nothing of these kinds.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise UniLIPError(f"There is nothing at {path}; give a folder of pictures, .tar or .parquet files.")
-    if path.is_file() and path.suffix.lower() in SUFFIXES:
-        found = Pictures([path.name], lambda _: path.read_bytes())
-    elif shards := _files(path, ".tar"):
-        found = _of_tars(shards)
-    elif tables := _files(path, ".parquet"):
-        rows = ParquetRows(tables)
-        column = rows.image_column()
-        found = Pictures([f"{n:08d}" for n in range(len(rows))], lambda i: rows.image(i, column))
-    elif (path / "dataset_info.json").is_file():
-        data, column = open_dataset(path)
-        found = Pictures([f"{n:08d}" for n in range(len(data))], lambda i: cell_bytes(data[i][column]))
-    else:
-        files = sorted(file for file in path.glob("**/*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        names = [file.relative_to(path).as_posix() for file in files]
-        found = Pictures(names, lambda i: files[i].read_bytes())
-    if not len(found):
-        raise UniLIPError(f"{path} holds no pictures; allowed: {', '.join(SUFFIXES)}, .tar, .parquet, a saved dataset.")
-    if count is not None:
-        found.names = found.names[:count]
-    return found
+    path = Path(place).expanduser()
+    if path.suffix == ".parquet" or any(path.glob("*.parquet")) or (path / "dataset_info.json").is_file():
+        data, column, _ = open_dataset(path)
+        size = len(data) if count is None else min(len(data), count)
+        return Pictures(size, lambda i: (f"{i:08d}", cell(data[i][column])))
+    try:
+        source = open_source(str(place))
+    except DataError as error:
+        raise UniLIPError(
+            f"{place} holds no pictures that can be measured ({error}) Give a folder of pictures or .tar shards, a "
+            ".jsonl file, hf:NAME, .parquet files or a saved dataset."
+        ) from error
+    shards = source.counts("image")
+    found = list(islice(((shard, n) for shard, size in enumerate(shards) for n in range(size)), count))
 
-
-def _files(path: Path, suffix: str) -> list[Path]:
-    if path.is_file():
-        return [path] if path.suffix == suffix else []
-    return sorted(path.glob(f"*{suffix}"))
-
-
-def _of_tars(shards: Sequence[Path]) -> Pictures:
-    places: list[tuple[Path, int, int]] = []
-    names = []
-    for shard in shards:
+    def read(index: int) -> tuple[str, bytes]:
         try:
-            with tarfile.open(shard) as archive:
-                for member in archive:
-                    if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
-                        places.append((shard, member.offset_data, member.size))
-                        names.append(f"{shard.name}/{member.name}")
-        except tarfile.TarError as error:
-            raise UniLIPError(f"{shard} is no whole tar file ({error}); fetch it again.") from error
+            record = source.read("image", *found[index])
+        except DataError as error:
+            raise ImageError(f"{error}; remove or replace it.") from error
+        return record.name.removeprefix(f"{path}/"), record.pictures[0]
 
-    def read(index: int) -> bytes:
-        shard, start, size = places[index]
-        with shard.open("rb") as stream:
-            stream.seek(start)
-            return stream.read(size)
-
-    return Pictures(names, read)
+    return Pictures(len(found), read)
 
 
-def open_dataset(path: Path, column: str | None = None) -> tuple[Any, str]:
-    """Return a saved dataset of `datasets`, pictures encoded, and their column. Raises UniLIPError: it has none."""
-    from datasets import Image as Pictured
-    from datasets import load_from_disk
+def open_dataset(path: Path, column: str | None = None) -> tuple[Any, str, list[Path]]:
+    """Return .parquet files or a saved dataset, pictures encoded; the column of these; the files that hold the rows.
 
-    data = load_from_disk(str(path))
-    data = data["train"] if hasattr(data, "keys") else data
+    Raises UniLIPError: there are no rows, or no column of pictures.
+    """
+    import datasets
+
+    files = [path] if path.suffix == ".parquet" else sorted(path.glob("**/*.parquet"))
+    try:
+        if files:
+            data = datasets.Dataset.from_parquet([str(file) for file in files])
+        else:
+            data, files = datasets.load_from_disk(str(path)), sorted(path.glob("**/*.arrow"))
+    except Exception as error:  # the library documents none
+        raise UniLIPError(f"{path} holds no Parquet files and no saved dataset ({error}).") from error
+    data = data["train"] if isinstance(data, Mapping) else data
     column = next((name for name in ([column] if column else COLUMNS) if name in data.column_names), None)
     if column is None:
         raise UniLIPError(f"{path} has no column of pictures; it has {', '.join(data.column_names)}.")
-    return data.cast_column(column, Pictured(decode=False)), column
+    return data.cast_column(column, datasets.Image(decode=False)), column, files
 
 
-class ParquetRows:
-    """Rows of Parquet files: plain columns at once, pictures one row group at a time."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        import pyarrow.parquet as parquet
-
-        self.files = [parquet.ParquetFile(file) for file in files]
-        self.starts: list[tuple[int, int, int]] = []  # first row of a row group, file, row group
-        total = 0
-        for f, file in enumerate(self.files):
-            for group in range(file.num_row_groups):
-                self.starts.append((total, f, group))
-                total += file.metadata.row_group(group).num_rows
-        self.total = total
-        self.columns: list[str] = list(self.files[0].schema_arrow.names)
-        self._group = lru_cache(maxsize=2)(self._read_group)
-
-    def __len__(self) -> int:
-        return self.total
-
-    def plain(self, columns: Sequence[str]) -> list[dict[str, Any]]:
-        return [row for file in self.files for row in file.read(columns=list(columns)).to_pylist()]
-
-    def image_column(self) -> str:
-        column = next((name for name in COLUMNS if name in self.columns), None)
-        if column is None:
-            raise UniLIPError(f"The Parquet files have no column of pictures; they have {', '.join(self.columns)}.")
-        return column
-
-    def image(self, row: int, column: str) -> bytes:
-        n = int(np.searchsorted([start for start, _, _ in self.starts], row, side="right")) - 1
-        start, file, group = self.starts[n]
-        return cell_bytes(self._group(file, group, column)[row - start])
-
-    def _read_group(self, file: int, group: int, column: str) -> list[Any]:
-        values: list[Any] = self.files[file].read_row_group(group, columns=[column]).column(0).to_pylist()
-        return values
-
-
-def cell_bytes(cell: object) -> bytes:
-    """Return the picture in a cell: bytes, or {"bytes", "path"} as datasets stores it. Raises ImageError: neither."""
-    data = cell.get("bytes") if isinstance(cell, Mapping) else cell
-    if data is None and isinstance(cell, Mapping) and cell.get("path"):
-        return Path(str(cell["path"])).read_bytes()
-    if not isinstance(data, bytes):
-        raise ImageError(f"The cell holds {type(data).__name__}, not the bytes of a picture.")
-    return data
+def cell(value: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a picture as datasets stores it: {"bytes", "path"}."""
+    return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()

@@ -230,7 +230,7 @@ def evaluate(
     if extractor and Path(features).expanduser().is_file():
         identity["features_sha256"] = file_hash(Path(features).expanduser())
     with RunFolder(output, identity, place, name_of(source)) as folder:
-        marks = [pictures.digest(i) for i in range(len(pictures))]
+        names, marks = zip(*map(pictures.mark, range(len(pictures))), strict=True)
         index = {mark: i for i, mark in enumerate(marks)}
         left = folder.left(list(index), batch_size)
         with tqdm(total=sum(map(len, left)), desc="recon", unit="picture", disable=not progress) as bar:
@@ -244,7 +244,7 @@ def evaluate(
         if place.rank:
             return None
         known = folder.wait(index)
-        return _finish(pictures, folder, model, [known[mark] for mark in marks], marks)
+        return _finish(pictures, names, folder, model, [known[mark] for mark in marks], marks)
 
 
 def _measure(truth: Tensor, made: Tensor, measures: Sequence[str], distance: Distance | None) -> list[dict[str, Any]]:
@@ -260,21 +260,18 @@ def _measure(truth: Tensor, made: Tensor, measures: Sequence[str], distance: Dis
 
 
 def _finish(
-    pictures: Pictures, folder: RunFolder, model: UniLIP, table: Sequence[Mapping[str, Any]], marks: Sequence[str]
-) -> dict[str, Any]:
+    pictures: Pictures, names: Sequence[str], folder: RunFolder, model: UniLIP, table: Sequence[Mapping[str, Any]],
+    marks: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
     output, identity = folder.path, folder.identity
     columns = [name for name in MEASURES if name in table[0]]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["name", *columns])
-    writer.writerows(
-        [name, *(f"{row[column]:.6f}" for column in columns)] for name, row in zip(pictures.names, table, strict=True)
-    )
+    named = list(zip(names, table, strict=True))
+    writer.writerows([name, *(f"{row[column]:.6f}" for column in columns)] for name, row in named)
     write_bytes(output / "images.csv", text.getvalue().encode())
-    rows = [
-        make_row(name, {column: row[column] for column in columns})
-        for name, row in zip(pictures.names, table, strict=True)
-    ]
+    rows = [make_row(name, {column: row[column] for column in columns}) for name, row in named]
     about: dict[str, Any] = {
         "task": "recon", "protocol": identity["protocol"],
         "scorer": f"compared at {identity['settings']['image_size']} px", "model": folder.name,
@@ -294,13 +291,13 @@ def _finish(
     if columns:
         by = columns[0]
         order = sorted(range(len(table)), key=lambda i: table[i][by] * (-1 if by == "lpips" else 1))
-        _write_grid(pictures, folder, model, order, table, by)
+        _write_grid(pictures, names, folder, model, order, [row[by] for row in table], by)
     return write_scores(output, "recon", rows, Rule(), about)
 
 
 def _write_grid(
-    pictures: Pictures, folder: RunFolder, model: UniLIP, order: Sequence[int], table: Sequence[Mapping[str, Any]],
-    by: str,
+    pictures: Pictures, names: Sequence[str], folder: RunFolder, model: UniLIP, order: Sequence[int],
+    values: Sequence[float], by: str,
 ) -> None:  # fmt: skip
     """Write worst-best.png: the worst on the left, the best on the right; each a source and its reconstruction."""
     shown = min(SHOWN, math.ceil(len(order) / 2))
@@ -311,5 +308,5 @@ def _write_grid(
             truth = to_bytes([prepare(pictures.load(i), side)])
             pair = torch.cat([truth, put_through(model, truth, folder.identity["protocol"])])
             images += [Image.fromarray(v.movedim(0, -1).numpy()).resize((224, 224), 3) for v in pair]
-            captions += [f"{title}: {pictures.names[i][-40:]}", f"{by} {table[i][by]:.3f}"]
+            captions += [f"{title}: {names[i][-40:]}", f"{by} {values[i]:.3f}"]
     write_bytes(folder.path / "worst-best.png", png_bytes(contact_sheet(images, 4, captions)))
