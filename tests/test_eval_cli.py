@@ -111,7 +111,7 @@ def test_recon(run, tmp_path):
         ("eval compare", ["nothing"], "no folder nothing"),
         ("eval wise", ["--output", "no/such/folder"], "no folder"),
         ("eval wise", ["--judge", "http://x/v1", "--judge-model", "m", "--judge-set", "prices=1"], "two prices"),
-        ("eval wise", ["--judge", "http://x/v1", "--judge-model", "m", "--judge-set", "wait=1"], "workers, rate"),
+        ("eval wise", ["--judge", "http://x/v1", "--judge-model", "m", "--judge-set", "wait=1"], "workers, retries"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(verb, given, message, run):

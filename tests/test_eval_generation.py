@@ -62,13 +62,13 @@ def read_geneval(images: Path) -> list[tuple[str, str, dict]]:
 
 
 def test_geneval_is_laid_out_as_its_scorer_reads(prompts, draw, tmp_path):
-    draw(open_benchmark("geneval", samples=2, **prompts["geneval"]), tmp_path / "run")
+    draw(open_benchmark("geneval", **prompts["geneval"]), tmp_path / "run")
     found = read_geneval(tmp_path / "run/images")
     assert [entry[:2] for entry in found] == [
-        (f"{n:05d}", f"{sample:04d}.png") for n in range(3) for sample in range(2)
+        (f"{n:05d}", f"{sample:04d}.png") for n in range(3) for sample in range(4)
     ]
-    assert [entry[2] for entry in found[::2]] == GENEVAL
-    assert len({(tmp_path / "run/images" / a / "samples" / b).read_bytes() for a, b, _ in found}) == 6
+    assert [entry[2] for entry in found[::4]] == GENEVAL
+    assert len({(tmp_path / "run/images" / a / "samples" / b).read_bytes() for a, b, _ in found}) == 12
 
 
 def test_geneval2_names_a_picture_for_each_prompt(prompts, draw, tmp_path):

@@ -31,7 +31,7 @@ def prices(text: str) -> tuple[float, float]:
 
 
 JUDGE: dict[str, Callable[[str], Any]] = {  # of --judge-set, which says what they are
-    "workers": whole(1, 1024), "rate": number(0, above=True), "retries": whole(0, 100),
+    "workers": whole(1, 1024), "retries": whole(0, 100),
     "timeout": number(0, above=True), "prices": prices, "cache": lambda text: Path(text).expanduser(),
 }  # fmt: skip
 

@@ -90,43 +90,26 @@ class Scenes(_Items):
 
 @dataclass(frozen=True)
 class Questions(_Items):
-    """Pictures with one question: dict(image, question, answer, accepted, kind, scene); so many ``describe``."""
+    """Pictures with one question: dict(image, question, answer, accepted, kind, scene); ``kinds`` None: of any."""
 
     world: World
     atlas: Atlas
     split: str
     seed: int
     size: int
-    tasks: Sequence[str] | None = None
     kinds: Sequence[str] | None = None
-    seen: bool | None = None
-    describe: float = 0.33
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         rng = generator("question", self.seed, self.split, _index(i, self.size))
         for _ in range(1000):
-            task = rng.choice(self.tasks or TASKS)
-            scene = sample_scene(self.world, rng, task, self.split, "understanding", self.seen)
-            asked = questions(scene, rng, self.world, self.split)
-            if self.kinds is not None:
-                asked = [qa for qa in asked if qa.kind in self.kinds]
-            captions = [qa for qa in asked if qa.kind == "caption"]
-            others = [qa for qa in asked if qa.kind != "caption"]
-            if captions and (not others or rng.random() < self.describe):
-                others = captions
-            if others:
-                break
-        else:
-            raise DataError(f"no scene of tasks {self.tasks} can answer questions of the kinds {self.kinds}")
-        qa = rng.choice(others)
-        return {
-            "image": pixels(scene, self.atlas, self.world),
-            "question": qa.question,
-            "answer": qa.answer,
-            "accepted": qa.accepted,
-            "kind": qa.kind,
-            "scene": scene,
-        }
+            scene = sample_scene(self.world, rng, rng.choice(TASKS), self.split, "understanding")
+            found = questions(scene, rng, self.world, self.split)
+            asked = [qa for qa in found if self.kinds is None or qa.kind in self.kinds]
+            if asked:
+                qa = rng.choice(asked)
+                about = {"question": qa.question, "answer": qa.answer, "accepted": qa.accepted, "kind": qa.kind}
+                return {"image": pixels(scene, self.atlas, self.world), **about, "scene": scene}
+        raise DataError(f"no scene can answer questions of the kinds {self.kinds}")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from unilip.emoji.questions import BESIDE
 from unilip.emoji.world import (
     EDITS,
     RELATIONS,
-    SPLITS,
     Obj,
     Scene,
     World,
@@ -43,17 +42,13 @@ class Edit:
     kind: str
 
 
-def sample_edit(
-    world: World, rng: random.Random, kind: str, split: str = "train", seen: bool = True, purpose: str = "generation"
-) -> Edit:
-    """Draw an edit of KIND whose scenes SPLIT and PURPOSE allow; SEEN false: its target is a held-out combination.
+def sample_edit(world: World, rng: random.Random, kind: str, split: str = "train", seen: bool = True) -> Edit:
+    """Draw an edit of KIND whose scenes SPLIT allows to generate; SEEN false: its target is a held-out combination.
 
     Raises DataError: WORLD has no such kind, or SEEN is false in training.
     """
     if kind not in world.edits:
         raise DataError(f"world {world.name!r} has no edit {kind!r}; allowed are {', '.join(world.edits)}")
-    if split not in SPLITS:
-        raise DataError(f"unknown split {split!r}; allowed are {', '.join(SPLITS)}")
     if split == "train" and not seen:
         raise DataError("seen=False was given for the training split; only split='val' may hold unseen combinations")
     wanted = seen or kind not in COMBINING
@@ -61,14 +56,14 @@ def sample_edit(
         world = world.training
     for _ in range(2000):
         try:
-            edit = _MAKERS[kind](world, rng, purpose)
+            edit = _MAKERS[kind](world, rng)
         except _Unfit:
             continue
         if edit.source == edit.target or not world.seen(edit.source):
             continue
         if world.seen(edit.target) != wanted:
             continue
-        if all(world.allowed(scene, split, purpose) for scene in (edit.source, edit.target)):
+        if all(world.allowed(scene, split, "generation") for scene in (edit.source, edit.target)):
             return edit
     raise DataError(f"no edit of kind {kind!r} could be drawn (split {split}, seen={seen}); try another kind")
 
@@ -79,7 +74,7 @@ def sample_joint(world: World, rng: random.Random, split: str = "train") -> tupl
         world = world.training
     for _ in range(2000):
         try:
-            names, style = _names(world, rng, 2, "generation"), _style(world, rng)
+            names, style = _names(world, rng, 2), _style(world, rng)
             source = _lay_out(world, rng, _objects(world, rng, names[:1], style), horizon=False)
             look = _objects(world, rng, names[1:], style, 0.7)[0]
             other = _lay_out(world, rng, [look], horizon=False)
@@ -98,7 +93,7 @@ def sample_chain(world: World, rng: random.Random, length: int) -> list[Edit]:
     kinds = [kind for kind in ("remove", "replace", "move", "recolour") if kind in world.edits]
     for _ in range(200):
         try:
-            names = _names(world, rng, 2, "generation")
+            names = _names(world, rng, 2)
             scene = _lay_out(world, rng, _objects(world, rng, names, _style(world, rng)))
         except _Unfit:
             continue
@@ -106,7 +101,7 @@ def sample_chain(world: World, rng: random.Random, length: int) -> list[Edit]:
         for _ in range(50 * length * world.seen(scene)):
             kind = rng.choice(kinds) if len(scene.objects) > 1 else "add"
             try:
-                edit = _MAKERS[kind](world, rng, "generation", scene)
+                edit = _MAKERS[kind](world, rng, scene)
             except _Unfit:
                 continue
             if kept in edit.target.objects and edit.target != scene and world.seen(edit.target):
@@ -143,8 +138,8 @@ def _lay_out(
     return Scene(background, placed)
 
 
-def _names(world: World, rng: random.Random, count: int, purpose: str, pool: Sequence[str] | None = None) -> list[str]:
-    return rng.sample(list(pool if pool is not None else world.pool("train", purpose)), count)
+def _names(world: World, rng: random.Random, count: int, pool: Sequence[str] | None = None) -> list[str]:
+    return rng.sample(list(pool if pool is not None else world.pool("generation")), count)
 
 
 def _count(world: World, rng: random.Random) -> int:
@@ -152,20 +147,20 @@ def _count(world: World, rng: random.Random) -> int:
     return 2 if world.max_objects == 2 or rng.random() < 0.75 else 3
 
 
-def _scene(world: World, rng: random.Random, purpose: str) -> Scene:
+def _scene(world: World, rng: random.Random) -> Scene:
     count = 1 if rng.random() < 0.5 else 2
-    return _lay_out(world, rng, _objects(world, rng, _names(world, rng, count, purpose), _style(world, rng)))
+    return _lay_out(world, rng, _objects(world, rng, _names(world, rng, count), _style(world, rng)))
 
 
-def _add(world: World, rng: random.Random, purpose: str, given: Scene | None = None) -> Edit:
+def _add(world: World, rng: random.Random, given: Scene | None = None) -> Edit:
     if given is None:
         count = _count(world, rng)
-        objects = _objects(world, rng, _names(world, rng, count, purpose), _style(world, rng))
+        objects = _objects(world, rng, _names(world, rng, count), _style(world, rng))
         where = rng.choice(RELATIONS)
         target = _lay_out(world, rng, objects, horizon=count == 2, where=where)
     else:
         where = rng.choice(RELATIONS)
-        names = [n for n in world.pool("train", purpose) if n not in {obj.concept for obj in given.objects}]
+        names = [n for n in world.pool("generation") if n not in {obj.concept for obj in given.objects}]
         look = sample_look(world, rng, rng.choice(names), _shown_style(world, given), 0.3)
         look = replace(look, size=rng.choice(world.sizes(len(given.objects) + 1)))
         target = _put_beside(world, rng, look, given, where)
@@ -193,9 +188,9 @@ def _shown_style(world: World, scene: Scene) -> str:
     return next((obj.style for obj in scene.objects if obj.concept not in SHAPES), world.default_style)
 
 
-def _remove(world: World, rng: random.Random, purpose: str, given: Scene | None = None) -> Edit:
+def _remove(world: World, rng: random.Random, given: Scene | None = None) -> Edit:
     count = _count(world, rng) if given is None else 0
-    names = _names(world, rng, count, purpose)
+    names = _names(world, rng, count)
     source = given or _lay_out(world, rng, _objects(world, rng, names, _style(world, rng)), horizon=count == 2)
     gone = rng.choice(source.objects)
     target = Scene(source.background, tuple(obj for obj in source.objects if obj is not gone))
@@ -203,11 +198,11 @@ def _remove(world: World, rng: random.Random, purpose: str, given: Scene | None 
     return Edit(source, words, target, "remove")
 
 
-def _replace(world: World, rng: random.Random, purpose: str, given: Scene | None = None) -> Edit:
-    source = given or _scene(world, rng, purpose)
+def _replace(world: World, rng: random.Random, given: Scene | None = None) -> Edit:
+    source = given or _scene(world, rng)
     old = rng.choice(source.objects)
     style = _shown_style(world, source)
-    new = sample_look(world, rng, rng.choice(world.pool("train", purpose)), style, 0.3)
+    new = sample_look(world, rng, rng.choice(world.pool("generation")), style, 0.3)
     new = replace(new, x=old.x, y=old.y, size=old.size)
     if any(new.concept == obj.concept for obj in source.objects) or world.clashes(new, source.background):
         raise _Unfit
@@ -220,8 +215,8 @@ def _swap(scene: Scene, changes: dict[Obj, Obj]) -> Scene:
     return replace(scene, objects=tuple(changes.get(obj, obj) for obj in scene.objects))
 
 
-def _move(world: World, rng: random.Random, purpose: str, given: Scene | None = None) -> Edit:
-    source = given or _scene(world, rng, purpose)
+def _move(world: World, rng: random.Random, given: Scene | None = None) -> Edit:
+    source = given or _scene(world, rng)
     if len(source.objects) == 2 and rng.random() < 0.5:
         return _exchange(world, rng, source)
     obj = rng.choice(source.objects)
@@ -253,16 +248,16 @@ def _exchange(world: World, rng: random.Random, source: Scene) -> Edit:
     return Edit(source, words, target, "move")
 
 
-def _recolour(world: World, rng: random.Random, purpose: str, given: Scene | None = None) -> Edit:
+def _recolour(world: World, rng: random.Random, given: Scene | None = None) -> Edit:
     if given is not None:
         found = [obj for obj in given.objects if world.colours_of(obj.concept, obj.style)]
         return _painted(world, rng, given, rng.choice(found) if found else given.objects[0])
     style = _style(world, rng)
-    pool = world.pool("train", purpose)
+    pool = world.pool("generation")
     paintable = [name for name in (*pool, *world.guests) if world.colours_of(name, style)]
-    names = _names(world, rng, 1, purpose, paintable)
+    names = _names(world, rng, 1, paintable)
     if rng.random() < 0.5:
-        names += _names(world, rng, 1, purpose, [name for name in pool if name not in names])
+        names += _names(world, rng, 1, [name for name in pool if name not in names])
     source = _lay_out(world, rng, _objects(world, rng, names, style, 0.6))
     return _painted(world, rng, source, next(o for o in source.objects if o.concept == names[0]))
 
@@ -279,8 +274,8 @@ def _painted(world: World, rng: random.Random, source: Scene, obj: Obj) -> Edit:
     return Edit(source, words, _swap(source, {obj: painted}), "recolour")
 
 
-def _background(world: World, rng: random.Random, purpose: str) -> Edit:
-    target = _scene(world, rng, purpose)
+def _background(world: World, rng: random.Random) -> Edit:
+    target = _scene(world, rng)
     horizon = all(world.grounded(obj) for obj in target.objects)
     before = sample_background(world, rng, target.objects, horizon=horizon, other_than=target.background)
     if before is None:
@@ -291,8 +286,8 @@ def _background(world: World, rng: random.Random, purpose: str) -> Edit:
     return Edit(replace(target, background=before), words, target, "background")
 
 
-def _restyle(world: World, rng: random.Random, purpose: str) -> Edit:
-    source = _scene(world, rng, purpose)
+def _restyle(world: World, rng: random.Random) -> Edit:
+    source = _scene(world, rng)
     if any(obj.concept in SHAPES for obj in source.objects):
         raise _Unfit
     style = rng.choice([name for name in world.styles if name != source.objects[0].style])
@@ -305,11 +300,11 @@ def _restyle(world: World, rng: random.Random, purpose: str) -> Edit:
     return Edit(source, rng.choice(WORDS["restyle"]).format(style=style), _swap(source, changes), "style")
 
 
-def _skin_tone(world: World, rng: random.Random, purpose: str) -> Edit:
-    pool = world.pool("train", purpose)
-    names = _names(world, rng, 1, purpose, [name for name in pool if concept(name).toned])
+def _skin_tone(world: World, rng: random.Random) -> Edit:
+    pool = world.pool("generation")
+    names = _names(world, rng, 1, [name for name in pool if concept(name).toned])
     if rng.random() < 0.3:
-        names += _names(world, rng, 1, purpose, [name for name in pool if name not in names])
+        names += _names(world, rng, 1, [name for name in pool if name not in names])
     source = _lay_out(world, rng, _objects(world, rng, names, _style(world, rng)))
     obj = next(o for o in source.objects if o.concept == names[0])
     tone = rng.choice(world.tones)

@@ -1,4 +1,4 @@
-"""Pages that a person can check the judge by: a Markdown table, an HTML page and one contact sheet a part.
+"""Pages that a person can check the judge by: tables in Markdown, and an HTML page with pictures.
 
 Right cases are on the left, wrong ones on the right, each with what the judge says.
 """
@@ -13,13 +13,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from unilip.data.sheet import contact_sheet
 from unilip.emoji.captions import WORDS
 from unilip.files import write_text
-from unilip.pictures import open_picture
 
 Record = dict[str, Any]
 SHOWN = 4  # right ones and wrong ones of each group
@@ -28,11 +23,8 @@ COLUMNS: dict[str, str] = WORDS["columns"]
 
 
 def write_report(folder: Path, results: Mapping[str, Any], records: Mapping[str, Sequence[Record]]) -> None:
-    """Write results.md, index.html and the contact sheets to FOLDER."""
-    table = make_table(results)
-    write_text(folder / "results.md", table)
-    for part, entries in records.items():
-        write_sheet(folder, part, entries)
+    """Write results.md and index.html to FOLDER."""
+    write_text(folder / "results.md", make_table(results))
     write_text(folder / "index.html", make_page(results, records))
 
 
@@ -106,7 +98,7 @@ def _totals(found: Mapping[str, Any]) -> str:
     return f"{', '.join(said)}.{' Control: ' + ', '.join(checked) + '.' if checked else ''}"
 
 
-def choose(entries: Sequence[Record], shown: int = SHOWN) -> dict[str, tuple[list[Record], list[Record]]]:
+def choose(entries: Sequence[Record]) -> dict[str, tuple[list[Record], list[Record]]]:
     """Return by group up to SHOWN right and SHOWN wrong items, of as many different prompts as there are."""
     groups: dict[str, tuple[list[Record], list[Record]]] = defaultdict(lambda: ([], []))
     seen: set[tuple[str, bool, int]] = set()
@@ -115,31 +107,10 @@ def choose(entries: Sequence[Record], shown: int = SHOWN) -> dict[str, tuple[lis
             right, wrong = groups[record["group"]]
             column = right if record["ok"] else wrong
             mark = (record["group"], record["ok"], record["index"])
-            if len(column) < shown and record not in column and (not first or mark not in seen):
+            if len(column) < SHOWN and record not in column and (not first or mark not in seen):
                 seen.add(mark)
                 column.append(record)
     return dict(groups)
-
-
-def write_sheet(folder: Path, part: str, entries: Sequence[Record]) -> Path | None:
-    """Write sheet-PART.png: a row a group, right ones in the left half, wrong ones in the right half."""
-    pictures: list[Image.Image] = []
-    captions: list[str] = []
-    for group, columns in choose(entries).items():
-        for title, column in zip(("right", "WRONG"), columns, strict=True):
-            for n in range(SHOWN):
-                if n < len(column):
-                    with open_picture(folder / column[n]["picture"]) as stored:
-                        pictures.append(stored.convert("RGB"))
-                    captions.append(f"{title} ({group}): {column[n]['text']}. {column[n]['reason']}")
-                else:
-                    pictures.append(Image.fromarray(np.full((8, 8, 3), 238, dtype=np.uint8)))
-                    captions.append("")
-    if not pictures:
-        return None
-    path = folder / f"sheet-{part}.png"
-    contact_sheet(pictures, 2 * SHOWN, captions).save(path)
-    return path
 
 
 def make_page(results: Mapping[str, Any], records: Mapping[str, Sequence[Record]]) -> str:
@@ -148,15 +119,13 @@ def make_page(results: Mapping[str, Any], records: Mapping[str, Sequence[Record]
     for part, entries in records.items():
         found = results[f"emoji-{part}"]
         head, rows = _rows(found)
-        out += [f"<h2>emoji-{part}</h2><p>{html.escape(TITLES[part])}</p><table><tr>"]
-        out += [f"<th>{html.escape(name)}</th>" for name in head]
-        out += ["</tr>"]
-        out += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+        out += [f"<h2>emoji-{part}</h2><p>{html.escape(TITLES[part])}</p><table>"]
+        for tag, row in (("th", head), *(("td", row) for row in rows)):
+            out += ["<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"]
         out += [f"</table><p>{html.escape(_totals(found))}</p>"]
         for group, (right, wrong) in choose(entries).items():
             out += [f"<h3>{html.escape(group)}</h3>", '<div class="two">']
-            out += _figures("right", right) + _figures("wrong", wrong)
-            out += ["</div>"]
+            out += [*_figures("right", right), *_figures("wrong", wrong), "</div>"]
     title = html.escape(f"{results['model']} in the emoji world {results['world']}")
     template = Template((resources.files("unilip.emoji") / "report.html").read_text(encoding="utf-8"))
     return template.substitute(title=title, setting=html.escape(_setting(results)), parts="\n".join(out))

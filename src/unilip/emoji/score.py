@@ -1,11 +1,12 @@
 """Evaluation of a model in the emoji world: reconstructions, answers, generations, edits and riddles, all held out.
 
-Out, in a folder: items.jsonl (one judged item a line), pictures/, results.json, results.md, index.html and a contact
-sheet a part. Every item is seeded by its own key, so a rerun goes on, and no picture depends on its batch.
+Out, in a folder: items.jsonl (one judged item a line), pictures/, results.json, results.md and index.html. Every item
+is seeded by its own key, so a rerun goes on, and no picture depends on its batch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -34,8 +35,8 @@ from unilip.data.seeding import generator, stable_hash
 from unilip.emoji.art import Atlas
 from unilip.emoji.captions import canonical
 from unilip.emoji.dataset import Edits, Questions, Scenes, pixels
-from unilip.emoji.edits import COMBINING, sample_chain
-from unilip.emoji.judge import VERSION, EditVerdict, Judge, Reading, judge_edit, judge_prompt, psnr_outside
+from unilip.emoji.edits import COMBINING, Edit, sample_chain
+from unilip.emoji.judge import VERSION, Judge, Reading, judge_edit, judge_prompt, psnr_outside
 from unilip.emoji.knowledge import riddles
 from unilip.emoji.questions import KINDS
 from unilip.emoji.render import change_mask
@@ -44,7 +45,7 @@ from unilip.emoji.world import COMPOSITIONAL, TASKS, Scene, World
 from unilip.errors import UniLIPError
 from unilip.fast.loop import Settings
 from unilip.fast.offload import HEAD
-from unilip.files import read_json, write_json, write_text
+from unilip.files import read_json, read_text, write_json, write_lines
 from unilip.method.config import TOKEN_PIXELS
 from unilip.model import DRAWING, UniLIP
 from unilip.pictures import picture_psnr, picture_ssim, to_pixels
@@ -166,10 +167,11 @@ class Bench:
             targets = Edits(**common, kinds=("recolour",), seen=False)
             groups["recolourings, unseen"] = [(targets.draw(i).target, "recolour") for i in range(size)]
         return [
-            Item(f"recon/{group}/{i:04d}", "recon", group, i, {"scene": scene, "task": task})
+            Item(f"recon/{group}/{i:04d}", "recon", group, i,
+                 {"scene": scene, "task": task, "prompt": canonical(scene, task, self.world)})
             for group, scenes in groups.items()
             for i, (scene, task) in enumerate(scenes)
-        ]
+        ]  # fmt: skip
 
     def _plan_vqa(self) -> list[Item]:
         size = CHEAP * self.count
@@ -268,16 +270,15 @@ class Bench:
             i, depth = item.index, item.data["depth"]
             edits = rows[i][:depth]
             result, original = drawn[i, depth], first[i]
-            verdict = judge_edit(self.judge, result, edits[-1])
+            record, shown = judged_edit(self.judge, edits[-1], [original], result)
             touched = [change_mask(edit.source, edit.target, self.atlas, self.world) for edit in edits]
             outside = ~np.logical_or.reduce(touched)
-            record = {
-                **edit_record(verdict, joined([edit.instruction for edit in edits])),
+            record |= {
+                "text": joined([edit.instruction for edit in edits]),
                 "psnr_outside": round(picture_psnr(result, original, outside), 3),
                 "psnr_outside_reconstruction": round(picture_psnr(copies[i, depth], original, outside), 3),
             }
-            target = pixels(edits[-1].target, self.atlas, self.world)
-            done.append((record, np.concatenate([original, result, target], axis=1)))
+            done.append((record, shown))
         return done
 
     def _plan_shapes(self) -> list[Item]:
@@ -301,20 +302,15 @@ class Bench:
         size = items[0].data["size"]
         world = self.world.shaped(size)
         judge, sides = self.judge_of(size), {"width": size[0], "height": size[1]}
-        done = []
         if "edit" not in items[0].data:
-            for item, picture in zip(items, self._draw(items, **sides), strict=True):
-                verdict = judge_prompt(judge.read(picture), item.data["scene"], item.data["task"], world)
-                done.append(({**vars(verdict), "text": item.data["prompt"]}, picture))
-            return done
+            return [
+                (self._judged(judge, picture, item), picture)
+                for item, picture in zip(items, self._draw(items, **sides), strict=True)
+            ]
         edits = [item.data["edit"] for item in items]
         sources = [pixels(edit.source, self.atlas, world) for edit in edits]
-        noises = [(item.key,) for item in items]
-        results = self._edited(sources, [edit.instruction for edit in edits], noises, **sides)
-        for edit, source, result in zip(edits, sources, results, strict=True):
-            record = edit_record(judge_edit(judge, result, edit), edit.instruction)
-            done.append((record, np.concatenate([source, result, pixels(edit.target, self.atlas, world)], axis=1)))
-        return done
+        results = self._edited(sources, [edit.instruction for edit in edits], [(x.key,) for x in items], **sides)
+        return [judged_edit(judge, *row) for row in zip(edits, ([source] for source in sources), results, strict=True)]
 
     def _plan_joint(self) -> list[Item]:
         return [Item(f"joint/{i:04d}", "joint", "a thing of picture 2", i) for i in range(self.count)]
@@ -323,10 +319,9 @@ class Bench:
         pairs, done = Edits(self.world, self.atlas, "val", DATA_SEED, self.count), []
         for item in items:
             pair = pairs.joint(item.index)
-            result = self._edited([pair["source"], pair["other"]], [pair["instruction"]], [(item.key,)], joint=True)[0]
-            record = edit_record(judge_edit(self.judge, result, pair["edit"]), pair["instruction"])
-            shown = (pair["source"], pair["other"], result, pair["target"])
-            done.append((record, np.concatenate(shown, axis=1)))
+            sources = [pair["source"], pair["other"]]
+            result = self._edited(sources, [pair["instruction"]], [(item.key,)], joint=True)[0]
+            done.append(judged_edit(self.judge, pair["edit"], sources, result))
         return done
 
     def _edited(
@@ -347,10 +342,8 @@ class Bench:
             features = self.model.features(to_pixels(images))  # 2B N D
         done = []
         for n, (item, truth, result) in enumerate(zip(items, truths, results, strict=True)):
-            verdict = judge_prompt(self.judge.read(result), item.data["scene"], item.data["task"], self.world)
             record = {
-                **vars(verdict),
-                "text": canonical(item.data["scene"], item.data["task"], self.world),
+                **self._judged(self.judge, result, item),
                 "psnr": round(picture_psnr(result, truth), 3),
                 "ssim": round(picture_ssim(result, truth), 4),
                 "feature_distance": round(measure_features(features[len(items) + n], features[n]), 5),
@@ -366,8 +359,10 @@ class Bench:
             asked.append(data[item.index])
             others.append(data[item.index + 1]["image"])
         questions = [entry["question"] for entry in asked]
-        answers = self._answer([entry["image"] for entry in asked], questions)
-        blind = self._answer(others, questions)
+        answers, blind = (
+            self.model.ask(pictures, questions, max_new_tokens=48)
+            for pictures in ([entry["image"] for entry in asked], others)
+        )
         done = []
         for entry, answer, guess in zip(asked, answers, blind, strict=True):
             ok = accepts(answer, entry["accepted"])
@@ -379,11 +374,6 @@ class Bench:
             }
             done.append((record, entry["image"]))
         return done
-
-    def _answer(self, pictures: Sequence[np.ndarray], questions: Sequence[str]) -> list[str]:
-        answers = self.model.ask(list(pictures), list(questions), max_new_tokens=48)
-        assert isinstance(answers, list), "a list of questions has a list of answers"
-        return answers
 
     def _draw(self, items: Sequence[Item], **sides: Any) -> list[np.ndarray]:
         # the noise belongs to prompt and seed: without guidance, and as people write, it is the same again
@@ -402,17 +392,18 @@ class Bench:
     def _perform_gen(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
         done = []
         for item, picture in zip(items, self._draw(items), strict=True):
-            reading = self.judge.read(picture)
-            scene, task = item.data["scene"], item.data["task"]
-            record = {
-                **vars(judge_prompt(reading, scene, task, self.world)),
-                "text": item.data["prompt"],
-                "reading": reading.to_dict(),
-                "scene": scene.to_dict(),
-                "task": task,
-            }
-            done.append((record, picture))
+            reading, about = (
+                self.judge.read(picture),
+                {"scene": item.data["scene"].to_dict(), "task": item.data["task"]},
+            )
+            done.append(({**self._judged(self.judge, reading, item), "reading": reading.to_dict(), **about}, picture))
         return done
+
+    def _judged(self, judge: Judge, seen: np.ndarray | Reading, item: Item) -> Record:
+        """Return the verdict on a picture, or what was read off it, of the scene that an item asks for."""
+        reading = seen if isinstance(seen, Reading) else judge.read(seen)
+        verdict = judge_prompt(reading, item.data["scene"], item.data["task"], judge.world)
+        return {**vars(verdict), "text": item.data["prompt"]}
 
     def _perform_riddle(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
         done = []
@@ -443,17 +434,20 @@ class Bench:
         kept = self.model.reconstruct([entry["source"] for entry in entries]).images
         done = []
         for entry, result, copy in zip(entries, results, kept, strict=True):
-            record = edit_record(judge_edit(self.judge, result, entry["edit"]), entry["instruction"])
+            record, shown = judged_edit(self.judge, entry["edit"], [entry["source"]], result)
             record["psnr_outside_reconstruction"] = psnr_outside(self.judge, np.asarray(copy), entry["edit"])
-            done.append((record, np.concatenate([entry["source"], result, entry["target"]], axis=1)))
+            done.append((record, shown))
         return done
 
 
-def edit_record(verdict: EditVerdict, text: str) -> Record:
-    """Return what is kept of a verdict on an edit."""
+def judged_edit(
+    judge: Judge, edit: Edit, sources: Sequence[np.ndarray], result: np.ndarray
+) -> tuple[Record, np.ndarray]:
+    """Return what is kept of the verdict on an edit, and a picture to look at: sources, result, exact target."""
+    verdict, target = judge_edit(judge, result, edit), pixels(edit.target, judge.atlas, judge.world)
     parts = {"done": verdict.done, "rest kept": verdict.kept}
-    about = {"ok": verdict.ok, "parts": parts, "reason": verdict.reason, "text": text}
-    return {**about, "psnr_outside": verdict.psnr_outside}
+    about = {"ok": verdict.ok, "parts": parts, "reason": verdict.reason, "text": edit.instruction}
+    return {**about, "psnr_outside": verdict.psnr_outside}, np.concatenate([*sources, result, target], axis=1)
 
 
 def other_shapes(world: World) -> tuple[Size, Size]:
@@ -476,40 +470,27 @@ class Folder:
     """The output folder: what the run is of, and the items done so far."""
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self.path = path
+        self.path, self._items = path, path / "items.jsonl"
         self.records: dict[str, Record] = {}
-        path.mkdir(parents=True, exist_ok=True)
-        self._check(identity)
-        self._items = path / "items.jsonl"
-        if self._items.is_file():
-            self._read()
-
-    def _check(self, identity: dict[str, Any]) -> None:
-        file = self.path / "run.json"
+        file = path / "run.json"
         if not file.is_file():
-            if (self.path / "items.jsonl").exists():
-                raise UniLIPError(f"{self.path} holds items but no run.json; give an empty folder.")
+            if self._items.exists():
+                raise UniLIPError(f"{path} holds items but no run.json; give an empty folder.")
             write_json(file, identity)
-            return
         before = read_json(file, "manifest")
         other = [name for name in identity if before.get(name) != identity[name]]
         if other:
             name = other[0]
             raise UniLIPError(
-                f"{self.path} holds results of another run: {', '.join(other)} differ ({name} is {before.get(name)!r} "
+                f"{path} holds results of another run: {', '.join(other)} differ ({name} is {before.get(name)!r} "
                 f"there, {identity[name]!r} here). Give an empty folder, or remove this one."
             )
-
-    def _read(self) -> None:
-        whole = []
-        for line in self._items.read_text(encoding="utf-8").splitlines():
-            try:
+        for line in read_text(self._items).splitlines() if self._items.is_file() else ():
+            with contextlib.suppress(json.JSONDecodeError):  # of a run that was killed while it wrote
                 record = json.loads(line)
-            except json.JSONDecodeError:  # a run that was killed while it wrote
-                continue
-            self.records[record["key"]] = record
-            whole.append(line)
-        write_text(self._items, "".join(line + "\n" for line in whole))
+                self.records[record["key"]] = record
+        if self.records:
+            write_lines(self._items, self.records.values())
 
     def add(self, item: Item, record: Record, picture: np.ndarray) -> None:
         name = re.sub(r"[^a-z0-9]+", "-", item.key.split("/", 1)[1].lower())
@@ -519,7 +500,7 @@ class Folder:
         about = {"key": item.key, "part": item.part, "group": item.group, "index": item.index}
         record = {**about, **record, "picture": file.relative_to(self.path).as_posix()}
         with self._items.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
         self.records[item.key] = record
 
 

@@ -256,9 +256,8 @@ class World:
         barred = self.generation_held_out if purpose == "generation" else ()
         return self.seen(scene) and not any(obj.concept in barred for obj in scene.objects)
 
-    def pool(self, split: str, purpose: str) -> tuple[str, ...]:
+    def pool(self, purpose: str) -> tuple[str, ...]:
         """Return the concepts that scenes are made of for PURPOSE unless a caller names others."""
-        _check("split", split, SPLITS)
         _check("purpose", purpose, PURPOSES)
         return self._generated if purpose == "generation" else self.concepts
 
@@ -440,7 +439,7 @@ def sample_scene(
     tasks); of a pool of never-seen concepts it is not looked at.
     """
     _check("task", task, TASKS)
-    candidates = tuple(pool) if pool is not None else world.pool(split, purpose)
+    candidates = tuple(pool) if pool is not None else world.pool(purpose)
     if split == "train":
         world = world.training
         if pool is None and purpose != "generation" and rng.random() < GUESTS:

@@ -91,14 +91,13 @@ def open_benchmark(
     *,
     protocol: str | None = None,
     sources: str | Path | None = None,
-    samples: int | None = None,
     own_prompts: bool = False,
 ) -> Benchmark:
     """Read the prompt file of a benchmark.
 
     In: name: one of NAMES. prompts: the published file or folder. protocol: one of PROTOCOLS[name], the first by
-    default. sources: imgedit only, the folder of the pictures to edit. samples: geneval only, pictures of each prompt
-    (4). own_prompts: take a file whose hash is not the published one; every score says so.
+    default. sources: imgedit only, the folder of the pictures to edit. own_prompts: take a file whose hash is not the
+    published one; every score says so.
     Raises UniLIPError: no file, a file of another format, protocol or hash, or a repeated or impossible item.
     """
     check_choice("benchmark", name, NAMES)
@@ -110,15 +109,8 @@ def open_benchmark(
     path = Path(prompts).expanduser()
     if not path.exists():
         raise UniLIPError(f"There is no prompt file {path}; fetch {HOMES[name]} and give its path.")
-    readers: dict[str, Callable[[], Benchmark]] = {
-        "geneval": lambda: _geneval(path, protocol, samples or 4),
-        "geneval2": lambda: _geneval2(path, protocol),
-        "dpg": lambda: _dpg(path, protocol),
-        "wise": lambda: _wise(path, protocol),
-        "imgedit": lambda: _imgedit(path, protocol, sources),
-        "gedit": lambda: _gedit(path, protocol),
-    }
-    benchmark = readers[name]()
+    readers = {"geneval": _geneval, "geneval2": _geneval2, "dpg": _dpg, "wise": _wise, "gedit": _gedit}
+    benchmark = _imgedit(path, protocol, sources) if name == "imgedit" else readers[name](path, protocol)
     if not benchmark.items:
         raise UniLIPError(f"{path} holds no prompt; fetch {HOMES[name]} again.")
     _check_items(benchmark, path)
@@ -169,7 +161,7 @@ def _text(row: Mapping[str, Any], key: str, path: Path, where: object) -> str:
     return value
 
 
-def _geneval(path: Path, protocol: str, samples: int) -> Benchmark:
+def _geneval(path: Path, protocol: str) -> Benchmark:
     rows = read_lines(path, "prompt file")
     items = []
     for n, row in enumerate(rows):
@@ -179,11 +171,11 @@ def _geneval(path: Path, protocol: str, samples: int) -> Benchmark:
                 f"{path}, line {n + 1}: a prompt of GenEval has a tag ({', '.join(KNOWN['geneval'])}) and a list "
                 f"'include'; found tag {tag!r}. Fetch {HOMES['geneval']}."
             )
-        for sample in range(samples):
+        for sample in range(4):
             path_of = f"{PICTURES}/{n:05d}/samples/{sample:04d}.png"
             items.append(Item(f"{n:05d}/{sample:04d}", prompt, path_of, tag, f"{n:05d}", 1, row))
     return Benchmark(
-        "geneval", protocol if samples == 4 else f"553x{samples}", tuple(items),
+        "geneval", protocol, tuple(items),
         describe_prompts("geneval", protocol, [file_hash(path)], len(rows)), {},
         beside=lambda item: {f"{PICTURES}/{item.cluster}/metadata.jsonl": (json.dumps(dict(item.data))).encode()},
     )  # fmt: skip

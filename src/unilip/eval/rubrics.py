@@ -31,10 +31,9 @@ KNOWN: dict[str, Any] = read_table("unilip.eval", "rubrics.json")
 OFFICIAL: dict[str, list[str]] = KNOWN["official"]  # SHA-256 of the authors' files that hold their wording
 PLACES: dict[str, dict[str, str]] = KNOWN["places"]  # where these lie in a checkout, by benchmark and protocol
 WORDING: dict[str, str] = KNOWN["wording"]  # ours
-RANGES = {  # the least and the most a score can be: what unjudged items could have had
-    "correct": (0.0, 1.0), "wiscore": (0.0, 1.0), "score": (1.0, 5.0), "semantics": (0.0, 10.0),
-    "quality": (0.0, 10.0), "overall": (0.0, 10.0), "dpg": (0.0, 1.0), "tifa": (0.0, 1.0), "soft_tifa_am": (0.0, 1.0),
-    "soft_tifa_gm": (0.0, 1.0), "soft_tifa_gm_most": (0.0, 1.0),
+RANGES: dict[str, tuple[float, float]] = {  # the least and the most a score can be: what unjudged items could have had
+    **dict.fromkeys(("correct", "wiscore", "dpg", "soft_tifa_am", "soft_tifa_gm"), (0.0, 1.0)),
+    "score": (1.0, 5.0), **dict.fromkeys(("semantics", "quality", "overall"), (0.0, 10.0)),
 }  # fmt: skip
 
 
@@ -138,12 +137,6 @@ _RUBRICS: dict[str, Callable[[Path], dict[str, str]]] = {
 # --- reading answers ------------------------------------------------------------------------------------------------
 
 
-def read_yes_no(text: str) -> bool | None:
-    """Read "yes" or "no" at the start of an answer; None is neither."""
-    found = re.match(r"\W*(yes|no)\b", text, re.IGNORECASE)
-    return None if found is None else found[1].lower() == "yes"
-
-
 def read_wise_verified(text: str) -> float | None:
     """Read "Score: 0" or "Score: 1", or a bare 0 or 1 on a line."""
     found = re.findall(r"\bscore\*{0,2}\s*[:：]?\s*\*{0,2}\s*([01])\b(?!\s*or\b|[./\d])", text, re.IGNORECASE)
@@ -179,63 +172,32 @@ def read_viescore(text: str) -> float | None:
     return min(values) if len(values) == 2 and all(0 <= value <= 10 for value in values) else None
 
 
-@dataclass(frozen=True)
-class Questionnaire:
-    """Asks about the pictures of one benchmark."""
-
-    benchmark: Benchmark
-    output: Path
-    rubric: Rubric = Rubric()
-
-    def ask(self, item: Item) -> list[Question]:
-        """Return what to ask about an item's picture."""
-        return _JUDGED[self.benchmark.name][0](self, item, self.output / item.path)
-
-    def row(self, item: Item, answers: Sequence[Answer]) -> Row:
-        """Return what the answers about an item come to: scores only if every one could be read."""
-        status = min((answer.status for answer in answers), key=lambda status: -STATUSES.index(status))
-        said = [{"text": a.text, "status": a.status, "reason": a.reason} for a in answers]
-        row = item.row(None, status, answers=said)
-        if status == "ok":
-            row["scores"], parts = _JUDGED[self.benchmark.name][1](self, item, [answer.value for answer in answers])
-            if parts:
-                row["parts"] = parts
-        return row
-
-
 def _fill(text: str, values: Mapping[str, Any]) -> str:
     return re.sub(r"\{(\w+)\}", lambda found: str(values[found[1]]) if found[1] in values else found[0], text)
 
 
-def _ask_geneval(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
-    text = _fill(WORDING["geneval"], {"prompt": item.prompt})
-    return [Question(item.key, (text, picture.read_bytes()), read_yes_no, max_tokens=200)]
+def _ask_wise(benchmark: Benchmark, rubric: Rubric, item: Item, picture: Path) -> list[Question]:
+    verified = benchmark.protocol == "verified"
+    text = _fill(rubric.texts.get("question", WORDING[f"wise {benchmark.protocol}"]), item.data)
+    system = rubric.texts.get("system", WORDING["wise system"])
+    read: Callable[[str], Any] = read_wise_verified if verified else read_wise_legacy
+    return [Question(item.key, (text, picture.read_bytes()), read, system, 500 if verified else 2000)]
 
 
-def _ask_wise(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
-    protocol = q.benchmark.protocol
-    text = _fill(q.rubric.texts.get("question", WORDING[f"wise {protocol}"]), item.data)
-    system = q.rubric.texts.get("system", WORDING["wise system"])
-    read: Callable[[str], Any] = read_wise_verified if protocol == "verified" else read_wise_legacy
-    limit = 500 if protocol == "verified" else 2000
-    return [Question(item.key, (text, picture.read_bytes()), read, system, limit)]
-
-
-def _ask_imgedit(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
+def _ask_imgedit(benchmark: Benchmark, rubric: Rubric, item: Item, picture: Path) -> list[Question]:
     kind = item.data["edit_type"]
-    if q.rubric.texts and kind not in q.rubric.texts:
-        raise UniLIPError(f"The rubric has nothing for edits of the kind {kind!r}; it has {', '.join(q.rubric.texts)}.")
+    if rubric.texts and kind not in rubric.texts:
+        raise UniLIPError(f"The rubric has nothing for edits of the kind {kind!r}; it has {', '.join(rubric.texts)}.")
     own = _fill(WORDING["imgedit"], {"edit_type": kind, "prompt": item.prompt})
-    text = q.rubric.texts[kind].replace("<edit_prompt>", item.prompt) if q.rubric.texts else own
-    assert q.benchmark.source is not None, "imgedit has sources"
-    source = png_bytes(q.benchmark.source(item).convert("RGB"))
+    text = rubric.texts[kind].replace("<edit_prompt>", item.prompt) if rubric.texts else own
+    assert benchmark.source is not None, "imgedit has sources"
+    source = png_bytes(benchmark.source(item).convert("RGB"))
     return [Question(item.key, (text, source, picture.read_bytes()), read_imgedit, max_tokens=1024)]
 
 
-def _ask_gedit(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
-    texts = q.rubric.texts or {name: WORDING[f"gedit {name}"] for name in ("semantics", "quality")}
-    before = picture.with_name(f"{picture.stem}_SRCIMG.png")
-    source = before.read_bytes()
+def _ask_gedit(benchmark: Benchmark, rubric: Rubric, item: Item, picture: Path) -> list[Question]:
+    texts = rubric.texts or {name: WORDING[f"gedit {name}"] for name in ("semantics", "quality")}
+    source = picture.with_name(f"{picture.stem}_SRCIMG.png").read_bytes()
     with open_picture(source) as opened:
         size = opened.size
     made = decode(picture.read_bytes(), str(picture))
@@ -247,30 +209,34 @@ def _ask_gedit(q: Questionnaire, item: Item, picture: Path) -> list[Question]:
     ]
 
 
-Parts = dict[str, list[float]]  # name -> [sum, how many]
-Scored = tuple[dict[str, float], Parts]
-
-
-def _score_wise(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
+def _score_wise(values: Sequence[Any]) -> dict[str, float]:
     """verified: 0 or 1. legacy: (0.7 consistency + 0.2 realism + 0.1 aesthetic quality) / 2."""
-    value = values[0]
-    if q.benchmark.protocol == "verified":
-        return {"wiscore": value}, {}
-    score = (0.7 * value["consistency"] + 0.2 * value["realism"] + 0.1 * value["aesthetic_quality"]) / 2
-    return {"wiscore": score}, {name: [points, 1] for name, points in value.items()}
+    (value,) = values
+    if isinstance(value, float):
+        return {"wiscore": value}
+    return {"wiscore": (0.7 * value["consistency"] + 0.2 * value["realism"] + 0.1 * value["aesthetic_quality"]) / 2}
 
 
-def _score_gedit(q: Questionnaire, item: Item, values: Sequence[Any]) -> Scored:
+def _score_gedit(values: Sequence[Any]) -> dict[str, float]:
     """Semantics and quality are each the lesser of two scores; overall is the root of their product."""
     semantics, quality = values
-    return {"overall": math.sqrt(semantics * quality), "semantics": semantics, "quality": quality}, {}
+    return {"overall": math.sqrt(semantics * quality), "semantics": semantics, "quality": quality}
 
 
-Asker = Callable[[Questionnaire, Item, Path], list[Question]]
-Scorer = Callable[[Questionnaire, Item, Sequence[Any]], Scored]
-_JUDGED: dict[str, tuple[Asker, Scorer]] = {
-    "geneval": (_ask_geneval, lambda q, item, values: ({"correct": float(values[0])}, {})),
+Asker = Callable[[Benchmark, Rubric, Item, Path], list[Question]]
+# What is asked about a picture, and how the values that were read come to scores; the rest has the authors' programs.
+JUDGED: dict[str, tuple[Asker, Callable[[Sequence[Any]], dict[str, float]]]] = {
     "wise": (_ask_wise, _score_wise),
-    "imgedit": (_ask_imgedit, lambda q, item, values: ({"score": round(sum(values[0]) / 3, 2)}, {})),
+    "imgedit": (_ask_imgedit, lambda values: {"score": round(sum(values[0]) / 3, 2)}),
     "gedit": (_ask_gedit, _score_gedit),
 }
+
+
+def judged_row(benchmark: Benchmark, item: Item, answers: Sequence[Answer]) -> Row:
+    """Return what the answers about an item come to: scores only if every one could be read."""
+    status = max((answer.status for answer in answers), key=STATUSES.index)
+    values = [answer.value for answer in answers]
+    said = [{"text": a.text, "status": a.status, "reason": a.reason} for a in answers]
+    parts = {name: [points, 1] for value in values if isinstance(value, dict) for name, points in value.items()}
+    scores = JUDGED[benchmark.name][1](values) if status == "ok" else None
+    return item.row(scores, status, answers=said, **({"parts": parts} if parts and scores else {}))

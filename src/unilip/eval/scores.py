@@ -26,13 +26,13 @@ FOLDER = "scores"
 
 @dataclass(frozen=True)
 class Rule:
-    """How items become one number: the mean over items, over groups (weighted or not), or the sum of the groups."""
+    """How items become one number: the mean over items, or over groups, weighted or not."""
 
     over: str = "items"
     weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        assert self.over in ("items", "groups", "sum"), self.over
+        assert self.over in ("items", "groups"), self.over
 
     @classmethod
     def of(cls, weights: Mapping[str, float] | None) -> Rule:
@@ -40,9 +40,9 @@ class Rule:
         return cls() if weights is None else cls("groups", weights)
 
     def weight(self, groups: Sequence[str]) -> np.ndarray:
-        """Return the weights of the groups that are there; those of a mean come to one."""
+        """Return the weights of the groups that are there, which come to one."""
         values = np.array([self.weights.get(group, 1.0) for group in groups], dtype=float)
-        return values if self.over == "sum" else values / values.sum()
+        return values / values.sum()
 
 
 def make_row(key: str, scores: Mapping[str, float] | None, **more: Any) -> Row:

@@ -24,10 +24,10 @@ from tqdm.auto import tqdm
 from unilip.errors import UniLIPError
 from unilip.eval.benchmarks import KNOWN, Benchmark, wise_files
 from unilip.eval.generation import check_pictures, missing
-from unilip.eval.rubrics import RANGES, Questionnaire, Rubric
+from unilip.eval.rubrics import JUDGED, RANGES, Rubric, judged_row
 from unilip.eval.runs import PICTURES, read_manifest
 from unilip.eval.scores import FOLDER, Row, Rule, write_scores
-from unilip.eval.vlm import RemoteJudge, Terms
+from unilip.eval.vlm import STATUSES, RemoteJudge, Terms
 from unilip.files import read_lines
 
 log = logging.getLogger(__name__)
@@ -80,25 +80,25 @@ def score_by_judge(
 
     Raises UniLIPError: missing pictures, or a judge that cannot be asked.
     """
-    if benchmark.name in ("geneval2", "dpg"):
+    if benchmark.name not in JUDGED:
         raise UniLIPError(f"{benchmark.name} is scored by its authors' program: --official CHECKOUT, not by a judge.")
     manifest = check_complete(benchmark, output)
-    sheet = Questionnaire(benchmark, output, rubric)
     judge = RemoteJudge(replace(terms, cache=terms.cache or output / "judge-cache"))
     rows: list[Row] = []
     asked = 0
     with tqdm(total=len(benchmark.items), desc=f"judge {terms.model}", unit="item", disable=not progress) as bar:
         for start in range(0, len(benchmark.items), CHUNK):
             items = benchmark.items[start : start + CHUNK]
-            lists = [sheet.ask(item) for item in items]
-            answers = iter(judge.ask([question for questions in lists for question in questions]))
-            for item, questions_of in zip(items, lists, strict=True):
-                asked += len(questions_of)
-                rows.append(sheet.row(item, [next(answers) for _ in questions_of]))
+            lists = [JUDGED[benchmark.name][0](benchmark, rubric, item, output / item.path) for item in items]
+            answers = judge.ask([question for questions in lists for question in questions])
+            for item, questions in zip(items, lists, strict=True):
+                rows.append(judged_row(benchmark, item, answers[: len(questions)]))
+                answers = answers[len(questions) :]
                 bar.update()
+            asked += sum(map(len, lists))
     about = _about(benchmark, manifest, f"judge {terms.model}, rubric {rubric.name}")
     about["cost"] = judge.tally.to_dict(terms.prices)
-    about["questions"] = {"asked": asked, **dict(judge.tally.statuses)}
+    about["questions"] = {"asked": asked, **{name: judge.tally[name] for name in STATUSES if judge.tally[name]}}
     return write_scores(output, f"judge-{terms.model}-{rubric.name}", rows, Rule.of(benchmark.weights), about, RANGES)
 
 
