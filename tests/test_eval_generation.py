@@ -240,23 +240,6 @@ def test_kill_in_the_middle_loses_nothing_and_repeats_nothing(prompts, draw, tin
     assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
 
 
-@pytest.mark.slow
-def test_ray_workers_make_the_files_of_one_process(prompts, draw, tiny_folder, tmp_path):
-    ray = pytest.importorskip("ray")
-    ray.init(address="local", num_cpus=2, log_to_driver=False)
-    benchmark = open_benchmark("wise", **prompts["wise"])
-    draw(benchmark, tmp_path / "one")
-    settings = Settings.resolve(tiny_folder, steps=1)
-    source = {"name": "wise", **prompts["wise"]}
-    given = {"output": tmp_path / "ray", "source": tiny_folder, "settings": settings, "batch_size": 4, "device": "cpu"}
-    try:
-        found = generation.generate_with_ray(2, 0.0, benchmark=source, count=None, **given)
-    finally:
-        ray.shutdown()
-    assert found["made"] == 12 and found["missing"] == 0
-    assert tree(tmp_path / "one") == tree(tmp_path / "ray")
-
-
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 

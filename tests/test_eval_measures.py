@@ -20,7 +20,7 @@ from unilip.eval.generation import Settings, generate
 from unilip.eval.pictures import open_pictures
 from unilip.eval.scores import Rule, column, write_scores
 from unilip.machine import Place
-from unilip.pictures import PSNR_LIMIT
+from unilip.pictures import IMAGENET_MEAN, IMAGENET_STD, PSNR_LIMIT
 
 # --- measures -------------------------------------------------------------------------------------------------------
 
@@ -117,8 +117,8 @@ def test_256_is_padded_by_reflection_and_shrunk_with_aligned_corners(tiny_model,
     """The padding and the shrinking, with an encoder and a decoder that only look and resize."""
     seen = {}
     pictures = torch.randint(0, 256, (1, 3, 256, 256), dtype=torch.uint8)
-    mean = torch.tensor(recon.IMAGENET_MEAN)[:, None, None]
-    std = torch.tensor(recon.IMAGENET_STD)[:, None, None]
+    mean = torch.tensor(IMAGENET_MEAN)[:, None, None]
+    std = torch.tensor(IMAGENET_STD)[:, None, None]
 
     def encoder(pixels):
         seen["pixels"] = pixels * std + mean

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -149,9 +148,8 @@ def eval_benchmark(name: str, o: Options) -> int:
     terms = judge_terms(o)
     from unilip.eval.benchmarks import open_benchmark
 
-    source = {"name": name, **pick(o, "prompts", "own_prompts")}
-    source |= {key: getattr(o, key, None) for key in ("protocol", "sources")}  # only some verbs have them
-    benchmark = open_benchmark(**source).first(o.count)
+    some = {key: getattr(o, key, None) for key in ("protocol", "sources")}  # only some verbs have them
+    benchmark = open_benchmark(name, o.prompts, own_prompts=o.own_prompts, **some).first(o.count)
     from unilip.eval.rubrics import read_rubric
 
     rubric = read_rubric(name, benchmark.protocol, getattr(o, "rubric", None))  # only some verbs have it
@@ -160,7 +158,7 @@ def eval_benchmark(name: str, o: Options) -> int:
     place = Place.of_environment()
     made: dict[str, Any] = {}
     if o.drawing:
-        made = draw(o, benchmark, source, output)
+        made = draw(o, benchmark, output)
         if place.rank == 0:
             done, there = made["made"], made["there"]
             say(f"{plural(done, 'file')} made, {there} there before, {made['missing']} missing, in {output}")
@@ -180,21 +178,14 @@ def eval_benchmark(name: str, o: Options) -> int:
     return tell_scores(o, report, list(score(o, benchmark, output, rubric, terms)), output, **counts)
 
 
-def draw(o: Options, benchmark: Any, source: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Make what is missing of a benchmark's pictures, in this process or by Ray."""
-    from unilip.eval.generation import Settings, generate, generate_with_ray
+def draw(o: Options, benchmark: Any, output: Path) -> dict[str, Any]:
+    """Make what is missing of a benchmark's pictures."""
+    from unilip.eval.generation import Settings, generate
 
-    device = choose_device(o.device)
+    device, source = choose_device(o.device), source_of(o)
     given = pick(o, "steps", "guidance_scale", "image_size", "seed", "dtype")
-    loaded = source_of(o)
-    settings = Settings.resolve(loaded, fit=getattr(o, "fit", None), **given)
-    given = {"output": output, "source": loaded, "settings": settings, "batch_size": o.batch_size}
-    if o.ray is None:
-        return generate(benchmark, device=device, progress=bars(o), **given)
-    if "WORLD_SIZE" in os.environ:
-        raise UniLIPError("--ray starts its own workers; do not start it with torchrun as well.")
-    gpus = 1.0 if device.startswith("cuda") else 0.0
-    return generate_with_ray(o.ray, gpus, benchmark=source, count=o.count, device=device, **given)
+    settings = Settings.resolve(source, fit=getattr(o, "fit", None), **given)
+    return generate(benchmark, output, source, settings, batch_size=o.batch_size, device=device, progress=bars(o))
 
 
 def wait_for_others(benchmark: Any, output: Path) -> None:

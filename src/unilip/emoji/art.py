@@ -9,7 +9,6 @@ from __future__ import annotations
 import colorsys
 import hashlib
 import io
-import json
 import logging
 import os
 import shutil
@@ -29,7 +28,7 @@ from unilip.data.errors import DataError
 from unilip.data.seeding import stable_hash
 from unilip.emoji.concepts import SHAPES, TONES, concept, concepts
 from unilip.errors import install
-from unilip.files import read_table, write_bytes
+from unilip.files import png_bytes, read_json, read_table, write_bytes
 from unilip.pictures import open_picture
 
 if TYPE_CHECKING:
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MASTER = 160  # pixels a side of the rasterised sprites
+MASTERS = 512  # of them kept decoded, at the art's own size and painted
 ATLAS_FILE = "atlas-160.npz"
 RGB = tuple[int, int, int]
 
@@ -172,23 +172,15 @@ class _Package:
 
 
 def _open_package(style: Style, source: Path, scratch: Path) -> _Package:
-    short = style.package.rsplit("/", 1)[-1]
-    candidates = [
-        source / style.package,
-        source / short,
-        source / short / "package",
-        source / f"node_modules/{style.package}",
-    ]
-    tarball = source / style.tarball
-    if tarball.is_file():
-        target = scratch / f"unpacked-{short}"
-        with tarfile.open(tarball) as archive:
-            archive.extractall(target, filter="data")
-        candidates.insert(0, target / "package")
-    for folder in candidates:
-        if (folder / "icons.json").is_file() and (folder / "chars.json").is_file():
-            icons, chars = (json.loads((folder / f"{n}.json").read_text(encoding="utf-8")) for n in ("icons", "chars"))
-            return _Package(f"{style.package}@{style.version}", icons, chars)
+    short, root = style.package.rsplit("/", 1)[-1], source
+    if (source / style.tarball).is_file():
+        root = scratch / f"unpacked-{short}"
+        with tarfile.open(source / style.tarball) as archive:
+            archive.extractall(root / short, filter="data")
+    for file in sorted(root.rglob("icons.json")):
+        if short in file.relative_to(root).parts and file.with_name("chars.json").is_file():
+            label = f"{style.package}@{style.version}"
+            return _Package(label, read_json(file), read_json(file.with_name("chars.json")))
     raise DataError(
         f"{source} holds no {style.package}@{style.version}; expected {style.tarball}, or a folder {short} with "
         "icons.json and chars.json; run `npm pack` there, or leave source away to fetch it"
@@ -204,10 +196,7 @@ def _rasterise(body: str, width: float, height: float) -> bytes:
     scale = max(width, height) / MASTER
     left = box[0] * scale - (max(width, height) - width) / 2
     top = box[1] * scale - (max(width, height) - height) / 2
-    tight = _resvg(body, (left, top, (box[2] - box[0]) * scale, (box[3] - box[1]) * scale))
-    buffer = io.BytesIO()
-    tight.save(buffer, "PNG")
-    return buffer.getvalue()
+    return png_bytes(_resvg(body, (left, top, (box[2] - box[0]) * scale, (box[3] - box[1]) * scale)))
 
 
 def _resvg(body: str, box: tuple[float, float, float, float]) -> Image.Image:
@@ -237,10 +226,10 @@ def _key(style: str, name: str, tone: str | None) -> str:
 class Atlas:
     """All sprites, compressed in memory (about 12 MB) and decoded on demand; picklable, caches stay behind."""
 
-    def __init__(self, sprites: dict[str, bytes], masters: int = 512, sized: int = 4096) -> None:
-        self._sprites, self._sizes = sprites, (masters, sized)
-        self._master = lru_cache(masters)(self._decode)
-        self._sized = lru_cache(sized)(self._scale)
+    def __init__(self, sprites: dict[str, bytes]) -> None:
+        self._sprites = sprites
+        self._master = lru_cache(MASTERS)(self._decode)
+        self._sized = lru_cache(8 * MASTERS)(self._scale)
 
     @classmethod
     def load(cls, path: Path | None = None) -> Atlas:
@@ -271,7 +260,7 @@ class Atlas:
         return cls(sprites)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._sprites, *self._sizes)
+        return type(self), (self._sprites,)
 
     def of(self, world: World) -> Atlas:
         """Return the few sprites that a judge of WORLD looks for."""
@@ -307,7 +296,7 @@ class Atlas:
             for colour in (None, *world.colours_of(name, style))
             for tone in (None, *(world.tones if concept(name).toned else ()))
         ]
-        self._master = lru_cache(max(self._sizes[0], len(work)))(self._decode)
+        self._master = lru_cache(max(MASTERS, len(work)))(self._decode)
         for entry in work:
             self._master(*entry)
         return self
@@ -451,6 +440,4 @@ def _fake(key: str, size: int) -> bytes:
     turn = code // 2160 % 360
     for radius, colour in ((size / 2 - 1, outer), (size / 5, inner)):
         pen.regular_polygon((size / 2, size / 2, radius), n_sides=corners, rotation=turn, fill=(*colour, 255))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+    return png_bytes(image)

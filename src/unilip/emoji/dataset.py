@@ -28,12 +28,6 @@ def pixels(scene: Scene, atlas: Atlas, world: World) -> np.ndarray:
     return np.array(render(scene, atlas, world), dtype=np.uint8)
 
 
-def _index(i: int, size: int) -> int:
-    if not -size <= i < size:
-        raise IndexError(f"index {i} is out of range for {size} items; allowed are {-size} to {size - 1}")
-    return i % size
-
-
 def prompt(scene: Scene, task: str, rng: random.Random, world: World, placed: float = 0.5) -> str:
     """Describe SCENE as training does: with all places in a share PLACED, and now and then with a riddle for a name."""
     where = rng.random() < placed
@@ -45,10 +39,14 @@ def prompt(scene: Scene, task: str, rng: random.Random, world: World, placed: fl
     return caption(scene, task, rng, world, where=where)
 
 
+@dataclass(frozen=True)
 class _Items:
     """What the data sets share: so many items, of a split that exists."""
 
+    world: World
+    atlas: Atlas
     split: str
+    seed: int
     size: int
 
     def __post_init__(self) -> None:
@@ -58,16 +56,19 @@ class _Items:
     def __len__(self) -> int:
         return self.size
 
+    def _generator(self, what: str, i: int) -> random.Random:
+        if not -self.size <= i < self.size:
+            raise IndexError(f"index {i} is out of range for {self.size} items")
+        return generator(what, self.seed, self.split, i % self.size)
+
+    def _pixels(self, scene: Scene) -> np.ndarray:
+        return pixels(scene, self.atlas, self.world)
+
 
 @dataclass(frozen=True)
 class Scenes(_Items):
     """Pictures with captions: dict(image, caption, scene, task). ``seen`` None: held-out ones in validation."""
 
-    world: World
-    atlas: Atlas
-    split: str
-    seed: int
-    size: int
     purpose: str
     tasks: Sequence[str] | None = None
     seen: bool | None = None
@@ -75,7 +76,7 @@ class Scenes(_Items):
 
     def draw(self, i: int) -> tuple[Scene, str, str]:
         """Return scene, task and caption of item I without drawing the picture."""
-        rng = generator("scene", self.seed, self.split, _index(i, self.size))
+        rng = self._generator("scene", i)
         task = rng.choice(self.tasks or (TRAINED if self.split == "train" else TASKS))
         scene = sample_scene(self.world, rng, task, self.split, self.purpose, self.seen, self.pool)
         if self.split != "train":
@@ -85,22 +86,17 @@ class Scenes(_Items):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         scene, task, text = self.draw(i)
-        return {"image": pixels(scene, self.atlas, self.world), "caption": text, "scene": scene, "task": task}
+        return {"image": self._pixels(scene), "caption": text, "scene": scene, "task": task}
 
 
 @dataclass(frozen=True)
 class Questions(_Items):
     """Pictures with one question: dict(image, question, answer, accepted, kind, scene); ``kinds`` None: of any."""
 
-    world: World
-    atlas: Atlas
-    split: str
-    seed: int
-    size: int
     kinds: Sequence[str] | None = None
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        rng = generator("question", self.seed, self.split, _index(i, self.size))
+        rng = self._generator("question", i)
         for _ in range(1000):
             scene = sample_scene(self.world, rng, rng.choice(TASKS), self.split, "understanding")
             found = questions(scene, rng, self.world, self.split)
@@ -108,7 +104,7 @@ class Questions(_Items):
             if asked:
                 qa = rng.choice(asked)
                 about = {"question": qa.question, "answer": qa.answer, "accepted": qa.accepted, "kind": qa.kind}
-                return {"image": pixels(scene, self.atlas, self.world), **about, "scene": scene}
+                return {"image": self._pixels(scene), **about, "scene": scene}
         raise DataError(f"no scene can answer questions of the kinds {self.kinds}")
 
 
@@ -116,17 +112,12 @@ class Questions(_Items):
 class Edits(_Items):
     """Pairs of pictures: dict(source, target, instruction, kind, edit)."""
 
-    world: World
-    atlas: Atlas
-    split: str
-    seed: int
-    size: int
     kinds: Sequence[str] | None = None
     seen: bool = True
 
     def draw(self, i: int) -> Edit:
         """Return edit I without drawing its pictures."""
-        rng = generator("edit", self.seed, self.split, _index(i, self.size))
+        rng = self._generator("edit", i)
         kind = rng.choice(self.kinds or self.world.edits)
         edit = sample_edit(self.world, rng, kind, self.split, self.seen)
         written = self.split == "train" and rng.random() < 0.5
@@ -134,17 +125,17 @@ class Edits(_Items):
 
     def joint(self, i: int) -> dict[str, Any]:
         """Return edit I of two pictures: dict(source, other, target, instruction, edit)."""
-        rng = generator("joint", self.seed, self.split, _index(i, self.size))
+        rng = self._generator("joint", i)
         edit, other = sample_joint(self.world, rng, self.split)
         shown = {"source": edit.source, "other": other, "target": edit.target}
-        pictures = {name: pixels(scene, self.atlas, self.world) for name, scene in shown.items()}
+        pictures = {name: self._pixels(scene) for name, scene in shown.items()}
         return {**pictures, "instruction": edit.instruction, "edit": edit}
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         edit = self.draw(i)
         return {
-            "source": pixels(edit.source, self.atlas, self.world),
-            "target": pixels(edit.target, self.atlas, self.world),
+            "source": self._pixels(edit.source),
+            "target": self._pixels(edit.target),
             "instruction": edit.instruction,
             "kind": edit.kind,
             "edit": edit,
@@ -152,7 +143,7 @@ class Edits(_Items):
 
 
 @dataclass(frozen=True)
-class Knowledge(_Items):
+class Knowledge:
     """Text-only questions about the world's concepts: dict(question, answer), each once."""
 
     world: World
@@ -162,5 +153,5 @@ class Knowledge(_Items):
         return len(knowledge(self.world, self.split))
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        found = knowledge(self.world, self.split)[_index(i, len(self))]
+        found = knowledge(self.world, self.split)[i]
         return {"question": found.question, "answer": found.answer}

@@ -18,7 +18,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -137,13 +136,13 @@ class Bench:
         own = Settings.of(model.config, preset, num_inference_steps=steps, guidance_scale=guidance_scale)
         self.preset, self.steps, self.guidance_scale = preset, own.num_inference_steps, float(own.guidance_scale)
 
-    @cached_property
-    def judge(self) -> Judge:
-        return Judge(self.world, self.atlas)
-
     @functools.cache  # noqa: B019 - a bench lives as long as its run
     def judge_of(self, size: Size) -> Judge:
         return Judge(self.world.shaped(size), self.atlas)
+
+    @property
+    def judge(self) -> Judge:
+        return self.judge_of(self.world.size)
 
     def plan(self, part: str) -> list[Item]:
         """Return the items of PART, always the same ones in the same order."""

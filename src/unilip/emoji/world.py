@@ -363,20 +363,13 @@ def _lattice_layouts(
     columns: tuple[int, ...], rows: tuple[int, ...], size: int, gap: int, count: int
 ) -> tuple[tuple[tuple[int, int], ...], ...]:
     """All ways to place COUNT equal objects on a coarse lattice, up to their order."""
+
+    def apart(a: tuple[int, int], b: tuple[int, int]) -> bool:
+        return not all(_near(one, other, size, size, gap) for one, other in zip(a, b, strict=True))
+
     cells = [(x, y) for x in columns for y in rows]
-    found: list[tuple[tuple[int, int], ...]] = []
-
-    def extend(chosen: tuple[tuple[int, int], ...], start: int) -> None:
-        if len(chosen) == count:
-            found.append(chosen)
-            return
-        for index in range(start, len(cells)):
-            x, y = cells[index]
-            if not any(_near(x, cx, size, size, gap) and _near(y, cy, size, size, gap) for cx, cy in chosen):
-                extend((*chosen, cells[index]), index + 1)
-
-    extend((), 0)
-    return tuple(found)
+    ways = combinations(cells, count)
+    return tuple(way for way in ways if all(apart(a, b) for a, b in combinations(way, 2)))
 
 
 def place(

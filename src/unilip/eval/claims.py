@@ -189,8 +189,8 @@ class Lab:
         for i in range(len(data)):
             pixels = to_pixels([Image.fromarray(data[i]["image"])])
             with torch.no_grad():
-                ours, theirs = (one.features(pixels).float().cpu() for one in (model, original))
-            found[f"{i:04d}"] = float(1 - torch.cosine_similarity(ours, theirs, dim=-1).mean())
+                ours, theirs = (one.features(pixels) for one in (model, original))
+            found[f"{i:04d}"] = emoji.measure_features(ours, theirs)
         return {"feature_distance": found}
 
     @torch.no_grad()

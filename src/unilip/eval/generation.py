@@ -25,7 +25,7 @@ from unilip.errors import UniLIPError
 from unilip.eval.benchmarks import Benchmark, Item
 from unilip.eval.runs import PICTURES, RunFolder, batches, model_hash, name_of
 from unilip.files import png_bytes, write_bytes, write_json, write_lines
-from unilip.machine import Place, start_ray
+from unilip.machine import Place
 from unilip.model import DRAWING, UniLIP
 from unilip.pictures import Fit, open_picture
 
@@ -199,28 +199,3 @@ def check_pictures(output: Path, items: Sequence[Item], identity: Mapping[str, A
 def missing(benchmark: Benchmark, output: Path) -> list[Item]:
     """Return the items whose file is not there."""
     return [item for item in benchmark.items if not (output / item.path).is_file()]
-
-
-def generate_with_ray(workers: int, gpus: float, **arguments: Any) -> dict[str, Any]:
-    """Do what `generate` does in several Ray workers, here or in the cluster that RAY_ADDRESS names.
-
-    In: gpus: of each worker. arguments: of `open_benchmark` as "benchmark" and "count", of `generate` all but `place`.
-    """
-    from unilip.eval.benchmarks import open_benchmark
-
-    def work(rank: int) -> dict[str, Any]:
-        given = dict(arguments)
-        benchmark = open_benchmark(**given.pop("benchmark")).first(given.pop("count"))
-        return generate(benchmark, place=Place(rank, workers), **given)
-
-    started = start_ray(num_cpus=workers)
-    import ray
-
-    try:
-        task = ray.remote(num_gpus=gpus, max_retries=0)(work)
-        found = ray.get([task.remote(rank) for rank in range(workers)])
-    finally:
-        if started:
-            ray.shutdown()
-    total = {"made": sum(one["made"] for one in found), "there": min(one["there"] for one in found)}
-    return {**found[0], **total, "missing": min(one["missing"] for one in found)}

@@ -40,7 +40,7 @@ from unilip.eval.scores import Rule, make_row, write_scores
 from unilip.files import content_hash, file_hash, png_bytes, write_bytes
 from unilip.machine import Place
 from unilip.model import UniLIP
-from unilip.pictures import IMAGENET_MEAN, IMAGENET_STD, PSNR_LIMIT, psnr, ssim
+from unilip.pictures import PSNR_LIMIT, normalise, psnr, ssim
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def open_extractor(source: str, model: UniLIP | None = None, device: str = "cpu"
         @torch.no_grad()
         def encode(pictures: Tensor) -> Tensor:
             values = F.interpolate(pictures.float() / 255, size=(size, size), mode="bilinear", antialias=True)
-            return model.features(_normalise(values)).float().mean(1).cpu()
+            return model.features(normalise(values)).float().mean(1).cpu()
 
         return "fd[encoder]", encode
     if source == "torch-fidelity":
@@ -154,21 +154,16 @@ def to_bytes(images: Sequence[Image.Image]) -> Tensor:
     return torch.stack([torch.from_numpy(np.array(image)).movedim(-1, 0) for image in images])
 
 
-def _normalise(values: Tensor) -> Tensor:
-    mean, std = (torch.tensor(v, device=values.device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (values - mean) / std
-
-
 @torch.no_grad()
 def put_through(model: UniLIP, pictures: Tensor, protocol: str) -> Tensor:
     """Return the reconstructions, uint8 (B,3,S,S), of uint8 pictures (B,3,S,S)."""
     values = pictures.to(model.device).float() / 255
     if protocol != "256":
-        features = model.features(_normalise(values))
+        features = model.features(normalise(values))
         made = model.from_latent(model.to_latent(features))
     else:
         padded = F.pad(values, (PAD, PAD, PAD, PAD), mode="reflect")  # B 3 280 280
-        features = model.features(_normalise(padded))
+        features = model.features(normalise(padded))
         with model.using("latent_head", "pixel_decoder"):
             decoded = model.pixel_decoder.decode(model.latent_head(features)).float()  # B 3 320 320
         size = padded.shape[-2:]

@@ -124,17 +124,15 @@ class RemoteJudge:
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
         """Answer each question, in order. Raises JudgeStopped: a wrong address, key or model; answers are kept."""
-        answers: list[Answer] = []
         self._stop.clear()
         with ThreadPoolExecutor(max_workers=self.terms.workers) as pool:
             try:
-                for answer in pool.map(self._one, questions):
-                    answers.append(answer)
-                    self._count(answer.status)
+                answers = list(pool.map(self._one, questions))
             except BaseException:
                 self._stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+        self.tally.update(answer.status for answer in answers)
         return answers
 
     def _one(self, question: Question) -> Answer:
