@@ -63,13 +63,15 @@ def open_pictures(place: str | Path, count: int | None = None) -> Pictures:
         return Pictures(size, lambda i: (f"{i:08d}", cell(data[i][column])))
     try:
         source = open_source(str(place))
+        shards = source.counts("image")
+        found = list(islice(((shard, n) for shard, size in enumerate(shards) for n in range(size)), count))
+        if not found:
+            raise DataError("None of its samples has one.")
     except DataError as error:
         raise UniLIPError(
             f"{place} holds no pictures that can be measured ({error}) Give a folder of pictures or .tar shards, a "
             ".jsonl file, hf:NAME, .parquet files or a saved dataset."
         ) from error
-    shards = source.counts("image")
-    found = list(islice(((shard, n) for shard, size in enumerate(shards) for n in range(size)), count))
 
     def read(index: int) -> tuple[str, bytes]:
         try:
