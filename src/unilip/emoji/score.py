@@ -44,7 +44,7 @@ from unilip.emoji.world import COMPOSITIONAL, TASKS, Scene, World
 from unilip.errors import UniLIPError
 from unilip.fast.loop import Settings
 from unilip.fast.offload import HEAD
-from unilip.files import read_json, read_text, write_json, write_lines
+from unilip.files import lines_of, read_json, read_text, write_json, write_lines
 from unilip.method.config import TOKEN_PIXELS
 from unilip.model import DRAWING, UniLIP
 from unilip.pictures import picture_psnr, picture_ssim, to_pixels
@@ -391,11 +391,9 @@ class Bench:
     def _perform_gen(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
         done = []
         for item, picture in zip(items, self._draw(items), strict=True):
-            reading, about = (
-                self.judge.read(picture),
-                {"scene": item.data["scene"].to_dict(), "task": item.data["task"]},
-            )
-            done.append(({**self._judged(self.judge, reading, item), "reading": reading.to_dict(), **about}, picture))
+            reading = self.judge.read(picture)
+            about = {"reading": reading.to_dict(), "scene": item.data["scene"].to_dict(), "task": item.data["task"]}
+            done.append(({**self._judged(self.judge, reading, item), **about}, picture))
         return done
 
     def _judged(self, judge: Judge, seen: np.ndarray | Reading, item: Item) -> Record:
@@ -484,11 +482,11 @@ class Folder:
                 f"{path} holds results of another run: {', '.join(other)} differ ({name} is {before.get(name)!r} "
                 f"there, {identity[name]!r} here). Give an empty folder, or remove this one."
             )
-        for line in read_text(self._items).splitlines() if self._items.is_file() else ():
-            with contextlib.suppress(json.JSONDecodeError):  # of a run that was killed while it wrote
-                record = json.loads(line)
-                self.records[record["key"]] = record
-        if self.records:
+        if self._items.is_file():
+            for line in lines_of(read_text(self._items)):
+                with contextlib.suppress(json.JSONDecodeError):  # of a run that was killed while it wrote
+                    record = json.loads(line)
+                    self.records[record["key"]] = record
             write_lines(self._items, self.records.values())
 
     def add(self, item: Item, record: Record, picture: np.ndarray) -> None:
@@ -499,7 +497,7 @@ class Folder:
         about = {"key": item.key, "part": item.part, "group": item.group, "index": item.index}
         record = {**about, **record, "picture": file.relative_to(self.path).as_posix()}
         with self._items.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+            stream.write(json.dumps(record) + "\n")
         self.records[item.key] = record
 
 
