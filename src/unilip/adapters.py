@@ -304,7 +304,7 @@ def load_adapter(
     if name in others:
         raise UniLIPError(f"An adapter {name} is loaded already; give another name, or unload first.")
     scales = {other: adapter_scale(model, other) for other in others}
-    _check_scales({name: scale})
+    check_number(f"The scale of adapter {name}", scale, -LARGEST)
     offload = _offload(model)
     if offload is not None and not offload.reads:
         raise UniLIPError("The weights of this model rest elsewhere; load adapters first, then enable_cpu_offload.")
@@ -380,7 +380,8 @@ def set_adapters(model: nn.Module, scales: Mapping[str, float]) -> None:
     if unknown:
         loaded = ", ".join(adapter_names(model)) or "none"
         raise UniLIPError(f"There is no adapter {', '.join(unknown)}; loaded: {loaded}.")
-    _check_scales(scales)
+    for name, scale in scales.items():
+        check_number(f"The scale of adapter {name}", scale, -LARGEST)
     taken = _read_in(model)
     for name in [*(name for name in scales if name in taken), *(name for name in taken if name not in scales)]:
         taken[name] = (taken.pop(name)[0], scales.get(name, 0.0))  # in the order in which they are to act
@@ -391,11 +392,6 @@ def set_adapters(model: nn.Module, scales: Mapping[str, float]) -> None:
             for inner, scale in active.items():
                 layer.set_scale(inner, scale)
     _tell_few_steps(model, [name for name in scales if scales[name]])
-
-
-def _check_scales(scales: Mapping[str, float]) -> None:
-    for name, scale in scales.items():
-        check_number(f"The scale of adapter {name}", scale, -LARGEST)
 
 
 def _held(layer: Any, name: str) -> list[str]:
@@ -434,9 +430,9 @@ def merge_adapters(model: nn.Module) -> None:
                 raise UniLIPError(f"{why}; load the model in float32, or scale less.")
     for name, layer in layers:
         layer.merge()
-        _replace(model, name, layer.base_layer)
+        model.set_submodule(name, layer.base_layer)
     _tell_few_steps(model, [], merged=True)
-    _forget(model)
+    vars(model).pop("peft_config", None)
 
 
 @changes
@@ -450,10 +446,10 @@ def unload_adapters(model: nn.Module, names: list[str] | None = None) -> None:
             for inner in _held(layer, adapter):
                 layer.delete_adapter(inner)
         if not layer.lora_A:
-            _replace(model, name, layer.base_layer)
+            model.set_submodule(name, layer.base_layer)
     if not adapter_names(model):
         _tell_few_steps(model, [])
-        _forget(model)
+        vars(model).pop("peft_config", None)  # what peft notes on a model with adapters
 
 
 def _tell_few_steps(model: Any, acting: Sequence[str], merged: bool = False) -> None:
@@ -471,14 +467,3 @@ def _tell_few_steps(model: Any, acting: Sequence[str], merged: bool = False) -> 
         if not model.config.dit.few_steps:
             dit.transformer.time_embed_2 = None
         del dit.plain_config
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
-
-
-def _forget(model: nn.Module) -> None:
-    """Drop what peft notes on a model with adapters."""
-    if hasattr(model, "peft_config"):
-        del model.peft_config

@@ -380,10 +380,10 @@ class UniLIP(Network):
 
     def features(self, pixels: Tensor) -> Tensor:
         """Return the features (M,N,D) of normalised pixels (M,3,H,W), as `pictures.to_pixels` makes them."""
-        self.require("encoder")
         if not isinstance(pixels, Tensor) or pixels.dim() != 4 or pixels.shape[1] != 3:
             raise ImageError(f"features takes pixels (M,3,H,W), not {_shape(pixels)}.")
-        return sampling.encode(self, self.runtime, pixels.to(self.device))
+        with self.using("encoder"):
+            return sampling.check_finite(self.encoder(pixels.to(self.device)), "encoder")
 
     def _features(self, sources: Sequence[Image.Image], sizes: Sequence[Size], fit: Fit) -> Tensor:
         return self.features(to_pixels([fit_picture(s, size, fit) for s, size in zip(sources, sizes, strict=True)]))
@@ -588,7 +588,6 @@ class UniLIP(Network):
             height, width: in pixels, rounded to multiples of 28; the other of one alone follows the source's shape. By
                 default a picture keeps its source's shape, as far as multiples of 28 do, and has about as many pixels
                 as the model's own square. Sources that differ in shape are drawn one shape after the other.
-            image_size: both of them, a multiple of 28.
             max_pixels: of a picture that keeps its source's shape, in place of the model's own number.
             joint: the pictures belong to one instruction, or to each: the first is changed, with the help of the
                 others ("put the hat of image 2 on the cat"), which are read at their own shapes. A model that has not

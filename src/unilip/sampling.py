@@ -264,12 +264,6 @@ def check_ids(network: Network, ids: Sequence[int]) -> None:
         raise not_finite("mllm", next(network.mllm.parameters()).dtype, where)
 
 
-def encode(network: Network, runtime: Runtime, pixels: Tensor) -> Tensor:
-    """Features (M,N,D) of normalised pixels (M,3,H,W)."""
-    with runtime.using("encoder"):
-        return check_finite(network.encoder(pixels), "encoder")
-
-
 def decode(network: Network, runtime: Runtime, latent: Tensor) -> Tensor:
     """Pixels (M,3,H,W) in [0,1] of latents (M,Z,h,w) in the DiT's scale."""
 
