@@ -92,16 +92,17 @@ def infer_config(
 def _infer(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str, Json], name: str) -> UniLIPConfig:
     parts = KINDS[kind].parts
     changes: dict[str, Any] = {}
-    base = UniLIPConfig()
+    base, released = UniLIPConfig(), None
     if "encoder" in parts:
         width = shapes["encoder.projector.3.weight"][0]
-        base = next((preset(n) for n in ("1b", "3b") if preset(n).text.hidden_size == width), base)
+        released = next((size for size in ("1b", "3b") if preset(size).text.hidden_size == width), None)
+        base = preset(released) if released else base
         changes["vision"] = _vision(data.get("vision_config", {}), shapes)
         changes["image_size"] = changes["vision"].image_size
     if "mllm" in parts:
         changes["text"] = _text(data, shapes)
         changes["connector_layers"] = min(base.connector_layers, changes["text"].num_layers)
-    elif "encoder" in parts and base.text.hidden_size != width:
+    elif "encoder" in parts and not released:
         raise CheckpointError(
             f"The tokenizer's width {width} is not a released one (896, 1536); put the config.json of its model, in "
             "this package's own format, beside it."
@@ -127,11 +128,7 @@ def _infer(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[s
     changes["latent_factor"] = _factor(kind, data, beside, base)
     if "scheduler_config.json" in beside:
         changes["sampling"] = _sampling(beside["scheduler_config.json"])
-    config = base.replace(**changes)
-    for size in ("1b", "3b"):
-        if "encoder" in parts and config.text.hidden_size == preset(size).text.hidden_size:
-            name = size
-    return config.replace(name=name or kind)
+    return base.replace(**changes, name=released or name or kind)
 
 
 def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
@@ -150,7 +147,7 @@ def _vision(data: Json, shapes: Mapping[str, Shape]) -> VisionConfig:
     _, positions, width = shapes[f"{root}.embeddings.position_embeddings"]
     patch = shapes[f"{root}.embeddings.patch_embeddings.projection.weight"][-1]
     given = _ours("vision", data)
-    if given.get("num_heads") is None and width != 1024:
+    if given.get("num_heads", 16 if width == 1024 else None) is None:
         raise CheckpointError(
             f"The number of heads of a vision encoder {width} wide does not follow from its tensors; put the "
             "config.json of its model beside it."

@@ -91,20 +91,18 @@ def map_names(kind: str, names: Iterable[str]) -> tuple[dict[str, Origin], dict[
     dropped: dict[str, str] = {}
     unknown = []
     for name in names:
-        for rule in rules:
-            match = _pattern(rule.theirs).fullmatch(name)
-            if match is None:
-                continue
-            if not rule.ours:
-                dropped[name] = rule.reason
-            for part, template in enumerate(rule.ours):
-                ours = template.format(**match.groupdict())
-                if ours in origins:
-                    raise CheckpointError(f"The checkpoint holds {ours} twice: as {origins[ours].name} and as {name}.")
-                origins[ours] = Origin(name, part, len(rule.ours))
-            break
-        else:
+        found = next(((rule, m) for rule in rules if (m := _pattern(rule.theirs).fullmatch(name))), None)
+        if found is None:
             unknown.append(name)
+            continue
+        rule, match = found
+        if not rule.ours:
+            dropped[name] = rule.reason
+        for part, template in enumerate(rule.ours):
+            ours = template.format(**match.groupdict())
+            if ours in origins:
+                raise CheckpointError(f"The checkpoint holds {ours} twice: as {origins[ours].name} and as {name}.")
+            origins[ours] = Origin(name, part, len(rule.ours))
     if unknown:
         what = several(unknown, "tensor")
         raise CheckpointError(f"{what} not known in a checkpoint of kind {kind!r} ({KINDS[kind].title}).")
@@ -116,19 +114,15 @@ def unmap_names(kind: str, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
     Raises CheckpointError: a tensor of ours has no place there, or one of several to be stacked is missing.
     """
-    rules = [rule for rule in KINDS[kind].rules if rule.ours]
+    places = [(rule, part, _pattern(ours)) for rule in KINDS[kind].rules for part, ours in enumerate(rule.ours)]
     found: dict[str, list[str | None]] = {}
     for name in names:
-        for rule in rules:
-            places = ((part, _pattern(template).fullmatch(name)) for part, template in enumerate(rule.ours))
-            part, match = next(((part, match) for part, match in places if match), (0, None))
-            if match is None:
-                continue
-            theirs = rule.theirs.format(**match.groupdict())
-            found.setdefault(theirs, [None] * len(rule.ours))[part] = name
-            break
-        else:
+        place = next(((rule, part, m) for rule, part, ours in places if (m := ours.fullmatch(name))), None)
+        if place is None:
             raise CheckpointError(f"{name} has no place in a checkpoint of kind {kind!r} ({KINDS[kind].title}).")
+        rule, part, match = place
+        theirs = rule.theirs.format(**match.groupdict())
+        found.setdefault(theirs, [None] * len(rule.ours))[part] = name
     for theirs, group in found.items():
         if None in group:
             there = listed([n for n in group if n])
