@@ -92,7 +92,8 @@ def infer_config(
 def _infer(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str, Json], name: str) -> UniLIPConfig:
     parts = KINDS[kind].parts
     changes: dict[str, Any] = {}
-    base, released = UniLIPConfig(), None
+    base = UniLIPConfig()
+    released: str | None = None
     if "encoder" in parts:
         width = shapes["encoder.projector.3.weight"][0]
         released = next((size for size in ("1b", "3b") if preset(size).text.hidden_size == width), None)
