@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
+from support import ShardWriter
 from unilip.cli import main
-from unilip.data.shards import ShardWriter
 from unilip.data.sources import open_source
 from unilip.errors import ConfigError
 from unilip.recipes.catalog import get_recipe

@@ -5,9 +5,10 @@ import json
 import pytest
 from PIL import Image
 
+from support import ShardWriter
 from unilip.cli import main
 from unilip.data.check import check
-from unilip.data.shards import INDEX_SUFFIX, ShardWriter
+from unilip.data.shards import INDEX_SUFFIX
 from unilip.data.sources import open_source
 
 

@@ -7,11 +7,11 @@ import tarfile
 import pytest
 from PIL import Image
 
+from support import ShardWriter
 from unilip.cli import main
 from unilip.data.convert import LAYOUTS, convert
 from unilip.data.errors import DataError
 from unilip.data.records import decode_picture
-from unilip.data.shards import ShardWriter
 from unilip.data.sources import open_source
 
 

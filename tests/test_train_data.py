@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from support import ShardWriter
 from unilip.data.errors import DataError
 from unilip.data.order import Order
-from unilip.data.shards import ShardWriter
 from unilip.errors import ConfigError
 from unilip.method.text import Processor
 from unilip.recipes.catalog import get_recipe

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from support import ShardWriter
 from unilip.data.errors import DataError
-from unilip.data.shards import ShardWriter
 from unilip.errors import ConfigError
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override

@@ -24,7 +24,7 @@ from PIL import Image
 
 from unilip.data.errors import DataError
 from unilip.data.records import Record, Unreadable, clean_text, decode_picture, one_text
-from unilip.data.shards import INDEX_SUFFIX, ShardWriter
+from unilip.data.shards import INDEX_SUFFIX, is_written, writing_shard
 from unilip.data.sources import open_source
 from unilip.errors import check_choice
 from unilip.files import content_hash, decode_text, lines_of, read_json, write_json
@@ -83,18 +83,16 @@ def convert(
     for number, start in enumerate(range(0, len(entries), shard_size)):
         path = output / f"{layout}-{number:06d}.tar"
         part = entries[start : start + shard_size]
-        if not (path.exists() and Path(f"{path}{INDEX_SUFFIX}").exists()):
-            writer = ShardWriter(output, layout, 1 << 60, first=number)
-            writer.begin()
-            for i, (kind, _, read) in enumerate(part, start):
-                try:
-                    writer.write(f"{i:08d}", members(kind, one_text(read(), i), shorter_side))
-                    result.samples[kind] += 1
-                except Unreadable as error:
-                    result.skipped[error.reason] += 1
-                    result.named.append(str(error))
-                progress(i + 1, len(entries))
-            writer.close()
+        if not is_written(path):
+            with writing_shard(path) as write:
+                for i, (kind, _, read) in enumerate(part, start):
+                    try:
+                        write(f"{i:08d}", members(kind, one_text(read(), i), shorter_side))
+                        result.samples[kind] += 1
+                    except Unreadable as error:
+                        result.skipped[error.reason] += 1
+                        result.named.append(str(error))
+                    progress(i + 1, len(entries))
         progress(start + len(part), len(entries))
         result.shards.append(path)
     return result

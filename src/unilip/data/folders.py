@@ -15,6 +15,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -54,35 +55,33 @@ class Folder(_OneShard):
         found = [p for p in files if p.suffix.lower() in records.IMAGE_SUFFIXES]
         if not found:
             raise DataError(f"{folder} holds no pictures to learn from ({', '.join(records.IMAGE_SUFFIXES)}).")
-        pairs: dict[Path, list[Path | None]] = {}
+        texts, jsons = ([p for p in files if p.suffix.lower() == ending] for ending in (".txt", ".json"))
+        meanings = [records.json_meaning(_bytes(path)) for path in jsons]
+        beside: dict[Path, dict[str, Path]] = {}  # texts, by path without ending
+        for path, meaning in (*zip(texts, repeat("txt")), *zip(jsons, meanings, strict=True)):
+            if meaning:
+                beside.setdefault(key(path), {})[meaning] = path
+        samples: dict[tuple[Path, Path | None], dict[str, Path]] = {}  # pictures: one, or a pair of one stem
         for path in found:
-            for place, part in enumerate((".input", ".output")):
-                if path.stem.endswith(part):
-                    pairs.setdefault(key(path, part), [None, None])[place] = path
-        plain = [p for p in found if not p.stem.endswith((".input", ".output"))]
-        self._texts = {key(p): p for p in files if p.suffix.lower() == ".txt"}  # by path without ending
-        jsons = {key(p): (p, records.json_meaning(_bytes(p))) for p in files if p.suffix.lower() == ".json"}
-        self._talks = {stem: p for stem, (p, meaning) in jsons.items() if meaning == "json"}
-        self._abouts = {stem: p for stem, (p, meaning) in jsons.items() if meaning == "about"}
-        stems = {key(p) for p in plain}
-        some = any(not stems.isdisjoint(beside) for beside in (self._texts, self._talks, self._abouts))
-        self._found = {
-            "image": found,
-            # where some have a text, one without misses its own
-            "caption": [
-                p for p in plain
-                if key(p) in self._texts or key(p) in self._abouts or (some and key(p) not in self._talks)
-            ],
-            "edit": [(stem, *pair) for stem, pair in pairs.items()],
-            "talk": [p for p in plain if key(p) in self._talks],
-            "text": [p for stem, p in self._talks.items() if stem not in stems],
-        }  # fmt: skip
-        self._read = [*found, *self._texts.values(), *(p for p, _ in jsons.values())]
+            part = next((part for part in ("input", "output") if path.stem.endswith(f".{part}")), "")
+            sample = (key(path, f".{part}"), None) if part else (key(path), path)
+            samples.setdefault(sample, {})[f"{part}.{path.suffix[1:].lower()}".lstrip(".")] = path
+        plain = {stem for stem, path in samples if path is not None}
+        some = not plain.isdisjoint(beside)  # then a picture without a text misses its own
+        self._found = {kind: [] for kind in records.KINDS}
+        for (stem, _), pictures in samples.items():
+            for kind, parts in records.kinds_of(pictures | beside.get(stem, {}), some):
+                self._found[kind].append(parts)
+        self._found["image"].sort(key=lambda parts: parts["image"])
+        talks = [path for path, meaning in zip(jsons, meanings, strict=True) if meaning == "json"]
+        self._found["text"] = [{"json": path} for path in talks if key(path) not in plain]
+        self._read = [*found, *texts, *jsons]
         self.faults = [f"{p}: it is not read; name a .jsonl file as the place" for p in files if p.name in LISTS]
         for fault in self.faults:
             logger.warning("%s", fault)
-        lonely = Counter("txt without a picture" for stem in self._texts if stem not in stems and stem not in pairs)
-        lonely["json without a conversation or a caption"] = sum(not meaning for _, meaning in jsons.values())
+        stems = {stem for stem, _ in samples}
+        lonely = Counter("txt without a picture" for path in texts if key(path) not in stems)
+        lonely["json without a conversation or a caption"] = meanings.count("")
         lonely.update(
             p.suffix.lower() or p.name for p in files if p.suffix.lower() not in (*records.IMAGE_SUFFIXES, *READ)
         )
@@ -90,31 +89,10 @@ class Folder(_OneShard):
         self.notes = [f"files that no sample has a use for: {told}"] if told else []
 
     def read(self, kind: str, shard: int, place: int) -> records.Record:
-        entry = self._found[kind][place]
-        if kind == "edit":
-            stem, source, target = entry
-            if source is None or target is None:
-                raise records.Unreadable("picture missing", f"{stem} has only one of input and output")
-            pictures = (records.read_bytes(source, "picture"), records.read_bytes(target, "picture"))
-            return records.Record(str(stem), pictures, self._text(stem, "instruction"))
-        if kind == "text":
-            return records.Record(str(entry), conversation=records.read_bytes(entry, "conversation"))
-        picture, stem = (records.read_bytes(entry, "picture"),), key(entry)
-        if kind == "image":
-            return records.Record(str(entry), picture)
-        if kind == "caption":
-            about = None if stem in self._texts else self._abouts.get(stem)
-            said = (
-                self._text(stem, "caption")
-                if about is None
-                else records.caption_of(records.read_bytes(about, "caption"))
-            )
-            return records.Record(str(entry), picture, said)
-        text = self._text(stem, "caption") if stem in self._texts else None
-        return records.Record(str(entry), picture, text, records.read_bytes(self._talks[stem], "conversation"))
-
-    def _text(self, stem: Path, what: str) -> Any:
-        return records.read_bytes(self._texts.get(stem, Path(f"{stem}.txt")), what)
+        parts: dict[str, Path] = self._found[kind][place]
+        words = {"json": "conversation", "txt": "instruction" if kind == "edit" else "caption", "about": "caption"}
+        data = {part: records.read_bytes(path, words.get(part, "picture")) for part, path in parts.items()}
+        return records.make_record(str(next(iter(parts.values()))), kind, data)
 
     def signature(self) -> str:
         """Return a hash of the names in the folder, and of size and end of its files."""

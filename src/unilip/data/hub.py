@@ -9,18 +9,18 @@ turn.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 from unilip.data.errors import DataError
-from unilip.data.records import KINDS, Unreadable
-from unilip.data.shards import FORMAT, Shards, fetch
+from unilip.data.records import KINDS, Unreadable, kinds_of
+from unilip.data.shards import FORMAT, TEXTS, Shards, fetch, writing
 from unilip.errors import reason
-from unilip.files import content_hash, replacing, stamp
+from unilip.files import content_hash, stamp
 
 SCHEME = "hf:"
 FIELDS = ("image", "caption", "source", "instruction", "target", "conversations")
@@ -48,7 +48,8 @@ class HubStream(Shards):
         named = {field: field for field in FIELDS} | theirs | given
         self.columns = {field: column for field, column in named.items() if column in columns}
         missing = sorted(column for column in given.values() if column not in columns)
-        self._kinds = _kinds(self.columns)
+        members = {MEMBERS[field]: field for field in self.columns}
+        self._kinds = Counter(kind for kind, _ in kinds_of(members, texts=not TEXTS.isdisjoint(members)))
         if missing or not self._kinds:
             have = ", ".join(sorted(columns)) or "none that are known"
             want = f"no column {', '.join(missing)}" if missing else "no columns for a sample"
@@ -62,7 +63,7 @@ class HubStream(Shards):
 
     def _head(self, shard: int) -> dict[str, Any]:
         if self._rows is not None:
-            counts = {kind: self._rows[shard] * self._kinds.get(kind, 0) for kind in KINDS}
+            counts = {kind: self._rows[shard] * self._kinds[kind] for kind in KINDS}
             return {"format": FORMAT, "fault": "", "counts": counts, "ignored": {}}
         return super()._head(shard)
 
@@ -74,15 +75,11 @@ class HubStream(Shards):
 
     def _write(self, location: str, path: Path) -> None:
         """Write the samples of one shard of the stream to a tar file."""
-        import webdataset
-
         number = int(location.rpartition("#")[2])
         try:
-            tar = partial(webdataset.TarWriter, encoder=False, mtime=0.0)
-            with replacing(path) as part, part.open("wb") as file, tar(file) as writer:
+            with writing(path) as write:
                 for i, row in enumerate(self._stream.shard(num_shards=self._stream.num_shards, index=number)):
-                    members = dict(_member(field, row[column]) for field, column in self.columns.items())
-                    writer.write({"__key__": f"{i:08d}", **members})
+                    write(f"{i:08d}", dict(_member(field, row[column]) for field, column in self.columns.items()))
         except Exception as error:  # of the network, of the format, of the library
             raise Unreadable("shard unreachable", f"{location}: {reason(error)}") from error
 
@@ -121,18 +118,6 @@ def _rows_of(file: str) -> int:
 
     with fsspec.open(file, "rb") as opened:
         return int(pyarrow.parquet.ParquetFile(opened).metadata.num_rows)
-
-
-def _kinds(columns: dict[str, str]) -> dict[str, int]:
-    """How many samples of each kind a row makes, as `unilip.data.shards.kinds_of` will find them."""
-    pictures = sum(field in columns for field in ("image", "source", "target"))
-    found = {"image": pictures} if pictures else {}
-    if {"source", "target"} <= columns.keys():
-        return found | {"edit": 1}
-    if "image" in columns:
-        talks = {"talk": 1} if "conversations" in columns else {}
-        return found | ({"caption": 1} if {"caption", "instruction"} & columns.keys() else {}) | talks
-    return {"text": 1} if "conversations" in columns else {}
 
 
 def _member(field: str, value: Any) -> tuple[str, bytes]:

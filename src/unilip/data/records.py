@@ -8,10 +8,10 @@ with questions and answers; "text" questions and answers without a picture.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -23,10 +23,12 @@ from unilip.pictures import Fit, fit_picture, load_image, open_picture
 from unilip.sampling import check_prompt
 
 KINDS = ("image", "caption", "edit", "talk", "text")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+PICTURES = ("png", "jpg", "jpeg", "webp")  # endings
+IMAGE_SUFFIXES = tuple(f".{ending}" for ending in PICTURES)
 PICTURE_MARK = "<image>"  # how conversations in the LLaVA manner mark the place of their picture
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
+T = TypeVar("T")
 Turns = tuple[tuple[str, str], ...]
 
 
@@ -75,6 +77,46 @@ class Source(Protocol):
 
     def signature(self) -> str:
         """Return a hash of the names, sizes and parts of the content of all samples."""
+
+
+def kinds_of(members: Mapping[str, T], texts: bool = True) -> Iterator[tuple[str, dict[str, T]]]:
+    """Yield each kind that a sample can serve as, with its members; a lone picture may miss its text."""
+    cached = next((kind for kind in KINDS if f"{kind}.npz" in members), None)
+    if cached is not None:
+        parts = {part: members[part] for part in ("txt", "json") if part in members}
+        yield cached, parts | {"npz": members[f"{cached}.npz"]}
+        return
+    plain = next((members[e] for e in PICTURES if e in members), None)
+    pair = [
+        next((members[f"{part}.{e}"] for e in PICTURES if f"{part}.{e}" in members), None)
+        for part in ("input", "output")
+    ]
+    text = next(({name: members[name]} for name in ("txt", "texts", "about") if name in members), {})
+    for picture in (plain, *pair):
+        if picture is not None:
+            yield "image", {"image": picture}
+    if any(pair):
+        found = {name: part for name, part in zip(("source", "target"), pair, strict=True) if part is not None}
+        yield "edit", found | text
+    elif plain is not None and (text or (texts and "json" not in members)):
+        yield "caption", {"image": plain} | text
+    if "json" in members:
+        talk = {"json": members["json"]} | text
+        if plain is not None:
+            yield "talk", {"image": plain} | talk
+        elif not any(pair):
+            yield "text", talk
+
+
+def make_record(name: str, kind: str, data: Mapping[str, bytes]) -> Record:
+    """Put the parts of a sample together that `kinds_of` names."""
+    if kind == "edit" and "npz" not in data and not {"source", "target"} <= data.keys():
+        raise Unreadable("picture missing", f"{name} has only one of input and output")
+    pictures = tuple(data[part] for part in ("image", "source", "target") if part in data)
+    text: Any = data.get("txt")
+    if text is None and (about := data.get("texts", data.get("about"))) is not None:
+        text = caption_of(about)
+    return Record(name, pictures, text, data.get("json"), data.get("npz"))
 
 
 def is_litter(path: str) -> bool:

@@ -25,7 +25,16 @@ from typing import Any, BinaryIO, TypeVar
 from tqdm.auto import tqdm
 
 from unilip.data.errors import DataError
-from unilip.data.records import IMAGE_SUFFIXES, KINDS, Record, Unreadable, caption_of, is_litter, json_meaning
+from unilip.data.records import (
+    KINDS,
+    PICTURES,
+    Record,
+    Unreadable,
+    is_litter,
+    json_meaning,
+    kinds_of,
+    make_record,
+)
 from unilip.errors import UniLIPError, reason
 from unilip.files import TAIL, content_hash, read_json, replacing, retried, stamp, write_json, write_text
 
@@ -33,7 +42,6 @@ logger = logging.getLogger(__name__)
 FORMAT = 2  # of the index files
 INDEX_SUFFIX = ".index.json"
 ZEROS = bytes(tarfile.BLOCKSIZE)
-PICTURES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 TEXTS = {"txt", "texts", "about", "json"}  # a text, several in JSON, metadata with a caption, a conversation
 ENDINGS = {
     *PICTURES, *TEXTS, *(f"{part}.{e}" for part in ("input", "output") for e in PICTURES),
@@ -252,35 +260,6 @@ def _sorted(
     return ShardIndex(size, fault, samples, dict(ignored.most_common(9)))
 
 
-def kinds_of(members: Mapping[str, T], texts: bool = True) -> Iterator[tuple[str, dict[str, T]]]:
-    """Yield each kind that a sample can serve as, with its members; a lone picture may miss its text."""
-    cached = next((kind for kind in KINDS if f"{kind}.npz" in members), None)
-    if cached is not None:
-        parts = {part: members[part] for part in ("txt", "json") if part in members}
-        yield cached, parts | {"npz": members[f"{cached}.npz"]}
-        return
-    plain = next((members[e] for e in PICTURES if e in members), None)
-    pair = [
-        next((members[f"{part}.{e}"] for e in PICTURES if f"{part}.{e}" in members), None)
-        for part in ("input", "output")
-    ]
-    text = next(({name: members[name]} for name in ("txt", "texts", "about") if name in members), {})
-    for picture in (plain, *pair):
-        if picture is not None:
-            yield "image", {"image": picture}
-    if any(pair):
-        found = {name: part for name, part in zip(("source", "target"), pair, strict=True) if part is not None}
-        yield "edit", found | text
-    elif plain is not None and (text or (texts and "json" not in members)):
-        yield "caption", {"image": plain} | text
-    if "json" in members:
-        talk = {"json": members["json"]} | text
-        if plain is not None:
-            yield "talk", {"image": plain} | talk
-        elif not any(pair):
-            yield "text", talk
-
-
 # --- shards ---------------------------------------------------------------------------------------------------------
 
 
@@ -334,13 +313,7 @@ class Shards:
             if found is None:
                 raise Unreadable("shard unreadable", f"{name} is not where it was; the file has changed or was cut off")
             data[part] = found
-        if kind == "edit" and "npz" not in data and not {"source", "target"} <= data.keys():
-            raise Unreadable("picture missing", f"{name} has only one of input and output")
-        pictures = tuple(data[part] for part in ("image", "source", "target") if part in data)
-        text: Any = data.get("txt")
-        if text is None and (about := data.get("texts", data.get("about"))) is not None:
-            text = caption_of(about)
-        return Record(name, pictures, text, data.get("json"), data.get("npz"))
+        return make_record(name, kind, data)
 
     def signature(self) -> str:
         """Return a hash of the content of all shards, whatever they are called and wherever they lie."""
@@ -534,43 +507,27 @@ def _drop_old(newest: Path, keep_gb: float) -> None:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-class ShardWriter:
-    """Writes samples to whole shards `NAME-000000.tar`, ..., at most `count` in each, each with its index beside it."""
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Callable[[str, Mapping[str, bytes]], None]]:
+    """Yield what adds a sample, its key and members, to a tar file that is there once the block ends well."""
+    import webdataset
 
-    def __init__(self, folder: Path, name: str, count: int = 10_000, first: int = 0) -> None:
-        self.folder, self.name, self.count = folder, name, count
-        self.number, self.inside = first, 0
-        self.written: list[Path] = []
-        self._writer: Any = None
-        folder.mkdir(parents=True, exist_ok=True)
+    with (
+        replacing(path) as part,
+        part.open("wb") as file,
+        webdataset.TarWriter(file, encoder=False, mtime=0.0) as tar,
+    ):
+        yield lambda key, members: tar.write({"__key__": key, **members})
 
-    def begin(self) -> None:
-        """Begin a shard where none is being written; one that gets no sample is written, too."""
-        import webdataset
 
-        if self._writer is None:
-            self._file = self._temporary().open("wb")
-            self._writer = webdataset.TarWriter(self._file, encoder=False, mtime=0.0)
+@contextlib.contextmanager
+def writing_shard(path: Path) -> Iterator[Callable[[str, Mapping[str, bytes]], None]]:
+    """The same, with the shard's index beside it; see `is_written`."""
+    with writing(path) as write:
+        yield write
+    scan(path).write(Path(f"{path}{INDEX_SUFFIX}"))
 
-    def write(self, key: str, members: dict[str, bytes]) -> None:
-        self.begin()
-        self._writer.write({"__key__": key, **members})
-        self.inside += 1
-        if self.inside >= self.count:
-            self.close()
 
-    def close(self) -> None:
-        if self._writer is None:
-            return
-        self._writer.close()
-        self._file.close()
-        self._writer = None
-        path = self.folder / f"{self.name}-{self.number:06d}.tar"
-        index = scan(self._temporary())
-        os.replace(self._temporary(), path)
-        index.write(Path(f"{path}{INDEX_SUFFIX}"))
-        self.written.append(path)
-        self.number, self.inside = self.number + 1, 0
-
-    def _temporary(self) -> Path:
-        return self.folder / f".{self.name}-{self.number:06d}.tar.part"
+def is_written(path: Path) -> bool:
+    """Whether `writing_shard` came to its end."""
+    return path.exists() and Path(f"{path}{INDEX_SUFFIX}").exists()

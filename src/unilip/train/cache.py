@@ -26,14 +26,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from unilip.data.records import Record, Source, Unreadable, one_text
-from unilip.data.shards import INDEX_SUFFIX, ShardWriter
+from unilip.data.shards import is_written, writing_shard
 from unilip.errors import ConfigError
 from unilip.files import Lock, write_bytes, write_json
 from unilip.machine import start_ray
 from unilip.pictures import normalise
 from unilip.recipes.record import Recipe
 from unilip.train.build import build
-from unilip.train.cached import ABOUT, FORMAT, cacheable, digests, read_about, settings_of
+from unilip.train.cached import ABOUT, FORMAT, cacheable, digests, read_about, settings_of, shard_path
 from unilip.train.files import FileBatches, kinds_of_recipe
 from unilip.train.loop import mixed_precision
 from unilip.train.objectives import FlowObjective, to_unit
@@ -83,17 +83,15 @@ class Worker:
         """Make one shard; returns the task with the number of samples made and of those that cannot be used."""
         number, shard = int(task["source"]), int(task["shard"])
         source = self.batches.sources[number][1]
-        writer = ShardWriter(self.folder, f"s{number:02d}", 1 << 60, first=shard)
-        writer.begin()
         made = unusable = 0
-        for kind in self.kinds:
-            places = range(source.counts(kind)[shard])
-            for start in range(0, len(places), self.recipe.batch_size):
-                for place, members in self.make(source, kind, shard, places[start : start + self.recipe.batch_size]):
-                    writer.write(f"{kind}{place:08d}", members)
-                    made += 1
-                    unusable += not members[f"{kind}.npz"]
-        writer.close()
+        with writing_shard(shard_path(self.folder, number, shard)) as write:
+            for kind in self.kinds:
+                places, size = range(source.counts(kind)[shard]), self.recipe.batch_size
+                for start in range(0, len(places), size):
+                    for place, members in self.make(source, kind, shard, places[start : start + size]):
+                        write(f"{kind}{place:08d}", members)
+                        made += 1
+                        unusable += not members[f"{kind}.npz"]
         return {"source": number, "shard": shard, "made": made, "unusable": unusable}
 
     def make(
@@ -206,7 +204,7 @@ def make_cache(
         blank = worker.unconditional()
         if blank is not None:
             write_bytes(folder / "unconditional.npz", packed({"conditions": blank}))
-        tasks = [task for task in worker.tasks() if not _made(folder, task)]
+        tasks = [task for task in worker.tasks() if not is_written(shard_path(folder, **task))]
         done = _on_ray(recipe, str(runs), str(folder), device, dtype, tasks, ray) if ray else map(worker, tasks)
         total = {"made": 0, "unusable": 0}
         for result in tqdm(done, total=len(tasks), unit="shard", desc="cache", disable=None if progress else True):
@@ -233,11 +231,6 @@ def _on_ray(
         num_gpus=1 if device.startswith("cuda") else 0,
     )  # fmt: skip
     yield from made.iter_rows()
-
-
-def _made(folder: Path, task: dict[str, int]) -> bool:
-    path = folder / f"s{task['source']:02d}-{task['shard']:06d}.tar"
-    return path.exists() and Path(f"{path}{INDEX_SUFFIX}").exists()
 
 
 def packed(arrays: dict[str, np.ndarray]) -> bytes:

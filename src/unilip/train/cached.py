@@ -145,7 +145,7 @@ def cached_sources(recipe: Recipe, sources: Sequence[tuple[Weighted, Source]]) -
                 f"data.cache {folder} does not fit {place.location} any more: other samples lie there than when it was "
                 "made. Make a new one."
             )
-        paths = [folder / f"s{number:02d}-{shard:06d}.tar" for shard in range(about["sources"][number]["shards"])]
+        paths = [shard_path(folder, number, shard) for shard in range(about["sources"][number]["shards"])]
         missing = [path for path in paths if not path.exists()]
         if missing:
             raise ConfigError(
@@ -168,6 +168,11 @@ def check_cache(recipe: Recipe, model: UniLIP, objective: Objective) -> None:
     other = [name for name in now if now[name] != about["weights"].get(name)]
     if other:
         raise ConfigError(f"data.cache {folder} was made with other weights of {', '.join(other)}. Make a new one.")
+
+
+def shard_path(folder: Path, source: int, shard: int) -> Path:
+    """Return where the cache of a shard of a source lies."""
+    return folder / f"s{source:02d}-{shard:06d}.tar"
 
 
 def read_about(folder: Path) -> dict[str, Any]:
