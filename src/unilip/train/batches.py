@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,17 +29,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from unilip.data.errors import DataError
 from unilip.data.seeding import generator, stable_hash
+from unilip.emoji import lessons
+from unilip.emoji.art import Atlas
+from unilip.emoji.captions import PLAN, as_written, caption, plan
+from unilip.emoji.dataset import Edits, Knowledge, Scenes, pixels, prompt
+from unilip.emoji.edits import sample_edit
+from unilip.emoji.lessons import SUMMARY, UNKNOWN, Lesson
+from unilip.emoji.questions import QA, questions
+from unilip.emoji.world import TRAINED, Scene, World, sample_scene
 from unilip.errors import ConfigError, UniLIPError
 from unilip.method.config import DECODER_PIXELS, TOKEN_PIXELS, UniLIPConfig
 from unilip.method.text import Message, Processor, Prompt, Tokens
 from unilip.recipes.record import FewSteps, Flow, Recipe, Understand
 from unilip.shapes import Size, cells
 from unilip.train.processes import own_batches
-
-if TYPE_CHECKING:
-    from unilip.emoji.lessons import Lesson
-    from unilip.emoji.questions import QA
-    from unilip.emoji.world import Scene
 
 logger = logging.getLogger(__name__)
 ENDLESS = 1 << 40
@@ -233,20 +236,13 @@ class Batches(Dataset[dict[str, Any]]):
         guided = isinstance(self.recipe.objective, FewSteps)
         return {"blanks": padded(self.processor.tokenize(texts), self.processor.pad_id)} if guided else {}
 
-    def _prompts(
-        self,
-        samples: range,
-        texts: list[Prompt],
-        kept: list[str | None],
-        told: str,
-    ) -> dict[str, Any]:
+    def _prompts(self, samples: range, texts: list[Prompt], kept: list[str | None], told: str) -> dict[str, Any]:
         """Tokens and seeds; with objective.bind also what TOLD, if there is one, knows of texts and tokens."""
         tokens = padded(self.processor.tokenize(texts), self.processor.pad_id)
-        batch: dict[str, Any] = {"prompts": tokens, "seeds": self._seeds(samples)}
+        seeds = [stable_hash("noise", self.recipe.seed, i) % (1 << 63) for i in samples]
+        batch: dict[str, Any] = {"prompts": tokens, "seeds": seeds}
         assert isinstance(self.recipe.objective, Flow)
         if self.recipe.objective.bind and self.recipe.lessons:
-            from unilip.emoji.lessons import UNKNOWN
-
             found = [getattr(self, told)(i) for i in samples]
             rows = [(text, words, lesson) for text, words, (lesson, _) in zip(texts, kept, found, strict=True)]
             batch |= labels(self.processor, batch["prompts"], rows)
@@ -259,9 +255,6 @@ class Batches(Dataset[dict[str, Any]]):
         assert isinstance(self.recipe.objective, Flow)
         dropped = generator("drop", self.recipe.seed, sample).random() < self.recipe.objective.drop_prompt
         return None if dropped else text
-
-    def _seeds(self, samples: range) -> list[int]:
-        return [stable_hash("noise", self.recipe.seed, i) % (1 << 63) for i in samples]
 
     def understanding(self, samples: range, objective: Understand) -> dict[str, Any]:
         """Pictures with captions and conversations, and a share of conversations without a picture."""
@@ -329,10 +322,6 @@ class EmojiBatches(Batches):
 
     def __init__(self, recipe: Recipe, config: UniLIPConfig, processor: Processor | None) -> None:
         super().__init__(recipe, config, processor)
-        from unilip.emoji.art import Atlas
-        from unilip.emoji.dataset import Edits, Knowledge, Scenes
-        from unilip.emoji.world import World
-
         world = World.preset(recipe.data.world)
         if world.image_size != config.image_size:
             raise ConfigError(
@@ -344,11 +333,8 @@ class EmojiBatches(Batches):
                 f"data.path {recipe.data.path} holds no art of the emoji world; to train on files of your own set "
                 "data.source=files as well."
             )
-        atlas = (
-            Atlas.synthetic(world)
-            if recipe.data.path == "synthetic"
-            else Atlas.load(Path(recipe.data.path) if recipe.data.path else None)
-        )
+        place = Path(recipe.data.path) if recipe.data.path else None
+        atlas = Atlas.synthetic(world) if recipe.data.path == "synthetic" else Atlas.load(place)
         atlas.warm(world.training)  # before loader workers fork: they share what is decoded here
         purpose = "generation" if isinstance(recipe.objective, Flow) else "tokenizer"
         purpose = "understanding" if isinstance(recipe.objective, Understand) else purpose
@@ -356,13 +342,10 @@ class EmojiBatches(Batches):
         self.scenes = Scenes(**common, purpose=purpose)
         kinds = edit_kinds(recipe.data.edits, world.edits)
         self.edit_pairs = Edits(**common, kinds=kinds) if recipe.data.edit_share else None
-        self.shaped = {
-            size: (
-                replace(self.scenes, world=world.shaped(size)),
-                self.edit_pairs and replace(self.edit_pairs, world=world.shaped(size)),
-            )
-            for size in recipe.data.sizes
-        }
+        self.shaped = {}
+        for size in recipe.data.sizes:
+            scenes, pairs = replace(self.scenes, world=world.shaped(size)), self.edit_pairs
+            self.shaped[size] = scenes, pairs and replace(pairs, world=scenes.world)
         self.knowledge = Knowledge(world, "train")
         if isinstance(recipe.objective, Understand) and recipe.objective.words:
             self.word_weights()  # likewise
@@ -390,9 +373,6 @@ class EmojiBatches(Batches):
         return self.scenes.draw(index)[2]
 
     def questions_item(self, index: int, turns: int) -> tuple[np.ndarray, str, list[tuple[str, str]]]:
-        from unilip.emoji.captions import caption
-        from unilip.emoji.dataset import pixels
-
         rng, task, scene = self.shown(index)
         world, asked = self.scenes.world, self.asked(scene, rng)[:turns]
         words = caption(scene, task, rng, world, where=rng.random() < 0.5)
@@ -400,30 +380,22 @@ class EmojiBatches(Batches):
 
     def asked(self, scene: Scene, rng: random.Random) -> list[QA]:
         """Return a question of every kind about a scene, in random order."""
-        from unilip.emoji.questions import questions
-
         found = questions(scene, rng, self.scenes.world, "train")
         rng.shuffle(found)
         return found
 
     def grounds(self, index: int, turns: int) -> list[Grounds]:
-        from unilip.emoji.lessons import of_question
-
         rng, _, scene = self.shown(index)
-        return [of_question(qa, scene, self.scenes.world) for qa in self.asked(scene, rng)[:turns]]
+        return [lessons.of_question(qa, scene, self.scenes.world) for qa in self.asked(scene, rng)[:turns]]
 
     def shown(self, index: int) -> tuple[random.Random, str, Scene]:
         """Return the scene that questions are asked about, its task, and the generator that goes on from there."""
-        from unilip.emoji.world import TRAINED, sample_scene
-
         rng = generator("questions", self.recipe.seed, index)
         task = rng.choice(TRAINED)
         return rng, task, sample_scene(self.scenes.world, rng, task, "train", "understanding")
 
     def cells(self, index: int) -> np.ndarray:
-        from unilip.emoji.lessons import cells
-
-        return cells(self.shown(index)[2], self.scenes.world)
+        return lessons.cells(self.shown(index)[2], self.scenes.world)
 
     def edit_item(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
         assert self.edit_pairs is not None
@@ -431,28 +403,21 @@ class EmojiBatches(Batches):
         return item["source"], item["target"], item["instruction"]
 
     def told_caption(self, index: int) -> tuple[Lesson, np.ndarray]:
-        from unilip.emoji.lessons import MARK, UNKNOWN, cells, of_caption
-
         world = self.scenes.world
         scene, _, text = self.scenes.draw(index)
-        lesson, found = of_caption(text, scene, world), cells(scene, world)
-        if sum(values[MARK.index("place")] != UNKNOWN for _, values in lesson.marks) < len(scene.objects):
+        lesson, found = lessons.of_caption(text, scene, world), lessons.cells(scene, world)
+        if sum(values[lessons.MARK.index("place")] != UNKNOWN for _, values in lesson.marks) < len(scene.objects):
             found[:, :2] = UNKNOWN  # a layout that the words leave open
         return lesson, found
 
     def told_edit(self, index: int) -> tuple[Lesson, np.ndarray]:
-        from unilip.emoji.lessons import cells, of_edit
-
         assert self.edit_pairs is not None
         edit = self.edit_pairs.draw(index)
-        return of_edit(edit, edit.instruction, self.scenes.world), cells(edit.target, self.scenes.world)
+        world = self.scenes.world
+        return lessons.of_edit(edit, edit.instruction, world), lessons.cells(edit.target, world)
 
     def text_item(self, index: int) -> tuple[str, str]:
         """A question about the world, or a caption to be written out with all places."""
-        from unilip.emoji.captions import PLAN, as_written, plan
-        from unilip.emoji.dataset import prompt
-        from unilip.emoji.world import sample_scene
-
         rng, world = generator("text", self.recipe.seed, index), self.scenes.world
         if rng.random() < 0.4:
             item = self.knowledge[rng.randrange(len(self.knowledge))]
@@ -463,12 +428,6 @@ class EmojiBatches(Batches):
         return PLAN + (as_written(words, rng) if rng.random() < 0.5 else words), plan(scene, world)
 
     def lesson_item(self, index: int) -> tuple[Prompt, str, Lesson]:
-        from unilip.emoji import lessons
-        from unilip.emoji.captions import as_written
-        from unilip.emoji.dataset import prompt
-        from unilip.emoji.edits import sample_edit
-        from unilip.emoji.world import TRAINED, sample_scene
-
         rng, world = generator("lesson", self.recipe.seed, index), self.scenes.world
         edited, written = rng.random() < 0.4, rng.random() < 0.5
         if edited:
@@ -516,10 +475,8 @@ def labels(
     `marks` (M,2+4) are row, column, and the labels of a word in the order of `lessons.MARK`; `summaries` (B,S) belong
     to the end of a row; `present` (B,C) is 1 for the concepts that a caption has. What is not known is UNKNOWN.
     """
-    from unilip.emoji.lessons import SUMMARY, UNKNOWN, classes
-
     marks: list[tuple[int, ...]] = []
-    present = torch.full((len(items), classes("concept")), float(UNKNOWN))
+    present = torch.full((len(items), lessons.classes("concept")), float(UNKNOWN))
     summaries = torch.full((len(items), len(SUMMARY)), UNKNOWN)
     for row, (whole, words, lesson) in enumerate(items):
         if words is None or lesson is None:
@@ -591,7 +548,10 @@ def _reasons(counts: Counter[str]) -> str:
 
 
 class _Carried(Dataset[Any]):
-    """Batches whose errors come as values: raised in a worker they would keep the loader, and so its workers, alive."""
+    """Batches whose errors come as values: raised in a worker they would keep the loader, and so its workers, alive.
+
+    A mistake of ours comes as text: not every error can be sent from one process to another.
+    """
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
@@ -602,14 +562,7 @@ class _Carried(Dataset[Any]):
         except UniLIPError as error:
             return error
         except Exception:
-            return _Unforeseen(traceback.format_exc())
-
-
-@dataclass(frozen=True)
-class _Unforeseen:
-    """An error that is a mistake of ours, as text: not every error can be sent from one process to another."""
-
-    trace: str
+            return RuntimeError(f"a batch cannot be made:\n{traceback.format_exc()}")
 
 
 def iterate(batches: Batches, start: int) -> Generator[dict[str, Any]]:
@@ -627,10 +580,8 @@ def iterate(batches: Batches, start: int) -> Generator[dict[str, Any]]:
     )  # fmt: skip
     try:
         for batch in loader:
-            if isinstance(batch, UniLIPError):
+            if isinstance(batch, Exception):
                 raise batch
-            if isinstance(batch, _Unforeseen):
-                raise RuntimeError(f"a batch cannot be made:\n{batch.trace}")
             reading = batch.pop("reading", None)
             if reading is not None:
                 tally.add(reading)

@@ -23,7 +23,6 @@ from unilip.errors import ConfigError
 from unilip.files import content_hash
 from unilip.method.config import UniLIPConfig
 from unilip.method.text import Processor
-from unilip.pictures import Fit
 from unilip.recipes.record import FewSteps, Flow, Recipe, Understand
 from unilip.shapes import Size
 from unilip.train.batches import Batches, Reading, Turns, conversation, stack
@@ -157,7 +156,7 @@ class FileBatches(Batches):
 
     # --- what it holds ----------------------------------------------------------------------------------------------
 
-    def item(self, record: Record, kind: str, turns: int = 1) -> tuple[Any, ...]:
+    def item(self, record: Record, kind: str, turns: int = 1) -> Any:
         """Decode a record: (picture), (picture, caption), (source, target, instruction), (picture, caption, turns)."""
         if kind == "image":
             return (self._picture(record, 0, self.target_size, kind),)
@@ -169,11 +168,8 @@ class FileBatches(Batches):
         if kind == "edit":
             text = self.text(record, "instruction", kind)
             source = self._picture(record, 0, self.image_size, kind, ("features",))
-            return (
-                source,
-                self._picture(record, -1, self.target_size, kind, ("latents", "conditions", "unconditional")),
-                text,
-            )
+            made = ("latents", "conditions", "unconditional")
+            return source, self._picture(record, -1, self.target_size, kind, made), text
         objective = self.recipe.objective
         assert isinstance(objective, Understand)
         text = self.text(record, "caption", kind) if objective.contrastive or objective.words else ""
@@ -191,12 +187,14 @@ class FileBatches(Batches):
 
     def _picture(self, record: Record, place: int, size: int | Size, kind: str, names: Sequence[str] = ()) -> Any:
         """The picture of a record at its size; of a cache the arrays of these names, and the picture if it is read."""
+        fit: Any = self.recipe.data.fit
+        if fit == "auto":
+            fit = "resize" if kind == "talk" else "crop"
+        picture = square(record.pictures[place], size, fit) if record.pictures else None
         if record.tensors is None:
-            return square(record.pictures[place], size, self.fit(kind))
+            return picture
         found = {name: array for name, array in unpacked(record.tensors).items() if not names or name in names}
-        if record.pictures:
-            found["images"] = square(record.pictures[place], size, self.fit(kind))
-        return found
+        return found if picture is None else found | {"images": picture}
 
     def _conditioned(self, record: Record, kind: str, index: int) -> Any:
         """Decode a record; of what a cache holds, take the condition of the prompt or of the one that replaces it."""
@@ -208,12 +206,6 @@ class FileBatches(Batches):
                 blank = unpacked(record.blank or b"")["conditions"] if blank is None else blank
                 target["unconditional" if few else "conditions"] = blank
         return item
-
-    def fit(self, kind: str) -> Fit:
-        fit = self.recipe.data.fit
-        if fit == "auto":
-            fit = "resize" if kind == "talk" else "crop"
-        return fit  # type: ignore[return-value]
 
     def text(self, record: Record, what: str, kind: str) -> str:
         """The caption or instruction of a record, within the limits."""
@@ -229,36 +221,29 @@ class FileBatches(Batches):
         return self._take("image", index, lambda record: self.item(record, "image"))[0]
 
     def caption_item(self, index: int) -> tuple[Any, str]:
-        found: tuple[Any, str] = self._take(
-            "caption", index, lambda record: self._conditioned(record, "caption", index)
-        )
-        return found
+        return self._take("caption", index, lambda record: self._conditioned(record, "caption", index))
 
     def caption(self, index: int) -> str:
         kind = next(kind for kind in ("talk", "caption") if kind in self.streams)
         return self._take(kind, index, lambda record: self.text(record, "caption", kind))
 
     def edit_item(self, index: int) -> tuple[Any, Any, str]:
-        found: tuple[Any, Any, str] = self._take("edit", index, lambda record: self._conditioned(record, "edit", index))
-        return found
+        return self._take("edit", index, lambda record: self._conditioned(record, "edit", index))
 
     def edits(self, samples: range) -> dict[str, Any]:
         """Sources, instructions, targets; a cache holds nothing that tells them from captions."""
         return super().edits(samples) | ({"edits": True} if self.recipe.data.cache else {})
 
     def questions_item(self, index: int, turns: int) -> tuple[Any, str, Turns]:
-        found: Any = self._take(self.kinds[0], index, lambda record: self.item(record, self.kinds[0], turns))
-        return found[0], found[1], found[2]
+        return self._take(self.kinds[0], index, lambda record: self.item(record, self.kinds[0], turns))
 
     def _turns(self, record: Record, most: int, pictures: int) -> Turns:
         """The first turns of a conversation, as many as are wanted and fit."""
         turns = read_turns(record.conversation)[:most]
-        tokens = conversation(self.processor, [(pictures, turns)])[0]
-        while tokens.input_ids.shape[1] > self.longest:
+        while conversation(self.processor, [(pictures, turns)])[0].input_ids.shape[1] > self.longest:
             turns = turns[:-1]
             if not turns:
                 raise Unreadable(f"conversation over {self.longest} tokens", left_out=True)
-            tokens = conversation(self.processor, [(pictures, turns)])[0]
         return turns
 
     def text_item(self, index: int) -> tuple[str, str]:
