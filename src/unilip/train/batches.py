@@ -295,8 +295,8 @@ class Batches(Dataset[dict[str, Any]]):
         """Target distribution (B,V) over the tokens of each caption, weighted by inverse document frequency."""
         weights = self.word_weights()
         target = torch.zeros(len(captions), len(weights))
-        for row, caption in zip(target, captions, strict=True):
-            words = torch.tensor(self._words(caption))
+        for row, text in zip(target, captions, strict=True):
+            words = torch.tensor(self._words(text))
             row[words] = weights[words]
         return target / target.sum(-1, keepdim=True)
 

@@ -82,7 +82,7 @@ def train(
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"stop_after is {stop_after}; it must be at least 1 step.")
     runs, device = Path(runs), torch.device(choose_device(str(device)))
-    if processes.again():  # what torchrun starts once more goes on from the checkpoint
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # what torchrun starts once more goes on
         restart = False
     final = runs / recipe.folder / "final"
     processes.join(device)
@@ -135,7 +135,10 @@ def run_recipe(
         start = loop.resume()
         with loop.watching(progress and processes.first(), start):
             loop.run(start, stop_after)
-        return run if loop.step < recipe.steps else loop.finish()
+        if loop.step < recipe.steps:
+            return run
+        with loop.averaged():
+            return loop.finish()
 
 
 def check_finished(recipe: Recipe, final: Path) -> None:
@@ -362,12 +365,11 @@ class Loop:
         for number in range(self.own_batches):
             batches.append(next(loader))
             batch = to_device(batches[-1], device)
-            if self.objective.looks_ahead and self.state.ema is not None:
-                plain = cpu_attention(self.recipe, self.model.device)
-                with self.state.ema.acting(), torch.no_grad(), self.mixed, plain:
+            if self.objective.looks_ahead:
+                with self.averaged(), torch.no_grad(), self.mixed, cpu_attention(recipe, device):
                     batch |= self.whole(self.objective.ahead, batch, self.step)
             with parallel.accumulating(self.whole, last=number + 1 == self.own_batches):
-                with self.mixed, cpu_attention(self.recipe, self.model.device):
+                with self.mixed, cpu_attention(recipe, device):
                     loss, terms = self.whole(self.objective.loss, batch, self.step)
                 (loss / self.own_batches).backward()
             second = self.objective.adversary_loss()
@@ -441,9 +443,7 @@ class Loop:
                 )
 
     def save(self) -> None:
-        self.state.counters = {
-            "skipped": int(self.health.total), "skipped_in_a_row": int(self.health.row),
-        }  # fmt: skip
+        self.state.counters = {"skipped": int(self.health.total), "skipped_in_a_row": int(self.health.row)}
         self.state.save(self.run_folder, self.step, self.recipe)
 
     def log(self, terms: dict[str, Tensor], rate: float) -> None:
@@ -464,11 +464,7 @@ class Loop:
         """Write picture grids of a fixed batch, drawn with the averaged weights."""
         if not (processes.first() or parallel.sharded(self.whole)):
             return
-        ema = self.state.ema
-        with contextlib.ExitStack() as after:
-            if ema is not None:  # the averaged weights are in the model meanwhile
-                ema.swap()
-                after.callback(ema.swap)
+        with self.averaged():
             pictures = self.together(self.objective.samples, to_device(self.batches[0], self.model.device))
         if not processes.first():
             return
@@ -483,17 +479,19 @@ class Loop:
             except ImageError as error:
                 logger.warning("no sheet of step %d: %s", self.step, error)
 
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Have the averaged weights in the model, where there are some."""
+        return contextlib.nullcontext() if self.state.ema is None else self.state.ema.acting()
+
     @torch.no_grad()
     def together(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function that uses the model outside of a step; where it is sharded all processes take part."""
         return self.whole(function, *arguments) if parallel.sharded(self.whole) else function(*arguments)
 
     def finish(self) -> Path:
-        """Write the result as a model folder: averaged weights, latent statistics, recipe; or the adapter's folder."""
+        """Write the result as a model folder: weights as they are, latent statistics, recipe; or the adapter's."""
         recipe, model, run = self.recipe, self.model, self.run_folder
         final = run / "final"
-        if self.state.ema is not None:
-            self.state.ema.swap()
         model.eval()
         if recipe.measure_latents:
             model.config = self.together(measure_latents, model, self.batches)

@@ -6,10 +6,11 @@ Out: `Objective.loss(batch, step)`, a scalar and its named terms; `heads`, weigh
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -56,7 +57,7 @@ class Objective:
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """Return the loss to minimise and its terms for the log."""
-        raise AssertionError("an objective must say how its loss is computed")
+        raise NotImplementedError
 
     def adversary_loss(self) -> tuple[Tensor, Terms] | None:
         """Return the discriminator's loss on the pictures of the last `loss` call, where there is one."""
@@ -64,7 +65,7 @@ class Objective:
 
     def ahead(self, batch: Batch, step: int) -> Batch:
         """Return what `loss` needs of the averaged weights, which are in the model now; asked if `looks_ahead`."""
-        raise AssertionError("an objective that looks ahead must say at what")
+        raise NotImplementedError
 
     def samples(self, batch: Batch) -> dict[str, Tensor]:
         """Return sheets worth looking at, by name: rows of pictures (R,n,3,H,W) in [0,1]."""
@@ -73,11 +74,19 @@ class Objective:
 
 def make_objective(recipe: Recipe, model: UniLIP, sources: Mapping[str, str]) -> Objective:
     """Build the objective that a recipe's record names."""
-    kinds: dict[type, Any] = {Shrink: ShrinkObjective, Reconstruct: ReconstructObjective, FewSteps: FewStepsObjective}
-    if isinstance(recipe.objective, Understand):
-        return UnderstandObjective(recipe, model, recipe.objective)
-    made: Objective = kinds.get(type(recipe.objective), FlowObjective)(recipe, model, recipe.objective, sources)
-    return made
+    kinds: dict[type, Callable[..., Objective]] = {
+        Understand: UnderstandObjective, Reconstruct: ReconstructObjective, Shrink: ShrinkObjective,
+        Flow: FlowObjective, FewSteps: FewStepsObjective,
+    }  # fmt: skip
+    return kinds[type(recipe.objective)](recipe, model, recipe.objective, sources)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw what is new inside the block from a seed, and leave the generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def needed_parts(objective: Understand | Reconstruct | Flow) -> tuple[str, ...]:
@@ -129,12 +138,11 @@ def pool(features: Tensor) -> Tensor:
 class UnderstandObjective(Objective):
     """Contrast between pooled features and the LLM's reading of the caption, word prediction, next token."""
 
-    def __init__(self, recipe: Recipe, model: UniLIP, weights: Understand) -> None:
+    def __init__(self, recipe: Recipe, model: UniLIP, weights: Understand, sources: Mapping[str, str]) -> None:
         super().__init__(recipe, model)
         self.weights = weights
         width, vocabulary = model.config.text.hidden_size, model.config.text.vocab_size
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(recipe.seed)
+        with seeded(recipe.seed):
             first = contrast_heads(model)
             scale = first.pop("scale")
             self.heads = nn.ModuleDict({**first, "words": nn.Linear(2 * width, vocabulary), "scale": scale})
@@ -227,8 +235,7 @@ class ReconstructObjective(Objective):
                 self.teacher = copy.deepcopy(model.encoder)
             self.teacher.eval().requires_grad_(False)
         if weights.contrastive:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(recipe.seed)
+            with seeded(recipe.seed):
                 self.heads = nn.ModuleDict(contrast_heads(model))
         self.perceptual: nn.Module | None = None
         if weights.perceptual:
@@ -236,8 +243,7 @@ class ReconstructObjective(Objective):
         self.adversary: losses.PatchDiscriminator | None = None
         if weights.gan:
             self.adversary_start = weights.gan_start
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(recipe.seed)
+            with seeded(recipe.seed):
                 self.adversary = losses.PatchDiscriminator()
         self._pair: tuple[Tensor, Tensor] | None = None
 
@@ -254,10 +260,7 @@ class ReconstructObjective(Objective):
         target = to_unit(batch["images"])
         normalised = normalise(target)
         features, output = self.reconstruct(normalised, batch.get("features"))
-        pixel = F.mse_loss(output, target)
-        total = weights.pixel * pixel
-        errors = (output.detach() - target).square().mean((1, 2, 3))  # of each picture: means of means stay the same
-        terms: Terms = {"pixel": pixel, "psnr": -10 * errors.clamp(min=1e-10).log10().mean()}
+        total, terms = self.pixel_loss(output, target)
         if self.perceptual is not None:
             perceptual = self.perceptual(output, target)
             terms["perceptual"], total = perceptual, total + weights.perceptual * perceptual
@@ -278,6 +281,12 @@ class ReconstructObjective(Objective):
             self.adversary.requires_grad_(True)
             terms["gan"], total = fool, total + weights.gan * fool
         return total, terms
+
+    def pixel_loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Terms]:
+        """The weighed L2 of pictures in [0,1], and their mean PSNR: means of means stay the same."""
+        pixel = F.mse_loss(output, target)
+        errors = (output.detach() - target).square().mean((1, 2, 3))  # of each picture
+        return self.weights.pixel * pixel, {"pixel": pixel, "psnr": -10 * errors.clamp(min=1e-10).log10().mean()}
 
     def adversary_loss(self) -> tuple[Tensor, Terms] | None:
         """Hinge loss with LeCam regularisation on the last real and drawn pictures."""
@@ -313,8 +322,7 @@ class ShrinkObjective(ReconstructObjective):
         for kept, ours in zip(self.states, stages, strict=True):
             for stage in ours:
                 stage.register_forward_hook(lambda _, inputs, out, kept=kept: kept.append(out))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(recipe.seed)
+        with seeded(recipe.seed):
             small, large = (d.block_out_channels[-3:] for d in (model.config.decoder, other.config.decoder))
             joined = [nn.Conv2d(a, b, 1) for a, b in zip(small, large, strict=True)]
             self.heads["states"] = nn.ModuleList(reversed(joined))  # as they run, from coarse to fine
@@ -331,9 +339,7 @@ class ShrinkObjective(ReconstructObjective):
                 kept.clear()
             target = (self.full(latent).float() + 1) / 2
         output = (model.pixel_decoder(latent).float() + 1) / 2
-        pixel = F.mse_loss(output, target)
-        errors = (output.detach() - target).square().mean((1, 2, 3))
-        total, terms = weights.pixel * pixel, {"pixel": pixel, "psnr": -10 * errors.clamp(min=1e-10).log10().mean()}
+        total, terms = self.pixel_loss(output, target)
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(output, target.clamp(0, 1))
             total = total + weights.perceptual * terms["perceptual"]
@@ -357,8 +363,7 @@ class FlowObjective(Objective):
     def __init__(self, recipe: Recipe, model: UniLIP, settings: Flow, sources: Mapping[str, str]) -> None:
         super().__init__(recipe, model)
         self.settings = settings
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(recipe.seed)
+        with seeded(recipe.seed):
             if settings.bind and recipe.lessons:
                 lessons.check_queries(model.config)
                 width = model.config.dit.caption_channels
@@ -465,13 +470,13 @@ class FlowObjective(Objective):
         if "sources" in batch:  # one or several for each prompt
             each = len(batch["sources"]) // len(prompts.input_ids)
             few["sources"] = batch["sources"][: each * SHOWN]
-        few["prompts"] = Tokens(prompts.input_ids[:SHOWN], prompts.attention_mask[:SHOWN], prompts.image_slots[:SHOWN])
+        few["prompts"] = Tokens(*(tensor[:SHOWN] for tensor in vars(prompts).values()))
         condition = self.conditions(few, None if "conditions" in few else self.source_features(few))
         grid = (config.grid, config.grid)
         if "latents" in few:
-            grid = (few["latents"].shape[-2], few["latents"].shape[-1])
+            grid = few["latents"].shape[-2:]
         elif self.autoencoder is None:
-            grid = (few["targets"].shape[-2] // TOKEN_PIXELS, few["targets"].shape[-1] // TOKEN_PIXELS)
+            grid = tuple(side // TOKEN_PIXELS for side in few["targets"].shape[-2:])
         shape = (config.dit.latent_channels, *grid)
         noise = draw_noise(len(few["prompts"].input_ids), shape, torch.Generator().manual_seed(0)).to(model.device)
         drawn = self.pixels(self.drawn(noise, condition))
@@ -545,9 +550,8 @@ class FewStepsObjective(FlowObjective):
         else:
             features = self.source_features(batch)
             condition, blank = (self.conditions({"prompts": batch[name]}, features) for name in ("prompts", "blanks"))
-            if not any(
-                p.requires_grad for part in ("mllm", "connector") for p in getattr(self.model, part).parameters()
-            ):
+            trained = (p.requires_grad for part in (self.model.mllm, self.model.connector) for p in part.parameters())
+            if not any(trained):
                 found |= {"conditions": condition[0], "condition_mask": condition[1]}
         found["latents"] = batch["latents"].float() if "latents" in batch else self.clean_latents(batch["targets"])
         if settings.path:

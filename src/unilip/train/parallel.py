@@ -27,8 +27,7 @@ class Whole(nn.Module):
 
     def __init__(self, model: UniLIP, heads: nn.ModuleDict) -> None:
         super().__init__()
-        self.model = model
-        self.heads = heads
+        self.model, self.heads = model, heads
 
     def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
@@ -77,8 +76,7 @@ def shard(whole: Whole, recipe: Recipe) -> nn.Module:
         cast_forward_inputs=False,  # autocast does
     )
     settings: dict[str, Any] = dict(mesh=init_device_mesh(device, (processes.world(),)), mp_policy=policy)
-    scalars = {p for p in whole.parameters() if p.dim() == 0}
-    if scalars:  # cannot be cut
+    if scalars := {p for p in whole.parameters() if p.dim() == 0}:  # cannot be cut
         settings["ignored_params"] = scalars
     for modules in units(whole.model):
         fully_shard(modules, **settings)
@@ -103,14 +101,9 @@ def sharded(module: nn.Module) -> bool:
     return processes.world() > 1 and not isinstance(module, DistributedDataParallel)
 
 
-@contextlib.contextmanager
-def accumulating(module: nn.Module, last: bool) -> Iterator[None]:
+def accumulating(module: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
     """Keep gradients at home until the last batch of a step; sharded ones are summed at once, to hold only a part."""
-    if isinstance(module, DistributedDataParallel) and not last:
-        with module.no_sync():
-            yield
-    else:
-        yield
+    return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else contextlib.nullcontext()
 
 
 def average_gradients(module: nn.Module) -> None:

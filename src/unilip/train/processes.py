@@ -44,11 +44,6 @@ def first() -> bool:
     return rank() == 0
 
 
-def again() -> bool:
-    """Whether `torchrun --max-restarts` has started the processes again after one of them died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 def divided(recipe: Recipe, processes: int) -> Recipe:
     """Return the recipe with its step cut into batches for so many processes; the samples of a step stay the same.
 

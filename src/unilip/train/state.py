@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ WRITING = (OSError, SafetensorError, RuntimeError)  # what a full disk raises, b
 
 class DamagedCheckpoint(CheckpointError):
     """A checkpoint that cannot be read, or is not what was written."""
+
+    def __init__(self, folder: Path, why: object) -> None:
+        super().__init__(f"{folder} is damaged ({why}); delete it to resume from the checkpoint before or restart.")
 
 
 class EMA:
@@ -70,14 +73,6 @@ class EMA:
                 for name, parameter in self.parameters.items():
                     parameter.copy_(kept[name])
 
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the averages and the model's values; a second call undoes the first."""
-        for name, parameter in self.parameters.items():
-            current = parameter.detach().float().clone()
-            parameter.copy_(self.average[name])
-            self.average[name].copy_(current)
-
 
 class State:
     """Everything that changes: trained weights by name, training-only modules, optimizers, averages, `counters`."""
@@ -86,13 +81,11 @@ class State:
         self,
         parameters: dict[str, nn.Parameter],
         heads: Mapping[str, nn.Module | None],
-        optimizers: Iterable[torch.optim.Optimizer],
+        optimizers: list[torch.optim.Optimizer],
         ema: EMA | None,
     ) -> None:
-        self.parameters = parameters
+        self.parameters, self.optimizers, self.ema = parameters, optimizers, ema
         self.heads = nn.ModuleDict({name: module for name, module in heads.items() if module is not None})
-        self.optimizers = list(optimizers)
-        self.ema = ema
         self.counters: dict[str, int] = {}
         self.data = self.frozen = ""  # signatures of the data that the run reads, and of the weights that do not train
         self._pending: Pending | None = None
@@ -142,10 +135,10 @@ class State:
         pending.error = processes.told(pending.error)  # the folder could not be made
         pending.check()
         tensors = {name: t.detach().clone() if t.device.type == "cpu" else t for name, t in self._flat().items()}
-        future = async_save(
-            tensors, checkpoint_id=pending.temporary / SHARDS, process_group=processes.group("checkpoint")
-        )
-        pending.follow(future)
+        where, together = pending.temporary / SHARDS, processes.group("checkpoint")
+        pending.future = async_save(tensors, checkpoint_id=where, process_group=together)
+        if processes.first():  # makes them a checkpoint
+            pending.future.add_done_callback(lambda _: pending.finish())
 
     def _flat(self) -> dict[str, Tensor]:
         """Every tensor by a name that does not depend on the number of processes."""
@@ -222,11 +215,8 @@ class State:
         from torch.distributed.checkpoint.state_dict_loader import load
 
         reader = FileSystemReader(folder / SHARDS)
-        stored = {
-            name: entry
-            for name, entry in reader.read_metadata().state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
+        entries = reader.read_metadata().state_dict_metadata
+        stored = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
         for i, (name, parameter) in self._optimized():  # an optimizer's averages begin with its first step
             prefix = f"optimizer.{i}.{name}."
             kinds = {key.removeprefix(prefix): entry for key, entry in stored.items() if key.startswith(prefix)}
@@ -240,8 +230,7 @@ class State:
                 }
         own = self._flat()
         _must_fit(own, {name: entry.size for name, entry in stored.items()}, str(folder / SHARDS))
-        alone = processes.world() == 1
-        load(own, storage_reader=reader, no_dist=alone, process_group=processes.group("checkpoint"))
+        load(own, storage_reader=reader, no_dist=processes.world() == 1, process_group=processes.group("checkpoint"))
         for name, tensor in self.heads.state_dict().items():
             tensor.copy_(own[f"heads.{name}"])
 
@@ -272,12 +261,6 @@ class Pending:
             yield
         except WRITING as error:
             self.fail(error)
-
-    def follow(self, future: Any) -> None:
-        """Wait for the processes' files in the background; the first process then makes them a checkpoint."""
-        self.future = future
-        if processes.first():
-            future.add_done_callback(lambda _: self.finish())
 
     def finish(self) -> None:
         """Wait for the files, and make them a checkpoint, once."""
@@ -356,13 +339,8 @@ def inspect(folder: Path) -> dict[str, Any]:
             complaint = f"state.json: {error}"
     complaint, about = processes.told((complaint, about))
     if complaint:
-        raise damaged(folder, complaint)
+        raise DamagedCheckpoint(folder, complaint)
     return dict(about)
-
-
-def damaged(folder: Path, why: object) -> DamagedCheckpoint:
-    """Say which checkpoint cannot be used, and why."""
-    return DamagedCheckpoint(f"{folder} is damaged ({why}); delete it to resume from the checkpoint before or restart.")
 
 
 def _must_fit(own: Mapping[str, Tensor], shapes: Mapping[str, Any], where: str) -> None:
@@ -397,4 +375,4 @@ def _read(folder: Path) -> dict[str, Any]:
         tensors = {kind: load_file(file) if file.exists() else {} for kind, file in files.items()}
         return {**tensors, "optimizers": torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)}
     except Exception as error:  # each of three formats has its own errors
-        raise damaged(folder, error) from error
+        raise DamagedCheckpoint(folder, error) from error
