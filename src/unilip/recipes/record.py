@@ -11,8 +11,9 @@ import difflib
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unilip.errors import ConfigError
@@ -404,8 +405,12 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
             hint = f" Did you mean {near}?" if near else ""
             raise ConfigError(f"{recipe.name} has no setting {name!r}.{hint} All of them: {', '.join(names)}.")
         changes[name] = _parse(name, text.strip(), names[name])
-    changed: Recipe = _replace(recipe, _following(recipe, changes) | changes, "")
-    return changed
+    parts: dict[str, dict[str, Any]] = defaultdict(dict)  # "optim": {"lr": 1e-3}; "" is the recipe itself
+    for name, value in (_following(recipe, changes) | changes).items():
+        part, _, own = name.rpartition(".")
+        parts[part][own] = value
+    top = parts.pop("", {})
+    return replace(recipe, **top, **{part: replace(getattr(recipe, part), **new) for part, new in parts.items()})
 
 
 def _following(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -432,17 +437,6 @@ def _nearest(name: str, names: Iterable[str]) -> str | None:
     last = name.split(".")[-1]
     inside = [n for n in names if n.split(".")[-1] == last]
     return next(iter(inside or difflib.get_close_matches(name, names, n=1, cutoff=0.3)), None)
-
-
-def _replace(record: Any, changes: Mapping[str, Any], prefix: str) -> Any:
-    values: dict[str, Any] = {}
-    for f in dataclasses.fields(record):
-        name, value = prefix + f.name, getattr(record, f.name)
-        if dataclasses.is_dataclass(value):
-            values[f.name] = _replace(value, changes, f"{name}.")
-        elif name in changes:
-            values[f.name] = changes[name]
-    return dataclasses.replace(record, **values)
 
 
 def _parse(name: str, text: str, old: Any) -> Any:

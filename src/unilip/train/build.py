@@ -42,6 +42,7 @@ from unilip.train.batches import Batches, EmojiBatches
 from unilip.train.cached import check_cache
 from unilip.train.files import FileBatches
 from unilip.train.objectives import Objective, make_objective, needed_parts
+from unilip.train.parallel import stacks
 
 BESIDE = ("autoencoder", "teacher")  # init names that are no part of the model: the objective loads them
 FOLLOWS = {  # the fields of the config that belong to a part, and come with its weights
@@ -191,11 +192,7 @@ def full_decoder(recipe: Recipe, runs: Path) -> dict[str, Any]:
 def recipe_config(recipe: Recipe) -> UniLIPConfig:
     """Return a preset's config, changed as the recipe says. Raises ConfigError: no such field, or no such value."""
     config = preset(recipe.model)
-    known = {
-        f.name: type(value)
-        for f in dataclasses.fields(config)
-        if isinstance(value := getattr(config, f.name), (int, str))
-    }
+    known = {name: type(value) for name, value in vars(config).items() if isinstance(value, (int, str))}
     for name, value in recipe.config:
         if type(value) is not known.get(name):
             raise ConfigError(
@@ -253,12 +250,6 @@ def make_optimizer(optim: Optim, parameters: Sequence[tuple[nn.Parameter, float]
     )  # fmt: skip
 
 
-def cast_trained(recipe: Recipe, model: UniLIP, dtype: torch.dtype) -> None:
-    """Keep what trains, and so the optimizer's averages of it, in another precision."""
-    for parameter, _ in trained_parameters(recipe, model).values():
-        parameter.data = parameter.data.to(dtype)
-
-
 PRODUCTS = (
     "mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
@@ -284,22 +275,16 @@ def enable_checkpointing(model: UniLIP, selective: bool = False) -> None:
         result: torch.Tensor = checkpoint(layer, *inputs, **how) if torch.is_grad_enabled() else layer(*inputs)
         return result
 
-    for name in model.parts:
-        frozen = name == "mllm" and not any(p.requires_grad for p in model.mllm.language_model.parameters())
-        if frozen and not selective:
-            continue
-        for module in model.get_submodule(name).modules():
-            if isinstance(module, Layers):
-                module.around = around
+    frozen = "mllm" in model.parts and not any(p.requires_grad for p in model.mllm.language_model.parameters())
+    for layers in stacks(model, [name for name in model.parts if name != "mllm" or selective or not frozen]):
+        layers.around = around
 
 
 def compile_layers(model: UniLIP, teacher: object = None) -> None:
     """Compile each layer by itself, once for all layers of a kind; names of weights stay as they are."""
     # A layer is too small to be split for DDP, and what does that has returned gradients that are no numbers.
     torch._dynamo.config.optimize_ddp = False
-    parts = [model.get_submodule(name) for name in ("encoder", "mllm", "connector", "dit") if name in model.parts]
-    for part in [*parts, *([teacher] if isinstance(teacher, nn.Module) else [])]:
-        for module in part.modules():
-            if isinstance(module, Layers):
-                for layer in module:
-                    layer.compile()
+    for layers in [*stacks(model), *(teacher.modules() if isinstance(teacher, nn.Module) else ())]:
+        if isinstance(layers, Layers):
+            for layer in layers:
+                layer.compile()

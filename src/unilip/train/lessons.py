@@ -26,13 +26,6 @@ def cell_heads(width: int) -> nn.ModuleDict:
     return nn.ModuleDict({kind: nn.Linear(width, classes(kind)) for kind in CELL})
 
 
-def local_heads(config: UniLIPConfig) -> nn.ModuleDict:
-    """Return the same for features of the encoder, which are to tell their own place as well."""
-    heads = cell_heads(config.text.hidden_size)
-    heads["place"] = nn.Linear(config.text.hidden_size, config.num_image_tokens)
-    return heads
-
-
 def ground_loss(head: nn.Module, states: Tensor, grounds: Tensor) -> tuple[Tensor, Terms]:
     """What the states (B,L,D) of words tell of where that lies which they name: `grounds` (M,4+N) of `grounded`.
 
@@ -111,12 +104,6 @@ def bind_heads(width: int) -> nn.ModuleDict:
     present = nn.Linear(width, classes("concept"))
     nn.init.constant_(present.bias, -5.0)  # of hundreds of concepts a caption has one or two
     return nn.ModuleDict(heads | {"present": present})
-
-
-def repa_head(config: UniLIPConfig) -> nn.Sequential:
-    """Return what makes features of states of the diffusion transformer."""
-    width = config.dit.hidden_size
-    return nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, config.text.hidden_size))
 
 
 def check_queries(config: UniLIPConfig) -> None:

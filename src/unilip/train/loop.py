@@ -43,7 +43,6 @@ from unilip.train.batches import Batches, iterate, to_device
 from unilip.train.build import (
     adapter_base,
     build,
-    cast_trained,
     compile_layers,
     enable_checkpointing,
     make_optimizer,
@@ -238,8 +237,9 @@ class Loop:
         self.recipe, self.run_folder = recipe, run
         self.model, self.objective, self.batches = model, objective, batches
         self.own_batches = batches.recipe.accumulate // processes.world()  # of a step, in this process
-        if recipe.weights_dtype == "bfloat16":
-            cast_trained(recipe, model, torch.bfloat16)
+        if recipe.weights_dtype == "bfloat16":  # and so the optimizer's averages of them
+            for parameter, _ in trained_parameters(recipe, model).values():
+                parameter.data = parameter.data.bfloat16()
         frozen = frozen_signature(model)
         self.whole = parallel.share(parallel.Whole(model, objective.heads), recipe)
         named = trained_parameters(recipe, model)

@@ -147,7 +147,8 @@ class UnderstandObjective(Objective):
             scale = first.pop("scale")
             self.heads = nn.ModuleDict({**first, "words": nn.Linear(2 * width, vocabulary), "scale": scale})
             if weights.local and recipe.lessons:
-                self.heads["local"] = lessons.local_heads(model.config)
+                self.heads["local"] = heads = lessons.cell_heads(width)
+                heads["place"] = nn.Linear(width, model.config.num_image_tokens)  # features tell their own, too
             if weights.bind and recipe.lessons:
                 self.heads["bind"] = lessons.bind_heads(width)
             if weights.ground and recipe.lessons:
@@ -369,7 +370,10 @@ class FlowObjective(Objective):
                 width = model.config.dit.caption_channels
                 self.heads["bind"], self.heads["cells"] = lessons.bind_heads(width), lessons.cell_heads(width)
             if settings.repa:
-                self.heads["repa"] = lessons.repa_head(model.config)
+                width, wanted = model.config.dit.hidden_size, model.config.text.hidden_size
+                self.heads["repa"] = nn.Sequential(
+                    nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, wanted)
+                )  # fmt: skip
         self.repa_end = round(settings.repa_until * recipe.steps)
         self.middle: list[Tensor] = []  # states of the tokens a third through the transformer, while they are wanted
         if settings.repa:

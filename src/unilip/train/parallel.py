@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -85,13 +85,16 @@ def shard(whole: Whole, recipe: Recipe) -> nn.Module:
     return whole
 
 
-def units(model: UniLIP) -> Iterator[list[nn.Module]]:
-    """Yield what is gathered together: the layers that are called one after the other."""
-    for name in ("encoder", "mllm", "connector", "dit"):
+def stacks(model: UniLIP, parts: Iterable[str] = ("encoder", "mllm", "connector", "dit")) -> Iterator[Layers]:
+    """Yield the lists of layers that are called one after the other, of the parts that there are."""
+    for name in parts:
         if name in model.parts:
-            for module in model.get_submodule(name).modules():
-                if isinstance(module, Layers):
-                    yield from ([layer] for layer in module)
+            yield from (module for module in model.get_submodule(name).modules() if isinstance(module, Layers))
+
+
+def units(model: UniLIP) -> Iterator[list[nn.Module]]:
+    """Yield what is gathered together: a layer, or the pixel decoder."""
+    yield from ([layer] for layers in stacks(model) for layer in layers)
     if "pixel_decoder" in model.parts:
         yield [model.pixel_decoder.decoder]
 
