@@ -133,7 +133,6 @@ def _spread(count: int, samples: int | None) -> list[int]:
 
 
 def _places(source: Source, kind: str, numbers: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Number, shard and place of samples of a kind."""
     ends = np.cumsum(source.counts(kind))
     for number in numbers:
         shard = int(np.searchsorted(ends, number, side="right"))
@@ -151,7 +150,6 @@ def _said(record: Record, kind: str, longest: int) -> tuple[str, str]:
 
 
 def _row(pictures: list[Image.Image]) -> Image.Image:
-    """Pictures of a sample beside each other, small."""
     row = Image.new("RGB", (SIDE * len(pictures), SIDE), "white")
     for i, picture in enumerate(pictures):
         small = ImageOps.contain(picture, (SIDE, SIDE))

@@ -112,7 +112,6 @@ def _open(name: str, options: dict[str, str], location: str) -> tuple[Any, list[
 
 
 def _rows_of(file: str) -> int:
-    """Ask the footer of a Parquet file for its number of rows."""
     import fsspec
     import pyarrow.parquet
 

@@ -130,11 +130,9 @@ def read_head(path: Path) -> dict[str, Any] | None:
         with path.open(encoding="utf-8") as file:
             head = json.loads(file.readline(MAX_HEAD))
         counts = [head["counts"][kind] for kind in KINDS]
-        known, size = head["format"] == FORMAT, head["size"]
-        whole = (
-            known and all(type(n) is int and n >= 0 and n <= size for n in counts) and isinstance(head["fault"], str)
-        )
-        whole = whole and isinstance(head["ignored"], dict) and bool(head["content"]) and "stamp" in head
+        whole = head["format"] == FORMAT and all(type(n) is int and 0 <= n <= head["size"] for n in counts)
+        whole = whole and isinstance(head["fault"], str) and isinstance(head["ignored"], dict)
+        whole = whole and bool(head["content"]) and "stamp" in head
         return head if whole and all(len(probe) == 3 for probe in head["probes"]) else None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
@@ -216,7 +214,6 @@ def _read_member(file: BinaryIO, offset: int, size: int, check: int) -> bytes | 
 def _sorted(
     size: int, fault: str, found: Mapping[tuple[int, str], Member], meanings: Mapping[tuple[int, str], str]
 ) -> ShardIndex:
-    """Members -> samples by kind."""
     groups: dict[tuple[int, str], Members] = {}
     others: dict[tuple[int, str], dict[str, Members]] = {}
     for (archive, name), member in found.items():
@@ -321,7 +318,6 @@ class Shards:
         return content_hash([head.get("content") or stamped or head["counts"] for head, stamped in known])
 
     def expect(self, shards: Sequence[int]) -> None:
-        """Begin to fetch remote shards in the background."""
         self._own_process()
         for shard in shards:
             if is_remote(self.shards[shard]) and shard not in self._coming and not self._kept(shard).exists():

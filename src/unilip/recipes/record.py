@@ -176,7 +176,6 @@ class FewSteps(Flow):
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """`steps` as numbers."""
         return tuple(int(count) for count in self.steps.split(","))
 
 
@@ -249,7 +248,6 @@ class Data:
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """`shapes` as widths and heights."""
         return tuple(parse(text) for text in self.shapes.split(",")) if self.shapes else ()
 
 
@@ -342,7 +340,6 @@ class Recipe:
 
     @property
     def stage(self) -> str:
-        """The last part of the name: recon, sft, ..."""
         return self.name.split("/")[-1]
 
 
@@ -440,7 +437,6 @@ def _nearest(name: str, names: Iterable[str]) -> str | None:
 
 
 def _parse(name: str, text: str, old: Any) -> Any:
-    """Read a value as the type that the field has."""
     try:
         if isinstance(old, bool):
             if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
@@ -466,7 +462,6 @@ def _parse(name: str, text: str, old: Any) -> Any:
 
 
 def _plain_value(text: str) -> str | int | bool:
-    """Read a word, a whole number, or true / false."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     return int(text) if text.isdigit() else text

@@ -186,7 +186,6 @@ class Batches(Dataset[dict[str, Any]]):
         return self.caption_item(index)[1]
 
     def image_item(self, index: int) -> Any:
-        """Return a picture alone."""
         return self.caption_item(index)[0]
 
     # what a batch is
@@ -205,7 +204,6 @@ class Batches(Dataset[dict[str, Any]]):
         return stacked("images", [self.image_item(i) for i in samples])
 
     def is_edit(self, step: int) -> bool:
-        """Whether the batches of a step hold edits."""
         return generator("task", self.recipe.seed, step).random() < self.recipe.data.edit_share
 
     def generation(self, samples: range) -> dict[str, Any]:
@@ -313,7 +311,6 @@ class Batches(Dataset[dict[str, Any]]):
         return self._word_weights
 
     def _words(self, text: str) -> list[int]:
-        """The different tokens of a text, in order of their ids."""
         return sorted(set(self.processor.ids(text)))
 
 

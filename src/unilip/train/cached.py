@@ -111,7 +111,6 @@ class Cached:
         return dataclasses.replace(record, blank=self.blank)
 
     def signature(self) -> str:
-        """Return that of the data which the cache was made of."""
         return self.original.signature()
 
     def expect(self, shards: Sequence[int]) -> None:

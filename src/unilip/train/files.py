@@ -231,8 +231,8 @@ class FileBatches(Batches):
         return self._take("edit", index, lambda record: self._conditioned(record, "edit", index))
 
     def edits(self, samples: range) -> dict[str, Any]:
-        """Sources, instructions, targets; a cache holds nothing that tells them from captions."""
-        return super().edits(samples) | ({"edits": True} if self.recipe.data.cache else {})
+        told = {"edits": True} if self.recipe.data.cache else {}  # which holds nothing that tells them from captions
+        return super().edits(samples) | told
 
     def questions_item(self, index: int, turns: int) -> tuple[Any, str, Turns]:
         return self._take(self.kinds[0], index, lambda record: self.item(record, self.kinds[0], turns))

@@ -42,17 +42,14 @@ class TeacherPerceptual(nn.Module):
         self.teacher = [teacher]  # in a list: its weights belong to the objective, not to this module
 
     def states(self, pixels: Tensor) -> list[Tensor]:
-        """Return the unit-norm states of every layer."""
-        tower = self.teacher[0].vision_tower
+        tower, found = self.teacher[0].vision_tower, []
         hidden = tower.embeddings(normalise(pixels))
-        found = []
         for layer in cast(Layers, tower.encoder["layer"]):
             hidden = layer(hidden)
             found.append(F.normalize(hidden[:, 1:].float(), dim=-1))
         return found
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """Mean over layers of the squared distance between unit states."""
         with torch.no_grad():
             wanted = self.states(target)
         pairs = zip(self.states(output), wanted, strict=True)
@@ -137,7 +134,6 @@ class PatchDiscriminator(nn.Module):
 
     @torch.no_grad()
     def remember(self, real: Tensor, fake: Tensor) -> None:
-        """Move the running means towards the mean scores of a batch."""
         self.means.lerp_(torch.stack([real.mean(), fake.mean()]).to(self.means), 1 - LECAM_DECAY)
 
 

@@ -25,7 +25,7 @@ from unilip.method.config import UniLIPConfig
 from unilip.method.model import PARTS
 from unilip.method.text import Tokens
 from unilip.model import UniLIP
-from unilip.recipes.record import FewSteps, Flow, Recipe, Reconstruct, Shrink
+from unilip.recipes.record import FewSteps, Flow, Recipe, Reconstruct, Shrink, override
 from unilip.shapes import cells
 from unilip.train.adapters import target_layers
 from unilip.train.build import enable_checkpointing, parse_init, recipe_config, trained_parameters
@@ -51,7 +51,6 @@ class Hardware:
 
     @property
     def usable(self) -> float:
-        """Bytes that a run can count on."""
         return self.memory * SPARE[0] - SPARE[1]
 
     def __str__(self) -> str:
@@ -114,10 +113,9 @@ class Alive(TorchDispatchMode):
         return result
 
     def _count(self, storage: Any, given: set[int]) -> None:
-        key = storage._cdata
+        key, size = storage._cdata, storage.nbytes()
         if key in self._known or key in given:
             return
-        size = storage.nbytes()
         self._known.add(key)
         self.now += size
         self.peak = max(self.peak, self.now)
@@ -219,10 +217,10 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
             operations.append(alive.operations / size)
             model.zero_grad(set_to_none=True)
             objective.heads.zero_grad(set_to_none=True)
-        groups = [sum(_count(module) for module in modules) for modules in units(model)]
-        everything = _count(model)
-        moved = sum(p.numel() for p in named) + _count(objective.heads)
-    trained, frozen = moved, everything - sum(p.numel() for p in named)
+        groups = [sum(map(_count, modules)) for modules in units(model)]
+        everything, own = _count(model), sum(p.numel() for p in named)
+        moved = own + _count(objective.heads)
+    trained, frozen = moved, everything - own
     if recipe.adapter.rank:
         rank, dora = recipe.adapter.rank, recipe.adapter.dora
         trained = sum(rank * (w.shape[0] + w.shape[1]) + w.shape[0] * dora for w in named)  # beside weights (out, in)
@@ -230,9 +228,7 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
     gradients = moved * 4  # alive at the end of the backward pass, and counted by themselves
     rise = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
     constant = max(0.0, peaks[0] - rise * sizes[0] - gradients)
-    held = max(groups, default=0)
-    outside = everything - sum(groups)
-    return Step(trained, frozen, held, outside, (constant, rise), operations[-1])
+    return Step(trained, frozen, max(groups, default=0), everything - sum(groups), (constant, rise), operations[-1])
 
 
 def trains(recipe: Recipe, model: UniLIP) -> list[nn.Parameter]:
@@ -269,7 +265,6 @@ class Estimate:
         return self.seconds * self.recipe.steps / 3600
 
     def lines(self) -> Iterator[str]:
-        """Yield what a person wants to know."""
         for name, value in self.memory.items():
             yield f"{name:12} {value / GIB:8.2f} GiB"
         yield f"{'in all':12} {self.total / GIB:8.2f} GiB of {self.hardware.usable / GIB:.1f} usable in {self.hardware}"
@@ -305,38 +300,32 @@ def estimate(recipe: Recipe, machine: Hardware, step: Step | None = None) -> Est
 
 def remedies(recipe: Recipe, machine: Hardware, step: Step) -> Iterator[tuple[str, Estimate]]:
     """Yield (what to do, its estimate) of changes with which the run would fit; the global batch stays the same."""
-    changes: list[tuple[str, Recipe, Step]] = []
-    recomputed = dataclasses.replace(recipe, gradient_checkpointing=True, selective_checkpointing=False)
-    bases = [(recipe, "", step)]  # from what costs least time to what costs least memory
+    bases = {"": step}  # from what costs least time to what costs least memory
     if not (recipe.gradient_checkpointing or recipe.selective_checkpointing or recipe.compile):
-        some = dataclasses.replace(recipe, selective_checkpointing=True)
-        bases.append((some, "selective_checkpointing=1", measure(some)))
+        bases["selective_checkpointing=1"] = measure(_set(recipe, "selective_checkpointing=1"))
     if not recipe.gradient_checkpointing:
-        other = "selective_checkpointing=0 " if recipe.selective_checkpointing else ""
-        bases.append((recomputed, f"{other}gradient_checkpointing=1", measure(recomputed)))
-    smallest = bases[-1][2]
-    changes += [(_setting(extra), base, known) for base, extra, known in bases[1:]]
-    for base, extra, known in bases:
-        size, accumulate = base.batch_size, base.accumulate
+        least = f"{'selective_checkpointing=0 ' * recipe.selective_checkpointing}gradient_checkpointing=1"
+        bases[least] = measure(_set(recipe, least))
+    changes = [(words, words) for words in bases if words]
+    for words in bases:
+        size, accumulate = recipe.batch_size, recipe.accumulate
         while size % 2 == 0:
             size, accumulate = size // 2, accumulate * 2
-            small = dataclasses.replace(base, batch_size=size, accumulate=accumulate)
-            changes.append((_setting(f"batch_size={size} accumulate={accumulate} {extra}"), small, known))
-    seen: set[tuple[bool, bool]] = set()
-    for text, changed, known in changes:
-        found = estimate(changed, machine, known)
-        kind = (changed.gradient_checkpointing, changed.selective_checkpointing)
-        if found.fits and kind not in seen:
-            seen.add(kind)
-            yield text, found
+            changes.append((f"batch_size={size} accumulate={accumulate} {words}", words))
+    seen: set[str] = set()
+    for text, base in changes:
+        found = estimate(_set(recipe, text), machine, bases[base])
+        if found.fits and base not in seen:
+            seen.add(base)
+            yield _options(text), found
     if recipe.parallel == "ddp":
         for count in (2, 4, 8, 16, 32):
             if count < machine.count or (recipe.batch_size * recipe.accumulate) % count:
                 continue
-            parts = dataclasses.replace(recomputed, parallel="fsdp")
-            found = estimate(parts, dataclasses.replace(machine, count=count), smallest)
+            words, smallest = f"parallel=fsdp {[*bases][-1]}", [*bases.values()][-1]
+            found = estimate(_set(recipe, words), dataclasses.replace(machine, count=count), smallest)
             if found.fits:
-                yield f"{_setting(f'parallel=fsdp {bases[-1][1]}')} on {count} of them", found
+                yield f"{_options(words)} on {count} of them", found
                 break
     for name, (size, *_) in sorted(KNOWN.items(), key=lambda item: item[1][0]):
         larger = hardware(f"{name}:{machine.count}")
@@ -345,8 +334,11 @@ def remedies(recipe: Recipe, machine: Hardware, step: Step) -> Iterator[tuple[st
             break
 
 
-def _setting(words: str) -> str:
-    """Write "name=value name=value" as options."""
+def _set(recipe: Recipe, words: str) -> Recipe:
+    return override(recipe, words.split())
+
+
+def _options(words: str) -> str:
     return " ".join(f"--set {word}" for word in words.split())
 
 

@@ -52,7 +52,6 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the current values."""
         self.count += 1
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
         torch._foreach_lerp_(
