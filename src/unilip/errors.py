@@ -6,7 +6,7 @@ The command line turns one into exit code 2, the server into a 4xx. Programming 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 LARGEST = 3e38  # of float32
@@ -43,6 +43,11 @@ def reason(error: BaseException, most: int | None = None) -> str:
 
 
 Kind = type[UniLIPError]
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Return which values are others there than they are here, in words; empty: none."""
+    return ", ".join(f"{k} ({there.get(k)} there, {v} here)" for k, v in here.items() if there.get(k) != v)
 
 
 def check_choice(what: str, value: object, allowed: Iterable[str], kind: Kind = UniLIPError) -> None:

@@ -26,7 +26,7 @@ from unilip.data.errors import DataError
 from unilip.data.records import Record, Unreadable, clean_text, decode_picture, one_text
 from unilip.data.shards import INDEX_SUFFIX, is_written, writing_shard
 from unilip.data.sources import open_source
-from unilip.errors import check_choice
+from unilip.errors import check_choice, differences
 from unilip.files import content_hash, decode_text, lines_of, read_json, write_json
 from unilip.pictures import open_picture
 
@@ -75,9 +75,8 @@ def convert(
     }  # fmt: skip
     note = output / f".{layout}.json"
     before = read_json(note) if note.exists() else about
-    other = [f"{k} ({before.get(k)} there, {v} here)" for k, v in about.items() if before.get(k) != v]
-    if other:
-        raise DataError(f"{output} holds shards of another conversion: {', '.join(other)}. Give another --output.")
+    if other := differences(before, about):
+        raise DataError(f"{output} holds shards of another conversion: {other}. Give another --output.")
     write_json(note, about)
     result = Converted()
     for number, start in enumerate(range(0, len(entries), shard_size)):

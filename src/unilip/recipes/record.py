@@ -360,8 +360,7 @@ def leaves(record: Any, prefix: str = "") -> dict[str, Any]:
 
 def plain(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe as JSON-ready values by dotted name."""
-    values: dict[str, Any] = json.loads(json.dumps(leaves(recipe), allow_nan=False))
-    return values
+    return json.loads(json.dumps(leaves(recipe), allow_nan=False))
 
 
 def changed_settings(recipe: Recipe, before: Mapping[str, Any]) -> str:
@@ -370,6 +369,12 @@ def changed_settings(recipe: Recipe, before: Mapping[str, Any]) -> str:
     before = _defaults(recipe) | dict(before)
     names = [name for name in {**now, **before} if name not in FREE_TO_CHANGE and now.get(name) != before.get(name)]
     return ", ".join(f"{name} ({before.get(name)} -> {now.get(name)})" for name in names)
+
+
+def require_same(recipe: Recipe, before: Mapping[str, Any], made: object) -> None:
+    """Raise ConfigError where what a run MADE was made with other settings BEFORE than the recipe's."""
+    if changed := changed_settings(recipe, before):
+        raise ConfigError(f"{made} was made with other settings: {changed}. Restart the run, or use another folder.")
 
 
 def _defaults(recipe: Recipe) -> dict[str, Any]:
@@ -382,8 +387,7 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
             found |= leaves(fresh(), f"{f.name}.")
         elif f.default is not dataclasses.MISSING:
             found[f.name] = f.default
-    values: dict[str, Any] = json.loads(json.dumps(found))
-    return values
+    return json.loads(json.dumps(found))
 
 
 def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:

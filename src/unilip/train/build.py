@@ -272,8 +272,7 @@ def enable_checkpointing(model: UniLIP, selective: bool = False) -> None:
         how["context_fn"] = partial(create_selective_checkpoint_contexts, keep_products)
 
     def around(layer: nn.Module, *inputs: Any) -> torch.Tensor:
-        result: torch.Tensor = checkpoint(layer, *inputs, **how) if torch.is_grad_enabled() else layer(*inputs)
-        return result
+        return checkpoint(layer, *inputs, **how) if torch.is_grad_enabled() else layer(*inputs)
 
     frozen = "mllm" in model.parts and not any(p.requires_grad for p in model.mllm.language_model.parameters())
     for layers in stacks(model, [name for name in model.parts if name != "mllm" or selective or not frozen]):

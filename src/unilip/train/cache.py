@@ -66,17 +66,13 @@ class Worker:
             "settings": settings_of(self.recipe),
             "weights": digests(self.names, self.model, self.objective),
             "sources": [
-                {
-                    "location": place.location,
-                    "shards": len(source.counts(self.kinds[0])),
-                    "content": source.signature(),
-                }
+                {"location": place.location, "shards": len(source.counts("image")), "content": source.signature()}
                 for place, source in self.batches.sources
             ],
         }
 
     def tasks(self) -> list[dict[str, int]]:
-        counts = [len(source.counts(self.kinds[0])) for _, source in self.batches.sources]
+        counts = [len(source.counts("image")) for _, source in self.batches.sources]
         return [{"source": i, "shard": j} for i, count in enumerate(counts) for j in range(count)]
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
@@ -163,8 +159,7 @@ class Worker:
         processor = self.batches.processor
         with self.mixed:
             row = self._conditions({"prompts": processor.tokenize([processor.generate_text(None)]).to(self.device)})[0]
-        array: np.ndarray = row.float().cpu().numpy().astype(self.type)
-        return array
+        return row.float().cpu().numpy().astype(self.type)
 
 
 def make_cache(
@@ -194,9 +189,8 @@ def make_cache(
         trained = ", ".join(prefix for prefix, factor in recipe.trains if factor)
         raise ConfigError(f"{recipe.name} trains {trained}, so nothing stays the same in every epoch; no cache helps.")
     about = worker.about(dtype)
-    before = read_about(folder) if (folder / ABOUT).exists() else None
-    if before is not None and before != about:
-        changed = [key for key in about if before.get(key) != about[key]]
+    before = read_about(folder) if (folder / ABOUT).exists() else about
+    if changed := [key for key in about if before.get(key) != about[key]]:
         raise ConfigError(f"{folder} holds a cache that differs in {', '.join(changed)}; give another, or empty it.")
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder / ".lock", f"Another process is making the cache {folder}; wait for it, or give another folder."):

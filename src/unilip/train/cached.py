@@ -15,7 +15,7 @@ from torch import nn
 from unilip.data.records import Record, Source, Unreadable
 from unilip.data.shards import Shards
 from unilip.data.sources import Weighted
-from unilip.errors import ConfigError
+from unilip.errors import ConfigError, differences
 from unilip.model import UniLIP
 from unilip.recipes.record import Flow, Recipe, Reconstruct, leaves
 from unilip.train.objectives import FlowObjective, Objective, ReconstructObjective, UnderstandObjective
@@ -124,13 +124,8 @@ def cached_sources(recipe: Recipe, sources: Sequence[tuple[Weighted, Source]]) -
     folder = Path(recipe.data.cache).expanduser()
     about = read_about(folder)
     wanted = settings_of(recipe)
-    changed = [
-        f"{name} ({about['settings'].get(name)} there, {wanted[name]} here)"
-        for name in wanted
-        if about["settings"].get(name) != wanted[name]
-    ]
-    if changed:
-        raise ConfigError(f"data.cache {folder} was made with other settings: {', '.join(changed)}. Make a new one.")
+    if changed := differences(about["settings"], wanted):
+        raise ConfigError(f"data.cache {folder} was made with other settings: {changed}. Make a new one.")
     pictures = isinstance(recipe.objective, Reconstruct)  # what its pixels are compared with
     blank = folder / "unconditional.npz"
     found: list[tuple[Weighted, Source]] = []
@@ -145,8 +140,7 @@ def cached_sources(recipe: Recipe, sources: Sequence[tuple[Weighted, Source]]) -
                 "made. Make a new one."
             )
         paths = [shard_path(folder, number, shard) for shard in range(about["sources"][number]["shards"])]
-        missing = [path for path in paths if not path.exists()]
-        if missing:
+        if missing := [path for path in paths if not path.exists()]:
             raise ConfigError(
                 f"data.cache {folder} is not finished: {len(missing)} of {len(paths)} shards are missing. "
                 "Give the same `unilip data cache` again, it goes on."
@@ -160,12 +154,10 @@ def check_cache(recipe: Recipe, model: UniLIP, objective: Objective) -> None:
     """Refuse, by ConfigError, a cache whose makers train now, or had other weights."""
     folder = Path(recipe.data.cache).expanduser()
     about = read_about(folder)
-    moving = sorted(set(about["names"]) - set(cacheable(recipe, model, objective)))
-    if moving:
+    if moving := sorted(set(about["names"]) - set(cacheable(recipe, model, objective))):
         raise ConfigError(f"data.cache {folder} holds {', '.join(moving)}, which change while it trains. Make another.")
     now = digests(about["names"], model, objective)
-    other = [name for name in now if now[name] != about["weights"].get(name)]
-    if other:
+    if other := [name for name in now if now[name] != about["weights"].get(name)]:
         raise ConfigError(f"data.cache {folder} was made with other weights of {', '.join(other)}. Make a new one.")
 
 

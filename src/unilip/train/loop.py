@@ -36,7 +36,7 @@ from unilip.machine import choose_device
 from unilip.method.config import UniLIPConfig
 from unilip.model import UniLIP
 from unilip.pictures import normalise, to_images
-from unilip.recipes.record import CHECK, Optim, Recipe, changed_settings, plain
+from unilip.recipes.record import CHECK, Optim, Recipe, plain, require_same
 from unilip.train import parallel, processes
 from unilip.train.adapters import save_adapter
 from unilip.train.batches import Batches, iterate, to_device
@@ -86,7 +86,8 @@ def train(
     final = runs / recipe.folder / "final"
     processes.join(device)
     if processes.told(final.exists()) and not restart:
-        check_finished(recipe, final)
+        if (final / "recipe.json").exists():  # not the result of other settings
+            require_same(recipe, read_json(final / "recipe.json"), final)
         logger.info("%s has finished already (%s); restart to train it again.", recipe.name, final)
         return final
     torch.set_flush_denormal(True)  # gradients near 1e-40 make a CPU's backward pass three to five times slower
@@ -138,14 +139,6 @@ def run_recipe(
             return run
         with loop.averaged():
             return loop.finish()
-
-
-def check_finished(recipe: Recipe, final: Path) -> None:
-    """Refuse to take the result of other settings for this recipe's."""
-    file = final / "recipe.json"
-    changed = changed_settings(recipe, read_json(file)) if file.exists() else ""
-    if changed:
-        raise ConfigError(f"{final} was made with other settings: {changed}. Restart the run, or use another folder.")
 
 
 def clear(run: Path) -> None:

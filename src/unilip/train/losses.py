@@ -129,8 +129,7 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return patch scores; real pictures should score above 1, drawn ones below -1."""
-        scores: Tensor = self.net(x)
-        return scores
+        return self.net(x)
 
     @torch.no_grad()
     def remember(self, real: Tensor, fake: Tensor) -> None:

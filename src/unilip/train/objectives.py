@@ -402,15 +402,13 @@ class FlowObjective(Objective):
         size = self.model.config.grid * DECODER_PIXELS
         if unit.shape[-1] != size:  # a source that draws in one size only
             unit = F.interpolate(unit, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        latent: Tensor = self.autoencoder.encode(unit * 2 - 1).latent.float()
-        return latent * self.autoencoder.config.scaling_factor
+        return self.autoencoder.encode(unit * 2 - 1).latent.float() * self.autoencoder.config.scaling_factor
 
     @torch.no_grad()
     def source_features(self, batch: Batch) -> Tensor | None:
         """Return the frozen encoder's features (B,N,D) of the pictures to be edited, if this is a batch of edits."""
         if "features" in batch:
-            features: Tensor = batch["features"].to(self.model.dtype)
-            return features
+            return batch["features"].to(self.model.dtype)
         return self.model.encoder(normalise(to_unit(batch["sources"]))) if "sources" in batch else None
 
     def conditions(self, batch: Batch, features: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -499,8 +497,7 @@ class FlowObjective(Objective):
         """Return pictures (B,3,H,W) in about [0,1] of latents (B,Z,h,w) of the kind that is learned."""
         if self.autoencoder is None:
             return self.model.from_latent(latents)
-        drawn: Tensor = (self.autoencoder.decode(latents / self.autoencoder.config.scaling_factor).sample + 1) / 2
-        return drawn
+        return (self.autoencoder.decode(latents / self.autoencoder.config.scaling_factor).sample + 1) / 2
 
 
 PAIRS = 8  # jumps that are learned of each way of the teacher
@@ -536,8 +533,7 @@ class FewStepsObjective(FlowObjective):
         """F(x_s, s, r) of a transformer, or its velocity without r: (BK,Z,h,w), float32."""
         with torch.autocast(x.device.type, enabled=self.settings.path > 0 and torch.is_autocast_enabled(x.device.type)):
             there = None if r is None else r * flow.TRAIN_TIMESTEPS
-            velocity: Tensor = dit(x, s * flow.TRAIN_TIMESTEPS, condition[0].float(), condition[1], there)
-            return velocity.float()
+            return dit(x, s * flow.TRAIN_TIMESTEPS, condition[0].float(), condition[1], there).float()
 
     @torch.no_grad()
     def ahead(self, batch: Batch, step: int) -> Batch:

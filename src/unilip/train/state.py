@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from unilip.errors import CheckpointError, ConfigError
 from unilip.files import crc
-from unilip.recipes.record import Recipe, changed_settings, plain
+from unilip.recipes.record import Recipe, plain, require_same
 from unilip.train import processes
 from unilip.train.parallel import whole_tensor
 
@@ -166,11 +166,7 @@ class State:
         other tensors.
         """
         about = inspect(folder)
-        changed = changed_settings(recipe, about["recipe"])
-        if changed:
-            raise ConfigError(
-                f"{folder} was made with other settings: {changed}. Restart the run, or use another folder."
-            )
+        require_same(recipe, about["recipe"], folder)
         if self.frozen and about.get("frozen", self.frozen) != self.frozen:
             raise ConfigError(
                 f"The weights that {recipe.name} does not train are others than when {folder} was made; "
