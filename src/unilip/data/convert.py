@@ -14,7 +14,7 @@ import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,8 +34,6 @@ SOURCES = ("input", "input_image", "source", "source_image")  # what the lists o
 TARGETS = ("output", "output_image", "target", "target_image")
 TEXTS = ("instruction", "edit_instruction", "input_prompt", "prompt", "edit")
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-
-
 Entry = tuple[str, tuple[Any, ...], Callable[[], Record]]  # kind; what tells it from another; reads it, or `Unreadable`
 
 
@@ -180,13 +178,11 @@ def sharegpt_4o_image(source: str) -> list[Entry]:
     if not any(path.exists() for path in lists.values()):
         names = " nor ".join(path.name for path in lists.values())
         raise DataError(f"{source} has neither {names}; give the downloaded folder.")
+    rows = [(kind, path.name, row) for kind, path in lists.items() if path.exists() for row in read_list(path)]
     return [
-        _entry(
-            kind, [files], _paths(row, kind), row.get("input_prompt"), f"{path.name}: {row.get('output_image')}"
-        )
-        for kind, path in lists.items()
-        for row in (read_list(path) if path.exists() else ())
-    ]  # fmt: skip
+        _entry(kind, [files], _paths(row, kind), row.get("input_prompt"), f"{name}: {row.get('output_image')}")
+        for kind, name, row in rows
+    ]
 
 
 def gpt_image_edit(source: str) -> list[Entry]:
@@ -267,10 +263,8 @@ def _instruction(row: Mapping[str, Any]) -> str | None:
     found = _first(row, TEXTS)
     turns = row.get("conversations")
     if found is None and isinstance(turns, list):
-        said: Iterator[Any] = (
-            t.get("value") for t in turns if isinstance(t, Mapping) and t.get("from") in ("human", "user")
-        )
-        value = next(said, None)
+        asked = [turn for turn in turns if isinstance(turn, Mapping) and turn.get("from") in ("human", "user")]
+        value = asked[0].get("value") if asked else None
         found = value.replace("<image>", "").strip() if isinstance(value, str) else None
     return found
 

@@ -67,8 +67,8 @@ class HubStream(Shards):
             return {"format": FORMAT, "fault": "", "counts": counts, "ignored": {}}
         return super()._head(shard)
 
-    def _fetch_index(self, location: str, own: Path) -> bool:
-        return False  # nothing lies beside a shard of a stream
+    def _fetch_index(self, location: str, own: Path) -> None:
+        """Nothing lies beside a shard of a stream."""
 
     def _bring(self, shard: int) -> Path:
         return fetch(self.shards[shard], self._kept(shard), self.keep_gb, self._write)
@@ -87,6 +87,12 @@ class HubStream(Shards):
 def _open(name: str, options: dict[str, str], location: str) -> tuple[Any, list[int] | None, list[Any]]:
     """Open a stream with undecoded pictures; also the rows of its shards if they are Parquet, and files' versions."""
     import datasets
+    import fsspec
+    from pyarrow.parquet import read_metadata
+
+    def rows(file: str) -> int:
+        with fsspec.open(file, "rb") as opened:
+            return int(read_metadata(opened).num_rows)
 
     split = options.pop("split", "train")
     try:
@@ -106,17 +112,9 @@ def _open(name: str, options: dict[str, str], location: str) -> tuple[Any, list[
             (str(file), str(origin), stamp(Path(str(file))) if Path(str(file)).exists() else None)
             for file, origin in zip_longest(files, origins)
         ]
-        return stream, [_rows_of(str(file)) for file in files] if parquet else None, versions or [str(builder.hash)]
+        return stream, [rows(str(file)) for file in files] if parquet else None, versions or [str(builder.hash)]
     except Exception as error:  # the library documents none
         raise DataError(f"{location} cannot be opened by the datasets library ({reason(error, 300)}).") from error
-
-
-def _rows_of(file: str) -> int:
-    import fsspec
-    import pyarrow.parquet
-
-    with fsspec.open(file, "rb") as opened:
-        return int(pyarrow.parquet.ParquetFile(opened).metadata.num_rows)
 
 
 def _member(field: str, value: Any) -> tuple[str, bytes]:

@@ -301,7 +301,7 @@ class Shards:
         file, index = self._opened(shard)
         key, members = index.samples[kind][place]
         name = f"{self.shards[shard]}/{key}"
-        data: dict[str, bytes] = {}
+        data = {}
         for part, member in members.items():
             try:
                 found = _read_member(file, *member)
@@ -326,10 +326,8 @@ class Shards:
 
     def _identify(self) -> list[Any]:
         """What says that a remote shard is another one than before, of each; None for those on this machine."""
-        far = [shard for shard in self.shards if is_remote(shard)]
         with ThreadPoolExecutor(16, thread_name_prefix="ask") as pool:
-            found = iter(list(pool.map(remote_stamp, far)))
-        return [next(found) if is_remote(shard) else None for shard in self.shards]
+            return list(pool.map(lambda shard: remote_stamp(shard) if is_remote(shard) else None, self.shards))
 
     def _kept(self, shard: int) -> Path:
         return cache_folder() / f"{_name_in_cache(self.shards[shard], self._stamps[shard])}.tar"
@@ -346,33 +344,31 @@ class Shards:
 
     def _head(self, shard: int) -> dict[str, Any]:
         try:
-            path = self._index_path(shard)
-            head = None if path is None else read_head(path)
-            return self._build(shard).head() if head is None else head
+            known = self._known(shard)
+            return self._build(shard).head() if known is None else known[1]
         except (OSError, Unreadable) as error:
             return {"fault": f"cannot be opened ({error})", "counts": dict.fromkeys(KINDS, 0), "ignored": {}}
 
-    def _index_path(self, shard: int) -> Path | None:
-        """Where there is an index of just this shard: kept, or beside it."""
+    def _known(self, shard: int) -> tuple[Path, dict[str, Any]] | None:
+        """An index of just this shard, kept or beside it, and its head."""
         location = self.shards[shard]
         own = index_cache(location, self._stamps[shard])
+        head = read_head(own)
         if is_remote(location):
-            return own if read_head(own) is not None or self._fetch_index(location, own) else None
-        head, beside = read_head(own), Path(location + INDEX_SUFFIX)
+            if head is None:
+                self._fetch_index(location, own)
+                head = read_head(own)
+            return None if head is None else (own, head)
         if head is not None and head["stamp"] == stamp(Path(location)):
-            return own
+            return own, head
+        beside = Path(location + INDEX_SUFFIX)
         head = read_head(beside)
-        return beside if head is not None and belongs(head, Path(location)) else None
+        return (beside, head) if head is not None and belongs(head, Path(location)) else None
 
-    def _fetch_index(self, location: str, own: Path) -> bool:
+    def _fetch_index(self, location: str, own: Path) -> None:
         """Bring the index that lies beside a remote shard, if one does."""
-        try:
+        with contextlib.suppress(Exception):  # mostly: there is none
             _get(location + INDEX_SUFFIX, own)
-        except Exception:  # mostly: there is none
-            return False
-        if read_head(own) is None:
-            own.unlink(missing_ok=True)
-        return own.exists()
 
     def _build(self, shard: int) -> ShardIndex:
         path = self._bring(shard)
@@ -390,11 +386,10 @@ class Shards:
         try:
             coming = self._coming.pop(shard, None)
             path = self._bring(shard) if coming is None else coming.result()
-            where = self._index_path(shard)
-            head = None if where is None else read_head(where)
+            known = self._known(shard)
             try:
-                fits = where is not None and head is not None and belongs(head, path)
-                index = ShardIndex.read(where) if fits and where is not None else self._build(shard)
+                fits = known is not None and belongs(known[1], path)
+                index = ShardIndex.read(known[0]) if known is not None and fits else self._build(shard)
             except (ValueError, LookupError, TypeError, RecursionError):  # of an index that is damaged
                 index = self._build(shard)
             file = path.open("rb")

@@ -119,19 +119,18 @@ class Worker:
         """Run the frozen parts on what `FileBatches.item` read: -> the arrays of each sample."""
         batch = self.batches.assemble(kind, items)
         batch = {name: value.to(self.device) for name, value in batch.items()}
-        objective, found = self.objective, dict[str, Sequence[Tensor]]()
+        objective, found = self.objective, dict[str, Any]()
         with self.mixed:
             if isinstance(objective, FlowObjective):
                 if "latents" in self.names:
-                    found["latents"] = objective.clean_latents(batch["targets"])  # type: ignore[assignment]
+                    found["latents"] = objective.clean_latents(batch["targets"])
                 if kind == "edit" and "features" in self.names:
-                    found["features"] = objective.source_features(batch)  # type: ignore[assignment]
+                    found["features"] = objective.source_features(batch)
                 if "conditions" in self.names:
                     found["conditions"] = self._conditions(batch)
                     if kind == "edit":
-                        blank = self.batches.processor.tokenize(
-                            [self.batches.processor.edit_text(None)] * len(items)
-                        ).to(self.device)  # fmt: skip
+                        processor = self.batches.processor
+                        blank = processor.tokenize([processor.edit_text(None)] * len(items)).to(self.device)
                         found["unconditional"] = self._conditions(batch | {"prompts": blank})
             else:
                 pixels = normalise(to_unit(batch["images"]))

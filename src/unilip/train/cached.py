@@ -18,13 +18,17 @@ from unilip.data.sources import Weighted
 from unilip.errors import ConfigError, differences
 from unilip.model import UniLIP
 from unilip.recipes.record import Flow, Recipe, Reconstruct, leaves
-from unilip.train.objectives import FlowObjective, Objective, ReconstructObjective, UnderstandObjective
+from unilip.train.objectives import FlowObjective, Objective, ReconstructObjective
 
 FORMAT = 2
 ABOUT = "cache.json"
 FREE = (  # data settings that change nothing about a sample by itself
     "world", "path", "edit_share", "text_share", "workers", "max_skipped", "window", "lanes", "keep_gb", "cache",
 )  # fmt: skip
+MAKERS = {  # parts of the model
+    "latents": ("encoder", "latent_head"), "features": ("encoder",), "conditions": ("encoder", "mllm", "connector"),
+    "teacher": (),
+}  # fmt: skip
 
 
 # --- what can be cached -----------------------------------------------------------------------------------------------
@@ -33,20 +37,13 @@ FREE = (  # data settings that change nothing about a sample by itself
 def cacheable(recipe: Recipe, model: UniLIP, objective: Objective) -> tuple[str, ...]:
     """Return the names of what frozen parts make for a recipe's loss; `build` has marked what trains."""
     frozen = {part for part in model.parts if not any(p.requires_grad for p in getattr(model, part).parameters())}
-    names = []
+    features = ("features",) if "encoder" in frozen else ()
     if isinstance(objective, FlowObjective):
-        if "encoder" in frozen and (objective.autoencoder is not None or "latent_head" in frozen):
-            names += ["latents"]
-            if {"mllm", "connector"} <= frozen:
-                names += ["conditions"]
-            else:
-                names += ["features"]
-    elif isinstance(objective, ReconstructObjective):
-        names += ["features"] if "encoder" in frozen else []
-        names += ["teacher"] if objective.weights.distill else []
-    elif isinstance(objective, UnderstandObjective):
-        names += ["features"] if "encoder" in frozen else []
-    return tuple(names)
+        if not features or (objective.autoencoder is None and "latent_head" not in frozen):
+            return ()
+        return ("latents", *(("conditions",) if {"mllm", "connector"} <= frozen else features))
+    distilled = isinstance(objective, ReconstructObjective) and objective.weights.distill
+    return (*features, *(("teacher",) if distilled else ()))
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
@@ -58,23 +55,19 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 def digests(names: Sequence[str], model: UniLIP, objective: Objective) -> dict[str, str]:
     """Return a fingerprint of the weights behind each part that made what a cache holds."""
-    modules: dict[str, Any] = {}
-    parts = {part for name in names for part in {"latents": ("encoder", "latent_head"), "features": ("encoder",),
-             "conditions": ("encoder", "mllm", "connector"), "teacher": ()}[name]}  # fmt: skip
-    autoencoder = getattr(objective, "autoencoder", None)
-    if "latents" in names and autoencoder is not None:
-        modules["autoencoder"] = autoencoder
-        parts -= {"latent_head"}
-    if "teacher" in names:
-        modules["teacher"] = getattr(objective, "teacher", None)
-    modules |= {part: getattr(model, part) for part in sorted(parts) if part in model.parts}
+    parts = {part for name in names for part in MAKERS[name] if part in model.parts}
+    modules = {part: getattr(model, part) for part in parts}
+    for name, maker in (("latents", "autoencoder"), ("latents", "target_encoder"), ("teacher", "teacher")):
+        if name in names and (module := getattr(objective, maker, None)) is not None:
+            modules[maker.replace("_", " ")] = module
+    if "autoencoder" in modules:
+        modules.pop("latent_head", None)
     found = {name: fingerprint(module) for name, module in modules.items()}
-    scale = model.config.latent_mean, model.config.latent_factor
     if "conditions" in names:
         found["condition"] = json.dumps((model.config.condition, model.config.substitute_features))
-    if "latents" in names and isinstance(objective, FlowObjective) and objective.target_encoder is not None:
-        found["target encoder"] = fingerprint(objective.target_encoder)
-    return found | ({"latent scale": json.dumps(scale)} if "latents" in names and autoencoder is None else {})
+    if "latents" in names and "autoencoder" not in modules:
+        found["latent scale"] = json.dumps((model.config.latent_mean, model.config.latent_factor))
+    return found
 
 
 @torch.no_grad()
