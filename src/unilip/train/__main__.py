@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 
 from unilip.errors import UniLIPError
-from unilip.machine import choose_device
 from unilip.train import processes
 
 
@@ -36,9 +35,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe that the command line names; returns the exit code."""
     options = parser().parse_args(argv)
-    level = logging.INFO if processes.first() else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("unilip").setLevel(level)
+    logging.getLogger("unilip").setLevel(logging.INFO if processes.first() else logging.ERROR)
     from unilip.recipes.catalog import get_recipe
     from unilip.recipes.record import override
     from unilip.train.loop import Interrupted, train
@@ -46,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipe = override(get_recipe(options.recipe), options.settings)
         folder = train(
-            recipe, options.runs, device=choose_device(options.device), restart=options.restart,
-            progress=options.progress, stop_after=options.stop_after,
+            recipe, options.runs, device=options.device, restart=options.restart, progress=options.progress,
+            stop_after=options.stop_after,
         )  # fmt: skip
     except UniLIPError as error:
         if isinstance(error, Interrupted):

@@ -47,8 +47,7 @@ class Worker:
     def __init__(self, recipe: Recipe, runs: str, folder: str, device: str, dtype: str) -> None:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, cache=""))
         self.model, self.objective, batches = build(recipe, Path(runs))
-        if not isinstance(batches, FileBatches):
-            raise ConfigError(f"data.source is {recipe.data.source}; a cache is made of data.source=files.")
+        assert isinstance(batches, FileBatches)  # `make_cache` saw to it
         self.recipe, self.folder, self.batches = recipe, Path(folder), batches
         self.kinds = kinds_of_recipe(recipe)
         self.names = cacheable(recipe, self.model, self.objective)
@@ -88,7 +87,7 @@ class Worker:
                         write(f"{kind}{place:08d}", members)
                         made += 1
                         unusable += not members[f"{kind}.npz"]
-        return {"source": number, "shard": shard, "made": made, "unusable": unusable}
+        return task | {"made": made, "unusable": unusable}
 
     def make(
         self, source: Source, kind: str, shard: int, places: Iterable[int]
@@ -146,8 +145,8 @@ class Worker:
 
     def _conditions(self, batch: dict[str, Any]) -> list[Tensor]:
         """The conditions of a batch without their padding: (L,C) each."""
-        assert isinstance(self.objective, FlowObjective)
-        conditions, mask = self.objective.conditions(batch, self.objective.source_features(batch))
+        objective: Any = self.objective
+        conditions, mask = objective.conditions(batch, objective.source_features(batch))
         return [row[keep.bool()] for row, keep in zip(conditions, mask, strict=True)]
 
     @torch.no_grad()

@@ -85,11 +85,8 @@ class LPIPSConvNeXt(nn.Module):
 
 
 def make_perceptual(source: str, teacher: Encoder | None) -> nn.Module:
-    """Build the perceptual loss that a recipe names."""
-    if source == "lpips":
-        return LPIPSConvNeXt()
-    assert teacher is not None
-    return TeacherPerceptual(teacher)
+    """Build the perceptual loss that a recipe names; a teacher need not be there for LPIPS."""
+    return LPIPSConvNeXt() if source == "lpips" else TeacherPerceptual(cast(Encoder, teacher))
 
 
 class BlurDown(nn.Module):

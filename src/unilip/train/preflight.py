@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,8 +84,6 @@ def here(count: int = 1) -> Hardware:
         known = [k for k in KNOWN if k.split("-")[0] in about.name.lower().replace(" ", "")]
         peaks = KNOWN[known[-1]][1:] if known else (100.0, 20.0)
         return Hardware(about.name, about.total_memory, peaks[0] * 1e12, peaks[1] * 1e12, count)
-    import time
-
     a = torch.ones(512, 512)
     begun, rounds = time.perf_counter(), 0
     while time.perf_counter() - begun < 0.2:
@@ -133,8 +132,7 @@ def operations_of(function: Any, args: Any, kwargs: Any, result: Any) -> int:
 
     if function in flop_registry:
         return int(flop_registry[function](*args, **kwargs, out_val=result))
-    name = str(function)
-    if "scaled_dot_product" not in name:
+    if "scaled_dot_product" not in (name := str(function)):
         return 0
     query, key = args[1:3] if "backward" in name else args[:2]  # backward: the gradient comes first
     products = 5 if "backward" in name else 2
