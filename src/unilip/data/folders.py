@@ -64,7 +64,7 @@ class Folder(_OneShard):
         samples: dict[tuple[Path, Path | None], dict[str, Path]] = {}  # pictures: one, or a pair of one stem
         for path in found:
             part = next((part for part in ("input", "output") if path.stem.endswith(f".{part}")), "")
-            sample = (key(path, f".{part}"), None) if part else (key(path), path)
+            sample: tuple[Path, Path | None] = (key(path, f".{part}"), None) if part else (key(path), path)
             samples.setdefault(sample, {})[f"{part}.{path.suffix[1:].lower()}".lstrip(".")] = path
         plain = {stem for stem, path in samples if path is not None}
         some = not plain.isdisjoint(beside)  # then a picture without a text misses its own

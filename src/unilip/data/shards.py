@@ -301,7 +301,7 @@ class Shards:
         file, index = self._opened(shard)
         key, members = index.samples[kind][place]
         name = f"{self.shards[shard]}/{key}"
-        data = {}
+        data: dict[str, bytes] = {}
         for part, member in members.items():
             try:
                 found = _read_member(file, *member)

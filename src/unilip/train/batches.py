@@ -339,7 +339,7 @@ class EmojiBatches(Batches):
         self.scenes = Scenes(**common, purpose=purpose)
         kinds = edit_kinds(recipe.data.edits, world.edits)
         self.edit_pairs = Edits(**common, kinds=kinds) if recipe.data.edit_share else None
-        self.shaped = {}
+        self.shaped: dict[Size, tuple[Scenes, Edits | None]] = {}
         for size in recipe.data.sizes:
             scenes, pairs = replace(self.scenes, world=world.shaped(size)), self.edit_pairs
             self.shaped[size] = scenes, pairs and replace(pairs, world=scenes.world)

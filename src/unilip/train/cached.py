@@ -25,7 +25,7 @@ ABOUT = "cache.json"
 FREE = (  # data settings that change nothing about a sample by itself
     "world", "path", "edit_share", "text_share", "workers", "max_skipped", "window", "lanes", "keep_gb", "cache",
 )  # fmt: skip
-MAKERS = {  # parts of the model
+MAKERS: dict[str, tuple[str, ...]] = {  # parts of the model
     "latents": ("encoder", "latent_head"), "features": ("encoder",), "conditions": ("encoder", "mllm", "connector"),
     "teacher": (),
 }  # fmt: skip

@@ -42,8 +42,9 @@ class TeacherPerceptual(nn.Module):
         self.teacher = [teacher]  # in a list: its weights belong to the objective, not to this module
 
     def states(self, pixels: Tensor) -> list[Tensor]:
-        tower, found = self.teacher[0].vision_tower, []
+        tower = self.teacher[0].vision_tower
         hidden = tower.embeddings(normalise(pixels))
+        found = []
         for layer in cast(Layers, tower.encoder["layer"]):
             hidden = layer(hidden)
             found.append(F.normalize(hidden[:, 1:].float(), dim=-1))

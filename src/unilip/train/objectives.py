@@ -478,7 +478,7 @@ class FlowObjective(Objective):
         if "latents" in few:
             grid = few["latents"].shape[-2:]
         elif self.autoencoder is None:
-            grid = tuple(side // TOKEN_PIXELS for side in few["targets"].shape[-2:])
+            grid = (few["targets"].shape[-2] // TOKEN_PIXELS, few["targets"].shape[-1] // TOKEN_PIXELS)
         shape = (config.dit.latent_channels, *grid)
         noise = draw_noise(len(few["prompts"].input_ids), shape, torch.Generator().manual_seed(0)).to(model.device)
         drawn = self.pixels(self.drawn(noise, condition))
