@@ -110,7 +110,7 @@ CASES = {
     "no prompt": (["generate", "--model", "{model}"], "There is no prompt"),
     "a prompt of 10,000 words": (["generate", "word " * 10_000, "--model", "{model}"], "49999 characters"),
     "a prompt of too many tokens": (["generate", "q" * 2000, "--model", "{model}"], "tokens"),
-    "an empty negative prompt": ([*GENERATE, "--negative-prompt", ""], "negative prompt is empty"),
+    "a reserved negative prompt": ([*GENERATE, "--negative-prompt", "<IMG_CONTEXT>"], "negative prompt contains"),
     "an empty question": (["ask", "{broken}/good.png", "", "--model", "{model}"], "The question is empty"),
     "a question of 10,000 words": (["ask", "{broken}/good.png", "word " * 10_000], "49999 characters"),
     "a prompt and a file of them": ([*GENERATE, "--prompts", "{broken}/blank.txt"], "not both"),

@@ -243,7 +243,12 @@ def test_what_responses_refuse(client):
         assert found.status_code == 400 and words in found.json()["error"]["message"], found.text
 
 
-def test_variations(official):
+def test_variations(official, client, engine, monkeypatch):
+    monkeypatch.setattr(engine.checker, "unread", lambda text: text.split(), raising=False)
+    for given in ({}, {"prompt": "a hat"}):
+        files = [("image", ("a.png", png((60, 60)), "image/png"))]
+        told = client.post("/v1/images/variations", files=files, data={**QUICK, **given}).json().get("unilip", {})
+        assert told.get("unread", []) == given.get("prompt", "").split(), "of words that nobody wrote nothing is said"
     found = official.images.create_variation(image=png((60, 60)), n=2, size="64x64", extra_body=QUICK)
     pictures = [opened(one.b64_json) for one in found.data]
     assert [picture.size for picture in pictures] == [(64, 64)] * 2 and pictures[0].tobytes() != pictures[1].tobytes()
@@ -400,3 +405,6 @@ def test_a_model_that_learned_no_long_conversations_hears_what_came_since_the_pi
         assert wanted.ask.question in ("What is this?", "What color is it?")
         assert len(body.ignored) == left + ("attached_files" in str(messages)), body.ignored
         assert ("messages 1 to 2" in str(body.ignored)) == bool(left)
+        body = Chat(messages=messages, modalities=["text"], response_format=JSON_OBJECT)
+        wanted = read_conversation(body, reader, SimpleNamespace(config=config, verbs=("ask",)))
+        assert ("JSON" in wanted.ask.question) == recall, "what knows plain questions only is asked plainly"

@@ -7,6 +7,7 @@ One page is opened once and used by the tests in their order, as a visitor would
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import tempfile
 import threading
@@ -16,7 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
+
+from unilip.cli import main
 
 pytestmark = pytest.mark.slow
 FLAGS = (
@@ -420,12 +423,19 @@ def test_delete_and_undo(visitor):
     visitor.until(lambda: visitor.thumbs() == count, "undone in sight only")
 
 
-def test_a_picture_is_downloaded(visitor):
+def test_a_picture_is_downloaded_and_made_again_by_its_command(visitor, tmp_path):
     visitor.click("#thumbs button")
     visitor.click("#tools button", "Download")
     path = visitor.until(lambda: next(iter(visitor.downloads.glob("*.png")), None), "nothing was downloaded")
     visitor.until(lambda: path.stat().st_size > 0, "it is empty")
     assert Image.open(path).size == (112, 112) and path.name.startswith("a-blue-car-")
+    visitor.click("#tools button", "Copy as command")
+    command = shlex.split(visitor.text("#viewed code"))
+    assert command[:2] == ["unilip", "generate"] and command[-1] == "a blue car", command
+    again = tmp_path / "again.png"
+    main([*command[1:3], f"--output={again}", *command[3:]])
+    with Image.open(path) as seen, Image.open(again) as drawn:
+        assert ImageChops.difference(seen.convert("RGB"), drawn.convert("RGB")).getextrema() == ((0, 0),) * 3
     visitor.click("#viewer .close")
     visitor.size(*PHONE)
     visitor.click("#show-gallery")

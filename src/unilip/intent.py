@@ -35,7 +35,7 @@ def intent(text: str, has_picture: bool) -> tuple[Intent, str]:
 
     With a picture at hand "make it blue", "add a star" or "paint the car red" change it; "draw a car" starts anew.
     """
-    text = text.strip().replace("？", "?")
+    text = text.strip()
     if found := RULE["prefix"].match(text):
         word, rest = found[1].lower(), text[found.end() :]
         if word in ("edit", "change"):
@@ -48,7 +48,8 @@ def intent(text: str, has_picture: bool) -> tuple[Intent, str]:
     rest = rest.lstrip(" \t\n,!:.")
     start = rest[:WINDOW]
     asked = asked or bool(RULE["asked"].match(start))
-    question = "?" in text and not (asked and text.count("?") == 1 and text.endswith("?"))
+    marks = text.count("?") + text.count("？")
+    question = marks > 0 and not (asked and marks == 1 and text[-1] in "?？")
     if question or not start:
         return "ask", text
     if RULE["told"].search(start):

@@ -87,7 +87,8 @@ def each_image(o: Options, found: Sequence[terminal.Request]) -> list[terminal.R
 def check_drawing(o: Options) -> None:
     """Complain about a negative prompt, or about two sizes, before the model is loaded."""
     terminal.sides(o)
-    if o.negative_prompt is not None:
+    o.negative_prompt = (o.negative_prompt or "").strip() or None  # as everywhere, an empty one is none
+    if o.negative_prompt:
         from unilip.sampling import check_prompt
 
         check_prompt(o.negative_prompt, "negative prompt")

@@ -146,7 +146,8 @@ def read_conversation(body: Chat, reader: Reader, able: Checker, chat: str = "au
     verb, words = _decide(body, last, bool(told.shown), able.verbs, chat)
     if verb == "ask" and not last.strip():
         raise PromptError("The last message has no words; ask something, or say what to draw.")
-    words_of_form = _form(body, [turn.text for turn in (*turns, question)])
+    # a model of single plain questions is asked plainly; its words become the object
+    words_of_form = _form(body, [turn.text for turn in (*turns, question)]) if able.config.sampling.recall else ""
     ask = Ask(
         question.text + words_of_form, question.images, tuple(turns), temperature=body.temperature or 0.0,
         top_p=1.0 if body.top_p is None else body.top_p, seed=body.seed, max_tiles=body.max_tiles or 1,

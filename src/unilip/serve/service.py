@@ -309,6 +309,8 @@ class Service:
         elif not taught and len(jobs) > 1 and getattr(body, "joint", False) is None:
             warning = APART
         texts = [job.question if isinstance(job, Ask) else getattr(job, "prompt", "") for job in jobs]
+        if isinstance(body, schema.Variations) and "prompt" not in body.model_fields_set:
+            texts = []  # the words are ours
         unread = list(dict.fromkeys(word for text in texts for word in self.engine.checker.unread(text)))
         found: tuple[tuple[str, Any], ...] = (("ignored", body.ignored), ("unread", unread), ("warning", warning))
         return {name: value for name, value in found if value}

@@ -113,6 +113,34 @@ const nameOf = (entry) => {
   return `${words || entry.verb}${entry.seed === undefined ? '' : `-${entry.seed}`}.png`;
 };
 
+const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
+
+/** The command that makes an entry's picture again, for a POSIX shell; nothing for what the command line is not told here. */
+function commandOf(entry) {
+  const about = entry.settings, own = card.sampling, edit = entry.verb === 'edit';
+  if (!about || about.model || edit && (!entry.source || about.image_size)) return '';
+  const source = edit ? gallery.entries.find((one) => one.blob === entry.source) : null;
+  const square = !about.image_size && (about.shape || '1:1') === '1:1';
+  const options = {
+    seed: entry.seed, preset: about.preset, steps: about.steps === own.num_inference_steps ? '' : about.steps,
+    'guidance-scale': about.guidance === own.guidance_scale ? '' : about.guidance, solver: about.solver, 'negative-prompt': about.negative_prompt,
+    size: edit || square ? '' : entry.size.replace(/[^\d×]/g, '').replace('×', 'x'), 'best-of': edit ? '' : about.best_of, fit: edit ? about.fit : '',
+    plan: edit ? '' : {true: 'yes', false: 'no'}[about.plan],
+  };
+  const given = Object.entries(options).filter(([, value]) => value !== undefined && value !== '');
+  const words = [...(edit ? [source ? nameOf(source) : 'before.png'] : []), entry.words];
+  return ['unilip', entry.verb, ...given.map(([name, value]) => `--${name}=${/^[\w.+-]+$/.test(value) ? value : quoted(value)}`), '--', ...words.map(quoted)].join(' ');
+}
+
+/** Copy an entry's command, and show it, as a page that came over plain HTTP may not copy. */
+async function copyCommand(entry) {
+  const command = commandOf(entry);
+  $('viewed').querySelector('code')?.remove();
+  $('viewed').append(make('code', {textContent: command}));
+  refit();
+  await navigator.clipboard?.writeText(command).catch(() => {});
+}
+
 function download(entry) {
   make('a', {href: urlOf(entry.blob), download: nameOf(entry)}).click();
 }
@@ -163,6 +191,7 @@ function view(entry, other = null) {
     card.abilities.includes('edit') ? button('Edit this', close((one) => take(one.blob, 'edit'))) : '',
     card.abilities.includes('ask') ? button('Ask about it', close((one) => take(one.blob, 'ask'))) : '',
     entry.settings ? button('Use words and seed', close(reuse)) : '',
+    commandOf(entry) ? button('Copy as command', () => copyCommand(entry), {title: 'What makes this picture again in a terminal'}) : '',
     button('Download', () => download(entry)),
     gallery.entries.includes(entry) ? button('Delete', () => remove(entry)) : '',
   );
@@ -408,7 +437,7 @@ async function draw(verb, words, pictures, values, place, auto) {
     plan: event.plan,
     settings: {
       best_of: best_of ?? '', plan: plan ?? '', shape: shape ?? '1:1', preset: values.preset ?? '', steps: values.steps ?? (values.preset ? '' : own.num_inference_steps), guidance: values.guidance ?? own.guidance_scale,
-      solver: values.solver ?? '', negative_prompt: values.negative_prompt ?? '', image_size: values.image_size ?? '', model: values.model ?? '',
+      solver: values.solver ?? '', negative_prompt: values.negative_prompt ?? '', image_size: values.image_size ?? '', fit: fit ?? '', model: values.model ?? '',
     },
   }));
   await finish(entries, place, auto, made[0].unilip);
