@@ -17,7 +17,7 @@ from unilip.errors import UniLIPError
 from unilip.serve.app import Settings, create_app
 from unilip.serve.guard import Rules
 from unilip.serve.jobs import Ask, Cancelled, DeadlineExceeded, Generate
-from unilip.serve.remote import RemoteEngine, ReplicaLost, Replicas
+from unilip.serve.remote import RemoteEngine, ReplicaLost
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +45,7 @@ def engine(tiny_folder):
     )
     try:
         ray.init(address=cluster.address, log_to_driver=False, namespace="unilip")
-        with RemoteEngine(str(tiny_folder), replicas=Replicas(2, 2, cpus=1), max_queue=64) as made:
+        with RemoteEngine(str(tiny_folder), replicas=2, max_queue=64) as made:
             end = time.monotonic() + 300
             while len(made.processes()) < 2:
                 assert time.monotonic() < end, "the second replica did not start"

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from unilip import __version__
 from unilip.cli.options import VERBS, Options, make_parser
-from unilip.cli.terminal import say
+from unilip.cli.terminal import Report, say
 from unilip.errors import UniLIPError, install, reason
 
 EXTRAS = {  # package -> extra of ours that brings it
@@ -121,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         name, found = parse(argv)
         set_up(debug)
+        found.report = Report(name, getattr(found, "json", False))
         return VERBS[name].run(found)
     except SystemExit as stop:  # help was asked for
         return stop.code if isinstance(stop.code, int) else 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unilip.cli.options import Options
-from unilip.cli.terminal import Report, bar, describe_model, load, plural, say
+from unilip.cli.terminal import bar, describe_model, load, plural, say
 from unilip.errors import UniLIPError, check_choice
 from unilip.machine import choose_device
 
@@ -21,7 +21,6 @@ def convert(o: Options) -> int:
     folder = Path(target).expanduser()
     if folder.is_dir() and any(folder.iterdir()) and not o.force:
         raise UniLIPError(f"{target} is not empty; give a new folder, or --force to replace a UniLIP checkpoint there.")
-    report = Report(o, "convert")
     from unilip.checkpoints import read, write
 
     write.parse_size(o.max_shard_size)
@@ -36,8 +35,8 @@ def convert(o: Options) -> int:
         path = folder
     else:
         path = write.convert(source, folder, o.to, dtype=dtype, max_shard_size=o.max_shard_size)
-    report.line(str(path))
-    report.end(f"converted to the {o.to} format", source=source, path=str(path), format=o.to)
+    o.report.line(str(path))
+    o.report.end(f"converted to the {o.to} format", source=source, path=str(path), format=o.to)
     return 0
 
 
@@ -94,7 +93,6 @@ def machine_table(found: dict[str, Any]) -> str:
 
 def verify(o: Options) -> int:
     """Recompute recorded numbers with a checkpoint, and compare."""
-    report = Report(o, "verify")
     checkpoint, expected = o.words
     if not Path(expected).is_file():
         raise UniLIPError(f"There is no file {expected}; give a safetensors file of recorded numbers.")
@@ -104,20 +102,15 @@ def verify(o: Options) -> int:
     with bar(o, "entry") as progress:
         rows = numbers.verify(checkpoint, expected, o.tolerance, device, o.dtype or "float32", progress)
     good = bool(rows) and all(row.ok for row in rows)
-    report.line(numbers.format_rows(rows))
-    entries = [asdict(row) | {"max_abs_error": finite(row.max_abs_error)} for row in rows]
-    report.end(ok=good, device=device, entries=entries)
+    o.report.line(numbers.format_rows(rows))
+    errors = [row.max_abs_error if math.isfinite(row.max_abs_error) else None for row in rows]  # JSON has no NaN
+    entries = [asdict(row) | {"max_abs_error": error} for row, error in zip(rows, errors, strict=True)]
+    o.report.end(ok=good, device=device, entries=entries)
     return 0 if good else 1
-
-
-def finite(value: float) -> float | None:
-    """Give None in place of what JSON cannot hold."""
-    return value if math.isfinite(value) else None
 
 
 def demo(o: Options) -> int:
     """Show what the embedded model can do."""
-    report = Report(o, "demo")
     device = choose_device(o.device)
     from unilip import demo as page
 
@@ -132,9 +125,9 @@ def demo(o: Options) -> int:
 
         library()  # complains before anything is loaded
     model = load(o)
-    loaded = report.loaded()
+    loaded = o.report.loaded()
     say(f"{describe_model(o, model)['model']} on {device}, {loaded}")
     result = page.run(model, folder, o.seed, say, source=options, loaded=loaded, learn=o.learn)
-    report.line(f"{folder / page.PAGE}")
-    report.end("the page is ready", **describe_model(o, model), **result)
+    o.report.line(f"{folder / page.PAGE}")
+    o.report.end("the page is ready", **describe_model(o, model), **result)
     return 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unilip.cli.options import Options, number, whole
-from unilip.cli.terminal import Report, plural, say, source_of
+from unilip.cli.terminal import plural, say, source_of
 from unilip.errors import UniLIPError
 from unilip.machine import choose_device
 
@@ -37,7 +37,6 @@ JUDGE: dict[str, Callable[[str], Any]] = {  # of --judge-set, which says what th
 
 def eval_emoji(o: Options) -> int:
     """Measure a model in the emoji world."""
-    report = Report(o, "eval emoji")
     folder = output_of(o, "results", "results")
     device = choose_device(o.device)
     from unilip.emoji import score as emoji
@@ -54,14 +53,13 @@ def eval_emoji(o: Options) -> int:
     given = {name: value for name, value in given.items() if value is not None}
     results = emoji.evaluate(model, folder, world, progress=bars(o), **given)
     for name in ("results.md", "index.html"):
-        report.line(str(folder / name))
-    report.end("measured", output=str(folder), results=results)
+        o.report.line(str(folder / name))
+    o.report.end("measured", output=str(folder), results=results)
     return 0
 
 
 def eval_claims(o: Options) -> int:
     """Test the paper's claims on the ablations that have been trained."""
-    report = Report(o, "eval claims")
     output = output_of(o, "claims")
     device = choose_device(o.device)
     from unilip.eval import claims
@@ -72,13 +70,13 @@ def eval_claims(o: Options) -> int:
     )
     for size, record in found["sizes"].items():
         for claim in record["claims"]:
-            report.line(f"{size} {claim['claim']}. {claim['words']} | {claim['verdict']}")
+            o.report.line(f"{size} {claim['claim']}. {claim['words']} | {claim['verdict']}")
             for statement in claim["statements"]:
-                report.line(f"    {claims.tell(statement)}")
+                o.report.line(f"    {claims.tell(statement)}")
         for command in record["missing"].values():
-            report.line(f"not trained: {command}")
-    report.line(str(output / "results.md"))
-    report.end(f"evidence in {output}", output=str(output), results=found)
+            o.report.line(f"not trained: {command}")
+    o.report.line(str(output / "results.md"))
+    o.report.end(f"evidence in {output}", output=str(output), results=found)
     return 0
 
 
@@ -125,17 +123,17 @@ def judge_terms(o: Options) -> Terms | None:
     return Terms(o.judge or "", o.judge_model or "", **given)
 
 
-def tell_scores(o: Options, report: Report, summaries: Sequence[Mapping[str, Any]], output: Path, **more: Any) -> int:
+def tell_scores(o: Options, summaries: Sequence[Mapping[str, Any]], output: Path, **more: Any) -> int:
     """Print scores, each under its protocol and scorer; returns 1 where an item is without one."""
     from unilip.eval.scores import column, tell
 
     left = 0
     for summary in summaries:
         for line in tell(summary):
-            report.line(line)
+            o.report.line(line)
         left += sum(n for status, n in summary["statuses"].items() if status != "ok")
     told = [{"column": column(summary), **summary} for summary in summaries]
-    report.end(f"results in {output}", output=str(output), scores=told, open=left, **more)
+    o.report.end(f"results in {output}", output=str(output), scores=told, open=left, **more)
     if left:
         say(f"{plural(left, 'item')} could not be scored; run the command again to ask for these alone.")
     return 1 if left else 0
@@ -143,7 +141,6 @@ def tell_scores(o: Options, report: Report, summaries: Sequence[Mapping[str, Any
 
 def eval_benchmark(name: str, o: Options) -> int:
     """Make a benchmark's pictures, and score them where a scorer is named."""
-    report = Report(o, f"eval {name}")
     output = output_of(o, name)
     terms = judge_terms(o)
     from unilip.eval.benchmarks import open_benchmark
@@ -170,12 +167,12 @@ def eval_benchmark(name: str, o: Options) -> int:
     scorers = [getattr(o, "official", None), getattr(o, "judge", None)]
     if place.rank or not any(scorers):
         if not place.rank:
-            report.line(str(output))
-            report.end("", output=str(output), scores=[], **counts)
+            o.report.line(str(output))
+            o.report.end("", output=str(output), scores=[], **counts)
         return 0
     if o.drawing and place.world > 1:
         wait_for_others(benchmark, output)
-    return tell_scores(o, report, list(score(o, benchmark, output, rubric, terms)), output, **counts)
+    return tell_scores(o, list(score(o, benchmark, output, rubric, terms)), output, **counts)
 
 
 def draw(o: Options, benchmark: Any, output: Path) -> dict[str, Any]:
@@ -212,7 +209,6 @@ def score(o: Options, benchmark: Any, output: Path, rubric: Any, terms: Terms | 
 
 def eval_recon(o: Options) -> int:
     """Measure how much of pictures survives the tokenizer."""
-    report = Report(o, "eval recon")
     output = output_of(o, "recon")
     device = choose_device(o.device)
     from unilip.eval import recon
@@ -222,16 +218,15 @@ def eval_recon(o: Options) -> int:
     given = pick(o, "features", "batch_size", "dtype") | {"device": device, "progress": bars(o)}
     given |= {"protocol": o.protocol or "256", "measures": names_of(o.measures) or ()}
     summary = recon.evaluate(pictures, output, source_of(o), **given)
-    return 0 if summary is None else tell_scores(o, report, [summary], output)
+    return 0 if summary is None else tell_scores(o, [summary], output)
 
 
 def eval_compare(o: Options) -> int:
     """Put runs side by side."""
-    report = Report(o, "eval compare")
     output = output_of(o, "compare")
     from unilip.eval.compare import compare, to_markdown
 
     found = compare(o.words, output, o.pictures)
-    report.line(to_markdown(found["tables"], found["pictures"]))
-    report.end(f"comparison in {output}", output=str(output), tables=found["tables"])
+    o.report.line(to_markdown(found["tables"], found["pictures"]))
+    o.report.end(f"comparison in {output}", output=str(output), tables=found["tables"])
     return 0

@@ -17,7 +17,7 @@ from unilip.machine import PERFORMANCES
 from unilip.method.config import SAMPLING_PRESETS, SOLVERS, TOKEN_PIXELS
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-Options = argparse.Namespace  # has what the entry of its verb names
+Options = argparse.Namespace  # has what the entry of its verb names, and the `report` of what is done
 
 
 def whole(low: int, high: int, hint: str = "") -> Callable[[str], int]:

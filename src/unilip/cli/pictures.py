@@ -22,7 +22,6 @@ Draw = Callable[[Sequence[terminal.Request], dict[str, Any]], "ImageOutput"]
 
 def paint(
     o: Options,
-    report: terminal.Report,
     model: UniLIP,
     work: Sequence[terminal.Request],
     out: terminal.Destination,
@@ -30,9 +29,9 @@ def paint(
 ) -> int:
     """Draw the pictures of all requests in batches, write each as soon as it is there, and report."""
     settings, about = terminal.sampling(o, model), terminal.describe_model(o, model)
-    report.record |= {**about, "settings": settings}
-    report.loaded()
-    tell_unread(report, model, work)
+    o.report.record |= {**about, "settings": settings}
+    o.report.loaded()
+    tell_unread(o, model, work)
     made = []
     for batch in shown(o, work):
         output = draw(batch, settings)
@@ -47,19 +46,19 @@ def paint(
             kept = {key: str(value) for key, value in texts.items() if value is not None} if o.metadata else {}
             path = out.write(image, out.name(*source, terminal.slug(request.text), str(request.seed)), kept)
             made.append({"path": str(path), **named})
-            report.line(str(path))
+            o.report.line(str(path))
     steps = settings["num_inference_steps"]
-    report.end(f"{terminal.plural(len(made), 'picture')} of {terminal.plural(steps, 'step')}", images=made)
+    o.report.end(f"{terminal.plural(len(made), 'picture')} of {terminal.plural(steps, 'step')}", images=made)
     return 0
 
 
-def tell_unread(report: terminal.Report, model: UniLIP, work: Sequence[terminal.Request]) -> None:
+def tell_unread(o: Options, model: UniLIP, work: Sequence[terminal.Request]) -> None:
     """Say which words a model of a small world never read: it takes them for others."""
     tokenizer = model.processor.tokenizer if model.processor else None
     find = getattr(tokenizer, "unread", None)
     words = list(dict.fromkeys(word for r in work for word in find(r.text))) if find else []
     if words:
-        report.record["unread"] = words
+        o.report.record["unread"] = words
         terminal.say(f"never read in training: {', '.join(words[:10])}{' ...' if len(words) > 10 else ''}")
 
 
@@ -69,7 +68,8 @@ def shown(o: Options, work: Sequence[Any], unit: str = "picture") -> Iterator[Se
 
     one = len(work) <= o.batch_size
     with tqdm(total=len(work), unit=unit, leave=False, disable=None if o.progress and not one else True) as bar:
-        for batch in terminal.batches(work, o.batch_size):
+        for start in range(0, len(work), o.batch_size):
+            batch = work[start : start + o.batch_size]
             yield batch
             bar.update(len(batch))
 
@@ -96,7 +96,6 @@ def check_drawing(o: Options) -> None:
 
 def generate(o: Options) -> int:
     """Draw pictures from words."""
-    report = terminal.Report(o, "generate")
     work = each_image(o, terminal.requests(o, "prompt", "never"))
     check_drawing(o)
     out = terminal.Destination(o.output, o.force, len(work))
@@ -108,12 +107,11 @@ def generate(o: Options) -> int:
             plan={"yes": True, "no": False}.get(o.plan, "auto"), **settings,
         )  # fmt: skip
 
-    return paint(o, report, model, work, out, draw)
+    return paint(o, model, work, out, draw)
 
 
 def edit(o: Options) -> int:
     """Change pictures as told."""
-    report = terminal.Report(o, "edit")
     work = each_image(o, terminal.requests(o, "instruction", "always", joint=o.joint))
     check_drawing(o)
     out = terminal.Destination(o.output, o.force, len(work))
@@ -132,12 +130,11 @@ def edit(o: Options) -> int:
             ).images  # fmt: skip
         return ImageOutput(images)
 
-    return paint(o, report, model, work, out, draw)
+    return paint(o, model, work, out, draw)
 
 
 def reconstruct(o: Options) -> int:
     """Encode pictures and draw them again from their features."""
-    report = terminal.Report(o, "reconstruct")
     from unilip.pictures import fit_picture, load_image, unfit_square
 
     for word in o.words:
@@ -148,8 +145,8 @@ def reconstruct(o: Options) -> int:
     from unilip.pictures import picture_psnr
 
     about = terminal.describe_model(o, model)
-    report.record |= {**about, "settings": {**size, "fit": o.fit, "keep_aspect": o.keep_aspect}}
-    report.loaded()
+    o.report.record |= {**about, "settings": {**size, "fit": o.fit, "keep_aspect": o.keep_aspect}}
+    o.report.loaded()
     made = []
     for batch in shown(o, o.words):
         sources = [load_image(word) for word in batch]
@@ -162,17 +159,16 @@ def reconstruct(o: Options) -> int:
             shaped = unfit_square(image, source.size, o.fit) if o.keep_aspect else image
             path = out.write(shaped, out.name(Path(word).stem, "reconstructed"), texts)
             made.append({"path": str(path), "image": word, "psnr": score, "equal": same})
-            report.line(str(path))
+            o.report.line(str(path))
     finite = [entry["psnr"] for entry in made if not entry["equal"]]
     mean = sum(finite) / len(finite) if finite else math.inf
     equal = f", and {len(made) - len(finite)} equal to the source, not in the mean" if len(finite) < len(made) else ""
-    report.end(f"{terminal.plural(len(made), 'picture')}, PSNR {mean:.2f} dB{equal}", images=made)
+    o.report.end(f"{terminal.plural(len(made), 'picture')}, PSNR {mean:.2f} dB{equal}", images=made)
     return 0
 
 
 def ask(o: Options) -> int:
     """Answer questions about pictures, or without any."""
-    report = terminal.Report(o, "ask")
     found = terminal.requests(o, "question", "maybe")
     groups: list[tuple[list[str], terminal.Request]] = [([r.image] if r.image else [], r) for r in found]
     if o.together:
@@ -182,9 +178,9 @@ def ask(o: Options) -> int:
         groups = [(images, terminal.Request(text, None, o.seed)) for text, images in seen.items()]
     model = terminal.load(o, "encoder", "mllm")
     choices = {name: getattr(o, name) for name in ("max_new_tokens", "temperature", "top_p", "max_tiles")}
-    report.record |= {**terminal.describe_model(o, model), "settings": choices}
-    report.loaded()
-    tell_unread(report, model, found)
+    o.report.record |= {**terminal.describe_model(o, model), "settings": choices}
+    o.report.loaded()
+    tell_unread(o, model, found)
     if len(groups) == 1 and not o.json:
         images, request = groups[0]
         for piece in model.ask(images, request.text, generator=terminal.seeded(request.seed), stream=True, **choices):
@@ -202,6 +198,6 @@ def ask(o: Options) -> int:
         ):  # fmt: skip
             answers.append({"images": images, "question": request.text, "answer": answer})
             one_line = (" ".join(text.split()) for text in (request.text, answer))
-            report.line("\t".join([",".join(images) or "-", *one_line]))
-    report.end(answers=answers)
+            o.report.line("\t".join([",".join(images) or "-", *one_line]))
+    o.report.end(answers=answers)
     return 0

@@ -157,7 +157,7 @@ def offered(o: Options) -> dict[str, tuple[str, float]]:
 def spread(o: Options, common: dict[str, Any]) -> tuple[Any, str]:
     """Start the replicas."""
     try:
-        from unilip.serve.remote import RemoteEngine, Replicas
+        from unilip.serve.remote import RemoteEngine
     except ModuleNotFoundError as error:
         raise UniLIPError(f"--ray needs the package {error.name}; {install('ray')}.") from error
     device = choose_device(o.device)
@@ -165,8 +165,8 @@ def spread(o: Options, common: dict[str, Any]) -> tuple[Any, str]:
     if o.decoder is not None:
         raise UniLIPError("--decoder is for one process; save a model with it, and give that to --ray.")
     most = o.max_replicas or o.ray
-    replicas = Replicas(o.ray, most, gpus=1.0 if device.startswith("cuda") else 0.0)
     say(f"starting {o.ray} replica{'s' if o.ray > 1 else ''} on Ray")
-    common |= {"device": device, "dtype": o.dtype, "performance": o.performance, "replicas": replicas}
-    engine = RemoteEngine(source_of(o), **common)
+    common |= {"device": device, "dtype": o.dtype, "performance": o.performance}
+    gpus = 1.0 if device.startswith("cuda") else 0.0
+    engine = RemoteEngine(source_of(o), replicas=o.ray, most=most, gpus=gpus, **common)
     return engine, f"{o.model or f'embedded ({engine.config.name})'} on {o.ray} to {most} replicas ({device})"

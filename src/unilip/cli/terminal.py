@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,8 +212,8 @@ class Destination:
 class Report:
     """Tells what was done: line by line for people and pipes, or as one JSON object at the end."""
 
-    def __init__(self, o: Options, verb: str) -> None:
-        self.as_json = o.json
+    def __init__(self, verb: str, as_json: bool) -> None:
+        self.as_json = as_json
         self.record: dict[str, Any] = {"verb": verb}
         self.started = time.perf_counter()
 
@@ -362,11 +362,6 @@ def sides(o: Options) -> dict[str, Any]:
     o.size = drawn(*o.size) if o.size else None
     width, height = o.size or (None, None)
     return {"width": width, "height": height} | ({"max_pixels": most} if most else {})
-
-
-def batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
-    """Cut a sequence into pieces of at most `size`."""
-    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 def plural(count: int, noun: str) -> str:

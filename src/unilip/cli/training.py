@@ -11,28 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from unilip.cli.options import Options
-from unilip.cli.terminal import Report, bar, plural, say
+from unilip.cli.terminal import bar, plural, say
 from unilip.errors import UniLIPError
 from unilip.machine import choose_device
 
 
 def data_prepare_emoji(o: Options) -> int:
     """Fetch and rasterise the art of the emoji world."""
-    report = Report(o, "data prepare emoji")
     from unilip.emoji.art import prepare
 
     if o.source is not None and not Path(o.source).is_dir():
         raise UniLIPError(f"There is no folder {o.source}; give the one with the npm packages, or leave --source away.")
     with bar(o, "drawing") as progress:
         path = prepare(Path(o.output) if o.output else None, Path(o.source) if o.source else None, progress)
-    report.line(str(path))
-    report.end("the art is ready", path=str(path))
+    o.report.line(str(path))
+    o.report.end("the art is ready", path=str(path))
     return 0
 
 
 def data_convert(o: Options) -> int:
     """Write a published data set as shards."""
-    report = Report(o, "data convert")
     from unilip.data.convert import convert
 
     if o.output is None:
@@ -43,12 +41,12 @@ def data_convert(o: Options) -> int:
             progress=progress,
         )  # fmt: skip
     for path in done.shards:
-        report.line(str(path))
+        o.report.line(str(path))
     for name in done.named[:20]:
         say(f"left out: {name}")
     if done.skipped:
         say(f"{done.skipped.total()} left out: {', '.join(f'{k}: {n}' for k, n in done.skipped.most_common())}")
-    report.end(
+    o.report.end(
         f"{plural(len(done.shards), 'shard')}, {plural(done.samples.total(), 'sample')} written now",
         shards=[str(path) for path in done.shards], samples=dict(done.samples), skipped=dict(done.skipped),
         named=done.named[:20],
@@ -58,7 +56,6 @@ def data_convert(o: Options) -> int:
 
 def data_check(o: Options) -> int:
     """Look at data before training on it: 1 where something of it cannot be used."""
-    report = Report(o, "data check")
     from unilip.data.check import check
     from unilip.data.sources import open_source, parse_mixture
     from unilip.files import replacing
@@ -74,17 +71,17 @@ def data_check(o: Options) -> int:
         with bar(o, "sample") as progress:
             about, sheet = check(open_source(place.location), o.samples, progress=progress)
         for line in about.lines():
-            report.line(line)
+            o.report.line(line)
         values = asdict(about)
         if sheet is not None and sheet_path is not None:
             path = sheet_path if len(places) == 1 else sheet_path.with_stem(f"{sheet_path.stem}-{number + 1}")
             with replacing(path) as temporary:
                 sheet.save(temporary, {".png": "PNG", ".jpg": "JPEG"}[path.suffix])
-            report.line(str(path))
+            o.report.line(str(path))
             values["sheet"] = str(path)
         found.append(values)
         fine = fine and not about.bad and not about.damaged
-    report.end("checked" if fine else "checked, with faults", places=found)
+    o.report.end("checked" if fine else "checked, with faults", places=found)
     return 0 if fine else 1
 
 
@@ -96,7 +93,6 @@ def data_cache(o: Options) -> int:
     if o.output is None:
         raise UniLIPError("There is no --output; give the folder of the cache.")
     recipe = override(get_recipe(o.words[0]), o.settings)
-    report = Report(o, "data cache")
     device = choose_device(o.device)
     from unilip.train.cache import make_cache
 
@@ -104,9 +100,9 @@ def data_cache(o: Options) -> int:
         recipe, o.output, o.runs, device=device, dtype=o.dtype or "float32", ray=o.ray,
         progress=o.progress and sys.stderr.isatty(),
     )  # fmt: skip
-    report.line(o.output)
+    o.report.line(o.output)
     note = f"{', '.join(made['names'])} of {plural(made['made'], 'sample')} in {plural(made['shards'], 'shard')}"
-    report.end(note, path=o.output, **{key: made[key] for key in ("names", "dtype", "made", "unusable", "shards")})
+    o.report.end(note, path=o.output, **{key: made[key] for key in ("names", "dtype", "made", "unusable", "shards")})
     return 0
 
 
@@ -129,13 +125,12 @@ def train(o: Options) -> int:
         say(f"follows from the data: {', '.join(follow)}")
     if o.preflight:
         return estimate(o, recipe)
-    report = Report(o, "train")
     final = Path(o.runs) / recipe.folder / "final"
     if not o.restart and (final / "recipe.json").is_file():
         if not changed_settings(recipe, read_json(final / "recipe.json", "recipe of the result")):
-            report.record |= {"recipe": recipe.name, "finished": True, "path": str(final)}
-            report.line(str(final))
-            report.end(f"{recipe.name} had finished; --restart trains it again")
+            o.report.record |= {"recipe": recipe.name, "finished": True, "path": str(final)}
+            o.report.line(str(final))
+            o.report.end(f"{recipe.name} had finished; --restart trains it again")
             return 0
     elif "torch" not in sys.modules:  # the loop sees the same, after seconds of imports
         for text in recipe.init:
@@ -151,9 +146,9 @@ def train(o: Options) -> int:
         say(f"{error} That is: {again(o)}")
         return 130
     finished = folder.name == "final"
-    report.record |= {"recipe": recipe.name, "device": device, "finished": finished, "path": str(folder)}
-    report.line(str(folder))
-    report.end("finished" if finished else f"stopped and saved; `{again(o)}` goes on from there")
+    o.report.record |= {"recipe": recipe.name, "device": device, "finished": finished, "path": str(folder)}
+    o.report.line(str(folder))
+    o.report.end("finished" if finished else f"stopped and saved; `{again(o)}` goes on from there")
     return 0
 
 
@@ -169,11 +164,10 @@ def estimate(o: Options, recipe: Any) -> int:
     """Say what memory and time a recipe needs, or raise where it cannot fit."""
     from unilip.train.preflight import hardware, preflight
 
-    report = Report(o, "train")
     found = preflight(recipe, hardware(o.preflight or "here"))
     for line in found.lines():
-        report.line(line)
-    report.end(
+        o.report.line(line)
+    o.report.end(
         "it fits", recipe=recipe.name, hardware=str(found.hardware), memory=found.memory, total=found.total,
         seconds_per_step=found.seconds, hours=found.hours,
     )  # fmt: skip

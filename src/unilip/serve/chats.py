@@ -134,7 +134,6 @@ class Talk:
         return found | self.service.notes(self.body, [ticket.job for ticket in self.tickets])
 
     def usage(self, results: Sequence[Result]) -> dict[str, Any]:
-        """Count tokens."""
         read = sum(result.prompt_tokens for result in results)
         made = sum(result.completion_tokens for result in results)
         if self.drawn:
@@ -142,7 +141,6 @@ class Talk:
         return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 
     def whole(self, results: Sequence[Result]) -> dict[str, Any]:
-        """The answer as one object."""
         if self.drawn:
             content, reason = self.pictures(results), "stop"
         else:
@@ -185,12 +183,10 @@ class Talk:
         yield "end", said
 
     def chunk(self, delta: dict[str, Any], reason: str | None = None, **more: Any) -> str:
-        """One event of the stream."""
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
         return f"data: {dumps({**self.head('chat.completion.chunk'), 'choices': [choice], **more})}\n\n"
 
     async def chunks(self) -> AsyncGenerator[str, None]:
-        """Yield the answer as it comes."""
         options = self.body.stream_options or schema.StreamOptions.model_validate({})
         yield self.chunk({"role": "assistant", "content": ""})
         async for kind, value in self.pieces():

@@ -30,13 +30,13 @@ from unilip.serve.tickets import Ticket, Unit
 from unilip.shapes import Size
 
 TINY = 1e-6  # a temperature below is greedy, as its limit is; dividing by it would overflow
-VERBS = ("generate", "edit", "reconstruct", "ask")
 NEEDS = {
     "generate": ("mllm", "connector", "dit", "pixel_decoder"),
     "edit": ("encoder", "mllm", "connector", "dit", "pixel_decoder"),
     "reconstruct": ("encoder", "latent_head", "pixel_decoder"),
     "ask": ("encoder", "mllm"),
 }
+VERBS = tuple(NEEDS)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,6 @@ class Checker:
         self._checking = threading.Lock()
 
     def lend(self, name: str, folder: str | os.PathLike[str], scale: float = 1.0) -> None:
-        """Offer an adapter."""
         self._few[name] = read_adapter(folder).few_steps
         self.adapters = {**self.adapters, name: scale}  # others read it meanwhile
 
@@ -87,17 +86,13 @@ class Checker:
         find = getattr(self._processor.tokenizer, "unread", None) if self._processor else None
         return list(find(text[: sampling.MAX_PROMPT_CHARACTERS])) if find else []
 
-    def _require(self, *parts: str) -> None:
-        missing = [part for part in parts if part not in self.parts]
-        if missing:
-            raise UniLIPError(f"This needs {', '.join(missing)}, but the model has {', '.join(self.parts)} only.")
-
     def prepare(self, job: Job, deadline: float | None) -> list[Unit]:
         """Check a job and cut it into units."""
         verb = type(job).__name__.lower()
         if verb not in VERBS:
             raise UniLIPError(f"There is no job {type(job).__name__}; give Generate, Edit, Reconstruct or Ask.")
-        self._require(*NEEDS[verb])
+        if missing := [part for part in NEEDS[verb] if part not in self.parts]:
+            raise UniLIPError(f"This needs {', '.join(missing)}, but the model has {', '.join(self.parts)} only.")
         for name, scale in job.adapters:
             check_choice("adapter", name, self.adapters)
             check_number(f"The strength of {name}", scale, -LARGEST)

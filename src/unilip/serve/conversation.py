@@ -105,9 +105,7 @@ def has_pictures(body: Chat) -> bool:
 
 
 def _parts(message: ChatMessage) -> list[Part]:
-    content = message.content
-    words = [Part(type="text", text=content)] if isinstance(content, str) else content or []
-    return [*words, *(message.images or ())]
+    return [*message.parts, *(message.images or ())]
 
 
 def read_conversation(body: Chat, reader: Reader, able: Checker, chat: str = "auto") -> Wanted:
@@ -191,17 +189,14 @@ def as_json(text: str) -> tuple[str, bool]:
 
 
 def _content(message: ChatMessage, reader: Reader) -> tuple[str, tuple[Image.Image, ...]]:
-    """Return the words and the pictures of a message."""
     words: list[str] = []
     images: list[Image.Image] = []
-    content = message.content
-    for part in [content] if isinstance(content, str) else content or []:
-        text = part if isinstance(part, str) else part.text or ""
-        if not isinstance(part, str) and part.image_url is not None:
+    for part in message.parts:
+        if part.image_url is not None:
             images.append(reader.read(part.image_url.url))
-        elif text:
-            images += [reader.read(url) for url in _MARKDOWN.findall(text)]
-            words.append(_ATTACHED.sub("\n", _NOTES.sub("", _MARKDOWN.sub("", text))).strip())
+        elif part.text:
+            images += [reader.read(url) for url in _MARKDOWN.findall(part.text)]
+            words.append(_ATTACHED.sub("\n", _NOTES.sub("", _MARKDOWN.sub("", part.text))).strip())
     if not images:  # an answer of ours has its pictures twice: in its words, and as parts
         images = [reader.read(part.image_url.url) for part in message.images or () if part.image_url is not None]
     return "\n".join(word for word in words if word), tuple(images)

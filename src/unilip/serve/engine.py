@@ -191,7 +191,6 @@ class Engine(Serving):
         self._used = {name: used for name, used in self._used.items() if used > self._clock}
 
     def _room(self, unit: Unit) -> int:
-        """How many units like this one make a batch."""
         if unit.ticket.verb == "ask":
             return self.max_batch
         width, height = (unit.ticket.settings[side] for side in ("width", "height"))
@@ -292,7 +291,8 @@ class Engine(Serving):
             self.model.set_adapters(self._always | dict(acting))
             self._acting = acting
         if verb == "ask":
-            self._answer(batch)
+            with self.model.using(), torch.no_grad():  # who changes the model meanwhile waits
+                self._answer(batch)
         elif verb == "reconstruct":
             self._reconstruct(batch)
         else:
@@ -314,9 +314,9 @@ class Engine(Serving):
             self._sketch(batch, step + 1, before, values["latents"])
             before = values["latents"]
             for unit in batch:
-                unit.ticket._step(unit.index)
-            for ticket in {id(unit.ticket): unit.ticket for unit in batch}.values():
-                ticket._tell_step()
+                unit.ticket._steps[unit.index] += 1
+            for ticket in {unit.ticket: None for unit in batch}:
+                ticket._emit(Event("step", sum(ticket._steps.values()), ticket.total))
             self._checkpoint(batch)
 
         settings = {k: v for k, v in batch[0].ticket.settings.items() if k not in ("fit", "adapters")}
@@ -387,10 +387,6 @@ class Engine(Serving):
             unit.ticket._succeed(images=(shaped,), psnr=(picture_psnr(square, image),))
 
     def _answer(self, batch: list[Unit]) -> None:
-        with self.model.using(), torch.no_grad():  # who changes the model meanwhile waits
-            self._answer_alone(batch)
-
-    def _answer_alone(self, batch: list[Unit]) -> None:
         model, processor = self.model, self.model.processor
         assert processor is not None
         jobs = [unit.ticket.job for unit in batch if isinstance(unit.ticket.job, Ask)]

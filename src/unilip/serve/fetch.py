@@ -52,9 +52,7 @@ class _Pinned(http.client.HTTPConnection):
 
     def __init__(self, host: str, port: int, address: str, secure: bool, timeout: float) -> None:
         super().__init__(host, port, timeout=timeout)
-        self.address, self.secure = address, secure
-
-        self.over = False
+        self.address, self.secure, self.over = address, secure, False
 
     def connect(self) -> None:
         """Connect to the address, with TLS for the host where wanted."""
@@ -130,7 +128,9 @@ def fetch(
                 continue
             if response.status != 200:
                 raise ImageError(f"The image URL answered {response.status}; give one that answers 200.")
-            data = _read(response, max_bytes)
+            data = response.read(max_bytes + 1)
+            if len(data) > max_bytes:
+                raise ImageError(f"The image URL answers more than {max_bytes} bytes; give a smaller picture.")
             if not connection.over:
                 return data
             raise ImageError("The image URL answers too slowly; send the picture as a data URL.")
@@ -140,12 +140,3 @@ def fetch(
             timer.cancel()
             connection.close()
     raise ImageError(f"The image URL redirects more than {MAX_REDIRECTS} times; give the final one.")
-
-
-def _read(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
-    data = bytearray()
-    while piece := response.read1(65536):
-        data += piece
-        if len(data) > max_bytes:
-            raise ImageError(f"The image URL answers more than {max_bytes} bytes; give a smaller picture.")
-    return bytes(data)

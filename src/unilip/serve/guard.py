@@ -20,18 +20,20 @@ from dataclasses import dataclass, field
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from unilip.serve.jobs import Cancelled
 from unilip.serve.log import CLIENT, REQUEST, access
 from unilip.serve.metrics import Metrics
-from unilip.serve.problems import CLIENT_GONE, Trouble
+from unilip.serve.problems import Trouble
 
 logger = logging.getLogger(__name__)
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 FILES = "/v1/images/files/"
 PAGE = "/page/"
-OPEN_PATHS = ("/", PAGE, "/health", "/ready", "/openapi.json", "/docs", "/redoc", FILES)
+OPEN = ("/", "/health", "/ready", "/openapi.json", "/docs", "/redoc")  # need no key; nor does what is below
+OPEN_BELOW = (PAGE, FILES)
 MAX_TEXT = 64 * 1024
-BODIES: Mapping[str, int] = {"/v1/images/generations": MAX_TEXT, "/v1/intent": MAX_TEXT}
+TEXTS = ("/v1/images/generations", "/v1/intent")  # bodies of at most that
 BODILESS = ("GET", "HEAD", "OPTIONS")
 BODY_SECONDS = 60.0  # for a whole body
 PIECE_SECONDS = 10.0  # between two pieces of one
@@ -50,8 +52,6 @@ class Rules:
         rate_limit: requests a minute for a key (without keys, an address), saved up to a minute's worth; 0: none.
         hosts: names by which a server without keys may be addressed; "*" allows all.
         origins: other origins ("https://chat.example") whose pages may ask from a browser; "*" allows all.
-        bodies: smaller limits of single paths. Nothing is read for GET, nor for an open path that is not here.
-        open_paths: what needs no key; a path that ends with "/" stands for all below it.
     """
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -59,8 +59,6 @@ class Rules:
     rate_limit: int = 600
     hosts: tuple[str, ...] = LOCAL_HOSTS
     origins: tuple[str, ...] = ()
-    bodies: Mapping[str, int] = field(default_factory=lambda: BODIES)
-    open_paths: tuple[str, ...] = OPEN_PATHS
 
 
 class Bucket:
@@ -84,7 +82,7 @@ class Bucket:
 class Guard:
     """ASGI middleware that holds `rules`, in front of the API and of the page."""
 
-    def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics | None = None) -> None:
+    def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics) -> None:
         self.app, self.rules, self.metrics = app, rules, metrics
         self._keys = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in rules.api_keys]
         self._buckets: OrderedDict[bytes, Bucket] = OrderedDict()
@@ -92,7 +90,6 @@ class Guard:
         self._reading = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection's request."""
         if scope["type"] == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": 1008})
@@ -123,7 +120,7 @@ class Guard:
             if found is None:
                 found = await self._read(scope, receive)
                 if found is None:
-                    status = CLIENT_GONE
+                    status = Cancelled.status
                     return
             if isinstance(found, bytes):
                 body = len(found)
@@ -146,9 +143,9 @@ class Guard:
             await Trouble(500, text, "internal_error").response()(scope, receive, marked)
         finally:
             self._reading -= body
-            seconds, status = time.perf_counter() - started, status or CLIENT_GONE
-            if self.metrics is not None:
-                self.metrics.answer(_route(scope), status, seconds)
+            seconds, status = time.perf_counter() - started, status or Cancelled.status
+            # the route's pattern, never the path itself: a stranger must not make new metrics
+            self.metrics.answer(str(getattr(scope.get("route"), "path", "other")), status, seconds)
             if access.isEnabledFor(logging.INFO):
                 path = FILES + "..." if scope["path"].startswith(FILES) else scope["path"]  # who has a name can read it
                 client = (scope.get("client") or ("unknown",))[0]
@@ -159,7 +156,7 @@ class Guard:
         if found is not None or _asks_leave(scope, headers):
             return found
         caller = f"address {network(scope.get('client'))}".encode()
-        opened = self._is_open(scope["path"])
+        opened = _is_open(scope["path"])
         if self._keys and not opened:
             given = headers.get("authorization", "")
             key = given[7:].strip() if given[:7].lower() == "bearer " else headers.get("api-key", "")
@@ -175,9 +172,6 @@ class Guard:
         else:
             CLIENT.set(caller.decode())
         return None if opened else self._limit(caller, self.rules.rate_limit)
-
-    def _is_open(self, path: str) -> bool:
-        return any(path == one or (one[1:].endswith("/") and path.startswith(one)) for one in self.rules.open_paths)
 
     def _from_a_web_page(self, scope: Scope, headers: Mapping[str, str]) -> Trouble | None:
         """Refuse what a web page elsewhere may send to this machine behind the back of its reader."""
@@ -224,10 +218,9 @@ class Guard:
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | Trouble | None:
         """Return the whole body, or what is wrong with it, or None for a client that left."""
-        path, bodies = scope["path"], self.rules.bodies
-        if scope["method"] in BODILESS or (path not in bodies and self._is_open(path)):
+        if scope["method"] in BODILESS or _is_open(scope["path"]):
             return b""
-        most = min(bodies.get(path, self.rules.max_body), self.rules.max_body)
+        most = min(MAX_TEXT, self.rules.max_body) if scope["path"] in TEXTS else self.rules.max_body
         too_large = Trouble(
             413, f"The body is larger than {most} bytes; send less, or smaller pictures.", "body_too_large"
         )
@@ -270,6 +263,10 @@ PREFLIGHT = {
 }
 
 
+def _is_open(path: str) -> bool:
+    return path in OPEN or path.startswith(OPEN_BELOW)
+
+
 def _asks_leave(scope: Scope, headers: Mapping[str, str]) -> bool:
     """Whether this is a browser's question if a page may send its request (a CORS preflight)."""
     return scope["method"] == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
@@ -303,9 +300,3 @@ def replay(data: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return again
-
-
-def _route(scope: Scope) -> str:
-    """The route's pattern, never the path itself: a stranger must not make new metrics."""
-    route = scope.get("route")
-    return str(getattr(route, "path", "other"))

@@ -22,9 +22,12 @@ Strengths = tuple[tuple[str, float], ...]  # of adapters, by name
 
 
 class EngineError(UniLIPError):
-    """A request was in order, but could not be served; `retry_after`: seconds to wait before another (None: no use)."""
+    """A request was in order, but could not be served; `retry_after`: seconds to wait before another (None: no use).
 
-    retry_after: float | None = None
+    status, code: what an answer over HTTP says of it.
+    """
+
+    status, code = 503, "engine_failed"
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -37,28 +40,39 @@ class EngineError(UniLIPError):
 class QueueFull(EngineError):
     """Too much is waiting already; `retry_after` estimates when there will be room."""
 
+    status, code = 429, "queue_full"
+
 
 class Draining(EngineError):
     """The engine is being shut down and takes nothing new."""
+
+    status, code = 503, "shutting_down"
 
 
 class DeadlineExceeded(EngineError):
     """The time that the request allowed for itself was over before it was done."""
 
+    status, code = 408, "deadline_exceeded"
+
 
 class Cancelled(EngineError):
     """Whoever asked does not want the result any more."""
+
+    status, code = 499, "cancelled"  # nobody reads it; it is for metrics and logs
 
 
 class EngineFailed(EngineError):
     """The model failed while it worked on the request (memory ran out, for instance); the log says how."""
 
 
-@dataclass(frozen=True)
-class Generate:
-    """Draw `count` pictures of a prompt, picture i with seed `seed` + i (or drawn), up to 3 `partials` on the way."""
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What drawn pictures have in common: `count` of them, the i-th with seed `seed` + i (None: drawn at random).
 
-    prompt: str
+    Up to 3 `partials` are shown on the way to each. size: (width, height), or about as many pixels as a square of side
+    `image_size` has, else of the model's own.
+    """
+
     count: int = 1
     seed: int | None = None
     steps: int | None = None
@@ -68,35 +82,31 @@ class Generate:
     negative_prompt: str | None = None
     size: Size | None = None
     image_size: int | None = None
-    plan: bool | str = "auto"
     partials: int = 0
-    best_of: int = 1
     adapters: Strengths = ()
 
 
 @dataclass(frozen=True)
-class Edit:
-    """Change a picture as told, `count` times. `fit` and `keep_aspect` are those of `UniLIP.edit`.
+class Generate(Drawing):
+    """Draw pictures of a prompt, each the best of `best_of`."""
 
-    It has about the shape of `size` (width, height), else of its source, and as many pixels as a square of
-    `image_size`, else of the model's own. `others` are only read, for the same instruction (joint edits).
+    prompt: str
+    plan: bool | str = "auto"
+    best_of: int = 1
+
+
+@dataclass(frozen=True)
+class Edit(Drawing):
+    """Change a picture as told. `fit` and `keep_aspect` are those of `UniLIP.edit`.
+
+    Without a `size` it has about the shape of its source. `others` are only read, for the same instruction (joint
+    edits).
     """
 
     image: Image.Image
     prompt: str
-    count: int = 1
-    seed: int | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    solver: str | None = None
-    preset: str = "quality"
-    negative_prompt: str | None = None
-    size: Size | None = None
-    image_size: int | None = None
     fit: Fit = "resize"
     keep_aspect: bool = False
-    partials: int = 0
-    adapters: Strengths = ()
     others: tuple[Image.Image, ...] = ()
 
 
@@ -150,8 +160,7 @@ class Result:
 
     Attributes: images, seeds: in order; of `Ask` the one seed that was used. plan: the prompt as the model wrote it
     out. psnr: dB between each reconstructed picture and its source, at most 100. text, finish_reason: of `Ask`; "stop",
-    or "length". prompt_tokens: slots of pictures included. settings: that were used, none open. waited, seconds: in the
-    queue, in all.
+    or "length". prompt_tokens: slots of pictures included. settings: that were used, none open. seconds: in all.
     """
 
     images: tuple[Image.Image, ...] = ()
@@ -163,5 +172,4 @@ class Result:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
-    waited: float = 0.0
     seconds: float = 0.0

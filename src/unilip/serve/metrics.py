@@ -17,24 +17,22 @@ class Metrics:
     """Counters of one server."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-
-        def own(kind: type, name: str, text: str, *labels: str, **more: object) -> object:
-            return kind(f"unilip_{name}", text, labels, registry=self.registry, **more)
-
-        self.requests: Counter = own(Counter, "requests", "Answers by route and status", "route", "status")  # type: ignore[assignment]
-        self.latency: Histogram = own(  # type: ignore[assignment]
-            Histogram, "request_seconds", "Seconds from a request to the end of its answer", "route", buckets=_SECONDS
+        self.registry = own = CollectorRegistry()
+        self.requests = Counter("unilip_requests", "Answers by route and status", ("route", "status"), registry=own)
+        self.latency = Histogram(
+            "unilip_request_seconds", "Seconds from a request to the end of its answer", ("route",), buckets=_SECONDS,
+            registry=own,
+        )  # fmt: skip
+        sizes = (1, 2, 4, 8, 16, 32, 64)
+        self.batch_size = Histogram(
+            "unilip_batch_size", "Pictures or questions in a batch", ("verb",), buckets=sizes, registry=own
         )
-        self.batch_size: Histogram = own(  # type: ignore[assignment]
-            Histogram, "batch_size", "Pictures or questions in a batch", "verb", buckets=(1, 2, 4, 8, 16, 32, 64)
+        self.batch_seconds = Histogram(
+            "unilip_batch_seconds", "Seconds that a batch took", ("verb",), buckets=_SECONDS, registry=own
         )
-        self.batch_seconds: Histogram = own(  # type: ignore[assignment]
-            Histogram, "batch_seconds", "Seconds that a batch took", "verb", buckets=_SECONDS
-        )
-        self.results: Counter = own(Counter, "results", "Pictures and answers made", "verb")  # type: ignore[assignment]
-        self._queued: Gauge = own(Gauge, "queue_length", "Pictures and questions that wait")  # type: ignore[assignment]
-        self._running: Gauge = own(Gauge, "running", "Pictures and questions in the present batch")  # type: ignore[assignment]
+        self.results = Counter("unilip_results", "Pictures and answers made", ("verb",), registry=own)
+        self._queued = Gauge("unilip_queue_length", "Pictures and questions that wait", registry=own)
+        self._running = Gauge("unilip_running", "Pictures and questions in the present batch", registry=own)
 
     def batch(self, verb: str, size: int, seconds: float) -> None:
         """Count a batch; an engine's `on_batch`."""
@@ -43,7 +41,6 @@ class Metrics:
         self.results.labels(verb).inc(size)
 
     def answer(self, route: str, status: int, seconds: float) -> None:
-        """Count an answer."""
         self.requests.labels(route, str(status)).inc()
         self.latency.labels(route).observe(seconds)
 

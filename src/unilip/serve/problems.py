@@ -13,9 +13,7 @@ from starlette.responses import Response
 
 from unilip.errors import ImageError, PromptError, UniLIPError
 from unilip.files import read_table
-from unilip.serve.jobs import Cancelled, DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull
-
-CLIENT_GONE = 499  # nobody reads it; it is for metrics and logs
+from unilip.serve.jobs import EngineError
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -55,15 +53,6 @@ class Trouble(Exception):
         return JSON(self.body, self.status, {**wait, **self.headers})
 
 
-_ENGINE: tuple[tuple[type[EngineError], int, str], ...] = (
-    (QueueFull, 429, "queue_full"),
-    (Draining, 503, "shutting_down"),
-    (DeadlineExceeded, 408, "deadline_exceeded"),
-    (Cancelled, CLIENT_GONE, "cancelled"),
-    (EngineFailed, 503, "engine_failed"),
-)
-
-
 def trouble(error: Exception) -> Trouble:
     """Turn an error of ours, or of the framework about a request, into its answer; any other is the server's fault."""
     if isinstance(error, Trouble):
@@ -75,9 +64,8 @@ def trouble(error: Exception) -> Trouble:
         codes = {404: "not_found", 405: "method_not_allowed"}
         text = "There is nothing here; see /docs for what there is." if status == 404 else str(error.detail)
         return Trouble(status, text, codes.get(status, "bad_request"), headers=error.headers or {})
-    for kind, status, code in _ENGINE:
-        if isinstance(error, kind):
-            return Trouble(status, str(error), code, retry_after=error.retry_after)
+    if isinstance(error, EngineError):
+        return Trouble(error.status, str(error), error.code, retry_after=error.retry_after)
     if not isinstance(error, UniLIPError):
         return Trouble(500, "Something went wrong in the server; its log says more.", "internal_error")
     what = "image" if isinstance(error, ImageError) else "prompt" if isinstance(error, PromptError) else "value"

@@ -13,7 +13,6 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from unilip.checkpoints.hub import Source
@@ -38,16 +37,6 @@ START_SECONDS = 600.0  # for the first replicas to load
 
 class ReplicaLost(EngineFailed):
     """The replica that worked on the request is gone; another one will take the request when it is sent again."""
-
-
-@dataclass(frozen=True)
-class Replicas:
-    """How many replicas there are, and what each needs. `most` above `least` lets their number follow the load."""
-
-    least: int = 1
-    most: int = 1
-    gpus: float = 0.0
-    cpus: float = 1.0
 
 
 class Replica:
@@ -76,7 +65,6 @@ class Replica:
             ticket.cancel()
 
     def process(self) -> int:
-        """The number of this replica's process."""
         return os.getpid()
 
     def check_health(self) -> None:
@@ -90,7 +78,7 @@ class RemoteEngine(Serving):
 
     Args:
         source, device, dtype, performance: as `UniLIP.from_pretrained` takes them; every replica loads the model.
-        replicas: how many, and what each needs.
+        replicas, most: how many; `most` above them lets their number follow the load. gpus: that each needs.
         max_queue: pictures and questions that may wait in front of all replicas.
         max_batch, adapters: of each replica's engine.
         deadline: seconds, of a job that does not say so itself.
@@ -105,7 +93,9 @@ class RemoteEngine(Serving):
         device: str = "cpu",
         dtype: str | None = None,
         performance: str = "exact",
-        replicas: Replicas | None = None,
+        replicas: int = 1,
+        most: int | None = None,
+        gpus: float = 0.0,
         max_queue: int = 64,
         max_batch: int = 8,
         deadline: float | None = 300.0,
@@ -113,9 +103,9 @@ class RemoteEngine(Serving):
     ) -> None:
         from ray import serve
 
-        self.replicas = replicas or Replicas()
-        if not 1 <= self.replicas.least <= self.replicas.most:
-            raise UniLIPError(f"There cannot be {self.replicas.least} to {self.replicas.most} replicas; 1 is least.")
+        most = replicas if most is None else most
+        if not 1 <= replicas <= most:
+            raise UniLIPError(f"There cannot be {replicas} to {most} replicas; 1 is least.")
         opened = open_checkpoint(source)
         processor = Processor(load_tokenizer(opened.tokenizer_path), opened.config) if opened.tokenizer_path else None
         super().__init__(
@@ -125,20 +115,15 @@ class RemoteEngine(Serving):
 
         start_ray(namespace=APP)
         serve.start(proxy_location="Disabled")  # the application stays here; only the model is spread
-        self._room = max_queue + self.replicas.most * max_batch
+        self._room = max_queue + most * max_batch
         options = {"max_queue": self._room, "max_batch": max_batch, "limits": self.limits, "adapters": adapters}
-        scaling: dict[str, Any] = {"num_replicas": self.replicas.least}
-        if self.replicas.most > self.replicas.least:
-            scaling = {
-                "autoscaling_config": {
-                    "min_replicas": self.replicas.least,
-                    "max_replicas": self.replicas.most,
-                    "target_ongoing_requests": max_batch,
-                }
-            }
+        scaling: dict[str, Any] = {"num_replicas": replicas}
+        if most > replicas:
+            load = {"min_replicas": replicas, "max_replicas": most, "target_ongoing_requests": max_batch}
+            scaling = {"autoscaling_config": load}
         deployment = serve.deployment(
             Replica, name="Replica", max_ongoing_requests=4 * max_batch, health_check_period_s=2,
-            ray_actor_options={"num_cpus": self.replicas.cpus, "num_gpus": self.replicas.gpus}, **scaling,
+            ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, **scaling,
         )  # fmt: skip
         bound: Any = deployment
         self._handle = serve.run(

@@ -97,7 +97,6 @@ class Answer:
         self.number = -1
 
     def whole(self, status: str, output: Sequence[Any] = (), said: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The response object, in progress or done."""
         used = (said or {}).get("usage") or {}
         read, made = used.get("prompt_tokens", 0), used.get("completion_tokens", 0)
         usage = {
@@ -131,13 +130,11 @@ class Answer:
         return self.whole("incomplete" if cut else "completed", output, said)
 
     def event(self, kind: str, **more: Any) -> str:
-        """One event of the stream."""
         self.number += 1
         body = {"type": f"response.{kind}", "sequence_number": self.number, **more}
         return f"event: response.{kind}\ndata: {dumps(body)}\n\n"
 
     async def events(self, pieces: AsyncIterator[tuple[str, Any]], drawn: bool) -> AsyncGenerator[str, None]:
-        """Turn the pieces of a chat's answer into events."""
         for kind in ("created", "in_progress"):
             yield self.event(kind, response=self.whole("in_progress"))
         item = picture("", "in_progress") if drawn else text("", "in_progress") | {"content": []}

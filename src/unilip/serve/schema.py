@@ -189,7 +189,6 @@ class Edits(Images):
 
     @property
     def keeps_aspect(self) -> bool:
-        """Whether the result has the shape of its source."""
         return self.size is None if self.keep_aspect is None else self.keep_aspect
 
 
@@ -235,6 +234,11 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[Part], Field(max_length=64)] | None = None
     images: Annotated[list[Part], Field(max_length=16)] | None = None
+
+    @property
+    def parts(self) -> list[Part]:
+        """The content, whichever way it was sent."""
+        return [Part(type="text", text=self.content)] if isinstance(self.content, str) else self.content or []
 
 
 class StreamOptions(BaseModel):

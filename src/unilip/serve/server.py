@@ -64,22 +64,14 @@ def check_access(host: str, rules: Rules) -> Rules:
 def listen(host: str, port: int) -> socket.socket:
     """Take the port (0: a free one) before any model is loaded. Raises UniLIPError: taken, or no address of ours."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
+        family, *_, address = socket.getaddrinfo(
             host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        taken = socket.socket(family, kind, protocol)
-        try:
-            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            taken.bind(address)
-            taken.listen()  # at once: two programs may bind a port, but only one can listen
-        except OSError:
-            taken.close()
-            raise
+        dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        return socket.create_server(address, family=family, dualstack_ipv6=dual)
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = (error.strerror or str(error)).partition(" (while")[0]  # the address is told here in our words
         raise UniLIPError(f"Cannot listen on {host}, port {port} ({reason}); give another --host or --port.") from error
-    taken.set_inheritable(False)
-    return taken
 
 
 class Connection(H11Protocol):
@@ -142,7 +134,6 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Look after the connections."""
         if counter % 10 == 0:
             now = time.monotonic()
             for connection in list(self.server_state.connections):

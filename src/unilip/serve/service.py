@@ -110,7 +110,6 @@ class Service:
         return body.model if body.model in self.names else self.settings.model_name
 
     def strengths(self, body: schema.Adapting) -> Strengths:
-        """The adapters that act on a request."""
         return body.strengths(self.engine.checker.adapters, self.settings.model_name)
 
     # --- reading
@@ -129,14 +128,12 @@ class Service:
         return fields
 
     def parse(self, kind: type[B], fields: dict[str, Any], form: bool = True) -> B:
-        """Check the fields of a request."""
         try:
             return schema.read(kind, fields, self.settings.strict, form)
         except ValidationError as error:
             raise validation([dict(e) for e in error.errors()]) from None
 
     async def read(self, request: Request, kind: type[B]) -> B:
-        """Read and check a JSON body."""
         return await run_in_threadpool(self.parse, kind, await self.load(request), form=False)
 
     async def form(

@@ -51,12 +51,10 @@ class Ticket:
 
     @property
     def done(self) -> bool:
-        """Whether there is a result, or an error."""
         return self._done.is_set()
 
     @property
     def succeeded(self) -> bool:
-        """Whether there is a result."""
         return self._result is not None
 
     def listen(self, listener: Callable[[Event], None]) -> None:
@@ -129,12 +127,6 @@ class Ticket:
                 self.started = time.monotonic()
                 self._emit(Event("start", 0, self.total))
 
-    def _step(self, picture: int) -> None:
-        self._steps[picture] += 1
-
-    def _tell_step(self) -> None:
-        self._emit(Event("step", sum(self._steps.values()), self.total))
-
     def _fail(self, error: UniLIPError) -> bool:
         with self._lock:
             if self.done:
@@ -148,15 +140,8 @@ class Ticket:
         with self._lock:
             if self.done:
                 return
-            now = time.monotonic()
-            waited = (self.started or now) - self.submitted
-            self._result = Result(
-                settings=self.settings,
-                prompt_tokens=self.prompt_tokens,
-                waited=waited,
-                seconds=now - self.submitted,
-                **values,
-            )
+            seconds = time.monotonic() - self.submitted
+            self._result = Result(settings=self.settings, prompt_tokens=self.prompt_tokens, seconds=seconds, **values)
             self._done.set()
             self._emit(Event("end"))
 

@@ -63,7 +63,6 @@ class Trainer:
 
     @functools.cached_property
     def root(self) -> Path:
-        """The folder of the adapters."""
         return self.runs.absolute() / GROUP
 
     def kept(self) -> dict[str, Path]:
@@ -85,7 +84,6 @@ class Trainer:
 
     @property
     def running(self) -> bool:
-        """Whether a training is under way."""
         return self._state["status"] in ("running", "stopping")
 
     # --- what is asked
