@@ -34,7 +34,7 @@ def run(*arguments: str) -> str:
 
 
 def test_help_answers():
-    text = run("-m", "unilip.cli", "--help")
+    text = run("-m", "unilip", "--help")
     assert "usage" in text.lower()
     for command in ("ask", "generate", "edit", "reconstruct", "demo"):
         assert command in text, f"help does not name the command {command!r}"

@@ -1,6 +1,7 @@
 """The application on Ray Serve: two replicas, one killed under load. Slow: it starts a Ray of its own."""
 
 import os
+import pickle
 import signal
 import socket
 import time
@@ -121,5 +122,5 @@ def test_a_killed_replica_loses_only_what_it_held(engine):
 
 
 def test_the_error_of_a_lost_replica_can_be_retried():
-    error = ReplicaLost("gone", 1.0)
-    assert error.retry_after == 1.0
+    error = pickle.loads(pickle.dumps(ReplicaLost("gone", 1.0)))
+    assert type(error) is ReplicaLost and str(error) == "gone" and error.retry_after == 1.0

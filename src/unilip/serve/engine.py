@@ -32,7 +32,8 @@ from unilip.pictures import picture_psnr, to_pixels, unfit_square
 from unilip.sampling import TextStream, answer, not_finite
 from unilip.serve.checks import Adapters, Checker
 from unilip.serve.checks import Limits as Limits
-from unilip.serve.jobs import Ask, DeadlineExceeded, Edit, EngineFailed, Event, Generate, Reconstruct
+from unilip.serve.jobs import Ask, DeadlineExceeded, Edit, EngineFailed, Event, Reconstruct
+from unilip.serve.jobs import Generate as Generate
 from unilip.serve.log import REQUEST
 from unilip.serve.serving import Serving, Stats
 from unilip.serve.tickets import Ticket, Unit
@@ -234,9 +235,8 @@ class Engine(Serving):
         while True:
             batch = self._take()
             if not batch:
-                with self._changed:
-                    if self._closed:
-                        return
+                if self._closed:
+                    return
                 continue
             started = self._moved = time.monotonic()
             try:
@@ -333,9 +333,12 @@ class Engine(Serving):
         else:
             output = self.model.generate(texts, **settings)
         for unit, image, plan in zip(batch, output.images, output.plans or [None] * len(batch), strict=True):
-            unit.plan = plan
-            unit.output = _shaped(unit, image)
-            self._finish(unit)
+            ticket, made = unit.ticket, unit.ticket._made
+            made[unit.index] = (_shaped(unit, image), unit.seed)
+            if len(made) == getattr(ticket.job, "count", 1) and not ticket.done:
+                images, seeds = zip(*(made[i] for i in sorted(made)), strict=True)
+                self._count(ticket)
+                ticket._succeed(images=images, seeds=seeds, plan=plan)
 
     def _sketch(self, batch: Sequence[Unit], done: int, before: Tensor | None, now: Tensor) -> None:
         """Show where the latents of a step go straight on to, to those who want partial pictures after it."""
@@ -358,19 +361,6 @@ class Engine(Serving):
             event = Event("partial", image=_shaped(unit, image), picture=unit.index, number=number)
             unit.ticket._emit(event)
 
-    def _finish(self, unit: Unit) -> None:
-        """Keep a finished picture; the job is done when all of its pictures are."""
-        ticket = unit.ticket
-        made = ticket._made
-        made[unit.index] = unit
-        job = ticket.job
-        assert isinstance(job, (Generate, Edit))
-        if len(made) == job.count and not ticket.done:
-            ordered = [made[i] for i in range(job.count)]
-            self._count(ticket)
-            images, seeds = tuple(u.output for u in ordered), tuple(u.seed for u in ordered)
-            ticket._succeed(images=images, seeds=seeds, plan=unit.plan)
-
     def _count(self, ticket: Ticket) -> None:
         with self._changed:
             self._served[ticket.verb] += 1
@@ -380,11 +370,8 @@ class Engine(Serving):
         squares = [unit.squares[0] for unit in batch]
         images = self.model.reconstruct(squares, width=squares[0].width, height=squares[0].height).images
         for unit, square, image in zip(batch, squares, images, strict=True):
-            job = unit.ticket.job
-            assert isinstance(job, Reconstruct)
-            shaped = unfit_square(image, unit.source_size, job.fit) if job.keep_aspect else image
             self._count(unit.ticket)
-            unit.ticket._succeed(images=(shaped,), psnr=(picture_psnr(square, image),))
+            unit.ticket._succeed(images=(_shaped(unit, image),), psnr=(picture_psnr(square, image),))
 
     def _answer(self, batch: list[Unit]) -> None:
         model, processor = self.model, self.model.processor
@@ -431,6 +418,8 @@ class Engine(Serving):
 
 
 def _shaped(unit: Unit, image: Image.Image) -> Image.Image:
-    """Give an edited picture the shape of its source where that is wanted."""
+    """Give a picture the shape of its source where that is wanted."""
     job = unit.ticket.job
-    return unfit_square(image, unit.source_size, job.fit) if isinstance(job, Edit) and job.keep_aspect else image
+    if isinstance(job, (Edit, Reconstruct)) and job.keep_aspect:
+        return unfit_square(image, unit.source_size, job.fit)
+    return image

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -111,26 +112,23 @@ class Guard:
                 message["headers"] = [*message.get("headers", ()), *added]
             await send(message)
 
-        body = 0
+        body = b""
         try:
-            found: Trouble | bytes | None = self._check(scope, headers)
-            if found is None and _asks_leave(scope, headers):
+            self._check_origin(scope, headers)
+            if _asks_leave(scope, headers):
                 await Response(status_code=204, headers=PREFLIGHT)(scope, receive, marked)
                 return
-            if found is None:
-                found = await self._read(scope, receive)
-                if found is None:
-                    status = Cancelled.status
-                    return
-            if isinstance(found, bytes):
-                body = len(found)
-                if not body and _has_body(headers):
-                    added.append(CLOSE)
-                untouched = scope["method"] in BODILESS and not _has_body(headers)
-                await self.app(scope, receive if untouched else replay(found, receive), marked)
-                return
+            self._check_caller(scope, headers)
+            body = await self._read(scope, receive)
+            if not body and _has_body(headers):
+                added.append(CLOSE)
+            untouched = scope["method"] in BODILESS and not _has_body(headers)
+            await self.app(scope, receive if untouched else replay(body, receive), marked)
+        except Trouble as found:
             added.append(CLOSE)
             await found.response()(scope, receive, marked)
+        except ClientDisconnect:
+            status = status or Cancelled.status
         except asyncio.CancelledError:  # the server ends, and cannot wait any longer
             if not status:
                 added.append(CLOSE)
@@ -142,19 +140,20 @@ class Guard:
             text = f"Something went wrong in the server; its log says more under {number}."
             await Trouble(500, text, "internal_error").response()(scope, receive, marked)
         finally:
-            self._reading -= body
+            size = len(body)
+            self._reading -= size
             seconds, status = time.perf_counter() - started, status or Cancelled.status
             # the route's pattern, never the path itself: a stranger must not make new metrics
             self.metrics.answer(str(getattr(scope.get("route"), "path", "other")), status, seconds)
             if access.isEnabledFor(logging.INFO):
                 path = FILES + "..." if scope["path"].startswith(FILES) else scope["path"]  # who has a name can read it
                 client = (scope.get("client") or ("unknown",))[0]
-                access.info("%s %s %s %d %.3fs %d bytes read", client, scope["method"], path, status, seconds, body)
+                access.info(
+                    "%s %s %s %d %.3fs %d bytes read", client, scope["method"], path, status, seconds, len(body)
+                )
 
-    def _check(self, scope: Scope, headers: Mapping[str, str]) -> Trouble | None:
-        found = self._from_a_web_page(scope, headers)
-        if found is not None or _asks_leave(scope, headers):
-            return found
+    def _check_caller(self, scope: Scope, headers: Mapping[str, str]) -> None:
+        """Raise where the key is wrong, or has asked too often."""
         caller = f"address {network(scope.get('client'))}".encode()
         opened = _is_open(scope["path"])
         if self._keys and not opened:
@@ -163,7 +162,8 @@ class Guard:
             digest = hashlib.sha256(key.encode("latin-1")).digest()  # the very bytes that were sent
             good = [hmac.compare_digest(digest, known) for known in self._keys]  # all of them, whichever fits
             if not any(good):
-                return self._limit(b"wrong " + caller, self._guesses) or Trouble(
+                self._limit(b"wrong " + caller, self._guesses)
+                raise Trouble(
                     401, "The API key is missing or wrong; send it as Authorization: Bearer KEY.", "invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )  # fmt: skip
@@ -171,15 +171,16 @@ class Guard:
             caller = digest
         else:
             CLIENT.set(caller.decode())
-        return None if opened else self._limit(caller, self.rules.rate_limit)
+        if not opened:
+            self._limit(caller, self.rules.rate_limit)
 
-    def _from_a_web_page(self, scope: Scope, headers: Mapping[str, str]) -> Trouble | None:
+    def _check_origin(self, scope: Scope, headers: Mapping[str, str]) -> None:
         """Refuse what a web page elsewhere may send to this machine behind the back of its reader."""
         host = headers.get("host", "").lower()
         name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
         if not self._keys and not {"*", name} & set(self.rules.hosts):
             text = f"This server answers only as {', '.join(self.rules.hosts)}; give it a key to allow other names."
-            return Trouble(403, text, "forbidden_host")
+            raise Trouble(403, text, "forbidden_host")
         origin = headers.get("origin")
         if origin is None:  # a picture or a script of a page, or nothing of a page at all
             foreign = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
@@ -189,8 +190,7 @@ class Guard:
             foreign = not own and not {"*", origin.lower()} & set(self.rules.origins)
         if foreign:
             text = "Requests from pages of other origins are refused; allow one with --allow-origin."
-            return Trouble(403, text, "forbidden_origin")
-        return None
+            raise Trouble(403, text, "forbidden_origin")
 
     def _shared(self, headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
         """The headers that let an allowed page of another origin read the answer."""
@@ -203,21 +203,19 @@ class Guard:
             (b"vary", b"Origin"),
         ]
 
-    def _limit(self, caller: bytes, most: int) -> Trouble | None:
+    def _limit(self, caller: bytes, most: int) -> None:
         if not most:
-            return None
+            return
         bucket = self._buckets.pop(caller, None) or Bucket(most)
         self._buckets[caller] = bucket
         if len(self._buckets) > MAX_CALLERS:
             self._buckets.popitem(last=False)
-        wait = bucket.take()
-        if not wait:
-            return None
-        text = f"More than {most} requests a minute; wait {max(1, round(wait))} s."
-        return Trouble(429, text, "rate_limit_exceeded", retry_after=wait)
+        if wait := bucket.take():
+            text = f"More than {most} requests a minute; wait {max(1, round(wait))} s."
+            raise Trouble(429, text, "rate_limit_exceeded", retry_after=wait)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | Trouble | None:
-        """Return the whole body, or what is wrong with it, or None for a client that left."""
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+        """Return the whole body, which counts in `_reading`. Raises Trouble; ClientDisconnect: the client left."""
         if scope["method"] in BODILESS or _is_open(scope["path"]):
             return b""
         most = min(MAX_TEXT, self.rules.max_body) if scope["path"] in TEXTS else self.rules.max_body
@@ -226,9 +224,8 @@ class Guard:
         )
         for name, value in scope["headers"]:
             if name == b"content-length" and value.isdigit() and int(value[:18]) > most:
-                return too_large
+                raise too_large
         data, end = bytearray(), time.monotonic() + BODY_SECONDS
-        kept = False
         try:
             while True:
                 try:
@@ -236,22 +233,21 @@ class Guard:
                     message = await asyncio.wait_for(receive(), max(0.01, patience))
                 except asyncio.TimeoutError:
                     text = f"The body stopped for {PIECE_SECONDS:.0f} s, or took more than {BODY_SECONDS:.0f} s in all."
-                    return Trouble(408, text, "body_too_slow")
+                    raise Trouble(408, text, "body_too_slow") from None
                 if message["type"] == "http.disconnect":
-                    return None
+                    raise ClientDisconnect
                 piece = message.get("body", b"")
                 data += piece
                 self._reading += len(piece)
                 if len(data) > most:
-                    return too_large
+                    raise too_large
                 if self._reading > 8 * self.rules.max_body:
-                    return Trouble(429, "Too much is being sent at once; try again.", "busy", retry_after=2)
+                    raise Trouble(429, "Too much is being sent at once; try again.", "busy", retry_after=2)
                 if not message.get("more_body", False):
-                    kept = True
                     return bytes(data)
-        finally:
-            if not kept:
-                self._reading -= len(data)
+        except BaseException:
+            self._reading -= len(data)
+            raise
 
 
 CLOSE = (b"connection", b"close")  # else the body of what was refused would be read to its end

@@ -33,9 +33,6 @@ class EngineError(UniLIPError):
         super().__init__(message)
         self.retry_after = retry_after
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.retry_after)
-
 
 class QueueFull(EngineError):
     """Too much is waiting already; `retry_after` estimates when there will be room."""

@@ -78,8 +78,7 @@ SAID: dict[str, dict[str, str]] = read_table("unilip.serve", "problems.json")
 
 def validation(errors: Sequence[Mapping[str, Any]]) -> Trouble:
     """Turn pydantic's complaints into one: the first, and how many more there are. What was sent is not repeated."""
-    nothing: dict[str, Any] = {"loc": (), "msg": "the request is malformed", "type": "value_error"}
-    first: Mapping[str, Any] = errors[0] if errors else nothing
+    first = errors[0]
     parts = [
         str(part)
         for part in first["loc"]

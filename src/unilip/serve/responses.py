@@ -16,16 +16,13 @@ from unilip.serve.problems import dumps
 from unilip.serve.service import WAITING
 from unilip.serve.store import Store
 
-SAME = ("model", "temperature", "top_p", "seed", "steps", "guidance", "solver", "preset", "negative_prompt",
-        "deadline", "user", "stream", "metadata", "store", "service_tier", "safety_identifier",
-        "parallel_tool_calls")  # fmt: skip
 DRAWING = ("size", "quality", "output_format", "output_compression", "partial_images")
-MEANT = (*SAME, "input", "instructions", "tools", "tool_choice", "max_output_tokens", "previous_response_id", "text")
+OTHER = ("input", "instructions", "tools", "tool_choice", "max_output_tokens", "previous_response_id", "text")
 
 
 def read(fields: Mapping[str, Any], kept: Store) -> dict[str, Any]:
     """Return the chat completion that asks for the same. Raises UniLIPError: bad form, or an earlier one is gone."""
-    chat = {name: fields[name] for name in fields if name in SAME or name not in MEANT}
+    chat = {name: fields[name] for name in fields if name not in OTHER}
     given = fields.get("tools")
     tools = [tool for tool in given if isinstance(tool, dict)] if isinstance(given, list) else []
     drawing = next((tool for tool in tools if tool.get("type") == "image_generation"), None)

@@ -21,6 +21,7 @@ from unilip.shapes import Size
 MAX_COUNT = 10
 MAX_OUTPUT_SIDE = 2048
 MAX_MESSAGES = 100
+TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 
 B = TypeVar("B", bound="Body")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -120,7 +121,7 @@ class Adapting(Body):
 class Pictures(Adapting):
     """What requests share whose answers may be pictures."""
 
-    size: Annotated[Size | None, PlainValidator(size_of), WithJsonSchema({"type": ["string", "null"]})] = Field(
+    size: Annotated[Size | None, PlainValidator(size_of), WithJsonSchema(TEXT_OR_NULL)] = Field(
         None, description='Of the answer: "768x512", or "auto" (the model\'s own; the source\'s shape).'
     )
     image_size: int | None = Field(

@@ -40,7 +40,7 @@ class Ticket:
         self.prompt_tokens = 0
         self.total = total  # steps of all its pictures
         self._steps: Counter[int] = Counter()
-        self._made: dict[int, Unit] = {}
+        self._made: dict[int, tuple[Image.Image, int]] = {}  # pictures and their seeds
         self._past: list[Event] = []
         self._listeners: list[Callable[[Event], None]] = []
         self._result: Result | None = None
@@ -184,8 +184,6 @@ class Unit:
     squares: tuple[Image.Image, ...] = ()
     source_size: tuple[int, int] = (0, 0)
     text: str | Prompt = ""
-    output: Any = None
-    plan: str | None = None
     begin: float = 0.0  # on the engine's virtual clock
 
     @property
