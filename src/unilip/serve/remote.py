@@ -160,9 +160,9 @@ class RemoteEngine(Serving):
 
     def ahead(self, ticket: Ticket) -> int:
         with self._changed:
-            waits = ticket in self._open and ticket.started is None
-            before = itertools.takewhile(lambda one: one is not ticket, self._open) if waits else ()
-            return sum(self._open[one] for one in before)
+            if ticket not in self._open or ticket.started is not None:
+                return 0
+            return sum(self._open[one] for one in itertools.takewhile(lambda one: one is not ticket, self._open))
 
     def _take_in(self, units: Sequence[Unit]) -> None:
         ticket = units[0].ticket
@@ -223,4 +223,4 @@ class RemoteEngine(Serving):
         self._thread.join(10)
 
 
-PASSED = ("images", "seeds", "psnr", "text", "finish_reason", "completion_tokens")
+PASSED = ("images", "seeds", "plan", "psnr", "text", "finish_reason", "completion_tokens")

@@ -21,7 +21,7 @@ from unilip.shapes import Size
 MAX_COUNT = 10
 MAX_OUTPUT_SIDE = 2048
 MAX_MESSAGES = 100
-TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+TEXT_OR_NULL: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 
 B = TypeVar("B", bound="Body")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
