@@ -16,6 +16,7 @@ from unilip.serve.app import Settings, create_app
 from unilip.serve.conversation import Reader, read_conversation
 from unilip.serve.engine import Engine
 from unilip.serve.guard import Rules
+from unilip.serve.pictures import decode
 from unilip.serve.schema import Chat
 
 LOCAL = "http://localhost:8000"
@@ -399,7 +400,7 @@ def test_a_model_that_learned_no_long_conversations_hears_what_came_since_the_pi
     ):
         config = SimpleNamespace(sampling=SimpleNamespace(recall=recall))
         body = Chat(messages=messages, modalities=["text"])
-        reader = Reader(10**6, 10**6, False, None)
+        reader = Reader(SimpleNamespace(decode=decode), 10**6)
         wanted = read_conversation(body, reader, SimpleNamespace(config=config, verbs=("ask",)))
         assert [turn.text for turn in wanted.ask.history] == turns, (recall, messages)
         assert wanted.ask.question in ("What is this?", "What color is it?")

@@ -72,8 +72,7 @@ def routes(service: Service) -> APIRouter:
 async def start(service: Service, request: Request, body: schema.Chat, apart: bool = False) -> Talk:
     """Read a conversation, and queue what its last message wants."""
     settings, engine = service.settings, service.engine
-    limits = (settings.max_pixels, settings.rules.max_body, settings.allow_url_images)
-    reader = Reader(*limits, service.store, service.decode, service.fetch)
+    reader = Reader(service, settings.max_pixels)
     if settings.allow_url_images:
         await service.in_time(request, body, None, reader.prefetch, body)
     pool = service.decoders if has_pictures(body) else None

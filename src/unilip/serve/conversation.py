@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -19,12 +19,11 @@ from unilip.errors import ImageError, PromptError
 from unilip.intent import intent
 from unilip.sampling import check_prompt
 from unilip.serve.checks import Checker
-from unilip.serve.fetch import fetch
 from unilip.serve.guard import FILES
 from unilip.serve.jobs import Ask
-from unilip.serve.pictures import decode, from_data_url
+from unilip.serve.pictures import from_data_url
 from unilip.serve.schema import Chat, ChatMessage, Part
-from unilip.serve.store import Store
+from unilip.serve.service import Service
 
 MAX_PICTURES = 16
 _MARKDOWN = re.compile(r"!\[[^\[\]]{0,200}\]\((data:image/[a-z]{1,8};base64,[A-Za-z0-9+/=]+)\)")
@@ -43,12 +42,8 @@ _NOTES = re.compile("|".join(rf"\*{re.escape(note)}\*" for note in TAKEN.values(
 class Reader:
     """Turns addresses of pictures into pictures, within the limits of one request."""
 
+    service: Service
     max_pixels: int
-    max_bytes: int
-    allow_urls: bool
-    store: Store
-    decode: Callable[[bytes, int], Image.Image] = decode
-    fetch: Callable[[str, int], bytes] = fetch
     count: int = 0
     fetched: dict[str, bytes] = field(default_factory=dict)
 
@@ -63,7 +58,7 @@ class Reader:
         self.count += 1
         if self.count > MAX_PICTURES:
             raise ImageError(f"The conversation has more than {MAX_PICTURES} pictures; leave old ones out.")
-        image = self.decode(self._bytes(url), self.max_pixels)
+        image = self.service.decode(self._bytes(url), self.max_pixels)
         self.max_pixels -= image.width * image.height
         return image
 
@@ -75,13 +70,13 @@ class Reader:
         except ValueError as error:
             raise ImageError("The image URL is malformed; send the picture as a data URL.") from error
         if path.startswith(FILES):
-            found = self.store.get(path.removeprefix(FILES))
+            found = self.service.store.get(path.removeprefix(FILES))
             if found is not None:
                 return found[0]
-        if not self.allow_urls:
+        if not self.service.settings.allow_url_images:
             raise ImageError("This server fetches no pictures by address; send data URLs (data:image/png;base64,...).")
         if url not in self.fetched:
-            self.fetched[url] = self.fetch(url, self.max_bytes)
+            self.fetched[url] = self.service.fetch(url, self.service.settings.rules.max_body)
         return self.fetched[url]
 
 
