@@ -276,7 +276,7 @@ class Service:
         """Wait for all results; a client that leaves meanwhile cancels them."""
 
         async def follow() -> None:
-            async for _ in merged(tickets):
+            async for _ in merged(tickets, ends=True):
                 pass
 
         async def listen() -> None:
