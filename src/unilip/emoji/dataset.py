@@ -23,6 +23,9 @@ from unilip.emoji.render import render
 from unilip.emoji.world import SPLITS, TASKS, TRAINED, Scene, World, sample_scene
 
 
+DESCRIBED = 0.33  # share of the questions that ask for a caption
+
+
 def pixels(scene: Scene, atlas: Atlas, world: World) -> np.ndarray:
     """Return SCENE as a writable uint8 array (H, W, 3)."""
     return np.array(render(scene, atlas, world), dtype=np.uint8)
@@ -101,8 +104,11 @@ class Questions(_Items):
             scene = sample_scene(self.world, rng, rng.choice(TASKS), self.split, "understanding")
             found = questions(scene, rng, self.world, self.split)
             asked = [qa for qa in found if self.kinds is None or qa.kind in self.kinds]
+            captions = [qa for qa in asked if qa.kind == "caption"]
+            others = [qa for qa in asked if qa.kind != "caption"]
             if asked:
-                qa = rng.choice(asked)
+                described = captions and (not others or rng.random() < DESCRIBED)
+                qa = rng.choice(captions if described else others)
                 about = {"question": qa.question, "answer": qa.answer, "accepted": qa.accepted, "kind": qa.kind}
                 return {"image": self._pixels(scene), **about, "scene": scene}
         raise DataError(f"no scene can answer questions of the kinds {self.kinds}")
