@@ -22,7 +22,6 @@ from unilip.emoji.questions import questions
 from unilip.emoji.render import render
 from unilip.emoji.world import SPLITS, TASKS, TRAINED, Scene, World, sample_scene
 
-
 DESCRIBED = 0.33  # share of the questions that ask for a caption
 
 
