@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ class State:
         self,
         parameters: dict[str, nn.Parameter],
         heads: Mapping[str, nn.Module | None],
-        optimizers: list[torch.optim.Optimizer],
+        optimizers: Sequence[torch.optim.Optimizer],
         ema: EMA | None,
     ) -> None:
         self.parameters, self.optimizers, self.ema = parameters, optimizers, ema
