@@ -8,11 +8,11 @@ import sys
 import torch
 
 from unilip import UniLIP
-from unilip.demo import examples
+from unilip.demo import FOLDER, examples
 
 tokenizer = ("encoder", "latent_head", "pixel_decoder")  # no language model, no diffusion transformer
 model = UniLIP.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else None, parts=tokenizer)
-features = model.encode([picture.path for picture in examples().pictures[:2]])  # (2,N,D)
+features = model.encode([FOLDER / picture["file"] for picture in examples()["pictures"][:2]])  # (2,N,D)
 with torch.no_grad():
     first, second = model.to_latent(features)  # (Z,h,w) each
 for i, share in enumerate((0.0, 0.5, 1.0)):

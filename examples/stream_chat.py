@@ -6,10 +6,10 @@ python examples/stream_chat.py [MODEL]
 import sys
 
 from unilip import UniLIP
-from unilip.demo import examples
+from unilip.demo import FOLDER, examples
 
 model = UniLIP.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else None)
-picture = examples().pictures[0].path
+picture = FOLDER / examples()["pictures"][0]["file"]
 history = []
 for question in ("What is this?", "What color is the background?"):
     image = None if history else picture  # shown once, remembered by the history

@@ -121,7 +121,7 @@ def test_a_stream_tells_the_place_in_the_queue(tiny_model, monkeypatch):
     go = threading.Event()
     with Engine(tiny_model, max_batch=2) as engine:
         monkeypatch.setattr(engine, "_run", lambda batch, run=engine._run: (go.wait(30), run(batch)))
-        first = engine.submit(Generate("a star", 5, steps=1))
+        first = engine.submit(Generate("a star", count=5, steps=1))
         while engine.stats().running != 2:
             time.sleep(0.01)
         body = {"prompt": "a car", "steps": 2, "stream": True, "include_progress": True}

@@ -345,7 +345,7 @@ def test_cancel_by_button_and_key_keeps_the_words(visitor, served):
 def test_the_place_in_the_queue_is_told(visitor, served):
     from unilip.serve.jobs import Generate
 
-    tickets = [served[1].submit(Generate("a frog", 8, steps=40, image_size=side)) for side in (112, 224)]
+    tickets = [served[1].submit(Generate("a frog", count=8, steps=40, image_size=side)) for side in (112, 224)]
     visitor.say("draw a green cactus")
     visitor.one(".facts", "ahead")
     visitor.shoot("13-queue")

@@ -77,6 +77,10 @@ class Tokenizer:
         """Return the id of a token by its name, or None."""
         return self.vocabulary.get(name)
 
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        """Tokenize as transformers' tokenizers do, special tokens recognised."""
+        return {"input_ids": self.encode(text, special=True)}
+
     def encode(self, text: str, special: bool) -> list[int]:
         """Return the ids of a text; SPECIAL: `<img>` and its like mean the special tokens, as in a template."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

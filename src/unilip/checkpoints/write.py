@@ -109,7 +109,7 @@ def _write_folder(
 
 def parse_size(size: str | int) -> int:
     """Return bytes of "5GB", "200MB" or a number. Raises CheckpointError: not a size."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(KB|MB|GB|B)?\s*", str(size), re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*(KB|MB|GB|B)?\s*", str(size), re.IGNORECASE)
     units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     value = int(float(match[1]) * units[(match[2] or "B").upper()]) if match else 0
     if value <= 0:
