@@ -150,7 +150,7 @@ def check_cache(recipe: Recipe, model: UniLIP, objective: Objective) -> None:
     if moving := sorted(set(about["names"]) - set(cacheable(recipe, model, objective))):
         raise ConfigError(f"data.cache {folder} holds {', '.join(moving)}, which change while it trains. Make another.")
     now = digests(about["names"], model, objective)
-    if other := [name for name in now if now[name] != about["weights"].get(name)]:
+    if other := sorted(name for name in now if now[name] != about["weights"].get(name)):
         raise ConfigError(f"data.cache {folder} was made with other weights of {', '.join(other)}. Make a new one.")
 
 
