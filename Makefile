@@ -18,12 +18,13 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # PyTorch goes first and alone: whichever build of it the machine offers (CPU or CUDA) is then settled for the rest.
-# Nothing is compiled beforehand, since most of PyTorch is never imported.
+# Nothing is compiled beforehand but what a first import reads, since most of PyTorch is never imported.
 $(BASE): pyproject.toml constraints.txt
 	@echo "install: preparing $(VENV) with the pinned packages"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install --no-compile -c constraints.txt torch
 	@$(PIP) install --no-compile -c constraints.txt -e .
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c 'import unilip.demo, unilip.model'
 	@touch $@
 
 $(STAMP): $(BASE)
