@@ -148,7 +148,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are errors like all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise UniLIPError(f"{message.removeprefix("argument ").rstrip(".")}; see `{self.prog} --help`.")
+        raise UniLIPError(f"{message.removeprefix('argument ').rstrip('.')}; see `{self.prog} --help`.")
 
 
 def make_parser(name: str, verb: Verb) -> Parser:
