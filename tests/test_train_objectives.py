@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from unilip.errors import CheckpointError, ConfigError
 from unilip.fewstep import add_embedder, few_config
+from unilip.method.config import TOKEN_PIXELS
 from unilip.method.flow import flow_loss, interpolate, train_levels
 from unilip.method.text import Tokens
 from unilip.pictures import normalise
@@ -154,6 +155,24 @@ def test_few_step_loss_is_the_formula(fresh_model, share):
     assert bool((s > r).all()) and bool((r >= 0).all()) and float(h.max()) <= 0.01 + 1e-7
     kinds = {(seed + j) % 3 for seed in batch["seeds"] for j in range(3)}
     assert kinds == {0, 1, 2} and int(((s == 1) & (r == 0)).sum()) == 3
+
+
+@pytest.mark.parametrize("joint", [0, 1])
+def test_a_share_of_the_sources_is_drawn_by_the_model_first(fresh_model, joint):
+    model = fresh_model()
+    settings = ("data.edit_share=1", f"data.joint={joint}", "batch_size=3", "objective.redraw=0.5")
+    objective, batches = prepared("tiny/shapes", model, *settings, "data.shapes=")
+    batch = batches[0] | {"seeds": [1499, 1500, 4]}
+    plain = model.features(normalise(batch["sources"] / 255))
+    height = batch["sources"].shape[-2] // TOKEN_PIXELS
+    again = model.features(normalise(model.from_latent(model.to_latent(plain, height)).clamp(0, 1)))
+    each = 1 + joint
+    found = objective.source_features(batch)
+    for row in range(3 * each):
+        torch.testing.assert_close(found[row], (plain if row // each == 1 else again)[row], atol=1e-5, rtol=1e-4)
+    assert float((plain - again).abs().max()) > 1e-2
+    few = override(get_recipe("tiny/sft"), ["objective.redraw=0"])
+    assert "pixel_decoder" in needed_parts(objective.settings) and "pixel_decoder" not in needed_parts(few.objective)
 
 
 def test_jumps_of_a_path_are_the_ways_between_its_states(fresh_model, monkeypatch):

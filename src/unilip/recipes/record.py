@@ -133,10 +133,13 @@ class Flow:
     connector's output is to tell, through noise: what words say, and at each query what lies on its latent token; it
     rests with files. In the first `lesson_steps` nothing else is learned. `repa` weighs how much the middle of the
     diffusion transformer resembles the encoder's features of the clean target, in the first `repa_until` of the run.
+    A share `redraw` of the sources of edits is encoded and drawn by the model's own tokenizer first, so that it learns
+    to edit what it drew itself.
     """
 
     noises: int = 1
     drop_prompt: float = 0.1
+    redraw: float = 0.0
     target: str = "unilip"
     bind: float = 0.0
     lesson_steps: int = 0
@@ -145,7 +148,8 @@ class Flow:
 
     def __post_init__(self) -> None:
         lessons = self.lesson_steps and not self.bind
-        _check(self, "objective.", lesson_steps=lessons, repa=self.repa and self.target != "unilip")
+        other = self.target != "unilip"
+        _check(self, "objective.", lesson_steps=lessons, repa=self.repa and other, redraw=self.redraw and other)
 
 
 @dataclass(frozen=True)
@@ -303,7 +307,9 @@ class Recipe:
     def __post_init__(self) -> None:
         objective, data = self.objective, self.data
         flow, few = isinstance(objective, Flow), isinstance(objective, FewSteps)
-        bind, repa, target = (flow and getattr(objective, name) for name in ("bind", "repa", "target"))
+        bind, repa, redraw, target = (
+            flow and getattr(objective, name) for name in ("bind", "repa", "redraw", "target")
+        )
         reached = {prefix.split(".")[0] for prefix, factor in self.trains if factor > 0}
         _check(
             self,
@@ -315,6 +321,7 @@ class Recipe:
             reached=flow and not reached & {"connector", "dit", "mllm"},
             edit_share=data.edit_share and not flow,
             cached_repa=data.cache and repa,
+            cached_redraw=data.cache and redraw,
             averages=few and (not self.ema or self.weights_dtype != "float32"),
             few_dit=few and "dit" not in reached,
             decoder=isinstance(objective, Shrink) and reached != {"pixel_decoder"},

@@ -97,7 +97,7 @@ def needed_parts(objective: Understand | Reconstruct | Flow) -> tuple[str, ...]:
     if isinstance(objective, Reconstruct):
         return ("encoder", "latent_head", "pixel_decoder", *(("mllm",) if objective.contrastive else ()))
     own_latents = () if objective.target == "dcae" else ("latent_head",)
-    return ("encoder", *own_latents, "mllm", "connector", "dit")
+    return ("encoder", *own_latents, *(("pixel_decoder",) if objective.redraw else ()), "mllm", "connector", "dit")
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -409,7 +409,17 @@ class FlowObjective(Objective):
         """Return the frozen encoder's features (B,N,D) of the pictures to be edited, if this is a batch of edits."""
         if "features" in batch:
             return batch["features"].to(self.model.dtype)
-        return self.model.encoder(normalise(to_unit(batch["sources"]))) if "sources" in batch else None
+        if "sources" not in batch:
+            return None
+        features: Tensor = self.model.encoder(normalise(to_unit(batch["sources"])))
+        each = len(features) // len(batch["prompts"].input_ids)
+        redrawn = [i for i, seed in enumerate(batch.get("seeds", ())) if seed % 1000 < 1000 * self.settings.redraw]
+        if redrawn:
+            rows = torch.tensor([i * each + j for i in redrawn for j in range(each)], device=features.device)
+            height = batch["sources"].shape[-2] // TOKEN_PIXELS
+            drawn = self.model.from_latent(self.model.to_latent(features[rows], height)).clamp(0, 1)
+            features = features.index_copy(0, rows, self.model.encoder(normalise(drawn)))
+        return features
 
     def conditions(self, batch: Batch, features: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the condition (B,T+Q,C) of a batch whose sources have these features (B,N,D), and its mask (B,T+Q)."""
