@@ -51,8 +51,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def random_model(size: str, device: str, dtype: torch.dtype) -> UniLIP:
-    """Build a model of random weights, with a byte-level tokenizer that fits every size."""
+def random_model(size: str, device: str, dtype: torch.dtype, few_steps: bool = False) -> UniLIP:
+    """Build a model of random weights, with a byte-level tokenizer that fits every size; and few steps for `turbo`."""
     bytewise = Tokenizer(models.BPE())
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytewise.decoder = decoders.ByteLevel()
@@ -64,8 +64,9 @@ def random_model(size: str, device: str, dtype: torch.dtype) -> UniLIP:
     names = json.dumps({"pad_token": TEXT_END, "tokenizer_class": "PreTrainedTokenizerFast"})
     files = {"tokenizer.json": bytewise.to_str().encode(), "tokenizer_config.json": names.encode()}
     model = UniLIP.from_config(preset(size))
-    add_embedder(model.dit)  # for the preset turbo; it changes nothing else
-    model.config = model.config.replace(dit=dataclasses.replace(model.config.dit, few_steps=(4, 2, 1)))
+    if few_steps:
+        add_embedder(model.dit)
+        model.config = model.config.replace(dit=dataclasses.replace(model.config.dit, few_steps=(4, 2, 1)))
     model.processor = Processor(OurTokenizer(files), model.config)
     return model.to(device=device, dtype=dtype)
 
@@ -277,7 +278,7 @@ def main() -> None:
     )
     results = []
     for size in o.sizes:
-        model = random_model(size, o.device, dtype)
+        model = random_model(size, o.device, dtype, few_steps=True)
         reference = Reference(model)
         for task in o.tasks:
             for count in o.batches:

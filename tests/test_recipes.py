@@ -19,6 +19,7 @@ from unilip.recipes.record import (
     Optim,
     Recipe,
     Reconstruct,
+    Shrink,
     Understand,
     changed_settings,
     leaves,
@@ -276,12 +277,21 @@ def test_records_check_themselves():
         lambda: Flow(target="vae"),
         lambda: Flow(noises=0),
         lambda: Flow(drop_prompt=1.5),
+        lambda: Reconstruct(augment=1.5),
+        lambda: Reconstruct(augment=0.5, contrastive=1),
+        lambda: Shrink(augment=0.5),
+        lambda: override(
+            get_recipe("tiny/recon"), ["objective.augment=0.5", "data.source=files", "data.path=x", "data.cache=y"]
+        ),
         lambda: Data(edit_share=-0.1),
         lambda: Data(source="files", path="x", edits="add"),
         lambda: Optim(lr=math.inf),
     ):
         with pytest.raises(ConfigError):
             wrong()
+    with pytest.raises(ConfigError, match="features a cache holds"):
+        cached = ["objective.augment=0.5", "data.source=files", "data.path=x", "data.cache=y"]
+        override(get_recipe("tiny/recon"), cached)
 
 
 @pytest.mark.parametrize("init", ["encoder", "encoder=", "enkoder=x", "all,encoder=x", "encoder,teacher=x"])

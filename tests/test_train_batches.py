@@ -1,6 +1,7 @@
 """Batches: the same for any number of workers, a function of seed and sample, labels where answers are."""
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import signal
@@ -125,6 +126,20 @@ def test_workers_change_nothing(name, tiny_model):
     assert len(alone) == len(workers) == 4
     assert all(same(a, b) for a, b in zip(alone, workers, strict=True))
     assert not same(alone[0], alone[1])
+
+
+def test_a_share_of_the_pictures_is_turned_and_exchanges_its_colours(tiny_model):
+    plain, varied, again = (
+        opened("tiny/recon", tiny_model, f"objective.augment={share}", "batch_size=40")[0]["images"]
+        for share in (0, 0.5, 0.5)
+    )
+    assert torch.equal(varied, again)
+    changed = [not torch.equal(a, b) for a, b in zip(plain, varied, strict=True)]
+    assert 10 < sum(changed) < 30
+    for a, b in zip(plain, varied, strict=True):
+        assert torch.equal(a.flatten().sort().values, b.flatten().sort().values), "the same numbers, in other places"
+        turned = [torch.rot90(x, k, (1, 2)) for x in (b, b.flip(2)) for k in range(4)]
+        assert any(torch.equal(a, t[list(order)]) for t in turned for order in itertools.permutations(range(3)))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")

@@ -50,7 +50,8 @@ def processor() -> str:
     found: dict[str, str] = {}
     for key, _, value in lines:
         found.setdefault(key.strip(), value.strip())
-    traits = "; ".join(found.get(key, "") for key in TRAITS)
+    limits = (os.environ.get(name, "") for name in ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"))
+    traits = "; ".join((*(found.get(key, "") for key in TRAITS), *filter(None, limits)))
     name = found.get("model name") or platform.machine()
     return f"{name} ({hashlib.blake2b(traits.encode(), digest_size=4).hexdigest()})"
 

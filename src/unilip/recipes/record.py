@@ -96,7 +96,8 @@ class Reconstruct:
 
     Contrast with captions, read by a language model that `init` names, can stand in for distillation (an ablation). The
     GAN, and its discriminator's learning rate, begin at step `gan_start`. The original is the encoder that the stage
-    starts from, unless `init` names a "teacher".
+    starts from, unless `init` names a "teacher". Data augmentation: a share `augment` of the pictures is turned and
+    mirrored, and its colour channels are exchanged.
     """
 
     pixel: float = 1.0
@@ -107,9 +108,10 @@ class Reconstruct:
     gan_start: int = 0
     lecam: float = 0.001
     perceptual_source: str = "teacher"
+    augment: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self, "objective.")
+        _check(self, "objective.", augment=self.augment and self.contrastive)
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Shrink(Reconstruct):
     states: float = 0.1
 
     def __post_init__(self) -> None:
-        _check(self, "objective.", smaller=self.distill or self.contrastive or self.gan)
+        _check(self, "objective.", smaller=self.distill or self.contrastive or self.gan or self.augment)
 
 
 @dataclass(frozen=True)
@@ -322,6 +324,7 @@ class Recipe:
             edit_share=data.edit_share and not flow,
             cached_repa=data.cache and repa,
             cached_redraw=data.cache and redraw,
+            cached_augment=data.cache and getattr(objective, "augment", 0),
             averages=few and (not self.ema or self.weights_dtype != "float32"),
             few_dit=few and "dit" not in reached,
             decoder=isinstance(objective, Shrink) and reached != {"pixel_decoder"},

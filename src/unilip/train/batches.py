@@ -201,7 +201,15 @@ class Batches(Dataset[dict[str, Any]]):
         if objective.contrastive:
             items = [self.caption_item(i) for i in samples]
             return stacked("images", [image for image, _ in items]) | self.contrast([text for _, text in items])
-        return stacked("images", [self.image_item(i) for i in samples])
+        return stacked("images", [self.varied(self.image_item(i), i, objective.augment) for i in samples])
+
+    def varied(self, image: Any, sample: int, share: float) -> Any:
+        """A picture (H,W,3); of a SHARE of them what it gives turned and mirrored, its colour channels exchanged."""
+        rng = generator("augment", self.recipe.seed, sample)
+        if rng.random() >= share:
+            return image
+        image = np.rot90(image, rng.randrange(4) if image.shape[0] == image.shape[1] else 2 * rng.randrange(2))
+        return (image if rng.random() < 0.5 else image[:, ::-1])[..., rng.sample(range(3), 3)]
 
     def is_edit(self, step: int) -> bool:
         return generator("task", self.recipe.seed, step).random() < self.recipe.data.edit_share
