@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import secrets
 import time
@@ -20,10 +19,7 @@ from unilip.serve.describe import json_body
 from unilip.serve.jobs import Generate, Job, Result
 from unilip.serve.pictures import FORMATS
 from unilip.serve.problems import JSON, dumps
-from unilip.serve.service import KEEP_ALIVE_SECONDS, WAITING, Service, events
-from unilip.serve.tickets import Ticket, merged
-
-MARKDOWN = "![{}]({})"
+from unilip.serve.service import KEEP_ALIVE_SECONDS, WAITING, Service, Work
 
 
 def routes(service: Service) -> APIRouter:
@@ -51,8 +47,8 @@ def routes(service: Service) -> APIRouter:
             body._ignored += ("partial_images",)
         talk = await start(service, request, body)
         if body.stream:
-            return events(talk.chunks(), talk.tickets, done="[DONE]")
-        return JSON(await run_in_threadpool(talk.whole, await service.finished(request, talk.tickets)))
+            return talk.events(talk.chunks(), "data: [DONE]\n\n")
+        return JSON(await run_in_threadpool(talk.whole, await talk.finished()))
 
     @router.post("/responses")
     async def respond(request: Request) -> Response:
@@ -63,20 +59,20 @@ def routes(service: Service) -> APIRouter:
         talk = await start(service, request, body, apart=True)
         answer = responses.Answer(fields, ours, service.conversations, service.named(body))
         if body.stream:
-            return events(answer.events(talk.pieces(), talk.drawn), talk.tickets)
-        return JSON(answer.finish(await run_in_threadpool(talk.whole, await service.finished(request, talk.tickets))))
+            return talk.events(answer.events(talk.pieces(), talk.drawn))
+        return JSON(answer.finish(await run_in_threadpool(talk.whole, await talk.finished())))
 
     return router
 
 
 async def start(service: Service, request: Request, body: schema.Chat, apart: bool = False) -> Talk:
     """Read a conversation, and queue what its last message wants."""
-    settings, engine = service.settings, service.engine
+    talk, settings, engine = Talk(service, request, body, apart), service.settings, service.engine
     reader = Reader(service, settings.max_pixels)
     if settings.allow_url_images:
-        await service.in_time(request, body, None, reader.prefetch, body)
+        await talk.in_time(None, reader.prefetch, body)
     pool = service.decoders if has_pictures(body) else None
-    found = await service.in_time(request, body, pool, read_conversation, body, reader, engine.checker, settings.chat)
+    found = await talk.in_time(pool, read_conversation, body, reader, engine.checker, settings.chat)
     common = service.drawing(body)
     if found.verb == "generate":
         jobs: list[Job] = [Generate(found.text, **common)]
@@ -85,14 +81,19 @@ async def start(service: Service, request: Request, body: schema.Chat, apart: bo
     else:
         most = min(body.max_completion_tokens or body.max_tokens or 128, engine.limits.new_tokens)
         jobs = [dataclasses.replace(found.ask, lower=True, max_new_tokens=most, adapters=common["adapters"])]
-    return Talk(service, body, await service.submit(request, body, jobs), found.text, apart)
+    talk.text = found.text
+    await talk.submit(jobs)
+    return talk
 
 
-class Talk:
+class Talk(Work):
     """One answer of a conversation, whole or in pieces; where pictures are `apart`, they are never Markdown."""
 
-    def __init__(self, service: Service, body: schema.Chat, tickets: Sequence[Ticket], text: str, apart: bool) -> None:
-        self.service, self.body, self.tickets, self.text = service, body, tickets, text
+    body: schema.Chat
+    text = ""
+
+    def __init__(self, service: Service, request: Request, body: schema.Chat, apart: bool) -> None:
+        super().__init__(service, request, body)
         self.apart = apart or "image" in (body.modalities or ())  # who asks for pictures knows the field
         self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -112,13 +113,12 @@ class Talk:
     def pictures(self, results: Sequence[Result]) -> dict[str, Any]:
         """The content of an answer with pictures: Markdown for those who show text, parts for those who know them."""
         media = FORMATS[self.body.output_format]
-        entries = self.service.picture_data(self.tickets, results, self.body)
-        urls = [f"data:{media};base64,{entry['b64_json']}" for entry in entries]
+        urls = [f"data:{media};base64,{entry['b64_json']}" for entry in self.picture_data(results)]
         if self.apart:
             return {"content": "", "images": [{"type": "image_url", "image_url": {"url": url}} for url in urls]}
         label = " ".join(self.text.split())[:80].translate(str.maketrans("[]()!", "     "))
         note = f"*{TAKEN[self.tickets[0].verb]}*\n\n" if self.by_words else ""
-        return {"content": note + "\n".join(MARKDOWN.format(label, url) for url in urls)}
+        return {"content": note + "\n".join(f"![{label}]({url})" for url in urls)}
 
     def about(self, results: Sequence[Result]) -> dict[str, Any]:
         """What was done: an addition to OpenAI's fields."""
@@ -130,13 +130,13 @@ class Talk:
         if self.json and as_json(results[0].text)[1]:
             cut = ", cut at max_tokens" if results[0].finish_reason == "length" else ""
             found["wrapped"] = f"The model wrote no JSON object; its words{cut} are the field `answer` of one."
-        return found | self.service.notes(self.body, [ticket.job for ticket in self.tickets])
+        return found | self.notes()
 
     def usage(self, results: Sequence[Result]) -> dict[str, Any]:
         read = sum(result.prompt_tokens for result in results)
         made = sum(result.completion_tokens for result in results)
         if self.drawn:
-            made = self.service.picture_usage(self.tickets, results)["output_tokens"]
+            made = self.picture_usage(results)["output_tokens"]
         return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 
     def whole(self, results: Sequence[Result]) -> dict[str, Any]:
@@ -153,28 +153,18 @@ class Talk:
         return {**self.head("chat.completion"), **more}
 
     async def pieces(self) -> AsyncGenerator[tuple[str, Any], None]:
-        """Yield kinds and values: "waiting"; "step", those done of all; "text", a piece; "partial", fields of a picture
-        on the way; at last "end", the whole answer.
-        """
-        steps = [0] * len(self.tickets)
+        """Yield kinds and values as `told` does, the text up to a stop; at last "end", the whole answer."""
         text, sent, stopped = "", 0, False
         hold = max((len(stop) - 1 for stop in self.stops), default=0)  # this much may be the beginning of a stop
-        async for number, event in merged(self.tickets, KEEP_ALIVE_SECONDS):
-            if event is None:
-                yield "waiting", None
-            elif event.kind == "step":
-                steps[number] = event.step
-                yield "step", {"step": sum(steps), "steps": sum(ticket.total for ticket in self.tickets)}
-            elif event.kind == "text" and not stopped and not self.json:
-                text, stopped = _cut(text + event.text, self.stops)
+        async for kind, value in self.told(KEEP_ALIVE_SECONDS):
+            if kind != "text":
+                yield kind, value
+            elif not (stopped or self.json):
+                text, stopped = _cut(text + value, self.stops)
                 ready = len(text) if stopped else max(sent, len(text) - hold)
                 if ready > sent:
                     yield "text", text[sent:ready]
                     sent = ready
-            elif event.kind == "partial" and event.image is not None:
-                shown, _ = await run_in_threadpool(self.service.encoded, event.image, self.body, number)
-                data = base64.b64encode(shown).decode()
-                yield "partial", {"partial_image_b64": data, "partial_image_index": event.number}
         said = await run_in_threadpool(self.whole, [ticket.result(0) for ticket in self.tickets])
         rest = said["choices"][0]["message"]["content"] if self.json else text[sent:]
         if rest and not self.drawn:

@@ -5,7 +5,6 @@ In:  JSON with a prompt, or forms with files. Out: pictures in base64, or addres
 
 from __future__ import annotations
 
-import base64
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -22,8 +21,7 @@ from unilip.serve.guard import FILES
 from unilip.serve.jobs import Generate, Job, Reconstruct
 from unilip.serve.pictures import decode_mask, outside_kept
 from unilip.serve.problems import JSON, Trouble, dumps
-from unilip.serve.service import KEEP_ALIVE_SECONDS, MAX_FILES, WAITING, After, Service, events
-from unilip.serve.tickets import Ticket, merged
+from unilip.serve.service import KEEP_ALIVE_SECONDS, MAX_FILES, WAITING, After, Service, Work
 
 QUEUE_SECONDS = 0.5  # between two words on the place in the queue, where progress is asked for
 ANSWER: dict[int | str, dict[str, Any]] = {
@@ -41,7 +39,7 @@ def routes(service: Service) -> APIRouter:
         """Draw pictures of a prompt."""
         body = await service.read(request, schema.Generations)
         job = Generate(body.prompt, count=body.n or 1, plan=body.plan, best_of=body.best_of, **service.drawing(body))
-        return await answer(service, request, body, [job], "image_generation")
+        return await answer(Work(service, request, body), [job], "image_generation")
 
     @router.post("/variations", responses=ANSWER, openapi_extra=form_body(schema.Variations, IMAGE))
     @router.post("/edits", responses=ANSWER, openapi_extra=form_body(schema.Edits, IMAGE | {"mask": 1}))
@@ -50,25 +48,22 @@ def routes(service: Service) -> APIRouter:
         kind = schema.Variations if request.url.path.endswith("variations") else schema.Edits
         fields, files = await service.form(request, "image", "image[]", "mask")
         body = service.parse(kind, fields)
-        sources = [data for name, data in files if name != "mask"]
-        masks = [data for name, data in files if name == "mask"]
         if body.joint is not None:
-            check_joint(body.joint, len(sources))
-        images, after = await service.in_time(request, body, service.decoders, decoded, service, sources, masks, body)
+            check_joint(body.joint, sum(name != "mask" for name, _ in files))
+        work = Work(service, request, body)
+        images, work.after = await work.in_time(service.decoders, decoded, service, files, body)
         common = service.drawing(body) | {"count": body.n or 1, "fit": body.fit, "keep_aspect": body.keeps_aspect}
-        jobs = service.edits(images, body.prompt, body.joint, common)
-        return await answer(service, request, body, jobs, "image_edit", after)
+        return await answer(work, service.edits(images, body.prompt, body.joint, common), "image_edit")
 
     @router.post("/reconstructions", responses=ANSWER, openapi_extra=form_body(schema.Reconstructions, IMAGE))
     async def reconstructions(request: Request) -> Response:
         """Encode pictures and draw them again, with the PSNR of each in dB."""
         fields, files = await service.form(request, "image", "image[]")
         body = service.parse(schema.Reconstructions, fields)
-        sources = [data for _, data in files]
-        images, _ = await service.in_time(request, body, service.decoders, decoded, service, sources, [], body)
+        work = Work(service, request, body)
+        images, _ = await work.in_time(service.decoders, decoded, service, files, body)
         more = (body.size, body.image_size, body.fit, body.keep_aspect, service.strengths(body))
-        jobs = [Reconstruct(image, *more) for image in images]
-        return await answer(service, request, body, jobs, "image_reconstruction")
+        return await answer(work, [Reconstruct(image, *more) for image in images], "image_reconstruction")
 
     @router.get(FILES.removeprefix(router.prefix) + "{name}", responses={200: {"content": {"image/png": {}}}})
     async def file(name: str) -> Response:
@@ -83,22 +78,23 @@ def routes(service: Service) -> APIRouter:
 
 
 def decoded(
-    service: Service, files: Sequence[bytes], masks: Sequence[bytes], body: schema.Edits | schema.Reconstructions
+    service: Service, files: Sequence[tuple[str, bytes]], body: schema.Edits | schema.Reconstructions
 ) -> tuple[list[Image.Image], After | None]:
     """Decode the pictures of one request, and what keeps the outside of a mask."""
-    if len(files) > MAX_FILES:
-        raise Trouble(400, f"{len(files)} pictures were sent; at most {MAX_FILES}.", "too_many", "image")
-    if masks:
-        text = ""
-        if len(masks) > 1:
-            text = "More than one mask was sent; send one."
-        elif body.fit == "crop":
-            text = 'A mask cannot be kept when fit is "crop", which cuts the picture; use "resize" or "pad".'
-        elif len(files) > 1 and not service.together(getattr(body, "joint", False), len(files)):
-            text = "A mask belongs to one picture, but each of several is changed here; send one, or joint=true."
-        if text:
-            raise Trouble(400, text, "invalid_mask", "fit" if body.fit == "crop" else "mask")
-    images, left = service.decode_all(files)
+    sources = [data for name, data in files if name != "mask"]
+    masks = [data for name, data in files if name == "mask"]
+    if len(sources) > MAX_FILES:
+        raise Trouble(400, f"{len(sources)} pictures were sent; at most {MAX_FILES}.", "too_many", "image")
+    text = ""
+    if len(masks) > 1:
+        text = "More than one mask was sent; send one."
+    elif masks and body.fit == "crop":
+        text = 'A mask cannot be kept when fit is "crop", which cuts the picture; use "resize" or "pad".'
+    elif masks and len(sources) > 1 and not service.together(getattr(body, "joint", False), len(sources)):
+        text = "A mask belongs to one picture, but each of several is changed here; send one, or joint=true."
+    if text:
+        raise Trouble(400, text, "invalid_mask", "fit" if body.fit == "crop" else "mask")
+    images, left = service.decode_all(sources)
     if not masks:
         return images, None
     mask, source = service.decode(masks[0], left, decode_mask), images[0]
@@ -108,41 +104,28 @@ def decoded(
     return images, lambda job, result: outside_kept(result, source, mask, body.fit)
 
 
-async def answer(
-    service: Service,
-    request: Request,
-    body: schema.Images | schema.Reconstructions,
-    jobs: Sequence[Job],
-    kind: str,
-    after: After | None = None,
-) -> Response:
+async def answer(work: Work, jobs: Sequence[Job], kind: str) -> Response:
     """Answer with the pictures of some jobs: JSON, or a stream of events."""
-    tickets = await service.submit(request, body, jobs)
-    notes = service.notes(body, jobs)
+    await work.submit(jobs)
+    notes = work.notes()
     extra = {"unilip": notes} if notes else {}
-    if isinstance(body, schema.Images) and body.stream:
-        return events(picture_events(service, tickets, body, kind, after, extra), tickets)
-    results = await service.finished(request, tickets)
-    base = str(request.base_url).rstrip("/")
-    data = await run_in_threadpool(service.picture_data, tickets, results, body, after, base)
+    if isinstance(work.body, schema.Images) and work.body.stream:
+        return work.events(picture_events(work, work.body, kind, extra))
+    results = await work.finished()
+    data = await run_in_threadpool(work.picture_data, results)
     return JSON({
         "created": int(time.time()),
-        "model": service.named(body),
+        "model": work.service.named(work.body),
         "data": data,
-        "output_format": body.output_format,
+        "output_format": work.body.output_format,
         "size": data[0]["size"],
-        "usage": service.picture_usage(tickets, results),
+        "usage": work.picture_usage(results),
         **extra,
     })  # fmt: skip
 
 
 async def picture_events(
-    service: Service,
-    tickets: Sequence[Ticket],
-    body: schema.Images,
-    kind: str,
-    after: After | None,
-    extra: dict[str, Any],
+    work: Work, body: schema.Images, kind: str, extra: dict[str, Any]
 ) -> AsyncGenerator[str, None]:
     """Yield the place in the queue and progress, then a completed event for each picture."""
 
@@ -157,19 +140,15 @@ async def picture_events(
             "quality": quality,
         }  # fmt: skip
 
-    steps = [0] * len(tickets)
-    async for number, event in merged(tickets, QUEUE_SECONDS if body.include_progress else KEEP_ALIVE_SECONDS):
-        if event is None:
-            ahead = service.engine.ahead(tickets[0]) if body.include_progress else 0
+    async for told, value in work.told(QUEUE_SECONDS if body.include_progress else KEEP_ALIVE_SECONDS):
+        if told == "waiting":
+            ahead = work.service.engine.ahead(work.tickets[0]) if body.include_progress else 0
             yield event_of("queued", ahead=ahead) if ahead else WAITING
-        elif event.kind == "step" and body.include_progress:
-            steps[number] = event.step
-            yield event_of("progress", step=sum(steps), steps=sum(ticket.total for ticket in tickets))
-        elif event.kind == "partial" and event.image is not None:
-            shown, size = await run_in_threadpool(service.encoded, event.image, body, number, after)
-            data = base64.b64encode(shown).decode()
-            yield event_of("partial_image", b64_json=data, partial_image_index=event.number, size=size, **said())
-    results = [ticket.result(0) for ticket in tickets]
-    usage = service.picture_usage(tickets, results)
-    for entry in await run_in_threadpool(service.picture_data, tickets, results, body, after):
+        elif told == "step" and body.include_progress:
+            yield event_of("progress", **value)
+        elif told == "partial":
+            yield event_of("partial_image", **value, **said())
+    results = [ticket.result(0) for ticket in work.tickets]
+    usage = work.picture_usage(results)
+    for entry in await run_in_threadpool(work.picture_data, results):
         yield event_of("completed", **entry, **said(), usage=usage, **extra)

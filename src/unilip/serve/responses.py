@@ -145,7 +145,8 @@ class Answer:
             yield self.event("content_part.added", **inside, part=text("")["content"][0])
         async for kind, value in pieces:
             if kind == "partial":
-                yield self.event("image_generation_call.partial_image", **where, **value)
+                shown = {"partial_image_b64": value["b64_json"], "partial_image_index": value["partial_image_index"]}
+                yield self.event("image_generation_call.partial_image", **where, **shown)
             elif kind == "waiting":
                 yield WAITING
             elif kind == "text":

@@ -172,22 +172,6 @@ class Service:
             raise Trouble(400, "There is no picture; send it as the file `image`.", "invalid_form", "image")
         return fields, files
 
-    def left(self, request: Request, body: schema.Body) -> float | None:
-        """Seconds that a request still has: its own deadline or the server's, whichever is earlier."""
-        allowed = [seconds for seconds in (body.deadline, self.engine.deadline) if seconds is not None]
-        return max(0.001, min(allowed) - (time.monotonic() - request.scope[STARTED])) if allowed else None
-
-    async def in_time(
-        self, request: Request, body: schema.Body, pool: ThreadPoolExecutor | None, work: Callable[..., T], *given: Any
-    ) -> T:
-        """Run something in a thread, for as long as the request has time."""
-        context = contextvars.copy_context()
-        future = asyncio.get_running_loop().run_in_executor(pool, lambda: context.run(work, *given))
-        try:
-            return await asyncio.wait_for(future, self.left(request, body))
-        except asyncio.TimeoutError:
-            raise DeadlineExceeded("The request's time was over before its pictures were read.", 1.0) from None
-
     def decode(self, data: bytes, max_pixels: int, how: Callable[[bytes, int], Image.Image] = decode) -> Image.Image:
         """Decode a picture in one of the decoders' threads: memory is what a decoder needs most."""
         if self._pixels > IN_MEMORY * self.settings.max_pixels:
@@ -252,35 +236,63 @@ class Service:
             return [Edit(images[0], prompt, others=tuple(images[1:]), **common)]
         return [Edit(image, prompt, **common) for image in images]
 
-    async def submit(self, request: Request, body: schema.Body, jobs: Sequence[Job]) -> list[Ticket]:
+
+@dataclass
+class Work:
+    """One request at work: its fields, the tickets of its jobs, and what is done `after` with each of its pictures."""
+
+    service: Service
+    request: Request
+    body: schema.Pictures
+    tickets: list[Ticket] = field(default_factory=list)
+    after: After | None = None
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that the request still has: its own deadline or the server's, whichever is earlier."""
+        allowed = [one for one in (self.body.deadline, self.service.engine.deadline) if one is not None]
+        return max(0.001, min(allowed) - (time.monotonic() - self.request.scope[STARTED])) if allowed else None
+
+    async def in_time(self, pool: ThreadPoolExecutor | None, work: Callable[..., T], *given: Any) -> T:
+        """Run something in a thread, for as long as the request has time."""
+        context = contextvars.copy_context()
+        future = asyncio.get_running_loop().run_in_executor(pool, lambda: context.run(work, *given))
+        try:
+            return await asyncio.wait_for(future, self.left)
+        except asyncio.TimeoutError:
+            raise DeadlineExceeded("The request's time was over before its pictures were read.", 1.0) from None
+
+    async def submit(self, jobs: Sequence[Job]) -> None:
         """Queue all jobs, or none."""
-        most = max(self.engine.limits.count, MAX_FILES)
+        engine = self.service.engine
+        most = max(engine.limits.count, MAX_FILES)
         pictures = sum(getattr(job, "count", 1) for job in jobs)
         if pictures > most:
             raise Trouble(400, f"{pictures} pictures would be made; at most {most}.", "too_many", "n")
 
-        def queue() -> list[Ticket]:
-            tickets: list[Ticket] = []
+        def queue() -> None:
             try:
                 for job in jobs:
-                    tickets.append(self.engine.submit(job, deadline=self.left(request, body)))
+                    self.tickets.append(engine.submit(job, deadline=self.left))
             except UniLIPError:
-                for ticket in tickets:
-                    ticket.cancel()
+                self.cancel()
                 raise
-            return tickets
 
-        return await run_in_threadpool(queue)
+        await run_in_threadpool(queue)
 
-    async def finished(self, request: Request, tickets: Sequence[Ticket]) -> list[Result]:
+    def cancel(self) -> None:
+        for ticket in self.tickets:
+            ticket.cancel()
+
+    async def finished(self) -> list[Result]:
         """Wait for all results; a client that leaves meanwhile cancels them."""
 
         async def follow() -> None:
-            async for _ in merged(tickets, ends=True):
+            async for _ in merged(self.tickets, ends=True):
                 pass
 
         async def listen() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
+            while (await self.request.receive())["type"] != "http.disconnect":
                 pass
 
         work, gone = asyncio.ensure_future(follow()), asyncio.ensure_future(listen())
@@ -289,57 +301,83 @@ class Service:
             if not work.done():
                 raise Cancelled("The client left.")
             work.result()
-            return [ticket.result(0) for ticket in tickets]
+            return [ticket.result(0) for ticket in self.tickets]
         finally:
             work.cancel()
             gone.cancel()
-            for ticket in tickets:
-                ticket.cancel()
+            self.cancel()
 
-    # --- answering
+    async def told(self, patience: float) -> AsyncGenerator[tuple[str, Any], None]:
+        """Yield kinds and values as the jobs go on: "waiting", where nothing came for `patience` seconds; "step", those
+        done of all; "text", a piece; "partial", fields of a picture on the way.
+        """
+        steps = [0] * len(self.tickets)
+        async for number, event in merged(self.tickets, patience):
+            if event is None:
+                yield "waiting", None
+            elif event.kind == "step":
+                steps[number] = event.step
+                yield "step", {"step": sum(steps), "steps": sum(ticket.total for ticket in self.tickets)}
+            elif event.kind == "text":
+                yield "text", event.text
+            elif event.image is not None:
+                shown, size = await run_in_threadpool(self.encoded, event.image, number)
+                data = base64.b64encode(shown).decode()
+                yield "partial", {"b64_json": data, "partial_image_index": event.number, "size": size}
 
-    def notes(self, body: schema.Body, jobs: Sequence[Job]) -> dict[str, Any]:
+    def events(self, source: AsyncGenerator[str, None], done: str = "") -> StreamingResponse:
+        """Send server-sent events, at last `done`; an error on the way becomes the last event but that, and who stops
+        reading cancels the jobs.
+        """
+
+        async def body() -> AsyncGenerator[str, None]:
+            try:
+                async with aclosing(source):
+                    async for event in source:
+                        yield event
+            except Exception as error:
+                if not isinstance(error, UniLIPError):
+                    logger.exception("a stream failed")
+                yield f"data: {dumps(trouble(error).body)}\n\n"
+            finally:
+                self.cancel()
+            if done:
+                yield done
+
+        return StreamingResponse(body(), media_type="text/event-stream", headers=NOT_STORED)
+
+    # --- what is answered
+
+    def notes(self) -> dict[str, Any]:
         """What an answer says beside itself: fields that were ignored, unlearned words and edits."""
-        taught, warning = self.engine.config.sampling.joint, ""
-        if not taught and any(isinstance(job, Edit) and job.others for job in jobs):
-            warning = NOT_TAUGHT
-        elif not taught and len(jobs) > 1 and getattr(body, "joint", False) is None:
-            warning = APART
+        jobs, checker = [ticket.job for ticket in self.tickets], self.service.engine.checker
+        warning = ""
+        if not checker.config.sampling.joint:
+            if any(isinstance(job, Edit) and job.others for job in jobs):
+                warning = NOT_TAUGHT
+            elif len(jobs) > 1 and getattr(self.body, "joint", False) is None:
+                warning = APART
         texts = [job.question if isinstance(job, Ask) else getattr(job, "prompt", "") for job in jobs]
-        if isinstance(body, schema.Variations) and "prompt" not in body.model_fields_set:
+        if isinstance(self.body, schema.Variations) and "prompt" not in self.body.model_fields_set:
             texts = []  # the words are ours
-        unread = list(dict.fromkeys(word for text in texts for word in self.engine.checker.unread(text)))
-        found: tuple[tuple[str, Any], ...] = (("ignored", body.ignored), ("unread", unread), ("warning", warning))
-        return {name: value for name, value in found if value}
+        unread = list(dict.fromkeys(word for text in texts for word in checker.unread(text)))
+        found = {"ignored": self.body.ignored, "unread": unread, "warning": warning}
+        return {name: value for name, value in found.items() if value}
 
-    def encoded(
-        self,
-        image: Image.Image,
-        body: schema.Pictures,
-        number: int,
-        after: After | None = None,
-        about: Mapping[str, Any] | None = None,
-    ) -> tuple[bytes, str]:
+    def encoded(self, image: Image.Image, number: int, about: Mapping[str, Any] | None = None) -> tuple[bytes, str]:
         """Return the file of a picture of the ticket `number`, at the size that was asked for, and that size."""
-        shaped = image if after is None else after(number, image)
+        body, shaped = self.body, image if self.after is None else self.after(number, image)
         if body.size is not None:
-            shaped = sized(shaped, body.size, after is not None or bool(getattr(body, "keep_aspect", False)))
+            shaped = sized(shaped, body.size, self.after is not None or bool(getattr(body, "keep_aspect", False)))
         quality = 95 if body.output_compression is None else body.output_compression
         return encode(shaped, body.output_format, quality, about), f"{shaped.width}x{shaped.height}"
 
-    def picture_data(
-        self,
-        tickets: Sequence[Ticket],
-        results: Sequence[Result],
-        body: schema.Pictures,
-        after: After | None = None,
-        base: str = "",
-    ) -> list[dict[str, Any]]:
-        """Encode all pictures of some results; `base`: of their addresses, where they are asked for as such."""
-        data = []
-        for number, (ticket, result) in enumerate(zip(tickets, results, strict=True)):
+    def picture_data(self, results: Sequence[Result]) -> list[dict[str, Any]]:
+        """Encode all pictures of some results, in base64 or kept under an address."""
+        service, data = self.service, []
+        for number, (ticket, result) in enumerate(zip(self.tickets, results, strict=True)):
             for i, image in enumerate(result.images):
-                about: dict[str, Any] = {"model": self.settings.model_name, "verb": ticket.verb}
+                about: dict[str, Any] = {"model": service.settings.model_name, "verb": ticket.verb}
                 if adapters := result.settings.get("adapters"):
                     about["adapters"] = json.dumps(adapters)
                 entry: dict[str, Any] = {}
@@ -351,20 +389,19 @@ class Service:
                     entry["plan"] = about["plan"] = result.plan
                 if result.psnr:
                     entry["psnr"] = round(result.psnr[i], 3) if math.isfinite(result.psnr[i]) else None
-                noted = about if self.settings.metadata else None
-                encoded, entry["size"] = self.encoded(image, body, number, after, noted)
-                if getattr(body, "response_format", "b64_json") == "url":
-                    name = self.store.put(encoded, FORMATS[body.output_format])
-                    entry["url"] = f"{base}{FILES}{name}"
+                encoded, entry["size"] = self.encoded(image, number, about if service.settings.metadata else None)
+                if getattr(self.body, "response_format", "b64_json") == "url":
+                    name = service.store.put(encoded, FORMATS[self.body.output_format])
+                    entry["url"] = f"{str(self.request.base_url).rstrip('/')}{FILES}{name}"
                 else:
                     entry["b64_json"] = base64.b64encode(encoded).decode()
                 data.append(entry)
         return data
 
-    def picture_usage(self, tickets: Sequence[Ticket], results: Sequence[Result]) -> dict[str, Any]:
+    def picture_usage(self, results: Sequence[Result]) -> dict[str, Any]:
         """Count tokens as OpenAI does: what was read, and the latent cells that were drawn."""
         grid = read = looked = 0
-        for ticket, result in zip(tickets, results, strict=True):
+        for ticket, result in zip(self.tickets, results, strict=True):
             own = cells((result.settings["width"], result.settings["height"]))
             grid += own * len(result.images)
             seen = 0 if ticket.verb == "generate" else own
@@ -376,24 +413,3 @@ class Service:
             "total_tokens": read + grid,
             "input_tokens_details": {"text_tokens": read - looked, "image_tokens": looked},
         }
-
-
-def events(source: AsyncGenerator[str, None], tickets: Sequence[Ticket], done: str | None = None) -> StreamingResponse:
-    """Send server-sent events; an error on the way becomes the last event, and who stops reading cancels the jobs."""
-
-    async def body() -> AsyncGenerator[str, None]:
-        try:
-            async with aclosing(source):
-                async for event in source:
-                    yield event
-        except Exception as error:
-            if not isinstance(error, UniLIPError):
-                logger.exception("a stream failed")
-            yield f"data: {dumps(trouble(error).body)}\n\n"
-        finally:
-            for ticket in tickets:
-                ticket.cancel()
-        if done is not None:
-            yield f"data: {done}\n\n"
-
-    return StreamingResponse(body(), media_type="text/event-stream", headers=NOT_STORED)
