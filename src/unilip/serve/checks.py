@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import os
 import secrets
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from PIL import Image
 
@@ -98,127 +97,112 @@ class Checker:
             check_number(f"The strength of {name}", scale, -LARGEST)
         acting = {name: float(scale) for name, scale in job.adapters if scale}
         job = dataclasses.replace(job, adapters=tuple(sorted(acting.items())))
-        units = self._units(job, verb, deadline)
+        ticket = Ticket(verb, job, 1, deadline)
+        if isinstance(job, Reconstruct):
+            units = self._picture(ticket, job, 0)
+        elif self._processor is None:
+            raise UniLIPError("This model has no tokenizer; put the tokenizer files beside the checkpoint.")
+        else:
+            count = 1 if isinstance(job, Ask) else check_number("count", job.count, 1, self.limits.count, whole=True)
+            seed = secrets.randbelow(2**31) if job.seed is None else job.seed
+            check_number("seed", seed, 0, MAX_SEED - count, whole=True)
+            units = self._answer(ticket, job, seed) if isinstance(job, Ask) else self._picture(ticket, job, seed)
         for unit in units:
             unit.key = (*unit.key, job.adapters)
         if job.adapters:
-            units[0].ticket.settings["adapters"] = dict(job.adapters)
+            ticket.settings["adapters"] = dict(job.adapters)
         return units
 
-    def _units(self, job: Job, verb: str, deadline: float | None) -> list[Unit]:
-        seed = 0
-        if not isinstance(job, Reconstruct):
-            count = 1 if isinstance(job, Ask) else job.count
-            if not 1 <= count <= self.limits.count:
-                raise UniLIPError(f"{count} pictures were asked for; between 1 and {self.limits.count} are drawn.")
-            seed = secrets.randbelow(2**31) if job.seed is None else job.seed
-            if not 0 <= seed <= MAX_SEED - count:
-                raise UniLIPError(f"The seed is {seed}; it must be at least 0 and below 2**63 - {count}.")
-        if isinstance(job, Ask):
-            return self._prepare_ask(job, seed, deadline)
-        side = self._check_side(job.image_size)
-        source = None if isinstance(job, Generate) else load_image(job.image)
-        own = source.size if source is not None and getattr(job, "fit", None) == "resize" else (side, side)
-        size = shapes.like(job.size or own, side**2)
-        if isinstance(job, Reconstruct):
-            assert source is not None
-            ticket = Ticket(verb, job, 1, deadline)
-            ticket.settings = {"width": size[0], "height": size[1], "fit": job.fit}
-            return [Unit(ticket, (verb, size), 0, 0, (fit_picture(source, size, job.fit),), source.size)]
-        return self._prepare_drawing(job, verb, source, size, seed, deadline)
+    def _picture(self, ticket: Ticket, job: Generate | Edit | Reconstruct, seed: int) -> list[Unit]:
+        side = most = self.config.image_size
+        if job.image_size is not None:
+            side, most = job.image_size, self.limits.image_size or most
+            if not TOKEN_PIXELS <= side <= most or side % TOKEN_PIXELS:
+                raise UniLIPError(f"image_size is {side}; it must be a multiple of {TOKEN_PIXELS} up to {most}.")
 
-    def _prepare_drawing(
-        self, job: Generate | Edit, verb: str, source: Image.Image | None, size: Size, seed: int,
-        deadline: float | None,
-    ) -> list[Unit]:  # fmt: skip
-        given: dict[str, Any] = {
-            "num_inference_steps": job.steps,
-            "guidance_scale": job.guidance_scale,
-            "solver": job.solver,
-        }
+        def own(source: Image.Image, side: int) -> Size:
+            return shapes.like(source.size if getattr(job, "fit", "") == "resize" else (side, side), side**2)
+
+        if isinstance(job, Generate):
+            return self._drawing(ticket, job, [], [shapes.like(job.size or (side, side), side**2)], seed)
+        source = load_image(job.image)
+        size = shapes.like(job.size, side**2) if job.size else own(source, side)
+        if isinstance(job, Edit):
+            beside = [load_image(image) for image in job.others]
+            sizes = [size, *(own(one, self.config.image_size) for one in beside)]
+            return self._drawing(ticket, job, [source, *beside], sizes, seed)
+        ticket.settings = {"width": size[0], "height": size[1], "fit": job.fit}
+        return [Unit(ticket, (ticket.verb, size), 0, 0, (fit_picture(source, size, job.fit),), source.size)]
+
+    def _drawing(
+        self, ticket: Ticket, job: Generate | Edit, sources: Sequence[Image.Image], sizes: Sequence[Size], seed: int
+    ) -> list[Unit]:
+        limits, processor = self.limits, self._processor
+        assert processor is not None
         few = next((self._few[name] for name, _ in job.adapters if self._few[name]), ())
-        settings = Settings.of(few_config(self.config, few) if few else self.config, job.preset, **given)
-        steps, guidance = settings.num_inference_steps, settings.guidance_scale
-        if steps > self.limits.steps:
-            raise UniLIPError(f"{steps} steps were asked for; at most {self.limits.steps} are taken here.")
-        if not 0 <= job.partials <= 3:
-            raise UniLIPError(f"{job.partials} partial pictures were asked for; between 0 and 3 are shown.")
-        tries = job.best_of if isinstance(job, Generate) else 1
-        if not 1 <= tries <= self.limits.count:
-            raise UniLIPError(f"best_of is {tries}; it must be between 1 and {self.limits.count}.")
+        settings = Settings.of(
+            few_config(self.config, few) if few else self.config, job.preset, num_inference_steps=job.steps,
+            guidance_scale=job.guidance_scale, solver=job.solver,
+        )  # fmt: skip
+        steps = check_number("steps", settings.num_inference_steps, 1, limits.steps, whole=True)
+        check_number("partials", job.partials, 0, 3, whole=True)
+        tries = check_number("best_of", getattr(job, "best_of", 1), 1, limits.count, whole=True)
         if tries > 1 and job.partials:
             raise UniLIPError(f"best_of is {tries}; the best is known at the end, so ask for no partial pictures.")
-        words = "prompt" if isinstance(job, Generate) else "instruction"
-        text = sampling.check_prompt(job.prompt, words)
+        text = sampling.check_prompt(job.prompt, "instruction" if sources else "prompt")
         negative = sampling.check_negative(job.negative_prompt, settings)
-        processor = self._need_processor()
-
-        beside = [load_image(image) for image in job.others] if isinstance(job, Edit) else []
-        if len(beside) >= self.limits.images:
-            raise UniLIPError(f"{len(beside) + 1} pictures belong to one edit; at most {self.limits.images} are read.")
-        side = self.config.image_size
-        own = [shapes.like(o.size, side**2) if getattr(job, "fit", "") == "resize" else (side, side) for o in beside]
-        cells = [shapes.cells(one) for one in (size, *own)]
+        if len(sources) > limits.images:
+            raise UniLIPError(f"{len(sources)} pictures belong to one edit; at most {limits.images} are read.")
+        cells = [shapes.cells(one) for one in sizes]
         sampling.check_together(cells, processor)
-
-        def make(words: str) -> Prompt:
-            return processor.generate_text(words) if source is None else processor.edit_text(words, cells)
-
-        tokens = self._count_tokens(processor, make(text))
+        write: Callable[[str | None], Prompt] = processor.generate_text
+        if sources:
+            write = partial(processor.edit_text, cells=cells)
+        ticket.total, ticket.prompt_tokens = steps * job.count, self._count_tokens(write(text))
         if negative is not None:
-            self._count_tokens(processor, make(negative))
-        read: tuple[Image.Image, ...] = ()
-        source_size, fit = (0, 0), None
-        if isinstance(job, Edit) and source is not None:
-            shown = zip((source, *beside), (size, *own), strict=True)
-            read = tuple(fit_picture(one, one_size, job.fit) for one, one_size in shown)
-            source_size, fit = source.size, job.fit
-        ticket = Ticket(verb, job, steps * job.count, deadline)
-        ticket.prompt_tokens = tokens
+            self._count_tokens(write(negative))
+        size, read, seen = sizes[0], (), (0, 0)  # type: tuple[Size, tuple[Image.Image, ...], Size]
         ticket.settings = {
             "num_inference_steps": steps,
-            "guidance_scale": guidance,
+            "guidance_scale": settings.guidance_scale,
             "solver": settings.solver,
             "preset": job.preset,
             "negative_prompt": negative,
             "width": size[0],
             "height": size[1],
-        } | ({"plan": sampling.check_plan(job.plan)} if isinstance(job, Generate) else {"fit": fit})
-        if tries > 1:
-            ticket.settings["best_of"] = tries
-        key: tuple[Hashable, ...] = (verb, size, steps, guidance, settings.solver, job.preset, negative)
-        key = (*key, ticket.settings.get("plan"), tries, id(ticket) if beside else 0)  # several pictures: a batch alone
-        return [Unit(ticket, key, i, seed + i, read, source_size, text) for i in range(job.count)]
+        }
+        if isinstance(job, Edit):
+            read = tuple(fit_picture(one, own, job.fit) for one, own in zip(sources, sizes, strict=True))
+            ticket.settings["fit"], seen = job.fit, sources[0].size
+        else:
+            ticket.settings["plan"] = sampling.check_plan(job.plan)
+        ticket.settings |= {"best_of": tries} if tries > 1 else {}
+        # all of one key share a batch; an edit of several pictures is one alone
+        key = (ticket.verb, *(v for k, v in ticket.settings.items() if k != "fit"), len(read) > 1 and id(ticket))
+        return [Unit(ticket, key, i, seed + i, read, seen, text) for i in range(job.count)]
 
-    def _prepare_ask(self, job: Ask, seed: int, deadline: float | None) -> list[Unit]:
-        limits = self.limits
-        for name, value, most in (
-            ("max_new_tokens", job.max_new_tokens, limits.new_tokens),
-            ("max_tiles", job.max_tiles, limits.tiles),
-        ):
-            if not 1 <= value <= most:
-                raise UniLIPError(f"{name} is {value}; it must be between 1 and {most}.")
-        if not 0 <= job.temperature < math.inf:
-            raise UniLIPError(f"temperature is {job.temperature}; it must be a number of at least 0 (0 is greedy).")
-        if not 0 < job.top_p <= 1:
+    def _answer(self, ticket: Ticket, job: Ask, seed: int) -> list[Unit]:
+        limits, processor, squares = self.limits, self._processor, list[Image.Image]()
+        assert processor is not None
+        check_number("max_new_tokens", job.max_new_tokens, 1, limits.new_tokens, whole=True)
+        check_number("max_tiles", job.max_tiles, 1, limits.tiles, whole=True)
+        check_number("temperature", job.temperature, 0)
+        if check_number("top_p", job.top_p, 0, 1) == 0:
             raise UniLIPError(f"top_p is {job.top_p}; it must be greater than 0 and at most 1.")
         pictures = sum(len(turn.images) for turn in job.history) + len(job.images)
         if pictures > limits.images:
             raise UniLIPError(f"The conversation has {pictures} pictures; at most {limits.images} are read.")
-        processor = self._need_processor()
-        squares: list[Image.Image] = []
 
         def cut(images: Sequence[Image.Image]) -> tuple[int, ...]:
             tiles = [tile(load_image(image), processor.image_size, job.max_tiles) for image in images]
             squares.extend(square for picture in tiles for square in picture)
             return tuple(len(picture) for picture in tiles)
 
-        turns = [
-            Message(turn.role, sampling.check_prompt(turn.text, "message"), cut(turn.images)) for turn in job.history
-        ]
-        turns.append(Message("user", sampling.check_prompt(job.question, "question"), cut(job.images)))
+        said = [(turn.role, turn.text, "message", turn.images) for turn in job.history]
+        said.append(("user", job.question, "question", job.images))
+        turns = [Message(role, sampling.check_prompt(words, what), cut(images)) for role, words, what, images in said]
         text = processor.chat_text(turns)
-        length = self._count_tokens(processor, text)
+        ticket.prompt_tokens = length = self._count_tokens(text)
         room = self.config.text.max_positions - length
         if job.lower and 0 < room < job.max_new_tokens:
             job = dataclasses.replace(job, max_new_tokens=room)
@@ -229,26 +213,13 @@ class Checker:
                 f"The conversation has {length} tokens and the answer may have {job.max_new_tokens}; this model reads "
                 f"{self.config.text.max_positions} in all. Shorten it, or lower max_new_tokens."
             )
-        ticket = Ticket("ask", job, job.max_new_tokens, deadline)
-        ticket.prompt_tokens = length
-        ticket.settings = {"max_new_tokens": job.max_new_tokens, "temperature": job.temperature, "top_p": job.top_p}
+        ticket.job, ticket.total = job, job.max_new_tokens
+        ticket.settings = {name: getattr(job, name) for name in ("max_new_tokens", "temperature", "top_p")}
         # a sampled answer draws from one generator, so it has a batch of its own
         key: tuple[Hashable, ...] = ("ask",) if job.temperature == 0 else ("ask", id(ticket))
         return [Unit(ticket, key, 0, seed, tuple(squares), text=text)]
 
-    def _check_side(self, size: int | None) -> int:
-        most = self.limits.image_size or self.config.image_size
-        if size is None:
-            return self.config.image_size
-        if not TOKEN_PIXELS <= size <= most or size % TOKEN_PIXELS:
-            raise UniLIPError(f"image_size is {size}; it must be a multiple of {TOKEN_PIXELS} up to {most}.")
-        return size
-
-    def _need_processor(self) -> Processor:
-        if self._processor is None:
-            raise UniLIPError("This model has no tokenizer; put the tokenizer files beside the checkpoint.")
-        return self._processor
-
-    def _count_tokens(self, processor: Processor, text: str | Prompt) -> int:
+    def _count_tokens(self, text: str | Prompt) -> int:
+        assert self._processor is not None
         with self._checking:
-            return processor.tokenize([text]).input_ids.shape[1]
+            return self._processor.tokenize([text]).input_ids.shape[1]

@@ -7,18 +7,12 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
+from importlib import resources
+from string import Template
 from typing import Any
 
 from unilip.serve.schema import Body
 
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}
-code{font-family:ui-monospace,monospace}
-summary{cursor:pointer;padding:.3rem 0}
-td{padding:.15rem .8rem .15rem 0;vertical-align:top}
-table{font-size:.9rem;border-spacing:0}
-h1{font-size:1.5rem}
-"""
 LIMITS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "maxLength": "≤ {} characters",
           "maxItems": "≤ {} entries", "default": "default {!r}"}  # fmt: skip
 
@@ -59,15 +53,14 @@ def form_body(kind: type[Body], most: Mapping[str, int]) -> dict[str, Any]:
 
 def kind_of(field: Mapping[str, Any]) -> str:
     """Return the type of a field in words, with its limits."""
-    ways = [way for way in field.get("anyOf", [field]) if way.get("type") != "null"]
     texts = []
-    for way in ways:
-        values = way.get("enum", [way["const"]] if "const" in way else [])
-        what = ", ".join(map(repr, values)) or str(way.get("type", "any"))
-        limits = [
-            text.format(value) for name, text in LIMITS.items() if (value := {**field, **way}.get(name)) is not None
-        ]
-        texts.append("; ".join([what, *limits]))
+    for way in field.get("anyOf", [field]):
+        if way.get("type") != "null":
+            values = way.get("enum", [way["const"]] if "const" in way else [])
+            what = ", ".join(map(repr, values)) or str(way.get("type", "any"))
+            said = {**field, **way}
+            limits = [text.format(said[name]) for name, text in LIMITS.items() if said.get(name) is not None]
+            texts.append("; ".join([what, *limits]))
     return " or ".join(texts)
 
 
@@ -77,20 +70,12 @@ def page(description: Mapping[str, Any]) -> str:
     for path, methods in description["paths"].items():
         for method, about in methods.items():
             content: dict[str, Any] = next(iter(about.get("requestBody", {}).get("content", {}).values()), {})
-            fields = content.get("schema", {}).get("properties", {})
-            rows = "".join(
-                f"<tr><td><code>{html.escape(name)}</code><td>{html.escape(kind_of(field))}<td>"
-                f"{html.escape(str(field.get('description', '')))}"
-                for name, field in fields.items()
-            )
-            parts.append(
-                f"<details><summary><code>{method.upper()} {html.escape(path)}</code> "
-                f"{html.escape(about.get('description', ''))}</summary><table>{rows}</table></details>"
-            )
-    info = description["info"]
-    title = html.escape(f"{info['title']} {info['version']}")
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><p>{html.escape(info['description'])} "
-        f"As JSON: <a href=/openapi.json>openapi.json</a></p>{''.join(parts)}"
-    )
+            rows = ""
+            for name, field in content.get("schema", {}).get("properties", {}).items():
+                cells = (kind_of(field), str(field.get("description", "")))
+                rows += f"<tr><td><code>{html.escape(name)}</code>" + "".join(f"<td>{html.escape(c)}" for c in cells)
+            head = f"<code>{method.upper()} {html.escape(path)}</code> {html.escape(about.get('description', ''))}"
+            parts.append(f"<details><summary>{head}</summary><table>{rows}</table></details>")
+    info = {name: html.escape(description["info"][name]) for name in ("title", "version", "description")}
+    template = Template((resources.files("unilip") / "serve" / "docs.html").read_text(encoding="utf-8"))
+    return template.substitute(info, parts="".join(parts))

@@ -62,31 +62,13 @@ class Rules:
     origins: tuple[str, ...] = ()
 
 
-class Bucket:
-    """Tokens that come back over time."""
-
-    def __init__(self, per_minute: int) -> None:
-        self.capacity = float(per_minute)
-        self.tokens, self.filled = self.capacity, time.monotonic()
-
-    def take(self) -> float:
-        """Take a token: return 0, or the seconds until there is one."""
-        now = time.monotonic()
-        self.tokens = min(self.capacity, self.tokens + (now - self.filled) * self.capacity / 60)
-        self.filled = now
-        if self.tokens >= 1:
-            self.tokens -= 1
-            return 0.0
-        return (1 - self.tokens) * 60 / self.capacity
-
-
 class Guard:
     """ASGI middleware that holds `rules`, in front of the API and of the page."""
 
     def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics) -> None:
         self.app, self.rules, self.metrics = app, rules, metrics
         self._keys = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in rules.api_keys]
-        self._buckets: OrderedDict[bytes, Bucket] = OrderedDict()
+        self._left: OrderedDict[bytes, tuple[float, float]] = OrderedDict()  # requests that a caller had left, and when
         self._guesses = min(WRONG_KEYS, rules.rate_limit or WRONG_KEYS)
         self._reading = 0
 
@@ -98,10 +80,9 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 0
-        number = secrets.token_hex(8)
+        started, status, number = time.monotonic(), 0, secrets.token_hex(8)
         REQUEST.set(number)
-        scope[STARTED] = time.monotonic()
+        scope[STARTED] = started
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         added = [(b"x-request-id", number.encode()), (b"x-content-type-options", b"nosniff"), *self._shared(headers)]
 
@@ -115,7 +96,8 @@ class Guard:
         body = b""
         try:
             self._check_origin(scope, headers)
-            if _asks_leave(scope, headers):
+            # a browser's question whether a page may send its request
+            if scope["method"] == "OPTIONS" and {"origin", "access-control-request-method"} <= headers.keys():
                 await Response(status_code=204, headers=PREFLIGHT)(scope, receive, marked)
                 return
             self._check_caller(scope, headers)
@@ -140,17 +122,14 @@ class Guard:
             text = f"Something went wrong in the server; its log says more under {number}."
             await Trouble(500, text, "internal_error").response()(scope, receive, marked)
         finally:
-            size = len(body)
-            self._reading -= size
-            seconds, status = time.perf_counter() - started, status or Cancelled.status
+            self._reading -= len(body)
+            seconds, status = time.monotonic() - started, status or Cancelled.status
             # the route's pattern, never the path itself: a stranger must not make new metrics
             self.metrics.answer(str(getattr(scope.get("route"), "path", "other")), status, seconds)
             if access.isEnabledFor(logging.INFO):
                 path = FILES + "..." if scope["path"].startswith(FILES) else scope["path"]  # who has a name can read it
-                client = (scope.get("client") or ("unknown",))[0]
-                access.info(
-                    "%s %s %s %d %.3fs %d bytes read", client, scope["method"], path, status, seconds, len(body)
-                )
+                told = ((scope.get("client") or ("unknown",))[0], scope["method"], path, status, seconds, len(body))
+                access.info("%s %s %s %d %.3fs %d bytes read", *told)
 
     def _check_caller(self, scope: Scope, headers: Mapping[str, str]) -> None:
         """Raise where the key is wrong, or has asked too often."""
@@ -206,11 +185,14 @@ class Guard:
     def _limit(self, caller: bytes, most: int) -> None:
         if not most:
             return
-        bucket = self._buckets.pop(caller, None) or Bucket(most)
-        self._buckets[caller] = bucket
-        if len(self._buckets) > MAX_CALLERS:
-            self._buckets.popitem(last=False)
-        if wait := bucket.take():
+        now = time.monotonic()
+        left, then = self._left.pop(caller, (float(most), now))
+        left = min(most, left + (now - then) * most / 60)
+        self._left[caller] = (left - 1 if left >= 1 else left, now)
+        if len(self._left) > MAX_CALLERS:
+            self._left.popitem(last=False)
+        if left < 1:
+            wait = (1 - left) * 60 / most
             text = f"More than {most} requests a minute; wait {max(1, round(wait))} s."
             raise Trouble(429, text, "rate_limit_exceeded", retry_after=wait)
 
@@ -219,35 +201,31 @@ class Guard:
         if scope["method"] in BODILESS or _is_open(scope["path"]):
             return b""
         most = min(MAX_TEXT, self.rules.max_body) if scope["path"] in TEXTS else self.rules.max_body
-        too_large = Trouble(
-            413, f"The body is larger than {most} bytes; send less, or smaller pictures.", "body_too_large"
-        )
+        text = f"The body is larger than {most} bytes; send less, or smaller pictures."
+        too_large = Trouble(413, text, "body_too_large")
         for name, value in scope["headers"]:
             if name == b"content-length" and value.isdigit() and int(value[:18]) > most:
                 raise too_large
-        data, end = bytearray(), time.monotonic() + BODY_SECONDS
+        data, end, more = bytearray(), time.monotonic() + BODY_SECONDS, True
         try:
-            while True:
-                try:
-                    patience = min(PIECE_SECONDS, end - time.monotonic())
-                    message = await asyncio.wait_for(receive(), max(0.01, patience))
-                except asyncio.TimeoutError:
-                    text = f"The body stopped for {PIECE_SECONDS:.0f} s, or took more than {BODY_SECONDS:.0f} s in all."
-                    raise Trouble(408, text, "body_too_slow") from None
+            while more:
+                message = await asyncio.wait_for(receive(), max(0.01, min(PIECE_SECONDS, end - time.monotonic())))
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect
-                piece = message.get("body", b"")
+                piece, more = message.get("body", b""), message.get("more_body", False)
                 data += piece
                 self._reading += len(piece)
                 if len(data) > most:
                     raise too_large
                 if self._reading > 8 * self.rules.max_body:
                     raise Trouble(429, "Too much is being sent at once; try again.", "busy", retry_after=2)
-                if not message.get("more_body", False):
-                    return bytes(data)
-        except BaseException:
+            return bytes(data)
+        except BaseException as error:
             self._reading -= len(data)
-            raise
+            if not isinstance(error, asyncio.TimeoutError):
+                raise
+            text = f"The body stopped for {PIECE_SECONDS:.0f} s, or took more than {BODY_SECONDS:.0f} s in all."
+            raise Trouble(408, text, "body_too_slow") from None
 
 
 CLOSE = (b"connection", b"close")  # else the body of what was refused would be read to its end
@@ -261,11 +239,6 @@ PREFLIGHT = {
 
 def _is_open(path: str) -> bool:
     return path in OPEN or path.startswith(OPEN_BELOW)
-
-
-def _asks_leave(scope: Scope, headers: Mapping[str, str]) -> bool:
-    """Whether this is a browser's question if a page may send its request (a CORS preflight)."""
-    return scope["method"] == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
 
 
 def network(client: tuple[str, int] | None) -> str:
@@ -286,13 +259,9 @@ def _has_body(headers: Mapping[str, str]) -> bool:
 
 def replay(data: bytes, receive: Receive) -> Receive:
     """Give the body that was read already, then what really comes (the end of the connection)."""
-    given = False
+    held: list[Message] = [{"type": "http.request", "body": data, "more_body": False}]
 
     async def again() -> Message:
-        nonlocal given
-        if not given:
-            given = True
-            return {"type": "http.request", "body": data, "more_body": False}
-        return await receive()
+        return held.pop() if held else await receive()
 
     return again
