@@ -14,6 +14,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
@@ -70,7 +71,7 @@ def create_app(
     async def failed(request: Request, error: Exception) -> Response:
         return trouble(error).response()
 
-    for kind in (Trouble, UniLIPError, RequestValidationError, HTTPException):
+    for kind in (Trouble, UniLIPError, RequestValidationError, ValidationError, HTTPException):
         app.add_exception_handler(kind, failed)
     for router in (pages(app, settings), images.routes(service), chats.routes(service), operation(service)):
         app.include_router(router)

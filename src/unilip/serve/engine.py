@@ -156,17 +156,14 @@ class Engine(Serving):
         for unit in [*self._queue, *self._running]:
             limit = unit.ticket.deadline
             if unit.alive and limit is not None and now > limit:
-                spent = now - unit.ticket.submitted
-                unit.ticket._fail(
-                    DeadlineExceeded(f"The request was not done within its {spent:.0f} s; send it again later.", 1.0)
-                )
+                text = f"The request was not done within its {now - unit.ticket.submitted:.0f} s; send it again later."
+                unit.ticket._fail(DeadlineExceeded(text, 1.0))
                 self._failed[unit.ticket.verb] += 1
         self._queue = deque(unit for unit in self._queue if unit.alive)
 
     def _forget(self) -> None:
-        """Drop what nobody waits for."""
         with self._changed:
-            self._queue = deque(unit for unit in self._queue if unit.alive)
+            self._sweep()
             self._changed.notify_all()
 
     def _order(self) -> list[Unit]:
@@ -201,13 +198,12 @@ class Engine(Serving):
     def _take(self) -> list[Unit]:
         """Wait for work; return the first unit and those that can share its batch, or nothing at the end."""
         with self._changed:
-            while True:
-                self._sweep()
-                if self._queue:
-                    break
+            self._sweep()
+            while not self._queue:
                 if self._closed:
                     return []
                 self._changed.wait(1.0)
+                self._sweep()
             room = self._room(self._order()[0])
             if self.batch_wait and len(self._queue) < room:
                 self._changed.wait_for(lambda: len(self._queue) >= room or self._closed, self.batch_wait)
@@ -232,11 +228,9 @@ class Engine(Serving):
     # --- the worker
 
     def _work(self) -> None:
-        while True:
+        while not self._closed or self._queue:
             batch = self._take()
             if not batch:
-                if self._closed:
-                    return
                 continue
             started = self._moved = time.monotonic()
             try:
@@ -248,8 +242,7 @@ class Engine(Serving):
             with self._changed:
                 self._running = []
                 self._charge(batch, seconds)
-                pace = seconds / len(batch)
-                self._pace = pace if not self._pace else 0.8 * self._pace + 0.2 * pace
+                self._count_pace(seconds / len(batch))
                 self._changed.notify_all()
             if self.on_batch is not None:
                 try:
@@ -320,11 +313,8 @@ class Engine(Serving):
             self._checkpoint(batch)
 
         settings = {k: v for k, v in batch[0].ticket.settings.items() if k not in ("fit", "adapters")}
-        settings |= {
-            "generator": [torch.Generator().manual_seed(unit.seed) for unit in batch],
-            "callback_on_step_end": on_step,
-            "progress": False,
-        }
+        generators = [torch.Generator().manual_seed(unit.seed) for unit in batch]
+        settings |= {"generator": generators, "callback_on_step_end": on_step, "progress": False}
         texts = [str(unit.text) for unit in batch]
         if verb == "edit":
             together = list(batch[0].squares) if len(batch[0].squares) > 1 else None
@@ -342,9 +332,8 @@ class Engine(Serving):
 
     def _sketch(self, batch: Sequence[Unit], done: int, before: Tensor | None, now: Tensor) -> None:
         """Show where the latents of a step go straight on to, to those who want partial pictures after it."""
-        settings = batch[0].ticket.settings
+        settings, wanted = batch[0].ticket.settings, {}
         steps = settings["num_inference_steps"]
-        wanted = {}
         for row, unit in enumerate(batch):
             partials = getattr(unit.ticket.job, "partials", 0)
             places = [round(k * steps / (partials + 1)) for k in range(1, partials + 1)]
@@ -358,8 +347,7 @@ class Engine(Serving):
         images = self.model.decode((now - levels[done] * velocity)[list(wanted)]).images
         for (row, number), image in zip(wanted.items(), images, strict=True):
             unit = batch[row]
-            event = Event("partial", image=_shaped(unit, image), picture=unit.index, number=number)
-            unit.ticket._emit(event)
+            unit.ticket._emit(Event("partial", image=_shaped(unit, image), picture=unit.index, number=number))
 
     def _count(self, ticket: Ticket) -> None:
         with self._changed:
@@ -385,7 +373,7 @@ class Engine(Serving):
             top_p=jobs[0].top_p, generator=torch.Generator().manual_seed(batch[0].seed),
         )  # fmt: skip
         streams = [TextStream(processor, job.max_new_tokens) for job in jobs]
-        with contextlib.closing(columns):  # the loop ends by _Stop when the last answer ends, or when all rows did
+        with contextlib.closing(columns):  # the loop ends by _Stop when the last answer ends
             for column in columns:
                 for unit, stream, token in zip(batch, streams, column, strict=True):
                     if stream.reason or not unit.alive:
@@ -395,26 +383,14 @@ class Engine(Serving):
                         self._fail_all([unit])
                         self._failures += 1
                         continue
-                    self._tell(unit, stream, stream.take(token))
+                    piece, count = stream.take(token), len(stream.ids)
+                    if piece:
+                        unit.ticket._emit(Event("text", count, stream.limit, piece))
                     if stream.reason:
                         self._count(unit.ticket)
-                        self._end(unit, stream)
+                        told = {"text": stream.text, "finish_reason": stream.reason, "completion_tokens": count}
+                        unit.ticket._succeed(seeds=(unit.seed,), **told)
                 self._checkpoint(batch)
-        for unit, stream in zip(batch, streams, strict=True):
-            self._end(unit, stream)
-
-    @staticmethod
-    def _tell(unit: Unit, stream: TextStream, piece: str) -> None:
-        if piece:
-            unit.ticket._emit(Event("text", len(stream.ids), stream.limit, piece))
-
-    def _end(self, unit: Unit, stream: TextStream) -> None:
-        """Give the rest of the text, and the result."""
-        self._tell(unit, stream, stream.rest())
-        unit.ticket._succeed(
-            text=stream.text, seeds=(unit.seed,), finish_reason=stream.reason or "stop",
-            completion_tokens=len(stream.ids),
-        )  # fmt: skip
 
 
 def _shaped(unit: Unit, image: Image.Image) -> Image.Image:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -57,7 +58,7 @@ def trouble(error: Exception) -> Trouble:
     """Turn an error of ours, or of the framework about a request, into its answer; any other is the server's fault."""
     if isinstance(error, Trouble):
         return error
-    if isinstance(error, RequestValidationError):
+    if isinstance(error, (RequestValidationError, ValidationError)):
         return validation(error.errors())
     if isinstance(error, HTTPException):
         status = 400 if error.status_code == 422 else error.status_code

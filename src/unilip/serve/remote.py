@@ -50,19 +50,17 @@ class Replica:
     ) -> AsyncIterator[Event | Result | UniLIPError]:
         """Work on a job: yield its events, and at last its result or the error that it ended with."""
         CLIENT.set(client)
+        ticket = None
         try:
             ticket = await asyncio.to_thread(self.engine.submit, job, deadline=deadline)
-        except UniLIPError as error:
-            yield error
-            return
-        try:
             async for event in ticket.events_async():
                 yield event
             yield ticket.result(0)
         except UniLIPError as error:
             yield error
         finally:
-            ticket.cancel()
+            if ticket is not None:
+                ticket.cancel()
 
     def process(self) -> int:
         return os.getpid()
@@ -126,31 +124,27 @@ class RemoteEngine(Serving):
             ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, **scaling,
         )  # fmt: skip
         bound: Any = deployment
-        self._handle = serve.run(
-            bound.bind(source, device, {"dtype": dtype, "performance": performance}, options),
-            name=APP,
-            route_prefix=None,
-        )
+        bound = bound.bind(source, device, {"dtype": dtype, "performance": performance}, options)
+        self._handle = serve.run(bound, name=APP, route_prefix=None)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="unilip-remote", daemon=True)
         self._thread.start()
-        process = asyncio.run_coroutine_threadsafe(self._ask_process(), self._loop)
-        process.result(START_SECONDS)
+        self.processes(1, START_SECONDS)
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def processes(self, tries: int = 20) -> set[int]:
+    def processes(self, tries: int = 20, patience: float = 60) -> set[int]:
         """Ask the replicas for the numbers of their processes; with enough tries all of them answer."""
 
+        async def one() -> int:
+            return int(await self._handle.process.remote())
+
         async def ask() -> set[int]:
-            return set(await asyncio.gather(*(self._ask_process() for _ in range(tries))))
+            return set(await asyncio.gather(*(one() for _ in range(tries))))
 
-        return asyncio.run_coroutine_threadsafe(ask(), self._loop).result(60)
-
-    async def _ask_process(self) -> int:
-        return int(await self._handle.process.remote())
+        return asyncio.run_coroutine_threadsafe(ask(), self._loop).result(patience)
 
     def stats(self) -> Stats:
         with self._changed:  # what waits inside a replica counts as waiting
@@ -194,8 +188,7 @@ class RemoteEngine(Serving):
                 count = self._open.pop(ticket)
                 if ticket._error is None and ticket.started is not None:
                     self._served[ticket.verb] += 1
-                    pace = (time.monotonic() - ticket.started) / count
-                    self._pace = pace if not self._pace else 0.9 * self._pace + 0.1 * pace
+                    self._count_pace((time.monotonic() - ticket.started) / count)
                 elif ticket.done:
                     self._failed[ticket.verb] += 1
                 self._changed.notify_all()

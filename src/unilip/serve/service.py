@@ -22,7 +22,6 @@ from typing import Any, Literal, TypeVar
 
 from fastapi import Request
 from PIL import Image
-from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -36,7 +35,7 @@ from unilip.serve.guard import FILES, STARTED, Rules
 from unilip.serve.jobs import Ask, Cancelled, DeadlineExceeded, Edit, Job, QueueFull, Result, Strengths
 from unilip.serve.metrics import Metrics
 from unilip.serve.pictures import FORMATS, decode, encode, sized
-from unilip.serve.problems import Trouble, dumps, trouble, validation
+from unilip.serve.problems import Trouble, dumps, trouble
 from unilip.serve.serving import Serving
 from unilip.serve.store import Store
 from unilip.serve.tickets import Ticket, merged
@@ -128,12 +127,10 @@ class Service:
         return fields
 
     def parse(self, kind: type[B], fields: dict[str, Any], form: bool = True) -> B:
-        try:
-            return schema.read(kind, fields, self.settings.strict, form)
-        except ValidationError as error:
-            raise validation([dict(e) for e in error.errors()]) from None
+        return schema.read(kind, fields, self.settings.strict, form)
 
     async def read(self, request: Request, kind: type[B]) -> B:
+        """Read a JSON body of a kind. Raises ValidationError: as `schema.read`."""
         return await run_in_threadpool(self.parse, kind, await self.load(request), form=False)
 
     async def form(
@@ -243,7 +240,7 @@ class Work:
 
     service: Service
     request: Request
-    body: schema.Pictures
+    body: Any  # of `schema`
     tickets: list[Ticket] = field(default_factory=list)
     after: After | None = None
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from unilip.errors import UniLIPError
+from unilip.errors import UniLIPError, check_number
 from unilip.serve.checks import Checker
 from unilip.serve.jobs import Draining, Job, QueueFull
 from unilip.serve.tickets import Ticket, Unit
@@ -39,9 +39,8 @@ class Serving(ABC):
     """Takes jobs for a model, as many as there is room for, with a fair share for each client."""
 
     def __init__(self, checker: Checker, max_queue: int, max_batch: int, deadline: float | None) -> None:
-        for name, value in (("max_queue", max_queue), ("max_batch", max_batch)):
-            if value < 1:
-                raise UniLIPError(f"{name} is {value}; it must be at least 1.")
+        check_number("max_queue", max_queue, 1, whole=True)
+        check_number("max_batch", max_batch, 1, whole=True)
         if deadline is not None and deadline <= 0:
             raise UniLIPError("The deadline must be more than 0 seconds.")
         self.checker, self.config, self.limits = checker, checker.config, checker.limits
@@ -123,17 +122,18 @@ class Serving(ABC):
             theirs = (one for one in reversed([*places]) if one.client == most and one not in leaving)
             last = next((one for one in theirs if one.started is None), None)
             if last is None or held[most] <= own:
-                raise QueueFull(
-                    f"{waiting} of at most {room} pictures are waiting, and this request adds {more}; "
-                    f"send it again in {wait:.0f} s.",
-                    wait,
-                )
+                text = f"{waiting} of at most {room} pictures are waiting, and this request adds {more}"
+                raise QueueFull(f"{text}; send it again in {wait:.0f} s.", wait)
             leaving.append(last)
             held[most] -= places[last]
             free += places[last]
         for other in leaving:
             if other._fail(QueueFull(YIELDED.format(wait), wait)):
                 other._on_cancel()
+
+    def _count_pace(self, seconds: float) -> None:
+        """Count what a unit took into the moving average; called under the lock."""
+        self._pace = 0.8 * self._pace + 0.2 * seconds if self._pace else seconds
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take nothing new and finish what was accepted within `timeout` seconds, or cancel it; returns whether all was

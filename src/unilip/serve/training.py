@@ -7,7 +7,6 @@ The training is `unilip train lora/KIND` in a process of its own, one at a time;
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import json
@@ -26,6 +25,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from PIL import Image
+from pydantic import Field, Json
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
@@ -33,8 +33,10 @@ from unilip.adapters import library
 from unilip.errors import UniLIPError, check_choice, check_number
 from unilip.files import content_hash, write_text
 from unilip.sampling import check_prompt
+from unilip.serve import schema
+from unilip.serve.describe import form_body
 from unilip.serve.problems import JSON, Trouble
-from unilip.serve.service import NOT_STORED, Service
+from unilip.serve.service import NOT_STORED, Service, Work
 
 logger = logging.getLogger(__name__)
 KINDS = ("style", "concept", "edit")
@@ -235,10 +237,9 @@ class Trainer:
 
     def _log(self, run: Path) -> list[Mapping[str, Any]]:
         lines = []
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # none yet, and a line that is being written
             for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # one that is being written
-                    lines.append(json.loads(line))
+                lines.append(json.loads(line))
         return lines
 
     def sheet(self) -> Path | None:
@@ -249,15 +250,14 @@ class Trainer:
 
 # --- over HTTP
 
-TEXT: dict[str, Any] = {"type": "string"}
-FORM: dict[str, Any] = {"required": True, "content": {"multipart/form-data": {"schema": {
-    "type": "object", "required": ["name", "kind", "texts", "image"],
-    "properties": {
-        "name": TEXT, "kind": {"enum": list(KINDS)}, "steps": {"type": "integer"},
-        "texts": {**TEXT, "description": "A JSON list: a caption of each picture, or the instruction of each pair."},
-        "image": {"type": "array", "items": {**TEXT, "format": "binary"}},
-    },
-}}}}  # fmt: skip
+
+class Asked(schema.Body):
+    """POST /v1/training: the fields beside the files `image`."""
+
+    name: str
+    kind: str = Field(description=f"One of {', '.join(KINDS)}.")
+    steps: int = 300
+    texts: Json[list[Any]] = Field(description="A caption of each picture, or the instruction of each pair.")
 
 
 def routes(service: Service, trainer: Trainer) -> APIRouter:
@@ -281,21 +281,17 @@ def routes(service: Service, trainer: Trainer) -> APIRouter:
             raise Trouble(404, "There is no picture of the training yet.", "not_found")
         return Response(await run_in_threadpool(found.read_bytes), media_type="image/png", headers=NOT_STORED)
 
-    @router.post("", openapi_extra={"requestBody": FORM})
+    @router.post("", openapi_extra=form_body(Asked, {"image": MOST * 2}))
     async def begin(request: Request) -> Response:
         """Train an adapter: files `image` in the order of `texts`; of edits each is followed by its result."""
         fields, files = await service.form(request, "image", most=MOST * 2)
-        kind, each = fields.get("kind", ""), 2 if fields.get("kind") == "edit" else 1
-        try:
-            texts, steps = json.loads(fields.get("texts", "")), int(fields.get("steps", "300"))
-        except (ValueError, RecursionError):
-            raise Trouble(400, "texts must be a JSON list, steps a whole number.", "invalid_form") from None
-        if not isinstance(texts, list) or len(texts) * each != len(files):
-            raise Trouble(400, f"{len(files)} pictures need {len(files) // each} texts.", "invalid_form")
-        work = functools.partial(service.decode_all, [data for _, data in files])
-        images, _ = await asyncio.get_running_loop().run_in_executor(service.decoders, work)
-        samples = [(text, images[i * each : (i + 1) * each]) for i, text in enumerate(texts)]
-        await run_in_threadpool(trainer.begin, fields.get("name", ""), kind, steps, samples)
+        body, given = service.parse(Asked, fields), [data for _, data in files]
+        each = 2 if body.kind == "edit" else 1
+        if len(body.texts) * each != len(given):
+            raise Trouble(400, f"{len(given)} pictures need {len(given) // each} texts.", "invalid_form")
+        images, _ = await Work(service, request, body).in_time(service.decoders, service.decode_all, given)
+        samples = [(text, images[i * each : (i + 1) * each]) for i, text in enumerate(body.texts)]
+        await run_in_threadpool(trainer.begin, body.name, body.kind, body.steps, samples)
         return JSON(await run_in_threadpool(trainer.state), 202)
 
     @router.post("/continue")
