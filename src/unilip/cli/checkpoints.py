@@ -44,13 +44,9 @@ def info(o: Options) -> int:
     """Tell what a checkpoint is and holds, or how this machine multiplies for it."""
     from unilip.info import describe, machine
 
-    if o.machine:
-        found = machine(o.words[0] if o.words else None)
+    found = (machine if o.machine else describe)(o.words[0] if o.words else None)
+    if o.json or o.machine:
         print(json.dumps(found, ensure_ascii=False) if o.json else machine_table(found))
-        return 0
-    found = describe(o.words[0] if o.words else None)
-    if o.json:
-        print(json.dumps(found, ensure_ascii=False))
         return 0
     config, parts = found.pop("config", None), found.pop("parts")
     dropped = Counter(found.pop("dropped", {}).values())
@@ -74,21 +70,21 @@ def machine_table(found: dict[str, Any]) -> str:
     """Lay out what products take; * marks the ways that 20 steps are done in, by type."""
     from unilip.fast.products import WAYS
 
-    about = (("processor", found["processor"]), ("torch", f"{found['torch']}, {plural(found['threads'], 'thread')}"))
-    lines = [
-        f"{key:<16} {value}" for key, value in (*about, ("free memory", f"{found['free_memory'] / 2**30:.1f} GiB"))
-    ]
-    lines += ["", f"milliseconds of processor time of the products of {found['model']}; * is what 20 steps are done in"]
-    lines.append(f"{'way':<16}" + "".join(f"{row['product']:>18}" for row in found["products"]))
-    lines.append(f"{'':<16}" + "".join(f"{'x'.join(map(str, row['measured'])):>18}" for row in found["products"]))
-    for way in WAYS:
-        cells = []
-        for row in found["products"]:
-            kind, _, library = way.partition(" ")
-            ms = row["milliseconds"].get(way)
-            cells.append("-" if ms is None else f"{'* ' * (row['packed'].get(kind) == library)}{ms:.3g}")
-        lines.append(f"{way:<16}" + "".join(f"{cell:>18}" for cell in cells))
-    return "\n".join(lines)
+    def cell(row: dict[str, Any], way: str) -> str:
+        (kind, _, library), ms = way.partition(" "), row["milliseconds"].get(way)
+        return "-" if ms is None else f"{'* ' * (row['packed'].get(kind) == library)}{ms:.3g}"
+
+    products = found["products"]
+    table = [("way", [row["product"] for row in products])]
+    table += [("", ["x".join(map(str, row["measured"])) for row in products])]
+    table += [(way, [cell(row, way) for row in products]) for way in WAYS]
+    return "\n".join([
+        f"{'processor':<16} {found['processor']}",
+        f"{'torch':<16} {found['torch']}, {plural(found['threads'], 'thread')}",
+        f"{'free memory':<16} {found['free_memory'] / 2**30:.1f} GiB",
+        f"\nmilliseconds of processor time of the products of {found['model']}; * is what 20 steps are done in",
+        *(f"{head:<16}" + "".join(f"{one:>18}" for one in cells) for head, cells in table),
+    ])  # fmt: skip
 
 
 def verify(o: Options) -> int:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unilip.cli.options import Options, number, whole
-from unilip.cli.terminal import plural, say, source_of
+from unilip.cli.terminal import bars, plural, say, source_of
 from unilip.errors import UniLIPError
-from unilip.machine import choose_device
+from unilip.machine import Place, choose_device
 
 if TYPE_CHECKING:
     from unilip.eval.vlm import Terms
@@ -49,7 +49,7 @@ def eval_emoji(o: Options) -> int:
         raise UniLIPError(f"--parts names {', '.join(map(repr, unknown))}; allowed: {', '.join(emoji.PARTS)}.")
     world = None if o.world is None else World.preset(o.world)
     model = UniLIP.from_pretrained(source_of(o), device=device, dtype=o.dtype)
-    given = {"parts": parts, **pick(o, "count", "seeds", "steps", "guidance_scale", "preset", "batch_size")}
+    given = pick(o, "count", "seeds", "steps", "guidance_scale", "preset", "batch_size") | {"parts": parts}
     given = {name: value for name, value in given.items() if value is not None}
     results = emoji.evaluate(model, folder, world, progress=bars(o), **given)
     for name in ("results.md", "index.html"):
@@ -98,11 +98,6 @@ def output_of(o: Options, name: str, usual: str = "") -> Path:
     return folder
 
 
-def bars(o: Options) -> bool:
-    """Whether progress bars are shown."""
-    return o.progress and sys.stderr.isatty()
-
-
 def judge_terms(o: Options) -> Terms | None:
     """Return whom to ask and how, or None where no judge was named."""
     if getattr(o, "judge", None) is None:
@@ -141,70 +136,46 @@ def tell_scores(o: Options, summaries: Sequence[Mapping[str, Any]], output: Path
 
 def eval_benchmark(name: str, o: Options) -> int:
     """Make a benchmark's pictures, and score them where a scorer is named."""
-    output = output_of(o, name)
-    terms = judge_terms(o)
+    output, terms = output_of(o, name), judge_terms(o)
+    official, judge, rubric_of, fit = (getattr(o, key, None) for key in ("official", "judge", "rubric", "fit"))
+    some = {key: getattr(o, key, None) for key in ("protocol", "sources")}  # only some verbs have any of these
     from unilip.eval.benchmarks import open_benchmark
-
-    some = {key: getattr(o, key, None) for key in ("protocol", "sources")}  # only some verbs have them
-    benchmark = open_benchmark(name, o.prompts, own_prompts=o.own_prompts, **some).first(o.count)
     from unilip.eval.rubrics import read_rubric
 
-    rubric = read_rubric(name, benchmark.protocol, getattr(o, "rubric", None))  # only some verbs have it
-    from unilip.machine import Place
+    benchmark = open_benchmark(name, o.prompts, own_prompts=o.own_prompts, **some).first(o.count)
+    rubric = read_rubric(name, benchmark.protocol, rubric_of)
+    from unilip.eval import generation, scoring
 
-    place = Place.of_environment()
-    made: dict[str, Any] = {}
+    place, counts = Place.of_environment(), dict[str, Any]()
     if o.drawing:
-        made = draw(o, benchmark, output)
+        device, source = choose_device(o.device), source_of(o)
+        given = pick(o, "steps", "guidance_scale", "image_size", "seed", "dtype")
+        made = generation.generate(
+            benchmark, output, source, generation.Settings.resolve(source, fit=fit, **given), batch_size=o.batch_size,
+            device=device, progress=bars(o),
+        )  # fmt: skip
+        counts = {key: made[key] for key in ("made", "there", "missing")}
         if place.rank == 0:
-            done, there = made["made"], made["there"]
-            say(f"{plural(done, 'file')} made, {there} there before, {made['missing']} missing, in {output}")
+            done, there = plural(made["made"], "file"), made["there"]
+            say(f"{done} made, {there} there before, {made['missing']} missing, in {output}")
     else:
-        from unilip.eval.scoring import check_complete
-
-        check_complete(benchmark, output)
-    counts = {key: made[key] for key in ("made", "there", "missing") if key in made}
-    scorers = [getattr(o, "official", None), getattr(o, "judge", None)]
-    if place.rank or not any(scorers):
-        if not place.rank:
-            o.report.line(str(output))
-            o.report.end("", output=str(output), scores=[], **counts)
+        scoring.check_complete(benchmark, output)
+    if place.rank:
         return 0
-    if o.drawing and place.world > 1:
-        wait_for_others(benchmark, output)
-    return tell_scores(o, list(score(o, benchmark, output, rubric, terms)), output, **counts)
-
-
-def draw(o: Options, benchmark: Any, output: Path) -> dict[str, Any]:
-    """Make what is missing of a benchmark's pictures."""
-    from unilip.eval.generation import Settings, generate
-
-    device, source = choose_device(o.device), source_of(o)
-    given = pick(o, "steps", "guidance_scale", "image_size", "seed", "dtype")
-    settings = Settings.resolve(source, fit=getattr(o, "fit", None), **given)
-    return generate(benchmark, output, source, settings, batch_size=o.batch_size, device=device, progress=bars(o))
-
-
-def wait_for_others(benchmark: Any, output: Path) -> None:
-    """Return once the other processes of this run have made their pictures."""
-    import time
-
-    from unilip.eval.generation import missing
-
-    while left := missing(benchmark, output):
+    if not (official or judge):
+        o.report.line(str(output))
+        o.report.end("", output=str(output), scores=[], **counts)
+        return 0
+    while o.drawing and place.world > 1 and (left := generation.missing(benchmark, output)):
         say(f"waiting for {plural(len(left), 'file')} of other processes")
         time.sleep(5)
-
-
-def score(o: Options, benchmark: Any, output: Path, rubric: Any, terms: Terms | None) -> Any:
-    """Yield the summary of every scorer that the options name."""
-    from unilip.eval import scoring
-
-    if getattr(o, "official", None) is not None:
-        given: dict[str, Any] = {"python": o.official_python, "arguments": o.official_args, "terms": terms}
-        yield scoring.score_officially(benchmark, output, o.official or "", prompts=o.prompts or "", **given)
-    elif terms is not None:
-        yield scoring.score_by_judge(benchmark, output, terms, rubric=rubric, progress=bars(o))
+    if official:
+        given = {"python": o.official_python, "arguments": o.official_args, "terms": terms}
+        scored = scoring.score_officially(benchmark, output, official, prompts=o.prompts or "", **given)
+    else:
+        assert terms is not None
+        scored = scoring.score_by_judge(benchmark, output, terms, rubric=rubric, progress=bars(o))
+    return tell_scores(o, [scored], output, **counts)
 
 
 def eval_recon(o: Options) -> int:

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from unilip.model import ImageOutput, UniLIP
 
 
-Draw = Callable[[Sequence[terminal.Request], dict[str, Any]], "ImageOutput"]
+Work = Sequence[terminal.Request]
 
 
 def paint(
     o: Options,
     model: UniLIP,
-    work: Sequence[terminal.Request],
+    work: Work,
     out: terminal.Destination,
-    draw: Draw,
+    draw: Callable[[Work, dict[str, Any]], ImageOutput],
 ) -> int:
     """Draw the pictures of all requests in batches, write each as soon as it is there, and report."""
     settings, about = terminal.sampling(o, model), terminal.describe_model(o, model)
@@ -52,7 +52,7 @@ def paint(
     return 0
 
 
-def tell_unread(o: Options, model: UniLIP, work: Sequence[terminal.Request]) -> None:
+def tell_unread(o: Options, model: UniLIP, work: Work) -> None:
     """Say which words a model of a small world never read: it takes them for others."""
     tokenizer = model.processor.tokenizer if model.processor else None
     find = getattr(tokenizer, "unread", None)
@@ -66,8 +66,8 @@ def shown(o: Options, work: Sequence[Any], unit: str = "picture") -> Iterator[Se
     """Yield batches under a bar over all that is to be done; a single batch has the bar of its steps instead."""
     from tqdm.auto import tqdm
 
-    one = len(work) <= o.batch_size
-    with tqdm(total=len(work), unit=unit, leave=False, disable=None if o.progress and not one else True) as bar:
+    disable = True if not o.progress or bar_of_steps(o, work) else None
+    with tqdm(total=len(work), unit=unit, leave=False, disable=disable) as bar:
         for start in range(0, len(work), o.batch_size):
             batch = work[start : start + o.batch_size]
             yield batch
@@ -79,7 +79,7 @@ def bar_of_steps(o: Options, work: Sequence[Any]) -> bool:
     return o.progress and len(work) <= o.batch_size
 
 
-def each_image(o: Options, found: Sequence[terminal.Request]) -> list[terminal.Request]:
+def each_image(o: Options, found: Work) -> list[terminal.Request]:
     """Repeat every request --num-images times, with seeds that count up."""
     return [dataclasses.replace(r, seed=r.seed + i) for r in found for i in range(o.num_images)]
 
@@ -101,7 +101,7 @@ def generate(o: Options) -> int:
     out = terminal.Destination(o.output, o.force, len(work))
     model = terminal.load(o, *(["encoder"] if o.best_of > 1 else []), "mllm", "connector", "dit", "pixel_decoder")
 
-    def draw(batch: Sequence[terminal.Request], settings: dict[str, Any]) -> ImageOutput:
+    def draw(batch: Work, settings: dict[str, Any]) -> ImageOutput:
         return model.generate(
             [r.text for r in batch], generator=[terminal.seeded(r.seed) for r in batch], progress=bar_of_steps(o, work),
             plan={"yes": True, "no": False}.get(o.plan, "auto"), **settings,
@@ -117,7 +117,7 @@ def edit(o: Options) -> int:
     out = terminal.Destination(o.output, o.force, len(work))
     model = terminal.load(o, "encoder", "mllm", "connector", "dit", "pixel_decoder")
 
-    def draw(batch: Sequence[terminal.Request], settings: dict[str, Any]) -> ImageOutput:
+    def draw(batch: Work, settings: dict[str, Any]) -> ImageOutput:
         from unilip.model import ImageOutput
 
         images: list[Any] = []
@@ -135,15 +135,13 @@ def edit(o: Options) -> int:
 
 def reconstruct(o: Options) -> int:
     """Encode pictures and draw them again from their features."""
-    from unilip.pictures import fit_picture, load_image, unfit_square
+    from unilip.pictures import fit_picture, load_image, picture_psnr, unfit_square
 
     for word in o.words:
         load_image(word)
     size = terminal.sides(o)
     out = terminal.Destination(o.output, o.force, len(o.words))
     model = terminal.load(o, "encoder", "latent_head", "pixel_decoder")
-    from unilip.pictures import picture_psnr
-
     about = terminal.describe_model(o, model)
     o.report.record |= {**about, "settings": {**size, "fit": o.fit, "keep_aspect": o.keep_aspect}}
     o.report.loaded()

@@ -246,6 +246,11 @@ def say(message: str) -> None:
         print(f"unilip: {message}", file=sys.stderr, flush=True)
 
 
+def bars(o: Options) -> bool:
+    """Whether progress bars are shown."""
+    return getattr(o, "progress", False) and sys.stderr.isatty()
+
+
 @contextmanager
 def bar(o: Options, unit: str) -> Iterator[Callable[..., None]]:
     """Show a bar on a terminal; yields what is told how much is done, of how much."""
@@ -305,7 +310,7 @@ def load(o: Options, *parts: str) -> UniLIP:
         if parts and not set(changed) & set(parts):
             say(f"{folder} changes {', '.join(changed)}, which this verb does not use")
     device = choose_device(o.device)
-    if getattr(o, "progress", False) and sys.stderr.isatty():
+    if bars(o):
         say(f"loading {o.model or 'the embedded model'} on {device}")
     # beside a GPU plain weights rest in main memory; else they are read from disk (and quantised where they work)
     on_gpu = low_memory and device != "cpu" and quantized is None

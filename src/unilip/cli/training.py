@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from unilip.cli.options import Options
-from unilip.cli.terminal import bar, plural, say
+from unilip.cli.terminal import bar, bars, plural, say
 from unilip.errors import UniLIPError
 from unilip.machine import choose_device
 
@@ -60,21 +60,19 @@ def data_check(o: Options) -> int:
     from unilip.data.sources import open_source, parse_mixture
     from unilip.files import replacing
 
-    sheet_path = None if o.output is None else Path(o.output)
-    if sheet_path is not None and (
-        sheet_path.suffix not in (".png", ".jpg") or not sheet_path.absolute().parent.is_dir()
-    ):
+    target = None if o.output is None else Path(o.output)
+    if target is not None and (target.suffix not in (".png", ".jpg") or not target.absolute().parent.is_dir()):
         raise UniLIPError(f"--output {o.output} must be a .png or .jpg file in a folder that exists.")
     found, fine = [], True
     places = [place for text in o.words for place in parse_mixture(text)]
-    for number, place in enumerate(places):
+    for number, place in enumerate(places, 1):
         with bar(o, "sample") as progress:
             about, sheet = check(open_source(place.location), o.samples, progress=progress)
         for line in about.lines():
             o.report.line(line)
         values = asdict(about)
-        if sheet is not None and sheet_path is not None:
-            path = sheet_path if len(places) == 1 else sheet_path.with_stem(f"{sheet_path.stem}-{number + 1}")
+        if sheet is not None and target is not None:
+            path = target if len(places) == 1 else target.with_stem(f"{target.stem}-{number}")
             with replacing(path) as temporary:
                 sheet.save(temporary, {".png": "PNG", ".jpg": "JPEG"}[path.suffix])
             o.report.line(str(path))
@@ -98,7 +96,7 @@ def data_cache(o: Options) -> int:
 
     made = make_cache(
         recipe, o.output, o.runs, device=device, dtype=o.dtype or "float32", ray=o.ray,
-        progress=o.progress and sys.stderr.isatty(),
+        progress=bars(o),
     )  # fmt: skip
     o.report.line(o.output)
     note = f"{', '.join(made['names'])} of {plural(made['made'], 'sample')} in {plural(made['shards'], 'shard')}"
@@ -113,15 +111,15 @@ def train(o: Options) -> int:
     from unilip.recipes.record import changed_settings, leaves, override
 
     if o.listing:
-        return list_recipes(o, all_recipes().values())
+        return list_recipes(o, list(all_recipes().values()))
     if not o.words:
         raise UniLIPError("There is no recipe; give its name, or --list to see them all.")
     if o.data is not None:
         o.settings = [*o.settings, f"data.path={o.data}"]
     recipe = override(get_recipe(o.words[0]), o.settings)
-    given = {text.partition("=")[0] for text in o.settings}
+    named = {text.partition("=")[0] for text in o.settings}
     before, after = leaves(get_recipe(o.words[0])), leaves(recipe)
-    if follow := [f"{n}={after[n]}" for n in after if after[n] != before[n] and n not in given]:
+    if follow := [f"{n}={after[n]}" for n in after if after[n] != before[n] and n not in named]:
         say(f"follows from the data: {', '.join(follow)}")
     if o.preflight:
         return estimate(o, recipe)
@@ -138,10 +136,9 @@ def train(o: Options) -> int:
     device = choose_device(o.device)
     from unilip.train import loop
 
+    given = {"restart": o.restart, "progress": o.progress, "stop_after": o.stop_after}
     try:
-        folder = loop.train(
-            recipe, o.runs, device=device, restart=o.restart, progress=o.progress, stop_after=o.stop_after
-        )
+        folder = loop.train(recipe, o.runs, device=device, **given)
     except loop.Interrupted as error:
         say(f"{error} That is: {again(o)}")
         return 130
@@ -174,11 +171,10 @@ def estimate(o: Options, recipe: Any) -> int:
     return 0
 
 
-def list_recipes(o: Options, recipes: Iterable[Any]) -> int:
+def list_recipes(o: Options, recipes: Sequence[Any]) -> int:
     """Print the table of recipes."""
     from unilip.recipes.record import leaves
 
-    recipes = list(recipes)
     if o.json:
         print(json.dumps({recipe.name: leaves(recipe) for recipe in recipes}))
         return 0
@@ -186,7 +182,7 @@ def list_recipes(o: Options, recipes: Iterable[Any]) -> int:
     for r in recipes:
         trains = " ".join(part if factor == 1 else f"{part}:{factor:g}" for part, factor in r.trains)
         rows.append((r.name, type(r.objective).__name__.lower(), f"{r.steps:,}", str(r.batch_size), trains, r.note))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row[:5], widths, strict=True)), row[5]]).rstrip())
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
