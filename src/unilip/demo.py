@@ -15,7 +15,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -128,6 +128,7 @@ class _Show:
         self.model, self.folder, self.seed, self.shown, self.source = model, folder, seed, shown, source
         self.examples = examples()
         self.result: dict[str, Any] = {"seed": seed, "seconds": {}}
+        self.judges = model.config.image_size == judge().world.image_size
 
     def save(self, image: Image.Image, name: str) -> str:
         image.save(self.folder / f"{name}.png", optimize=True)
@@ -144,18 +145,17 @@ class _Show:
 
     def command(self, *words: str, seeded: bool = False) -> str:
         """A command that does one of the block again; names of pictures become paths."""
-        words = tuple(str(Path(self.shown) / w) if w.endswith(".png") else w for w in words)
-        words += ("--seed", str(self.seed)) * seeded + tuple(self.source)
-        return f"<pre>{html.escape(shlex.join(('unilip', *words)))}</pre>"
+        paths = (str(Path(self.shown) / word) if word.endswith(".png") else word for word in words)
+        again = ("unilip", *paths, *(("--seed", str(self.seed)) if seeded else ()), *self.source)
+        return f"<pre>{html.escape(shlex.join(again))}</pre>"
 
-    def pair(self, source: Image.Image, name: str, made: Image.Image) -> tuple[str, float]:
-        score, square = picture_psnr(self.square(source), made), self.square(source)
-        cells = ((self.save(square, f"{name}-source"), "source"), (self.save(made, name), f"again, {score:.1f} dB"))
-        return _row(*cells), score
-
-    @property
-    def judges(self) -> bool:
-        return self.model.config.image_size == judge().world.image_size
+    def section(
+        self, part: str, result: str, note: str, cards: Sequence[str], again: str, wide: bool = False
+    ) -> tuple[str, str, str]:
+        grid = f'<div class="grid{" wide" if wide else ""}">{"".join(cards)}</div>'
+        body = f'<p class="soft">{html.escape(note)}</p>{grid}{again}'
+        title = "Outside its world" if part == "outside" else part.capitalize()
+        return title, f"{result}, in {self.result['seconds'][part]:.1f} s", body
 
     def generate(self) -> tuple[str, str, str]:
         prompts = self.examples["prompts"]
@@ -167,9 +167,9 @@ class _Show:
             for prompt, image, (_, found) in zip(prompts, made, verdicts, strict=True)
         ]
         steps = self.model.config.sampling.num_inference_steps
-        line = f"{self.right('generate', verdicts)} pictures of {steps} steps, {self.rate('generate')}"
+        result = f"{self.right('generate', verdicts)} pictures of {steps} steps"
         note = "Drawn from words alone, one try each, nothing picked." + JUDGED * self.judges
-        return "Generate", line, _section(note, cards, self.command("generate", prompts[0], seeded=True))
+        return self.section("generate", result, note, cards, self.command("generate", prompts[0], seeded=True))
 
     def edit(self) -> tuple[str, str, str]:
         edits = self.examples["edits"]
@@ -184,9 +184,9 @@ class _Show:
             row = _row((before, "before"), (self.save(image, name), "after"), (target, "as it should be"))
             cards.append(_card(row, f"“{edit['instruction']}”", found))
         note = "The features of the picture are part of the condition, so that what is not named can stay as it was."
-        line = f"{self.right('edit', verdicts)} pictures, {self.rate('edit')}"
         again = self.command("edit", f"{names[0]}-source.png", wishes[0], seeded=True)
-        return "Edit", line, _section(note + JUDGED * self.judges, cards, again, wide=True)
+        result = f"{self.right('edit', verdicts)} pictures"
+        return self.section("edit", result, note + JUDGED * self.judges, cards, again, wide=True)
 
     def ask(self) -> tuple[str, str, str]:
         from unilip.emoji.score import accepts
@@ -202,47 +202,50 @@ class _Show:
             lines = ""
             for question in entry["questions"]:
                 answer, truth = next(answers), question["answers"]
-                told.append({"question": question["question"], "answer": answer, "truth": truth[0]})
-                told[-1]["right"] = accepts(answer, truth)
-                lines += _answer(**told[-1])
+                right = accepts(answer, truth)
+                told.append({"question": question["question"], "answer": answer, "truth": truth[0], "right": right})
+                words = f'<span class="soft">{html.escape(question["question"])}</span><br>'
+                said = html.escape(answer) or "<i>nothing</i>"
+                lines += f"<p>{words}{said} {_mark(right, f'truth: {truth[0]}')}</p>"
             row = picture and _row((self.save(self.square(picture), f"ask-{Path(entry['file']).stem}"), ""))
             cards.append(_card(row or "", "" if picture else "Without a picture", lines))
         self.result["answers"] = told
         again = self.command("ask", f"ask-{Path(shown[0]['file']).stem}.png", questions[0])
-        line = f"{sum(one['right'] for one in told)} of {len(told)} answers right, {self.rate('ask')}"
-        return "Ask", line, _section("Greedy answers, compared with the truth word by word.", cards, again)
+        result = f"{sum(one['right'] for one in told)} of {len(told)} answers right"
+        return self.section("ask", result, "Greedy answers, compared with the truth word by word.", cards, again)
+
+    def redrawn(self, part: str, captions: Mapping[str, str]) -> tuple[list[float], list[str], str]:
+        """Reconstruct examples; their PSNR, their cards, and the command for the first."""
+        pictures = [load_image(FOLDER / name) for name in captions]
+        with self.timed(part):
+            made = self.model.reconstruct(pictures)
+        scores, cards, names = [], [], [f"{part}-{Path(name).stem}" for name in captions]
+        for name, caption, source, image in zip(names, captions.values(), pictures, made, strict=True):
+            square = self.square(source)
+            scores.append(picture_psnr(square, image))
+            before, after = self.save(square, f"{name}-source"), self.save(image, name)
+            cards.append(_card(_row((before, "source"), (after, f"again, {scores[-1]:.1f} dB")), caption))
+        return scores, cards, self.command("reconstruct", f"{names[0]}-source.png")
 
     def reconstruct(self) -> tuple[str, str, str]:
-        entries = self.examples["pictures"]
-        pictures = [load_image(FOLDER / entry["file"]) for entry in entries]
-        with self.timed("reconstruct"):
-            made = self.model.reconstruct(pictures)
-        cards, scores = [], []
-        for entry, source, image in zip(entries, pictures, made, strict=True):
-            row, score = self.pair(source, f"reconstruct-{Path(entry['file']).stem}", image)
-            scores.append(score)
-            cards.append(_card(row, entry["caption"]))
+        captions = {entry["file"]: entry["caption"] for entry in self.examples["pictures"]}
+        scores, cards, again = self.redrawn("reconstruct", captions)
         self.result["psnr"] = [round(score, 2) for score in scores]
         note = (
             "The picture becomes the features of the CLIP encoder, and is drawn again from these alone. Decibels are "
             "PSNR, more is better; on plain backgrounds they are high even where the eye sees another thing."
         )
-        again = self.command("reconstruct", f"reconstruct-{Path(entries[0]['file']).stem}-source.png")
-        line = f"{len(made)} pictures, {sum(scores) / len(scores):.1f} dB on average, {self.rate('reconstruct')}"
-        return "Reconstruct", line, _section(note, cards, again, wide=True)
+        result = f"{len(scores)} pictures, {sum(scores) / len(scores):.1f} dB on average"
+        return self.section("reconstruct", result, note, cards, again, wide=True)
 
     def outside(self) -> tuple[str, str, str]:
-        source = load_image(FOLDER / "photograph.jpg")
-        with self.timed("outside"):
-            made = self.model.reconstruct(source)[0]
-        row, score = self.pair(source, "photograph", made)
+        (score,), cards, again = self.redrawn("outside", {"photograph.jpg": ""})
         self.result["photograph_psnr"] = round(score, 2)
         note = (
             "A photograph. The embedded model has seen emoji drawings and nothing else, so fur and light come back "
             "poor. The released models were trained on photographs."
         )
-        body = _section(note, [_card(row)], self.command("reconstruct", "photograph-source.png"), wide=True)
-        return "Outside its world", f"{score:.1f} dB, {self.rate('outside')}", body
+        return self.section("outside", f"{score:.1f} dB", note, cards, again, wide=True)
 
     def learn(self) -> tuple[str, str, str]:
         """Train an adapter on a thing that no training showed; draw it before and after, in words not taught."""
@@ -255,13 +258,12 @@ class _Show:
         world, atlas = judge().world, judge().atlas
         thing = with_article(world.extra[0])
         lesson = Scenes(world, atlas, "val", 0, TAUGHT, "generation", ("single",), None, world.extra[:1])
-        lessons = [lesson[i] for i in range(TAUGHT)]
         known = Scenes(world, atlas, "train", 1, 2 * TAUGHT, "generation")
+        lessons = [lesson[i] for i in range(TAUGHT)]
         captions = {item["caption"] for item in lessons}
         asked = [f"{thing} on {with_article(name)} background" for name in world.backgrounds]
-        asked = [prompt for prompt in asked if prompt not in captions][:4]
-        prompts = [prompt for prompt in asked for _ in range(4)]
-        seeds = [self.seed + i for i in range(4)] * len(asked)
+        prompts = [prompt for prompt in [one for one in asked if one not in captions][:4] for _ in range(4)]
+        seeds = [self.seed + i % 4 for i in range(len(prompts))]
         with self.timed("learn"), tempfile.TemporaryDirectory() as place:
             for name, items in (("new", lessons), ("known", [known[i] for i in range(2 * TAUGHT)])):
                 (Path(place) / name).mkdir()
@@ -270,9 +272,8 @@ class _Show:
                     (Path(place) / name / f"{i:02}.txt").write_text(item["caption"], encoding="utf-8")
             settings = [f"data.path={place}/new:1,{place}/known:2", f"seed={self.seed}"]
             final = train(override(get_recipe("lora/concept"), settings), place, progress=False)
-            drawn = []
-            for model in (self.model, UniLIP.from_pretrained(final).to(self.model.device)):
-                drawn.append(model.generate(prompts, generator=seeds, progress=False).images)
+            models = (self.model, UniLIP.from_pretrained(final).to(self.model.device))
+            drawn = [model.generate(prompts, generator=seeds, progress=False).images for model in models]
         right = [[[one.concept for one in judge().read(image).objects] == [world.extra[0]] for image in images]
                  for images in drawn]  # fmt: skip
         self.result["learned"] = [sum(one) for one in right]
@@ -281,14 +282,14 @@ class _Show:
         for i in range(0, len(prompts), 4):
             whens = enumerate(("before", "after"))
             row = _row(*((self.save(drawn[k][i], f"learn-{i // 4}-{when}"), when) for k, when in whens))
-            cards.append(_card(row, f"“{prompts[i]}”", _verdict(right[1][i], "it is not")))
+            cards.append(_card(row, f"“{prompts[i]}”", f"<p>{_mark(right[1][i], 'it is not')}</p>"))
         note = (
             f"{thing[:1].upper() + thing[1:]} stands in no training picture. An adapter (LoRA) was trained here and "
             f"now on {TAUGHT} captioned pictures of it, mixed with known ones; the prompts are not among the captions."
         )
-        line = f"{thing}: {sum(right[0])} of {len(prompts)} right before, {sum(right[1])} after, {self.rate('learn')}"
+        result = f"{thing}: {sum(right[0])} of {len(prompts)} right before, {sum(right[1])} after"
         again = "<pre>unilip train lora/concept --data FOLDER</pre>"
-        return "Learn", line, _section(note, cards, again, wide=True)
+        return self.section("learn", result, note, cards, again, wide=True)
 
     def drawn(self, image: Image.Image, task: str, scene: dict[str, Any]) -> tuple[bool, str]:
         """Whether a picture shows what was asked, and that in HTML."""
@@ -298,8 +299,8 @@ class _Show:
         from unilip.emoji.world import Scene
 
         reading = judge().read(image)
-        verdict = judge_prompt(reading, Scene.from_dict(scene), task, judge().world)
-        return verdict.ok, _verdict(verdict.ok, f"saw {reading}")
+        ok = judge_prompt(reading, Scene.from_dict(scene), task, judge().world).ok
+        return ok, f"<p>{_mark(ok, f'saw {reading}')}</p>"
 
     def edited(self, image: Image.Image, edit: dict[str, Any]) -> tuple[bool, str]:
         """Whether an edit was done and the rest kept, and that in HTML."""
@@ -311,17 +312,14 @@ class _Show:
 
         before, after = (Scene.from_dict(edit[f"{which}_scene"]) for which in ("source", "target"))
         verdict = judge_edit(judge(), image, Edit(before, edit["instruction"], after, edit["kind"]))
-        return verdict.ok, _verdict(verdict.ok, verdict.reason)
+        return verdict.ok, f"<p>{_mark(verdict.ok, verdict.reason)}</p>"
 
     def right(self, part: str, verdicts: Sequence[tuple[bool, str]]) -> str:
-        """Count what is right, where that can be judged: "4 of 6"."""
+        """Count what is right, where that can be judged: "4 right of 6"."""
         if not self.judges:
             return str(len(verdicts))
         self.result[f"{part}_right"] = [ok for ok, _ in verdicts]
         return f"{sum(ok for ok, _ in verdicts)} right of {len(verdicts)}"
-
-    def rate(self, part: str) -> str:
-        return f"in {self.result['seconds'][part]:.1f} s"
 
     def page(self, sections: Sequence[str], loaded: str) -> str:
         config, seconds = self.model.config, sum(self.result["seconds"].values())
@@ -357,19 +355,5 @@ def _card(row: str, text: str = "", more: str = "") -> str:
     return f'<div class="card">{row}{words}{more}</div>'
 
 
-def _answer(question: str, answer: str, truth: str, right: bool) -> str:
-    said = html.escape(answer) or "<i>nothing</i>"
-    return f'<p><span class="soft">{html.escape(question)}</span><br>{said} {_mark(right, f"truth: {truth}")}</p>'
-
-
-def _verdict(right: bool, reason: str) -> str:
-    return f"<p>{_mark(right, reason)}</p>"
-
-
 def _mark(right: bool, reason: str) -> str:
     return '<span class="yes">✓</span>' if right else f'<span class="no">✗ ({html.escape(reason)})</span>'
-
-
-def _section(note: str, cards: Sequence[str], command: str, wide: bool = False) -> str:
-    grid = f'<div class="grid{" wide" if wide else ""}">{"".join(cards)}</div>'
-    return f'<p class="soft">{html.escape(note)}</p>{grid}{command}'
