@@ -142,18 +142,19 @@ def lines_of(text: str) -> list[str]:
 
 def read_lines(path: Path, what: str = "file") -> list[dict[str, Any]]:
     """Read JSON lines, one object each, but for empty ones. Raises UniLIPError: no such file, a line is no object."""
-    rows = []
-    for number, line in enumerate(lines_of(read_text(path, what)), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UniLIPError(f"{path}, line {number} is not JSON ({error}); write one object on each line.") from error
-        if not isinstance(row, dict):
-            raise UniLIPError(f"{path}, line {number} is not a JSON object; write one object on each line.")
-        rows.append(row)
-    return rows
+    lines = enumerate(lines_of(read_text(path, what)), 1)
+    return [read_object(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+
+
+def read_object(line: str, where: str) -> dict[str, Any]:
+    """Read a line of JSON lines. Raises UniLIPError, which says `where`: it is no JSON, or no object."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UniLIPError(f"{where} is not JSON ({error}); write one object on each line.") from error
+    if not isinstance(row, dict):
+        raise UniLIPError(f"{where} is not a JSON object; write one object on each line.")
+    return row
 
 
 def retried(call: Callable[[], T], attempts: int = 3, wait: float = 0.2) -> T:

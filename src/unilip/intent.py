@@ -50,9 +50,7 @@ def intent(text: str, has_picture: bool) -> tuple[Intent, str]:
     asked = asked or bool(RULE["asked"].match(start))
     marks = text.count("?") + text.count("？")
     question = marks > 0 and not (asked and marks == 1 and text[-1] in "?？")
-    if question or not start:
-        return "ask", text
-    if RULE["told"].search(start):
+    if question or not start or RULE["told"].search(start):
         return "ask", text
     new = RULE["new"].match(start)
     if new and rest[new.end() :].strip(" \t\n,:;-?"):
@@ -76,16 +74,8 @@ def intent(text: str, has_picture: bool) -> tuple[Intent, str]:
     about = RULE["about"].search(start)
     if drawn is None and not about:
         drawn = RULE["used"].match(start) or RULE["make"].match(start) or RULE["show"].match(start)
-    if (
-        drawn is None
-        and not (has_picture or about)
-        and not start.lower().startswith("the ")
-        and RULE["noun"].match(start)
-        and not RULE["sentence"].search(start)
-    ):
+    named = not (has_picture or about or start.lower().startswith("the ") or RULE["sentence"].search(start))
+    if drawn is None and named:
         drawn = RULE["noun"].match(start)
-    if drawn is not None:
-        prompt = rest[drawn.end() :].strip(" \t\n,:;-")
-        if prompt:
-            return "generate", prompt
-    return "ask", text
+    prompt = rest[drawn.end() :].strip(" \t\n,:;-") if drawn else ""
+    return ("generate", prompt) if prompt else ("ask", text)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from unilip.cli.options import Options
-from unilip.cli.terminal import adapter_of, describe_model, load, say, source_of
+from unilip.cli.terminal import adapter_of, describe_model, load, plural, say, source_of
 from unilip.errors import UniLIPError, install
 from unilip.machine import choose_device
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 KEYS = "UNILIP_API_KEY"
 MEGA = 2**20
-LEVELS = ("debug", "info", "warning", "error")
 CAN = "scenes of one to four flat emoji drawings on a plain background: kinds of things, counts, colours, places."
 CANNOT = (
     "photographs, faces, writing, or anything else than its drawings. It is small and often wrong; its mistakes are "
@@ -52,7 +51,9 @@ def about(o: Options, model: UniLIP) -> dict[str, Any]:
         found |= {"can": CAN, "cannot": CANNOT, "prompts": given["prompts"]}
         found["edits"] = [(edit["source"], edit["instruction"]) for edit in given["edits"]]
         found["questions"] = [(one["file"], one["questions"][0]["question"]) for one in given["pictures"]]
-    return found | ({} if o.model is None else {"model": name_of(o)})
+    else:
+        found["model"] = name_of(o)
+    return found
 
 
 def serve(o: Options) -> int:
@@ -165,7 +166,7 @@ def spread(o: Options, common: dict[str, Any]) -> tuple[Any, str]:
     if o.decoder is not None:
         raise UniLIPError("--decoder is for one process; save a model with it, and give that to --ray.")
     most = o.max_replicas or o.ray
-    say(f"starting {o.ray} replica{'s' if o.ray > 1 else ''} on Ray")
+    say(f"starting {plural(o.ray, 'replica')} on Ray")
     common |= {"device": device, "dtype": o.dtype, "performance": o.performance}
     gpus = 1.0 if device.startswith("cuda") else 0.0
     engine = RemoteEngine(source_of(o), replicas=o.ray, most=most, gpus=gpus, **common)

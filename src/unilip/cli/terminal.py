@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from unilip.cli.options import Options
 from unilip.errors import UniLIPError
-from unilip.files import lines_of, png_notes, read_text
+from unilip.files import lines_of, png_notes, read_object, read_text
 from unilip.machine import choose_device
 
 if TYPE_CHECKING:
@@ -60,23 +60,27 @@ def read_prompts(name: str) -> list[dict[str, Any]]:
     return found
 
 
+# what a line of --prompts may hold, and whether a value of it will do
+ALLOWED: dict[str, Callable[[Any], bool]] = {
+    "prompt": lambda value: isinstance(value, str),
+    "image": lambda value: bool(value) and all(isinstance(one, str) for one in _listed(value)),
+    "seed": lambda value: isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63,
+}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def _entry(line: str, where: str) -> dict[str, Any]:
     if not line.startswith("{"):
         return {"prompt": line.strip()}
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UniLIPError(f"{where} is not JSON ({error}); write one object on each line.") from error
-    kinds: dict[str, Any] = {"prompt": str, "image": (str, list), "seed": int}
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+    entry = read_object(line, where)
+    if not isinstance(entry.get("prompt"), str):
         raise UniLIPError(f'{where} has no "prompt"; write {{"prompt": "..."}}.')
-    wrong = [k for k, v in entry.items() if not isinstance(v, kinds.get(k, ())) or isinstance(v, bool)]
-    images = entry.get("image", "")
-    wrong += ["image"] if isinstance(images, list) and not (images and all(isinstance(i, str) for i in images)) else []
-    if wrong or not 0 <= entry.get("seed", 0) < 2**63:
-        what = ", ".join(wrong) or "seed"
+    if wrong := [name for name, value in entry.items() if name not in ALLOWED or not ALLOWED[name](value)]:
         raise UniLIPError(
-            f"{where}: {what} is not understood; allowed: prompt (text), image (text, or "
+            f"{where}: {', '.join(wrong)} is not understood; allowed: prompt (text), image (text, or "
             "list of texts), seed (0 to 2^63 - 1)."
         )
     return entry
@@ -105,8 +109,7 @@ def requests(o: Options, what: str, image: str, joint: bool = False) -> list[Req
     found = []
     for entry in entries:
         text = check_prompt(entry["prompt"], what)
-        own = entry.get("image", images)
-        own = [own] if isinstance(own, str) else own
+        own = _listed(entry.get("image", images))
         if own and image == "never":
             raise UniLIPError("A prompt of `unilip generate` takes no image; use `unilip edit` to change one.")
         if not own and image == "always":
@@ -124,11 +127,6 @@ def requests(o: Options, what: str, image: str, joint: bool = False) -> list[Req
 def slug(text: str) -> str:
     """Make a short file name of a text."""
     return re.sub(r"\W+", "-", text.lower()).strip("-_")[:48].rstrip("-_") or "picture"
-
-
-def shortened(text: str, size: int) -> str:
-    """Return the beginning of a text that has at most so many bytes as a part of a file name."""
-    return printable(text).encode()[:size].decode("utf-8", "ignore")
 
 
 def printable(text: str) -> str:
@@ -173,7 +171,8 @@ class Destination:
         except (AttributeError, OSError, ValueError):  # Windows, or a file system that does not say
             limit = 255
         *long, last = words
-        return "-".join([*(shortened(word, (limit - 44) // max(1, len(long))) for word in long), last])
+        size = (limit - 44) // max(1, len(long))  # in bytes
+        return "-".join([*(printable(word).encode()[:size].decode("utf-8", "ignore") for word in long), last])
 
     def write(self, image: Image.Image, stem: str, texts: Mapping[str, str]) -> Path:
         """Write a picture under the name asked for, or under the first free one of stem.png, stem-2.png, ..."""

@@ -84,11 +84,15 @@ def pages(app: FastAPI, settings: Settings) -> APIRouter:
     """The routes of the page for browsers, and of the description of the API."""
     router, files = APIRouter(include_in_schema=False), front.files()
 
+    def file(name: str) -> Response:
+        content, media = files[name]
+        return Response(content, media_type=media, headers=front.HEADERS)
+
     @router.get("/")
     async def root(request: Request) -> Response:
         """The page for browsers; for others a line that says what this is."""
         if "text/html" in request.headers.get("accept", ""):
-            return front.answer(files, front.INDEX)
+            return file("index.html")
         text = (
             f"unilip {__version__} serves {settings.model_name!r} by OpenAI's API: base URL .../v1, described at /docs;"
             " in a browser this address is a page to draw, change and ask."
@@ -100,7 +104,7 @@ def pages(app: FastAPI, settings: Settings) -> APIRouter:
         """A script, a style sheet or an example of the page."""
         if name not in files:
             raise HTTPException(404)
-        return front.answer(files, name)
+        return file(name)
 
     @functools.cache  # anybody may ask for these, so that they must cost nothing
     def described_once() -> tuple[bytes, bytes]:
@@ -154,9 +158,9 @@ def operation(service: Service) -> APIRouter:
     @router.get("/health", tags=["operation"])
     async def health() -> Response:
         """Whether the process does its work: 200, or 503."""
-        stats = engine.stats()
-        state = {"status": "ok" if engine.alive else "failed", "queued": stats.queued, "running": stats.running}
-        return JSON(state, 200 if engine.alive else 503)
+        stats, alive = engine.stats(), engine.alive
+        state = {"status": "ok" if alive else "failed", "queued": stats.queued, "running": stats.running}
+        return JSON(state, 200 if alive else 503)
 
     @router.get("/ready", tags=["operation"])
     async def ready() -> Response:

@@ -123,12 +123,12 @@ class Talk(Work):
     def about(self, results: Sequence[Result]) -> dict[str, Any]:
         """What was done: an addition to OpenAI's fields."""
         seeds = [seed for result in results for seed in result.seeds]
-        verb = self.tickets[0].verb
-        found = {"verb": verb, "seeds": seeds, "settings": dict(results[0].settings)}
+        verb, first = self.tickets[0].verb, results[0]
+        found = {"verb": verb, "seeds": seeds, "settings": dict(first.settings)}
         found |= {"taken": TAKEN[verb]} if self.by_words else {}
-        found |= {"plan": results[0].plan} if results[0].plan is not None else {}
-        if self.json and as_json(results[0].text)[1]:
-            cut = ", cut at max_tokens" if results[0].finish_reason == "length" else ""
+        found |= {"plan": first.plan} if first.plan is not None else {}
+        if self.json and as_json(first.text)[1]:
+            cut = ", cut at max_tokens" if first.finish_reason == "length" else ""
             found["wrapped"] = f"The model wrote no JSON object; its words{cut} are the field `answer` of one."
         return found | self.notes()
 
@@ -188,10 +188,8 @@ class Talk(Work):
             elif kind == "end":
                 choice = value["choices"][0]
                 if self.drawn:
-                    shown = {
-                        name: choice["message"][name] for name in ("content", "images") if name in choice["message"]
-                    }
-                    yield self.chunk(shown)
+                    said = choice["message"]
+                    yield self.chunk({name: said[name] for name in ("content", "images") if name in said})
                 yield self.chunk({}, choice["finish_reason"], unilip=value["unilip"])
                 if options.include_usage:
                     usage = {**self.head("chat.completion.chunk"), "choices": [], "usage": value["usage"]}

@@ -22,14 +22,13 @@ from unilip.serve.checks import Checker
 from unilip.serve.guard import FILES
 from unilip.serve.jobs import Ask
 from unilip.serve.pictures import from_data_url
-from unilip.serve.schema import Chat, ChatMessage, Part
+from unilip.serve.schema import Chat, ChatMessage
 from unilip.serve.service import Service
 
 MAX_PICTURES = 16
 _MARKDOWN = re.compile(r"!\[[^\[\]]{0,200}\]\((data:image/[a-z]{1,8};base64,[A-Za-z0-9+/=]+)\)")
-_ATTACHED = re.compile(
-    r"\s*<attached_files>(?:[^<]|<(?!/attached_files>)){0,4000}</attached_files>\s*"
-)  # as Open WebUI adds
+# as Open WebUI adds
+_ATTACHED = re.compile(r"\s*<attached_files>(?:[^<]|<(?!/attached_files>)){0,4000}</attached_files>\s*")
 TAKEN = {  # how a message was understood, where its words decided
     "generate": "Drawn; begin with “answer:” to ask instead.",
     "edit": "Changed; begin with “answer:” to ask instead.",
@@ -49,7 +48,7 @@ class Reader:
 
     def prefetch(self, body: Chat) -> None:
         """Fetch what has to come from the network, so that no decoder waits for it."""
-        for part in [part for message in body.messages for part in _parts(message)][: 4 * MAX_PICTURES]:
+        for part in body.parts[: 4 * MAX_PICTURES]:
             if part.image_url is not None and part.image_url.url[:5].lower() != "data:":
                 self._bytes(part.image_url.url)
 
@@ -92,15 +91,7 @@ class Wanted:
 
 def has_pictures(body: Chat) -> bool:
     """Whether a conversation may bring pictures."""
-    return any(
-        part.image_url is not None or "](data:" in (part.text or "")
-        for message in body.messages
-        for part in _parts(message)
-    )
-
-
-def _parts(message: ChatMessage) -> list[Part]:
-    return [*message.parts, *(message.images or ())]
+    return any(part.image_url is not None or "](data:" in (part.text or "") for part in body.parts)
 
 
 def read_conversation(body: Chat, reader: Reader, able: Checker, chat: str = "auto") -> Wanted:
@@ -112,12 +103,11 @@ def read_conversation(body: Chat, reader: Reader, able: Checker, chat: str = "au
         raise PromptError("The last message must be the user's; put what you want to know there.")
     told = Conversation()
     system: list[str] = []
-    listed: tuple[str, ...] = ()
     made = False  # whether the newest pictures are the model's
+    if any("<attached_files>" in (part.text or "") for part in body.parts):
+        body._ignored += ("attached_files",)  # their pictures come as parts
     for message in body.messages:
         text, images = _content(message, reader)
-        if any("<attached_files>" in (part.text or "") for part in _parts(message)):
-            listed = ("attached_files",)  # their pictures come as parts
         made = message.role == "assistant" if images else made
         if message.role in ("system", "developer", "tool", "function") and message is not body.messages[-1]:
             if images:
@@ -129,7 +119,6 @@ def read_conversation(body: Chat, reader: Reader, able: Checker, chat: str = "au
             told = told.heard("\n".join([*system, text]).strip(), images)
             system = []
             last = text
-    body._ignored += listed
     kept = told.recent if not able.config.sampling.recall else told.about_the_newest if made else told.turns
     if len(kept) < len(told.turns):
         body._ignored += (f"messages 1 to {len(told.turns) - len(kept)}, from before the newest picture",)
@@ -167,8 +156,7 @@ def _form(body: Chat, said: Sequence[str]) -> str:
     """Return what to add to a question so that it is answered in JSON, unless its own words say so."""
     if body.response_format is None or not wants_json(body):
         return ""
-    form = (body.response_format.json_schema or {}).get("schema")
-    if form:
+    if form := (body.response_format.json_schema or {}).get("schema"):
         return f"\nAnswer with one JSON object of this schema and nothing else: {json.dumps(form)}"
     return "" if "json" in "".join(said).lower() else "\nAnswer with one JSON object and nothing else."
 

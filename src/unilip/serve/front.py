@@ -8,9 +8,6 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import PurePath
 
-from starlette.responses import Response
-
-INDEX = "index.html"
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".png": "image/png"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -30,9 +27,3 @@ def files() -> dict[str, tuple[bytes, str]]:
             if kind := KINDS.get(PurePath(one.name).suffix):
                 found[one.name] = one.read_bytes(), kind
     return found
-
-
-def answer(kept: dict[str, tuple[bytes, str]], name: str) -> Response:
-    """Return a file of the page as an answer."""
-    content, media = kept[name]
-    return Response(content, media_type=media, headers=HEADERS)

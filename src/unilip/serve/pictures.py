@@ -36,18 +36,12 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
 
     Raises ImageError: another format, too many pixels, more than one frame, or truncated.
     """
-    kind, image = _open(data, max_pixels)
-    try:
-        return load_image(image)
-    except ImageError:
-        raise
-    except Exception as error:
-        raise ImageError(f"The {kind.upper()} cannot be decoded; send a whole picture.") from error
+    return load_image(_open(data, max_pixels))
 
 
 def decode_mask(data: bytes, max_pixels: int) -> Image.Image:
     """Decode a mask into "L": 255, where it was transparent, may change. Raises ImageError: as `decode`, or opaque."""
-    _, image = _open(data, max_pixels)
+    image = _open(data, max_pixels)
     try:
         image = upright(image)
         if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
@@ -60,7 +54,7 @@ def decode_mask(data: bytes, max_pixels: int) -> Image.Image:
     return alpha.point([255 - value for value in range(256)])
 
 
-def _open(data: bytes, max_pixels: int) -> tuple[str, Image.Image]:
+def _open(data: bytes, max_pixels: int) -> Image.Image:
     kind, width, height, end = probe(data)
     if width < 1 or height < 1:
         raise ImageError(f"The image is {width}x{height} px; both sides must be at least 1.")
@@ -71,7 +65,7 @@ def _open(data: bytes, max_pixels: int) -> tuple[str, Image.Image]:
         raise ImageError("The image gives two different sizes for itself; save it anew.")
     if kind != "jpeg" and getattr(image, "n_frames", 1) != 1:  # of a JPEG, the first is what there is
         raise ImageError("The image has several frames; send a single still picture.")
-    return kind, image
+    return image
 
 
 def probe(data: bytes) -> tuple[str, int, int, int]:
@@ -89,10 +83,10 @@ def probe(data: bytes) -> tuple[str, int, int, int]:
         raise ImageError("The data is no PNG, JPEG, WebP or GIF; send one of these.")
     try:
         width, height, end = walk(data)
+        if end > len(data):
+            raise IndexError
     except (struct.error, IndexError) as error:
         raise ImageError(f"The {kind.upper()} ends too early; it was cut off. Send the whole file.") from error
-    if end > len(data):
-        raise ImageError(f"The {kind.upper()} ends too early; it was cut off. Send the whole file.")
     return kind, width, height, end
 
 

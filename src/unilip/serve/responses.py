@@ -153,9 +153,8 @@ class Answer:
                 yield self.event("output_text.delta", **inside, delta=value, logprobs=[])
             elif kind == "end":
                 done = self.finish(value)
+        done["output"][0]["id"] = item["id"]
         for number, one in enumerate(done["output"]):
-            one = one | {"id": item["id"]} if number == 0 else one
-            done["output"][number] = one
             if drawn:
                 yield self.event("image_generation_call.completed", output_index=number, item_id=one["id"])
             else:
@@ -168,13 +167,8 @@ class Answer:
 def text(words: str, status: str = "completed") -> dict[str, Any]:
     """An item of words."""
     part = {"type": "output_text", "text": words, "annotations": [], "logprobs": []}
-    return {
-        "id": f"msg_{secrets.token_hex(12)}",
-        "type": "message",
-        "role": "assistant",
-        "status": status,
-        "content": [part],
-    }
+    item = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "status": status}
+    return item | {"content": [part]}
 
 
 def picture(url: str, status: str = "completed") -> dict[str, Any]:

@@ -108,11 +108,11 @@ class Adapting(Body):
         if head == name and not found:
             check_choice(f"adapter of {name} called", tail, known or ["(none)"])
         given = self.adapters.split(",") if isinstance(self.adapters, str) else self.adapters or ()
-        for one in given:
-            word, _, scale = (one.strip(), "", "") if isinstance(given, dict) else one.strip().partition(":")
-            check_choice("adapter", word, known or ["(none)"])
+        pairs = given.items() if isinstance(given, dict) else (one.strip().partition(":")[::2] for one in given)
+        for word, scale in pairs:
+            check_choice("adapter", word.strip(), known or ["(none)"])
             try:
-                found[word] = given[one] if isinstance(given, dict) else float(scale) if scale else known[word]
+                found[word.strip()] = known[word.strip()] if scale == "" else float(scale)
             except ValueError as error:
                 raise UniLIPError(f"The strength of adapter {word} is {scale!r}; write it as {word}:0.5.") from error
         return tuple(found.items())
@@ -296,6 +296,11 @@ class Chat(Drawing):
     service_tier: str | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
+
+    @property
+    def parts(self) -> list[Part]:
+        """The parts of all messages, and the pictures of answers."""
+        return [part for message in self.messages for part in (*message.parts, *(message.images or ()))]
 
 
 class Intent(Body):

@@ -128,25 +128,21 @@ class Serving(ABC):
             held[most] -= places[last]
             free += places[last]
         for other in leaving:
-            if other._fail(QueueFull(YIELDED.format(wait), wait)):
-                other._on_cancel()
+            other._drop(QueueFull(YIELDED.format(wait), wait))
 
     def _count_pace(self, seconds: float) -> None:
         """Count what a unit took into the moving average; called under the lock."""
         self._pace = 0.8 * self._pace + 0.2 * seconds if self._pace else seconds
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Take nothing new and finish what was accepted within `timeout` seconds, or cancel it; returns whether all was
-        done.
-        """
+        """Take nothing new, and finish what was accepted in `timeout` seconds or cancel it; returns if all was done."""
         with self._changed:
             self._draining = True
             self._changed.notify_all()
             finished = self._changed.wait_for(lambda: not self._unfinished(), timeout)
             rest = self._unfinished()
         for ticket in rest:
-            if ticket._fail(Draining("The server shut down before the request was done; send it again.", 5.0)):
-                ticket._on_cancel()
+            ticket._drop(Draining("The server shut down before the request was done; send it again.", 5.0))
         return finished
 
     @abstractmethod

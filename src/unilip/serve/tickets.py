@@ -66,10 +66,7 @@ class Ticket:
 
     def cancel(self) -> bool:
         """Give the job up, waiting or after its present step, with `Cancelled`; returns whether it was unfinished."""
-        if not self._fail(Cancelled("The request was cancelled.")):
-            return False
-        self._on_cancel()
-        return True
+        return self._drop(Cancelled("The request was cancelled."))
 
     def result(self, timeout: float | None = None) -> Result:
         """Wait for the result.
@@ -127,23 +124,27 @@ class Ticket:
                 self.started = time.monotonic()
                 self._emit(Event("start", 0, self.total))
 
+    def _drop(self, error: UniLIPError) -> bool:
+        """Fail, and tell the engine so; returns whether the job was unfinished."""
+        if dropped := self._fail(error):
+            self._on_cancel()
+        return dropped
+
     def _fail(self, error: UniLIPError) -> bool:
+        return self._end(None, error)
+
+    def _succeed(self, **values: Any) -> None:
+        seconds = time.monotonic() - self.submitted
+        self._end(Result(settings=self.settings, prompt_tokens=self.prompt_tokens, seconds=seconds, **values))
+
+    def _end(self, result: Result | None, error: UniLIPError | None = None) -> bool:
         with self._lock:
             if self.done:
                 return False
-            self._error = error
+            self._result, self._error = result, error
             self._done.set()
             self._emit(Event("end"))
             return True
-
-    def _succeed(self, **values: Any) -> None:
-        with self._lock:
-            if self.done:
-                return
-            seconds = time.monotonic() - self.submitted
-            self._result = Result(settings=self.settings, prompt_tokens=self.prompt_tokens, seconds=seconds, **values)
-            self._done.set()
-            self._emit(Event("end"))
 
 
 async def merged(
