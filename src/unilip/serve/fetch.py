@@ -47,29 +47,26 @@ def resolve(host: str, port: int) -> list[str]:
     return sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
 
 
-class _Pinned(http.client.HTTPConnection):
-    """A connection that goes to an address already chosen, while host name and certificate are those of the URL."""
+def _connect(connection: http.client.HTTPConnection, address: str, secure: bool, over: threading.Event) -> None:
+    """Connect to an address that was chosen, while host name and certificate are those of the URL."""
+    connection.auto_open = 0  # never by name, which may mean another address by now
+    connection.sock = socket.create_connection((address, connection.port), connection.timeout)
+    if secure:  # the handshake by itself, for it must be possible to hang up meanwhile
+        context = ssl.create_default_context()
+        connection.sock = context.wrap_socket(
+            connection.sock, server_hostname=connection.host, do_handshake_on_connect=False
+        )
+    if over.is_set():
+        raise TimeoutError
+    if isinstance(connection.sock, ssl.SSLSocket):
+        connection.sock.do_handshake()
 
-    def __init__(self, host: str, port: int, address: str, secure: bool, timeout: float) -> None:
-        super().__init__(host, port, timeout=timeout)
-        self.address, self.secure, self.over = address, secure, False
 
-    def connect(self) -> None:
-        """Connect to the address, with TLS for the host where wanted."""
-        self.sock = socket.create_connection((self.address, self.port), self.timeout)
-        if self.secure:  # the handshake by itself, for it must be possible to hang up meanwhile
-            context = ssl.create_default_context()
-            self.sock = context.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
-        if self.over:
-            raise TimeoutError
-        if isinstance(self.sock, ssl.SSLSocket):
-            self.sock.do_handshake()
-
-    def hang_up(self) -> None:
-        """End what is under way in another thread."""
-        self.over = True
-        with contextlib.suppress(OSError, AttributeError):  # it is closed, or not yet open
-            self.sock.shutdown(socket.SHUT_RDWR)
+def _hang_up(connection: http.client.HTTPConnection, over: threading.Event) -> None:
+    """End what is under way in another thread."""
+    over.set()
+    with contextlib.suppress(OSError, AttributeError):  # it is closed, or not yet open
+        connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 def _check(url: str) -> SplitResult:
@@ -116,10 +113,11 @@ def fetch(
         if not public:
             raise ImageError("The image URL leads to an address that is not public; such are not fetched.")
         left = max(0.1, end - time.monotonic())
-        connection = _Pinned(host, port, addresses[0], parts.scheme == "https", left)
-        timer = threading.Timer(left, connection.hang_up)  # the socket's own limit is of each piece
+        connection, over = http.client.HTTPConnection(host, port, timeout=left), threading.Event()
+        timer = threading.Timer(left, _hang_up, (connection, over))  # the socket's own limit is of each piece
         timer.start()
         try:
+            _connect(connection, addresses[0], parts.scheme == "https", over)
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "unilip"})
             response = connection.getresponse()
@@ -131,7 +129,7 @@ def fetch(
             data = response.read(max_bytes + 1)
             if len(data) > max_bytes:
                 raise ImageError(f"The image URL answers more than {max_bytes} bytes; give a smaller picture.")
-            if not connection.over:
+            if not over.is_set():
                 return data
             raise ImageError("The image URL answers too slowly; send the picture as a data URL.")
         except (OSError, http.client.HTTPException) as error:

@@ -85,20 +85,10 @@ class RemoteEngine(Serving):
     """
 
     def __init__(
-        self,
-        source: Source = None,
-        *,
-        device: str = "cpu",
-        dtype: str | None = None,
-        performance: str = "exact",
-        replicas: int = 1,
-        most: int | None = None,
-        gpus: float = 0.0,
-        max_queue: int = 64,
-        max_batch: int = 8,
-        deadline: float | None = 300.0,
-        adapters: Adapters | None = None,
-    ) -> None:
+        self, source: Source = None, *, device: str = "cpu", dtype: str | None = None, performance: str = "exact",
+        replicas: int = 1, most: int | None = None, gpus: float = 0.0, max_queue: int = 64, max_batch: int = 8,
+        deadline: float | None = 300.0, adapters: Adapters | None = None,
+    ) -> None:  # fmt: skip
         from ray import serve
 
         most = replicas if most is None else most
@@ -106,9 +96,8 @@ class RemoteEngine(Serving):
             raise UniLIPError(f"There cannot be {replicas} to {most} replicas; 1 is least.")
         opened = open_checkpoint(source)
         processor = Processor(load_tokenizer(opened.tokenizer_path), opened.config) if opened.tokenizer_path else None
-        super().__init__(
-            Checker(opened.config, opened.parts, processor, None, adapters), max_queue, max_batch, deadline
-        )
+        checker = Checker(opened.config, opened.parts, processor, None, adapters)
+        super().__init__(checker, max_queue, max_batch, deadline)
         self._open: dict[Ticket, int] = {}  # of pictures and questions
 
         start_ray(namespace=APP)

@@ -208,18 +208,10 @@ class Service:
         if steps is None and body.quality is not None and body.preset is None:
             own = self.engine.config.sampling.num_inference_steps
             steps = min(max(1, round(schema.QUALITY[body.quality] * own)), limit)
-        return {
-            "seed": body.seed,
-            "steps": steps,
-            "guidance_scale": body.guidance,
-            "solver": body.solver,
-            "preset": body.preset or "quality",
-            "negative_prompt": body.negative_prompt,
-            "size": body.size,
-            "image_size": body.image_size,
-            "adapters": self.strengths(body),
-            "partials": (body.partial_images or 0) if getattr(body, "stream", False) else 0,
-        }
+        same = {name: getattr(body, name) for name in ("seed", "solver", "negative_prompt", "size", "image_size")}
+        partials = (body.partial_images or 0) if getattr(body, "stream", False) else 0
+        own = {"steps": steps, "guidance_scale": body.guidance, "preset": body.preset or "quality"}
+        return same | own | {"partials": partials, "adapters": self.strengths(body)}
 
     def together(self, joint: bool | None, count: int) -> bool:
         """Whether COUNT pictures belong to one edit, as OpenAI has it: else each is changed by itself."""
@@ -404,9 +396,6 @@ class Work:
             seen = 0 if ticket.verb == "generate" else own
             looked += seen
             read += max(result.prompt_tokens, seen)
-        return {
-            "input_tokens": read,
-            "output_tokens": grid,
-            "total_tokens": read + grid,
-            "input_tokens_details": {"text_tokens": read - looked, "image_tokens": looked},
-        }
+        details = {"text_tokens": read - looked, "image_tokens": looked}
+        total = {"input_tokens": read, "output_tokens": grid, "total_tokens": read + grid}
+        return total | {"input_tokens_details": details}
