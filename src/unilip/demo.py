@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import html
-import json
 import os
 import re
 import shlex
@@ -26,6 +25,7 @@ from PIL import Image
 
 from unilip import __version__
 from unilip.errors import UniLIPError
+from unilip.files import read_json
 from unilip.model import UniLIP
 from unilip.pictures import fit_square, load_image, picture_psnr
 
@@ -45,11 +45,7 @@ def examples() -> dict[str, Any]:
 
     Raises UniLIPError: this installation lacks them.
     """
-    try:
-        record: dict[str, Any] = json.loads((FOLDER / "examples.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UniLIPError(f"This installation lacks the example pictures ({error}); install it again.") from error
-    return record
+    return dict(read_json(FOLDER / "examples.json", "record of the examples"))
 
 
 @cache

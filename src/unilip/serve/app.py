@@ -112,7 +112,6 @@ def pages(app: FastAPI, settings: Settings) -> APIRouter:
 
     @router.get("/openapi.json")
     async def openapi() -> Response:
-        """The description of the API."""
         return Response(described_once()[0], media_type="application/json")
 
     @router.get("/docs")

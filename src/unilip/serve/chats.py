@@ -103,7 +103,6 @@ class Talk(Work):
 
     @property
     def drawn(self) -> bool:
-        """Whether the answer is a picture."""
         return self.tickets[0].verb != "ask"
 
     def head(self, kind: str) -> dict[str, Any]:

@@ -133,7 +133,6 @@ async def picture_events(
         return f"event: {kind}.{name}\ndata: {dumps({'type': f'{kind}.{name}', **fields})}\n\n"
 
     def said() -> dict[str, Any]:
-        """What every event with a picture tells about it."""
         quality = {"standard": "medium", "hd": "high", None: "auto"}.get(body.quality, body.quality)
         return {
             "created_at": int(time.time()), "background": "opaque", "output_format": body.output_format,

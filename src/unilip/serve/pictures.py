@@ -91,7 +91,6 @@ def probe(data: bytes) -> tuple[str, int, int, int]:
 
 
 def _walk_png(data: bytes) -> tuple[int, int, int]:
-    """Return width, height and the end of a PNG; every chunk's checksum is compared."""
     place, size = 8, (0, 0)
     for _ in range(MAX_PIECES):
         length, name = struct.unpack_from(">I4s", data, place)
@@ -113,7 +112,6 @@ def _walk_png(data: bytes) -> tuple[int, int, int]:
 
 
 def _walk_jpeg(data: bytes) -> tuple[int, int, int]:
-    """Return width, height and the end of a JPEG."""
     place, size = 2, (0, 0)
     for _ in range(MAX_PIECES):
         if data[place] != 0xFF:
@@ -144,7 +142,6 @@ def _walk_jpeg(data: bytes) -> tuple[int, int, int]:
 
 
 def _walk_gif(data: bytes) -> tuple[int, int, int]:
-    """Return width, height and the end of a GIF of one frame."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     place, frames = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0), 0
     for _ in range(MAX_PIECES):
@@ -168,7 +165,6 @@ def _walk_gif(data: bytes) -> tuple[int, int, int]:
 
 
 def _walk_webp(data: bytes) -> tuple[int, int, int]:
-    """Return width, height and the end of a WebP."""
     (length,) = struct.unpack_from("<I", data, 4)
     end = 8 + length + length % 2
     name = data[12:16] if data[8:12] == b"WEBP" else b""

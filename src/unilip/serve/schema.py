@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PrivateAttr, WithJsonSchema, model_validator
+from pydantic import FiniteFloat as Finite
 
 from unilip.errors import UniLIPError, check_choice
 from unilip.sampling import MAX_PROMPT_CHARACTERS
@@ -24,7 +25,6 @@ MAX_MESSAGES = 100
 TEXT_OR_NULL: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 
 B = TypeVar("B", bound="Body")
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
 # How many times the model's own number of steps a quality takes.

@@ -46,7 +46,7 @@ class Serving(ABC):
         self.checker, self.config, self.limits = checker, checker.config, checker.limits
         self.max_queue, self.max_batch, self.deadline = max_queue, max_batch, deadline
         self._changed = threading.Condition()
-        self._draining = False
+        self.draining = False  # whether nothing new is taken
         self._served: Counter[str] = Counter()
         self._failed: Counter[str] = Counter()
         self._pace = 0.0  # seconds per unit, a moving average
@@ -61,14 +61,9 @@ class Serving(ABC):
     def alive(self) -> bool:
         """Whether the work is done."""
 
-    @property
-    def draining(self) -> bool:
-        """Whether nothing new is taken."""
-        return self._draining
-
     def stop_accepting(self) -> None:
         """Take nothing new from now on; safe to call from a signal handler. `drain` waits as well."""
-        self._draining = True
+        self.draining = True
 
     def submit(self, job: Job, *, deadline: float | None = None) -> Ticket:
         """Check a job and put it into the queue, for `deadline` seconds or the engine's own.
@@ -82,7 +77,7 @@ class Serving(ABC):
         seconds = min((given for given in (deadline, self.deadline) if given is not None), default=None)
         units = self.checker.prepare(job, None if seconds is None else time.monotonic() + seconds)
         with self._changed:
-            if self._draining:
+            if self.draining:
                 raise Draining("The server is shutting down; send the request again to another one, or later.", 5.0)
             self._take_in(units)
         return units[0].ticket
@@ -137,7 +132,7 @@ class Serving(ABC):
     def drain(self, timeout: float | None = None) -> bool:
         """Take nothing new, and finish what was accepted in `timeout` seconds or cancel it; returns if all was done."""
         with self._changed:
-            self._draining = True
+            self.draining = True
             self._changed.notify_all()
             finished = self._changed.wait_for(lambda: not self._unfinished(), timeout)
             rest = self._unfinished()
