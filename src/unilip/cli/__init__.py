@@ -7,6 +7,7 @@ and progress on stderr. Exit codes: 0 done, 1 failed or found a difference, 2 ba
 from __future__ import annotations
 
 import difflib
+import itertools
 import logging
 import math
 import os
@@ -32,11 +33,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
     Raises UniLIPError: no such verb or option, or a value out of range; SystemExit: help or the version was printed.
     """
     argv = list(argv)
-    plain = []
-    for word in argv:
-        if word.startswith("-"):
-            break
-        plain.append(word)
+    plain = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     name = next((" ".join(plain[:n]) for n in (3, 2, 1) if " ".join(plain[:n]) in VERBS), None)
     if name is None:
         _help_or_complain(argv, plain)
@@ -123,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up(debug)
         found.report = Report(name, getattr(found, "json", False))
         return VERBS[name].run(found)
-    except SystemExit as stop:  # help was asked for
+    except SystemExit as stop:  # help was asked for, or a training was interrupted
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
         say("interrupted")

@@ -15,7 +15,7 @@ from unilip.errors import UniLIPError, check_choice
 from unilip.machine import choose_device
 
 
-def convert(o: Options) -> int:
+def convert(o: Options) -> None:
     """Rewrite a checkpoint in another format."""
     source, target = o.words
     folder = Path(target).expanduser()
@@ -37,17 +37,16 @@ def convert(o: Options) -> int:
         path = write.convert(source, folder, o.to, dtype=dtype, max_shard_size=o.max_shard_size)
     o.report.line(str(path))
     o.report.end(f"converted to the {o.to} format", source=source, path=str(path), format=o.to)
-    return 0
 
 
-def info(o: Options) -> int:
+def info(o: Options) -> None:
     """Tell what a checkpoint is and holds, or how this machine multiplies for it."""
     from unilip.info import describe, machine
 
     found = (machine if o.machine else describe)(o.words[0] if o.words else None)
     if o.json or o.machine:
         print(json.dumps(found, ensure_ascii=False) if o.json else machine_table(found))
-        return 0
+        return
     config, parts = found.pop("config", None), found.pop("parts")
     dropped = Counter(found.pop("dropped", {}).values())
     found["left_out"] = [f"{plural(count, 'tensor')}: {reason}" for reason, count in dropped.items()]
@@ -63,7 +62,6 @@ def info(o: Options) -> int:
         print(f"{name:<20} {count:,}")
     if config is not None:
         print(f"\nconfig\n{json.dumps(config, indent=1)}")
-    return 0
 
 
 def machine_table(found: dict[str, Any]) -> str:
@@ -105,7 +103,7 @@ def verify(o: Options) -> int:
     return 0 if good else 1
 
 
-def demo(o: Options) -> int:
+def demo(o: Options) -> None:
     """Show what the embedded model can do."""
     device = choose_device(o.device)
     from unilip import demo as page
@@ -126,4 +124,3 @@ def demo(o: Options) -> int:
     result = page.run(model, folder, o.seed, say, source=options, loaded=loaded, learn=o.learn)
     o.report.line(f"{folder / page.PAGE}")
     o.report.end("the page is ready", **describe_model(o, model), **result)
-    return 0

@@ -35,7 +35,7 @@ JUDGE: dict[str, Callable[[str], Any]] = {  # of --judge-set, which says what th
 }  # fmt: skip
 
 
-def eval_emoji(o: Options) -> int:
+def eval_emoji(o: Options) -> None:
     """Measure a model in the emoji world."""
     folder = output_of(o, "results", "results")
     device = choose_device(o.device)
@@ -55,10 +55,9 @@ def eval_emoji(o: Options) -> int:
     for name in ("results.md", "index.html"):
         o.report.line(str(folder / name))
     o.report.end("measured", output=str(folder), results=results)
-    return 0
 
 
-def eval_claims(o: Options) -> int:
+def eval_claims(o: Options) -> None:
     """Test the paper's claims on the ablations that have been trained."""
     output = output_of(o, "claims")
     device = choose_device(o.device)
@@ -77,7 +76,6 @@ def eval_claims(o: Options) -> int:
             o.report.line(f"not trained: {command}")
     o.report.line(str(output / "results.md"))
     o.report.end(f"evidence in {output}", output=str(output), results=found)
-    return 0
 
 
 def pick(o: Options, *names: str) -> dict[str, Any]:
@@ -192,7 +190,7 @@ def eval_recon(o: Options) -> int:
     return 0 if summary is None else tell_scores(o, [summary], output)
 
 
-def eval_compare(o: Options) -> int:
+def eval_compare(o: Options) -> None:
     """Put runs side by side."""
     output = output_of(o, "compare")
     from unilip.eval.compare import compare, to_markdown
@@ -200,4 +198,3 @@ def eval_compare(o: Options) -> int:
     found = compare(o.words, output, o.pictures)
     o.report.line(to_markdown(found["tables"], found["pictures"]))
     o.report.end(f"comparison in {output}", output=str(output), tables=found["tables"])
-    return 0

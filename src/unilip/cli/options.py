@@ -123,8 +123,8 @@ class Verb:
 
     def run(self, o: Options) -> int:
         module, _, name = self.function.partition(".")
-        code: int = getattr(import_module(f"unilip.cli.{module}"), name)(*self.given, o)
-        return code
+        code: int | None = getattr(import_module(f"unilip.cli.{module}"), name)(*self.given, o)
+        return code or 0
 
     def option(self, name: str) -> dict[str, Any]:
         """Return the arguments of `add_argument` for one of the verb's options."""

@@ -26,7 +26,7 @@ def paint(
     work: Work,
     out: terminal.Destination,
     draw: Callable[[Work, dict[str, Any]], ImageOutput],
-) -> int:
+) -> None:
     """Draw the pictures of all requests in batches, write each as soon as it is there, and report."""
     settings, about = terminal.sampling(o, model), terminal.describe_model(o, model)
     o.report.record |= {**about, "settings": settings}
@@ -49,7 +49,6 @@ def paint(
             o.report.line(str(path))
     steps = settings["num_inference_steps"]
     o.report.end(f"{terminal.plural(len(made), 'picture')} of {terminal.plural(steps, 'step')}", images=made)
-    return 0
 
 
 def tell_unread(o: Options, model: UniLIP, work: Work) -> None:
@@ -94,7 +93,7 @@ def check_drawing(o: Options) -> None:
         check_prompt(o.negative_prompt, "negative prompt")
 
 
-def generate(o: Options) -> int:
+def generate(o: Options) -> None:
     """Draw pictures from words."""
     work = each_image(o, terminal.requests(o, "prompt", "never"))
     check_drawing(o)
@@ -107,10 +106,10 @@ def generate(o: Options) -> int:
             plan={"yes": True, "no": False}.get(o.plan, "auto"), **settings,
         )  # fmt: skip
 
-    return paint(o, model, work, out, draw)
+    paint(o, model, work, out, draw)
 
 
-def edit(o: Options) -> int:
+def edit(o: Options) -> None:
     """Change pictures as told."""
     work = each_image(o, terminal.requests(o, "instruction", "always", joint=o.joint))
     check_drawing(o)
@@ -130,10 +129,10 @@ def edit(o: Options) -> int:
             ).images  # fmt: skip
         return ImageOutput(images)
 
-    return paint(o, model, work, out, draw)
+    paint(o, model, work, out, draw)
 
 
-def reconstruct(o: Options) -> int:
+def reconstruct(o: Options) -> None:
     """Encode pictures and draw them again from their features."""
     from unilip.pictures import fit_picture, load_image, picture_psnr, unfit_square
 
@@ -162,10 +161,9 @@ def reconstruct(o: Options) -> int:
     mean = sum(finite) / len(finite) if finite else math.inf
     equal = f", and {len(made) - len(finite)} equal to the source, not in the mean" if len(finite) < len(made) else ""
     o.report.end(f"{terminal.plural(len(made), 'picture')}, PSNR {mean:.2f} dB{equal}", images=made)
-    return 0
 
 
-def ask(o: Options) -> int:
+def ask(o: Options) -> None:
     """Answer questions about pictures, or without any."""
     found = terminal.requests(o, "question", "maybe")
     groups: list[tuple[list[str], terminal.Request]] = [([r.image] if r.image else [], r) for r in found]
@@ -184,7 +182,7 @@ def ask(o: Options) -> int:
         for piece in model.ask(images, request.text, generator=terminal.seeded(request.seed), stream=True, **choices):
             print(piece, end="", flush=True)
         print()
-        return 0
+        return
     answers: list[dict[str, Any]] = []
     if o.temperature:
         o.batch_size = 1  # one generator serves one question
@@ -198,4 +196,3 @@ def ask(o: Options) -> int:
             one_line = (" ".join(text.split()) for text in (request.text, answer))
             o.report.line("\t".join([",".join(images) or "-", *one_line]))
     o.report.end(answers=answers)
-    return 0

@@ -56,7 +56,7 @@ def about(o: Options, model: UniLIP) -> dict[str, Any]:
     return found
 
 
-def serve(o: Options) -> int:
+def serve(o: Options) -> None:
     """Serve until a signal ends it."""
     try:
         from unilip.serve.app import Settings, create_app
@@ -113,7 +113,6 @@ def serve(o: Options) -> int:
 
     run(app, taken, o.drain, started)
     say("ended")
-    return 0
 
 
 def training(o: Options, engine: Engine) -> Trainer | None:

@@ -16,7 +16,7 @@ from unilip.errors import UniLIPError
 from unilip.machine import choose_device
 
 
-def data_prepare_emoji(o: Options) -> int:
+def data_prepare_emoji(o: Options) -> None:
     """Fetch and rasterise the art of the emoji world."""
     from unilip.emoji.art import prepare
 
@@ -26,10 +26,9 @@ def data_prepare_emoji(o: Options) -> int:
         path = prepare(Path(o.output) if o.output else None, Path(o.source) if o.source else None, progress)
     o.report.line(str(path))
     o.report.end("the art is ready", path=str(path))
-    return 0
 
 
-def data_convert(o: Options) -> int:
+def data_convert(o: Options) -> None:
     """Write a published data set as shards."""
     from unilip.data.convert import convert
 
@@ -51,7 +50,6 @@ def data_convert(o: Options) -> int:
         shards=[str(path) for path in done.shards], samples=dict(done.samples), skipped=dict(done.skipped),
         named=done.named[:20],
     )  # fmt: skip
-    return 0
 
 
 def data_check(o: Options) -> int:
@@ -83,7 +81,7 @@ def data_check(o: Options) -> int:
     return 0 if fine else 1
 
 
-def data_cache(o: Options) -> int:
+def data_cache(o: Options) -> None:
     """Compute what a recipe's frozen parts make of its data."""
     from unilip.recipes.catalog import get_recipe
     from unilip.recipes.record import override
@@ -101,10 +99,9 @@ def data_cache(o: Options) -> int:
     o.report.line(o.output)
     note = f"{', '.join(made['names'])} of {plural(made['made'], 'sample')} in {plural(made['shards'], 'shard')}"
     o.report.end(note, path=o.output, **{key: made[key] for key in ("names", "dtype", "made", "unusable", "shards")})
-    return 0
 
 
-def train(o: Options) -> int:
+def train(o: Options) -> None:
     """Run a training recipe, or go on with it."""
     from unilip.files import read_json
     from unilip.recipes.catalog import all_recipes, get_recipe, require_finished
@@ -129,7 +126,7 @@ def train(o: Options) -> int:
             o.report.record |= {"recipe": recipe.name, "finished": True, "path": str(final)}
             o.report.line(str(final))
             o.report.end(f"{recipe.name} had finished; --restart trains it again")
-            return 0
+            return
     elif "torch" not in sys.modules:  # the loop sees the same, after seconds of imports
         for text in recipe.init:
             require_finished(text.replace("{seed}", str(recipe.seed)).partition("=")[2], Path(o.runs))
@@ -141,12 +138,11 @@ def train(o: Options) -> int:
         folder = loop.train(recipe, o.runs, device=device, **given)
     except loop.Interrupted as error:
         say(f"{error} That is: {again(o)}")
-        return 130
+        raise SystemExit(130) from None
     finished = folder.name == "final"
     o.report.record |= {"recipe": recipe.name, "device": device, "finished": finished, "path": str(folder)}
     o.report.line(str(folder))
     o.report.end("finished" if finished else f"stopped and saved; `{again(o)}` goes on from there")
-    return 0
 
 
 def again(o: Options) -> str:
@@ -157,7 +153,7 @@ def again(o: Options) -> str:
     return shlex.join([*words, *([] if o.progress else ["--no-progress"])])
 
 
-def estimate(o: Options, recipe: Any) -> int:
+def estimate(o: Options, recipe: Any) -> None:
     """Say what memory and time a recipe needs, or raise where it cannot fit."""
     from unilip.train.preflight import hardware, preflight
 
@@ -168,16 +164,15 @@ def estimate(o: Options, recipe: Any) -> int:
         "it fits", recipe=recipe.name, hardware=str(found.hardware), memory=found.memory, total=found.total,
         seconds_per_step=found.seconds, hours=found.hours,
     )  # fmt: skip
-    return 0
 
 
-def list_recipes(o: Options, recipes: Sequence[Any]) -> int:
+def list_recipes(o: Options, recipes: Sequence[Any]) -> None:
     """Print the table of recipes."""
     from unilip.recipes.record import leaves
 
     if o.json:
         print(json.dumps({recipe.name: leaves(recipe) for recipe in recipes}))
-        return 0
+        return
     rows = [("recipe", "objective", "steps", "batch", "trains", "note")]
     for r in recipes:
         trains = " ".join(part if factor == 1 else f"{part}:{factor:g}" for part, factor in r.trains)
@@ -185,4 +180,3 @@ def list_recipes(o: Options, recipes: Sequence[Any]) -> int:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    return 0
