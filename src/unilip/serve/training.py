@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +124,10 @@ class Trainer:
             what = "pairs" if kind == "edit" else "pictures"
             raise UniLIPError(f"{len(samples)} {what} were given; a training takes {FEWEST} to {MOST}.")
         for number, (text, _) in enumerate(samples, 1):
-            with contextlib.suppress(UniLIPError):
-                check_prompt(text, "text")
-                continue
-            raise UniLIPError(f"Picture {number} has no text; say what is in it, or what was changed.")
+            try:
+                check_prompt(text)
+            except UniLIPError:
+                raise UniLIPError(f"Picture {number} has no text; say what is in it, or what was changed.") from None
         run = self.root / name
         with self._lock:
             self._check_free()
@@ -173,9 +173,8 @@ class Trainer:
         for setting in (f"name={GROUP}/{name}", *self.settings(about["kind"], about["steps"])):
             words += ["--set", setting]
         with (run / "output.txt").open("wb") as output:
-            self._process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-            )
+            pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+            self._process = subprocess.Popen(words, start_new_session=True, **pipes)
         self._state = {"status": "running", "name": name, "kind": about["kind"], "steps": about["steps"]}
         self._thread = threading.Thread(target=self._watch, args=(name,), name="unilip-training", daemon=True)
         self._thread.start()
@@ -224,7 +223,10 @@ class Trainer:
         found = dict(self._state) | {"unfinished": self.unfinished(), "kinds": KINDS, "fewest": FEWEST, "most": MOST}
         if "name" not in found:
             return found
-        lines = self._log(self.root / found["name"])
+        lines: list[dict[str, Any]] = []
+        with contextlib.suppress(OSError, ValueError):  # none yet, and a line that is being written
+            for line in (self.root / found["name"] / "log.jsonl").read_text(encoding="utf-8").splitlines():
+                lines.append(json.loads(line))
         if lines:
             first, last = lines[0], lines[-1]
             found |= {"step": last["step"], "loss": last.get("loss")}
@@ -234,13 +236,6 @@ class Trainer:
         if (sheet := self.sheet()) is not None:
             found["sheet"] = content_hash(str(sheet))  # another one, another name
         return found
-
-    def _log(self, run: Path) -> list[Mapping[str, Any]]:
-        lines = []
-        with contextlib.suppress(OSError, ValueError):  # none yet, and a line that is being written
-            for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
-                lines.append(json.loads(line))
-        return lines
 
     def sheet(self) -> Path | None:
         """The newest picture of the progress: wanted above made."""
@@ -264,10 +259,13 @@ def routes(service: Service, trainer: Trainer) -> APIRouter:
     """The routes of the page's trainings; what they answer is `Trainer.state`."""
     router = APIRouter(prefix="/v1/training", tags=["training"])
 
+    async def told(status: int = 202) -> Response:
+        return JSON(await run_in_threadpool(trainer.state), status)
+
     @router.get("")
     async def state() -> Response:
         """How the training goes, and which ones can be gone on with."""
-        return JSON(await run_in_threadpool(trainer.state))
+        return await told(200)
 
     @router.get("/estimate")
     async def estimate(kind: str, steps: int) -> Response:
@@ -292,18 +290,18 @@ def routes(service: Service, trainer: Trainer) -> APIRouter:
         images, _ = await Work(service, request, body).in_time(service.decoders, service.decode_all, given)
         samples = [(text, images[i * each : (i + 1) * each]) for i, text in enumerate(body.texts)]
         await run_in_threadpool(trainer.begin, body.name, body.kind, body.steps, samples)
-        return JSON(await run_in_threadpool(trainer.state), 202)
+        return await told()
 
     @router.post("/continue")
     async def go_on(request: Request) -> Response:
         """Go on with the training `name` that was stopped, or failed."""
         await run_in_threadpool(trainer.go_on, (await service.load(request)).get("name"))
-        return JSON(await run_in_threadpool(trainer.state), 202)
+        return await told()
 
     @router.post("/stop")
     async def stop() -> Response:
         """Stop the training, which saves itself."""
         trainer.stop()
-        return JSON(await run_in_threadpool(trainer.state), 202)
+        return await told()
 
     return router
