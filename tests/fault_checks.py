@@ -23,7 +23,7 @@ from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import Recipe, override
 from unilip.train import loop, processes
 from unilip.train.loop import train
-from unilip.train.state import State, newest
+from unilip.train.state import State, wholes
 
 
 def recipe(*settings: str) -> Recipe:
@@ -55,8 +55,7 @@ def kills(runs: Path, times: int) -> dict:
         writing = killed % 6 != 5
         begun, aim = time.monotonic(), rng.uniform(0.2, 3.0)
         while True:  # at least one new checkpoint, so that the run moves on
-            now = newest(run)
-            moved = now is not None and int(now.name[-8:]) > last
+            moved = any(int(folder.name[-8:]) > last for folder in wholes(run))
             if moved and time.monotonic() - begun > aim and (not writing or list(run.glob(".step_*.part"))):
                 break
             time.sleep(0.001)
@@ -65,17 +64,17 @@ def kills(runs: Path, times: int) -> dict:
         os.waitpid(child, 0)
         killed += 1
         while_writing += bool(list(run.glob(".step_*.part")))
-        last = int(newest(run).name[-8:])
+        last = int(wholes(run)[0].name[-8:])
     child = os.fork()
     if child == 0:
         train(recipe("steps=100000"), runs, progress=False, stop_after=2)
         os._exit(0)
     os.waitpid(child, 0)
-    end = int(newest(run).name[-8:])
+    end = int(wholes(run)[0].name[-8:])
     undisturbed = runs / "undisturbed"
     shutil.copytree(run / "tokenizer", undisturbed / "tiny" / "clip" / "tokenizer")
     train(recipe("steps=100000", "save_every=100000"), undisturbed, progress=False, stop_after=end)
-    one, other = contents(newest(run)), contents(newest(undisturbed / "tiny" / "clip"))
+    one, other = contents(wholes(run)[0]), contents(wholes(undisturbed / "tiny" / "clip")[0])
     different = sorted(name for name in {**one, **other} if name not in one or not torch.equal(one[name], other[name]))
     return {"kills": killed, "while_writing": while_writing, "steps": end, "different": different}
 

@@ -163,7 +163,7 @@ def test_budgets_are_equal():
 def check_budget(name):
     recipe, size = ALL[name], name.split("/")[1]
     first, second = ALL[f"ablation/{size}/recon"], ALL[f"ablation/{size}/recon_distill"]
-    stage = recipe.stage
+    stage = recipe.name.split("/")[-1]
     if stage.startswith("recon_") or stage == "autoencoder":
         before = first.steps if any("/recon/" in text for text in recipe.init) else 0
         assert before + recipe.steps == first.steps + second.steps

@@ -25,7 +25,7 @@ from unilip.recipes.record import override
 from unilip.train.__main__ import main
 from unilip.train.loop import Health, Loop, train
 from unilip.train.objectives import ReconstructObjective, UnderstandObjective
-from unilip.train.state import newest
+from unilip.train.state import wholes
 
 HERE = Path(__file__).parent
 
@@ -94,8 +94,8 @@ def test_too_many_in_a_row_stop_the_run_with_the_batch(runs, monkeypatch):
     batches = torch.load(run / "skipped_00000004.pt", weights_only=True)
     assert len(batches) == 2 and batches[0]["images"].shape == (2, 3, 56, 56)
     assert set(batches[0]["captions"]) >= {"input_ids", "attention_mask"}
-    state = json.loads((newest(run) / "state.json").read_text())
-    assert newest(run).name == "step_00000003" and (state["skipped"], state["skipped_in_a_row"]) == (2, 2)
+    state = json.loads((wholes(run)[0] / "state.json").read_text())
+    assert wholes(run)[0].name == "step_00000003" and (state["skipped"], state["skipped_in_a_row"]) == (2, 2)
     with pytest.raises(UniLIPError, match=r"at step 4"):  # the count goes on from the checkpoint
         train(recipe(*settings), runs, progress=False)
     break_losses(monkeypatch, ())
@@ -333,5 +333,5 @@ def test_sigterm_to_torchrun_saves_in_all_processes(runs):
     reach(launcher, runs / "tiny" / "clip", 3)
     launcher.send_signal(signal.SIGTERM)
     output = launcher.communicate(timeout=120)[0]
-    saved = newest(runs / "tiny" / "clip")
+    saved = wholes(runs / "tiny" / "clip")[0]
     assert saved is not None and "saved, the same command goes on from there" in output, output

@@ -29,7 +29,7 @@ from unilip.recipes.record import Optim, override, plain
 from unilip.train import loop as loops
 from unilip.train.build import build, make_batches
 from unilip.train.loop import Float32Attention, Interrupted, Loop, learning_rate, mixed_precision, train
-from unilip.train.state import EMA, newest
+from unilip.train.state import EMA, wholes
 
 STAGES = ("clip", "instruct", "recon", "recon_distill", "pretrain", "sft")
 QUICK = ("objective.perceptual=0", "sample_every=100", "log_every=1", "save_every=2")
@@ -194,7 +194,7 @@ def test_two_halves_are_the_whole(stage, half, stages, fork):
     recipe = quick(name=f"tiny/{stage}")
     whole, run = stages / "tiny" / stage, fork / "tiny" / stage
     assert train(recipe, fork, progress=False, stop_after=half) == run and not (run / "final").exists()
-    assert newest(run).name == f"step_0000000{half}"
+    assert wholes(run)[0].name == f"step_0000000{half}"
     torch.manual_seed(99)  # whatever the process drew in between
     assert train(recipe, fork, progress=False) == run / "final"
     found, wanted = (contents(folder / "step_00000004") for folder in (run, whole))
@@ -260,7 +260,7 @@ def test_sigterm_to_the_process_group_saves_and_the_run_goes_on(stages, fork):
     assert child.wait() == 130, "".join(seen)
     assert "SIGTERM at step 2 of 4; saved, the same command goes on from there" in seen[-1]
     run = fork / "tiny" / "sft"
-    assert newest(run).name == "step_00000002"
+    assert wholes(run)[0].name == "step_00000002"
     train(recipe, fork, progress=False)
     assert equal(contents(run / "step_00000004"), contents(stages / "tiny" / "sft" / "step_00000004"))
 
@@ -278,11 +278,11 @@ def test_ctrl_c_saves_at_once_and_twice_stops_at_once(fork, monkeypatch):
     before, times = signal.getsignal(signal.SIGINT), 1
     with pytest.raises(Interrupted, match="SIGINT at step 1 of 4"):
         train(recon("save_every=100"), fork, progress=False)
-    assert newest(fork / "tiny" / "recon").name == "step_00000001"
+    assert wholes(fork / "tiny" / "recon")[0].name == "step_00000001"
     times = 2
     with pytest.raises(KeyboardInterrupt):
         train(recon("save_every=100"), fork, progress=False)
-    assert newest(fork / "tiny" / "recon").name == "step_00000001"
+    assert wholes(fork / "tiny" / "recon")[0].name == "step_00000001"
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -436,7 +436,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(fork, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(CheckpointError, match=r"No space left on device.*last whole checkpoint is kept"):
         train(recon(), fork, progress=False)
-    assert newest(run).name == "step_00000002" and not list(run.glob(".step_*"))
+    assert wholes(run)[0].name == "step_00000002" and not list(run.glob(".step_*"))
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -647,5 +647,5 @@ def test_a_stage_that_goes_wrong_stops_and_can_be_made_to_go_on(tmp_path):
     wrong = quick("checks=local_place <= 1.5 @ 2, retrieval >= 0, words <= 0.1 @ 3", name="tiny/clip")
     with pytest.raises(UniLIPError, match=r"tiny/clip stops at step 3: words is [\d.]+ over its last 3 steps"):
         train(wrong, tmp_path, progress=False)
-    assert not (tmp_path / "tiny/clip/final").exists() and newest(tmp_path / "tiny/clip").name == "step_00000003"
+    assert not (tmp_path / "tiny/clip/final").exists() and wholes(tmp_path / "tiny/clip")[0].name == "step_00000003"
     assert train(override(wrong, ["checks="]), tmp_path, progress=False).name == "final"

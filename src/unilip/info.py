@@ -13,7 +13,7 @@ import torch
 
 from unilip.adapters import CONFIG, WEIGHTS, read_adapter
 from unilip.checkpoints.hub import Source, adapted
-from unilip.checkpoints.read import Checkpoint, open_checkpoint
+from unilip.checkpoints.read import open_checkpoint
 from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS
 from unilip.errors import CheckpointError
 from unilip.fast import products
@@ -29,8 +29,20 @@ def describe(source: Source = None) -> dict[str, Any]:
     if folder is not None and (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
         return _describe_adapter(folder)
     opened = open_checkpoint(source)
-    parameters: Counter[str] = Counter()
-    types: Counter[str] = Counter()
+    position = few = "no diffusion transformer here"
+    if "dit" in opened.parts:
+        scale, steps = opened.config.dit.interpolation_scale, ", ".join(map(str, opened.config.dit.few_steps))
+        position = "off: the diffusion transformer sees no positions of the latent grid, as plain SANA"
+        if scale is not None:
+            does = "sin-cos positions are added to the latent grid, as all released UniLIP weights expect"
+            position = f"on, scale {scale:g}: {does}"
+        few = f"{steps}: the preset turbo draws in so many jumps" if steps else "none: not trained for the preset turbo"
+    head = "no language model here"
+    if "mllm" in opened.parts:
+        same = opened.config.text.tie_embeddings or opened.same(HEAD, EMBEDDING)
+        head = f"stored, {'equal to' if same else 'differs from'} the token embedding"
+        head = "tied to the token embedding" if opened.config.text.tie_embeddings else head
+    parameters, types = Counter[str](), Counter[str]()
     for name in opened.names:
         count = prod(opened.shape(name))
         parameters[name.split(".")[0]] += count
@@ -49,9 +61,9 @@ def describe(source: Source = None) -> dict[str, Any]:
         "tokenizer": opened.tokenizer_path is not None,
         "image_size": opened.config.image_size,
         "interpolation_scale": opened.config.dit.interpolation_scale if "dit" in opened.parts else None,
-        "position_embedding": _position_embedding(opened),
-        "few_steps": _few_steps(opened),
-        "language_head": _language_head(opened),
+        "position_embedding": position,
+        "few_steps": few,
+        "language_head": head,
         "absent": list(opened.absent),
         "dropped": dict(opened.dropped),
         "notes": list(opened.notes),
@@ -97,27 +109,3 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
         "few_steps": list(adapter.few_steps),
         "size_on_disk": (folder / WEIGHTS).stat().st_size,
     }
-
-
-def _position_embedding(opened: Checkpoint) -> str:
-    if "dit" not in opened.parts:
-        return "no diffusion transformer here"
-    scale = opened.config.dit.interpolation_scale
-    if scale is None:
-        return "off: the diffusion transformer sees no positions of the latent grid, as plain SANA"
-    return f"on, scale {scale:g}: sin-cos positions are added to the latent grid, as all released UniLIP weights expect"
-
-
-def _few_steps(opened: Checkpoint) -> str:
-    if "dit" not in opened.parts:
-        return "no diffusion transformer here"
-    steps = ", ".join(map(str, opened.config.dit.few_steps))
-    return f"{steps}: the preset turbo draws in so many jumps" if steps else "none: not trained for the preset turbo"
-
-
-def _language_head(opened: Checkpoint) -> str:
-    if "mllm" not in opened.parts:
-        return "no language model here"
-    if opened.config.text.tie_embeddings:
-        return "tied to the token embedding"
-    return f"stored, {'equal to' if opened.same(HEAD, EMBEDDING) else 'differs from'} the token embedding"

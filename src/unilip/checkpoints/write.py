@@ -91,13 +91,25 @@ def _write_folder(
     dtype: read.DType,
     metadata: Mapping[str, str],
 ) -> Path:
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     folder = Path(os.path.abspath(Path(folder).expanduser()))
     limit = parse_size(max_shard_size)
+    wanted = None if dtype is None else read.parse_dtype(dtype)
+    types = {n: stored if wanted is None or not stored.is_floating_point else wanted for n, _, stored, _ in items}
+    empty = {name: torch.empty(shape, dtype=types[name], device="meta") for name, shape, _, _ in items}
+    pattern = "model{suffix}.safetensors"
+    split = split_torch_state_dict_into_shards(empty, filename_pattern=pattern, max_shard_size=limit)
+    get = {name: (call, types[name]) for name, _, _, call in items}
     with _replacing(folder) as new:
-        stored = None if dtype is None else read.parse_dtype(dtype)
         weights, words = (new / name if INDEX in files else new for name in ("model", "tokenizer"))
         weights.mkdir(exist_ok=True)
-        _write_weights(weights, items, limit, stored, {"format": "pt", **metadata})
+        for file, names in split.filename_to_tensors.items():
+            _write_shard(weights / file, {name: get[name] for name in names}, {"format": "pt", **metadata})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            text = json.dumps(index, indent=2) + "\n"
+            (weights / "model.safetensors.index.json").write_text(text, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(words))
         for name, data in files.items():
@@ -115,26 +127,6 @@ def parse_size(size: str | int) -> int:
     if value <= 0:
         raise CheckpointError(f'max_shard_size is {size!r}; give a size like "5GB" or "200MB".')
     return value
-
-
-def _write_weights(
-    folder: Path, items: Sequence[Item], limit: int, dtype: torch.dtype | None, metadata: dict[str, str]
-) -> None:
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    def final(stored: torch.dtype) -> torch.dtype:
-        return dtype if dtype is not None and stored.is_floating_point else stored
-
-    get = {name: (call, final(stored)) for name, _, stored, call in items}
-    empty = {name: torch.empty(shape, dtype=final(stored), device="meta") for name, shape, stored, _ in items}
-    split = split_torch_state_dict_into_shards(
-        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=limit
-    )
-    for file, names in split.filename_to_tensors.items():
-        _write_shard(folder / file, {name: get[name] for name in names}, metadata)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_shard(

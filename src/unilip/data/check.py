@@ -85,9 +85,7 @@ def check(
     sizes: list[tuple[int, int]] = []
     weights: list[int] = []
     lengths: dict[str, list[int]] = {}
-    skipped: Counter[str] = Counter()
-    left_out: Counter[str] = Counter()
-    seen: set[int] = set()
+    skipped, left_out, seen = Counter[str](), Counter[str](), set[int]()
     shown: list[tuple[Image.Image, str]] = []
     for kind, numbers in chosen.items():
         wanted = {numbers[int(i)] for i in np.linspace(0, len(numbers) - 1, SHOWN // len(kinds))}

@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl
 
 from unilip.data.errors import DataError
 from unilip.data.records import KINDS, Unreadable, kinds_of
-from unilip.data.shards import FORMAT, TEXTS, Shards, fetch, writing
+from unilip.data.shards import FORMAT, TEXTS, Shards, writing
 from unilip.errors import reason
 from unilip.files import content_hash, stamp
 
@@ -70,9 +70,6 @@ class HubStream(Shards):
     def _fetch_index(self, location: str, own: Path) -> None:
         """Nothing lies beside a shard of a stream."""
 
-    def _bring(self, shard: int) -> Path:
-        return fetch(self.shards[shard], self._kept(shard), self.keep_gb, self._write)
-
     def _write(self, location: str, path: Path) -> None:
         """Write the samples of one shard of the stream to a tar file."""
         number = int(location.rpartition("#")[2])
@@ -104,10 +101,9 @@ def _open(name: str, options: dict[str, str], location: str) -> tuple[Any, list[
                 stream = stream.cast_column(column, raw)
             elif isinstance(getattr(feature, "feature", None), datasets.Image):  # a list of pictures
                 stream = stream.cast_column(column, replace(feature, feature=raw))
-        files = list((builder.config.data_files or {}).get(split, ()))
+        listed = (builder.config.data_files or {}).get(split) or ()
+        files, origins = list(listed), getattr(listed, "origin_metadata", ())
         parquet = len(files) == stream.num_shards and all(str(file).endswith(".parquet") for file in files)
-        listed = (builder.config.data_files or {}).get(split)
-        origins = list(getattr(listed, "origin_metadata", ()))
         versions = [
             (str(file), str(origin), stamp(Path(str(file))) if Path(str(file)).exists() else None)
             for file, origin in zip_longest(files, origins)

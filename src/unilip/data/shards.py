@@ -25,16 +25,7 @@ from typing import Any, BinaryIO, TypeVar
 from tqdm.auto import tqdm
 
 from unilip.data.errors import DataError
-from unilip.data.records import (
-    KINDS,
-    PICTURES,
-    Record,
-    Unreadable,
-    is_litter,
-    json_meaning,
-    kinds_of,
-    make_record,
-)
+from unilip.data.records import KINDS, PICTURES, Record, Unreadable, is_litter, json_meaning, kinds_of, make_record
 from unilip.errors import UniLIPError, reason
 from unilip.files import TAIL, content_hash, read_json, replacing, retried, stamp, write_json, write_text
 
@@ -93,16 +84,13 @@ class ShardIndex:
 
     def head(self) -> dict[str, Any]:
         """What is asked of a shard before any sample is: the first line of its index file."""
-        return {
-            "format": FORMAT, "size": self.size, "fault": self.fault, "counts": self.counts, "ignored": self.ignored,
-            "stamp": self.stamp, "content": content_hash(self.samples), "probes": self._probes(),
-        }  # fmt: skip
-
-    def _probes(self) -> list[Member]:
-        """Some members, spread over the shard: whether they are where the index says, tells whether it is its own."""
         members = [member for found in self.samples.values() for _, parts in found for member in parts.values()]
         step = max(1, len(members) // PROBES)
-        return sorted({tuple(member) for member in [*members[::step], *members[-1:]]})  # type: ignore[misc]
+        return {
+            "format": FORMAT, "size": self.size, "fault": self.fault, "counts": self.counts, "ignored": self.ignored,
+            "stamp": self.stamp, "content": content_hash(self.samples),
+            "probes": sorted({tuple(member) for member in [*members[::step], *members[-1:]]}),
+        }  # fmt: skip
 
     def write(self, path: Path) -> None:
         write_text(path, json.dumps(self.head()) + "\n" + json.dumps(self.samples) + "\n")
@@ -335,7 +323,13 @@ class Shards:
     def _bring(self, shard: int) -> Path:
         """Return where a shard lies on this machine, after fetching it if need be."""
         location = self.shards[shard]
-        return fetch(location, self._kept(shard), self.keep_gb) if is_remote(location) else Path(location)
+        return fetch(location, self._kept(shard), self.keep_gb, self._write) if is_remote(location) else Path(location)
+
+    def _write(self, location: str, path: Path) -> None:
+        try:
+            retried(lambda: _get(location, path))
+        except Exception as error:  # each file system has its own
+            raise Unreadable("shard unreachable", f"{location}: {reason(error)}") from error
 
     def _own_process(self) -> None:
         """Forget what a parent process opened: a forked one would share its places in files, and has no threads."""
@@ -451,7 +445,7 @@ def remote_stamp(location: str) -> Any:
         return None
 
 
-def fetch(location: str, path: Path, keep_gb: float, bring: Callable[[str, Path], None] | None = None) -> Path:
+def fetch(location: str, path: Path, keep_gb: float, bring: Callable[[str, Path], None]) -> Path:
     """Bring a remote shard (by `bring`) to the cache folder, once for all processes of the machine, and drop old ones.
 
     Raises Unreadable: it cannot be fetched after three attempts.
@@ -462,18 +456,17 @@ def fetch(location: str, path: Path, keep_gb: float, bring: Callable[[str, Path]
     if not path.exists():
         with FileLock(str(path.with_suffix(".lock"))):
             if not path.exists():
-                (bring or _download)(location, path)
-                _drop_old(path, keep_gb)
+                bring(location, path)
+                found = sorted(path.parent.glob("*.tar"), key=lambda p: p.stat().st_mtime)
+                total = sum(p.stat().st_size for p in found)
+                for old in found:  # the longest unused first; an open one stays readable (POSIX)
+                    if total <= keep_gb * 1e9 or old == path:
+                        break
+                    total -= old.stat().st_size
+                    old.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         os.utime(path)  # the time of the last use
     return path
-
-
-def _download(location: str, path: Path) -> None:
-    try:
-        retried(lambda: _get(location, path))
-    except Exception as error:  # each file system has its own
-        raise Unreadable("shard unreachable", f"{location}: {reason(error)}") from error
 
 
 def _get(location: str, path: Path) -> None:
@@ -484,17 +477,6 @@ def _get(location: str, path: Path) -> None:
         system.get_file(place, str(part))
 
 
-def _drop_old(newest: Path, keep_gb: float) -> None:
-    """Delete fetched shards, the longest unused first, until the rest fits; an open one stays readable (POSIX)."""
-    found = sorted(newest.parent.glob("*.tar"), key=lambda p: p.stat().st_mtime)
-    total = sum(p.stat().st_size for p in found)
-    for path in found:
-        if total <= keep_gb * 1e9 or path == newest:
-            break
-        total -= path.stat().st_size
-        path.unlink(missing_ok=True)
-
-
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -503,11 +485,7 @@ def writing(path: Path) -> Iterator[Callable[[str, Mapping[str, bytes]], None]]:
     """Yield what adds a sample, its key and members, to a tar file that is there once the block ends well."""
     import webdataset
 
-    with (
-        replacing(path) as part,
-        part.open("wb") as file,
-        webdataset.TarWriter(file, encoder=False, mtime=0.0) as tar,
-    ):
+    with replacing(path) as part, part.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0.0) as tar:
         yield lambda key, members: tar.write({"__key__": key, **members})
 
 

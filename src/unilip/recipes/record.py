@@ -348,10 +348,6 @@ class Recipe:
         """Whether the data know what their texts and pictures mean, which `bind` and `local` need; else both rest."""
         return self.data.source == "emoji"
 
-    @property
-    def stage(self) -> str:
-        return self.name.split("/")[-1]
-
 
 # --- fields by dotted name --------------------------------------------------------------------------------------------
 

@@ -13,19 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from unilip.adapters import (
-    CONFIG,
-    FEW_STEPS,
-    KINDS,
-    MAPPING,
-    PREFIX,
-    TRAINED_ON,
-    WEIGHTS,
-    adapted_layers,
-    library,
-    put_in,
-    sampled,
-)
+from unilip import adapters
 from unilip.errors import ConfigError
 from unilip.model import UniLIP
 from unilip.recipes.record import Recipe
@@ -37,7 +25,7 @@ NAME = "default"  # what peft calls the only adapter
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter of this name belongs to an adapter."""
-    return any(f".{kind}." in name for kind in KINDS)
+    return any(f".{kind}." in name for kind in adapters.KINDS)
 
 
 def target_layers(recipe: Recipe, model: nn.Module) -> list[str]:
@@ -69,13 +57,13 @@ def target_layers(recipe: Recipe, model: nn.Module) -> list[str]:
 def add_adapter(recipe: Recipe, model: UniLIP) -> None:
     """Put an adapter into the model: the first step starts from exactly what the model did before."""
     settings = recipe.adapter
-    config = library().LoraConfig(
+    config = adapters.library().LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha or 2 * settings.rank, use_dora=settings.dora,
         target_modules=target_layers(recipe, model), base_model_name_or_path=",".join(recipe.init),
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
-        put_in(model, config, NAME)
+        adapters.put_in(model, config, NAME)
 
 
 def save_adapter(model: UniLIP, folder: Path, base: str = "") -> None:
@@ -84,18 +72,18 @@ def save_adapter(model: UniLIP, folder: Path, base: str = "") -> None:
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             stored = name.replace(f".{NAME}.weight", "" if ".lora_magnitude_vector." in name else ".weight")
-            tensors[PREFIX + stored] = whole_tensor(parameter.detach()).cpu().contiguous().clone()
-    base_layers = {layer: module.base_layer for layer, module in adapted_layers(model)}
-    trained_on = sampled(base_layers, lambda layer: whole_tensor(base_layers[layer].weight))
+            tensors[adapters.PREFIX + stored] = whole_tensor(parameter.detach()).cpu().contiguous().clone()
+    base_layers = {layer: module.base_layer for layer, module in adapters.adapted_layers(model)}
+    trained_on = adapters.sampled(base_layers, lambda layer: whole_tensor(base_layers[layer].weight))
     if not processes.first():
         return
     folder.mkdir(parents=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / adapters.WEIGHTS, metadata={"format": "pt"})
     configs: Any = model.peft_config  # peft puts it there
     values = configs[NAME].to_dict()
     if any(".time_embed_2." in name for name in tensors):
-        values[FEW_STEPS] = list(model.config.dit.few_steps)
+        values[adapters.FEW_STEPS] = list(model.config.dit.few_steps)
     values["base_model_name_or_path"] = base or values["base_model_name_or_path"]
-    values[MAPPING] = {"base_model_class": "UniLIP", "parent_library": "unilip.model", TRAINED_ON: trained_on}
-    values |= {"inference_mode": True, "target_modules": sorted(values["target_modules"])}
-    (folder / CONFIG).write_text(json.dumps(values, indent=1, default=str), encoding="utf-8")
+    mapping = {"base_model_class": "UniLIP", "parent_library": "unilip.model", adapters.TRAINED_ON: trained_on}
+    values |= {adapters.MAPPING: mapping, "inference_mode": True, "target_modules": sorted(values["target_modules"])}
+    (folder / adapters.CONFIG).write_text(json.dumps(values, indent=1, default=str), encoding="utf-8")

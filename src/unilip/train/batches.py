@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from unilip.data.errors import DataError
@@ -46,6 +47,7 @@ from unilip.train.processes import own_batches
 
 logger = logging.getLogger(__name__)
 ENDLESS = 1 << 40
+EVEN = 16  # texts are as long as a multiple: a CPU prepares its products for every shape anew, and keeps what it made
 WORKER_SECONDS = 5.0  # that loader workers have to end by themselves
 NOT_LEARNED = -100  # what cross entropy leaves out
 PLANNED = ("single", "two", "colour", "colour_attr", *("position",) * 3, *("counting",) * 3)  # tasks written out
@@ -67,21 +69,12 @@ def stacked(name: str, images: Sequence[Any]) -> dict[str, Tensor]:
     for key in images[0]:
         values = [image[key] for image in images]
         if key in MASKS:  # as long as their prompts are
-            found[key], found[MASKS[key]] = left_padded(values)
+            ones = [torch.ones(len(row), dtype=torch.long) for row in values]
+            found[MASKS[key]] = pad_sequence(ones, True, padding_side="left")
+            found[key] = pad_sequence([torch.from_numpy(row) for row in values], True, padding_side="left")
         else:
             found[key] = stack(values) if values[0].dtype == np.uint8 else torch.from_numpy(np.stack(values))
     return found
-
-
-def left_padded(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Arrays (L,C) of different lengths -> (B,L,C), filled with zeros on the left, and their mask (B,L)."""
-    length = max(len(row) for row in rows)
-    whole = torch.zeros(len(rows), length, rows[0].shape[1], dtype=torch.from_numpy(rows[0][:0]).dtype)
-    mask = torch.zeros(len(rows), length, dtype=torch.long)
-    for i, row in enumerate(rows):
-        whole[i, length - len(row) :] = torch.from_numpy(row)
-        mask[i, length - len(row) :] = 1
-    return whole, mask
 
 
 def edit_kinds(text: str, known: Sequence[str]) -> list[str] | None:
@@ -94,19 +87,11 @@ def edit_kinds(text: str, known: Sequence[str]) -> list[str] | None:
     return kinds or None
 
 
-def evened(length: int) -> int:
-    """Round a length up to one of few: a CPU prepares its products for every shape anew, and keeps what it made."""
-    return -(-length // 16) * 16
-
-
-def padded(tokens: Tokens, pad_id: int) -> Tokens:
-    """Grow left-padded tokens to an even length."""
-    more = evened(tokens.input_ids.shape[1]) - tokens.input_ids.shape[1]
-    return Tokens(
-        F.pad(tokens.input_ids, (more, 0), value=pad_id),
-        F.pad(tokens.attention_mask, (more, 0)),
-        F.pad(tokens.image_slots, (more, 0)),
-    )
+def tokenized(processor: Processor, texts: list[Prompt]) -> Tokens:
+    """Tokenize whole prompts, left-padded to an even length."""
+    ids, *masks = vars(processor.tokenize(texts)).values()
+    more = -ids.shape[1] % EVEN
+    return Tokens(F.pad(ids, (more, 0), value=processor.pad_id), *(F.pad(mask, (more, 0)) for mask in masks))
 
 
 def conversation(processor: Processor, rows: Sequence[tuple[int, Turns]]) -> tuple[Tokens, Tensor]:
@@ -123,14 +108,11 @@ def conversation(processor: Processor, rows: Sequence[tuple[int, Turns]]) -> tup
                 labels += piece if learned else [NOT_LEARNED] * len(piece)
         ids_rows.append(ids)
         label_rows.append(labels)
-    length = evened(max(len(ids) for ids in ids_rows))
-    input_ids = torch.full((len(rows), length), processor.pad_id)
-    target = torch.full((len(rows), length), NOT_LEARNED)
-    mask = torch.zeros(len(rows), length, dtype=torch.long)
-    for i, (ids, labels) in enumerate(zip(ids_rows, label_rows, strict=True)):
-        input_ids[i, : len(ids)] = torch.tensor(ids)
-        target[i, : len(ids)] = torch.tensor(labels)
-        mask[i, : len(ids)] = 1
+    length = -(-max(map(len, ids_rows)) // EVEN) * EVEN
+    more = [length - len(ids) for ids in ids_rows]
+    input_ids = torch.tensor([ids + [processor.pad_id] * n for ids, n in zip(ids_rows, more, strict=True)])
+    target = torch.tensor([labels + [NOT_LEARNED] * n for labels, n in zip(label_rows, more, strict=True)])
+    mask = torch.tensor([[1] * (length - n) + [0] * n for n in more])
     return Tokens(input_ids, mask, (input_ids == processor.image_id) & mask.bool()), target
 
 
@@ -139,6 +121,7 @@ class Batches(Dataset[dict[str, Any]]):
 
     def __init__(self, recipe: Recipe, config: UniLIPConfig, processor: Processor | None) -> None:
         self.recipe = recipe
+        self.objective: Any = recipe.objective
         self.size = recipe.batch_size
         self.image_size: int | Size = config.image_size
         self.target_size: int | Size = config.image_size
@@ -240,15 +223,13 @@ class Batches(Dataset[dict[str, Any]]):
     def _blanks(self, texts: list[Prompt]) -> dict[str, Any]:
         """Unconditional prompts, where the objective guides a teacher: one for all pictures, one for each edit."""
         guided = isinstance(self.recipe.objective, FewSteps)
-        return {"blanks": padded(self.processor.tokenize(texts), self.processor.pad_id)} if guided else {}
+        return {"blanks": tokenized(self.processor, texts)} if guided else {}
 
     def _prompts(self, samples: range, texts: list[Prompt], kept: list[str | None], told: str) -> dict[str, Any]:
         """Tokens and seeds; with objective.bind also what TOLD, if there is one, knows of texts and tokens."""
-        tokens = padded(self.processor.tokenize(texts), self.processor.pad_id)
         seeds = [stable_hash("noise", self.recipe.seed, i) % (1 << 63) for i in samples]
-        batch: dict[str, Any] = {"prompts": tokens, "seeds": seeds}
-        assert isinstance(self.recipe.objective, Flow)
-        if self.recipe.objective.bind and self.recipe.lessons:
+        batch: dict[str, Any] = {"prompts": tokenized(self.processor, texts), "seeds": seeds}
+        if self.objective.bind and self.recipe.lessons:
             found = [getattr(self, told)(i) for i in samples]
             rows = [(text, words, lesson) for text, words, (lesson, _) in zip(texts, kept, found, strict=True)]
             batch |= labels(self.processor, batch["prompts"], rows)
@@ -258,16 +239,14 @@ class Batches(Dataset[dict[str, Any]]):
 
     def _kept(self, text: str, sample: int) -> str | None:
         """The prompt, or None where it is replaced by the unconditional one."""
-        assert isinstance(self.recipe.objective, Flow)
-        dropped = generator("drop", self.recipe.seed, sample).random() < self.recipe.objective.drop_prompt
+        dropped = generator("drop", self.recipe.seed, sample).random() < self.objective.drop_prompt
         return None if dropped else text
 
     def understanding(self, samples: range, objective: Understand) -> dict[str, Any]:
         """Pictures with captions and conversations, and a share of conversations without a picture."""
-        batch: dict[str, Any] = {}
         items = [self.questions_item(i, objective.turns) for i in samples]
         captions = [caption for _, caption, _ in items]
-        batch |= stacked("images", [image for image, _, _ in items])
+        batch: dict[str, Any] = stacked("images", [image for image, _, _ in items])
         if objective.contrastive:
             batch |= self.contrast(captions)
         if objective.words:
@@ -285,8 +264,7 @@ class Batches(Dataset[dict[str, Any]]):
                 batch["grounds"] = grounded(self.processor, [turns for _, _, turns in items], found)
         if objective.bind and self.recipe.lessons:
             items_in_words = [self.lesson_item(i) for i in samples]
-            tokens = self.processor.tokenize([whole for whole, _, _ in items_in_words])
-            batch["lessons"] = padded(tokens, self.processor.pad_id)
+            batch["lessons"] = tokenized(self.processor, [whole for whole, _, _ in items_in_words])
             batch |= labels(self.processor, batch["lessons"], items_in_words)
         return batch
 
@@ -346,8 +324,8 @@ class EmojiBatches(Batches):
         common: dict[str, Any] = dict(world=world, atlas=atlas, split="train", seed=recipe.seed, size=ENDLESS)
         self.scenes = Scenes(**common, purpose=purpose)
         kinds = edit_kinds(recipe.data.edits, world.edits)
-        self.edit_pairs = Edits(**common, kinds=kinds) if recipe.data.edit_share else None
-        self.shaped: dict[Size, tuple[Scenes, Edits | None]] = {}
+        self.edit_pairs: Any = Edits(**common, kinds=kinds) if recipe.data.edit_share else None
+        self.shaped: dict[Size, tuple[Scenes, Any]] = {}
         for size in recipe.data.sizes:
             scenes, pairs = replace(self.scenes, world=world.shaped(size)), self.edit_pairs
             self.shaped[size] = scenes, pairs and replace(pairs, world=scenes.world)
@@ -365,7 +343,6 @@ class EmojiBatches(Batches):
         step = samples.start // (self.size * self.recipe.accumulate)
         if generator("joint", self.recipe.seed, step).random() >= self.recipe.data.joint:
             return super().edits(samples)
-        assert self.edit_pairs is not None
         found = [self.edit_pairs.joint(i) for i in samples]
         items = [((item["source"], item["other"]), item["target"], item["instruction"]) for item in found]
         return self._edits(samples, items, [self.source_cells or self.processor.num_image_tokens] * 2)
@@ -403,7 +380,6 @@ class EmojiBatches(Batches):
         return lessons.cells(self.shown(index)[2], self.scenes.world)
 
     def edit_item(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
-        assert self.edit_pairs is not None
         item = self.edit_pairs[index]
         return item["source"], item["target"], item["instruction"]
 
@@ -416,7 +392,6 @@ class EmojiBatches(Batches):
         return lesson, found
 
     def told_edit(self, index: int) -> tuple[Lesson, np.ndarray]:
-        assert self.edit_pairs is not None
         edit = self.edit_pairs.draw(index)
         world = self.scenes.world
         return lessons.of_edit(edit, edit.instruction, world), lessons.cells(edit.target, world)

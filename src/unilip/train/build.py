@@ -28,7 +28,6 @@ from unilip.files import replacing
 from unilip.method.config import UniLIPConfig
 from unilip.method.connector import copy_from_llm
 from unilip.method.dit import DiT
-from unilip.method.mllm import MLLM
 from unilip.method.model import PARTS
 from unilip.method.qwen2 import Layers
 from unilip.method.text import Processor
@@ -120,8 +119,6 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
     "queries=SOURCE" takes the learned queries alone; they are new where `config` says how many there are.
     """
     config = recipe_config(recipe)
-    if recipe.data.image_size:
-        config = config.replace(image_size=recipe.data.image_size)
     asked, changes, learned_joint = dict(recipe.config), dict[str, Any](), recipe.data.joint > 0
     loaded: dict[str, nn.Module] = {}
     tokenizer: Any = None
@@ -142,7 +139,9 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
         learned_joint = learned_joint or ("dit" in wanted and other.config.sampling.joint)
         fresh_queries = "mllm.queries" in opened.absent or "num_queries" in asked
         if fresh_queries and "mllm" in wanted:
-            new_queries(other.mllm, config.num_queries, recipe.seed)
+            old, generator = other.mllm.queries, torch.Generator().manual_seed(recipe.seed)
+            drawn = torch.randn(1, config.num_queries, old.shape[-1], generator=generator)
+            other.mllm.queries = nn.Parameter(drawn.to(old.dtype) * 0.02)  # small, and different from each other
             changes.pop("num_queries")
         if other.processor is not None and (tokenizer is None or "mllm" in wanted):
             tokenizer = other.processor.tokenizer
@@ -150,8 +149,11 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
     if learned_joint:
         config = config.replace(sampling=dataclasses.replace(config.sampling, joint=True))
     if isinstance(recipe.objective, Shrink):
-        config = config.replace(**full_decoder(recipe, runs))
-        config = config.replace(decoder=small_decoder(config.decoder))
+        full = [source for parts, source in parse_init(recipe) if parts == ("teacher",)]
+        if not full:
+            raise ConfigError("A smaller decoder needs init teacher=SOURCE, the model with the full one.")
+        theirs = open_checkpoint(locate(full[-1], runs)).config
+        config = config.replace(dit=theirs.dit, decoder=small_decoder(theirs.decoder))
     if isinstance(recipe.objective, FewSteps):
         if "dit" in loaded and not config.dit.few_steps:
             add_embedder(cast(DiT, loaded["dit"]))
@@ -180,15 +182,6 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
     return model.eval()
 
 
-def full_decoder(recipe: Recipe, runs: Path) -> dict[str, Any]:
-    """Return the fields of the config of the model whose decoder is to become smaller."""
-    source = dict((parts[0], source) for parts, source in parse_init(recipe)).get("teacher")
-    if source is None:
-        raise ConfigError("A smaller decoder needs init teacher=SOURCE, the model with the full one.")
-    config = open_checkpoint(locate(source, runs)).config
-    return {"dit": config.dit, "decoder": config.decoder}
-
-
 def recipe_config(recipe: Recipe) -> UniLIPConfig:
     """Return a preset's config, changed as the recipe says. Raises ConfigError: no such field, or no such value."""
     config = preset(recipe.model)
@@ -200,15 +193,9 @@ def recipe_config(recipe: Recipe) -> UniLIPConfig:
                 f"{', '.join(f'{field} ({kind.__name__})' for field, kind in known.items())}."
             )
     config = config.replace(**dict(recipe.config))
+    if recipe.data.image_size:
+        config = config.replace(image_size=recipe.data.image_size)
     return few_config(config, recipe.objective.counts) if isinstance(recipe.objective, FewSteps) else config
-
-
-@torch.no_grad()
-def new_queries(mllm: MLLM, count: int, seed: int) -> None:
-    """Give an LLM that never drew its first queries (1,Q,D): small, and different from each other."""
-    width = mllm.queries.shape[-1]
-    generator = torch.Generator().manual_seed(seed)
-    mllm.queries = nn.Parameter(torch.randn(1, count, width, generator=generator).to(mllm.queries.dtype) * 0.02)
 
 
 def world_processor(world: str, config: UniLIPConfig, folder: Path) -> Processor:

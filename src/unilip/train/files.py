@@ -56,11 +56,6 @@ class Stream:
         source.expect(order.ahead(own, lane))
         return which, *order.place(own, lane)
 
-    def instead(self, which: int, draw: int, lane: int) -> tuple[int, int]:
-        """Return shard and place of another sample of the same source and lane."""
-        order = self.orders[which]
-        return order.place(draw % order.total(lane), lane)
-
 
 class FileBatches(Batches):
     """Pictures, captions, edits and conversations from files.
@@ -127,7 +122,7 @@ class FileBatches(Batches):
         stream = self.streams[kind]
         lane, number = self._draw(kind, sample)
         which, shard, place = stream.place(number, lane)
-        source, tried, problem = stream.sources[which], set(), ""
+        source, order, tried, problem = stream.sources[which], stream.orders[which], set(), ""
         for attempt in range(1, ATTEMPTS + 1):
             if (shard, place) not in tried:
                 tried.add((shard, place))
@@ -141,7 +136,8 @@ class FileBatches(Batches):
                     problem = f"{name}{error}"
                     noted = self._reading.left_out if error.left_out else self._reading.skipped
                     noted.append((error.reason, problem))
-            shard, place = stream.instead(which, stable_hash("instead", self.recipe.seed, kind, sample, attempt), lane)
+            draw = stable_hash("instead", self.recipe.seed, kind, sample, attempt) % order.total(lane)
+            shard, place = order.place(draw, lane)  # another of the same source and lane
         raise DataError(
             f"{source.location} has no sample that can be used: {len(tried)} were tried in a row, the last: {problem}. "
             "`unilip data check` lists what is wrong."
@@ -170,8 +166,7 @@ class FileBatches(Batches):
             source = self._picture(record, 0, self.image_size, kind, ("features",))
             made = ("latents", "conditions", "unconditional")
             return source, self._picture(record, -1, self.target_size, kind, made), text
-        objective = self.recipe.objective
-        assert isinstance(objective, Understand)
+        objective = self.objective
         text = self.text(record, "caption", kind) if objective.contrastive or objective.words else ""
         said = self._turns(record, turns, 1) if objective.next_token else ()
         return self._picture(record, 0, self.image_size, "talk"), text, said

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unilip.emoji.lessons import MARK, SUMMARY, UNKNOWN, classes, numbers
-from unilip.errors import ConfigError
-from unilip.method.config import TextConfig, UniLIPConfig
+from unilip.method.config import TextConfig
 from unilip.method.qwen2 import TextLayer, positions, rotate, rotation
 from unilip.method.text import Processor, Tokens
 
@@ -104,15 +103,6 @@ def bind_heads(width: int) -> nn.ModuleDict:
     present = nn.Linear(width, classes("concept"))
     nn.init.constant_(present.bias, -5.0)  # of hundreds of concepts a caption has one or two
     return nn.ModuleDict(heads | {"present": present})
-
-
-def check_queries(config: UniLIPConfig) -> None:
-    """Refuse a config in which queries and latent tokens do not stand for each other."""
-    if config.condition != "dual" or config.num_queries != config.num_image_tokens:
-        raise ConfigError(
-            f"objective.bind needs a dual condition with as many queries as image tokens; the config has condition="
-            f"{config.condition}, {config.num_queries} queries and {config.num_image_tokens} image tokens."
-        )
 
 
 def told(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:

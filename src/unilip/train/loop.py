@@ -37,17 +37,10 @@ from unilip.method.config import UniLIPConfig
 from unilip.model import UniLIP
 from unilip.pictures import normalise, to_images
 from unilip.recipes.record import CHECK, Optim, Recipe, plain, require_same
+from unilip.train import build as building
 from unilip.train import parallel, processes
 from unilip.train.adapters import save_adapter
 from unilip.train.batches import Batches, iterate, to_device
-from unilip.train.build import (
-    adapter_base,
-    build,
-    compile_layers,
-    enable_checkpointing,
-    make_optimizer,
-    trained_parameters,
-)
 from unilip.train.objectives import Objective, to_unit
 from unilip.train.state import EMA, DamagedCheckpoint, State, set_aside, wholes
 
@@ -118,7 +111,7 @@ def run_recipe(
     run = runs / recipe.folder
     with contextlib.ExitStack() as held:
         with processes.first_goes_first():
-            model, objective, batches = build(recipe, runs)
+            model, objective, batches = building.build(recipe, runs)
             run.mkdir(parents=True, exist_ok=True)  # only now: what cannot be built leaves no folder
             if processes.first():
                 busy = f"Another training is working in {run}; wait for it, or use another --runs folder or name."
@@ -128,9 +121,9 @@ def run_recipe(
         model.to(device)
         objective.to(device)
         if recipe.gradient_checkpointing or recipe.selective_checkpointing:
-            enable_checkpointing(model, recipe.selective_checkpointing)
+            building.enable_checkpointing(model, recipe.selective_checkpointing)
         if recipe.compile:
-            compile_layers(model, getattr(objective, "teacher", None))
+            building.compile_layers(model, getattr(objective, "teacher", None))
         loop = Loop(recipe, run, model, objective, batches)
         start = loop.resume()
         with loop.watching(progress and processes.first(), start):
@@ -201,8 +194,7 @@ class Health:
         """Take down whether a step was whole (a flag on the device), and the batches that it read."""
         self.total += ~whole
         self.row = torch.where(whole, 0, self.row + 1)
-        event = None
-        row = self.row
+        event, row = None, self.row
         if row.device.type == "cuda":
             row = torch.empty((), dtype=row.dtype, pin_memory=True).copy_(row, non_blocking=True)
             event = torch.cuda.Event()
@@ -231,24 +223,20 @@ class Loop:
         self.model, self.objective, self.batches = model, objective, batches
         self.own_batches = batches.recipe.accumulate // processes.world()  # of a step, in this process
         if recipe.weights_dtype == "bfloat16":  # and so the optimizer's averages of them
-            for parameter, _ in trained_parameters(recipe, model).values():
+            for parameter, _ in building.trained_parameters(recipe, model).values():
                 parameter.data = parameter.data.bfloat16()
         frozen = frozen_signature(model)
         self.whole = parallel.share(parallel.Whole(model, objective.heads), recipe)
-        named = trained_parameters(recipe, model)
-        heads = [(p, 1.0) for p in objective.heads.parameters()]
-        optimizers = [make_optimizer(recipe.optim, [*named.values(), *heads])]
+        named = building.trained_parameters(recipe, model)
+        players = [[*named.values(), *((p, 1.0) for p in objective.heads.parameters())]]
         self.starts = [0]  # the step at which each optimizer's schedule begins
         if objective.adversary is not None:
-            optimizers.append(make_optimizer(recipe.optim, [(p, 1.0) for p in objective.adversary.parameters()]))
+            players.append([(p, 1.0) for p in objective.adversary.parameters()])
             self.starts.append(objective.adversary_start)
         parameters = {name: parameter for name, (parameter, _) in named.items()}
-        self.state = State(
-            parameters,
-            {"heads": objective.heads, "adversary": objective.adversary},
-            optimizers,
-            EMA(parameters, recipe.ema) if recipe.ema else None,
-        )
+        beside = {"heads": objective.heads, "adversary": objective.adversary}
+        optimizers = [building.make_optimizer(recipe.optim, player) for player in players]
+        self.state = State(parameters, beside, optimizers, EMA(parameters, recipe.ema) if recipe.ema else None)
         self.state.counters = {"skipped": 0, "skipped_in_a_row": 0}
         self.state.data, self.state.frozen = batches.signature, frozen
         self.mixed = mixed_precision(recipe, model.device)
@@ -371,10 +359,7 @@ class Loop:
                 terms = terms | second[1]
             for name, value in {"loss": loss, **terms}.items():
                 found.setdefault(name, []).append(value.detach())
-        if adversary is not None:
-            parallel.average_gradients(adversary)
-        if parallel.sharded(self.whole):
-            parallel.average_scalars(self.whole)
+        parallel.average_rest(self.whole, adversary)
         norms = []
         for optimizer in self.state.optimizers:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -493,7 +478,7 @@ class Loop:
             shutil.rmtree(temporary, ignore_errors=True)
         if recipe.adapter.rank:
             runs = run.parents[recipe.folder.count("/")]
-            save_adapter(model, temporary, adapter_base(recipe, runs, final))
+            save_adapter(model, temporary, building.adapter_base(recipe, runs, final))
         elif parallel.sharded(self.whole):
             model = gathered(model)
         if processes.first():
@@ -510,12 +495,9 @@ class Loop:
 @torch.no_grad()
 def frozen_signature(model: UniLIP) -> str:
     """Return a hash of the weights that do not train: names, shapes, and some values of each."""
-    found = []
-    for name, weight in model.named_parameters():
-        if not weight.requires_grad:
-            some = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu()
-            found.append((name, list(weight.shape), some.numpy().tobytes().hex()))
-    return content_hash(found)
+    frozen = [(name, w, max(1, w.numel() // 64)) for name, w in model.named_parameters() if not w.requires_grad]
+    some = [w.detach().flatten()[::step].float().cpu().numpy().tobytes().hex() for _, w, step in frozen]
+    return content_hash([(name, list(w.shape), text) for (name, w, _), text in zip(frozen, some, strict=True)])
 
 
 def gathered(model: UniLIP) -> UniLIP:

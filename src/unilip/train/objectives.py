@@ -227,8 +227,8 @@ class ReconstructObjective(Objective):
 
     def __init__(self, recipe: Recipe, model: UniLIP, weights: Reconstruct, sources: Mapping[str, str]) -> None:
         super().__init__(recipe, model)
-        self.weights = weights
-        self.teacher: Encoder | None = None
+        self.weights: Any = weights
+        self.teacher: Any = None
         if weights.distill or (weights.perceptual and weights.perceptual_source == "teacher"):
             if "teacher" in sources:
                 self.teacher = UniLIP.from_pretrained(sources["teacher"], parts=("encoder",)).encoder
@@ -266,7 +266,6 @@ class ReconstructObjective(Objective):
             perceptual = self.perceptual(output, target)
             terms["perceptual"], total = perceptual, total + weights.perceptual * perceptual
         if weights.distill:
-            assert self.teacher is not None
             with torch.no_grad():
                 original = batch["teacher"] if "teacher" in batch else self.teacher(normalised)
             distill = F.mse_loss(features.float(), original.float())
@@ -331,7 +330,6 @@ class ShrinkObjective(ReconstructObjective):
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """L2 + perceptual + distance of the stages' states, each in units of the full one's spread."""
         weights, model = self.weights, self.model
-        assert isinstance(weights, Shrink)
         normalised = normalise(to_unit(batch["images"]))
         with torch.no_grad():
             features = model.encoder(normalised) if "features" not in batch else batch["features"].to(model.dtype)
@@ -366,14 +364,18 @@ class FlowObjective(Objective):
         self.settings = settings
         with seeded(recipe.seed):
             if settings.bind and recipe.lessons:
-                lessons.check_queries(model.config)
+                c = model.config
+                if c.condition != "dual" or c.num_queries != c.num_image_tokens:  # which stand for each other
+                    raise ConfigError(
+                        "objective.bind needs a dual condition with as many queries as image tokens; the config has "
+                        f"condition={c.condition}, {c.num_queries} queries and {c.num_image_tokens} image tokens."
+                    )
                 width = model.config.dit.caption_channels
                 self.heads["bind"], self.heads["cells"] = lessons.bind_heads(width), lessons.cell_heads(width)
             if settings.repa:
                 width, wanted = model.config.dit.hidden_size, model.config.text.hidden_size
-                self.heads["repa"] = nn.Sequential(
-                    nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, wanted)
-                )  # fmt: skip
+                layers = nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, wanted)
+                self.heads["repa"] = nn.Sequential(*layers)
         self.repa_end = round(settings.repa_until * recipe.steps)
         self.middle: list[Tensor] = []  # states of the tokens a third through the transformer, while they are wanted
         if settings.repa:

@@ -109,25 +109,16 @@ def accumulating(module: nn.Module, last: bool) -> contextlib.AbstractContextMan
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else contextlib.nullcontext()
 
 
-def average_gradients(module: nn.Module) -> None:
-    """Average the gradients and running means of a small module that every process holds: the adversary."""
-    _average(
-        [p.grad for p in module.parameters() if p.grad is not None]
-        + [t for t in module.state_dict(keep_vars=True).values() if not isinstance(t, nn.Parameter)]
-    )
-
-
-def average_scalars(module: nn.Module) -> None:
-    """Average the gradients of single numbers, which every process holds beside its part of the rest."""
-    _average([p.grad for p in module.parameters() if p.dim() == 0 and p.grad is not None])
-
-
-def _average(tensors: list[Tensor]) -> None:
-    if processes.world() == 1 or not tensors:
-        return
-    flat = processes.mean_(torch.cat([t.detach().flatten().float() for t in tensors]))
-    for tensor, value in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(value.view_as(tensor))
+def average_rest(module: nn.Module, adversary: nn.Module | None) -> None:
+    """Average gradients of single numbers beside a module's sharded ones, the adversary's, and its running means."""
+    held = [p for p in module.parameters() if p.dim() == 0] if sharded(module) else []
+    held += [] if adversary is None else adversary.state_dict(keep_vars=True).values()
+    found = [t.grad if isinstance(t, nn.Parameter) else t for t in held]
+    tensors = [t for t in found if t is not None]
+    if processes.world() > 1 and tensors:
+        flat = processes.mean_(torch.cat([t.detach().flatten().float() for t in tensors]))
+        for tensor, value in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(value.view_as(tensor))
 
 
 def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:

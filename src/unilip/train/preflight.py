@@ -189,8 +189,6 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
 
     recipe = simplified(recipe)
     config = recipe_config(recipe)
-    if recipe.data.image_size:
-        config = config.replace(image_size=recipe.data.image_size)
     wanted = {*needed_parts(recipe.objective), *(prefix.split(".")[0] for prefix, _ in recipe.trains)}
     for parts, _ in parse_init(recipe):
         wanted |= set(PARTS) if parts == ("all",) else set(parts)
@@ -200,7 +198,10 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
         model = UniLIP(config, parts=[part for part in PARTS if part in wanted])
         objective = make_objective(recipe, model, {})
         model.requires_grad_(False)
-        named = trains(recipe, model)
+        if recipe.adapter.rank:  # the weights beside which it stands need the same activations
+            named = [model.get_parameter(f"{layer}.weight") for layer in target_layers(recipe, model)]
+        else:
+            named = [parameter for parameter, _ in trained_parameters(recipe, model).values()]
         for parameter in named:
             parameter.requires_grad_(True)
         if recipe.gradient_checkpointing or recipe.selective_checkpointing:
@@ -227,13 +228,6 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
     rise = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
     constant = max(0.0, peaks[0] - rise * sizes[0] - gradients)
     return Step(trained, frozen, max(groups, default=0), everything - sum(groups), (constant, rise), operations[-1])
-
-
-def trains(recipe: Recipe, model: UniLIP) -> list[nn.Parameter]:
-    """Return what trains; for an adapter the weights beside which it stands, which need the same activations."""
-    if not recipe.adapter.rank:
-        return [parameter for parameter, _ in trained_parameters(recipe, model).values()]
-    return [model.get_parameter(f"{layer}.weight") for layer in target_layers(recipe, model)]
 
 
 def _count(module: nn.Module) -> int:
@@ -300,10 +294,10 @@ def remedies(recipe: Recipe, machine: Hardware, step: Step) -> Iterator[tuple[st
     """Yield (what to do, its estimate) of changes with which the run would fit; the global batch stays the same."""
     bases = {"": step}  # from what costs least time to what costs least memory
     if not (recipe.gradient_checkpointing or recipe.selective_checkpointing or recipe.compile):
-        bases["selective_checkpointing=1"] = measure(_set(recipe, "selective_checkpointing=1"))
+        bases["selective_checkpointing=1"] = measure(override(recipe, ["selective_checkpointing=1"]))
     if not recipe.gradient_checkpointing:
         least = f"{'selective_checkpointing=0 ' * recipe.selective_checkpointing}gradient_checkpointing=1"
-        bases[least] = measure(_set(recipe, least))
+        bases[least] = measure(override(recipe, least.split()))
     changes = [(words, words) for words in bases if words]
     for words in bases:
         size, accumulate = recipe.batch_size, recipe.accumulate
@@ -312,7 +306,7 @@ def remedies(recipe: Recipe, machine: Hardware, step: Step) -> Iterator[tuple[st
             changes.append((f"batch_size={size} accumulate={accumulate} {words}", words))
     seen: set[str] = set()
     for text, base in changes:
-        found = estimate(_set(recipe, text), machine, bases[base])
+        found = estimate(override(recipe, text.split()), machine, bases[base])
         if found.fits and base not in seen:
             seen.add(base)
             yield _options(text), found
@@ -321,7 +315,7 @@ def remedies(recipe: Recipe, machine: Hardware, step: Step) -> Iterator[tuple[st
             if count < machine.count or (recipe.batch_size * recipe.accumulate) % count:
                 continue
             words, smallest = f"parallel=fsdp {[*bases][-1]}", [*bases.values()][-1]
-            found = estimate(_set(recipe, words), dataclasses.replace(machine, count=count), smallest)
+            found = estimate(override(recipe, words.split()), dataclasses.replace(machine, count=count), smallest)
             if found.fits:
                 yield f"{_options(words)} on {count} of them", found
                 break
@@ -330,10 +324,6 @@ def remedies(recipe: Recipe, machine: Hardware, step: Step) -> Iterator[tuple[st
         if size * GIB > machine.memory and (found := estimate(recipe, larger, step)).fits:
             yield f"as it is, on {larger}", found
             break
-
-
-def _set(recipe: Recipe, words: str) -> Recipe:
-    return override(recipe, words.split())
 
 
 def _options(words: str) -> str:

@@ -178,56 +178,57 @@ class State:
                 "of this epoch may come twice or not at all; restart the run to learn from all of them alike.",
                 recipe.name, folder,
             )  # fmt: skip
-        if (folder / SHARDS).exists():
-            self._restore_shards(folder)
-        else:
-            self._restore_files(folder)
+        self._take_back(folder)
         if self.ema is not None:
             self.ema.count = about["ema_count"]
         self.counters = {name: int(about.get(name, 0)) for name in self.counters}
         return int(about["step"])
 
-    def _restore_files(self, folder: Path) -> None:
-        saved = _read(folder)
-        pairs = [("weights", self.parameters), ("heads", self.heads.state_dict())]
-        if self.ema is not None:
-            pairs.append(("ema", self.ema.average))
-        for kind, own in pairs:
-            theirs = saved[kind]
-            _must_fit(own, {name: t.shape for name, t in theirs.items()}, f"{folder}/{kind}.safetensors")
-            for name, tensor in own.items():
-                tensor.copy_(_like(tensor, theirs[name]))
-        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-            flat = [p for group in optimizer.param_groups for p in group["params"]]
-            for number, values in state["state"].items():
-                values.update({kind: _like(flat[number], value) for kind, value in values.items()})
-            groups = optimizer.state_dict()["param_groups"]  # of this run: how it computes
-            optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-
-    def _restore_shards(self, folder: Path) -> None:
+    def _take_back(self, folder: Path) -> None:
+        """Read the tensors of either kind of checkpoint into this run's own."""
         from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
         from torch.distributed.checkpoint.state_dict_loader import load
 
-        reader = FileSystemReader(folder / SHARDS)
-        entries = reader.read_metadata().state_dict_metadata
-        stored = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+        reader = FileSystemReader(folder / SHARDS) if (folder / SHARDS).exists() else None
+        whole = self._read(folder) if reader is None else {}
+        stored = {name: (tensor.shape, tensor.dtype) for name, tensor in whole.items()}
+        for name, entry in reader.read_metadata().state_dict_metadata.items() if reader else ():
+            if isinstance(entry, TensorStorageMetadata):
+                stored[name] = entry.size, entry.properties.dtype
         for i, (name, parameter) in self._optimized():  # an optimizer's averages begin with its first step
             prefix = f"optimizer.{i}.{name}."
-            kinds = {key.removeprefix(prefix): entry for key, entry in stored.items() if key.startswith(prefix)}
-            kinds = {kind: entry for kind, entry in kinds.items() if "." not in kind}
-            if kinds:
+            kinds = {key.removeprefix(prefix): about for key, about in stored.items() if key.startswith(prefix)}
+            if kinds := {kind: about for kind, about in kinds.items() if "." not in kind}:
                 self.optimizers[i].state[parameter] = {
-                    kind: torch.zeros_like(parameter, dtype=entry.properties.dtype)
-                    if entry.size == parameter.shape
-                    else torch.zeros(entry.size, dtype=entry.properties.dtype, device=parameter.device)
-                    for kind, entry in kinds.items()
+                    kind: torch.zeros_like(parameter, dtype=dtype)
+                    if shape == parameter.shape
+                    else torch.zeros(shape, dtype=dtype, device=parameter.device)
+                    for kind, (shape, dtype) in kinds.items()
                 }
         own = self._flat()
-        _must_fit(own, {name: entry.size for name, entry in stored.items()}, str(folder / SHARDS))
-        load(own, storage_reader=reader, no_dist=processes.world() == 1, process_group=processes.group("checkpoint"))
-        for name, tensor in self.heads.state_dict().items():
-            tensor.copy_(own[f"heads.{name}"])
+        fits = {name: own[name].shape == shape for name, (shape, _) in stored.items() if name in own}
+        if strange := sorted(name for name in {**own, **stored} if not fits.get(name)):
+            raise CheckpointError(f"{folder} does not fit the model: {', '.join(strange[:4])}.")
+        if reader:
+            alone, together = processes.world() == 1, processes.group("checkpoint")
+            load(own, storage_reader=reader, no_dist=alone, process_group=together)
+        for name, tensor in whole.items():
+            own[name].copy_(_like(own[name], tensor))
+
+    def _read(self, folder: Path) -> dict[str, Tensor]:
+        """Read the files of one process, under the names of `_flat`."""
+        try:
+            found: dict[str, Tensor] = {}
+            for file in folder.glob("*.safetensors"):
+                found |= {f"{file.stem}.{name}": tensor for name, tensor in load_file(file).items()}
+            for i, saved in enumerate(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)):
+                names = [name for number, (name, _) in self._optimized() if number == i]
+                for place, values in saved["state"].items():
+                    found |= {f"optimizer.{i}.{names[place]}.{kind}": value for kind, value in values.items()}
+            return found
+        except Exception as error:  # each of three formats has its own errors
+            raise DamagedCheckpoint(folder, error) from error
 
 
 class Pending:
@@ -314,11 +315,6 @@ def set_aside(folder: Path) -> None:
         os.replace(folder, aside)
 
 
-def newest(run: Path) -> Path | None:
-    """The latest whole checkpoint of a run, if there is one."""
-    return next(iter(wholes(run)), None)
-
-
 def inspect(folder: Path) -> dict[str, Any]:
     """Return what `state.json` says, once the files are what was written. Raises DamagedCheckpoint: one is not."""
     complaint, about = "", {}
@@ -338,15 +334,6 @@ def inspect(folder: Path) -> dict[str, Any]:
     return dict(about)
 
 
-def _must_fit(own: Mapping[str, Tensor], shapes: Mapping[str, Any], where: str) -> None:
-    """Refuse tensors of other names or shapes."""
-    strange = sorted(
-        name for name in {**own, **shapes} if name not in own or name not in shapes or own[name].shape != shapes[name]
-    )
-    if strange:
-        raise CheckpointError(f"{where} does not fit the model: {', '.join(strange[:4])}.")
-
-
 def _like(own: Tensor, value: Any) -> Any:
     """Cut a whole tensor as this process holds its own, where it holds a part; other values stay."""
     mesh = getattr(own, "device_mesh", None)
@@ -361,13 +348,3 @@ def _like(own: Tensor, value: Any) -> Any:
 def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     if tensors:
         save_file({name: whole_tensor(t.detach()).cpu().contiguous() for name, t in tensors.items()}, file)
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    """Read the files of one process back: weights, ema, heads, optimizers."""
-    try:
-        files = {kind: folder / f"{kind}.safetensors" for kind in ("weights", "ema", "heads")}
-        tensors = {kind: load_file(file) if file.exists() else {} for kind, file in files.items()}
-        return {**tensors, "optimizers": torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)}
-    except Exception as error:  # each of three formats has its own errors
-        raise DamagedCheckpoint(folder, error) from error
