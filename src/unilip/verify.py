@@ -130,9 +130,6 @@ def compare(name: str, ours: Value, stored: Tensor, tolerance: float) -> Row:
     return Row(name, worst, tolerance, worst <= tolerance, note)  # NaN compares false, so it fails
 
 
-# --- how each group is recomputed -------------------------------------------------------------------------------------
-
-
 def sampling_levels(model: Network, opened: Checkpoint, record: Record) -> Results:
     """Timesteps and levels of sampling."""
     own = opened.config.sampling

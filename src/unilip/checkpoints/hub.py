@@ -213,9 +213,6 @@ def push_to_hub(
     return str(done)
 
 
-# --- the model card -------------------------------------------------------------------------------------------------
-
-
 def template(name: str) -> str:
     """Return a file of `templates/`; diffusers runs those named .py.txt when it is told to trust a pipeline folder."""
     return (resources.files("unilip.checkpoints") / "templates" / name).read_text(encoding="utf-8")

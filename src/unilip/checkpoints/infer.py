@@ -26,9 +26,6 @@ LARGEST = 2**24  # of any number in a configuration
 LARGEST_GRID = 1024  # latent cells along a side
 
 
-# --- names and shapes -----------------------------------------------------------------------------------------------
-
-
 def expected_shapes(config: UniLIPConfig, parts: Sequence[str]) -> dict[str, Shape]:
     """Return names and shapes of every tensor that a checkpoint of this config must hold (tied ones once)."""
     shapes: dict[str, Shape] = {}
@@ -66,8 +63,6 @@ def _numbers(value: Any) -> list[float]:
         return [number for inner in values for number in _numbers(inner)]
     return [value] if isinstance(value, (int, float)) else []
 
-
-# --- configs of other kinds -----------------------------------------------------------------------------------------
 
 _SANA_NAME = re.compile(r"sana.*?_(600M|1600M)(?:_(\d+)px)?", re.IGNORECASE)
 

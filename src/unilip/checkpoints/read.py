@@ -124,7 +124,15 @@ class Weights:
         self.shapes: dict[str, tables.Shape] = {}
         self._where: dict[str, SafeFile | TorchFile] = {}
         for path in files:
-            opened = _open_file(path)
+            try:
+                with path.open("rb") as file:
+                    if file.read(40).startswith(b"version https://git-lfs"):
+                        raise CheckpointError(
+                            f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there."
+                        )
+                opened = SafeFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+            except (SafetensorError, OSError, ValueError) as error:
+                raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch or save it again.") from error
             self.metadata |= opened.metadata
             self.shapes |= opened.shapes
             self._where |= dict.fromkeys(opened.shapes, opened)
@@ -170,16 +178,6 @@ class Weights:
             raise CheckpointError(f"{self.file_of(name)} holds {name} with {rows} rows, no multiple of {parts}.")
         self.dtype(name)
         return self._where[name].read(name, origin.part, parts)
-
-
-def _open_file(path: Path) -> SafeFile | TorchFile:
-    try:
-        with path.open("rb") as file:
-            if file.read(40).startswith(b"version https://git-lfs"):
-                raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there.")
-        return SafeFile(path) if path.suffix == ".safetensors" else TorchFile(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch or save it again.") from error
 
 
 def _find_weights(folder: Path, variant: str | None) -> Weights:

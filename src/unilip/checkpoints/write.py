@@ -211,9 +211,6 @@ def push_model(model: Any, repo_id: str, *, dtype: read.DType = None, **options:
         return push_to_hub(folder, repo_id, **options)
 
 
-# --- converting -----------------------------------------------------------------------------------------------------
-
-
 def convert(
     source: Source,
     destination: str | os.PathLike[str],

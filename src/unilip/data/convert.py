@@ -16,7 +16,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -126,34 +126,30 @@ def encoded(data: bytes, shorter_side: int | None) -> tuple[str, bytes]:
     return ENDINGS[form], data
 
 
-# --- layouts ----------------------------------------------------------------------------------------------------------
-
-
 class Files:
     """Files of a download by their path inside it, on disk or in tar files that have not been unpacked."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._members: dict[str, tuple[Path, int, int]] | None = None
+
+    @cached_property
+    def packed(self) -> dict[str, tuple[Path, int, int]]:
+        found = {}
+        for archive in sorted(self.folder.rglob("*.tar")):
+            try:
+                with tarfile.open(archive, "r:") as tar:
+                    found |= {m.name.removeprefix("./"): (archive, m.offset_data, m.size) for m in tar}
+            except tarfile.TarError as error:
+                raise DataError(f"{archive} is damaged ({error}); download it again.") from error
+        return found
 
     def read(self, name: str) -> bytes:
         path = self.folder / name
         if path.is_file():
             return path.read_bytes()
-        if self._members is None:
-            self._members = {}
-            for archive in sorted(self.folder.rglob("*.tar")):
-                try:
-                    with tarfile.open(archive, "r:") as tar:
-                        for member in tar:
-                            place = (archive, member.offset_data, member.size)
-                            self._members[member.name.removeprefix("./")] = place
-                except tarfile.TarError as error:
-                    raise DataError(f"{archive} is damaged ({error}); download it again.") from error
-        found = self._members.get(name.removeprefix("./"))
-        if found is None:
+        if (inside := name.removeprefix("./")) not in self.packed:
             raise Unreadable("picture missing", f"{name} is neither in {self.folder} nor in a tar file there")
-        archive, offset, size = found
+        archive, offset, size = self.packed[inside]
         with archive.open("rb") as file:
             file.seek(offset)
             return file.read(size)

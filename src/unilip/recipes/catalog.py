@@ -53,15 +53,6 @@ def read_stage(group: str, stage: str, size: str, names: Mapping[str, Any], name
     return records.Recipe(name=name, model=size, **nested, **settings)
 
 
-def stages() -> list[records.Recipe]:
-    """Return the stages of every size, in the order in which they follow each other."""
-    return [
-        read_stage(group, stage, size, names, f"{size}/{stage}")
-        for size, (group, names) in SIZES.items()
-        for stage in TABLE[group]["stages"]
-    ]
-
-
 def ablations() -> list[records.Recipe]:
     """Return every ablation of every size."""
     table = TABLE["ablation"]
@@ -76,9 +67,14 @@ def ablations() -> list[records.Recipe]:
 
 
 def all_recipes() -> dict[str, records.Recipe]:
-    """Return every recipe by name; one's own adapters and the ablations come last."""
+    """Return every recipe by name: of each size the stages in their order, one's own adapters, the ablations."""
+    stages = (
+        read_stage(group, stage, size, names, f"{size}/{stage}")
+        for size, (group, names) in SIZES.items()
+        for stage in TABLE[group]["stages"]
+    )
     adapters = (read_stage("lora", stage, "pico", {}, f"lora/{stage}") for stage in TABLE["lora"]["stages"])
-    return {recipe.name: recipe for recipe in (*stages(), *adapters, *ablations())}
+    return {recipe.name: recipe for recipe in (*stages, *adapters, *ablations())}
 
 
 def get_recipe(name: str) -> records.Recipe:

@@ -349,9 +349,6 @@ class Recipe:
         return self.data.source == "emoji"
 
 
-# --- fields by dotted name --------------------------------------------------------------------------------------------
-
-
 def leaves(record: Any, prefix: str = "") -> dict[str, Any]:
     """Return every settable field of a recipe by dotted name."""
     found: dict[str, Any] = {}

@@ -17,8 +17,8 @@ from unilip.errors import UniLIPError
 from unilip.train import processes
 
 
-def parser() -> argparse.ArgumentParser:
-    """Build the reader of the options."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipe that the command line names; returns the exit code."""
     found = argparse.ArgumentParser(
         prog="torchrun -m unilip.train", description="Run a training recipe in several processes, or go on with it."
     )
@@ -29,12 +29,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--stop-after", type=int, metavar="N", help="save and stop after N more steps")
     found.add_argument("--device", default="auto", help="auto, cpu or cuda (auto: CUDA where there is one)")
     found.add_argument("--no-progress", action="store_false", dest="progress", help="no progress bar")
-    return found
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the recipe that the command line names; returns the exit code."""
-    options = parser().parse_args(argv)
+    options = found.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("unilip").setLevel(logging.INFO if processes.first() else logging.ERROR)
     from unilip.recipes.catalog import get_recipe
@@ -47,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             recipe, options.runs, device=options.device, restart=options.restart, progress=options.progress,
             stop_after=options.stop_after,
         )  # fmt: skip
-    except UniLIPError as error:
-        if isinstance(error, Interrupted):
-            if processes.first():
-                print(error, file=sys.stderr)
-        else:  # which may be this process's alone: what it reads
-            where = f" in process {processes.rank()}" if processes.world() > 1 else ""
-            print(f"error{where}: {error}", file=sys.stderr)
-        return 130 if isinstance(error, Interrupted) else 2
+    except Interrupted as error:
+        if processes.first():
+            print(error, file=sys.stderr)
+        return 130
+    except UniLIPError as error:  # which may be this process's alone: what it reads
+        where = f" in process {processes.rank()}" if processes.world() > 1 else ""
+        print(f"error{where}: {error}", file=sys.stderr)
+        return 2
     if processes.first():
         print(folder)
     return 0

@@ -473,9 +473,6 @@ def labels(
     }  # fmt: skip
 
 
-# --- handing them out -----------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Reading:
     """How many samples a batch `tried`, those `left_out` (over a limit) or `skipped`: (reason, detail)."""

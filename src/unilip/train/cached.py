@@ -31,9 +31,6 @@ MAKERS: dict[str, tuple[str, ...]] = {  # parts of the model
 }  # fmt: skip
 
 
-# --- what can be cached -----------------------------------------------------------------------------------------------
-
-
 def cacheable(recipe: Recipe, model: UniLIP, objective: Objective) -> tuple[str, ...]:
     """Return the names of what frozen parts make for a recipe's loss; `build` has marked what trains."""
     frozen = {part for part in model.parts if not any(p.requires_grad for p in getattr(model, part).parameters())}
@@ -79,9 +76,6 @@ def fingerprint(module: nn.Module) -> str:
         state.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
         state.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 class Cached:

@@ -100,8 +100,6 @@ class FileBatches(Batches):
             )
         return Stream(kind, having, self.recipe, 1 if kind == "text" else self.recipe.data.lanes)
 
-    # --- which sample -----------------------------------------------------------------------------------------------
-
     def is_edit(self, step: int) -> bool:
         """Whether the batches of a step hold edits: exactly the share of them, in every 10,000 steps."""
         return self.tasks.pick(step)[0] == 1
@@ -149,8 +147,6 @@ class FileBatches(Batches):
         batch = super().__getitem__(index)
         batch["reading"] = self._reading
         return batch
-
-    # --- what it holds ----------------------------------------------------------------------------------------------
 
     def item(self, record: Record, kind: str, turns: int = 1) -> Any:
         """Decode a record: (picture), (picture, caption), (source, target, instruction), (picture, caption, turns)."""
