@@ -75,8 +75,7 @@ def _read_in(model: nn.Module) -> dict[str, tuple[Adapter, float]]:
 @torch.no_grad()
 def take_in(model: nn.Module, name: str, layer: Any) -> None:
     """Add the adapters that act to the weight of a linear layer that has just been read."""
-    acting = [(one, scale) for one, scale in _read_in(model).values() if scale and name in one.tensors]
-    if acting:
+    if acting := [(one, scale) for one, scale in _read_in(model).values() if scale and name in one.tensors]:
         whole = plain = layer.weight.float()
         for one, scale in acting:
             whole = one.added(name, whole, plain, scale)
@@ -268,8 +267,7 @@ def fitting(model: Any, adapter: Adapter, stored: Callable[[str], Tensor] | None
     shapes |= {layer: m.base_layer.weight.shape for layer, m in adapted_layers(model)}
     if _lacks_embedder(model, adapter):
         shapes |= {layer.replace(".time_embed.", ".time_embed_2."): shape for layer, shape in shapes.items()}
-    strange = [layer for layer in adapter.tensors if not adapter.fits(layer, shapes.get(layer))]
-    if strange:
+    if strange := [layer for layer in adapter.tensors if not adapter.fits(layer, shapes.get(layer))]:
         raise CheckpointError(
             f"{adapter.path} does not fit the model: {', '.join(strange[:3])}. It was made for {adapter.base} and "
             f"{len(adapter.tensors)} of its layers."
@@ -376,8 +374,7 @@ def set_adapters(model: nn.Module, scales: Mapping[str, float]) -> None:
     """
     if not isinstance(scales, Mapping):
         raise UniLIPError(f"scales is {scales!r}; give a mapping from names of adapters to numbers.")
-    unknown = sorted(set(scales) - set(adapter_names(model)))
-    if unknown:
+    if unknown := sorted(set(scales) - set(adapter_names(model))):
         loaded = ", ".join(adapter_names(model)) or "none"
         raise UniLIPError(f"There is no adapter {', '.join(unknown)}; loaded: {loaded}.")
     for name, scale in scales.items():

@@ -48,28 +48,17 @@ def describe(source: Source = None) -> dict[str, Any]:
         parameters[name.split(".")[0]] += count
         types[str(opened.dtype(name)).removeprefix("torch.")] += count
     return {
-        "name": opened.config.name,
-        "path": str(opened.path),
-        "kind": opened.kind,
-        "title": KINDS[opened.kind].title,
-        "parts": {part: parameters[part] for part in opened.parts},
-        "parameters": sum(parameters.values()),
-        "dtype": types.most_common(1)[0][0],
-        "dtypes": dict(types),
+        "name": opened.config.name, "path": str(opened.path), "kind": opened.kind, "title": KINDS[opened.kind].title,
+        "parts": {part: parameters[part] for part in opened.parts}, "parameters": sum(parameters.values()),
+        "dtype": types.most_common(1)[0][0], "dtypes": dict(types),
         "size_on_disk": sum(file.stat().st_size for file in opened.weights.files),
-        "files": [file.name for file in opened.weights.files],
-        "tokenizer": opened.tokenizer_path is not None,
+        "files": [file.name for file in opened.weights.files], "tokenizer": opened.tokenizer_path is not None,
         "image_size": opened.config.image_size,
         "interpolation_scale": opened.config.dit.interpolation_scale if "dit" in opened.parts else None,
-        "position_embedding": position,
-        "few_steps": few,
-        "language_head": head,
-        "absent": list(opened.absent),
-        "dropped": dict(opened.dropped),
-        "notes": list(opened.notes),
-        "metadata": dict(opened.metadata),
+        "position_embedding": position, "few_steps": few, "language_head": head, "absent": list(opened.absent),
+        "dropped": dict(opened.dropped), "notes": list(opened.notes), "metadata": dict(opened.metadata),
         "config": opened.config.to_dict(),
-    }
+    }  # fmt: skip
 
 
 def machine(source: Source = None) -> dict[str, Any]:
@@ -97,15 +86,9 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
     for layer, tensors in adapter.tensors.items():
         parameters[layer.split(".")[0]] += sum(tensor.numel() for tensor in tensors.values())
     return {
-        "path": str(folder),
-        "kind": "adapter",
+        "path": str(folder), "kind": "adapter",
         "title": f"{'DoRA' if adapter.dora else 'LoRA'} adapter; it stands for its base with itself beside it",
-        "base": base,
-        "parts": dict(parameters),
-        "parameters": sum(parameters.values()),
-        "layers": len(adapter.tensors),
-        "rank": sorted(set(adapter.rank.values())),
-        "dora": adapter.dora,
-        "few_steps": list(adapter.few_steps),
+        "base": base, "parts": dict(parameters), "parameters": sum(parameters.values()), "layers": len(adapter.tensors),
+        "rank": sorted(set(adapter.rank.values())), "dora": adapter.dora, "few_steps": list(adapter.few_steps),
         "size_on_disk": (folder / WEIGHTS).stat().st_size,
-    }
+    }  # fmt: skip

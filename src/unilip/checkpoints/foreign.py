@@ -31,13 +31,11 @@ def _multimodal(config: UniLIPConfig, image_token_id: int | None) -> Json:
     v = config.vision
     sides = {"image_size": [v.image_size] * 2, "patch_size": [v.patch_size] * 2}
     return {
-        **FIXED["multimodal"],
-        "image_seq_length": config.num_image_tokens,
-        "tie_word_embeddings": config.text.tie_embeddings,
-        "text_config": _part("text", config.text),
+        **FIXED["multimodal"], "image_seq_length": config.num_image_tokens,
+        "tie_word_embeddings": config.text.tie_embeddings, "text_config": _part("text", config.text),
         "vision_config": _part("vision", v) | sides,
         **({} if image_token_id is None else {"image_token_id": image_token_id}),
-    }
+    }  # fmt: skip
 
 
 def internvl_files(config: UniLIPConfig, tokenizer: Tokenizer | None) -> dict[str, Json | str]:
@@ -72,12 +70,10 @@ def internvl_files(config: UniLIPConfig, tokenizer: Tokenizer | None) -> dict[st
 def diffusers_files(config: UniLIPConfig) -> dict[str, Json | str]:
     """Return the files of a pipeline folder of diffusers, but for weights and tokenizer, by name."""
     return {
-        INDEX: FIXED["pipeline"],
-        "pipeline.py": template("pipeline.py.txt"),
-        "model/network.py": template("network.py.txt"),
-        "model/config.json": config.to_dict(),
+        INDEX: FIXED["pipeline"], "pipeline.py": template("pipeline.py.txt"),
+        "model/network.py": template("network.py.txt"), "model/config.json": config.to_dict(),
         "tokenizer/words.py": template("words.py.txt"),
-    }
+    }  # fmt: skip
 
 
 def authors_configs(config: UniLIPConfig, image_token_id: int | None = None) -> dict[str, Json]:
@@ -103,16 +99,11 @@ def authors_configs(config: UniLIPConfig, image_token_id: int | None = None) -> 
     large = t.hidden_size > 1000
     hub = "OpenGVLab/InternVL3-2B" if large else "OpenGVLab/InternVL3-1B"
     main = {
-        **FIXED["authors"],
-        "connect_layer": config.connector_layers,
-        "n_query": config.num_queries,
-        "unilip_factor": config.latent_factor,
-        "mllm_path": hub,
-        "mllm_hf_path": f"{hub}-hf",
+        **FIXED["authors"], "connect_layer": config.connector_layers, "n_query": config.num_queries,
+        "unilip_factor": config.latent_factor, "mllm_path": hub, "mllm_hf_path": f"{hub}-hf",
         "dit_path": f"Efficient-Large-Model/Sana_{'1600M' if large else '600M'}_512px_diffusers",
-        "hidden_size": t.hidden_size,
-        **_multimodal(config, image_token_id),
-    }
+        "hidden_size": t.hidden_size, **_multimodal(config, image_token_id),
+    }  # fmt: skip
     dit = _part("dit", d) | ({"few_steps": list(d.few_steps)} if d.few_steps else {})
     decoder = config.to_dict()["decoder"]
     halves = ("block_types", "block_out_channels", "layers_per_block", "qkv_multiscales")

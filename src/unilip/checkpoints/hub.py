@@ -150,8 +150,7 @@ def needed_files(files: Iterable[str], variant: str | None = None) -> list[str]:
     for suffix in map(re.escape, SUFFIXES):
         stem = f"({'|'.join(STEMS)})"
         shards = re.compile(rf"{stem}{word}(-\d+-of-\d+)?{suffix}|{stem}{suffix}\.index{word}\.json")
-        weights = [f for f in top if shards.fullmatch(f)]
-        if weights:
+        if weights := [f for f in top if shards.fullmatch(f)]:
             return chosen + weights
     return chosen
 

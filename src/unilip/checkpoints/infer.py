@@ -42,13 +42,9 @@ def check_sizes(config: UniLIPConfig, parts: Sequence[str], tensors: int) -> Non
     """Refuse, before anything is built, more layers than tensors, or a number beyond all, by CheckpointError."""
     blocks = sum(config.decoder.layers_per_block) + sum(map(len, config.decoder.qkv_multiscales))
     layers = {
-        "encoder": config.vision.num_layers,
-        "latent_head": config.latent_head_blocks,
-        "pixel_decoder": blocks,
-        "mllm": config.text.num_layers,
-        "connector": config.connector_layers,
-        "dit": config.dit.num_layers,
-    }
+        "encoder": config.vision.num_layers, "latent_head": config.latent_head_blocks, "pixel_decoder": blocks,
+        "mllm": config.text.num_layers, "connector": config.connector_layers, "dit": config.dit.num_layers,
+    }  # fmt: skip
     count = sum(layers[part] for part in parts)
     if count > tensors:
         raise CheckpointError(f"Its configuration has {count} layers, and its weights {tensors} tensors in all.")
@@ -149,12 +145,10 @@ def _vision(data: Json, shapes: Mapping[str, Shape]) -> VisionConfig:
             "config.json of its model beside it."
         )
     shaped: dict[str, Any] = dict(
-        hidden_size=width,
-        num_layers=_count(shapes, f"{root}.encoder.layer."),
-        intermediate_size=shapes[f"{root}.encoder.layer.0.mlp.fc1.weight"][0],
-        image_size=isqrt(positions - 1) * patch,
+        hidden_size=width, num_layers=_count(shapes, f"{root}.encoder.layer."),
+        intermediate_size=shapes[f"{root}.encoder.layer.0.mlp.fc1.weight"][0], image_size=isqrt(positions - 1) * patch,
         patch_size=patch,
-    )
+    )  # fmt: skip
     return VisionConfig(**{**given, **shaped})
 
 
@@ -172,13 +166,11 @@ def _text(data: Json, shapes: Mapping[str, Shape]) -> TextConfig:
         raise CheckpointError(f"Its position embedding {rope.get('rope_type', rope.get('type'))!r} is not supported.")
     vocabulary, width = shapes[EMBEDDING]
     shaped: dict[str, Any] = dict(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_layers=_count(shapes, f"{layer}."),
+        vocab_size=vocabulary, hidden_size=width, num_layers=_count(shapes, f"{layer}."),
         intermediate_size=shapes[f"{layer}.0.mlp.gate_proj.weight"][0],
         rope_theta=float(text.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
         tie_embeddings=HEAD not in shapes,
-    )
+    )  # fmt: skip
     return TextConfig(**{**_ours("text", text), **shaped})
 
 
@@ -219,14 +211,10 @@ def _decoder(data: Json, shapes: Mapping[str, Shape]) -> DecoderConfig:
         finest = data.get("decoder_block_out_channels", channels[1])
         channels[0] = int(finest[0] if isinstance(finest, (list, tuple)) else finest)
     return DecoderConfig(
-        block_out_channels=tuple(channels),
-        layers_per_block=tuple(layers),
-        block_types=tuple(types),
-        qkv_multiscales=tuple(scales),
-        attention_head_dim=head_dim,
-        latent_channels=conv_in[1],
+        block_out_channels=tuple(channels), layers_per_block=tuple(layers), block_types=tuple(types),
+        qkv_multiscales=tuple(scales), attention_head_dim=head_dim, latent_channels=conv_in[1],
         upsample_block_type="pixel_shuffle" if pixel_shuffle else "interpolate",
-    )
+    )  # fmt: skip
 
 
 def _dit(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str, Json]) -> DiTConfig:
@@ -243,17 +231,14 @@ def _dit(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str
     if given is not None:
         own, names = _ours("dit", given), FIXED["fields"]["dit"]
         needed = ("num_heads", "head_dim", "num_cross_heads", "cross_head_dim", "sample_size")
-        lacking = [theirs for theirs, ours in names.items() if ours in needed and own.get(ours) is None]
-        if lacking:
+        if lacking := [theirs for theirs, ours in names.items() if ours in needed and own.get(ours) is None]:
             raise CheckpointError(f"The SANA config lacks {listed(lacking)}; use that of SANA's transformer folder.")
         if given.get("guidance_embeds") or given.get("qk_norm") or given.get("patch_size", 1) != 1:
             raise CheckpointError("Its diffusion transformer is a later SANA: guidance embedding, norms or patches.")
         config = DiTConfig(
-            interpolation_scale=own.get("interpolation_scale"),
-            few_steps=tuple(given.get("few_steps", ())),
-            **{name: own[name] for name in needed},
-            **shaped,
-        )
+            interpolation_scale=own.get("interpolation_scale"), few_steps=tuple(given.get("few_steps", ())),
+            **{name: own[name] for name in needed}, **shaped,
+        )  # fmt: skip
     else:
         match = _SANA_NAME.search(str(data.get("dit_path", "")))
         known = preset("1b" if match[1].upper() == "600M" else "3b").dit if match else None

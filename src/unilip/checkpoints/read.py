@@ -126,10 +126,9 @@ class Weights:
         for path in files:
             try:
                 with path.open("rb") as file:
-                    if file.read(40).startswith(b"version https://git-lfs"):
-                        raise CheckpointError(
-                            f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there."
-                        )
+                    pointer = file.read(40).startswith(b"version https://git-lfs")
+                if pointer:
+                    raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there.")
                 opened = SafeFile(path) if path.suffix == ".safetensors" else TorchFile(path)
             except (SafetensorError, OSError, ValueError) as error:
                 raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch or save it again.") from error
@@ -155,8 +154,7 @@ class Weights:
     def dtype(self, name: str) -> torch.dtype:
         if name in self.quantized:
             return self.quantized[name].dtype
-        found = self._where[name].dtypes[name]
-        if found is None:
+        if (found := self._where[name].dtypes[name]) is None:
             raise CheckpointError(f"{self.file_of(name)} holds {name} in a type that is not known; convert it to BF16.")
         return found
 
@@ -206,8 +204,7 @@ def _open_shards(index: Path) -> Weights:
     if not isinstance(table, dict) or not all(isinstance(v, str) and "/" not in v for v in table.values()):
         raise CheckpointError(f"{index} has no weight_map of file names; fetch or save it again.")
     files = [index.parent / name for name in sorted(set(table.values()))]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
+    if missing := [file.name for file in files if not file.is_file()]:
         raise CheckpointError(f"{index.parent} lacks {', '.join(missing)} of {index.name}; fetch or save it again.")
     weights = Weights(files)
     wrong = [name for name, file in table.items() if weights.file_of(name) != index.parent / file]
@@ -469,8 +466,7 @@ def load_into(
     """
     target = parse_dtype(dtype)
     wanted = checkpoint.parts if parts is None else tuple(parts)
-    lacking = [part for part in wanted if part.split(".")[0] not in checkpoint.parts]
-    if lacking:
+    if lacking := [part for part in wanted if part.split(".")[0] not in checkpoint.parts]:
         raise CheckpointError(f"{checkpoint.path} has no {', '.join(lacking)}; it holds {', '.join(checkpoint.parts)}.")
     modules, tied = {part: model.get_submodule(part) for part in wanted}, checkpoint.config.text.tie_embeddings
     left = {*leave, *[tables.HEAD] * tied}

@@ -143,8 +143,7 @@ def check_shapes(
             if name in found and found[name] != shape
         ],
     }
-    said = [f"{several(names, 'tensor')} {problem}" for problem, names in problems.items() if names]
-    if said:
+    if said := [f"{several(names, 'tensor')} {problem}" for problem, names in problems.items() if names]:
         few = any(".time_embed_2." in name for names in problems.values() for name in names)
         hint = " Few-step weights and dit.few_steps of a config belong together; copy both files." if few else ""
         raise CheckpointError(f"{where} does not fit its config: {'; '.join(said)}.{hint}")

@@ -28,6 +28,7 @@ from unilip.checkpoints.tables import HEAD, PARTS, POINTWISE, QUERIES, Shape, ch
 from unilip.checkpoints.tokenizer import TOKENIZER_FILES
 from unilip.errors import CheckpointError, check_choice
 from unilip.fast.quantise import flatten
+from unilip.files import remove, replacing
 from unilip.method.config import FORMAT, UniLIPConfig
 
 Files = Mapping[str, Mapping[str, Any] | str]  # content by name
@@ -149,43 +150,30 @@ def _replacing(folder: Path) -> Iterator[Path]:
     previous = previous_of(folder)
     if previous.exists() and not folder.exists():
         previous.rename(folder)  # a save was interrupted between its two renames
-    _check_destination(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f".{folder.name}.saving-{os.getpid()}")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise CheckpointError(f"{folder} is a file or a link; give a folder to save into.")
+    pipeline = (folder / INDEX).is_file()
+    if folder.is_dir() and any(folder.iterdir()):
+        config = folder / "model" / "config.json" if pipeline else folder / "config.json"
+        data = read_json(config) if config.is_file() else {}
+        if data.get("format") != FORMAT and data.get("model_type") != "unilip_internvl":
+            raise CheckpointError(f"{folder} holds something that is not a UniLIP checkpoint; give a new folder.")
+    theirs = {*OURS, *((INDEX, "pipeline.py", "model", "tokenizer") if pipeline else ())}
     try:
-        yield new
-        if not folder.exists():
-            new.rename(folder)
-            return
-        pipeline = (folder / INDEX).is_file()
-        for old in folder.iterdir():
-            exported = pipeline and old.name in (INDEX, "pipeline.py", "model", "tokenizer")
-            if not (exported or old.name in OURS or _WEIGHTS.fullmatch(old.name)) and not (new / old.name).exists():
-                _link(old, new / old.name)
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-        new.rename(folder)
-        shutil.rmtree(previous, ignore_errors=True)
+        with replacing(folder) as new:
+            new.mkdir()
+            yield new
+            for old in folder.iterdir() if folder.exists() else ():
+                if not (old.name in theirs or _WEIGHTS.fullmatch(old.name) or (new / old.name).exists()):
+                    _link(old, new / old.name)
+            if folder.exists():
+                remove(previous)
+                folder.rename(previous)
     except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
         if previous.exists() and not folder.exists():
             previous.rename(folder)
         raise
-
-
-def _check_destination(folder: Path) -> None:
-    if not folder.exists() and not folder.is_symlink():
-        return
-    if not folder.is_dir() or folder.is_symlink():
-        raise CheckpointError(f"{folder} is a file or a link; give a folder to save into.")
-    if not any(folder.iterdir()):
-        return
-    config = folder / "model" / "config.json" if (folder / INDEX).is_file() else folder / "config.json"
-    data = read_json(config) if config.is_file() else {}
-    if data.get("format") != FORMAT and data.get("model_type") != "unilip_internvl":
-        raise CheckpointError(f"{folder} holds something that is not a UniLIP checkpoint; give a new folder.")
+    remove(previous)
 
 
 def _link(old: Path, new: Path) -> None:
@@ -253,8 +241,7 @@ def convert(
 
 
 def _require(opened: read.Checkpoint, parts: Sequence[str], why: str) -> None:
-    lacking = [part for part in parts if part not in opened.parts]
-    if lacking:
+    if lacking := [part for part in parts if part not in opened.parts]:
         raise CheckpointError(f"{opened.path} has no {', '.join(lacking)}; {why}.")
 
 

@@ -64,8 +64,7 @@ def convert(
     Raises DataError: an unknown layout, or nothing of it in the folder.
     """
     check_choice("layout", layout, LAYOUTS, DataError)
-    entries = LAYOUTS[layout](source)
-    if not entries:
+    if not (entries := LAYOUTS[layout](source)):
         raise DataError(f"{source} holds no sample of the layout {layout}.")
     about = {
         "layout": layout, "shard_size": shard_size, "shorter_side": shorter_side, "entries": len(entries),

@@ -52,8 +52,7 @@ class Folder(_OneShard):
             files = sorted(path for path in walk(folder) if not records.is_litter(path.relative_to(folder).as_posix()))
         except OSError as error:
             raise DataError(f"{error.filename or folder} cannot be read ({error.strerror}).") from error
-        found = [p for p in files if p.suffix.lower() in records.IMAGE_SUFFIXES]
-        if not found:
+        if not (found := [p for p in files if p.suffix.lower() in records.IMAGE_SUFFIXES]):
             raise DataError(f"{folder} holds no pictures to learn from ({', '.join(records.IMAGE_SUFFIXES)}).")
         texts, jsons = ([p for p in files if p.suffix.lower() == ending] for ending in (".txt", ".json"))
         meanings = [records.json_meaning(_bytes(path)) for path in jsons]
@@ -185,8 +184,7 @@ class Lines(_OneShard):
 
     def _sort(self, row: Any, entry: Any, name: str) -> None:
         row = sample_of(row)
-        kinds = kinds_of_object(row)
-        if not kinds:
+        if not (kinds := kinds_of_object(row)):
             self._leave(name, "no sample of a known kind")
         for kind in kinds:
             self._found[kind].append(entry)

@@ -38,8 +38,7 @@ class HubStream(Shards):
         name, _, query = location.removeprefix(SCHEME).partition("?")
         given = dict(parse_qsl(query, strict_parsing=True)) if query else {}
         options: dict[str, str] = {key: given.pop(key) for key in ("split", "name", "revision") if key in given}
-        unknown = sorted(set(given) - set(FIELDS))
-        if unknown:
+        if unknown := sorted(set(given) - set(FIELDS)):
             allowed = ", ".join(("split", "name", "revision", *FIELDS))
             raise DataError(f"{location} sets {', '.join(unknown)}; allowed: {allowed}.")
         self._stream, self._rows, self._versions = _open(name, options, location)

@@ -81,8 +81,7 @@ class Source(Protocol):
 
 def kinds_of(members: Mapping[str, T], texts: bool = True) -> Iterator[tuple[str, dict[str, T]]]:
     """Yield each kind that a sample can serve as, with its members; a lone picture may miss its text."""
-    cached = next((kind for kind in KINDS if f"{kind}.npz" in members), None)
-    if cached is not None:
+    if (cached := next((kind for kind in KINDS if f"{kind}.npz" in members), None)) is not None:
         parts = {part: members[part] for part in ("txt", "json") if part in members}
         yield cached, parts | {"npz": members[f"{cached}.npz"]}
         return

@@ -238,15 +238,10 @@ class Data:
     def __post_init__(self) -> None:
         files = self.source == "files"
         _check(
-            self,
-            "data.",
-            path=files and not self.path,
-            edits=self.edits and files,
-            joint=self.joint and (files or not self.edit_share),
-            cache=self.cache and not files,
-            image_size=self.image_size % TOKEN_PIXELS,
-            shapes=self.shapes and (self.cache or self.image_size),
-        )
+            self, "data.", path=files and not self.path, edits=self.edits and files,
+            joint=self.joint and (files or not self.edit_share), cache=self.cache and not files,
+            image_size=self.image_size % TOKEN_PIXELS, shapes=self.shapes and (self.cache or self.image_size),
+        )  # fmt: skip
         for size in self.sizes:
             if nearest(*size) != size:
                 near = "x".join(map(str, nearest(*size)))
@@ -314,29 +309,22 @@ class Recipe:
         )
         reached = {prefix.split(".")[0] for prefix, factor in self.trains if factor > 0}
         _check(
-            self,
-            "",
-            name=not re.fullmatch(r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*", self.name),
+            self, "", name=not re.fullmatch(r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*", self.name),
             weights_dtype=self.weights_dtype == "bfloat16" and self.dtype != "bfloat16",
             checks=[check for check in self.checks if not re.fullmatch(CHECK, check)],
             trains=not reached or not all(0 <= factor < math.inf for _, factor in self.trains),
-            reached=flow and not reached & {"connector", "dit", "mllm"},
-            edit_share=data.edit_share and not flow,
-            cached_repa=data.cache and repa,
-            cached_redraw=data.cache and redraw,
+            reached=flow and not reached & {"connector", "dit", "mllm"}, edit_share=data.edit_share and not flow,
+            cached_repa=data.cache and repa, cached_redraw=data.cache and redraw,
             cached_augment=data.cache and getattr(objective, "augment", 0),
-            averages=few and (not self.ema or self.weights_dtype != "float32"),
-            few_dit=few and "dit" not in reached,
+            averages=few and (not self.ema or self.weights_dtype != "float32"), few_dit=few and "dit" not in reached,
             decoder=isinstance(objective, Shrink) and reached != {"pixel_decoder"},
             text_share=data.text_share and not (isinstance(objective, Understand) and objective.next_token),
             lanes=self.batch_size * self.accumulate % data.lanes,
             selective=self.selective_checkpointing and (self.gradient_checkpointing or self.compile),
-            latents=self.measure_latents and not isinstance(objective, Reconstruct),
-            joint_bind=data.joint and bind,
+            latents=self.measure_latents and not isinstance(objective, Reconstruct), joint_bind=data.joint and bind,
             shapes_bind=data.shapes and self.lessons and getattr(objective, "bind", 0),
-            shapes_talk=data.shapes and isinstance(objective, Understand),
-            shapes_dcae=data.shapes and target == "dcae",
-        )
+            shapes_talk=data.shapes and isinstance(objective, Understand), shapes_dcae=data.shapes and target == "dcae",
+        )  # fmt: skip
 
     @property
     def folder(self) -> str:
@@ -424,8 +412,7 @@ def _following(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
         return found
     from unilip.data.sources import local_sources
 
-    sources = local_sources(path)
-    if sources is None:
+    if (sources := local_sources(path)) is None:
         return found
     found["data.source"] = "files"
     if isinstance(recipe.objective, Flow) and 0 < recipe.data.edit_share < 1:

@@ -146,8 +146,7 @@ class Batches(Dataset[dict[str, Any]]):
 
     def take_shape(self, index: int) -> Size | None:
         """Give the pictures of a batch the shape of its step, where the recipe has several."""
-        sizes = self.recipe.data.sizes
-        if not sizes:
+        if not (sizes := self.recipe.data.sizes):
             return None
         step = index // self.recipe.accumulate  # all batches of a step have one
         size = sizes[generator("shape", self.recipe.seed, step).randrange(len(sizes))]
@@ -155,6 +154,7 @@ class Batches(Dataset[dict[str, Any]]):
         return size
 
     # What a source has, by the number of a sample. Only one with lessons has the last five.
+    caption: Callable[[int], str]
     caption_item: Callable[[int], tuple[Any, str]]  # picture and caption
     questions_item: Callable[[int, int], tuple[Any, str, Turns]]  # picture, caption, so many question-answer turns
     edit_item: Callable[[int], tuple[Any, Any, str]]  # source, target, instruction
@@ -164,9 +164,6 @@ class Batches(Dataset[dict[str, Any]]):
     lesson_item: Callable[[int], tuple[Prompt, str, Lesson]]  # whole prompt, what somebody wrote of it, what that says
     told_caption: Callable[[int], tuple[Lesson, np.ndarray]]  # what a caption says, and lets one know of each token
     told_edit: Callable[[int], tuple[Lesson, np.ndarray]]  # what an instruction says, and what is to lie on each token
-
-    def caption(self, index: int) -> str:
-        return self.caption_item(index)[1]
 
     def image_item(self, index: int) -> Any:
         return self.caption_item(index)[0]
@@ -559,8 +556,7 @@ def iterate(batches: Batches, start: int) -> Generator[dict[str, Any]]:
         for batch in loader:
             if isinstance(batch, Exception):
                 raise batch
-            reading = batch.pop("reading", None)
-            if reading is not None:
+            if (reading := batch.pop("reading", None)) is not None:
                 tally.add(reading)
             yield batch
     finally:

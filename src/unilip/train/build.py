@@ -149,8 +149,7 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
     if learned_joint:
         config = config.replace(sampling=dataclasses.replace(config.sampling, joint=True))
     if isinstance(recipe.objective, Shrink):
-        full = [source for parts, source in parse_init(recipe) if parts == ("teacher",)]
-        if not full:
+        if not (full := [source for parts, source in parse_init(recipe) if parts == ("teacher",)]):
             raise ConfigError("A smaller decoder needs init teacher=SOURCE, the model with the full one.")
         theirs = open_checkpoint(locate(full[-1], runs)).config
         config = config.replace(dit=theirs.dit, decoder=small_decoder(theirs.decoder))
@@ -219,8 +218,7 @@ def trained_parameters(recipe: Recipe, model: UniLIP) -> Trained:
         adapted = not recipe.adapter.rank or is_adapter(name)
         if matches and adapted and (factor := matches[max(matches, key=len)]) > 0:
             found[name] = (parameter, factor)
-    unused = [prefix for prefix, _ in recipe.trains if prefix not in used]
-    if unused:
+    if unused := [prefix for prefix, _ in recipe.trains if prefix not in used]:
         raise ConfigError(f"{recipe.name} trains {', '.join(unused)}, which names nothing in {', '.join(model.parts)}.")
     return found
 

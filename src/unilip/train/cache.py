@@ -193,8 +193,7 @@ def make_cache(
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder / ".lock", f"Another process is making the cache {folder}; wait for it, or give another folder."):
         write_json(folder / ABOUT, about)
-        blank = worker.unconditional()
-        if blank is not None:
+        if (blank := worker.unconditional()) is not None:
             write_bytes(folder / "unconditional.npz", packed({"conditions": blank}))
         tasks = [task for task in worker.tasks() if not is_written(shard_path(folder, **task))]
         done = _on_ray(recipe, str(runs), str(folder), device, dtype, tasks, ray) if ray else map(worker, tasks)

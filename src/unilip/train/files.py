@@ -232,8 +232,7 @@ class FileBatches(Batches):
         """The first turns of a conversation, as many as are wanted and fit."""
         turns = read_turns(record.conversation)[:most]
         while conversation(self.processor, [(pictures, turns)])[0].input_ids.shape[1] > self.longest:
-            turns = turns[:-1]
-            if not turns:
+            if not (turns := turns[:-1]):
                 raise Unreadable(f"conversation over {self.longest} tokens", left_out=True)
         return turns
 

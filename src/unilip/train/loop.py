@@ -353,8 +353,7 @@ class Loop:
                 with self.mixed, cpu_attention(recipe, device):
                     loss, terms = self.whole(self.objective.loss, batch, self.step)
                 (loss / self.own_batches).backward()
-            second = self.objective.adversary_loss()
-            if second is not None:
+            if (second := self.objective.adversary_loss()) is not None:
                 (second[0] / self.own_batches).backward()
                 terms = terms | second[1]
             for name, value in {"loss": loss, **terms}.items():
@@ -386,8 +385,7 @@ class Loop:
 
     def check(self, now: bool) -> None:
         """Stop after too many skipped steps in a row; the batches of the last one are kept for inspection."""
-        broken = self.health.broken(now)
-        if broken is None:
+        if (broken := self.health.broken(now)) is None:
             return
         step, batches = broken
         suffix = f"_rank{processes.rank()}" if processes.world() > 1 else ""
