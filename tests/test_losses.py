@@ -15,12 +15,12 @@ from unilip.recipes.record import Recipe, Reconstruct
 from unilip.train.losses import (
     LECAM_DECAY,
     BlurDown,
+    LPIPSConvNeXt,
     PatchDiscriminator,
     TeacherPerceptual,
     contrastive_loss,
     discriminator_loss,
     lecam_penalty,
-    make_perceptual,
 )
 from unilip.train.objectives import make_objective
 
@@ -139,7 +139,7 @@ def test_perceptual_is_zero_for_equals_and_moves_the_output_alone(fresh_model, g
 def test_lpips_that_is_not_installed_is_a_clear_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(ConfigError, match=r"needs the package lpips .*install it, or use teacher"):
-        make_perceptual("lpips", None)
+        LPIPSConvNeXt()
 
 
 def reconstruction(model, **weights):

@@ -17,6 +17,7 @@ from unilip.errors import CheckpointError
 from unilip.files import read_table
 
 Shape = tuple[int, ...]
+Rule = tuple[str, tuple[str, ...], str]  # templates of their name and of ours; none of ours: dropped, for a reason
 
 PARTS = ("encoder", "latent_head", "pixel_decoder", "mllm", "connector", "dit")
 QUERIES = "mllm.queries"
@@ -24,15 +25,6 @@ QUERIES = "mllm.queries"
 POINTWISE = re.compile(r"dit\.transformer\.transformer_blocks\.\d+\.ff\.conv_(inverted|point)\.weight")
 EMBEDDING = "mllm.language_model.model.embed_tokens.weight"
 HEAD = "mllm.language_model.lm_head.weight"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One row of a table: a template of their names and ours; no name of ours means dropped, for `reason`."""
-
-    theirs: str
-    ours: tuple[str, ...] = ()
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,11 +50,11 @@ def _rules(rows: Sequence[Any], prefix: str = "") -> Iterator[Rule]:
     """Yield the rules of rows: names, what is dropped and why, or a group of rows, where "@" is a prefix of theirs."""
     for row in rows:
         if isinstance(row, list):
-            yield Rule(row[0].replace("@", prefix), tuple(row[1:]))
+            yield row[0].replace("@", prefix), tuple(row[1:]), ""
         elif "group" in row:
             yield from _rules(TABLE["groups"][row["group"]], row.get("prefix", ""))
         else:
-            yield Rule(row["drop"].replace("@", prefix), (), row["reason"])
+            yield row["drop"].replace("@", prefix), (), row["reason"]
 
 
 TABLE: dict[str, Any] = read_table("unilip.checkpoints", "tables.json")
@@ -91,18 +83,18 @@ def map_names(kind: str, names: Iterable[str]) -> tuple[dict[str, Origin], dict[
     dropped: dict[str, str] = {}
     unknown = []
     for name in names:
-        found = next(((rule, m) for rule in rules if (m := _pattern(rule.theirs).fullmatch(name))), None)
+        found = next(((rule, m) for rule in rules if (m := _pattern(rule[0]).fullmatch(name))), None)
         if found is None:
             unknown.append(name)
             continue
-        rule, match = found
-        if not rule.ours:
-            dropped[name] = rule.reason
-        for part, template in enumerate(rule.ours):
+        (_, templates, reason), match = found
+        if not templates:
+            dropped[name] = reason
+        for part, template in enumerate(templates):
             ours = template.format(**match.groupdict())
             if ours in origins:
                 raise CheckpointError(f"The checkpoint holds {ours} twice: as {origins[ours].name} and as {name}.")
-            origins[ours] = Origin(name, part, len(rule.ours))
+            origins[ours] = Origin(name, part, len(templates))
     if unknown:
         what = several(unknown, "tensor")
         raise CheckpointError(f"{what} not known in a checkpoint of kind {kind!r} ({KINDS[kind].title}).")
@@ -114,15 +106,15 @@ def unmap_names(kind: str, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
     Raises CheckpointError: a tensor of ours has no place there, or one of several to be stacked is missing.
     """
-    places = [(rule, part, _pattern(ours)) for rule in KINDS[kind].rules for part, ours in enumerate(rule.ours)]
+    places = [(rule, part, _pattern(ours)) for rule in KINDS[kind].rules for part, ours in enumerate(rule[1])]
     found: dict[str, list[str | None]] = {}
     for name in names:
         place = next(((rule, part, m) for rule, part, ours in places if (m := ours.fullmatch(name))), None)
         if place is None:
             raise CheckpointError(f"{name} has no place in a checkpoint of kind {kind!r} ({KINDS[kind].title}).")
-        rule, part, match = place
-        theirs = rule.theirs.format(**match.groupdict())
-        found.setdefault(theirs, [None] * len(rule.ours))[part] = name
+        (template, ours, _), part, match = place
+        theirs = template.format(**match.groupdict())
+        found.setdefault(theirs, [None] * len(ours))[part] = name
     for theirs, group in found.items():
         if None in group:
             there = listed([n for n in group if n])

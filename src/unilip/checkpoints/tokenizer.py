@@ -197,29 +197,20 @@ def _build(data: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _check_steps(section: str, step: Any) -> None:
-    """Say with a ValueError which step of a section is not on the list."""
-    allowed = STEPS[section]
-    for one in _flat(step):
+    """Say with a ValueError which step of a section, or inside of one, is not on the list."""
+    allowed, left = STEPS[section], [] if step is None else [step]
+    while left:
+        one = left.pop()
         kind = one.get("type", allowed[0] if section == "model" else None)
         if kind not in allowed:
             raise ValueError(f"{section} {kind!r} is not supported; known are {', '.join(allowed)}")
+        if kind == "Sequence":
+            left += one.get("normalizers") or one.get("pretokenizers") or one["decoders"]
         pattern = one.get("pattern", {}).get("Regex") if kind in ("Split", "Replace") else None
-        if kind == "Replace":
-            if (pattern, one.get("content")) not in FOLDS:
-                raise ValueError(f"its normalizer replaces {str(pattern)[:60]!r}, which is no known pattern")
-            continue
-        if pattern is not None and pattern not in SPLITS:
+        if kind == "Replace" and (pattern, one.get("content")) not in FOLDS:
+            raise ValueError(f"its normalizer replaces {str(pattern)[:60]!r}, which is no known pattern")
+        if kind != "Replace" and pattern is not None and pattern not in SPLITS:
             raise ValueError(f"its pre-tokenizer splits by {str(pattern)[:60]!r}, which is not one of Qwen2's patterns")
-
-
-def _flat(step: Any) -> Iterator[dict[str, Any]]:
-    """Yield a step and those inside it."""
-    stack = [] if step is None else [step]
-    while stack:
-        one = stack.pop()
-        yield one
-        if one.get("type") == "Sequence":
-            stack += one.get("normalizers") or one.get("pretokenizers") or one["decoders"]
 
 
 def _content(token: Any) -> str | None:

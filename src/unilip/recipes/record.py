@@ -444,8 +444,10 @@ def _parse(name: str, text: str, old: Any) -> Any:
             pairs = [part.partition(":") for part in text.split(",") if part]
             return tuple((prefix.strip(), _number(factor) if sep else 1.0) for prefix, sep, factor in pairs)
         if name == "config":  # condition=queries,num_queries=8
-            fields = [part.partition("=") for part in text.split(",") if part]
-            return tuple((field.strip(), _plain_value(value.strip())) for field, _, value in fields)
+            fields = [[word.strip() for word in part.partition("=")] for part in text.split(",") if part]
+            known: dict[str, str | int] = {"true": True, "false": False}
+            known |= {value: int(value) for _, _, value in fields if value.isdigit()}
+            return tuple((field, known.get(value.lower(), value)) for field, _, value in fields)
         if name == "checks":
             return tuple(part.strip() for part in text.split(",") if part.strip())
         if name == "init":  # encoder,mllm=nano/clip,dit=FOLDER: a source ends where the next parts begin
@@ -453,12 +455,6 @@ def _parse(name: str, text: str, old: Any) -> Any:
         return text
     except ValueError as error:
         raise ConfigError(f"{name}={text!r} cannot be read as {type(old).__name__}, which {old!r} is.") from error
-
-
-def _plain_value(text: str) -> str | int | bool:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    return int(text) if text.isdigit() else text
 
 
 def _number(text: str) -> float:

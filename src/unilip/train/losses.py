@@ -85,11 +85,6 @@ class LPIPSConvNeXt(nn.Module):
         return (close + 0.1 * F.mse_loss(a, b)) / 1.1
 
 
-def make_perceptual(source: str, teacher: Encoder | None) -> nn.Module:
-    """Build the perceptual loss that a recipe names; a teacher need not be there for LPIPS."""
-    return LPIPSConvNeXt() if source == "lpips" else TeacherPerceptual(cast(Encoder, teacher))
-
-
 class BlurDown(nn.Module):
     """Halve the resolution after a [1,3,3,1] blur, so that the discriminator sees no aliasing."""
 

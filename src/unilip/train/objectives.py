@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -240,7 +239,8 @@ class ReconstructObjective(Objective):
                 self.heads = nn.ModuleDict(contrast_heads(model))
         self.perceptual: nn.Module | None = None
         if weights.perceptual:
-            self.perceptual = losses.make_perceptual(weights.perceptual_source, self.teacher)
+            lpips = weights.perceptual_source == "lpips"
+            self.perceptual = losses.LPIPSConvNeXt() if lpips else losses.TeacherPerceptual(self.teacher)
         self.adversary: losses.PatchDiscriminator | None = None
         if weights.gan:
             self.adversary_start = weights.gan_start
@@ -309,11 +309,7 @@ class ShrinkObjective(ReconstructObjective):
     """A smaller pixel decoder, from latents of pictures to what the full one draws of them."""
 
     def __init__(self, recipe: Recipe, model: UniLIP, weights: Shrink, sources: Mapping[str, str]) -> None:
-        encoder = copy.deepcopy(model.encoder).eval().requires_grad_(False) if weights.perceptual else None
-        super().__init__(recipe, model, dataclasses.replace(weights, perceptual=0.0), {})
-        self.weights, self.teacher = weights, encoder
-        if weights.perceptual:
-            self.perceptual = losses.make_perceptual(weights.perceptual_source, encoder)
+        super().__init__(recipe, model, weights, {})
         other = UniLIP.from_pretrained(sources["teacher"], parts=("pixel_decoder",))
         self.full = other.pixel_decoder
         self.full.eval().requires_grad_(False)
