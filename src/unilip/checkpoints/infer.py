@@ -117,7 +117,13 @@ def _infer(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[s
             changes["image_size"] = changes["dit"].sample_size * 28
     elif "decoder" in changes:
         changes["dit"] = base.dit
-    changes["latent_factor"] = _factor(kind, data, beside, base)
+    if kind == "authors" and "unilip_factor" not in data:
+        raise CheckpointError("Its config.json has no unilip_factor (10.6 in the 1B release, 9.5 in 3B); add it.")
+    said: dict[str, Any] = {
+        "authors-stage1": beside.get("vae_config.json", {}).get("scaling_factor", 0.41407),
+        "dcae": data.get("scaling_factor", 1.0),
+    }
+    changes["latent_factor"] = float(said.get(kind, data.get("unilip_factor", base.latent_factor)))
     if "scheduler_config.json" in beside:
         changes["sampling"] = _sampling(beside["scheduler_config.json"])
     return base.replace(**changes, name=released or name or kind)
@@ -253,16 +259,6 @@ def _dit(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str
         # The authors' library read None as this number, so every weight of theirs was trained with the embedding.
         config = dataclasses.replace(config, interpolation_scale=float(max(config.sample_size // 64, 1)))
     return config
-
-
-def _factor(kind: str, data: Json, beside: Mapping[str, Json], base: UniLIPConfig) -> float:
-    if kind == "authors" and "unilip_factor" not in data:
-        raise CheckpointError("Its config.json has no unilip_factor (10.6 in the 1B release, 9.5 in 3B); add it.")
-    if kind == "authors-stage1":
-        return float(beside.get("vae_config.json", {}).get("scaling_factor", 0.41407))
-    if kind == "dcae":
-        return float(data.get("scaling_factor", 1.0))
-    return float(data.get("unilip_factor", base.latent_factor))
 
 
 def _sampling(data: Json) -> SamplingConfig:

@@ -6,7 +6,7 @@ In: a place that training reads. Out: a report of plain values, and a contact sh
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -80,7 +80,10 @@ def check(
     kinds = [kind for kind in KINDS if counts[kind] and kind != "image"] or ["image"]
     if kinds == ["image"]:
         report.notes.append("no picture has a text: stages that learn a tokenizer can use them, others cannot")
-    chosen = {kind: _spread(counts[kind], samples) for kind in kinds}
+    chosen: dict[str, Sequence[int]] = {kind: range(counts[kind]) for kind in kinds}
+    for kind, numbers in chosen.items():
+        if samples is not None and samples < len(numbers):
+            chosen[kind] = sorted({int(i) for i in np.linspace(0, len(numbers) - 1, samples)})  # evenly apart
     total = sum(map(len, chosen.values()))
     sizes: list[tuple[int, int]] = []
     weights: list[int] = []
@@ -89,7 +92,10 @@ def check(
     shown: list[tuple[Image.Image, str]] = []
     for kind, numbers in chosen.items():
         wanted = {numbers[int(i)] for i in np.linspace(0, len(numbers) - 1, SHOWN // len(kinds))}
-        for number, shard, place in _places(source, kind, numbers):
+        ends = np.cumsum(source.counts(kind))
+        for number in numbers:
+            shard = int(np.searchsorted(ends, number, side="right"))
+            place = number - int(ends[shard - 1] if shard else 0)
             report.read += 1
             progress(report.read, total)
             name = f"{source.location}, shard {shard}, sample {place}"
@@ -121,20 +127,6 @@ def check(
     report.characters = {what: _three(values) for what, values in lengths.items()}
     sheet = contact_sheet([image for image, _ in shown], 4, [text[:90] for _, text in shown]) if shown else None
     return report, sheet
-
-
-def _spread(count: int, samples: int | None) -> list[int]:
-    """So many numbers below COUNT, evenly apart."""
-    if samples is None or samples >= count:
-        return list(range(count))
-    return sorted({int(i) for i in np.linspace(0, count - 1, samples)})
-
-
-def _places(source: Source, kind: str, numbers: list[int]) -> Iterator[tuple[int, int, int]]:
-    ends = np.cumsum(source.counts(kind))
-    for number in numbers:
-        shard = int(np.searchsorted(ends, number, side="right"))
-        yield number, shard, number - int(ends[shard - 1] if shard else 0)
 
 
 def _said(record: Record, kind: str, longest: int) -> tuple[str, str]:

@@ -212,7 +212,7 @@ class Lines(_OneShard):
                 raise records.Unreadable("line unreadable", f"{name}: the file has changed since it was opened")
 
         def bring(field: str) -> bytes:
-            return records.read_bytes(self.file.parent / _home(values[field]), "picture")
+            return records.read_bytes(self.file.parent / os.path.expanduser(values[field]), "picture")
 
         if kind == "edit":
             return records.Record(name, (bring("source"), bring("target")), values.get("instruction"))
@@ -224,14 +224,6 @@ class Lines(_OneShard):
     def signature(self) -> str:
         """Return a hash of the list, and of size and end of the pictures that it names first."""
         return content_hash(self._content.hexdigest(), marks(self._pictures))
-
-
-def _home(path: str) -> Path:
-    """A path whose ~ is written out, where that means something."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
 
 
 def sample_of(row: Any) -> Any:

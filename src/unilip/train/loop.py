@@ -42,7 +42,7 @@ from unilip.train import parallel, processes
 from unilip.train.adapters import save_adapter
 from unilip.train.batches import Batches, iterate, to_device
 from unilip.train.objectives import Objective, to_unit
-from unilip.train.state import EMA, DamagedCheckpoint, State, set_aside, wholes
+from unilip.train.state import EMA, DamagedCheckpoint, State, wholes
 
 logger = logging.getLogger(__name__)
 CHECKED = 50  # steps that a check is the mean of
@@ -116,8 +116,10 @@ def run_recipe(
             if processes.first():
                 busy = f"Another training is working in {run}; wait for it, or use another --runs folder or name."
                 held.enter_context(Lock(run / ".lock", busy))
-            if restart and processes.first():
-                clear(run)
+            if restart and processes.first():  # what an earlier run wrote, but for its result and its tokenizer
+                names = ("step_*", "damaged_step_*", ".*.part", "tensorboard", "samples", "log.jsonl", "skipped_*.pt")
+                for old in [old for name in names for old in run.glob(name)]:
+                    remove(old)
         model.to(device)
         objective.to(device)
         if recipe.gradient_checkpointing or recipe.selective_checkpointing:
@@ -132,13 +134,6 @@ def run_recipe(
             return run
         with loop.averaged():
             return loop.finish()
-
-
-def clear(run: Path) -> None:
-    """Delete what an earlier run wrote, but for its result and its tokenizer."""
-    names = ("step_*", "damaged_step_*", ".*.part", "tensorboard", "samples", "log.jsonl", "skipped_*.pt")
-    for old in [old for name in names for old in run.glob(name)]:
-        remove(old)
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
@@ -260,7 +255,10 @@ class Loop:
                 continue
             logger.info("resuming %s at step %d", self.recipe.name, step)
             for damaged in folders[:i] if processes.first() else ():
-                set_aside(damaged)
+                aside = damaged.with_name(f"damaged_{damaged.name}")  # where it takes no place among those kept
+                remove(aside)
+                with contextlib.suppress(OSError):
+                    os.replace(damaged, aside)
             break
         self.health.total.fill_(self.state.counters["skipped"])
         self.health.row.fill_(self.state.counters["skipped_in_a_row"])

@@ -307,14 +307,6 @@ def wholes(run: Path) -> list[Path]:
     return sorted((p for p in run.glob("step_*") if (p / "state.json").exists()), reverse=True)
 
 
-def set_aside(folder: Path) -> None:
-    """Rename a damaged checkpoint, so that it takes no place among those that are kept."""
-    aside = folder.with_name(f"damaged_{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        os.replace(folder, aside)
-
-
 def inspect(folder: Path) -> dict[str, Any]:
     """Return what `state.json` says, once the files are what was written. Raises DamagedCheckpoint: one is not."""
     complaint, about = "", {}
