@@ -106,7 +106,6 @@ class Adapter:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Which parts of a model it changes."""
         return tuple(sorted({layer.partition(".")[0] for layer in self.tensors}))
 
     def fits(self, layer: str, shape: Sequence[int] | None) -> bool:

@@ -50,17 +50,11 @@ def internvl_files(config: UniLIPConfig, tokenizer: Tokenizer | None) -> dict[st
     settings = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
     kept = {key: value for key, value in settings.items() if key not in ("auto_map", "chat_template")}
     processor = {"processor_class": "InternVLProcessor", "image_seq_length": config.num_image_tokens}
+    side, architectures = config.image_size, ["InternVLForConditionalGeneration"]
     return {
-        "config.json": {
-            "architectures": ["InternVLForConditionalGeneration"],
-            "model_type": "internvl",
-            **_multimodal(config, image),
-        },
+        "config.json": {"architectures": architectures, "model_type": "internvl", **_multimodal(config, image)},
         "generation_config.json": {"do_sample": False, "eos_token_id": end, "pad_token_id": padding},
-        "preprocessor_config.json": {
-            **FIXED["preprocessor"],
-            "size": {"height": config.image_size, "width": config.image_size},
-        },
+        "preprocessor_config.json": {**FIXED["preprocessor"], "size": {"height": side, "width": side}},
         "processor_config.json": processor,
         "tokenizer_config.json": {**kept, "extra_special_tokens": FIXED["special_tokens"], "padding_side": "left"},
         "chat_template.jinja": template("chat_template.jinja"),

@@ -106,7 +106,6 @@ class TorchFile:
         self.dtypes: dict[str, torch.dtype | None] = {name: tensor.dtype for name, tensor in self._state.items()}
 
     def read(self, name: str, part: int, parts: int) -> Tensor:
-        """Copy one of several equal pieces of a tensor, along its first dimension."""
         tensor = self._state[name]
         return (tensor if parts == 1 else tensor.chunk(parts)[part]).detach().clone()
 
@@ -328,7 +327,6 @@ class Checkpoint:
         return tensor.flatten(1) if tables.POINTWISE.fullmatch(name) else tensor
 
     def same(self, one: str, other: str) -> bool:
-        """Whether two tensors of ours hold the same numbers."""
         return self.shape(one) == self.shape(other) and torch.equal(self.tensor(one), self.tensor(other))
 
     def require_plain(self, why: str, alone: bool = True) -> None:

@@ -74,7 +74,6 @@ class Tokenizer:
         return max(self.vocabulary.values(), default=-1) + 1
 
     def token_id(self, name: str) -> int | None:
-        """Return the id of a token by its name, or None."""
         return self.vocabulary.get(name)
 
     def __call__(self, text: str) -> dict[str, list[int]]:
@@ -220,7 +219,6 @@ def _content(token: Any) -> str | None:
 
 
 def _special_names(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the special tokens that a config names."""
     for key, value in settings.items():
         if key.endswith("_token"):
             yield from filter(None, [_content(value)])

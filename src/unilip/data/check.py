@@ -130,7 +130,6 @@ def check(
 
 
 def _said(record: Record, kind: str, longest: int) -> tuple[str, str]:
-    """What the text of a sample is called, and the text."""
     if kind == "image":
         return "", ""
     if kind in ("talk", "text"):

@@ -358,7 +358,6 @@ class EmojiBatches(Batches):
         return pixels(scene, self.scenes.atlas, world), words, [(qa.question, qa.answer) for qa in asked]
 
     def asked(self, scene: Scene, rng: random.Random) -> list[QA]:
-        """Return a question of every kind about a scene, in random order."""
         found = questions(scene, rng, self.scenes.world, "train")
         rng.shuffle(found)
         return found
@@ -508,7 +507,6 @@ class Tally:
             )
 
     def summary(self) -> str:
-        """Say in words what was not used; empty where all was."""
         parts = []
         if self.skipped:
             parts.append(f"{self.skipped.total()} could not be read ({_reasons(self.skipped)})")

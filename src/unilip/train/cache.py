@@ -58,21 +58,14 @@ class Worker:
         self.mixed = mixed_precision(recipe, self.device)
 
     def about(self, dtype: str) -> dict[str, Any]:
+        sources = [
+            {"location": place.location, "shards": len(source.counts("image")), "content": source.signature()}
+            for place, source in self.batches.sources
+        ]
         return {
-            "format": FORMAT,
-            "names": list(self.names),
-            "dtype": dtype,
-            "settings": settings_of(self.recipe),
-            "weights": digests(self.names, self.model, self.objective),
-            "sources": [
-                {"location": place.location, "shards": len(source.counts("image")), "content": source.signature()}
-                for place, source in self.batches.sources
-            ],
-        }
-
-    def tasks(self) -> list[dict[str, int]]:
-        counts = [len(source.counts("image")) for _, source in self.batches.sources]
-        return [{"source": i, "shard": j} for i, count in enumerate(counts) for j in range(count)]
+            "format": FORMAT, "names": list(self.names), "dtype": dtype, "settings": settings_of(self.recipe),
+            "weights": digests(self.names, self.model, self.objective), "sources": sources,
+        }  # fmt: skip
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         """Make one shard; returns the task with the number of samples made and of those that cannot be used."""
@@ -102,9 +95,8 @@ class Worker:
             except Unreadable as error:
                 why = {"reason": error.reason, "detail": error.detail, "left_out": error.left_out}
                 found[place] = {f"{kind}.npz": b"", "txt": json.dumps(why).encode()}
-        rows = (
-            self.compute(kind, [item for _, _, item in usable]) if usable and kind != "text" else [{} for _ in usable]
-        )
+        items = [item for _, _, item in usable]
+        rows = self.compute(kind, items) if items and kind != "text" else [{} for _ in items]
         for (place, record, _), arrays in zip(usable, rows, strict=True):
             found[place] = {f"{kind}.npz": packed(arrays)}
             for name, value in (("txt", record.text), ("json", record.conversation)):
@@ -195,7 +187,9 @@ def make_cache(
         write_json(folder / ABOUT, about)
         if (blank := worker.unconditional()) is not None:
             write_bytes(folder / "unconditional.npz", packed({"conditions": blank}))
-        tasks = [task for task in worker.tasks() if not is_written(shard_path(folder, **task))]
+        counts = [source["shards"] for source in about["sources"]]
+        tasks = [{"source": i, "shard": j} for i, count in enumerate(counts) for j in range(count)]
+        tasks = [task for task in tasks if not is_written(shard_path(folder, **task))]
         done = _on_ray(recipe, str(runs), str(folder), device, dtype, tasks, ray) if ray else map(worker, tasks)
         total = {"made": 0, "unusable": 0}
         for result in tqdm(done, total=len(tasks), unit="shard", desc="cache", disable=None if progress else True):

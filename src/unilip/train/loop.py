@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import signal
 import time
 from collections import deque
@@ -421,7 +420,6 @@ class Loop:
         self.state.save(self.run_folder, self.step, self.recipe)
 
     def log(self, terms: dict[str, Tensor], rate: float) -> None:
-        """Write scalars to log.jsonl, TensorBoard and the bar."""
         values = {name: float(value) for name, value in terms.items()}
         if skipped := int(self.health.total):
             values["skipped"] = skipped
@@ -446,10 +444,9 @@ class Loop:
             sheet = rows.float().cpu().permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # R n 3 S S -> 3 RS nS
             if self.writer is not None:
                 self.writer.add_image(name, sheet, self.step)
-            folder = self.run_folder / "samples"
-            folder.mkdir(exist_ok=True)
+            file = self.run_folder / "samples" / f"{name}_{self.step:08d}.png"
             try:
-                write_bytes(folder / f"{name}_{self.step:08d}.png", png_bytes(to_images(sheet[None], name)[0]))
+                write_bytes(file, png_bytes(to_images(sheet[None], name)[0]))
             except ImageError as error:
                 logger.warning("no sheet of step %d: %s", self.step, error)
 
@@ -471,7 +468,7 @@ class Loop:
             model.config = self.together(measure_latents, model, self.batches)
         temporary = run / ".final.part"
         if processes.first():
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary)
         if recipe.adapter.rank:
             runs = run.parents[recipe.folder.count("/")]
             save_adapter(model, temporary, building.adapter_base(recipe, runs, final))
@@ -481,8 +478,7 @@ class Loop:
             if not recipe.adapter.rank:
                 model.save_pretrained(temporary)
             (temporary / "recipe.json").write_text(json.dumps(plain(recipe), indent=1), encoding="utf-8")
-            if final.exists():
-                shutil.rmtree(final)
+            remove(final)
             os.replace(temporary, final)
         processes.wait()
         return final
