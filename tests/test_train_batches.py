@@ -104,7 +104,7 @@ def test_understanding_batches(tiny_model):
 
 def test_rare_words_weigh_more(tiny_model):
     batches = opened("tiny/clip", tiny_model)
-    weights = batches.word_weights()
+    weights = batches.word_weights
     often = batches._words("a picture of")
     rare = set(range(len(weights))) - {t for i in range(1000) for t in batches._words(batches.caption(i))}
     assert weights[often].mean() < weights[list(rare)].min() and weights.min() > 0

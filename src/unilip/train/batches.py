@@ -18,6 +18,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,6 @@ class Batches(Dataset[dict[str, Any]]):
         if isinstance(recipe.objective, Flow) and recipe.objective.target == "dcae":
             self.target_size = config.image_size // TOKEN_PIXELS * DECODER_PIXELS  # what the autoencoder reads
         self._processor = processor
-        self._word_weights: Tensor | None = None
         self.samples: int | None = None  # how many there are, where that is known
         self.signature = ""  # changes with the data
         self.tally = Tally(recipe.data.max_skipped)  # of the last `iterate`
@@ -274,24 +274,21 @@ class Batches(Dataset[dict[str, Any]]):
 
     def soft_words(self, captions: Sequence[str]) -> Tensor:
         """Target distribution (B,V) over the tokens of each caption, weighted by inverse document frequency."""
-        weights = self.word_weights()
+        weights = self.word_weights
         target = torch.zeros(len(captions), len(weights))
         for row, text in zip(target, captions, strict=True):
             words = torch.tensor(self._words(text))
             row[words] = weights[words]
         return target / target.sum(-1, keepdim=True)
 
-    def word_weights(self, count: int = 1000) -> Tensor:
-        """Return log inverse document frequencies (V,) over the first captions, a little above zero everywhere."""
-        if self._word_weights is None:
-            seen: Counter[int] = Counter()
-            for i in range(count):
-                seen.update(self._words(self.caption(i)))
-            weights = torch.full((self.processor.config.text.vocab_size,), math.log(count))
-            for token, often in seen.items():
-                weights[token] = math.log(count / often) + 0.01
-            self._word_weights = weights
-        return self._word_weights
+    @cached_property
+    def word_weights(self) -> Tensor:
+        """Log inverse document frequencies (V,) over the first 1000 captions, a little above zero everywhere."""
+        seen = Counter(token for i in range(1000) for token in self._words(self.caption(i)))
+        weights = torch.full((self.processor.config.text.vocab_size,), math.log(1000))
+        for token, often in seen.items():
+            weights[token] = math.log(1000 / often) + 0.01
+        return weights
 
     def _words(self, text: str) -> list[int]:
         return sorted(set(self.processor.ids(text)))
@@ -328,7 +325,7 @@ class EmojiBatches(Batches):
             self.shaped[size] = scenes, pairs and replace(pairs, world=scenes.world)
         self.knowledge = Knowledge(world, "train")
         if isinstance(recipe.objective, Understand) and recipe.objective.words:
-            self.word_weights()  # likewise
+            _ = self.word_weights  # likewise
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if size := self.take_shape(index):

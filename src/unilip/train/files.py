@@ -40,7 +40,7 @@ class Stream:
     """The samples of one kind in all sources that have it, mixed by weight."""
 
     def __init__(self, kind: str, sources: Sequence[tuple[Weighted, Source]], recipe: Recipe, lanes: int) -> None:
-        self.kind, data = kind, recipe.data
+        data = recipe.data
         self.sources = [source for _, source in sources]
         self.orders = [
             Order(source.counts(kind), recipe.seed, f"{place.location} ({WORDS[kind]})", data.window, lanes)
@@ -48,13 +48,6 @@ class Stream:
         ]
         weights = [place.weight for place, _ in sources]
         self.mixtures = [Mixture(weights, recipe.seed, f"data.path ({kind}, {lane})") for lane in range(lanes)]
-
-    def place(self, number: int, lane: int) -> tuple[int, int, int]:
-        """Return source, shard and place of the draw of that number; what comes next is fetched meanwhile."""
-        which, own = self.mixtures[lane].pick(number)
-        order, source = self.orders[which], self.sources[which]
-        source.expect(order.ahead(own, lane))
-        return which, *order.place(own, lane)
 
 
 class FileBatches(Batches):
@@ -85,7 +78,7 @@ class FileBatches(Batches):
         self.longest = data.max_tokens or (processor.max_tokens if processor else 0)
         self._reading = Reading()
         if isinstance(objective, Understand) and objective.words:
-            self.word_weights()  # before loader workers fork
+            _ = self.word_weights  # before loader workers fork
 
     def _stream(self, kind: str) -> Stream:
         having = [(place, source) for place, source in self.sources if sum(source.counts(kind)) and place.weight]
@@ -119,8 +112,10 @@ class FileBatches(Batches):
         """Read a sample and use it; where that cannot be, another one, and so on."""
         stream = self.streams[kind]
         lane, number = self._draw(kind, sample)
-        which, shard, place = stream.place(number, lane)
+        which, own = stream.mixtures[lane].pick(number)
         source, order, tried, problem = stream.sources[which], stream.orders[which], set(), ""
+        source.expect(order.ahead(own, lane))  # fetched meanwhile
+        shard, place = order.place(own, lane)
         for attempt in range(1, ATTEMPTS + 1):
             if (shard, place) not in tried:
                 tried.add((shard, place))
