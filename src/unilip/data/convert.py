@@ -27,7 +27,7 @@ from unilip.data.records import Record, Unreadable, clean_text, decode_picture, 
 from unilip.data.shards import INDEX_SUFFIX, is_written, writing_shard
 from unilip.data.sources import open_source
 from unilip.errors import check_choice, differences
-from unilip.files import content_hash, decode_text, lines_of, read_json, write_json
+from unilip.files import content_hash, decode_text, lines_of, png_bytes, read_json, write_json
 from unilip.pictures import open_picture
 
 SOURCES = ("input", "input_image", "source", "source_image")  # what the lists of edits call their parts
@@ -119,9 +119,7 @@ def encoded(data: bytes, shorter_side: int | None) -> tuple[str, bytes]:
         return "jpg", file.getvalue()
     form = open_picture(data).format or ""
     if form not in ENDINGS:
-        file = io.BytesIO()
-        picture.save(file, "PNG")
-        return "png", file.getvalue()
+        return "png", png_bytes(picture)
     return ENDINGS[form], data
 
 
