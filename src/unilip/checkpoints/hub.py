@@ -107,9 +107,7 @@ def resolve(source: str | os.PathLike[str] | None = None, *, revision: str | Non
     """
     path = Path("" if source is None else source).expanduser()
     if source is None or (str(source) == "embedded" and not path.exists()):
-        path = Path(str(resources.files("unilip"))) / "weights"
-        if not (path / "config.json").is_file():
-            raise CheckpointError(f"This installation has no embedded model ({path} is empty); name one to load.")
+        path = embedded()
     if path.exists():
         if revision is not None:
             logger.warning("%s is here and not fetched: revision %s is ignored", path, revision)
@@ -122,6 +120,14 @@ def resolve(source: str | os.PathLike[str] | None = None, *, revision: str | Non
     previous = previous_of(path)
     hint = f" An interrupted save left the old one whole in {previous}; rename it back." if previous.exists() else ""
     raise CheckpointError(f'There is no checkpoint at {path}; give a folder, a file, or a hub id "owner/name".{hint}')
+
+
+def embedded() -> Path:
+    """Return the folder of the model that the package carries."""
+    root = Path(str(resources.files("unilip"))) / "weights"
+    if not (root / "config.json").is_file():
+        raise CheckpointError(f"This installation has no embedded model ({root} is empty); name a checkpoint to load.")
+    return root
 
 
 def previous_of(folder: Path) -> Path:
