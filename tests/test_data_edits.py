@@ -11,10 +11,10 @@ import pytest
 from unilip.data.errors import DataError
 from unilip.emoji.art import Atlas
 from unilip.emoji.dataset import Edits, Knowledge, Questions, Scenes
-from unilip.emoji.edits import EDITS, sample_chain, sample_edit, sample_joint
+from unilip.emoji.edits import sample_chain, sample_edit, sample_joint
 from unilip.emoji.lessons import cells, of_caption, of_edit
 from unilip.emoji.render import change_mask, render
-from unilip.emoji.world import World, overlap, relation
+from unilip.emoji.world import EDITS, World, overlap, relation
 
 WORLDS = ("pico", "nano")
 KINDS = [(name, kind) for name in WORLDS for kind in World.preset(name).edits]

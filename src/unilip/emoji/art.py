@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -105,14 +105,8 @@ def prepare(
     folder = Path(output) if output is not None else data_dir()
     path, credits = folder / ATLAS_FILE, folder / "CREDITS.txt"
     sprites: dict[str, bytes] = {}
-    work = [
-        (name, c.name, tone)
-        for name in STYLES
-        for c in concepts().values()
-        if c.codepoint
-        for tone in (None, *(TONES if c.toned else ()))
-    ]
-    made = path.is_file() and credits.is_file() and credits.read_bytes() == _credits().encode()
+    work = _drawings(concepts(), STYLES)
+    made = path.is_file() and credits.is_file() and credits.read_bytes() == _credits()
     if source is None and made and Atlas.load(path)._sprites.keys() == {_key(*item) for item in work}:
         log.info("the art of these versions is in %s already; remove the folder to draw it again", folder)
         return path
@@ -126,9 +120,17 @@ def prepare(
         if progress is not None:
             progress(done + 1, len(work))
     Atlas(sprites).save(path)
-    write_bytes(credits, _credits().encode())
+    write_bytes(credits, _credits())
     log.info("wrote %d sprites to %s", len(sprites), path)
     return path
+
+
+def _drawings(
+    names: Iterable[str], styles: Iterable[str], tones: Iterable[str] = tuple(TONES)
+) -> list[tuple[str, str, str | None]]:
+    """Return style, name and skin tone of each drawing that there is of concepts; our own shapes have none."""
+    drawn = [(style, concept(name)) for style in styles for name in names if concept(name).codepoint]
+    return [(style, c.name, tone) for style, c in drawn for tone in (None, *(tones if c.toned else ()))]
 
 
 def _npm_pack(folder: Path) -> Path:
@@ -162,12 +164,10 @@ class _Package:
     def svg(self, codepoint: str, name: str) -> tuple[str, float, float]:
         """Return (body, width, height) of the icon of CODEPOINT; raises DataError if the package lacks it."""
         for variant in (codepoint, f"{codepoint}-fe0f", codepoint.replace("-fe0f", "")):
-            icon_name = self.chars.get(variant)
-            if icon_name is None:
-                continue
-            icon_name = self.icons.get("aliases", {}).get(icon_name, {}).get("parent", icon_name)
-            found = {"width": 16, "height": 16, **self.icons, **self.icons["icons"][icon_name]}
-            return found["body"], found["width"], found["height"]
+            if icon_name := self.chars.get(variant):
+                icon_name = self.icons.get("aliases", {}).get(icon_name, {}).get("parent", icon_name)
+                found = {"width": 16, "height": 16, **self.icons, **self.icons["icons"][icon_name]}
+                return found["body"], found["width"], found["height"]
         raise DataError(f"{self.label} has no drawing for {name!r} ({codepoint}); use the version named in art.STYLES")
 
 
@@ -213,10 +213,9 @@ def _resvg(body: str, box: tuple[float, float, float, float]) -> Image.Image:
     return open_picture(bytes(data)).convert("RGBA")
 
 
-def _credits() -> str:
-    lines = ["The sprites in this folder were rasterised from these drawings:", ""]
-    lines += [f"{name}: {s.package}@{s.version}, licence {s.licence}. {s.credit}" for name, s in STYLES.items()]
-    return "\n".join(lines) + "\n"
+def _credits() -> bytes:
+    lines = [f"{name}: {s.package}@{s.version}, licence {s.licence}. {s.credit}\n" for name, s in STYLES.items()]
+    return f"The sprites in this folder were rasterised from these drawings:\n\n{''.join(lines)}".encode()
 
 
 def _key(style: str, name: str, tone: str | None) -> str:
@@ -250,22 +249,15 @@ class Atlas:
     @classmethod
     def synthetic(cls, world: World, size: int = 48) -> Atlas:
         """Return fake sprites for WORLD: a coloured polygon per concept and style, by hash. For tests without art."""
-        sprites = {}
-        for name in (*world.concepts, *world.extra, *world.guests, *world.strangers):
-            c = concept(name)
-            for style in world.styles:
-                for tone in (None, *(TONES if c.toned else ())):
-                    if c.codepoint:
-                        sprites[_key(style, name, tone)] = _fake(_key(style, name, tone), size)
-        return cls(sprites)
+        keys = [_key(*drawing) for drawing in _drawings(world.names, world.styles)]
+        return cls({key: _fake(key, size) for key in keys})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._sprites,)
 
     def of(self, world: World) -> Atlas:
         """Return the few sprites that a judge of WORLD looks for."""
-        keys = {_key(style, name, tone) for name in (*world.concepts, *world.extra) for style in world.styles
-                for tone in (None, *world.tones)}  # fmt: skip
+        keys = {_key(*one) for one in _drawings((*world.concepts, *world.extra), world.styles, world.tones)}
         return Atlas({key: data for key, data in self._sprites.items() if key in keys})
 
     def save(self, path: Path) -> None:
@@ -290,11 +282,8 @@ class Atlas:
         """Decode and paint all that WORLD can show (100 kB a sprite), for loader workers to share; returns itself."""
         work = [
             (name, style, colour, tone)
-            for name in (*world.concepts, *world.extra, *world.guests, *world.strangers)
-            if name not in SHAPES
-            for style in world.styles
+            for style, name, tone in _drawings(world.names, world.styles, world.tones)
             for colour in (None, *world.colours_of(name, style))
-            for tone in (None, *(world.tones if concept(name).toned else ()))
         ]
         self._master = lru_cache(max(MASTERS, len(work)))(self._decode)
         for entry in work:
@@ -415,14 +404,12 @@ def draw_shape(name: str, colour: RGB, size: int, over: int = 4) -> Image.Image:
         pen.rounded_rectangle((margin, margin, edge - margin, edge - margin), radius=n // 16, fill=255)
     elif name == "triangle":
         pen.polygon([(n / 2, n * 0.04), (edge, n * 0.94), (0, n * 0.94)], fill=255)
-    elif name == "heart":
+    else:  # a heart
         t = np.linspace(0, 2 * np.pi, 400)
         x = 16 * np.sin(t) ** 3
         y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
         points = np.stack([(x / 32 + 0.5) * edge, (0.5 - (y + 2.5) / 32) * edge], axis=-1)
         pen.polygon([(float(a), float(b)) for a, b in points], fill=255)
-    else:
-        raise DataError(f"unknown shape {name!r}; allowed are {', '.join(SHAPES)}")
     image = Image.new("RGBA", (size, size), (*colour, 0))
     image.putalpha(mask.resize((size, size), Image.Resampling.BOX))
     return image

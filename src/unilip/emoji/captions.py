@@ -7,6 +7,8 @@ picture up to sizes, and up to places unless they are said too.
 from __future__ import annotations
 
 import random
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,12 +38,7 @@ def noun(obj: Obj, world: World, plural: bool = False, style: bool = True) -> st
     """Return concept with style, colour and tone, but no article: "glossy red car", "pairs of red socks"."""
     name = concept(obj.concept).plural if plural else obj.concept
     if obj.colour:
-        for pair in ("pair of ", "pairs of "):
-            if name.startswith(pair):
-                name = f"{pair}{obj.colour} {name.removeprefix(pair)}"
-                break
-        else:
-            name = f"{obj.colour} {name}"
+        name = re.sub("^(pairs? of )?", rf"\g<1>{obj.colour} ", name)
     if style and obj.style != world.default_style:
         name = f"{obj.style} {name}"
     return f"{name} with {obj.tone} skin" if obj.tone else name
@@ -72,11 +69,8 @@ def listed(parts: Sequence[str]) -> str:
 
 def grouped(objects: Sequence[Obj]) -> list[tuple[Obj, int]]:
     """Return each distinct look with how often it occurs, in order of first occurrence."""
-    counts: dict[tuple[str, str | None, str | None], tuple[Obj, int]] = {}
-    for obj in objects:
-        first, count = counts.get(obj.look, (obj, 0))
-        counts[obj.look] = (first, count + 1)
-    return list(counts.values())
+    counts = Counter(obj.look for obj in objects)
+    return [(next(obj for obj in objects if obj.look == look), count) for look, count in counts.items()]
 
 
 def cell(obj: Obj, world: World) -> tuple[str, str]:
@@ -112,16 +106,12 @@ def scene_style(scene: Scene, world: World) -> str:
 def canonical(scene: Scene, task: str, world: World, background: bool | None = None) -> str:
     """Return the caption that evaluation uses; BACKGROUND: whether it is named (None: unless it is the default one)."""
     objects = reading_order(scene)
-    if task == "position" and len(objects) == 2:
-        where = relation(objects[0], objects[1])
+    words = listed([counted(obj, count, world) for obj, count in grouped(objects)])
+    if task == "position" and len(objects) == 2 and (where := relation(objects[0], objects[1])):
+        one, other = (indefinite(obj, world) for obj in objects)
         if where in ("below", "right"):
-            objects, where = (objects[1], objects[0]), INVERSE[where]
-        subject = indefinite(objects[0], world)
-        words = f"{subject} {RELATION_WORDS[where][0]} {indefinite(objects[1], world)}" if where else ""
-    else:
-        words = ""
-    if not words:
-        words = listed([counted(obj, count, world) for obj, count in grouped(objects)])
+            one, other, where = other, one, INVERSE[where]
+        words = f"{one} {RELATION_WORDS[where][0]} {other}"
     if background or (background is None and scene.background != world.default_background):
         words = f"{words} {BACKGROUNDS[scene.background].phrases[0]}"
     return words
@@ -143,7 +133,8 @@ def caption(scene: Scene, task: str, rng: random.Random, world: World, where: bo
     if where:
         body = placed(scene, world, rng, not once)
     elif task == "position" and len(objects) == 2 and (side := relation(objects[0], objects[1])):
-        body = _position(objects[0], objects[1], side, rng, world, not once)
+        one, other = (indefinite(obj, world, not once) for obj in objects)
+        body = f"{one} {rng.choice(RELATION_WORDS[side])} {other}"
     else:
         join = rng.choice((" and ", " and ", " next to ", " with ")) if len(grouped(objects)) == 2 else ""
         parts = [counted(obj, count, world, not once) for obj, count in grouped(objects)]
@@ -155,10 +146,6 @@ def caption(scene: Scene, task: str, rng: random.Random, world: World, where: bo
     if once:
         words = f"{words}, {rng.choice((f'in {style} style', f'{style} style', f'drawn in a {style} style'))}"
     return words
-
-
-def _position(a: Obj, b: Obj, where: str, rng: random.Random, world: World, style: bool) -> str:
-    return f"{indefinite(a, world, style)} {rng.choice(RELATION_WORDS[where])} {indefinite(b, world, style)}"
 
 
 def background_words(scene: Scene, rng: random.Random, world: World) -> str:

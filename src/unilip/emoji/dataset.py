@@ -103,8 +103,7 @@ class Questions(_Items):
             scene = sample_scene(self.world, rng, rng.choice(TASKS), self.split, "understanding")
             found = questions(scene, rng, self.world, self.split)
             asked = [qa for qa in found if self.kinds is None or qa.kind in self.kinds]
-            captions = [qa for qa in asked if qa.kind == "caption"]
-            others = [qa for qa in asked if qa.kind != "caption"]
+            captions, others = ([qa for qa in asked if (qa.kind == "caption") == so] for so in (True, False))
             if asked:
                 described = captions and (not others or rng.random() < DESCRIBED)
                 qa = rng.choice(captions if described else others)
@@ -138,13 +137,8 @@ class Edits(_Items):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         edit = self.draw(i)
-        return {
-            "source": self._pixels(edit.source),
-            "target": self._pixels(edit.target),
-            "instruction": edit.instruction,
-            "kind": edit.kind,
-            "edit": edit,
-        }
+        source, target = self._pixels(edit.source), self._pixels(edit.target)
+        return {"source": source, "target": target, "instruction": edit.instruction, "kind": edit.kind, "edit": edit}
 
 
 @dataclass(frozen=True)

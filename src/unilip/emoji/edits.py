@@ -27,8 +27,6 @@ from unilip.emoji.world import (
     sample_look,
 )
 
-__all__ = ["EDITS", "Edit", "sample_edit"]
-
 COMBINING = ("add", "replace", "recolour")  # kinds whose target can be a combination that the source is not
 
 
@@ -59,11 +57,8 @@ def sample_edit(world: World, rng: random.Random, kind: str, split: str = "train
             edit = _MAKERS[kind](world, rng)
         except _Unfit:
             continue
-        if edit.source == edit.target or not world.seen(edit.source):
-            continue
-        if world.seen(edit.target) != wanted:
-            continue
-        if all(world.allowed(scene, split, "generation") for scene in (edit.source, edit.target)):
+        fits = edit.source != edit.target and world.seen(edit.source) and world.seen(edit.target) == wanted
+        if fits and all(world.allowed(scene, split, "generation") for scene in (edit.source, edit.target)):
             return edit
     raise DataError(f"no edit of kind {kind!r} could be drawn (split {split}, seen={seen}); try another kind")
 
@@ -120,10 +115,8 @@ def _style(world: World, rng: random.Random) -> str:
 
 
 def _objects(world: World, rng: random.Random, names: Sequence[str], style: str, colours: float = 0.3) -> list[Obj]:
-    limit = max(2, len(names))
-    return [
-        replace(sample_look(world, rng, name, style, colours), size=rng.choice(world.sizes(limit))) for name in names
-    ]
+    sizes = world.sizes(max(2, len(names)))
+    return [replace(sample_look(world, rng, name, style, colours), size=rng.choice(sizes)) for name in names]
 
 
 def _lay_out(
@@ -225,12 +218,9 @@ def _move(world: World, rng: random.Random, given: Scene | None = None) -> Edit:
     ends = {"left": (xs[0], obj.y), "above": (obj.x, ys[0]), "right": (xs[-1], obj.y), "below": (obj.x, ys[-1])}
     x, y = ends[where]
     moved = replace(obj, x=x, y=y)
-    # a move of less than a quarter of the picture would hardly be seen
-    if abs(moved.x - obj.x) + abs(moved.y - obj.y) < 0.25 * world.image_size:
-        raise _Unfit
-    if any(overlap(moved, other, world.gap) for other in source.objects if other is not obj):
-        raise _Unfit
-    if world.is_horizon(source.background) and not world.grounded(moved):
+    hardly = abs(x - obj.x) + abs(y - obj.y) < 0.25 * world.image_size  # would be seen
+    near = any(overlap(moved, other, world.gap) for other in source.objects if other is not obj)
+    if hardly or near or (world.is_horizon(source.background) and not world.grounded(moved)):
         raise _Unfit
     words = f"move {definite(obj)} {rng.choice(WORDS['moves'][where])}"
     return Edit(source, words, _swap(source, {obj: moved}), "move")
@@ -243,8 +233,7 @@ def _exchange(world: World, rng: random.Random, source: Scene) -> Edit:
     if where is None or a.size != b.size:
         raise _Unfit
     target = _swap(source, {a: replace(a, x=b.x, y=b.y), b: replace(b, x=a.x, y=a.y)})
-    one, two = definite(a), definite(b)
-    words = rng.choice((f"swap {one} and {two}", f"exchange {one} and {two}"))
+    words = f"{rng.choice(('swap', 'exchange'))} {definite(a)} and {definite(b)}"
     return Edit(source, words, target, "move")
 
 
@@ -293,9 +282,8 @@ def _restyle(world: World, rng: random.Random) -> Edit:
     style = rng.choice([name for name in world.styles if name != source.objects[0].style])
     changes = {obj: replace(obj, style=style) for obj in source.objects}
     for obj in changes.values():
-        if obj.colour and obj.colour not in world.colours_of(obj.concept, style):
-            raise _Unfit
-        if world.clashes(obj, source.background):
+        lost = obj.colour and obj.colour not in world.colours_of(obj.concept, style)
+        if lost or world.clashes(obj, source.background):
             raise _Unfit
     return Edit(source, rng.choice(WORDS["restyle"]).format(style=style), _swap(source, changes), "style")
 

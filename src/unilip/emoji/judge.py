@@ -133,22 +133,16 @@ def read_background(picture: np.ndarray, world: World) -> tuple[str | None, np.n
     weight = np.ones((size, width), dtype=np.float32)
     rim = max(2, min(size, width) // 14)
     weight[rim:-rim, rim:-rim] = 1 / 3
-    best: tuple[float, float, str] | None = None
-    for name in world.backgrounds:
-        distance = np.linalg.norm(lab - to_lab(background_rows(name, size))[:, None], axis=-1)
-        cost = float((np.minimum(distance, BACKGROUND_NEAR) * weight).sum() / weight.sum())
-        share = float((distance < BACKGROUND_NEAR).mean())
-        if best is None or cost < best[0]:
-            best = (cost, share, name)
-    assert best is not None, "a world has at least one background"
-    _, share, name = best
-    rows = background_rows(name, size).astype(np.float32)
-    near = np.linalg.norm(lab - to_lab(rows)[:, None], axis=-1) < BACKGROUND_NEAR
+    shades = {name: background_rows(name, size).astype(np.float32) for name in world.backgrounds}
+    distances = {name: np.linalg.norm(lab - to_lab(rows)[:, None], axis=-1) for name, rows in shades.items()}
+    costs = {name: (np.minimum(far, BACKGROUND_NEAR) * weight).sum() / weight.sum() for name, far in distances.items()}
+    name = min(costs, key=lambda name: costs[name])
+    rows, near = shades[name], distances[name] < BACKGROUND_NEAR
     if not near.any():
         return None, rows
     # what the model drew may be off by a little: follow it, so that the difference is the objects alone
     offset = np.median((picture - rows[:, None])[near], axis=0)
-    return (name if share >= BACKGROUND_SHARE else None), (rows + offset).astype(np.float32)
+    return (name if near.mean() >= BACKGROUND_SHARE else None), (rows + offset).astype(np.float32)
 
 
 def smooth(picture: np.ndarray, sigma: float) -> np.ndarray:
@@ -290,19 +284,18 @@ class Judge:
         wide = (slice(max(0, y - 2), y + size + 2), slice(max(0, x - 2), x + size + 2))
         total = remaining[wide].sum()
         drawn = torch.zeros_like(left)
-        drawn[(slice(None), *window)] = layers[:3] - layers[3] * behind[(slice(None), *window)]
+        drawn[(..., *window)] = layers[:3] - layers[3] * behind[(..., *window)]
         score, softness = -1.0, 0.0
         for softer in SOFTNESS:  # a decoder's pictures are softer than the art
             soft = _blur(layers[None], softer, "constant")[0] if softer else layers
             rest = left.clone()
-            rest[(slice(None), *window)] -= soft[:3] - soft[3] * behind[(slice(None), *window)]
+            rest[(..., *window)] -= soft[:3] - soft[3] * behind[(..., *window)]
             explained = 1 - float((rest**2).sum(0)[wide].sum() / total.clamp_min(1e-6))
             if explained > score:
                 score, softness = explained, softer
-        wide3 = (slice(None), *wide)
         seen = float(busy[wide].sum()) >= MIN_AREA * smallest
         enough = MIN_EXPLAINED_SHAPE if look.concept in SHAPES else MIN_EXPLAINED
-        if not seen or score < enough or _detail(left[wide3], drawn[wide3], size) < MIN_DETAIL:
+        if not seen or score < enough or _detail(left[(..., *wide)], drawn[(..., *wide)], size) < MIN_DETAIL:
             return self._unknown(busy, fit[1:])
         reach = round(3 + 2 * softness)  # the soft outline belongs to the object
         cover = torch.zeros_like(busy)
@@ -381,11 +374,11 @@ class Judge:
         places = scan.places[near[at]]
         # one candidate a kind: colours of one drawing would crowd out the others
         kinds = torch.full((len(self._kinds),), -math.inf).scatter_reduce(0, self._kind_of, best, "amax")
-        chosen: list[tuple[int, int, int, int]] = []
+        chosen = []
         for kind in kinds.topk(min(keep, len(self._kinds))).indices.tolist():
             members = (self._kind_of == kind).nonzero()[:, 0]
             look = int(members[best[members].argmax()])
-            x, y, side = (int(value) for value in places[look])
+            x, y, side = map(int, places[look])
             chosen.append((look, x, y, side))
         return chosen
 
@@ -622,9 +615,7 @@ def judge_edit(judge: Judge, result: np.ndarray | Image.Image, edit: Edit) -> Ed
         parts["place"] = bool(changed) and all(there(f, o) for f, o in changed)
         parts["looks"] = bool(changed) and all(alike(f, o) for f, o in changed)
         done = fits and parts["place"] and parts["looks"]
-    kept = parts["kept"] and (edit.kind == "background" or parts["background"])
-    if edit.kind == "background":
-        kept = kept and fits
+    kept = parts["kept"] and (fits if edit.kind == "background" else parts["background"])
     wrong = [*([] if done else [f"{edit.kind} not done"]), *([] if kept else ["rest not kept"])]
     reason = f"{', '.join(wrong)}: saw {reading}" if wrong else ""
     return EditVerdict(done, kept, psnr_outside(judge, pixels, edit), parts, reason)

@@ -35,25 +35,17 @@ class Riddle:
     met: bool
 
 
-def _wordings(kind: str, clue: str) -> tuple[str, ...]:
-    article = "an" if kind[0] in "aeiou" else "a"
-    who = "Who" if kind == "person" else f"What {kind}"
-    return tuple(form.format(kind=kind, clue=clue, who=who, article=article) for form in WORDS["asking"])
-
-
 @lru_cache(maxsize=16)
 def _facts(names: tuple[str, ...], split: str) -> tuple[Fact, ...]:
     found = []
-    for name in names:
-        if name not in CLUES:
-            continue
+    for name in filter(CLUES.__contains__, names):
         kind, clues = CLUES[name]
+        article, who = "an" if kind[0] in "aeiou" else "a", "Who" if kind == "person" else f"What {kind}"
         for clue in clues:
-            wordings = _wordings(kind, clue)
-            kept_back = stable_hash("wording", name, clue) % len(wordings)
-            for index, question in enumerate(wordings):
-                if (index == kept_back) == (split == "val"):
-                    found.append(Fact(question, concept(name).phrase, name))
+            asked = [form.format(kind=kind, clue=clue, who=who, article=article) for form in WORDS["asking"]]
+            kept_back = asked.pop(stable_hash("wording", name, clue) % len(asked))
+            asked = [kept_back] if split == "val" else asked
+            found += [Fact(question, concept(name).phrase, name) for question in asked]
     return tuple(found)
 
 
@@ -71,8 +63,7 @@ def riddles(world: World) -> tuple[Riddle, ...]:
 def _riddles(names: tuple[str, ...]) -> tuple[Riddle, ...]:
     return tuple(
         Riddle(f"the {kind} that {clue}", name, stable_hash("riddle met", name, clue) % 3 > 0)
-        for name in names
-        if name in CLUES
+        for name in filter(CLUES.__contains__, names)
         for kind, clues in (CLUES[name],)
         for clue in clues
     )

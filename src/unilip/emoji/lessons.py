@@ -15,10 +15,10 @@ import numpy as np
 from unilip.emoji.art import BACKGROUNDS, PAINTS
 from unilip.emoji.captions import PLACES, cell, grouped, noun
 from unilip.emoji.concepts import concepts
-from unilip.emoji.edits import EDITS, Edit
+from unilip.emoji.edits import Edit
 from unilip.emoji.knowledge import met_riddles
 from unilip.emoji.questions import QA
-from unilip.emoji.world import RELATIONS, Obj, Scene, World, relation
+from unilip.emoji.world import EDITS, RELATIONS, Obj, Scene, World, relation
 from unilip.method.config import TOKEN_PIXELS
 
 UNKNOWN = -100  # what cross entropy leaves out
@@ -86,14 +86,12 @@ def of_caption(text: str, scene: Scene, world: World) -> Lesson:
     for end, words, _ in _find(text, dict.fromkeys(where, ())):
         if where[words] in here:
             marks.append((end, (*_labels(here[where[words]], 1)[:2], UNKNOWN, numbers("place")[where[words]])))
-    between = UNKNOWN
+    said: dict[str, str | None] = {"background": scene.background}
     if len(found) == 2 and len(scene.objects) == 2:
         first, second = (next(o for o in scene.objects if _labels(o, 1) == labels) for _, _, labels in sorted(found))
-        between = numbers("relation")[relation(first, second)]
+        said["relation"] = relation(first, second)
     present = tuple(sorted({numbers("concept")[obj.concept] for obj in scene.objects}))
-    summary = list(_summary(background=scene.background))
-    summary[SUMMARY.index("relation")] = between
-    return Lesson(tuple(marks), tuple(summary), present)
+    return Lesson(tuple(marks), _summary(**said), present)
 
 
 def of_edit(edit: Edit, text: str, world: World) -> Lesson:
@@ -104,18 +102,20 @@ def of_edit(edit: Edit, text: str, world: World) -> Lesson:
     phrases = {obj.concept: (numbers("concept")[obj.concept], *[UNKNOWN] * 3) for obj in (*source, *target)}
     phrases |= {noun(obj, world): _labels(obj, 1) for obj in come}
     marks = tuple((end, labels) for end, _, labels in _find(text, phrases))
-    side = None
+    said: dict[str, str | None] = {"kind": edit.kind, "side": None}
     if edit.kind == "add":
-        side = relation(come[0], source[0])  # beside the first that was there before
+        said["side"] = relation(come[0], source[0])  # beside the first that was there before
     elif edit.kind == "move" and len(come) == 1:
         (ax, ay), (bx, by) = come[0].centre, gone[0].centre
-        side = ("left" if ax < bx else "right") if abs(ax - bx) > abs(ay - by) else "above" if ay < by else "below"
-    one = {"gone": gone[0].concept if gone else None, "come": come[0].concept if come else None}
-    if len(come) > 1:
-        one = {}
-    changed = {"background": edit.target.background} if edit.kind == "background" else {}
-    paint = {"paint": come[0].colour} if edit.kind in ("add", "replace", "recolour") else {}
-    return Lesson(marks, _summary(kind=edit.kind, side=side, **one, **changed, **paint), ())
+        across, down = "left" if ax < bx else "right", "above" if ay < by else "below"
+        said["side"] = across if abs(ax - bx) > abs(ay - by) else down
+    if len(come) <= 1:
+        said |= {"gone": gone[0].concept if gone else None, "come": come[0].concept if come else None}
+    if edit.kind == "background":
+        said["background"] = edit.target.background
+    elif edit.kind in ("add", "replace", "recolour"):
+        said["paint"] = come[0].colour
+    return Lesson(marks, _summary(**said), ())
 
 
 def of_question(qa: QA, scene: Scene, world: World) -> tuple[tuple[int, int, int, np.ndarray], ...]:

@@ -55,15 +55,10 @@ def _qa(kind: str, question: str, answer: str, *others: str, about: Sequence[Obj
 def questions(scene: Scene, rng: random.Random, world: World, split: str = "train") -> list[QA]:
     """Return one question of every kind that SCENE can answer; in training none names a held-out combination."""
     found = [
-        _identity(scene, rng, world),
-        _colour(scene, rng, world, split),
-        _count(scene, rng, world),
-        _position(scene, rng, world),
-        _presence(scene, rng, world, split),
-        _background(scene, rng, world),
-        _style(scene, rng, world),
-        describe(scene, rng, world),
-    ]
+        _identity(scene, rng, world), _colour(scene, rng, world, split), _count(scene, rng, world),
+        _position(scene, rng, world), _presence(scene, rng, world, split), _background(scene, rng, world),
+        _style(scene, rng, world), describe(scene, rng, world),
+    ]  # fmt: skip
     return [qa for qa in found if qa is not None]
 
 
@@ -77,17 +72,15 @@ def describe(scene: Scene, rng: random.Random, world: World) -> QA:
 
 def _orders(scene: Scene, world: World) -> list[str]:
     """All ways to list the objects of a scene, with and without colours and articles."""
-    forms: list[str] = []
-    for order in permutations(grouped(reading_order(scene))):
-        forms.append(listed([counted(obj, count, world) for obj, count in order]))
-        forms.append(listed([counted(obj, count, world, style=False) for obj, count in order]))
-        forms.append(listed([noun(obj, world, plural=count > 1, style=False) for obj, count in order]))
-    return forms
+    ways = [
+        (counted(obj, n, world), counted(obj, n, world, style=False), noun(obj, world, plural=n > 1, style=False))
+        for obj, n in grouped(reading_order(scene))
+    ]
+    return [listed(words) for order in permutations(ways) for words in zip(*order, strict=True)]
 
 
-def _plain(obj: Obj) -> str:
-    c = concept(obj.concept)
-    return with_article(obj.concept) if c.countable else obj.concept
+def _plain(name: str) -> str:
+    return with_article(name) if concept(name).countable else name
 
 
 def _identity(scene: Scene, rng: random.Random, world: World) -> QA | None:
@@ -98,18 +91,18 @@ def _identity(scene: Scene, rng: random.Random, world: World) -> QA | None:
         obj = groups[0][0]
         question = rng.choice(("What is this?", "What is in the picture?", "What do you see?", "What does this show?"))
         forms = [obj.concept, indefinite(obj, world, False), noun(obj, world)]
-        return _qa("identity", question, _plain(obj), *forms, about=scene.objects)
+        return _qa("identity", question, _plain(obj.concept), *forms, about=scene.objects)
     if len(groups) == 1:
         obj, count = groups[0]
         question = rng.choice(("What are these?", "What do you see?", "What is in the picture?"))
         many = concept(obj.concept).plural
         exact = counted(obj, count, world, style=False)
-        forms = [exact, f"{NUMBERS[count]} {many}", noun(obj, world, True), _plain(obj)]
+        forms = [exact, f"{NUMBERS[count]} {many}", noun(obj, world, True), _plain(obj.concept)]
         return _qa("identity", question, many, *forms, about=scene.objects)
     question = rng.choice(("What is in the picture?", "What do you see?", "Which things are in the picture?"))
-    answer = listed([_plain(obj) if count == 1 else concept(obj.concept).plural for obj, count in groups])
-    forms = [listed([_plain(o) if n == 1 else concept(o.concept).plural for o, n in p]) for p in permutations(groups)]
-    return _qa("identity", question, answer, *forms, *_orders(scene, world), about=scene.objects)
+    named = [_plain(obj.concept) if count == 1 else concept(obj.concept).plural for obj, count in groups]
+    forms = [*map(listed, permutations(named)), *_orders(scene, world)]
+    return _qa("identity", question, *forms, about=scene.objects)
 
 
 def _colour(scene: Scene, rng: random.Random, world: World, split: str) -> QA | None:
@@ -182,7 +175,7 @@ def _position(scene: Scene, rng: random.Random, world: World) -> QA | None:
     if rng.random() < 0.5 and len(scene.objects) == 2:
         question = rng.choice((f"What is {words} {the_b}?", f"What is {SIDES[where]}?"))
         forms = (a.concept, indefinite(a, world, False), noun(a, world, style=False))
-        return _qa("position", question, _plain(a), *forms, about=[a])
+        return _qa("position", question, _plain(a.concept), *forms, about=[a])
     truth = rng.random() < 0.5
     asked = where if truth else INVERSE[where]
     return _yes_no("position", [a] if truth else (), f"Is {the_a} {BESIDE[asked]} {the_b}?")
@@ -203,7 +196,7 @@ def _place(scene: Scene, rng: random.Random, world: World) -> QA:
         return _qa("position", question, forms[0], *forms, *bare, *said, *sides, about=[obj])
     if choice < 0.8:
         named = (obj.concept, indefinite(obj, world, False))
-        return _qa("position", f"What is {forms[0]}?", _plain(obj), *named, about=[obj])
+        return _qa("position", f"What is {forms[0]}?", _plain(obj.concept), *named, about=[obj])
     truth = rng.random() < 0.5
     place = forms[0] if truth else rng.choice([p[0] for p in PLACES.values() if p is not forms])
     return _yes_no("position", [obj] if truth else (), f"Is {thing} {place}?")
@@ -215,19 +208,16 @@ def _presence(scene: Scene, rng: random.Random, world: World, split: str) -> QA 
         return None
     truth = rng.random() < 0.5
     name = rng.choice(present) if truth else _absent(present, rng, world, split)
-    phrase = with_article(name) if concept(name).countable else name
     start = rng.choice(("Is there {}?", "Is there {} in the picture?", "Do you see {}?", "Can you see {}?"))
     about = [obj for obj in scene.objects if obj.concept == name]
-    return _yes_no("presence", about, start.format(phrase))
+    return _yes_no("presence", about, start.format(_plain(name)))
 
 
 def _absent(present: Sequence[str], rng: random.Random, world: World, split: str) -> str:
-    group = concept(present[0]).group
-    alike = [name for name in world.concepts if name not in present and concept(name).group == group]
     rest = [name for name in world.concepts if name not in present]
     if split == "train":
-        alike = [n for n in alike if not any(world.pair_held_out(n, p) for p in present)]
         rest = [n for n in rest if not any(world.pair_held_out(n, p) for p in present)]
+    alike = [name for name in rest if concept(name).group == concept(present[0]).group]
     return rng.choice(alike) if alike and rng.random() < 0.4 else rng.choice(rest)
 
 
@@ -242,11 +232,9 @@ def _background(scene: Scene, rng: random.Random, world: World) -> QA:
     if rng.random() < 0.5:
         forms = (found.name, f"a {found.name} background", f"the {found.name}", *found.phrases)
         return _qa("background", "What is the background?", found.answer, *forms)
-    truth = rng.random() < 0.5
-    name = found.name if truth else rng.choice([n for n in world.backgrounds if n != found.name])
-    other = BACKGROUNDS[name]
-    answer = "yes" if truth else "no"
-    return _qa("background", f"Is the background {other.answer}?", answer, f"{answer}.")
+    answer = "yes" if rng.random() < 0.5 else "no"
+    name = found.name if answer == "yes" else rng.choice([n for n in world.backgrounds if n != found.name])
+    return _qa("background", f"Is the background {BACKGROUNDS[name].answer}?", answer, f"{answer}.")
 
 
 def _style(scene: Scene, rng: random.Random, world: World) -> QA | None:

@@ -6,7 +6,6 @@ Right cases are on the left, wrong ones on the right, each with what the judge s
 from __future__ import annotations
 
 import html
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -23,24 +22,23 @@ COLUMNS: dict[str, str] = WORDS["columns"]
 
 
 def write_report(folder: Path, results: Mapping[str, Any], records: Mapping[str, Sequence[Record]]) -> None:
-    """Write results.md and index.html to FOLDER."""
-    write_text(folder / "results.md", make_table(results))
-    write_text(folder / "index.html", make_page(results, records))
-
-
-def make_table(results: Mapping[str, Any]) -> str:
-    """Return the results as Markdown: one table a part, a row a group."""
-    lines = [f"# {results['model']} in the emoji world {results['world']!r}", "", _setting(results), ""]
-    for part, title in TITLES.items():
-        found = results.get(f"emoji-{part}")
-        if found is None:
-            continue
-        lines += [f"## emoji-{part}", "", f"{title[0].upper()}{title[1:]}.", ""]
+    """Write results.md and index.html to FOLDER: tables, a row a group, and right and wrong cases side by side."""
+    title, world, setting = f"{results['model']} in the emoji world", results["world"], _setting(results)
+    lines, page = [f"# {title} {world!r}", "", setting, ""], list[str]()
+    for part in filter(records.__contains__, TITLES):
+        found, words = results[f"emoji-{part}"], TITLES[part]
         head, rows = _rows(found)
+        lines += [f"## emoji-{part}", "", f"{words[0].upper()}{words[1:]}.", ""]
         lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
-        lines += ["", _totals(found), ""]
-    return "\n".join(lines)
+        lines += [*(f"| {' | '.join(row)} |" for row in rows), "", _totals(found), ""]
+        page += [f"<h2>emoji-{part}</h2><p>{html.escape(words)}</p><table>"]
+        for tag, row in (("th", head), *(("td", row) for row in rows)):
+            page += ["<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"]
+        page += [f"</table><p>{html.escape(_totals(found))}</p>", *_cases(records[part])]
+    template = Template((resources.files("unilip.emoji") / "report.html").read_text(encoding="utf-8"))
+    about = {"title": html.escape(f"{title} {world}"), "setting": html.escape(setting), "parts": "\n".join(page)}
+    write_text(folder / "results.md", "\n".join(lines))
+    write_text(folder / "index.html", template.substitute(about))
 
 
 def _setting(results: Mapping[str, Any]) -> str:
@@ -63,9 +61,9 @@ def _rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             group,
-            _percent(row["right"]),
+            _number("right", row["right"]),
             "{:.0f} to {:.0f} %".format(*(100 * bound for bound in row["interval"])),
-            *(_percent(row.get("parts", {}).get(name)) for name in parts),
+            *(_number("parts", row.get("parts", {}).get(name)) for name in parts),
             *(_number(name, row.get(name)) for name in numbers),
             str(row["prompts"]),
             str(row["items"]),
@@ -75,16 +73,13 @@ def _rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
-
-
 def _number(name: str, value: float | None) -> str:
+    """Write a value of a measure; all but these three are shares."""
     if value is None:
         return ""
-    if name in ("another picture", "swapped prompts", "as captions"):
-        return _percent(value)
-    return f"{value:.2f}" if name.startswith("psnr") else f"{value:.3f}"
+    if name.startswith("psnr"):
+        return f"{value:.2f}"
+    return f"{value:.3f}" if name in ("ssim", "feature_distance") else f"{100 * value:.1f} %"
 
 
 def _totals(found: Mapping[str, Any]) -> str:
@@ -93,51 +88,32 @@ def _totals(found: Mapping[str, Any]) -> str:
         "swapped prompts": "judged against another prompt",
         "another picture": "asked about another picture",
     }
-    said = [f"{words} {_percent(found[name])}" for name, words in names.items() if name in found]
-    checked = [f"{words} {_percent(found[name])}" for name, words in controls.items() if name in found]
-    return f"{', '.join(said)}.{' Control: ' + ', '.join(checked) + '.' if checked else ''}"
+    said, checked = (
+        ", ".join(f"{words} {_number(name, found[name])}" for name, words in kind.items() if name in found)
+        for kind in (names, controls)
+    )
+    return f"{said}.{checked and f' Control: {checked}.'}"
 
 
-def choose(entries: Sequence[Record]) -> dict[str, tuple[list[Record], list[Record]]]:
-    """Return by group up to SHOWN right and SHOWN wrong items, of as many different prompts as there are."""
-    groups: dict[str, tuple[list[Record], list[Record]]] = defaultdict(lambda: ([], []))
-    seen: set[tuple[str, bool, int]] = set()
-    for first in (True, False):  # a second picture of one prompt only where prompts run out
-        for record in entries:
-            right, wrong = groups[record["group"]]
-            column = right if record["ok"] else wrong
-            mark = (record["group"], record["ok"], record["index"])
-            if len(column) < SHOWN and record not in column and (not first or mark not in seen):
-                seen.add(mark)
-                column.append(record)
-    return dict(groups)
+def _cases(entries: Sequence[Record]) -> list[str]:
+    """Show of each group up to SHOWN right and SHOWN wrong items, of as many different prompts as there are."""
+    first: dict[tuple[str, bool, int], Record] = {}
+    for record in entries:
+        first.setdefault((record["group"], record["ok"], record["index"]), record)
+    chosen = list(first.values())  # a second picture of one prompt only where prompts run out
+    chosen += [record for record in entries if record not in chosen]
+    out = []
+    for group in dict.fromkeys(record["group"] for record in entries):
+        out += [f"<h3>{html.escape(group)}</h3>", '<div class="two">']
+        for kind in ("right", "wrong"):
+            column = [record for record in chosen if record["group"] == group and record["ok"] == (kind == "right")]
+            figures = map(_figure, column[:SHOWN])
+            out += [f'<div class="{kind}"><h4>{kind}</h4><div class="items">', *figures, "</div></div>"]
+        out.append("</div>")
+    return out
 
 
-def make_page(results: Mapping[str, Any], records: Mapping[str, Sequence[Record]]) -> str:
-    """Return an HTML page: the tables, and for each group right and wrong cases side by side."""
-    out: list[str] = []
-    for part, entries in records.items():
-        found = results[f"emoji-{part}"]
-        head, rows = _rows(found)
-        out += [f"<h2>emoji-{part}</h2><p>{html.escape(TITLES[part])}</p><table>"]
-        for tag, row in (("th", head), *(("td", row) for row in rows)):
-            out += ["<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"]
-        out += [f"</table><p>{html.escape(_totals(found))}</p>"]
-        for group, (right, wrong) in choose(entries).items():
-            out += [f"<h3>{html.escape(group)}</h3>", '<div class="two">']
-            out += [*_figures("right", right), *_figures("wrong", wrong), "</div>"]
-    title = html.escape(f"{results['model']} in the emoji world {results['world']}")
-    template = Template((resources.files("unilip.emoji") / "report.html").read_text(encoding="utf-8"))
-    return template.substitute(title=title, setting=html.escape(_setting(results)), parts="\n".join(out))
-
-
-def _figures(kind: str, column: Sequence[Record]) -> list[str]:
-    out = [f'<div class="{kind}"><h4>{kind}</h4><div class="items">']
-    for record in column:
-        text, reason = html.escape(record["text"]), html.escape(record["reason"])
-        source = html.escape(record["picture"], quote=True)
-        out.append(
-            f'<figure><img loading="lazy" src="{source}" alt="{text}"><figcaption><b>{text}</b> {reason}</figcaption>'
-            "</figure>"
-        )
-    return [*out, "</div></div>"]
+def _figure(record: Record) -> str:
+    text, reason, source = (html.escape(record[name]) for name in ("text", "reason", "picture"))
+    caption = f"<figcaption><b>{text}</b> {reason}</figcaption>"
+    return f'<figure><img loading="lazy" src="{source}" alt="{text}">{caption}</figure>'

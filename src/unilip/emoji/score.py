@@ -18,9 +18,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -82,6 +82,7 @@ FORMS: tuple[Callable[[str], str], ...] = (
     lambda text: f"\u201c{text[:1].upper()}{text[1:]}.\u201d",
 )
 Record = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,14 @@ class Item:
     """One thing to do; ``group``: row of the table; ``index`` of the prompt in it; a ``mode`` goes through together."""
 
     key: str
-    part: str
     group: str
     index: int
     data: dict[str, Any] = field(default_factory=dict)
     mode: str = ""
+
+    @property
+    def part(self) -> str:
+        return self.key.partition("/")[0]
 
 
 def normalise(answer: str) -> str:
@@ -103,11 +107,8 @@ def normalise(answer: str) -> str:
 
 def accepts(answer: str, accepted: Sequence[str]) -> bool:
     """Whether ANSWER is one of the accepted forms, after ``normalise`` and without a leading article."""
-
-    def bare(text: str) -> str:
-        return re.sub(r"^(a|an|the) ", "", normalise(text))
-
-    return bare(answer) in {bare(form) for form in accepted}
+    said, *forms = (re.sub(r"^(a|an|the) ", "", normalise(text)) for text in (answer, *accepted))
+    return said in forms
 
 
 class Bench:
@@ -146,116 +147,90 @@ class Bench:
 
     def plan(self, part: str) -> list[Item]:
         """Return the items of PART, always the same ones in the same order."""
-        items: list[Item] = getattr(self, f"_plan_{part}")()
-        return items
+        return list(getattr(self, f"_plan_{part}")())
 
     def perform(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
         """Put items of one part and mode through the model; returns for each its record and a picture to look at."""
-        done: list[tuple[Record, np.ndarray]] = getattr(self, f"_perform_{items[0].part}")(items)
-        return done
+        return list(getattr(self, f"_perform_{items[0].part}")(items))
 
-    def _plan_recon(self) -> list[Item]:
+    def _held_out(self, kind: Callable[..., T], size: int = 0, world: World | None = None, **more: Any) -> T:
+        return kind(world or self.world, self.atlas, "val", DATA_SEED, size or self.count, **more)
+
+    def _plan_recon(self) -> Iterator[Item]:
         size = CHEAP * self.count
-        common: dict[str, Any] = dict(world=self.world, atlas=self.atlas, split="val", seed=DATA_SEED, size=size)
-        groups: dict[str, list[tuple[Scene, str]]] = {}
-        strange = {"held-out concepts": {"tasks": ("single",), "pool": self.world.extra}} if self.world.extra else {}
-        for group, more in {"held-out scenes": dict[str, Any](), **strange}.items():
-            drawn = map(Scenes(**common, purpose="tokenizer", **more).draw, range(size))
-            groups[group] = [(scene, task) for scene, task, _ in drawn]
+        data = {"held-out scenes": self._held_out(Scenes, size, purpose="tokenizer")}
+        if self.world.extra:
+            single = {"tasks": ("single",), "pool": self.world.extra}
+            data["held-out concepts"] = self._held_out(Scenes, size, purpose="tokenizer", **single)
+        groups = {group: [scenes.draw(i)[:2] for i in range(size)] for group, scenes in data.items()}
         if "recolour" in self.world.edits:  # what a perfect edit to an unseen pair would have to draw
-            targets = Edits(**common, kinds=("recolour",), seen=False)
-            groups["recolourings, unseen"] = [(targets.draw(i).target, "recolour") for i in range(size)]
-        return [
-            Item(f"recon/{group}/{i:04d}", "recon", group, i,
-                 {"scene": scene, "task": task, "prompt": canonical(scene, task, self.world)})
-            for group, scenes in groups.items()
-            for i, (scene, task) in enumerate(scenes)
-        ]  # fmt: skip
+            edits = self._held_out(Edits, size, kinds=("recolour",), seen=False)
+            groups["recolourings, unseen"] = [(edits.draw(i).target, "recolour") for i in range(size)]
+        for group, drawn in groups.items():
+            for i, (scene, task) in enumerate(drawn):
+                yield Item(f"recon/{group}/{i:04d}", group, i, wish(scene, task, self.world))
 
-    def _plan_vqa(self) -> list[Item]:
-        size = CHEAP * self.count
-        kinds = [kind for kind in KINDS if kind != "style" or len(self.world.styles) > 1]
-        return [Item(f"vqa/{kind}/{i:04d}", "vqa", kind, i, {"size": size}) for kind in kinds for i in range(size)]
+    def _plan_vqa(self) -> Iterator[Item]:
+        for kind in KINDS if len(self.world.styles) > 1 else [kind for kind in KINDS if kind != "style"]:
+            for i in range(CHEAP * self.count):
+                yield Item(f"vqa/{kind}/{i:04d}", kind, i)
 
-    def _plan_gen(self) -> list[Item]:
-        items = []
+    def _plan_gen(self) -> Iterator[Item]:
+        once = []
         for group, data in self._generation_groups().items():
             for i in range(self.count):
                 scene, task, _ = data.draw(i)
-                asked = {"scene": scene, "task": task, "prompt": canonical(scene, task, self.world)}
-                items += [
-                    Item(f"gen/{group}/{i:04d}/{seed}", "gen", group, i, {**asked, "seed": seed})
-                    for seed in range(self.seeds)
-                ]
-        once = [item for item in items if item.data["seed"] == 0]
-        items += [
-            Item(
-                f"gen/{WRITTEN}/{item.key}", "gen", WRITTEN, n,
-                {**item.data, "noise": item.data["prompt"], "prompt": FORMS[n % len(FORMS)](item.data["prompt"])},
-            )
-            for n, item in enumerate(item for item in once if item.group.endswith(", seen"))
-        ]  # fmt: skip
-        if self.guidance_scale > 1:
-            items += [
-                Item(f"gen/{UNGUIDED}/{item.key}", "gen", UNGUIDED, n, item.data, UNGUIDED)
-                for n, item in enumerate(once)
-            ]
-        return items
+                for seed in range(self.seeds):
+                    asked = wish(scene, task, self.world) | {"seed": seed}
+                    item = Item(f"gen/{group}/{i:04d}/{seed}", group, i, asked)
+                    yield item
+                    once += [item] if seed == 0 else []
+        for n, item in enumerate(item for item in once if item.group.endswith(", seen")):
+            prompt = item.data["prompt"]
+            written = item.data | {"noise": prompt, "prompt": FORMS[n % len(FORMS)](prompt)}
+            yield Item(f"gen/{WRITTEN}/{item.key}", WRITTEN, n, written)
+        for n, item in enumerate(once if self.guidance_scale > 1 else ()):
+            yield Item(f"gen/{UNGUIDED}/{item.key}", UNGUIDED, n, item.data, UNGUIDED)
 
     def _generation_groups(self) -> dict[str, Scenes]:
-        def scenes(task: str, seen: bool | None = None, pool: Sequence[str] | None = None) -> Scenes:
-            return Scenes(self.world, self.atlas, "val", DATA_SEED, self.count, "generation", (task,), seen, pool)
-
-        groups = {}
+        asked: dict[str, dict[str, Any]] = {}
         for task in TASKS:
-            groups[f"{task}, seen"] = scenes(task, True)
+            asked[f"{task}, seen"] = {"tasks": (task,), "seen": True}
             if task in COMPOSITIONAL:
-                groups[f"{task}, unseen"] = scenes(task, False)
-        if self.world.generation_held_out:
-            groups["concepts never generated"] = scenes("single", None, self.world.generation_held_out)
-        return groups
+                asked[f"{task}, unseen"] = {"tasks": (task,), "seen": False}
+        if pool := self.world.generation_held_out:
+            asked["concepts never generated"] = {"tasks": ("single",), "pool": pool}
+        return {group: self._held_out(Scenes, purpose="generation", **how) for group, how in asked.items()}
 
-    def _plan_edit(self) -> list[Item]:
-        items = []
+    def _plan_edit(self) -> Iterator[Item]:
         for kind in self.world.edits:
             for seen in (True, False) if kind in COMBINING else (True,):
                 group = f"{kind}, {'seen' if seen else 'unseen'}"
-                items += [
-                    Item(f"edit/{group}/{i:04d}/{seed}", "edit", group, i, {"kind": kind, "seen": seen, "seed": seed})
-                    for i in range(self.count)
-                    for seed in range(max(1, self.seeds // 2))
-                ]
-        return items
+                for i, seed in product(range(self.count), range(max(1, self.seeds // 2))):
+                    yield Item(f"edit/{group}/{i:04d}/{seed}", group, i, {"kind": kind, "seen": seen})
 
-    def _plan_riddle(self) -> list[Item]:
+    def _plan_riddle(self) -> Iterator[Item]:
         known = [riddle for riddle in riddles(self.world) if riddle.concept not in self.world.generation_held_out]
         known.sort(key=lambda riddle: stable_hash("riddle", DATA_SEED, riddle.caption))
         chosen = [riddle for met in (True, False) for riddle in [r for r in known if r.met == met][: self.count]]
-        return [
-            Item(
-                f"riddle/{i:04d}/{seed}", "riddle", f"riddles {'met' if riddle.met else 'never met'} in training", i,
-                {"prompt": riddle.caption, "concept": riddle.concept, "seed": seed},
-            )
-            for i, riddle in enumerate(chosen)
-            for seed in range(self.seeds)
-        ]  # fmt: skip
+        for (i, riddle), seed in product(enumerate(chosen), range(self.seeds)):
+            group = f"riddles {'met' if riddle.met else 'never met'} in training"
+            asked = {"prompt": riddle.caption, "concept": riddle.concept, "seed": seed}
+            yield Item(f"riddle/{i:04d}/{seed}", group, i, asked)
 
-    def _plan_chain(self) -> list[Item]:
-        return [
-            Item(f"chain/{i:04d}/{mode or 'last'}/{depth}", "chain", f"{depth} in a row{mode and f', {mode}'}", i,
-                 {"depth": depth}, mode)
-            for mode in ("", ORIGINAL)
-            for i in range(self.count)
-            for depth in DEPTHS[1 if mode else 0 :]
-        ]  # fmt: skip
+    def _plan_chain(self) -> Iterator[Item]:
+        for mode, depths in (("", DEPTHS), (ORIGINAL, DEPTHS[1:])):
+            for i, depth in product(range(self.count), depths):
+                group = f"{depth} in a row{mode and f', {mode}'}"
+                yield Item(f"chain/{i:04d}/{mode or 'last'}/{depth}", group, i, {"depth": depth}, mode)
 
-    def _perform_chain(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
+    def _perform_chain(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
         """Follow edits one after the other, each on the last picture; or all at once, on the first."""
         rows = {
             i: sample_chain(self.world, generator("chain", DATA_SEED, i), DEPTHS[-1]) for i in {x.index for x in items}
         }
         first = {i: pixels(edits[0].source, self.atlas, self.world) for i, edits in rows.items()}
-        drawn, copies = {(i, 0): picture for i, picture in first.items()}, {(i, 0): p for i, p in first.items()}
+        drawn, copies = ({(i, 0): picture for i, picture in first.items()} for _ in range(2))
         whole = items[0].mode == ORIGINAL
         for depth in DEPTHS[1:] if whole else range(1, max(item.data["depth"] for item in items) + 1):
             before = 0 if whole else depth - 1
@@ -264,11 +239,9 @@ class Bench:
             again = self.model.reconstruct([copies[i, before] for i in rows]).images
             for i, result, copy in zip(rows, results, again, strict=True):
                 drawn[i, depth], copies[i, depth] = result, np.asarray(copy)
-        done = []
         for item in items:
             i, depth = item.index, item.data["depth"]
-            edits = rows[i][:depth]
-            result, original = drawn[i, depth], first[i]
+            edits, result, original = rows[i][:depth], drawn[i, depth], first[i]
             record, shown = judged_edit(self.judge, edits[-1], [original], result)
             touched = [change_mask(edit.source, edit.target, self.atlas, self.world) for edit in edits]
             outside = ~np.logical_or.reduce(touched)
@@ -277,55 +250,47 @@ class Bench:
                 "psnr_outside": round(picture_psnr(result, original, outside), 3),
                 "psnr_outside_reconstruction": round(picture_psnr(copies[i, depth], original, outside), 3),
             }
-            done.append((record, shown))
-        return done
+            yield record, shown
 
-    def _plan_shapes(self) -> list[Item]:
-        items = []
+    def _plan_shapes(self) -> Iterator[Item]:
         for size in other_shapes(self.world):
             world, named = self.world.shaped(size), "{}x{}".format(*size)
-            scenes = Scenes(world, self.atlas, "val", DATA_SEED, self.count, "generation", seen=True)
+            scenes = self._held_out(Scenes, world=world, purpose="generation", seen=True)
             for i in range(self.count):
                 scene, task, _ = scenes.draw(i)
-                asked = {"size": size, "scene": scene, "task": task, "prompt": canonical(scene, task, world), "seed": 0}
-                items.append(Item(f"shapes/{named}/{i:04d}", "shapes", f"pictures, {named}", i, asked, named))
-            edits = Edits(world, self.atlas, "val", DATA_SEED, self.count)
-            items += [
-                Item(f"shapes/{named}/edit/{i:04d}", "shapes", f"edits, {named}", i,
-                     {"size": size, "edit": edits.draw(i)}, f"{named} edit")
-                for i in range(self.count)
-            ]  # fmt: skip
-        return items
+                asked = wish(scene, task, world) | {"size": size, "seed": 0}
+                yield Item(f"shapes/{named}/{i:04d}", f"pictures, {named}", i, asked, named)
+            edits = self._held_out(Edits, world=world)
+            for i in range(self.count):
+                asked = {"size": size, "edit": edits.draw(i)}
+                yield Item(f"shapes/{named}/edit/{i:04d}", f"edits, {named}", i, asked, f"{named} edit")
 
-    def _perform_shapes(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
+    def _perform_shapes(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
         size = items[0].data["size"]
-        world = self.world.shaped(size)
         judge, sides = self.judge_of(size), {"width": size[0], "height": size[1]}
         if "edit" not in items[0].data:
-            return [
-                (self._judged(judge, picture, item), picture)
-                for item, picture in zip(items, self._draw(items, **sides), strict=True)
-            ]
+            for item, picture in zip(items, self._draw(items, **sides), strict=True):
+                yield judged(judge, picture, item), picture
+            return
         edits = [item.data["edit"] for item in items]
-        sources = [pixels(edit.source, self.atlas, world) for edit in edits]
+        sources = [pixels(edit.source, self.atlas, judge.world) for edit in edits]
         results = self._edited(sources, [edit.instruction for edit in edits], [(x.key,) for x in items], **sides)
-        return [judged_edit(judge, *row) for row in zip(edits, ([source] for source in sources), results, strict=True)]
+        for edit, source, result in zip(edits, sources, results, strict=True):
+            yield judged_edit(judge, edit, [source], result)
 
-    def _plan_joint(self) -> list[Item]:
-        return [Item(f"joint/{i:04d}", "joint", "a thing of picture 2", i) for i in range(self.count)]
+    def _plan_joint(self) -> Iterator[Item]:
+        return (Item(f"joint/{i:04d}", "a thing of picture 2", i) for i in range(self.count))
 
-    def _perform_joint(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
-        pairs, done = Edits(self.world, self.atlas, "val", DATA_SEED, self.count), []
+    def _perform_joint(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
         for item in items:
-            pair = pairs.joint(item.index)
+            pair = self._held_out(Edits).joint(item.index)
             sources = [pair["source"], pair["other"]]
             result = self._edited(sources, [pair["instruction"]], [(item.key,)], joint=True)[0]
-            done.append(judged_edit(self.judge, pair["edit"], sources, result))
-        return done
+            yield judged_edit(self.judge, pair["edit"], sources, result)
 
     def _edited(
         self, sources: Sequence[Any], texts: Sequence[str], noises: Sequence[Sequence[object]], **how: Any
-    ) -> list[Any]:
+    ) -> list[np.ndarray]:
         images = self.model.edit(
             list(sources), list(texts), generator=[noise_generator(*parts) for parts in noises],
             num_inference_steps=self.steps, preset=self.preset, guidance_scale=self.guidance_scale, progress=False,
@@ -333,108 +298,82 @@ class Bench:
         ).images  # fmt: skip
         return [np.asarray(image) for image in images]
 
-    def _perform_recon(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
+    def _draw(self, items: Sequence[Item], **sides: Any) -> list[np.ndarray]:
+        # the noise belongs to prompt and seed: without guidance, and as people write, it is the same again
+        generators = [noise_generator(item.data.get("noise", item.data["prompt"]), item.data["seed"]) for item in items]
+        guidance = 1.0 if items[0].mode == UNGUIDED else self.guidance_scale
+        images = self.model.generate(
+            [item.data["prompt"] for item in items], generator=generators, num_inference_steps=self.steps,
+            preset=self.preset, guidance_scale=guidance, progress=False, **sides,
+        ).images  # fmt: skip
+        return [np.asarray(image) for image in images]
+
+    def _perform_recon(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
         truths = [pixels(item.data["scene"], self.atlas, self.world) for item in items]
         results = [np.asarray(image) for image in self.model.reconstruct(truths).images]
         with torch.no_grad():
             images = [Image.fromarray(picture) for picture in (*truths, *results)]
-            features = self.model.features(to_pixels(images))  # 2B N D
-        done = []
+            before, after = self.model.features(to_pixels(images)).split(len(items))  # B N D each
         for n, (item, truth, result) in enumerate(zip(items, truths, results, strict=True)):
-            record = {
-                **self._judged(self.judge, result, item),
+            measured = {
                 "psnr": round(picture_psnr(result, truth), 3),
                 "ssim": round(picture_ssim(result, truth), 4),
-                "feature_distance": round(measure_features(features[len(items) + n], features[n]), 5),
+                "feature_distance": round(measure_features(after[n], before[n]), 5),
             }
-            done.append((record, np.concatenate([truth, result], axis=1)))
-        return done
+            yield judged(self.judge, result, item) | measured, np.concatenate([truth, result], axis=1)
 
-    def _perform_vqa(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
-        asked, others = [], []
-        for item in items:
-            size = item.data["size"]
-            data = Questions(self.world, self.atlas, "val", DATA_SEED, size + 1, kinds=(item.group,))
-            asked.append(data[item.index])
-            others.append(data[item.index + 1]["image"])
-        questions = [entry["question"] for entry in asked]
+    def _perform_vqa(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
+        size = CHEAP * self.count + 1  # the control asks about the next one's picture
+        data = [self._held_out(Questions, size, kinds=(item.group,)) for item in items]
+        asked = [questions[item.index] for questions, item in zip(data, items, strict=True)]
+        others = [questions[item.index + 1]["image"] for questions, item in zip(data, items, strict=True)]
+        texts = [entry["question"] for entry in asked]
         answers, blind = (
-            self.model.ask(pictures, questions, max_new_tokens=48)
+            self.model.ask(pictures, texts, max_new_tokens=48)
             for pictures in ([entry["image"] for entry in asked], others)
         )
-        done = []
         for entry, answer, guess in zip(asked, answers, blind, strict=True):
-            ok = accepts(answer, entry["accepted"])
-            record = {
-                "ok": ok,
-                "control": accepts(guess, entry["accepted"]),
-                "text": entry["question"],
-                "reason": f"{answer!r}" if ok else f"{answer!r}, not {entry['answer']!r}",
-            }
-            done.append((record, entry["image"]))
-        return done
+            ok, control = (accepts(said, entry["accepted"]) for said in (answer, guess))
+            reason = f"{answer!r}" if ok else f"{answer!r}, not {entry['answer']!r}"
+            yield {"ok": ok, "control": control, "text": entry["question"], "reason": reason}, entry["image"]
 
-    def _draw(self, items: Sequence[Item], **sides: Any) -> list[np.ndarray]:
-        # the noise belongs to prompt and seed: without guidance, and as people write, it is the same again
-        generators = [noise_generator(item.data.get("noise", item.data["prompt"]), item.data["seed"]) for item in items]
-        images = self.model.generate(
-            [item.data["prompt"] for item in items],
-            generator=generators,
-            num_inference_steps=self.steps,
-            preset=self.preset,
-            guidance_scale=1.0 if items[0].mode == UNGUIDED else self.guidance_scale,
-            progress=False,
-            **sides,
-        ).images
-        return [np.asarray(image) for image in images]
-
-    def _perform_gen(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
-        done = []
+    def _perform_gen(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
         for item, picture in zip(items, self._draw(items), strict=True):
             reading = self.judge.read(picture)
             about = {"reading": reading.to_dict(), "scene": item.data["scene"].to_dict(), "task": item.data["task"]}
-            done.append(({**self._judged(self.judge, reading, item), **about}, picture))
-        return done
+            yield judged(self.judge, reading, item) | about, picture
 
-    def _judged(self, judge: Judge, seen: np.ndarray | Reading, item: Item) -> Record:
-        """Return the verdict on a picture, or what was read off it, of the scene that an item asks for."""
-        reading = seen if isinstance(seen, Reading) else judge.read(seen)
-        verdict = judge_prompt(reading, item.data["scene"], item.data["task"], judge.world)
-        return {**vars(verdict), "text": item.data["prompt"]}
-
-    def _perform_riddle(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
-        done = []
+    def _perform_riddle(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
         for item, picture in zip(items, self._draw(items), strict=True):
-            reading = self.judge.read(picture)
+            reading, meant = self.judge.read(picture), item.data["concept"]
             seen = {found.concept for found in reading.objects}
-            ok = seen == {item.data["concept"]}
-            record = {
-                "ok": ok,
-                "text": item.data["prompt"],
-                "reason": str(reading) if ok else f"saw {reading}, meant was {item.data['concept']}",
-                "concept": item.data["concept"],
-                "seen": sorted(seen),
-            }
-            done.append((record, picture))
-        return done
+            ok = seen == {meant}
+            reason = str(reading) if ok else f"saw {reading}, meant was {meant}"
+            about = {"ok": ok, "text": item.data["prompt"], "reason": reason}
+            yield {**about, "concept": meant, "seen": sorted(seen)}, picture
 
-    def _perform_edit(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
-        entries = []
-        for item in items:
-            data = Edits(self.world, self.atlas, "val", DATA_SEED, self.count, (item.data["kind"],), item.data["seen"])
-            entries.append(data[item.index])
-        results = self._edited(
-            [entry["source"] for entry in entries],
-            [entry["instruction"] for entry in entries],
-            [(item.key,) for item in items],
-        )
-        kept = self.model.reconstruct([entry["source"] for entry in entries]).images
-        done = []
-        for entry, result, copy in zip(entries, results, kept, strict=True):
+    def _perform_edit(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
+        asked = [{"kinds": (item.data["kind"],), "seen": item.data["seen"]} for item in items]
+        entries = [self._held_out(Edits, **how)[item.index] for how, item in zip(asked, items, strict=True)]
+        sources = [entry["source"] for entry in entries]
+        results = self._edited(sources, [entry["instruction"] for entry in entries], [(item.key,) for item in items])
+        copies = self.model.reconstruct(sources).images
+        for entry, result, copy in zip(entries, results, copies, strict=True):
             record, shown = judged_edit(self.judge, entry["edit"], [entry["source"]], result)
             record["psnr_outside_reconstruction"] = psnr_outside(self.judge, np.asarray(copy), entry["edit"])
-            done.append((record, shown))
-        return done
+            yield record, shown
+
+
+def wish(scene: Scene, task: str, world: World) -> dict[str, Any]:
+    """Return what an item asks for: a scene, and the prompt that says it."""
+    return {"scene": scene, "task": task, "prompt": canonical(scene, task, world)}
+
+
+def judged(judge: Judge, seen: np.ndarray | Reading, item: Item) -> Record:
+    """Return the verdict on a picture, or what was read off it, of the scene that an item asks for."""
+    reading = seen if isinstance(seen, Reading) else judge.read(seen)
+    verdict = judge_prompt(reading, item.data["scene"], item.data["task"], judge.world)
+    return {**vars(verdict), "text": item.data["prompt"]}
 
 
 def judged_edit(
@@ -543,33 +482,23 @@ def evaluate(
     atlas = atlas if atlas is not None else (Atlas.synthetic(world) if world.name == "tiny" else Atlas.load())
     bench = Bench(model, world, atlas, count, seeds, steps, guidance_scale, preset)
     identity = {
-        "model": fingerprint(model),
-        "world": world.name,
-        "atlas": atlas.fingerprint,
-        "judge": VERSION,
-        "steps": bench.steps,
-        "guidance_scale": bench.guidance_scale,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "data_seed": DATA_SEED,
+        "model": fingerprint(model), "world": world.name, "atlas": atlas.fingerprint, "judge": VERSION,
+        "steps": bench.steps, "guidance_scale": bench.guidance_scale,
+        "dtype": str(model.dtype).removeprefix("torch."), "data_seed": DATA_SEED,
         **({} if preset == "quality" else {"preset": preset}),
-    }
+    }  # fmt: skip
     folder = Folder(Path(output), identity)
     planned = {part: bench.plan(part) for part in chosen}
     for part, items in planned.items():
         _perform(bench, folder, part, items, batch_size, progress)
-    records = {
-        part: [{**folder.records[item.key], "mode": item.mode} for item in items] for part, items in planned.items()
-    }
+    records = {part: [folder.records[item.key] for item in items] for part, items in planned.items()}
+    seconds = round(sum(record["seconds"] for entries in records.values() for record in entries), 1)
     results: dict[str, Any] = {
         "model": model.config.name,
         **{"fingerprint" if name == "model" else name: value for name, value in identity.items()},
-        "count": count,
-        "seeds": seeds,
-        "date": time.strftime("%Y-%m-%d"),
-        "device": _device(model),
-        "seconds": round(sum(record["seconds"] for entries in records.values() for record in entries), 1),
-        "torch": torch.__version__,
-    }
+        "count": count, "seeds": seeds, "date": time.strftime("%Y-%m-%d"), "device": _device(model),
+        "seconds": seconds, "torch": torch.__version__,
+    }  # fmt: skip
     for part, entries in records.items():
         results[f"emoji-{part}"] = summarise(part, entries, world)
     write_json(folder.path / "results.json", results)
@@ -596,11 +525,10 @@ def check_parts(parts: Sequence[str] | None, model: UniLIP) -> tuple[str, ...]:
 
 def world_of(model: UniLIP) -> World:
     """Return the world whose pictures have the model's size."""
-    worlds = [World.preset(name) for name in ("pico", "nano", "tiny")]
-    for world in worlds:
-        if world.image_size == model.config.image_size:
-            return world
-    sizes = ", ".join(f"{world.name} {world.image_size}" for world in worlds)
+    worlds = {world.image_size: world for world in (World.pico(), World.nano(), World.tiny())}
+    if model.config.image_size in worlds:
+        return worlds[model.config.image_size]
+    sizes = ", ".join(f"{world.name} {size}" for size, world in worlds.items())
     raise UniLIPError(
         f"No emoji world has pictures of {model.config.image_size} pixels ({sizes}); only the embedded models can be "
         "evaluated here."
@@ -615,9 +543,8 @@ def _device(model: UniLIP) -> str:
 
 def _perform(bench: Bench, folder: Folder, part: str, items: Sequence[Item], batch_size: int, progress: bool) -> None:
     left = [item for item in items if item.key not in folder.records]
-    with tqdm(
-        total=len(items), initial=len(items) - len(left), desc=f"emoji-{part}", unit="item", disable=not progress
-    ) as bar:
+    before = len(items) - len(left)
+    with tqdm(total=len(items), initial=before, desc=f"emoji-{part}", unit="item", disable=not progress) as bar:
         for batch in _batches(left, batch_size):
             started = time.monotonic()
             done = bench.perform(batch)
@@ -641,16 +568,14 @@ def summarise(part: str, records: Sequence[Record], world: World) -> dict[str, A
         groups[record["group"]].append(record)
     found: dict[str, Any] = {"groups": {name: _sum_up(entries) for name, entries in groups.items()}}
     proper = {name: row for name, row in found["groups"].items() if name not in ASIDE}
-    if part in ("gen", "edit"):
-        for kind in ("seen", "unseen"):
-            shares = [row["right"] for name, row in proper.items() if name.endswith(f", {kind}")]
-            if shares:
-                found[kind] = round(float(np.mean(shares)), 4)
-    found["right"] = round(float(np.mean([row["right"] for row in proper.values()])), 4)
+    for kind in ("seen", "unseen") if part in ("gen", "edit") else ():
+        shares = [row["right"] for name, row in proper.items() if name.endswith(f", {kind}")]
+        found |= {kind: _share(shares)} if shares else {}
+    found["right"] = _share([row["right"] for row in proper.values()])
     if part == "gen":
         for name, entries in groups.items():
             found["groups"][name][SWAPPED] = _swap_prompts(entries, world)
-        found[SWAPPED] = round(float(np.mean([row[SWAPPED] for row in proper.values()])), 4)
+        found[SWAPPED] = _share([row[SWAPPED] for row in proper.values()])
         found |= {name: found["groups"].pop(name) for name in ASIDE if name in groups}
         if WRITTEN in groups:
             plain = {record["key"]: record["ok"] for record in records}
@@ -667,14 +592,11 @@ def summarise(part: str, records: Sequence[Record], world: World) -> dict[str, A
 
 
 def _sum_up(entries: Sequence[Record]) -> dict[str, Any]:
-    by_prompt = {record["index"] for record in entries}
+    prompts = len({record["index"] for record in entries})
     right = _share([record["ok"] for record in entries])
     row: dict[str, Any] = {
-        "right": right,
-        "interval": _bound(right, len(by_prompt)),
-        "prompts": len(by_prompt),
-        "items": len(entries),
-    }
+        "right": right, "interval": _bound(right, prompts), "prompts": prompts, "items": len(entries)
+    }  # fmt: skip
     parts: dict[str, list[bool]] = defaultdict(list)
     for record in entries:
         for name, value in record.get("parts", {}).items():
@@ -684,9 +606,8 @@ def _sum_up(entries: Sequence[Record]) -> dict[str, Any]:
     if "control" in entries[0]:
         row[UNSEEN_PICTURE] = _share([record["control"] for record in entries])
     for name in ("psnr", "ssim", "feature_distance", "psnr_outside", "psnr_outside_reconstruction"):
-        numbers = [record[name] for record in entries if record.get(name) is not None]
-        if numbers:
-            row[name] = round(float(np.mean(numbers)), 4)
+        if numbers := [record[name] for record in entries if record.get(name) is not None]:
+            row[name] = _share(numbers)
     return row
 
 
@@ -698,7 +619,7 @@ def _bound(share: float, prompts: int) -> list[float]:
     return [round(max(0.0, middle - reach), 4), round(min(1.0, middle + reach), 4)]
 
 
-def _share(values: Sequence[bool]) -> float:
+def _share(values: Sequence[float]) -> float:
     return round(float(np.mean(values)), 4)
 
 
@@ -706,10 +627,8 @@ def _swap_prompts(entries: Sequence[Record], world: World) -> float:
     """Judge every picture against the next prompt of its group that asks for something else."""
     right = []
     for n, record in enumerate(entries):
-        reading = Reading.from_dict(record["reading"])
-        for step in range(1, len(entries)):
-            other = entries[(n + step) % len(entries)]
-            if other["text"] != record["text"]:
-                right.append(judge_prompt(reading, Scene.from_dict(other["scene"]), other["task"], world).ok)
-                break
+        other = next((e for e in (*entries[n + 1 :], *entries[:n]) if e["text"] != record["text"]), None)
+        if other is not None:
+            asked, reading = Scene.from_dict(other["scene"]), Reading.from_dict(record["reading"])
+            right.append(judge_prompt(reading, asked, other["task"], world).ok)
     return _share(right) if right else 0.0

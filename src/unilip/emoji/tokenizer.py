@@ -97,24 +97,15 @@ def train_tokenizer(
     tokenizer.train_from_iterator(texts, trainer)
     never = {word for name in world.extra for word in name.split()}  # only in this corpus, so that they are few tokens
     read = [set(re.findall(WORD, text.lower())) for text in texts if text not in SMALL_TALK]
-    files = _files(tokenizer.to_str(pretty=False), sorted(set().union(*(words for words in read if not words & never))))
+    known = sorted(set().union(*(words for words in read if not words & never)))
+    others = [token for token in SPECIAL_TOKENS if token not in (EOS, PAD)]
+    special = {"eos_token": EOS, "pad_token": PAD, "additional_special_tokens": others}
+    files = {
+        "tokenizer.json": tokenizer.to_str(pretty=False) + "\n",
+        "tokenizer_config.json": json.dumps({**special, **WORDS["tokenizer"], "known_words": known}, indent=2) + "\n",
+        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+    }
     if path is not None:
-        Path(path).mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             write_text(Path(path) / name, text)
     return Trained({name: text.encode() for name, text in files.items()})
-
-
-def _files(content: str, words: list[str]) -> dict[str, str]:
-    """Return the tokenizer files by name: chat template, special tokens, and the words that the corpus has."""
-    special = {
-        "eos_token": EOS,
-        "pad_token": PAD,
-        "additional_special_tokens": [token for token in SPECIAL_TOKENS if token not in (EOS, PAD)],
-    }
-    settings = {**special, **WORDS["tokenizer"], "known_words": words}
-    return {
-        "tokenizer.json": content + "\n",
-        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
-        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
-    }

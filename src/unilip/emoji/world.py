@@ -128,8 +128,7 @@ class World:
             ("tones", self.tones, TONES),
             ("edits", self.edits, EDITS),
         ):
-            wrong = [entry for entry in given if entry not in allowed]
-            if wrong:
+            if wrong := [entry for entry in given if entry not in allowed]:
                 raise DataError(f"World.{field} names {wrong[0]!r}, which does not exist; use {', '.join(allowed)}")
         largest = max(*self.single_sizes, *self.multi_sizes)
         room = min(self.size) - 2 * self.margin
@@ -137,13 +136,6 @@ class World:
             raise DataError(
                 f"World sizes go up to {largest} pixels, but a picture of {self.size[0]}x{self.size[1]} less twice the "
                 f"margin {self.margin} leaves {room}; use smaller sizes"
-            )
-        if set(self.concepts) & set(self.extra):
-            raise DataError("World.extra must not repeat concepts; extra is what no training ever sees")
-        if {*self.guests, *self.strangers} & {*self.concepts, *self.extra} or not set(self.paint) <= set(self.concepts):
-            raise DataError(
-                "World.guests and World.strangers must be neither among concepts nor among extra, World.paint among "
-                "concepts"
             )
 
     @classmethod
@@ -165,25 +157,17 @@ class World:
         # what pico knows stays in use here, so that one example prompt serves both worlds
         plain = [name for name in drawable if name not in (*KNOWN["pico"]["concepts"], "boy", "girl", "broken heart")]
         shuffled = sorted(plain, key=lambda name: stable_hash("held out of nano", name))
-        unseen, ungenerated = tuple(shuffled[:24]), tuple(shuffled[24:48])
         paintable = {
             name: frozenset(style for style, badly in KNOWN["badly recoloured"].items() if name not in badly)
             for name in KNOWN["recolourable"]
             if name in drawable
         }
         return cls(
-            name="nano",
-            concepts=(*(name for name in drawable if name not in unseen), *SHAPES),
-            extra=unseen,
-            generation_held_out=ungenerated,
-            styles=tuple(STYLES),
-            colours=tuple(PALETTE),
-            backgrounds=tuple(BACKGROUNDS),
-            recolourable={name: found for name, found in paintable.items() if found},
-            edits=EDITS,
-            tones=tuple(TONES),
-            **_fields("nano"),
-        )
+            name="nano", concepts=(*(name for name in drawable if name not in shuffled[:24]), *SHAPES),
+            extra=tuple(shuffled[:24]), generation_held_out=tuple(shuffled[24:48]), styles=tuple(STYLES),
+            colours=tuple(PALETTE), backgrounds=tuple(BACKGROUNDS), edits=EDITS, tones=tuple(TONES),
+            recolourable={name: found for name, found in paintable.items() if found}, **_fields("nano"),
+        )  # fmt: skip
 
     @classmethod
     @cache
@@ -195,20 +179,12 @@ class World:
         shuffled = sorted(candidates, key=lambda name: stable_hash("held out of pico", name))
         taken = {*named, *fields["extra"]}
         paintable = [name for name, styles in cls.nano().recolourable.items() if "flat" in styles and name not in taken]
-        twins = ("fire truck", "eagle")  # too much like what is held out
-        others = [
-            name
-            for name in (*cls.nano().concepts, *cls.nano().extra)
-            if name not in (*taken, *paintable, *twins, *SHAPES)
-        ]
+        taken |= {"fire truck", "eagle", *paintable, *SHAPES}  # the two are too much like what is held out
+        others = [name for name in (*cls.nano().concepts, *cls.nano().extra) if name not in taken]
         return cls(
-            name="pico",
-            generation_held_out=tuple(shuffled[:2]),
-            hues=("pink", "black", *HUES),
-            guests=tuple(paintable),
-            strangers=tuple(others),
-            **fields,
-        )
+            name="pico", generation_held_out=tuple(shuffled[:2]), hues=("pink", "black", *HUES),
+            guests=tuple(paintable), strangers=tuple(others), **fields,
+        )  # fmt: skip
 
     @classmethod
     @cache
@@ -219,6 +195,11 @@ class World:
     @property
     def size(self) -> Size:
         return self.shape or (self.image_size, self.image_size)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All concepts that it can show."""
+        return (*self.concepts, *self.extra, *self.guests, *self.strangers)
 
     def shaped(self, size: Size) -> World:
         """The same world in pictures of another width and height; raises DataError where its objects have no room."""
@@ -259,11 +240,8 @@ class World:
     def pool(self, purpose: str) -> tuple[str, ...]:
         """Return the concepts that scenes are made of for PURPOSE unless a caller names others."""
         _check("purpose", purpose, PURPOSES)
-        return self._generated if purpose == "generation" else self.concepts
-
-    @cached_property
-    def _generated(self) -> tuple[str, ...]:
-        return tuple(name for name in self.concepts if name not in self.generation_held_out)
+        barred = self.generation_held_out if purpose == "generation" else ()
+        return tuple(name for name in self.concepts if name not in barred)
 
     def colours_of(self, name: str, style: str) -> tuple[str, ...]:
         """Return the colours that concept NAME can be painted in."""
@@ -393,11 +371,10 @@ def place(
         done: list[Obj] = []
         for obj in objects:
             across, down = (world.positions(obj.size, single, axis) for axis in (0, 1))
-            low = [y for y in (down[0], down[-1])]
-            if horizon:
-                low[0] = max(low[0], int(world.size[1] * (HORIZON + 0.06)) + 1 - obj.size)
+            ground = int(world.size[1] * (HORIZON + 0.06)) + 1 - obj.size
+            top = max(down[0], ground) if horizon else down[0]
             for _ in range(24):
-                y = rng.randrange(low[0], low[1] + 1) if world.grid == 1 else rng.choice(down)
+                y = rng.randrange(top, down[-1] + 1) if world.grid == 1 else rng.choice(down)
                 candidate = replace(obj, x=rng.choice(across), y=y)
                 if not any(overlap(candidate, other, world.gap) for other in done):
                     done.append(candidate)
@@ -446,7 +423,8 @@ def sample_scene(
         raise DataError("seen=False was given for the training split; only split='val' may hold unseen combinations")
     free = pool is not None and split == "val" and any(name in world.extra for name in pool)
     for _ in range(2000):
-        style = _sample_style(world, rng)
+        others = [style for style in world.styles if style != world.default_style]
+        style = world.default_style if not others or rng.random() < 0.5 else rng.choice(others)
         looks = _sample_looks(world, rng, task, style, candidates)
         if looks is None:
             continue
@@ -459,7 +437,9 @@ def sample_scene(
         background = sample_background(world, rng, looks, horizon=len(looks) < 3 and where not in ("above", "below"))
         if background is None:
             continue
-        sized = _sample_sizes(world, rng, looks)
+        sizes = world.sizes(len(looks))
+        alike = rng.choice(sizes) if len(looks) > 1 and len({obj.look for obj in looks}) == 1 else None
+        sized = [replace(obj, size=alike or rng.choice(sizes)) for obj in looks]
         placed = place(world, rng, sized, background, where)
         if placed is not None:
             return Scene(background, placed)
@@ -469,19 +449,12 @@ def sample_scene(
     )
 
 
-def _sample_style(world: World, rng: random.Random) -> str:
-    others = [style for style in world.styles if style != world.default_style]
-    return world.default_style if not others or rng.random() < 0.5 else rng.choice(others)
-
-
 def _sample_looks(
     world: World, rng: random.Random, task: str, style: str, pool: Sequence[str]
 ) -> tuple[Obj, ...] | None:
     """Draw what the objects are, without places."""
     if task in ("colour", "colour_attr"):
         pool = [name for name in pool if world.colours_of(name, style)]
-        if not pool:
-            return None
     count = {"two": 2, "position": 2, "colour_attr": 2}.get(task, 1)
     if len(pool) < count:
         return None
@@ -492,11 +465,9 @@ def _sample_looks(
         return None
     if all(obj.concept in SHAPES for obj in objects):
         objects = tuple(replace(obj, style=world.default_style) for obj in objects)
-    if task == "counting":
-        if not concept(objects[0].concept).countable:
-            return None
-        return objects * rng.randint(2, world.max_count)
-    return objects
+    if task != "counting":
+        return objects
+    return objects * rng.randint(2, world.max_count) if concept(objects[0].concept).countable else None
 
 
 def sample_look(world: World, rng: random.Random, name: str, style: str, colour_rate: float = 0.0) -> Obj:
@@ -507,25 +478,12 @@ def sample_look(world: World, rng: random.Random, name: str, style: str, colour_
     return Obj(name, style, colour, tone, 0, 0, 0)
 
 
-def _sample_sizes(world: World, rng: random.Random, looks: Sequence[Obj]) -> tuple[Obj, ...]:
-    sizes = world.sizes(len(looks))
-    if len(looks) > 1 and len({obj.look for obj in looks}) == 1:
-        size = rng.choice(sizes)
-        return tuple(replace(obj, size=size) for obj in looks)
-    return tuple(replace(obj, size=rng.choice(sizes)) for obj in looks)
-
-
 def sample_background(
     world: World, rng: random.Random, objects: Sequence[Obj], horizon: bool = True, other_than: str | None = None
 ) -> str | None:
     """Draw a background on which all OBJECTS show; the default one comes up more often. None if there is none."""
-    fit = [
-        name
-        for name in world.backgrounds
-        if name != other_than
-        and (horizon or not world.is_horizon(name))
-        and not any(world.clashes(obj, name) for obj in objects)
-    ]
+    fit = [name for name in world.backgrounds if name != other_than and (horizon or not world.is_horizon(name))]
+    fit = [name for name in fit if not any(world.clashes(obj, name) for obj in objects)]
     if not fit:
         return None
     # captions leave the default background unsaid, so it has to be common: see captions.caption
