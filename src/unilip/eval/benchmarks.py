@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -113,7 +113,17 @@ def open_benchmark(
     benchmark = _imgedit(path, protocol, sources) if name == "imgedit" else readers[name](path, protocol)
     if not benchmark.items:
         raise UniLIPError(f"{path} holds no prompt; fetch {HOMES[name]} again.")
-    _check_items(benchmark, path)
+    seen: set[str] = set()
+    for item in benchmark.items:
+        try:
+            check_prompt(item.prompt, "prompt")
+        except PromptError as error:
+            raise UniLIPError(f"{path}, {item.key}: {error}") from error
+        if item.path in seen:
+            raise UniLIPError(f"{path} names {item.key!r} twice; each needs its own, because pictures are named so.")
+        seen.add(item.path)
+        if ".." in item.path.split("/") or item.path.startswith("/") or "\\" in item.path or "\0" in item.path:
+            raise UniLIPError(f"{path} has the name {item.key!r}, which leads out of the run folder; mend the file.")
     if benchmark.prompts["published"] is False and not own_prompts:
         raise UniLIPError(
             f"{path} is not the published file of {name} (SHA-256 {benchmark.prompts['sha256'][:16]}...); fetch "
@@ -122,50 +132,33 @@ def open_benchmark(
     return benchmark
 
 
-def _check_items(benchmark: Benchmark, path: Path) -> None:
-    seen: dict[str, str] = {}
-    for item in benchmark.items:
-        try:
-            check_prompt(item.prompt, "prompt")
-        except PromptError as error:
-            raise UniLIPError(f"{path}, {item.key}: {error}") from error
-        if item.path in seen:
-            raise UniLIPError(f"{path} names {item.key!r} twice; each needs its own, because pictures are named so.")
-        seen[item.path] = item.key
-        parts = PurePosixPath(item.path).parts
-        if ".." in parts or item.path.startswith("/") or "\\" in item.path or "\0" in item.path:
-            raise UniLIPError(f"{path} has the name {item.key!r}, which leads out of the run folder; mend the file.")
-
-
 def describe_prompts(name: str, protocol: str, hashes: Sequence[str], count: int) -> dict[str, Any]:
     """Return what a manifest says of a prompt file: hash, whether it is the published one, how many prompts.
 
     Raises UniLIPError: it is the published file of another benchmark or protocol.
     """
-    for digest in hashes:
-        if digest in PUBLISHED:
-            owner, kind, title = PUBLISHED[digest]
-            if owner != name or (kind and kind != protocol):
-                raise UniLIPError(
-                    f"The prompts given are {title} of {owner} {kind}, but {name} {protocol} was asked for; fetch "
-                    f"{HOMES[name]}, or give the --protocol of the file."
-                )
+    for owner, kind, title in (PUBLISHED[digest] for digest in hashes if digest in PUBLISHED):
+        if owner != name or (kind and kind != protocol):
+            raise UniLIPError(
+                f"The prompts given are {title} of {owner} {kind}, but {name} {protocol} was asked for; fetch "
+                f"{HOMES[name]}, or give the --protocol of the file."
+            )
     sha = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
     return {"sha256": sha, "published": all(digest in PUBLISHED for digest in hashes), "count": count}
 
 
-def _text(row: Mapping[str, Any], key: str, path: Path, where: object) -> str:
-    value = row.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise UniLIPError(f"{path}, {where}: {key!r} is {value!r}, not a text; is this the right prompt file?")
-    return value
+def _texts(row: Mapping[str, Any], path: Path, where: object, *keys: str) -> list[str]:
+    for key in keys:
+        if not isinstance(value := row.get(key), str) or not value.strip():
+            raise UniLIPError(f"{path}, {where}: {key!r} is {value!r}, not a text; is this the right prompt file?")
+    return [row[key] for key in keys]
 
 
 def _geneval(path: Path, protocol: str) -> Benchmark:
     rows = read_lines(path, "prompt file")
     items = []
     for n, row in enumerate(rows):
-        prompt, tag = _text(row, "prompt", path, f"line {n + 1}"), _text(row, "tag", path, f"line {n + 1}")
+        prompt, tag = _texts(row, path, f"line {n + 1}", "prompt", "tag")
         if tag not in KNOWN["geneval"] or not isinstance(row.get("include"), list):
             raise UniLIPError(
                 f"{path}, line {n + 1}: a prompt of GenEval has a tag ({', '.join(KNOWN['geneval'])}) and a list "
@@ -174,38 +167,32 @@ def _geneval(path: Path, protocol: str) -> Benchmark:
         for sample in range(4):
             path_of = f"{PICTURES}/{n:05d}/samples/{sample:04d}.png"
             items.append(Item(f"{n:05d}/{sample:04d}", prompt, path_of, tag, f"{n:05d}", 1, row))
-    return Benchmark(
-        "geneval", protocol, tuple(items),
-        describe_prompts("geneval", protocol, [file_hash(path)], len(rows)), {},
-        beside=lambda item: {f"{PICTURES}/{item.cluster}/metadata.jsonl": (json.dumps(dict(item.data))).encode()},
-    )  # fmt: skip
+
+    def beside(item: Item) -> dict[str, Image.Image | bytes]:
+        return {f"{PICTURES}/{item.cluster}/metadata.jsonl": json.dumps(dict(item.data)).encode()}
+
+    prompts = describe_prompts("geneval", protocol, [file_hash(path)], len(rows))
+    return Benchmark("geneval", protocol, tuple(items), prompts, {}, beside=beside)
 
 
 def _geneval2(path: Path, protocol: str) -> Benchmark:
     rows = read_lines(path, "prompt file")
     items = []
     for n, row in enumerate(rows):
-        prompt = _text(row, "prompt", path, f"line {n + 1}")
-        questions, skills = row.get("vqa_list"), row.get("skills")
-        if (
-            not isinstance(questions, list)
-            or not questions
-            or not all(isinstance(q, list) and len(q) == 2 and all(isinstance(t, str) for t in q) for q in questions)
-            or not isinstance(skills, list)
-            or len(skills) != len(questions)
-        ):
+        (prompt,) = _texts(row, path, f"line {n + 1}", "prompt")
+        questions, skills = (value if isinstance(value := row.get(key), list) else [] for key in ("vqa_list", "skills"))
+        pairs = all(isinstance(q, list) and [*map(type, q)] == [str, str] for q in questions)
+        if not questions or not pairs or len(skills) != len(questions):
             raise UniLIPError(
                 f"{path}, line {n + 1}: a prompt of GenEval 2 has 'vqa_list' of [question, answer] and as many "
                 f"'skills'; fetch {HOMES['geneval2']}."
             )
-        items.append(
-            Item(f"{n:04d}", prompt, f"{PICTURES}/{n:04d}.png", f"{row.get('atom_count')} atoms", prompt, 1, row)
-        )
+        group = f"{row.get('atom_count')} atoms"
+        items.append(Item(f"{n:04d}", prompt, f"{PICTURES}/{n:04d}.png", group, prompt, 1, row))
     if len({item.prompt for item in items}) != len(items):
         raise UniLIPError(f"{path} has a prompt twice; the scorer of GenEval 2 finds pictures by their prompt.")
-    return Benchmark(
-        "geneval2", protocol, tuple(items), describe_prompts("geneval2", protocol, [file_hash(path)], len(rows))
-    )
+    prompts = describe_prompts("geneval2", protocol, [file_hash(path)], len(rows))
+    return Benchmark("geneval2", protocol, tuple(items), prompts)
 
 
 def _dpg(path: Path, protocol: str) -> Benchmark:
@@ -240,15 +227,13 @@ def _wise(path: Path, protocol: str) -> Benchmark:
         if type(number) is not int or not 1 <= number <= 1000:
             raise UniLIPError(f"{path} has the prompt_id {number!r}; allowed: 1 to 1000.")
         group = next(name for name, (low, high, _, _) in groups.items() if low <= number <= high)
-        category = _text(row, "Category", path, f"prompt_id {number}")
+        category, prompt, _ = _texts(row, path, f"prompt_id {number}", "Category", "Prompt", "Explanation")
         if category.strip().lower() != groups[group][3]:
             other = "legacy" if protocol == "verified" else "verified"
             raise UniLIPError(
                 f"{path} is not of WISE {protocol}: prompt_id {number} is {category!r}, but is {group} there. The two "
                 f"protocols number their prompts differently; try --protocol {other}."
             )
-        _text(row, "Explanation", path, f"prompt_id {number}")
-        prompt = _text(row, "Prompt", path, f"prompt_id {number}")
         items.append(Item(str(number), prompt, f"{PICTURES}/{number}.png", group, str(number), 1, row))
     prompts = describe_prompts("wise", protocol, [file_hash(file) for file in files], len(items))
     return Benchmark("wise", protocol, tuple(items), prompts, {name: group[2] for name, group in groups.items()})
@@ -268,8 +253,7 @@ def _imgedit(path: Path, protocol: str, sources: str | Path | None) -> Benchmark
     folder = Path(sources).expanduser()
     items, missing, digests = [], [], {}
     for key, row in rows.items():
-        prompt, kind = _text(row, "prompt", path, key), _text(row, "edit_type", path, key)
-        source = _text(row, "id", path, key)
+        prompt, kind, source = _texts(row, path, key, "prompt", "edit_type", "id")
         if (folder / source).is_file():
             digests[source] = file_hash(folder / source)
         else:
@@ -291,7 +275,7 @@ def _imgedit(path: Path, protocol: str, sources: str | Path | None) -> Benchmark
 
 
 def _gedit(path: Path, protocol: str) -> Benchmark:
-    columns = ["key", "task_type", "instruction", "instruction_language", "Intersection_exist"]
+    columns = ["task_type", "instruction_language", "key", "instruction", "Intersection_exist"]
     data, pictured, files = open_dataset(path, "input_image")
     lacking = [name for name in columns if name not in data.column_names]
     if lacking:
@@ -300,10 +284,9 @@ def _gedit(path: Path, protocol: str) -> Benchmark:
     digest = hashlib.sha256("".join(file_hash(file) for file in files).encode()).hexdigest()
     items = []
     for n, row in enumerate(rows):
-        task, language = _text(row, "task_type", path, f"row {n}"), _text(row, "instruction_language", path, f"row {n}")
+        task, language, key, prompt = _texts(row, path, f"row {n}", *columns[:4])
         if task not in KNOWN["gedit"] or language not in ("en", "cn"):
             raise UniLIPError(f"{path}, row {n}: task {task!r} in {language!r} is no GEdit; fetch {HOMES['gedit']}.")
-        key, prompt = _text(row, "key", path, f"row {n}"), _text(row, "instruction", path, f"row {n}")
         place = f"{PICTURES}/fullset/{task}/{language}/{key}.png"
         wanted = {"row": n, "key": key, "task_type": task, "both": bool(row["Intersection_exist"])}
         items.append(Item(f"{task}/{language}/{key}", prompt, place, task, f"{language}/{key}", 1, wanted, language))

@@ -110,33 +110,20 @@ def find_runs(runs: Path, size: str) -> dict[str, list[Run]]:
     for final in sorted(runs.glob(f"ablation/{size}/*/seed*/final")):
         recipe = read_json(final / "recipe.json", "recipe of the run")
         found[final.parents[1].name].append(Run(final.parents[1].name, int(recipe["seed"]), final, recipe))
-    for several in found.values():
-        several.sort(key=lambda run: run.seed)
-    return dict(found)
+    return {name: sorted(several, key=lambda run: run.seed) for name, several in found.items()}
 
 
 def budget(run: Run, runs: Mapping[str, Sequence[Run]]) -> int:
     """Return the training samples of a run, with those of the tokenizer's first stage where it is the second."""
-    total = run.samples
-    if not run.is_tokenizer:
-        return total
     prefix = f"ablation/{run.folder.parents[2].name}/"
-    sources = {text.partition("=")[2] for text in run.recipe["init"]}
-    for source in sources:
-        if source.startswith(prefix):
-            name = source.removeprefix(prefix).partition("/")[0]
-            total += next((r.samples for r in runs.get(name, ()) if r.seed == run.seed), 0)
-    return total
+    sources = {text.partition("=")[2] for text in run.recipe["init"] if run.is_tokenizer}
+    stages = [source.removeprefix(prefix).partition("/")[0] for source in sources if source.startswith(prefix)]
+    return run.samples + sum(r.samples for name in stages for r in runs.get(name, ()) if r.seed == run.seed)
 
 
 def wanted() -> list[str]:
     """Return the names of every variant that a claim is about."""
     return list(dict.fromkeys(name for claim in CLAIMS for name in claim.variants))
-
-
-def missing(size: str, runs: Mapping[str, Sequence[Run]]) -> dict[str, str]:
-    """Return each variant that has not been trained, with the command that does it."""
-    return {name: f"unilip train ablation/{size}/{name}" for name in wanted() if name not in runs}
 
 
 @dataclass
@@ -182,14 +169,14 @@ class Lab:
         values: dict[str, Any] = record["values"]
         return values
 
+    @torch.no_grad()
     def distance(self, model: UniLIP, original: UniLIP) -> dict[str, dict[str, float]]:
         """Return 1 less the cosine of two encoders' features of held-out scenes, mean over the tokens."""
         data = Scenes(self.world, self.atlas, "val", emoji.DATA_SEED, CHEAP * self.count, "tokenizer")
         found: dict[str, float] = {}
         for i in range(len(data)):
             pixels = to_pixels([Image.fromarray(data[i]["image"])])
-            with torch.no_grad():
-                ours, theirs = (one.features(pixels) for one in (model, original))
+            ours, theirs = (one.features(pixels) for one in (model, original))
             found[f"{i:04d}"] = emoji.measure_features(ours, theirs)
         return {"feature_distance": found}
 
@@ -247,9 +234,9 @@ def measure_tokenizers(lab: Lab, runs: Path, found: Mapping[str, Sequence[Run]],
 def joined(model: UniLIP, llm: UniLIP) -> UniLIP:
     """Return a model's tokenizer with the language model of another."""
     whole = UniLIP(model.config.replace(text=llm.config.text), llm.processor, parts=())
-    for name, part in [*((name, getattr(model, name)) for name in model.parts), ("mllm", llm.mllm)]:
-        whole.add_module(name, part)
     whole.parts = (*model.parts, "mllm")
+    for name in whole.parts:
+        whole.add_module(name, getattr(llm if name == "mllm" else model, name))
     return whole
 
 
@@ -271,7 +258,7 @@ def judged(folder: Path, count: int, seeds: int) -> dict[str, dict[str, float]]:
     sizes = {"recon": CHEAP * count, "vqa": CHEAP * count, "riddle": 2 * count}
     for record in read_lines(folder / "items.jsonl", "list of judged items"):
         part, number = record["part"], int(record["key"].rpartition("/")[2])
-        last = max(1, seeds // 2) if part == "edit" else seeds if part in ("gen", "riddle") else math.inf
+        last = {"edit": max(1, seeds // 2), "gen": seeds, "riddle": seeds}.get(part, math.inf)
         if record["group"] in emoji.ASIDE or record["index"] >= sizes.get(part, count) or number >= last:
             continue  # a control, or of an earlier run with more prompts
         prompt = f"{record['group']}/{record['index']:04d}"
@@ -307,9 +294,7 @@ def difference(a: Sequence[Run], b: Sequence[Run], measure: str) -> tuple[float,
     table = [np.array([[values[key] for key in keys] for values in side]) for side in (ours, theirs)]  # seeds, items
     gap = table[0].mean(0) - table[1].mean(0)
     variance = float(gap.var(ddof=1)) / len(keys)
-    for side in table:
-        if len(side) > 1:
-            variance += float(side.mean(1).var(ddof=1)) / len(side)
+    variance += sum(float(side.mean(1).var(ddof=1)) / len(side) for side in table if len(side) > 1)
     sign = -1 if measure in LOWER else 1
     return sign * float(gap.mean()), math.sqrt(variance)
 
@@ -339,9 +324,10 @@ def conclude(claim: Claim, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
         verdict = "not measured"
     elif len(set(budgets.values())) > 1:
         verdict = "not comparable: the budgets differ"
+    elif verdicts == {"yes"}:
+        verdict = "reproduced"
     else:
         verdict = "not reproduced" if "no" in verdicts else "undecided within the spread"
-        verdict = "reproduced" if verdicts == {"yes"} else verdict
     if seeds == 1 and verdict != "not measured":
         verdict += ", in one training run"
     return {
@@ -381,8 +367,8 @@ def evaluate(
         raise UniLIPError(f"There are no ablations of the size {size!r}; allowed: {', '.join(ORIGINALS)}.")
     if not runs.is_dir():
         raise UniLIPError(f"There is no folder {runs}; give the folder of all runs (--runs of unilip train).")
-    sizes = [name for name in ORIGINALS if name == size or (size is None and find_runs(runs, name))]
-    if not any(find_runs(runs, name) for name in sizes):
+    trained = {name: find_runs(runs, name) for name in ORIGINALS if size in (None, name)}
+    if not any(trained.values()):
         raise UniLIPError(
             f"{runs} has no finished ablation{f' of {size}' if size else ''}; "
             f"unilip train ablation/{size or 'pico'}/recon --runs {runs} begins one, unilip train --list names all."
@@ -391,15 +377,17 @@ def evaluate(
         "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "device": device, "dtype": dtype or "float32",
         "count": count, "seeds": seeds, "data_seed": emoji.DATA_SEED, "sizes": {},
     }  # fmt: skip
-    for name in sizes:
+    for name, found in trained.items():
+        if not found:
+            continue
         lab = Lab(name, count, seeds, device, dtype, batch_size or 24, progress)
-        found = find_runs(runs, name)
         original = measure_tokenizers(lab, runs, found, output) if "tokenizer" in chosen else None
         if "generation" in chosen:
             measure_generators(lab, found, output)
         if original is not None:
             found[ORIGINAL] = [Run(ORIGINAL, 0, runs / ORIGINALS[name][0] / "final", {}, original)]
-        results["sizes"][name] = summarise(found) | {"missing": missing(name, found)}
+        untrained = {variant: f"unilip train ablation/{name}/{variant}" for variant in wanted() if variant not in found}
+        results["sizes"][name] = summarise(found) | {"missing": untrained}
     write_json(output / "results.json", results)
     write_text(output / "results.md", make_page(results))
     return results
@@ -409,8 +397,7 @@ def summarise(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """Return scores, budgets and verdicts of a size's runs."""
     variants: dict[str, Any] = {}
     for name, several in runs.items():
-        scores = {m: score(several, m) for m in MEASURES}
-        variants[name] = {m: s for m, s in scores.items() if s is not None}
+        variants[name] = {m: found for m in MEASURES if (found := score(several, m)) is not None}
         if name != ORIGINAL:
             opened = open_checkpoint(several[0].folder)
             variants[name] |= {
@@ -453,8 +440,7 @@ def tell(statement: Mapping[str, Any]) -> str:
     """Write a statement with its number and whether it holds."""
     if "difference" not in statement:
         return f"{statement['words']}: not measured"
-    measure = statement["measure"]
-    gap, error = (number(measure, statement[key]) for key in ("difference", "error"))
+    gap, error = (number(statement["measure"], statement[key]) for key in ("difference", "error"))
     return f"{statement['words']}: {gap} ± {error} ({statement['verdict']})"
 
 

@@ -6,8 +6,6 @@ that both runs have, with a bootstrap over prompts that draws the same prompts f
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,29 +42,22 @@ class Scored:
 def load_runs(folders: Sequence[str | Path]) -> list[Scored]:
     """Read the scores of runs by folder name. Raises UniLIPError: one is missing, given twice, or has no scores."""
     paths = [Path(folder).expanduser() for folder in folders]
-    resolved = [path.resolve() for path in paths]
-    if len(set(resolved)) != len(resolved):
+    parts = [path.resolve().parts for path in paths]
+    if len(set(parts)) != len(parts):
         raise UniLIPError("A run was given twice; give each folder once.")
+    depth = 1  # as many folders as tell the runs apart
+    while len({own[-depth:] for own in parts}) < len(parts):
+        depth += 1
     found = []
-    for path, name in zip(paths, _names(resolved), strict=True):
+    for path, name in zip(paths, ("/".join(own[-depth:]) for own in parts), strict=True):
         if not path.is_dir():
             raise UniLIPError(f"There is no folder {path}; give folders that `unilip eval` made.")
         if (path / "results.json").is_file() and not (path / "scores").is_dir():
             found += _emoji(path, name)
             continue
         read_manifest(path)
-        found += [
-            Scored(name, path, scores.column(summary), summary, rows) for summary, rows in scores.read_scores(path)
-        ]
+        found += [Scored(name, path, scores.column(about), about, rows) for about, rows in scores.read_scores(path)]
     return found
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    for depth in range(1, 20):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
 
 
 def _emoji(path: Path, name: str) -> list[Scored]:
@@ -82,12 +73,10 @@ def _emoji(path: Path, name: str) -> list[Scored]:
             for row in rows
             if row["part"] == part and row["group"] != "no guidance"
         ]  # fmt: skip
-        rule = scores.Rule("groups")
         summary: dict[str, Any] = {
             "task": f"emoji-{part}", "protocol": f"world {results['world']}, {results['count']} prompts a group",
-            "scorer": f"emoji judge {results['judge']}", "model": results["model"],
-            "rule": {"over": "groups", "weights": {}}, "statuses": {"ok": len(own)}, "parts": {},
-            "items": len(own), "scores": scores.summarise(own, rule),
+            "scorer": f"emoji judge {results['judge']}", "model": results["model"], "rule": {"over": "groups"},
+            "statuses": {"ok": len(own)}, "scores": scores.summarise(own, scores.Rule("groups")),
         }  # fmt: skip
         found.append(Scored(name, path, scores.column(summary), summary, own))
     return found
@@ -97,20 +86,17 @@ def difference(
     a: Scored, b: Scored, metric: str, split: str, resamples: int = scores.RESAMPLES
 ) -> dict[str, Any] | None:
     """Return B less A over the items that both have, drawn together: value, interval, how many; None if none."""
-    keys = [
+    shared = set.intersection(*(
         {row["key"] for row in one.rows if row["split"] == split and row["scores"] and metric in row["scores"]}
         for one in (a, b)
-    ]
-    shared = keys[0] & keys[1]
+    ))  # fmt: skip
     if not shared:
         return None
-    tables = []
-    for one in (a, b):
-        rows = sorted((row for row in one.rows if row["key"] in shared), key=lambda row: str(row["key"]))
-        tables.append(scores.tabulate(rows, metric))
-    drawn = [scores.bootstrap(table, a.rule, resamples) for table in tables]  # one seed: paired
-    low, high = scores.interval(drawn[1] - drawn[0])
-    value = scores.combine(tables[1], a.rule) - scores.combine(tables[0], a.rule)
+    rows = [sorted((r for r in one.rows if r["key"] in shared), key=lambda r: str(r["key"])) for one in (a, b)]
+    ours, theirs = (scores.tabulate(own, metric) for own in rows)
+    drawn = scores.bootstrap(theirs, a.rule, resamples) - scores.bootstrap(ours, a.rule, resamples)  # one seed: paired
+    low, high = scores.interval(drawn)
+    value = scores.combine(theirs, a.rule) - scores.combine(ours, a.rule)
     return {"value": value, "low": low, "high": high, "items": len(shared)}
 
 
@@ -123,24 +109,21 @@ HEAD = (
 def make_tables(runs: Sequence[Scored]) -> dict[str, list[dict[str, Any]]]:
     """Return by column the rows of its table; differences are to the first run of the column."""
     tables: dict[str, list[dict[str, Any]]] = {}
-    for title in dict.fromkeys(run.column for run in runs):
-        own = [run for run in runs if run.column == title]
-        for run in own:
-            for split, metrics in run.summary["scores"].items():
-                for metric, entry in metrics.items():
-                    row: dict[str, Any] = {
-                        "run": run.run, "model": run.summary["model"], "metric": metric, "split": split,
-                        "value": entry["value"], "low": entry["low"], "high": entry["high"], "items": entry["items"],
-                        "open": sum(n for status, n in run.summary["statuses"].items() if status != "ok"),
-                    }  # fmt: skip
-                    other = difference(own[0], run, metric, split) if run is not own[0] else None
-                    if other:
-                        row |= {"difference": other["value"], "d_low": other["low"], "d_high": other["high"]}
-                        row["shared"] = other["items"]
-                    tables.setdefault(title, []).append(row)
-            for metric, value in run.summary.get("whole", {}).items():
-                row = {"run": run.run, "model": run.summary["model"], "metric": metric, "split": "", "value": value}
-                tables.setdefault(title, []).append(row)
+    firsts: dict[str, Scored] = {}
+    for run in runs:
+        rows, first = tables.setdefault(run.column, []), firsts.setdefault(run.column, run)
+        about = {"run": run.run, "model": run.summary["model"]}
+        left = sum(n for status, n in run.summary["statuses"].items() if status != "ok")
+        for split, metrics in run.summary["scores"].items():
+            for metric, entry in metrics.items():
+                row = {**about, "metric": metric, "split": split}
+                row |= {name: entry[name] for name in ("value", "low", "high", "items")} | {"open": left}
+                if run is not first and (other := difference(first, run, metric, split)):
+                    row |= {"difference": other["value"], "d_low": other["low"], "d_high": other["high"]}
+                    row["shared"] = other["items"]
+                rows.append(row)
+        for metric, value in run.summary.get("whole", {}).items():
+            rows.append({**about, "metric": metric, "split": "", "value": value})
     for rows in tables.values():
         rows.sort(key=lambda row: (row["metric"], row["split"]))
     return tables
@@ -151,14 +134,14 @@ def compare(folders: Sequence[str | Path], output: Path, pictures: int = SHOWN) 
     runs = load_runs(folders)
     tables = make_tables(runs)
     sheets: dict[str, str] = {}
-    for n, title in enumerate(tables):
-        own = [run for run in runs if run.column == title]
-        sheet = _sheet(own, pictures) if pictures else None
+    for n, title in enumerate(tables if pictures else (), 1):
+        sheet = _sheet([run for run in runs if run.column == title], pictures)
         if sheet is not None:
-            sheets[title] = f"pictures-{n + 1}.png"
+            sheets[title] = f"pictures-{n}.png"
             write_bytes(output / sheets[title], png_bytes(sheet))
     write_text(output / "compare.md", to_markdown(tables, sheets))
-    write_text(output / "compare.csv", to_csv(tables))
+    listed = [(title, *(row.get(name) for name in HEAD)) for title, rows in tables.items() for row in rows]
+    write_text(output / "compare.csv", scores.csv_text(("column", *HEAD), listed))
     return {"tables": tables, "pictures": sheets}
 
 
@@ -186,10 +169,8 @@ def _sheet(runs: Sequence[Scored], count: int) -> Image.Image | None:
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
-    value = row.get(name)
-    if value is None or value == "":
-        return ""
-    if name in ("difference", "d_low", "d_high"):
+    value = row.get(name, "")
+    if name in ("difference", "d_low", "d_high") and name in row:
         return f"{value:+.4f}"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
@@ -202,15 +183,6 @@ def to_markdown(tables: Mapping[str, Sequence[Mapping[str, Any]]], sheets: Mappi
         out += ["| " + " | ".join(_cell(row, name).replace("|", "\\|") for name in HEAD) + " |" for row in rows]
         out += ["", *([f"![pictures]({sheets[title]})", ""] if title in sheets else [])]
     return "\n".join(out)
-
-
-def to_csv(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Return the tables as CSV, the column's title in front."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["column", *HEAD], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({"column": title, **row} for title, rows in tables.items() for row in rows)
-    return text.getvalue()
 
 
 NOTE = (

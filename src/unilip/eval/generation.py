@@ -8,6 +8,7 @@ again: a file is written whole or not at all, and a picture after all that belon
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from unilip import __version__
 from unilip.checkpoints.hub import Source
 from unilip.checkpoints.read import open_checkpoint
 from unilip.data.seeding import stable_hash
+from unilip.data.sheet import contact_sheet
 from unilip.errors import UniLIPError
 from unilip.eval.benchmarks import Benchmark, Item
 from unilip.eval.runs import PICTURES, RunFolder, batches, model_hash, name_of
@@ -96,12 +98,9 @@ def generate(
     with RunFolder(output, identity, place, name_of(source)):
         items = benchmark.items
         if place.rank == 0:
-            seed = settings.seed
-            lines = [
-                {"key": i.key, "prompt": i.prompt, "picture": i.path, "group": i.group, "seeds": _seeds(i, seed)}
-                for i in items
-            ]
-            write_lines(output / ITEMS, lines)
+            about = [{"key": i.key, "prompt": i.prompt, "picture": i.path, "group": i.group} for i in items]
+            seeds = ({"seeds": _seeds(item, settings.seed)} for item in items)
+            write_lines(output / ITEMS, map(operator.or_, about, seeds))
             if benchmark.name == "geneval2":  # its scorer finds pictures by their prompt
                 write_json(output / f"{PICTURES}.json", {item.prompt: item.path for item in items})
         there = {item.path for item in items if (output / item.path).is_file()}
@@ -134,22 +133,17 @@ def _draw(
     """Draw the pictures of items; returns path -> bytes of everything that belongs to them."""
     jobs = [(item, seed) for item in items for seed in _seeds(item, settings.seed)]
     drawn: list[Image.Image] = []
-    choices: dict[str, Any] = {
-        "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance_scale,
-        "solver": settings.solver,
-        "image_size": settings.image_size,
-        "progress": False,
-    }
+    how: dict[str, Any] = {name: getattr(settings, name) for name in ("guidance_scale", "solver", "image_size")}
+    how |= {"num_inference_steps": settings.steps, "progress": False}
     for start in range(0, len(jobs), batch_size):
         chunk = jobs[start : start + batch_size]
         prompts = [item.prompt for item, _ in chunk]
-        choices["generator"] = [torch.Generator().manual_seed(seed) for _, seed in chunk]
+        how["generator"] = [torch.Generator().manual_seed(seed) for _, seed in chunk]
         if benchmark.source is None:
-            drawn += model.generate(prompts, **choices).images
+            drawn += model.generate(prompts, **how).images
         else:
             sources = [benchmark.source(item) for item, _ in chunk]
-            drawn += model.edit(sources, prompts, fit=settings.fit, **choices).images
+            drawn += model.edit(sources, prompts, fit=settings.fit, **how).images
     files: dict[str, bytes] = {}
     for item in items:
         own, drawn = drawn[: item.pictures], drawn[item.pictures :]
@@ -159,7 +153,8 @@ def _draw(
         }  # fmt: skip
         for path, value in benchmark.beside(item).items():
             files[path] = value if isinstance(value, bytes) else png_bytes(value)
-        files[item.path] = png_bytes(own[0] if len(own) == 1 else tile(own), about)  # last: it says that all is there
+        whole = own[0] if len(own) == 1 else contact_sheet(own, 2, gap=0)
+        files[item.path] = png_bytes(whole, about)  # last: it says that all is there
     return files
 
 
@@ -167,15 +162,6 @@ def _notes(item: Item, identity: Mapping[str, Any]) -> dict[str, str]:
     """Return what a picture's file says of its origin."""
     seeds = ", ".join(map(str, _seeds(item, identity["settings"]["seed"])))
     return {"model": identity["model"], "prompt": item.prompt, "seed": seeds}
-
-
-def tile(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Lay four equal pictures out two by two: first row left to right, then the second."""
-    width, height = pictures[0].size
-    page = Image.new("RGB", (2 * width, 2 * height))
-    for n, picture in enumerate(pictures):
-        page.paste(picture, (n % 2 * width, n // 2 * height))
-    return page
 
 
 def check_pictures(output: Path, items: Sequence[Item], identity: Mapping[str, Any]) -> None:

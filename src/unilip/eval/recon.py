@@ -14,12 +14,11 @@ Frechet distance of features: "rfid" with Inception, "fd" with any other. B pict
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import math
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,8 @@ from unilip.data.sheet import contact_sheet
 from unilip.errors import ConfigError, UniLIPError, check_choice, reason
 from unilip.eval.pictures import Pictures
 from unilip.eval.runs import RunFolder, model_hash, name_of
-from unilip.eval.scores import Rule, make_row, write_scores
-from unilip.files import content_hash, file_hash, png_bytes, write_bytes
+from unilip.eval.scores import Rule, csv_text, make_row, write_scores
+from unilip.files import content_hash, file_hash, png_bytes, write_bytes, write_text
 from unilip.machine import Place
 from unilip.model import UniLIP
 from unilip.pictures import PSNR_LIMIT, normalise, psnr, ssim
@@ -159,15 +158,13 @@ def put_through(model: UniLIP, pictures: Tensor, protocol: str) -> Tensor:
     """Return the reconstructions, uint8 (B,3,S,S), of uint8 pictures (B,3,S,S)."""
     values = pictures.to(model.device).float() / 255
     if protocol != "256":
-        features = model.features(normalise(values))
-        made = model.from_latent(model.to_latent(features))
+        made = model.from_latent(model.to_latent(model.features(normalise(values))))
     else:
         padded = F.pad(values, (PAD, PAD, PAD, PAD), mode="reflect")  # B 3 280 280
         features = model.features(normalise(padded))
         with model.using("latent_head", "pixel_decoder"):
             decoded = model.pixel_decoder.decode(model.latent_head(features)).float()  # B 3 320 320
-        size = padded.shape[-2:]
-        shrunk = F.interpolate(decoded, size=size, mode="bilinear", align_corners=True)  # B 3 280 280
+        shrunk = F.interpolate(decoded, padded.shape[-2:], mode="bilinear", align_corners=True)  # B 3 280 280
         made = (shrunk[..., PAD:-PAD, PAD:-PAD] + 1) / 2
     return (made.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
@@ -215,13 +212,9 @@ def evaluate(
     if "lpips" in measures and distance is None:
         distance = open_lpips(device)
     identity = {
-        "task": "recon",
-        "protocol": protocol,
-        "model": model_hash(source),
-        "measures": sorted(measures),
-        "features": extractor[0] if extractor else None,
-        "settings": {"image_size": side, "dtype": dtype or "float32"},
-    }
+        "task": "recon", "protocol": protocol, "model": model_hash(source), "measures": sorted(measures),
+        "features": extractor[0] if extractor else None, "settings": {"image_size": side, "dtype": dtype or "float32"},
+    }  # fmt: skip
     if extractor and Path(features).expanduser().is_file():
         identity["features_sha256"] = file_hash(Path(features).expanduser())
     with RunFolder(output, identity, place, name_of(source)) as folder:
@@ -244,13 +237,9 @@ def evaluate(
 
 def _measure(truth: Tensor, made: Tensor, measures: Sequence[str], distance: Distance | None) -> list[dict[str, Any]]:
     a, b = truth.float() / 255, made.float() / 255
-    ready: dict[str, Callable[[], Tensor]] = {
-        "psnr": lambda: psnr(a, b),
-        "ssim": lambda: ssim(a, b, 1.0),
-        "ssim_paper": lambda: ssim(a, b, 2.0),
-        "lpips": lambda: distance(a, b) if distance else torch.zeros(0),
-    }
-    columns = {name: values() for name, values in ready.items() if name in measures}
+    ready: dict[str, Distance | None] = {"psnr": psnr, "ssim": ssim, "ssim_paper": partial(ssim, data_range=2.0)}
+    ready["lpips"] = distance
+    columns = {name: measure(a, b) for name, measure in ready.items() if name in measures and measure is not None}
     return [{name: float(values[n]) for name, values in columns.items()} for n in range(len(truth))]
 
 
@@ -259,21 +248,17 @@ def _finish(
     marks: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     output, identity = folder.path, folder.identity
+    side = identity["settings"]["image_size"]
     columns = [name for name in MEASURES if name in table[0]]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["name", *columns])
     named = list(zip(names, table, strict=True))
-    writer.writerows([name, *(f"{row[column]:.6f}" for column in columns)] for name, row in named)
-    write_bytes(output / "images.csv", text.getvalue().encode())
+    listed = [(name, *(f"{row[column]:.6f}" for column in columns)) for name, row in named]
+    write_text(output / "images.csv", csv_text(("name", *columns), listed))
     rows = [make_row(name, {column: row[column] for column in columns}) for name, row in named]
     about: dict[str, Any] = {
-        "task": "recon", "protocol": identity["protocol"],
-        "scorer": f"compared at {identity['settings']['image_size']} px", "model": folder.name,
+        "task": "recon", "protocol": identity["protocol"], "scorer": f"compared at {side} px", "model": folder.name,
         "model_hash": identity["model"], "settings": identity["settings"],
         "prompts": {"sha256": content_hash(*marks), "published": None, "count": len(table)},
-        "prompts_scored": len(table),
-        "whole": {},
+        "prompts_scored": len(table), "whole": {},
     }  # fmt: skip
     equal = sum(row.get("psnr", 0) >= PSNR_LIMIT for row in table)
     if equal:
@@ -283,25 +268,15 @@ def _finish(
         about["whole"][identity["features"]] = frechet_distance(real, made)
         if len(real) <= real.shape[1]:
             log.warning("%s of %d pictures is biased: fewer pictures than features", identity["features"], len(real))
-    if columns:
-        by = columns[0]
+    for by in columns[:1]:  # the worst on the left, the best on the right; each a source and its reconstruction
         order = sorted(range(len(table)), key=lambda i: table[i][by] * (-1 if by == "lpips" else 1))
-        _write_grid(pictures, names, folder, model, order, [row[by] for row in table], by)
+        shown = min(SHOWN, math.ceil(len(order) / 2))
+        images, captions = [], []
+        for ends in zip(order[:shown], reversed(order[-shown:]), strict=True):
+            for title, i in zip(("worst", "best"), ends, strict=True):
+                truth = to_bytes([prepare(pictures.load(i), side)])
+                pair = torch.cat([truth, put_through(model, truth, identity["protocol"])])
+                images += [Image.fromarray(v.movedim(0, -1).numpy()).resize((224, 224), 3) for v in pair]
+                captions += [f"{title}: {names[i][-40:]}", f"{by} {table[i][by]:.3f}"]
+        write_bytes(output / "worst-best.png", png_bytes(contact_sheet(images, 4, captions)))
     return write_scores(output, "recon", rows, Rule(), about)
-
-
-def _write_grid(
-    pictures: Pictures, names: Sequence[str], folder: RunFolder, model: UniLIP, order: Sequence[int],
-    values: Sequence[float], by: str,
-) -> None:  # fmt: skip
-    """Write worst-best.png: the worst on the left, the best on the right; each a source and its reconstruction."""
-    shown = min(SHOWN, math.ceil(len(order) / 2))
-    side = folder.identity["settings"]["image_size"]
-    images, captions = [], []
-    for ends in zip(order[:shown], reversed(order[-shown:]), strict=True):
-        for title, i in zip(("worst", "best"), ends, strict=True):
-            truth = to_bytes([prepare(pictures.load(i), side)])
-            pair = torch.cat([truth, put_through(model, truth, folder.identity["protocol"])])
-            images += [Image.fromarray(v.movedim(0, -1).numpy()).resize((224, 224), 3) for v in pair]
-            captions += [f"{title}: {names[i][-40:]}", f"{by} {values[i]:.3f}"]
-    write_bytes(folder.path / "worst-best.png", png_bytes(contact_sheet(images, 4, captions)))

@@ -71,19 +71,14 @@ def read_rubric(name: str, protocol: str, path: str | Path | None) -> Rubric:
 
 
 def _wise_rubric(file: Path) -> dict[str, str]:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    functions = [node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.FunctionDef)]
     asking = [node for node in functions if node.name == "build_evaluation_messages"]
     if not asking:
         raise ValueError("there is no function build_evaluation_messages")
-    texts = []
-    for node in ast.walk(asking[0]):
-        if isinstance(node, ast.Dict):
-            for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant) and key.value == "text":
-                    texts.append(_template(value))
-    systems = [text for text in texts if "{Prompt}" not in text]
-    questions = [text for text in texts if "{Prompt}" in text]
+    dicts = [node for node in ast.walk(asking[0]) if isinstance(node, ast.Dict)]
+    pairs = [pair for node in dicts for pair in zip(node.keys, node.values, strict=True)]
+    texts = [_template(value) for key, value in pairs if isinstance(key, ast.Constant) and key.value == "text"]
+    systems, questions = ([text for text in texts if ("{Prompt}" in text) == asks] for asks in (False, True))
     if len(systems) != 1 or len(questions) != 1:
         raise ValueError(f"{len(systems)} texts without and {len(questions)} with the prompt, one of each expected")
     return {"system": systems[0], "question": questions[0]}
@@ -119,19 +114,12 @@ def _gedit_rubric(file: Path) -> dict[str, str]:
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
             found[ast.unparse(node.targets[0])] = str(node.value.value)
-    context = found["_context_no_delimit"]
-    rule = found["_prompts_0shot_two_image_edit_rule"]
-    return {
-        "semantics": "\n".join([context, rule, found["_prompts_0shot_tie_rule_SC"]]),
-        "quality": "\n".join([context, found["_prompts_0shot_rule_PQ"]]),
-    }
+    names = {"semantics": ("two_image_edit_rule", "tie_rule_SC"), "quality": ("rule_PQ",)}
+    told = {kind: [found[f"_prompts_0shot_{name}"] for name in parts] for kind, parts in names.items()}
+    return {kind: "\n".join([found["_context_no_delimit"], *texts]) for kind, texts in told.items()}
 
 
-_RUBRICS: dict[str, Callable[[Path], dict[str, str]]] = {
-    "wise": _wise_rubric,
-    "imgedit": _imgedit_rubric,
-    "gedit": _gedit_rubric,
-}
+_RUBRICS = {"wise": _wise_rubric, "imgedit": _imgedit_rubric, "gedit": _gedit_rubric}
 
 
 # --- reading answers ------------------------------------------------------------------------------------------------

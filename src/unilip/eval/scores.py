@@ -6,10 +6,12 @@ scores/NAME.json and NAME.jsonl. Intervals are bootstraps over clusters (prompts
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,16 +55,13 @@ def make_row(key: str, scores: Mapping[str, float] | None, **more: Any) -> Row:
 
 def tabulate(rows: Sequence[Row], metric: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return by group the sums and counts of a metric, an entry for each cluster; only rows that have it."""
-    groups: dict[str, dict[str, list[float]]] = {}
+    groups: dict[str, dict[str, np.ndarray]] = {}
     for row in rows:
         if row["scores"] is not None and metric in row["scores"]:
-            entry = groups.setdefault(row["group"], {}).setdefault(row["cluster"], [0.0, 0.0])
-            entry[0] += row["scores"][metric]
-            entry[1] += 1
-    return {
-        group: (np.array([e[0] for e in entries.values()]), np.array([e[1] for e in entries.values()]))
-        for group, entries in groups.items()
-    }
+            entry = groups.setdefault(row["group"], {}).setdefault(row["cluster"], np.zeros(2))
+            entry += row["scores"][metric], 1
+    whole = {group: np.stack(list(entries.values()), 1) for group, entries in groups.items()}
+    return {group: (sums, counts) for group, (sums, counts) in whole.items()}
 
 
 def combine(table: Mapping[str, tuple[np.ndarray, np.ndarray]], rule: Rule) -> float:
@@ -78,23 +77,15 @@ def bootstrap(
 ) -> np.ndarray:
     """Return the scores (R,) of tables whose clusters are drawn again with replacement."""
     rng = np.random.default_rng(seed)
+
+    def drawn(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        picks = (rng.integers(0, len(sums), len(sums)) for _ in range(resamples))
+        return np.array([sums[pick].sum() / counts[pick].sum() for pick in picks])
+
     if rule.over == "items":
-        sums, counts = (np.concatenate(parts) for parts in zip(*table.values(), strict=True))
-        drawn = _resample(rng, sums, counts, resamples)
-        found: np.ndarray = drawn[0] / drawn[1]
-        return found
-    means = np.stack([np.divide(*_resample(rng, s, n, resamples)) for s, n in table.values()])  # G R
-    weighted: np.ndarray = rule.weight(list(table)) @ means
+        return drawn(*(np.concatenate(parts) for parts in zip(*table.values(), strict=True)))
+    weighted: np.ndarray = rule.weight(list(table)) @ np.stack([drawn(*entry) for entry in table.values()])  # G R
     return weighted
-
-
-def _resample(rng: np.random.Generator, sums: np.ndarray, counts: np.ndarray, resamples: int) -> tuple[np.ndarray, ...]:
-    size = len(sums)
-    out = np.empty((2, resamples))
-    for r in range(resamples):
-        index = rng.integers(0, size, size)
-        out[0, r], out[1, r] = sums[index].sum(), counts[index].sum()
-    return out[0], out[1]
 
 
 def interval(samples: np.ndarray) -> tuple[float, float]:
@@ -136,13 +127,11 @@ def summarise(
 
 def add_parts(rows: Sequence[Row]) -> dict[str, float]:
     """Return the means of the parts (skills, categories) over all items that have them."""
-    totals: dict[str, list[float]] = {}
+    totals: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
     for row in rows:
-        for name, (points, count) in (row.get("parts") or {}).items():
-            entry = totals.setdefault(name, [0.0, 0.0])
-            entry[0] += points
-            entry[1] += count
-    return {name: points / count for name, (points, count) in totals.items() if count}
+        for name, pair in (row.get("parts") or {}).items():
+            totals[name] += pair
+    return {name: float(points / count) for name, (points, count) in totals.items() if count}
 
 
 def write_scores(
@@ -180,6 +169,13 @@ def read_scores(run: Path) -> list[tuple[dict[str, Any], list[Row]]]:
             raise UniLIPError(f"{rows} is not what {file.name} was made of; score the run again.")
         found.append((summary, read_lines(rows, "rows of scores")))
     return found
+
+
+def csv_text(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    return text.getvalue()
 
 
 def column(summary: Mapping[str, Any]) -> str:

@@ -57,15 +57,10 @@ def check_complete(benchmark: Benchmark, output: Path) -> dict[str, Any]:
 
 def _about(benchmark: Benchmark, manifest: Mapping[str, Any], scorer: str) -> dict[str, Any]:
     return {
-        "task": benchmark.name,
-        "protocol": benchmark.protocol,
-        "scorer": scorer,
-        "model": manifest["model"],
-        "model_hash": manifest["identity"]["model"],
-        "prompts": benchmark.prompts,
-        "prompts_scored": len({item.cluster for item in benchmark.items}),
-        "settings": manifest["identity"]["settings"],
-    }
+        "task": benchmark.name, "protocol": benchmark.protocol, "scorer": scorer, "model": manifest["model"],
+        "model_hash": manifest["identity"]["model"], "prompts": benchmark.prompts,
+        "prompts_scored": len({item.cluster for item in benchmark.items}), "settings": manifest["identity"]["settings"],
+    }  # fmt: skip
 
 
 def score_by_judge(
@@ -147,18 +142,16 @@ def score_officially(
     shutil.rmtree(made, ignore_errors=True)  # results of an earlier call are not those of this one
     made.mkdir(parents=True)
     size = manifest["identity"]["settings"]["image_size"]
-    executable = python or sys.executable
-    more = shlex.split(arguments)
-    source = Path(prompts).expanduser().resolve()
-    files = wise_files(source) if name == "wise" and source.is_dir() else [source]
+    more, judge = shlex.split(arguments), ""
     given = {"images": root / PICTURES, "made": made, "size": size, "checkout": folder, "terms": terms}
-    given["timeout"] = None if terms is None else math.ceil(terms.timeout)
-    for file in files:
+    if name == "wise" and terms is not None:
+        given["timeout"], judge = math.ceil(terms.timeout), f", judge {terms.model}"
+        more += ["--api_key", terms.key or os.environ.get("OPENAI_API_KEY") or "none"]
+    source = Path(prompts).expanduser().resolve()
+    for file in wise_files(source) if name == "wise" and source.is_dir() else [source]:
         words = [str(program), *(word.format(prompts=file, stem=file.stem, **given) for word in form), *more]
-        if name == "wise" and terms is not None:
-            words += ["--api_key", terms.key or os.environ.get("OPENAI_API_KEY") or "none"]
         log.info("running %s", program)
-        command = [executable, "-c", LAUNCH]
+        command = [python or sys.executable, "-c", LAUNCH]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, input=json.dumps(words) + "\n")
         with (made / "log.txt").open("a", encoding="utf-8") as stream:
             stream.write(done.stdout + done.stderr)
@@ -173,7 +166,6 @@ def score_officially(
     full = [item.row(rows.get(item.key), "ok" if item.key in rows else "failed") for item in benchmark.items]
     if lacking:
         log.warning("%s gave no score for %d of %d items", program.name, len(lacking), len(full))
-    judge = f", judge {terms.model}" if name == "wise" and terms is not None else ""
     about = _about(benchmark, manifest, f"official {inside}{judge}")
     return write_scores(output, "official", full, Rule.of(benchmark.weights), about, RANGES)
 

@@ -110,17 +110,10 @@ class RemoteJudge:
             import openai
         except ImportError as error:
             raise UniLIPError(f"A judge needs the package openai; {install('eval')}.") from error
-        self.terms = terms
-        self.tally = Tally()
-        self._errors = openai
-        self._client = openai.OpenAI(
-            base_url=terms.url,
-            api_key=terms.key or os.environ.get("OPENAI_API_KEY") or "none",
-            timeout=terms.timeout,
-            max_retries=terms.retries,
-        )
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
+        key = terms.key or os.environ.get("OPENAI_API_KEY") or "none"
+        self._client = openai.OpenAI(base_url=terms.url, api_key=key, timeout=terms.timeout, max_retries=terms.retries)
+        self.terms, self.tally, self._errors = terms, Tally(), openai
+        self._lock, self._stop = threading.Lock(), threading.Event()
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
         """Answer each question, in order. Raises JudgeStopped: a wrong address, key or model; answers are kept."""
@@ -148,7 +141,7 @@ class RemoteJudge:
             if self._stop.is_set():
                 return answer
             answer = self._request(question)
-            if answer.status in ("ok", "refused", "failed"):
+            if answer.status != "unparsable":
                 break
         if answer.status == "ok" and place is not None:
             write_json(place, {"model": self.terms.model, "key": question.key, "text": answer.text})
@@ -176,8 +169,7 @@ class RemoteJudge:
                 "--judge, --judge-model and OPENAI_API_KEY. Pictures and answers so far are kept."
             ) from error
         except e.BadRequestError as error:
-            said = f"{error} {error.code} {error.body}"
-            refused = any(code in said for code in POLICY)
+            refused = any(code in f"{error} {error.code} {error.body}" for code in POLICY)
             self._count("requests")
             return Answer(question.key, "refused" if refused else "failed", reason=reason(error, 300))
         except Exception as error:  # timeouts, lost connections, what the server says after all retries, broken JSON

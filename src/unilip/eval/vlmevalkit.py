@@ -61,11 +61,7 @@ def make_class(base: type) -> type:
             device = choose_device(device or "auto")
             self.model: UniLIP = UniLIP.from_pretrained(path, device=device, dtype=dtype, parts=("encoder", "mllm"))
             self.max_tiles, self.plain = max_tiles, plain
-            self.settings: dict[str, Any] = {
-                "max_new_tokens": max_new_tokens,
-                "temperature": temperature,
-                "top_p": top_p,
-            }
+            self.settings: dict[str, Any] = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
 
         def use_custom_prompt(self, dataset: str) -> bool:
             """Whether the kit's own prompt is left out."""
@@ -74,8 +70,7 @@ def make_class(base: type) -> type:
         def build_prompt(self, line: Mapping[str, Any], dataset: str) -> list[dict[str, str]]:
             """Return the pictures of a row and its question alone."""
             files = self.dump_image(line, dataset)
-            images = files if isinstance(files, list) else [files]
-            shown = [{"type": "image", "value": str(image)} for image in images]
+            shown = [{"type": "image", "value": str(file)} for file in (files if isinstance(files, list) else [files])]
             return [*shown, {"type": "text", "value": str(line["question"])}]
 
         def generate_inner(self, message: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
