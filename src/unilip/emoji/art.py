@@ -134,22 +134,20 @@ def _drawings(
 
 
 def _npm_pack(folder: Path) -> Path:
-    npm = shutil.which("npm")
+    npm, wanted = shutil.which("npm"), [f"{style.package}@{style.version}" for style in STYLES.values()]
     if npm is None:
         raise DataError(
-            "npm was not found, and the art is fetched with it; install Node.js, or run `npm pack "
-            + " ".join(f"{s.package}@{s.version}" for s in STYLES.values())
-            + "` on another machine and give the folder as source (--source DIR)"
+            f"npm was not found, and the art is fetched with it; install Node.js, or run `npm pack {' '.join(wanted)}` "
+            "on another machine and give the folder as source (--source DIR)"
         )
-    for style in STYLES.values():
-        command = [npm, "pack", f"{style.package}@{style.version}", "--silent", "--pack-destination", str(folder)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            raise DataError(
-                f"`{' '.join(command[:3])}` failed with exit status {result.returncode}: "
-                f"{result.stderr.strip()[-500:]}; check the network, or give a folder that holds the packages as "
-                "source (--source DIR)"
-            )
+    command = [npm, "pack", *wanted, "--silent", "--pack-destination", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise DataError(
+            f"`npm pack {' '.join(wanted)}` failed with exit status {result.returncode}: "
+            f"{result.stderr.strip()[-500:]}; check the network, or give a folder that holds the packages as source "
+            "(--source DIR)"
+        )
     return folder
 
 

@@ -30,6 +30,8 @@ from unilip.errors import UniLIPError
 from unilip.pictures import picture_psnr
 
 T = TypeVar("T")
+Scan = tuple[torch.Tensor, torch.Tensor]  # merit of every look where an object may be (L, P); x, y, size there (P, 3)
+Place = tuple[int, int, int, int]  # number of a look, x, y, size
 VERSION = 2  # raise it when a change here may change a verdict: old results are not mixed with new ones
 UNKNOWN = "unknown"  # something is there that looks like no drawing of the world
 MIN_EXPLAINED = 0.85  # share of the picture's energy in a window that a sprite has to explain to be recognised
@@ -43,7 +45,7 @@ SOFTNESS = (0.0, 1.5, 2.5)  # further blur of a sprite, in pixels, that is tried
 MAX_SHARED = 0.3  # share of the smaller of two boxes that may overlap
 SCALES = (0.94, 0.97, 1.03, 1.06)  # of the likeliest sprites, tried in full resolution
 FINALISTS = 3
-KEPT_PIXELS = 2_000_000  # of sprites kept ready, about 100 MB
+KEPT = 768  # sprites at a size, kept ready: about 100 MB
 BACKGROUND_NEAR = 20.0  # CIELAB distance up to which a pixel may belong to a background
 BACKGROUND_SHARE = 0.20  # share of pixels that have to be near the background
 BLOB_NEAR = 35.0  # CIELAB distance up to which a thing without a name has one of the palette's colours
@@ -193,15 +195,6 @@ def _detail(seen: torch.Tensor, drawn: torch.Tensor, size: int) -> float:
     return float((a * b).sum() / (b * b).sum().clamp_min(1e-6))
 
 
-@dataclass(frozen=True)
-class _Scan:
-    """Merit of every look in every window that may hold an object (L, P), the best (P), and x, y, size (P, 3)."""
-
-    merits: torch.Tensor
-    best: torch.Tensor
-    places: torch.Tensor
-
-
 class Judge:
     """All sprites of a world, ready to be looked for; build it once (pico: 2 s) and read many pictures."""
 
@@ -217,10 +210,8 @@ class Judge:
         layers = torch.stack([self._coarse(look) for look in self.looks])  # L 4 CELLS CELLS
         weights, self._constant = _template(layers)
         self._weights = weights.flatten(1)  # L 8 x CELLS^2
-        self._kept: dict[tuple[_Look, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        self._kept_pixels = 0
-        self._kinds = {kind: i for i, kind in enumerate(dict.fromkeys((k.concept, k.style) for k in self.looks))}
-        self._kind_of = torch.tensor([self._kinds[k.concept, k.style] for k in self.looks])
+        kinds = {kind: i for i, kind in enumerate(dict.fromkeys((k.concept, k.style) for k in self.looks))}
+        self._kind_of = torch.tensor([kinds[k.concept, k.style] for k in self.looks])
         sizes = sorted({*world.single_sizes, *world.multi_sizes})
         self.sizes = sorted({s for size in sizes for s in (round(size * 0.92), size, round(size * 1.08))})
         if len(sizes) > 4:  # steps are fine already
@@ -267,7 +258,7 @@ class Judge:
         return Reading(background, tuple(objects))
 
     def _next(
-        self, left: torch.Tensor, behind: torch.Tensor, floor: float, scan: _Scan, before: Sequence[Found]
+        self, left: torch.Tensor, behind: torch.Tensor, floor: float, scan: Scan, before: Sequence[Found]
     ) -> tuple[Found | None, torch.Tensor]:
         """Find the sprite that explains most of what is LEFT (3, S, S); returns it and what it hides (S, S)."""
         remaining = (left**2).sum(0)
@@ -312,17 +303,14 @@ class Judge:
         """Return PLACE (x, y, size) as a thing without a name, or the window of the smallest size that holds most."""
         cover = torch.zeros_like(busy)
         size = min(self.world.multi_sizes)
-        if place is not None:
-            x, y, wide = place
-            enough = float(busy[y : y + wide, x : x + wide].sum()) >= MIN_UNKNOWN * size * size
-            place = place if enough else None
-        if place is None:
+        x, y, wide = place or (0, 0, 0)
+        if float(busy[y : y + wide, x : x + wide].sum()) >= MIN_UNKNOWN * size * size:
+            size = wide
+        else:
             share = F.avg_pool2d(busy[None], size, 1)[0]
             if float(share.max()) < MIN_UNKNOWN:
                 return None, cover
             y, x = divmod(int(share.argmax()), share.shape[-1])
-            place = (x, y, size)
-        x, y, size = place
         cover[y : y + size, x : x + size] = 1
         # what hangs together is one thing, however blurred, as far as the largest thing would reach
         reach = max(size, max(self.world.single_sizes)) // 2 + round(0.15 * size)
@@ -333,7 +321,7 @@ class Judge:
             cover = torch.maximum(cover, F.max_pool2d(cover[None], 7, 1, 3)[0] * busy * limit)
         return Found(UNKNOWN, self.world.default_style, None, (x, y, x + size, y + size), 0.0), cover
 
-    def _scan(self, difference: torch.Tensor, behind: torch.Tensor, floor: float) -> _Scan:
+    def _scan(self, difference: torch.Tensor, behind: torch.Tensor, floor: float) -> Scan:
         """Slide all looks over the coarse picture at all sizes."""
         side = difference.shape[-1]
         busy = ((difference**2).sum(0, keepdim=True) > floor).float()
@@ -353,13 +341,13 @@ class Judge:
             scale, columns = side / steps, steps - CELLS + 1
             x, y = (index % columns * scale).round(), (index // columns * scale).round()
             places.append(torch.stack([x, y, torch.full_like(x, size)], 1))
-        found = torch.cat(merits, 1)
-        return _Scan(found, found.amax(0), torch.cat(places))
+        return torch.cat(merits, 1), torch.cat(places)
 
-    def _candidates(self, scan: _Scan, before: Sequence[Found], keep: int = 10) -> list[tuple[int, int, int, int]]:
-        """Return (look, x, y, size) of the likeliest kinds around the place where a sprite explains most."""
-        size = scan.places[:, 2]
-        middle = scan.places[:, :2] + size[:, None] / 2  # P 2
+    def _candidates(self, scan: Scan, before: Sequence[Found], keep: int = 10) -> list[Place]:
+        """Return the likeliest kinds around the place where a sprite explains most."""
+        merits, places = scan
+        size = places[:, 2]
+        middle = places[:, :2] + size[:, None] / 2  # P 2
         free = torch.ones(len(size), dtype=torch.bool)
         for found in before:
             smaller = size.clamp_max(found.size)
@@ -368,22 +356,22 @@ class Judge:
             free &= shared < MAX_SHARED * smaller**2
         if not free.any():
             return []
-        peak = int(torch.where(free, scan.best, -math.inf).argmax())
+        peak = int(torch.where(free, merits.amax(0), -math.inf).argmax())
         near = (free & ((middle - middle[peak]).abs().amax(1) < 0.25 * size[peak])).nonzero()[:, 0]
-        best, at = scan.merits[:, near].max(1)  # L
-        places = scan.places[near[at]]
+        best, at = merits[:, near].max(1)  # L
+        found = places[near[at]].int().tolist()
         # one candidate a kind: colours of one drawing would crowd out the others
-        kinds = torch.full((len(self._kinds),), -math.inf).scatter_reduce(0, self._kind_of, best, "amax")
+        count = int(self._kind_of.max()) + 1
+        kinds = torch.full((count,), -math.inf).scatter_reduce(0, self._kind_of, best, "amax")
         chosen = []
-        for kind in kinds.topk(min(keep, len(self._kinds))).indices.tolist():
+        for kind in kinds.topk(min(keep, count)).indices.tolist():
             members = (self._kind_of == kind).nonzero()[:, 0]
             look = int(members[best[members].argmax()])
-            x, y, side = map(int, places[look])
-            chosen.append((look, x, y, side))
+            chosen.append((look, *found[look]))
         return chosen
 
     def _refine(
-        self, left: torch.Tensor, behind: torch.Tensor, candidates: Sequence[tuple[int, int, int, int]]
+        self, left: torch.Tensor, behind: torch.Tensor, candidates: Sequence[Place]
     ) -> tuple[_Look, int, int, int] | None:
         """Try each candidate in full resolution at sizes and places nearby; returns the best (look, x, y, size)."""
         scene = _scene(left, behind)
@@ -398,9 +386,9 @@ class Judge:
         return None if value <= 0 else (self.looks[index], x, y, size)
 
     def _fit(
-        self, scene: torch.Tensor, energy: torch.Tensor, place: tuple[int, int, int, int], scale: float
+        self, scene: torch.Tensor, energy: torch.Tensor, place: Place, scale: float
     ) -> tuple[float, int, int, int, int]:
-        """Slide one look, SCALE times as large, around (look, x, y, size); returns merit, look, x, y, size."""
+        """Slide one look, SCALE times as large, around a place; returns merit, look, x, y, size."""
         index, x, y, size = place
         side = scene.shape[-1]
         look, s = self.looks[index], min(round(size * scale), side)
@@ -415,18 +403,12 @@ class Judge:
         dy, dx = divmod(int(merit.argmax()), merit.shape[-1])
         return float(merit.max()), index, x0 + dx, y0 + dy, s
 
+    @lru_cache(maxsize=KEPT)  # noqa: B019 - a judge lives as long as its run
     def _fine(self, look: _Look, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Colour x alpha and alpha of a sprite, blurred as the picture is (4, size, size), and its template."""
-        key = (look, size)
-        if key not in self._kept:
-            sprite = self.atlas.sprite(look.concept, look.style, size, look.colour, look.tone)
-            layers = _blur(_premultiply(sprite)[None], BLUR, "constant")
-            if self._kept_pixels > KEPT_PIXELS:
-                self._kept.clear()
-                self._kept_pixels = 0
-            self._kept[key] = (layers[0], *_template(layers))
-            self._kept_pixels += size * size
-        return self._kept[key]
+        sprite = self.atlas.sprite(look.concept, look.style, size, look.colour, look.tone)
+        layers = _blur(_premultiply(sprite)[None], BLUR, "constant")
+        return (layers[0], *_template(layers))
 
     def _name_colour(self, found: Found, image: torch.Tensor, behind: torch.Tensor) -> Found:
         """Name colour or skin tone by the pixels that they change: the nearest variant in mean CIELAB."""
@@ -469,7 +451,7 @@ class Judge:
         nearest = min(distances, key=lambda name: distances[name])
         return nearest if distances[nearest] < BLOB_NEAR else None
 
-    @lru_cache(maxsize=4096)  # noqa: B019 - a judge lives as long as its run
+    @lru_cache(maxsize=4096)  # noqa: B019 - as long as that
     def colours_as(self, obj: Obj) -> tuple[str | None, ...]:
         """Return the colour names that a reading may give OBJ: its own, or those nearest to the artist's drawing."""
         colours = self.world.colours_of(obj.concept, obj.style)
