@@ -10,7 +10,7 @@ import pytest
 
 from unilip.data.errors import DataError
 from unilip.emoji.art import Atlas
-from unilip.emoji.dataset import Edits, Knowledge, Questions, Scenes
+from unilip.emoji.dataset import Edits, Questions, Scenes
 from unilip.emoji.edits import sample_chain, sample_edit, sample_joint
 from unilip.emoji.lessons import cells, of_caption, of_edit
 from unilip.emoji.render import change_mask, render
@@ -160,13 +160,6 @@ def test_datasets_hold_what_they_say(atlas):
     assert {only[i]["kind"] for i in range(20)} == {"count"}
     counting = Scenes(world, atlas, "train", 0, 50, "tokenizer", tasks=("counting",))
     assert {counting[i]["task"] for i in range(20)} == {"counting"}
-
-
-def test_knowledge_items():
-    known = Knowledge(World.pico(), "train")
-    assert len(known) > 300
-    assert set(known[0]) == {"question", "answer"}
-    assert known[len(known) - 1] == known[-1]
 
 
 def test_datasets_refuse_wrong_splits_kinds_and_indices(atlas):

@@ -16,7 +16,7 @@ from eval_support import GENEVAL, GENEVAL2, paint, wise_rows, write_prompts
 from unilip.errors import UniLIPError
 from unilip.eval import benchmarks, generation, runs
 from unilip.eval.benchmarks import open_benchmark
-from unilip.eval.generation import Settings, generate, picture_seed
+from unilip.eval.generation import Settings, generate, picture_seeds
 from unilip.eval.runs import RunFolder
 from unilip.machine import Place
 
@@ -91,7 +91,7 @@ def test_dpg_tiles_four_pictures_named_after_the_prompt(prompts, draw, tiny_mode
     import torch
 
     item = next(item for item in benchmark.items if item.key == "whoops7")
-    seeds = [torch.Generator().manual_seed(picture_seed(0, item, n)) for n in range(4)]
+    seeds = [torch.Generator().manual_seed(seed) for seed in picture_seeds(0, item)]
     drawn = tiny_model.generate([item.prompt] * 4, generator=seeds, num_inference_steps=1, progress=False).images
     assert [picture.tobytes() for picture in drawn] == crops
 

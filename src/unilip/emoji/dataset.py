@@ -17,7 +17,7 @@ from unilip.data.seeding import generator
 from unilip.emoji.art import Atlas
 from unilip.emoji.captions import as_written, background_words, caption, place_words
 from unilip.emoji.edits import Edit, sample_edit, sample_joint
-from unilip.emoji.knowledge import knowledge, met_riddles
+from unilip.emoji.knowledge import met_riddles
 from unilip.emoji.questions import questions
 from unilip.emoji.render import render
 from unilip.emoji.world import SPLITS, TASKS, TRAINED, Scene, World, sample_scene
@@ -139,18 +139,3 @@ class Edits(_Items):
         edit = self.draw(i)
         source, target = self._pixels(edit.source), self._pixels(edit.target)
         return {"source": source, "target": target, "instruction": edit.instruction, "kind": edit.kind, "edit": edit}
-
-
-@dataclass(frozen=True)
-class Knowledge:
-    """Text-only questions about the world's concepts: dict(question, answer), each once."""
-
-    world: World
-    split: str = "train"
-
-    def __len__(self) -> int:
-        return len(knowledge(self.world, self.split))
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        found = knowledge(self.world, self.split)[i]
-        return {"question": found.question, "answer": found.answer}

@@ -63,10 +63,10 @@ class Settings:
         return cls(**(own | {name: value for name, value in given.items() if value is not None}))
 
 
-def picture_seed(seed: int, item: Item, sample: int = 0) -> int:
-    """Return the seed of one picture: it depends on the run's seed, the item's key and which of its pictures it is."""
-    parts = (item.key,) if item.pictures == 1 else (item.key, sample)
-    return stable_hash("noise", seed, *parts) % 2**63
+def picture_seeds(seed: int, item: Item) -> list[int]:
+    """Return the seeds of an item's pictures: by the run's seed, the item's key, and which of its pictures it is."""
+    keys: list[tuple[object, ...]] = [(item.key,)] if item.pictures == 1 else [(item.key, n) for n in range(item.pictures)]
+    return [stable_hash("noise", seed, *key) % 2**63 for key in keys]
 
 
 def generate(
@@ -99,7 +99,7 @@ def generate(
         items = benchmark.items
         if place.rank == 0:
             about = [{"key": i.key, "prompt": i.prompt, "picture": i.path, "group": i.group} for i in items]
-            seeds = ({"seeds": _seeds(item, settings.seed)} for item in items)
+            seeds = ({"seeds": picture_seeds(settings.seed, item)} for item in items)
             write_lines(output / ITEMS, map(operator.or_, about, seeds))
             if benchmark.name == "geneval2":  # its scorer finds pictures by their prompt
                 write_json(output / f"{PICTURES}.json", {item.prompt: item.path for item in items})
@@ -122,16 +122,12 @@ def generate(
     return {"made": made, "there": len(there), "missing": len(missing(benchmark, output)), "identity": identity}
 
 
-def _seeds(item: Item, seed: int) -> list[int]:
-    return [picture_seed(seed, item, n) for n in range(item.pictures)]
-
-
 def _draw(
     model: UniLIP, benchmark: Benchmark, items: Sequence[Item], settings: Settings, batch_size: int,
     identity: Mapping[str, Any],
 ) -> dict[str, bytes]:  # fmt: skip
     """Draw the pictures of items; returns path -> bytes of everything that belongs to them."""
-    jobs = [(item, seed) for item in items for seed in _seeds(item, settings.seed)]
+    jobs = [(item, seed) for item in items for seed in picture_seeds(settings.seed, item)]
     drawn: list[Image.Image] = []
     how: dict[str, Any] = {name: getattr(settings, name) for name in ("guidance_scale", "solver", "image_size")}
     how |= {"num_inference_steps": settings.steps, "progress": False}
@@ -160,7 +156,7 @@ def _draw(
 
 def _notes(item: Item, identity: Mapping[str, Any]) -> dict[str, str]:
     """Return what a picture's file says of its origin."""
-    seeds = ", ".join(map(str, _seeds(item, identity["settings"]["seed"])))
+    seeds = ", ".join(map(str, picture_seeds(identity["settings"]["seed"], item)))
     return {"model": identity["model"], "prompt": item.prompt, "seed": seeds}
 
 

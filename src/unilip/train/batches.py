@@ -34,8 +34,9 @@ from unilip.data.seeding import generator, stable_hash
 from unilip.emoji import lessons
 from unilip.emoji.art import Atlas
 from unilip.emoji.captions import PLAN, as_written, caption, plan
-from unilip.emoji.dataset import Edits, Knowledge, Scenes, pixels, prompt
+from unilip.emoji.dataset import Edits, Scenes, pixels, prompt
 from unilip.emoji.edits import sample_edit
+from unilip.emoji.knowledge import knowledge
 from unilip.emoji.lessons import SUMMARY, UNKNOWN, Lesson
 from unilip.emoji.questions import QA, questions
 from unilip.emoji.world import TRAINED, Scene, World, sample_scene
@@ -323,7 +324,7 @@ class EmojiBatches(Batches):
         for size in recipe.data.sizes:
             scenes, pairs = replace(self.scenes, world=world.shaped(size)), self.edit_pairs
             self.shaped[size] = scenes, pairs and replace(pairs, world=scenes.world)
-        self.knowledge = Knowledge(world, "train")
+        self.knowledge = knowledge(world, "train")
         if isinstance(recipe.objective, Understand) and recipe.objective.words:
             _ = self.word_weights  # likewise
 
@@ -393,8 +394,8 @@ class EmojiBatches(Batches):
         """A question about the world, or a caption to be written out with all places."""
         rng, world = generator("text", self.recipe.seed, index), self.scenes.world
         if rng.random() < 0.4:
-            item = self.knowledge[rng.randrange(len(self.knowledge))]
-            return item["question"], item["answer"]
+            fact = self.knowledge[rng.randrange(len(self.knowledge))]
+            return fact.question, fact.answer
         task = rng.choice(PLANNED)
         scene = sample_scene(world, rng, task, "train", "generation")
         words = prompt(scene, task, rng, world, 0.2)
