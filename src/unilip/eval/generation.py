@@ -65,8 +65,8 @@ class Settings:
 
 def picture_seeds(seed: int, item: Item) -> list[int]:
     """Return the seeds of an item's pictures: by the run's seed, the item's key, and which of its pictures it is."""
-    keys: list[tuple[object, ...]] = [(item.key,)] if item.pictures == 1 else [(item.key, n) for n in range(item.pictures)]
-    return [stable_hash("noise", seed, *key) % 2**63 for key in keys]
+    numbers: list[tuple[int, ...]] = [()] if item.pictures == 1 else [(n,) for n in range(item.pictures)]
+    return [stable_hash("noise", seed, item.key, *number) % 2**63 for number in numbers]
 
 
 def generate(
