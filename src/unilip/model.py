@@ -823,15 +823,12 @@ class UniLIP(Network):
             raise UniLIPError(f"callback_on_step_end is {callback!r}; give f(model, step, timestep, values).")
 
         def on_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
-            result = callback(self, step, timestep, {"latents": latents})
-            if result is None:
-                return None
-            if not isinstance(result, Mapping):
+            given = callback(self, step, timestep, {"latents": latents})
+            if not isinstance(result := {} if given is None else given, Mapping):
                 raise UniLIPError(f"callback_on_step_end returned {type(result).__name__}; give {{'latents': tensor}}.")
-            changed = result.get("latents")
-            if changed is not None and (not isinstance(changed, Tensor) or changed.shape != latents.shape):
-                shape = list(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
-                raise UniLIPError(f"callback_on_step_end returned latents {shape}; they must be {list(latents.shape)}.")
+            changed, wanted = result.get("latents"), list(latents.shape)
+            if changed is not None and _shape(changed) != str(wanted):
+                raise UniLIPError(f"callback_on_step_end returned latents {_shape(changed)}; they must be {wanted}.")
             return changed
 
         return on_step

@@ -318,21 +318,16 @@ def draw(
     write: Callable[[str | None], Prompt] = processor.generate_text
     if features is not None:
         write = functools.partial(processor.edit_text, cells=cells or features.shape[1])
-    texts = [write(prompt) for prompt in prompts]
-    rows = index
-    if features is not None:
-        features = features.to(device)
-        own = features[torch.tensor(source_of, device=device)]
+    sources, rows = source_of if features is not None else [0] * len(prompts), index
+    asked: list[tuple[int, str | None]] = list(zip(sources, prompts, strict=True))
     if settings.guidance_scale > 1:  # the unconditional rows, each once, are read together with the prompts
-        sources = source_of if features is not None else [0] * len(prompts)
         pairs = list(zip(sources, negatives or [None] * len(prompts), strict=True))
         unique = list(dict.fromkeys(pairs))
-        texts = [write(negative) for _, negative in unique] + texts
+        asked = [*unique, *asked]
         rows = torch.cat([torch.tensor([unique.index(pair) for pair in pairs])[index], index + len(unique)])
-        features = None if features is None else torch.cat([features[[source for source, _ in unique]], own])
-    elif features is not None:
-        features = own
-    tokens = processor.tokenize(texts).to(device)
+    if features is not None:
+        features = features.to(device)[torch.tensor([source for source, _ in asked], device=device)]
+    tokens = processor.tokenize([write(text) for _, text in asked]).to(device)
     with runtime.using("mllm", "connector"):
         condition, mask = network.condition(tokens, features)
         check_finite(condition, "mllm or connector")
