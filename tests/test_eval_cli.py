@@ -97,6 +97,14 @@ def test_recon(run, tmp_path):
     assert code == 0 and "psnr" in out and "fd[encoder]" in out and "ssim" not in out
 
 
+def test_understand(run, tmp_path):
+    paint(tmp_path / "photos" / "0.png", 0, (60, 60))
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "Is it?", "image": "0.png", "answer": "yes"}))
+    given = ["q.jsonl", "--images", "photos", "--device", "cpu", "--max-new-tokens", "2", "--output", "u"]
+    code, out, _ = run("eval understand", *given)
+    assert code == 0 and out.startswith("u/answers.jsonl\nunderstand q questions; exact match")
+
+
 @pytest.mark.parametrize(
     ("verb", "given", "message"),
     [
@@ -106,6 +114,7 @@ def test_recon(run, tmp_path):
         ("eval wise", ["--judge", "http://x/v1"], "--judge-model"),
         ("eval wise", ["--judge", "x", "--judge-model", "m"], "address of an API"),
         ("eval wise", ["--protocol", "new"], "legacy"),
+        ("eval understand", ["nothing"], "no questions at nothing"),
         ("eval recon", ["nothing"], "Give a folder of pictures"),
         ("eval recon", [".", "--protocol", "300"], "invalid choice"),
         ("eval compare", ["nothing"], "no folder nothing"),

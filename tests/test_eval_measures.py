@@ -1,5 +1,6 @@
-"""Reconstruction, the kits and comparisons: measures against references, formats, resuming, bad input."""
+"""Reconstruction, questions, the kits and comparisons: measures against references, formats, resuming, bad input."""
 
+import base64
 import csv
 import io
 import json
@@ -14,7 +15,7 @@ from PIL import Image
 
 from eval_support import paint, write_prompts
 from unilip.errors import ImageError, UniLIPError
-from unilip.eval import compare, recon
+from unilip.eval import compare, recon, understand
 from unilip.eval.benchmarks import open_benchmark
 from unilip.eval.generation import Settings, generate
 from unilip.eval.pictures import open_pictures
@@ -273,6 +274,87 @@ def test_pictures_come_from_folders_tars_parquet_and_datasets(photos, tmp_path):
 def _empty(folder: Path) -> Path:
     (folder / "empty").mkdir()
     return folder / "empty"
+
+
+# --- questions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ask(tiny_folder, tmp_path, monkeypatch):
+    """Ask a model that answers by a picture's first pixel: f(rows, images, output) -> (answers, asked, found)."""
+    from unilip.model import UniLIP
+
+    def call(rows, images="a", output="run", **more):
+        asked = []
+
+        def reply(self, images, questions, **choices):
+            asked.extend(questions)
+            return [
+                f"{q.split()[0]} {[p.getpixel((0, 0)) for p in own]}" for q, own in zip(questions, images, strict=True)
+            ]
+
+        monkeypatch.setattr(UniLIP, "ask", reply)
+        (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        sheet = understand.open_questions(tmp_path / "q.jsonl", tmp_path / images)
+        given = {"batch_size": 2, "place": Place(), **more}
+        found = understand.evaluate(sheet, tmp_path / output, tiny_folder, **given)
+        file = tmp_path / output / "answers.jsonl"
+        lines = file.read_text().splitlines() if file.is_file() else []
+        return [json.loads(line)["answer"] for line in lines], asked, found
+
+    for n, name in enumerate("ab"):
+        paint(tmp_path / name / "1.png", n, (56, 56))
+        paint(tmp_path / name / "2.png", n + 2, (56, 56))
+    return call
+
+
+QUESTIONS = [
+    {"id": 7, "question": "What?", "image": "1.png", "answer": "what"},
+    {"question": "Both?", "image": ["1.png", "2.png"], "category": "pairs"},
+    {"question": "None at all?", "answer": "NONE!  []"},
+]
+
+
+def test_questions_are_asked_once_and_known_by_their_pictures(ask, tmp_path):
+    first, asked, (summary,) = ask(QUESTIONS)
+    assert len(first) == len(asked) == 3 and first[2] == "None []" and first[1].count("(") == 2
+    assert summary["scores"][""]["exact_match"]["value"] == 0.5 and summary["prompts_scored"] == 2
+    assert ask(QUESTIONS)[:2] == (first, [])
+    other, asked, _ = ask(QUESTIONS, "b")  # the same names, other pictures
+    assert asked == ["What?", "Both?"] and (other, first[2:]) == (ask(QUESTIONS, "b", "fresh")[0], other[2:])
+    paint(tmp_path / "a/2.png", 9, (56, 56))  # a picture is replaced
+    assert ask(QUESTIONS)[1] == ["Both?"]
+    changed = [{**QUESTIONS[0], "question": "Who?"}, *QUESTIONS[1:]]
+    assert ask(changed)[1] == ["Who?"]
+    with pytest.raises(UniLIPError, match="settings"):
+        ask(QUESTIONS, max_new_tokens=3)
+
+
+def test_processes_share_the_questions(ask):
+    answers, first, found = ask(QUESTIONS, place=Place(1, 2))
+    assert found is None and answers == [] and len(first) == 1
+    assert len(ask(QUESTIONS, place=Place(0, 2))[1]) == 2 and ask(QUESTIONS)[1] == []
+    assert ask([{"question": "Why?"}], output="no answers")[2] == []
+
+
+def test_damaged_questions_are_told(tmp_path):
+    coded = base64.b64encode(b"no picture").decode()
+    cases = {
+        "": "holds no questions", "{": "not JSON", "[1]": "not a JSON object", '{"image": "x.png"}': "no question",
+        '{"question": "a", "image": "x.png"}': "--images", '{"question": "a", "image": "!!!"}': "neither base64",
+        '{"question": "a", "image": 3}': "path or base64", '{"question": "a", "answer": ["b"]}': "list",
+        '{"question": "a", "id": 1}\n{"question": "b", "id": "1"}': "twice",
+    }  # fmt: skip
+    for text, message in cases.items():
+        (tmp_path / "a.jsonl").write_text(text)
+        with pytest.raises(UniLIPError, match=message):
+            understand.open_questions(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "a", "image": coded}))
+    with pytest.raises(ImageError, match="question 0"):
+        understand.evaluate(understand.open_questions(tmp_path / "a.jsonl"), tmp_path / "run", place=Place())
+    for name in ("MMBench.tsv", "nothing.jsonl"):
+        with pytest.raises(UniLIPError, match="lmms-eval"):
+            understand.open_questions(tmp_path / name)
 
 
 # --- the kits -------------------------------------------------------------------------------------------------------

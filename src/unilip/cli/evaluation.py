@@ -190,6 +190,21 @@ def eval_recon(o: Options) -> int:
     return 0 if summary is None else tell_scores(o, [summary], output)
 
 
+def eval_understand(o: Options) -> int:
+    """Ask the questions of a file about pictures."""
+    output = output_of(o, "understand")
+    device = choose_device(o.device)
+    from unilip.eval import understand
+
+    sheet = understand.open_questions(o.words[0], o.images)
+    given = pick(o, "count", "max_tiles", "max_new_tokens", "batch_size", "dtype") | {"name": Path(o.words[0]).stem}
+    summaries = understand.evaluate(sheet, output, source_of(o), device=device, progress=bars(o), **given)
+    if summaries is None:
+        return 0
+    o.report.line(str(output / "answers.jsonl"))
+    return tell_scores(o, summaries, output)
+
+
 def eval_compare(o: Options) -> None:
     """Put runs side by side."""
     output = output_of(o, "compare")

@@ -1,0 +1,187 @@
+"""Ask a model the questions of a JSON-lines file, `unilip eval understand`; a rerun asks only what is new.
+
+In: a line a question, {"question": text, "image": a path, base64, or a list of them, "id"?, "answer"?}. Out, in a run
+folder: answers.jsonl, and the exact match with the given answers. The published benchmarks (MMBench, MME, MMVP, MMMU,
+SEED, AI2D, MM-Vet) are for lmms-eval and VLMEvalKit, which find the model by `lmms.py` and `vlmevalkit.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from unilip.checkpoints.hub import Source
+from unilip.data.records import IMAGE_SUFFIXES
+from unilip.errors import ImageError, UniLIPError
+from unilip.eval.pictures import decode
+from unilip.eval.runs import RunFolder, model_hash, name_of
+from unilip.eval.scores import Rule, make_row, write_scores
+from unilip.files import content_hash, file_hash, read_json, read_lines, write_lines
+from unilip.machine import Place
+from unilip.model import UniLIP
+
+NAMES = {  # of a question's fields, the first that is there
+    "question": ("question", "text", "prompt"), "image": ("image", "image_path", "images"),
+    "answer": ("answer", "label"), "id": ("id", "question_id", "index"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question: `answer` is what is right, None where it is not told; `images` are files or encoded pictures."""
+
+    key: str
+    text: str
+    images: tuple[Path | bytes, ...] = field(default=(), repr=False)
+    answer: str | None = None
+    group: str = "all"
+
+    def read(self) -> list[bytes]:
+        """Return the bytes of the pictures. Raises ImageError: one cannot be read."""
+        try:
+            return [image if isinstance(image, bytes) else image.read_bytes() for image in self.images]
+        except OSError as error:
+            raise ImageError(f"{error.filename} cannot be read ({error.strerror}); check --images.") from error
+
+    def digest(self) -> str:
+        """Return what an answer depends on, as a hash: the words and the bytes of the pictures."""
+        return content_hash(self.text, *self.read())
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The questions of a file."""
+
+    questions: tuple[Asked, ...]
+    sha256: str
+
+
+def open_questions(path: str | Path, images: str | Path | None = None) -> Sheet:
+    """Read a .jsonl or .json file of questions; IMAGES is the folder of image paths, that of the file by default.
+
+    Raises UniLIPError: no such file, another format, a missing picture, or an id that is there twice.
+    """
+    path = Path(path).expanduser()
+    if path.suffix not in (".jsonl", ".json") or not path.is_file():
+        raise UniLIPError(
+            f"There are no questions at {path}; give a .jsonl file of lines such as "
+            '{"question": "What is it?", "image": "a.png", "answer": "a cat"}. Published benchmarks are for lmms-eval '
+            "and VLMEvalKit."
+        )
+    folder = Path(images).expanduser() if images else path.parent
+    what = "file of questions"
+    rows = read_json(path, what) if path.suffix == ".json" else read_lines(path, what)
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise UniLIPError(f"{path} holds no questions; write one JSON object for each.")
+    found = tuple(_read(row, n, path, folder) for n, row in enumerate(rows))
+    key, often = Counter(asked.key for asked in found).most_common(1)[0]
+    if often > 1:
+        raise UniLIPError(f"{path} has the id {key!r} twice; each question needs its own.")
+    return Sheet(found, file_hash(path))
+
+
+def _read(row: Mapping[str, Any], n: int, path: Path, folder: Path) -> Asked:
+    defaults = {"question": None, "image": [], "answer": None, "id": n}
+    text, images, answer, key = (
+        next((row[name] for name in NAMES[field] if row.get(name) not in (None, "", [])), default)
+        for field, default in defaults.items()
+    )
+    where = f"{path}, question {key}"
+    if not isinstance(text, str) or not text.strip():
+        raise UniLIPError(f'{where} has no question; write {{"question": "..."}}.')
+    if isinstance(answer, (list, dict)):
+        raise UniLIPError(f"{where}: the answer is {type(answer).__name__}; give a text, or leave it out.")
+    found = tuple(_image(image, where, folder) for image in (images if isinstance(images, list) else [images]))
+    return Asked(str(key), text, found, None if answer is None else str(answer), str(row.get("category") or "all"))
+
+
+def _image(value: object, where: str, folder: Path) -> Path | bytes:
+    if not isinstance(value, str):
+        raise UniLIPError(f"{where}: an image is {type(value).__name__}; give a path or base64.")
+    if len(value) < 1000 and Path(value).suffix.lower() in IMAGE_SUFFIXES:
+        if not (folder / value).is_file():
+            raise UniLIPError(f"{where}: there is no picture {folder / value}; give its folder as --images.")
+        return folder / value
+    try:
+        return base64.b64decode(value.removeprefix("data:").split("base64,")[-1], validate=True)
+    except ValueError:
+        raise UniLIPError(f"{where}: the image is neither base64 nor the path of a picture.") from None
+
+
+def evaluate(
+    sheet: Sheet,
+    output: Path,
+    source: Source = None,
+    *,
+    name: str = "questions",
+    count: int | None = None,
+    max_tiles: int = 1,
+    max_new_tokens: int = 16,
+    batch_size: int = 8,
+    device: str = "cpu",
+    dtype: str | None = None,
+    place: Place | None = None,
+    progress: bool = False,
+) -> list[dict[str, Any]] | None:
+    """Ask a model the first COUNT questions; returns a list of at most one summary; None where the rank is not 0.
+
+    In: name: of the questions, for people. max_tiles, max_new_tokens: of `UniLIP.ask`.
+    Raises UniLIPError: a picture cannot be read, or the folder is another run's.
+    """
+    place = place or Place.of_environment()
+    questions = sheet.questions[:count]
+    identity = {
+        "task": "understand",
+        "protocol": "questions",
+        "model": model_hash(source),
+        "settings": {"max_tiles": max_tiles, "max_new_tokens": max_new_tokens, "dtype": dtype or "float32"},
+    }
+    with RunFolder(output, identity, place, name_of(source)) as folder:
+        marks = [asked.digest() for asked in questions]
+        by_mark = dict(zip(marks, questions, strict=True))
+        left = folder.left(list(by_mark), batch_size)
+        if left:
+            model = UniLIP.from_pretrained(source, device=device, dtype=dtype or "float32", parts=("encoder", "mllm"))
+        with tqdm(total=sum(map(len, left)), desc="understand", unit="question", disable=not progress) as bar:
+            for batch in left:
+                asked = [by_mark[mark] for mark in batch]
+                pictures = [[decode(data, f"question {one.key}") for data in one.read()] for one in asked]
+                texts = [one.text for one in asked]
+                answers = model.ask(pictures, texts, max_new_tokens=max_new_tokens, max_tiles=max_tiles)
+                folder.keep(batch, [{"answer": answer} for answer in answers])
+                bar.update(len(batch))
+        if place.rank:
+            return None
+        known = folder.wait(by_mark)
+    table = [
+        {
+            "key": one.key, "question": one.text, "answer": known[mark]["answer"], "truth": one.answer,
+            "right": None if one.answer is None else bare(one.answer) == bare(known[mark]["answer"]),
+        }
+        for one, mark in zip(questions, marks, strict=True)
+    ]  # fmt: skip
+    write_lines(output / "answers.jsonl", table)
+    rows = [
+        make_row(one.key, {"exact_match": float(row["right"])}, group=one.group)
+        for row, one in zip(table, questions, strict=True)
+        if row["right"] is not None
+    ]
+    about = {
+        "task": f"understand {name}", "protocol": identity["protocol"], "scorer": "exact match, without case and marks",
+        "model": folder.name, "model_hash": identity["model"], "settings": identity["settings"],
+        "prompts": {"sha256": sheet.sha256, "published": None, "count": len(sheet.questions)},
+        "prompts_scored": len(rows),
+    }  # fmt: skip
+    return [write_scores(output, "understand", rows, Rule(), about)] if rows else []
+
+
+def bare(text: str) -> str:
+    """Return a text without case, marks and repeated spaces: what an exact match compares."""
+    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
