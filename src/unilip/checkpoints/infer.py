@@ -123,7 +123,8 @@ def _infer(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[s
         "authors-stage1": beside.get("vae_config.json", {}).get("scaling_factor", 0.41407),
         "dcae": data.get("scaling_factor", 1.0),
     }
-    changes["latent_factor"] = float(said.get(kind, data.get("unilip_factor", base.latent_factor)))
+    factor: Any = said.get(kind, data.get("unilip_factor", base.latent_factor))
+    changes["latent_factor"] = float(factor)
     if "scheduler_config.json" in beside:
         changes["sampling"] = _sampling(beside["scheduler_config.json"])
     return base.replace(**changes, name=released or name or kind)

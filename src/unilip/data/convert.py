@@ -131,7 +131,7 @@ class Files:
 
     @cached_property
     def packed(self) -> dict[str, tuple[Path, int, int]]:
-        found = {}
+        found = dict[str, tuple[Path, int, int]]()
         for archive in sorted(self.folder.rglob("*.tar")):
             try:
                 with tarfile.open(archive, "r:") as tar:

@@ -359,7 +359,7 @@ class Judge:
         peak = int(torch.where(free, merits.amax(0), -math.inf).argmax())
         near = (free & ((middle - middle[peak]).abs().amax(1) < 0.25 * size[peak])).nonzero()[:, 0]
         best, at = merits[:, near].max(1)  # L
-        found = places[near[at]].int().tolist()
+        where = places[near[at]].int().tolist()
         # one candidate a kind: colours of one drawing would crowd out the others
         count = int(self._kind_of.max()) + 1
         kinds = torch.full((count,), -math.inf).scatter_reduce(0, self._kind_of, best, "amax")
@@ -367,7 +367,7 @@ class Judge:
         for kind in kinds.topk(min(keep, count)).indices.tolist():
             members = (self._kind_of == kind).nonzero()[:, 0]
             look = int(members[best[members].argmax()])
-            chosen.append((look, *found[look]))
+            chosen.append((look, *where[look]))
         return chosen
 
     def _refine(

@@ -160,8 +160,9 @@ class Bench:
         size = CHEAP * self.count
         data = {"held-out scenes": self._held_out(Scenes, size, purpose="tokenizer")}
         if self.world.extra:
-            single = {"tasks": ("single",), "pool": self.world.extra}
-            data["held-out concepts"] = self._held_out(Scenes, size, purpose="tokenizer", **single)
+            data["held-out concepts"] = self._held_out(
+                Scenes, size, purpose="tokenizer", tasks=("single",), pool=self.world.extra
+            )
         groups = {group: [scenes.draw(i)[:2] for i in range(size)] for group, scenes in data.items()}
         if "recolour" in self.world.edits:  # what a perfect edit to an unseen pair would have to draw
             edits = self._held_out(Edits, size, kinds=("recolour",), seen=False)

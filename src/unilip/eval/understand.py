@@ -88,7 +88,7 @@ def open_questions(path: str | Path, images: str | Path | None = None) -> Sheet:
 
 
 def _read(row: Mapping[str, Any], n: int, path: Path, folder: Path) -> Asked:
-    defaults = {"question": None, "image": [], "answer": None, "id": n}
+    defaults: dict[str, Any] = {"question": None, "image": [], "answer": None, "id": n}
     text, images, answer, key = (
         next((row[name] for name in NAMES[field] if row.get(name) not in (None, "", [])), default)
         for field, default in defaults.items()

@@ -206,8 +206,8 @@ class Service:
         """The settings of a drawing, as a job takes them."""
         steps, limit = body.steps, self.engine.limits.steps
         if steps is None and body.quality is not None and body.preset is None:
-            own = self.engine.config.sampling.num_inference_steps
-            steps = min(max(1, round(schema.QUALITY[body.quality] * own)), limit)
+            usual = self.engine.config.sampling.num_inference_steps
+            steps = min(max(1, round(schema.QUALITY[body.quality] * usual)), limit)
         same = {name: getattr(body, name) for name in ("seed", "solver", "negative_prompt", "size", "image_size")}
         partials = (body.partial_images or 0) if getattr(body, "stream", False) else 0
         own = {"steps": steps, "guidance_scale": body.guidance, "preset": body.preset or "quality"}
