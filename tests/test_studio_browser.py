@@ -44,7 +44,7 @@ def serving(model, runs=None, **rules):
 
     taken = listen("127.0.0.1", 0)
     with Engine(model) as engine:
-        told, trainer = about(Namespace(model=None), model), None
+        told, trainer = about(Namespace(model=None, performance="auto"), model), None
         if runs is not None:
             told["trains"], trainer = True, Trainer(runs, str(runs / "base"), "tiny", "cpu", engine.lend)
         settings = Settings("unilip", Rules(rate_limit=0, **rules), about=told)
@@ -201,6 +201,8 @@ def visitor(served, tmp_path_factory):
 
 def test_the_page_says_what_its_model_is_and_offers_what_it_can(visitor):
     assert "embedded (pico)" in visitor.text("#model") and "flat emoji" in visitor.text("#can")
+    facts = visitor.driver.execute_script("return document.getElementById('facts').textContent")
+    assert "cpu, float32, performance: auto" in facts
     assert len(visitor.all("#prompts button")) == 4 and len(visitor.all("#samples img")) == 4
     visitor.shoot("1-start")
 

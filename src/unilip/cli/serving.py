@@ -44,7 +44,8 @@ def about(o: Options, model: UniLIP) -> dict[str, Any]:
     from unilip.demo import examples
 
     found: dict[str, Any] = {
-        **describe_model(o, model), "version": __version__, "parameters": sum(p.numel() for p in model.parameters())
+        **describe_model(o, model), "performance": o.performance, "version": __version__,
+        "parameters": sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
     if o.model is None:
         given = examples()

@@ -556,7 +556,7 @@ function describe() {
   const count = about.parameters >= 1e9 ? `${(about.parameters / 1e9).toFixed(1)} billion` : `${(about.parameters / 1e6).toFixed(1)} million`;
   const facts = {
     Model: about.model ?? card.id, Parameters: about.parameters ? count : '', Draws: `${side} × ${side} px`,
-    Runs: about.device ? `${about.device}, ${about.dtype}` : '', Version: about.version ?? '', Can: about.can ?? '', Cannot: about.cannot ?? '',
+    Runs: about.device ? `${about.device}, ${about.dtype}, performance: ${about.performance}` : '', Version: about.version ?? '', Can: about.can ?? '', Cannot: about.cannot ?? '',
   };
   $('facts').replaceChildren(...Object.entries(facts).filter(([, value]) => value)
     .flatMap(([name, value]) => [make('dt', {textContent: name}), make('dd', {textContent: value})]));
