@@ -391,7 +391,7 @@ def test_a_checkpoint_of_another_model_is_refused(fork):
     save_file({k: v for k, v in weights.items() if k != name} | {"more": torch.zeros(1)}, file)
     about = file.with_name("state.json")
     about.write_text(json.dumps({k: v for k, v in json.loads(about.read_text()).items() if k != "files"}))
-    with pytest.raises(CheckpointError, match=f"does not fit the model: {name}, more"):
+    with pytest.raises(CheckpointError, match=f"does not fit the model: weights.{name}, weights.more"):
         train(recon(), fork, progress=False)
 
 
