@@ -109,7 +109,7 @@ def generate(
         cut = [[item for item in batch if item.path not in there] for batch in batches(items, per_batch, place)]
         made = sum(map(len, cut))
         if made:
-            parts = DRAWING if benchmark.source is None else ("encoder", *DRAWING)
+            parts = "drawing" if benchmark.source is None else ("encoder", *DRAWING)
             model = load() if load else UniLIP.from_pretrained(source, device=device, dtype=settings.dtype, parts=parts)
             total, before = len(items), len(there)
             name = benchmark.name if place.world == 1 else f"{benchmark.name} {place.rank + 1}/{place.world}"
