@@ -409,3 +409,8 @@ def test_a_model_that_learned_no_long_conversations_hears_what_came_since_the_pi
         body = Chat(messages=messages, modalities=["text"], response_format=JSON_OBJECT)
         wanted = read_conversation(body, reader, SimpleNamespace(config=config, verbs=("ask",)))
         assert ("JSON" in wanted.ask.question) == recall, "what knows plain questions only is asked plainly"
+        form = [{"role": "system", "content": "Answer in JSON of this schema: {}"}, *messages]
+        body = Chat(messages=form, modalities=["text"], response_format=JSON_OBJECT)
+        wanted = read_conversation(body, reader, SimpleNamespace(config=config, verbs=("ask",)))
+        said = wanted.ask.question + "".join(turn.text for turn in wanted.ask.history)
+        assert ("schema" in said) == recall and ("the system message" in body.ignored) != recall

@@ -104,6 +104,7 @@ def read_conversation(body: Chat, reader: Reader, able: Checker, chat: str = "au
     told = Conversation()
     system: list[str] = []
     made = False  # whether the newest pictures are the model's
+    recall = able.config.sampling.recall
     if any("<attached_files>" in (part.text or "") for part in body.parts):
         body._ignored += ("attached_files",)  # their pictures come as parts
     for message in body.messages:
@@ -112,6 +113,9 @@ def read_conversation(body: Chat, reader: Reader, able: Checker, chat: str = "au
         if message.role in ("system", "developer", "tool", "function") and message is not body.messages[-1]:
             if images:
                 raise PromptError(f"A {message.role} message has a picture; only the user's and the assistant's may.")
+            if wants_json(body) and not recall:  # it tells of a form, which a model of plain questions never read
+                body._ignored += (f"the {message.role} message",)
+                continue
             system += [text] if text else []
         elif message.role == "assistant":
             told = told.answered(text, images)
@@ -119,7 +123,7 @@ def read_conversation(body: Chat, reader: Reader, able: Checker, chat: str = "au
             told = told.heard("\n".join([*system, text]).strip(), images)
             system = []
             last = text
-    kept = told.recent if not able.config.sampling.recall else told.about_the_newest if made else told.turns
+    kept = told.recent if not recall else told.about_the_newest if made else told.turns
     if len(kept) < len(told.turns):
         body._ignored += (f"messages 1 to {len(told.turns) - len(kept)}, from before the newest picture",)
     *turns, question = kept
@@ -129,7 +133,7 @@ def read_conversation(body: Chat, reader: Reader, able: Checker, chat: str = "au
     if verb == "ask" and not last.strip():
         raise PromptError("The last message has no words; ask something, or say what to draw.")
     # a model of single plain questions is asked plainly; its words become the object
-    words_of_form = _form(body, [turn.text for turn in (*turns, question)]) if able.config.sampling.recall else ""
+    words_of_form = _form(body, [turn.text for turn in (*turns, question)]) if recall else ""
     ask = Ask(
         question.text + words_of_form, question.images, tuple(turns), temperature=body.temperature or 0.0,
         top_p=1.0 if body.top_p is None else body.top_p, seed=body.seed, max_tiles=body.max_tiles or 1,
