@@ -248,6 +248,12 @@ def test_a_world_checks_itself():
         replace(pico, single_sizes=(120,))
     with pytest.raises(DataError, match=r"styles.*oil"):
         replace(pico, styles=("oil",))
+    with pytest.raises(DataError, match="extra"):
+        replace(pico, extra=("cat",))
+    with pytest.raises(DataError, match=r"World\.strangers must be neither"):
+        replace(pico, guests=("car",))
+    with pytest.raises(DataError, match="paint among concepts"):
+        replace(pico, paint=("tractor",))
     with pytest.raises(DataError, match=r"unknown background"):
         render(Scene("plaid", ()), Atlas({}), pico)
 

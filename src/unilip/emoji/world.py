@@ -137,6 +137,13 @@ class World:
                 f"World sizes go up to {largest} pixels, but a picture of {self.size[0]}x{self.size[1]} less twice the "
                 f"margin {self.margin} leaves {room}; use smaller sizes"
             )
+        if set(self.concepts) & set(self.extra):
+            raise DataError("World.extra must not repeat concepts; extra is what no training ever sees")
+        if {*self.guests, *self.strangers} & {*self.concepts, *self.extra} or not set(self.paint) <= set(self.concepts):
+            raise DataError(
+                "World.guests and World.strangers must be neither among concepts nor among extra, World.paint among "
+                "concepts"
+            )
 
     @classmethod
     def preset(cls, name: str) -> World:
