@@ -23,15 +23,13 @@ COLUMNS: dict[str, str] = WORDS["columns"]
 
 def write_report(folder: Path, results: Mapping[str, Any], records: Mapping[str, Sequence[Record]]) -> None:
     """Write results.md and index.html to FOLDER: tables, a row a group, and right and wrong cases side by side."""
-    title, world, setting = f"{results['model']} in the emoji world", results["world"], _setting(results)
+    title, world, setting = f"{results['model']} in the emoji world", results["world"], describe(results)
     lines, page = [f"# {title} {world!r}", "", setting, ""], list[str]()
     for part in filter(records.__contains__, TITLES):
-        found, words = results[f"emoji-{part}"], TITLES[part]
+        found = results[f"emoji-{part}"]
+        lines += [f"## emoji-{part}", "", *table(part, found), ""]
+        page += [f"<h2>emoji-{part}</h2><p>{html.escape(TITLES[part])}</p><table>"]
         head, rows = _rows(found)
-        lines += [f"## emoji-{part}", "", f"{words[0].upper()}{words[1:]}.", ""]
-        lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-        lines += [*(f"| {' | '.join(row)} |" for row in rows), "", _totals(found), ""]
-        page += [f"<h2>emoji-{part}</h2><p>{html.escape(words)}</p><table>"]
         for tag, row in (("th", head), *(("td", row) for row in rows)):
             page += ["<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"]
         page += [f"</table><p>{html.escape(_totals(found))}</p>", *_cases(records[part])]
@@ -41,7 +39,16 @@ def write_report(folder: Path, results: Mapping[str, Any], records: Mapping[str,
     write_text(folder / "index.html", template.substitute(about))
 
 
-def _setting(results: Mapping[str, Any]) -> str:
+def table(part: str, found: Mapping[str, Any]) -> list[str]:
+    """Return lines of Markdown that tell a part: what it is about, a table with a row a group, and the means."""
+    head, rows = _rows(found)
+    cells = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    cells.insert(1, f"|{'---|' * len(head)}")
+    return [f"{TITLES[part][0].upper()}{TITLES[part][1:]}.", "", *cells, "", _totals(found)]
+
+
+def describe(results: Mapping[str, Any]) -> str:
+    """Say how results were measured, and of which weights."""
     return (
         f"{results['count']} prompts a group, {results['seeds']} pictures a prompt, {results['steps']} steps, guidance "
         f"{results['guidance_scale']:g}, {results['dtype']} on {results['device']}, {results['date']}, "
