@@ -23,9 +23,9 @@ from unilip.method.config import QUANTIZATIONS
 from unilip.model import UniLIP
 
 
-def draw(model: UniLIP, **settings: Any) -> Tensor:
+def draw(model: UniLIP, prompt: str = "a red star", **settings: Any) -> Tensor:
     settings = {"generator": torch.Generator().manual_seed(0), "output_type": "pt", "progress": False, **settings}
-    images: Tensor = model.generate("a red star", num_inference_steps=4, **settings).images
+    images: Tensor = model.generate(prompt, num_inference_steps=4, **settings).images
     return images
 
 
@@ -173,6 +173,10 @@ def test_pictures_are_decoded_one_by_one(fresh_model: Callable[..., UniLIP]) -> 
 # --- few bits -------------------------------------------------------------------------------------------------------
 
 QUESTION = "What color is the background?"
+TEXTS = (
+    "a red star", "three yellow stars", "a cat on a pink background", "a red car", "a frog and a blue balloon",
+    "two green fish", "a dog", "a purple heart above a tree", "four donuts", "a house on a blue background",
+)  # fmt: skip
 NEAR = {
     "int8": 0.02,
     "int8_dynamic": 0.04,
@@ -315,23 +319,31 @@ def test_large_weights_are_quantised_by_rows_to_the_same(monkeypatch: pytest.Mon
 
 
 @pytest.fixture(scope="module")
-def embedded() -> tuple[UniLIP, Image.Image, str, Tensor]:
-    """The embedded model, a picture of its world, what it answers, and what it draws."""
+def embedded() -> tuple[UniLIP, Image.Image, str, list[Tensor]]:
+    """The embedded model, a picture of its world, what it answers, and what it draws of some prompts."""
     model = UniLIP.from_pretrained()
     image = Image.open(next((Path(unilip.__file__).parent / "weights" / "examples").glob("*.png")))
-    return model, image, str(model.ask(image, QUESTION, max_new_tokens=12)), draw(model)
+    return model, image, str(model.ask(image, QUESTION, max_new_tokens=12)), [draw(model, text) for text in TEXTS]
 
 
-@pytest.mark.parametrize(("kind", "decibels"), [("int8", 35.0), ("int8_dynamic", 35.0), ("fp8", 22.0), ("int4", 30.0)])
+@pytest.mark.parametrize(
+    ("kind", "decibels", "stay"), [("int8", 35.0, 8), ("int8_dynamic", 35.0, 8), ("fp8", 35.0, 8), ("int4", 30.0, 2)]
+)
 def test_a_trained_model_answers_the_same_in_few_bits(
-    kind: str, decibels: float, embedded: tuple[UniLIP, Image.Image, str, Tensor], monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    decibels: float,
+    stay: int,
+    embedded: tuple[UniLIP, Image.Image, str, list[Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """So many pictures of ten stay what they were: prompts at a turning point become others, in int4 more than half."""
     pytest.importorskip("torchao")
     monkeypatch.setattr("unilip.fast.quantise.SMALL", 0)
     _, image, answer, drawn = embedded
     model = UniLIP.from_pretrained(quantization=kind)
     assert answer and model.ask(image, QUESTION, max_new_tokens=12) == answer
-    assert -10 * torch.log10((draw(model) - drawn).square().mean()) > decibels
+    off = [(draw(model, text) - picture).square().mean() for text, picture in zip(TEXTS, drawn, strict=True)]
+    assert int((-10 * torch.stack(off).log10() > decibels).sum()) >= stay, off
 
 
 def test_int4_leaves_rows_that_cannot_be_packed() -> None:
