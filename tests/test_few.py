@@ -109,8 +109,8 @@ def test_the_config_says_in_how_many_steps() -> None:
 def plainly(model: UniLIP, tokens: Any, noise: Tensor, steps: int, features: Tensor | None = None) -> Tensor:
     """The jumps as they are written down, by the plain transformer."""
     condition, mask = model.condition(tokens, features)
-    x = noise
-    for s, r in pairwise(torch.linspace(1, 0, steps + 1)):
+    x, even = noise, torch.linspace(1, 0, steps + 1)
+    for s, r in pairwise(2 * even / (1 + even)):  # bent by a shift of 2
         s, r = s.expand(len(x)), r.expand(len(x))
         x = x - (s - r)[:, None, None, None] * model.dit(x, 1000 * s, condition, mask, 1000 * r)
     return x
@@ -145,14 +145,14 @@ def test_turbo_jumps(few_model: UniLIP, picture: Callable[..., Any]) -> None:
                 ("watched", run(callback_on_step_end=lambda *_: None), expected),
                 ("replaced", run(callback_on_step_end=lambda *given: {"latents": given[3]["latents"] * 1}), expected),
             ):
-                if not apart(found, wanted) < 1e-5:
+                if not apart(found, wanted) < 3e-5:
                     wrong.append(f"{task} in {steps} steps {what}: {apart(found, wanted):.1e}")
     assert not wrong, "\n".join(wrong)
     assert torch.equal(draw(few_model, preset="turbo"), draw(few_model, preset="turbo", num_inference_steps=4))
     assert apart(draw(few_model, preset="turbo", seed=4), draw(few_model, preset="turbo")) > 0.1
     told: list[tuple[int, int]] = []
     draw(few_model, preset="turbo", callback_on_step_end=lambda _, i, t, __: told.append((i, int(t))))
-    assert told == [(0, 1000), (1, 750), (2, 500), (3, 250)]
+    assert told == [(0, 1000), (1, 857), (2, 666), (3, 400)]
     before = draw(few_model, preset="turbo")
     few_model.compile(backend="eager")
     assert apart(draw(few_model, preset="turbo"), before) < 1e-5

@@ -184,13 +184,14 @@ def test_jumps_of_a_path_are_the_ways_between_its_states(fresh_model, monkeypatc
     ahead = objective.ahead(batches[0], 0)
     (s, r, _), count = ahead["levels"], 2 * 2 * 8
     assert len(ahead["start"]) == len(s) == count and bool((s > r).all())
-    torch.testing.assert_close(ahead["target"], constant.expand_as(ahead["target"]))
+    torch.testing.assert_close(ahead["target"], constant.expand_as(ahead["target"]), atol=1e-4, rtol=0)
     noise = ahead["start"] + (1 - s)[:, None, None, None] * constant
     own = noise.reshape(4, 8, *noise.shape[1:])  # pictures x noises, jumps
-    torch.testing.assert_close(own, own[:, :1].expand_as(own))
+    torch.testing.assert_close(own, own[:, :1].expand_as(own), atol=1e-4, rtol=0)
     assert float((own[0, 0] - own[1, 0]).abs().max()) > 0.1, "each noise has its own way"
-    wished = {(1, 0), (1, 0.5), (0.5, 0), (1, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0)}
-    assert sum(pair in wished for pair in zip(s.tolist(), r.tolist(), strict=True)) >= count * 5 // 8
+    even = torch.tensor([(1, 0), (1, 0.5), (0.5, 0), (1, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0)])
+    wished, found = 2 * even / (1 + even), torch.stack([s, r], 1)  # of 4, 2 and 1 jumps, bent by a shift of 2
+    assert int((torch.cdist(found, wished).amin(1) < 2e-3).sum()) >= count * 5 // 8
 
 
 @pytest.mark.parametrize("path", [0, 8])

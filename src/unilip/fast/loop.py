@@ -49,7 +49,7 @@ PRESETS: dict[str, Preset] = {
     "quality": Preset(),
     "balanced": Preset(10, "unipc", 2.0),
     "fast": Preset(6, "unipc", 2.0, guided=0.6),
-    "turbo": Preset(None, "euler", 1.0, jumps=True),
+    "turbo": Preset(None, "euler", 2.0, jumps=True),
 }
 assert tuple(PRESETS) == SAMPLING_PRESETS
 

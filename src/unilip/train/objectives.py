@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from unilip.checkpoints.hub import resolve
 from unilip.errors import CheckpointError, ConfigError, install
+from unilip.fast.loop import PRESETS
 from unilip.fast.mllm import read_in_two_passes
 from unilip.method import flow
 from unilip.method.config import DECODER_PIXELS, TOKEN_PIXELS
@@ -585,7 +587,7 @@ class FewStepsObjective(FlowObjective):
         return free + scale * (said - free)
 
     def path(self, batch: Batch, condition: tuple[Tensor, Tensor], blank: tuple[Tensor, Tensor]) -> Batch:
-        """Return jumps between states of the teacher's way (Adams-Bashforth, even steps): PAIRS for each noise.
+        """Return jumps between states of the teacher's way (UniPC, by turbo's schedule): PAIRS for each noise.
 
         Two of three are jumps that the model is to make (`steps`), the others go from anywhere to anywhere below.
         """
@@ -593,11 +595,12 @@ class FewStepsObjective(FlowObjective):
         generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
         shape = (k, *batch["latents"].shape[1:])
         x = draw_noise(len(generators), shape, generators).flatten(0, 1).to(batch["latents"])
-        states, before = [x], None
-        for i in range(steps):
-            velocity = self.guided(batch, x, torch.full((len(x),), 1 - i / steps, device=x.device), condition, blank)
-            x = x - (velocity if before is None else 1.5 * velocity - 0.5 * before) / steps
-            states, before = [*states, x], velocity
+        schedule, states = turbo("unipc", steps), [x]
+
+        def velocity(x: Tensor, timestep: Tensor) -> Tensor:
+            return self.guided(batch, x, (timestep / flow.TRAIN_TIMESTEPS).to(x).expand(len(x)), condition, blank)
+
+        flow.sample(velocity, x, schedule, lambda i, timestep, state: states.append(state))
         jumps = [(i * steps // n, (i + 1) * steps // n) for n in self.settings.counts for i in range(n)]
         picks = []
         for generator in generators:
@@ -607,7 +610,7 @@ class FewStepsObjective(FlowObjective):
                 picks.append(jumps[int(wish)] if i % 3 or first == last else (first, last))
         start, end = (torch.tensor(ends, device=x.device) for ends in zip(*picks, strict=True))  # BKP each
         way, row = torch.stack(states), torch.arange(len(picks), device=x.device) // PAIRS
-        s, r = 1 - start / steps, 1 - end / steps
+        s, r = torch.tensor([1.0, *schedule.levels[1:]], device=x.device)[torch.stack([start, end])]
         target = (way[start, row] - way[end, row]) / wide(s - r)
         return {"start": way[start, row], "levels": torch.stack([s, r, s - r]), "target": target}
 
@@ -619,9 +622,9 @@ class FewStepsObjective(FlowObjective):
         condition = self.conditions(batch, None if "conditions" in batch else self.source_features(batch))
         mean = self.jump(self.model.dit, batch["start"], s, r, condition)
         name = "few_edit" if "sources" in batch or "edits" in batch else "few"
-        if self.settings.path:
-            loss = F.mse_loss(mean, batch["target"])
-            return loss, {name: loss}
+        if self.settings.path:  # the root: else the longest jumps, which are furthest off, alone would count
+            errors = (mean - batch["target"]).square().flatten(1).mean(1)
+            return ((errors.detach() + 1e-3).rsqrt() * errors).mean(), {name: errors.mean()}
         stretch = wide((s - r) / h.clamp(min=1e-9)).where(wide(s - r > h), torch.ones(()).to(mean))
         off = (stretch * mean.detach() - batch["rest"] / wide(h.clamp(min=1e-9)) - batch["target"]).clamp(-1, 1)
         errors = (mean - (mean - off).detach()).square().flatten(1).mean(1)  # BK
@@ -630,11 +633,16 @@ class FewStepsObjective(FlowObjective):
 
     def drawn(self, noise: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
         """Latents (B,Z,h,w) of noise, in the model's own number of jumps."""
-        count, x = self.settings.counts[0], noise
-        for i in range(count, 0, -1):
-            s, r = (torch.full((len(x),), level / count, device=x.device) for level in (i, i - 1))
-            x = x - self.jump(self.model.dit, x, s, r, condition) / count
+        x = noise
+        for s, r in itertools.pairwise(turbo("euler", self.settings.counts[0]).levels):
+            here, there = (torch.full((len(x),), level, device=x.device) for level in (s, r))
+            x = x - (s - r) * self.jump(self.model.dit, x, here, there, condition)
         return x
+
+
+def turbo(solver: str, steps: int) -> flow.Schedule:
+    """Return a solver's schedule with the shift that few steps are drawn with."""
+    return flow.make_schedule(solver, PRESETS["turbo"].flow_shift or 1.0, steps)
 
 
 def wide(levels: Tensor) -> Tensor:
