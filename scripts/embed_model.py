@@ -43,7 +43,7 @@ def chain_of(weights: Path, run: str) -> list[dict[str, Any]]:
         if (name := record["last_recipe"]["name"]) != run:
             told = {key: record[key] for key in ("date", "code", "samples", "minutes", "note")}
             found[name] = {"stage": name, **told}
-    order = ("clip", "instruct", "recon", "recon_distill", "pretrain", "sft", "shapes")
+    order = ("clip", "instruct", "recon", "recon_distill", "pretrain", "sft", "shapes", "few")
     return sorted(found.values(), key=lambda stage: order.index(stage["stage"].rpartition("/")[2]))
 
 

@@ -20,7 +20,7 @@ from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
 from unilip.train.batches import to_device
 from unilip.train.build import enable_checkpointing, make_batches, trained_parameters
-from unilip.train.objectives import embed_texts, make_objective, needed_parts
+from unilip.train.objectives import embed_texts, make_objective, needed_parts, wide
 
 KINDS = ["tiny/instruct", "tiny/recon_distill", "tiny/pretrain", "tiny/sft", "tiny/few"]
 each_kind = pytest.mark.parametrize("name", KINDS)
@@ -175,8 +175,8 @@ def test_a_share_of_the_sources_is_drawn_by_the_model_first(fresh_model, joint):
     assert "pixel_decoder" in needed_parts(objective.settings) and "pixel_decoder" not in needed_parts(few.objective)
 
 
-def test_jumps_of_a_path_are_the_ways_between_its_states(fresh_model, monkeypatch):
-    """A teacher of one velocity everywhere: it is every jump's, and starts lie on the straight way from the noise."""
+def test_jumps_of_a_path_lead_to_its_states_from_them_or_from_where_the_model_is(fresh_model, monkeypatch):
+    """A teacher of one velocity everywhere: jumps end on the straight way from the noise, most begin there."""
     objective, batches = prepared("tiny/few", fresh_model(), "objective.path=8", "objective.noises=2")
     assert not objective.looks_ahead
     constant = torch.randn(1, 32, 2, 2)
@@ -185,11 +185,19 @@ def test_jumps_of_a_path_are_the_ways_between_its_states(fresh_model, monkeypatc
     (s, r, _), count = ahead["levels"], 2 * 2 * 8
     assert len(ahead["start"]) == len(s) == count and bool((s > r).all())
     near = dict(atol=3e-5, rtol=0)  # UniPC begins a millionth below 1
-    torch.testing.assert_close(ahead["target"], constant.expand_as(ahead["target"]), **near)
-    noise = ahead["start"] + (1 - s)[:, None, None, None] * constant
-    own = noise.reshape(4, 8, *noise.shape[1:])  # pictures x noises, jumps
-    torch.testing.assert_close(own, own[:, :1].expand_as(own), **near)
-    assert float((own[0, 0] - own[1, 0]).abs().max()) > 0.1, "each noise has its own way"
+    down, target = wide(s - r), ahead["target"]
+    noise = ahead["start"] - down * target + wide(1 - r) * constant
+    ways = noise.reshape(4, 8, *noise.shape[1:])  # pictures x noises, jumps
+    torch.testing.assert_close(ways, ways[:, :1].expand_as(ways), **near)
+    assert float((ways[0, 0] - ways[1, 0]).abs().max()) > 0.1, "each noise has its own way"
+    own = torch.tensor([float((target[i] - constant).abs().max()) > 1e-3 for i in range(count)])
+    assert 3 <= int(own.sum()) <= count // 4 and bool((s[own] < 1).all())
+    assert all(i % 16 % 3 == 2 for i in own.nonzero().flatten().tolist())
+    row = next(i for i in own.nonzero().flatten().tolist() if float(s[i] - r[i]) > 0.6)  # the second jump of two
+    with torch.no_grad():
+        condition = (ahead["conditions"][row // 16, None], ahead["condition_mask"][row // 16, None])
+        first = objective.jump(objective.model.dit, noise[row, None], torch.ones(1), s[row, None], condition)
+    torch.testing.assert_close(ahead["start"][row], (noise[row] - (1 - s[row]) * first[0]), **near)
     even = torch.tensor([(1, 0), (1, 0.5), (0.5, 0), (1, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0)])
     wished, found = 2 * even / (1 + even), torch.stack([s, r], 1)  # of 4, 2 and 1 jumps, bent by a shift of 2
     assert int((torch.cdist(found, wished).amin(1) < 2e-3).sum()) >= count * 5 // 8
@@ -199,6 +207,20 @@ def test_jumps_of_a_path_are_the_ways_between_its_states(fresh_model, monkeypatc
         loss, terms = objective.loss(batches[0] | ahead, 0)
     assert float(loss) == pytest.approx(float(errors.sqrt().mean()), rel=1e-2), "each jump counts by its root"
     assert sum(float(term) for term in terms.values()) == pytest.approx(float(errors.mean()), rel=1e-4)
+
+
+def test_the_teacher_of_jumps_may_be_another_model(fresh_model, tmp_path):
+    """A run that goes on from few-step weights names the model whose way they learn."""
+    first, second = fresh_model(), fresh_model()
+    with torch.no_grad():
+        next(first.dit.parameters()).add_(1)
+    first.save_pretrained(tmp_path / "first")
+    objective, _ = prepared("tiny/few", second, sources={"teacher": str(tmp_path / "first")})
+    kept, own, wanted = (m.state_dict() for m in (objective.teacher, second.dit, first.dit))
+    assert all(torch.equal(kept[name], wanted[name]) for name in wanted) and kept.keys() != own.keys()
+    assert not any(parameter.requires_grad for parameter in objective.teacher.parameters())
+    with pytest.raises(ConfigError, match="of another size"):
+        prepared("tiny/few", second, sources={"teacher": "embedded"})
 
 
 @pytest.mark.parametrize("path", [0, 8])

@@ -10,12 +10,10 @@ from unilip.method.config import UniLIPConfig
 from unilip.method.dit import DiT, TimeEmbedder
 
 
-def few_config(config: UniLIPConfig, steps: tuple[int, ...]) -> UniLIPConfig:
-    """Return the config of a model that draws in so many jumps; what guidance would do is in its weights."""
-    dit, sampling = config.dit, config.sampling
-    return config.replace(
-        dit=dataclasses.replace(dit, few_steps=steps), sampling=dataclasses.replace(sampling, guidance_scale=1.0)
-    )
+def few_config(config: UniLIPConfig, steps: tuple[int, ...], guided: bool = True) -> UniLIPConfig:
+    """Return the config of a model that draws in so many jumps; GUIDED: its velocity holds what guidance would do."""
+    dit, sampling = dataclasses.replace(config.dit, few_steps=steps), config.sampling
+    return config.replace(dit=dit, sampling=dataclasses.replace(sampling, guidance_scale=1.0) if guided else sampling)
 
 
 @torch.no_grad()

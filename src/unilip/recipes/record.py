@@ -158,10 +158,10 @@ class Flow:
 class FewSteps(Flow):
     """Few-step stages (RCGM, arXiv 2512.05150): jumps of any length to where the teacher's guided velocity leads.
 
-    The teacher is the diffusion transformer that the run starts from, guided at `guidance` (edits: `edit_guidance`). A
-    jump is compared with a step of `stride` along that velocity and `rollouts` jumps of the averaged weights; or, with
-    `path` above 0, with where so many steps of the teacher lead. `steps` are the numbers of jumps that the model is to
-    draw in, its own first.
+    The teacher is the diffusion transformer that the run starts from, or that of the "teacher" of `init`, guided at
+    `guidance` (edits: `edit_guidance`). A jump is compared with a step of `stride` along that velocity and `rollouts`
+    jumps of the averaged weights; or, with `path` above 0, with where so many steps of the teacher lead. `steps` are
+    the numbers of jumps that the model is to draw in, its own first.
     """
 
     noises: int = 3

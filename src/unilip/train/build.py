@@ -156,7 +156,7 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
     if isinstance(recipe.objective, FewSteps):
         if "dit" in loaded and not config.dit.few_steps:
             add_embedder(cast(DiT, loaded["dit"]))
-        config = few_config(config, recipe.objective.counts)
+        config = few_config(config, recipe.objective.counts, guided=not recipe.objective.path)
     names = tuple(name for name in PARTS if name in loaded or name in needed)
     fresh = UniLIP.from_config(config, recipe.seed, [name for name in names if name not in loaded])
     model = UniLIP(config, parts=())
@@ -194,7 +194,8 @@ def recipe_config(recipe: Recipe) -> UniLIPConfig:
     config = config.replace(**dict(recipe.config))
     if recipe.data.image_size:
         config = config.replace(image_size=recipe.data.image_size)
-    return few_config(config, recipe.objective.counts) if isinstance(recipe.objective, FewSteps) else config
+    few = recipe.objective if isinstance(recipe.objective, FewSteps) else None
+    return few_config(config, few.counts, guided=not few.path) if few else config
 
 
 def world_processor(world: str, config: UniLIPConfig, folder: Path) -> Processor:

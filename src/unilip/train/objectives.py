@@ -526,7 +526,12 @@ class FewStepsObjective(FlowObjective):
     def __init__(self, recipe: Recipe, model: UniLIP, settings: Flow, sources: Mapping[str, str]) -> None:
         super().__init__(recipe, model, settings, sources)
         self.looks_ahead = not self.settings.path  # at the averaged weights, of which a teacher's path needs nothing
-        self.teacher = copy.deepcopy(model.dit).eval().requires_grad_(False)
+        dit = copy.deepcopy(model.dit)
+        if other := sources.get("teacher"):
+            dit, own = UniLIP.from_pretrained(other, parts=("dit",)).dit, dit.state_dict()
+            if any(tensor.shape != own[name].shape for name, tensor in dit.state_dict().items() if name in own):
+                raise ConfigError(f"init teacher={other} has a diffusion transformer of another size.")
+        self.teacher = dit.eval().requires_grad_(False)
 
     def levels(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Noise (BK,Z,h,w) of a batch with latents, and levels s > r (BK,): the whole way, hardly any, any."""
@@ -587,9 +592,10 @@ class FewStepsObjective(FlowObjective):
         return free + scale * (said - free)
 
     def path(self, batch: Batch, condition: tuple[Tensor, Tensor], blank: tuple[Tensor, Tensor]) -> Batch:
-        """Return jumps between states of the teacher's way (UniPC, by turbo's schedule): PAIRS for each noise.
+        """Return jumps to states of the teacher's way (UniPC, by turbo's schedule): PAIRS for each noise.
 
-        Two of three are jumps that the model is to make (`steps`), the others go from anywhere to anywhere below.
+        A third go from anywhere on it to anywhere below. The others are jumps that the model is to make (`steps`), half
+        of them from where the model itself has jumped to by then, so that a jump mends what those before it missed.
         """
         steps, k = self.settings.path, self.settings.noises
         generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
@@ -601,18 +607,29 @@ class FewStepsObjective(FlowObjective):
             return self.guided(batch, x, (timestep / flow.TRAIN_TIMESTEPS).to(x).expand(len(x)), condition, blank)
 
         flow.sample(velocity, x, schedule, lambda i, timestep, state: states.append(state))
-        jumps = [(i * steps // n, (i + 1) * steps // n) for n in self.settings.counts for i in range(n)]
+        levels = torch.tensor([1.0, *schedule.levels[1:]], device=x.device)
+        jumps, own = [], []
+        for n in self.settings.counts:
+            y, ends = x, [i * steps // n for i in range(n + 1)]
+            for a, b in itertools.pairwise(ends):
+                jumps.append((a, b))
+                own.append(len(states) - 1 if a else 0)
+                if b < steps:
+                    here, there = (levels[i].expand(len(x)) for i in (a, b))
+                    y = y - wide(here - there) * self.jump(self.model.dit, y, here, there, condition)
+                    states.append(y)
         picks = []
         for generator in generators:
             for i in range(k * PAIRS):
-                wish = torch.randint(len(jumps), (1,), generator=generator)
+                wish = int(torch.randint(len(jumps), (1,), generator=generator))
                 first, last = torch.rand(2, generator=generator).mul(steps + 1).long().sort().values.tolist()
-                picks.append(jumps[int(wish)] if i % 3 or first == last else (first, last))
-        start, end = (torch.tensor(ends, device=x.device) for ends in zip(*picks, strict=True))  # BKP each
+                start, end = jumps[wish] if i % 3 or first == last else (first, last)
+                picks.append((start, end, own[wish] if i % 3 == 2 else start))
+        start, end, where = (torch.tensor(ends, device=x.device) for ends in zip(*picks, strict=True))  # BKP each
         way, row = torch.stack(states), torch.arange(len(picks), device=x.device) // PAIRS
-        s, r = torch.tensor([1.0, *schedule.levels[1:]], device=x.device)[torch.stack([start, end])]
-        target = (way[start, row] - way[end, row]) / wide(s - r)
-        return {"start": way[start, row], "levels": torch.stack([s, r, s - r]), "target": target}
+        s, r = levels[torch.stack([start, end])]
+        begin = way[where, row]
+        return {"start": begin, "levels": torch.stack([s, r, s - r]), "target": (begin - way[end, row]) / wide(s - r)}
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """Distance of jumps from a short step along the velocity and the shorter jumps after it, by Charbonnier."""
