@@ -25,6 +25,8 @@ from unilip.model import UniLIP
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
 from unilip.sizes import preset
+from unilip.train.adapters import add_adapter
+from unilip.train.build import trained_parameters
 from unilip.train.loop import train
 
 STEPS = (4, 2, 1)
@@ -261,6 +263,18 @@ def test_a_run_makes_few_step_weights_and_resumes_bit_for_bit(
         assert jumped.settings["num_inference_steps"] == 4 and jumped.settings["guidance_scale"] == 1
         with pytest.raises(UniLIPError, match="few-step weights"):
             engine.submit(Generate("a star", preset="turbo"))
+
+
+@pytest.mark.parametrize("name", ["tiny/sft", "tiny/few", "tiny/few_lora"])
+def test_where_jumps_go_trains_only_with_jumps(few_model: UniLIP, name: str) -> None:
+    """Else its layers would get no gradient, and an adapter of them would say that it teaches jumps."""
+    for more in ([], ["adapter.rank=2"]):
+        recipe = override(get_recipe(name), ["trains=dit", *more])
+        model = copy.deepcopy(few_model)
+        if recipe.adapter.rank:
+            add_adapter(recipe, model)
+        found = [parameter for parameter in trained_parameters(recipe, model) if ".time_embed_2." in parameter]
+        assert bool(found) == (name != "tiny/sft")
 
 
 SETTINGS = {

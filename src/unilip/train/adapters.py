@@ -16,7 +16,7 @@ from torch import nn
 from unilip import adapters
 from unilip.errors import ConfigError
 from unilip.model import UniLIP
-from unilip.recipes.record import Recipe
+from unilip.recipes.record import FewSteps, Recipe
 from unilip.train import processes
 from unilip.train.parallel import whole_tensor
 
@@ -28,6 +28,11 @@ def is_adapter(name: str) -> bool:
     return any(f".{kind}." in name for kind in adapters.KINDS)
 
 
+def is_idle(recipe: Recipe, name: str) -> bool:
+    """Whether a parameter gets no gradient: where jumps go, in a model with few-step weights that learns no jumps."""
+    return ".time_embed_2." in name and not isinstance(recipe.objective, FewSteps)
+
+
 def target_layers(recipe: Recipe, model: nn.Module) -> list[str]:
     """Return the linear layers that get an adapter. Raises ConfigError: none, or a prefix of `trains` reaches none."""
     last_words = {word.strip() for word in recipe.adapter.targets.split(",") if word.strip()}
@@ -37,6 +42,8 @@ def target_layers(recipe: Recipe, model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         reached = [prefix for prefix in factors if f"{name}.".startswith(f"{prefix}.")]
         if not isinstance(module, nn.Linear) or not reached or factors[max(reached, key=len)] <= 0:
+            continue
+        if is_idle(recipe, f"{name}.weight"):
             continue
         if name.endswith("lm_head") and not last_words:  # often the embeddings' own weights
             continue
