@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the CPU edition: all seven stages in order, each where it was stopped; what has ended is left alone.
+# Train the CPU edition: all eight stages in order, each where it was stopped; what has ended is left alone.
 #
 #   scripts/pico.sh [RUNS]                 from the first stages, which lie in weights/chain
 #   FRESH=1 scripts/pico.sh [RUNS]         from nothing
@@ -30,4 +30,5 @@ wait "$words"
 shared pretrain --set compile=true
 shared sft --set compile=true
 shared shapes
-echo "$runs/pico/shapes/final"
+shared few
+echo "$runs/pico/few/final"
