@@ -30,5 +30,5 @@ wait "$words"
 shared pretrain --set compile=true
 shared sft --set compile=true
 shared shapes
-shared few
+shared few --set compile=true
 echo "$runs/pico/few/final"

@@ -26,7 +26,7 @@ from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
 from unilip.sizes import preset
 from unilip.train.adapters import add_adapter
-from unilip.train.build import trained_parameters
+from unilip.train.build import build_model, recipe_config, trained_parameters
 from unilip.train.loop import train
 
 STEPS = (4, 2, 1)
@@ -275,6 +275,15 @@ def test_where_jumps_go_trains_only_with_jumps(few_model: UniLIP, name: str) -> 
             add_adapter(recipe, model)
         found = [parameter for parameter in trained_parameters(recipe, model) if ".time_embed_2." in parameter]
         assert bool(found) == (name != "tiny/sft")
+
+
+def test_guidance_stays_where_only_jumps_were_learned(tiny_folder: Any, tmp_path: Any) -> None:
+    """RCGM teaches the guided velocity, too, so that many steps need no guidance; a path teaches jumps alone."""
+    for path, guidance in ((0, 1.0), (8, preset("tiny").sampling.guidance_scale)):
+        recipe = override(get_recipe("tiny/few"), [f"init=all={tiny_folder}", f"objective.path={path}"])
+        for config in (build_model(recipe, tmp_path, ()).config, recipe_config(recipe)):
+            assert config.dit.few_steps == STEPS and config.sampling.guidance_scale == guidance
+    assert guidance > 1
 
 
 SETTINGS = {
