@@ -161,7 +161,7 @@ class FewSteps(Flow):
     The teacher is the diffusion transformer that the run starts from, or that of the "teacher" of `init`, guided at
     `guidance` (edits: `edit_guidance`). A jump is compared with a step of `stride` along that velocity and `rollouts`
     jumps of the averaged weights; or, with `path` above 0, with where so many steps of the teacher lead. `steps` are
-    the numbers of jumps that the model is to draw in, its own first.
+    the numbers of jumps that the model is to draw in, its own first; with `path`, one named twice is met twice as often.
     """
 
     noises: int = 3
@@ -176,13 +176,17 @@ class FewSteps(Flow):
     def __post_init__(self) -> None:
         others = self.bind or self.lesson_steps or self.repa or self.drop_prompt or self.target != "unilip"
         counts = re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2})*", self.steps)
-        jumps = not counts or len(set(self.counts)) < len(self.counts)
+        jumps = not counts or (not self.path and len(self.counts) < len(self.named))
         uneven = not jumps and any(self.path % count for count in self.counts)
         _check(self, "objective.", few=others, jumps=jumps, uneven=uneven)
 
     @property
     def counts(self) -> tuple[int, ...]:
-        return tuple(int(count) for count in self.steps.split(","))
+        return tuple(dict.fromkeys(self.named))
+
+    @property
+    def named(self) -> list[int]:
+        return [int(count) for count in self.steps.split(",")]
 
 
 @dataclass(frozen=True)

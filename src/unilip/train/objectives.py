@@ -597,7 +597,7 @@ class FewStepsObjective(FlowObjective):
         A third go from anywhere on it to anywhere below. The others are jumps that the model is to make (`steps`), half
         of them from where the model itself has jumped to by then, so that a jump mends what those before it missed.
         """
-        steps, k = self.settings.path, self.settings.noises
+        settings, steps, k = self.settings, self.settings.path, self.settings.noises
         generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
         shape = (k, *batch["latents"].shape[1:])
         x = draw_noise(len(generators), shape, generators).flatten(0, 1).to(batch["latents"])
@@ -608,12 +608,13 @@ class FewStepsObjective(FlowObjective):
 
         flow.sample(velocity, x, schedule, lambda i, timestep, state: states.append(state))
         levels = torch.tensor([1.0, *schedule.levels[1:]], device=x.device)
-        jumps, own = [], []
-        for n in self.settings.counts:
+        jumps, own, wishes = [], [], []
+        for n in settings.counts:
             y, ends = x, [i * steps // n for i in range(n + 1)]
             for a, b in itertools.pairwise(ends):
                 jumps.append((a, b))
                 own.append(len(states) - 1 if a else 0)
+                wishes += [len(own) - 1] * settings.named.count(n)
                 if b < steps:
                     here, there = (levels[i].expand(len(x)) for i in (a, b))
                     y = y - wide(here - there) * self.jump(self.model.dit, y, here, there, condition)
@@ -621,7 +622,7 @@ class FewStepsObjective(FlowObjective):
         picks = []
         for generator in generators:
             for i in range(k * PAIRS):
-                wish = int(torch.randint(len(jumps), (1,), generator=generator))
+                wish = wishes[int(torch.randint(len(wishes), (1,), generator=generator))]
                 first, last = torch.rand(2, generator=generator).mul(steps + 1).long().sort().values.tolist()
                 start, end = jumps[wish] if i % 3 or first == last else (first, last)
                 picks.append((start, end, own[wish] if i % 3 == 2 else start))
