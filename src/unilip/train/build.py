@@ -271,6 +271,7 @@ def compile_layers(model: UniLIP, teacher: object = None) -> None:
     """Compile each layer by itself, once for all layers of a kind; names of weights stay as they are."""
     # A layer is too small to be split for DDP, and what does that has returned gradients that are no numbers.
     torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.recompile_limit = 64  # each shape of picture, each length of path: beyond, it runs uncompiled
     for layers in [*stacks(model), *(teacher.modules() if isinstance(teacher, nn.Module) else ())]:
         if isinstance(layers, Layers):
             for layer in layers:
