@@ -147,7 +147,7 @@ def test_turbo_jumps(few_model: UniLIP, picture: Callable[..., Any]) -> None:
                 ("watched", run(callback_on_step_end=lambda *_: None), expected),
                 ("replaced", run(callback_on_step_end=lambda *given: {"latents": given[3]["latents"] * 1}), expected),
             ):
-                if not apart(found, wanted) < 1e-5:
+                if not apart(found, wanted) < 2e-6 * wanted.abs().max():  # latents of one jump reach 15
                     wrong.append(f"{task} in {steps} steps {what}: {apart(found, wanted):.1e}")
     assert not wrong, "\n".join(wrong)
     assert torch.equal(draw(few_model, preset="turbo"), draw(few_model, preset="turbo", num_inference_steps=4))

@@ -84,7 +84,7 @@ class World:
 
     ``concepts`` are in use, ``extra`` in no training; ``recolourable`` names the styles in which a concept takes a
     colour. Training has more (``training``): ``hues`` between the ``colours``, ``paint`` that takes colour too,
-    ``guests`` that are seen and recoloured, ``strangers`` that are only reconstructed. Corners lie on a lattice of
+    ``guests`` that are seen and recoloured, ``strangers``, in every style, that are only reconstructed. Corners lie on a lattice of
     ``grid`` pixels around the centred position, of a single object at most ``single_shift`` from the middle (None:
     anywhere). In a ``shape`` other than the square the lattice goes on from the top left corner; of a coarse one a line
     stays to each third of a side.
@@ -432,6 +432,8 @@ def sample_scene(
     for _ in range(2000):
         others = [style for style in world.styles if style != world.default_style]
         style = world.default_style if not others or rng.random() < 0.5 else rng.choice(others)
+        if candidates and candidates is world.strangers:
+            style = rng.choice(tuple(STYLES))
         looks = _sample_looks(world, rng, task, style, candidates)
         if looks is None:
             continue

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
@@ -185,10 +186,18 @@ class Batches(Dataset[dict[str, Any]]):
         return stacked("images", [self.varied(self.image_item(i), i, objective.augment) for i in samples])
 
     def varied(self, image: Any, sample: int, share: float) -> Any:
-        """A picture (H,W,3); of a SHARE of them what it gives turned and mirrored, its colour channels exchanged."""
+        """A picture (H,W,3); of a SHARE of them what it gives turned and mirrored, its colour channels exchanged.
+
+        Half of these show a piece of it, enlarged up to twice.
+        """
         rng = generator("augment", self.recipe.seed, sample)
         if rng.random() >= share:
             return image
+        if rng.random() < 0.5:
+            (high, wide), zoom = image.shape[:2], 1 + rng.random()
+            left, top = wide * (1 - 1 / zoom) * rng.random(), high * (1 - 1 / zoom) * rng.random()
+            piece = (left, top, left + wide / zoom, top + high / zoom)
+            image = np.asarray(Image.fromarray(image).resize((wide, high), Image.Resampling.BICUBIC, piece))
         image = np.rot90(image, rng.randrange(4) if image.shape[0] == image.shape[1] else 2 * rng.randrange(2))
         return (image if rng.random() < 0.5 else image[:, ::-1])[..., rng.sample(range(3), 3)]
 
