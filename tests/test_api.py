@@ -142,7 +142,7 @@ def test_numbers_of_other_kinds_and_results_as_inputs(tiny_model: UniLIP, pictur
             assert tiny_model.edit(given, "blue", **LATENT).images.shape == (2, 32, 2, 2)
     latent = tiny_model.to_latent(expected)
     for values in (expected, latent):
-        assert apart(tiny_model.decode(values, output_type="pt").images, tiny_model.from_latent(latent).detach()) < 1e-6
+        assert apart(tiny_model.decode(values, output_type="pt").images, tiny_model.from_latent(latent).detach()) < 5e-6
     assert made["pil"]._repr_html_().count("<img") == 2 and "[2, 3, 56, 56]" in made["pt"]._repr_html_()
     assert ImageOutput([])._repr_html_() == ""
 
