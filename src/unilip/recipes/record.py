@@ -211,8 +211,8 @@ class Data:
     """Where batches come from: the emoji world by its name, or files of one's own: `path` says where, docs/data.md how.
 
     Shares: `edit_share` of steps have edits, `joint` of those take a thing of a second picture, `text_share` adds
-    questions without a picture. `edits` names kinds of the world's edits and how often each comes,
-    "recolour:3,background" (empty: all alike). `image_size` replaces the model's own; `fit` makes pictures square
+    questions without a picture. `edits` and `scenes` name kinds of the world's edits and of its scenes, and how often
+    each comes, "recolour:3,background" (empty: as the world has them). `image_size` replaces the model's own; `fit` makes pictures square
     (auto: the centre of what is drawn, the whole of what is talked about); `shapes` are sizes in place of the square,
     "336x588,448x448" (aspect buckets), one a step. Texts over `max_characters`, or `max_tokens` (0: what the model
     reads), are left out. Over a share `max_skipped` of samples that cannot be read the run stops. `window` shards are
@@ -228,6 +228,7 @@ class Data:
     shapes: str = ""
     edit_share: float = 0.0
     edits: str = ""
+    scenes: str = ""
     joint: float = 0.0
     text_share: float = 0.0
     max_characters: int = 1000
@@ -242,7 +243,7 @@ class Data:
     def __post_init__(self) -> None:
         files = self.source == "files"
         _check(
-            self, "data.", path=files and not self.path, edits=self.edits and files,
+            self, "data.", path=files and not self.path, edits=(self.edits or self.scenes) and files,
             joint=self.joint and (files or not self.edit_share), cache=self.cache and not files,
             image_size=self.image_size % TOKEN_PIXELS, shapes=self.shapes and (self.cache or self.image_size),
         )  # fmt: skip

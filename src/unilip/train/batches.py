@@ -40,7 +40,7 @@ from unilip.emoji.edits import sample_edit
 from unilip.emoji.knowledge import knowledge
 from unilip.emoji.lessons import SUMMARY, UNKNOWN, Lesson
 from unilip.emoji.questions import QA, questions
-from unilip.emoji.world import TRAINED, Scene, World, sample_scene
+from unilip.emoji.world import TASKS, TRAINED, Scene, World, sample_scene
 from unilip.errors import ConfigError, UniLIPError
 from unilip.method.config import DECODER_PIXELS, TOKEN_PIXELS, UniLIPConfig
 from unilip.method.text import Message, Processor, Prompt, Tokens
@@ -80,12 +80,12 @@ def stacked(name: str, images: Sequence[Any]) -> dict[str, Tensor]:
     return found
 
 
-def edit_kinds(text: str, known: Sequence[str]) -> list[str] | None:
-    """Read kinds of edits such as "recolour:3,background", as often as it says; None for "". Raises ConfigError."""
+def kinds_of(field: str, text: str, known: Sequence[str]) -> list[str] | None:
+    """Read kinds such as "recolour:3,background", each as often as it says; None for "". Raises ConfigError."""
     kinds: list[str] = []
     for name, _, times in (part.strip().partition(":") for part in text.split(",") if part.strip()):
         if name not in known or not (times or "1").isdigit() or not int(times or "1"):
-            raise ConfigError(f"data.edits is {text!r}; write KIND or KIND:TIMES, with kinds of {', '.join(known)}.")
+            raise ConfigError(f"data.{field} is {text!r}; write KIND or KIND:TIMES, with kinds of {', '.join(known)}.")
         kinds += [name] * int(times or "1")
     return kinds or None
 
@@ -326,8 +326,8 @@ class EmojiBatches(Batches):
         purpose = "generation" if isinstance(recipe.objective, Flow) else "tokenizer"
         purpose = "understanding" if isinstance(recipe.objective, Understand) else purpose
         common: dict[str, Any] = dict(world=world, atlas=atlas, split="train", seed=recipe.seed, size=ENDLESS)
-        self.scenes = Scenes(**common, purpose=purpose)
-        kinds = edit_kinds(recipe.data.edits, world.edits)
+        tasks, kinds = kinds_of("scenes", recipe.data.scenes, TASKS), kinds_of("edits", recipe.data.edits, world.edits)
+        self.scenes = Scenes(**common, purpose=purpose, tasks=tasks)
         self.edit_pairs: Any = Edits(**common, kinds=kinds) if recipe.data.edit_share else None
         self.shaped: dict[Size, tuple[Scenes, Any]] = {}
         for size in recipe.data.sizes:
