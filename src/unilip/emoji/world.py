@@ -84,10 +84,10 @@ class World:
 
     ``concepts`` are in use, ``extra`` in no training; ``recolourable`` names the styles in which a concept takes a
     colour. Training has more (``training``): ``hues`` between the ``colours``, ``paint`` that takes colour too,
-    ``guests`` that are seen and recoloured, ``strangers``, in every style, that are only reconstructed. Corners lie on a lattice of
-    ``grid`` pixels around the centred position, of a single object at most ``single_shift`` from the middle (None:
-    anywhere). In a ``shape`` other than the square the lattice goes on from the top left corner; of a coarse one a line
-    stays to each third of a side.
+    ``guests`` that are seen and recoloured, ``strangers``, in every style, that are only reconstructed. Corners lie on
+    a lattice of ``grid`` pixels around the centred position, of a single object at most ``single_shift`` from the
+    middle (None: anywhere). In a ``shape`` other than the square the lattice goes on from the top left corner; of a
+    coarse one a line stays to each third of a side.
     """
 
     name: str

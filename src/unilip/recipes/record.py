@@ -161,7 +161,8 @@ class FewSteps(Flow):
     The teacher is the diffusion transformer that the run starts from, or that of the "teacher" of `init`, guided at
     `guidance` (edits: `edit_guidance`). A jump is compared with a step of `stride` along that velocity and `rollouts`
     jumps of the averaged weights; or, with `path` above 0, with where so many steps of the teacher lead. `steps` are
-    the numbers of jumps that the model is to draw in, its own first; with `path`, one named twice is met twice as often.
+    the numbers of jumps that the model is to draw in, its own first; with `path`, one named twice is met twice as
+    often.
     """
 
     noises: int = 3
@@ -212,12 +213,12 @@ class Data:
 
     Shares: `edit_share` of steps have edits, `joint` of those take a thing of a second picture, `text_share` adds
     questions without a picture. `edits` and `scenes` name kinds of the world's edits and of its scenes, and how often
-    each comes, "recolour:3,background" (empty: as the world has them). `image_size` replaces the model's own; `fit` makes pictures square
-    (auto: the centre of what is drawn, the whole of what is talked about); `shapes` are sizes in place of the square,
-    "336x588,448x448" (aspect buckets), one a step. Texts over `max_characters`, or `max_tokens` (0: what the model
-    reads), are left out. Over a share `max_skipped` of samples that cannot be read the run stops. `window` shards are
-    shuffled together; `lanes` are disjoint sets of shards that fill their own part of every step; `keep_gb` bounds
-    remote shards on disk. `cache`: made by `unilip data cache`. `workers`: processes.
+    each comes, "recolour:3,background" (empty: as the world has them). `image_size` replaces the model's own; `fit`
+    makes pictures square (auto: the centre of what is drawn, the whole of what is talked about); `shapes` are sizes in
+    place of the square, "336x588,448x448" (aspect buckets), one a step. Texts over `max_characters`, or `max_tokens`
+    (0: what the model reads), are left out. Over a share `max_skipped` of samples that cannot be read the run stops.
+    `window` shards are shuffled together; `lanes` are disjoint sets of shards that fill their own part of every step;
+    `keep_gb` bounds remote shards on disk. `cache`: made by `unilip data cache`. `workers`: processes.
     """
 
     source: str = "emoji"
