@@ -28,7 +28,7 @@ PURPOSES = ("tokenizer", "understanding", "generation")
 SPLITS = ("train", "val")
 RELATIONS = ("left", "right", "above", "below")
 GUESTS = 0.2  # share of the scenes to look at in which guests may be
-STRANGERS = 0.4  # share of the scenes to reconstruct that are of nothing else
+STRANGERS = 0.9  # share of the scenes to reconstruct that are of nothing else
 INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 KNOWN: dict[str, Any] = read_table("unilip.emoji", "worlds.json")
@@ -84,7 +84,7 @@ class World:
 
     ``concepts`` are in use, ``extra`` in no training; ``recolourable`` names the styles in which a concept takes a
     colour. Training has more (``training``): ``hues`` between the ``colours``, ``paint`` that takes colour too,
-    ``guests`` that are seen and recoloured, ``strangers``, in every style, that are only reconstructed. Corners lie on
+    ``guests`` that are seen and recoloured, ``strangers`` that are only reconstructed. Corners lie on
     a lattice of ``grid`` pixels around the centred position, of a single object at most ``single_shift`` from the
     middle (None: anywhere). In a ``shape`` other than the square the lattice goes on from the top left corner; of a
     coarse one a line stays to each third of a side.
@@ -432,8 +432,6 @@ def sample_scene(
     for _ in range(2000):
         others = [style for style in world.styles if style != world.default_style]
         style = world.default_style if not others or rng.random() < 0.5 else rng.choice(others)
-        if candidates and candidates is world.strangers:
-            style = rng.choice(tuple(STYLES))
         looks = _sample_looks(world, rng, task, style, candidates)
         if looks is None:
             continue
