@@ -20,7 +20,7 @@ from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
 from unilip.train.batches import to_device
 from unilip.train.build import enable_checkpointing, make_batches, trained_parameters
-from unilip.train.objectives import embed_texts, make_objective, needed_parts, wide
+from unilip.train.objectives import embed_texts, make_objective, needed_parts, to_unit, wide
 
 KINDS = ["tiny/instruct", "tiny/recon_distill", "tiny/pretrain", "tiny/sft", "tiny/few"]
 each_kind = pytest.mark.parametrize("name", KINDS)
@@ -207,6 +207,37 @@ def test_jumps_of_a_path_lead_to_its_states_from_them_or_from_where_the_model_is
         loss, terms = objective.loss(batches[0] | ahead, 0)
     assert float(loss) == pytest.approx(float(errors.sqrt().mean()), rel=1e-2), "each jump counts by its root"
     assert sum(float(term) for term in terms.values()) == pytest.approx(float(errors.mean()), rel=1e-4)
+
+
+def test_a_number_of_jumps_named_more_often_is_met_more_often(fresh_model):
+    shares = []
+    for steps in ("4,2,1", "4,2,2,2,2,2,2,1"):
+        settings = ("objective.path=8", "objective.noises=8", f"objective.steps={steps}", "data.edit_share=0")
+        objective, batches = prepared("tiny/few", fresh_model(), *settings)
+        assert objective.settings.counts == (4, 2, 1)
+        s, r, _ = objective.ahead(batches[0], 0)["levels"]
+        halves = torch.tensor([(1, 2 / 3), (2 / 3, 0)])
+        shares.append(float((torch.cdist(torch.stack([s, r], 1), halves).amin(1) < 2e-3).float().mean()))
+    assert 0.1 < shares[0] < 0.35 and 0.4 < shares[1] < 0.65
+
+
+def test_what_is_held_alone_keeps_features_and_latents(fresh_model):
+    """The anchor: latents of the stage's start, in parts of their variance; rows that are not held may move."""
+    model = fresh_model(parts=needed_parts(get_recipe("tiny/recon_distill").objective))
+    objective, batches = prepared("tiny/recon_distill", model, "objective.anchor=0.5", "objective.perceptual=0")
+    batch = batches[0]
+    assert objective.loss(batch, 0)[1]["anchor"].item() == 0
+    rows = normalise(to_unit(batch["images"]))
+    with torch.no_grad():
+        before = model.latent_head(model.encoder(rows), rows.shape[-1] // TOKEN_PIXELS)
+        for parameter in model.latent_head.parameters():
+            parameter.add_(0.01)
+        after = model.latent_head(model.encoder(rows), rows.shape[-1] // TOKEN_PIXELS)
+    for held in (torch.tensor([True, False]), torch.tensor([False, False])):
+        loss, terms = objective.loss(batch | {"held": held}, 0)
+        wanted = (after - before)[held].square().mean() / before.var() if held.any() else torch.tensor(0.0)
+        torch.testing.assert_close(terms["anchor"], wanted)
+        torch.testing.assert_close(loss, terms["pixel"] + 0.1 * terms["distill"] + 0.5 * terms["anchor"])
 
 
 def test_the_teacher_of_jumps_may_be_another_model(fresh_model, tmp_path):
