@@ -337,6 +337,11 @@ class EmojiBatches(Batches):
         self.atlas = atlas.warm(world.training)  # before loader workers fork: they share what is decoded here
         purpose = "generation" if isinstance(recipe.objective, Flow) else "tokenizer"
         purpose = "understanding" if isinstance(recipe.objective, Understand) else purpose
+        if purpose == "tokenizer" and world.strangers and not atlas.strange:
+            logger.warning(
+                "The art is of an older version, without the drawings that only a tokenizer meets; run "
+                "`unilip data prepare emoji` again to have them."
+            )
         common: dict[str, Any] = dict(world=world, atlas=atlas, split="train", seed=recipe.seed, size=ENDLESS)
         tasks, kinds = kinds_of("scenes", recipe.data.scenes, TASKS), kinds_of("edits", recipe.data.edits, world.edits)
         self.scenes = Scenes(**common, purpose=purpose, tasks=tasks)
