@@ -34,7 +34,12 @@ Generators = torch.Generator | int | Sequence[torch.Generator | int] | None
 Progress = bool | Mapping[str, Any]  # whether to show a bar, or how: arguments of tqdm
 MAX_PROMPT_CHARACTERS = 8_000
 REWRITE = "Write this out as one description of a picture, with each thing, its colour and its place. Only that: "
+PLACES = frozenset(
+    ("top", "bottom", "upper", "lower", "left", "right", "middle", "center", "centre", "corner", "side", "edge")
+    + ("beside", "white", "background")
+)  # what a plan may add to a prompt
 PLAN_TOKENS = 128
+CANDIDATES = 32  # likeliest tokens that a plan may go on by; where none fits, it ends
 SMALL_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -367,6 +372,7 @@ def answer(
     temperature: float = 0.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    adjust: Callable[[Tensor], Tensor] = lambda logits: logits,
 ) -> Generator[list[int], None, None]:
     """Continue conversations as text: yield the next id of each until all have ended; -1 where it is no number.
 
@@ -383,7 +389,7 @@ def answer(
                 embeddings = network.mllm.embed(tokens.input_ids, tokens.image_slots, features)
             columns = network.mllm.answer(
                 embeddings, tokens.attention_mask, end_id=processor.end_id, max_new_tokens=max_new_tokens,
-                temperature=temperature, top_p=top_p, generator=generator,
+                temperature=temperature, top_p=top_p, generator=generator, adjust=adjust,
             )  # fmt: skip
             while True:
                 with runtime.gate.taken():
@@ -401,11 +407,25 @@ def answer(
 
 
 def write_out(network: Network, runtime: Runtime, processor: Processor, prompts: Sequence[str]) -> list[str]:
-    """Let the language model write prompts out, greedily; one that comes to nothing stays what it was."""
+    """Let the language model write prompts out, greedily; one that comes to nothing stays what it was.
+
+    A model that was trained for it decodes under lexical constraints: all words of a prompt in their order, and besides
+    them places alone.
+    """
     asked = network.config.sampling.plan or REWRITE
     texts = [processor.chat_text([Message("user", asked + prompt)]) for prompt in prompts]
     answers = [TextStream(processor, PLAN_TOKENS) for _ in texts]
-    for column in answer(network, runtime, processor, texts, None, max_new_tokens=PLAN_TOKENS):
+
+    def constrained(logits: Tensor) -> Tensor:
+        for row, written, prompt in zip(logits, answers, prompts, strict=True):
+            likeliest = row.topk(min(CANDIDATES, len(row))).indices.tolist()
+            fitting = (token for token in likeliest if written.reason or may_follow(written, token, prompt))
+            row[next(fitting, processor.end_id)] = torch.inf
+        return logits.clamp(max=torch.finfo(logits.dtype).max)
+
+    free = not network.config.sampling.plan
+    how: Any = {} if free else {"adjust": constrained}
+    for column in answer(network, runtime, processor, texts, None, max_new_tokens=PLAN_TOKENS, **how):
         check_ids(network, column)
         for written, token in zip(answers, column, strict=True):
             written.take(token)
@@ -420,8 +440,28 @@ def write_out(network: Network, runtime: Runtime, processor: Processor, prompts:
 
 def keeps(plan: str, prompt: str) -> bool:
     """Say whether PLAN has all words of PROMPT, in their order, but for small ones; it may add, not lose or swap."""
-    rest = iter(re.findall(r"\w+", plan.lower()))
-    return all(word in rest for word in re.findall(r"\w+", prompt.lower()) if word not in SMALL_WORDS)
+    rest = iter(words_of(plan))
+    return all(word in rest for word in words_of(prompt))
+
+
+def may_follow(plan: TextStream, token: int, prompt: str) -> bool:
+    """Say whether a plan may go on by TOKEN: a word of PROMPT at its turn, or a place; the end when all have come."""
+    if token == plan.processor.end_id:
+        return keeps(plan.text, prompt)
+    wanted, text = words_of(prompt), plan.processor.decode([[*plan.ids, token]])[0]
+    found = words_of(text)
+    for i, word in enumerate(found):
+        if wanted and word == wanted[0]:
+            wanted = wanted[1:]
+        elif word not in PLACES:
+            begun = i == len(found) - 1 and text.lower().endswith(word)
+            return begun and any(other.startswith(word) for other in (*wanted[:1], *PLACES))
+    return True
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, without small ones."""
+    return [word for word in re.findall(r"\w+", text.lower()) if word not in SMALL_WORDS]
 
 
 class TextStream:

@@ -6,7 +6,7 @@ Out: hidden (B,T+Q,D) after the final norm of the causal Qwen2 decoder, and its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -85,15 +85,16 @@ class MLLM(nn.Module):
     @torch.no_grad()
     def answer(
         self, x: Tensor, mask: Tensor, *, end_id: int, max_new_tokens: int, temperature: float = 0.0,
-        top_p: float = 1.0, generator: torch.Generator | None = None,
+        top_p: float = 1.0, generator: torch.Generator | None = None, adjust: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> Iterator[Tensor]:  # fmt: skip
         """Continue left-padded embeddings (B,T,D), mask (B,T), as text: yield ids (B,) until every row has ended.
 
-        Greedy at temperature 0, else nucleus sampling. Ended rows yield `end_id`; logits that are no numbers end by -1.
+        Greedy at temperature 0, else nucleus sampling, of what `adjust` makes of logits (B,V). Ended rows yield
+        `end_id`; logits that are no numbers end by -1.
         """
         cache, ended = KeyValueCache(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(max_new_tokens):
-            logits = self.logits(self.language_model.model(x, mask, cache)[:, -1])
+            logits = adjust(self.logits(self.language_model.model(x, mask, cache)[:, -1]))
             broken = ~logits.isfinite().all(-1)
             ids = next_token(logits.masked_fill(broken[:, None], 0), temperature, top_p, generator)
             ids = ids.masked_fill(broken, -1).masked_fill(ended, end_id)
