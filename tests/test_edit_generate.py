@@ -162,7 +162,7 @@ def test_every_option_changes_the_picture(option, draw, edit, picture):
         ("a blue cactus on the left and a", " blue", False), ("a blue cactus and a", " yel", True),
         ("a blue cactus and a yel", " and", False), ("a blue cactus and a yellow star", " on a white background", True),
         ("a blue cactus and a yellow star", " on a pink", False), ("A Blue cactus and a yellow star", None, True),
-        ("a blue cactus", None, False),
+        ("a blue cactus", None, False), ("", "an", False), ("a blue cactus and", " an", False),
     ],
 )  # fmt: skip
 def test_a_trained_plan_has_the_words_of_the_prompt_in_their_order_and_places(begun, piece, fits):
@@ -189,6 +189,8 @@ def test_the_embedded_model_plans_pairs_that_it_never_met():
     ]
     plans = model.generate(prompts, num_inference_steps=1, output_type="latent", progress=False).plans
     assert all(" in the " in plan and sampling.keeps(plan, prompt) for plan, prompt in zip(plans, prompts, strict=True))
+    said = "a dog below a bus on a blue background"  # places of its own are not written anew in the order of its words
+    assert model.generate(said, num_inference_steps=1, output_type="latent", progress=False).plans == (said,)
 
 
 def test_a_plan_is_what_the_language_model_writes_and_what_is_drawn(fresh_model, monkeypatch):

@@ -34,10 +34,9 @@ Generators = torch.Generator | int | Sequence[torch.Generator | int] | None
 Progress = bool | Mapping[str, Any]  # whether to show a bar, or how: arguments of tqdm
 MAX_PROMPT_CHARACTERS = 8_000
 REWRITE = "Write this out as one description of a picture, with each thing, its colour and its place. Only that: "
-PLACES = frozenset(
-    ("top", "bottom", "upper", "lower", "left", "right", "middle", "center", "centre", "corner", "side", "edge")
-    + ("beside", "white", "background")
-)  # what a plan may add to a prompt
+WHERE = frozenset(re.findall(r"\w+", "top bottom upper lower left right middle center centre corner side edge beside"))
+PLACES = WHERE | {"white", "background"}  # what a plan may add to a prompt
+ARTICLES = {"a", "an"}  # of which a plan has those of the prompt
 PLAN_TOKENS = 128
 CANDIDATES = 32  # likeliest tokens that a plan may go on by; where none fits, it ends
 SMALL_WORDS = frozenset(
@@ -409,23 +408,25 @@ def answer(
 def write_out(network: Network, runtime: Runtime, processor: Processor, prompts: Sequence[str]) -> list[str]:
     """Let the language model write prompts out, greedily; one that comes to nothing stays what it was.
 
-    A model that was trained for it decodes under lexical constraints: all words of a prompt in their order, and besides
-    them places alone.
+    A model that was trained for it decodes under lexical constraints, where a prompt says no place by itself: all words
+    of the prompt in their order, and besides them places alone.
     """
     asked = network.config.sampling.plan or REWRITE
     texts = [processor.chat_text([Message("user", asked + prompt)]) for prompt in prompts]
     answers = [TextStream(processor, PLAN_TOKENS) for _ in texts]
 
-    def constrained(logits: Tensor) -> Tensor:
-        for row, written, prompt in zip(logits, answers, prompts, strict=True):
-            likeliest = row.topk(min(CANDIDATES, len(row))).indices.tolist()
-            fitting = (token for token in likeliest if written.reason or may_follow(written, token, prompt))
-            row[next(fitting, processor.end_id)] = torch.inf
-        return logits.clamp(max=torch.finfo(logits.dtype).max)
+    said = WHERE | {"above", "below", "over", "under"}
+    held = [network.config.sampling.plan and said.isdisjoint(re.findall(r"\w+", one.lower())) for one in prompts]
 
-    free = not network.config.sampling.plan
-    how: Any = {} if free else {"adjust": constrained}
-    for column in answer(network, runtime, processor, texts, None, max_new_tokens=PLAN_TOKENS, **how):
+    def constrained(logits: Tensor) -> Tensor:
+        for row, written, prompt, is_held in zip(logits, answers, prompts, held, strict=True):
+            likeliest = row.topk(min(CANDIDATES, len(row))).indices.tolist() if is_held and not written.reason else []
+            fitting = (token for token in likeliest if may_follow(written, token, prompt))
+            if likeliest:
+                row[next(fitting, processor.end_id)] = torch.finfo(row.dtype).max
+        return logits
+
+    for column in answer(network, runtime, processor, texts, None, max_new_tokens=PLAN_TOKENS, adjust=constrained):
         check_ids(network, column)
         for written, token in zip(answers, column, strict=True):
             written.take(token)
@@ -448,14 +449,18 @@ def may_follow(plan: TextStream, token: int, prompt: str) -> bool:
     """Say whether a plan may go on by TOKEN: a word of PROMPT at its turn, or a place; the end when all have come."""
     if token == plan.processor.end_id:
         return keeps(plan.text, prompt)
-    wanted, text = words_of(prompt), plan.processor.decode([[*plan.ids, token]])[0]
-    found = words_of(text)
+    text = plan.processor.decode([[*plan.ids, token]])[0].lower()
+    wanted, found = re.findall(r"\w+", prompt.lower()), re.findall(r"\w+", text)
     for i, word in enumerate(found):
-        if wanted and word == wanted[0]:
-            wanted = wanted[1:]
-        elif word not in PLACES:
-            begun = i == len(found) - 1 and text.lower().endswith(word)
-            return begun and any(other.startswith(word) for other in (*wanted[:1], *PLACES))
+        turn = next((n for n, other in enumerate(wanted) if other not in SMALL_WORDS), len(wanted))
+        if word in wanted[turn : turn + 1]:
+            wanted = wanted[turn + 1 :]
+        elif word in ARTICLES and turn < len(wanted):
+            if {word, *wanted[:turn]} >= ARTICLES:
+                return False
+        elif word not in PLACES | SMALL_WORDS:
+            begun = i == len(found) - 1 and text.endswith(word)
+            return begun and any(other.startswith(word) for other in (*wanted[turn : turn + 1], *PLACES))
     return True
 
 
