@@ -526,7 +526,7 @@ class FlowObjective(Objective):
         return (self.autoencoder.decode(latents / self.autoencoder.config.scaling_factor).sample + 1) / 2
 
 
-PAIRS = 8  # jumps that are learned of each way of the teacher
+PAIRS = 4  # jumps that are learned of each way of the teacher
 
 
 class FewStepsObjective(FlowObjective):
