@@ -28,7 +28,7 @@ PURPOSES = ("tokenizer", "understanding", "generation")
 SPLITS = ("train", "val")
 RELATIONS = ("left", "right", "above", "below")
 GUESTS = 0.2  # share of the scenes to look at in which guests may be
-STRANGERS = 0.9  # share of the scenes to reconstruct that are of nothing else
+STRANGERS = 0.4  # share of the scenes to reconstruct that are of nothing else
 INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 KNOWN: dict[str, Any] = read_table("unilip.emoji", "worlds.json")
@@ -84,10 +84,10 @@ class World:
 
     ``concepts`` are in use, ``extra`` in no training; ``recolourable`` names the styles in which a concept takes a
     colour. Training has more (``training``): ``hues`` between the ``colours``, ``paint`` that takes colour too,
-    ``guests`` that are seen and recoloured, ``strangers`` that are only reconstructed. Corners lie on
-    a lattice of ``grid`` pixels around the centred position, of a single object at most ``single_shift`` from the
-    middle (None: anywhere). In a ``shape`` other than the square the lattice goes on from the top left corner; of a
-    coarse one a line stays to each third of a side.
+    ``guests`` that are seen and recoloured, ``strangers`` that are only reconstructed. Corners lie on a lattice of
+    ``grid`` pixels around the centred position, of a single object at most ``single_shift`` from the middle (None:
+    anywhere). In a ``shape`` other than the square the lattice goes on from the top left corner; of a coarse one a line
+    stays to each third of a side.
     """
 
     name: str

@@ -96,15 +96,13 @@ class Reconstruct:
 
     Contrast with captions, read by a language model that `init` names, can stand in for distillation (an ablation). The
     GAN, and its discriminator's learning rate, begin at step `gan_start`. The original is the encoder that the stage
-    starts from, unless `init` names a "teacher". `anchor` holds the latents, too, to those of the stage's start: what
-    has learned to draw them can go on. Data augmentation: a share `augment` of the pictures is turned, mirrored and
-    moved, and its colour channels are exchanged. In the emoji world these, and drawings without a name, are not held.
+    starts from, unless `init` names a "teacher". Data augmentation: a share `augment` of the pictures is turned and
+    mirrored, and its colour channels are exchanged.
     """
 
     pixel: float = 1.0
     perceptual: float = 1.1
     distill: float = 0.0
-    anchor: float = 0.0
     contrastive: float = 0.0
     gan: float = 0.0
     gan_start: int = 0
@@ -124,7 +122,7 @@ class Shrink(Reconstruct):
     states: float = 0.1
 
     def __post_init__(self) -> None:
-        _check(self, "objective.", smaller=self.distill or self.anchor or self.contrastive or self.gan or self.augment)
+        _check(self, "objective.", smaller=self.distill or self.contrastive or self.gan or self.augment)
 
 
 @dataclass(frozen=True)
@@ -163,8 +161,7 @@ class FewSteps(Flow):
     The teacher is the diffusion transformer that the run starts from, or that of the "teacher" of `init`, guided at
     `guidance` (edits: `edit_guidance`). A jump is compared with a step of `stride` along that velocity and `rollouts`
     jumps of the averaged weights; or, with `path` above 0, with where so many steps of the teacher lead. `steps` are
-    the numbers of jumps that the model is to draw in, its own first; with `path`, one named twice is met twice as
-    often.
+    the numbers of jumps that the model is to draw in, its own first.
     """
 
     noises: int = 3
@@ -179,17 +176,13 @@ class FewSteps(Flow):
     def __post_init__(self) -> None:
         others = self.bind or self.lesson_steps or self.repa or self.drop_prompt or self.target != "unilip"
         counts = re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2})*", self.steps)
-        jumps = not counts or (not self.path and len(self.counts) < len(self.named))
+        jumps = not counts or len(set(self.counts)) < len(self.counts)
         uneven = not jumps and any(self.path % count for count in self.counts)
         _check(self, "objective.", few=others, jumps=jumps, uneven=uneven)
 
     @property
     def counts(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(self.named))
-
-    @property
-    def named(self) -> list[int]:
-        return [int(count) for count in self.steps.split(",")]
+        return tuple(int(count) for count in self.steps.split(","))
 
 
 @dataclass(frozen=True)
@@ -214,13 +207,13 @@ class Data:
     """Where batches come from: the emoji world by its name, or files of one's own: `path` says where, docs/data.md how.
 
     Shares: `edit_share` of steps have edits, `joint` of those take a thing of a second picture, `text_share` adds
-    questions without a picture. `edits` and `scenes` name kinds of the world's edits and of its scenes, and how often
-    each comes, "recolour:3,background" (empty: as the world has them). `image_size` replaces the model's own; `fit`
-    makes pictures square (auto: the centre of what is drawn, the whole of what is talked about); `shapes` are sizes in
-    place of the square, "336x588,448x448" (aspect buckets), one a step. Texts over `max_characters`, or `max_tokens`
-    (0: what the model reads), are left out. Over a share `max_skipped` of samples that cannot be read the run stops.
-    `window` shards are shuffled together; `lanes` are disjoint sets of shards that fill their own part of every step;
-    `keep_gb` bounds remote shards on disk. `cache`: made by `unilip data cache`. `workers`: processes.
+    questions without a picture. `edits` names kinds of the world's edits and how often each comes,
+    "recolour:3,background" (empty: all alike). `image_size` replaces the model's own; `fit` makes pictures square
+    (auto: the centre of what is drawn, the whole of what is talked about); `shapes` are sizes in place of the square,
+    "336x588,448x448" (aspect buckets), one a step. Texts over `max_characters`, or `max_tokens` (0: what the model
+    reads), are left out. Over a share `max_skipped` of samples that cannot be read the run stops. `window` shards are
+    shuffled together; `lanes` are disjoint sets of shards that fill their own part of every step; `keep_gb` bounds
+    remote shards on disk. `cache`: made by `unilip data cache`. `workers`: processes.
     """
 
     source: str = "emoji"
@@ -231,7 +224,6 @@ class Data:
     shapes: str = ""
     edit_share: float = 0.0
     edits: str = ""
-    scenes: str = ""
     joint: float = 0.0
     text_share: float = 0.0
     max_characters: int = 1000
@@ -246,7 +238,7 @@ class Data:
     def __post_init__(self) -> None:
         files = self.source == "files"
         _check(
-            self, "data.", path=files and not self.path, edits=(self.edits or self.scenes) and files,
+            self, "data.", path=files and not self.path, edits=self.edits and files,
             joint=self.joint and (files or not self.edit_share), cache=self.cache and not files,
             image_size=self.image_size % TOKEN_PIXELS, shapes=self.shapes and (self.cache or self.image_size),
         )  # fmt: skip

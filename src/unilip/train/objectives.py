@@ -106,12 +106,6 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def held_error(found: Tensor, wanted: Tensor, held: Tensor) -> Tensor:
-    """Mean squared difference of the rows (B,...) that are held (B,); zero where none is."""
-    errors = (found.float() - wanted.float()).square().flatten(1).mean(1)
-    return (errors * held).sum() / held.sum().clamp(min=1)
-
-
 def contrast_heads(model: UniLIP) -> dict[str, nn.Module]:
     """Return what joins pooled features and texts in one space, for training only."""
     width = model.config.text.hidden_size
@@ -236,15 +230,12 @@ class ReconstructObjective(Objective):
         super().__init__(recipe, model)
         self.weights: Any = weights
         self.teacher: Any = None
-        self.kept_head: Any = None
-        if weights.distill or weights.anchor or (weights.perceptual and weights.perceptual_source == "teacher"):
-            start = model
+        if weights.distill or (weights.perceptual and weights.perceptual_source == "teacher"):
             if "teacher" in sources:
-                both = ("encoder", "latent_head") if weights.anchor else ("encoder",)
-                start = UniLIP.from_pretrained(sources["teacher"], parts=both)
-            self.teacher = copy.deepcopy(start.encoder).eval().requires_grad_(False)
-            if weights.anchor:
-                self.kept_head = copy.deepcopy(start.latent_head).eval().requires_grad_(False)
+                self.teacher = UniLIP.from_pretrained(sources["teacher"], parts=("encoder",)).encoder
+            else:
+                self.teacher = copy.deepcopy(model.encoder)
+            self.teacher.eval().requires_grad_(False)
         if weights.contrastive:
             with seeded(recipe.seed):
                 self.heads = nn.ModuleDict(contrast_heads(model))
@@ -259,35 +250,28 @@ class ReconstructObjective(Objective):
                 self.adversary = losses.PatchDiscriminator()
         self._pair: tuple[Tensor, Tensor] | None = None
 
-    def reconstruct(self, normalised: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised pixels (B,3,H,W) -> features (B,N,D) unless given, latents, pixels in [0,1] (not clamped)."""
+    def reconstruct(self, normalised: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Normalised pixels (B,3,H,W) -> features (B,N,D) unless they are given, pixels in [0,1] (not clamped)."""
         features = self.model.encoder(normalised) if features is None else features.to(self.model.dtype)
         rows = normalised.shape[-2] // TOKEN_PIXELS
-        latents = self.model.latent_head(features, rows)
-        return features, latents, (self.model.pixel_decoder(latents).float() + 1) / 2
+        pixels = self.model.pixel_decoder(self.model.latent_head(features, rows))
+        return features, (pixels.float() + 1) / 2
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
-        """L2 + perceptual + distillation + anchor + contrast + (from its start on) the generator's hinge term."""
+        """L2 + perceptual + distillation + contrast + (from its start on) the generator's hinge term."""
         weights = self.weights
         target = to_unit(batch["images"])
         normalised = normalise(target)
-        features, latents, output = self.reconstruct(normalised, batch.get("features"))
+        features, output = self.reconstruct(normalised, batch.get("features"))
         total, terms = self.pixel_loss(output, target)
         if self.perceptual is not None:
             perceptual = self.perceptual(output, target)
             terms["perceptual"], total = perceptual, total + weights.perceptual * perceptual
-        if weights.distill or weights.anchor:
-            held = batch.get("held", torch.ones(len(target), dtype=torch.bool, device=target.device))
+        if weights.distill:
             with torch.no_grad():
                 original = batch["teacher"] if "teacher" in batch else self.teacher(normalised)
-            if weights.distill:
-                terms["distill"] = distill = held_error(features, original, held)
-                total = total + weights.distill * distill
-            if self.kept_head is not None:
-                with torch.no_grad():
-                    wanted = self.kept_head(original.to(features), normalised.shape[-2] // TOKEN_PIXELS).float()
-                terms["anchor"] = anchor = held_error(latents, wanted, held) / wanted.var()
-                total = total + weights.anchor * anchor
+            distill = F.mse_loss(features.float(), original.float())
+            terms["distill"], total = distill, total + weights.distill * distill
         if weights.contrastive:
             distance, terms["retrieval"] = contrast(self.model, self.heads, features, batch)
             terms["contrastive"], total = distance, total + weights.contrastive * distance
@@ -319,7 +303,7 @@ class ReconstructObjective(Objective):
     @torch.no_grad()
     def samples(self, batch: Batch) -> dict[str, Tensor]:
         target = to_unit(batch["images"][:SHOWN])
-        *_, output = self.reconstruct(normalise(target))
+        _, output = self.reconstruct(normalise(target))
         return {"reconstruction": torch.stack([target, output.clamp(0, 1)])}
 
 
@@ -526,7 +510,7 @@ class FlowObjective(Objective):
         return (self.autoencoder.decode(latents / self.autoencoder.config.scaling_factor).sample + 1) / 2
 
 
-PAIRS = 4  # jumps that are learned of each way of the teacher
+PAIRS = 8  # jumps that are learned of each way of the teacher
 
 
 class FewStepsObjective(FlowObjective):
@@ -613,7 +597,7 @@ class FewStepsObjective(FlowObjective):
         A third go from anywhere on it to anywhere below. The others are jumps that the model is to make (`steps`), half
         of them from where the model itself has jumped to by then, so that a jump mends what those before it missed.
         """
-        settings, steps, k = self.settings, self.settings.path, self.settings.noises
+        steps, k = self.settings.path, self.settings.noises
         generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
         shape = (k, *batch["latents"].shape[1:])
         x = draw_noise(len(generators), shape, generators).flatten(0, 1).to(batch["latents"])
@@ -624,13 +608,12 @@ class FewStepsObjective(FlowObjective):
 
         flow.sample(velocity, x, schedule, lambda i, timestep, state: states.append(state))
         levels = torch.tensor([1.0, *schedule.levels[1:]], device=x.device)
-        jumps, own, wishes = [], [], []
-        for n in settings.counts:
+        jumps, own = [], []
+        for n in self.settings.counts:
             y, ends = x, [i * steps // n for i in range(n + 1)]
             for a, b in itertools.pairwise(ends):
                 jumps.append((a, b))
                 own.append(len(states) - 1 if a else 0)
-                wishes += [len(own) - 1] * settings.named.count(n)
                 if b < steps:
                     here, there = (levels[i].expand(len(x)) for i in (a, b))
                     y = y - wide(here - there) * self.jump(self.model.dit, y, here, there, condition)
@@ -638,7 +621,7 @@ class FewStepsObjective(FlowObjective):
         picks = []
         for generator in generators:
             for i in range(k * PAIRS):
-                wish = wishes[int(torch.randint(len(wishes), (1,), generator=generator))]
+                wish = int(torch.randint(len(jumps), (1,), generator=generator))
                 first, last = torch.rand(2, generator=generator).mul(steps + 1).long().sort().values.tolist()
                 start, end = jumps[wish] if i % 3 or first == last else (first, last)
                 picks.append((start, end, own[wish] if i % 3 == 2 else start))
