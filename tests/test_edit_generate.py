@@ -189,6 +189,8 @@ def test_the_embedded_model_plans_pairs_that_it_never_met():
     ]
     plans = model.generate(prompts, num_inference_steps=1, output_type="latent", progress=False).plans
     assert all(" in the " in plan and sampling.keeps(plan, prompt) for plan, prompt in zip(plans, prompts, strict=True))
+    wide = model.generate(prompts, num_inference_steps=1, output_type="latent", progress=False, height=84, width=140)
+    assert wide.plans == (), "what fits above each other in a square need not in another shape"
     said = "a dog below a bus on a blue background"  # places of its own are not written anew in the order of its words
     assert model.generate(said, num_inference_steps=1, output_type="latent", progress=False).plans == (said,)
 

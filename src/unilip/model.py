@@ -494,7 +494,7 @@ class UniLIP(Network):
             latents: noise (B,Z,h,w) to begin with, one for each picture, in place of what `generator` would draw.
             plan: let the language model write the prompt out, and draw that (thinking before drawing); the result's
                 `plans` say what was drawn. "auto" does so where the model was trained for it (`config.sampling.plan`),
-                and draws a prompt as it is when its plan lost or swapped words of it.
+                in squares, and draws a prompt as it is when its plan lost or swapped words of it.
             best_of: draw so many for each picture, one after the other from its generator, and keep the one in which
                 the model itself, asked, most surely sees the prompt. Costs as much as so many pictures.
             output_type: "pil", "np", "pt" or "latent".
@@ -528,7 +528,7 @@ class UniLIP(Network):
         processor.tokenize([processor.generate_text(text) for text in prompts])  # complains before anything is computed
         noise = torch.stack(self._noises([size] * (len(prompts) * copies * best_of), generator, latents))
         plans: tuple[str, ...] = ()
-        if plan is True or (plan == "auto" and self.config.sampling.plan):
+        if plan is True or (plan == "auto" and self.config.sampling.plan and size[0] == size[1]):
             plans = tuple(sampling.write_out(self, self.runtime, processor, prompts))
             if plan == "auto":
                 plans = tuple(new if sampling.keeps(new, old) else old for new, old in zip(plans, prompts, strict=True))
