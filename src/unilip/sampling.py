@@ -34,7 +34,7 @@ Generators = torch.Generator | int | Sequence[torch.Generator | int] | None
 Progress = bool | Mapping[str, Any]  # whether to show a bar, or how: arguments of tqdm
 MAX_PROMPT_CHARACTERS = 8_000
 REWRITE = "Write this out as one description of a picture, with each thing, its colour and its place. Only that: "
-WHERE = frozenset(re.findall(r"\w+", "top bottom upper lower left right middle center centre corner side edge beside"))
+WHERE = frozenset(re.findall(r"\w+", "top bottom upper lower left right middle center centre corner side edge"))
 PLACES = WHERE | {"white", "background"}  # what a plan may add to a prompt
 ARTICLES = {"a", "an"}  # of which a plan has those of the prompt
 PLAN_TOKENS = 128
@@ -43,7 +43,7 @@ SMALL_WORDS = frozenset(
     re.findall(
         r"\w+",
         "a an the and of with on in at to is are it me my i draw paint make create show generate please picture image "
-        "photo drawing want would like can you could some above below over under",
+        "photo drawing want would like can you could some above below over under next beside near together",
     )
 )  # what a plan may leave out of a prompt, or says by places
 NOT_TAUGHT = "this model has not learned from edits of several pictures: what it draws may be anything"
@@ -446,9 +446,9 @@ def keeps(plan: str, prompt: str) -> bool:
 
 
 def may_follow(plan: TextStream, token: int, prompt: str) -> bool:
-    """Say whether a plan may go on by TOKEN: a word of PROMPT at its turn, or a place; the end when all have come."""
+    """Say whether a plan may go on by TOKEN: a word of PROMPT at its turn, a place; the end after both have come."""
     if token == plan.processor.end_id:
-        return keeps(plan.text, prompt)
+        return keeps(plan.text, prompt) and not WHERE.isdisjoint(words_of(plan.text))
     text = plan.processor.decode([[*plan.ids, token]])[0].lower()
     wanted, found = re.findall(r"\w+", prompt.lower()), re.findall(r"\w+", text)
     for i, word in enumerate(found):
