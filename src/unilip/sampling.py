@@ -36,6 +36,7 @@ MAX_PROMPT_CHARACTERS = 8_000
 REWRITE = "Write this out as one description of a picture, with each thing, its colour and its place. Only that: "
 WHERE = frozenset(re.findall(r"\w+", "top bottom upper lower left right middle center centre corner side edge"))
 PLACES = WHERE | {"white", "background"}  # what a plan may add to a prompt
+SAID = WHERE | {"above", "below", "over", "under"}  # what a prompt says of places by itself
 ARTICLES = {"a", "an"}  # of which a plan has those of the prompt
 PLAN_TOKENS = 128
 CANDIDATES = 32  # likeliest tokens that a plan may go on by; where none fits, it ends
@@ -375,7 +376,7 @@ def answer(
 ) -> Generator[list[int], None, None]:
     """Continue conversations as text: yield the next id of each until all have ended; -1 where it is no number.
 
-    Between two ids others may use the model. Raises UniLIPError: it was changed since the call.
+    `adjust` may change logits (B,V) before an id is chosen. Between two ids others may use the model. Raises UniLIPError: it was changed since the call.
     """
     device = next(network.parameters()).device if runtime.offload is None else runtime.offload.device
     tokens, state = processor.tokenize(prompts).to(device), runtime.gate.changes
@@ -414,9 +415,7 @@ def write_out(network: Network, runtime: Runtime, processor: Processor, prompts:
     asked = network.config.sampling.plan or REWRITE
     texts = [processor.chat_text([Message("user", asked + prompt)]) for prompt in prompts]
     answers = [TextStream(processor, PLAN_TOKENS) for _ in texts]
-
-    said = WHERE | {"above", "below", "over", "under"}
-    held = [network.config.sampling.plan and said.isdisjoint(re.findall(r"\w+", one.lower())) for one in prompts]
+    held = [network.config.sampling.plan and SAID.isdisjoint(re.findall(r"\w+", one.lower())) for one in prompts]
 
     def constrained(logits: Tensor) -> Tensor:
         for row, written, prompt, is_held in zip(logits, answers, prompts, held, strict=True):
