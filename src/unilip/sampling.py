@@ -376,7 +376,8 @@ def answer(
 ) -> Generator[list[int], None, None]:
     """Continue conversations as text: yield the next id of each until all have ended; -1 where it is no number.
 
-    `adjust` may change logits (B,V) before an id is chosen. Between two ids others may use the model. Raises UniLIPError: it was changed since the call.
+    `adjust` may change logits (B,V) before an id is chosen. Between two ids others may use the model. Raises
+    UniLIPError: it was changed since the call.
     """
     device = next(network.parameters()).device if runtime.offload is None else runtime.offload.device
     tokens, state = processor.tokenize(prompts).to(device), runtime.gate.changes
