@@ -24,10 +24,16 @@ def atlas(world):
     return art.Atlas.synthetic(world)
 
 
-def fake_package(style: art.Style, folder, leave_out: str = "") -> None:
+UNNAMED = ("1f600", "1f64b-200d-2642-fe0f", "1f590-1f3fb", "1f1e9-1f1ea", "1f5dd")  # the first alone is to be drawn
+
+
+def fake_package(style: art.Style, folder, leave_out: str = "", names=None) -> None:
     """Write an npm package like Iconify's: one coloured square per concept and tone, off centre and small."""
-    icons, chars = {}, {}
+    chars = {code: f"icon-{code}" for code in UNNAMED}
+    icons = {name: {"body": '<rect x="2" y="4" width="8" height="8" fill="#22d"/>'} for name in chars.values()}
     for name, c in concepts().items():
+        if names and name not in names:
+            continue
         for tone in (None, *(TONES if c.toned else ())):
             code = c.tone_codepoint(tone) if tone else c.codepoint
             if c.codepoint and name != leave_out:
@@ -38,9 +44,9 @@ def fake_package(style: art.Style, folder, leave_out: str = "") -> None:
     (folder / "chars.json").write_text(json.dumps(chars))
 
 
-def fake_source(folder, leave_out: str = ""):
+def fake_source(folder, leave_out: str = "", names=None):
     for style in art.STYLES.values():
-        fake_package(style, folder / style.package.rsplit("/", 1)[-1], leave_out)
+        fake_package(style, folder / style.package.rsplit("/", 1)[-1], leave_out, names)
     return folder
 
 
@@ -137,8 +143,9 @@ def test_missing_atlas_says_how_to_get_it(tmp_path, monkeypatch):
 
 def test_prepare_reads_folders_and_tarballs_alike(tmp_path, monkeypatch):
     pytest.importorskip("resvg_py")
-    monkeypatch.setattr(art, "concepts", lambda: {n: concept(n) for n in ("cat", "man", "heart")})
-    folder = fake_source(tmp_path / "folders")
+    names = ("cat", "man", "heart")
+    monkeypatch.setattr(art, "concepts", lambda: {name: concept(name) for name in names})
+    folder = fake_source(tmp_path / "folders", names=names)
     tarballs = tmp_path / "tarballs"
     tarballs.mkdir()
     for style in art.STYLES.values():
@@ -150,7 +157,8 @@ def test_prepare_reads_folders_and_tarballs_alike(tmp_path, monkeypatch):
     assert first.read_bytes() == second.read_bytes()
     monkeypatch.setattr(art, "_npm_pack", lambda folder: pytest.fail("what is there was fetched again"))
     assert art.prepare(tmp_path / "a") == first
-    assert seen[-1] == (21, 21)  # cat and man in three styles, the man in five more tones
+    assert seen[-1] == (24, 24)  # cat, man and a face without a name in three styles, the man in five more tones
+    assert art.Atlas.load(first).strange == [(style, UNNAMED[0]) for style in art.STYLES]
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["CREDITS.txt", art.ATLAS_FILE]
     credits = (tmp_path / "a" / "CREDITS.txt").read_text()
     assert all(style.licence in credits for style in art.STYLES.values())

@@ -8,9 +8,12 @@ import signal
 import time
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
+from unilip.emoji.art import STYLES
+from unilip.emoji.world import World
 from unilip.errors import ConfigError
 from unilip.method.text import Message
 from unilip.recipes.catalog import get_recipe
@@ -128,18 +131,30 @@ def test_workers_change_nothing(name, tiny_model):
     assert not same(alone[0], alone[1])
 
 
-def test_a_share_of_the_pictures_is_turned_and_exchanges_its_colours(tiny_model):
+def test_a_share_of_the_pictures_is_turned_moved_and_exchanges_its_colours(tiny_model):
     plain, varied, again = (
-        opened("tiny/recon", tiny_model, f"objective.augment={share}", "batch_size=40")[0]["images"]
-        for share in (0, 0.5, 0.5)
+        opened("tiny/recon", tiny_model, f"objective.augment={share}", "batch_size=80")[0] for share in (0, 0.5, 0.5)
     )
-    assert torch.equal(varied, again)
-    changed = [not torch.equal(a, b) for a, b in zip(plain, varied, strict=True)]
-    assert 10 < sum(changed) < 30
-    for a, b in zip(plain, varied, strict=True):
-        assert torch.equal(a.flatten().sort().values, b.flatten().sort().values), "the same numbers, in other places"
+    assert torch.equal(varied["images"], again["images"]) and plain["held"].all()
+    changed = ~varied["held"]
+    assert torch.equal(varied["images"][~changed], plain["images"][~changed]) and 25 < int(changed.sum()) < 55
+    same = 0
+    for a, b in zip(plain["images"][changed], varied["images"][changed], strict=True):
         turned = [torch.rot90(x, k, (1, 2)) for x in (b, b.flip(2)) for k in range(4)]
-        assert any(torch.equal(a, t[list(order)]) for t in turned for order in itertools.permutations(range(3)))
+        same += any(torch.equal(a, t[list(order)]) for t in turned for order in itertools.permutations(range(3)))
+    assert 0.25 < same / int(changed.sum()) < 0.75, "the others are zoomed, moved and turned by any angle"
+
+
+def test_most_pictures_for_the_tokenizer_alone_are_of_drawings_without_a_name(tiny_model):
+    pictures = dataclasses.replace(tiny_model.config, image_size=World.pico().image_size)
+    recipe = override(get_recipe("tiny/recon"), ["data.world=pico", "data.path=synthetic"])
+    source = make_batches(recipe, pictures, tiny_model.processor)
+    assert set(source.atlas.strange) == {(style, code) for style in STYLES for code in ("1f600", "1f4a9")}
+    strange = [i for i in range(60) if source.is_strange(source.scenes.draw(i)[0])]
+    assert 20 < len(strange) < 50 and [i for i in range(60) if not source.is_held(i, False)] == strange
+    assert not any(source.is_held(i, True) for i in range(60))
+    other = [i for i in range(60) if not np.array_equal(source.image_item(i), source.scenes[i]["image"])]
+    assert 0.6 < len(other) / len(strange) < 0.95 and set(other) <= set(strange)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
@@ -185,6 +200,16 @@ def test_kinds_of_edits_come_as_often_as_the_recipe_says(tiny_model):
     found = Counter(source.edit_pairs[i]["kind"] for i in range(400))
     assert set(found) == {"recolour", "background"} and 0.6 < found["recolour"] / 400 < 0.9
     assert len({opened("tiny/sft", tiny_model).edit_pairs[i]["kind"] for i in range(100)}) > 2
+
+
+def test_kinds_of_scenes_come_as_often_as_the_recipe_says(tiny_model):
+    found = Counter(
+        opened("tiny/sft", tiny_model, "data.scenes=single:3,colour_attr").scenes[i]["task"] for i in range(400)
+    )
+    assert set(found) == {"single", "colour_attr"} and 0.6 < found["single"] / 400 < 0.9
+    assert len({opened("tiny/sft", tiny_model).scenes[i]["task"] for i in range(100)}) == 6
+    with pytest.raises(ConfigError, match=r"data.scenes .*KIND:TIMES"):
+        opened("tiny/sft", tiny_model, "data.scenes=three")
 
 
 @pytest.mark.parametrize("text", ["repaint", "recolour:0", "recolour:many", "recolour:-1"])

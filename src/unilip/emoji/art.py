@@ -11,13 +11,15 @@ import hashlib
 import io
 import logging
 import os
+import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,8 @@ log = logging.getLogger(__name__)
 MASTER = 160  # pixels a side of the rasterised sprites
 MASTERS = 512  # of them kept decoded, at the art's own size and painted
 ATLAS_FILE = "atlas-160.npz"
+VARIANTS = {*TONES.values(), "2640", "2642"}  # skin tones and sexes: the same drawing again
+FLAG = re.compile("1f1[ef]")  # letters of which countries are made
 RGB = tuple[int, int, int]
 
 
@@ -97,26 +101,28 @@ def prepare(
     source: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Rasterise every concept in three styles and all skin tones to one atlas file, and return its path.
+    """Rasterise every concept in three styles and all skin tones, and all else that the packages hold, to one file.
 
     SOURCE may hold the three npm tarballs or the unpacked packages; else ``npm pack`` fetches them. OUTPUT is a folder
-    (default ``data_dir()``); PROGRESS is told (done, total). Raises DataError: npm, a package or a drawing is missing.
+    (default ``data_dir()``); PROGRESS is told (done, total). Returns the file's path. Raises DataError: npm, a package
+    or a drawing is missing.
     """
     folder = Path(output) if output is not None else data_dir()
     path, credits = folder / ATLAS_FILE, folder / "CREDITS.txt"
     sprites: dict[str, bytes] = {}
     work = _drawings(concepts(), STYLES)
     made = path.is_file() and credits.is_file() and credits.read_bytes() == _credits()
-    if source is None and made and Atlas.load(path)._sprites.keys() == {_key(*item) for item in work}:
+    if source is None and made and Atlas.load(path)._sprites.keys() > {_key(*item) for item in work}:
         log.info("the art of these versions is in %s already; remove the folder to draw it again", folder)
         return path
     with tempfile.TemporaryDirectory(prefix="unilip-art-") as scratch:
         if source is None:
             source = _npm_pack(Path(scratch))
         packages = {name: _open_package(style, Path(source), Path(scratch)) for name, style in STYLES.items()}
-    for done, (style, name, tone) in enumerate(work):
-        svg = packages[style].svg(concept(name).tone_codepoint(tone) if tone else concept(name).codepoint, name)
-        sprites[_key(style, name, tone)] = _rasterise(*svg)
+    codes = [concept(name).tone_codepoint(tone) if tone else concept(name).codepoint for _, name, tone in work]
+    work += [(style, code, None) for style, package in packages.items() for code in package.others()]
+    for done, ((style, name, tone), code) in enumerate(zip_longest(work, codes)):
+        sprites[_key(style, name, tone)] = _rasterise(*packages[style].svg(code or name, name))
         if progress is not None:
             progress(done + 1, len(work))
     Atlas(sprites).save(path)
@@ -167,6 +173,16 @@ class _Package:
                 found = {"width": 16, "height": 16, **self.icons, **self.icons["icons"][icon_name]}
                 return found["body"], found["width"], found["height"]
         raise DataError(f"{self.label} has no drawing for {name!r} ({codepoint}); use the version named in art.STYLES")
+
+    def others(self) -> list[str]:
+        """Return the codepoints, without variants of each other, of what is no concept and not like a held-out one."""
+        aliases, found = self.icons.get("aliases", {}), dict[str, str]()
+        named = {each.codepoint.replace("-fe0f", "") for each in concepts().values()} | set(TABLES["kept out"])
+        for code, icon in self.chars.items():
+            parts = code.replace("-fe0f", "").split("-")
+            if "-".join(parts) not in named and not VARIANTS & set(parts) and not FLAG.match(code):
+                found.setdefault(aliases.get(icon, {}).get("parent", icon), "-".join(parts))
+        return list(dict.fromkeys(found.values()))
 
 
 def _open_package(style: Style, source: Path, scratch: Path) -> _Package:
@@ -248,6 +264,7 @@ class Atlas:
     def synthetic(cls, world: World, size: int = 48) -> Atlas:
         """Return fake sprites for WORLD: a coloured polygon per concept and style, by hash. For tests without art."""
         keys = [_key(*drawing) for drawing in _drawings(world.names, world.styles)]
+        keys += [_key(style, code, None) for style in STYLES for code in ("1f600", "1f4a9") if world.strangers]
         return cls({key: _fake(key, size) for key in keys})
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -275,6 +292,12 @@ class Atlas:
         for key in sorted(self._sprites):
             digest.update(key.encode() + b"\0" + self._sprites[key])
         return digest.hexdigest()
+
+    @cached_property
+    def strange(self) -> list[tuple[str, str]]:
+        """Style and name of all drawings that are no concept, and have no words."""
+        keys = (key.split("/") for key in self._sprites)
+        return [(style, name) for style, name, *_ in keys if name not in concepts()]
 
     def warm(self, world: World) -> Atlas:
         """Decode and paint all that WORLD can show (100 kB a sprite), for loader workers to share; returns itself."""

@@ -28,7 +28,7 @@ PURPOSES = ("tokenizer", "understanding", "generation")
 SPLITS = ("train", "val")
 RELATIONS = ("left", "right", "above", "below")
 GUESTS = 0.2  # share of the scenes to look at in which guests may be
-STRANGERS = 0.4  # share of the scenes to reconstruct that are of nothing else
+STRANGERS = 0.75  # share of the scenes to reconstruct that are of nothing else
 INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 KNOWN: dict[str, Any] = read_table("unilip.emoji", "worlds.json")

@@ -96,13 +96,15 @@ class Reconstruct:
 
     Contrast with captions, read by a language model that `init` names, can stand in for distillation (an ablation). The
     GAN, and its discriminator's learning rate, begin at step `gan_start`. The original is the encoder that the stage
-    starts from, unless `init` names a "teacher". Data augmentation: a share `augment` of the pictures is turned and
-    mirrored, and its colour channels are exchanged.
+    starts from, unless `init` names a "teacher". `anchor` holds the latents, too, to those of the stage's start: what
+    has learned to draw them can go on. Data augmentation: a share `augment` of the pictures is turned, mirrored and
+    moved, and its colour channels are exchanged. In the emoji world these, and drawings without a name, are not held.
     """
 
     pixel: float = 1.0
     perceptual: float = 1.1
     distill: float = 0.0
+    anchor: float = 0.0
     contrastive: float = 0.0
     gan: float = 0.0
     gan_start: int = 0
@@ -122,7 +124,7 @@ class Shrink(Reconstruct):
     states: float = 0.1
 
     def __post_init__(self) -> None:
-        _check(self, "objective.", smaller=self.distill or self.contrastive or self.gan or self.augment)
+        _check(self, "objective.", smaller=self.distill or self.anchor or self.contrastive or self.gan or self.augment)
 
 
 @dataclass(frozen=True)

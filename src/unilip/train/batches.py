@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
@@ -182,15 +183,35 @@ class Batches(Dataset[dict[str, Any]]):
         if objective.contrastive:
             items = [self.caption_item(i) for i in samples]
             return stacked("images", [image for image, _ in items]) | self.contrast([text for _, text in items])
-        return stacked("images", [self.varied(self.image_item(i), i, objective.augment) for i in samples])
+        shown = [self.varied(self.image_item(i), i, objective.augment) for i in samples]
+        held = torch.tensor([self.is_held(i, was_varied) for i, (_, was_varied) in zip(samples, shown, strict=True)])
+        return stacked("images", [image for image, _ in shown]) | {"held": held}
 
-    def varied(self, image: Any, sample: int, share: float) -> Any:
-        """A picture (H,W,3); of a SHARE of them what it gives turned and mirrored, its colour channels exchanged."""
+    def is_held(self, index: int, was_varied: bool) -> bool:
+        """Whether features and latents of a picture are to stay as they are."""
+        return True
+
+    def varied(self, image: Any, sample: int, share: float) -> tuple[Any, bool]:
+        """A picture (H,W,3), and whether it was changed: of a SHARE, half are turned, zoomed and moved by any amount.
+
+        The others turn by right angles. Half of the share is mirrored, and its colour channels are exchanged.
+        """
         rng = generator("augment", self.recipe.seed, sample)
         if rng.random() >= share:
-            return image
-        image = np.rot90(image, rng.randrange(4) if image.shape[0] == image.shape[1] else 2 * rng.randrange(2))
-        return (image if rng.random() < 0.5 else image[:, ::-1])[..., rng.sample(range(3), 3)]
+            return image, False
+        high, wide = image.shape[:2]
+        if rng.random() < 0.5:
+            image = np.rot90(image, rng.randrange(4) if high == wide else 2 * rng.randrange(2))
+        else:
+            angle, scale = rng.choice((0, math.tau * rng.random())), 1.18 / 2.35 ** rng.random()  # zoomed up to twice
+            a, b = scale * math.cos(angle), scale * math.sin(angle)
+            (x, u), (y, v) = ([side * rng.uniform(0.3, 0.7) for _ in range(2)] for side in (wide, high))
+            found = Image.fromarray(image).transform(
+                (wide, high), Image.Transform.AFFINE, (a, -b, x - a * u + b * v, b, a, y - b * u - a * v),
+                Image.Resampling.BICUBIC, fillcolor=tuple(image[0, 0].tolist()),
+            )  # fmt: skip
+            image = np.asarray(found)
+        return (image if rng.random() < 0.5 else image[:, ::-1])[..., rng.sample(range(3), 3)], True
 
     def is_edit(self, step: int) -> bool:
         return generator("task", self.recipe.seed, step).random() < self.recipe.data.edit_share
@@ -313,9 +334,14 @@ class EmojiBatches(Batches):
             )
         place = Path(recipe.data.path) if recipe.data.path else None
         atlas = Atlas.synthetic(world) if recipe.data.path == "synthetic" else Atlas.load(place)
-        atlas.warm(world.training)  # before loader workers fork: they share what is decoded here
+        self.atlas = atlas.warm(world.training)  # before loader workers fork: they share what is decoded here
         purpose = "generation" if isinstance(recipe.objective, Flow) else "tokenizer"
         purpose = "understanding" if isinstance(recipe.objective, Understand) else purpose
+        if purpose == "tokenizer" and world.strangers and not atlas.strange:
+            logger.warning(
+                "The art is of an older version, without the drawings that only a tokenizer meets; run "
+                "`unilip data prepare emoji` again to have them."
+            )
         common: dict[str, Any] = dict(world=world, atlas=atlas, split="train", seed=recipe.seed, size=ENDLESS)
         self.scenes = Scenes(**common, purpose=purpose)
         kinds = edit_kinds(recipe.data.edits, world.edits)
@@ -341,6 +367,21 @@ class EmojiBatches(Batches):
         found = [self.edit_pairs.joint(i) for i in samples]
         items = [((item["source"], item["other"]), item["target"], item["instruction"]) for item in found]
         return self._edits(samples, items, [self.source_cells or self.processor.num_image_tokens] * 2)
+
+    def is_strange(self, scene: Scene) -> bool:
+        return any(obj.concept in self.scenes.world.strangers for obj in scene.objects)
+
+    def is_held(self, index: int, was_varied: bool) -> bool:
+        return not was_varied and not self.is_strange(self.scenes.draw(index)[0])
+
+    def image_item(self, index: int) -> np.ndarray:
+        """The picture of a scene; where strangers are on it, most of them are drawings that have no name at all."""
+        scene, rng = self.scenes.draw(index)[0], generator("strange", self.recipe.seed, index)
+        if self.is_strange(scene) and self.atlas.strange and rng.random() < 0.8:
+            looks = {obj.look: rng.choice(self.atlas.strange) for obj in scene.objects}
+            drawn = [(obj, *looks[obj.look]) for obj in scene.objects]
+            scene = replace(scene, objects=tuple(replace(o, style=s, concept=n, tone=None) for o, s, n in drawn))
+        return pixels(scene, self.atlas, self.scenes.world)
 
     def caption_item(self, index: int) -> tuple[np.ndarray, str]:
         item = self.scenes[index]

@@ -106,6 +106,12 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
+def held_error(found: Tensor, wanted: Tensor, held: Tensor) -> Tensor:
+    """Mean squared difference of the rows (B,...) that are held (B,); zero where none is."""
+    errors = (found.float() - wanted.float()).square().flatten(1).mean(1)
+    return (errors * held).sum() / held.sum().clamp(min=1)
+
+
 def contrast_heads(model: UniLIP) -> dict[str, nn.Module]:
     """Return what joins pooled features and texts in one space, for training only."""
     width = model.config.text.hidden_size
@@ -230,12 +236,15 @@ class ReconstructObjective(Objective):
         super().__init__(recipe, model)
         self.weights: Any = weights
         self.teacher: Any = None
-        if weights.distill or (weights.perceptual and weights.perceptual_source == "teacher"):
+        self.kept_head: Any = None
+        if weights.distill or weights.anchor or (weights.perceptual and weights.perceptual_source == "teacher"):
+            start = model
             if "teacher" in sources:
-                self.teacher = UniLIP.from_pretrained(sources["teacher"], parts=("encoder",)).encoder
-            else:
-                self.teacher = copy.deepcopy(model.encoder)
-            self.teacher.eval().requires_grad_(False)
+                both = ("encoder", "latent_head") if weights.anchor else ("encoder",)
+                start = UniLIP.from_pretrained(sources["teacher"], parts=both)
+            self.teacher = copy.deepcopy(start.encoder).eval().requires_grad_(False)
+            if weights.anchor:
+                self.kept_head = copy.deepcopy(start.latent_head).eval().requires_grad_(False)
         if weights.contrastive:
             with seeded(recipe.seed):
                 self.heads = nn.ModuleDict(contrast_heads(model))
@@ -250,28 +259,35 @@ class ReconstructObjective(Objective):
                 self.adversary = losses.PatchDiscriminator()
         self._pair: tuple[Tensor, Tensor] | None = None
 
-    def reconstruct(self, normalised: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Normalised pixels (B,3,H,W) -> features (B,N,D) unless they are given, pixels in [0,1] (not clamped)."""
+    def reconstruct(self, normalised: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised pixels (B,3,H,W) -> features (B,N,D) unless given, latents, pixels in [0,1] (not clamped)."""
         features = self.model.encoder(normalised) if features is None else features.to(self.model.dtype)
         rows = normalised.shape[-2] // TOKEN_PIXELS
-        pixels = self.model.pixel_decoder(self.model.latent_head(features, rows))
-        return features, (pixels.float() + 1) / 2
+        latents = self.model.latent_head(features, rows)
+        return features, latents, (self.model.pixel_decoder(latents).float() + 1) / 2
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
-        """L2 + perceptual + distillation + contrast + (from its start on) the generator's hinge term."""
+        """L2 + perceptual + distillation + anchor + contrast + (from its start on) the generator's hinge term."""
         weights = self.weights
         target = to_unit(batch["images"])
         normalised = normalise(target)
-        features, output = self.reconstruct(normalised, batch.get("features"))
+        features, latents, output = self.reconstruct(normalised, batch.get("features"))
         total, terms = self.pixel_loss(output, target)
         if self.perceptual is not None:
             perceptual = self.perceptual(output, target)
             terms["perceptual"], total = perceptual, total + weights.perceptual * perceptual
-        if weights.distill:
+        if weights.distill or weights.anchor:
+            held = batch.get("held", torch.ones(len(target), dtype=torch.bool, device=target.device))
             with torch.no_grad():
                 original = batch["teacher"] if "teacher" in batch else self.teacher(normalised)
-            distill = F.mse_loss(features.float(), original.float())
-            terms["distill"], total = distill, total + weights.distill * distill
+            if weights.distill:
+                terms["distill"] = distill = held_error(features, original, held)
+                total = total + weights.distill * distill
+            if self.kept_head is not None:
+                with torch.no_grad():
+                    wanted = self.kept_head(original.to(features), normalised.shape[-2] // TOKEN_PIXELS).float()
+                terms["anchor"] = anchor = held_error(latents, wanted, held) / wanted.var()
+                total = total + weights.anchor * anchor
         if weights.contrastive:
             distance, terms["retrieval"] = contrast(self.model, self.heads, features, batch)
             terms["contrastive"], total = distance, total + weights.contrastive * distance
@@ -303,7 +319,7 @@ class ReconstructObjective(Objective):
     @torch.no_grad()
     def samples(self, batch: Batch) -> dict[str, Tensor]:
         target = to_unit(batch["images"][:SHOWN])
-        _, output = self.reconstruct(normalise(target))
+        *_, output = self.reconstruct(normalise(target))
         return {"reconstruction": torch.stack([target, output.clamp(0, 1)])}
 
 
