@@ -202,16 +202,6 @@ def test_kinds_of_edits_come_as_often_as_the_recipe_says(tiny_model):
     assert len({opened("tiny/sft", tiny_model).edit_pairs[i]["kind"] for i in range(100)}) > 2
 
 
-def test_kinds_of_scenes_come_as_often_as_the_recipe_says(tiny_model):
-    found = Counter(
-        opened("tiny/sft", tiny_model, "data.scenes=single:3,colour_attr").scenes[i]["task"] for i in range(400)
-    )
-    assert set(found) == {"single", "colour_attr"} and 0.6 < found["single"] / 400 < 0.9
-    assert len({opened("tiny/sft", tiny_model).scenes[i]["task"] for i in range(100)}) == 6
-    with pytest.raises(ConfigError, match=r"data.scenes .*KIND:TIMES"):
-        opened("tiny/sft", tiny_model, "data.scenes=three")
-
-
 @pytest.mark.parametrize("text", ["repaint", "recolour:0", "recolour:many", "recolour:-1"])
 def test_unknown_kinds_of_edits_are_refused(tiny_model, text):
     with pytest.raises(ConfigError, match=r"data.edits .*KIND:TIMES"):

@@ -177,25 +177,25 @@ def test_a_share_of_the_sources_is_drawn_by_the_model_first(fresh_model, joint):
 
 def test_jumps_of_a_path_lead_to_its_states_from_them_or_from_where_the_model_is(fresh_model, monkeypatch):
     """A teacher of one velocity everywhere: jumps end on the straight way from the noise, most begin there."""
-    objective, batches = prepared("tiny/few", fresh_model(), "objective.path=8", "objective.noises=8")
+    objective, batches = prepared("tiny/few", fresh_model(), "objective.path=8", "objective.noises=2")
     assert not objective.looks_ahead
     constant = torch.randn(1, 32, 2, 2)
     monkeypatch.setattr(objective, "guided", lambda batch, x, *_: constant.expand_as(x))
     ahead = objective.ahead(batches[0], 0)
-    (s, r, _), count = ahead["levels"], 2 * 8 * 4
+    (s, r, _), count = ahead["levels"], 2 * 2 * 8
     assert len(ahead["start"]) == len(s) == count and bool((s > r).all())
     near = dict(atol=3e-5, rtol=0)  # UniPC begins a millionth below 1
     down, target = wide(s - r), ahead["target"]
     noise = ahead["start"] - down * target + wide(1 - r) * constant
-    ways = noise.reshape(16, 4, *noise.shape[1:])  # pictures x noises, jumps
+    ways = noise.reshape(4, 8, *noise.shape[1:])  # pictures x noises, jumps
     torch.testing.assert_close(ways, ways[:, :1].expand_as(ways), **near)
     assert float((ways[0, 0] - ways[1, 0]).abs().max()) > 0.1, "each noise has its own way"
     own = torch.tensor([float((target[i] - constant).abs().max()) > 1e-3 for i in range(count)])
     assert 3 <= int(own.sum()) <= count // 4 and bool((s[own] < 1).all())
-    assert all(i % 32 % 3 == 2 for i in own.nonzero().flatten().tolist())
+    assert all(i % 16 % 3 == 2 for i in own.nonzero().flatten().tolist())
     row = next(i for i in own.nonzero().flatten().tolist() if float(s[i] - r[i]) > 0.6)  # the second jump of two
     with torch.no_grad():
-        condition = (ahead["conditions"][row // 32, None], ahead["condition_mask"][row // 32, None])
+        condition = (ahead["conditions"][row // 16, None], ahead["condition_mask"][row // 16, None])
         first = objective.jump(objective.model.dit, noise[row, None], torch.ones(1), s[row, None], condition)
     torch.testing.assert_close(ahead["start"][row], (noise[row] - (1 - s[row]) * first[0]), **near)
     even = torch.tensor([(1, 0), (1, 0.5), (0.5, 0), (1, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0)])
@@ -207,18 +207,6 @@ def test_jumps_of_a_path_lead_to_its_states_from_them_or_from_where_the_model_is
         loss, terms = objective.loss(batches[0] | ahead, 0)
     assert float(loss) == pytest.approx(float(errors.sqrt().mean()), rel=1e-2), "each jump counts by its root"
     assert sum(float(term) for term in terms.values()) == pytest.approx(float(errors.mean()), rel=1e-4)
-
-
-def test_a_number_of_jumps_named_more_often_is_met_more_often(fresh_model):
-    shares = []
-    for steps in ("4,2,1", "4,2,2,2,2,2,2,1"):
-        settings = ("objective.path=8", "objective.noises=8", f"objective.steps={steps}", "data.edit_share=0")
-        objective, batches = prepared("tiny/few", fresh_model(), *settings)
-        assert objective.settings.counts == (4, 2, 1)
-        s, r, _ = objective.ahead(batches[0], 0)["levels"]
-        halves = torch.tensor([(1, 2 / 3), (2 / 3, 0)])
-        shares.append(float((torch.cdist(torch.stack([s, r], 1), halves).amin(1) < 2e-3).float().mean()))
-    assert 0.1 < shares[0] < 0.35 and 0.4 < shares[1] < 0.65
 
 
 def test_what_is_held_alone_keeps_features_and_latents(fresh_model):
