@@ -14,7 +14,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +95,7 @@ class Run:
 
     @property
     def is_tokenizer(self) -> bool:
-        """Whether it learned to reconstruct."""
-        return "objective.pixel" in self.recipe
+        return "objective.pixel" in self.recipe  # it learned to reconstruct
 
     @property
     def samples(self) -> int:
@@ -154,20 +152,19 @@ class Lab:
         )  # fmt: skip
         return judged(folder, self.count, self.seeds)
 
-    def once(self, file: Path, marks: Mapping[str, str], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return what was measured before of the same weights (their `marks`) in the same way, or measure it."""
-        about = {
-            **marks, "count": self.count, "atlas": self.atlas.fingerprint, "data_seed": emoji.DATA_SEED,
-            "noises": NOISES, "dtype": str(self.dtype),
+    def once(self, file: Path, measure: Callable[..., dict[str, Any]], **models: UniLIP) -> dict[str, Any]:
+        """Return what was measured before of models with the same weights in the same way, or measure it."""
+        about = {name: emoji.fingerprint(model) for name, model in models.items()} | {
+            "count": self.count, "atlas": self.atlas.fingerprint, "data_seed": emoji.DATA_SEED, "noises": NOISES,
+            "dtype": str(self.dtype),
         }  # fmt: skip
         record = read_json(file, "measurement") if file.is_file() else {}
         if record.get("about") != about:
             if record:
                 log.info("%s was measured of other weights or in another way; measuring again", file)
-            record = {"about": about, "values": measure()}
+            record = {"about": about, "values": measure(*models.values())}
             write_json(file, record)
-        values: dict[str, Any] = record["values"]
-        return values
+        return dict(record["values"])
 
     @torch.no_grad()
     def distance(self, model: UniLIP, original: UniLIP) -> dict[str, dict[str, float]]:
@@ -225,8 +222,7 @@ def measure_tokenizers(lab: Lab, runs: Path, found: Mapping[str, Sequence[Run]],
     for run in todo:
         place = output / lab.size / run.variant / f"seed{run.seed}"
         model = lab.load(run.folder, ("encoder", "latent_head", "pixel_decoder"))
-        marks = {"model": emoji.fingerprint(model), "original": emoji.fingerprint(original)}
-        run.values |= lab.once(place / "features.json", marks, partial(lab.distance, model, original))
+        run.values |= lab.once(place / "features.json", lab.distance, model=model, original=original)
         run.values |= lab.judge(joined(model, llm), place, ("recon", "vqa"))
     return lab.judge(joined(original, llm), output / lab.size / ORIGINAL, ("vqa",))
 
@@ -247,8 +243,7 @@ def measure_generators(lab: Lab, found: Mapping[str, Sequence[Run]], output: Pat
         model = lab.load(run.folder)
         run.values |= lab.judge(model, place, ("gen", "edit", "riddle"))
         if run.recipe["objective.target"] == "unilip":  # a loss in other latents says nothing beside the rest
-            marks = {"model": emoji.fingerprint(model)}
-            run.values |= lab.once(place / "flow.json", marks, partial(lab.flow_loss, model))
+            run.values |= lab.once(place / "flow.json", lab.flow_loss, model=model)
 
 
 def judged(folder: Path, count: int, seeds: int) -> dict[str, dict[str, float]]:

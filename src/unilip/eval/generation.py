@@ -25,7 +25,7 @@ from unilip.data.seeding import stable_hash
 from unilip.data.sheet import contact_sheet
 from unilip.errors import UniLIPError
 from unilip.eval.benchmarks import Benchmark, Item
-from unilip.eval.runs import PICTURES, RunFolder, batches, model_hash, name_of
+from unilip.eval.runs import PICTURES, RunFolder, batches, model_hash
 from unilip.files import png_bytes, write_bytes, write_json, write_lines
 from unilip.machine import Place
 from unilip.model import DRAWING, UniLIP
@@ -95,7 +95,7 @@ def generate(
         "task": benchmark.name, "protocol": benchmark.protocol, "prompts": benchmark.prompts,
         "model": model_hash(source), "settings": asdict(settings),
     }  # fmt: skip
-    with RunFolder(output, identity, place, name_of(source)):
+    with RunFolder(output, identity, place, source):
         items = benchmark.items
         if place.rank == 0:
             about = [{"key": i.key, "prompt": i.prompt, "picture": i.path, "group": i.group} for i in items]
