@@ -24,7 +24,6 @@ from unilip.files import lines_of, png_notes, read_object, read_text
 from unilip.machine import choose_device
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
     from unilip.checkpoints.hub import Source
@@ -36,15 +35,12 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to do: words, the picture they are about, if any, the seed of the first result, and further pictures.
-
-    `others` are those that only help with a joint edit.
-    """
+    """One thing to do."""
 
     text: str
-    image: str | None
-    seed: int
-    others: tuple[str, ...] = ()
+    image: str | None  # that the words are about
+    seed: int  # of the first result
+    others: tuple[str, ...] = ()  # further pictures, which only help with a joint edit
 
 
 def read_prompts(name: str) -> list[dict[str, Any]]:
@@ -87,10 +83,7 @@ def _entry(line: str, where: str) -> dict[str, Any]:
 
 
 def requests(o: Options, what: str, image: str, joint: bool = False) -> list[Request]:
-    """Turn words and --prompts into requests, all checked; `image`: "never", "maybe" or "always" part of one.
-
-    With `joint` all pictures of a text are, and not one of each.
-    """
+    """Turn words and --prompts into requests, all checked; `image`: "never", "maybe" or "always" part of one."""
     if o.prompts is not None:
         if image == "never" and o.words:
             raise UniLIPError("A prompt and --prompts FILE were given; give one of them, not both.")
@@ -115,7 +108,7 @@ def requests(o: Options, what: str, image: str, joint: bool = False) -> list[Req
         if not own and image == "always":
             raise UniLIPError(f"There is no image; give at least one before the {what}.")
         seed = entry.get("seed", o.seed)
-        if joint and check_joint(joint, len(own)):
+        if joint and check_joint(joint, len(own)):  # all pictures are part of one request, not one of each
             found.append(Request(text, own[0], seed, tuple(own[1:])))
         else:
             found += [Request(text, path, seed) for path in own or [None]]
@@ -332,13 +325,6 @@ def describe_model(o: Options, model: UniLIP) -> dict[str, str]:
     return {"model": name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
 
 
-def seeded(seed: int) -> torch.Generator:
-    """A generator on the CPU, so that a seed means the same everywhere."""
-    import torch
-
-    return torch.Generator().manual_seed(seed)
-
-
 def sampling(o: Options, model: UniLIP) -> dict[str, Any]:
     """The settings of `generate` and `edit`, the model's own where none are given."""
     from unilip.fast.loop import Settings
@@ -347,9 +333,7 @@ def sampling(o: Options, model: UniLIP) -> dict[str, Any]:
     settings = Settings.of(model.config, o.preset, **given)
     return {
         "preset": o.preset,
-        "num_inference_steps": settings.num_inference_steps,
-        "guidance_scale": settings.guidance_scale,
-        "solver": settings.solver,
+        **{name: getattr(settings, name) for name in given},
         "negative_prompt": o.negative_prompt,
         **({"best_of": o.best_of} if getattr(o, "best_of", 1) > 1 else {}),
         **sides(o),

@@ -39,21 +39,16 @@ NAMES = tuple(HOMES)
 
 @dataclass(frozen=True)
 class Item:
-    """One picture file to make.
+    """One picture file to make."""
 
-    In: key: unique in the benchmark, seeds the noise. path: in the run folder. group: the row of the table. cluster:
-    shared by items of one prompt, for intervals. pictures: drawn for this file (four are tiled two by two). data: what
-    scoring needs of the prompt file. split: what is never averaged with another split (languages).
-    """
-
-    key: str
+    key: str  # unique in the benchmark, seeds the noise
     prompt: str
-    path: str
-    group: str
-    cluster: str
-    pictures: int = 1
-    data: Mapping[str, Any] = field(default_factory=dict)
-    split: str = ""
+    path: str  # in the run folder
+    group: str  # the row of the table
+    cluster: str  # shared by items of one prompt, for intervals
+    pictures: int = 1  # drawn for this file; four are tiled two by two
+    data: Mapping[str, Any] = field(default_factory=dict)  # what scoring needs of the prompt file
+    split: str = ""  # what is never averaged with another split (languages)
 
     def row(self, scores: Mapping[str, float] | None, status: str, **more: Any) -> Row:
         about = {"cluster": self.cluster, "group": self.group, "split": self.split, "picture": self.path}
@@ -62,20 +57,16 @@ class Item:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark's items and how they are named.
-
-    In: prompts: what a manifest says of the file: hash, if it is the published one, how many. weights: of the groups in
-    the overall score; None: the mean over items; empty: the mean of the groups. source: returns the picture that an
-    item edits; None where words alone are drawn. beside: returns what the scorer reads beside an item's picture.
-    """
+    """A benchmark's items and how they are named."""
 
     name: str
     protocol: str
     items: tuple[Item, ...]
-    prompts: dict[str, Any]
+    prompts: dict[str, Any]  # what a manifest says of the file: hash, whether it is the published one, how many prompts
+    # of the groups in the overall score; None: the mean over items; empty: the mean of the groups
     weights: Mapping[str, float] | None = None
-    source: Callable[[Item], Image.Image] | None = None
-    beside: Callable[[Item], dict[str, Image.Image | bytes]] = lambda item: {}  # by path
+    source: Callable[[Item], Image.Image] | None = None  # the picture that an item edits; None: words alone are drawn
+    beside: Callable[[Item], dict[str, Image.Image | bytes]] = lambda item: {}  # by path, what the scorer reads as well
 
     def first(self, count: int | None) -> Benchmark:
         """Return the benchmark with its first COUNT prompts only; with all of them for None."""
@@ -131,10 +122,7 @@ def open_benchmark(
 
 
 def _made(name: str, protocol: str, items: Sequence[Item], hashes: Sequence[str], count: int, **more: Any) -> Benchmark:
-    """Return the benchmark of COUNT prompts, from files with these hashes.
-
-    Raises UniLIPError: they are the published ones of another benchmark or protocol.
-    """
+    """Return a benchmark of COUNT prompts. Raises UniLIPError: a hash is of another benchmark's or protocol's file."""
     for owner, kind, title in (PUBLISHED[digest] for digest in hashes if digest in PUBLISHED):
         if owner != name or (kind and kind != protocol):
             raise UniLIPError(

@@ -207,10 +207,7 @@ class Lab:
 
 
 def measure_tokenizers(lab: Lab, runs: Path, found: Mapping[str, Sequence[Run]], output: Path) -> dict[str, Any] | None:
-    """Measure every tokenizer that was trained, and return the answers through the original encoder.
-
-    Raises UniLIPError: the original encoder or its language model is not in the folder of runs.
-    """
+    """Measure every trained tokenizer; returns the original encoder's answers. Raises UniLIPError: no such encoder."""
     todo = [run for several in found.values() for run in several if run.is_tokenizer and run.variant in wanted()]
     if not todo:
         return None
@@ -265,10 +262,7 @@ def judged(folder: Path, count: int, seeds: int) -> dict[str, dict[str, float]]:
 
 
 def score(runs: Sequence[Run], measure: str) -> dict[str, Any] | None:
-    """Return what a measure comes to over the seeds of a variant; None where none has it.
-
-    Out: "mean" over items and seeds, "spread" over seeds (None of one), "error" of the item mean, number of "seeds".
-    """
+    """Return mean over items and seeds, spread over seeds (None of one), error of the item mean; None: not measured."""
     means = [list(run.values[measure].values()) for run in runs if run.values.get(measure)]
     if not means:
         return None

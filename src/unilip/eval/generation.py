@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -38,19 +37,15 @@ ITEMS = "items.jsonl"
 
 @dataclass(frozen=True)
 class Settings:
-    """What pictures depend on beside model and prompt; all of it is in run.json.
-
-    In: steps, guidance_scale, solver, image_size: of the sampler. seed: of the run; each picture's own follows from it
-    and the item's key. dtype: of the weights. fit: how the source of an edit becomes a square.
-    """
+    """What pictures depend on beside model and prompt, the sampler's first; all of it is in run.json."""
 
     steps: int
     guidance_scale: float
     solver: str
     image_size: int
-    seed: int = 0
-    dtype: str = "float32"
-    fit: Fit = "resize"
+    seed: int = 0  # of the run; each picture's own follows from it and the item's key
+    dtype: str = "float32"  # of the weights
+    fit: Fit = "resize"  # how the source of an edit becomes a square
 
     @classmethod
     def resolve(cls, source: Source = None, **given: Any) -> Settings:
@@ -134,7 +129,7 @@ def _draw(
     for start in range(0, len(jobs), batch_size):
         chunk = jobs[start : start + batch_size]
         prompts = [item.prompt for item, _ in chunk]
-        how["generator"] = [torch.Generator().manual_seed(seed) for _, seed in chunk]
+        how["generator"] = [seed for _, seed in chunk]
         if benchmark.source is None:
             drawn += model.generate(prompts, **how).images
         else:

@@ -46,10 +46,7 @@ class Rubric:
 
 
 def read_rubric(name: str, protocol: str, path: str | Path | None) -> Rubric:
-    """Read the wording from a file of the benchmark's authors, parsed and never run, or from their checkout.
-
-    Raises UniLIPError: this benchmark has no such file, or the wording is not found in it.
-    """
+    """Read the wording from the authors' file, parsed and never run, or checkout. Raises UniLIPError: it has none."""
     if path is None:
         return Rubric()
     if name not in PLACES:

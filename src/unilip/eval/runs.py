@@ -47,13 +47,6 @@ def model_hash(source: Source = None) -> str:
     return content_hash(*parts)[:16]
 
 
-def environment(place: Place) -> dict[str, Any]:
-    """Return versions and machine: what may change a last digit, but does not make it another run."""
-    versions = {"unilip": __version__, "python": platform.python_version()}
-    versions |= {name: metadata.version(name) for name in ("torch", "numpy", "pillow")}
-    return {"versions": versions, "machine": platform.machine(), "processes": place.world}
-
-
 class RunFolder:
     """The folder of one run, which processes of the same run share.
 
@@ -79,7 +72,11 @@ class RunFolder:
             raise
 
     def _claim(self) -> None:
-        file, now = self.path / MANIFEST, environment(self.place)
+        file = self.path / MANIFEST
+        versions = {"unilip": __version__, "python": platform.python_version()}
+        versions |= {name: metadata.version(name) for name in ("torch", "numpy", "pillow")}
+        # what may change a last digit, but does not make it another run
+        now = {"versions": versions, "machine": platform.machine(), "processes": self.place.world}
         if not file.is_file():
             if next((self.path / PICTURES).glob("**/*.png"), None) is not None and not file.is_file():
                 raise UniLIPError(

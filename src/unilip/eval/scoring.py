@@ -67,10 +67,7 @@ def _about(benchmark: Benchmark, manifest: Mapping[str, Any], scorer: str) -> di
 def score_by_judge(
     benchmark: Benchmark, output: Path, terms: Terms, *, rubric: Rubric = OURS, progress: bool = False
 ) -> dict[str, Any]:
-    """Ask a judge, by terms and rubric (ours by default), about every picture of a run; returns scores/judge-NAME.json.
-
-    Raises UniLIPError: missing pictures, or a judge that cannot be asked.
-    """
+    """Ask a judge about a run's pictures; returns scores/judge-NAME.json. Raises UniLIPError: no pictures, no judge."""
     if benchmark.name not in JUDGED:
         raise UniLIPError(f"{benchmark.name} is scored by its authors' program: --official CHECKOUT, not by a judge.")
     manifest = check_complete(benchmark, output)
