@@ -87,8 +87,6 @@ def origin(text: str) -> str:
     return text.lower()
 
 
-# --- the table of verbs -----------------------------------------------------------------------------------------------
-
 TABLE: dict[str, Any] = read_table("unilip.cli", "verbs.json")
 READERS: dict[str, Reader] = {reader.__name__: reader for reader in (device_name, picture_size, pixels, origin)}
 READERS["pixel_count"] = whole(TOKEN_PIXELS**2, shapes.MAX_DRAWN)  # of a picture that keeps its source's shape

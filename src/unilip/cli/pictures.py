@@ -24,8 +24,7 @@ def paint(
 ) -> None:
     """Draw the pictures of all requests in batches, write each as soon as it is there, and report."""
     settings, about = sampling(o, model), describe_model(o, model)
-    o.report.record |= {**about, "settings": settings}
-    o.report.loaded()
+    o.report.loaded(**about, settings=settings)
     tell_unread(o, model, work)
     made = []
     for batch in shown(o, work):
@@ -41,7 +40,7 @@ def paint(
             kept = {key: str(value) for key, value in texts.items() if value is not None} if o.metadata else {}
             path = out.write(image, out.name(*source, slug(request.text), str(request.seed)), kept)
             made.append({"path": str(path), **named})
-            o.report.line(str(path))
+            o.report.line(path)
     steps = settings["num_inference_steps"]
     o.report.end(f"{plural(len(made), 'picture')} of {plural(steps, 'step')}", images=made)
 
@@ -73,26 +72,22 @@ def bar_of_steps(o: Options, work: Sequence[Any]) -> bool:
     return o.progress and len(work) <= o.batch_size
 
 
-def each_image(o: Options, found: Work) -> list[Request]:
-    """Repeat every request --num-images times, with seeds that count up."""
-    return [dataclasses.replace(r, seed=r.seed + i) for r in found for i in range(o.num_images)]
-
-
-def check_drawing(o: Options) -> None:
-    """Complain about a negative prompt, or about two sizes, before the model is loaded."""
+def prepared(o: Options, what: str, image: str, joint: bool = False) -> tuple[Work, Destination]:
+    """Return each request --num-images times, with seeds that count up, and where pictures go; all is checked."""
+    found = requests(o, what, image, joint)
+    work = [dataclasses.replace(r, seed=r.seed + i) for r in found for i in range(o.num_images)]
     sides(o)
     o.negative_prompt = (o.negative_prompt or "").strip() or None  # as everywhere, an empty one is none
     if o.negative_prompt:
         from unilip.sampling import check_prompt
 
         check_prompt(o.negative_prompt, "negative prompt")
+    return work, Destination(o.output, o.force, len(work))
 
 
 def generate(o: Options) -> None:
     """Draw pictures from words."""
-    work = each_image(o, requests(o, "prompt", "never"))
-    check_drawing(o)
-    out = Destination(o.output, o.force, len(work))
+    work, out = prepared(o, "prompt", "never")
     model = load(o, *(["encoder"] if o.best_of > 1 else []), "mllm", "connector", "dit", "pixel_decoder")
 
     def draw(batch: Work, settings: dict[str, Any]) -> ImageOutput:
@@ -106,9 +101,7 @@ def generate(o: Options) -> None:
 
 def edit(o: Options) -> None:
     """Change pictures as told."""
-    work = each_image(o, requests(o, "instruction", "always", joint=o.joint))
-    check_drawing(o)
-    out = Destination(o.output, o.force, len(work))
+    work, out = prepared(o, "instruction", "always", o.joint)
     model = load(o, "encoder", "mllm", "connector", "dit", "pixel_decoder")
 
     def draw(batch: Work, settings: dict[str, Any]) -> ImageOutput:
@@ -136,8 +129,7 @@ def reconstruct(o: Options) -> None:
     out = Destination(o.output, o.force, len(o.words))
     model = load(o, "encoder", "latent_head", "pixel_decoder")
     about = describe_model(o, model)
-    o.report.record |= {**about, "settings": {**size, "fit": o.fit, "keep_aspect": o.keep_aspect}}
-    o.report.loaded()
+    o.report.loaded(**about, settings={**size, "fit": o.fit, "keep_aspect": o.keep_aspect})
     made = []
     for batch in shown(o, o.words):
         sources = [load_image(word) for word in batch]
@@ -150,7 +142,7 @@ def reconstruct(o: Options) -> None:
             shaped = unfit_square(image, source.size, o.fit) if o.keep_aspect else image
             path = out.write(shaped, out.name(Path(word).stem, "reconstructed"), texts)
             made.append({"path": str(path), "image": word, "psnr": score, "equal": same})
-            o.report.line(str(path))
+            o.report.line(path)
     finite = [entry["psnr"] for entry in made if not entry["equal"]]
     mean = sum(finite) / len(finite) if finite else math.inf
     equal = f", and {len(made) - len(finite)} equal to the source, not in the mean" if len(finite) < len(made) else ""
@@ -168,8 +160,7 @@ def ask(o: Options) -> None:
         groups = [(images, Request(text, None, o.seed)) for text, images in seen.items()]
     model = load(o, "encoder", "mllm")
     choices = {name: getattr(o, name) for name in ("max_new_tokens", "temperature", "top_p", "max_tiles")}
-    o.report.record |= {**describe_model(o, model), "settings": choices}
-    o.report.loaded()
+    o.report.loaded(**describe_model(o, model), settings=choices)
     tell_unread(o, model, found)
     if len(groups) == 1 and not o.json:
         images, request = groups[0]

@@ -209,16 +209,16 @@ class Report:
         self.record: dict[str, Any] = {"verb": verb}
         self.started = time.perf_counter()
 
-    def loaded(self) -> str:
-        """Begin to count the seconds of the work itself; returns how long importing and loading took."""
+    def loaded(self, **about: Any) -> str:
+        """Begin to count the seconds of the work itself, with what is loaded; returns how long that took."""
         seconds = time.perf_counter() - self.started
-        self.record["load_seconds"] = round(seconds, 3)
+        self.record |= {**about, "load_seconds": round(seconds, 3)}
         self.started += seconds
         return f"loaded in {seconds:.1f} s"
 
-    def line(self, text: str) -> None:
-        if not self.as_json:
-            print(printable(text), flush=True)
+    def line(self, *texts: object) -> None:
+        for text in texts if not self.as_json else ():
+            print(printable(str(text)), flush=True)
 
     def end(self, note: str = "", **more: Any) -> None:
         """Print the JSON object, or a last remark on stderr."""

@@ -291,16 +291,15 @@ def difference(a: Sequence[Run], b: Sequence[Run], measure: str) -> tuple[float,
 def check(statement: Statement, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """Return a statement's verdict, yes, no or undecided, with the numbers; "missing" where a run is."""
     found = difference(runs.get(statement.a, ()), runs.get(statement.b, ()), statement.measure)
-    record = dict(vars(statement))
     if found is None:
-        return record | {"verdict": "missing"}
+        return vars(statement) | {"verdict": "missing"}
     gap, error = found
     other = score(runs.get(statement.b, ()), statement.measure)
     # where B has so little right, A could not be worse than it by more than is allowed
     floor = other is not None and statement.measure in SHARES and statement.by < 0 and other["mean"] <= -statement.by
     decided = abs(gap - statement.by) > 2 * error and not floor
     verdict = "undecided" if not decided else "yes" if gap > statement.by else "no"
-    return record | {"difference": round(gap, 5), "error": round(error, 5), "verdict": verdict}
+    return vars(statement) | {"difference": round(gap, 5), "error": round(error, 5), "verdict": verdict}
 
 
 def conclude(claim: Claim, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
@@ -356,8 +355,8 @@ def evaluate(
         raise UniLIPError(f"There are no ablations of the size {size!r}; allowed: {', '.join(ORIGINALS)}.")
     if not runs.is_dir():
         raise UniLIPError(f"There is no folder {runs}; give the folder of all runs (--runs of unilip train).")
-    trained = {name: find_runs(runs, name) for name in ORIGINALS if size in (None, name)}
-    if not any(trained.values()):
+    trained = {name: found for name in ORIGINALS if size in (None, name) and (found := find_runs(runs, name))}
+    if not trained:
         raise UniLIPError(
             f"{runs} has no finished ablation{f' of {size}' if size else ''}; "
             f"unilip train ablation/{size or 'pico'}/recon --runs {runs} begins one, unilip train --list names all."
@@ -367,8 +366,6 @@ def evaluate(
         "count": count, "seeds": seeds, "data_seed": emoji.DATA_SEED, "sizes": {},
     }  # fmt: skip
     for name, found in trained.items():
-        if not found:
-            continue
         lab = Lab(name, count, seeds, device, dtype, batch_size or 24, progress)
         original = measure_tokenizers(lab, runs, found, output) if "tokenizer" in chosen else None
         if "generation" in chosen:

@@ -115,9 +115,6 @@ def _gedit_rubric(file: Path) -> dict[str, str]:
 _RUBRICS = {"wise": _wise_rubric, "imgedit": _imgedit_rubric, "gedit": _gedit_rubric}
 
 
-# --- reading answers ------------------------------------------------------------------------------------------------
-
-
 def read_wise_verified(text: str) -> float | None:
     """Read "Score: 0" or "Score: 1", or a bare 0 or 1 on a line."""
     found = re.findall(r"\bscore\*{0,2}\s*[:：]?\s*\*{0,2}\s*([01])\b(?!\s*or\b|[./\d])", text, re.IGNORECASE)

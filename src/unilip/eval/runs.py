@@ -6,6 +6,7 @@ on other inputs is known by a fingerprint of their content (`measured`).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -47,7 +48,7 @@ def model_hash(source: Source = None) -> str:
     return content_hash(*parts)[:16]
 
 
-class RunFolder:
+class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
     """The folder of one run, which processes of the same run share.
 
     In: path: made if it is not there. identity: what may not differ when the run goes on. place: which process this is.
@@ -142,9 +143,6 @@ class RunFolder:
         for file in sorted((self.path / "parts").glob("*.jsonl")):
             known |= {row["mark"]: row for row in read_lines(file, "part of the results") if "mark" in row}
         return known
-
-    def __enter__(self) -> RunFolder:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

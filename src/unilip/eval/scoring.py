@@ -165,11 +165,8 @@ Found = dict[str, dict[str, float]]
 
 
 def _read_geneval(benchmark: Benchmark, made: Path) -> Found:
-    found = {}
-    for row in read_lines(made / "results.jsonl", "results of GenEval"):
-        path = Path(row["filename"])
-        found[f"{path.parents[1].name}/{path.stem}"] = {"correct": float(row["correct"])}
-    return found
+    rows = {Path(row["filename"]): row for row in read_lines(made / "results.jsonl", "results of GenEval")}
+    return {f"{path.parents[1].name}/{path.stem}": {"correct": float(row["correct"])} for path, row in rows.items()}
 
 
 def _read_geneval2(benchmark: Benchmark, made: Path) -> Found:
