@@ -259,17 +259,16 @@ def bar(o: Options, unit: str) -> Iterator[Callable[..., None]]:
 
 def adapter_of(text: str) -> tuple[str, float]:
     """Split PATH[:SCALE]; a path may hold colons. Raises UniLIPError: no adapter, or a scale that is not finite."""
+    folder, scale = text, 1.0
     path, _, tail = text.rpartition(":")
-    try:
-        scale = float(tail) if path and not os.path.isdir(text) else None
-    except ValueError:
-        scale = None
-    folder = text if scale is None else path
-    if scale is not None and not math.isfinite(scale):
+    if path and not os.path.isdir(text):
+        with contextlib.suppress(ValueError):
+            folder, scale = path, float(tail)
+    if not math.isfinite(scale):
         raise UniLIPError(f"--adapter {text}: the scale is {tail}; give a finite number, such as {path}:0.5.")
     if not os.path.isfile(os.path.join(folder, ADAPTER)):
         raise UniLIPError(f"--adapter {folder} holds no {ADAPTER}; give a folder that `unilip train` or peft wrote.")
-    return folder, 1.0 if scale is None else scale
+    return folder, scale
 
 
 def source_of(o: Options) -> Source:

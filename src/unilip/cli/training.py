@@ -90,10 +90,7 @@ def data_cache(o: Options) -> None:
     device = choose_device(o.device)
     from unilip.train.cache import make_cache
 
-    made = make_cache(
-        recipe, o.output, o.runs, device=device, dtype=o.dtype or "float32", ray=o.ray,
-        progress=bars(o),
-    )  # fmt: skip
+    made = make_cache(recipe, o.output, o.runs, device=device, dtype=o.dtype or "float32", ray=o.ray, progress=bars(o))
     o.report.line(o.output)
     note = f"{', '.join(made['names'])} of {plural(made['made'], 'sample')} in {plural(made['shards'], 'shard')}"
     o.report.end(note, path=o.output, **{key: made[key] for key in ("names", "dtype", "made", "unusable", "shards")})

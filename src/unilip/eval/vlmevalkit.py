@@ -74,7 +74,6 @@ def make_class(base: type) -> type:
             return [*shown, {"type": "text", "value": str(line["question"])}]
 
         def generate_inner(self, message: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
-            """Return the answer to a message."""
             images, text = split_message(message)
             tiles = max(1, self.max_tiles // max(1, len(images)))
             return str(self.model.ask(images or None, text, max_tiles=tiles, **self.settings))
