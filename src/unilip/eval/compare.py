@@ -1,8 +1,4 @@
-"""Runs side by side: tables with intervals, paired differences, and the same prompts' pictures in a row.
-
-Scores share a table only if task, protocol, scorer, wording and prompts are the same. Differences are over the items
-that both runs have, with a bootstrap over prompts that draws the same prompts for both.
-"""
+"""Runs side by side: tables with intervals, paired differences, and the same prompts' pictures in a row; see NOTE."""
 
 from __future__ import annotations
 
@@ -79,7 +75,7 @@ def _emoji(path: Path, name: str) -> list[Scored]:
 
 
 def difference(a: Scored, b: Scored, metric: str, split: str) -> dict[str, Any] | None:
-    """Return B less A over the items that both have, drawn together, as a table's row has it; None if none."""
+    """Return B less A over the items that both have, as a table's row has it; None if none."""
     shared = set.intersection(*(
         {row["key"] for row in one.rows if row["split"] == split and row["scores"] and metric in row["scores"]}
         for one in (a, b)
@@ -88,8 +84,8 @@ def difference(a: Scored, b: Scored, metric: str, split: str) -> dict[str, Any] 
         return None
     rows = [sorted((r for r in one.rows if r["key"] in shared), key=lambda r: str(r["key"])) for one in (a, b)]
     ours, theirs = (scores.tabulate(own, metric) for own in rows)
-    rule = scores.Rule(**a.summary["rule"])
-    low, high = scores.interval(scores.bootstrap(theirs, rule) - scores.bootstrap(ours, rule))  # one seed: paired
+    rule = scores.Rule(**a.summary["rule"])  # each bootstrap has the same seed: it draws the same prompts for both
+    low, high = scores.interval(scores.bootstrap(theirs, rule) - scores.bootstrap(ours, rule))
     value = scores.combine(theirs, rule) - scores.combine(ours, rule)
     return {"difference": value, "d_low": low, "d_high": high, "shared": len(shared)}
 

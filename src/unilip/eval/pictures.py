@@ -1,7 +1,4 @@
-"""Pictures to measure, from where people keep them: what training reads, Parquet files or a saved dataset.
-
-Out: `Pictures`, which knows how many there are at once, and reads and decodes one at a time.
-"""
+"""Pictures to measure, from where people keep them: what training reads, Parquet files or a saved dataset."""
 
 from __future__ import annotations
 
