@@ -34,7 +34,6 @@ KNOWN: dict[str, Any] = read_table("unilip.eval", "benchmarks.json")
 PUBLISHED: dict[str, Sequence[str]] = KNOWN["published"]  # SHA-256 -> benchmark, protocol or "", what it is
 HOMES: dict[str, str] = KNOWN["homes"]
 PROTOCOLS: dict[str, list[str]] = KNOWN["protocols"]
-NAMES = tuple(HOMES)
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,12 @@ def open_benchmark(
 ) -> Benchmark:
     """Read the prompt file of a benchmark.
 
-    In: name: one of NAMES. prompts: the published file or folder. protocol: one of PROTOCOLS[name], the first by
+    In: name: one of HOMES. prompts: the published file or folder. protocol: one of PROTOCOLS[name], the first by
     default. sources: imgedit only, the folder of the pictures to edit. own_prompts: take a file whose hash is not the
     published one; every score says so.
     Raises UniLIPError: no file, a file of another format, protocol or hash, or a repeated or impossible item.
     """
-    check_choice("benchmark", name, NAMES)
+    check_choice("benchmark", name, HOMES)
     protocol = protocol or PROTOCOLS[name][0]
     if protocol not in PROTOCOLS[name]:
         raise UniLIPError(f"{name} has no protocol {protocol!r}; allowed: {', '.join(PROTOCOLS[name])}.")

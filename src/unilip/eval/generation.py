@@ -32,8 +32,6 @@ from unilip.pictures import Fit, open_picture
 
 log = logging.getLogger(__name__)
 
-ITEMS = "items.jsonl"
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -95,7 +93,7 @@ def generate(
         if place.rank == 0:
             about = [{"key": i.key, "prompt": i.prompt, "picture": i.path, "group": i.group} for i in items]
             seeds = ({"seeds": picture_seeds(settings.seed, item)} for item in items)
-            write_lines(output / ITEMS, map(operator.or_, about, seeds))
+            write_lines(output / "items.jsonl", map(operator.or_, about, seeds))
             if benchmark.name == "geneval2":  # its scorer finds pictures by their prompt
                 write_json(output / f"{PICTURES}.json", {item.prompt: item.path for item in items})
         there = {item.path for item in items if (output / item.path).is_file()}

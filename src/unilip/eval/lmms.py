@@ -25,7 +25,6 @@ except ImportError:  # importable without the kit, so that its presence is only 
 
 log = logging.getLogger(__name__)
 
-MODEL_ID = "unilip"
 HEEDED = ("max_new_tokens", "temperature", "top_p", "do_sample", "until")
 UNCHANGED = (("num_beams", 1), ("num_beams", None), ("use_cache", True))  # what is done anyway
 
@@ -34,7 +33,7 @@ def manifest() -> Any:
     """Return how the kit finds the class."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id=MODEL_ID, simple_class_path=f"{__name__}.UniLIP")
+    return ModelManifest(model_id="unilip", simple_class_path=f"{__name__}.UniLIP")
 
 
 class UniLIP(Base):
