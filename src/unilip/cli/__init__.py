@@ -28,10 +28,7 @@ EXTRAS = {  # package -> extra of ours that brings it
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Options]:
-    """Return the name of the verb that the words call, and its options.
-
-    Raises UniLIPError: no such verb or option, or a value out of range; SystemExit: help or the version was printed.
-    """
+    """Return a verb's name and options. Raises UniLIPError: unknown, or out of range; SystemExit: help was printed."""
     argv = list(argv)
     plain = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     name = next((" ".join(plain[:n]) for n in (3, 2, 1) if " ".join(plain[:n]) in VERBS), None)

@@ -35,7 +35,7 @@ def convert(o: Options) -> None:
         path = folder
     else:
         path = write.convert(source, folder, o.to, dtype=dtype, max_shard_size=o.max_shard_size)
-    o.report.line(str(path))
+    o.report.line(path)
     o.report.end(f"converted to the {o.to} format", source=source, path=str(path), format=o.to)
 
 
@@ -122,5 +122,5 @@ def demo(o: Options) -> None:
     loaded = o.report.loaded()
     say(f"{describe_model(o, model)['model']} on {device}, {loaded}")
     result = page.run(model, folder, o.seed, say, source=options, loaded=loaded, learn=o.learn)
-    o.report.line(f"{folder / page.PAGE}")
+    o.report.line(folder / page.PAGE)
     o.report.end("the page is ready", **describe_model(o, model), **result)

@@ -52,8 +52,7 @@ def eval_emoji(o: Options) -> None:
     given = pick(o, "count", "seeds", "steps", "guidance_scale", "preset", "batch_size") | {"parts": parts}
     given = {name: value for name, value in given.items() if value is not None}
     results = emoji.evaluate(model, folder, world, progress=bars(o), **given)
-    for name in ("results.md", "index.html"):
-        o.report.line(str(folder / name))
+    o.report.line(folder / "results.md", folder / "index.html")
     o.report.end("measured", output=str(folder), results=results)
 
 
@@ -70,11 +69,9 @@ def eval_claims(o: Options) -> None:
     for size, record in found["sizes"].items():
         for claim in record["claims"]:
             o.report.line(f"{size} {claim['claim']}. {claim['words']} | {claim['verdict']}")
-            for statement in claim["statements"]:
-                o.report.line(f"    {claims.tell(statement)}")
-        for command in record["missing"].values():
-            o.report.line(f"not trained: {command}")
-    o.report.line(str(output / "results.md"))
+            o.report.line(*(f"    {claims.tell(statement)}" for statement in claim["statements"]))
+        o.report.line(*(f"not trained: {command}" for command in record["missing"].values()))
+    o.report.line(output / "results.md")
     o.report.end(f"evidence in {output}", output=str(output), results=found)
 
 
@@ -122,8 +119,7 @@ def tell_scores(o: Options, summaries: Sequence[Mapping[str, Any]], output: Path
 
     left = 0
     for summary in summaries:
-        for line in tell(summary):
-            o.report.line(line)
+        o.report.line(*tell(summary))
         left += sum(n for status, n in summary["statuses"].items() if status != "ok")
     told = [{"column": column(summary), **summary} for summary in summaries]
     o.report.end(f"results in {output}", output=str(output), scores=told, open=left, **more)
@@ -161,7 +157,7 @@ def eval_benchmark(name: str, o: Options) -> int:
     if place.rank:
         return 0
     if not (official or judge):
-        o.report.line(str(output))
+        o.report.line(output)
         o.report.end("", output=str(output), scores=[], **counts)
         return 0
     while o.drawing and place.world > 1 and (left := generation.missing(benchmark, output)):
@@ -201,7 +197,7 @@ def eval_understand(o: Options) -> int:
     summaries = understand.evaluate(sheet, output, source_of(o), device=device, progress=bars(o), **given)
     if summaries is None:
         return 0
-    o.report.line(str(output / "answers.jsonl"))
+    o.report.line(output / "answers.jsonl")
     return tell_scores(o, summaries, output)
 
 

@@ -17,6 +17,7 @@ from unilip.machine import PERFORMANCES
 from unilip.method.config import SAMPLING_PRESETS, SOLVERS, TOKEN_PIXELS
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+Reader = Callable[[str], Any]  # of an option's value
 Options = argparse.Namespace  # has what the entry of its verb names, and the `report` of what is done
 
 
@@ -79,11 +80,6 @@ def pixels(text: str) -> int:
     return side
 
 
-def pixel_count(text: str) -> int:
-    """Read how many pixels a picture may have that keeps its source's shape."""
-    return whole(TOKEN_PIXELS**2, shapes.MAX_DRAWN)(text)
-
-
 def origin(text: str) -> str:
     """Check an origin as browsers write it."""
     if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text.lower()):
@@ -91,13 +87,10 @@ def origin(text: str) -> str:
     return text.lower()
 
 
-# --- the table of verbs -----------------------------------------------------------------------------------------------
-
 TABLE: dict[str, Any] = read_table("unilip.cli", "verbs.json")
-READERS: dict[str, Callable[[str], Any]] = {
-    reader.__name__: reader for reader in (device_name, picture_size, pixels, pixel_count, origin)
-}
-MAKERS: dict[str, Callable[..., Callable[[str], Any]]] = {"whole": whole, "number": number}
+READERS: dict[str, Reader] = {reader.__name__: reader for reader in (device_name, picture_size, pixels, origin)}
+READERS["pixel_count"] = whole(TOKEN_PIXELS**2, shapes.MAX_DRAWN)  # of a picture that keeps its source's shape
+MAKERS: dict[str, Callable[..., Reader]] = {"whole": whole, "number": number}
 CHOICES = {"dtypes": DTYPES, "solvers": SOLVERS, "presets": SAMPLING_PRESETS, "performances": PERFORMANCES}
 
 

@@ -10,27 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unilip import __version__
-from unilip.cli import terminal
 from unilip.cli.options import Options
+from unilip.cli.terminal import Destination, Request, describe_model, load, plural, requests, sampling, say, sides, slug
 
 if TYPE_CHECKING:
     from unilip.model import ImageOutput, UniLIP
 
-
-Work = Sequence[terminal.Request]
+Work = Sequence[Request]
 
 
 def paint(
-    o: Options,
-    model: UniLIP,
-    work: Work,
-    out: terminal.Destination,
-    draw: Callable[[Work, dict[str, Any]], ImageOutput],
+    o: Options, model: UniLIP, work: Work, out: Destination, draw: Callable[[Work, dict[str, Any]], ImageOutput]
 ) -> None:
     """Draw the pictures of all requests in batches, write each as soon as it is there, and report."""
-    settings, about = terminal.sampling(o, model), terminal.describe_model(o, model)
-    o.report.record |= {**about, "settings": settings}
-    o.report.loaded()
+    settings, about = sampling(o, model), describe_model(o, model)
+    o.report.loaded(**about, settings=settings)
     tell_unread(o, model, work)
     made = []
     for batch in shown(o, work):
@@ -40,15 +34,15 @@ def paint(
             named |= {"others": list(request.others)} if request.others else {}
             if output.plans:
                 named["plan"] = output.plans[i]
-                terminal.say(f"planned: {output.plans[i]}" if output.plans[i] != request.text else "drawn as written")
+                say(f"planned: {output.plans[i]}" if output.plans[i] != request.text else "drawn as written")
             texts = {"Software": f"unilip {__version__}", "model": about["model"], **named, **settings}
             source = [Path(request.image).stem] if request.image else []
             kept = {key: str(value) for key, value in texts.items() if value is not None} if o.metadata else {}
-            path = out.write(image, out.name(*source, terminal.slug(request.text), str(request.seed)), kept)
+            path = out.write(image, out.name(*source, slug(request.text), str(request.seed)), kept)
             made.append({"path": str(path), **named})
-            o.report.line(str(path))
+            o.report.line(path)
     steps = settings["num_inference_steps"]
-    o.report.end(f"{terminal.plural(len(made), 'picture')} of {terminal.plural(steps, 'step')}", images=made)
+    o.report.end(f"{plural(len(made), 'picture')} of {plural(steps, 'step')}", images=made)
 
 
 def tell_unread(o: Options, model: UniLIP, work: Work) -> None:
@@ -58,7 +52,7 @@ def tell_unread(o: Options, model: UniLIP, work: Work) -> None:
     words = list(dict.fromkeys(word for r in work for word in find(r.text))) if find else []
     if words:
         o.report.record["unread"] = words
-        terminal.say(f"never read in training: {', '.join(words[:10])}{' ...' if len(words) > 10 else ''}")
+        say(f"never read in training: {', '.join(words[:10])}{' ...' if len(words) > 10 else ''}")
 
 
 def shown(o: Options, work: Sequence[Any], unit: str = "picture") -> Iterator[Sequence[Any]]:
@@ -78,31 +72,27 @@ def bar_of_steps(o: Options, work: Sequence[Any]) -> bool:
     return o.progress and len(work) <= o.batch_size
 
 
-def each_image(o: Options, found: Work) -> list[terminal.Request]:
-    """Repeat every request --num-images times, with seeds that count up."""
-    return [dataclasses.replace(r, seed=r.seed + i) for r in found for i in range(o.num_images)]
-
-
-def check_drawing(o: Options) -> None:
-    """Complain about a negative prompt, or about two sizes, before the model is loaded."""
-    terminal.sides(o)
+def prepared(o: Options, what: str, image: str, joint: bool = False) -> tuple[Work, Destination]:
+    """Return each request --num-images times, with seeds that count up, and where pictures go; all is checked."""
+    found = requests(o, what, image, joint)
+    work = [dataclasses.replace(r, seed=r.seed + i) for r in found for i in range(o.num_images)]
+    sides(o)
     o.negative_prompt = (o.negative_prompt or "").strip() or None  # as everywhere, an empty one is none
     if o.negative_prompt:
         from unilip.sampling import check_prompt
 
         check_prompt(o.negative_prompt, "negative prompt")
+    return work, Destination(o.output, o.force, len(work))
 
 
 def generate(o: Options) -> None:
     """Draw pictures from words."""
-    work = each_image(o, terminal.requests(o, "prompt", "never"))
-    check_drawing(o)
-    out = terminal.Destination(o.output, o.force, len(work))
-    model = terminal.load(o, *(["encoder"] if o.best_of > 1 else []), "mllm", "connector", "dit", "pixel_decoder")
+    work, out = prepared(o, "prompt", "never")
+    model = load(o, *(["encoder"] if o.best_of > 1 else []), "mllm", "connector", "dit", "pixel_decoder")
 
     def draw(batch: Work, settings: dict[str, Any]) -> ImageOutput:
         return model.generate(
-            [r.text for r in batch], generator=[terminal.seeded(r.seed) for r in batch], progress=bar_of_steps(o, work),
+            [r.text for r in batch], generator=[r.seed for r in batch], progress=bar_of_steps(o, work),
             plan={"yes": True, "no": False}.get(o.plan, "auto"), **settings,
         )  # fmt: skip
 
@@ -111,10 +101,8 @@ def generate(o: Options) -> None:
 
 def edit(o: Options) -> None:
     """Change pictures as told."""
-    work = each_image(o, terminal.requests(o, "instruction", "always", joint=o.joint))
-    check_drawing(o)
-    out = terminal.Destination(o.output, o.force, len(work))
-    model = terminal.load(o, "encoder", "mllm", "connector", "dit", "pixel_decoder")
+    work, out = prepared(o, "instruction", "always", o.joint)
+    model = load(o, "encoder", "mllm", "connector", "dit", "pixel_decoder")
 
     def draw(batch: Work, settings: dict[str, Any]) -> ImageOutput:
         from unilip.model import ImageOutput
@@ -124,8 +112,7 @@ def edit(o: Options) -> None:
             same = list(together)
             images += model.edit(
                 list(sources or [r.image or "" for r in same]), [r.text for r in same], joint=o.joint, fit=o.fit,
-                keep_aspect=o.keep_aspect, progress=bar_of_steps(o, work),
-                generator=[terminal.seeded(r.seed) for r in same], **settings,
+                keep_aspect=o.keep_aspect, progress=bar_of_steps(o, work), generator=[r.seed for r in same], **settings,
             ).images  # fmt: skip
         return ImageOutput(images)
 
@@ -138,12 +125,11 @@ def reconstruct(o: Options) -> None:
 
     for word in o.words:
         load_image(word)
-    size = terminal.sides(o)
-    out = terminal.Destination(o.output, o.force, len(o.words))
-    model = terminal.load(o, "encoder", "latent_head", "pixel_decoder")
-    about = terminal.describe_model(o, model)
-    o.report.record |= {**about, "settings": {**size, "fit": o.fit, "keep_aspect": o.keep_aspect}}
-    o.report.loaded()
+    size = sides(o)
+    out = Destination(o.output, o.force, len(o.words))
+    model = load(o, "encoder", "latent_head", "pixel_decoder")
+    about = describe_model(o, model)
+    o.report.loaded(**about, settings={**size, "fit": o.fit, "keep_aspect": o.keep_aspect})
     made = []
     for batch in shown(o, o.words):
         sources = [load_image(word) for word in batch]
@@ -156,30 +142,29 @@ def reconstruct(o: Options) -> None:
             shaped = unfit_square(image, source.size, o.fit) if o.keep_aspect else image
             path = out.write(shaped, out.name(Path(word).stem, "reconstructed"), texts)
             made.append({"path": str(path), "image": word, "psnr": score, "equal": same})
-            o.report.line(str(path))
+            o.report.line(path)
     finite = [entry["psnr"] for entry in made if not entry["equal"]]
     mean = sum(finite) / len(finite) if finite else math.inf
     equal = f", and {len(made) - len(finite)} equal to the source, not in the mean" if len(finite) < len(made) else ""
-    o.report.end(f"{terminal.plural(len(made), 'picture')}, PSNR {mean:.2f} dB{equal}", images=made)
+    o.report.end(f"{plural(len(made), 'picture')}, PSNR {mean:.2f} dB{equal}", images=made)
 
 
 def ask(o: Options) -> None:
     """Answer questions about pictures, or without any."""
-    found = terminal.requests(o, "question", "maybe")
-    groups: list[tuple[list[str], terminal.Request]] = [([r.image] if r.image else [], r) for r in found]
+    found = requests(o, "question", "maybe")
+    groups: list[tuple[list[str], Request]] = [([r.image] if r.image else [], r) for r in found]
     if o.together:
         seen: dict[str, list[str]] = {}
         for request in found:
             seen.setdefault(request.text, []).extend([request.image] if request.image else [])
-        groups = [(images, terminal.Request(text, None, o.seed)) for text, images in seen.items()]
-    model = terminal.load(o, "encoder", "mllm")
+        groups = [(images, Request(text, None, o.seed)) for text, images in seen.items()]
+    model = load(o, "encoder", "mllm")
     choices = {name: getattr(o, name) for name in ("max_new_tokens", "temperature", "top_p", "max_tiles")}
-    o.report.record |= {**terminal.describe_model(o, model), "settings": choices}
-    o.report.loaded()
+    o.report.loaded(**describe_model(o, model), settings=choices)
     tell_unread(o, model, found)
     if len(groups) == 1 and not o.json:
         images, request = groups[0]
-        for piece in model.ask(images, request.text, generator=terminal.seeded(request.seed), stream=True, **choices):
+        for piece in model.ask(images, request.text, generator=request.seed, stream=True, **choices):
             print(piece, end="", flush=True)
         print()
         return
@@ -188,10 +173,8 @@ def ask(o: Options) -> None:
         o.batch_size = 1  # one generator serves one question
     for batch in shown(o, groups, "question"):
         pictures, texts = [images for images, _ in batch], [request.text for _, request in batch]
-        generator = terminal.seeded(batch[0][1].seed)
-        for (images, request), answer in zip(
-            batch, model.ask(pictures, texts, generator=generator, **choices), strict=True
-        ):  # fmt: skip
+        said = model.ask(pictures, texts, generator=batch[0][1].seed, **choices)
+        for (images, request), answer in zip(batch, said, strict=True):
             answers.append({"images": images, "question": request.text, "answer": answer})
             one_line = (" ".join(text.split()) for text in (request.text, answer))
             o.report.line("\t".join([",".join(images) or "-", *one_line]))

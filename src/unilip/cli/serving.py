@@ -79,11 +79,10 @@ def serve(o: Options) -> None:
     pixels = int(o.max_pixels * 1e6)
     if o.max_replicas is not None and (o.ray is None or o.max_replicas < o.ray):
         raise UniLIPError("--max-replicas goes with --ray N, and must be at least N.")
-    adapters = offered(o)
-    taken = listen(o.host, o.port)
-    metrics = Metrics()
     common: dict[str, Any] = {"max_queue": o.max_queue, "max_batch": o.max_batch, "deadline": o.deadline}
-    common["adapters"], trainer = adapters, None
+    common["adapters"] = offered(o)
+    taken = listen(o.host, o.port)
+    metrics, trainer = Metrics(), None
     if o.ray is not None:
         engine, what = spread(o, common)
         facts: dict[str, Any] = {"model": name_of(o)}
@@ -138,16 +137,13 @@ def training(o: Options, engine: Engine) -> Trainer | None:
 
 
 def offered(o: Options) -> dict[str, tuple[str, float]]:
-    """Take the adapters that requests can name, NAME=PATH[:SCALE], out of the options; the others act on all.
-
-    Raises UniLIPError: a name is given twice, or there is no such adapter.
-    """
+    """Take adapters with names, NAME=PATH[:SCALE], out of the options. Raises UniLIPError: a name twice, no adapter."""
     found: dict[str, tuple[str, float]] = {}
     given, o.adapter = o.adapter, []
     for text in given:
         named = None if os.path.exists(text) else re.fullmatch(r"([\w-]+)=(.+)", text)
         if named is None:
-            o.adapter.append(text)
+            o.adapter.append(text)  # acts on all requests
             continue
         if named[1] in found:
             raise UniLIPError(f"--adapter {named[1]} is given twice; give each adapter a name of its own.")

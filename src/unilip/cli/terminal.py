@@ -24,7 +24,6 @@ from unilip.files import lines_of, png_notes, read_object, read_text
 from unilip.machine import choose_device
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
     from unilip.checkpoints.hub import Source
@@ -36,15 +35,12 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to do: words, the picture they are about, if any, the seed of the first result, and further pictures.
-
-    `others` are those that only help with a joint edit.
-    """
+    """One thing to do."""
 
     text: str
-    image: str | None
-    seed: int
-    others: tuple[str, ...] = ()
+    image: str | None  # that the words are about
+    seed: int  # of the first result
+    others: tuple[str, ...] = ()  # further pictures, which only help with a joint edit
 
 
 def read_prompts(name: str) -> list[dict[str, Any]]:
@@ -87,10 +83,7 @@ def _entry(line: str, where: str) -> dict[str, Any]:
 
 
 def requests(o: Options, what: str, image: str, joint: bool = False) -> list[Request]:
-    """Turn words and --prompts into requests, all checked; `image`: "never", "maybe" or "always" part of one.
-
-    With `joint` all pictures of a text are, and not one of each.
-    """
+    """Turn words and --prompts into requests, all checked; `image`: "never", "maybe" or "always" part of one."""
     if o.prompts is not None:
         if image == "never" and o.words:
             raise UniLIPError("A prompt and --prompts FILE were given; give one of them, not both.")
@@ -115,7 +108,7 @@ def requests(o: Options, what: str, image: str, joint: bool = False) -> list[Req
         if not own and image == "always":
             raise UniLIPError(f"There is no image; give at least one before the {what}.")
         seed = entry.get("seed", o.seed)
-        if joint and check_joint(joint, len(own)):
+        if joint and check_joint(joint, len(own)):  # all pictures are part of one request, not one of each
             found.append(Request(text, own[0], seed, tuple(own[1:])))
         else:
             found += [Request(text, path, seed) for path in own or [None]]
@@ -216,16 +209,16 @@ class Report:
         self.record: dict[str, Any] = {"verb": verb}
         self.started = time.perf_counter()
 
-    def loaded(self) -> str:
-        """Begin to count the seconds of the work itself; returns how long importing and loading took."""
+    def loaded(self, **about: Any) -> str:
+        """Begin to count the seconds of the work itself, with what is loaded; returns how long that took."""
         seconds = time.perf_counter() - self.started
-        self.record["load_seconds"] = round(seconds, 3)
+        self.record |= {**about, "load_seconds": round(seconds, 3)}
         self.started += seconds
         return f"loaded in {seconds:.1f} s"
 
-    def line(self, text: str) -> None:
-        if not self.as_json:
-            print(printable(text), flush=True)
+    def line(self, *texts: object) -> None:
+        for text in texts if not self.as_json else ():
+            print(printable(str(text)), flush=True)
 
     def end(self, note: str = "", **more: Any) -> None:
         """Print the JSON object, or a last remark on stderr."""
@@ -266,17 +259,16 @@ def bar(o: Options, unit: str) -> Iterator[Callable[..., None]]:
 
 def adapter_of(text: str) -> tuple[str, float]:
     """Split PATH[:SCALE]; a path may hold colons. Raises UniLIPError: no adapter, or a scale that is not finite."""
+    folder, scale = text, 1.0
     path, _, tail = text.rpartition(":")
-    try:
-        scale = float(tail) if path and not os.path.isdir(text) else None
-    except ValueError:
-        scale = None
-    folder = text if scale is None else path
-    if scale is not None and not math.isfinite(scale):
+    if path and not os.path.isdir(text):
+        with contextlib.suppress(ValueError):
+            folder, scale = path, float(tail)
+    if not math.isfinite(scale):
         raise UniLIPError(f"--adapter {text}: the scale is {tail}; give a finite number, such as {path}:0.5.")
     if not os.path.isfile(os.path.join(folder, ADAPTER)):
         raise UniLIPError(f"--adapter {folder} holds no {ADAPTER}; give a folder that `unilip train` or peft wrote.")
-    return folder, 1.0 if scale is None else scale
+    return folder, scale
 
 
 def source_of(o: Options) -> Source:
@@ -332,13 +324,6 @@ def describe_model(o: Options, model: UniLIP) -> dict[str, str]:
     return {"model": name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
 
 
-def seeded(seed: int) -> torch.Generator:
-    """A generator on the CPU, so that a seed means the same everywhere."""
-    import torch
-
-    return torch.Generator().manual_seed(seed)
-
-
 def sampling(o: Options, model: UniLIP) -> dict[str, Any]:
     """The settings of `generate` and `edit`, the model's own where none are given."""
     from unilip.fast.loop import Settings
@@ -347,9 +332,7 @@ def sampling(o: Options, model: UniLIP) -> dict[str, Any]:
     settings = Settings.of(model.config, o.preset, **given)
     return {
         "preset": o.preset,
-        "num_inference_steps": settings.num_inference_steps,
-        "guidance_scale": settings.guidance_scale,
-        "solver": settings.solver,
+        **{name: getattr(settings, name) for name in given},
         "negative_prompt": o.negative_prompt,
         **({"best_of": o.best_of} if getattr(o, "best_of", 1) > 1 else {}),
         **sides(o),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unilip.cli.options import Options
-from unilip.cli.terminal import bar, bars, plural, say
+from unilip.cli.terminal import FORMATS, bar, bars, plural, say
 from unilip.errors import UniLIPError
 from unilip.machine import choose_device
 
@@ -24,7 +24,7 @@ def data_prepare_emoji(o: Options) -> None:
         raise UniLIPError(f"There is no folder {o.source}; give the one with the npm packages, or leave --source away.")
     with bar(o, "drawing") as progress:
         path = prepare(Path(o.output) if o.output else None, Path(o.source) if o.source else None, progress)
-    o.report.line(str(path))
+    o.report.line(path)
     o.report.end("the art is ready", path=str(path))
 
 
@@ -39,8 +39,7 @@ def data_convert(o: Options) -> None:
             o.words[0], o.words[1], Path(o.output), shard_size=o.shard_size, shorter_side=o.shorter_side,
             progress=progress,
         )  # fmt: skip
-    for path in done.shards:
-        o.report.line(str(path))
+    o.report.line(*done.shards)
     for name in done.named[:20]:
         say(f"left out: {name}")
     if done.skipped:
@@ -66,14 +65,13 @@ def data_check(o: Options) -> int:
     for number, place in enumerate(places, 1):
         with bar(o, "sample") as progress:
             about, sheet = check(open_source(place.location), o.samples, progress=progress)
-        for line in about.lines():
-            o.report.line(line)
+        o.report.line(*about.lines())
         values = asdict(about)
         if sheet is not None and target is not None:
             path = target if len(places) == 1 else target.with_stem(f"{target.stem}-{number}")
             with replacing(path) as temporary:
-                sheet.save(temporary, {".png": "PNG", ".jpg": "JPEG"}[path.suffix])
-            o.report.line(str(path))
+                sheet.save(temporary, FORMATS[path.suffix])
+            o.report.line(path)
             values["sheet"] = str(path)
         found.append(values)
         fine = fine and not about.bad and not about.damaged
@@ -92,10 +90,7 @@ def data_cache(o: Options) -> None:
     device = choose_device(o.device)
     from unilip.train.cache import make_cache
 
-    made = make_cache(
-        recipe, o.output, o.runs, device=device, dtype=o.dtype or "float32", ray=o.ray,
-        progress=bars(o),
-    )  # fmt: skip
+    made = make_cache(recipe, o.output, o.runs, device=device, dtype=o.dtype or "float32", ray=o.ray, progress=bars(o))
     o.report.line(o.output)
     note = f"{', '.join(made['names'])} of {plural(made['made'], 'sample')} in {plural(made['shards'], 'shard')}"
     o.report.end(note, path=o.output, **{key: made[key] for key in ("names", "dtype", "made", "unusable", "shards")})
@@ -124,7 +119,7 @@ def train(o: Options) -> None:
     if not o.restart and (final / "recipe.json").is_file():
         if not changed_settings(recipe, read_json(final / "recipe.json", "recipe of the result")):
             o.report.record |= {"recipe": recipe.name, "finished": True, "path": str(final)}
-            o.report.line(str(final))
+            o.report.line(final)
             o.report.end(f"{recipe.name} had finished; --restart trains it again")
             return
     elif "torch" not in sys.modules:  # the loop sees the same, after seconds of imports
@@ -141,7 +136,7 @@ def train(o: Options) -> None:
         raise SystemExit(130) from None
     finished = folder.name == "final"
     o.report.record |= {"recipe": recipe.name, "device": device, "finished": finished, "path": str(folder)}
-    o.report.line(str(folder))
+    o.report.line(folder)
     o.report.end("finished" if finished else f"stopped and saved; `{again(o)}` goes on from there")
 
 
@@ -158,8 +153,7 @@ def estimate(o: Options, recipe: Any) -> None:
     from unilip.train.preflight import hardware, preflight
 
     found = preflight(recipe, hardware(o.preflight or "here"))
-    for line in found.lines():
-        o.report.line(line)
+    o.report.line(*found.lines())
     o.report.end(
         "it fits", recipe=recipe.name, hardware=str(found.hardware), memory=found.memory, total=found.total,
         seconds_per_step=found.seconds, hours=found.hours,

@@ -34,26 +34,20 @@ KNOWN: dict[str, Any] = read_table("unilip.eval", "benchmarks.json")
 PUBLISHED: dict[str, Sequence[str]] = KNOWN["published"]  # SHA-256 -> benchmark, protocol or "", what it is
 HOMES: dict[str, str] = KNOWN["homes"]
 PROTOCOLS: dict[str, list[str]] = KNOWN["protocols"]
-NAMES = tuple(HOMES)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture file to make.
+    """One picture file to make."""
 
-    In: key: unique in the benchmark, seeds the noise. path: in the run folder. group: the row of the table. cluster:
-    shared by items of one prompt, for intervals. pictures: drawn for this file (four are tiled two by two). data: what
-    scoring needs of the prompt file. split: what is never averaged with another split (languages).
-    """
-
-    key: str
+    key: str  # unique in the benchmark, seeds the noise
     prompt: str
-    path: str
-    group: str
-    cluster: str
-    pictures: int = 1
-    data: Mapping[str, Any] = field(default_factory=dict)
-    split: str = ""
+    path: str  # in the run folder
+    group: str  # the row of the table
+    cluster: str  # shared by items of one prompt, for intervals
+    pictures: int = 1  # drawn for this file; four are tiled two by two
+    data: Mapping[str, Any] = field(default_factory=dict)  # what scoring needs of the prompt file
+    split: str = ""  # what is never averaged with another split (languages)
 
     def row(self, scores: Mapping[str, float] | None, status: str, **more: Any) -> Row:
         about = {"cluster": self.cluster, "group": self.group, "split": self.split, "picture": self.path}
@@ -62,25 +56,19 @@ class Item:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark's items and how they are named.
-
-    In: weights: of the groups in the overall score; None: the mean over items; empty: the mean of the groups. source:
-    returns the picture that an item edits; None where words alone are drawn. beside: returns what the scorer reads
-    beside an item's picture: path -> picture or bytes.
-    """
+    """A benchmark's items and how they are named."""
 
     name: str
     protocol: str
     items: tuple[Item, ...]
-    prompts: dict[str, Any]
+    prompts: dict[str, Any]  # what a manifest says of the file: hash, whether it is the published one, how many prompts
+    # of the groups in the overall score; None: the mean over items; empty: the mean of the groups
     weights: Mapping[str, float] | None = None
-    source: Callable[[Item], Image.Image] | None = None
-    beside: Callable[[Item], dict[str, Image.Image | bytes]] = lambda item: {}
+    source: Callable[[Item], Image.Image] | None = None  # the picture that an item edits; None: words alone are drawn
+    beside: Callable[[Item], dict[str, Image.Image | bytes]] = lambda item: {}  # by path, what the scorer reads as well
 
     def first(self, count: int | None) -> Benchmark:
-        """Return the benchmark with its first COUNT prompts only."""
-        if count is None:
-            return self
+        """Return the benchmark with its first COUNT prompts only; with all of them for None."""
         kept = set(list(dict.fromkeys(item.cluster for item in self.items))[:count])
         return replace(self, items=tuple(item for item in self.items if item.cluster in kept))
 
@@ -95,12 +83,12 @@ def open_benchmark(
 ) -> Benchmark:
     """Read the prompt file of a benchmark.
 
-    In: name: one of NAMES. prompts: the published file or folder. protocol: one of PROTOCOLS[name], the first by
+    In: name: one of HOMES. prompts: the published file or folder. protocol: one of PROTOCOLS[name], the first by
     default. sources: imgedit only, the folder of the pictures to edit. own_prompts: take a file whose hash is not the
     published one; every score says so.
     Raises UniLIPError: no file, a file of another format, protocol or hash, or a repeated or impossible item.
     """
-    check_choice("benchmark", name, NAMES)
+    check_choice("benchmark", name, HOMES)
     protocol = protocol or PROTOCOLS[name][0]
     if protocol not in PROTOCOLS[name]:
         raise UniLIPError(f"{name} has no protocol {protocol!r}; allowed: {', '.join(PROTOCOLS[name])}.")
@@ -132,11 +120,8 @@ def open_benchmark(
     return benchmark
 
 
-def describe_prompts(name: str, protocol: str, hashes: Sequence[str], count: int) -> dict[str, Any]:
-    """Return what a manifest says of a prompt file: hash, whether it is the published one, how many prompts.
-
-    Raises UniLIPError: it is the published file of another benchmark or protocol.
-    """
+def _made(name: str, protocol: str, items: Sequence[Item], hashes: Sequence[str], count: int, **more: Any) -> Benchmark:
+    """Return a benchmark of COUNT prompts. Raises UniLIPError: a hash is of another benchmark's or protocol's file."""
     for owner, kind, title in (PUBLISHED[digest] for digest in hashes if digest in PUBLISHED):
         if owner != name or (kind and kind != protocol):
             raise UniLIPError(
@@ -144,7 +129,8 @@ def describe_prompts(name: str, protocol: str, hashes: Sequence[str], count: int
                 f"{HOMES[name]}, or give the --protocol of the file."
             )
     sha = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
-    return {"sha256": sha, "published": all(digest in PUBLISHED for digest in hashes), "count": count}
+    prompts = {"sha256": sha, "published": all(digest in PUBLISHED for digest in hashes), "count": count}
+    return Benchmark(name, protocol, tuple(items), prompts, **more)
 
 
 def _texts(row: Mapping[str, Any], path: Path, where: object, *keys: str) -> list[str]:
@@ -171,8 +157,7 @@ def _geneval(path: Path, protocol: str) -> Benchmark:
     def beside(item: Item) -> dict[str, Image.Image | bytes]:
         return {f"{PICTURES}/{item.cluster}/metadata.jsonl": json.dumps(dict(item.data)).encode()}
 
-    prompts = describe_prompts("geneval", protocol, [file_hash(path)], len(rows))
-    return Benchmark("geneval", protocol, tuple(items), prompts, {}, beside=beside)
+    return _made("geneval", protocol, items, [file_hash(path)], len(rows), weights={}, beside=beside)
 
 
 def _geneval2(path: Path, protocol: str) -> Benchmark:
@@ -191,23 +176,21 @@ def _geneval2(path: Path, protocol: str) -> Benchmark:
         items.append(Item(f"{n:04d}", prompt, f"{PICTURES}/{n:04d}.png", group, prompt, 1, row))
     if len({item.prompt for item in items}) != len(items):
         raise UniLIPError(f"{path} has a prompt twice; the scorer of GenEval 2 finds pictures by their prompt.")
-    prompts = describe_prompts("geneval2", protocol, [file_hash(path)], len(rows))
-    return Benchmark("geneval2", protocol, tuple(items), prompts)
+    return _made("geneval2", protocol, items, [file_hash(path)], len(rows))
 
 
 def _dpg(path: Path, protocol: str) -> Benchmark:
     if not path.is_dir():
         raise UniLIPError(f"{path} is no folder; dpg reads {HOMES['dpg']}, one text file for each prompt.")
-    files = sorted(path.glob("*.txt"))
     digest = hashlib.sha256()
     items = []
-    for file in files:
+    for file in sorted(path.glob("*.txt")):
         digest.update(f"{file.name}\0{file_hash(file)}\n".encode())
         prompt = read_text(file, "prompt").strip()
         if "." in file.stem:
             raise UniLIPError(f"{file.name} has a dot in its name; the scorer of DPG would not find its questions.")
         items.append(Item(file.stem, prompt, f"{PICTURES}/{file.stem}.png", "all", file.stem, 4))
-    return Benchmark("dpg", protocol, tuple(items), describe_prompts("dpg", protocol, [digest.hexdigest()], len(files)))
+    return _made("dpg", protocol, items, [digest.hexdigest()], len(items))
 
 
 def _wise(path: Path, protocol: str) -> Benchmark:
@@ -235,8 +218,8 @@ def _wise(path: Path, protocol: str) -> Benchmark:
                 f"protocols number their prompts differently; try --protocol {other}."
             )
         items.append(Item(str(number), prompt, f"{PICTURES}/{number}.png", group, str(number), 1, row))
-    prompts = describe_prompts("wise", protocol, [file_hash(file) for file in files], len(items))
-    return Benchmark("wise", protocol, tuple(items), prompts, {name: group[2] for name, group in groups.items()})
+    weights = {name: group[2] for name, group in groups.items()}
+    return _made("wise", protocol, items, [file_hash(file) for file in files], len(items), weights=weights)
 
 
 def wise_files(folder: Path) -> list[Path]:
@@ -253,25 +236,25 @@ def _imgedit(path: Path, protocol: str, sources: str | Path | None) -> Benchmark
     folder = Path(sources).expanduser()
     items, missing, digests = [], [], {}
     for key, row in rows.items():
-        prompt, kind, source = _texts(row, path, key, "prompt", "edit_type", "id")
-        if (folder / source).is_file():
-            digests[source] = file_hash(folder / source)
+        prompt, kind, name = _texts(row, path, key, "prompt", "edit_type", "id")
+        if (folder / name).is_file():
+            digests[name] = file_hash(folder / name)
         else:
-            missing.append(source)
+            missing.append(name)
         items.append(Item(key, prompt, f"{PICTURES}/{key}.png", kind, key, 1, row))
     if missing:
         raise UniLIPError(
             f"{len(missing)} of {len(items)} pictures are not in {folder}, the first is {missing[0]}; give the folder "
             "that holds animal/, style/ and so on as --sources."
         )
-    prompts = describe_prompts("imgedit", protocol, [file_hash(path)], len(items))
-    prompts["sources"] = content_hash(digests)
 
-    def picture(item: Item) -> Image.Image:
+    def source(item: Item) -> Image.Image:
         file = folder / item.data["id"]
         return decode(file.read_bytes(), str(file))
 
-    return Benchmark("imgedit", protocol, tuple(items), prompts, source=picture)
+    made = _made("imgedit", protocol, items, [file_hash(path)], len(items), source=source)
+    made.prompts["sources"] = content_hash(digests)
+    return made
 
 
 def _gedit(path: Path, protocol: str) -> Benchmark:
@@ -294,8 +277,9 @@ def _gedit(path: Path, protocol: str) -> Benchmark:
     def source(item: Item) -> Image.Image:
         return decode(cell(data[item.data["row"]][pictured]), f"{path}, row {item.data['row']}")
 
-    prompts = describe_prompts("gedit", protocol, [digest], len(items)) | {"published": None}
-    return Benchmark(
-        "gedit", protocol, tuple(items), prompts, {}, source=source,
-        beside=lambda item: {item.path.removesuffix(".png") + "_SRCIMG.png": source(item)},
-    )  # fmt: skip
+    def beside(item: Item) -> dict[str, Image.Image | bytes]:
+        return {item.path.removesuffix(".png") + "_SRCIMG.png": source(item)}
+
+    made = _made("gedit", protocol, items, [digest], len(items), weights={}, source=source, beside=beside)
+    made.prompts["published"] = None
+    return made

@@ -14,7 +14,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +95,7 @@ class Run:
 
     @property
     def is_tokenizer(self) -> bool:
-        """Whether it learned to reconstruct."""
-        return "objective.pixel" in self.recipe
+        return "objective.pixel" in self.recipe  # it learned to reconstruct
 
     @property
     def samples(self) -> int:
@@ -154,20 +152,19 @@ class Lab:
         )  # fmt: skip
         return judged(folder, self.count, self.seeds)
 
-    def once(self, file: Path, marks: Mapping[str, str], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return what was measured before of the same weights (their `marks`) in the same way, or measure it."""
-        about = {
-            **marks, "count": self.count, "atlas": self.atlas.fingerprint, "data_seed": emoji.DATA_SEED,
-            "noises": NOISES, "dtype": str(self.dtype),
+    def once(self, file: Path, measure: Callable[..., dict[str, Any]], **models: UniLIP) -> dict[str, Any]:
+        """Return what was measured before of models with the same weights in the same way, or measure it."""
+        about = {name: emoji.fingerprint(model) for name, model in models.items()} | {
+            "count": self.count, "atlas": self.atlas.fingerprint, "data_seed": emoji.DATA_SEED, "noises": NOISES,
+            "dtype": str(self.dtype),
         }  # fmt: skip
         record = read_json(file, "measurement") if file.is_file() else {}
         if record.get("about") != about:
             if record:
                 log.info("%s was measured of other weights or in another way; measuring again", file)
-            record = {"about": about, "values": measure()}
+            record = {"about": about, "values": measure(*models.values())}
             write_json(file, record)
-        values: dict[str, Any] = record["values"]
-        return values
+        return dict(record["values"])
 
     @torch.no_grad()
     def distance(self, model: UniLIP, original: UniLIP) -> dict[str, dict[str, float]]:
@@ -210,10 +207,7 @@ class Lab:
 
 
 def measure_tokenizers(lab: Lab, runs: Path, found: Mapping[str, Sequence[Run]], output: Path) -> dict[str, Any] | None:
-    """Measure every tokenizer that was trained, and return the answers through the original encoder.
-
-    Raises UniLIPError: the original encoder or its language model is not in the folder of runs.
-    """
+    """Measure every trained tokenizer; returns the original encoder's answers. Raises UniLIPError: no such encoder."""
     todo = [run for several in found.values() for run in several if run.is_tokenizer and run.variant in wanted()]
     if not todo:
         return None
@@ -225,8 +219,7 @@ def measure_tokenizers(lab: Lab, runs: Path, found: Mapping[str, Sequence[Run]],
     for run in todo:
         place = output / lab.size / run.variant / f"seed{run.seed}"
         model = lab.load(run.folder, ("encoder", "latent_head", "pixel_decoder"))
-        marks = {"model": emoji.fingerprint(model), "original": emoji.fingerprint(original)}
-        run.values |= lab.once(place / "features.json", marks, partial(lab.distance, model, original))
+        run.values |= lab.once(place / "features.json", lab.distance, model=model, original=original)
         run.values |= lab.judge(joined(model, llm), place, ("recon", "vqa"))
     return lab.judge(joined(original, llm), output / lab.size / ORIGINAL, ("vqa",))
 
@@ -247,8 +240,7 @@ def measure_generators(lab: Lab, found: Mapping[str, Sequence[Run]], output: Pat
         model = lab.load(run.folder)
         run.values |= lab.judge(model, place, ("gen", "edit", "riddle"))
         if run.recipe["objective.target"] == "unilip":  # a loss in other latents says nothing beside the rest
-            marks = {"model": emoji.fingerprint(model)}
-            run.values |= lab.once(place / "flow.json", marks, partial(lab.flow_loss, model))
+            run.values |= lab.once(place / "flow.json", lab.flow_loss, model=model)
 
 
 def judged(folder: Path, count: int, seeds: int) -> dict[str, dict[str, float]]:
@@ -270,10 +262,7 @@ def judged(folder: Path, count: int, seeds: int) -> dict[str, dict[str, float]]:
 
 
 def score(runs: Sequence[Run], measure: str) -> dict[str, Any] | None:
-    """Return what a measure comes to over the seeds of a variant; None where none has it.
-
-    Out: "mean" over items and seeds, "spread" over seeds (None of one), "error" of the item mean, number of "seeds".
-    """
+    """Return mean over items and seeds, spread over seeds (None of one), error of the item mean; None: not measured."""
     means = [list(run.values[measure].values()) for run in runs if run.values.get(measure)]
     if not means:
         return None
@@ -302,16 +291,15 @@ def difference(a: Sequence[Run], b: Sequence[Run], measure: str) -> tuple[float,
 def check(statement: Statement, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """Return a statement's verdict, yes, no or undecided, with the numbers; "missing" where a run is."""
     found = difference(runs.get(statement.a, ()), runs.get(statement.b, ()), statement.measure)
-    record = dict(vars(statement))
     if found is None:
-        return record | {"verdict": "missing"}
+        return vars(statement) | {"verdict": "missing"}
     gap, error = found
     other = score(runs.get(statement.b, ()), statement.measure)
     # where B has so little right, A could not be worse than it by more than is allowed
     floor = other is not None and statement.measure in SHARES and statement.by < 0 and other["mean"] <= -statement.by
     decided = abs(gap - statement.by) > 2 * error and not floor
     verdict = "undecided" if not decided else "yes" if gap > statement.by else "no"
-    return record | {"difference": round(gap, 5), "error": round(error, 5), "verdict": verdict}
+    return vars(statement) | {"difference": round(gap, 5), "error": round(error, 5), "verdict": verdict}
 
 
 def conclude(claim: Claim, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
@@ -367,8 +355,8 @@ def evaluate(
         raise UniLIPError(f"There are no ablations of the size {size!r}; allowed: {', '.join(ORIGINALS)}.")
     if not runs.is_dir():
         raise UniLIPError(f"There is no folder {runs}; give the folder of all runs (--runs of unilip train).")
-    trained = {name: find_runs(runs, name) for name in ORIGINALS if size in (None, name)}
-    if not any(trained.values()):
+    trained = {name: found for name in ORIGINALS if size in (None, name) and (found := find_runs(runs, name))}
+    if not trained:
         raise UniLIPError(
             f"{runs} has no finished ablation{f' of {size}' if size else ''}; "
             f"unilip train ablation/{size or 'pico'}/recon --runs {runs} begins one, unilip train --list names all."
@@ -378,8 +366,6 @@ def evaluate(
         "count": count, "seeds": seeds, "data_seed": emoji.DATA_SEED, "sizes": {},
     }  # fmt: skip
     for name, found in trained.items():
-        if not found:
-            continue
         lab = Lab(name, count, seeds, device, dtype, batch_size or 24, progress)
         original = measure_tokenizers(lab, runs, found, output) if "tokenizer" in chosen else None
         if "generation" in chosen:

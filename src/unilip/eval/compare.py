@@ -1,8 +1,4 @@
-"""Runs side by side: tables with intervals, paired differences, and the same prompts' pictures in a row.
-
-Scores share a table only if task, protocol, scorer, wording and prompts are the same. Differences are over the items
-that both runs have, with a bootstrap over prompts that draws the same prompts for both.
-"""
+"""Runs side by side: tables with intervals, paired differences, and the same prompts' pictures in a row; see NOTE."""
 
 from __future__ import annotations
 
@@ -33,10 +29,6 @@ class Scored:
     column: str
     summary: Mapping[str, Any]
     rows: Sequence[scores.Row]
-
-    @property
-    def rule(self) -> scores.Rule:
-        return scores.Rule(**self.summary["rule"])
 
 
 def load_runs(folders: Sequence[str | Path]) -> list[Scored]:
@@ -82,10 +74,8 @@ def _emoji(path: Path, name: str) -> list[Scored]:
     return found
 
 
-def difference(
-    a: Scored, b: Scored, metric: str, split: str, resamples: int = scores.RESAMPLES
-) -> dict[str, Any] | None:
-    """Return B less A over the items that both have, drawn together: value, interval, how many; None if none."""
+def difference(a: Scored, b: Scored, metric: str, split: str) -> dict[str, Any] | None:
+    """Return B less A over the items that both have, as a table's row has it; None if none."""
     shared = set.intersection(*(
         {row["key"] for row in one.rows if row["split"] == split and row["scores"] and metric in row["scores"]}
         for one in (a, b)
@@ -94,10 +84,10 @@ def difference(
         return None
     rows = [sorted((r for r in one.rows if r["key"] in shared), key=lambda r: str(r["key"])) for one in (a, b)]
     ours, theirs = (scores.tabulate(own, metric) for own in rows)
-    drawn = scores.bootstrap(theirs, a.rule, resamples) - scores.bootstrap(ours, a.rule, resamples)  # one seed: paired
-    low, high = scores.interval(drawn)
-    value = scores.combine(theirs, a.rule) - scores.combine(ours, a.rule)
-    return {"value": value, "low": low, "high": high, "items": len(shared)}
+    rule = scores.Rule(**a.summary["rule"])  # each bootstrap has the same seed: it draws the same prompts for both
+    low, high = scores.interval(scores.bootstrap(theirs, rule) - scores.bootstrap(ours, rule))
+    value = scores.combine(theirs, rule) - scores.combine(ours, rule)
+    return {"difference": value, "d_low": low, "d_high": high, "shared": len(shared)}
 
 
 HEAD = (
@@ -118,9 +108,8 @@ def make_tables(runs: Sequence[Scored]) -> dict[str, list[dict[str, Any]]]:
             for metric, entry in metrics.items():
                 row = {**about, "metric": metric, "split": split}
                 row |= {name: entry[name] for name in ("value", "low", "high", "items")} | {"open": left}
-                if run is not first and (other := difference(first, run, metric, split)):
-                    row |= {"difference": other["value"], "d_low": other["low"], "d_high": other["high"]}
-                    row["shared"] = other["items"]
+                if run is not first:
+                    row |= difference(first, run, metric, split) or {}
                 rows.append(row)
         for metric, value in run.summary.get("whole", {}).items():
             rows.append({**about, "metric": metric, "split": "", "value": value})
@@ -135,8 +124,7 @@ def compare(folders: Sequence[str | Path], output: Path, pictures: int = SHOWN) 
     tables = make_tables(runs)
     sheets: dict[str, str] = {}
     for n, title in enumerate(tables if pictures else (), 1):
-        sheet = _sheet([run for run in runs if run.column == title], pictures)
-        if sheet is not None:
+        if (sheet := _sheet([run for run in runs if run.column == title], pictures)) is not None:
             sheets[title] = f"pictures-{n}.png"
             write_bytes(output / sheets[title], png_bytes(sheet))
     write_text(output / "compare.md", to_markdown(tables, sheets))

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -25,7 +24,7 @@ from unilip.data.seeding import stable_hash
 from unilip.data.sheet import contact_sheet
 from unilip.errors import UniLIPError
 from unilip.eval.benchmarks import Benchmark, Item
-from unilip.eval.runs import PICTURES, RunFolder, batches, model_hash, name_of
+from unilip.eval.runs import PICTURES, RunFolder, batches, model_hash
 from unilip.files import png_bytes, write_bytes, write_json, write_lines
 from unilip.machine import Place
 from unilip.model import DRAWING, UniLIP
@@ -33,24 +32,18 @@ from unilip.pictures import Fit, open_picture
 
 log = logging.getLogger(__name__)
 
-ITEMS = "items.jsonl"
-
 
 @dataclass(frozen=True)
 class Settings:
-    """What pictures depend on beside model and prompt; all of it is in run.json.
-
-    In: steps, guidance_scale, solver, image_size: of the sampler. seed: of the run; each picture's own follows from it
-    and the item's key. dtype: of the weights. fit: how the source of an edit becomes a square.
-    """
+    """What pictures depend on beside model and prompt, the sampler's first; all of it is in run.json."""
 
     steps: int
     guidance_scale: float
     solver: str
     image_size: int
-    seed: int = 0
-    dtype: str = "float32"
-    fit: Fit = "resize"
+    seed: int = 0  # of the run; each picture's own follows from it and the item's key
+    dtype: str = "float32"  # of the weights
+    fit: Fit = "resize"  # how the source of an edit becomes a square
 
     @classmethod
     def resolve(cls, source: Source = None, **given: Any) -> Settings:
@@ -95,12 +88,12 @@ def generate(
         "task": benchmark.name, "protocol": benchmark.protocol, "prompts": benchmark.prompts,
         "model": model_hash(source), "settings": asdict(settings),
     }  # fmt: skip
-    with RunFolder(output, identity, place, name_of(source)):
+    with RunFolder(output, identity, place, source):
         items = benchmark.items
         if place.rank == 0:
             about = [{"key": i.key, "prompt": i.prompt, "picture": i.path, "group": i.group} for i in items]
             seeds = ({"seeds": picture_seeds(settings.seed, item)} for item in items)
-            write_lines(output / ITEMS, map(operator.or_, about, seeds))
+            write_lines(output / "items.jsonl", map(operator.or_, about, seeds))
             if benchmark.name == "geneval2":  # its scorer finds pictures by their prompt
                 write_json(output / f"{PICTURES}.json", {item.prompt: item.path for item in items})
         there = {item.path for item in items if (output / item.path).is_file()}
@@ -134,7 +127,7 @@ def _draw(
     for start in range(0, len(jobs), batch_size):
         chunk = jobs[start : start + batch_size]
         prompts = [item.prompt for item, _ in chunk]
-        how["generator"] = [torch.Generator().manual_seed(seed) for _, seed in chunk]
+        how["generator"] = [seed for _, seed in chunk]
         if benchmark.source is None:
             drawn += model.generate(prompts, **how).images
         else:

@@ -25,7 +25,6 @@ except ImportError:  # importable without the kit, so that its presence is only 
 
 log = logging.getLogger(__name__)
 
-MODEL_ID = "unilip"
 HEEDED = ("max_new_tokens", "temperature", "top_p", "do_sample", "until")
 UNCHANGED = (("num_beams", 1), ("num_beams", None), ("use_cache", True))  # what is done anyway
 
@@ -34,7 +33,7 @@ def manifest() -> Any:
     """Return how the kit finds the class."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id=MODEL_ID, simple_class_path=f"{__name__}.UniLIP")
+    return ModelManifest(model_id="unilip", simple_class_path=f"{__name__}.UniLIP")
 
 
 class UniLIP(Base):
@@ -78,14 +77,11 @@ class UniLIP(Base):
                     until = options.get("until") or ()
                     stops.append([until] if isinstance(until, str) else list(until))
                 tiles = max(1, self.max_tiles // max(1, max(len(images) for images in pictures)))
-                whole = [slice(None)] if all(one == settings[0] for one in settings) else [
-                    slice(n, n + 1) for n in range(len(batch))  # one by one where their settings differ
-                ]  # fmt: skip
-                said = [
-                    answer
-                    for part in whole
-                    for answer in self.model.ask(pictures[part], texts[part], max_tiles=tiles, **settings[part][0])
-                ]
+                alike = all(one == settings[0] for one in settings)  # else one is asked after the other
+                said: list[str] = []
+                for n in range(0, len(batch), len(batch) if alike else 1):
+                    part = slice(n, None if alike else n + 1)
+                    said += self.model.ask(pictures[part], texts[part], max_tiles=tiles, **settings[n])
                 answers += [cut(answer, stop) for answer, stop in zip(said, stops, strict=True)]
                 bar.update(len(batch))
         return answers

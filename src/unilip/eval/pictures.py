@@ -1,7 +1,4 @@
-"""Pictures to measure, from where people keep them: what training reads, Parquet files or a saved dataset.
-
-Out: `Pictures`, which knows how many there are at once, and reads and decodes one at a time.
-"""
+"""Pictures to measure, from where people keep them: what training reads, Parquet files or a saved dataset."""
 
 from __future__ import annotations
 
@@ -52,10 +49,7 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 
 def open_pictures(place: str | Path, count: int | None = None) -> Pictures:
-    """Find the first COUNT pictures of a place that training reads, of .parquet files or of a saved dataset.
-
-    Raises UniLIPError: nothing is there, or nothing of these kinds.
-    """
+    """Find the first COUNT pictures of what training reads, .parquet files or a dataset. Raises UniLIPError: none."""
     path = Path(place).expanduser()
     if path.suffix == ".parquet" or any(path.glob("*.parquet")) or (path / "dataset_info.json").is_file():
         data, column, _ = open_dataset(path)
@@ -84,10 +78,7 @@ def open_pictures(place: str | Path, count: int | None = None) -> Pictures:
 
 
 def open_dataset(path: Path, column: str | None = None) -> tuple[Any, str, list[Path]]:
-    """Return .parquet files or a saved dataset, pictures encoded; the column of these; the files that hold the rows.
-
-    Raises UniLIPError: there are no rows, or no column of pictures.
-    """
+    """Return .parquet files or a dataset, its column of encoded pictures, its files. Raises UniLIPError: none there."""
     import datasets
 
     files = [path] if path.suffix == ".parquet" else sorted(path.glob("**/*.parquet"))

@@ -27,14 +27,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from unilip.checkpoints.hub import Source
 from unilip.checkpoints.read import open_checkpoint
 from unilip.data.sheet import contact_sheet
 from unilip.errors import ConfigError, UniLIPError, check_choice, reason
 from unilip.eval.pictures import Pictures
-from unilip.eval.runs import RunFolder, model_hash, name_of
+from unilip.eval.runs import RunFolder, model_hash
 from unilip.eval.scores import Rule, csv_text, make_row, write_scores
 from unilip.files import content_hash, file_hash, png_bytes, write_bytes, write_text
 from unilip.machine import Place
@@ -209,38 +208,30 @@ def evaluate(
         extractor = None
     elif extractor is None:
         extractor = open_extractor(features, model, device)
-    if "lpips" in measures and distance is None:
-        distance = open_lpips(device)
+    ready: dict[str, Distance] = {"psnr": psnr, "ssim": ssim, "ssim_paper": partial(ssim, data_range=2.0)}
+    if "lpips" in measures:
+        ready["lpips"] = distance or open_lpips(device)
     identity = {
         "task": "recon", "protocol": protocol, "model": model_hash(source), "measures": sorted(measures),
         "features": extractor[0] if extractor else None, "settings": {"image_size": side, "dtype": dtype or "float32"},
     }  # fmt: skip
     if extractor and Path(features).expanduser().is_file():
         identity["features_sha256"] = file_hash(Path(features).expanduser())
-    with RunFolder(output, identity, place, name_of(source)) as folder:
+    with RunFolder(output, identity, place, source) as folder:
         names, marks = zip(*map(pictures.mark, range(len(pictures))), strict=True)
         index = {mark: i for i, mark in enumerate(marks)}
-        left = folder.left(list(index), batch_size)
-        with tqdm(total=sum(map(len, left)), desc="recon", unit="picture", disable=not progress) as bar:
-            for batch in left:
-                truth = to_bytes([prepare(pictures.load(index[mark]), side) for mark in batch])
-                made = put_through(model, truth, protocol)
-                rows = _measure(truth, made, measures, distance)
-                arrays = {k: extractor[1](v).numpy() for k, v in (("real", truth), ("made", made))} if extractor else {}
-                folder.keep(batch, rows, arrays)
-                bar.update(len(batch))
-        if place.rank:
-            return None
-        known = folder.wait(index)
-        return _finish(pictures, names, folder, model, [known[mark] for mark in marks], marks)
 
+        def measure(batch: Sequence[str]) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+            truth = to_bytes([prepare(pictures.load(index[mark]), side) for mark in batch])
+            made = put_through(model, truth, protocol)
+            a, b = truth.float() / 255, made.float() / 255
+            columns = {name: compared(a, b) for name, compared in ready.items() if name in measures}
+            rows = [{name: float(values[n]) for name, values in columns.items()} for n in range(len(batch))]
+            arrays = {k: extractor[1](v).numpy() for k, v in (("real", truth), ("made", made))} if extractor else {}
+            return rows, arrays
 
-def _measure(truth: Tensor, made: Tensor, measures: Sequence[str], distance: Distance | None) -> list[dict[str, Any]]:
-    a, b = truth.float() / 255, made.float() / 255
-    ready: dict[str, Distance | None] = {"psnr": psnr, "ssim": ssim, "ssim_paper": partial(ssim, data_range=2.0)}
-    ready["lpips"] = distance
-    columns = {name: measure(a, b) for name, measure in ready.items() if name in measures and measure is not None}
-    return [{name: float(values[n]) for name, values in columns.items()} for n in range(len(truth))]
+        table = folder.measured(marks, batch_size, measure, "picture", progress)
+        return None if table is None else _finish(pictures, names, folder, model, table, marks)
 
 
 def _finish(
@@ -264,7 +255,7 @@ def _finish(
     if equal:
         about["whole"][f"equal pictures, counted as {PSNR_LIMIT:g} dB"] = equal
     if identity["features"]:
-        real, made = (np.stack([folder.array(row, key) for row in table]) for key in ("real", "made"))
+        real, made = folder.array(table, "real"), folder.array(table, "made")
         about["whole"][identity["features"]] = frechet_distance(real, made)
         if len(real) <= real.shape[1]:
             log.warning("%s of %d pictures is biased: fewer pictures than features", identity["features"], len(real))

@@ -46,10 +46,7 @@ class Rubric:
 
 
 def read_rubric(name: str, protocol: str, path: str | Path | None) -> Rubric:
-    """Read the wording from a file of the benchmark's authors, parsed and never run, or from their checkout.
-
-    Raises UniLIPError: this benchmark has no such file, or the wording is not found in it.
-    """
+    """Read the wording from the authors' file, parsed and never run, or checkout. Raises UniLIPError: it has none."""
     if path is None:
         return Rubric()
     if name not in PLACES:
@@ -88,18 +85,14 @@ def _template(node: ast.expr) -> str:
     """Turn a constant or an f-string over prompt_data into a text with {Prompt} and {Explanation}."""
     if isinstance(node, ast.Constant):
         return str(node.value)
-    if not isinstance(node, ast.JoinedStr):
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(_template, node.values))
+    if not isinstance(node, ast.FormattedValue):  # which a JoinedStr alone holds
         raise ValueError("a text is neither a constant nor an f-string")
-    out = []
-    for part in node.values:
-        if isinstance(part, ast.Constant):
-            out.append(str(part.value))
-        else:
-            found = re.fullmatch(r"prompt_data\['(Prompt|Explanation)'\]", ast.unparse(part.value))  # type: ignore[attr-defined]
-            if not found:
-                raise ValueError("an f-string asks for something unknown")
-            out.append("{" + found[1] + "}")
-    return "".join(out)
+    found = re.fullmatch(r"prompt_data\['(Prompt|Explanation)'\]", ast.unparse(node.value))
+    if not found:
+        raise ValueError("an f-string asks for something unknown")
+    return "{" + found[1] + "}"
 
 
 def _imgedit_rubric(file: Path) -> dict[str, str]:
@@ -120,9 +113,6 @@ def _gedit_rubric(file: Path) -> dict[str, str]:
 
 
 _RUBRICS = {"wise": _wise_rubric, "imgedit": _imgedit_rubric, "gedit": _gedit_rubric}
-
-
-# --- reading answers ------------------------------------------------------------------------------------------------
 
 
 def read_wise_verified(text: str) -> float | None:
@@ -168,8 +158,8 @@ def _ask_wise(benchmark: Benchmark, rubric: Rubric, item: Item, picture: Path) -
     verified = benchmark.protocol == "verified"
     text = _fill(rubric.texts.get("question", WORDING[f"wise {benchmark.protocol}"]), item.data)
     system = rubric.texts.get("system", WORDING["wise system"])
-    read: Callable[[str], Any] = read_wise_verified if verified else read_wise_legacy
-    return [Question(item.key, (text, picture.read_bytes()), read, system, 500 if verified else 2000)]
+    read, most = (read_wise_verified, 500) if verified else (read_wise_legacy, 2000)
+    return [Question(item.key, (text, picture.read_bytes()), read, system, most)]
 
 
 def _ask_imgedit(benchmark: Benchmark, rubric: Rubric, item: Item, picture: Path) -> list[Question]:

@@ -1,23 +1,24 @@
 """The folder of a run: what it is of (run.json), results that a rerun finds again, and which process does what.
 
 A killed run goes on in its folder, another run's identity is refused, several processes fill it together. What depends
-on other inputs is known by a fingerprint of their content (`left`, `keep`, `wait`).
+on other inputs is known by a fingerprint of their content (`measured`).
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import io
 import json
 import logging
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from unilip import __version__
 from unilip.checkpoints.hub import ADAPTER, Source
@@ -27,6 +28,7 @@ from unilip.files import Lock, content_hash, file_hash, read_json, read_lines, w
 from unilip.machine import Place
 
 T = TypeVar("T")
+Measure = Callable[[Sequence[str]], tuple[Sequence[Mapping[str, Any]], Mapping[str, np.ndarray]]]
 log = logging.getLogger(__name__)
 
 MANIFEST = "run.json"
@@ -46,28 +48,16 @@ def model_hash(source: Source = None) -> str:
     return content_hash(*parts)[:16]
 
 
-def name_of(source: Source) -> str:
-    """Return what people call a model."""
-    return "embedded" if source is None else str(source)
-
-
-def environment(place: Place) -> dict[str, Any]:
-    """Return versions and machine: what may change a last digit, but does not make it another run."""
-    versions = {"unilip": __version__, "python": platform.python_version()}
-    versions |= {name: metadata.version(name) for name in ("torch", "numpy", "pillow")}
-    return {"versions": versions, "machine": platform.machine(), "processes": place.world}
-
-
-class RunFolder:
+class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
     """The folder of one run, which processes of the same run share.
 
     In: path: made if it is not there. identity: what may not differ when the run goes on. place: which process this is.
-    name: of the model, for people.
+    source: of the model, which gives the `name` that people call it.
     Raises UniLIPError: the folder holds another run, pictures of unknown origin, or is in use.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], place: Place, name: str = "") -> None:
-        self.path, self.place, self.name = path, place, name
+    def __init__(self, path: Path, identity: Mapping[str, Any], place: Place, source: Source = None) -> None:
+        self.path, self.place, self.name = path, place, "embedded" if source is None else str(source)
         self.identity = json.loads(json.dumps(identity))  # as it is read back
         if path.exists() and not path.is_dir():
             raise UniLIPError(f"{path} is a file, not a folder; give another --output.")
@@ -83,7 +73,11 @@ class RunFolder:
             raise
 
     def _claim(self) -> None:
-        file, now = self.path / MANIFEST, environment(self.place)
+        file = self.path / MANIFEST
+        versions = {"unilip": __version__, "python": platform.python_version()}
+        versions |= {name: metadata.version(name) for name in ("torch", "numpy", "pillow")}
+        # what may change a last digit, but does not make it another run
+        now = {"versions": versions, "machine": platform.machine(), "processes": self.place.world}
         if not file.is_file():
             if next((self.path / PICTURES).glob("**/*.png"), None) is not None and not file.is_file():
                 raise UniLIPError(
@@ -104,18 +98,29 @@ class RunFolder:
             log.warning("%s was begun with other versions or processes; both are noted in %s", self.path, MANIFEST)
             write_json(file, {**before, "environments": [*before["environments"], now]})
 
-    def left(self, marks: Sequence[str], size: int) -> list[list[str]]:
-        """Return this process's batches of the fingerprints (each once) that have no result here yet."""
-        known = self._kept()
-        if known and (new := sum(mark not in known for mark in marks)):
-            log.info("%s: %d of %d inputs are new or have changed, and are measured", self.path, new, len(marks))
-        cut = [[mark for mark in batch if mark not in known] for batch in batches(marks, size, self.place)]
-        return [batch for batch in cut if batch]
+    def measured(
+        self, marks: Sequence[str], size: int, measure: Measure, unit: str, progress: bool
+    ) -> list[dict[str, Any]] | None:
+        """Return the row of each fingerprint, once all processes have stored theirs; None where the rank is not 0.
 
-    def keep(
-        self, marks: Sequence[str], rows: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray] | None = None
-    ) -> None:
-        """Store a row for each fingerprint, and arrays whose first dimension is the rows."""
+        In: measure: returns for at most `size` fingerprints that have no result here yet a row each, and arrays whose
+        first dimension is the rows. unit: of the progress bar.
+        """
+        known, each = self._kept(), list(dict.fromkeys(marks))
+        if known and (new := sum(mark not in known for mark in each)):
+            log.info("%s: %d of %d inputs are new or have changed, and are measured", self.path, new, len(each))
+        left = [[mark for mark in batch if mark not in known] for batch in batches(each, size, self.place)]
+        with tqdm(total=sum(map(len, left)), desc=self.identity["task"], unit=unit, disable=not progress) as bar:
+            for batch in filter(None, left):
+                self._keep(batch, *measure(batch))
+                bar.update(len(batch))
+        if self.place.rank:
+            return None
+        while any(mark not in (known := self._kept()) for mark in marks):
+            time.sleep(1)
+        return [known[mark] for mark in marks]
+
+    def _keep(self, marks: Sequence[str], rows: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray]) -> None:
         tag = content_hash(*marks)[:16]
         if arrays:
             stream = io.BytesIO()
@@ -125,30 +130,19 @@ class RunFolder:
         stored = [{**row, "mark": mark, "part": tag, "n": n} for n, (mark, row) in numbered]
         write_lines(self.path / "parts" / f"{tag}.jsonl", stored)  # last: it says that all is there
 
-    def wait(self, marks: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Return the rows by fingerprint, once all processes of the run have stored theirs."""
-        while any(mark not in (known := self._kept()) for mark in marks):
-            time.sleep(1)
-        return known
-
-    def array(self, row: Mapping[str, Any], name: str) -> np.ndarray:
-        """Return a stored array of a row of `wait`."""
-        value: np.ndarray = self._arrays(row["part"])[name][row["n"]]
-        return value
-
-    @functools.cache  # noqa: B019 - a folder is open as long as its run
-    def _arrays(self, part: str) -> dict[str, np.ndarray]:
-        with np.load(self.path / "parts" / f"{part}.npz", allow_pickle=False) as stored:
-            return dict(stored)
+    def array(self, rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+        """Return a stored array of rows of `measured`."""
+        parts: dict[str, np.ndarray] = {}
+        for part in {row["part"] for row in rows}:
+            with np.load(self.path / "parts" / f"{part}.npz", allow_pickle=False) as stored:
+                parts[part] = stored[name]
+        return np.stack([parts[row["part"]][row["n"]] for row in rows])
 
     def _kept(self) -> dict[str, dict[str, Any]]:
         known: dict[str, dict[str, Any]] = {}
         for file in sorted((self.path / "parts").glob("*.jsonl")):
             known |= {row["mark"]: row for row in read_lines(file, "part of the results") if "mark" in row}
         return known
-
-    def __enter__(self) -> RunFolder:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -22,6 +22,7 @@ from unilip.errors import UniLIPError
 from unilip.files import file_hash, read_json, read_lines, write_json, write_lines
 
 Row = dict[str, Any]
+Table = Mapping[str, np.ndarray]  # by group sums and counts (2, C), an entry for each of C clusters
 RESAMPLES = 2000
 FOLDER = "scores"
 
@@ -53,18 +54,17 @@ def make_row(key: str, scores: Mapping[str, float] | None, **more: Any) -> Row:
     return {"key": key, **usual, **more, "scores": scores}
 
 
-def tabulate(rows: Sequence[Row], metric: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return by group the sums and counts of a metric, an entry for each cluster; only rows that have it."""
+def tabulate(rows: Sequence[Row], metric: str) -> Table:
+    """Return the table of a metric; only of rows that have it."""
     groups: dict[str, dict[str, np.ndarray]] = {}
     for row in rows:
         if row["scores"] is not None and metric in row["scores"]:
             entry = groups.setdefault(row["group"], {}).setdefault(row["cluster"], np.zeros(2))
             entry += row["scores"][metric], 1
-    whole = {group: np.stack(list(entries.values()), 1) for group, entries in groups.items()}
-    return {group: (sums, counts) for group, (sums, counts) in whole.items()}
+    return {group: np.stack(list(entries.values()), 1) for group, entries in groups.items()}
 
 
-def combine(table: Mapping[str, tuple[np.ndarray, np.ndarray]], rule: Rule) -> float:
+def combine(table: Table, rule: Rule) -> float:
     """Return the score of a table."""
     if rule.over == "items":
         return float(sum(s.sum() for s, _ in table.values()) / sum(n.sum() for _, n in table.values()))
@@ -72,18 +72,16 @@ def combine(table: Mapping[str, tuple[np.ndarray, np.ndarray]], rule: Rule) -> f
     return float(means @ rule.weight(list(table)))
 
 
-def bootstrap(
-    table: Mapping[str, tuple[np.ndarray, np.ndarray]], rule: Rule, resamples: int = RESAMPLES, seed: int = 0
-) -> np.ndarray:
-    """Return the scores (R,) of tables whose clusters are drawn again with replacement."""
-    rng = np.random.default_rng(seed)
+def bootstrap(table: Table, rule: Rule) -> np.ndarray:
+    """Return the scores (RESAMPLES,) of tables whose clusters are drawn again with replacement, always the same."""
+    rng = np.random.default_rng(0)
 
     def drawn(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        picks = (rng.integers(0, len(sums), len(sums)) for _ in range(resamples))
+        picks = (rng.integers(0, len(sums), len(sums)) for _ in range(RESAMPLES))
         return np.array([sums[pick].sum() / counts[pick].sum() for pick in picks])
 
     if rule.over == "items":
-        return drawn(*(np.concatenate(parts) for parts in zip(*table.values(), strict=True)))
+        return drawn(*np.concatenate(list(table.values()), axis=1))
     weighted: np.ndarray = rule.weight(list(table)) @ np.stack([drawn(*entry) for entry in table.values()])  # G R
     return weighted
 
@@ -98,7 +96,6 @@ def summarise(
     rows: Sequence[Row], rule: Rule, ranges: Mapping[str, tuple[float, float]] | None = None
 ) -> dict[str, dict[str, Any]]:
     """Return by split the metrics: value, interval, least and most with open items. Raises UniLIPError: no score."""
-    ranges = ranges or {}
     metrics = list(dict.fromkeys(name for row in rows if row["scores"] for name in row["scores"]))
     if not metrics:
         counts = Counter(row["status"] for row in rows)
@@ -115,7 +112,7 @@ def summarise(
                 continue
             low, high = interval(bootstrap(table, rule))
             entry: dict[str, Any] = {"value": combine(table, rule), "low": low, "high": high}
-            if metric in ranges and any(row["scores"] is None for row in own):
+            if ranges and metric in ranges and any(row["scores"] is None for row in own):
                 for name, value in zip(("least", "most"), ranges[metric], strict=True):
                     filled = [row if row["scores"] else {**row, "scores": {metric: value}} for row in own]
                     entry[name] = combine(tabulate(filled, metric), rule)
@@ -142,13 +139,12 @@ def write_scores(
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "scores"
     folder = output / FOLDER
     write_lines(folder / f"{slug}.jsonl", rows)  # first: the reasons are there even if nothing could be scored
-    scores = summarise(rows, rule, ranges)
     summary = {
         **about,
         "items": len(rows),
         "statuses": dict(Counter(row["status"] for row in rows)),
         "rule": {"over": rule.over, "weights": dict(rule.weights)},
-        "scores": scores,
+        "scores": summarise(rows, rule, ranges),
         "parts": add_parts(rows),
         "date": time.strftime("%Y-%m-%d"),
         "rows_sha256": file_hash(folder / f"{slug}.jsonl"),
@@ -182,10 +178,9 @@ def column(summary: Mapping[str, Any]) -> str:
     """Return what makes scores comparable: task, protocol, scorer, prompts. Scores of two columns never mix."""
     prompts = summary.get("prompts") or {}
     marks = []
-    if prompts.get("published") is False:
-        marks.append(f"own prompts {str(prompts.get('sha256'))[:8]}")
-    if prompts.get("published") is None and prompts:
-        marks.append(f"prompts {str(prompts.get('sha256'))[:8]}")
+    if prompts and not prompts.get("published"):
+        own = "own " if prompts.get("published") is False else ""
+        marks.append(f"{own}prompts {str(prompts.get('sha256'))[:8]}")
     if prompts.get("count") and summary.get("prompts_scored") not in (None, prompts["count"]):
         marks.append(f"{summary['prompts_scored']} of {prompts['count']} prompts")
     return "; ".join([f"{summary['task']} {summary['protocol']}", summary["scorer"], *marks])

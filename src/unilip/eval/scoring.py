@@ -33,6 +33,7 @@ from unilip.files import read_lines
 log = logging.getLogger(__name__)
 
 CHUNK = 64  # items whose pictures are in memory at once
+OURS = Rubric()
 
 
 def check_complete(benchmark: Benchmark, output: Path) -> dict[str, Any]:
@@ -64,36 +65,26 @@ def _about(benchmark: Benchmark, manifest: Mapping[str, Any], scorer: str) -> di
 
 
 def score_by_judge(
-    benchmark: Benchmark,
-    output: Path,
-    terms: Terms,
-    *,
-    rubric: Rubric = Rubric(),  # noqa: B008
-    progress: bool = False,
+    benchmark: Benchmark, output: Path, terms: Terms, *, rubric: Rubric = OURS, progress: bool = False
 ) -> dict[str, Any]:
-    """Ask a judge, by terms and rubric (ours by default), about every picture of a run; returns scores/judge-NAME.json.
-
-    Raises UniLIPError: missing pictures, or a judge that cannot be asked.
-    """
+    """Ask a judge about a run's pictures; returns scores/judge-NAME.json. Raises UniLIPError: no pictures, no judge."""
     if benchmark.name not in JUDGED:
         raise UniLIPError(f"{benchmark.name} is scored by its authors' program: --official CHECKOUT, not by a judge.")
     manifest = check_complete(benchmark, output)
     judge = RemoteJudge(replace(terms, cache=terms.cache or output / "judge-cache"))
     rows: list[Row] = []
-    asked = 0
     with tqdm(total=len(benchmark.items), desc=f"judge {terms.model}", unit="item", disable=not progress) as bar:
         for start in range(0, len(benchmark.items), CHUNK):
             items = benchmark.items[start : start + CHUNK]
             lists = [JUDGED[benchmark.name][0](benchmark, rubric, item, output / item.path) for item in items]
-            answers = judge.ask([question for questions in lists for question in questions])
+            answers = iter(judge.ask([question for questions in lists for question in questions]))
             for item, questions in zip(items, lists, strict=True):
-                rows.append(judged_row(benchmark, item, answers[: len(questions)]))
-                answers = answers[len(questions) :]
+                rows.append(judged_row(benchmark, item, [next(answers) for _ in questions]))
                 bar.update()
-            asked += sum(map(len, lists))
     about = _about(benchmark, manifest, f"judge {terms.model}, rubric {rubric.name}")
     about["cost"] = judge.tally.to_dict(terms.prices)
-    about["questions"] = {"asked": asked, **{name: judge.tally[name] for name in STATUSES if judge.tally[name]}}
+    came = {name: judge.tally[name] for name in STATUSES if judge.tally[name]}
+    about["questions"] = {"asked": sum(came.values()), **came}
     return write_scores(output, f"judge-{terms.model}-{rubric.name}", rows, Rule.of(benchmark.weights), about, RANGES)
 
 
@@ -162,10 +153,10 @@ def score_officially(
                 f"{made / 'log.txt'}. It may need its own environment: --official-python."
             )
     rows = _READERS[name](benchmark, made)
-    lacking = [item.key for item in benchmark.items if item.key not in rows]
     full = [item.row(rows.get(item.key), "ok" if item.key in rows else "failed") for item in benchmark.items]
+    lacking = sum(row["scores"] is None for row in full)
     if lacking:
-        log.warning("%s gave no score for %d of %d items", program.name, len(lacking), len(full))
+        log.warning("%s gave no score for %d of %d items", program.name, lacking, len(full))
     about = _about(benchmark, manifest, f"official {inside}{judge}")
     return write_scores(output, "official", full, Rule.of(benchmark.weights), about, RANGES)
 
@@ -174,11 +165,8 @@ Found = dict[str, dict[str, float]]
 
 
 def _read_geneval(benchmark: Benchmark, made: Path) -> Found:
-    found = {}
-    for row in read_lines(made / "results.jsonl", "results of GenEval"):
-        path = Path(row["filename"])
-        found[f"{path.parents[1].name}/{path.stem}"] = {"correct": float(row["correct"])}
-    return found
+    rows = {Path(row["filename"]): row for row in read_lines(made / "results.jsonl", "results of GenEval")}
+    return {f"{path.parents[1].name}/{path.stem}": {"correct": float(row["correct"])} for path, row in rows.items()}
 
 
 def _read_geneval2(benchmark: Benchmark, made: Path) -> Found:

@@ -8,20 +8,19 @@ SEED, AI2D, MM-Vet) are for lmms-eval and VLMEvalKit, which find the model by `l
 from __future__ import annotations
 
 import base64
+import functools
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from unilip.checkpoints.hub import Source
 from unilip.data.records import IMAGE_SUFFIXES
 from unilip.errors import ImageError, UniLIPError
 from unilip.eval.pictures import decode
-from unilip.eval.runs import RunFolder, model_hash, name_of
+from unilip.eval.runs import RunFolder, model_hash
 from unilip.eval.scores import Rule, make_row, write_scores
 from unilip.files import content_hash, file_hash, read_json, read_lines, write_lines
 from unilip.machine import Place
@@ -49,10 +48,6 @@ class Asked:
             return [image if isinstance(image, bytes) else image.read_bytes() for image in self.images]
         except OSError as error:
             raise ImageError(f"{error.filename} cannot be read ({error.strerror}); check --images.") from error
-
-    def digest(self) -> str:
-        """Return what an answer depends on, as a hash: the words and the bytes of the pictures."""
-        return content_hash(self.text, *self.read())
 
 
 @dataclass(frozen=True)
@@ -135,37 +130,34 @@ def evaluate(
     In: name: of the questions, for people. max_tiles, max_new_tokens: of `UniLIP.ask`.
     Raises UniLIPError: a picture cannot be read, or the folder is another run's.
     """
-    place = place or Place.of_environment()
     questions = sheet.questions[:count]
-    identity = {
-        "task": "understand",
-        "protocol": "questions",
-        "model": model_hash(source),
-        "settings": {"max_tiles": max_tiles, "max_new_tokens": max_new_tokens, "dtype": dtype or "float32"},
-    }
-    with RunFolder(output, identity, place, name_of(source)) as folder:
-        marks = [asked.digest() for asked in questions]
+    dtype = dtype or "float32"
+    settings = {"max_tiles": max_tiles, "max_new_tokens": max_new_tokens, "dtype": dtype}
+    identity = {"task": "understand", "protocol": "questions", "model": model_hash(source), "settings": settings}
+    with RunFolder(output, identity, place or Place.of_environment(), source) as folder:
+        marks = [content_hash(asked.text, *asked.read()) for asked in questions]  # what an answer depends on
         by_mark = dict(zip(marks, questions, strict=True))
-        left = folder.left(list(by_mark), batch_size)
-        if left:
-            model = UniLIP.from_pretrained(source, device=device, dtype=dtype or "float32", parts=("encoder", "mllm"))
-        with tqdm(total=sum(map(len, left)), desc="understand", unit="question", disable=not progress) as bar:
-            for batch in left:
-                asked = [by_mark[mark] for mark in batch]
-                pictures = [[decode(data, f"question {one.key}") for data in one.read()] for one in asked]
-                texts = [one.text for one in asked]
-                answers = model.ask(pictures, texts, max_new_tokens=max_new_tokens, max_tiles=max_tiles)
-                folder.keep(batch, [{"answer": answer} for answer in answers])
-                bar.update(len(batch))
-        if place.rank:
-            return None
-        known = folder.wait(by_mark)
+
+        @functools.cache
+        def load() -> UniLIP:  # only where something is left to ask
+            return UniLIP.from_pretrained(source, device=device, dtype=dtype, parts=("encoder", "mllm"))
+
+        def answer(batch: Sequence[str]) -> tuple[list[dict[str, str]], dict[str, Any]]:
+            asked = [by_mark[mark] for mark in batch]
+            pictures = [[decode(data, f"question {one.key}") for data in one.read()] for one in asked]
+            texts = [one.text for one in asked]
+            said = load().ask(pictures, texts, max_new_tokens=max_new_tokens, max_tiles=max_tiles)
+            return [{"answer": text} for text in said], {}
+
+        found = folder.measured(marks, batch_size, answer, "question", progress)
+    if found is None:
+        return None
     table = [
         {
-            "key": one.key, "question": one.text, "answer": known[mark]["answer"], "truth": one.answer,
-            "right": None if one.answer is None else bare(one.answer) == bare(known[mark]["answer"]),
+            "key": one.key, "question": one.text, "answer": row["answer"], "truth": one.answer,
+            "right": None if one.answer is None else bare(one.answer) == bare(row["answer"]),
         }
-        for one, mark in zip(questions, marks, strict=True)
+        for one, row in zip(questions, found, strict=True)
     ]  # fmt: skip
     write_lines(output / "answers.jsonl", table)
     rows = [
@@ -175,7 +167,7 @@ def evaluate(
     ]
     about = {
         "task": f"understand {name}", "protocol": identity["protocol"], "scorer": "exact match, without case and marks",
-        "model": folder.name, "model_hash": identity["model"], "settings": identity["settings"],
+        "model": folder.name, "model_hash": identity["model"], "settings": settings,
         "prompts": {"sha256": sheet.sha256, "published": None, "count": len(sheet.questions)},
         "prompts_scored": len(rows),
     }  # fmt: skip

@@ -63,22 +63,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Terms:
-    """How a judge is asked.
+    """How a judge is asked."""
 
-    In: url: of the API, such as https://api.openai.com/v1. model: its name there. key: from OPENAI_API_KEY by default,
-    else "none". workers: questions under way at once. retries: after timeouts, lost connections, 408, 409, 429 and 5xx,
-    with growing pauses. timeout: seconds for one answer. prices: of a million tokens in and out. cache: folder of the
-    answers (None: none).
-    """
-
-    url: str
-    model: str
-    key: str | None = None
-    workers: int = 8
-    retries: int = 6
-    timeout: float = 120.0
-    prices: tuple[float, float] | None = None
-    cache: Path | None = None
+    url: str  # of the API, such as https://api.openai.com/v1
+    model: str  # its name there
+    key: str | None = None  # from OPENAI_API_KEY by default, else "none"
+    workers: int = 8  # questions under way at once
+    retries: int = 6  # after timeouts, lost connections, 408, 409, 429 and 5xx, with growing pauses
+    timeout: float = 120.0  # seconds for one answer
+    prices: tuple[float, float] | None = None  # of a million tokens in and out
+    cache: Path | None = None  # folder of the answers
 
     def __post_init__(self) -> None:
         if not re.match(r"https?://[^/\s]+", self.url):

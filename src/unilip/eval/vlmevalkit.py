@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NAME = "UniLIP"
-
 
 def split_message(message: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]:
     """Return pictures and text of a message of the kit. Raises UniLIPError: it holds something else, as a video."""
@@ -74,7 +72,6 @@ def make_class(base: type) -> type:
             return [*shown, {"type": "text", "value": str(line["question"])}]
 
         def generate_inner(self, message: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
-            """Return the answer to a message."""
             images, text = split_message(message)
             tiles = max(1, self.max_tiles // max(1, len(images)))
             return str(self.model.ask(images or None, text, max_tiles=tiles, **self.settings))
@@ -89,7 +86,7 @@ def register(**settings: Any) -> None:
         from vlmeval.vlm.base import BaseModel
     except ImportError as error:
         raise UniLIPError(f"VLMEvalKit cannot be imported ({error}); run pip install -e . in its checkout.") from error
-    supported_VLM[NAME] = partial(make_class(BaseModel), **settings)
+    supported_VLM["UniLIP"] = partial(make_class(BaseModel), **settings)
 
 
 def main(words: Sequence[str]) -> None:
