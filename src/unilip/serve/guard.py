@@ -1,7 +1,6 @@
-"""What stands before the application: who may ask, how often, and how much.
+"""What stands before the application: it lets requests pass whose host, origin, key, rate and size are in order.
 
-Out: requests whose host, origin, key, rate and size are in order, with the whole body in memory; the others are
-answered here. Also the last net for errors, and the count of all answers.
+Their bodies are whole in memory; others are answered here. Also the last net for errors, and the count of all answers.
 """
 
 from __future__ import annotations
@@ -45,21 +44,13 @@ WRONG_KEYS = 60  # a minute from one address
 
 @dataclass(frozen=True)
 class Rules:
-    """Who may ask what of the server.
+    """Who may ask what of the server; "*" among `hosts` or `origins` allows all."""
 
-    Args:
-        api_keys: any of them is good; without keys nobody is asked.
-        max_body: bytes of one request's body; eight times as much for all requests that are being read.
-        rate_limit: requests a minute for a key (without keys, an address), saved up to a minute's worth; 0: none.
-        hosts: names by which a server without keys may be addressed; "*" allows all.
-        origins: other origins ("https://chat.example") whose pages may ask from a browser; "*" allows all.
-    """
-
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    max_body: int = 32 * 2**20
-    rate_limit: int = 600
-    hosts: tuple[str, ...] = LOCAL_HOSTS
-    origins: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # any of them is good; without keys nobody is asked
+    max_body: int = 32 * 2**20  # bytes of one request; eight times as much for all requests that are being read
+    rate_limit: int = 600  # a minute for a key (without keys, an address), saved up to a minute's worth; 0: none
+    hosts: tuple[str, ...] = LOCAL_HOSTS  # by which a server without keys may be addressed
+    origins: tuple[str, ...] = ()  # other ones ("https://chat.example") whose pages may ask from a browser
 
 
 class Guard:
@@ -68,7 +59,7 @@ class Guard:
     def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics) -> None:
         self.app, self.rules, self.metrics = app, rules, metrics
         self._keys = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in rules.api_keys]
-        self._left: OrderedDict[bytes, tuple[float, float]] = OrderedDict()  # requests that a caller had left, and when
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # requests that a caller had left, and when
         self._guesses = min(WRONG_KEYS, rules.rate_limit or WRONG_KEYS)
         self._reading = 0
 
@@ -133,25 +124,24 @@ class Guard:
 
     def _check_caller(self, scope: Scope, headers: Mapping[str, str]) -> None:
         """Raise where the key is wrong, or has asked too often."""
-        caller = f"address {network(scope.get('client'))}".encode()
-        opened = _is_open(scope["path"])
-        if self._keys and not opened:
+        caller = f"address {network(scope.get('client'))}"
+        CLIENT.set(caller)
+        if _is_open(scope["path"]):
+            return
+        if self._keys:
             given = headers.get("authorization", "")
             key = given[7:].strip() if given[:7].lower() == "bearer " else headers.get("api-key", "")
             digest = hashlib.sha256(key.encode("latin-1")).digest()  # the very bytes that were sent
             good = [hmac.compare_digest(digest, known) for known in self._keys]  # all of them, whichever fits
             if not any(good):
-                self._limit(b"wrong " + caller, self._guesses)
+                self._limit(f"wrong {caller}", self._guesses)
                 raise Trouble(
                     401, "The API key is missing or wrong; send it as Authorization: Bearer KEY.", "invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )  # fmt: skip
-            CLIENT.set(f"{digest.hex()} {caller.decode()}")
-            caller = digest
-        else:
-            CLIENT.set(caller.decode())
-        if not opened:
-            self._limit(caller, self.rules.rate_limit)
+            CLIENT.set(f"{digest.hex()} {caller}")
+            caller = digest.hex()
+        self._limit(caller, self.rules.rate_limit)
 
     def _check_origin(self, scope: Scope, headers: Mapping[str, str]) -> None:
         """Refuse what a web page elsewhere may send to this machine behind the back of its reader."""
@@ -182,7 +172,7 @@ class Guard:
             (b"vary", b"Origin"),
         ]
 
-    def _limit(self, caller: bytes, most: int) -> None:
+    def _limit(self, caller: str, most: int) -> None:
         if not most:
             return
         now = time.monotonic()
