@@ -64,11 +64,8 @@ class Checker:
         self.parts = tuple(parts)
         self.limits = limits if limits.image_size else dataclasses.replace(limits, image_size=2 * config.image_size)
         self._processor = Processor(copy.deepcopy(processor.tokenizer), config) if processor else None
-        self.verbs = tuple(  # those whose parts are there, of which only one does without words
-            verb
-            for verb, needed in NEEDS.items()
-            if set(needed) <= set(self.parts) and (processor or verb == "reconstruct")
-        )
+        able = [verb for verb, needed in NEEDS.items() if set(needed) <= set(parts)]
+        self.verbs = tuple(verb for verb in able if processor or verb == "reconstruct")  # which needs no words
         self._checking = threading.Lock()
 
     def lend(self, name: str, folder: str | os.PathLike[str], scale: float = 1.0) -> None:

@@ -75,6 +75,7 @@ class Guard:
         REQUEST.set(number)
         scope[STARTED] = started
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
         added = [(b"x-request-id", number.encode()), (b"x-content-type-options", b"nosniff"), *self._shared(headers)]
 
         async def marked(message: Message) -> None:
@@ -91,11 +92,12 @@ class Guard:
             if scope["method"] == "OPTIONS" and {"origin", "access-control-request-method"} <= headers.keys():
                 await Response(status_code=204, headers=PREFLIGHT)(scope, receive, marked)
                 return
-            self._check_caller(scope, headers)
-            body = await self._read(scope, receive)
-            if not body and _has_body(headers):
+            if scope["path"] not in OPEN and not scope["path"].startswith(OPEN_BELOW):
+                self._check_caller(scope, headers)
+                body = await self._read(scope, receive)
+            if not body and has_body:
                 added.append(CLOSE)
-            untouched = scope["method"] in BODILESS and not _has_body(headers)
+            untouched = scope["method"] in BODILESS and not has_body
             await self.app(scope, receive if untouched else replay(body, receive), marked)
         except Trouble as found:
             added.append(CLOSE)
@@ -126,8 +128,6 @@ class Guard:
         """Raise where the key is wrong, or has asked too often."""
         caller = f"address {network(scope.get('client'))}"
         CLIENT.set(caller)
-        if _is_open(scope["path"]):
-            return
         if self._keys:
             given = headers.get("authorization", "")
             key = given[7:].strip() if given[:7].lower() == "bearer " else headers.get("api-key", "")
@@ -188,7 +188,7 @@ class Guard:
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         """Return the whole body, which counts in `_reading`. Raises Trouble; ClientDisconnect: the client left."""
-        if scope["method"] in BODILESS or _is_open(scope["path"]):
+        if scope["method"] in BODILESS:
             return b""
         most = min(MAX_TEXT, self.rules.max_body) if scope["path"] in TEXTS else self.rules.max_body
         text = f"The body is larger than {most} bytes; send less, or smaller pictures."
@@ -227,10 +227,6 @@ PREFLIGHT = {
 }
 
 
-def _is_open(path: str) -> bool:
-    return path in OPEN or path.startswith(OPEN_BELOW)
-
-
 def network(client: tuple[str, int] | None) -> str:
     """The address of a client; of IPv6 the first half, for the other one is the client's to choose."""
     text = (client or ("unknown", 0))[0]
@@ -241,10 +237,6 @@ def network(client: tuple[str, int] | None) -> str:
     if address.version == 4 or address.ipv4_mapped:
         return str(getattr(address, "ipv4_mapped", None) or address)
     return f"{ipaddress.IPv6Address(int(address) >> 64 << 64)}/64"
-
-
-def _has_body(headers: Mapping[str, str]) -> bool:
-    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 def replay(data: bytes, receive: Receive) -> Receive:

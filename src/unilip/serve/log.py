@@ -40,7 +40,7 @@ class Formatter(logging.Formatter):
 
 
 class Handler(logging.StreamHandler[Any]):
-    """Writes to what is stderr at the time: a full disk, or a reader that has gone, must never stop what it tells of."""
+    """Writes to what is stderr at the time: a full disk, or a reader that has gone, never stops what it tells of."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr

@@ -43,12 +43,11 @@ def decode_mask(data: bytes, max_pixels: int) -> Image.Image:
         image = upright(image)
         if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
             raise ImageError("The mask has no transparency; make it transparent where the picture may change.")
-        alpha = image.convert("RGBA").getchannel("A")
+        return ImageOps.invert(image.convert("RGBA").getchannel("A"))
     except ImageError:
         raise
     except Exception as error:
         raise ImageError("The mask cannot be decoded; send a whole PNG with transparency.") from error
-    return alpha.point([255 - value for value in range(256)])
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:

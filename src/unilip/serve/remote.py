@@ -7,6 +7,7 @@ adds or removes replicas with the load. A job whose replica dies fails with `Rep
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 import os
@@ -178,8 +179,7 @@ class RemoteEngine(Serving):
             if isinstance(item, UniLIPError):
                 ticket._end(item)
             elif isinstance(item, Result):
-                ticket.settings = dict(item.settings)
-                ticket._succeed(**{name: getattr(item, name) for name in PASSED})
+                ticket._end(dataclasses.replace(item, seconds=time.monotonic() - ticket.submitted))
             elif item.kind == "start":
                 ticket._start()
             else:
@@ -194,6 +194,3 @@ class RemoteEngine(Serving):
         serve.delete(APP)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
-
-
-PASSED = ("images", "seeds", "plan", "psnr", "text", "finish_reason", "completion_tokens")

@@ -61,8 +61,8 @@ class Serving(ABC):
     def submit(self, job: Job, *, deadline: float | None = None) -> Ticket:
         """Check a job and put it into the queue, for `deadline` seconds or the engine's own.
 
-        Raises UniLIPError: it is out of range; Draining: shutting down; QueueFull: too much is waiting, for `retry_after`
-        seconds (a waiting job ends with it, too, where its client holds the most places and one with fewer comes).
+        Raises UniLIPError: it is out of range; Draining: shutting down; QueueFull: too much is waiting, `retry_after`
+        says for how long (a waiting job ends with it, too, if its client holds most places and one with fewer comes).
         """
         if deadline is not None and not 0 < deadline < math.inf:
             raise UniLIPError(f"The deadline is {deadline} s; it must be more than 0 seconds.")
