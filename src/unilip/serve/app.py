@@ -1,7 +1,4 @@
-"""The HTTP application: OpenAI's endpoints for pictures and chat, on an engine.
-
-Jobs go to the engine, which may be this process's own or a set of replicas.
-"""
+"""The HTTP application: OpenAI's endpoints for pictures and chat, on an engine of this process or on replicas."""
 
 from __future__ import annotations
 
@@ -60,9 +57,7 @@ def create_app(
         lifespan=lifespan,
         responses=failures,
         default_response_class=JSON,
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
+        openapi_url=None,  # nor pages of the description, for ours load nothing
     )
     app.state.engine, app.state.settings, app.state.metrics, app.state.server = engine, settings, metrics, service
     app.add_middleware(Guard, rules=settings.rules, metrics=metrics)
@@ -84,15 +79,11 @@ def pages(app: FastAPI, settings: Settings) -> APIRouter:
     """The routes of the page for browsers, and of the description of the API."""
     router, files = APIRouter(include_in_schema=False), front.files()
 
-    def file(name: str) -> Response:
-        content, media = files[name]
-        return Response(content, media_type=media, headers=front.HEADERS)
-
     @router.get("/")
     async def root(request: Request) -> Response:
         """The page for browsers; for others a line that says what this is."""
         if "text/html" in request.headers.get("accept", ""):
-            return file("index.html")
+            return await part("index.html")
         text = (
             f"unilip {__version__} serves {settings.model_name!r} by OpenAI's API: base URL .../v1, described at /docs;"
             " in a browser this address is a page to draw, change and ask."
@@ -104,7 +95,8 @@ def pages(app: FastAPI, settings: Settings) -> APIRouter:
         """A script, a style sheet or an example of the page."""
         if name not in files:
             raise HTTPException(404)
-        return file(name)
+        content, media = files[name]
+        return Response(content, media_type=media, headers=front.HEADERS)
 
     @functools.cache  # anybody may ask for these, so that they must cost nothing
     def described_once() -> tuple[bytes, bytes]:

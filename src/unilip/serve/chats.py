@@ -55,7 +55,7 @@ def routes(service: Service) -> APIRouter:
         """The same as chat completions, by OpenAI's Responses: text, pictures, the tool image_generation."""
         fields = await service.load(request)
         ours = await run_in_threadpool(responses.read, fields, service.conversations)
-        body = await run_in_threadpool(service.parse, schema.Chat, ours, form=False)
+        body = await service.parse(schema.Chat, ours)
         talk = await start(service, request, body, apart=True)
         answer = responses.Answer(fields, ours, service.conversations, service.named(body))
         if body.stream:
@@ -170,9 +170,10 @@ class Talk(Work):
             yield "text", rest
         yield "end", said
 
-    def chunk(self, delta: dict[str, Any], reason: str | None = None, **more: Any) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
-        return f"data: {dumps({**self.head('chat.completion.chunk'), 'choices': [choice], **more})}\n\n"
+    def chunk(self, delta: dict[str, Any] | None, reason: str | None = None, **more: Any) -> str:
+        """A chunk with a piece of the answer, or with other things alone."""
+        choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}]
+        return f"data: {dumps({**self.head('chat.completion.chunk'), 'choices': choices, **more})}\n\n"
 
     async def chunks(self) -> AsyncGenerator[str, None]:
         options = self.body.stream_options or schema.StreamOptions.model_validate({})
@@ -191,8 +192,7 @@ class Talk(Work):
                     yield self.chunk({name: said[name] for name in ("content", "images") if name in said})
                 yield self.chunk({}, choice["finish_reason"], unilip=value["unilip"])
                 if options.include_usage:
-                    usage = {**self.head("chat.completion.chunk"), "choices": [], "usage": value["usage"]}
-                    yield f"data: {dumps(usage)}\n\n"
+                    yield self.chunk(None, usage=value["usage"])
 
 
 def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:

@@ -1,7 +1,4 @@
-"""Everything that can be wrong with a job is found here, before it is queued, and without the model's weights.
-
-In:  a job. Out: its units, ready for a batch (pictures already of the size to be read), or a `UniLIPError`.
-"""
+"""Everything that can be wrong with a job is found here, before it is queued, and without the model's weights."""
 
 from __future__ import annotations
 
@@ -35,7 +32,6 @@ NEEDS = {
     "reconstruct": ("encoder", "latent_head", "pixel_decoder"),
     "ask": ("encoder", "mllm"),
 }
-VERBS = tuple(NEEDS)
 
 
 @dataclass(frozen=True)
@@ -68,17 +64,13 @@ class Checker:
         self.parts = tuple(parts)
         self.limits = limits if limits.image_size else dataclasses.replace(limits, image_size=2 * config.image_size)
         self._processor = Processor(copy.deepcopy(processor.tokenizer), config) if processor else None
+        able = [verb for verb, needed in NEEDS.items() if set(needed) <= set(parts)]
+        self.verbs = tuple(verb for verb in able if processor or verb == "reconstruct")  # which needs no words
         self._checking = threading.Lock()
 
     def lend(self, name: str, folder: str | os.PathLike[str], scale: float = 1.0) -> None:
         self._few[name] = read_adapter(folder).few_steps
         self.adapters = {**self.adapters, name: scale}  # others read it meanwhile
-
-    @property
-    def verbs(self) -> tuple[str, ...]:
-        """Of generate, edit, reconstruct and ask those whose parts are there."""
-        text = self._processor is not None
-        return tuple(v for v in VERBS if set(NEEDS[v]) <= set(self.parts) and (text or v == "reconstruct"))
 
     def unread(self, text: str) -> list[str]:
         """Return the words of a text that training never read, as far as the tokenizer knows."""
@@ -86,9 +78,9 @@ class Checker:
         return list(find(text[: sampling.MAX_PROMPT_CHARACTERS])) if find else []
 
     def prepare(self, job: Job, deadline: float | None) -> list[Unit]:
-        """Check a job and cut it into units."""
+        """Return the units of a job, their pictures already of the size to be read. Raises UniLIPError: it is wrong."""
         verb = type(job).__name__.lower()
-        if verb not in VERBS:
+        if verb not in NEEDS:
             raise UniLIPError(f"There is no job {type(job).__name__}; give Generate, Edit, Reconstruct or Ask.")
         if missing := [part for part in NEEDS[verb] if part not in self.parts]:
             raise UniLIPError(f"This needs {', '.join(missing)}, but the model has {', '.join(self.parts)} only.")
@@ -97,7 +89,7 @@ class Checker:
             check_number(f"The strength of {name}", scale, -LARGEST)
         acting = {name: float(scale) for name, scale in job.adapters if scale}
         job = dataclasses.replace(job, adapters=tuple(sorted(acting.items())))
-        ticket = Ticket(verb, job, 1, deadline)
+        ticket = Ticket(verb, job, deadline)
         if isinstance(job, Reconstruct):
             units = self._picture(ticket, job, 0)
         elif self._processor is None:
@@ -162,15 +154,9 @@ class Checker:
         if negative is not None:
             self._count_tokens(write(negative))
         size, read, seen = sizes[0], (), (0, 0)  # type: tuple[Size, tuple[Image.Image, ...], Size]
-        ticket.settings = {
-            "num_inference_steps": steps,
-            "guidance_scale": settings.guidance_scale,
-            "solver": settings.solver,
-            "preset": job.preset,
-            "negative_prompt": negative,
-            "width": size[0],
-            "height": size[1],
-        }
+        ticket.settings = {"num_inference_steps": steps, "guidance_scale": settings.guidance_scale}
+        ticket.settings |= {"solver": settings.solver, "preset": job.preset, "negative_prompt": negative}
+        ticket.settings |= {"width": size[0], "height": size[1]}
         if isinstance(job, Edit):
             read = tuple(fit_picture(one, own, job.fit) for one, own in zip(sources, sizes, strict=True))
             ticket.settings["fit"], seen = job.fit, sources[0].size

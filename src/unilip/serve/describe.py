@@ -1,7 +1,4 @@
-"""The description of the API as one page of HTML that loads nothing: no script, no font, no other host.
-
-In:  an OpenAPI description. Out: HTML.
-"""
+"""The OpenAPI description of the API as one page of HTML that loads nothing: no script, no font, no other host."""
 
 from __future__ import annotations
 
@@ -28,8 +25,7 @@ def inlined(schema: Mapping[str, Any]) -> dict[str, Any]:
             return {name: put(value) for name, value in part.items() if name != "$defs"}
         return [put(one) for one in part] if isinstance(part, list) else part
 
-    found: dict[str, Any] = put(schema)
-    return found
+    return put(schema)
 
 
 def json_body(kind: type[Body]) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """One model behind a queue: jobs of many callers in, batches through the model, results back to each.
 
 In:  jobs (`unilip.serve.jobs`), from any thread, each with a deadline. Out: a `Ticket` for each: events, a result. A
-single worker thread owns the model. It takes the first waiting picture and every other one that can share its batch
-(same verb, settings and size). Each picture has a generator of its own: what it looks like does not depend on its
-batch.
+single worker thread owns the model. It takes the first waiting picture and all others that can share its batch (same
+verb, settings and size). Each has a generator of its own: what it looks like does not depend on its batch.
 
 Weighted fair queueing: a virtual clock runs at the pace of one equal share of the worker's time, each client's seconds
 are counted against it, and what waits is served in the order in which it would end if all had their share all the time.
@@ -157,7 +156,7 @@ class Engine(Serving):
             limit = unit.ticket.deadline
             if unit.alive and limit is not None and now > limit:
                 text = f"The request was not done within its {now - unit.ticket.submitted:.0f} s; send it again later."
-                unit.ticket._fail(DeadlineExceeded(text, 1.0))
+                unit.ticket._end(DeadlineExceeded(text, 1.0))
                 self._failed[unit.ticket.verb] += 1
         self._queue = deque(unit for unit in self._queue if unit.alive)
 
@@ -169,13 +168,11 @@ class Engine(Serving):
     def _order(self) -> list[Unit]:
         """What waits, in the order in which it is served: that of the ends that it would have in an equal share."""
         ends: dict[str, float] = {}
-        keys = []
         for unit in self._queue:
             ticket = unit.ticket
             unit.begin = max(ends.get(ticket.client, self._used.get(ticket.client, 0.0)), ticket.since)
-            ends[ticket.client] = unit.begin + unit.steps * self._paces.get(ticket.verb, 0.0)
-            keys.append(ends[ticket.client])
-        return [unit for _, unit in sorted(zip(keys, self._queue, strict=True), key=lambda pair: pair[0])]
+            unit.end = ends[ticket.client] = unit.begin + unit.steps * self._paces.get(ticket.verb, 0.0)
+        return sorted(self._queue, key=lambda unit: unit.end)
 
     def _charge(self, batch: Sequence[Unit], seconds: float) -> None:
         """Count the seconds of a batch to those who asked for it."""
@@ -196,25 +193,20 @@ class Engine(Serving):
         return max(1, int(self.max_batch / tries * min(1.0, self.config.image_size**2 / (width * height))))
 
     def _take(self) -> list[Unit]:
-        """Wait for work; return the first unit and those that can share its batch, or nothing at the end."""
+        """Wait for work; return the first unit and those that can share its batch; none at the end, or if all left."""
         with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closed)
             self._sweep()
-            while not self._queue:
-                if self._closed:
-                    return []
-                self._changed.wait(1.0)
-                self._sweep()
-            room = self._room(self._order()[0])
+            room = self._room(self._order()[0]) if self._queue else 0
             if self.batch_wait and len(self._queue) < room:
                 self._changed.wait_for(lambda: len(self._queue) >= room or self._closed, self.batch_wait)
                 self._sweep()
-            if not self._queue:
-                return []
             order = self._order()
+            if not order:
+                return []
             self._clock = max(self._clock, order[0].begin)  # who leaves takes no share, and others have more than one
             batch = [unit for unit in order if unit.key == order[0].key][:room]
-            chosen = {id(unit) for unit in batch}
-            self._queue = deque(unit for unit in self._queue if id(unit) not in chosen)
+            self._queue = deque(unit for unit in self._queue if unit not in batch)
             self._running = batch
             return batch
 
@@ -274,7 +266,7 @@ class Engine(Serving):
     def _fail_all(self, batch: Sequence[Unit]) -> None:
         for unit in batch:
             text = "The model failed on this request; the server's log says why. Sending it again may help."
-            if unit.ticket._fail(EngineFailed(text, 1.0)):
+            if unit.ticket._end(EngineFailed(text, 1.0)):
                 with self._changed:
                     self._failed[unit.ticket.verb] += 1
 

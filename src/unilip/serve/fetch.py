@@ -23,22 +23,15 @@ from unilip.errors import ImageError
 MAX_REDIRECTS = 3
 _RESOLVERS = ThreadPoolExecutor(8, "unilip-resolver")  # the system's resolver has no limit of its own that we could set
 PORTS = {"http": 80, "https": 443}
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_ORDINARY = ipaddress.ip_network("2000::/3")
+_ORDINARY = ipaddress.ip_network("2000::/3")  # without the IPv4 addresses that are mapped, or behind NAT64
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def is_public(address: Address) -> bool:
     """Whether an address is on the public internet, in whatever way it is written."""
-    if isinstance(address, ipaddress.IPv6Address):
-        inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
-        if address in _NAT64:
-            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if inner is not None:
-            return False  # an IPv4 address in disguise; the plain one may be given instead
-        if address not in _ORDINARY:
-            return False
+    if isinstance(address, ipaddress.IPv6Address) and (address not in _ORDINARY or address.sixtofour or address.teredo):
+        return False  # or an IPv4 address in disguise; the plain one may be given instead
     return address.is_global and not (address.is_multicast or address.is_reserved)
 
 
@@ -52,10 +45,8 @@ def _connect(connection: http.client.HTTPConnection, address: str, secure: bool,
     connection.auto_open = 0  # never by name, which may mean another address by now
     connection.sock = socket.create_connection((address, connection.port), connection.timeout)
     if secure:  # the handshake by itself, for it must be possible to hang up meanwhile
-        context = ssl.create_default_context()
-        connection.sock = context.wrap_socket(
-            connection.sock, server_hostname=connection.host, do_handshake_on_connect=False
-        )
+        wrap = ssl.create_default_context().wrap_socket
+        connection.sock = wrap(connection.sock, server_hostname=connection.host, do_handshake_on_connect=False)
     if over.is_set():
         raise TimeoutError
     if isinstance(connection.sock, ssl.SSLSocket):

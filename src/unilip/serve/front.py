@@ -1,7 +1,4 @@
-"""The files of the page, read once: a request can ask for one of these names, and names nothing on the disk.
-
-Answers come with a policy that lets a browser load nothing from elsewhere.
-"""
+"""The files of the page, read once: a request can ask for one of these names, and names nothing on the disk."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from importlib import resources
 from pathlib import PurePath
 
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".png": "image/png"}
-HEADERS = {
+HEADERS = {  # that let a browser load nothing from elsewhere
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",

@@ -1,7 +1,6 @@
-"""What stands before the application: who may ask, how often, and how much.
+"""What stands before the application: it lets requests pass whose host, origin, key, rate and size are in order.
 
-Out: requests whose host, origin, key, rate and size are in order, with the whole body in memory; the others are
-answered here. Also the last net for errors, and the count of all answers.
+Their bodies are whole in memory; others are answered here. Also the last net for errors, and the count of all answers.
 """
 
 from __future__ import annotations
@@ -45,21 +44,13 @@ WRONG_KEYS = 60  # a minute from one address
 
 @dataclass(frozen=True)
 class Rules:
-    """Who may ask what of the server.
+    """Who may ask what of the server; "*" among `hosts` or `origins` allows all."""
 
-    Args:
-        api_keys: any of them is good; without keys nobody is asked.
-        max_body: bytes of one request's body; eight times as much for all requests that are being read.
-        rate_limit: requests a minute for a key (without keys, an address), saved up to a minute's worth; 0: none.
-        hosts: names by which a server without keys may be addressed; "*" allows all.
-        origins: other origins ("https://chat.example") whose pages may ask from a browser; "*" allows all.
-    """
-
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    max_body: int = 32 * 2**20
-    rate_limit: int = 600
-    hosts: tuple[str, ...] = LOCAL_HOSTS
-    origins: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # any of them is good; without keys nobody is asked
+    max_body: int = 32 * 2**20  # bytes of one request; eight times as much for all requests that are being read
+    rate_limit: int = 600  # a minute for a key (without keys, an address), saved up to a minute's worth; 0: none
+    hosts: tuple[str, ...] = LOCAL_HOSTS  # by which a server without keys may be addressed
+    origins: tuple[str, ...] = ()  # other ones ("https://chat.example") whose pages may ask from a browser
 
 
 class Guard:
@@ -68,7 +59,7 @@ class Guard:
     def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics) -> None:
         self.app, self.rules, self.metrics = app, rules, metrics
         self._keys = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in rules.api_keys]
-        self._left: OrderedDict[bytes, tuple[float, float]] = OrderedDict()  # requests that a caller had left, and when
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # requests that a caller had left, and when
         self._guesses = min(WRONG_KEYS, rules.rate_limit or WRONG_KEYS)
         self._reading = 0
 
@@ -84,6 +75,7 @@ class Guard:
         REQUEST.set(number)
         scope[STARTED] = started
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
         added = [(b"x-request-id", number.encode()), (b"x-content-type-options", b"nosniff"), *self._shared(headers)]
 
         async def marked(message: Message) -> None:
@@ -100,11 +92,12 @@ class Guard:
             if scope["method"] == "OPTIONS" and {"origin", "access-control-request-method"} <= headers.keys():
                 await Response(status_code=204, headers=PREFLIGHT)(scope, receive, marked)
                 return
-            self._check_caller(scope, headers)
-            body = await self._read(scope, receive)
-            if not body and _has_body(headers):
+            if scope["path"] not in OPEN and not scope["path"].startswith(OPEN_BELOW):
+                self._check_caller(scope, headers)
+                body = await self._read(scope, receive)
+            if not body and has_body:
                 added.append(CLOSE)
-            untouched = scope["method"] in BODILESS and not _has_body(headers)
+            untouched = scope["method"] in BODILESS and not has_body
             await self.app(scope, receive if untouched else replay(body, receive), marked)
         except Trouble as found:
             added.append(CLOSE)
@@ -133,25 +126,22 @@ class Guard:
 
     def _check_caller(self, scope: Scope, headers: Mapping[str, str]) -> None:
         """Raise where the key is wrong, or has asked too often."""
-        caller = f"address {network(scope.get('client'))}".encode()
-        opened = _is_open(scope["path"])
-        if self._keys and not opened:
+        caller = f"address {network(scope.get('client'))}"
+        CLIENT.set(caller)
+        if self._keys:
             given = headers.get("authorization", "")
             key = given[7:].strip() if given[:7].lower() == "bearer " else headers.get("api-key", "")
             digest = hashlib.sha256(key.encode("latin-1")).digest()  # the very bytes that were sent
             good = [hmac.compare_digest(digest, known) for known in self._keys]  # all of them, whichever fits
             if not any(good):
-                self._limit(b"wrong " + caller, self._guesses)
+                self._limit(f"wrong {caller}", self._guesses)
                 raise Trouble(
                     401, "The API key is missing or wrong; send it as Authorization: Bearer KEY.", "invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )  # fmt: skip
-            CLIENT.set(f"{digest.hex()} {caller.decode()}")
-            caller = digest
-        else:
-            CLIENT.set(caller.decode())
-        if not opened:
-            self._limit(caller, self.rules.rate_limit)
+            CLIENT.set(f"{digest.hex()} {caller}")
+            caller = digest.hex()
+        self._limit(caller, self.rules.rate_limit)
 
     def _check_origin(self, scope: Scope, headers: Mapping[str, str]) -> None:
         """Refuse what a web page elsewhere may send to this machine behind the back of its reader."""
@@ -182,7 +172,7 @@ class Guard:
             (b"vary", b"Origin"),
         ]
 
-    def _limit(self, caller: bytes, most: int) -> None:
+    def _limit(self, caller: str, most: int) -> None:
         if not most:
             return
         now = time.monotonic()
@@ -198,7 +188,7 @@ class Guard:
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         """Return the whole body, which counts in `_reading`. Raises Trouble; ClientDisconnect: the client left."""
-        if scope["method"] in BODILESS or _is_open(scope["path"]):
+        if scope["method"] in BODILESS:
             return b""
         most = min(MAX_TEXT, self.rules.max_body) if scope["path"] in TEXTS else self.rules.max_body
         text = f"The body is larger than {most} bytes; send less, or smaller pictures."
@@ -237,10 +227,6 @@ PREFLIGHT = {
 }
 
 
-def _is_open(path: str) -> bool:
-    return path in OPEN or path.startswith(OPEN_BELOW)
-
-
 def network(client: tuple[str, int] | None) -> str:
     """The address of a client; of IPv6 the first half, for the other one is the client's to choose."""
     text = (client or ("unknown", 0))[0]
@@ -251,10 +237,6 @@ def network(client: tuple[str, int] | None) -> str:
     if address.version == 4 or address.ipv4_mapped:
         return str(getattr(address, "ipv4_mapped", None) or address)
     return f"{ipaddress.IPv6Address(int(address) >> 64 << 64)}/64"
-
-
-def _has_body(headers: Mapping[str, str]) -> bool:
-    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 def replay(data: bytes, receive: Receive) -> Receive:

@@ -1,7 +1,4 @@
-"""OpenAI's endpoints for pictures: drawn, changed, drawn again; answered by JSON, or as a stream of events.
-
-In:  JSON with a prompt, or forms with files. Out: pictures in base64, or addresses under which they are kept in memory.
-"""
+"""OpenAI's endpoints for pictures: JSON or forms in, JSON (base64, or addresses in memory) or streamed events out."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from unilip.serve.guard import FILES
 from unilip.serve.jobs import Generate, Job, Reconstruct
 from unilip.serve.pictures import decode_mask, outside_kept
 from unilip.serve.problems import JSON, Trouble, dumps
-from unilip.serve.service import KEEP_ALIVE_SECONDS, MAX_FILES, WAITING, After, Service, Work
+from unilip.serve.service import KEEP_ALIVE_SECONDS, MAX_FILES, WAITING, Files, Service, Work
 
 QUEUE_SECONDS = 0.5  # between two words on the place in the queue, where progress is asked for
 ANSWER: dict[int | str, dict[str, Any]] = {
@@ -46,22 +43,20 @@ def routes(service: Service) -> APIRouter:
     async def edits(request: Request) -> Response:
         """Change pictures as told: the first with the help of the others, or each by itself; none outside a `mask`."""
         kind = schema.Variations if request.url.path.endswith("variations") else schema.Edits
-        fields, files = await service.form(request, "image", "image[]", "mask")
-        body = service.parse(kind, fields)
+        body, files = await service.form(request, kind, "image", "image[]", "mask")
         if body.joint is not None:
             check_joint(body.joint, sum(name != "mask" for name, _ in files))
         work = Work(service, request, body)
-        images, work.after = await work.in_time(service.decoders, decoded, service, files, body)
+        images = await work.in_time(service.decoders, decoded, work, files)
         common = service.drawing(body) | {"count": body.n or 1, "fit": body.fit, "keep_aspect": body.keeps_aspect}
         return await answer(work, service.edits(images, body.prompt, body.joint, common), "image_edit")
 
     @router.post("/reconstructions", responses=ANSWER, openapi_extra=form_body(schema.Reconstructions, IMAGE))
     async def reconstructions(request: Request) -> Response:
         """Encode pictures and draw them again, with the PSNR of each in dB."""
-        fields, files = await service.form(request, "image", "image[]")
-        body = service.parse(schema.Reconstructions, fields)
+        body, files = await service.form(request, schema.Reconstructions, "image", "image[]")
         work = Work(service, request, body)
-        images, _ = await work.in_time(service.decoders, decoded, service, files, body)
+        images = await work.in_time(service.decoders, decoded, work, files)
         more = (body.size, body.image_size, body.fit, body.keep_aspect, service.strengths(body))
         return await answer(work, [Reconstruct(image, *more) for image in images], "image_reconstruction")
 
@@ -77,10 +72,9 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def decoded(
-    service: Service, files: Sequence[tuple[str, bytes]], body: schema.Edits | schema.Reconstructions
-) -> tuple[list[Image.Image], After | None]:
-    """Decode the pictures of one request, and what keeps the outside of a mask."""
+def decoded(work: Work, files: Files) -> list[Image.Image]:
+    """Decode the pictures of one request; where it has a mask, what is outside of that is kept in the end."""
+    service, body = work.service, work.body
     sources = [data for name, data in files if name != "mask"]
     masks = [data for name, data in files if name == "mask"]
     if len(sources) > MAX_FILES:
@@ -95,13 +89,13 @@ def decoded(
     if text:
         raise Trouble(400, text, "invalid_mask", "fit" if body.fit == "crop" else "mask")
     images, left = service.decode_all(sources)
-    if not masks:
-        return images, None
-    mask, source = service.decode(masks[0], left, decode_mask), images[0]
-    if mask.size != source.size:
-        sizes = f"{mask.width}x{mask.height} px, the picture {source.width}x{source.height}"
-        raise Trouble(400, f"The mask has {sizes}; make them equal.", "invalid_mask", "mask")
-    return images, lambda job, result: outside_kept(result, source, mask, body.fit)
+    if masks:
+        mask, source = service.decode(masks[0], left, decode_mask), images[0]
+        if mask.size != source.size:
+            sizes = f"{mask.width}x{mask.height} px, the picture {source.width}x{source.height}"
+            raise Trouble(400, f"The mask has {sizes}; make them equal.", "invalid_mask", "mask")
+        work.after = lambda job, result: outside_kept(result, source, mask, body.fit)
+    return images
 
 
 async def answer(work: Work, jobs: Sequence[Job], kind: str) -> Response:
@@ -109,8 +103,8 @@ async def answer(work: Work, jobs: Sequence[Job], kind: str) -> Response:
     await work.submit(jobs)
     notes = work.notes()
     extra = {"unilip": notes} if notes else {}
-    if isinstance(work.body, schema.Images) and work.body.stream:
-        return work.events(picture_events(work, work.body, kind, extra))
+    if getattr(work.body, "stream", False):
+        return work.events(picture_events(work, kind, extra))
     results = await work.finished()
     data = await run_in_threadpool(work.picture_data, results)
     return JSON({
@@ -124,20 +118,14 @@ async def answer(work: Work, jobs: Sequence[Job], kind: str) -> Response:
     })  # fmt: skip
 
 
-async def picture_events(
-    work: Work, body: schema.Images, kind: str, extra: dict[str, Any]
-) -> AsyncGenerator[str, None]:
+async def picture_events(work: Work, kind: str, extra: dict[str, Any]) -> AsyncGenerator[str, None]:
     """Yield the place in the queue and progress, then a completed event for each picture."""
+    body: schema.Images = work.body
+    quality = {"standard": "medium", "hd": "high", None: "auto"}.get(body.quality, body.quality)
+    same = {"background": "opaque", "output_format": body.output_format, "quality": quality}
 
     def event_of(name: str, **fields: Any) -> str:
         return f"event: {kind}.{name}\ndata: {dumps({'type': f'{kind}.{name}', **fields})}\n\n"
-
-    def said() -> dict[str, Any]:
-        quality = {"standard": "medium", "hd": "high", None: "auto"}.get(body.quality, body.quality)
-        return {
-            "created_at": int(time.time()), "background": "opaque", "output_format": body.output_format,
-            "quality": quality,
-        }  # fmt: skip
 
     async for told, value in work.told(QUEUE_SECONDS if body.include_progress else KEEP_ALIVE_SECONDS):
         if told == "waiting":
@@ -146,8 +134,8 @@ async def picture_events(
         elif told == "step" and body.include_progress:
             yield event_of("progress", **value)
         elif told == "partial":
-            yield event_of("partial_image", **value, **said())
+            yield event_of("partial_image", **value, created_at=int(time.time()), **same)
     results = [ticket.result(0) for ticket in work.tickets]
     usage = work.picture_usage(results)
     for entry in await run_in_threadpool(work.picture_data, results):
-        yield event_of("completed", **entry, **said(), usage=usage, **extra)
+        yield event_of("completed", **entry, created_at=int(time.time()), **same, usage=usage, **extra)

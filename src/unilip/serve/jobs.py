@@ -22,12 +22,9 @@ Strengths = tuple[tuple[str, float], ...]  # of adapters, by name
 
 
 class EngineError(UniLIPError):
-    """A request was in order, but could not be served; `retry_after`: seconds to wait before another (None: no use).
+    """A request was in order, but could not be served; `retry_after`: seconds to wait before another (None: no use)."""
 
-    status, code: what an answer over HTTP says of it.
-    """
-
-    status, code = 503, "engine_failed"
+    status, code = 503, "engine_failed"  # what an answer over HTTP says of it
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -96,8 +93,7 @@ class Generate(Drawing):
 class Edit(Drawing):
     """Change a picture as told. `fit` and `keep_aspect` are those of `UniLIP.edit`.
 
-    Without a `size` it has about the shape of its source. `others` are only read, for the same instruction (joint
-    edits).
+    Without a `size` it has about its source's shape. `others` are only read, for the same instruction (joint edits).
     """
 
     image: Image.Image

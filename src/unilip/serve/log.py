@@ -1,7 +1,4 @@
-"""The log of server and studio: lines that say when, how bad, of which request, what, and why; as text or JSON.
-
-A log that cannot be written, because the disk is full or its reader has gone, must never stop what it tells about.
-"""
+"""The log of server and studio: lines that say when, how bad, of which request, what, and why; as text or JSON."""
 
 from __future__ import annotations
 
@@ -43,7 +40,7 @@ class Formatter(logging.Formatter):
 
 
 class Handler(logging.StreamHandler[Any]):
-    """Writes to what is stderr at the time, and outlives it."""
+    """Writes to what is stderr at the time: a full disk, or a reader that has gone, never stops what it tells of."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr

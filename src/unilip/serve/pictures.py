@@ -32,10 +32,7 @@ _SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmi
 
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:
-    """Decode a whole PNG, JPEG, WebP or GIF of one frame into an upright RGB picture.
-
-    Raises ImageError: another format, too many pixels, more than one frame, or truncated.
-    """
+    """Decode an upright RGB picture. Raises ImageError: no whole PNG, JPEG, WebP or GIF of one frame, or too large."""
     return load_image(_open(data, max_pixels))
 
 
@@ -46,12 +43,11 @@ def decode_mask(data: bytes, max_pixels: int) -> Image.Image:
         image = upright(image)
         if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
             raise ImageError("The mask has no transparency; make it transparent where the picture may change.")
-        alpha = image.convert("RGBA").getchannel("A")
+        return ImageOps.invert(image.convert("RGBA").getchannel("A"))
     except ImageError:
         raise
     except Exception as error:
         raise ImageError("The mask cannot be decoded; send a whole PNG with transparency.") from error
-    return alpha.point([255 - value for value in range(256)])
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
@@ -71,8 +67,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 def probe(data: bytes) -> tuple[str, int, int, int]:
     """Walk the structure of a file: return its format, width and height in pixels, and where its picture ends.
 
-    Raises:
-        ImageError: it is no PNG, JPEG, WebP or GIF, is animated, has too many pieces, or ends early.
+    Raises ImageError: it is no PNG, JPEG, WebP or GIF, is animated, has too many pieces, or ends early.
     """
     walks = (
         (b"\x89PNG\r\n\x1a\n", "png", _walk_png), (b"\xff\xd8\xff", "jpeg", _walk_jpeg), (b"GIF8", "gif", _walk_gif),
@@ -183,11 +178,7 @@ def _walk_webp(data: bytes) -> tuple[int, int, int]:
 
 
 def from_data_url(url: str) -> bytes:
-    """Return the bytes of a data: URL in base64.
-
-    Raises:
-        ImageError: it is not one.
-    """
+    """Return the bytes of a data: URL in base64. Raises ImageError: it is not one."""
     head, comma, body = url.partition(",")
     if not comma or not head.lower().startswith("data:image/") or not head.lower().endswith(";base64"):
         raise ImageError("A data URL must look like data:image/png;base64,...; send the picture that way.")
@@ -202,13 +193,12 @@ def encode(image: Image.Image, form: str = "png", quality: int = 95, about: Mapp
 
     `about` (model, seed, ...) is written into the metadata, beside this program's name and IPTC's source type.
     """
-    note = None if about is None else {**about, "digital_source_type": _SOURCE_TYPE}
-    software = f"unilip {__version__}"
+    software, note = f"unilip {__version__}", {**(about or {}), "digital_source_type": _SOURCE_TYPE}
     if form == "png":
-        notes = {} if note is None else {"Software": software, **note}
+        notes = {} if about is None else {"Software": software, **note}
         return png_bytes(image, {key: str(value) for key, value in notes.items()})
     out, exif = io.BytesIO(), Image.Exif()
-    if note is not None:
+    if about is not None:
         exif[0x0131] = software
         exif[0x010E] = json.dumps(note, ensure_ascii=True)  # ImageDescription
     image.save(out, form.upper(), quality=quality, exif=exif)

@@ -80,11 +80,8 @@ SAID: dict[str, dict[str, str]] = read_table("unilip.serve", "problems.json")
 def validation(errors: Sequence[Mapping[str, Any]]) -> Trouble:
     """Turn pydantic's complaints into one: the first, and how many more there are. What was sent is not repeated."""
     first = errors[0]
-    parts = [
-        str(part)
-        for part in first["loc"]
-        if part not in ("body", "str") and not str(part).startswith(("list[", "constrained-"))
-    ]
+    named = [str(part) for part in first["loc"] if part not in ("body", "str")]
+    parts = [part for part in named if not part.startswith(("list[", "constrained-"))]
     place = ".".join(parts).encode("ascii", "backslashreplace").decode()[:200]
     message = str(first["msg"]).removeprefix("Value error, ")
     field, known = parts[0] if parts else "", SAID["words"].get(first["type"])
@@ -93,7 +90,6 @@ def validation(errors: Sequence[Mapping[str, Any]]) -> Trouble:
     if known is not None:
         message = known.format(**first.get("ctx", {}))
     more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
-    glue = " " if known else ": "
-    named = not place or message.startswith(f"{place} ")
-    text = f"{message}{more}" if named else f"{place}{glue}{message}{more}"
-    return Trouble(400, text[:1000], str(first["type"])[:80], place or None)
+    if place and not message.startswith(f"{place} "):
+        message = f"{place}{' ' if known else ': '}{message}"
+    return Trouble(400, f"{message}{more}"[:1000], str(first["type"])[:80], place or None)

@@ -7,6 +7,7 @@ adds or removes replicas with the load. A job whose replica dies fails with `Rep
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 import os
@@ -30,7 +31,6 @@ from unilip.serve.serving import Serving, Stats
 from unilip.serve.tickets import Ticket, Unit
 
 logger = logging.getLogger(__name__)
-
 APP = "unilip"
 START_SECONDS = 600.0  # for the first replicas to load
 
@@ -45,9 +45,7 @@ class Replica:
     def __init__(self, source: Source, device: str, loading: dict[str, Any], options: dict[str, Any]) -> None:
         self.engine = Engine(UniLIP.from_pretrained(source, device=device, **loading), **options)
 
-    async def run(
-        self, job: Job, deadline: float | None, client: str = ""
-    ) -> AsyncIterator[Event | Result | UniLIPError]:
+    async def run(self, job: Job, deadline: float | None, client: str) -> AsyncIterator[Event | Result | UniLIPError]:
         """Work on a job: yield its events, and at last its result or the error that it ended with."""
         CLIENT.set(client)
         ticket = None
@@ -104,16 +102,13 @@ class RemoteEngine(Serving):
         serve.start(proxy_location="Disabled")  # the application stays here; only the model is spread
         self._room = max_queue + most * max_batch
         options = {"max_queue": self._room, "max_batch": max_batch, "limits": self.limits, "adapters": adapters}
-        scaling: dict[str, Any] = {"num_replicas": replicas}
-        if most > replicas:
-            load = {"min_replicas": replicas, "max_replicas": most, "target_ongoing_requests": max_batch}
-            scaling = {"autoscaling_config": load}
-        deployment = serve.deployment(
+        load = {"min_replicas": replicas, "max_replicas": most, "target_ongoing_requests": max_batch}
+        scaling: dict[str, Any] = {"autoscaling_config": load} if most > replicas else {"num_replicas": replicas}
+        deployment: Any = serve.deployment(
             Replica, name="Replica", max_ongoing_requests=4 * max_batch, health_check_period_s=2,
             ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, **scaling,
         )  # fmt: skip
-        bound: Any = deployment
-        bound = bound.bind(source, device, {"dtype": dtype, "performance": performance}, options)
+        bound = deployment.bind(source, device, {"dtype": dtype, "performance": performance}, options)
         self._handle = serve.run(bound, name=APP, route_prefix=None)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="unilip-remote", daemon=True)
@@ -127,11 +122,8 @@ class RemoteEngine(Serving):
     def processes(self, tries: int = 20, patience: float = 60) -> set[int]:
         """Ask the replicas for the numbers of their processes; with enough tries all of them answer."""
 
-        async def one() -> int:
-            return int(await self._handle.process.remote())
-
         async def ask() -> set[int]:
-            return set(await asyncio.gather(*(one() for _ in range(tries))))
+            return set(await asyncio.gather(*(self._handle.process.remote() for _ in range(tries))))
 
         return asyncio.run_coroutine_threadsafe(ask(), self._loop).result(patience)
 
@@ -164,18 +156,18 @@ class RemoteEngine(Serving):
             stream = self._handle.options(stream=True).run.remote(ticket.job, seconds, ticket.client)
             await asyncio.wait_for(self._pass_on(ticket, stream), seconds)
         except asyncio.TimeoutError:
-            ticket._fail(DeadlineExceeded(f"The request was not done within its {seconds:.0f} s; send it again.", 1.0))
+            ticket._end(DeadlineExceeded(f"The request was not done within its {seconds:.0f} s; send it again.", 1.0))
         except asyncio.CancelledError:
             pass
         except Exception as error:  # whatever Ray raises for an actor that died
             logger.warning("a replica was lost: %s", str(error).splitlines()[0] if str(error) else type(error).__name__)
-            ticket._fail(ReplicaLost("The replica that held the request was lost; send the request again.", 1.0))
+            ticket._end(ReplicaLost("The replica that held the request was lost; send the request again.", 1.0))
         finally:
-            if stream is not None and not (ticket.done and ticket._error is None):
+            if stream is not None and not ticket.succeeded:
                 stream.cancel()
             with self._changed:
                 count = self._open.pop(ticket)
-                if ticket._error is None and ticket.started is not None:
+                if ticket.succeeded and ticket.started is not None:
                     self._served[ticket.verb] += 1
                     self._count_pace((time.monotonic() - ticket.started) / count)
                 elif ticket.done:
@@ -185,10 +177,9 @@ class RemoteEngine(Serving):
     async def _pass_on(self, ticket: Ticket, stream: Any) -> None:
         async for item in stream:
             if isinstance(item, UniLIPError):
-                ticket._fail(item)
+                ticket._end(item)
             elif isinstance(item, Result):
-                ticket.settings = dict(item.settings)
-                ticket._succeed(**{name: getattr(item, name) for name in PASSED})
+                ticket._end(dataclasses.replace(item, seconds=time.monotonic() - ticket.submitted))
             elif item.kind == "start":
                 ticket._start()
             else:
@@ -203,6 +194,3 @@ class RemoteEngine(Serving):
         serve.delete(APP)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
-
-
-PASSED = ("images", "seeds", "plan", "psnr", "text", "finish_reason", "completion_tokens")

@@ -1,7 +1,4 @@
-"""OpenAI's Responses, told in the terms of chat completions: the same conversation in, the same answer out.
-
-Text, pictures and the tool `image_generation` are served. Earlier responses are kept in memory for an hour.
-"""
+"""OpenAI's Responses (text, pictures, the tool `image_generation`), told in the terms of chat completions."""
 
 from __future__ import annotations
 
@@ -89,9 +86,8 @@ class Answer:
     """One response, from what a chat completion would say."""
 
     def __init__(self, fields: Mapping[str, Any], chat: Mapping[str, Any], kept: Store, model: str) -> None:
-        self.fields, self.chat, self.kept = fields, chat, kept
-        self.id, self.created, self.model = f"resp_{secrets.token_hex(16)}", int(time.time()), model
-        self.number = -1
+        self.fields, self.chat, self.kept, self.model = fields, chat, kept, model
+        self.id, self.created, self.number = f"resp_{secrets.token_hex(16)}", int(time.time()), -1
 
     def whole(self, status: str, output: Sequence[Any] = (), said: Mapping[str, Any] | None = None) -> dict[str, Any]:
         used = (said or {}).get("usage") or {}

@@ -1,22 +1,17 @@
-"""The requests that the server understands: OpenAI's fields, and a few of ours; pydantic's errors become 400.
-
-What the answer can truthfully do without is ignored and named in the answer, so that a mistyped option is seen; what
-would change the form of the answer is refused.
-"""
+"""The requests that the server understands: OpenAI's fields, and a few of ours; pydantic's errors become 400."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PrivateAttr, WithJsonSchema, model_validator
 from pydantic import FiniteFloat as Finite
 
-from unilip.errors import UniLIPError, check_choice
+from unilip.errors import UniLIPError
 from unilip.sampling import MAX_PROMPT_CHARACTERS
-from unilip.serve.jobs import MAX_SEED, Strengths
+from unilip.serve.jobs import MAX_SEED
 from unilip.shapes import Size
 
 MAX_COUNT = 10
@@ -65,8 +60,8 @@ HOLLOW = ("tools", "frequency_penalty", "presence_penalty", "logit_bias")
 def read(kind: type[B], fields: dict[str, Any], strict: bool, form: bool = False) -> B:
     """Check the fields of a request; null, "" in a form, and the seed -1 count as not sent.
 
-    What is not understood is ignored, and named in `ignored`, unless it would change the form of the answer or looks
-    mistyped; `strict` refuses all of it.
+    What is not understood is ignored, and named in `ignored` so that a mistyped option is seen, unless it would change
+    the form of the answer or is almost one that there is; `strict` refuses all of it.
     Raises UniLIPError: a field is written almost like one that there is; ValidationError: pydantic's.
     """
     kept, ignored = {}, []
@@ -88,8 +83,8 @@ def read(kind: type[B], fields: dict[str, Any], strict: bool, form: bool = False
     return body
 
 
-class Adapting(Body):
-    """What requests share that adapters can act on."""
+class Pictures(Body):
+    """What requests share whose answers may be pictures, and that adapters can act on."""
 
     model: str | None = Field(
         None, max_length=256, description='Any name; there is one model, and "NAME:ADAPTER" with one of its adapters.'
@@ -100,27 +95,6 @@ class Adapting(Body):
         | Annotated[dict[Annotated[str, Field(max_length=256)], Finite], Field(max_length=16)]
         | None
     ) = Field(None, description='Adapters that act, "style:0.5,other", as a list, or with strengths {"style": 0.5}.')
-
-    def strengths(self, known: Mapping[str, float], name: str) -> Strengths:
-        """Return the adapters that act, with their strengths. Raises UniLIPError: one that is not offered."""
-        head, _, tail = (self.model or "").rpartition(":")
-        found = {tail: known[tail]} if tail in known and head else {}
-        if head == name and not found:
-            check_choice(f"adapter of {name} called", tail, known or ["(none)"])
-        given = self.adapters.split(",") if isinstance(self.adapters, str) else self.adapters or ()
-        pairs = given.items() if isinstance(given, dict) else (one.strip().partition(":")[::2] for one in given)
-        for word, scale in pairs:
-            check_choice("adapter", word.strip(), known or ["(none)"])
-            try:
-                found[word.strip()] = known[word.strip()] if scale == "" else float(scale)
-            except ValueError as error:
-                raise UniLIPError(f"The strength of adapter {word} is {scale!r}; write it as {word}:0.5.") from error
-        return tuple(found.items())
-
-
-class Pictures(Adapting):
-    """What requests share whose answers may be pictures."""
-
     size: Annotated[Size | None, PlainValidator(size_of), WithJsonSchema(TEXT_OR_NULL)] = Field(
         None, description='Of the answer: "768x512", or "auto" (the model\'s own; the source\'s shape).'
     )

@@ -64,9 +64,8 @@ def check_access(host: str, rules: Rules) -> Rules:
 def listen(host: str, port: int) -> socket.socket:
     """Take the port (0: a free one) before any model is loaded. Raises UniLIPError: taken, or no address of ours."""
     try:
-        family, *_, address = socket.getaddrinfo(
-            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, *_, address = found[0]
         dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         return socket.create_server(address, family=family, dualstack_ipv6=dual)
     except OSError as error:

@@ -1,7 +1,4 @@
-"""What all routes share: requests read, jobs queued and waited for, pictures encoded.
-
-In:  requests that `Guard` let through; JSON, or forms with files. Out: jobs, results, answers, or a `Trouble`.
-"""
+"""What all routes share: requests that `Guard` let through are read, jobs queued and waited for, pictures encoded."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import StreamingResponse
 
-from unilip.errors import UniLIPError
+from unilip.errors import UniLIPError, check_choice
 from unilip.sampling import NOT_TAUGHT
 from unilip.serve import schema
 from unilip.serve.fetch import fetch
@@ -56,36 +53,24 @@ NOT_STORED = {"Cache-Control": "no-store"}
 WAITING = ": waiting\n\n"  # a comment, which keeps a stream open
 
 After = Callable[[int, Image.Image], Image.Image]
+Files = list[tuple[str, bytes]]  # of a form, by the names of their fields
 B = TypeVar("B", bound=schema.Body)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the application behaves.
+    """How the application behaves."""
 
-    Args:
-        model_name: what the model is called in answers, in /v1/models and in the metadata of pictures.
-        rules: who may ask, how often, how much.
-        max_pixels: of all pictures of one request together.
-        allow_url_images: fetch pictures from public http(s) addresses.
-        metadata: write model and seed into the pictures.
-        drain_seconds: at the end, how long to go on with what was accepted.
-        strict: refuse fields that are not understood, instead of ignoring and naming them.
-        chat: "auto" lets the words of a message decide whether to draw; "text" always answers in words, unless
-            `modalities` asks for a picture.
-        about: what the page says of the model, as JSON.
-    """
-
-    model_name: str = "unilip"
-    rules: Rules = field(default_factory=Rules)
-    max_pixels: int = 24_000_000
-    allow_url_images: bool = False
-    metadata: bool = True
-    drain_seconds: float = 30.0
-    strict: bool = False
-    chat: Literal["auto", "text"] = "auto"
-    about: Mapping[str, Any] = field(default_factory=dict)
+    model_name: str = "unilip"  # in answers, in /v1/models and in the metadata of pictures
+    rules: Rules = field(default_factory=Rules)  # who may ask, how often, how much
+    max_pixels: int = 24_000_000  # of all pictures of one request together
+    allow_url_images: bool = False  # fetch pictures from public http(s) addresses
+    metadata: bool = True  # write model and seed into the pictures
+    drain_seconds: float = 30.0  # at the end, how long to go on with what was accepted
+    strict: bool = False  # refuse fields that are not understood, instead of ignoring and naming them
+    chat: Literal["auto", "text"] = "auto"  # whether words can ask for a picture, or `modalities` alone
+    about: Mapping[str, Any] = field(default_factory=dict)  # what the page says of the model, as JSON
 
 
 class Service:
@@ -104,12 +89,25 @@ class Service:
         own = self.settings.model_name
         return [own, *(f"{own}:{name}" for name in self.engine.checker.adapters)]
 
-    def named(self, body: schema.Adapting) -> str:
+    def named(self, body: schema.Pictures) -> str:
         """What the model that a request asks for is called in its answer."""
         return body.model if body.model in self.names else self.settings.model_name
 
-    def strengths(self, body: schema.Adapting) -> Strengths:
-        return body.strengths(self.engine.checker.adapters, self.settings.model_name)
+    def strengths(self, body: schema.Pictures) -> Strengths:
+        """Return the adapters that act, with their strengths. Raises UniLIPError: one that is not offered."""
+        known, (head, _, tail) = self.engine.checker.adapters, (body.model or "").rpartition(":")
+        found = {tail: known[tail]} if tail in known and head else {}
+        if head == self.settings.model_name and not found:
+            check_choice(f"adapter of {head} called", tail, known or ["(none)"])
+        given = body.adapters.split(",") if isinstance(body.adapters, str) else body.adapters or ()
+        pairs = given.items() if isinstance(given, dict) else (one.strip().partition(":")[::2] for one in given)
+        for word, scale in pairs:
+            check_choice("adapter", word.strip(), known or ["(none)"])
+            try:
+                found[word.strip()] = known[word.strip()] if scale == "" else float(scale)
+            except ValueError as error:
+                raise UniLIPError(f"The strength of adapter {word} is {scale!r}; write it as {word}:0.5.") from error
+        return tuple(found.items())
 
     # --- reading
 
@@ -126,22 +124,18 @@ class Service:
             raise Trouble(400, "The body must be a JSON object: {...}.", "invalid_json")
         return fields
 
-    def parse(self, kind: type[B], fields: dict[str, Any], form: bool = True) -> B:
-        return schema.read(kind, fields, self.settings.strict, form)
+    async def parse(self, kind: type[B], fields: dict[str, Any]) -> B:
+        """Check what was read from JSON, outside the event loop. Raises UniLIPError, ValidationError: `schema.read`."""
+        return await run_in_threadpool(schema.read, kind, fields, self.settings.strict)
 
     async def read(self, request: Request, kind: type[B]) -> B:
-        """Read a JSON body of a kind. Raises ValidationError: as `schema.read`."""
-        return await run_in_threadpool(self.parse, kind, await self.load(request), form=False)
+        return await self.parse(kind, await self.load(request))
 
-    async def form(
-        self, request: Request, *allowed: str, most: int = MAX_FILES + 1
-    ) -> tuple[dict[str, str], list[tuple[str, bytes]]]:
-        """Read a form in memory: its fields, and its files, called as `allowed`, as (name, bytes) in their order."""
+    async def form(self, request: Request, kind: type[B], *allowed: str, most: int = MAX_FILES + 1) -> tuple[B, Files]:
+        """Read a form in memory: its fields, checked, and its files, called as `allowed`, in their order."""
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise Trouble(400, "Send a form: multipart/form-data with the file `image`.", "invalid_form")
-        parser = MultiPartParser(
-            request.headers, request.stream(), max_files=most, max_fields=64, max_part_size=64 * 1024
-        )
+        parser = MultiPartParser(request.headers, request.stream(), max_files=most, max_fields=64, max_part_size=2**16)
         # what has no room in memory was refused before; nothing is spooled to disk
         parser.spool_max_size = self.settings.rules.max_body + 1
         try:
@@ -150,8 +144,7 @@ class Service:
             raise Trouble(400, f"The form is malformed: {error.message}", "invalid_form") from None
         except (ValueError, KeyError) as error:
             raise Trouble(400, "The form is malformed; send multipart/form-data.", "invalid_form") from error
-        fields: dict[str, str] = {}
-        files: list[tuple[str, bytes]] = []
+        fields, files = dict[str, str](), Files()
         for name, value in form.multi_items():
             shown = name.encode("ascii", "backslashreplace").decode()[:64]
             if isinstance(value, UploadFile):
@@ -167,7 +160,7 @@ class Service:
                 fields[name] = value
         if not any(name != "mask" for name, _ in files):
             raise Trouble(400, "There is no picture; send it as the file `image`.", "invalid_form", "image")
-        return fields, files
+        return schema.read(kind, fields, self.settings.strict, form=True), files
 
     def decode(self, data: bytes, max_pixels: int, how: Callable[[bytes, int], Image.Image] = decode) -> Image.Image:
         """Decode a picture in one of the decoders' threads: memory is what a decoder needs most."""
@@ -217,13 +210,11 @@ class Service:
         """Whether COUNT pictures belong to one edit, as OpenAI has it: else each is changed by itself."""
         return count > 1 and (self.engine.config.sampling.joint if joint is None else joint)
 
-    def edits(
-        self, images: Sequence[Image.Image], prompt: str, joint: bool | None, common: Mapping[str, Any]
-    ) -> list[Job]:
+    def edits(self, images: Sequence[Image.Image], text: str, joint: bool | None, common: dict[str, Any]) -> list[Job]:
         """One edit for each picture; or a joint one of the first, where that is asked for or the model learned it."""
         if self.together(joint, len(images)):
-            return [Edit(images[0], prompt, others=tuple(images[1:]), **common)]
-        return [Edit(image, prompt, **common) for image in images]
+            return [Edit(images[0], text, others=tuple(images[1:]), **common)]
+        return [Edit(image, text, **common) for image in images]
 
 
 @dataclass

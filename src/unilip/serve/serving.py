@@ -1,7 +1,4 @@
-"""What the engine of one process and that of replicas share: which jobs are taken, what is counted, how it ends.
-
-In:  jobs (`unilip.serve.jobs`), from any thread, each with a deadline. Out: a `Ticket` for each: events, a result.
-"""
+"""What the engine of one process and that of replicas share: which jobs are taken, what is counted, how it ends."""
 
 from __future__ import annotations
 
@@ -44,17 +41,13 @@ class Serving(ABC):
         if deadline is not None and deadline <= 0:
             raise UniLIPError("The deadline must be more than 0 seconds.")
         self.checker, self.config, self.limits = checker, checker.config, checker.limits
+        self.verbs = checker.verbs  # what this model can do
         self.max_queue, self.max_batch, self.deadline = max_queue, max_batch, deadline
         self._changed = threading.Condition()
         self.draining = False  # whether nothing new is taken
         self._served: Counter[str] = Counter()
         self._failed: Counter[str] = Counter()
         self._pace = 0.0  # seconds per unit, a moving average
-
-    @property
-    def verbs(self) -> tuple[str, ...]:
-        """What this model can do: of generate, edit, reconstruct, ask, those whose parts are loaded."""
-        return self.checker.verbs
 
     @property
     @abstractmethod
@@ -68,9 +61,8 @@ class Serving(ABC):
     def submit(self, job: Job, *, deadline: float | None = None) -> Ticket:
         """Check a job and put it into the queue, for `deadline` seconds or the engine's own.
 
-        Raises UniLIPError: something in it is out of range; QueueFull: too much is waiting, `retry_after` says for how
-        long (a waiting job ends with it, too, where its client holds the most places and one with fewer comes);
-        Draining: shutting down.
+        Raises UniLIPError: it is out of range; Draining: shutting down; QueueFull: too much is waiting, `retry_after`
+        says for how long (a waiting job ends with it, too, if its client holds most places and one with fewer comes).
         """
         if deadline is not None and not 0 < deadline < math.inf:
             raise UniLIPError(f"The deadline is {deadline} s; it must be more than 0 seconds.")
@@ -98,15 +90,13 @@ class Serving(ABC):
     def ahead(self, ticket: Ticket) -> int:
         """How many pictures and questions are served before a job that waits; 0 once it is being worked on."""
 
-    def _make_room(
-        self, places: Mapping[Ticket, int], newcomer: Ticket, more: int, room: int, working: int = 0
-    ) -> None:
+    def _make_room(self, places: Mapping[Ticket, int], newcomer: Ticket, more: int, room: int, busy: int = 0) -> None:
         """Let the newest jobs of the client with most places go for a newcomer with fewer, where that is needed.
 
-        places: how many pictures of each job wait, the oldest job first, for `room`; working: those under way.
+        places: how many pictures of each job wait, the oldest job first, for `room`; busy: those under way.
         """
         waiting = sum(places.values())
-        wait = max(1.0, math.ceil((self._pace or 0.5) * (waiting + working)))
+        wait = max(1.0, math.ceil((self._pace or 0.5) * (waiting + busy)))
         held: Counter[str] = Counter()
         for ticket, count in places.items():
             held[ticket.client] += count

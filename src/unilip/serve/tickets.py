@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,29 +24,27 @@ from unilip.serve.log import CLIENT, REQUEST
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False, repr=False)
 class Ticket:
     """A job that was accepted: follow it, wait for it, or give it up. Every method may be called from any thread."""
 
-    def __init__(self, verb: str, job: Job, total: int, deadline: float | None) -> None:
-        self.verb = verb
-        self.job = job
-        self.submitted = time.monotonic()
-        self.deadline = deadline
-        self.request = REQUEST.get()  # for the log
-        self.client = CLIENT.get()  # for a fair share
-        self.since = 0.0  # when it came, on the engine's virtual clock
-        self.started: float | None = None
-        self.settings: dict[str, Any] = {}
-        self.prompt_tokens = 0
-        self.total = total  # steps of all its pictures
-        self._steps: Counter[int] = Counter()
-        self._made: dict[int, tuple[Image.Image, int]] = {}  # pictures and their seeds
-        self._past: list[Event] = []
-        self._listeners: list[Callable[[Event], None]] = []
-        self._result: Result | None = None
-        self._error: UniLIPError | None = None
-        self._lock = threading.RLock()
-        self._done = threading.Event()
+    verb: str
+    job: Job
+    deadline: float | None
+    total: int = 1  # steps of all its pictures
+    settings: dict[str, Any] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    since: float = 0.0  # when it came, on the engine's virtual clock
+    started: float | None = None
+    submitted: float = field(default_factory=time.monotonic)
+    request: str = field(default_factory=REQUEST.get)  # for the log
+    client: str = field(default_factory=CLIENT.get)  # for a fair share
+
+    def __post_init__(self) -> None:
+        self._steps, self._made = Counter[int](), dict[int, tuple[Image.Image, int]]()  # pictures and their seeds
+        self._past, self._listeners = list[Event](), list[Callable[[Event], None]]()
+        self._lock, self._done = threading.RLock(), threading.Event()
+        self._outcome: Result | UniLIPError | None = None
         self._on_cancel: Callable[[], None] = lambda: None
 
     @property
@@ -55,7 +53,7 @@ class Ticket:
 
     @property
     def succeeded(self) -> bool:
-        return self._result is not None
+        return isinstance(self._outcome, Result)
 
     def listen(self, listener: Callable[[Event], None]) -> None:
         """Call `listener` with every event, past ones at once, later ones under locks: it must not call back."""
@@ -69,17 +67,13 @@ class Ticket:
         return self._drop(Cancelled("The request was cancelled."))
 
     def result(self, timeout: float | None = None) -> Result:
-        """Wait for the result.
-
-        Raises UniLIPError: it failed: `Cancelled`, `DeadlineExceeded`, `EngineFailed`, `Draining`; TimeoutError: it
-        goes on.
-        """
+        """Wait for the result. Raises TimeoutError, or `Cancelled`, `DeadlineExceeded`, `EngineFailed`, `Draining`."""
         if not self._done.wait(timeout):
             raise TimeoutError(f"no result within {timeout} s")
-        if self._error is not None:
-            raise self._error
-        assert self._result is not None
-        return self._result
+        if isinstance(self._outcome, UniLIPError):
+            raise self._outcome
+        assert self._outcome is not None
+        return self._outcome
 
     def events(self) -> Iterator[Event]:
         """Yield events until the end, waiting for each. Ask `result()` afterwards; the job goes on if you stop."""
@@ -126,22 +120,20 @@ class Ticket:
 
     def _drop(self, error: UniLIPError) -> bool:
         """Fail, and tell the engine so; returns whether the job was unfinished."""
-        if dropped := self._fail(error):
+        if dropped := self._end(error):
             self._on_cancel()
         return dropped
-
-    def _fail(self, error: UniLIPError) -> bool:
-        return self._end(None, error)
 
     def _succeed(self, **values: Any) -> None:
         seconds = time.monotonic() - self.submitted
         self._end(Result(settings=self.settings, prompt_tokens=self.prompt_tokens, seconds=seconds, **values))
 
-    def _end(self, result: Result | None, error: UniLIPError | None = None) -> bool:
+    def _end(self, outcome: Result | UniLIPError) -> bool:
+        """End; returns whether the job was unfinished."""
         with self._lock:
             if self.done:
                 return False
-            self._result, self._error = result, error
+            self._outcome = outcome
             self._done.set()
             self._emit(Event("end"))
             return True
@@ -176,7 +168,7 @@ async def merged(
             yield number, event
 
 
-@dataclass
+@dataclass(eq=False)
 class Unit:
     """One picture, or one answer, of a job: what the queue holds and a batch is made of."""
 
@@ -187,7 +179,8 @@ class Unit:
     squares: tuple[Image.Image, ...] = ()
     source_size: tuple[int, int] = (0, 0)
     text: str | Prompt = ""
-    begin: float = 0.0  # on the engine's virtual clock
+    begin: float = 0.0  # on the engine's virtual clock, in an equal share
+    end: float = 0.0
 
     @property
     def steps(self) -> float:

@@ -1,25 +1,24 @@
 """Adapters trained from the page: pictures with texts in, an adapter that the server lends out.
 
 In:  5 to 50 pictures with captions, or pairs of pictures with instructions. Out: RUNS/studio/NAME, a run as `unilip
-train` leaves it, with the samples in data/; and the adapter of its result under that name.
-The training is `unilip train lora/KIND` in a process of its own, one at a time; it can be stopped and gone on with.
+train lora/KIND` leaves it, with the samples in data/; and the adapter of its result under that name. The training has
+a process of its own, one at a time; it can be stopped and gone on with.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from starlette.responses import Response
 
 from unilip.adapters import library
 from unilip.errors import UniLIPError, check_choice, check_number
-from unilip.files import content_hash, write_text
+from unilip.files import content_hash, replacing, write_text
 from unilip.sampling import check_prompt
 from unilip.serve import schema
 from unilip.serve.describe import form_body
@@ -47,25 +46,22 @@ PATIENCE = 60.0  # seconds that a stopped training has to save itself
 Sample = tuple[str, Sequence[Image.Image]]  # its text; one picture, or before and after
 
 
+@dataclass(eq=False)
 class Trainer:
-    """Trains adapters of one model, and hands those that are done to LEND (name, folder).
+    """Trains adapters of one model, one at a time."""
 
-    In: runs: folder of all runs. base: what the adapters are of, as `init` says it ("embedded", a folder, a hub id).
-    size: the model's name of `unilip.sizes`. device: where to train.
-    """
+    runs: Path  # of all kinds
+    base: str  # what the adapters are of, as `init` says it: "embedded", a folder, a hub id
+    size: str  # the model's name of `unilip.sizes`
+    device: str  # where to train
+    lend: Callable[[str, Path], None] = lambda *_: None  # called with name and folder of an adapter that is done
 
-    def __init__(
-        self, runs: Path, base: str, size: str, device: str, lend: Callable[[str, Path], None] = lambda *_: None
-    ) -> None:
-        self.runs, self.base, self.size, self.device, self.lend = runs, base, size, device, lend
+    def __post_init__(self) -> None:
+        self.root = self.runs.absolute() / GROUP
         self._lock, self._process, self._thread = threading.Lock(), None, None  # type: tuple[Any, Any, Any]
         self._state: dict[str, Any] = {"status": "idle"}
         self._estimates: dict[str, Any] = {}
         self._measuring = threading.Lock()
-
-    @functools.cached_property
-    def root(self) -> Path:
-        return self.runs.absolute() / GROUP
 
     def kept(self) -> dict[str, Path]:
         """The adapters that are done, by name."""
@@ -134,22 +130,17 @@ class Trainer:
             if run.exists():
                 more = "; go on with it" if name in self.unfinished() else ""
                 raise UniLIPError(f"There is an adapter {name} already{more}, or give this one another name.")
-            part = self.root / f".{name}.part"
-            shutil.rmtree(part, ignore_errors=True)
+            endings = (".input", ".output") if kind == "edit" else ("",)
             try:
-                (part / "data").mkdir(parents=True)
-                for number, (text, pictures) in enumerate(samples, 1):
-                    endings = (".input", ".output") if kind == "edit" else ("",)
-                    for ending, picture in zip(endings, pictures, strict=True):
-                        picture.save(part / "data" / f"{number:02}{ending}.png")
-                    (part / "data" / f"{number:02}.txt").write_text(text, encoding="utf-8")
-                about = {"kind": kind, "steps": steps, "base": self.base}
-                write_text(part / ABOUT, json.dumps(about))
-                part.rename(run)
+                with replacing(run) as part:
+                    (part / "data").mkdir(parents=True)
+                    for number, (text, pictures) in enumerate(samples, 1):
+                        for ending, picture in zip(endings, pictures, strict=True):
+                            picture.save(part / "data" / f"{number:02}{ending}.png")
+                        (part / "data" / f"{number:02}.txt").write_text(text, encoding="utf-8")
+                    write_text(part / ABOUT, json.dumps({"kind": kind, "steps": steps, "base": self.base}))
             except OSError as error:
                 raise UniLIPError(f"{self.root} cannot be written ({error.strerror}); make room there.") from error
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
             self._start(name)
 
     def go_on(self, name: Any) -> None:
@@ -169,7 +160,7 @@ class Trainer:
         run = self.root / name
         about = self._asked(run)
         words = [sys.executable, "-m", "unilip", "train", f"lora/{about['kind']}", "--data", str(run / "data")]
-        words += ["--runs", str(self.runs.absolute()), "--device", self.device, "--no-progress"]
+        words += ["--runs", str(self.root.parent), "--device", self.device, "--no-progress"]
         for setting in (f"name={GROUP}/{name}", *self.settings(about["kind"], about["steps"])):
             words += ["--set", setting]
         with (run / "output.txt").open("wb") as output:
@@ -282,8 +273,8 @@ def routes(service: Service, trainer: Trainer) -> APIRouter:
     @router.post("", openapi_extra=form_body(Asked, {"image": MOST * 2}))
     async def begin(request: Request) -> Response:
         """Train an adapter: files `image` in the order of `texts`; of edits each is followed by its result."""
-        fields, files = await service.form(request, "image", most=MOST * 2)
-        body, given = service.parse(Asked, fields), [data for _, data in files]
+        body, files = await service.form(request, Asked, "image", most=MOST * 2)
+        given = [data for _, data in files]
         each = 2 if body.kind == "edit" else 1
         if len(body.texts) * each != len(given):
             raise Trouble(400, f"{len(given)} pictures need {len(given) // each} texts.", "invalid_form")
