@@ -25,7 +25,7 @@ from unilip.emoji.art import PAINTS, Atlas, recolour
 from unilip.emoji.concepts import SHAPES, concept
 from unilip.emoji.edits import Edit
 from unilip.emoji.render import background_rows, change_mask, render
-from unilip.emoji.world import Obj, Scene, World, relation
+from unilip.emoji.world import Obj, Scene, World, found_relation, relation
 from unilip.errors import UniLIPError
 from unilip.pictures import picture_psnr
 
@@ -476,14 +476,6 @@ def _lab_of(image: torch.Tensor) -> np.ndarray:
 
 def _mean(lab: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return (lab * weight[..., None]).sum((0, 1)) / max(float(weight.sum()), 1e-6)
-
-
-def found_relation(a: Found, b: Found) -> str:
-    """Return where A is, seen from B, by the longer of the two distances between their middles."""
-    dx, dy = a.centre[0] - b.centre[0], a.centre[1] - b.centre[1]
-    if abs(dx) >= abs(dy):
-        return "left" if dx < 0 else "right"
-    return "above" if dy < 0 else "below"
 
 
 def assign(found: Sequence[Found], asked: Sequence[Obj]) -> tuple[int, ...] | None:

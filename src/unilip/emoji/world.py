@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, lru_cache
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unilip.data.errors import DataError
 from unilip.data.seeding import stable_fraction, stable_hash
@@ -19,6 +19,9 @@ from unilip.emoji.concepts import SHAPES, TONES, concept, concepts, measured
 from unilip.files import read_table
 from unilip.method.config import TOKEN_PIXELS
 from unilip.shapes import Size
+
+if TYPE_CHECKING:
+    from unilip.emoji.judge import Found
 
 TASKS = ("single", "two", "counting", "colour", "position", "colour_attr")
 TRAINED = (*TASKS, "two", "position", "colour_attr")  # how often training meets each
@@ -219,6 +222,16 @@ class World:
         colours = tuple(dict.fromkeys((*self.colours, *self.hues)))
         return replace(self, colours=colours, recolourable={**self.recolourable, **more}, hues=(), paint=())
 
+    def of_split(self, split: str, seen: bool = True) -> World:
+        """The world that SPLIT draws from; raises DataError where training is asked for what is not SEEN in it."""
+        if split != "train":
+            return self
+        if not seen:
+            raise DataError(
+                "seen=False was given for the training split; only split='val' may hold unseen combinations"
+            )
+        return self.training
+
     def pair_held_out(self, a: str, b: str) -> bool:
         """Whether concepts A and B never meet in a training picture (10 % of pairs)."""
         return a != b and stable_fraction("pair", *sorted((a, b))) < 0.10
@@ -323,14 +336,16 @@ def _near(a: int, b: int, size_a: int, size_b: int, gap: int) -> bool:
 
 def relation(a: Obj, b: Obj) -> str | None:
     """Return where A is, seen from B: one of RELATIONS, or None where people would disagree."""
+    near, far = sorted(abs(one - other) for one, other in zip(a.centre, b.centre, strict=True))
+    return found_relation(a, b) if far >= (a.size + b.size) / 2 and far >= 1.5 * near else None
+
+
+def found_relation(a: Obj | Found, b: Obj | Found) -> str:
+    """Return where A is, seen from B: one of RELATIONS, by the longer of the two distances between their middles."""
     (ax, ay), (bx, by) = a.centre, b.centre
-    dx, dy = ax - bx, ay - by
-    apart = (a.size + b.size) / 2
-    if abs(dx) >= apart and abs(dx) >= 1.5 * abs(dy):
-        return "left" if dx < 0 else "right"
-    if abs(dy) >= apart and abs(dy) >= 1.5 * abs(dx):
-        return "above" if dy < 0 else "below"
-    return None
+    if abs(ax - bx) >= abs(ay - by):
+        return "left" if ax < bx else "right"
+    return "above" if ay < by else "below"
 
 
 def third(middle: float, side: int) -> int:
@@ -417,28 +432,25 @@ def sample_scene(
     """
     _check("task", task, TASKS)
     candidates = tuple(pool) if pool is not None else world.pool(purpose)
-    if split == "train":
-        world = world.training
-        if pool is None and purpose != "generation" and rng.random() < GUESTS:
-            candidates = (*candidates, *world.guests)
-        plain = world.strangers and task not in ("colour", "colour_attr")
-        if pool is None and purpose == "tokenizer" and plain and rng.random() < STRANGERS:
-            candidates = world.strangers
     if seen is None:
         seen = split == "train" or task not in COMPOSITIONAL
-    if split == "train" and not seen:
-        raise DataError("seen=False was given for the training split; only split='val' may hold unseen combinations")
+    world = world.of_split(split, seen)
+    if split == "train" and pool is None:
+        if purpose != "generation" and rng.random() < GUESTS:
+            candidates = (*candidates, *world.guests)
+        plain = world.strangers and task not in ("colour", "colour_attr")
+        if purpose == "tokenizer" and plain and rng.random() < STRANGERS:
+            candidates = world.strangers
     free = pool is not None and split == "val" and any(name in world.extra for name in pool)
+    others = [style for style in world.styles if style != world.default_style]
     for _ in range(2000):
-        others = [style for style in world.styles if style != world.default_style]
         style = world.default_style if not others or rng.random() < 0.5 else rng.choice(others)
         looks = _sample_looks(world, rng, task, style, candidates)
         if looks is None:
             continue
         draft = Scene("", looks)
-        if not free and (world.seen(draft) != (seen or task not in COMPOSITIONAL)):
-            continue
-        if not world.allowed(draft, split, purpose):
+        wanted = free or world.seen(draft) == (seen or task not in COMPOSITIONAL)
+        if not wanted or not world.allowed(draft, split, purpose):
             continue
         where = rng.choice(RELATIONS) if task == "position" else None
         background = sample_background(world, rng, looks, horizon=len(looks) < 3 and where not in ("above", "below"))
