@@ -11,7 +11,6 @@ import html
 import os
 import re
 import shlex
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,18 +18,22 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from unilip import __version__
+from unilip.emoji.art import Atlas
+from unilip.emoji.captions import with_article
+from unilip.emoji.dataset import Scenes
+from unilip.emoji.edits import Edit
+from unilip.emoji.judge import Judge, judge_edit, judge_prompt
+from unilip.emoji.score import accepts
+from unilip.emoji.world import Scene, World
 from unilip.errors import UniLIPError
 from unilip.files import read_json
 from unilip.model import UniLIP
 from unilip.pictures import fit_square, load_image, picture_psnr
-
-if TYPE_CHECKING:
-    from unilip.emoji.judge import Judge
 
 MARKER = ".unilip-demo"  # lists the files of a demo, so that the next one replaces these and nothing else
 PAGE = "index.html"
@@ -51,22 +54,16 @@ def examples() -> dict[str, Any]:
 @cache
 def judge() -> Judge:
     """Return the judge of the small model's world, with the sprites that come with the package."""
-    from unilip.emoji.art import Atlas
-    from unilip.emoji.judge import Judge
-    from unilip.emoji.world import World
-
     return Judge(World.preset("pico"), Atlas.load(FOLDER / "sprites.npz"))
 
 
 def check_folder(folder: Path) -> None:
     """Raise a clear error unless the demo may write here: a folder of its own, an empty one, or a new one."""
-    if not folder.exists():
-        if not folder.absolute().parent.is_dir():
-            raise UniLIPError(f"There is no folder {folder.absolute().parent}; make it first, or give another one.")
-        return
-    if not folder.is_dir():
+    if not folder.absolute().parent.is_dir():
+        raise UniLIPError(f"There is no folder {folder.absolute().parent}; make it first, or give another one.")
+    if folder.exists() and not folder.is_dir():
         raise UniLIPError(f"{folder} is a file; give a folder for the demo's page and pictures.")
-    if any(folder.iterdir()) and not (folder / MARKER).is_file():
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
         raise UniLIPError(f"{folder} holds files that no demo made; they were left alone. Give a new folder.")
 
 
@@ -101,19 +98,15 @@ def run(
     """
     check_folder(folder)
     place = folder.absolute()
-    new = place.with_name(f".{place.name}.part-{os.getpid()}")
-    new.mkdir()
-    try:
-        show = _Show(model, new, seed, str(folder), source)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.part-", dir=place.parent) as new:
+        show = _Show(model, Path(new), seed, str(folder), source)
         sections = []
         for part in (show.generate, show.edit, show.ask, show.reconstruct, show.outside, *[show.learn] * learn):
             title, line, body = part()
             sections.append(f"<section><h2>{title}</h2><p>{html.escape(line)}</p>{body}</section>")
             say(f"{title.lower()}: {line}")
-        (new / PAGE).write_text(show.page(sections, loaded), encoding="utf-8")
-        _replace_files(new, place)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        (show.folder / PAGE).write_text(show.page(sections, loaded), encoding="utf-8")
+        _replace_files(show.folder, place)
     return {**show.result, "page": str(place / PAGE)}
 
 
@@ -185,8 +178,6 @@ class _Show:
         return self.section("edit", result, note + JUDGED * self.judges, cards, again, wide=True)
 
     def ask(self) -> tuple[str, str, str]:
-        from unilip.emoji.score import accepts
-
         shown = [*self.examples["pictures"], {"file": None, "questions": self.examples["riddles"]}]
         pictures = [entry["file"] and load_image(FOLDER / entry["file"]) for entry in shown]
         about = [picture for entry, picture in zip(shown, pictures, strict=True) for _ in entry["questions"]]
@@ -245,8 +236,6 @@ class _Show:
 
     def learn(self) -> tuple[str, str, str]:
         """Train an adapter on a thing that no training showed; draw it before and after, in words not taught."""
-        from unilip.emoji.captions import with_article
-        from unilip.emoji.dataset import Scenes
         from unilip.recipes.catalog import get_recipe
         from unilip.recipes.record import override
         from unilip.train.loop import train
@@ -291,9 +280,6 @@ class _Show:
         """Whether a picture shows what was asked, and that in HTML."""
         if not self.judges:
             return False, ""
-        from unilip.emoji.judge import judge_prompt
-        from unilip.emoji.world import Scene
-
         reading = judge().read(image)
         ok = judge_prompt(reading, Scene.from_dict(scene), task, judge().world).ok
         return ok, f"<p>{_mark(ok, f'saw {reading}')}</p>"
@@ -302,10 +288,6 @@ class _Show:
         """Whether an edit was done and the rest kept, and that in HTML."""
         if not self.judges:
             return False, ""
-        from unilip.emoji.edits import Edit
-        from unilip.emoji.judge import judge_edit
-        from unilip.emoji.world import Scene
-
         before, after = (Scene.from_dict(edit[f"{which}_scene"]) for which in ("source", "target"))
         verdict = judge_edit(judge(), image, Edit(before, edit["instruction"], after, edit["kind"]))
         return verdict.ok, f"<p>{_mark(verdict.ok, verdict.reason)}</p>"

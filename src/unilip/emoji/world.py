@@ -267,6 +267,10 @@ class World:
         """Return the colours that concept NAME can be painted in."""
         return self.colours if name in SHAPES or style in self.recolourable.get(name, ()) else ()
 
+    def style_of(self, scene: Scene) -> str:
+        """Return the style of a scene: the one that is not the default, if any."""
+        return next((obj.style for obj in scene.objects if obj.style != self.default_style), self.default_style)
+
     def clashes(self, obj: Obj, background: str) -> bool:
         """Whether OBJ would hardly show on BACKGROUND."""
         if obj.colour is not None:
