@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import permutations
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ from unilip.emoji.world import Obj, Scene, World, found_relation, relation
 from unilip.errors import UniLIPError
 from unilip.pictures import picture_psnr
 
-T = TypeVar("T")
 Scan = tuple[torch.Tensor, torch.Tensor]  # merit of every look where an object may be (L, P); x, y, size there (P, 3)
 Place = tuple[int, int, int, int]  # number of a look, x, y, size
 VERSION = 2  # raise it when a change here may change a verdict: old results are not mixed with new ones
@@ -105,8 +104,7 @@ class Verdict:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class _Look:
+class _Look(NamedTuple):
     """How an object can look: the arguments of Atlas.sprite without the size."""
 
     concept: str
@@ -182,9 +180,9 @@ def _scene(difference: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
     return torch.cat([2 * difference, -2 * dot, 2 * background, -square])
 
 
-def _merit(gain: torch.Tensor, energy: torch.Tensor, fault: float = 0.5) -> torch.Tensor:
-    """What a sprite explains less FAULT times what it leaves unexplained of the energy in its window."""
-    return gain - fault * (energy - gain)
+def _merit(gain: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
+    """What a sprite explains less half of what it leaves unexplained of the energy in its window."""
+    return gain - 0.5 * (energy - gain)
 
 
 def _detail(seen: torch.Tensor, drawn: torch.Tensor, size: int) -> float:
@@ -271,22 +269,22 @@ class Judge:
             return self._unknown(busy)
         look, x, y, size = fit
         layers = self._fine(look, size)[0]
-        window = (slice(y, y + size), slice(x, x + size))
-        wide = (slice(max(0, y - 2), y + size + 2), slice(max(0, x - 2), x + size + 2))
+        window = (..., slice(y, y + size), slice(x, x + size))
+        wide = (..., slice(max(0, y - 2), y + size + 2), slice(max(0, x - 2), x + size + 2))
         total = remaining[wide].sum()
         drawn = torch.zeros_like(left)
-        drawn[(..., *window)] = layers[:3] - layers[3] * behind[(..., *window)]
+        drawn[window] = layers[:3] - layers[3] * behind[window]
         score, softness = -1.0, 0.0
         for softer in SOFTNESS:  # a decoder's pictures are softer than the art
             soft = _blur(layers[None], softer, "constant")[0] if softer else layers
             rest = left.clone()
-            rest[(..., *window)] -= soft[:3] - soft[3] * behind[(..., *window)]
+            rest[window] -= soft[:3] - soft[3] * behind[window]
             explained = 1 - float((rest**2).sum(0)[wide].sum() / total.clamp_min(1e-6))
             if explained > score:
                 score, softness = explained, softer
         seen = float(busy[wide].sum()) >= MIN_AREA * smallest
         enough = MIN_EXPLAINED_SHAPE if look.concept in SHAPES else MIN_EXPLAINED
-        if not seen or score < enough or _detail(left[(..., *wide)], drawn[(..., *wide)], size) < MIN_DETAIL:
+        if not seen or score < enough or _detail(left[wide], drawn[wide], size) < MIN_DETAIL:
             return self._unknown(busy, fit[1:])
         reach = round(3 + 2 * softness)  # the soft outline belongs to the object
         cover = torch.zeros_like(busy)
@@ -415,26 +413,21 @@ class Judge:
         if found.concept == UNKNOWN:
             return replace(found, colour=self._name_blob(found, image, behind))
         colours = self.world.colours_of(found.concept, found.style)
-        if colours:
-            looks = {name: _Look(found.concept, found.style, name, None) for name in colours}
-            return replace(found, colour=self._nearest(looks, found, image, behind), tone=None)
-        if self.world.tones and concept(found.concept).toned:
-            tones = {name: _Look(found.concept, found.style, None, name) for name in (None, *self.world.tones)}
-            return replace(found, colour=None, tone=self._nearest(tones, found, image, behind))
-        return replace(found, colour=None, tone=None)
+        tones = (None, *self.world.tones) if concept(found.concept).toned and not colours else (None,)
+        looks = [_Look(found.concept, found.style, colour, tone) for colour in colours or (None,) for tone in tones]
+        nearest = self._nearest(looks, found, image, behind) if len(looks) > 1 else looks[0]
+        return replace(found, colour=nearest.colour, tone=nearest.tone)
 
-    def _nearest(self, looks: Mapping[T, _Look], found: Found, image: torch.Tensor, behind: torch.Tensor) -> T:
+    def _nearest(self, looks: Sequence[_Look], found: Found, image: torch.Tensor, behind: torch.Tensor) -> _Look:
         x, y, size = int(found.box[0]), int(found.box[1]), int(found.size)
         window = (slice(None), slice(y, y + size), slice(x, x + size))
-        layers = {name: self._fine(look, size)[0] for name, look in looks.items()}
-        labs = {name: _lab_of(each[:3] + (1 - each[3]) * behind[window]) for name, each in layers.items()}
-        alpha = next(iter(layers.values()))[3].numpy()
-        spread = np.stack(list(labs.values())).std(0).sum(-1) * (alpha > 0.8)
+        layers = [self._fine(look, size)[0] for look in looks]
+        labs = [_lab_of(each[:3] + (1 - each[3]) * behind[window]) for each in layers]
+        spread = np.stack(labs).std(0).sum(-1) * (layers[0][3].numpy() > 0.8)
         weight = (spread > 0.5 * spread.max()).astype(np.float32)
         seen = _mean(_lab_of(image[window]), weight)
         scale = np.array([1 if concept(found.concept).toned else LIGHTNESS_WEIGHT, 1, 1])  # skin differs in lightness
-        distances = {name: float(np.linalg.norm((_mean(lab, weight) - seen) * scale)) for name, lab in labs.items()}
-        return min(distances, key=lambda name: distances[name])
+        return looks[int(np.argmin([np.linalg.norm((_mean(lab, weight) - seen) * scale) for lab in labs]))]
 
     def _name_blob(self, found: Found, image: torch.Tensor, behind: torch.Tensor) -> str | None:
         """Name the colour of a thing without a name: the palette's nearest to its median, None if none is near."""
@@ -445,11 +438,10 @@ class Judge:
             return None
         median = to_lab(image[window][:, seen].median(1).values.numpy() * 255)
         scale = np.array([LIGHTNESS_WEIGHT, 1, 1])
-        distances = {
-            c: float(np.linalg.norm((to_lab(np.array(PAINTS[c])) - median) * scale)) for c in self.world.colours
-        }
-        nearest = min(distances, key=lambda name: distances[name])
-        return nearest if distances[nearest] < BLOB_NEAR else None
+        colours = self.world.colours
+        distances = [np.linalg.norm((to_lab(np.array(PAINTS[name])) - median) * scale) for name in colours]
+        nearest = int(np.argmin(distances))
+        return colours[nearest] if distances[nearest] < BLOB_NEAR else None
 
     @lru_cache(maxsize=4096)  # noqa: B019 - as long as that
     def colours_as(self, obj: Obj) -> tuple[str | None, ...]:
@@ -465,8 +457,8 @@ class Judge:
         layers = self._fine(_Look(obj.concept, obj.style, None, obj.tone), obj.size)[0]
         image = behind.clone()
         image[:, : obj.size, : obj.size] = layers[:3] + (1 - layers[3]) * behind[:, : obj.size, : obj.size]
-        looks = {name: _Look(obj.concept, obj.style, name, None) for name in colours}
-        near = self._nearest(looks, found, image, behind)
+        looks = [_Look(obj.concept, obj.style, name, None) for name in colours]
+        near = self._nearest(looks, found, image, behind).colour
         return (near, *(name for name in colours if name != near and self.world.looks(obj, name)))
 
 
