@@ -6,7 +6,7 @@ Scenes have exact ground truth: boxes in pixels, x to the right, y down, from th
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, lru_cache
 from itertools import combinations
@@ -224,13 +224,11 @@ class World:
 
     def of_split(self, split: str, seen: bool = True) -> World:
         """The world that SPLIT draws from; raises DataError where training is asked for what is not SEEN in it."""
-        if split != "train":
-            return self
-        if not seen:
+        if split == "train" and not seen:
             raise DataError(
                 "seen=False was given for the training split; only split='val' may hold unseen combinations"
             )
-        return self.training
+        return self.training if split == "train" else self
 
     def pair_held_out(self, a: str, b: str) -> bool:
         """Whether concepts A and B never meet in a training picture (10 % of pairs)."""
@@ -331,11 +329,8 @@ def _check(what: str, given: str, allowed: Sequence[str]) -> None:
 
 def overlap(a: Obj, b: Obj, gap: int = 0) -> bool:
     """Whether the boxes of A and B come closer than GAP pixels along both axes."""
-    return _near(a.x, b.x, a.size, b.size, gap) and _near(a.y, b.y, a.size, b.size, gap)
-
-
-def _near(a: int, b: int, size_a: int, size_b: int, gap: int) -> bool:
-    return a < b + size_b + gap and b < a + size_a + gap
+    across = a.x < b.x + b.size + gap and b.x < a.x + a.size + gap
+    return across and a.y < b.y + b.size + gap and b.y < a.y + a.size + gap
 
 
 def relation(a: Obj, b: Obj) -> str | None:
@@ -359,40 +354,42 @@ def third(middle: float, side: int) -> int:
 
 def reading_order(scene: Scene) -> tuple[Obj, ...]:
     """Return the objects from left to right, those in one column from top to bottom."""
-    return tuple(sorted(scene.objects, key=lambda obj: (obj.centre[0], obj.centre[1])))
+    return tuple(sorted(scene.objects, key=lambda obj: obj.centre))
 
 
 @lru_cache(maxsize=256)
 def _lattice_layouts(
     columns: tuple[int, ...], rows: tuple[int, ...], size: int, gap: int, count: int
-) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """All ways to place COUNT equal objects on a coarse lattice, up to their order."""
-
-    def apart(a: tuple[int, int], b: tuple[int, int]) -> bool:
-        return not all(_near(one, other, size, size, gap) for one, other in zip(a, b, strict=True))
-
-    cells = [(x, y) for x in columns for y in rows]
+) -> tuple[tuple[Obj, ...], ...]:
+    """All ways to place COUNT equal objects, whatever they are, on a coarse lattice, up to their order."""
+    cells = [Obj("", "", None, None, x, y, size) for x in columns for y in rows]
     ways = combinations(cells, count)
-    return tuple(way for way in ways if all(apart(a, b) for a, b in combinations(way, 2)))
+    return tuple(way for way in ways if not any(overlap(a, b, gap) for a, b in combinations(way, 2)))
 
 
 def place(
     world: World, rng: random.Random, objects: Sequence[Obj], background: str, where: str | None = None
 ) -> tuple[Obj, ...] | None:
     """Give OBJECTS corners where they do not overlap, the first WHERE of the second; None where there is no layout."""
-    single = len(objects) == 1 and objects[0].size in world.single_sizes
     horizon = world.is_horizon(background)
-    sizes = {obj.size for obj in objects}
+    for placed in _placings(world, rng, objects, horizon):
+        fits = len(placed) == len(objects) and (not horizon or all(world.grounded(obj) for obj in placed))
+        if fits and (where is None or relation(placed[0], placed[1]) == where):
+            return tuple(placed)
+    return None
+
+
+def _placings(world: World, rng: random.Random, objects: Sequence[Obj], horizon: bool) -> Iterator[list[Obj]]:
+    """Try to give OBJECTS corners, again and again; without those that found no room."""
+    single = len(objects) == 1 and objects[0].size in world.single_sizes
     columns, rows = (tuple(world.positions(objects[0].size, single, axis)) for axis in (0, 1))
-    if len(sizes) == 1 and max(len(columns), len(rows)) <= 8:
+    if len({obj.size for obj in objects}) == 1 and max(len(columns), len(rows)) <= 8:
         layouts = _lattice_layouts(columns, rows, objects[0].size, world.gap, len(objects))
         for _ in range(64 if layouts else 0):
             corners = list(rng.choice(layouts))
             rng.shuffle(corners)
-            placed = tuple(replace(obj, x=x, y=y) for obj, (x, y) in zip(objects, corners, strict=True))
-            if _fits(world, placed, len(objects), horizon, where):
-                return placed
-        return None
+            yield [replace(obj, x=corner.x, y=corner.y) for obj, corner in zip(objects, corners, strict=True)]
+        return
     for _ in range(24):
         done: list[Obj] = []
         for obj in objects:
@@ -407,17 +404,7 @@ def place(
                     break
             else:
                 break
-        if _fits(world, done, len(objects), horizon, where):
-            return tuple(done)
-    return None
-
-
-def _fits(world: World, placed: Sequence[Obj], count: int, horizon: bool, where: str | None) -> bool:
-    return (
-        len(placed) == count
-        and (not horizon or all(world.grounded(obj) for obj in placed))
-        and (where is None or relation(placed[0], placed[1]) == where)
-    )
+        yield done
 
 
 def sample_scene(
