@@ -119,8 +119,7 @@ def of_edit(edit: Edit, text: str, world: World) -> Lesson:
 def of_question(qa: QA, scene: Scene, world: World) -> tuple[tuple[int, int, int, np.ndarray], ...]:
     """Return where in the picture it lies what a question speaks of: (end, concept, colour, image tokens (N,) bool).
 
-    One for each name of a thing or a paint; and at the end of the question, without concept and colour, what it is
-    about.
+    One for each name of a thing or a paint; and what it is about at its end, without concept and colour.
     """
     asked: list[tuple[int, int, int, list[Obj]]] = []
     if qa.about is not None:

@@ -491,8 +491,7 @@ def evaluate(
         "count": count, "seeds": seeds, "date": time.strftime("%Y-%m-%d"), "device": _device(model),
         "seconds": seconds, "torch": torch.__version__,
     }  # fmt: skip
-    for part, entries in records.items():
-        results[f"emoji-{part}"] = summarise(part, entries, world)
+    results |= {f"emoji-{part}": summarise(part, entries, world) for part, entries in records.items()}
     write_json(folder.path / "results.json", results)
     write_report(folder.path, results, records)
     log.info("wrote %s", folder.path / "index.html")

@@ -159,11 +159,8 @@ class World:
     @cache
     def nano(cls) -> World:
         """224 pixels, three styles, all concepts. The art's own coloured hearts and shapes give way to ours."""
-        drawable = [
-            name
-            for name, c in concepts().items()
-            if c.codepoint and (name.split()[-1] not in SHAPES or name == "broken heart")
-        ]
+        shapes = {name for name in concepts() if name.split()[-1] in SHAPES and name != "broken heart"}
+        drawable = [name for name in concepts() if name not in shapes]
         # what pico knows stays in use here, so that one example prompt serves both worlds
         plain = [name for name in drawable if name not in (*KNOWN["pico"]["concepts"], "boy", "girl", "broken heart")]
         shuffled = sorted(plain, key=lambda name: stable_hash("held out of nano", name))
