@@ -37,6 +37,7 @@ from unilip.pictures import fit_square, load_image, picture_psnr
 
 MARKER = ".unilip-demo"  # lists the files of a demo, so that the next one replaces these and nothing else
 PAGE = "index.html"
+Section = tuple[str, str, str]  # title, one line of numbers, HTML
 TAUGHT = 20  # pictures of a new thing
 FOLDER = Path(str(resources.files("unilip"))) / "weights" / "examples"
 JUDGED = " The marks are of the judge that the evaluation uses: it compares pictures with drawings, without a network."
@@ -111,7 +112,7 @@ def run(
 
 
 class _Show:
-    """The parts of the demo; each returns its title, one line of numbers, and its HTML."""
+    """The parts of the demo."""
 
     def __init__(self, model: UniLIP, folder: Path, seed: int, shown: str, source: Sequence[str]) -> None:
         self.model, self.folder, self.seed, self.shown, self.source = model, folder, seed, shown, source
@@ -140,13 +141,13 @@ class _Show:
 
     def section(
         self, part: str, result: str, note: str, cards: Sequence[str], again: str, wide: bool = False
-    ) -> tuple[str, str, str]:
+    ) -> Section:
         grid = f'<div class="grid{" wide" if wide else ""}">{"".join(cards)}</div>'
         body = f'<p class="soft">{html.escape(note)}</p>{grid}{again}'
         title = "Outside its world" if part == "outside" else part.capitalize()
         return title, f"{result}, in {self.result['seconds'][part]:.1f} s", body
 
-    def generate(self) -> tuple[str, str, str]:
+    def generate(self) -> Section:
         prompts = self.examples["prompts"]
         with self.timed("generate"):
             made = self.model.generate(prompts, generator=[self.seed] * len(prompts), progress=False)
@@ -160,7 +161,7 @@ class _Show:
         note = "Drawn from words alone, one try each, nothing picked." + JUDGED * self.judges
         return self.section("generate", result, note, cards, self.command("generate", prompts[0], seeded=True))
 
-    def edit(self) -> tuple[str, str, str]:
+    def edit(self) -> Section:
         edits = self.examples["edits"]
         sources, wishes = [load_image(FOLDER / e["source"]) for e in edits], [e["instruction"] for e in edits]
         with self.timed("edit"):
@@ -177,7 +178,7 @@ class _Show:
         result = f"{self.right('edit', verdicts)} pictures"
         return self.section("edit", result, note + JUDGED * self.judges, cards, again, wide=True)
 
-    def ask(self) -> tuple[str, str, str]:
+    def ask(self) -> Section:
         shown = [*self.examples["pictures"], {"file": None, "questions": self.examples["riddles"]}]
         pictures = [entry["file"] and load_image(FOLDER / entry["file"]) for entry in shown]
         about = [picture for entry, picture in zip(shown, pictures, strict=True) for _ in entry["questions"]]
@@ -214,7 +215,7 @@ class _Show:
             cards.append(_card(_row((before, "source"), (after, f"again, {scores[-1]:.1f} dB")), caption))
         return scores, cards, self.command("reconstruct", f"{names[0]}-source.png")
 
-    def reconstruct(self) -> tuple[str, str, str]:
+    def reconstruct(self) -> Section:
         captions = {entry["file"]: entry["caption"] for entry in self.examples["pictures"]}
         scores, cards, again = self.redrawn("reconstruct", captions)
         self.result["psnr"] = [round(score, 2) for score in scores]
@@ -225,7 +226,7 @@ class _Show:
         result = f"{len(scores)} pictures, {sum(scores) / len(scores):.1f} dB on average"
         return self.section("reconstruct", result, note, cards, again, wide=True)
 
-    def outside(self) -> tuple[str, str, str]:
+    def outside(self) -> Section:
         (score,), cards, again = self.redrawn("outside", {"photograph.jpg": ""})
         self.result["photograph_psnr"] = round(score, 2)
         note = (
@@ -234,7 +235,7 @@ class _Show:
         )
         return self.section("outside", f"{score:.1f} dB", note, cards, again, wide=True)
 
-    def learn(self) -> tuple[str, str, str]:
+    def learn(self) -> Section:
         """Train an adapter on a thing that no training showed; draw it before and after, in words not taught."""
         from unilip.recipes.catalog import get_recipe
         from unilip.recipes.record import override

@@ -46,6 +46,7 @@ NEAR_HUE = 40.0  # degrees around a drawing's main hue that are painted with it
 VARIANTS = {*TONES.values(), "2640", "2642"}  # skin tones and sexes: the same drawing again
 FLAG = re.compile("1f1[ef]")  # letters of which countries are made
 RGB = tuple[int, int, int]
+Drawing = tuple[str, str, str | None]  # style, name, skin tone
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,7 @@ def prepare(
     return path
 
 
-def _drawings(
-    names: Iterable[str], styles: Iterable[str], tones: Iterable[str] = tuple(TONES)
-) -> list[tuple[str, str, str | None]]:
+def _drawings(names: Iterable[str], styles: Iterable[str], tones: Iterable[str] = tuple(TONES)) -> list[Drawing]:
     """Return style, name and skin tone of each drawing that there is of concepts; our own shapes have none."""
     drawn = [(style, concept(name)) for style in styles for name in names if concept(name).codepoint]
     return [(style, c.name, tone) for style, c in drawn for tone in (None, *(tones if c.toned else ()))]

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from unilip.emoji.art import PAINTS, Atlas, recolour
 from unilip.emoji.concepts import SHAPES, concept
@@ -29,7 +30,7 @@ from unilip.emoji.world import Obj, Scene, World, found_relation, relation
 from unilip.errors import UniLIPError
 from unilip.pictures import picture_psnr
 
-Scan = tuple[torch.Tensor, torch.Tensor]  # merit of every look where an object may be (L, P); x, y, size there (P, 3)
+Scan = tuple[Tensor, Tensor]  # merit of every look where an object may be (L, P); x, y, size there (P, 3)
 Place = tuple[int, int, int, int]  # number of a look, x, y, size
 VERSION = 2  # raise it when a change here may change a verdict: old results are not mixed with new ones
 UNKNOWN = "unknown"  # something is there that looks like no drawing of the world
@@ -151,7 +152,7 @@ def smooth(picture: np.ndarray, sigma: float) -> np.ndarray:
     return _blur(moved, sigma, "replicate")[0].permute(1, 2, 0).numpy()
 
 
-def _blur(images: torch.Tensor, sigma: float, mode: str) -> torch.Tensor:
+def _blur(images: Tensor, sigma: float, mode: str) -> Tensor:
     reach = max(1, math.ceil(2.5 * sigma))
     steps = torch.arange(-reach, reach + 1, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (steps / sigma) ** 2)
@@ -161,31 +162,31 @@ def _blur(images: torch.Tensor, sigma: float, mode: str) -> torch.Tensor:
     return F.conv2d(across, kernel[:, :, :, None], groups=images.shape[1])
 
 
-def _premultiply(sprite: Image.Image) -> torch.Tensor:
+def _premultiply(sprite: Image.Image) -> Tensor:
     """RGBA picture -> (4, S, S): colour times alpha, and alpha; colours in 0..1."""
     pixels = torch.from_numpy(np.asarray(sprite, dtype=np.float32) / 255).permute(2, 0, 1)
     return torch.cat([pixels[:3] * pixels[3:], pixels[3:]])
 
 
-def _template(layers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _template(layers: Tensor) -> tuple[Tensor, Tensor]:
     """Layers (L, 4, s, s) of colour x alpha and alpha -> what is multiplied with _scene (L, 8, s, s), constant (L)."""
     painted, alpha = layers[:, :3], layers[:, 3:]
     return torch.cat([painted, alpha, painted * alpha, alpha * alpha], 1), (painted**2).sum((1, 2, 3))
 
 
-def _scene(difference: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
+def _scene(difference: Tensor, background: Tensor) -> Tensor:
     """Difference J and background B (3, h, w) -> (8, h, w); times a template: |J|^2 - |J - a (S - B)|^2, summed."""
     dot = (difference * background).sum(0, keepdim=True)
     square = (background**2).sum(0, keepdim=True)
     return torch.cat([2 * difference, -2 * dot, 2 * background, -square])
 
 
-def _merit(gain: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
+def _merit(gain: Tensor, energy: Tensor) -> Tensor:
     """What a sprite explains less half of what it leaves unexplained of the energy in its window."""
     return gain - 0.5 * (energy - gain)
 
 
-def _detail(seen: torch.Tensor, drawn: torch.Tensor, size: int) -> float:
+def _detail(seen: Tensor, drawn: Tensor, size: int) -> float:
     """How much of the detail of DRAWN, at 1/25 to 1/8 of SIZE, is in SEEN: 1 for all, near 0 for a blurred blob."""
     both = torch.stack([seen, drawn])  # 2 3 h w
     fine, coarse = (_blur(both, share * size, "replicate") for share in (0.04, 0.12))
@@ -216,7 +217,7 @@ class Judge:
             self.sizes = [round(sizes[0] * 0.92), *sizes]
         self.sizes = [s for s in self.sizes if s <= world.image_size]
 
-    def _coarse(self, look: _Look) -> torch.Tensor:
+    def _coarse(self, look: _Look) -> Tensor:
         """Colour x alpha and alpha of a look on the coarse grid: (4, CELLS, CELLS)."""
         if look.colour is None or look.concept in SHAPES:
             sprite = self.atlas.sprite(look.concept, look.style, CELLS * 3, look.colour, look.tone)
@@ -256,8 +257,8 @@ class Judge:
         return Reading(background, tuple(objects))
 
     def _next(
-        self, left: torch.Tensor, behind: torch.Tensor, floor: float, scan: Scan, before: Sequence[Found]
-    ) -> tuple[Found | None, torch.Tensor]:
+        self, left: Tensor, behind: Tensor, floor: float, scan: Scan, before: Sequence[Found]
+    ) -> tuple[Found | None, Tensor]:
         """Find the sprite that explains most of what is LEFT (3, S, S); returns it and what it hides (S, S)."""
         remaining = (left**2).sum(0)
         busy = (remaining > floor).float()
@@ -295,9 +296,7 @@ class Judge:
         box = (float(x), float(y), float(x + size), float(y + size))
         return Found(look.concept, look.style, look.colour, box, round(score, 4), look.tone), cover
 
-    def _unknown(
-        self, busy: torch.Tensor, place: tuple[int, int, int] | None = None
-    ) -> tuple[Found | None, torch.Tensor]:
+    def _unknown(self, busy: Tensor, place: tuple[int, int, int] | None = None) -> tuple[Found | None, Tensor]:
         """Return PLACE (x, y, size) as a thing without a name, or the window of the smallest size that holds most."""
         cover = torch.zeros_like(busy)
         size = min(self.world.multi_sizes)
@@ -319,7 +318,7 @@ class Judge:
             cover = torch.maximum(cover, F.max_pool2d(cover[None], 7, 1, 3)[0] * busy * limit)
         return Found(UNKNOWN, self.world.default_style, None, (x, y, x + size, y + size), 0.0), cover
 
-    def _scan(self, difference: torch.Tensor, behind: torch.Tensor, floor: float) -> Scan:
+    def _scan(self, difference: Tensor, behind: Tensor, floor: float) -> Scan:
         """Slide all looks over the coarse picture at all sizes."""
         side = difference.shape[-1]
         busy = ((difference**2).sum(0, keepdim=True) > floor).float()
@@ -368,9 +367,7 @@ class Judge:
             chosen.append((look, *where[look]))
         return chosen
 
-    def _refine(
-        self, left: torch.Tensor, behind: torch.Tensor, candidates: Sequence[Place]
-    ) -> tuple[_Look, int, int, int] | None:
+    def _refine(self, left: Tensor, behind: Tensor, candidates: Sequence[Place]) -> tuple[_Look, int, int, int] | None:
         """Try each candidate in full resolution at sizes and places nearby; returns the best (look, x, y, size)."""
         scene = _scene(left, behind)
         energy = (left**2).sum(0, keepdim=True)
@@ -383,9 +380,7 @@ class Judge:
         value, index, x, y, size = max(tried, key=lambda fit: fit[0])
         return None if value <= 0 else (self.looks[index], x, y, size)
 
-    def _fit(
-        self, scene: torch.Tensor, energy: torch.Tensor, place: Place, scale: float
-    ) -> tuple[float, int, int, int, int]:
+    def _fit(self, scene: Tensor, energy: Tensor, place: Place, scale: float) -> tuple[float, int, int, int, int]:
         """Slide one look, SCALE times as large, around a place; returns merit, look, x, y, size."""
         index, x, y, size = place
         side = scene.shape[-1]
@@ -402,13 +397,13 @@ class Judge:
         return float(merit.max()), index, x0 + dx, y0 + dy, s
 
     @lru_cache(maxsize=KEPT)  # noqa: B019 - a judge lives as long as its run
-    def _fine(self, look: _Look, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _fine(self, look: _Look, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Colour x alpha and alpha of a sprite, blurred as the picture is (4, size, size), and its template."""
         sprite = self.atlas.sprite(look.concept, look.style, size, look.colour, look.tone)
         layers = _blur(_premultiply(sprite)[None], BLUR, "constant")
         return (layers[0], *_template(layers))
 
-    def _name_colour(self, found: Found, image: torch.Tensor, behind: torch.Tensor) -> Found:
+    def _name_colour(self, found: Found, image: Tensor, behind: Tensor) -> Found:
         """Name colour or skin tone by the pixels that they change: the nearest variant in mean CIELAB."""
         if found.concept == UNKNOWN:
             return replace(found, colour=self._name_blob(found, image, behind))
@@ -418,7 +413,7 @@ class Judge:
         nearest = self._nearest(looks, found, image, behind) if len(looks) > 1 else looks[0]
         return replace(found, colour=nearest.colour, tone=nearest.tone)
 
-    def _nearest(self, looks: Sequence[_Look], found: Found, image: torch.Tensor, behind: torch.Tensor) -> _Look:
+    def _nearest(self, looks: Sequence[_Look], found: Found, image: Tensor, behind: Tensor) -> _Look:
         x, y, size = int(found.box[0]), int(found.box[1]), int(found.size)
         window = (slice(None), slice(y, y + size), slice(x, x + size))
         layers = [self._fine(look, size)[0] for look in looks]
@@ -429,7 +424,7 @@ class Judge:
         scale = np.array([1 if concept(found.concept).toned else LIGHTNESS_WEIGHT, 1, 1])  # skin differs in lightness
         return looks[int(np.argmin([np.linalg.norm((_mean(lab, weight) - seen) * scale) for lab in labs]))]
 
-    def _name_blob(self, found: Found, image: torch.Tensor, behind: torch.Tensor) -> str | None:
+    def _name_blob(self, found: Found, image: Tensor, behind: Tensor) -> str | None:
         """Name the colour of a thing without a name: the palette's nearest to its median, None if none is near."""
         left, top, right, bottom = (int(value) for value in found.box)
         window = (slice(None), slice(top, bottom), slice(left, right))
@@ -462,7 +457,7 @@ class Judge:
         return (near, *(name for name in colours if name != near and self.world.looks(obj, name)))
 
 
-def _lab_of(image: torch.Tensor) -> np.ndarray:
+def _lab_of(image: Tensor) -> np.ndarray:
     return to_lab((image.clamp(0, 1) * 255).permute(1, 2, 0).numpy())
 
 

@@ -82,6 +82,7 @@ FORMS: tuple[Callable[[str], str], ...] = (
     lambda text: f"\u201c{text[:1].upper()}{text[1:]}.\u201d",
 )
 Record = dict[str, Any]
+Shown = tuple[Record, np.ndarray]  # with a picture to look at
 T = TypeVar("T")
 
 
@@ -149,7 +150,7 @@ class Bench:
         """Return the items of PART, always the same ones in the same order."""
         return list(getattr(self, f"_plan_{part}")())
 
-    def perform(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
+    def perform(self, items: Sequence[Item]) -> list[Shown]:
         """Put items of one part and mode through the model; returns for each its record and a picture to look at."""
         return list(getattr(self, f"_perform_{items[0].part}")(items))
 
@@ -223,7 +224,7 @@ class Bench:
                 group = f"{depth} in a row{mode and f', {mode}'}"
                 yield Item(f"chain/{i:04d}/{mode or 'last'}/{depth}", group, i, {"depth": depth}, mode)
 
-    def _perform_chain(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
+    def _perform_chain(self, items: Sequence[Item]) -> Iterator[Shown]:
         """Follow edits one after the other, each on the last picture; or all at once, on the first."""
         numbers = {item.index for item in items}
         rows = {i: sample_chain(self.world, generator("chain", DATA_SEED, i), DEPTHS[-1]) for i in numbers}
@@ -263,7 +264,7 @@ class Bench:
                 asked = {"size": size, "edit": edits.draw(i)}
                 yield Item(f"shapes/{named}/edit/{i:04d}", f"edits, {named}", i, asked, f"{named} edit")
 
-    def _perform_shapes(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
+    def _perform_shapes(self, items: Sequence[Item]) -> Iterator[Shown]:
         size = items[0].data["size"]
         judge, sides = self.judge_of(size), {"width": size[0], "height": size[1]}
         if "edit" not in items[0].data:
@@ -279,7 +280,7 @@ class Bench:
     def _plan_joint(self) -> Iterator[Item]:
         return (Item(f"joint/{i:04d}", "a thing of picture 2", i) for i in range(self.count))
 
-    def _perform_joint(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
+    def _perform_joint(self, items: Sequence[Item]) -> Iterator[Shown]:
         for item in items:
             pair = self._held_out(Edits).joint(item.index)
             sources = [pair["source"], pair["other"]]
@@ -303,7 +304,7 @@ class Bench:
         images = self.model.generate(prompts, generator=generators, progress=False, **how).images
         return [np.asarray(image) for image in images]
 
-    def _perform_recon(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
+    def _perform_recon(self, items: Sequence[Item]) -> Iterator[Shown]:
         truths = [pixels(item.data["scene"], self.atlas, self.world) for item in items]
         results = [np.asarray(image) for image in self.model.reconstruct(truths).images]
         with torch.no_grad():
@@ -317,7 +318,7 @@ class Bench:
             }
             yield judged(self.judge, result, item) | measured, np.concatenate([truth, result], axis=1)
 
-    def _perform_vqa(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
+    def _perform_vqa(self, items: Sequence[Item]) -> Iterator[Shown]:
         size = CHEAP * self.count + 1  # the control asks about the next one's picture
         data = {kind: self._held_out(Questions, size, kinds=(kind,)) for kind in {item.group for item in items}}
         asked, others = ([data[item.group][item.index + step] for item in items] for step in (0, 1))
@@ -330,13 +331,13 @@ class Bench:
             reason = f"{answer!r}" if ok else f"{answer!r}, not {entry['answer']!r}"
             yield {"ok": ok, "control": control, "text": entry["question"], "reason": reason}, entry["image"]
 
-    def _perform_gen(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
+    def _perform_gen(self, items: Sequence[Item]) -> Iterator[Shown]:
         for item, picture in zip(items, self._draw(items), strict=True):
             reading = self.judge.read(picture)
             about = {"reading": reading.to_dict(), "scene": item.data["scene"].to_dict(), "task": item.data["task"]}
             yield judged(self.judge, reading, item) | about, picture
 
-    def _perform_riddle(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
+    def _perform_riddle(self, items: Sequence[Item]) -> Iterator[Shown]:
         for item, picture in zip(items, self._draw(items), strict=True):
             reading, meant = self.judge.read(picture), item.data["concept"]
             seen = sorted({found.concept for found in reading.objects})
@@ -344,7 +345,7 @@ class Bench:
             reason = str(reading) if ok else f"saw {reading}, meant was {meant}"
             yield {"ok": ok, "text": item.data["prompt"], "reason": reason, "concept": meant, "seen": seen}, picture
 
-    def _perform_edit(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
+    def _perform_edit(self, items: Sequence[Item]) -> Iterator[Shown]:
         asked = [{"kinds": (item.data["kind"],), "seen": item.data["seen"]} for item in items]
         entries = [self._held_out(Edits, **how)[item.index] for how, item in zip(asked, items, strict=True)]
         sources = [entry["source"] for entry in entries]
@@ -368,9 +369,7 @@ def judged(judge: Judge, seen: np.ndarray | Reading, item: Item) -> Record:
     return {**vars(verdict), "text": item.data["prompt"]}
 
 
-def judged_edit(
-    judge: Judge, edit: Edit, sources: Sequence[np.ndarray], result: np.ndarray
-) -> tuple[Record, np.ndarray]:
+def judged_edit(judge: Judge, edit: Edit, sources: Sequence[np.ndarray], result: np.ndarray) -> Shown:
     """Return what is kept of the verdict on an edit, and a picture to look at: sources, result, exact target."""
     verdict, target = judge_edit(judge, result, edit), pixels(edit.target, judge.atlas, judge.world)
     parts = {"done": verdict.done, "rest kept": verdict.kept}
