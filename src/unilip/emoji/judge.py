@@ -446,14 +446,11 @@ class Judge:
             return (None,)
         if obj.colour is not None:
             return (obj.colour,)
-        side = self.world.image_size
         found = Found(obj.concept, obj.style, None, (0.0, 0.0, float(obj.size), float(obj.size)), 1.0)
-        behind = torch.full((3, side, side), 0.6)
         layers = self._fine(_Look(obj.concept, obj.style, None, obj.tone), obj.size)[0]
-        image = behind.clone()
-        image[:, : obj.size, : obj.size] = layers[:3] + (1 - layers[3]) * behind[:, : obj.size, : obj.size]
+        behind = torch.full_like(layers[:3], 0.6)
         looks = [_Look(obj.concept, obj.style, name, None) for name in colours]
-        near = self._nearest(looks, found, image, behind).colour
+        near = self._nearest(looks, found, layers[:3] + (1 - layers[3]) * behind, behind).colour
         return (near, *(name for name in colours if name != near and self.world.looks(obj, name)))
 
 

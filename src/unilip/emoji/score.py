@@ -39,7 +39,7 @@ from unilip.emoji.judge import VERSION, Judge, Reading, judge_edit, judge_prompt
 from unilip.emoji.knowledge import riddles
 from unilip.emoji.questions import KINDS
 from unilip.emoji.render import change_mask
-from unilip.emoji.report import write_report
+from unilip.emoji.report import Record, write_report
 from unilip.emoji.world import COMPOSITIONAL, TASKS, Scene, World
 from unilip.errors import UniLIPError
 from unilip.fast.loop import Settings
@@ -81,7 +81,6 @@ FORMS: tuple[Callable[[str], str], ...] = (
     lambda text: text.replace(" ", "  "),
     lambda text: f"\u201c{text[:1].upper()}{text[1:]}.\u201d",
 )
-Record = dict[str, Any]
 Shown = tuple[Record, np.ndarray]  # with a picture to look at
 T = TypeVar("T")
 
