@@ -82,7 +82,7 @@ def _identity(scene: Scene, rng: random.Random, world: World) -> QA | None:
         question = rng.choice(("What are these?", "What do you see?", "What is in the picture?"))
         many = concept(obj.concept).plural
         exact, phrase = counted(obj, count, world, style=False), concept(obj.concept).phrase
-        forms = (exact, f"{NUMBERS[count]} {many}", noun(obj, world, True), phrase)
+        forms = [exact, f"{NUMBERS[count]} {many}", noun(obj, world, True), phrase]
         return _qa("identity", question, many, *forms, about=scene.objects)
     question = rng.choice(("What is in the picture?", "What do you see?", "Which things are in the picture?"))
     named = [concept(obj.concept).phrase if count == 1 else concept(obj.concept).plural for obj, count in groups]
