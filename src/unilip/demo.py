@@ -11,7 +11,6 @@ import html
 import os
 import re
 import shlex
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,21 +18,26 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from unilip import __version__
+from unilip.emoji.art import Atlas
+from unilip.emoji.captions import with_article
+from unilip.emoji.dataset import Scenes
+from unilip.emoji.edits import Edit
+from unilip.emoji.judge import Judge, judge_edit, judge_prompt
+from unilip.emoji.score import accepts
+from unilip.emoji.world import Scene, World
 from unilip.errors import UniLIPError
 from unilip.files import read_json
 from unilip.model import UniLIP
 from unilip.pictures import fit_square, load_image, picture_psnr
 
-if TYPE_CHECKING:
-    from unilip.emoji.judge import Judge
-
 MARKER = ".unilip-demo"  # lists the files of a demo, so that the next one replaces these and nothing else
 PAGE = "index.html"
+Section = tuple[str, str, str]  # title, one line of numbers, HTML
 TAUGHT = 20  # pictures of a new thing
 FOLDER = Path(str(resources.files("unilip"))) / "weights" / "examples"
 JUDGED = " The marks are of the judge that the evaluation uses: it compares pictures with drawings, without a network."
@@ -51,22 +55,16 @@ def examples() -> dict[str, Any]:
 @cache
 def judge() -> Judge:
     """Return the judge of the small model's world, with the sprites that come with the package."""
-    from unilip.emoji.art import Atlas
-    from unilip.emoji.judge import Judge
-    from unilip.emoji.world import World
-
     return Judge(World.preset("pico"), Atlas.load(FOLDER / "sprites.npz"))
 
 
 def check_folder(folder: Path) -> None:
     """Raise a clear error unless the demo may write here: a folder of its own, an empty one, or a new one."""
-    if not folder.exists():
-        if not folder.absolute().parent.is_dir():
-            raise UniLIPError(f"There is no folder {folder.absolute().parent}; make it first, or give another one.")
-        return
-    if not folder.is_dir():
+    if not folder.absolute().parent.is_dir():
+        raise UniLIPError(f"There is no folder {folder.absolute().parent}; make it first, or give another one.")
+    if folder.exists() and not folder.is_dir():
         raise UniLIPError(f"{folder} is a file; give a folder for the demo's page and pictures.")
-    if any(folder.iterdir()) and not (folder / MARKER).is_file():
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
         raise UniLIPError(f"{folder} holds files that no demo made; they were left alone. Give a new folder.")
 
 
@@ -101,24 +99,20 @@ def run(
     """
     check_folder(folder)
     place = folder.absolute()
-    new = place.with_name(f".{place.name}.part-{os.getpid()}")
-    new.mkdir()
-    try:
-        show = _Show(model, new, seed, str(folder), source)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.part-", dir=place.parent) as new:
+        show = _Show(model, Path(new), seed, str(folder), source)
         sections = []
         for part in (show.generate, show.edit, show.ask, show.reconstruct, show.outside, *[show.learn] * learn):
             title, line, body = part()
             sections.append(f"<section><h2>{title}</h2><p>{html.escape(line)}</p>{body}</section>")
             say(f"{title.lower()}: {line}")
-        (new / PAGE).write_text(show.page(sections, loaded), encoding="utf-8")
-        _replace_files(new, place)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        (show.folder / PAGE).write_text(show.page(sections, loaded), encoding="utf-8")
+        _replace_files(show.folder, place)
     return {**show.result, "page": str(place / PAGE)}
 
 
 class _Show:
-    """The parts of the demo; each returns its title, one line of numbers, and its HTML."""
+    """The parts of the demo."""
 
     def __init__(self, model: UniLIP, folder: Path, seed: int, shown: str, source: Sequence[str]) -> None:
         self.model, self.folder, self.seed, self.shown, self.source = model, folder, seed, shown, source
@@ -147,13 +141,13 @@ class _Show:
 
     def section(
         self, part: str, result: str, note: str, cards: Sequence[str], again: str, wide: bool = False
-    ) -> tuple[str, str, str]:
+    ) -> Section:
         grid = f'<div class="grid{" wide" if wide else ""}">{"".join(cards)}</div>'
         body = f'<p class="soft">{html.escape(note)}</p>{grid}{again}'
         title = "Outside its world" if part == "outside" else part.capitalize()
         return title, f"{result}, in {self.result['seconds'][part]:.1f} s", body
 
-    def generate(self) -> tuple[str, str, str]:
+    def generate(self) -> Section:
         prompts = self.examples["prompts"]
         with self.timed("generate"):
             made = self.model.generate(prompts, generator=[self.seed] * len(prompts), progress=False)
@@ -167,7 +161,7 @@ class _Show:
         note = "Drawn from words alone, one try each, nothing picked." + JUDGED * self.judges
         return self.section("generate", result, note, cards, self.command("generate", prompts[0], seeded=True))
 
-    def edit(self) -> tuple[str, str, str]:
+    def edit(self) -> Section:
         edits = self.examples["edits"]
         sources, wishes = [load_image(FOLDER / e["source"]) for e in edits], [e["instruction"] for e in edits]
         with self.timed("edit"):
@@ -184,9 +178,7 @@ class _Show:
         result = f"{self.right('edit', verdicts)} pictures"
         return self.section("edit", result, note + JUDGED * self.judges, cards, again, wide=True)
 
-    def ask(self) -> tuple[str, str, str]:
-        from unilip.emoji.score import accepts
-
+    def ask(self) -> Section:
         shown = [*self.examples["pictures"], {"file": None, "questions": self.examples["riddles"]}]
         pictures = [entry["file"] and load_image(FOLDER / entry["file"]) for entry in shown]
         about = [picture for entry, picture in zip(shown, pictures, strict=True) for _ in entry["questions"]]
@@ -223,7 +215,7 @@ class _Show:
             cards.append(_card(_row((before, "source"), (after, f"again, {scores[-1]:.1f} dB")), caption))
         return scores, cards, self.command("reconstruct", f"{names[0]}-source.png")
 
-    def reconstruct(self) -> tuple[str, str, str]:
+    def reconstruct(self) -> Section:
         captions = {entry["file"]: entry["caption"] for entry in self.examples["pictures"]}
         scores, cards, again = self.redrawn("reconstruct", captions)
         self.result["psnr"] = [round(score, 2) for score in scores]
@@ -234,7 +226,7 @@ class _Show:
         result = f"{len(scores)} pictures, {sum(scores) / len(scores):.1f} dB on average"
         return self.section("reconstruct", result, note, cards, again, wide=True)
 
-    def outside(self) -> tuple[str, str, str]:
+    def outside(self) -> Section:
         (score,), cards, again = self.redrawn("outside", {"photograph.jpg": ""})
         self.result["photograph_psnr"] = round(score, 2)
         note = (
@@ -243,10 +235,8 @@ class _Show:
         )
         return self.section("outside", f"{score:.1f} dB", note, cards, again, wide=True)
 
-    def learn(self) -> tuple[str, str, str]:
+    def learn(self) -> Section:
         """Train an adapter on a thing that no training showed; draw it before and after, in words not taught."""
-        from unilip.emoji.captions import with_article
-        from unilip.emoji.dataset import Scenes
         from unilip.recipes.catalog import get_recipe
         from unilip.recipes.record import override
         from unilip.train.loop import train
@@ -291,9 +281,6 @@ class _Show:
         """Whether a picture shows what was asked, and that in HTML."""
         if not self.judges:
             return False, ""
-        from unilip.emoji.judge import judge_prompt
-        from unilip.emoji.world import Scene
-
         reading = judge().read(image)
         ok = judge_prompt(reading, Scene.from_dict(scene), task, judge().world).ok
         return ok, f"<p>{_mark(ok, f'saw {reading}')}</p>"
@@ -302,10 +289,6 @@ class _Show:
         """Whether an edit was done and the rest kept, and that in HTML."""
         if not self.judges:
             return False, ""
-        from unilip.emoji.edits import Edit
-        from unilip.emoji.judge import judge_edit
-        from unilip.emoji.world import Scene
-
         before, after = (Scene.from_dict(edit[f"{which}_scene"]) for which in ("source", "target"))
         verdict = judge_edit(judge(), image, Edit(before, edit["instruction"], after, edit["kind"]))
         return verdict.ok, f"<p>{_mark(verdict.ok, verdict.reason)}</p>"

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import zip_longest
@@ -41,9 +41,12 @@ log = logging.getLogger(__name__)
 MASTER = 160  # pixels a side of the rasterised sprites
 MASTERS = 512  # of them kept decoded, at the art's own size and painted
 ATLAS_FILE = "atlas-160.npz"
+HORIZON = 0.6  # share of a background's height above the ground line
+NEAR_HUE = 40.0  # degrees around a drawing's main hue that are painted with it
 VARIANTS = {*TONES.values(), "2640", "2642"}  # skin tones and sexes: the same drawing again
 FLAG = re.compile("1f1[ef]")  # letters of which countries are made
 RGB = tuple[int, int, int]
+Drawing = tuple[str, str, str | None]  # style, name, skin tone
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,6 @@ class Background:
     target: str  # as in "change the background to TARGET"
 
 
-HORIZON = 0.6  # share of the height above the ground line
-
-
 BACKGROUNDS: dict[str, Background] = {
     name: Background(name, kind, tuple(top), tuple(bottom), tuple(phrases), *named)
     for name, (kind, top, bottom, phrases, *named) in TABLES["backgrounds"].items()
@@ -92,14 +92,11 @@ BACKGROUNDS: dict[str, Background] = {
 
 def data_dir() -> Path:
     """Return the folder that holds the art: $UNILIP_DATA, or ~/.cache/unilip/emoji."""
-    given = os.environ.get("UNILIP_DATA")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "unilip" / "emoji"
+    return Path(os.environ.get("UNILIP_DATA") or "~/.cache/unilip/emoji").expanduser()
 
 
 def prepare(
-    output: Path | None = None,
-    source: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    output: Path | None = None, source: Path | None = None, progress: Callable[[int, int], None] | None = None
 ) -> Path:
     """Rasterise every concept in three styles and all skin tones, and all else that the packages hold, to one file.
 
@@ -109,7 +106,6 @@ def prepare(
     """
     folder = Path(output) if output is not None else data_dir()
     path, credits = folder / ATLAS_FILE, folder / "CREDITS.txt"
-    sprites: dict[str, bytes] = {}
     work = _drawings(concepts(), STYLES)
     made = path.is_file() and credits.is_file() and credits.read_bytes() == _credits()
     if source is None and made and Atlas.load(path)._sprites.keys() > {_key(*item) for item in work}:
@@ -121,6 +117,7 @@ def prepare(
         packages = {name: _open_package(style, Path(source), Path(scratch)) for name, style in STYLES.items()}
     codes = [concept(name).tone_codepoint(tone) if tone else concept(name).codepoint for _, name, tone in work]
     work += [(style, code, None) for style, package in packages.items() for code in package.others()]
+    sprites: dict[str, bytes] = {}
     for done, ((style, name, tone), code) in enumerate(zip_longest(work, codes)):
         sprites[_key(style, name, tone)] = _rasterise(*packages[style].svg(code or name, name))
         if progress is not None:
@@ -131,9 +128,7 @@ def prepare(
     return path
 
 
-def _drawings(
-    names: Iterable[str], styles: Iterable[str], tones: Iterable[str] = tuple(TONES)
-) -> list[tuple[str, str, str | None]]:
+def _drawings(names: Iterable[str], styles: Iterable[str], tones: Iterable[str] = tuple(TONES)) -> list[Drawing]:
     """Return style, name and skin tone of each drawing that there is of concepts; our own shapes have none."""
     drawn = [(style, concept(name)) for style in styles for name in names if concept(name).codepoint]
     return [(style, c.name, tone) for style, c in drawn for tone in (None, *(tones if c.toned else ()))]
@@ -348,17 +343,16 @@ class Atlas:
         return PAINTS[colour]
 
 
-def _dominant(
-    hue: np.ndarray, saturation: np.ndarray, value: np.ndarray, alpha: np.ndarray, width: float
-) -> tuple[float, float, float] | None:
-    """The tone that most of a picture has within WIDTH degrees: hue, saturation, value; None if it is all grey."""
+def _dominant(hsv: Sequence[np.ndarray], alpha: np.ndarray) -> tuple[float, float, float] | None:
+    """The tone that most of a picture has within NEAR_HUE: hue, saturation, value; None if it is all grey."""
+    hue, saturation, value = hsv
     weight = alpha * saturation * np.sqrt(value) * (saturation > 0.25) * (value > 0.15)
     if weight.sum() < 1e-3:
         return None
     histogram = np.bincount((hue / 5.0).astype(int).ravel() % 72, weights=weight.ravel(), minlength=72)
     smooth = sum((np.roll(histogram, k) * (4 - abs(k)) for k in range(-3, 4)), start=np.zeros(72))
     centre = float(np.argmax(smooth)) * 5.0 + 2.5
-    near = (_hue_distance(hue, centre) < width) & (weight > 0)
+    near = (_hue_distance(hue, centre) < NEAR_HUE) & (weight > 0)
     return centre, *(_weighted_median(values[near], weight[near]) for values in (saturation, value))  # type: ignore[return-value]
 
 
@@ -366,17 +360,17 @@ def _hue_distance(hue: np.ndarray, centre: float) -> np.ndarray:
     return np.abs((hue - centre + 180.0) % 360.0 - 180.0)
 
 
-def recolour(image: Image.Image, colour: RGB, width: float = 40.0) -> Image.Image:
-    """Shift the dominant hue of an RGBA picture and those within WIDTH degrees, so that its main tone is COLOUR."""
+def recolour(image: Image.Image, colour: RGB) -> Image.Image:
+    """Shift the dominant hue of an RGBA picture and those within NEAR_HUE, so that its main tone is COLOUR."""
     pixels = np.asarray(image, dtype=np.float32)
-    hue, saturation, value = _to_hsv(pixels[..., :3] / 255.0)
-    tone = _dominant(hue, saturation, value, pixels[..., 3] / 255.0, width)
+    hue, saturation, value = hsv = _to_hsv(pixels[..., :3] / 255.0)
+    tone = _dominant(hsv, pixels[..., 3] / 255.0)
     if tone is None:
         return image
     own_hue, own_s, own_v = tone
     to_hue, to_s, to_v = colorsys.rgb_to_hsv(*(c / 255.0 for c in colour))
     # a soft edge in hue and saturation, so that outlines do not flicker between two colours
-    near = np.clip((width + 12.0 - _hue_distance(hue, own_hue)) / 12.0, 0, 1)
+    near = np.clip((NEAR_HUE + 12.0 - _hue_distance(hue, own_hue)) / 12.0, 0, 1)
     mix = (near * np.clip((saturation - 0.10) / 0.15, 0, 1))[..., None]
     new_s = np.clip(saturation * (to_s / max(own_s, 0.05)), 0, 1)
     ratio = value / max(own_v, 0.05)
@@ -412,12 +406,12 @@ def _to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.nd
     return np.stack([channel(5), channel(3), channel(1)], axis=-1)
 
 
-def draw_shape(name: str, colour: RGB, size: int, over: int = 4) -> Image.Image:
-    """Draw one of SHAPES, filling SIZE x SIZE pixels, smoothed by drawing OVER times larger."""
-    n = size * over
+def draw_shape(name: str, colour: RGB, size: int) -> Image.Image:
+    """Draw one of SHAPES, filling SIZE x SIZE pixels, smoothed by drawing four times larger."""
+    n = size * 4
+    edge = n - 1
     mask = Image.new("L", (n, n), 0)
     pen = ImageDraw.Draw(mask)
-    edge = n - 1
     if name == "circle":
         pen.ellipse((0, 0, edge, edge), fill=255)
     elif name == "square":
@@ -430,7 +424,7 @@ def draw_shape(name: str, colour: RGB, size: int, over: int = 4) -> Image.Image:
         x = 16 * np.sin(t) ** 3
         y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
         points = np.stack([(x / 32 + 0.5) * edge, (0.5 - (y + 2.5) / 32) * edge], axis=-1)
-        pen.polygon([(float(a), float(b)) for a, b in points], fill=255)
+        pen.polygon(points.ravel().tolist(), fill=255)
     image = Image.new("RGBA", (size, size), (*colour, 0))
     image.putalpha(mask.resize((size, size), Image.Resampling.BOX))
     return image

@@ -98,11 +98,6 @@ def placed(scene: Scene, world: World, rng: random.Random | None = None, style: 
     return listed(parts)
 
 
-def scene_style(scene: Scene, world: World) -> str:
-    """Return the style of a scene: the one that is not the default, if any."""
-    return next((obj.style for obj in scene.objects if obj.style != world.default_style), world.default_style)
-
-
 def canonical(scene: Scene, task: str, world: World, background: bool | None = None) -> str:
     """Return the caption that evaluation uses; BACKGROUND: whether it is named (None: unless it is the default one)."""
     objects = reading_order(scene)
@@ -124,7 +119,7 @@ def plan(scene: Scene, world: World) -> str:
 
 def caption(scene: Scene, task: str, rng: random.Random, world: World, where: bool = False) -> str:
     """Describe SCENE in one of several wordings, in lower case and without a full stop; WHERE says all places."""
-    style = scene_style(scene, world)
+    style = world.style_of(scene)
     # the style is said once for the scene, or on every object that has it
     once = style != world.default_style and rng.random() < 0.5
     objects = list(scene.objects)

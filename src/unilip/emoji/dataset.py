@@ -131,9 +131,8 @@ class Edits(_Items):
         """Return edit I of two pictures: dict(source, other, target, instruction, edit)."""
         rng = self._generator("joint", i)
         edit, other = sample_joint(self.world, rng, self.split)
-        shown = {"source": edit.source, "other": other, "target": edit.target}
-        pictures = {name: self._pixels(scene) for name, scene in shown.items()}
-        return {**pictures, "instruction": edit.instruction, "edit": edit}
+        source, second, target = (self._pixels(scene) for scene in (edit.source, other, edit.target))
+        return {"source": source, "other": second, "target": target, "instruction": edit.instruction, "edit": edit}
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         edit = self.draw(i)

@@ -14,23 +14,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import permutations
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from unilip.emoji.art import PAINTS, Atlas, recolour
 from unilip.emoji.concepts import SHAPES, concept
 from unilip.emoji.edits import Edit
 from unilip.emoji.render import background_rows, change_mask, render
-from unilip.emoji.world import Obj, Scene, World, relation
+from unilip.emoji.world import Obj, Scene, World, found_relation, relation
 from unilip.errors import UniLIPError
 from unilip.pictures import picture_psnr
 
-T = TypeVar("T")
-Scan = tuple[torch.Tensor, torch.Tensor]  # merit of every look where an object may be (L, P); x, y, size there (P, 3)
+Scan = tuple[Tensor, Tensor]  # merit of every look where an object may be (L, P); x, y, size there (P, 3)
 Place = tuple[int, int, int, int]  # number of a look, x, y, size
 VERSION = 2  # raise it when a change here may change a verdict: old results are not mixed with new ones
 UNKNOWN = "unknown"  # something is there that looks like no drawing of the world
@@ -105,8 +105,7 @@ class Verdict:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class _Look:
+class _Look(NamedTuple):
     """How an object can look: the arguments of Atlas.sprite without the size."""
 
     concept: str
@@ -153,7 +152,7 @@ def smooth(picture: np.ndarray, sigma: float) -> np.ndarray:
     return _blur(moved, sigma, "replicate")[0].permute(1, 2, 0).numpy()
 
 
-def _blur(images: torch.Tensor, sigma: float, mode: str) -> torch.Tensor:
+def _blur(images: Tensor, sigma: float, mode: str) -> Tensor:
     reach = max(1, math.ceil(2.5 * sigma))
     steps = torch.arange(-reach, reach + 1, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (steps / sigma) ** 2)
@@ -163,31 +162,31 @@ def _blur(images: torch.Tensor, sigma: float, mode: str) -> torch.Tensor:
     return F.conv2d(across, kernel[:, :, :, None], groups=images.shape[1])
 
 
-def _premultiply(sprite: Image.Image) -> torch.Tensor:
+def _premultiply(sprite: Image.Image) -> Tensor:
     """RGBA picture -> (4, S, S): colour times alpha, and alpha; colours in 0..1."""
     pixels = torch.from_numpy(np.asarray(sprite, dtype=np.float32) / 255).permute(2, 0, 1)
     return torch.cat([pixels[:3] * pixels[3:], pixels[3:]])
 
 
-def _template(layers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _template(layers: Tensor) -> tuple[Tensor, Tensor]:
     """Layers (L, 4, s, s) of colour x alpha and alpha -> what is multiplied with _scene (L, 8, s, s), constant (L)."""
     painted, alpha = layers[:, :3], layers[:, 3:]
     return torch.cat([painted, alpha, painted * alpha, alpha * alpha], 1), (painted**2).sum((1, 2, 3))
 
 
-def _scene(difference: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
+def _scene(difference: Tensor, background: Tensor) -> Tensor:
     """Difference J and background B (3, h, w) -> (8, h, w); times a template: |J|^2 - |J - a (S - B)|^2, summed."""
     dot = (difference * background).sum(0, keepdim=True)
     square = (background**2).sum(0, keepdim=True)
     return torch.cat([2 * difference, -2 * dot, 2 * background, -square])
 
 
-def _merit(gain: torch.Tensor, energy: torch.Tensor, fault: float = 0.5) -> torch.Tensor:
-    """What a sprite explains less FAULT times what it leaves unexplained of the energy in its window."""
-    return gain - fault * (energy - gain)
+def _merit(gain: Tensor, energy: Tensor) -> Tensor:
+    """What a sprite explains less half of what it leaves unexplained of the energy in its window."""
+    return gain - 0.5 * (energy - gain)
 
 
-def _detail(seen: torch.Tensor, drawn: torch.Tensor, size: int) -> float:
+def _detail(seen: Tensor, drawn: Tensor, size: int) -> float:
     """How much of the detail of DRAWN, at 1/25 to 1/8 of SIZE, is in SEEN: 1 for all, near 0 for a blurred blob."""
     both = torch.stack([seen, drawn])  # 2 3 h w
     fine, coarse = (_blur(both, share * size, "replicate") for share in (0.04, 0.12))
@@ -218,7 +217,7 @@ class Judge:
             self.sizes = [round(sizes[0] * 0.92), *sizes]
         self.sizes = [s for s in self.sizes if s <= world.image_size]
 
-    def _coarse(self, look: _Look) -> torch.Tensor:
+    def _coarse(self, look: _Look) -> Tensor:
         """Colour x alpha and alpha of a look on the coarse grid: (4, CELLS, CELLS)."""
         if look.colour is None or look.concept in SHAPES:
             sprite = self.atlas.sprite(look.concept, look.style, CELLS * 3, look.colour, look.tone)
@@ -258,8 +257,8 @@ class Judge:
         return Reading(background, tuple(objects))
 
     def _next(
-        self, left: torch.Tensor, behind: torch.Tensor, floor: float, scan: Scan, before: Sequence[Found]
-    ) -> tuple[Found | None, torch.Tensor]:
+        self, left: Tensor, behind: Tensor, floor: float, scan: Scan, before: Sequence[Found]
+    ) -> tuple[Found | None, Tensor]:
         """Find the sprite that explains most of what is LEFT (3, S, S); returns it and what it hides (S, S)."""
         remaining = (left**2).sum(0)
         busy = (remaining > floor).float()
@@ -271,22 +270,22 @@ class Judge:
             return self._unknown(busy)
         look, x, y, size = fit
         layers = self._fine(look, size)[0]
-        window = (slice(y, y + size), slice(x, x + size))
-        wide = (slice(max(0, y - 2), y + size + 2), slice(max(0, x - 2), x + size + 2))
+        window = (..., slice(y, y + size), slice(x, x + size))
+        wide = (..., slice(max(0, y - 2), y + size + 2), slice(max(0, x - 2), x + size + 2))
         total = remaining[wide].sum()
         drawn = torch.zeros_like(left)
-        drawn[(..., *window)] = layers[:3] - layers[3] * behind[(..., *window)]
+        drawn[window] = layers[:3] - layers[3] * behind[window]
         score, softness = -1.0, 0.0
         for softer in SOFTNESS:  # a decoder's pictures are softer than the art
             soft = _blur(layers[None], softer, "constant")[0] if softer else layers
             rest = left.clone()
-            rest[(..., *window)] -= soft[:3] - soft[3] * behind[(..., *window)]
+            rest[window] -= soft[:3] - soft[3] * behind[window]
             explained = 1 - float((rest**2).sum(0)[wide].sum() / total.clamp_min(1e-6))
             if explained > score:
                 score, softness = explained, softer
         seen = float(busy[wide].sum()) >= MIN_AREA * smallest
         enough = MIN_EXPLAINED_SHAPE if look.concept in SHAPES else MIN_EXPLAINED
-        if not seen or score < enough or _detail(left[(..., *wide)], drawn[(..., *wide)], size) < MIN_DETAIL:
+        if not seen or score < enough or _detail(left[wide], drawn[wide], size) < MIN_DETAIL:
             return self._unknown(busy, fit[1:])
         reach = round(3 + 2 * softness)  # the soft outline belongs to the object
         cover = torch.zeros_like(busy)
@@ -297,9 +296,7 @@ class Judge:
         box = (float(x), float(y), float(x + size), float(y + size))
         return Found(look.concept, look.style, look.colour, box, round(score, 4), look.tone), cover
 
-    def _unknown(
-        self, busy: torch.Tensor, place: tuple[int, int, int] | None = None
-    ) -> tuple[Found | None, torch.Tensor]:
+    def _unknown(self, busy: Tensor, place: tuple[int, int, int] | None = None) -> tuple[Found | None, Tensor]:
         """Return PLACE (x, y, size) as a thing without a name, or the window of the smallest size that holds most."""
         cover = torch.zeros_like(busy)
         size = min(self.world.multi_sizes)
@@ -321,7 +318,7 @@ class Judge:
             cover = torch.maximum(cover, F.max_pool2d(cover[None], 7, 1, 3)[0] * busy * limit)
         return Found(UNKNOWN, self.world.default_style, None, (x, y, x + size, y + size), 0.0), cover
 
-    def _scan(self, difference: torch.Tensor, behind: torch.Tensor, floor: float) -> Scan:
+    def _scan(self, difference: Tensor, behind: Tensor, floor: float) -> Scan:
         """Slide all looks over the coarse picture at all sizes."""
         side = difference.shape[-1]
         busy = ((difference**2).sum(0, keepdim=True) > floor).float()
@@ -370,9 +367,7 @@ class Judge:
             chosen.append((look, *where[look]))
         return chosen
 
-    def _refine(
-        self, left: torch.Tensor, behind: torch.Tensor, candidates: Sequence[Place]
-    ) -> tuple[_Look, int, int, int] | None:
+    def _refine(self, left: Tensor, behind: Tensor, candidates: Sequence[Place]) -> tuple[_Look, int, int, int] | None:
         """Try each candidate in full resolution at sizes and places nearby; returns the best (look, x, y, size)."""
         scene = _scene(left, behind)
         energy = (left**2).sum(0, keepdim=True)
@@ -385,9 +380,7 @@ class Judge:
         value, index, x, y, size = max(tried, key=lambda fit: fit[0])
         return None if value <= 0 else (self.looks[index], x, y, size)
 
-    def _fit(
-        self, scene: torch.Tensor, energy: torch.Tensor, place: Place, scale: float
-    ) -> tuple[float, int, int, int, int]:
+    def _fit(self, scene: Tensor, energy: Tensor, place: Place, scale: float) -> tuple[float, int, int, int, int]:
         """Slide one look, SCALE times as large, around a place; returns merit, look, x, y, size."""
         index, x, y, size = place
         side = scene.shape[-1]
@@ -404,39 +397,34 @@ class Judge:
         return float(merit.max()), index, x0 + dx, y0 + dy, s
 
     @lru_cache(maxsize=KEPT)  # noqa: B019 - a judge lives as long as its run
-    def _fine(self, look: _Look, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _fine(self, look: _Look, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Colour x alpha and alpha of a sprite, blurred as the picture is (4, size, size), and its template."""
         sprite = self.atlas.sprite(look.concept, look.style, size, look.colour, look.tone)
         layers = _blur(_premultiply(sprite)[None], BLUR, "constant")
         return (layers[0], *_template(layers))
 
-    def _name_colour(self, found: Found, image: torch.Tensor, behind: torch.Tensor) -> Found:
+    def _name_colour(self, found: Found, image: Tensor, behind: Tensor) -> Found:
         """Name colour or skin tone by the pixels that they change: the nearest variant in mean CIELAB."""
         if found.concept == UNKNOWN:
             return replace(found, colour=self._name_blob(found, image, behind))
         colours = self.world.colours_of(found.concept, found.style)
-        if colours:
-            looks = {name: _Look(found.concept, found.style, name, None) for name in colours}
-            return replace(found, colour=self._nearest(looks, found, image, behind), tone=None)
-        if self.world.tones and concept(found.concept).toned:
-            tones = {name: _Look(found.concept, found.style, None, name) for name in (None, *self.world.tones)}
-            return replace(found, colour=None, tone=self._nearest(tones, found, image, behind))
-        return replace(found, colour=None, tone=None)
+        tones = (None, *self.world.tones) if concept(found.concept).toned and not colours else (None,)
+        looks = [_Look(found.concept, found.style, colour, tone) for colour in colours or (None,) for tone in tones]
+        nearest = self._nearest(looks, found, image, behind) if len(looks) > 1 else looks[0]
+        return replace(found, colour=nearest.colour, tone=nearest.tone)
 
-    def _nearest(self, looks: Mapping[T, _Look], found: Found, image: torch.Tensor, behind: torch.Tensor) -> T:
+    def _nearest(self, looks: Sequence[_Look], found: Found, image: Tensor, behind: Tensor) -> _Look:
         x, y, size = int(found.box[0]), int(found.box[1]), int(found.size)
         window = (slice(None), slice(y, y + size), slice(x, x + size))
-        layers = {name: self._fine(look, size)[0] for name, look in looks.items()}
-        labs = {name: _lab_of(each[:3] + (1 - each[3]) * behind[window]) for name, each in layers.items()}
-        alpha = next(iter(layers.values()))[3].numpy()
-        spread = np.stack(list(labs.values())).std(0).sum(-1) * (alpha > 0.8)
+        layers = [self._fine(look, size)[0] for look in looks]
+        labs = [_lab_of(each[:3] + (1 - each[3]) * behind[window]) for each in layers]
+        spread = np.stack(labs).std(0).sum(-1) * (layers[0][3].numpy() > 0.8)
         weight = (spread > 0.5 * spread.max()).astype(np.float32)
         seen = _mean(_lab_of(image[window]), weight)
         scale = np.array([1 if concept(found.concept).toned else LIGHTNESS_WEIGHT, 1, 1])  # skin differs in lightness
-        distances = {name: float(np.linalg.norm((_mean(lab, weight) - seen) * scale)) for name, lab in labs.items()}
-        return min(distances, key=lambda name: distances[name])
+        return looks[int(np.argmin([np.linalg.norm((_mean(lab, weight) - seen) * scale) for lab in labs]))]
 
-    def _name_blob(self, found: Found, image: torch.Tensor, behind: torch.Tensor) -> str | None:
+    def _name_blob(self, found: Found, image: Tensor, behind: Tensor) -> str | None:
         """Name the colour of a thing without a name: the palette's nearest to its median, None if none is near."""
         left, top, right, bottom = (int(value) for value in found.box)
         window = (slice(None), slice(top, bottom), slice(left, right))
@@ -445,11 +433,10 @@ class Judge:
             return None
         median = to_lab(image[window][:, seen].median(1).values.numpy() * 255)
         scale = np.array([LIGHTNESS_WEIGHT, 1, 1])
-        distances = {
-            c: float(np.linalg.norm((to_lab(np.array(PAINTS[c])) - median) * scale)) for c in self.world.colours
-        }
-        nearest = min(distances, key=lambda name: distances[name])
-        return nearest if distances[nearest] < BLOB_NEAR else None
+        colours = self.world.colours
+        distances = [np.linalg.norm((to_lab(np.array(PAINTS[name])) - median) * scale) for name in colours]
+        nearest = int(np.argmin(distances))
+        return colours[nearest] if distances[nearest] < BLOB_NEAR else None
 
     @lru_cache(maxsize=4096)  # noqa: B019 - as long as that
     def colours_as(self, obj: Obj) -> tuple[str | None, ...]:
@@ -459,31 +446,20 @@ class Judge:
             return (None,)
         if obj.colour is not None:
             return (obj.colour,)
-        side = self.world.image_size
         found = Found(obj.concept, obj.style, None, (0.0, 0.0, float(obj.size), float(obj.size)), 1.0)
-        behind = torch.full((3, side, side), 0.6)
         layers = self._fine(_Look(obj.concept, obj.style, None, obj.tone), obj.size)[0]
-        image = behind.clone()
-        image[:, : obj.size, : obj.size] = layers[:3] + (1 - layers[3]) * behind[:, : obj.size, : obj.size]
-        looks = {name: _Look(obj.concept, obj.style, name, None) for name in colours}
-        near = self._nearest(looks, found, image, behind)
+        behind = torch.full_like(layers[:3], 0.6)
+        looks = [_Look(obj.concept, obj.style, name, None) for name in colours]
+        near = self._nearest(looks, found, layers[:3] + (1 - layers[3]) * behind, behind).colour
         return (near, *(name for name in colours if name != near and self.world.looks(obj, name)))
 
 
-def _lab_of(image: torch.Tensor) -> np.ndarray:
+def _lab_of(image: Tensor) -> np.ndarray:
     return to_lab((image.clamp(0, 1) * 255).permute(1, 2, 0).numpy())
 
 
 def _mean(lab: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return (lab * weight[..., None]).sum((0, 1)) / max(float(weight.sum()), 1e-6)
-
-
-def found_relation(a: Found, b: Found) -> str:
-    """Return where A is, seen from B, by the longer of the two distances between their middles."""
-    dx, dy = a.centre[0] - b.centre[0], a.centre[1] - b.centre[1]
-    if abs(dx) >= abs(dy):
-        return "left" if dx < 0 else "right"
-    return "above" if dy < 0 else "below"
 
 
 def assign(found: Sequence[Found], asked: Sequence[Obj]) -> tuple[int, ...] | None:

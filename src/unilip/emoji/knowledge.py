@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from unilip.data.seeding import stable_hash
 from unilip.emoji.captions import WORDS
@@ -35,10 +35,10 @@ class Riddle:
     met: bool
 
 
-@lru_cache(maxsize=16)
-def _facts(names: tuple[str, ...], split: str) -> tuple[Fact, ...]:
+def knowledge(world: World, split: str = "train") -> tuple[Fact, ...]:
+    """Return the facts about WORLD's concepts; of every clue, validation keeps one wording that training lacks."""
     found = []
-    for name in filter(CLUES.__contains__, names):
+    for name in filter(CLUES.__contains__, world.concepts):
         kind, clues = CLUES[name]
         article, who = "an" if kind[0] in "aeiou" else "a", "Who" if kind == "person" else f"What {kind}"
         for clue in clues:
@@ -49,26 +49,18 @@ def _facts(names: tuple[str, ...], split: str) -> tuple[Fact, ...]:
     return tuple(found)
 
 
-def knowledge(world: World, split: str = "train") -> tuple[Fact, ...]:
-    """Return the facts about WORLD's concepts; of every clue, validation keeps one wording that training lacks."""
-    return _facts(world.concepts, split)
+@cache
+def _riddles(name: str) -> tuple[Riddle, ...]:
+    kind, clues = CLUES.get(name, ("", ()))
+    met = [stable_hash("riddle met", name, clue) % 3 > 0 for clue in clues]
+    return tuple(Riddle(f"the {kind} that {clue}", name, known) for clue, known in zip(clues, met, strict=True))
 
 
 def riddles(world: World) -> tuple[Riddle, ...]:
     """Return riddle captions for WORLD's concepts: to be drawn without the name being said; a third is never met."""
-    return _riddles(world.concepts)
-
-
-@lru_cache(maxsize=16)
-def _riddles(names: tuple[str, ...]) -> tuple[Riddle, ...]:
-    return tuple(
-        Riddle(f"the {kind} that {clue}", name, stable_hash("riddle met", name, clue) % 3 > 0)
-        for name in filter(CLUES.__contains__, names)
-        for kind, clues in (CLUES[name],)
-        for clue in clues
-    )
+    return tuple(riddle for name in world.concepts for riddle in _riddles(name))
 
 
 def met_riddles(world: World, concept: str) -> tuple[str, ...]:
     """Return the captions that mean CONCEPT without naming it and that training may draw."""
-    return tuple(riddle.caption for riddle in riddles(world) if riddle.met and riddle.concept == concept)
+    return tuple(riddle.caption for riddle in _riddles(concept) if riddle.met and concept in world.concepts)

@@ -18,7 +18,7 @@ from unilip.emoji.concepts import concepts
 from unilip.emoji.edits import Edit
 from unilip.emoji.knowledge import met_riddles
 from unilip.emoji.questions import QA
-from unilip.emoji.world import EDITS, RELATIONS, Obj, Scene, World, relation
+from unilip.emoji.world import EDITS, RELATIONS, Obj, Scene, World, found_relation, relation
 from unilip.method.config import TOKEN_PIXELS
 
 UNKNOWN = -100  # what cross entropy leaves out
@@ -106,9 +106,7 @@ def of_edit(edit: Edit, text: str, world: World) -> Lesson:
     if edit.kind == "add":
         said["side"] = relation(come[0], source[0])  # beside the first that was there before
     elif edit.kind == "move" and len(come) == 1:
-        (ax, ay), (bx, by) = come[0].centre, gone[0].centre
-        across, down = "left" if ax < bx else "right", "above" if ay < by else "below"
-        said["side"] = across if abs(ax - bx) > abs(ay - by) else down
+        said["side"] = found_relation(come[0], gone[0])
     if len(come) <= 1:
         said |= {"gone": gone[0].concept if gone else None, "come": come[0].concept if come else None}
     if edit.kind == "background":
@@ -121,8 +119,7 @@ def of_edit(edit: Edit, text: str, world: World) -> Lesson:
 def of_question(qa: QA, scene: Scene, world: World) -> tuple[tuple[int, int, int, np.ndarray], ...]:
     """Return where in the picture it lies what a question speaks of: (end, concept, colour, image tokens (N,) bool).
 
-    One for each name of a thing or a paint; and at the end of the question, without concept and colour, what it is
-    about.
+    One for each name of a thing or a paint; and what it is about at its end, without concept and colour.
     """
     asked: list[tuple[int, int, int, list[Obj]]] = []
     if qa.about is not None:

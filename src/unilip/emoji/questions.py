@@ -9,21 +9,7 @@ from dataclasses import dataclass
 from itertools import permutations
 
 from unilip.emoji.art import BACKGROUNDS
-from unilip.emoji.captions import (
-    NUMBERS,
-    PLACES,
-    WORDS,
-    canonical,
-    cell,
-    counted,
-    definite,
-    grouped,
-    indefinite,
-    listed,
-    noun,
-    scene_style,
-    with_article,
-)
+from unilip.emoji.captions import NUMBERS, PLACES, WORDS, canonical, cell, counted, definite, grouped, listed, noun
 from unilip.emoji.concepts import SHAPES, concept
 from unilip.emoji.world import INVERSE, Obj, Scene, World, reading_order, relation
 
@@ -79,41 +65,40 @@ def _orders(scene: Scene, world: World) -> list[str]:
     return [listed(words) for order in permutations(ways) for words in zip(*order, strict=True)]
 
 
-def _plain(name: str) -> str:
-    return with_article(name) if concept(name).countable else name
+def _called(obj: Obj, world: World) -> tuple[str, str, str]:
+    """What one object may be called: "a car", "car", "a red car"."""
+    return concept(obj.concept).phrase, obj.concept, counted(obj, 1, world, style=False)
 
 
 def _identity(scene: Scene, rng: random.Random, world: World) -> QA | None:
     if not scene.objects:
         return None
     groups = grouped(reading_order(scene))
-    if len(groups) == 1 and groups[0][1] == 1:
-        obj = groups[0][0]
+    obj, count = groups[0]
+    if len(scene.objects) == 1:
         question = rng.choice(("What is this?", "What is in the picture?", "What do you see?", "What does this show?"))
-        forms = [obj.concept, indefinite(obj, world, False), noun(obj, world)]
-        return _qa("identity", question, _plain(obj.concept), *forms, about=scene.objects)
+        return _qa("identity", question, *_called(obj, world), noun(obj, world), about=scene.objects)
     if len(groups) == 1:
-        obj, count = groups[0]
         question = rng.choice(("What are these?", "What do you see?", "What is in the picture?"))
         many = concept(obj.concept).plural
-        exact = counted(obj, count, world, style=False)
-        forms = [exact, f"{NUMBERS[count]} {many}", noun(obj, world, True), _plain(obj.concept)]
+        exact, phrase = counted(obj, count, world, style=False), concept(obj.concept).phrase
+        forms = [exact, f"{NUMBERS[count]} {many}", noun(obj, world, True), phrase]
         return _qa("identity", question, many, *forms, about=scene.objects)
     question = rng.choice(("What is in the picture?", "What do you see?", "Which things are in the picture?"))
-    named = [_plain(obj.concept) if count == 1 else concept(obj.concept).plural for obj, count in groups]
+    named = [concept(obj.concept).phrase if count == 1 else concept(obj.concept).plural for obj, count in groups]
     forms = [*map(listed, permutations(named)), *_orders(scene, world)]
     return _qa("identity", question, *forms, about=scene.objects)
 
 
 def _colour(scene: Scene, rng: random.Random, world: World, split: str) -> QA | None:
     # a colour is asked for only where we painted it: artists disagree about the rest
-    painted = [(obj, count) for obj, count in grouped(scene.objects) if obj.colour]
-    painted = [entry for entry in painted if sum(o.concept == entry[0].concept for o in scene.objects) == entry[1]]
+    groups = grouped(scene.objects)
+    painted = [(obj, n) for obj, n in groups if obj.colour and len(_alike(scene, obj.concept)) == n]
     if not painted:
         return None
     obj, count = rng.choice(painted)
     assert obj.colour is not None
-    about = _alike(scene, obj)
+    about = _alike(scene, obj.concept)
     things = f"the {concept(obj.concept).plural}" if count > 1 else definite(obj)
     verb = "are" if count > 1 or obj.concept.startswith("pair") else "is"
     if rng.random() < 0.65:
@@ -138,8 +123,8 @@ def _yes_no(kind: str, about: Sequence[Obj], question: str) -> QA:
     return _qa(kind, question, answer, f"{answer}.", about=about)
 
 
-def _alike(scene: Scene, obj: Obj) -> list[Obj]:
-    return [other for other in scene.objects if other.concept == obj.concept]
+def _alike(scene: Scene, name: str) -> list[Obj]:
+    return [obj for obj in scene.objects if obj.concept == name]
 
 
 def _count(scene: Scene, rng: random.Random, world: World) -> QA | None:
@@ -147,7 +132,7 @@ def _count(scene: Scene, rng: random.Random, world: World) -> QA | None:
         return None
     total = len(scene.objects)
     obj = rng.choice(scene.objects)
-    about = _alike(scene, obj)
+    about = _alike(scene, obj.concept)
     same, many = len(about), concept(obj.concept).plural
     if not concept(obj.concept).countable or rng.random() < 0.25:
         question = rng.choice(("How many objects are there?", "How many things are in the picture?"))
@@ -170,15 +155,13 @@ def _position(scene: Scene, rng: random.Random, world: World) -> QA | None:
     if not pairs or rng.random() < 0.5:
         return _place(scene, rng, world)
     a, b, where = rng.choice(pairs)
-    words = BESIDE[where]
-    the_a, the_b = definite(a), definite(b)
+    the_b = definite(b)
     if rng.random() < 0.5 and len(scene.objects) == 2:
-        question = rng.choice((f"What is {words} {the_b}?", f"What is {SIDES[where]}?"))
-        forms = (a.concept, indefinite(a, world, False), noun(a, world, style=False))
-        return _qa("position", question, _plain(a.concept), *forms, about=[a])
+        question = rng.choice((f"What is {BESIDE[where]} {the_b}?", f"What is {SIDES[where]}?"))
+        return _qa("position", question, *_called(a, world), noun(a, world, style=False), about=[a])
     truth = rng.random() < 0.5
     asked = where if truth else INVERSE[where]
-    return _yes_no("position", [a] if truth else (), f"Is {the_a} {BESIDE[asked]} {the_b}?")
+    return _yes_no("position", [a] if truth else (), f"Is {definite(a)} {BESIDE[asked]} {the_b}?")
 
 
 def _place(scene: Scene, rng: random.Random, world: World) -> QA:
@@ -195,8 +178,7 @@ def _place(scene: Scene, rng: random.Random, world: World) -> QA:
         said = (f"{thing} is {form}" for form in forms)
         return _qa("position", question, forms[0], *forms, *bare, *said, *sides, about=[obj])
     if choice < 0.8:
-        named = (obj.concept, indefinite(obj, world, False))
-        return _qa("position", f"What is {forms[0]}?", _plain(obj.concept), *named, about=[obj])
+        return _qa("position", f"What is {forms[0]}?", *_called(obj, world), about=[obj])
     truth = rng.random() < 0.5
     place = forms[0] if truth else rng.choice([p[0] for p in PLACES.values() if p is not forms])
     return _yes_no("position", [obj] if truth else (), f"Is {thing} {place}?")
@@ -209,8 +191,7 @@ def _presence(scene: Scene, rng: random.Random, world: World, split: str) -> QA 
     truth = rng.random() < 0.5
     name = rng.choice(present) if truth else _absent(present, rng, world, split)
     start = rng.choice(("Is there {}?", "Is there {} in the picture?", "Do you see {}?", "Can you see {}?"))
-    about = [obj for obj in scene.objects if obj.concept == name]
-    return _yes_no("presence", about, start.format(_plain(name)))
+    return _yes_no("presence", _alike(scene, name), start.format(concept(name).phrase))
 
 
 def _absent(present: Sequence[str], rng: random.Random, world: World, split: str) -> str:
@@ -240,6 +221,6 @@ def _background(scene: Scene, rng: random.Random, world: World) -> QA:
 def _style(scene: Scene, rng: random.Random, world: World) -> QA | None:
     if len(world.styles) < 2 or not scene.objects or all(o.concept in SHAPES for o in scene.objects):
         return None
-    style = scene_style(scene, world)
+    style = world.style_of(scene)
     question = rng.choice(("What style is this?", "In which style is this drawn?", "What is the style of the picture?"))
     return _qa("style", question, style, f"{style} style", f"in {style} style", f"a {style} style")

@@ -39,7 +39,7 @@ from unilip.emoji.judge import VERSION, Judge, Reading, judge_edit, judge_prompt
 from unilip.emoji.knowledge import riddles
 from unilip.emoji.questions import KINDS
 from unilip.emoji.render import change_mask
-from unilip.emoji.report import write_report
+from unilip.emoji.report import Record, write_report
 from unilip.emoji.world import COMPOSITIONAL, TASKS, Scene, World
 from unilip.errors import UniLIPError
 from unilip.fast.loop import Settings
@@ -81,7 +81,7 @@ FORMS: tuple[Callable[[str], str], ...] = (
     lambda text: text.replace(" ", "  "),
     lambda text: f"\u201c{text[:1].upper()}{text[1:]}.\u201d",
 )
-Record = dict[str, Any]
+Shown = tuple[Record, np.ndarray]  # with a picture to look at
 T = TypeVar("T")
 
 
@@ -149,7 +149,7 @@ class Bench:
         """Return the items of PART, always the same ones in the same order."""
         return list(getattr(self, f"_plan_{part}")())
 
-    def perform(self, items: Sequence[Item]) -> list[tuple[Record, np.ndarray]]:
+    def perform(self, items: Sequence[Item]) -> list[Shown]:
         """Put items of one part and mode through the model; returns for each its record and a picture to look at."""
         return list(getattr(self, f"_perform_{items[0].part}")(items))
 
@@ -158,11 +158,10 @@ class Bench:
 
     def _plan_recon(self) -> Iterator[Item]:
         size = CHEAP * self.count
-        data = {"held-out scenes": self._held_out(Scenes, size, purpose="tokenizer")}
+        asked: dict[str, dict[str, Any]] = {"held-out scenes": {}}
         if self.world.extra:
-            data["held-out concepts"] = self._held_out(
-                Scenes, size, purpose="tokenizer", tasks=("single",), pool=self.world.extra
-            )
+            asked["held-out concepts"] = {"tasks": ("single",), "pool": self.world.extra}
+        data = {group: self._held_out(Scenes, size, purpose="tokenizer", **how) for group, how in asked.items()}
         groups = {group: [scenes.draw(i)[:2] for i in range(size)] for group, scenes in data.items()}
         if "recolour" in self.world.edits:  # what a perfect edit to an unseen pair would have to draw
             edits = self._held_out(Edits, size, kinds=("recolour",), seen=False)
@@ -196,9 +195,8 @@ class Bench:
     def _generation_groups(self) -> dict[str, Scenes]:
         asked: dict[str, dict[str, Any]] = {}
         for task in TASKS:
-            asked[f"{task}, seen"] = {"tasks": (task,), "seen": True}
-            if task in COMPOSITIONAL:
-                asked[f"{task}, unseen"] = {"tasks": (task,), "seen": False}
+            for seen in (True, False) if task in COMPOSITIONAL else (True,):
+                asked[f"{task}, {'seen' if seen else 'unseen'}"] = {"tasks": (task,), "seen": seen}
         if pool := self.world.generation_held_out:
             asked["concepts never generated"] = {"tasks": ("single",), "pool": pool}
         return {group: self._held_out(Scenes, purpose="generation", **how) for group, how in asked.items()}
@@ -225,11 +223,10 @@ class Bench:
                 group = f"{depth} in a row{mode and f', {mode}'}"
                 yield Item(f"chain/{i:04d}/{mode or 'last'}/{depth}", group, i, {"depth": depth}, mode)
 
-    def _perform_chain(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
+    def _perform_chain(self, items: Sequence[Item]) -> Iterator[Shown]:
         """Follow edits one after the other, each on the last picture; or all at once, on the first."""
-        rows = {
-            i: sample_chain(self.world, generator("chain", DATA_SEED, i), DEPTHS[-1]) for i in {x.index for x in items}
-        }
+        numbers = {item.index for item in items}
+        rows = {i: sample_chain(self.world, generator("chain", DATA_SEED, i), DEPTHS[-1]) for i in numbers}
         first = {i: pixels(edits[0].source, self.atlas, self.world) for i, edits in rows.items()}
         drawn, copies = ({(i, 0): picture for i, picture in first.items()} for _ in range(2))
         whole = items[0].mode == ORIGINAL
@@ -266,7 +263,7 @@ class Bench:
                 asked = {"size": size, "edit": edits.draw(i)}
                 yield Item(f"shapes/{named}/edit/{i:04d}", f"edits, {named}", i, asked, f"{named} edit")
 
-    def _perform_shapes(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
+    def _perform_shapes(self, items: Sequence[Item]) -> Iterator[Shown]:
         size = items[0].data["size"]
         judge, sides = self.judge_of(size), {"width": size[0], "height": size[1]}
         if "edit" not in items[0].data:
@@ -282,7 +279,7 @@ class Bench:
     def _plan_joint(self) -> Iterator[Item]:
         return (Item(f"joint/{i:04d}", "a thing of picture 2", i) for i in range(self.count))
 
-    def _perform_joint(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
+    def _perform_joint(self, items: Sequence[Item]) -> Iterator[Shown]:
         for item in items:
             pair = self._held_out(Edits).joint(item.index)
             sources = [pair["source"], pair["other"]]
@@ -290,26 +287,23 @@ class Bench:
             yield judged_edit(self.judge, pair["edit"], sources, result)
 
     def _edited(
-        self, sources: Sequence[Any], texts: Sequence[str], noises: Sequence[Sequence[object]], **how: Any
+        self, sources: list[np.ndarray], texts: list[str], noises: Sequence[Sequence[object]], **how: Any
     ) -> list[np.ndarray]:
-        images = self.model.edit(
-            list(sources), list(texts), generator=[noise_generator(*parts) for parts in noises],
-            num_inference_steps=self.steps, preset=self.preset, guidance_scale=self.guidance_scale, progress=False,
-            **how,
-        ).images  # fmt: skip
+        generators = [noise_generator(*parts) for parts in noises]
+        how |= {"num_inference_steps": self.steps, "preset": self.preset, "guidance_scale": self.guidance_scale}
+        images = self.model.edit(sources, texts, generator=generators, progress=False, **how).images
         return [np.asarray(image) for image in images]
 
     def _draw(self, items: Sequence[Item], **sides: Any) -> list[np.ndarray]:
         # the noise belongs to prompt and seed: without guidance, and as people write, it is the same again
         generators = [noise_generator(item.data.get("noise", item.data["prompt"]), item.data["seed"]) for item in items]
         guidance = 1.0 if items[0].mode == UNGUIDED else self.guidance_scale
-        images = self.model.generate(
-            [item.data["prompt"] for item in items], generator=generators, num_inference_steps=self.steps,
-            preset=self.preset, guidance_scale=guidance, progress=False, **sides,
-        ).images  # fmt: skip
+        how = {"num_inference_steps": self.steps, "preset": self.preset, "guidance_scale": guidance, **sides}
+        prompts = [item.data["prompt"] for item in items]
+        images = self.model.generate(prompts, generator=generators, progress=False, **how).images
         return [np.asarray(image) for image in images]
 
-    def _perform_recon(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
+    def _perform_recon(self, items: Sequence[Item]) -> Iterator[Shown]:
         truths = [pixels(item.data["scene"], self.atlas, self.world) for item in items]
         results = [np.asarray(image) for image in self.model.reconstruct(truths).images]
         with torch.no_grad():
@@ -323,37 +317,34 @@ class Bench:
             }
             yield judged(self.judge, result, item) | measured, np.concatenate([truth, result], axis=1)
 
-    def _perform_vqa(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
+    def _perform_vqa(self, items: Sequence[Item]) -> Iterator[Shown]:
         size = CHEAP * self.count + 1  # the control asks about the next one's picture
-        data = [self._held_out(Questions, size, kinds=(item.group,)) for item in items]
-        asked = [questions[item.index] for questions, item in zip(data, items, strict=True)]
-        others = [questions[item.index + 1]["image"] for questions, item in zip(data, items, strict=True)]
+        data = {kind: self._held_out(Questions, size, kinds=(kind,)) for kind in {item.group for item in items}}
+        asked, others = ([data[item.group][item.index + step] for item in items] for step in (0, 1))
         texts = [entry["question"] for entry in asked]
         answers, blind = (
-            self.model.ask(pictures, texts, max_new_tokens=48)
-            for pictures in ([entry["image"] for entry in asked], others)
+            self.model.ask([entry["image"] for entry in shown], texts, max_new_tokens=48) for shown in (asked, others)
         )
         for entry, answer, guess in zip(asked, answers, blind, strict=True):
             ok, control = (accepts(said, entry["accepted"]) for said in (answer, guess))
             reason = f"{answer!r}" if ok else f"{answer!r}, not {entry['answer']!r}"
             yield {"ok": ok, "control": control, "text": entry["question"], "reason": reason}, entry["image"]
 
-    def _perform_gen(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
+    def _perform_gen(self, items: Sequence[Item]) -> Iterator[Shown]:
         for item, picture in zip(items, self._draw(items), strict=True):
             reading = self.judge.read(picture)
             about = {"reading": reading.to_dict(), "scene": item.data["scene"].to_dict(), "task": item.data["task"]}
             yield judged(self.judge, reading, item) | about, picture
 
-    def _perform_riddle(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
+    def _perform_riddle(self, items: Sequence[Item]) -> Iterator[Shown]:
         for item, picture in zip(items, self._draw(items), strict=True):
             reading, meant = self.judge.read(picture), item.data["concept"]
-            seen = {found.concept for found in reading.objects}
-            ok = seen == {meant}
+            seen = sorted({found.concept for found in reading.objects})
+            ok = seen == [meant]
             reason = str(reading) if ok else f"saw {reading}, meant was {meant}"
-            about = {"ok": ok, "text": item.data["prompt"], "reason": reason}
-            yield {**about, "concept": meant, "seen": sorted(seen)}, picture
+            yield {"ok": ok, "text": item.data["prompt"], "reason": reason, "concept": meant, "seen": seen}, picture
 
-    def _perform_edit(self, items: Sequence[Item]) -> Iterator[tuple[Record, np.ndarray]]:
+    def _perform_edit(self, items: Sequence[Item]) -> Iterator[Shown]:
         asked = [{"kinds": (item.data["kind"],), "seen": item.data["seen"]} for item in items]
         entries = [self._held_out(Edits, **how)[item.index] for how, item in zip(asked, items, strict=True)]
         sources = [entry["source"] for entry in entries]
@@ -377,9 +368,7 @@ def judged(judge: Judge, seen: np.ndarray | Reading, item: Item) -> Record:
     return {**vars(verdict), "text": item.data["prompt"]}
 
 
-def judged_edit(
-    judge: Judge, edit: Edit, sources: Sequence[np.ndarray], result: np.ndarray
-) -> tuple[Record, np.ndarray]:
+def judged_edit(judge: Judge, edit: Edit, sources: Sequence[np.ndarray], result: np.ndarray) -> Shown:
     """Return what is kept of the verdict on an edit, and a picture to look at: sources, result, exact target."""
     verdict, target = judge_edit(judge, result, edit), pixels(edit.target, judge.atlas, judge.world)
     parts = {"done": verdict.done, "rest kept": verdict.kept}
@@ -500,8 +489,7 @@ def evaluate(
         "count": count, "seeds": seeds, "date": time.strftime("%Y-%m-%d"), "device": _device(model),
         "seconds": seconds, "torch": torch.__version__,
     }  # fmt: skip
-    for part, entries in records.items():
-        results[f"emoji-{part}"] = summarise(part, entries, world)
+    results |= {f"emoji-{part}": summarise(part, entries, world) for part, entries in records.items()}
     write_json(folder.path / "results.json", results)
     write_report(folder.path, results, records)
     log.info("wrote %s", folder.path / "index.html")
@@ -511,8 +499,8 @@ def evaluate(
 def check_parts(parts: Sequence[str] | None, model: UniLIP) -> tuple[str, ...]:
     """Return the parts to run in their order; raises UniLIPError for one that does not exist or that MODEL lacks."""
     if parts is None:
-        able = tuple(part for part in PARTS if set(NEEDS[part]) <= set(model.parts))
-        able = tuple(part for part in able if part != "joint" or model.config.sampling.joint)
+        joint = model.config.sampling.joint
+        able = tuple(part for part in PARTS if set(NEEDS[part]) <= set(model.parts) and (joint or part != "joint"))
         if not able:
             raise UniLIPError(f"A model with {', '.join(model.parts)} only can do none of {', '.join(PARTS)}.")
         return able
@@ -595,9 +583,7 @@ def summarise(part: str, records: Sequence[Record], world: World) -> dict[str, A
 def _sum_up(entries: Sequence[Record]) -> dict[str, Any]:
     prompts = len({record["index"] for record in entries})
     right = _share([record["ok"] for record in entries])
-    row: dict[str, Any] = {
-        "right": right, "interval": _bound(right, prompts), "prompts": prompts, "items": len(entries)
-    }  # fmt: skip
+    row: Record = {"right": right, "interval": _bound(right, prompts), "prompts": prompts, "items": len(entries)}
     parts: dict[str, list[bool]] = defaultdict(list)
     for record in entries:
         for name, value in record.get("parts", {}).items():

@@ -6,11 +6,11 @@ Scenes have exact ground truth: boxes in pixels, x to the right, y down, from th
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, lru_cache
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unilip.data.errors import DataError
 from unilip.data.seeding import stable_fraction, stable_hash
@@ -19,6 +19,9 @@ from unilip.emoji.concepts import SHAPES, TONES, concept, concepts, measured
 from unilip.files import read_table
 from unilip.method.config import TOKEN_PIXELS
 from unilip.shapes import Size
+
+if TYPE_CHECKING:
+    from unilip.emoji.judge import Found
 
 TASKS = ("single", "two", "counting", "colour", "position", "colour_attr")
 TRAINED = (*TASKS, "two", "position", "colour_attr")  # how often training meets each
@@ -156,11 +159,8 @@ class World:
     @cache
     def nano(cls) -> World:
         """224 pixels, three styles, all concepts. The art's own coloured hearts and shapes give way to ours."""
-        drawable = [
-            name
-            for name, c in concepts().items()
-            if c.codepoint and (name.split()[-1] not in SHAPES or name == "broken heart")
-        ]
+        shapes = {name for name in concepts() if name.split()[-1] in SHAPES and name != "broken heart"}
+        drawable = [name for name in concepts() if name not in shapes]
         # what pico knows stays in use here, so that one example prompt serves both worlds
         plain = [name for name in drawable if name not in (*KNOWN["pico"]["concepts"], "boy", "girl", "broken heart")]
         shuffled = sorted(plain, key=lambda name: stable_hash("held out of nano", name))
@@ -219,6 +219,14 @@ class World:
         colours = tuple(dict.fromkeys((*self.colours, *self.hues)))
         return replace(self, colours=colours, recolourable={**self.recolourable, **more}, hues=(), paint=())
 
+    def of_split(self, split: str, seen: bool = True) -> World:
+        """The world that SPLIT draws from; raises DataError where training is asked for what is not SEEN in it."""
+        if split == "train" and not seen:
+            raise DataError(
+                "seen=False was given for the training split; only split='val' may hold unseen combinations"
+            )
+        return self.training if split == "train" else self
+
     def pair_held_out(self, a: str, b: str) -> bool:
         """Whether concepts A and B never meet in a training picture (10 % of pairs)."""
         return a != b and stable_fraction("pair", *sorted((a, b))) < 0.10
@@ -253,6 +261,10 @@ class World:
     def colours_of(self, name: str, style: str) -> tuple[str, ...]:
         """Return the colours that concept NAME can be painted in."""
         return self.colours if name in SHAPES or style in self.recolourable.get(name, ()) else ()
+
+    def style_of(self, scene: Scene) -> str:
+        """Return the style of a scene: the one that is not the default, if any."""
+        return next((obj.style for obj in scene.objects if obj.style != self.default_style), self.default_style)
 
     def clashes(self, obj: Obj, background: str) -> bool:
         """Whether OBJ would hardly show on BACKGROUND."""
@@ -314,23 +326,22 @@ def _check(what: str, given: str, allowed: Sequence[str]) -> None:
 
 def overlap(a: Obj, b: Obj, gap: int = 0) -> bool:
     """Whether the boxes of A and B come closer than GAP pixels along both axes."""
-    return _near(a.x, b.x, a.size, b.size, gap) and _near(a.y, b.y, a.size, b.size, gap)
-
-
-def _near(a: int, b: int, size_a: int, size_b: int, gap: int) -> bool:
-    return a < b + size_b + gap and b < a + size_a + gap
+    across = a.x < b.x + b.size + gap and b.x < a.x + a.size + gap
+    return across and a.y < b.y + b.size + gap and b.y < a.y + a.size + gap
 
 
 def relation(a: Obj, b: Obj) -> str | None:
     """Return where A is, seen from B: one of RELATIONS, or None where people would disagree."""
+    near, far = sorted(abs(one - other) for one, other in zip(a.centre, b.centre, strict=True))
+    return found_relation(a, b) if far >= (a.size + b.size) / 2 and far >= 1.5 * near else None
+
+
+def found_relation(a: Obj | Found, b: Obj | Found) -> str:
+    """Return where A is, seen from B: one of RELATIONS, by the longer of the two distances between their middles."""
     (ax, ay), (bx, by) = a.centre, b.centre
-    dx, dy = ax - bx, ay - by
-    apart = (a.size + b.size) / 2
-    if abs(dx) >= apart and abs(dx) >= 1.5 * abs(dy):
-        return "left" if dx < 0 else "right"
-    if abs(dy) >= apart and abs(dy) >= 1.5 * abs(dx):
-        return "above" if dy < 0 else "below"
-    return None
+    if abs(ax - bx) >= abs(ay - by):
+        return "left" if ax < bx else "right"
+    return "above" if ay < by else "below"
 
 
 def third(middle: float, side: int) -> int:
@@ -340,40 +351,42 @@ def third(middle: float, side: int) -> int:
 
 def reading_order(scene: Scene) -> tuple[Obj, ...]:
     """Return the objects from left to right, those in one column from top to bottom."""
-    return tuple(sorted(scene.objects, key=lambda obj: (obj.centre[0], obj.centre[1])))
+    return tuple(sorted(scene.objects, key=lambda obj: obj.centre))
 
 
 @lru_cache(maxsize=256)
 def _lattice_layouts(
     columns: tuple[int, ...], rows: tuple[int, ...], size: int, gap: int, count: int
-) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """All ways to place COUNT equal objects on a coarse lattice, up to their order."""
-
-    def apart(a: tuple[int, int], b: tuple[int, int]) -> bool:
-        return not all(_near(one, other, size, size, gap) for one, other in zip(a, b, strict=True))
-
-    cells = [(x, y) for x in columns for y in rows]
+) -> tuple[tuple[Obj, ...], ...]:
+    """All ways to place COUNT equal objects, whatever they are, on a coarse lattice, up to their order."""
+    cells = [Obj("", "", None, None, x, y, size) for x in columns for y in rows]
     ways = combinations(cells, count)
-    return tuple(way for way in ways if all(apart(a, b) for a, b in combinations(way, 2)))
+    return tuple(way for way in ways if not any(overlap(a, b, gap) for a, b in combinations(way, 2)))
 
 
 def place(
     world: World, rng: random.Random, objects: Sequence[Obj], background: str, where: str | None = None
 ) -> tuple[Obj, ...] | None:
     """Give OBJECTS corners where they do not overlap, the first WHERE of the second; None where there is no layout."""
-    single = len(objects) == 1 and objects[0].size in world.single_sizes
     horizon = world.is_horizon(background)
-    sizes = {obj.size for obj in objects}
+    for placed in _placings(world, rng, objects, horizon):
+        fits = len(placed) == len(objects) and (not horizon or all(world.grounded(obj) for obj in placed))
+        if fits and (where is None or relation(placed[0], placed[1]) == where):
+            return tuple(placed)
+    return None
+
+
+def _placings(world: World, rng: random.Random, objects: Sequence[Obj], horizon: bool) -> Iterator[list[Obj]]:
+    """Try to give OBJECTS corners, again and again; without those that found no room."""
+    single = len(objects) == 1 and objects[0].size in world.single_sizes
     columns, rows = (tuple(world.positions(objects[0].size, single, axis)) for axis in (0, 1))
-    if len(sizes) == 1 and max(len(columns), len(rows)) <= 8:
+    if len({obj.size for obj in objects}) == 1 and max(len(columns), len(rows)) <= 8:
         layouts = _lattice_layouts(columns, rows, objects[0].size, world.gap, len(objects))
         for _ in range(64 if layouts else 0):
             corners = list(rng.choice(layouts))
             rng.shuffle(corners)
-            placed = tuple(replace(obj, x=x, y=y) for obj, (x, y) in zip(objects, corners, strict=True))
-            if _fits(world, placed, len(objects), horizon, where):
-                return placed
-        return None
+            yield [replace(obj, x=corner.x, y=corner.y) for obj, corner in zip(objects, corners, strict=True)]
+        return
     for _ in range(24):
         done: list[Obj] = []
         for obj in objects:
@@ -388,17 +401,7 @@ def place(
                     break
             else:
                 break
-        if _fits(world, done, len(objects), horizon, where):
-            return tuple(done)
-    return None
-
-
-def _fits(world: World, placed: Sequence[Obj], count: int, horizon: bool, where: str | None) -> bool:
-    return (
-        len(placed) == count
-        and (not horizon or all(world.grounded(obj) for obj in placed))
-        and (where is None or relation(placed[0], placed[1]) == where)
-    )
+        yield done
 
 
 def sample_scene(
@@ -417,28 +420,25 @@ def sample_scene(
     """
     _check("task", task, TASKS)
     candidates = tuple(pool) if pool is not None else world.pool(purpose)
-    if split == "train":
-        world = world.training
-        if pool is None and purpose != "generation" and rng.random() < GUESTS:
-            candidates = (*candidates, *world.guests)
-        plain = world.strangers and task not in ("colour", "colour_attr")
-        if pool is None and purpose == "tokenizer" and plain and rng.random() < STRANGERS:
-            candidates = world.strangers
     if seen is None:
         seen = split == "train" or task not in COMPOSITIONAL
-    if split == "train" and not seen:
-        raise DataError("seen=False was given for the training split; only split='val' may hold unseen combinations")
+    world = world.of_split(split, seen)
+    if split == "train" and pool is None:
+        if purpose != "generation" and rng.random() < GUESTS:
+            candidates = (*candidates, *world.guests)
+        plain = world.strangers and task not in ("colour", "colour_attr")
+        if purpose == "tokenizer" and plain and rng.random() < STRANGERS:
+            candidates = world.strangers
     free = pool is not None and split == "val" and any(name in world.extra for name in pool)
+    others = [style for style in world.styles if style != world.default_style]
     for _ in range(2000):
-        others = [style for style in world.styles if style != world.default_style]
         style = world.default_style if not others or rng.random() < 0.5 else rng.choice(others)
         looks = _sample_looks(world, rng, task, style, candidates)
         if looks is None:
             continue
         draft = Scene("", looks)
-        if not free and (world.seen(draft) != (seen or task not in COMPOSITIONAL)):
-            continue
-        if not world.allowed(draft, split, purpose):
+        wanted = free or world.seen(draft) == (seen or task not in COMPOSITIONAL)
+        if not wanted or not world.allowed(draft, split, purpose):
             continue
         where = rng.choice(RELATIONS) if task == "position" else None
         background = sample_background(world, rng, looks, horizon=len(looks) < 3 and where not in ("above", "below"))
