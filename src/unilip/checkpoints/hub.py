@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -50,7 +50,7 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
 class Adapted:
     """A model with adapters beside it, in the place of a model's own source: pairs of a folder and its strength."""
 
-    base: Source = None
+    base: str | os.PathLike[str] | None = None
     adapters: tuple[tuple[str, float], ...] = ()
 
     def __str__(self) -> str:
@@ -135,9 +135,8 @@ def previous_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.previous")
 
 
-def needed_files(files: Iterable[str], variant: str | None = None) -> list[str]:
+def needed_files(files: Sequence[str], variant: str | None = None) -> list[str]:
     """Choose what to fetch of a repository: configs, tokenizer and weights, each in one format, of the part we read."""
-    files = list(files)
     if INDEX in files:  # of a SANA pipeline its transformer only
         chosen = [INDEX]
         for part in ("transformer", "model", "tokenizer") if "model/config.json" in files else ("transformer",):

@@ -105,26 +105,22 @@ def _infer(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[s
         changes["connector_layers"] = _count(shapes, "connector.layers.")
     if "latent_head" in parts:
         changes["latent_head_blocks"] = _count(shapes, "latent_head.blocks.")
+    vae = data if kind == "dcae" else beside.get("vae_config.json", {})
     if "pixel_decoder" in parts:
-        changes["decoder"] = _decoder(data if kind == "dcae" else beside.get("vae_config.json", {}), shapes)
-        dit = dataclasses.replace(base.dit, latent_channels=changes["decoder"].latent_channels)
-        base = base.replace(dit=dit, decoder=changes["decoder"])
+        changes["decoder"] = _decoder(vae, shapes)
+        changes["dit"] = dataclasses.replace(base.dit, latent_channels=changes["decoder"].latent_channels)
     if "dit" in parts:
         changes["dit"] = _dit(kind, data, shapes, beside)
         if "decoder" not in changes:
             changes["decoder"] = dataclasses.replace(base.decoder, latent_channels=changes["dit"].latent_channels)
         if "encoder" not in parts:
             changes["image_size"] = changes["dit"].sample_size * 28
-    elif "decoder" in changes:
-        changes["dit"] = base.dit
     if kind == "authors" and "unilip_factor" not in data:
         raise CheckpointError("Its config.json has no unilip_factor (10.6 in the 1B release, 9.5 in 3B); add it.")
-    said: dict[str, Any] = {
-        "authors-stage1": beside.get("vae_config.json", {}).get("scaling_factor", 0.41407),
-        "dcae": data.get("scaling_factor", 1.0),
-    }
-    factor: Any = said.get(kind, data.get("unilip_factor", base.latent_factor))
-    changes["latent_factor"] = float(factor)
+    if kind in ("authors-stage1", "dcae"):
+        changes["latent_factor"] = float(vae.get("scaling_factor", 1.0 if kind == "dcae" else 0.41407))
+    else:
+        changes["latent_factor"] = float(data.get("unilip_factor", base.latent_factor))
     if "scheduler_config.json" in beside:
         changes["sampling"] = _sampling(beside["scheduler_config.json"])
     return base.replace(**changes, name=released or name or kind)
@@ -151,12 +147,11 @@ def _vision(data: Json, shapes: Mapping[str, Shape]) -> VisionConfig:
             f"The number of heads of a vision encoder {width} wide does not follow from its tensors; put the "
             "config.json of its model beside it."
         )
-    shaped: dict[str, Any] = dict(
-        hidden_size=width, num_layers=_count(shapes, f"{root}.encoder.layer."),
-        intermediate_size=shapes[f"{root}.encoder.layer.0.mlp.fc1.weight"][0], image_size=isqrt(positions - 1) * patch,
-        patch_size=patch,
-    )  # fmt: skip
-    return VisionConfig(**{**given, **shaped})
+    return VisionConfig(**given | {
+        "hidden_size": width, "num_layers": _count(shapes, f"{root}.encoder.layer."), "patch_size": patch,
+        "intermediate_size": shapes[f"{root}.encoder.layer.0.mlp.fc1.weight"][0],
+        "image_size": isqrt(positions - 1) * patch,
+    })  # fmt: skip
 
 
 def _text(data: Json, shapes: Mapping[str, Shape]) -> TextConfig:
@@ -172,13 +167,11 @@ def _text(data: Json, shapes: Mapping[str, Shape]) -> TextConfig:
     if rope.get("rope_type", rope.get("type", "default")) not in ("default", "dynamic"):
         raise CheckpointError(f"Its position embedding {rope.get('rope_type', rope.get('type'))!r} is not supported.")
     vocabulary, width = shapes[EMBEDDING]
-    shaped: dict[str, Any] = dict(
-        vocab_size=vocabulary, hidden_size=width, num_layers=_count(shapes, f"{layer}."),
-        intermediate_size=shapes[f"{layer}.0.mlp.gate_proj.weight"][0],
-        rope_theta=float(text.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-        tie_embeddings=HEAD not in shapes,
-    )  # fmt: skip
-    return TextConfig(**{**_ours("text", text), **shaped})
+    return TextConfig(**_ours("text", text) | {
+        "vocab_size": vocabulary, "hidden_size": width, "num_layers": _count(shapes, f"{layer}."),
+        "intermediate_size": shapes[f"{layer}.0.mlp.gate_proj.weight"][0], "tie_embeddings": HEAD not in shapes,
+        "rope_theta": float(text.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
+    })  # fmt: skip
 
 
 def _decoder(data: Json, shapes: Mapping[str, Shape]) -> DecoderConfig:

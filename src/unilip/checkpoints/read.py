@@ -113,8 +113,7 @@ class TorchFile:
 class Weights:
     """Named tensors in one file or several; only names, shapes and types are known until a tensor is asked for.
 
-    `metadata` is text stored with them; `quantized` are those in few bits, in torchao's layout, each one tensor to
-    callers.
+    `metadata` is text stored with them; `quantized` are those in few bits (torchao's layout), one tensor each.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -159,12 +158,11 @@ class Weights:
 
     def few(self, origin: tables.Origin, dtype: torch.dtype | None, damaged: str) -> Tensor:
         """Read a quantised tensor, which computes in `dtype`, or in the type that it was saved with."""
-        few = self.quantized[origin.name]
+        few, pieces = self.quantized[origin.name], dict[str, Tensor]()
         if origin.parts != 1:
             raise CheckpointError(f"{self.file_of(origin.name)} holds {origin.name} stacked; save it in our format.")
-        pieces = {key: self._where[piece].read(piece, 0, 1) for key, piece in few.pieces.items()}
-        for key, piece in pieces.items():
-            check_weights(piece, few.pieces[key], damaged)
+        for key, name in few.pieces.items():
+            pieces[key] = check_weights(self._where[name].read(name, 0, 1), name, damaged)
         return few.tensor(pieces, dtype)
 
     def read(self, origin: tables.Origin) -> Tensor:
@@ -234,20 +232,16 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 class Checkpoint:
-    """An opened checkpoint: what it is, and its tensors under our names, read when asked for.
+    """An opened checkpoint: what it is, and its tensors under our names, read when asked for."""
 
-    Attributes: kind: a key of `tables.KINDS`; config: ours. parts: of the model that it holds; absent: names that its
-    kind never holds although its parts have them (new queries). dropped: their name -> why it is left out; notes:
-    remarks for people.
-    """
-
-    def __init__(self, path: Path, kind: str, weights: Weights, data: Mapping[str, Any], folder: Path) -> None:
-        self.path, self.kind, self.weights = path, kind, weights
+    def __init__(self, path: Path, weights: Weights, data: Mapping[str, Any]) -> None:
+        self.path, self.weights, self._data = path, weights, data
+        self.kind = kind = _kind(path, data, weights.shapes)  # a key of `tables.KINDS`
+        folder = path if path.is_dir() else path.parent
         about_tensors = {"format", "tensor_names", *weights.shapes}
         self.metadata = {k: v for k, v in weights.metadata.items() if k not in about_tensors}
-        self._origins, self.dropped = tables.map_names(kind, weights.shapes)
-        self._data = data
-        self.notes: list[str] = []
+        self._origins, self.dropped = tables.map_names(kind, weights.shapes)  # dropped: their name -> why
+        self.notes: list[str] = []  # remarks for people
         self.adapters: tuple[tuple[str, float], ...] = ()  # that belong beside it: folders and strengths
         self._untie()
         shapes = {name: self.shape(name) for name in self._origins}
@@ -267,6 +261,7 @@ class Checkpoint:
             expected = expected_shapes(self.config, self.parts)
         except (CheckpointError, RuntimeError, TypeError, ValueError, ArithmeticError, MemoryError) as error:
             raise CheckpointError(f"{path} does not fit its config: {reason(error, 300)}") from error
+        # what its kind never holds although its parts have it: new queries
         self.absent = tuple(name for name in tables.KINDS[kind].absent if name in expected and name not in shapes)
         tables.check_shapes(shapes, expected, str(path), self.absent)
         self.tokenizer_path = folder if _has_tokenizer(folder) else None
@@ -322,8 +317,7 @@ class Checkpoint:
         damaged = f"{self.weights.file_of(origin.name)} is damaged: fetch or save it again"
         if origin.name in self.weights.quantized:
             return self.weights.few(origin, dtype, damaged)
-        tensor = self.weights.read(origin)
-        check_weights(tensor, origin.name, damaged)
+        tensor = check_weights(self.weights.read(origin), origin.name, damaged)
         return tensor.flatten(1) if tables.POINTWISE.fullmatch(name) else tensor
 
     def same(self, one: str, other: str) -> bool:
@@ -355,15 +349,12 @@ def open_checkpoint(source: hub.Source = None, **fetching: Any) -> Checkpoint:
         opened = open_checkpoint(whole.base, **fetching)
         opened.adapters = whole.adapters
         return opened
-    assert not isinstance(whole.base, hub.Adapted)
     path = hub.resolve(whole.base, **fetching)
-    folder = path if path.is_dir() else path.parent
-    config = folder / "config.json"
+    config = (path if path.is_dir() else path.parent) / "config.json"
     if path.is_file():
         if path.suffix not in hub.FILE_SUFFIXES:
             raise CheckpointError(f"{path} is no weights file ({', '.join(hub.FILE_SUFFIXES)}); give one, or a folder.")
-        weights, data = Weights([path]), hub.read_json(config) if config.is_file() else {}
-        return Checkpoint(path, _kind(path, data, weights.shapes), weights, data, folder)
+        return Checkpoint(path, Weights([path]), hub.read_json(config) if config.is_file() else {})
     pipeline = not config.is_file() and (path / hub.INDEX).is_file()
     if pipeline and (path / "model" / "config.json").is_file():
         opened = open_checkpoint(path / "model", variant=fetching.get("variant"))
@@ -379,8 +370,7 @@ def open_checkpoint(source: hub.Source = None, **fetching: Any) -> Checkpoint:
         raise CheckpointError(f"{path} has no config.json, so it is none of these: {tables.UNDERSTOOD}.{hint}")
     data = hub.read_json(config)
     _kind(path, data, ())  # a folder of another kind is named as such, even when its weights have other names too
-    weights = _find_weights(path, fetching.get("variant"))
-    return Checkpoint(path, _kind(path, data, weights.shapes), weights, data, path)
+    return Checkpoint(path, _find_weights(path, fetching.get("variant")), data)
 
 
 SMALL = "small_decoder"  # the folder beside a model's weights

@@ -69,7 +69,8 @@ def save(
         raise CheckpointError("A quantised model is saved as it is; leave dtype out.")
     items: list[Item] = [(n, tuple(t.shape), t.dtype, partial(flat.__getitem__, n)) for n, t in flat.items()]
     files = _own_files(config, items, tokenizer, dtype, to)
-    return _write_folder(folder, items, files, max_shard_size, tokenizer, dtype, {**(metadata or {}), **about})
+    notes = {**(metadata or {}), **about}
+    return _write_folder(Path(folder), items, files, parse_size(max_shard_size), tokenizer, dtype, notes)
 
 
 def _own_files(config: UniLIPConfig, items: Sequence[Item], tokenizer: Any, dtype: read.DType, to: str) -> Files:
@@ -84,18 +85,11 @@ def _own_files(config: UniLIPConfig, items: Sequence[Item], tokenizer: Any, dtyp
 
 
 def _write_folder(
-    folder: str | os.PathLike[str],
-    items: Sequence[Item],
-    files: Files,
-    max_shard_size: str | int,
-    tokenizer: Any,
-    dtype: read.DType,
-    metadata: Mapping[str, str],
+    folder: Path, items: list[Item], files: Files, limit: int, tokenizer: Any, dtype: read.DType, notes: dict[str, str]
 ) -> Path:
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    folder = Path(os.path.abspath(Path(folder).expanduser()))
-    limit = parse_size(max_shard_size)
+    folder = Path(os.path.abspath(folder.expanduser()))
     wanted = None if dtype is None else read.parse_dtype(dtype)
     types = {n: stored if wanted is None or not stored.is_floating_point else wanted for n, _, stored, _ in items}
     empty = {name: torch.empty(shape, dtype=types[name], device="meta") for name, shape, _, _ in items}
@@ -106,7 +100,7 @@ def _write_folder(
         weights, words = (new / name if INDEX in files else new for name in ("model", "tokenizer"))
         weights.mkdir(exist_ok=True)
         for file, names in split.filename_to_tensors.items():
-            _write_shard(weights / file, {name: get[name] for name in names}, {"format": "pt", **metadata})
+            _write_shard(weights / file, {name: get[name] for name in names}, {"format": "pt", **notes})
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             text = json.dumps(index, indent=2) + "\n"
@@ -165,7 +159,8 @@ def _replacing(folder: Path) -> Iterator[Path]:
             yield new
             for old in folder.iterdir() if folder.exists() else ():
                 if not (old.name in theirs or _WEIGHTS.fullmatch(old.name) or (new / old.name).exists()):
-                    _link(old, new / old.name)
+                    bring = partial(shutil.copytree, copy_function=_link) if old.is_dir() else _link
+                    bring(old, new / old.name)
             if folder.exists():
                 remove(previous)
                 folder.rename(previous)
@@ -176,19 +171,12 @@ def _replacing(folder: Path) -> Iterator[Path]:
     remove(previous)
 
 
-def _link(old: Path, new: Path) -> None:
+def _link(old: str | Path, new: str | Path) -> None:
     """Bring a bystander along without moving it: a hard link, or a copy where there are none."""
-
-    def one(source: str, target: str) -> None:
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copy2(source, target)
-
-    if old.is_dir():
-        shutil.copytree(old, new, copy_function=one)
-    else:
-        one(str(old), str(new))
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copy2(old, new)
 
 
 def push_model(model: Any, repo_id: str, *, dtype: read.DType = None, **options: Any) -> str:
@@ -207,20 +195,15 @@ def convert(
     dtype: read.DType = None,
     max_shard_size: str | int = "5GB",
 ) -> Path:
-    """Rewrite any checkpoint as ours, the authors', a pipeline of diffusers, or transformers' InternVL.
-
-    Raises CheckpointError: an unknown format, or a model that the format cannot hold.
-    """
+    """Rewrite any checkpoint in one of `FORMATS`. Raises CheckpointError: no such format, or one too poor for it."""
     check_choice("format to convert to called", to, FORMATS, CheckpointError)
     opened = read.open_checkpoint(source)
     opened.require_plain("only plain weights can be converted")
     metadata = dict(opened.metadata)
     if opened.image_token_id is not None:
         metadata["image_token_id"] = str(opened.image_token_id)
-    items: list[Item]
-    files: Files
     if to in ("unilip", "diffusers"):
-        items = [(n, opened.shape(n), opened.dtype(n), partial(opened.tensor, n)) for n in opened.names]
+        items: list[Item] = [(n, opened.shape(n), opened.dtype(n), partial(opened.tensor, n)) for n in opened.names]
         expected = expected_shapes(opened.config, opened.parts)
         for name in opened.absent:
             shape, stored = expected[name], opened.dtype(opened.names[0])
@@ -237,7 +220,7 @@ def convert(
         files = internvl_files(opened.config, opened.tokenizer)
         kept = [name for name in opened.names if name.startswith(("encoder.", "mllm.")) and name != QUERIES]
         items = _renamed(opened, "internvl", kept)
-    return _write_folder(destination, items, files, max_shard_size, opened.tokenizer, dtype, metadata)
+    return _write_folder(Path(destination), items, files, parse_size(max_shard_size), opened.tokenizer, dtype, metadata)
 
 
 def _require(opened: read.Checkpoint, parts: Sequence[str], why: str) -> None:

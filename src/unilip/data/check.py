@@ -49,14 +49,11 @@ class Report:
         found += [f"  {reason}: {count:,}" for reason, count in self.skipped.items()]
         found += [f"    {name}" for name in self.named]
         found += [f"  left out, {reason}: {count:,}" for reason, count in self.left_out.items()]
-        measured = (
-            ("shorter side", self.shorter_side, "px"),
-            ("width / height", self.aspect, ""),
-            ("file", self.kilobytes, "kB"),
-        )
-        for what, sizes, unit in measured:
+        measured = {"shorter side": self.shorter_side, "width / height": self.aspect, "file": self.kilobytes}
+        units = {"shorter side": " px", "file": " kB"}
+        for what, sizes in measured.items():
             if sizes is not None:
-                found.append(f"{what}: {sizes[0]:g} to {sizes[2]:g} {unit}".rstrip() + f", median {sizes[1]:g}")
+                found.append(f"{what}: {sizes[0]:g} to {sizes[2]:g}{units.get(what, '')}, median {sizes[1]:g}")
         for what, (low, middle, high) in self.characters.items():
             found.append(f"{what}: {low} to {high} characters, median {middle}")
         if self.repeated_texts:
@@ -72,8 +69,7 @@ def check(
 ) -> tuple[Report, Image.Image | None]:
     """Count everything, read `samples` of each kind (None: all) spread evenly over it, and draw some on a sheet.
 
-    In: longest: texts over so many characters count as left out by training. progress: told samples read and to be
-    read.
+    In: longest: texts of more characters count as left out by training. progress: told samples read and to be read.
     """
     counts = {kind: int(sum(source.counts(kind))) for kind in KINDS}
     report = Report(source.location, len(source.counts("image")), counts, list(source.faults), list(source.notes))

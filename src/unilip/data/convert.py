@@ -56,11 +56,10 @@ def convert(
     shorter_side: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Converted:
-    """Write a data set as shards, or go on with a conversion that was interrupted.
+    """Write a data set (the folder of a download, as one of `LAYOUTS` has it) as shards, or go on where it stopped.
 
-    In: layout: one of `LAYOUTS`. source: folder of the download. shard_size: samples in a shard. shorter_side: longer
-    shorter sides are scaled down to it and kept as JPEG (None: pictures keep their bytes). progress: told samples done
-    and in all.
+    In: shard_size: samples in a shard. shorter_side: longer shorter sides are scaled down to it and kept as JPEG (None:
+    pictures keep their bytes). progress: told samples done and in all.
     Raises DataError: an unknown layout, or nothing of it in the folder.
     """
     check_choice("layout", layout, LAYOUTS, DataError)

@@ -122,10 +122,8 @@ def _member(field: str, value: Any) -> tuple[str, bytes]:
             return ending, bytes(value["bytes"])
         path = value.get("path")
         return ending, Path(path).read_bytes() if path and Path(path).is_file() else b""
-    if isinstance(value, bytes):
-        return ending, value
-    if value is None:
-        return ending, b""
+    if value is None or isinstance(value, bytes):
+        return ending, value or b""
     if isinstance(value, str):
         return ending, value.encode()
     return ("texts" if ending == "txt" else ending), json.dumps(value).encode()  # several captions, or none that is one

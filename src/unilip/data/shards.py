@@ -66,17 +66,13 @@ def is_remote(location: str) -> bool:
 
 @dataclass
 class ShardIndex:
-    """The samples of a shard by kind: key and members; `fault` says where a damaged shard ends to be readable.
-
-    `stamp` is what the shard was then: `unilip.files.stamp`, or what a server says; `ignored` counts unused members by
-    ending.
-    """
+    """What the index of a shard holds."""
 
     size: int
-    fault: str
-    samples: dict[str, list[tuple[str, Members]]]
-    ignored: dict[str, int]
-    stamp: Any = None
+    fault: str  # where a damaged shard ends to be readable
+    samples: dict[str, list[tuple[str, Members]]]  # by kind: key and members
+    ignored: dict[str, int]  # members that are not used, counted by ending
+    stamp: Any = None  # what the shard was then: `unilip.files.stamp`, or what a server says
 
     @property
     def counts(self) -> dict[str, int]:
@@ -318,7 +314,7 @@ class Shards:
             return list(pool.map(lambda shard: remote_stamp(shard) if is_remote(shard) else None, self.shards))
 
     def _kept(self, shard: int) -> Path:
-        return cache_folder() / f"{_name_in_cache(self.shards[shard], self._stamps[shard])}.tar"
+        return index_cache(self.shards[shard], self._stamps[shard], ".tar")
 
     def _bring(self, shard: int) -> Path:
         """Return where a shard lies on this machine, after fetching it if need be."""
@@ -382,8 +378,7 @@ class Shards:
             path = self._bring(shard) if coming is None else coming.result()
             known = self._known(shard)
             try:
-                fits = known is not None and belongs(known[1], path)
-                index = ShardIndex.read(known[0]) if known is not None and fits else self._build(shard)
+                index = ShardIndex.read(known[0]) if known and belongs(known[1], path) else self._build(shard)
             except (ValueError, LookupError, TypeError, RecursionError):  # of an index that is damaged
                 index = self._build(shard)
             file = path.open("rb")
@@ -398,14 +393,10 @@ class Shards:
         return self._open[shard]
 
 
-def _name_in_cache(location: str, version: Any) -> str:
+def index_cache(location: str, version: Any = None, ending: str = INDEX_SUFFIX) -> Path:
+    """Where the index of a shard, or what else ENDING says, is kept; `version` is a remote one's `remote_stamp`."""
     text = location if is_remote(location) else str(Path(location).resolve())
-    return content_hash(text, version)
-
-
-def index_cache(location: str, version: Any = None) -> Path:
-    """Where the index of a shard is kept; `version` is what `remote_stamp` says of a remote one."""
-    return cache_folder() / f"{_name_in_cache(location, version)}{INDEX_SUFFIX}"
+    return cache_folder() / f"{content_hash(text, version)}{ending}"
 
 
 # --- remote shards --------------------------------------------------------------------------------------------------
@@ -430,7 +421,7 @@ def remote_stamp(location: str) -> Any:
     """Ask a server for the size, tag and times of a shard; what it said last where it does not answer now."""
     import fsspec
 
-    seen = cache_folder() / f"{_name_in_cache(location, 'seen')}.seen.json"
+    seen = index_cache(location, "seen", ".seen.json")
     try:
         system, place = fsspec.core.url_to_fs(location)
         about = system.info(place)

@@ -42,8 +42,7 @@ def parse_mixture(text: str) -> list[Weighted]:
                 break
         parts = parts[count:]
         if name:
-            weighted = match is not None and not _exists(name)
-            found.append(Weighted(match[1], float(match[2])) if match and weighted else Weighted(name))
+            found.append(Weighted(match[1], float(match[2])) if match and not _exists(name) else Weighted(name))
     if not found:
         raise DataError("data.path names no place; give a folder, shards, a .jsonl file or hf:NAME.")
     return found
