@@ -158,8 +158,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         if not any(_ends(layer, key) for layer in tensors):
             raise CheckpointError(f"{path / CONFIG} has a pattern {key!r} that is the end of no layer's name.")
     for layer, found in tensors.items():
-        sizes = found["lora_A"].shape[:1], found["lora_B"].shape[1:]
-        if any(tuple(size) != (rank[layer],) for size in sizes):
+        if not found["lora_A"].shape[:1] == found["lora_B"].shape[1:] == (rank[layer],):
             raise CheckpointError(f"{path / CONFIG} says rank {rank[layer]:g} of {layer}, whose tensors have another.")
     base = str(settings.get("base_model_name_or_path") or "another model").removeprefix("all=")
     return Adapter(path, base, dora, bool(settings.get("use_rslora")), tensors, rank, alpha, tuple(steps), trained_on)
@@ -214,11 +213,7 @@ def unpacked(text: str) -> Tensor:
 
 
 def check_base(model: Any, adapter: Adapter, weight: Callable[[str], Tensor]) -> None:
-    """Compare a model's weights with those that an adapter was trained beside, as far as their types tell.
-
-    A log's line says where they have changed since, or where the adapter does not tell.
-    Raises CheckpointError: it is another model of the same shapes.
-    """
+    """Compare a model's weights with those that an adapter was trained on. Raises CheckpointError: of another model."""
     if not adapter.trained_on:
         logger.info("%s does not tell the weights that it was trained on; it names %s", adapter.path, adapter.base)
         return

@@ -85,15 +85,12 @@ FETCHING: dict[str, Any] = {
 
 
 def check_fetching(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of fetching that are given: whether offline, and `variant` as in model.fp16.safetensors.
-
-    Raises CheckpointError: there is no such option, or it is of another type.
-    """
+    """Return the options that are given. Raises CheckpointError: none of `FETCHING`, or one of another type."""
     for name, value in options.items():
         check_choice("option for loading", name, FETCHING, CheckpointError)
         if not (value is None or isinstance(value, FETCHING[name])):
             raise CheckpointError(f"{name} is {value!r}; give a text, or True or False where it is a switch.")
-    if not re.fullmatch(r"[\w-]+", options.get("variant") or "none"):
+    if not re.fullmatch(r"[\w-]+", options.get("variant") or "none"):  # as in model.fp16.safetensors
         raise CheckpointError(f"variant is {options['variant']!r}; give a word like fp16.")
     return {name: value for name, value in options.items() if value is not None}
 

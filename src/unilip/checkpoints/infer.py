@@ -13,7 +13,7 @@ from math import isqrt
 from typing import Any
 
 from unilip.checkpoints.foreign import FIXED
-from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS, QUERIES, Shape, listed
+from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS, QUERIES, Shape, Shapes, listed
 from unilip.errors import CheckpointError, ConfigError
 from unilip.fast.offload import Unmade
 from unilip.method.config import DecoderConfig, DiTConfig, SamplingConfig, TextConfig, UniLIPConfig, VisionConfig
@@ -28,11 +28,9 @@ LARGEST_GRID = 1024  # latent cells along a side
 
 def expected_shapes(config: UniLIPConfig, parts: Sequence[str]) -> dict[str, Shape]:
     """Return names and shapes of every tensor that a checkpoint of this config must hold (tied ones once)."""
-    shapes: dict[str, Shape] = {}
     with Unmade():
-        for part in parts:
-            state = PARTS[part](config).state_dict()
-            shapes |= {f"{part}.{name}": tuple(value.shape) for name, value in state.items()}
+        states = {part: PARTS[part](config).state_dict() for part in parts}
+    shapes = {f"{part}.{name}": tuple(tensor.shape) for part, held in states.items() for name, tensor in held.items()}
     if config.text.tie_embeddings:
         shapes.pop(HEAD, None)
     return shapes
@@ -63,9 +61,7 @@ def _numbers(value: Any) -> list[float]:
 _SANA_NAME = re.compile(r"sana.*?_(600M|1600M)(?:_(\d+)px)?", re.IGNORECASE)
 
 
-def infer_config(
-    kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str, Json], name: str = ""
-) -> UniLIPConfig:
+def infer_config(kind: str, data: Json, shapes: Shapes, beside: Mapping[str, Json], name: str = "") -> UniLIPConfig:
     """Work out our config of another KIND of checkpoint, NAME being what to call a model of no released size.
 
     In: data: its own config.json, or {}. shapes: its tensors under *our* names. beside: JSON files lying beside it, by
@@ -80,7 +76,7 @@ def infer_config(
         raise CheckpointError(f"The checkpoint's configuration makes no sense: {error}") from error
 
 
-def _infer(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str, Json], name: str) -> UniLIPConfig:
+def _infer(kind: str, data: Json, shapes: Shapes, beside: Mapping[str, Json], name: str) -> UniLIPConfig:
     parts = KINDS[kind].parts
     changes: dict[str, Any] = {}
     base = UniLIPConfig()
@@ -126,7 +122,7 @@ def _infer(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[s
     return base.replace(**changes, name=released or name or kind)
 
 
-def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
+def _count(shapes: Shapes, prefix: str) -> int:
     return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
 
 
@@ -135,7 +131,7 @@ def _ours(kind: str, data: Json) -> dict[str, Any]:
     return {ours: data[theirs] for theirs, ours in FIXED["fields"][kind].items() if theirs in data}
 
 
-def _vision(data: Json, shapes: Mapping[str, Shape]) -> VisionConfig:
+def _vision(data: Json, shapes: Shapes) -> VisionConfig:
     if data.get("norm_type", "layer_norm") != "layer_norm" or data.get("use_qk_norm", False):
         raise CheckpointError("Its vision encoder has other norms than InternViT-300M; use InternVL3-1B or 2B.")
     root = "encoder.vision_tower"
@@ -154,7 +150,7 @@ def _vision(data: Json, shapes: Mapping[str, Shape]) -> VisionConfig:
     })  # fmt: skip
 
 
-def _text(data: Json, shapes: Mapping[str, Shape]) -> TextConfig:
+def _text(data: Json, shapes: Shapes) -> TextConfig:
     text: Json = data.get("text_config", {})
     if text.get("model_type", "qwen2") != "qwen2":
         raise CheckpointError(f"Its language model is {text['model_type']!r}, not Qwen2; use InternVL3-1B or 2B.")
@@ -174,7 +170,7 @@ def _text(data: Json, shapes: Mapping[str, Shape]) -> TextConfig:
     })  # fmt: skip
 
 
-def _decoder(data: Json, shapes: Mapping[str, Shape]) -> DecoderConfig:
+def _decoder(data: Json, shapes: Shapes) -> DecoderConfig:
     """Everything about the decoder follows from its shapes; its config only says whether it is of the known make."""
     known = {"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu", "decoder_conv_act_fn": "relu"}
     for field, value in known.items():
@@ -217,7 +213,7 @@ def _decoder(data: Json, shapes: Mapping[str, Shape]) -> DecoderConfig:
     )  # fmt: skip
 
 
-def _dit(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str, Json]) -> DiTConfig:
+def _dit(kind: str, data: Json, shapes: Shapes, beside: Mapping[str, Json]) -> DiTConfig:
     root = "dit.transformer"
     width = shapes[f"{root}.scale_shift_table"][1]
     shaped: dict[str, Any] = dict(

@@ -111,14 +111,11 @@ class TorchFile:
 
 
 class Weights:
-    """Named tensors in one file or several; only names, shapes and types are known until a tensor is asked for.
-
-    `metadata` is text stored with them; `quantized` are those in few bits (torchao's layout), one tensor each.
-    """
+    """Named tensors in one file or several; only names, shapes and types are known until a tensor is asked for."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
-        self.metadata: dict[str, str] = {}
+        self.metadata: dict[str, str] = {}  # stored with them
         self.shapes: dict[str, tables.Shape] = {}
         self._where: dict[str, SafeFile | TorchFile] = {}
         for path in files:
@@ -135,13 +132,12 @@ class Weights:
             self._where |= dict.fromkeys(opened.shapes, opened)
         if not self.shapes:
             raise CheckpointError(f"{tables.listed([str(path) for path in files]) or 'Its index'} names no tensor.")
-        self.quantized: dict[str, FewBits] = {}
+        self.quantized: dict[str, FewBits] = {}  # in torchao's layout: each in pieces, one tensor to callers
         self.quantized = few_bits(self.metadata, self._meta, str(self.files[0].parent))
-        if self.quantized:
-            pieces = {piece: name for name, tensor in self.quantized.items() for piece in tensor.pieces.values()}
-            whole = {name: tensor.shape for name, tensor in self.quantized.items()}
-            self.shapes = {n: whole.get(n, s) for n, s in ((pieces.get(n, n), s) for n, s in self.shapes.items())}
-            self._where |= {name: self._where[piece] for piece, name in pieces.items()}
+        pieces = {piece: name for name, tensor in self.quantized.items() for piece in tensor.pieces.values()}
+        whole = {name: tensor.shape for name, tensor in self.quantized.items()}
+        self.shapes = {n: whole.get(n, s) for n, s in ((pieces.get(n, n), s) for n, s in self.shapes.items())}
+        self._where |= {name: self._where[piece] for piece, name in pieces.items()}
 
     def _meta(self, name: str) -> Tensor:
         return torch.empty(self.shapes[name], dtype=self.dtype(name), device="meta")
@@ -422,12 +418,9 @@ def _kind(path: Path, data: Mapping[str, Any], names: Iterable[str]) -> str:
 
 
 def parse_dtype(dtype: DType) -> torch.dtype | None:
-    """Return a floating type from its name; None is float32; "auto" gives None, as stored (or float32, if as fast).
-
-    Raises CheckpointError: not a floating type of torch.
-    """
+    """Return a floating type from its name; None is float32. Raises CheckpointError: not a floating type of torch."""
     if isinstance(dtype, str) and dtype == "auto":
-        return None
+        return None  # as stored, or float32 where that is as fast
     found = torch.float32 if dtype is None else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise CheckpointError(f"There is no dtype {dtype!r}; allowed: float32, bfloat16, float16, auto.")

@@ -91,16 +91,17 @@ def _write_folder(
 
     folder = Path(os.path.abspath(folder.expanduser()))
     wanted = None if dtype is None else read.parse_dtype(dtype)
-    types = {n: stored if wanted is None or not stored.is_floating_point else wanted for n, _, stored, _ in items}
-    empty = {name: torch.empty(shape, dtype=types[name], device="meta") for name, shape, _, _ in items}
+    if wanted is not None:
+        items = [(n, shape, wanted if t.is_floating_point else t, get) for n, shape, t, get in items]
+    empty = {name: torch.empty(shape, dtype=stored, device="meta") for name, shape, stored, _ in items}
     pattern = "model{suffix}.safetensors"
     split = split_torch_state_dict_into_shards(empty, filename_pattern=pattern, max_shard_size=limit)
-    get = {name: (call, types[name]) for name, _, _, call in items}
+    by_name = {item[0]: item for item in items}
     with _replacing(folder) as new:
         weights, words = (new / name if INDEX in files else new for name in ("model", "tokenizer"))
         weights.mkdir(exist_ok=True)
         for file, names in split.filename_to_tensors.items():
-            _write_shard(weights / file, {name: get[name] for name in names}, {"format": "pt", **notes})
+            _write_shard(weights / file, [by_name[name] for name in names], {"format": "pt", **notes})
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             text = json.dumps(index, indent=2) + "\n"
@@ -124,14 +125,12 @@ def parse_size(size: str | int) -> int:
     return value
 
 
-def _write_shard(
-    path: Path, sources: Mapping[str, tuple[Callable[[], Tensor], torch.dtype]], metadata: dict[str, str]
-) -> None:
+def _write_shard(path: Path, items: Sequence[Item], metadata: dict[str, str]) -> None:
     """Write one file of weights; what it takes to hold its tensors is free again when this returns."""
     path.touch()
     mode = path.stat().st_mode  # as the umask has it; the library would let nobody else read the file
     tensors = {}
-    for name, (get, dtype) in sources.items():
+    for name, _, dtype, get in items:
         sound = read.check_weights(get().detach(), name, "Nothing was saved, for it could not be loaded")
         tensors[name] = read.cast(sound.to("cpu", copy=True), dtype, name).contiguous()
     save_file(tensors, path, metadata)

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from unilip.data.records import KINDS, Record, Source, Unreadable, clean_text, decode_picture, one_text, read_turns
 from unilip.data.sheet import contact_sheet
 
+Progress = Callable[[int, int], None]  # told samples read, and to be read
 SHOWN = 32  # samples on the sheet
 SIDE = 144  # px of a picture there
 NAMED = 20  # bad samples that are named
@@ -62,14 +63,11 @@ class Report:
 
 
 def check(
-    source: Source,
-    samples: int | None = 1000,
-    longest: int = 1000,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    source: Source, samples: int | None = 1000, longest: int = 1000, progress: Progress = lambda done, total: None
 ) -> tuple[Report, Image.Image | None]:
     """Count everything, read `samples` of each kind (None: all) spread evenly over it, and draw some on a sheet.
 
-    In: longest: texts of more characters count as left out by training. progress: told samples read and to be read.
+    Texts of more than LONGEST characters count as left out by training.
     """
     counts = {kind: int(sum(source.counts(kind))) for kind in KINDS}
     report = Report(source.location, len(source.counts("image")), counts, list(source.faults), list(source.notes))

@@ -128,14 +128,11 @@ def marks(paths: Sequence[Path]) -> list[Any]:
 
 
 class Lines(_OneShard):
-    """The samples of a JSONL file, or of a JSON list as LLaVA has it; lines of no known kind are named and left out.
-
-    Raises DataError: the file cannot be read or holds no sample.
-    """
+    """The samples of a JSONL file, or of a JSON list as LLaVA has it. Raises DataError: unreadable, or no sample."""
 
     def __init__(self, file: Path) -> None:
         self.location, self.file = str(file), file
-        self.faults: list[str] = []
+        self.faults: list[str] = []  # lines of no known kind, which are left out
         self.notes: list[str] = []
         self._found = {kind: [] for kind in records.KINDS}  # offsets of lines, or entries of the list
         self._content = hashlib.blake2b(digest_size=12)

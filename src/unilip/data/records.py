@@ -62,17 +62,10 @@ class Source(Protocol):
     faults: list[str]
     notes: list[str]
 
-    def counts(self, kind: str) -> Sequence[int]:
-        """Return how many samples of a kind each shard has."""
-
-    def read(self, kind: str, shard: int, place: int) -> Record:
-        """Read one sample; raises `Unreadable`."""
-
-    def expect(self, shards: Sequence[int]) -> None:
-        """Hear which shards will be wanted next."""
-
-    def signature(self) -> str:
-        """Return a hash of the names, sizes and parts of the content of all samples."""
+    def counts(self, kind: str) -> Sequence[int]: ...  # how many samples of a kind each shard has
+    def read(self, kind: str, shard: int, place: int) -> Record: ...  # one sample; raises `Unreadable`
+    def expect(self, shards: Sequence[int]) -> None: ...  # hear which shards will be wanted next
+    def signature(self) -> str: ...  # a hash of the names, sizes and parts of the content of all samples
 
 
 def kinds_of(members: Mapping[str, T], texts: bool = True) -> Iterator[tuple[str, dict[str, T]]]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import glob
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from unilip.data.errors import DataError
 from unilip.data.folders import Folder, Lines
@@ -22,8 +22,7 @@ from unilip.data.shards import Shards, is_remote
 WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?)")
 
 
-@dataclass(frozen=True)
-class Weighted:
+class Weighted(NamedTuple):
     """A place with its weight in a mixture."""
 
     location: str
