@@ -66,7 +66,7 @@ class UniLIPPipeline:
     ) -> UniLIPPipeline:
         """Load a model as `UniLIP.from_pretrained` does, whose `options` these are; `IGNORED` change nothing here.
 
-        `torch_dtype` and `device_map` ("auto" or "balanced", too) are other names of `dtype` and `device`.
+        `torch_dtype` and `device_map` (one device, "auto" or "balanced") are other names of `dtype` and `device`.
         Raises UniLIPError: an unknown option, or two that contradict each other; or what loading raises.
         """
         if None not in (dtype, torch_dtype) and dtype != torch_dtype:

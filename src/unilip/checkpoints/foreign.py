@@ -39,7 +39,7 @@ def _multimodal(config: UniLIPConfig, image_token_id: int | None) -> Json:
 
 
 def internvl_files(config: UniLIPConfig, tokenizer: Tokenizer | None) -> dict[str, Json | str]:
-    """Return an InternVL folder's files but weights and tokenizer. Raises CheckpointError: no special tokens."""
+    """Return an InternVL folder's files but for weights and tokenizer. Raises CheckpointError: no special tokens."""
     needed = ("<IMG_CONTEXT>", "<|im_end|>", "<|endoftext|>")
     image, end, padding = (tokenizer.token_id(name) if tokenizer else None for name in needed)
     if tokenizer is None or image is None or end is None or padding is None:

@@ -113,10 +113,10 @@ def _infer(kind: str, data: Json, shapes: Shapes, beside: Mapping[str, Json], na
             changes["image_size"] = changes["dit"].sample_size * 28
     if kind == "authors" and "unilip_factor" not in data:
         raise CheckpointError("Its config.json has no unilip_factor (10.6 in the 1B release, 9.5 in 3B); add it.")
+    factor: Any = data.get("unilip_factor", base.latent_factor)
     if kind in ("authors-stage1", "dcae"):
-        changes["latent_factor"] = float(vae.get("scaling_factor", 1.0 if kind == "dcae" else 0.41407))
-    else:
-        changes["latent_factor"] = float(data.get("unilip_factor", base.latent_factor))
+        factor = vae.get("scaling_factor", 1.0 if kind == "dcae" else 0.41407)
+    changes["latent_factor"] = float(factor)
     if "scheduler_config.json" in beside:
         changes["sampling"] = _sampling(beside["scheduler_config.json"])
     return base.replace(**changes, name=released or name or kind)

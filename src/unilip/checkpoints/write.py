@@ -158,8 +158,10 @@ def _replacing(folder: Path) -> Iterator[Path]:
             yield new
             for old in folder.iterdir() if folder.exists() else ():
                 if not (old.name in theirs or _WEIGHTS.fullmatch(old.name) or (new / old.name).exists()):
-                    bring = partial(shutil.copytree, copy_function=_link) if old.is_dir() else _link
-                    bring(old, new / old.name)
+                    if old.is_dir():
+                        shutil.copytree(old, new / old.name, copy_function=_link)
+                    else:
+                        _link(old, new / old.name)
             if folder.exists():
                 remove(previous)
                 folder.rename(previous)
@@ -194,7 +196,7 @@ def convert(
     dtype: read.DType = None,
     max_shard_size: str | int = "5GB",
 ) -> Path:
-    """Rewrite any checkpoint in one of `FORMATS`. Raises CheckpointError: no such format, or one too poor for it."""
+    """Rewrite any checkpoint in one of `FORMATS`. Raises CheckpointError: no such one, or it cannot hold the model."""
     check_choice("format to convert to called", to, FORMATS, CheckpointError)
     opened = read.open_checkpoint(source)
     opened.require_plain("only plain weights can be converted")

@@ -199,7 +199,6 @@ def _sorted(
         stem, _, ending = file.partition(".")  # at the first dot, as WebDataset does
         key, ending = f"{folder}{slash}{stem}", ending.lower()
         group = groups.setdefault((archive, key), {})
-        stem = ""
         if ending not in ENDINGS:  # a name with dots, or what belongs to the sample but is not read
             stem, _, ending = ending.rpartition(".")
             if ending in PICTURES and stem.endswith((".input", ".output")):
