@@ -97,8 +97,7 @@ def members(kind: str, record: Record, shorter_side: int | None) -> dict[str, by
     """Turn a record into the members of a sample, after trying that each of them can be read."""
     names = ("input.", "output.") if kind == "edit" else ("",)
     try:
-        text = clean_text(record.text, "instruction" if kind == "edit" else "caption")
-        found = {"txt": text.encode()}
+        found = {"txt": clean_text(record.text, "instruction" if kind == "edit" else "caption").encode()}
         for name, data in zip(names, record.pictures, strict=True):
             ending, data = encoded(data, shorter_side)
             found[f"{name}{ending}"] = data
@@ -116,10 +115,8 @@ def encoded(data: bytes, shorter_side: int | None) -> tuple[str, bytes]:
         file = io.BytesIO()
         picture.resize((size[0], size[1]), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
         return "jpg", file.getvalue()
-    form = open_picture(data).format or ""
-    if form not in ENDINGS:
-        return "png", png_bytes(picture)
-    return ENDINGS[form], data
+    ending = ENDINGS.get(open_picture(data).format or "")
+    return (ending, data) if ending else ("png", png_bytes(picture))
 
 
 class Files:
