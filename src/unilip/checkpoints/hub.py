@@ -99,7 +99,6 @@ def resolve(source: str | os.PathLike[str] | None = None, *, revision: str | Non
     """Return the local folder or file of a source; "owner/name[@revision]" and "owner/name/file.pth" are fetched.
 
     Nothing, or "embedded" where no file is called so, is the model that the package carries.
-
     Raises CheckpointError: nothing is there.
     """
     path = Path("" if source is None else source).expanduser()
