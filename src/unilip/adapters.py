@@ -68,8 +68,7 @@ def _offload(model: Any) -> Offload | None:
 
 def _read_in(model: nn.Module) -> dict[str, tuple[Adapter, float]]:
     """Return the adapters, with strengths, of a model whose weights take them in as they are read."""
-    offload = _offload(model)
-    return {} if offload is None else offload.adapters
+    return getattr(_offload(model), "adapters", {})
 
 
 @torch.no_grad()
@@ -84,25 +83,17 @@ def take_in(model: nn.Module, name: str, layer: Any) -> None:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter's folder holds, checked.
-
-    Attributes:
-        path: the folder.
-        base: what it was trained on, as it says itself; dora: whether it also has lengths of the weights' columns.
-        tensors: by layer and kind (`KINDS`); rank, alpha: by layer; rslora: whether alpha is divided by sqrt(rank).
-        trained_on: by layer, some values of the weights that it was trained on (`sampled`), where it tells.
-        few_steps: the numbers of jumps that it teaches its base to draw in, of `unilip.fewstep`; mostly none.
-    """
+    """What an adapter's folder holds, checked; tensors by layer and kind (`KINDS`), the other mappings by layer."""
 
     path: Path
-    base: str
-    dora: bool
-    rslora: bool
+    base: str  # what it was trained on, as it says itself
+    dora: bool  # whether it also has lengths of the weights' columns
+    rslora: bool  # whether alpha is divided by sqrt(rank)
     tensors: Mapping[str, Mapping[str, Tensor]]
     rank: Mapping[str, int]
     alpha: Mapping[str, float]
-    few_steps: tuple[int, ...] = ()
-    trained_on: Mapping[str, str] = field(default_factory=dict)
+    few_steps: tuple[int, ...] = ()  # the numbers of jumps that it teaches its base (`unilip.fewstep`), mostly none
+    trained_on: Mapping[str, str] = field(default_factory=dict)  # values of its base's weights (`sampled`), if it tells
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -115,10 +106,7 @@ class Adapter:
         return all(tuple(tensor.shape) == wanted[kind] for kind, tensor in self.tensors[layer].items())
 
     def added(self, layer: str, weight: Tensor, plain: Tensor, scale: float) -> Tensor:
-        """Return a layer's weight (out,in) after those that act before, and PLAIN without any, with this one as well.
-
-        It acts SCALE times as strongly as trained.
-        """
+        """Return a layer's WEIGHT (out,in) and this adapter, SCALE times as strong; PLAIN is the weight without any."""
         kinds = {kind: tensor.to(weight) for kind, tensor in self.tensors[layer].items()}
         rank = self.rank[layer] ** 0.5 if self.rslora else self.rank[layer]
         delta = scale * self.alpha[layer] / rank * (kinds["lora_B"] @ kinds["lora_A"])
@@ -128,10 +116,7 @@ class Adapter:
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
-    """Read an adapter's folder.
-
-    Raises CheckpointError: it is no folder of a LoRA adapter, damaged, or its settings and tensors disagree.
-    """
+    """Read an adapter's folder. Raises CheckpointError: none of LoRA, damaged, or its settings and tensors disagree."""
     path = Path(check_path("folder", folder))
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise CheckpointError(f"{path} is no adapter; give a folder with {CONFIG} and {WEIGHTS}, as peft writes it.")
@@ -140,11 +125,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         stored = load_file(path / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged ({error}){REMEDY}.") from error
-    kind = settings.get("peft_type")
-    if kind != "LORA":
+    if (kind := settings.get("peft_type")) != "LORA":
         raise CheckpointError(f"{path} is an adapter of the kind {kind}; LORA (and DoRA) can be loaded.")
-    odd = [key for key in ("fan_in_fan_out", "layer_replication", "use_qalora", "lora_bias") if settings.get(key)]
-    if odd:
+    if odd := [key for key in ("fan_in_fan_out", "layer_replication", "use_qalora", "lora_bias") if settings.get(key)]:
         raise CheckpointError(f"{path / CONFIG} uses {', '.join(odd)}, which is not supported; train it without.")
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in stored.items():
@@ -175,8 +158,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         if not any(_ends(layer, key) for layer in tensors):
             raise CheckpointError(f"{path / CONFIG} has a pattern {key!r} that is the end of no layer's name.")
     for layer, found in tensors.items():
-        sizes = found["lora_A"].shape[:1], found["lora_B"].shape[1:]
-        if any(tuple(size) != (rank[layer],) for size in sizes):
+        if not found["lora_A"].shape[:1] == found["lora_B"].shape[1:] == (rank[layer],):
             raise CheckpointError(f"{path / CONFIG} says rank {rank[layer]:g} of {layer}, whose tensors have another.")
     base = str(settings.get("base_model_name_or_path") or "another model").removeprefix("all=")
     return Adapter(path, base, dora, bool(settings.get("use_rslora")), tensors, rank, alpha, tuple(steps), trained_on)
@@ -231,11 +213,7 @@ def unpacked(text: str) -> Tensor:
 
 
 def check_base(model: Any, adapter: Adapter, weight: Callable[[str], Tensor]) -> None:
-    """Compare a model's weights with those that an adapter was trained beside, as far as their types tell.
-
-    A log's line says where they have changed since, or where the adapter does not tell.
-    Raises CheckpointError: it is another model of the same shapes.
-    """
+    """Compare a model's weights with those that an adapter was trained on. Raises CheckpointError: of another model."""
     if not adapter.trained_on:
         logger.info("%s does not tell the weights that it was trained on; it names %s", adapter.path, adapter.base)
         return

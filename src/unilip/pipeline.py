@@ -36,11 +36,7 @@ PipelineCallback = Callable[["UniLIPPipeline", int, Tensor, dict[str, Tensor]], 
 
 
 class _Interrupted(Exception):
-    """Ends the sampling early, carrying the latents as they are."""
-
-    def __init__(self, latents: Tensor) -> None:
-        super().__init__()
-        self.latents = latents
+    """Ends the sampling early; its only argument are the latents as they are."""
 
 
 class UniLIPPipeline:
@@ -70,10 +66,7 @@ class UniLIPPipeline:
     ) -> UniLIPPipeline:
         """Load a model as `UniLIP.from_pretrained` does, whose `options` these are; `IGNORED` change nothing here.
 
-        Args:
-            torch_dtype: the other name of `dtype`.
-            device_map: diffusers' word for `device`: one, "auto" or "balanced", all of the model on it.
-
+        `torch_dtype` and `device_map` (one device, "auto" or "balanced") are other names of `dtype` and `device`.
         Raises UniLIPError: an unknown option, or two that contradict each other; or what loading raises.
         """
         if None not in (dtype, torch_dtype) and dtype != torch_dtype:
@@ -94,10 +87,7 @@ class UniLIPPipeline:
         return cls(UniLIP.from_pretrained(source, dtype=dtype, device=device, **given))
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
-        """Write a folder that `DiffusionPipeline.from_pretrained` reads, and everything of this package.
-
-        `options` are those of `UniLIP.save_pretrained`: dtype, max_shard_size.
-        """
+        """Write a folder for `DiffusionPipeline.from_pretrained` and this package; options: dtype, max_shard_size."""
         self.model.save_pretrained(folder, **{"to": "diffusers", **options})
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -270,5 +260,5 @@ class UniLIPPipeline:
                 progress=self._progress_bar_config,
             )  # fmt: skip
         except _Interrupted as stopped:
-            output = self.model.decode(stopped.latents, output_type=output_type)
+            output = self.model.decode(stopped.args[0], output_type=output_type)
         return output if return_dict else (output.images,)

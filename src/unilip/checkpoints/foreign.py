@@ -39,23 +39,19 @@ def _multimodal(config: UniLIPConfig, image_token_id: int | None) -> Json:
 
 
 def internvl_files(config: UniLIPConfig, tokenizer: Tokenizer | None) -> dict[str, Json | str]:
-    """Return the files of an InternVL folder, but for its weights and the tokenizer's own, by name.
-
-    Raises CheckpointError: there is no tokenizer with the special tokens.
-    """
+    """Return an InternVL folder's files but for weights and tokenizer. Raises CheckpointError: no special tokens."""
     needed = ("<IMG_CONTEXT>", "<|im_end|>", "<|endoftext|>")
     image, end, padding = (tokenizer.token_id(name) if tokenizer else None for name in needed)
     if tokenizer is None or image is None or end is None or padding is None:
         raise CheckpointError(f"The checkpoint has no tokenizer with {', '.join(needed)}; put its files beside it.")
     settings = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
     kept = {key: value for key, value in settings.items() if key not in ("auto_map", "chat_template")}
-    processor = {"processor_class": "InternVLProcessor", "image_seq_length": config.num_image_tokens}
     side, architectures = config.image_size, ["InternVLForConditionalGeneration"]
     return {
         "config.json": {"architectures": architectures, "model_type": "internvl", **_multimodal(config, image)},
         "generation_config.json": {"do_sample": False, "eos_token_id": end, "pad_token_id": padding},
         "preprocessor_config.json": {**FIXED["preprocessor"], "size": {"height": side, "width": side}},
-        "processor_config.json": processor,
+        "processor_config.json": {"processor_class": "InternVLProcessor", "image_seq_length": config.num_image_tokens},
         "tokenizer_config.json": {**kept, "extra_special_tokens": FIXED["special_tokens"], "padding_side": "left"},
         "chat_template.jinja": template("chat_template.jinja"),
     }
@@ -71,23 +67,17 @@ def diffusers_files(config: UniLIPConfig) -> dict[str, Json | str]:
 
 
 def authors_configs(config: UniLIPConfig, image_token_id: int | None = None) -> dict[str, Json]:
-    """Return config.json and the configs beside it, by file name, of the authors' format.
-
-    Raises CheckpointError: the model has something that their format cannot say.
-    """
+    """Return the authors' config.json and the configs beside it. Raises CheckpointError: they cannot say the model."""
     t, d, c = config.text, config.dit, config.decoder
+    means = ""
     if d.interpolation_scale is None or d.plain_blocks:
-        raise CheckpointError(
-            "The authors' format always means a DiT with a position embedding and SANA's blocks, and this model has "
-            f"dit.interpolation_scale {d.interpolation_scale} and dit.plain_blocks {d.plain_blocks}; keep it in this "
-            "package's own format."
-        )
-    if config.condition != "dual" or not config.substitute_features:
-        raise CheckpointError(
-            f"The authors' format always means the dual condition with substituted features, and this model has "
-            f"condition {config.condition!r}, substitute_features {config.substitute_features}; keep it in this "
-            "package's own format."
-        )
+        means = "a DiT with a position embedding and SANA's blocks, and this model has dit.interpolation_scale "
+        means += f"{d.interpolation_scale} and dit.plain_blocks {d.plain_blocks}"
+    elif config.condition != "dual" or not config.substitute_features:
+        means = "the dual condition with substituted features, and this model has condition "
+        means += f"{config.condition!r}, substitute_features {config.substitute_features}"
+    if means:
+        raise CheckpointError(f"The authors' format always means {means}; keep it in this package's own format.")
     if config.latent_mean != 0.0 or isinstance(config.latent_factor, tuple):
         raise CheckpointError("The authors' format has one factor for all latent channels and no mean; this has more.")
     large = t.hidden_size > 1000

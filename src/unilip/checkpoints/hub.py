@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -50,7 +50,7 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
 class Adapted:
     """A model with adapters beside it, in the place of a model's own source: pairs of a folder and its strength."""
 
-    base: Source = None
+    base: str | os.PathLike[str] | None = None
     adapters: tuple[tuple[str, float], ...] = ()
 
     def __str__(self) -> str:
@@ -85,15 +85,12 @@ FETCHING: dict[str, Any] = {
 
 
 def check_fetching(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of fetching that are given: whether offline, and `variant` as in model.fp16.safetensors.
-
-    Raises CheckpointError: there is no such option, or it is of another type.
-    """
+    """Return the options that are given. Raises CheckpointError: none of `FETCHING`, or one of another type."""
     for name, value in options.items():
         check_choice("option for loading", name, FETCHING, CheckpointError)
         if not (value is None or isinstance(value, FETCHING[name])):
             raise CheckpointError(f"{name} is {value!r}; give a text, or True or False where it is a switch.")
-    if not re.fullmatch(r"[\w-]+", options.get("variant") or "none"):
+    if not re.fullmatch(r"[\w-]+", options.get("variant") or "none"):  # as in model.fp16.safetensors
         raise CheckpointError(f"variant is {options['variant']!r}; give a word like fp16.")
     return {name: value for name, value in options.items() if value is not None}
 
@@ -102,7 +99,6 @@ def resolve(source: str | os.PathLike[str] | None = None, *, revision: str | Non
     """Return the local folder or file of a source; "owner/name[@revision]" and "owner/name/file.pth" are fetched.
 
     Nothing, or "embedded" where no file is called so, is the model that the package carries.
-
     Raises CheckpointError: nothing is there.
     """
     path = Path("" if source is None else source).expanduser()
@@ -135,9 +131,8 @@ def previous_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.previous")
 
 
-def needed_files(files: Iterable[str], variant: str | None = None) -> list[str]:
+def needed_files(files: Sequence[str], variant: str | None = None) -> list[str]:
     """Choose what to fetch of a repository: configs, tokenizer and weights, each in one format, of the part we read."""
-    files = list(files)
     if INDEX in files:  # of a SANA pipeline its transformer only
         chosen = [INDEX]
         for part in ("transformer", "model", "tokenizer") if "model/config.json" in files else ("transformer",):

@@ -13,7 +13,7 @@ from math import isqrt
 from typing import Any
 
 from unilip.checkpoints.foreign import FIXED
-from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS, QUERIES, Shape, listed
+from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS, QUERIES, Shape, Shapes, listed
 from unilip.errors import CheckpointError, ConfigError
 from unilip.fast.offload import Unmade
 from unilip.method.config import DecoderConfig, DiTConfig, SamplingConfig, TextConfig, UniLIPConfig, VisionConfig
@@ -28,11 +28,9 @@ LARGEST_GRID = 1024  # latent cells along a side
 
 def expected_shapes(config: UniLIPConfig, parts: Sequence[str]) -> dict[str, Shape]:
     """Return names and shapes of every tensor that a checkpoint of this config must hold (tied ones once)."""
-    shapes: dict[str, Shape] = {}
     with Unmade():
-        for part in parts:
-            state = PARTS[part](config).state_dict()
-            shapes |= {f"{part}.{name}": tuple(value.shape) for name, value in state.items()}
+        states = {part: PARTS[part](config).state_dict() for part in parts}
+    shapes = {f"{part}.{name}": tuple(tensor.shape) for part, held in states.items() for name, tensor in held.items()}
     if config.text.tie_embeddings:
         shapes.pop(HEAD, None)
     return shapes
@@ -63,9 +61,7 @@ def _numbers(value: Any) -> list[float]:
 _SANA_NAME = re.compile(r"sana.*?_(600M|1600M)(?:_(\d+)px)?", re.IGNORECASE)
 
 
-def infer_config(
-    kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str, Json], name: str = ""
-) -> UniLIPConfig:
+def infer_config(kind: str, data: Json, shapes: Shapes, beside: Mapping[str, Json], name: str = "") -> UniLIPConfig:
     """Work out our config of another KIND of checkpoint, NAME being what to call a model of no released size.
 
     In: data: its own config.json, or {}. shapes: its tensors under *our* names. beside: JSON files lying beside it, by
@@ -80,7 +76,7 @@ def infer_config(
         raise CheckpointError(f"The checkpoint's configuration makes no sense: {error}") from error
 
 
-def _infer(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str, Json], name: str) -> UniLIPConfig:
+def _infer(kind: str, data: Json, shapes: Shapes, beside: Mapping[str, Json], name: str) -> UniLIPConfig:
     parts = KINDS[kind].parts
     changes: dict[str, Any] = {}
     base = UniLIPConfig()
@@ -105,32 +101,28 @@ def _infer(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[s
         changes["connector_layers"] = _count(shapes, "connector.layers.")
     if "latent_head" in parts:
         changes["latent_head_blocks"] = _count(shapes, "latent_head.blocks.")
+    vae = data if kind == "dcae" else beside.get("vae_config.json", {})
     if "pixel_decoder" in parts:
-        changes["decoder"] = _decoder(data if kind == "dcae" else beside.get("vae_config.json", {}), shapes)
-        dit = dataclasses.replace(base.dit, latent_channels=changes["decoder"].latent_channels)
-        base = base.replace(dit=dit, decoder=changes["decoder"])
+        changes["decoder"] = _decoder(vae, shapes)
+        changes["dit"] = dataclasses.replace(base.dit, latent_channels=changes["decoder"].latent_channels)
     if "dit" in parts:
         changes["dit"] = _dit(kind, data, shapes, beside)
         if "decoder" not in changes:
             changes["decoder"] = dataclasses.replace(base.decoder, latent_channels=changes["dit"].latent_channels)
         if "encoder" not in parts:
             changes["image_size"] = changes["dit"].sample_size * 28
-    elif "decoder" in changes:
-        changes["dit"] = base.dit
     if kind == "authors" and "unilip_factor" not in data:
         raise CheckpointError("Its config.json has no unilip_factor (10.6 in the 1B release, 9.5 in 3B); add it.")
-    said: dict[str, Any] = {
-        "authors-stage1": beside.get("vae_config.json", {}).get("scaling_factor", 0.41407),
-        "dcae": data.get("scaling_factor", 1.0),
-    }
-    factor: Any = said.get(kind, data.get("unilip_factor", base.latent_factor))
+    factor: Any = data.get("unilip_factor", base.latent_factor)
+    if kind in ("authors-stage1", "dcae"):
+        factor = vae.get("scaling_factor", 1.0 if kind == "dcae" else 0.41407)
     changes["latent_factor"] = float(factor)
     if "scheduler_config.json" in beside:
         changes["sampling"] = _sampling(beside["scheduler_config.json"])
     return base.replace(**changes, name=released or name or kind)
 
 
-def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
+def _count(shapes: Shapes, prefix: str) -> int:
     return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
 
 
@@ -139,7 +131,7 @@ def _ours(kind: str, data: Json) -> dict[str, Any]:
     return {ours: data[theirs] for theirs, ours in FIXED["fields"][kind].items() if theirs in data}
 
 
-def _vision(data: Json, shapes: Mapping[str, Shape]) -> VisionConfig:
+def _vision(data: Json, shapes: Shapes) -> VisionConfig:
     if data.get("norm_type", "layer_norm") != "layer_norm" or data.get("use_qk_norm", False):
         raise CheckpointError("Its vision encoder has other norms than InternViT-300M; use InternVL3-1B or 2B.")
     root = "encoder.vision_tower"
@@ -151,15 +143,14 @@ def _vision(data: Json, shapes: Mapping[str, Shape]) -> VisionConfig:
             f"The number of heads of a vision encoder {width} wide does not follow from its tensors; put the "
             "config.json of its model beside it."
         )
-    shaped: dict[str, Any] = dict(
-        hidden_size=width, num_layers=_count(shapes, f"{root}.encoder.layer."),
-        intermediate_size=shapes[f"{root}.encoder.layer.0.mlp.fc1.weight"][0], image_size=isqrt(positions - 1) * patch,
-        patch_size=patch,
-    )  # fmt: skip
-    return VisionConfig(**{**given, **shaped})
+    return VisionConfig(**given | {
+        "hidden_size": width, "num_layers": _count(shapes, f"{root}.encoder.layer."), "patch_size": patch,
+        "intermediate_size": shapes[f"{root}.encoder.layer.0.mlp.fc1.weight"][0],
+        "image_size": isqrt(positions - 1) * patch,
+    })  # fmt: skip
 
 
-def _text(data: Json, shapes: Mapping[str, Shape]) -> TextConfig:
+def _text(data: Json, shapes: Shapes) -> TextConfig:
     text: Json = data.get("text_config", {})
     if text.get("model_type", "qwen2") != "qwen2":
         raise CheckpointError(f"Its language model is {text['model_type']!r}, not Qwen2; use InternVL3-1B or 2B.")
@@ -172,16 +163,14 @@ def _text(data: Json, shapes: Mapping[str, Shape]) -> TextConfig:
     if rope.get("rope_type", rope.get("type", "default")) not in ("default", "dynamic"):
         raise CheckpointError(f"Its position embedding {rope.get('rope_type', rope.get('type'))!r} is not supported.")
     vocabulary, width = shapes[EMBEDDING]
-    shaped: dict[str, Any] = dict(
-        vocab_size=vocabulary, hidden_size=width, num_layers=_count(shapes, f"{layer}."),
-        intermediate_size=shapes[f"{layer}.0.mlp.gate_proj.weight"][0],
-        rope_theta=float(text.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-        tie_embeddings=HEAD not in shapes,
-    )  # fmt: skip
-    return TextConfig(**{**_ours("text", text), **shaped})
+    return TextConfig(**_ours("text", text) | {
+        "vocab_size": vocabulary, "hidden_size": width, "num_layers": _count(shapes, f"{layer}."),
+        "intermediate_size": shapes[f"{layer}.0.mlp.gate_proj.weight"][0], "tie_embeddings": HEAD not in shapes,
+        "rope_theta": float(text.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
+    })  # fmt: skip
 
 
-def _decoder(data: Json, shapes: Mapping[str, Shape]) -> DecoderConfig:
+def _decoder(data: Json, shapes: Shapes) -> DecoderConfig:
     """Everything about the decoder follows from its shapes; its config only says whether it is of the known make."""
     known = {"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu", "decoder_conv_act_fn": "relu"}
     for field, value in known.items():
@@ -224,7 +213,7 @@ def _decoder(data: Json, shapes: Mapping[str, Shape]) -> DecoderConfig:
     )  # fmt: skip
 
 
-def _dit(kind: str, data: Json, shapes: Mapping[str, Shape], beside: Mapping[str, Json]) -> DiTConfig:
+def _dit(kind: str, data: Json, shapes: Shapes, beside: Mapping[str, Json]) -> DiTConfig:
     root = "dit.transformer"
     width = shapes[f"{root}.scale_shift_table"][1]
     shaped: dict[str, Any] = dict(

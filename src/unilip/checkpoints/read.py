@@ -111,15 +111,11 @@ class TorchFile:
 
 
 class Weights:
-    """Named tensors in one file or several; only names, shapes and types are known until a tensor is asked for.
-
-    `metadata` is text stored with them; `quantized` are those in few bits, in torchao's layout, each one tensor to
-    callers.
-    """
+    """Named tensors in one file or several; only names, shapes and types are known until a tensor is asked for."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
-        self.metadata: dict[str, str] = {}
+        self.metadata: dict[str, str] = {}  # stored with them
         self.shapes: dict[str, tables.Shape] = {}
         self._where: dict[str, SafeFile | TorchFile] = {}
         for path in files:
@@ -136,13 +132,12 @@ class Weights:
             self._where |= dict.fromkeys(opened.shapes, opened)
         if not self.shapes:
             raise CheckpointError(f"{tables.listed([str(path) for path in files]) or 'Its index'} names no tensor.")
-        self.quantized: dict[str, FewBits] = {}
+        self.quantized: dict[str, FewBits] = {}  # in torchao's layout: each in pieces, one tensor to callers
         self.quantized = few_bits(self.metadata, self._meta, str(self.files[0].parent))
-        if self.quantized:
-            pieces = {piece: name for name, tensor in self.quantized.items() for piece in tensor.pieces.values()}
-            whole = {name: tensor.shape for name, tensor in self.quantized.items()}
-            self.shapes = {n: whole.get(n, s) for n, s in ((pieces.get(n, n), s) for n, s in self.shapes.items())}
-            self._where |= {name: self._where[piece] for piece, name in pieces.items()}
+        pieces = {piece: name for name, tensor in self.quantized.items() for piece in tensor.pieces.values()}
+        whole = {name: tensor.shape for name, tensor in self.quantized.items()}
+        self.shapes = {n: whole.get(n, s) for n, s in ((pieces.get(n, n), s) for n, s in self.shapes.items())}
+        self._where |= {name: self._where[piece] for piece, name in pieces.items()}
 
     def _meta(self, name: str) -> Tensor:
         return torch.empty(self.shapes[name], dtype=self.dtype(name), device="meta")
@@ -159,12 +154,11 @@ class Weights:
 
     def few(self, origin: tables.Origin, dtype: torch.dtype | None, damaged: str) -> Tensor:
         """Read a quantised tensor, which computes in `dtype`, or in the type that it was saved with."""
-        few = self.quantized[origin.name]
+        few, pieces = self.quantized[origin.name], dict[str, Tensor]()
         if origin.parts != 1:
             raise CheckpointError(f"{self.file_of(origin.name)} holds {origin.name} stacked; save it in our format.")
-        pieces = {key: self._where[piece].read(piece, 0, 1) for key, piece in few.pieces.items()}
-        for key, piece in pieces.items():
-            check_weights(piece, few.pieces[key], damaged)
+        for key, name in few.pieces.items():
+            pieces[key] = check_weights(self._where[name].read(name, 0, 1), name, damaged)
         return few.tensor(pieces, dtype)
 
     def read(self, origin: tables.Origin) -> Tensor:
@@ -234,20 +228,16 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 class Checkpoint:
-    """An opened checkpoint: what it is, and its tensors under our names, read when asked for.
+    """An opened checkpoint: what it is, and its tensors under our names, read when asked for."""
 
-    Attributes: kind: a key of `tables.KINDS`; config: ours. parts: of the model that it holds; absent: names that its
-    kind never holds although its parts have them (new queries). dropped: their name -> why it is left out; notes:
-    remarks for people.
-    """
-
-    def __init__(self, path: Path, kind: str, weights: Weights, data: Mapping[str, Any], folder: Path) -> None:
-        self.path, self.kind, self.weights = path, kind, weights
+    def __init__(self, path: Path, weights: Weights, data: Mapping[str, Any]) -> None:
+        self.path, self.weights, self._data = path, weights, data
+        self.kind = kind = _kind(path, data, weights.shapes)  # a key of `tables.KINDS`
+        folder = path if path.is_dir() else path.parent
         about_tensors = {"format", "tensor_names", *weights.shapes}
         self.metadata = {k: v for k, v in weights.metadata.items() if k not in about_tensors}
-        self._origins, self.dropped = tables.map_names(kind, weights.shapes)
-        self._data = data
-        self.notes: list[str] = []
+        self._origins, self.dropped = tables.map_names(kind, weights.shapes)  # dropped: their name -> why
+        self.notes: list[str] = []  # remarks for people
         self.adapters: tuple[tuple[str, float], ...] = ()  # that belong beside it: folders and strengths
         self._untie()
         shapes = {name: self.shape(name) for name in self._origins}
@@ -267,6 +257,7 @@ class Checkpoint:
             expected = expected_shapes(self.config, self.parts)
         except (CheckpointError, RuntimeError, TypeError, ValueError, ArithmeticError, MemoryError) as error:
             raise CheckpointError(f"{path} does not fit its config: {reason(error, 300)}") from error
+        # what its kind never holds although its parts have it: new queries
         self.absent = tuple(name for name in tables.KINDS[kind].absent if name in expected and name not in shapes)
         tables.check_shapes(shapes, expected, str(path), self.absent)
         self.tokenizer_path = folder if _has_tokenizer(folder) else None
@@ -322,8 +313,7 @@ class Checkpoint:
         damaged = f"{self.weights.file_of(origin.name)} is damaged: fetch or save it again"
         if origin.name in self.weights.quantized:
             return self.weights.few(origin, dtype, damaged)
-        tensor = self.weights.read(origin)
-        check_weights(tensor, origin.name, damaged)
+        tensor = check_weights(self.weights.read(origin), origin.name, damaged)
         return tensor.flatten(1) if tables.POINTWISE.fullmatch(name) else tensor
 
     def same(self, one: str, other: str) -> bool:
@@ -355,15 +345,12 @@ def open_checkpoint(source: hub.Source = None, **fetching: Any) -> Checkpoint:
         opened = open_checkpoint(whole.base, **fetching)
         opened.adapters = whole.adapters
         return opened
-    assert not isinstance(whole.base, hub.Adapted)
     path = hub.resolve(whole.base, **fetching)
-    folder = path if path.is_dir() else path.parent
-    config = folder / "config.json"
+    config = (path if path.is_dir() else path.parent) / "config.json"
     if path.is_file():
         if path.suffix not in hub.FILE_SUFFIXES:
             raise CheckpointError(f"{path} is no weights file ({', '.join(hub.FILE_SUFFIXES)}); give one, or a folder.")
-        weights, data = Weights([path]), hub.read_json(config) if config.is_file() else {}
-        return Checkpoint(path, _kind(path, data, weights.shapes), weights, data, folder)
+        return Checkpoint(path, Weights([path]), hub.read_json(config) if config.is_file() else {})
     pipeline = not config.is_file() and (path / hub.INDEX).is_file()
     if pipeline and (path / "model" / "config.json").is_file():
         opened = open_checkpoint(path / "model", variant=fetching.get("variant"))
@@ -379,8 +366,7 @@ def open_checkpoint(source: hub.Source = None, **fetching: Any) -> Checkpoint:
         raise CheckpointError(f"{path} has no config.json, so it is none of these: {tables.UNDERSTOOD}.{hint}")
     data = hub.read_json(config)
     _kind(path, data, ())  # a folder of another kind is named as such, even when its weights have other names too
-    weights = _find_weights(path, fetching.get("variant"))
-    return Checkpoint(path, _kind(path, data, weights.shapes), weights, data, path)
+    return Checkpoint(path, _find_weights(path, fetching.get("variant")), data)
 
 
 SMALL = "small_decoder"  # the folder beside a model's weights
@@ -432,12 +418,9 @@ def _kind(path: Path, data: Mapping[str, Any], names: Iterable[str]) -> str:
 
 
 def parse_dtype(dtype: DType) -> torch.dtype | None:
-    """Return a floating type from its name; None is float32; "auto" gives None, as stored (or float32, if as fast).
-
-    Raises CheckpointError: not a floating type of torch.
-    """
+    """Return a floating type from its name; None is float32. Raises CheckpointError: not a floating type of torch."""
     if isinstance(dtype, str) and dtype == "auto":
-        return None
+        return None  # as stored, or float32 where that is as fast
     found = torch.float32 if dtype is None else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise CheckpointError(f"There is no dtype {dtype!r}; allowed: float32, bfloat16, float16, auto.")

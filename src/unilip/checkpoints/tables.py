@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from unilip.errors import CheckpointError
 from unilip.files import read_table
 
 Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]  # by name of a tensor
 Rule = tuple[str, tuple[str, ...], str]  # templates of their name and of ours; none of ours: dropped, for a reason
 
 PARTS = ("encoder", "latent_head", "pixel_decoder", "mllm", "connector", "dit")
@@ -27,8 +27,7 @@ EMBEDDING = "mllm.language_model.model.embed_tokens.weight"
 HEAD = "mllm.language_model.lm_head.weight"
 
 
-@dataclass(frozen=True)
-class Origin:
+class Origin(NamedTuple):
     """Where one of our tensors comes from: part `part` of `parts` equal pieces (first dimension) of tensor `name`."""
 
     name: str
@@ -36,8 +35,7 @@ class Origin:
     parts: int = 1
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """A kind of checkpoint: what it is, its table, the parts that it holds and our tensors that it never has."""
 
     title: str
@@ -74,10 +72,7 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 def map_names(kind: str, names: Iterable[str]) -> tuple[dict[str, Origin], dict[str, str]]:
-    """Put the names of a source into ours: -> where each of ours comes from, and why each one left out is.
-
-    Raises CheckpointError: a name that the table does not know, or two names for one tensor.
-    """
+    """Return where each of ours comes from, and why others are dropped. Raises CheckpointError: unknown, or twice."""
     rules = KINDS[kind].rules
     origins: dict[str, Origin] = {}
     dropped: dict[str, str] = {}
@@ -102,10 +97,7 @@ def map_names(kind: str, names: Iterable[str]) -> tuple[dict[str, Origin], dict[
 
 
 def unmap_names(kind: str, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Return the way back: each of their names with the names of ours that are stacked in it.
-
-    Raises CheckpointError: a tensor of ours has no place there, or one of several to be stacked is missing.
-    """
+    """Return their names, each with ours stacked in it. Raises CheckpointError: ours without a place, or missing."""
     places = [(rule, part, _pattern(ours)) for rule in KINDS[kind].rules for part, ours in enumerate(rule[1])]
     found: dict[str, list[str | None]] = {}
     for name in names:
@@ -122,9 +114,7 @@ def unmap_names(kind: str, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return {theirs: tuple(n for n in group if n is not None) for theirs, group in found.items()}
 
 
-def check_shapes(
-    found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str, absent: Sequence[str] = ()
-) -> None:
+def check_shapes(found: Shapes, expected: Shapes, where: str, absent: Sequence[str] = ()) -> None:
     """Compare names and shapes in both directions (`absent` may be missing). Raises CheckpointError: they differ."""
     problems = {
         "missing": [name for name in expected if name not in found and name not in absent],

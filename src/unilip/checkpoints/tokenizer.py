@@ -37,11 +37,8 @@ STEPS: dict[str, list[str]] = TABLE["steps"]
 
 
 class Tokenizer:
-    """Text to ids and back.
+    """Text to ids and back, by files as in `TOKENIZER_FILES`; `where` is what errors call their place.
 
-    In: files: tokenizer files by name, as in `TOKENIZER_FILES`; `save` writes exactly these bytes. where: what errors
-    call their place. Attributes: vocabulary: every token, added ones included -> its id; pad_id: of the padding token,
-    or None.
     Raises CheckpointError: a file is missing, damaged, or asks for more than byte-level BPE.
     """
 
@@ -62,7 +59,7 @@ class Tokenizer:
             raise self._damaged(error) from error
         if wrong:
             raise CheckpointError(f"{where}: {wrong[0]!r} has two ids; copy the original tokenizer files again.")
-        self.vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)  # ids by token
         names = self._settings("tokenizer_config.json"), self._settings("special_tokens_map.json")
         self.pad_id = next((self.token_id(n) for n in (_content(s.get("pad_token")) for s in names) if n), None)
         self.known = frozenset(names[0].get("known_words") or ())

@@ -69,7 +69,8 @@ def save(
         raise CheckpointError("A quantised model is saved as it is; leave dtype out.")
     items: list[Item] = [(n, tuple(t.shape), t.dtype, partial(flat.__getitem__, n)) for n, t in flat.items()]
     files = _own_files(config, items, tokenizer, dtype, to)
-    return _write_folder(folder, items, files, max_shard_size, tokenizer, dtype, {**(metadata or {}), **about})
+    notes = {**(metadata or {}), **about}
+    return _write_folder(Path(folder), items, files, parse_size(max_shard_size), tokenizer, dtype, notes)
 
 
 def _own_files(config: UniLIPConfig, items: Sequence[Item], tokenizer: Any, dtype: read.DType, to: str) -> Files:
@@ -84,29 +85,23 @@ def _own_files(config: UniLIPConfig, items: Sequence[Item], tokenizer: Any, dtyp
 
 
 def _write_folder(
-    folder: str | os.PathLike[str],
-    items: Sequence[Item],
-    files: Files,
-    max_shard_size: str | int,
-    tokenizer: Any,
-    dtype: read.DType,
-    metadata: Mapping[str, str],
+    folder: Path, items: list[Item], files: Files, limit: int, tokenizer: Any, dtype: read.DType, notes: dict[str, str]
 ) -> Path:
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    folder = Path(os.path.abspath(Path(folder).expanduser()))
-    limit = parse_size(max_shard_size)
+    folder = Path(os.path.abspath(folder.expanduser()))
     wanted = None if dtype is None else read.parse_dtype(dtype)
-    types = {n: stored if wanted is None or not stored.is_floating_point else wanted for n, _, stored, _ in items}
-    empty = {name: torch.empty(shape, dtype=types[name], device="meta") for name, shape, _, _ in items}
+    if wanted is not None:
+        items = [(n, shape, wanted if t.is_floating_point else t, get) for n, shape, t, get in items]
+    empty = {name: torch.empty(shape, dtype=stored, device="meta") for name, shape, stored, _ in items}
     pattern = "model{suffix}.safetensors"
     split = split_torch_state_dict_into_shards(empty, filename_pattern=pattern, max_shard_size=limit)
-    get = {name: (call, types[name]) for name, _, _, call in items}
+    by_name = {item[0]: item for item in items}
     with _replacing(folder) as new:
         weights, words = (new / name if INDEX in files else new for name in ("model", "tokenizer"))
         weights.mkdir(exist_ok=True)
         for file, names in split.filename_to_tensors.items():
-            _write_shard(weights / file, {name: get[name] for name in names}, {"format": "pt", **metadata})
+            _write_shard(weights / file, [by_name[name] for name in names], {"format": "pt", **notes})
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             text = json.dumps(index, indent=2) + "\n"
@@ -130,14 +125,12 @@ def parse_size(size: str | int) -> int:
     return value
 
 
-def _write_shard(
-    path: Path, sources: Mapping[str, tuple[Callable[[], Tensor], torch.dtype]], metadata: dict[str, str]
-) -> None:
+def _write_shard(path: Path, items: Sequence[Item], metadata: dict[str, str]) -> None:
     """Write one file of weights; what it takes to hold its tensors is free again when this returns."""
     path.touch()
     mode = path.stat().st_mode  # as the umask has it; the library would let nobody else read the file
     tensors = {}
-    for name, (get, dtype) in sources.items():
+    for name, _, dtype, get in items:
         sound = read.check_weights(get().detach(), name, "Nothing was saved, for it could not be loaded")
         tensors[name] = read.cast(sound.to("cpu", copy=True), dtype, name).contiguous()
     save_file(tensors, path, metadata)
@@ -165,7 +158,10 @@ def _replacing(folder: Path) -> Iterator[Path]:
             yield new
             for old in folder.iterdir() if folder.exists() else ():
                 if not (old.name in theirs or _WEIGHTS.fullmatch(old.name) or (new / old.name).exists()):
-                    _link(old, new / old.name)
+                    if old.is_dir():
+                        shutil.copytree(old, new / old.name, copy_function=_link)
+                    else:
+                        _link(old, new / old.name)
             if folder.exists():
                 remove(previous)
                 folder.rename(previous)
@@ -176,19 +172,12 @@ def _replacing(folder: Path) -> Iterator[Path]:
     remove(previous)
 
 
-def _link(old: Path, new: Path) -> None:
+def _link(old: str | Path, new: str | Path) -> None:
     """Bring a bystander along without moving it: a hard link, or a copy where there are none."""
-
-    def one(source: str, target: str) -> None:
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copy2(source, target)
-
-    if old.is_dir():
-        shutil.copytree(old, new, copy_function=one)
-    else:
-        one(str(old), str(new))
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copy2(old, new)
 
 
 def push_model(model: Any, repo_id: str, *, dtype: read.DType = None, **options: Any) -> str:
@@ -207,20 +196,15 @@ def convert(
     dtype: read.DType = None,
     max_shard_size: str | int = "5GB",
 ) -> Path:
-    """Rewrite any checkpoint as ours, the authors', a pipeline of diffusers, or transformers' InternVL.
-
-    Raises CheckpointError: an unknown format, or a model that the format cannot hold.
-    """
+    """Rewrite any checkpoint in one of `FORMATS`. Raises CheckpointError: no such one, or it cannot hold the model."""
     check_choice("format to convert to called", to, FORMATS, CheckpointError)
     opened = read.open_checkpoint(source)
     opened.require_plain("only plain weights can be converted")
     metadata = dict(opened.metadata)
     if opened.image_token_id is not None:
         metadata["image_token_id"] = str(opened.image_token_id)
-    items: list[Item]
-    files: Files
     if to in ("unilip", "diffusers"):
-        items = [(n, opened.shape(n), opened.dtype(n), partial(opened.tensor, n)) for n in opened.names]
+        items: list[Item] = [(n, opened.shape(n), opened.dtype(n), partial(opened.tensor, n)) for n in opened.names]
         expected = expected_shapes(opened.config, opened.parts)
         for name in opened.absent:
             shape, stored = expected[name], opened.dtype(opened.names[0])
@@ -237,7 +221,7 @@ def convert(
         files = internvl_files(opened.config, opened.tokenizer)
         kept = [name for name in opened.names if name.startswith(("encoder.", "mllm.")) and name != QUERIES]
         items = _renamed(opened, "internvl", kept)
-    return _write_folder(destination, items, files, max_shard_size, opened.tokenizer, dtype, metadata)
+    return _write_folder(Path(destination), items, files, parse_size(max_shard_size), opened.tokenizer, dtype, metadata)
 
 
 def _require(opened: read.Checkpoint, parts: Sequence[str], why: str) -> None:

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from unilip.data.records import KINDS, Record, Source, Unreadable, clean_text, decode_picture, one_text, read_turns
 from unilip.data.sheet import contact_sheet
 
+Progress = Callable[[int, int], None]  # told samples read, and to be read
 SHOWN = 32  # samples on the sheet
 SIDE = 144  # px of a picture there
 NAMED = 20  # bad samples that are named
@@ -49,14 +50,11 @@ class Report:
         found += [f"  {reason}: {count:,}" for reason, count in self.skipped.items()]
         found += [f"    {name}" for name in self.named]
         found += [f"  left out, {reason}: {count:,}" for reason, count in self.left_out.items()]
-        measured = (
-            ("shorter side", self.shorter_side, "px"),
-            ("width / height", self.aspect, ""),
-            ("file", self.kilobytes, "kB"),
-        )
-        for what, sizes, unit in measured:
+        measured = {"shorter side": self.shorter_side, "width / height": self.aspect, "file": self.kilobytes}
+        units = {"shorter side": " px", "file": " kB"}
+        for what, sizes in measured.items():
             if sizes is not None:
-                found.append(f"{what}: {sizes[0]:g} to {sizes[2]:g} {unit}".rstrip() + f", median {sizes[1]:g}")
+                found.append(f"{what}: {sizes[0]:g} to {sizes[2]:g}{units.get(what, '')}, median {sizes[1]:g}")
         for what, (low, middle, high) in self.characters.items():
             found.append(f"{what}: {low} to {high} characters, median {middle}")
         if self.repeated_texts:
@@ -65,15 +63,11 @@ class Report:
 
 
 def check(
-    source: Source,
-    samples: int | None = 1000,
-    longest: int = 1000,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    source: Source, samples: int | None = 1000, longest: int = 1000, progress: Progress = lambda done, total: None
 ) -> tuple[Report, Image.Image | None]:
     """Count everything, read `samples` of each kind (None: all) spread evenly over it, and draw some on a sheet.
 
-    In: longest: texts over so many characters count as left out by training. progress: told samples read and to be
-    read.
+    Texts of more than LONGEST characters count as left out by training.
     """
     counts = {kind: int(sum(source.counts(kind))) for kind in KINDS}
     report = Report(source.location, len(source.counts("image")), counts, list(source.faults), list(source.notes))

@@ -56,11 +56,10 @@ def convert(
     shorter_side: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Converted:
-    """Write a data set as shards, or go on with a conversion that was interrupted.
+    """Write a data set (the folder of a download, as one of `LAYOUTS` has it) as shards, or go on where it stopped.
 
-    In: layout: one of `LAYOUTS`. source: folder of the download. shard_size: samples in a shard. shorter_side: longer
-    shorter sides are scaled down to it and kept as JPEG (None: pictures keep their bytes). progress: told samples done
-    and in all.
+    In: shard_size: samples in a shard. shorter_side: longer shorter sides are scaled down to it and kept as JPEG (None:
+    pictures keep their bytes). progress: told samples done and in all.
     Raises DataError: an unknown layout, or nothing of it in the folder.
     """
     check_choice("layout", layout, LAYOUTS, DataError)
@@ -98,8 +97,7 @@ def members(kind: str, record: Record, shorter_side: int | None) -> dict[str, by
     """Turn a record into the members of a sample, after trying that each of them can be read."""
     names = ("input.", "output.") if kind == "edit" else ("",)
     try:
-        text = clean_text(record.text, "instruction" if kind == "edit" else "caption")
-        found = {"txt": text.encode()}
+        found = {"txt": clean_text(record.text, "instruction" if kind == "edit" else "caption").encode()}
         for name, data in zip(names, record.pictures, strict=True):
             ending, data = encoded(data, shorter_side)
             found[f"{name}{ending}"] = data
@@ -117,10 +115,8 @@ def encoded(data: bytes, shorter_side: int | None) -> tuple[str, bytes]:
         file = io.BytesIO()
         picture.resize((size[0], size[1]), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
         return "jpg", file.getvalue()
-    form = open_picture(data).format or ""
-    if form not in ENDINGS:
-        return "png", png_bytes(picture)
-    return ENDINGS[form], data
+    ending = ENDINGS.get(open_picture(data).format or "")
+    return (ending, data) if ending else ("png", png_bytes(picture))
 
 
 class Files:

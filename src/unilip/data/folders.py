@@ -15,7 +15,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from unilip.files import content_hash, decode_text, mark
 logger = logging.getLogger(__name__)
 MARKED = 4096  # files whose content a signature looks at
 LISTS = ("metadata.jsonl", "metadata.csv")  # of other programs, which say what the texts are
-READ = (".txt", ".json", ".jsonl", ".csv")
+READ = (*records.IMAGE_SUFFIXES, ".txt", ".json", ".jsonl", ".csv")
 
 
 class _OneShard:
@@ -54,10 +53,10 @@ class Folder(_OneShard):
             raise DataError(f"{error.filename or folder} cannot be read ({error.strerror}).") from error
         if not (found := [p for p in files if p.suffix.lower() in records.IMAGE_SUFFIXES]):
             raise DataError(f"{folder} holds no pictures to learn from ({', '.join(records.IMAGE_SUFFIXES)}).")
-        texts, jsons = ([p for p in files if p.suffix.lower() == ending] for ending in (".txt", ".json"))
-        meanings = [records.json_meaning(_bytes(path)) for path in jsons]
+        texts = [p for p in files if p.suffix.lower() == ".txt"]
+        jsons = {p: records.json_meaning(_bytes(p)) for p in files if p.suffix.lower() == ".json"}
         beside: dict[Path, dict[str, Path]] = {}  # texts, by path without ending
-        for path, meaning in (*zip(texts, repeat("txt")), *zip(jsons, meanings, strict=True)):
+        for path, meaning in (dict.fromkeys(texts, "txt") | jsons).items():
             if meaning:
                 beside.setdefault(key(path), {})[meaning] = path
         samples: dict[tuple[Path, Path | None], dict[str, Path]] = {}  # pictures: one, or a pair of one stem
@@ -72,7 +71,7 @@ class Folder(_OneShard):
             for kind, parts in records.kinds_of(pictures | beside.get(stem, {}), some):
                 self._found[kind].append(parts)
         self._found["image"].sort(key=lambda parts: parts["image"])
-        talks = [path for path, meaning in zip(jsons, meanings, strict=True) if meaning == "json"]
+        talks = [path for path, meaning in jsons.items() if meaning == "json"]
         self._found["text"] = [{"json": path} for path in talks if key(path) not in plain]
         self._read = [*found, *texts, *jsons]
         self.faults = [f"{p}: it is not read; name a .jsonl file as the place" for p in files if p.name in LISTS]
@@ -80,10 +79,8 @@ class Folder(_OneShard):
             logger.warning("%s", fault)
         stems = {stem for stem, _ in samples}
         lonely = Counter("txt without a picture" for path in texts if key(path) not in stems)
-        lonely["json without a conversation or a caption"] = meanings.count("")
-        lonely.update(
-            p.suffix.lower() or p.name for p in files if p.suffix.lower() not in (*records.IMAGE_SUFFIXES, *READ)
-        )
+        lonely["json without a conversation or a caption"] = list(jsons.values()).count("")
+        lonely.update(p.suffix.lower() or p.name for p in files if p.suffix.lower() not in READ)
         told = ", ".join(f"{what} ({count:,})" for what, count in lonely.most_common(9) if count)
         self.notes = [f"files that no sample has a use for: {told}"] if told else []
 
@@ -131,35 +128,31 @@ def marks(paths: Sequence[Path]) -> list[Any]:
 
 
 class Lines(_OneShard):
-    """The samples of a JSONL file, or of a JSON list as LLaVA has it; lines of no known kind are named and left out.
-
-    Raises DataError: the file cannot be read or holds no sample.
-    """
+    """The samples of a JSONL file, or of a JSON list as LLaVA has it. Raises DataError: unreadable, or no sample."""
 
     def __init__(self, file: Path) -> None:
         self.location, self.file = str(file), file
-        self.faults: list[str] = []
+        self.faults: list[str] = []  # lines of no known kind, which are left out
         self.notes: list[str] = []
         self._found = {kind: [] for kind in records.KINDS}  # offsets of lines, or entries of the list
         self._content = hashlib.blake2b(digest_size=12)
         self._pictures: list[Path] = []
+        rows: Any = []
         try:
             if file.suffix.lower() == ".json":
                 data = file.read_bytes()
                 self._content.update(data)
                 rows = json.loads(decode_text(data))
-                if not isinstance(rows, list):
-                    raise DataError(f"{file} is no list of samples; give [{{...}}, ...], or a JSONL file.")
-                for number, row in enumerate(rows, 1):
-                    self._sort(row, (number, row), f"entry {number}")
             else:
                 self._scan()
         except (ValueError, RecursionError) as error:
-            if isinstance(error, DataError):
-                raise
             raise DataError(f"{file} is no JSON that can be read ({error}).") from error
         except OSError as error:
             raise DataError(f"{file} cannot be read ({error.strerror}).") from error
+        if not isinstance(rows, list):
+            raise DataError(f"{file} is no list of samples; give [{{...}}, ...], or a JSONL file.")
+        for number, row in enumerate(rows, 1):
+            self._sort(row, (number, row), f"entry {number}")
         if not any(self._found.values()):
             why = f" ({self.faults[0]})" if self.faults else ""
             raise DataError(

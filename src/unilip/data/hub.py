@@ -23,10 +23,9 @@ from unilip.errors import reason
 from unilip.files import content_hash, stamp
 
 SCHEME = "hf:"
-FIELDS = ("image", "caption", "source", "instruction", "target", "conversations")
 TRL = {"image": "images", "conversations": "messages"}  # where there is no column of our name
-MEMBERS = {
-    "image": "jpg", "source": "input.jpg", "target": "output.jpg", "caption": "txt", "instruction": "txt",
+MEMBERS = {  # by field
+    "image": "jpg", "caption": "txt", "source": "input.jpg", "instruction": "txt", "target": "output.jpg",
     "conversations": "json",
 }  # fmt: skip
 
@@ -38,13 +37,13 @@ class HubStream(Shards):
         name, _, query = location.removeprefix(SCHEME).partition("?")
         given = dict(parse_qsl(query, strict_parsing=True)) if query else {}
         options: dict[str, str] = {key: given.pop(key) for key in ("split", "name", "revision") if key in given}
-        if unknown := sorted(set(given) - set(FIELDS)):
-            allowed = ", ".join(("split", "name", "revision", *FIELDS))
+        if unknown := sorted(set(given) - set(MEMBERS)):
+            allowed = ", ".join(("split", "name", "revision", *MEMBERS))
             raise DataError(f"{location} sets {', '.join(unknown)}; allowed: {allowed}.")
         self._stream, self._rows, self._versions = _open(name, options, location)
         columns = set(self._stream.column_names or ())
         theirs = {field: name for field, name in TRL.items() if field not in columns}
-        named = {field: field for field in FIELDS} | theirs | given
+        named = {field: field for field in MEMBERS} | theirs | given
         self.columns = {field: column for field, column in named.items() if column in columns}
         missing = sorted(column for column in given.values() if column not in columns)
         members = {MEMBERS[field]: field for field in self.columns}
@@ -122,10 +121,8 @@ def _member(field: str, value: Any) -> tuple[str, bytes]:
             return ending, bytes(value["bytes"])
         path = value.get("path")
         return ending, Path(path).read_bytes() if path and Path(path).is_file() else b""
-    if isinstance(value, bytes):
-        return ending, value
-    if value is None:
-        return ending, b""
+    if value is None or isinstance(value, bytes):
+        return ending, value or b""
     if isinstance(value, str):
         return ending, value.encode()
     return ("texts" if ending == "txt" else ending), json.dumps(value).encode()  # several captions, or none that is one

@@ -24,14 +24,11 @@ def permutation(count: int, *parts: object) -> np.ndarray:
 
 
 class Order:
-    """Places of the samples of one stream; `counts` are the samples of each shard, `window` shards are mixed at once.
-
-    Raises DataError: there is nothing to order, or fewer filled shards than lanes.
-    """
+    """Places of the samples of one stream, by its shards' counts. Raises DataError: fewer filled shards than lanes."""
 
     def __init__(self, counts: Sequence[int], seed: int, name: str, window: int = 4, lanes: int = 1) -> None:
         self.counts = np.asarray(counts, dtype=np.int64)
-        self.seed, self.name, self.window = seed, name, max(1, window)
+        self.seed, self.name, self.window = seed, name, max(1, window)  # so many shards are mixed at once
         filled = np.flatnonzero(self.counts)
         if len(filled) < lanes:
             raise DataError(
@@ -84,10 +81,7 @@ class Order:
 
 
 class Mixture:
-    """Draws from several streams by weight: number -> (stream, number in that stream), exact over every 10,000.
-
-    Raises DataError: weights that are no positive numbers, or one too small to come up.
-    """
+    """Draws from several streams by weight, exact over every 10,000. Raises DataError: weights that cannot be kept."""
 
     def __init__(self, weights: Sequence[float], seed: int, name: str) -> None:
         shares = np.asarray(weights, dtype=float)

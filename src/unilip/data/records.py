@@ -45,18 +45,14 @@ class Unreadable(DataError):
 
 @dataclass(frozen=True)
 class Record:
-    """A sample before decoding: pictures as encoded bytes (of an edit source and target), texts as bytes or strings.
-
-    A text may be a list, of which `one_text` chooses one. `tensors` is what a cache holds in place of pictures, as npz;
-    `blank` in place of a prompt that is dropped.
-    """
+    """A sample before decoding: pictures as encoded bytes (of an edit source and target), texts as bytes or strings."""
 
     name: str
     pictures: tuple[bytes, ...] = ()
-    text: Any = None
+    text: Any = None  # or a list, of which `one_text` chooses one
     conversation: Any = None
-    tensors: bytes | None = None
-    blank: bytes | None = None
+    tensors: bytes | None = None  # what a cache holds in place of pictures, as npz
+    blank: bytes | None = None  # the same in place of a prompt that is dropped
 
 
 class Source(Protocol):
@@ -66,17 +62,10 @@ class Source(Protocol):
     faults: list[str]
     notes: list[str]
 
-    def counts(self, kind: str) -> Sequence[int]:
-        """Return how many samples of a kind each shard has."""
-
-    def read(self, kind: str, shard: int, place: int) -> Record:
-        """Read one sample; raises `Unreadable`."""
-
-    def expect(self, shards: Sequence[int]) -> None:
-        """Hear which shards will be wanted next."""
-
-    def signature(self) -> str:
-        """Return a hash of the names, sizes and parts of the content of all samples."""
+    def counts(self, kind: str) -> Sequence[int]: ...  # how many samples of a kind each shard has
+    def read(self, kind: str, shard: int, place: int) -> Record: ...  # one sample; raises `Unreadable`
+    def expect(self, shards: Sequence[int]) -> None: ...  # hear which shards will be wanted next
+    def signature(self) -> str: ...  # a hash of the names, sizes and parts of the content of all samples
 
 
 def kinds_of(members: Mapping[str, T], texts: bool = True) -> Iterator[tuple[str, dict[str, T]]]:
@@ -85,11 +74,10 @@ def kinds_of(members: Mapping[str, T], texts: bool = True) -> Iterator[tuple[str
         parts = {part: members[part] for part in ("txt", "json") if part in members}
         yield cached, parts | {"npz": members[f"{cached}.npz"]}
         return
-    plain = next((members[e] for e in PICTURES if e in members), None)
-    pair = [
-        next((members[f"{part}.{e}"] for e in PICTURES if f"{part}.{e}" in members), None)
-        for part in ("input", "output")
-    ]
+    plain, *pair = (
+        next((members[f"{part}{e}"] for e in PICTURES if f"{part}{e}" in members), None)
+        for part in ("", "input.", "output.")
+    )
     text = next(({name: members[name]} for name in ("txt", "texts", "about") if name in members), {})
     for picture in (plain, *pair):
         if picture is not None:

@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from tqdm.auto import tqdm
 
@@ -46,14 +46,8 @@ TELLING = (  # what file systems call that which changes with a file
 )  # fmt: skip
 OPEN_SHARDS = 32  # files and indices that a process holds
 
-T = TypeVar("T")
 Member = tuple[int, int, int]  # offset and size of the data, and a checksum of the header and of the data's end
 Members = dict[str, Member]  # by ending
-
-
-def cache_folder() -> Path:
-    """Where indices and fetched shards are kept: $UNILIP_CACHE, or ~/.cache/unilip/shards."""
-    return Path(os.environ.get("UNILIP_CACHE") or Path.home() / ".cache" / "unilip" / "shards").expanduser()
 
 
 def is_remote(location: str) -> bool:
@@ -66,17 +60,13 @@ def is_remote(location: str) -> bool:
 
 @dataclass
 class ShardIndex:
-    """The samples of a shard by kind: key and members; `fault` says where a damaged shard ends to be readable.
-
-    `stamp` is what the shard was then: `unilip.files.stamp`, or what a server says; `ignored` counts unused members by
-    ending.
-    """
+    """What the index of a shard holds."""
 
     size: int
-    fault: str
-    samples: dict[str, list[tuple[str, Members]]]
-    ignored: dict[str, int]
-    stamp: Any = None
+    fault: str  # where a damaged shard ends to be readable
+    samples: dict[str, list[tuple[str, Members]]]  # by kind: key and members
+    ignored: dict[str, int]  # members that are not used, counted by ending
+    stamp: Any = None  # what the shard was then: `unilip.files.stamp`, or what a server says
 
     @property
     def counts(self) -> dict[str, int]:
@@ -105,10 +95,9 @@ class ShardIndex:
         for found in samples.values():
             for key, parts in found:
                 for offset, size, check in parts.values():
-                    if not (isinstance(key, str) and type(offset) is type(size) is type(check) is int):
-                        raise ValueError("a member has no numbers")
-                    if not (offset >= tarfile.BLOCKSIZE and size >= 0 and offset + size <= head["size"]):
-                        raise ValueError("a member lies outside of the shard")
+                    whole = isinstance(key, str) and type(offset) is type(size) is type(check) is int
+                    if not (whole and offset >= tarfile.BLOCKSIZE and size >= 0 and offset + size <= head["size"]):
+                        raise ValueError("a member has no numbers, or lies outside of the shard")
         return cls(head["size"], head["fault"], samples, head["ignored"], head["stamp"])
 
 
@@ -130,9 +119,8 @@ def belongs(head: Mapping[str, Any], path: Path) -> bool:
     """Whether a shard holds what an index says, by its size and by looking where some of its members should be."""
     try:
         with path.open("rb") as file:
-            return os.fstat(file.fileno()).st_size == head["size"] and all(
-                _read_member(file, *probe) is not None for probe in head["probes"]
-            )
+            whole = os.fstat(file.fileno()).st_size == head["size"]
+            return whole and all(_read_member(file, *probe) is not None for probe in head["probes"])
     except (OSError, OverflowError, TypeError):
         return False
 
@@ -211,7 +199,6 @@ def _sorted(
         stem, _, ending = file.partition(".")  # at the first dot, as WebDataset does
         key, ending = f"{folder}{slash}{stem}", ending.lower()
         group = groups.setdefault((archive, key), {})
-        stem = ""
         if ending not in ENDINGS:  # a name with dots, or what belongs to the sample but is not read
             stem, _, ending = ending.rpartition(".")
             if ending in PICTURES and stem.endswith((".input", ".output")):
@@ -249,13 +236,10 @@ def _sorted(
 
 
 class Shards:
-    """The samples of tar files, of damaged ones what comes before the damage; `keep_gb` bounds remote ones on disk.
-
-    Raises DataError: none of the shards can be read.
-    """
+    """The samples of tar files, of damaged ones what comes before. Raises DataError: none of the shards can be read."""
 
     def __init__(self, shards: Sequence[str], location: str, keep_gb: float = 50.0) -> None:
-        self.shards, self.location, self.keep_gb = list(shards), location, keep_gb
+        self.shards, self.location, self.keep_gb = list(shards), location, keep_gb  # at most, of remote ones on disk
         self.faults: list[str] = []
         self._open: OrderedDict[int, tuple[BinaryIO, ShardIndex]] = OrderedDict()
         self._turn: threading.Lock | None = None  # one shard is fetched at a time
@@ -318,14 +302,33 @@ class Shards:
             return list(pool.map(lambda shard: remote_stamp(shard) if is_remote(shard) else None, self.shards))
 
     def _kept(self, shard: int) -> Path:
-        return cache_folder() / f"{_name_in_cache(self.shards[shard], self._stamps[shard])}.tar"
+        return index_cache(self.shards[shard], self._stamps[shard], ".tar")
 
     def _bring(self, shard: int) -> Path:
-        """Return where a shard lies on this machine, after fetching it if need be."""
-        location = self.shards[shard]
-        return fetch(location, self._kept(shard), self.keep_gb, self._write) if is_remote(location) else Path(location)
+        """Return where a shard lies here; a remote one is fetched once for all processes, and old ones are dropped."""
+        if not is_remote(self.shards[shard]):
+            return Path(self.shards[shard])
+        from filelock import FileLock
+
+        path = self._kept(shard)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            with FileLock(str(path.with_suffix(".lock"))):
+                if not path.exists():
+                    self._write(self.shards[shard], path)
+                    found = sorted(path.parent.glob("*.tar"), key=lambda p: p.stat().st_mtime)
+                    total = sum(p.stat().st_size for p in found)
+                    for old in found:  # the longest unused first; an open one stays readable (POSIX)
+                        if total <= self.keep_gb * 1e9 or old == path:
+                            break
+                        total -= old.stat().st_size
+                        old.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            os.utime(path)  # the time of the last use
+        return path
 
     def _write(self, location: str, path: Path) -> None:
+        """Fetch a remote shard, in three attempts. Raises Unreadable: it cannot be."""
         try:
             retried(lambda: _get(location, path))
         except Exception as error:  # each file system has its own
@@ -382,8 +385,7 @@ class Shards:
             path = self._bring(shard) if coming is None else coming.result()
             known = self._known(shard)
             try:
-                fits = known is not None and belongs(known[1], path)
-                index = ShardIndex.read(known[0]) if known is not None and fits else self._build(shard)
+                index = ShardIndex.read(known[0]) if known and belongs(known[1], path) else self._build(shard)
             except (ValueError, LookupError, TypeError, RecursionError):  # of an index that is damaged
                 index = self._build(shard)
             file = path.open("rb")
@@ -398,22 +400,19 @@ class Shards:
         return self._open[shard]
 
 
-def _name_in_cache(location: str, version: Any) -> str:
+def index_cache(location: str, version: Any = None, ending: str = INDEX_SUFFIX) -> Path:
+    """Where the index of a shard, or what else ENDING says, is kept; `version` is a remote one's `remote_stamp`."""
+    folder = Path(os.environ.get("UNILIP_CACHE") or Path.home() / ".cache" / "unilip" / "shards").expanduser()
     text = location if is_remote(location) else str(Path(location).resolve())
-    return content_hash(text, version)
-
-
-def index_cache(location: str, version: Any = None) -> Path:
-    """Where the index of a shard is kept; `version` is what `remote_stamp` says of a remote one."""
-    return cache_folder() / f"{_name_in_cache(location, version)}{INDEX_SUFFIX}"
+    return folder / f"{content_hash(text, version)}{ending}"
 
 
 # --- remote shards --------------------------------------------------------------------------------------------------
 
 
-def later(call: Callable[[], T], turn: threading.Lock) -> Future[T]:
+def later(call: Callable[[], Path], turn: threading.Lock) -> Future[Path]:
     """Call in the background, one after the other. Unlike a pool's, the thread keeps no program from ending."""
-    future: Future[T] = Future()
+    future: Future[Path] = Future()
 
     def work() -> None:
         with turn:
@@ -430,7 +429,7 @@ def remote_stamp(location: str) -> Any:
     """Ask a server for the size, tag and times of a shard; what it said last where it does not answer now."""
     import fsspec
 
-    seen = cache_folder() / f"{_name_in_cache(location, 'seen')}.seen.json"
+    seen = index_cache(location, "seen", ".seen.json")
     try:
         system, place = fsspec.core.url_to_fs(location)
         about = system.info(place)
@@ -443,30 +442,6 @@ def remote_stamp(location: str) -> Any:
         with contextlib.suppress(UniLIPError):
             return read_json(seen)
         return None
-
-
-def fetch(location: str, path: Path, keep_gb: float, bring: Callable[[str, Path], None]) -> Path:
-    """Bring a remote shard (by `bring`) to the cache folder, once for all processes of the machine, and drop old ones.
-
-    Raises Unreadable: it cannot be fetched after three attempts.
-    """
-    from filelock import FileLock
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        with FileLock(str(path.with_suffix(".lock"))):
-            if not path.exists():
-                bring(location, path)
-                found = sorted(path.parent.glob("*.tar"), key=lambda p: p.stat().st_mtime)
-                total = sum(p.stat().st_size for p in found)
-                for old in found:  # the longest unused first; an open one stays readable (POSIX)
-                    if total <= keep_gb * 1e9 or old == path:
-                        break
-                    total -= old.stat().st_size
-                    old.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        os.utime(path)  # the time of the last use
-    return path
 
 
 def _get(location: str, path: Path) -> None:

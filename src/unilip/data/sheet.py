@@ -19,8 +19,7 @@ def contact_sheet(
     width = max(picture.width for picture in pictures)
     height = max(picture.height for picture in pictures)
     font = ImageFont.load_default(10)
-    per_line = max(8, width // 5)
-    texts = [textwrap.wrap(text, per_line) for text in captions] if captions is not None else []
+    texts = [textwrap.wrap(text, max(8, width // 5)) for text in captions or ()]
     band = 12 * max((len(lines) for lines in texts), default=0)
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)

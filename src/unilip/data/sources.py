@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import glob
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from unilip.data.errors import DataError
 from unilip.data.folders import Folder, Lines
@@ -22,8 +22,7 @@ from unilip.data.shards import Shards, is_remote
 WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?)")
 
 
-@dataclass(frozen=True)
-class Weighted:
+class Weighted(NamedTuple):
     """A place with its weight in a mixture."""
 
     location: str
@@ -42,8 +41,7 @@ def parse_mixture(text: str) -> list[Weighted]:
                 break
         parts = parts[count:]
         if name:
-            weighted = match is not None and not _exists(name)
-            found.append(Weighted(match[1], float(match[2])) if match and weighted else Weighted(name))
+            found.append(Weighted(match[1], float(match[2])) if match and not _exists(name) else Weighted(name))
     if not found:
         raise DataError("data.path names no place; give a folder, shards, a .jsonl file or hf:NAME.")
     return found
