@@ -183,10 +183,8 @@ def content_hash(*parts: object) -> str:
     """Return 24 hex digits of bytes, strings and JSON-like values; the order of a mapping's keys does not count."""
     digest = hashlib.blake2b(digest_size=12)
     for part in parts:
-        if isinstance(part, str):
-            data = part.encode("utf-8", "surrogateescape")
-        else:
-            data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode()
+        text = part if isinstance(part, (str, bytes)) else json.dumps(part, sort_keys=True, default=str)
+        data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
 
@@ -225,7 +223,7 @@ def crc(path: Path) -> list[int]:
 # --- locks ----------------------------------------------------------------------------------------------------------
 
 
-class Lock:
+class Lock(contextlib.AbstractContextManager["Lock"]):
     """A lock file that one process holds until it ends. Raises UniLIPError, as `busy` says: another holds it."""
 
     def __init__(self, file: Path, busy: str) -> None:
@@ -243,9 +241,6 @@ class Lock:
             with contextlib.suppress(OSError):  # Windows: it is open still
                 self._file.unlink()
             self._lock.release()
-
-    def __enter__(self) -> Lock:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()

@@ -36,9 +36,8 @@ class Offload:
         self._held: Counter[str] = Counter()
         self._model = [model]  # in a list: a module that knew its owner would be a part of itself
         self._load = load
-        self._home: dict[str, list[tuple[nn.Module, str, Tensor]]] = {}
-        if load is None:
-            self._home = {part: list(own_tensors(model.get_submodule(part))) for part in parts}
+        at_home = parts if load is None else ()
+        self._home = {part: list(own_tensors(model.get_submodule(part))) for part in at_home}
 
     @contextlib.contextmanager
     def using(self, *parts: str) -> Iterator[None]:
@@ -71,14 +70,12 @@ class Offload:
     def _bring(self, part: str) -> None:
         if self._load is not None:
             self._load(self._model[0], part)
-        else:
-            replace(self._home.get(part, ()), lambda tensor: tensor.to(self.device, non_blocking=True))
+        replace(self._home.get(part, ()), lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def _drop(self, part: str) -> None:
         if self._load is not None:
             empty(self._model[0].get_submodule(part))
             give_back()
-            return
         for module, name, tensor in self._home.get(part, ()):
             setattr(module, name, tensor)  # nothing is copied back: the weights have not changed
 
