@@ -29,9 +29,6 @@ PART = ".part"  # ending of what is not finished
 TAIL = 64  # bytes at the end of a file's data that, with its size, tell pictures apart without reading them whole
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a hidden name, of this process alone, that takes `path`'s place when the block ends well, else vanishes."""
@@ -103,9 +100,6 @@ def png_notes(notes: Mapping[str, str]) -> PngInfo:
     return info
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
 def decode_text(data: bytes) -> str:
     """Decode UTF-8, without a byte order mark if there is one; raises UnicodeDecodeError."""
     return data.decode("utf-8-sig")
@@ -167,9 +161,6 @@ def retried(call: Callable[[], T], attempts: int = 3, wait: float = 0.2) -> T:
     return call()
 
 
-# --- telling apart by content ---------------------------------------------------------------------------------------
-
-
 def file_hash(path: Path) -> str:
     """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as stream:
@@ -218,9 +209,6 @@ def crc(path: Path) -> list[int]:
         while block := stream.read(1 << 22):
             value, size = zlib.crc32(block, value), size + len(block)
     return [size, value]
-
-
-# --- locks ----------------------------------------------------------------------------------------------------------
 
 
 class Lock(contextlib.AbstractContextManager["Lock"]):

@@ -52,13 +52,10 @@ StepCallback = Callable[["UniLIP", int, Tensor, dict[str, Tensor]], Mapping[str,
 
 @dataclass(frozen=True)
 class ImageOutput:
-    """Pictures of a call: Pillow images, an array (B,H,W,3) or tensor (B,3,H,W) in [0,1], or latents; indexable.
-
-    `plans` are the prompts as the language model wrote them out, one for each prompt, where it did.
-    """
+    """Pictures of a call: Pillow images, an array (B,H,W,3) or tensor (B,3,H,W) in [0,1], or latents; indexable."""
 
     images: Any
-    plans: tuple[str, ...] = ()
+    plans: tuple[str, ...] = ()  # the prompts as the language model wrote them out, one for each, where it did
 
     def __len__(self) -> int:
         return len(self.images)
@@ -171,8 +168,7 @@ class UniLIP(Network):
         wanted = opened.parts if parts is None else DRAWING if drawing else _names(parts)
         beside = [adapters.read_adapter(folder) for folder, _ in opened.adapters]
         wanted = tuple(dict.fromkeys([*wanted, *(part for adapter in beside for part in adapter.parts)]))
-        missing = sorted(set(wanted) - set(opened.parts))
-        if missing:
+        if missing := sorted(set(wanted) - set(opened.parts)):
             raise UniLIPError(f"{opened.path} has no {', '.join(missing)}; it holds: {', '.join(opened.parts)}.")
         if decoder is not None and "pixel_decoder" not in wanted:
             raise UniLIPError(f"decoder is {str(decoder)!r}, but parts leaves pixel_decoder out; give one of the two.")
@@ -185,13 +181,11 @@ class UniLIP(Network):
                 quantization={} if opened.quantized else kinds,
             )  # fmt: skip
             logger.info("%s", chosen.said)
-            dtype, kinds, low_memory = chosen.dtype, dict(chosen.quantization), chosen.low_memory
+            dtype, kinds, low_memory = chosen.dtype, chosen.quantization, chosen.low_memory
         config = opened.config if other is None else opened.config.replace(decoder=other.config.decoder)
-        processor = None
-        if opened.tokenizer_path is not None:
-            processor = Processor(load_tokenizer(opened.tokenizer_path), config)
+        tokenizer = None if opened.tokenizer_path is None else load_tokenizer(opened.tokenizer_path)
         with Unmade():
-            model = cls(config, processor, wanted)
+            model = cls(config, None if tokenizer is None else Processor(tokenizer, config), wanted)
         drawing = drawing and not beside
         for adapter in beside:
             adapters.fitting(model, adapter, opened.tensor)  # complains before weights are read
@@ -219,8 +213,8 @@ class UniLIP(Network):
 
         if low_memory:
             empty(model.to(read.parse_dtype(dtype)))  # nothing is there yet: only what it says of itself changes
-            model.runtime.offload = Offload(model, model.parts, where, load, bool(opened.weights.quantized))
-            model.runtime.offload.stored = opened.tensor
+            offload = model.runtime.offload = Offload(model, model.parts, where, load)
+            offload.stored, offload.quantized = opened.tensor, bool(opened.weights.quantized)
             model.enable_tiling()
         else:
             for part in model.parts:
@@ -285,8 +279,7 @@ class UniLIP(Network):
 
     def require(self, *parts: str) -> None:
         """Raise a clear error when a part is not loaded."""
-        missing = [name for name in map(str, parts) if name not in self.parts]
-        if missing:
+        if missing := [name for name in map(str, parts) if name not in self.parts]:
             raise UniLIPError(
                 f"This needs {', '.join(missing)}, but the model was loaded with {', '.join(self.parts)} only; "
                 "load a whole UniLIP checkpoint."
@@ -465,7 +458,6 @@ class UniLIP(Network):
         """Draw pictures of one prompt or several.
 
         Args:
-            prompt: what to draw.
             negative_prompt: what guidance moves away from, in place of the unconditional prompt, for all or one for
                 each; "" means none.
             num_images_per_prompt: pictures of each prompt; the result is ordered prompt by prompt.
@@ -488,8 +480,7 @@ class UniLIP(Network):
                 {"latents": ...} to replace them, may raise to stop.
             progress: show a bar on a terminal; a mapping holds tqdm's arguments for it.
 
-        Raises:
-            UniLIPError: a value out of range, an empty or overlong prompt, NaN or infinity in a result, a missing part.
+        Raises UniLIPError: values out of range, an empty or overlong prompt, an infinite or NaN result, a missing part.
         """
         prompts, plan = [sampling.check_prompt(p) for p in _as_list(prompt)], sampling.check_plan(plan)
         settings = Settings.of(
@@ -900,12 +891,11 @@ def _check_alike(sizes: Sequence[Size]) -> None:
 
 def _by_shape(sizes: Sequence[Size], draw: Callable[[Size, list[int]], Any]) -> Any:
     """Draw pictures of one size after the other, and put them in order; of one size alone, as they are."""
-    groups = shapes.grouped(sizes)
-    made = {size: draw(size, places) for size, places in groups.items()}
-    if len(groups) == 1:
+    made = {size: draw(size, places) for size, places in shapes.grouped(sizes).items()}
+    if len(made) == 1:
         return made[sizes[0]]
-    images = {place: image for size, places in groups.items() for place, image in zip(places, made[size], strict=True)}
-    return [images[place] for place in range(len(sizes))]
+    left = {size: iter(images) for size, images in made.items()}
+    return [next(left[size]) for size in sizes]
 
 
 def _shape(values: Any) -> str:

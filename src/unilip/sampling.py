@@ -221,10 +221,7 @@ def check_generator(generator: Any) -> torch.Generator | list[torch.Generator] |
 def draw_noise(
     count: int, shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None
 ) -> Tensor:
-    """Draw float32 noise (count, *shape) on the CPU, picture by picture, by one generator in order or one for each.
-
-    A picture's noise depends on its generator's state alone, never on the batch it is drawn in.
-    """
+    """Draw float32 CPU noise (count, *shape), the same in any batch: by one generator in order, or one for each."""
     draws = draw_noises([shape] * count, generator)
     return torch.stack(draws) if draws else torch.empty(0, *shape)
 
@@ -233,12 +230,10 @@ def draw_noises(
     shapes: Sequence[Sequence[int]], generator: torch.Generator | Sequence[torch.Generator] | None
 ) -> list[Tensor]:
     """Draw the noise of each of several pictures, whose shapes may differ, as `draw_noise` does."""
-    if isinstance(generator, torch.Generator) or generator is None:
-        generators: list[torch.Generator | None] = [generator] * len(shapes)
-    else:
-        generators = list(generator)
-        if len(generators) != len(shapes):
-            raise UniLIPError(f"{len(generators)} generators were given for {len(shapes)} pictures; give 1 or as many.")
+    generators: list[torch.Generator | None]
+    generators = list(generator) if isinstance(generator, Sequence) else [generator] * len(shapes)
+    if len(generators) != len(shapes):
+        raise UniLIPError(f"{len(generators)} generators were given for {len(shapes)} pictures; give 1 or as many.")
     return [
         torch.randn(*shape, generator=g, device="cpu" if g is None else g.device, dtype=torch.float32).cpu()
         for shape, g in zip(shapes, generators, strict=True)
@@ -353,9 +348,6 @@ def draw(
                 products=None if runtime.offload is not None else runtime.products, on_step=after if watched else None,
             )  # fmt: skip
         return check_finite(latents, "dit", prepared.keys_values[0][0].dtype)
-
-
-# --- answers ----------------------------------------------------------------------------------------------------------
 
 
 def answer(
@@ -480,13 +472,11 @@ class TextStream:
             return ""
         if token == self.processor.end_id:
             self.reason = "stop"
-            return self.rest()
-        self.ids.append(token)
-        self.text = self.processor.decode([self.ids])[0]
-        if len(self.ids) >= self.limit:
-            self.reason = "length"
-            return self.rest()
-        return "" if self.text.endswith("\ufffd") else self.rest()
+        else:
+            self.ids.append(token)
+            self.text = self.processor.decode([self.ids])[0]
+            self.reason = "length" if len(self.ids) >= self.limit else ""
+        return "" if not self.reason and self.text.endswith("\ufffd") else self.rest()
 
     def rest(self) -> str:
         """Return the text that was held back so far."""

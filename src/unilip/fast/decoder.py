@@ -114,10 +114,7 @@ def pieces(x: Tensor, strips: int, scale: int = 1) -> Iterator[tuple[int, int]]:
 
 
 def some_rows(x: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int, above: int = 1) -> Tensor:
-    """Return rows of a convolution by 3x3 or 2x2, padded by 1, reading no others than these depend on.
-
-    The first row that row i depends on is i - above.
-    """
+    """Return rows of a convolution by 3x3 or 2x2, padded by 1, reading only what they need: row i from i - above on."""
     low, high = start - above, stop - above + weight.shape[2] - 1
     if low >= 0 and high <= x.shape[2]:
         return F.conv2d(x[:, :, low:high], weight, bias, padding=(0, 1))

@@ -1,8 +1,7 @@
 """The diffusion transformer over many steps: what does not depend on the latent is computed once for a whole picture.
 
 In:  a `method.dit.Transformer`, conditions (B,L,C) with masks (B,L), timesteps (S,). Out: keys and values of the cross
-attention by `prepare`; the velocity by `step`, equal to the plain forward. Letters as there: R rows, n = h w tokens of
-width W.
+attention by `prepare`; the velocity by `step`, equal to the plain forward. R rows, n = h w tokens of width W, as there.
 """
 
 from __future__ import annotations

@@ -167,9 +167,6 @@ def denoise(
     return make(condition, modulations)(noise)
 
 
-# --- compiled ---------------------------------------------------------------------------------------------------------
-
-
 class Compiled:
     """Compiled step and decoder of a network, and on CUDA a recorded graph of the whole loop for each shape.
 
@@ -208,11 +205,7 @@ class Compiled:
     def recorded(
         self, settings: Settings, make: Make, noise: Tensor, condition: PreparedCondition, modulations: Tensor
     ) -> Tensor:
-        """Run a loop as a recorded graph.
-
-        Values written to the weights' recorded addresses are seen; it is thrown away when they are elsewhere, or by
-        `forget`.
-        """
+        """Run a loop as a graph: it sees values written into weights; weights elsewhere, or `forget`, throw it away."""
         where = tuple(p.data_ptr() for p in self.network.dit.transformer.parameters())
         key = (settings, tuple(noise.shape), noise.device, tuple(condition.mask.shape), where)
         if key not in self.loops:

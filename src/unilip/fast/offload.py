@@ -12,25 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-HEAD = "mllm.language_model.lm_head"  # only answers need it
+HEAD = "mllm.language_model.lm_head"  # a part inside a part: only answers need it
+Load = Callable[[nn.Module, str], None]  # reads a part of a model
 
 
 class Offload:
-    """Brings parts of a model to a device: from the first `using` that names one to the end of the last such block.
+    """Brings parts of a model to a device: from the first `using` that names one to the end of the last such block."""
 
-    A part may be a module inside one (HEAD). `quantized` says that the checkpoint's own weights are.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        parts: Sequence[str],
-        device: torch.device,
-        load: Callable[[nn.Module, str], None] | None = None,
-        quantized: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, parts: Sequence[str], device: torch.device, load: Load | None = None) -> None:
         self.device = device
-        self.quantized = quantized
+        self.quantized = False  # whether the checkpoint's own weights are
         self.adapters: dict[str, tuple[Any, float]] = {}  # with strengths: added to weights whenever these are read
         self.stored: Callable[[str], Tensor] | None = None  # a tensor of the checkpoint, by name
         self._held: Counter[str] = Counter()

@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -126,9 +126,6 @@ def fastest(kind: str, shape: Shape, calls: int) -> str:
     way = min(packed, key=packed.__getitem__)
     gained = (found[kind] - found[way]) * rows / measured_shape(shape)[0] * calls
     return way.split()[1] if found[way] < WORTH * found[kind] and gained > found.get(f"{way} packing", math.inf) else ""
-
-
-# --- what a product takes ---------------------------------------------------------------------------------------------
 
 
 def shape_of(config: UniLIPConfig) -> Shape:
@@ -244,8 +241,7 @@ def prepared(way: str, shape: Shape) -> tuple[Callable[[], Tensor], float | None
     return lambda: packed.times(x, layer), packing
 
 
-def shapes_of(config: UniLIPConfig) -> Iterator[tuple[str, Shape]]:
-    """Yield the products of a model's transformer, with names."""
+def shapes_of(config: UniLIPConfig) -> dict[str, Shape]:
+    """Return the products of a model's transformer, by name."""
     rows, width, wide = shape_of(config)
-    yield from (("attention", (rows, width, width)), ("widening", (rows, width, wide)))
-    yield "narrowing", (rows, wide // 2, width)
+    return {"attention": (rows, width, width), "widening": (rows, width, wide), "narrowing": (rows, wide // 2, width)}

@@ -115,9 +115,6 @@ def is_quantised(module: nn.Module) -> bool:
     return any(type(p) is not nn.Parameter and hasattr(p, "tensor_data_names") for p in module.parameters())
 
 
-# --- in files ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class FewBits:
     """A quantised tensor as torchao's layout stores it: what it is, and which tensors of the file hold its data."""
