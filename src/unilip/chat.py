@@ -1,8 +1,7 @@
 """Conversations about pictures: what was said and shown, which pictures a message is about, and a model that replies.
 
 Out: `Conversation`, which the server builds of what clients send, and `Chat`, which keeps one and has a model draw,
-change and answer. The model has read pictures in the user's turns alone: those of an answer go into the turn that
-follows.
+change and answer. The model has read pictures in the user's turns alone: those of an answer go into the next turn.
 """
 
 from __future__ import annotations
@@ -208,11 +207,9 @@ class Chat:
 
     def _arguments(self, verb: str, settings: dict[str, Any]) -> dict[str, Any]:
         """Choose the settings that a verb knows; one that no verb knows is an error."""
-        known = {
-            name: [n for n in inspect.signature(getattr(self.model, name)).parameters if n not in OWN] for name in VERBS
-        }
+        known = {name: set(inspect.signature(getattr(self.model, name)).parameters).difference(OWN) for name in VERBS}
         for name in settings:
-            check_choice("setting of a chat called", name, sorted({n for names in known.values() for n in names}))
+            check_choice("setting of a chat called", name, sorted(set.union(*known.values())))
         return {name: value for name, value in settings.items() if name in known[verb]}
 
 

@@ -29,9 +29,6 @@ PART = ".part"  # ending of what is not finished
 TAIL = 64  # bytes at the end of a file's data that, with its size, tell pictures apart without reading them whole
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a hidden name, of this process alone, that takes `path`'s place when the block ends well, else vanishes."""
@@ -103,9 +100,6 @@ def png_notes(notes: Mapping[str, str]) -> PngInfo:
     return info
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
 def decode_text(data: bytes) -> str:
     """Decode UTF-8, without a byte order mark if there is one; raises UnicodeDecodeError."""
     return data.decode("utf-8-sig")
@@ -167,9 +161,6 @@ def retried(call: Callable[[], T], attempts: int = 3, wait: float = 0.2) -> T:
     return call()
 
 
-# --- telling apart by content ---------------------------------------------------------------------------------------
-
-
 def file_hash(path: Path) -> str:
     """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as stream:
@@ -183,10 +174,8 @@ def content_hash(*parts: object) -> str:
     """Return 24 hex digits of bytes, strings and JSON-like values; the order of a mapping's keys does not count."""
     digest = hashlib.blake2b(digest_size=12)
     for part in parts:
-        if isinstance(part, str):
-            data = part.encode("utf-8", "surrogateescape")
-        else:
-            data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode()
+        text = part if isinstance(part, (str, bytes)) else json.dumps(part, sort_keys=True, default=str)
+        data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
 
@@ -222,10 +211,7 @@ def crc(path: Path) -> list[int]:
     return [size, value]
 
 
-# --- locks ----------------------------------------------------------------------------------------------------------
-
-
-class Lock:
+class Lock(contextlib.AbstractContextManager["Lock"]):
     """A lock file that one process holds until it ends. Raises UniLIPError, as `busy` says: another holds it."""
 
     def __init__(self, file: Path, busy: str) -> None:
@@ -243,9 +229,6 @@ class Lock:
             with contextlib.suppress(OSError):  # Windows: it is open still
                 self._file.unlink()
             self._lock.release()
-
-    def __enter__(self) -> Lock:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()

@@ -67,7 +67,7 @@ def machine(source: Source = None) -> dict[str, Any]:
     `products`: names, shapes (rows, inputs, outputs), milliseconds by way, the library weights are packed for, if any.
     """
     config, rows = open_checkpoint(source).config, []
-    for name, shape in products.shapes_of(config):
+    for name, shape in products.shapes_of(config).items():
         times = {way: ms for way, ms in products.product_times(shape, anew=True).items() if way in products.WAYS}
         packed = {kind: products.fastest(kind, shape, 20) for kind in ("float32", "bfloat16")}
         row = {"product": name, "shape": list(shape), "measured": list(products.measured_shape(shape))}

@@ -13,9 +13,7 @@ from typing import Any, Literal
 from unilip.files import read_table
 
 Intent = Literal["generate", "edit", "ask"]
-
 WINDOW = 300  # characters of a message, at its beginning, that can say what it wants
-
 TABLE: dict[str, Any] = read_table("unilip", "intent.json")
 
 
@@ -28,6 +26,7 @@ def _pattern(parts: Sequence[str]) -> re.Pattern[str]:
 
 
 RULE = {name: _pattern(parts) for name, parts in TABLE["patterns"].items()}
+EDITS = [RULE[name] for name in ("visible", "edit", "changes", "fragment", "wanted")]
 
 
 def intent(text: str, has_picture: bool) -> tuple[Intent, str]:
@@ -65,11 +64,7 @@ def intent(text: str, has_picture: bool) -> tuple[Intent, str]:
     if has_picture:
         fresh = drawn is not None and not RULE["changes"].match(start)
         clauses = [start, *(start[found.end() :] for found in RULE["clause"].finditer(start))]
-        if not fresh and any(
-            one.match(clause)
-            for one in (RULE["visible"], RULE["edit"], RULE["changes"], RULE["fragment"], RULE["wanted"])
-            for clause in clauses[:4]
-        ):
+        if not fresh and any(rule.match(clause) for rule in EDITS for clause in clauses[:4]):
             return "edit", rest
     about = RULE["about"].search(start)
     if drawn is None and not about:

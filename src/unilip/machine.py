@@ -95,8 +95,7 @@ def start_ray(**options: Any) -> bool:
         raise ConfigError(f"The package ray is missing ({error}); {install('ray')}.") from error
     if ray.is_initialized():
         return False
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
+    if address := os.environ.get("RAY_ADDRESS"):
         options.pop("num_cpus", None)  # the cluster knows
     ray.init(
         address=address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options

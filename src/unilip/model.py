@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import logging
 import math
 import os
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.std import tqdm
 
-from unilip import adapters, sampling, shapes
+from unilip import adapters, pictures, sampling, shapes
 from unilip.chat import Chat
 from unilip.checkpoints import read, write
 from unilip.checkpoints.hub import Adapted, Source
@@ -36,19 +37,7 @@ from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
 from unilip.method.connector import copy_from_llm
 from unilip.method.model import PARTS, Network, Reader
 from unilip.method.text import Message, Processor, Prompt, Tokens
-from unilip.pictures import (
-    FITS,
-    Fit,
-    ImageLike,
-    as_html,
-    fit_picture,
-    load_image,
-    normalise,
-    tile,
-    to_images,
-    to_pixels,
-    unfit_square,
-)
+from unilip.pictures import Fit, ImageLike, fit_picture, to_pixels, unfit_square
 from unilip.shapes import Size
 
 logger = logging.getLogger(__name__)
@@ -63,13 +52,10 @@ StepCallback = Callable[["UniLIP", int, Tensor, dict[str, Tensor]], Mapping[str,
 
 @dataclass(frozen=True)
 class ImageOutput:
-    """Pictures of a call: Pillow images, an array (B,H,W,3) or tensor (B,3,H,W) in [0,1], or latents; indexable.
-
-    `plans` are the prompts as the language model wrote them out, one for each prompt, where it did.
-    """
+    """Pictures of a call: Pillow images, an array (B,H,W,3) or tensor (B,3,H,W) in [0,1], or latents; indexable."""
 
     images: Any
-    plans: tuple[str, ...] = ()
+    plans: tuple[str, ...] = ()  # the prompts as the language model wrote them out, one for each, where it did
 
     def __len__(self) -> int:
         return len(self.images)
@@ -83,7 +69,7 @@ class ImageOutput:
     def _repr_html_(self) -> str:
         if not all(isinstance(image, Image.Image) for image in self.images):
             return f"<pre>{type(self.images).__name__} {list(getattr(self.images, 'shape', ()))}</pre>"
-        return as_html(self.images)
+        return pictures.as_html(self.images)
 
 
 class Part:
@@ -182,8 +168,7 @@ class UniLIP(Network):
         wanted = opened.parts if parts is None else DRAWING if drawing else _names(parts)
         beside = [adapters.read_adapter(folder) for folder, _ in opened.adapters]
         wanted = tuple(dict.fromkeys([*wanted, *(part for adapter in beside for part in adapter.parts)]))
-        missing = sorted(set(wanted) - set(opened.parts))
-        if missing:
+        if missing := sorted(set(wanted) - set(opened.parts)):
             raise UniLIPError(f"{opened.path} has no {', '.join(missing)}; it holds: {', '.join(opened.parts)}.")
         if decoder is not None and "pixel_decoder" not in wanted:
             raise UniLIPError(f"decoder is {str(decoder)!r}, but parts leaves pixel_decoder out; give one of the two.")
@@ -196,13 +181,11 @@ class UniLIP(Network):
                 quantization={} if opened.quantized else kinds,
             )  # fmt: skip
             logger.info("%s", chosen.said)
-            dtype, kinds, low_memory = chosen.dtype, dict(chosen.quantization), chosen.low_memory
+            dtype, kinds, low_memory = chosen.dtype, chosen.quantization, chosen.low_memory
         config = opened.config if other is None else opened.config.replace(decoder=other.config.decoder)
-        processor = None
-        if opened.tokenizer_path is not None:
-            processor = Processor(load_tokenizer(opened.tokenizer_path), config)
+        tokenizer = None if opened.tokenizer_path is None else load_tokenizer(opened.tokenizer_path)
         with Unmade():
-            model = cls(config, processor, wanted)
+            model = cls(config, None if tokenizer is None else Processor(tokenizer, config), wanted)
         drawing = drawing and not beside
         for adapter in beside:
             adapters.fitting(model, adapter, opened.tensor)  # complains before weights are read
@@ -230,8 +213,8 @@ class UniLIP(Network):
 
         if low_memory:
             empty(model.to(read.parse_dtype(dtype)))  # nothing is there yet: only what it says of itself changes
-            model.runtime.offload = Offload(model, model.parts, where, load, bool(opened.weights.quantized))
-            model.runtime.offload.stored = opened.tensor
+            offload = model.runtime.offload = Offload(model, model.parts, where, load)
+            offload.stored, offload.quantized = opened.tensor, bool(opened.weights.quantized)
             model.enable_tiling()
         else:
             for part in model.parts:
@@ -254,8 +237,7 @@ class UniLIP(Network):
     ) -> None:
         """Write config, weights (sharded above `max_shard_size`) and tokenizer, whole; `to` "diffusers", too."""
         check_choice("format to save in", to, ("unilip", "diffusers"))
-        if self.runtime.offload is not None:
-            raise UniLIPError("A model whose parts come and go cannot be saved; load it plainly to save it.")
+        self._check_resting("A model whose parts come and go cannot be saved; load it plainly to save it.")
         write.save(
             self, self.config, sampling.check_path("folder", folder), max_shard_size=max_shard_size, dtype=dtype, to=to,
             tokenizer=self.processor.tokenizer if self.processor else None,
@@ -267,17 +249,20 @@ class UniLIP(Network):
 
     @sampling.changes
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UniLIP:
-        if self.runtime.offload is not None:
-            raise UniLIPError("The parts of this model come and go; give device and type when it is loaded.")
+        self._check_resting("The parts of this model come and go; give device and type when it is loaded.")
         super()._apply(fn, recurse)
         return self
 
     @sampling.changes
     def load_state_dict(self, *values: Any, **named: Any) -> Any:
         """Take other weights; see `torch.nn.Module`."""
-        if self.runtime.offload is not None:
-            raise UniLIPError("The parts of this model come and go; save these weights and load the folder instead.")
+        self._check_resting("The parts of this model come and go; save these weights and load the folder instead.")
         return super().load_state_dict(*values, **named)
+
+    def _check_resting(self, otherwise: str) -> None:
+        """Raise an error where parts come and go."""
+        if self.runtime.offload is not None:
+            raise UniLIPError(otherwise)
 
     @property
     def device(self) -> torch.device:
@@ -294,8 +279,7 @@ class UniLIP(Network):
 
     def require(self, *parts: str) -> None:
         """Raise a clear error when a part is not loaded."""
-        missing = [name for name in map(str, parts) if name not in self.parts]
-        if missing:
+        if missing := [name for name in map(str, parts) if name not in self.parts]:
             raise UniLIPError(
                 f"This needs {', '.join(missing)}, but the model was loaded with {', '.join(self.parts)} only; "
                 "load a whole UniLIP checkpoint."
@@ -309,9 +293,7 @@ class UniLIP(Network):
     # --- speed and memory ---
 
     @sampling.changes
-    def compile(  # type: ignore[override]  # of `nn.Module`, which compiles `forward`; there is none here
-        self, *, bucket: int = BUCKET, **options: Any
-    ) -> UniLIP:
+    def compile(self, *, bucket: int = BUCKET, **options: Any) -> UniLIP:  # type: ignore[override]  # has no `forward`
         """Compile the step of the diffusion transformer and the pixel decoder; on CUDA record the loop as one graph.
 
         The first picture of each size and number of pictures at once is slow. Conditions are left-padded to a multiple
@@ -319,8 +301,7 @@ class UniLIP(Network):
         """
         self.require("dit")
         bucket = check_number("bucket", bucket, 1, LONGEST_BUCKET, whole=True)
-        if self.runtime.offload is not None:
-            raise UniLIPError("A model whose parts come and go cannot be compiled; choose one of the two.")
+        self._check_resting("A model whose parts come and go cannot be compiled; choose one of the two.")
         if "pixel_decoder" in self.parts and self.device.type == "cuda":  # convolutions want it so there
             self.pixel_decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.runtime.compiled = Compiled(self, bucket, **options)
@@ -346,16 +327,14 @@ class UniLIP(Network):
     def split_guidance(self, device: torch.device | str) -> UniLIP:
         """Draw the unconditional half by a copy of the diffusion transformer on a second device, kept up to date."""
         self.require("dit")
-        if self.runtime.offload is not None:
-            raise UniLIPError("A model whose parts come and go cannot be split over devices; choose one of the two.")
+        self._check_resting("A model whose parts come and go cannot be split over devices; choose one of the two.")
         self.runtime.second = _device(device)
         return self
 
     @sampling.changes
     def quantize(self, kind: str | Mapping[str, str]) -> UniLIP:
         """Quantise linear layers from now on: a kind, or one for each of some parts; see `from_pretrained`."""
-        if self.runtime.offload is not None:
-            raise UniLIPError("Quantise before offloading, or give `quantization` to `from_pretrained`.")
+        self._check_resting("Quantise before offloading, or give `quantization` to `from_pretrained`.")
         for part, its in kinds_of(kind).items():
             if part in self.parts:
                 quantise(self.get_submodule(part), its)
@@ -397,7 +376,7 @@ class UniLIP(Network):
         """
         latents = isinstance(values, Tensor) and values.dim() == 4
         self.require("pixel_decoder", *(() if latents else ("latent_head",)))
-        _check_output(output_type)
+        self._check_output(output_type)
         rows = None
         if height is not None:
             rows, rest = divmod(check_number("height", height, TOKEN_PIXELS, whole=True), TOKEN_PIXELS)
@@ -479,7 +458,6 @@ class UniLIP(Network):
         """Draw pictures of one prompt or several.
 
         Args:
-            prompt: what to draw.
             negative_prompt: what guidance moves away from, in place of the unconditional prompt, for all or one for
                 each; "" means none.
             num_images_per_prompt: pictures of each prompt; the result is ordered prompt by prompt.
@@ -502,8 +480,7 @@ class UniLIP(Network):
                 {"latents": ...} to replace them, may raise to stop.
             progress: show a bar on a terminal; a mapping holds tqdm's arguments for it.
 
-        Raises:
-            UniLIPError: a value out of range, an empty or overlong prompt, NaN or infinity in a result, a missing part.
+        Raises UniLIPError: values out of range, an empty or overlong prompt, an infinite or NaN result, a missing part.
         """
         prompts, plan = [sampling.check_prompt(p) for p in _as_list(prompt)], sampling.check_plan(plan)
         settings = Settings.of(
@@ -511,8 +488,7 @@ class UniLIP(Network):
         )
         copies = check_number("num_images_per_prompt", num_images_per_prompt, 1, MOST_IMAGES, whole=True)
         generator, progress = sampling.check_generator(generator), check_progress(progress)
-        _check_output(output_type)
-        self.require("mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
+        self._check_output(output_type, "mllm", "connector", "dit")
         side, processor = self.config.image_size, self._processor()
         size = shapes.targets([(side, side)], side, height=height, width=width, image_size=image_size)[0]
         negatives, on_step = _negatives(negative_prompt, len(prompts), settings), self._step(callback_on_step_end)
@@ -545,7 +521,7 @@ class UniLIP(Network):
         pixels, side = sampling.decode(self, self.runtime, latents), self.config.image_size
         if pixels.shape[-2:] != (side, side):  # as `ask` reads pictures
             pixels = nn.functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
-        features = self.features(normalise(pixels))
+        features = self.features(pictures.normalise(pixels))
         asked = [prompt for prompt in prompts for _ in range(count)]
         liked = sampling.liking(self, self.runtime, processor, asked, features).view(-1, count)
         chosen = liked.argmax(1) + count * torch.arange(len(prompts), device=liked.device)
@@ -601,8 +577,7 @@ class UniLIP(Network):
         )
         copies = check_number("num_images_per_prompt", num_images_per_prompt, 1, MOST_IMAGES, whole=True)
         generator, progress = sampling.check_generator(generator), check_progress(progress)
-        _check_output(output_type, keep_aspect)
-        self.require("encoder", "mllm", "connector", "dit", *(() if output_type == "latent" else ("pixel_decoder",)))
+        self._check_output(output_type, "encoder", "mllm", "connector", "dit", keep_aspect=keep_aspect)
         processor, on_step, latents = self._processor(), self._step(callback_on_step_end), _noise(latents)
         sources, sizes = self._sources(image, fit, height, width, image_size, max_pixels)
         if not sources or not prompts:
@@ -668,8 +643,7 @@ class UniLIP(Network):
 
         Sizes are chosen as in `edit`. `output_type` "latent" gives (B,Z,h,w) in the diffusion transformer's scale.
         """
-        _check_output(output_type, keep_aspect)
-        self.require("encoder", "latent_head", *(() if output_type == "latent" else ("pixel_decoder",)))
+        self._check_output(output_type, "encoder", "latent_head", keep_aspect=keep_aspect)
         sources, sizes = self._sources(image, fit, height, width, image_size, max_pixels)
         if not sources:
             return ImageOutput([])
@@ -727,9 +701,9 @@ class UniLIP(Network):
         if isinstance(chosen, list):
             raise UniLIPError("ask takes one generator or seed, not a list of them.")
         questions, several = _as_list(question), isinstance(question, (list, tuple))
-        pictures = list(image) if several and isinstance(image, (list, tuple)) else [image] * len(questions)
-        if len(pictures) != len(questions):
-            raise UniLIPError(f"{len(pictures)} images and {len(questions)} questions were given; give as many.")
+        subjects = list(image) if several and isinstance(image, (list, tuple)) else [image] * len(questions)
+        if len(subjects) != len(questions):
+            raise UniLIPError(f"{len(subjects)} images and {len(questions)} questions were given; give as many.")
         if stream and several:
             raise UniLIPError("Streaming answers one question at a time; give a string, not a list.")
         if not questions:
@@ -739,12 +713,12 @@ class UniLIP(Network):
 
         def cut(images: Any) -> tuple[int, ...]:
             given = [] if images is None else _pictures(images)
-            tiles = [tile(picture, processor.image_size, max_tiles) for picture in given]
-            squares.extend(square for picture in tiles for square in picture)
-            return tuple(len(picture) for picture in tiles)
+            tiles = [pictures.tile(picture, processor.image_size, max_tiles) for picture in given]
+            squares.extend(itertools.chain.from_iterable(tiles))
+            return tuple(map(len, tiles))
 
         texts: list[Prompt] = []
-        for text, images in zip(questions, pictures, strict=True):
+        for text, images in zip(questions, subjects, strict=True):
             turns = [_turn(turn, cut) for turn in history]
             turns.append(Message("user", sampling.check_prompt(text, "question"), cut(images)))
             texts.append(processor.chat_text(turns))
@@ -776,6 +750,12 @@ class UniLIP(Network):
         return Chat(self, seed, from_original, settings)
 
     # --- checks and results ---
+
+    def _check_output(self, output_type: str, *parts: str, keep_aspect: bool = False) -> None:
+        check_choice("output type", output_type, OUTPUT_TYPES)
+        if check_flag("keep_aspect", keep_aspect) and output_type != "pil":
+            raise UniLIPError(f'keep_aspect needs output_type "pil", not {output_type!r}.')
+        self.require(*parts, *(() if output_type == "latent" else ("pixel_decoder",)))
 
     def _check_features(self, features: Any, height: int | None = None) -> None:
         width = self.config.text.hidden_size
@@ -841,7 +821,7 @@ class UniLIP(Network):
             return pixels
         if output_type == "np":
             return np.ascontiguousarray(pixels.movedim(1, -1).cpu().numpy())
-        return to_images(pixels)
+        return pictures.to_images(pixels)
 
 
 @torch.no_grad()
@@ -850,25 +830,21 @@ def initialise(network: Network, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     if "encoder" in network.parts:
         tower = network.encoder.vision_tower
-        init_normal(tower, generator)
-        for parameter in (tower.embeddings.cls_token, tower.embeddings.position_embeddings):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * 0.02)
+        draw_small(tower, generator, tower.embeddings.cls_token, tower.embeddings.position_embeddings)
     if "mllm" in network.parts:
-        init_normal(network.mllm.language_model, generator)
-        queries = torch.randn(network.mllm.queries.shape, generator=generator, dtype=torch.float32)
-        network.mllm.queries.copy_(queries * 0.02)
+        draw_small(network.mllm.language_model, generator, network.mllm.queries)
         if "connector" in network.parts:
             copy_from_llm(network.connector, network.mllm)
 
 
-@torch.no_grad()
-def init_normal(module: nn.Module, generator: torch.Generator, std: float = 0.02) -> None:
-    """Draw the weights of linear layers, convolutions and embeddings from N(0, std), as transformers do; biases 0."""
-    for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Embedding)):
-            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator, dtype=torch.float32) * std)
-            if isinstance(bias := getattr(layer, "bias", None), Tensor):
-                bias.zero_()
+def draw_small(module: nn.Module, generator: torch.Generator, *others: Tensor) -> None:
+    """Draw a module's linear layers, convolutions and embeddings, then others, from N(0, 0.02); biases are 0."""
+    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Embedding))]
+    for weight in (*(layer.weight for layer in layers), *others):
+        weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float32) * 0.02)
+    for layer in layers:
+        if isinstance(bias := getattr(layer, "bias", None), Tensor):
+            bias.zero_()
 
 
 def _names(parts: Sequence[str]) -> tuple[str, ...]:
@@ -900,11 +876,11 @@ def _as_list(value: Any) -> list[Any]:
 
 def _pictures(value: Any, fit: str = "resize") -> list[Image.Image]:
     """Load one picture or several; a batch (B,3,H,W) or (B,H,W,3) is several."""
-    check_choice("way to fit an image called", fit, FITS, ImageError)
+    check_choice("way to fit an image called", fit, pictures.FITS, ImageError)
     if isinstance(value, ImageOutput):
         value = value.images
     batch = isinstance(value, (Tensor, np.ndarray)) and value.ndim == 4
-    return [load_image(image) for image in (list(value) if batch else _as_list(value))]
+    return [pictures.load_image(image) for image in (list(value) if batch else _as_list(value))]
 
 
 def _check_alike(sizes: Sequence[Size]) -> None:
@@ -915,23 +891,16 @@ def _check_alike(sizes: Sequence[Size]) -> None:
 
 def _by_shape(sizes: Sequence[Size], draw: Callable[[Size, list[int]], Any]) -> Any:
     """Draw pictures of one size after the other, and put them in order; of one size alone, as they are."""
-    groups = shapes.grouped(sizes)
-    made = {size: draw(size, places) for size, places in groups.items()}
-    if len(groups) == 1:
+    made = {size: draw(size, places) for size, places in shapes.grouped(sizes).items()}
+    if len(made) == 1:
         return made[sizes[0]]
-    images = {place: image for size, places in groups.items() for place, image in zip(places, made[size], strict=True)}
-    return [images[place] for place in range(len(sizes))]
+    left = {size: iter(images) for size, images in made.items()}
+    return [next(left[size]) for size in sizes]
 
 
 def _shape(values: Any) -> str:
     """Name what was given in place of a tensor of another shape."""
     return str(list(values.shape)) if isinstance(values, Tensor) else type(values).__name__
-
-
-def _check_output(output_type: str, keep_aspect: bool = False) -> None:
-    check_choice("output type", output_type, OUTPUT_TYPES)
-    if check_flag("keep_aspect", keep_aspect) and output_type != "pil":
-        raise UniLIPError(f'keep_aspect needs output_type "pil", not {output_type!r}.')
 
 
 def _negatives(given: Any, count: int, settings: Settings) -> list[str | None]:

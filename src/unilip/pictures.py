@@ -42,9 +42,6 @@ TURNS = {
 }  # fmt: skip
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
 def open_picture(source: bytes | str | os.PathLike[str], formats: Sequence[str] = FORMATS) -> Image.Image:
     """Open an encoded picture, without decoding it yet. The one place where Pillow meets foreign bytes.
 
@@ -130,30 +127,20 @@ def _array_to_image(array: np.ndarray) -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)) or 0 in array.shape:
         raise ImageError(f"An image array must be (H,W), (H,W,3) or (H,W,4), not {array.shape}.")
     if array.dtype == np.uint16:
-        return Image.fromarray(_narrow(array))
+        low = array // 257  # 0..65535 to 0..255, in two bytes a value
+        return Image.fromarray((low + (array - low * 257 > 128)).astype(np.uint8))
     if array.dtype.kind in "iu":
         if array.min() < 0 or array.max() > 255:
             raise ImageError(f"The image array holds integers from {array.min()} to {array.max()}; allowed: 0 to 255.")
         return Image.fromarray(array.astype(np.uint8))
     if array.dtype.kind not in "fb":
         raise ImageError(f"The image array holds {array.dtype}; give uint8, or floats in [0,1].")
-    return Image.fromarray(_unit_to_bytes(array))
-
-
-def _narrow(array: np.ndarray) -> np.ndarray:
-    """Map 0..65535 to 0..255, in two bytes a value."""
-    low = array // 257
-    return (low + (array - low * 257 > 128)).astype(np.uint8)
-
-
-def _unit_to_bytes(array: np.ndarray) -> np.ndarray:
-    """Map [0,1] to 0..255; a little overshoot, as resizing makes it, is clipped, another range is refused."""
-    low, high = float(array.min()), float(array.max())
-    if not np.isfinite([low, high]).all():
+    least, most = float(array.min()), float(array.max())
+    if not np.isfinite([least, most]).all():
         raise ImageError("The image array holds NaN or infinite values; give uint8, or floats in [0,1].")
-    if low < -0.5 or high > 1.5:
-        raise ImageError(f"The image array holds values from {low:g} to {high:g}; give uint8, or floats in [0,1].")
-    return (np.clip(array, 0, 1) * 255).round().astype(np.uint8)
+    if least < -0.5 or most > 1.5:  # a little overshoot, as resizing makes it, is clipped
+        raise ImageError(f"The image array holds values from {least:g} to {most:g}; give uint8, or floats in [0,1].")
+    return Image.fromarray((np.clip(array, 0, 1) * 255).round().astype(np.uint8))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -162,18 +149,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         low, high = grey.min(), grey.max()
         if image.mode == "F":
             top = 65535 if high > 255 else 255 if high > 1.5 else 1
-            image = Image.fromarray(_unit_to_bytes(grey / np.float32(top)))
+            image = _array_to_image(grey / np.float32(top))
         elif low < 0 or high > 65535:
             raise ImageError(f"The image holds greys from {low} to {high}; allowed: 0 to 65535.")
         else:
-            image = Image.fromarray(_narrow(grey.astype(np.uint16)))
+            image = _array_to_image(grey.astype(np.uint16))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-# --- shapes --------------------------------------------------------------------------------------------------------
 
 
 def fit_square(image: Image.Image, size: int, fit: Fit = "resize") -> Image.Image:
@@ -235,9 +219,6 @@ def tile(image: Image.Image, size: int, max_tiles: int) -> list[Image.Image]:
     return [*tiles, fit_square(image, size)]
 
 
-# --- tensors --------------------------------------------------------------------------------------------------------
-
-
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:
     """Normalise equally sized RGB pictures: -> (M,3,H,W) float32."""
     array = np.stack([np.asarray(image, dtype=np.uint8) for image in images])  # M H W 3
@@ -263,9 +244,6 @@ def to_images(pixels: Tensor, maker: str = "pixel decoder") -> list[Image.Image]
     return [Image.fromarray(a) for a in array]
 
 
-# --- comparing ------------------------------------------------------------------------------------------------------
-
-
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio (B,) in dB of pictures (B,3,H,W) in [0,1], at most PSNR_LIMIT."""
     error = (a.double() - b.double()).square().flatten(1).mean(1)
@@ -282,8 +260,7 @@ def ssim(a: Tensor, b: Tensor, data_range: float = 1.0, gaussian: bool = False) 
     """Return the structural similarity (B,) of pictures (B,3,H,W) in [0,1], mean over channels and the inside.
 
     A uniform 7 x 7 window with sample covariance, as scikit-image's default; or with `gaussian` the 11 x 11 one of Wang
-    et al. 2004 (sigma 1.5). The paper's numbers were made with a `data_range` of 2.0. Raises ImageError: a side is
-    shorter.
+    et al. 2004 (sigma 1.5). The paper's numbers have a `data_range` of 2.0. Raises ImageError: a side is shorter.
     """
     places = torch.arange(-5, 6, dtype=torch.float64, device=a.device)
     line = torch.exp(-0.5 * (places / 1.5) ** 2) if gaussian else torch.ones_like(places[:7])

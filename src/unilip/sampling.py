@@ -34,22 +34,21 @@ Generators = torch.Generator | int | Sequence[torch.Generator | int] | None
 Progress = bool | Mapping[str, Any]  # whether to show a bar, or how: arguments of tqdm
 MAX_PROMPT_CHARACTERS = 8_000
 REWRITE = "Write this out as one description of a picture, with each thing, its colour and its place. Only that: "
-WHERE = frozenset(re.findall(r"\w+", "top bottom upper lower left right middle center centre corner side edge"))
+words_in = re.compile(r"\w+").findall
+WHERE = frozenset(words_in("top bottom upper lower left right middle center centre corner side edge"))
 PLACES = WHERE | {"white", "background"}  # what a plan may add to a prompt
 SAID = WHERE | {"above", "below", "over", "under"}  # what a prompt says of places by itself
 ARTICLES = {"a", "an"}  # of which a plan has those of the prompt
 PLAN_TOKENS = 128
 CANDIDATES = 32  # likeliest tokens that a plan may go on by; where none fits, it ends
-SMALL_WORDS = frozenset(
-    re.findall(
-        r"\w+",
+SMALL_WORDS = frozenset(  # what a plan may leave out of a prompt, or says by places
+    words_in(
         "a an the and of with on in at to is are it me my i draw paint make create show generate please picture image "
-        "photo drawing want would like can you could some above below over under next beside near together",
+        "photo drawing want would like can you could some above below over under next beside near together"
     )
-)  # what a plan may leave out of a prompt, or says by places
+)
 NOT_TAUGHT = "this model has not learned from edits of several pictures: what it draws may be anything"
 FORBIDDEN = (TURN_START, TURN_END, TEXT_END, IMG_CONTEXT)  # control tokens, which nobody means as words
-
 SEEN = "Do you see {}?"  # what the best of several pictures is chosen by
 
 OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
@@ -162,8 +161,7 @@ def check_prompt(prompt: object, what: str = "prompt") -> str:
         raise PromptError(f"The {what} is empty; say in words what you want.")
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise PromptError(f"The {what} has {len(text)} characters; {MAX_PROMPT_CHARACTERS} are read. Shorten it.")
-    reserved = ", ".join(token for token in FORBIDDEN if token in text)
-    if reserved:
+    if reserved := ", ".join(token for token in FORBIDDEN if token in text):
         raise PromptError(f"The {what} contains {reserved}, which the model reserves for itself; leave it out.")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise PromptError(f"The {what} contains half of a surrogate pair, which is no character; send valid Unicode.")
@@ -223,10 +221,7 @@ def check_generator(generator: Any) -> torch.Generator | list[torch.Generator] |
 def draw_noise(
     count: int, shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None
 ) -> Tensor:
-    """Draw float32 noise (count, *shape) on the CPU, picture by picture, by one generator in order or one for each.
-
-    A picture's noise depends on its generator's state alone, never on the batch it is drawn in.
-    """
+    """Draw float32 CPU noise (count, *shape), the same in any batch: by one generator in order, or one for each."""
     draws = draw_noises([shape] * count, generator)
     return torch.stack(draws) if draws else torch.empty(0, *shape)
 
@@ -235,12 +230,10 @@ def draw_noises(
     shapes: Sequence[Sequence[int]], generator: torch.Generator | Sequence[torch.Generator] | None
 ) -> list[Tensor]:
     """Draw the noise of each of several pictures, whose shapes may differ, as `draw_noise` does."""
-    if isinstance(generator, torch.Generator) or generator is None:
-        generators: list[torch.Generator | None] = [generator] * len(shapes)
-    else:
-        generators = list(generator)
-        if len(generators) != len(shapes):
-            raise UniLIPError(f"{len(generators)} generators were given for {len(shapes)} pictures; give 1 or as many.")
+    generators: list[torch.Generator | None]
+    generators = list(generator) if isinstance(generator, Sequence) else [generator] * len(shapes)
+    if len(generators) != len(shapes):
+        raise UniLIPError(f"{len(generators)} generators were given for {len(shapes)} pictures; give 1 or as many.")
     return [
         torch.randn(*shape, generator=g, device="cpu" if g is None else g.device, dtype=torch.float32).cpu()
         for shape, g in zip(shapes, generators, strict=True)
@@ -273,7 +266,6 @@ def decode(network: Network, runtime: Runtime, latent: Tensor) -> Tensor:
     """Pixels (M,3,H,W) in [0,1] of latents (M,Z,h,w) in the DiT's scale."""
 
     def run(z: Tensor) -> Tensor:
-        z = z.to(network.pixel_decoder.decoder.conv_in.weight.dtype)
         if runtime.compiled is not None and runtime.strips == 1:
             return check_finite(runtime.compiled.decode(z), "pixel_decoder")
         return check_finite(decoder.decode(network.pixel_decoder.decoder, z, runtime.strips), "pixel_decoder")
@@ -358,9 +350,6 @@ def draw(
         return check_finite(latents, "dit", prepared.keys_values[0][0].dtype)
 
 
-# --- answers ----------------------------------------------------------------------------------------------------------
-
-
 def answer(
     network: Network,
     runtime: Runtime,
@@ -416,7 +405,7 @@ def write_out(network: Network, runtime: Runtime, processor: Processor, prompts:
     asked = network.config.sampling.plan or REWRITE
     texts = [processor.chat_text([Message("user", asked + prompt)]) for prompt in prompts]
     answers = [TextStream(processor, PLAN_TOKENS) for _ in texts]
-    held = [network.config.sampling.plan and SAID.isdisjoint(re.findall(r"\w+", one.lower())) for one in prompts]
+    held = [network.config.sampling.plan and SAID.isdisjoint(words_in(one.lower())) for one in prompts]
 
     def constrained(logits: Tensor) -> Tensor:
         for row, written, prompt, is_held in zip(logits, answers, prompts, held, strict=True):
@@ -450,7 +439,7 @@ def may_follow(plan: TextStream, token: int, prompt: str) -> bool:
     if token == plan.processor.end_id:
         return keeps(plan.text, prompt) and not WHERE.isdisjoint(words_of(plan.text))
     text = plan.processor.decode([[*plan.ids, token]])[0].lower()
-    wanted, found = re.findall(r"\w+", prompt.lower()), re.findall(r"\w+", text)
+    wanted, found = words_in(prompt.lower()), words_in(text)
     for i, word in enumerate(found):
         turn = next((n for n, other in enumerate(wanted) if other not in SMALL_WORDS), len(wanted))
         if word in wanted[turn : turn + 1]:
@@ -466,7 +455,7 @@ def may_follow(plan: TextStream, token: int, prompt: str) -> bool:
 
 def words_of(text: str) -> list[str]:
     """The words of a text in lower case, without small ones."""
-    return [word for word in re.findall(r"\w+", text.lower()) if word not in SMALL_WORDS]
+    return [word for word in words_in(text.lower()) if word not in SMALL_WORDS]
 
 
 class TextStream:
@@ -483,13 +472,11 @@ class TextStream:
             return ""
         if token == self.processor.end_id:
             self.reason = "stop"
-            return self.rest()
-        self.ids.append(token)
-        self.text = self.processor.decode([self.ids])[0]
-        if len(self.ids) >= self.limit:
-            self.reason = "length"
-            return self.rest()
-        return "" if self.text.endswith("\ufffd") else self.rest()
+        else:
+            self.ids.append(token)
+            self.text = self.processor.decode([self.ids])[0]
+            self.reason = "length" if len(self.ids) >= self.limit else ""
+        return "" if not self.reason and self.text.endswith("\ufffd") else self.rest()
 
     def rest(self) -> str:
         """Return the text that was held back so far."""

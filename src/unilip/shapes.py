@@ -38,8 +38,7 @@ def nearest(width: object, height: object) -> Size:
 
 
 def _side(name: str, value: object) -> int:
-    side: int = check_number(name, value, TOKEN_PIXELS, MAX_DRAWN_SIDE, whole=True, kind=ConfigError)
-    return side
+    return check_number(name, value, TOKEN_PIXELS, MAX_DRAWN_SIDE, whole=True, kind=ConfigError)
 
 
 def like(source: Size, pixels: int) -> Size:
@@ -70,8 +69,7 @@ def targets(
     """Return the sizes at which sources (width, height) are read and drawn again by a model of squares of `side` px.
 
     Without a wish each keeps its shape, at `side` squared or `max_pixels`; of one side that is given the other follows;
-    `image_size` is both.
-    Raises ConfigError: a value out of range, or a size beside another or `max_pixels`.
+    `image_size` is both. Raises ConfigError: a value out of range, or a size beside another or `max_pixels`.
     """
     if image_size is not None:
         if width is not None or height is not None:
@@ -88,14 +86,10 @@ def targets(
     if max_pixels is not None:
         raise ConfigError("Give either a size or max_pixels: a size needs no limit.")
     if width is None or height is None:
-        given = _side("width or height", height if width is None else width)
-        return [
-            drawn(
-                given if height is None else max(TOKEN_PIXELS, round(given * w / h)),
-                given if width is None else max(TOKEN_PIXELS, round(given * h / w)),
-            )
-            for w, h in sources
-        ]
+        side = _side("width or height", height if width is None else width)
+        if width is None:
+            return [drawn(max(TOKEN_PIXELS, round(side * w / h)), side) for w, h in sources]
+        return [drawn(side, max(TOKEN_PIXELS, round(side * h / w))) for w, h in sources]
     return [drawn(width, height)] * len(sources)
 
 

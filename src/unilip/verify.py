@@ -57,8 +57,7 @@ def verify(
     """Recompute every entry of a file of recorded numbers with a checkpoint, and compare.
 
     `tolerance` is the largest absolute error allowed; whole numbers must be equal; float16 is measured from the
-    interval that rounds to it. `progress` is f(entries done, in all, name). Raises CheckpointError: a file cannot be
-    read.
+    interval that rounds to it. `progress` is f(entries done, in all, name). Raises CheckpointError: unreadable file.
     """
     path = Path(expected)
     if not path.is_file() or path.suffix != ".safetensors":
@@ -76,7 +75,7 @@ def verify(
     total = sum(entry not in INPUTS for record in groups.values() for entry in record)
     rows: list[Row] = []
     for group, record in groups.items():
-        wanted, results, why = sorted(set(record) - INPUTS), Results(), "not understood"
+        results, why = Results(), "not understood"
         recompute, needed = next(((how, parts) for names, how, parts in GROUPS if group.startswith(names)), (None, ""))
         if lacking := [part for part in needed.split() if part not in model.parts]:
             why = f"the checkpoint has no {', '.join(lacking)}"
@@ -88,7 +87,7 @@ def verify(
                 if error.args[0] not in INPUTS:
                     raise
                 why = f"{group}.{error.args[0]} is not recorded"
-        for entry in wanted:
+        for entry in sorted(set(record) - INPUTS):
             name, ours = f"{group}.{entry}", results.get(entry)
             failed = Row(name, math.inf, tolerance, False, why)
             rows.append(failed if ours is None else compare(name, ours, record[entry], tolerance))

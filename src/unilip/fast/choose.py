@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -25,11 +25,11 @@ ROOM = 2**30  # bytes that a picture needs beside the weights
 class Choice:
     """How a model is loaded and run; with `low_memory` parts come and go, and pictures are decoded in strips."""
 
-    dtype: torch.dtype | None = None
-    quantization: Mapping[str, str] = field(default_factory=dict)
-    low_memory: bool = False
-    packing: bool = True
-    said: str = ""
+    dtype: torch.dtype
+    quantization: dict[str, str]
+    low_memory: bool
+    packing: bool
+    said: str
 
 
 def choose(

@@ -1,7 +1,7 @@
 """The pixel decoder with less work and memory: layers written over their input, some rows at a time, folded upsampling.
 
-Latents (M,Z,h,w) -> pixels (M,3,32h,32w), equal to the plain decoder's up to rounding. No row is computed twice: what a
-3x3 convolution needs of the rows above was kept, and of those below is not overwritten yet.
+Equal to the plain decoder up to rounding. No row is computed twice: what a 3x3 convolution needs of the rows above was
+kept, and of those below is not overwritten yet.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ def decode(decoder: DCDecoder, latent: Tensor, strips: int = 1) -> Tensor:
     latent = latent.to(decoder.conv_in.weight.dtype)
     is_busy = torch.is_grad_enabled() or torch.compiler.is_compiling()
     if is_busy or (strips == 1 and latent.device.type != "cpu"):
-        pixels: Tensor = decoder(latent)
-        return pixels
+        return decoder(latent)
     return torch.cat([run(decoder, piece, strips) for piece in (latent.split(1) if strips > 1 else (latent,))])
 
 
@@ -46,8 +45,7 @@ def run(decoder: DCDecoder, latent: Tensor, strips: int) -> Tensor:
                 x = layer(x)
     if type(decoder.conv_out) is nn.Conv2d:
         return finish(decoder, x, strips)
-    pixels: Tensor = decoder.conv_out(decoder.norm_out(x).relu())
-    return pixels
+    return decoder.conv_out(decoder.norm_out(x).relu())
 
 
 def upsample(layer: Upsample, x: Tensor, strips: int) -> Tensor:
@@ -57,19 +55,15 @@ def upsample(layer: Upsample, x: Tensor, strips: int) -> Tensor:
     """
     m, _, r, s = x.shape
     weight, bias = layer.conv.weight, layer.conv.bias
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    out = torch.empty(
-        m, len(weight), 2 * r, 2 * s, dtype=x.dtype, device=x.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
-    )  # fmt: skip
-    folded = [[fold(fold(weight, top, 2), left, 3) for left in (0, 1)] for top in (0, 1)]  # out c 2 2 each
+    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    out = torch.empty(m, len(weight), 2 * r, 2 * s, dtype=x.dtype, device=x.device, memory_format=layout)
+    folded = {(top, left): fold(fold(weight, top, 2), left, 3) for top in (0, 1) for left in (0, 1)}  # out c 2 2 each
     for start, stop in pieces(out, strips, 2):
-        for top in (0, 1):
-            for left in (0, 1):
-                part = some_rows(x, folded[top][left], bias, start, stop, 1 - top)[..., left : left + s]
-                if layer.copies:
-                    part += repeated(x[:, :, start:stop], layer.copies, 2 * top + left)
-                out[:, :, 2 * start + top : 2 * stop : 2, left::2] = part
+        for (top, left), taps in folded.items():
+            part = some_rows(x, taps, bias, start, stop, 1 - top)[..., left : left + s]
+            if layer.copies:
+                part += repeated(x[:, :, start:stop], layer.copies, 2 * top + left)
+            out[:, :, 2 * start + top : 2 * stop : 2, left::2] = part
     return out
 
 
@@ -120,10 +114,7 @@ def pieces(x: Tensor, strips: int, scale: int = 1) -> Iterator[tuple[int, int]]:
 
 
 def some_rows(x: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int, above: int = 1) -> Tensor:
-    """Return rows of a convolution by 3x3 or 2x2, padded by 1, reading no others than these depend on.
-
-    The first row that row i depends on is i - above.
-    """
+    """Return rows of a convolution by 3x3 or 2x2, padded by 1, reading only what they need: row i from i - above on."""
     low, high = start - above, stop - above + weight.shape[2] - 1
     if low >= 0 and high <= x.shape[2]:
         return F.conv2d(x[:, :, low:high], weight, bias, padding=(0, 1))

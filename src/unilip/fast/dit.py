@@ -1,8 +1,7 @@
 """The diffusion transformer over many steps: what does not depend on the latent is computed once for a whole picture.
 
 In:  a `method.dit.Transformer`, conditions (B,L,C) with masks (B,L), timesteps (S,). Out: keys and values of the cross
-attention by `prepare`; the velocity by `step`, equal to the plain forward. Letters as there: R rows, n = h w tokens of
-width W.
+attention by `prepare`; the velocity by `step`, equal to the plain forward. R rows, n = h w tokens of width W, as there.
 """
 
 from __future__ import annotations
@@ -74,8 +73,7 @@ def step(
     x = net.tokens(latent).contiguous()  # else transposed in all blocks, which bfloat16 pays for
     for block, (k, v) in zip(blocks(net), condition.keys_values, strict=True):
         x = run_block(block, x, modulation[:, :6], k, v, condition.mask, size, multiply)
-    velocity: Tensor = net.proj_out(modulated_norm(x, modulation[:, 6:]))
-    return velocity.transpose(1, 2).unflatten(2, size)
+    return net.proj_out(modulated_norm(x, modulation[:, 6:])).transpose(1, 2).unflatten(2, size)
 
 
 def packable(net: Transformer) -> Iterator[nn.Module]:
@@ -90,8 +88,7 @@ def run_block(
 ) -> Tensor:
     """Do what `Block.forward` does with ready keys and values: (R,n,W) -> (R,n,W)."""
     own = block.scale_shift_table + modulation  # 1|R 6 W
-    look = full_attention if block.plain else linear_attention
-    x = torch.addcmul(x, own[:, 2:3], look(block.attn1, modulated_norm(x, own[:, 0:2]), multiply))
+    x = torch.addcmul(x, own[:, 2:3], self_attention(block, modulated_norm(x, own[:, 0:2]), multiply))
     x = x + cross_attention(block.attn2, x, k, v, seen, multiply)
     return torch.addcmul(x, own[:, 5:6], feed_forward(block.ff, modulated_norm(x, own[:, 3:5]), size, multiply))
 
@@ -104,22 +101,16 @@ def modulated_norm(x: Tensor, modulation: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), scale).to(x.dtype)
 
 
-def linear_attention(attn: Attention, x: Tensor, multiply: Multiply) -> Tensor:
-    """`Attention.linear`: (R,n,W) -> (R,n,W)."""
-    out = relu_attention(*(attn.split(multiply(project, x)) for project in (attn.to_q, attn.to_k, attn.to_v)))
+def self_attention(block: Block, x: Tensor, multiply: Multiply) -> Tensor:
+    """Attention among tokens: `Attention.linear`, or of `plain_blocks` by softmax: (R,n,W) -> (R,n,W)."""
+    attn = block.attn1
+    q, k, v = (attn.split(multiply(project, x)) for project in (attn.to_q, attn.to_k, attn.to_v))
+    out = F.scaled_dot_product_attention(q, k, v) if block.plain else relu_attention(q, k, v)
     joined = multiply(attn.to_out[0], out.transpose(1, 2).flatten(2).to(x.dtype))
-    return joined.clip(-65504, 65504) if joined.dtype == torch.float16 else joined
+    return joined.clip(-65504, 65504) if joined.dtype == torch.float16 and not block.plain else joined
 
 
-def full_attention(attn: Attention, x: Tensor, multiply: Multiply) -> Tensor:
-    """Softmax attention among tokens, of `plain_blocks`: (R,n,W) -> (R,n,W)."""
-    k, v = (attn.split(multiply(project, x)) for project in (attn.to_k, attn.to_v))
-    return cross_attention(attn, x, k, v, None, multiply)
-
-
-def cross_attention(
-    attn: Attention, x: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, multiply: Multiply
-) -> Tensor:
+def cross_attention(attn: Attention, x: Tensor, k: Tensor, v: Tensor, seen: Tensor, multiply: Multiply) -> Tensor:
     """`Attention.cross`: (R,n,W) -> (R,n,W)."""
     q = attn.split(multiply(attn.to_q, x).reshape(len(k), -1, x.shape[-1]))  # B heads Kn d
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 Step = Callable[[Tensor, Tensor, PreparedCondition], Tensor]  # latents, modulation, condition -> velocity
 Run = Callable[[Tensor], Tensor]  # noise -> latents
+Make = Callable[[PreparedCondition, Tensor], Run]  # condition, modulations -> what may run once
 BUCKET = 128  # compiled steps see conditions of a multiple of this many tokens
 
 
@@ -133,10 +135,7 @@ def denoise(
         calls = sum(now or not any(guided) for now in guided)
         multiply = products.multiply(packable(net), len(condition.mask) * noise[0, 0].numel(), calls)
 
-    def plain_step(latent: Tensor, modulation: Tensor, rows: PreparedCondition) -> Tensor:
-        return step(net, latent, modulation, rows, multiply)
-
-    one = plain_step if compiled is None else compiled.step
+    one: Step = functools.partial(step, net, multiply=multiply) if compiled is None else compiled.step
 
     def make(rows: PreparedCondition, times: Tensor) -> Run:
         """Return a loop that may run once: which step it is in is counted."""
@@ -161,15 +160,11 @@ def denoise(
 
         return lambda start: integrate(velocity, start, planned, settings.guidance_scale, on_step, guided)
 
-    if compiled is None:
-        return make(condition, modulations)(noise)
-    condition = condition.padded(-(-condition.mask.shape[-1] // compiled.bucket) * compiled.bucket)
-    if noise.device.type != "cuda" or on_step is not None or twin is not None:
-        return make(condition, modulations)(noise)
-    return compiled.recorded(settings, make, noise, condition, modulations)
-
-
-# --- compiled ---------------------------------------------------------------------------------------------------------
+    if compiled is not None:
+        condition = condition.padded(-(-condition.mask.shape[-1] // compiled.bucket) * compiled.bucket)
+        if noise.device.type == "cuda" and on_step is None and twin is None:
+            return compiled.recorded(settings, make, noise, condition, modulations)
+    return make(condition, modulations)(noise)
 
 
 class Compiled:
@@ -179,34 +174,27 @@ class Compiled:
     """
 
     def __init__(self, network: Network, bucket: int = BUCKET, **options: Any) -> None:
-        self.bucket = bucket
+        self.bucket, self.network = bucket, network
         self.told: set[tuple[Any, ...]] = set()
-        net = network.dit.transformer
-        compiled_step = torch.compile(step, fullgraph=True, dynamic=False, **options)
-        compiled_decode = torch.compile(fast_decoder.decode, dynamic=False, **options)
-
-        def told_step(latent: Tensor, modulation: Tensor, condition: PreparedCondition) -> Tensor:
-            rows, _, height, width = latent.shape
-            what = "%d rows of %dx%d cells under conditions of %d tokens"
-            with self.telling("the step of the transformer for " + what, rows, height, width, condition.mask.shape[-1]):
-                velocity: Tensor = compiled_step(net, latent, modulation, condition)
-                return velocity
-
-        def told_decode(latent: Tensor) -> Tensor:
-            with self.telling("the decoder for %d pictures of %dx%d cells", len(latent), *latent.shape[-2:]):
-                pixels: Tensor = compiled_decode(network.pixel_decoder.decoder, latent)
-                return pixels
-
-        self.step: Step = told_step
-        self.decode: Run = told_decode
-        self.net = net
         self.loops: dict[tuple[Any, ...], RecordedLoop | None] = {}
+        self._step = torch.compile(step, fullgraph=True, dynamic=False, **options)
+        self._decode = torch.compile(fast_decoder.decode, dynamic=False, **options)
+
+    def step(self, latent: Tensor, modulation: Tensor, condition: PreparedCondition) -> Tensor:
+        """See `fast.dit.step`."""
+        what = "the step of the transformer for %d rows of %dx%d cells under conditions of %d tokens"
+        with self.telling(what, len(latent), *latent.shape[-2:], condition.mask.shape[-1]):
+            return self._step(self.network.dit.transformer, latent, modulation, condition)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """See `fast.decoder.decode`."""
+        with self.telling("the decoder for %d pictures of %dx%d cells", len(latent), *latent.shape[-2:]):
+            return self._decode(self.network.pixel_decoder.decoder, latent)
 
     @contextlib.contextmanager
     def telling(self, what: str, *sizes: int) -> Iterator[None]:
         """Say what is compiled and, when the block is done, how long that took; only the first time for a shape."""
-        first = (what, *sizes) not in self.told
-        start = time.perf_counter()
+        first, start = (what, *sizes) not in self.told, time.perf_counter()
         if first:
             self.told.add((what, *sizes))
             logger.info("compiling " + what + "; later pictures of this shape need not wait", *sizes)
@@ -215,19 +203,10 @@ class Compiled:
             logger.info("compiled in %.1f s", time.perf_counter() - start)
 
     def recorded(
-        self,
-        settings: Settings,
-        make: Callable[[PreparedCondition, Tensor], Run],
-        noise: Tensor,
-        condition: PreparedCondition,
-        modulations: Tensor,
+        self, settings: Settings, make: Make, noise: Tensor, condition: PreparedCondition, modulations: Tensor
     ) -> Tensor:
-        """Run a loop as a recorded graph; `make(condition, modulations)` returns a function that may run once.
-
-        Values written to the weights' recorded addresses are seen; it is thrown away when they are elsewhere, or by
-        `forget`.
-        """
-        where = tuple(p.data_ptr() for p in self.net.parameters())
+        """Run a loop as a graph: it sees values written into weights; weights elsewhere, or `forget`, throw it away."""
+        where = tuple(p.data_ptr() for p in self.network.dit.transformer.parameters())
         key = (settings, tuple(noise.shape), noise.device, tuple(condition.mask.shape), where)
         if key not in self.loops:
             self.loops = {known: loop for known, loop in self.loops.items() if known[-1] == where}
@@ -247,13 +226,7 @@ class Compiled:
 class RecordedLoop:
     """A whole denoising loop as one CUDA graph: one launch for all steps, on tensors of its own."""
 
-    def __init__(
-        self,
-        make: Callable[[PreparedCondition, Tensor], Run],
-        noise: Tensor,
-        condition: PreparedCondition,
-        modulations: Tensor,
-    ) -> None:
+    def __init__(self, make: Make, noise: Tensor, condition: PreparedCondition, modulations: Tensor) -> None:
         self.noise, self.condition, self.modulations = noise.clone(), condition.map(Tensor.clone), modulations.clone()
         side = torch.cuda.Stream(noise.device)
         side.wait_stream(torch.cuda.current_stream(noise.device))

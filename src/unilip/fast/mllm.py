@@ -1,8 +1,7 @@
 """Reading prompts in two passes while only the queries train: the frozen prompt keeps no activations.
 
-The decoder is causal and the queries come last: the prompt is read without gradients into a key-value cache, and only
-the queries' positions keep activations: the numbers and gradients of `MLLM.read_with_queries`, for less time and
-memory.
+The decoder is causal and the queries come last: the prompt is read without gradients into a key-value cache. Numbers
+and gradients are those of `MLLM.read_with_queries`, for less time and memory.
 """
 
 from __future__ import annotations

@@ -12,33 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-HEAD = "mllm.language_model.lm_head"  # only answers need it
+HEAD = "mllm.language_model.lm_head"  # a part inside a part: only answers need it
+Load = Callable[[nn.Module, str], None]  # reads a part of a model
 
 
 class Offload:
-    """Brings parts of a model to a device: from the first `using` that names one to the end of the last such block.
+    """Brings parts of a model to a device: from the first `using` that names one to the end of the last such block."""
 
-    A part may be a module inside one (HEAD). `quantized` says that the checkpoint's own weights are.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        parts: Sequence[str],
-        device: torch.device,
-        load: Callable[[nn.Module, str], None] | None = None,
-        quantized: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, parts: Sequence[str], device: torch.device, load: Load | None = None) -> None:
         self.device = device
-        self.quantized = quantized
+        self.quantized = False  # whether the checkpoint's own weights are
         self.adapters: dict[str, tuple[Any, float]] = {}  # with strengths: added to weights whenever these are read
         self.stored: Callable[[str], Tensor] | None = None  # a tensor of the checkpoint, by name
         self._held: Counter[str] = Counter()
         self._model = [model]  # in a list: a module that knew its owner would be a part of itself
         self._load = load
-        self._home: dict[str, list[tuple[nn.Module, str, Tensor]]] = {}
-        if load is None:
-            self._home = {part: list(own_tensors(model.get_submodule(part))) for part in parts}
+        at_home = parts if load is None else ()
+        self._home = {part: list(own_tensors(model.get_submodule(part))) for part in at_home}
 
     @contextlib.contextmanager
     def using(self, *parts: str) -> Iterator[None]:
@@ -71,14 +61,12 @@ class Offload:
     def _bring(self, part: str) -> None:
         if self._load is not None:
             self._load(self._model[0], part)
-        else:
-            replace(self._home.get(part, ()), lambda tensor: tensor.to(self.device, non_blocking=True))
+        replace(self._home.get(part, ()), lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def _drop(self, part: str) -> None:
         if self._load is not None:
             empty(self._model[0].get_submodule(part))
             give_back()
-            return
         for module, name, tensor in self._home.get(part, ()):
             setattr(module, name, tensor)  # nothing is copied back: the weights have not changed
 

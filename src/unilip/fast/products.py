@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from unilip.fast.quantise import SMALL, dynamic_int8
+from unilip.fast.quantise import SMALL, settings, torchao
 from unilip.files import write_json
 from unilip.machine import processor, spare_memory
 from unilip.method.config import UniLIPConfig
@@ -40,8 +40,7 @@ Times = dict[str, float]  # milliseconds of processor time by way; "WAY packing"
 
 def plain(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply a layer as it is."""
-    result: Tensor = layer(x)
-    return result
+    return layer(x)
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,9 @@ class Packed:
 
     def times(self, x: Tensor, layer: nn.Linear) -> Tensor:
         """Multiply (...,C) by it; MKL takes the plain weight of the layer for another number of rows."""
-        result: Tensor
         if self.library == "MKL":
-            result = torch.ops.mkl._mkl_linear(x, self.weight, layer.weight, layer.bias, self.rows)
-        else:
-            result = torch.ops.mkldnn._linear_pointwise(x, self.weight, layer.bias, "none", [], "")
-        return result
+            return torch.ops.mkl._mkl_linear(x, self.weight, layer.weight, layer.bias, self.rows)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, layer.bias, "none", [], "")
 
 
 def stamp(weight: Tensor) -> tuple[Any, ...]:
@@ -132,9 +128,6 @@ def fastest(kind: str, shape: Shape, calls: int) -> str:
     return way.split()[1] if found[way] < WORTH * found[kind] and gained > found.get(f"{way} packing", math.inf) else ""
 
 
-# --- what a product takes ---------------------------------------------------------------------------------------------
-
-
 def shape_of(config: UniLIPConfig) -> Shape:
     """Return the product that a model does most: of the tokens of one guided picture, in its transformer."""
     width = config.dit.hidden_size
@@ -172,10 +165,9 @@ _lock = threading.RLock()
 
 def product_times(shape: Shape, ways: tuple[str, ...] | None = None, anew: bool = False) -> Times:
     """Return what a product takes in each way: of this process, from disk (by processor and torch), or measured now."""
-    few, where = measured_shape(shape), " | ".join((processor(), f"torch {torch.__version__}"))
-    where, name = f"{where} | {torch.get_num_threads()} threads", "x".join(map(str, few))
+    few, where = measured_shape(shape), f"{processor()} | torch {torch.__version__} | {torch.get_num_threads()} threads"
     with _lock:
-        known = _known(where).setdefault(name, {})
+        known = _known(where).setdefault("x".join(map(str, few)), {})
         if wanted := [way for way in ways or WAYS if anew or way not in known]:
             known |= measure(few, wanted)
             with contextlib.suppress(OSError, RuntimeError):  # no home, or none to write in
@@ -192,8 +184,7 @@ def place() -> Path:
 @functools.cache
 def _known(where: str) -> dict[str, Times]:
     """The times of this process, to begin with those on disk."""
-    found = _stored().get(where, {})
-    return {name: dict(times) for name, times in found.items()}
+    return {name: dict(times) for name, times in _stored().get(where, {}).items()}
 
 
 def _stored() -> dict[str, dict[str, Times]]:
@@ -241,7 +232,7 @@ def prepared(way: str, shape: Shape) -> tuple[Callable[[], Tensor], float | None
     layer.weight = nn.Parameter(torch.linspace(-1, 1, outputs * inputs).view(outputs, inputs).to(dtype))
     layer.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype))
     if kind == "int8":
-        dynamic_int8(layer)
+        torchao("quantization").quantize_(layer, settings("int8_dynamic", layer.weight))
     if not library:
         return lambda: plain(layer, x), None
     if library == "oneDNN" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -250,8 +241,7 @@ def prepared(way: str, shape: Shape) -> tuple[Callable[[], Tensor], float | None
     return lambda: packed.times(x, layer), packing
 
 
-def shapes_of(config: UniLIPConfig) -> Iterator[tuple[str, Shape]]:
-    """Yield the products of a model's transformer, with names."""
+def shapes_of(config: UniLIPConfig) -> dict[str, Shape]:
+    """Return the products of a model's transformer, by name."""
     rows, width, wide = shape_of(config)
-    yield from (("attention", (rows, width, width)), ("widening", (rows, width, wide)))
-    yield "narrowing", (rows, wide // 2, width)
+    return {"attention": (rows, width, width), "widening": (rows, width, wide), "narrowing": (rows, wide // 2, width)}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ DYNAMIC = ("connector", "dit")  # with int8_dynamic; the others' activations hav
 QUANTIZED = ("encoder", "mllm", "connector", "dit")  # the decoder is nearly all 3x3 convolutions
 SLICE = 2**24  # weights of more numbers are quantised some rows at a time
 INT4_ROWS = 16  # what torchao packs together; a language head of an odd vocabulary stays as it is
+LAYOUT = "prototype.safetensors.safetensors_utils"  # of quantised tensors in files
 GROUPS = (128, 64, 32)  # columns that share a scale in int4, the largest that divides the layer
 
 
@@ -58,27 +59,22 @@ def quantise(module: nn.Module, kind: str) -> None:
     Raises UniLIPError: an unknown kind, no torchao, or a device or type for which it has no kernels.
     """
     kinds_of(kind)
-    with quiet_import():
-        from torchao.quantization import quantize_
     tied = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
     for layer in list(module.modules()):
         if type(layer) is not nn.Linear or is_quantised(layer) or min(layer.weight.shape) < SMALLEST:
             continue
-        weight, group = layer.weight, 1
-        if id(weight) in tied:  # a language head that shares the embedding costs nothing as it is
-            continue
-        if kind == "int4":
-            group = next((n for n in GROUPS if layer.in_features % n == 0), 0)
-        if not group or (group > 1 and layer.out_features % INT4_ROWS):
-            continue
-        if kind == "int8_dynamic" and weight.numel() < SMALL:
+        weight = layer.weight
+        group = next((n for n in GROUPS if layer.in_features % n == 0), 0)
+        odd = kind == "int4" and (not group or layer.out_features % INT4_ROWS)
+        slower = kind == "int8_dynamic" and weight.numel() < SMALL
+        if odd or slower or id(weight) in tied:  # a language head that shares the embedding costs nothing as it is
             continue
         try:
             chosen = settings(kind, weight, group)
             if kind != "int4" and weight.numel() > SLICE:
                 layer.weight = nn.Parameter(by_rows(weight.detach(), chosen), requires_grad=False)
             else:
-                quantize_(layer, chosen)
+                torchao("quantization").quantize_(layer, chosen)
         except (NotImplementedError, AssertionError, ImportError, RuntimeError) as error:
             raise UniLIPError(
                 f"torchao cannot quantise to {kind} here ({weight.dtype} on {weight.device}: {reason(error)}); int8 "
@@ -88,23 +84,20 @@ def quantise(module: nn.Module, kind: str) -> None:
 
 def by_rows(weight: Tensor, chosen: Any) -> Tensor:
     """Quantise a large weight (D,C) some rows at a time, with their own scales, for want of room for copies of it."""
-    from torchao.quantization import quantize_
-
     made: list[Tensor] = []
     for rows in weight.split(max(1, SLICE // weight.shape[1])):
         piece = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
         piece.weight = nn.Parameter(rows, requires_grad=False)
-        quantize_(piece, chosen)
+        torchao("quantization").quantize_(piece, chosen)
         made.append(piece.weight)
     about = json.loads(flatten({"all.weight": made[0]})[1]["all.weight"])
     whole = {key: torch.cat([getattr(part, key) for part in made]) for key in about["_tensor_data_names"]}
     return FewBits(about, {}).tensor(whole)
 
 
-def settings(kind: str, weight: Tensor, group: int) -> Any:
+def settings(kind: str, weight: Tensor, group: int = 0) -> Any:
     """Return torchao's configuration for weights like this one."""
-    with quiet_import():
-        from torchao import quantization as ao
+    ao = torchao("quantization")
     plain: dict[str, Any] = {
         "int8": ao.Int8WeightOnlyConfig,
         "int8_dynamic": ao.Int8DynamicActivationInt8WeightConfig,
@@ -113,25 +106,13 @@ def settings(kind: str, weight: Tensor, group: int) -> Any:
     if kind in plain:
         return plain[kind](set_inductor_config=False)
     if weight.device.type == "cpu":
-        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-
-        return PrototypeInt4WeightOnlyConfig(group_size=group)
+        return torchao("prototype.quantization.int4").PrototypeInt4WeightOnlyConfig(group_size=group)
     return ao.Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
-
-
-def dynamic_int8(layer: nn.Linear) -> None:
-    """Let a layer multiply in int8, whatever its size."""
-    with quiet_import():
-        from torchao.quantization import quantize_
-    quantize_(layer, settings("int8_dynamic", layer.weight, 1))
 
 
 def is_quantised(module: nn.Module) -> bool:
     """Tell whether any weight of a module is kept in few bits."""
     return any(type(p) is not nn.Parameter and hasattr(p, "tensor_data_names") for p in module.parameters())
-
-
-# --- in files ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -145,13 +126,10 @@ class FewBits:
 
     def tensor(self, pieces: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """Put it together; it computes in `dtype`, by default as it was saved."""
-        with quiet_import():
-            from torchao.prototype.safetensors.safetensors_utils import object_from_dict
         given = {**self.about["_data"], **pieces}
         if dtype is not None:
             given["dtype"] = {"_type": "torch.dtype", "_data": str(dtype).removeprefix("torch.")}
-        made: Tensor = object_from_dict({**self.about, "_data": given})
-        return made
+        return torchao(LAYOUT).object_from_dict({**self.about, "_data": given})
 
 
 def few_bits(metadata: Mapping[str, str], piece: Callable[[str], Tensor], where: str) -> dict[str, FewBits]:
@@ -191,14 +169,12 @@ def flatten(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
     flat, about = dict[str, Tensor](), dict[str, str]()
     if not any(hasattr(tensor, "tensor_data_names") for tensor in state.values()):
         return dict(state), {}
-    with quiet_import():
-        from torchao.prototype.safetensors import safetensors_utils as layout
+    layout = torchao(LAYOUT)
     for name, tensor in state.items():
-        kind = type(tensor).__name__
         if not hasattr(tensor, "tensor_data_names"):
             flat[name], about[name] = tensor, json.dumps({"_type": "Tensor"})
             continue
-        if kind not in layout.ALLOWED_TENSORS_SUBCLASSES:
+        if (kind := type(tensor).__name__) not in layout.ALLOWED_TENSORS_SUBCLASSES:
             raise UniLIPError(
                 f"{name} is a {kind}, packed for this processor alone, and cannot be saved; save int8 or fp8, or load "
                 "the plain model with this quantisation each time."
@@ -214,15 +190,15 @@ def piece_name(name: str, key: str) -> str:
     return f"{module}._{weight}_{key}"
 
 
-@contextlib.contextmanager
-def quiet_import() -> Iterator[None]:
-    """Import torchao without its remarks about kernels that do not load."""
+@functools.cache
+def torchao(module: str) -> Any:
+    """Import a module of torchao, without its remarks about kernels that do not load."""
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        return importlib.import_module(f"torchao.{module}")
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

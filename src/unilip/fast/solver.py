@@ -1,7 +1,6 @@
 """A solver on a schedule as the matrix that it is: its states are sums of noise and velocities.
 
-Out: a `Plan`, read off `method.flow.sample` on unit vectors; `integrate` follows it with no tiny kernels and no
-waiting.
+A `Plan` is read off `method.flow.sample` on unit vectors; `integrate` follows it with no tiny kernels and no waiting.
 """
 
 from __future__ import annotations
@@ -18,15 +17,11 @@ from unilip.method.flow import OnStep, guide, make_schedule, sample
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule and its coefficients.
+    """A schedule and its coefficients."""
 
-    Attributes: timesteps: integers (S,). weights: (S,S+1), of the noise and of each velocity in the state after each
-    step. carried: (S,S), of what was added from outside after step j, in the state after step i.
-    """
-
-    timesteps: Tensor
-    weights: Tensor
-    carried: Tensor
+    timesteps: Tensor  # integers (S,)
+    weights: Tensor  # (S,S+1), of the noise and of each velocity in the state after each step
+    carried: Tensor  # (S,S), of what was added from outside after step j, in the state after step i
 
     def to(self, device: torch.device | str) -> Plan:
         return Plan(self.timesteps.to(device), self.weights.to(device), self.carried.to(device))
@@ -61,8 +56,7 @@ def integrate(
 ) -> Tensor:
     """Go from noise (B,Z,h,w) to clean latents, in float32; `on_step` may return replaced latents.
 
-    With `guidance_scale` > 1, `velocity` gets the batch twice (unconditional rows first), in the steps that `guided`
-    marks.
+    With `guidance_scale` > 1, `velocity` gets the batch twice, unconditional rows first, in the steps `guided` marks.
     """
     latents = noise.float()
     history = latents.new_empty(len(planned.timesteps) + 1, *latents.shape)  # noise, then velocities
@@ -77,10 +71,9 @@ def integrate(
         latents = (planned.weights[i, : i + 2].view(-1, *[1] * latents.dim()) * history[: i + 2]).sum(0)
         for j, change in changes:
             latents = latents + planned.carried[i, j] * change
-        if on_step is not None:
-            replaced = on_step(i, timestep, latents)
-            if replaced is not None:
-                replaced = replaced.to(latents)
-                changes.append((i, replaced - latents))
-                latents = replaced
+        replaced = None if on_step is None else on_step(i, timestep, latents)
+        if replaced is not None:
+            replaced = replaced.to(latents)
+            changes.append((i, replaced - latents))
+            latents = replaced
     return latents
