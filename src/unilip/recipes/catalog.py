@@ -7,7 +7,6 @@ stand on the earlier stage of the same seed; `unilip eval claims` measures them.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,9 +80,8 @@ def get_recipe(name: str) -> records.Recipe:
     """Return a recipe by its name, SIZE/STAGE, lora/KIND or ablation/SIZE/VARIANT. Raises ConfigError: none."""
     recipes = all_recipes()
     if name not in recipes:
-        near = difflib.get_close_matches(name, recipes, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"There is no recipe {name!r}.{hint} `unilip train --list` shows all of them.")
+        near = records.meant(name, recipes)
+        raise ConfigError(f"There is no recipe {name!r}.{near} `unilip train --list` shows all of them.")
     return recipes[name]
 
 

@@ -36,7 +36,7 @@ from unilip.recipes.catalog import require_finished
 from unilip.recipes.record import FewSteps, Optim, Recipe, Shrink
 from unilip.sizes import preset, small_decoder
 from unilip.train import processes
-from unilip.train.adapters import add_adapter, is_adapter, is_idle
+from unilip.train.adapters import add_adapter, is_adapter, reached
 from unilip.train.batches import Batches, EmojiBatches
 from unilip.train.cached import check_cache
 from unilip.train.files import FileBatches
@@ -214,12 +214,9 @@ def trained_parameters(recipe: Recipe, model: UniLIP) -> Trained:
     found: Trained = {}
     used: set[str] = set()
     for name, parameter in model.named_parameters():
-        if is_idle(recipe, name):
-            continue
-        matches = {prefix: factor for prefix, factor in recipe.trains if f"{name}.".startswith(f"{prefix}.")}
-        used.update(matches)
-        adapted = not recipe.adapter.rank or is_adapter(name)
-        if matches and adapted and (factor := matches[max(matches, key=len)]) > 0:
+        prefixes, factor = reached(recipe, name)
+        used.update(prefixes)
+        if factor > 0 and (not recipe.adapter.rank or is_adapter(name)):
             found[name] = (parameter, factor)
     if unused := [prefix for prefix, _ in recipe.trains if prefix not in used]:
         raise ConfigError(f"{recipe.name} trains {', '.join(unused)}, which names nothing in {', '.join(model.parts)}.")

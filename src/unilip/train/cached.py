@@ -39,7 +39,7 @@ def cacheable(recipe: Recipe, model: UniLIP, objective: Objective) -> tuple[str,
         if not features or (objective.autoencoder is None and "latent_head" not in frozen):
             return ()
         return ("latents", *(("conditions",) if {"mllm", "connector"} <= frozen else features))
-    distilled = isinstance(objective, ReconstructObjective) and objective.weights.distill
+    distilled = isinstance(objective, ReconstructObjective) and objective.settings.distill
     return (*features, *(("teacher",) if distilled else ()))
 
 
