@@ -114,10 +114,7 @@ def parse_init(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
 
 
 def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
-    """Build the recipe's model: parts that are needed or named in `init`; later sources win over earlier ones.
-
-    "queries=SOURCE" takes the learned queries alone; they are new where `config` says how many there are.
-    """
+    """Build the recipe's model: parts that are needed or named in `init`; later sources win over earlier ones."""
     config = recipe_config(recipe)
     asked, changes, learned_joint = dict(recipe.config), dict[str, Any](), recipe.data.joint > 0
     loaded: dict[str, nn.Module] = {}
@@ -128,7 +125,7 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
             continue
         opened = open_checkpoint(locate(source, runs))
         opened.require_plain("training needs plain weights")
-        if parts == ("queries",):
+        if parts == ("queries",):  # the learned queries alone
             queries = UniLIP.from_pretrained(opened.path, parts=("mllm",)).mllm.queries.detach()
             continue
         wanted = opened.parts if parts == ("all",) else parts
@@ -137,7 +134,7 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
             loaded[part] = getattr(other, part)
             changes |= {name: getattr(other.config, name) for name in FOLLOWS[part]}
         learned_joint = learned_joint or ("dit" in wanted and other.config.sampling.joint)
-        fresh_queries = "mllm.queries" in opened.absent or "num_queries" in asked
+        fresh_queries = "mllm.queries" in opened.absent or "num_queries" in asked  # new where `config` counts them
         if fresh_queries and "mllm" in wanted:
             old, generator = other.mllm.queries, torch.Generator().manual_seed(recipe.seed)
             drawn = torch.randn(1, config.num_queries, old.shape[-1], generator=generator)

@@ -26,22 +26,18 @@ def cell_heads(width: int) -> nn.ModuleDict:
 
 
 def ground_loss(head: nn.Module, states: Tensor, grounds: Tensor) -> tuple[Tensor, Terms]:
-    """What the states (B,L,D) of words tell of where that lies which they name: `grounds` (M,4+N) of `grounded`.
-
-    The loss is the mean over words of the sum over image tokens; the share is of words with all tokens right.
-    """
+    """What the states (B,L,D) of words tell of where that lies which they name: `grounds` (M,4+N) of `grounded`."""
     told, target = head(states[grounds[:, 0], grounds[:, 1]]).float(), grounds[:, 4:].float()
+    # the mean over words of the sum over image tokens
     loss = F.binary_cross_entropy_with_logits(told, target, reduction="sum") / max(len(grounds), 1)
-    right = ((told > 0) == (target > 0)).all(-1)
-    some = target.any(-1)
+    right, some = ((told > 0) == (target > 0)).all(-1), target.any(-1)  # all tokens of a word
     return loss, {"ground": mean(right[some]), "ground_none": mean(right[~some])}
 
 
 def look_loss(layer: TextLayer, x: Tensor, tokens: Tokens, grounds: Tensor, text: TextConfig) -> tuple[Tensor, Terms]:
     """Where words look in a layer whose input is x (B,L,D): at what they name, at no image token if it is not there.
 
-    One head of each group is asked, under the softmax over all that a word sees; the term is its share on what is
-    named.
+    One head of each group is asked, under the softmax over all that a word sees; told is its share on what is named.
     """
     rows, columns, targets = grounds[:, 0], grounds[:, 1], grounds[:, 4:].float()
     attention, normed = layer.self_attn, layer.input_layernorm(x)

@@ -131,7 +131,7 @@ def run_recipe(
             loop.run(start, stop_after)
         if loop.step < recipe.steps:
             return run
-        with loop.averaged():
+        with loop.state.ema.acting():
             return loop.finish()
 
 
@@ -230,7 +230,7 @@ class Loop:
         parameters = {name: parameter for name, (parameter, _) in named.items()}
         beside = {"heads": objective.heads, "adversary": objective.adversary}
         optimizers = [building.make_optimizer(recipe.optim, player) for player in players]
-        self.state = State(parameters, beside, optimizers, EMA(parameters, recipe.ema) if recipe.ema else None)
+        self.state = State(parameters, beside, optimizers, EMA(parameters if recipe.ema else {}, recipe.ema))
         self.state.counters = {"skipped": 0, "skipped_in_a_row": 0}
         self.state.data, self.state.frozen = batches.signature, frozen
         self.mixed = mixed_precision(recipe, model.device)
@@ -337,14 +337,15 @@ class Loop:
         """Accumulate, clip, update, the adversary too; returns the means. A step not finite anywhere is none."""
         recipe, device = self.recipe, self.model.device
         adversary = self.objective.adversary
-        means_before = [] if adversary is None else [b.clone() for b in adversary.buffers()]
+        buffers = [] if adversary is None else list(adversary.buffers())
+        buffers_before = [buffer.clone() for buffer in buffers]
         found: dict[str, list[Tensor]] = {}
         batches = []
         for number in range(self.own_batches):
             batches.append(next(loader))
             batch = to_device(batches[-1], device)
             if self.objective.looks_ahead:
-                with self.averaged(), torch.no_grad(), self.mixed, cpu_attention(recipe, device):
+                with self.state.ema.acting(), torch.no_grad(), self.mixed, cpu_attention(recipe, device):
                     batch |= self.whole(self.objective.ahead, batch, self.step)
             with parallel.accumulating(self.whole, last=number + 1 == self.own_batches):
                 with self.mixed, cpu_attention(recipe, device):
@@ -372,11 +373,9 @@ class Loop:
             optimizer.found_inf = (~whole).float()  # type: ignore[attr-defined]  # fused AdamW then changes nothing
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if adversary is not None:
-            for buffer, before in zip(adversary.buffers(), means_before, strict=True):
-                buffer.copy_(torch.where(whole, buffer, before))
-        if self.state.ema is not None:
-            self.state.ema.update()
+        for buffer, before in zip(buffers, buffers_before, strict=True):
+            buffer.copy_(torch.where(whole, buffer, before))
+        self.state.ema.update()
         self.health.note(self.step + 1, whole, batches)
         return means | {"grad_norm": norms[0]}
 
@@ -436,7 +435,7 @@ class Loop:
         """Write picture grids of a fixed batch, drawn with the averaged weights."""
         if not (processes.first() or parallel.sharded(self.whole)):
             return
-        with self.averaged():
+        with self.state.ema.acting():
             pictures = self.together(self.objective.samples, to_device(self.batches[0], self.model.device))
         if not processes.first():
             return
@@ -449,10 +448,6 @@ class Loop:
                 write_bytes(file, png_bytes(to_images(sheet[None], name)[0]))
             except ImageError as error:
                 logger.warning("no sheet of step %d: %s", self.step, error)
-
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Have the averaged weights in the model, where there are some."""
-        return contextlib.nullcontext() if self.state.ema is None else self.state.ema.acting()
 
     @torch.no_grad()
     def together(self, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -22,13 +22,10 @@ LECAM_DECAY = 0.999  # of the running mean scores
 
 
 def contrastive_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric cross entropy between unit embeddings (B,D), and the share of pictures whose best text is right.
-
-    `same` (B,B) is 1 where two captions say the same: all of these share the right answer equally. In float32.
-    """
-    with torch.autocast(image.device.type, enabled=False):
+    """Symmetric cross entropy between unit embeddings (B,D), and the share of pictures whose best text is right."""
+    with torch.autocast(image.device.type, enabled=False):  # in float32
         scores = image.float() @ text.float().T * scale.float()  # B B
-        target = same / same.sum(-1, keepdim=True)
+        target = same / same.sum(-1, keepdim=True)  # `same` is 1 where two captions say the same: all share the answer
         loss = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
     found = same.gather(1, scores.argmax(1, keepdim=True))
     return loss, (found > 0).float().mean()

@@ -7,13 +7,12 @@ A step is run on tensors that have shapes but no content, and what is alive at o
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -172,15 +171,15 @@ def simplified(recipe: Recipe) -> Recipe:
     if isinstance(objective, Shrink):
         raise ConfigError(f"{recipe.name} needs less than the tokenizer's other stages; a preflight is for those.")
     if isinstance(objective, Reconstruct):
-        objective = dataclasses.replace(objective, perceptual_source="teacher", gan_start=0, contrastive=0.0)
+        objective = replace(objective, perceptual_source="teacher", gan_start=0, contrastive=0.0)
     elif isinstance(objective, Flow):
-        objective = dataclasses.replace(objective, target="unilip")
+        objective = replace(objective, target="unilip")
     else:
         raise ConfigError(
             f"{recipe.name} learns from text whose length decides its memory; a preflight is for flow and tokenizer "
             "stages."
         )
-    return dataclasses.replace(recipe, objective=objective)
+    return replace(recipe, objective=objective)
 
 
 def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
@@ -315,7 +314,7 @@ def remedies(recipe: Recipe, machine: Hardware, step: Step) -> Iterator[tuple[st
             if count < machine.count or (recipe.batch_size * recipe.accumulate) % count:
                 continue
             words, smallest = f"parallel=fsdp {[*bases][-1]}", [*bases.values()][-1]
-            found = estimate(override(recipe, words.split()), dataclasses.replace(machine, count=count), smallest)
+            found = estimate(override(recipe, words.split()), replace(machine, count=count), smallest)
             if found.fits:
                 yield f"{_options(words)} on {count} of them", found
                 break

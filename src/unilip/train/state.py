@@ -42,21 +42,18 @@ class DamagedCheckpoint(CheckpointError):
 
 
 class EMA:
-    """Exponential moving average of some parameters, in float32, with a short warm-up of the decay."""
+    """Exponential moving average of some parameters, or none, in float32, with a short warm-up of the decay."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
-        self.decay = decay
-        self.count = 0
-        self.parameters = parameters
+        self.parameters, self.decay, self.count = parameters, decay, 0
         self.average = {name: p.detach().float().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         self.count += 1
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
-        torch._foreach_lerp_(
-            list(self.average.values()), [p.detach().float() for p in self.parameters.values()], 1 - decay
-        )
+        if now := [p.detach().float() for p in self.parameters.values()]:
+            torch._foreach_lerp_(list(self.average.values()), now, 1 - decay)
 
     @contextlib.contextmanager
     def acting(self) -> Iterator[None]:
@@ -81,7 +78,7 @@ class State:
         parameters: dict[str, nn.Parameter],
         heads: Mapping[str, nn.Module | None],
         optimizers: Sequence[torch.optim.Optimizer],
-        ema: EMA | None,
+        ema: EMA,
     ) -> None:
         self.parameters, self.optimizers, self.ema = parameters, optimizers, ema
         self.heads = nn.ModuleDict({name: module for name, module in heads.items() if module is not None})
@@ -97,9 +94,7 @@ class State:
         """
         self.settle()
         about = {"recipe": plain(recipe), "step": step, "data": self.data, "frozen": self.frozen, **self.counters}
-        pending = Pending(run, step, recipe.keep, about)
-        if self.ema is not None:
-            pending.about["ema_count"] = self.ema.count
+        pending = Pending(run, step, recipe.keep, about | ({"ema_count": self.ema.count} if self.ema.average else {}))
         if processes.first():
             pending.begin()
         if processes.world() > 1:
@@ -123,8 +118,7 @@ class State:
     def _write(self, folder: Path) -> None:
         _save_tensors(self.parameters, folder / "weights.safetensors")
         _save_tensors(self.heads.state_dict(), folder / "heads.safetensors")
-        if self.ema is not None:
-            _save_tensors(self.ema.average, folder / "ema.safetensors")
+        _save_tensors(self.ema.average, folder / "ema.safetensors")
         torch.save([o.state_dict() for o in self.optimizers], folder / "optimizer.pt")
 
     def _write_shards(self, pending: Pending) -> None:
@@ -143,8 +137,7 @@ class State:
         """Every tensor by a name that does not depend on the number of processes."""
         found: dict[str, Tensor] = {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
         found |= {f"heads.{name}": t.detach() for name, t in self.heads.state_dict().items()}
-        if self.ema is not None:
-            found |= {f"ema.{name}": t for name, t in self.ema.average.items()}
+        found |= {f"ema.{name}": t for name, t in self.ema.average.items()}
         for i, (name, parameter) in self._optimized():
             state = self.optimizers[i].state.get(parameter, {})
             found |= {f"optimizer.{i}.{name}.{kind}": torch.as_tensor(value) for kind, value in state.items()}
@@ -179,8 +172,7 @@ class State:
                 recipe.name, folder,
             )  # fmt: skip
         self._take_back(folder)
-        if self.ema is not None:
-            self.ema.count = about["ema_count"]
+        self.ema.count = about.get("ema_count", 0)
         self.counters = {name: int(about.get(name, 0)) for name in self.counters}
         return int(about["step"])
 
