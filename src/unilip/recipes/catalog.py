@@ -56,12 +56,10 @@ def ablations() -> list[records.Recipe]:
     """Return every ablation of every size."""
     table = TABLE["ablation"]
     return [
-        read_stage(
-            "ablation", stage, size, about["names"], f"ablation/{size}/{stage}", per_seed=True, **about["common"]
-        )
-        for size, about in table["sizes"].items()
+        read_stage("ablation", stage, size, its["names"], f"ablation/{size}/{stage}", per_seed=True, **its["common"])
+        for size, its in table["sizes"].items()
         for stage in table["stages"]
-        if stage not in about["without"]
+        if stage not in its["without"]
     ]
 
 

@@ -205,10 +205,8 @@ def _on_ray(
     absolute = tuple(str(Path(path).absolute()) for path in (runs, folder))
     made = ray.data.from_items(list(tasks)).repartition(len(tasks)).map(
         Worker,  # type: ignore[arg-type]
-        fn_constructor_args=(recipe, *absolute, device, dtype),
-        concurrency=min(workers, len(tasks)),
-        num_cpus=1,
-        num_gpus=1 if device.startswith("cuda") else 0,
+        fn_constructor_args=(recipe, *absolute, device, dtype), concurrency=min(workers, len(tasks)),
+        num_cpus=1, num_gpus=1 if device.startswith("cuda") else 0,
     )  # fmt: skip
     yield from made.iter_rows()
 

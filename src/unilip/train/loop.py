@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
@@ -223,12 +223,13 @@ class Loop:
         self.whole = parallel.share(parallel.Whole(model, objective.heads), recipe)
         named = building.trained_parameters(recipe, model)
         players = [[*named.values(), *((p, 1.0) for p in objective.heads.parameters())]]
+        beside = nn.ModuleDict({"heads": objective.heads})
         self.starts = [0]  # the step at which each optimizer's schedule begins
         if objective.adversary is not None:
+            beside["adversary"] = objective.adversary
             players.append([(p, 1.0) for p in objective.adversary.parameters()])
             self.starts.append(objective.adversary_start)
         parameters = {name: parameter for name, (parameter, _) in named.items()}
-        beside = {"heads": objective.heads, "adversary": objective.adversary}
         optimizers = [building.make_optimizer(recipe.optim, player) for player in players]
         self.state = State(parameters, beside, optimizers, EMA(parameters if recipe.ema else {}, recipe.ema))
         self.state.counters = {"skipped": 0, "skipped_in_a_row": 0}
@@ -437,9 +438,7 @@ class Loop:
             return
         with self.state.ema.acting():
             pictures = self.together(self.objective.samples, to_device(self.batches[0], self.model.device))
-        if not processes.first():
-            return
-        for name, rows in pictures.items():
+        for name, rows in pictures.items() if processes.first() else ():
             sheet = rows.float().cpu().permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # R n 3 S S -> 3 RS nS
             if self.writer is not None:
                 self.writer.add_image(name, sheet, self.step)

@@ -120,12 +120,8 @@ def held_error(found: Tensor, wanted: Tensor, held: Tensor) -> Tensor:
 
 def contrast_heads(model: UniLIP) -> dict[str, nn.Module]:
     """Return what joins pooled features and texts in one space, for training only."""
-    width = model.config.text.hidden_size
-    return {
-        "image": nn.Linear(2 * width, width),
-        "text": nn.Linear(width, width),
-        "scale": nn.ParameterDict({"log": nn.Parameter(torch.tensor(2.3))}),
-    }
+    width, scale = model.config.text.hidden_size, nn.ParameterDict({"log": nn.Parameter(torch.tensor(2.3))})
+    return {"image": nn.Linear(2 * width, width), "text": nn.Linear(width, width), "scale": scale}
 
 
 def embed_texts(model: UniLIP, heads: nn.ModuleDict, tokens: Tokens) -> Tensor:
@@ -196,9 +192,8 @@ class UnderstandObjective(Objective):
                 learned["ground"] = told["grounding"] + told["looking"]
                 told |= found | seen
         if weights.bind and "lessons" in batch:
-            tokens, mllm = batch["lessons"], self.model.mllm
-            states = mllm(mllm.embed(tokens.input_ids), tokens.attention_mask)  # B T D
-            learned["bind"], found = lessons.bind_loss(heads["bind"], states, batch, tokens.input_ids.shape[1])
+            states = self.read(batch["lessons"])
+            learned["bind"], found = lessons.bind_loss(heads["bind"], states, batch, states.shape[1])
             told |= found
         self.middle.clear()
         return self.weighed(learned), learned | told  # "ground" is told as the share of words that are right
@@ -215,8 +210,8 @@ class UnderstandObjective(Objective):
         looked, found = lessons.look_loss(layer, halfway, tokens, words, text.t)
         return said + named + looked, {**terms, **more, **found}
 
-    def read(self, tokens: Tokens, features: Tensor) -> Tensor:
-        """Hidden states (B,T,D) of conversations about pictures with these features (B,N,D)."""
+    def read(self, tokens: Tokens, features: Tensor | None = None) -> Tensor:
+        """Hidden states (B,T,D) of texts, or of conversations about pictures with these features (B,N,D)."""
         mllm = self.model.mllm
         return mllm(mllm.embed(tokens.input_ids, tokens.image_slots, features), tokens.attention_mask)
 
@@ -262,8 +257,7 @@ class ReconstructObjective(Objective):
     def reconstruct(self, normalised: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised pixels (B,3,H,W) -> features (B,N,D) unless given, latents, pixels in [0,1] (not clamped)."""
         features = self.model.encoder(normalised) if features is None else features.to(self.model.dtype)
-        rows = normalised.shape[-2] // TOKEN_PIXELS
-        latents = self.model.latent_head(features, rows)
+        latents = self.model.latent_head(features, normalised.shape[-2] // TOKEN_PIXELS)
         return features, latents, (self.model.pixel_decoder(latents).float() + 1) / 2
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
