@@ -271,11 +271,8 @@ class Recipe:
     note: str = ""
 
     def __post_init__(self) -> None:
-        objective, data = self.objective, self.data
+        objective, data, own = self.objective, self.data, vars(self.objective)
         flow, few = isinstance(objective, Flow), isinstance(objective, FewSteps)
-        bind, repa, redraw, target = (
-            flow and getattr(objective, name) for name in ("bind", "repa", "redraw", "target")
-        )
         reached = {prefix.split(".")[0] for prefix, factor in self.trains if factor > 0}
         _check(
             self, "", name=not re.fullmatch(r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*", self.name),
@@ -283,16 +280,17 @@ class Recipe:
             checks=[check for check in self.checks if not re.fullmatch(CHECK, check)],
             trains=not reached or not all(0 <= factor < math.inf for _, factor in self.trains),
             reached=flow and not reached & {"connector", "dit", "mllm"}, edit_share=data.edit_share and not flow,
-            cached_repa=data.cache and repa, cached_redraw=data.cache and redraw,
-            cached_augment=data.cache and getattr(objective, "augment", 0),
+            cached_repa=data.cache and own.get("repa"), cached_redraw=data.cache and own.get("redraw"),
+            cached_augment=data.cache and own.get("augment"),
             averages=few and (not self.ema or self.weights_dtype != "float32"), few_dit=few and "dit" not in reached,
             decoder=isinstance(objective, Shrink) and reached != {"pixel_decoder"},
             text_share=data.text_share and not (isinstance(objective, Understand) and objective.next_token),
             lanes=self.batch_size * self.accumulate % data.lanes,
             selective=self.selective_checkpointing and (self.gradient_checkpointing or self.compile),
-            latents=self.measure_latents and not isinstance(objective, Reconstruct), joint_bind=data.joint and bind,
-            shapes_bind=data.shapes and self.lessons and getattr(objective, "bind", 0),
-            shapes_talk=data.shapes and isinstance(objective, Understand), shapes_dcae=data.shapes and target == "dcae",
+            latents=self.measure_latents and not isinstance(objective, Reconstruct),
+            joint_bind=data.joint and own.get("bind"), shapes_bind=data.shapes and self.lessons and own.get("bind"),
+            shapes_talk=data.shapes and isinstance(objective, Understand),
+            shapes_dcae=data.shapes and own.get("target") == "dcae",
         )  # fmt: skip
 
     @property

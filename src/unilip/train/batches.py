@@ -277,10 +277,8 @@ class Batches(Dataset[dict[str, Any]]):
 
     def contrast(self, captions: Sequence[str]) -> dict[str, Any]:
         """Captions for a text tower, right-padded, and which of them say the same (B,B)."""
-        return {
-            "captions": self.processor.tokenize([(c, self.processor.end_id) for c in captions], padding_side="right"),
-            "same": torch.tensor([[float(a == b) for b in captions] for a in captions]),
-        }
+        tokens = self.processor.tokenize([(c, self.processor.end_id) for c in captions], padding_side="right")
+        return {"captions": tokens, "same": torch.tensor([[float(a == b) for b in captions] for a in captions])}
 
     def soft_words(self, captions: Sequence[str]) -> Tensor:
         """Target distribution (B,V) over the tokens of each caption, weighted by inverse document frequency."""
@@ -490,9 +488,8 @@ def labels(
         if lesson.present:
             present[row] = 0
             present[row, list(lesson.present)] = 1
-    return {
-        "marks": torch.tensor(marks, dtype=torch.long).reshape(-1, 6), "summaries": summaries, "present": present,
-    }  # fmt: skip
+    found = torch.tensor(marks, dtype=torch.long).reshape(-1, 6)
+    return {"marks": found, "summaries": summaries, "present": present}
 
 
 @dataclass

@@ -226,10 +226,8 @@ def make_optimizer(optim: Optim, parameters: Sequence[tuple[nn.Parameter, float]
     for parameter, factor in parameters:
         decay = optim.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((factor, decay, parameter.dim() == 0), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": p, "weight_decay": d, "factor": f} for (f, d, _), p in groups.items()],
-        lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True,
-    )  # fmt: skip
+    settings = [{"params": p, "weight_decay": d, "factor": f} for (f, d, _), p in groups.items()]
+    return torch.optim.AdamW(settings, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
 
 
 PRODUCTS = (

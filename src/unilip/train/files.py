@@ -139,9 +139,7 @@ class FileBatches(Batches):
     def __getitem__(self, index: int) -> dict[str, Any]:
         self._reading = Reading()
         self.take_shape(index)
-        batch = super().__getitem__(index)
-        batch["reading"] = self._reading
-        return batch
+        return super().__getitem__(index) | {"reading": self._reading}
 
     def item(self, record: Record, kind: str, turns: int = 1) -> Any:
         """Decode a record: (picture), (picture, caption), (source, target, instruction), (picture, caption, turns)."""

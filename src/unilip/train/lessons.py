@@ -42,10 +42,8 @@ def look_loss(layer: TextLayer, x: Tensor, tokens: Tokens, grounds: Tensor, text
     rows, columns, targets = grounds[:, 0], grounds[:, 1], grounds[:, 4:].float()
     attention, normed = layer.self_attn, layer.input_layernorm(x)
     turns = rotation(positions(tokens.attention_mask), text)
-    q, k = (
-        rotate(project(normed).unflatten(-1, (-1, attention.width)).transpose(1, 2), turns)
-        for project in (attention.q_proj, attention.k_proj)
-    )
+    both = (project(normed).unflatten(-1, (-1, attention.width)) for project in (attention.q_proj, attention.k_proj))
+    q, k = (rotate(heads.transpose(1, 2), turns) for heads in both)
     q, k = q[rows, :, columns][:, :: q.shape[1] // k.shape[1]].float(), k[rows].float()  # M G d, M G L d
     logits = (k * q[:, :, None]).sum(-1) / attention.width**0.5  # M G L
     later = torch.arange(x.shape[1], device=x.device) > columns[:, None]

@@ -197,13 +197,11 @@ class Health:
 
     def broken(self, now: bool) -> tuple[int, list[Any]] | None:
         """Return step and batches of the step that made the row too long; `now` waits for the very last."""
-        while self._seen:
-            step, row, event, batches = self._seen[0]
+        latest = self.row.device.type == "cuda" and not now  # stays unseen
+        while len(self._seen) > latest:
+            step, row, event, batches = self._seen.popleft()
             if event is not None:
-                if not now and len(self._seen) == 1:
-                    return None
                 event.synchronize()
-            self._seen.popleft()
             if int(row) >= self.limit:
                 return step, batches
         return None

@@ -36,6 +36,7 @@ from unilip.train import lessons, losses
 
 Batch = dict[str, Any]
 Terms = dict[str, Tensor]
+Condition = tuple[Tensor, Tensor]  # (B,L,C) and its mask (B,L)
 LESSON_NOISE = 0.7  # beside conditions of unit size: what is told through it is told clearly
 SHOWN = 8  # pictures in a sample sheet
 
@@ -420,7 +421,7 @@ class FlowObjective(Objective):
             features = features.index_copy(0, rows, self.model.encoder(normalise(drawn)))
         return features
 
-    def conditions(self, batch: Batch, features: Tensor | None) -> tuple[Tensor, Tensor]:
+    def conditions(self, batch: Batch, features: Tensor | None) -> Condition:
         """Return the condition (B,T+Q,C) of a batch whose sources have these features (B,N,D), and its mask (B,T+Q)."""
         if "conditions" in batch:
             return batch["conditions"].to(self.model.dtype), batch["condition_mask"]
@@ -496,7 +497,7 @@ class FlowObjective(Objective):
         rows = [F.interpolate(row, drawn.shape[-2:], mode="bilinear") for row in above]
         return {"drawn": torch.stack([*rows, drawn]).clamp(0, 1)}
 
-    def drawn(self, noise: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
+    def drawn(self, noise: Tensor, condition: Condition) -> Tensor:
         """Latents (B,Z,h,w) of noise, in 20 steps of the published solver."""
         dit, schedule = self.model.dit, flow.make_schedule("dpm++", self.model.config.sampling.flow_shift, 20)
         return flow.sample(lambda x, t: dit(x, t.to(x.device).expand(len(x)), *condition).float(), noise, schedule)
@@ -540,7 +541,7 @@ class FewStepsObjective(FlowObjective):
         r = torch.where(kinds == 0, 0.0, torch.where(kinds == 1, s * (1 - 0.05 * v), s * v))
         return noise, s.to(clean.device), r.to(clean.device)
 
-    def jump(self, dit: DiT, x: Tensor, s: Tensor, r: Tensor | None, condition: tuple[Tensor, Tensor]) -> Tensor:
+    def jump(self, dit: DiT, x: Tensor, s: Tensor, r: Tensor | None, condition: Condition) -> Tensor:
         """F(x_s, s, r) of a transformer, or its velocity without r: (BK,Z,h,w), float32."""
         with torch.autocast(x.device.type, enabled=self.settings.path > 0 and torch.is_autocast_enabled(x.device.type)):
             there = None if r is None else r * flow.TRAIN_TIMESTEPS
@@ -578,16 +579,14 @@ class FewStepsObjective(FlowObjective):
             x, rest, times = x - way, rest + way, until
         return found | {"start": start, "levels": torch.stack([s, r, h]), "target": target, "rest": rest}
 
-    def guided(
-        self, batch: Batch, x: Tensor, s: Tensor, told: tuple[Tensor, Tensor], blank: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def guided(self, batch: Batch, x: Tensor, s: Tensor, told: Condition, blank: Condition) -> Tensor:
         """Return the teacher's guided velocity (BK,Z,h,w) under a condition (B,L,C) and one without words (B or 1)."""
         scale = self.settings.edit_guidance if "sources" in batch or "edits" in batch else self.settings.guidance
         blank = (blank[0].expand(len(told[0]), -1, -1), blank[1].expand(len(told[0]), -1))
         free, said = (self.jump(self.teacher, x, s, None, condition) for condition in (blank, told))
         return free + scale * (said - free)
 
-    def path(self, batch: Batch, condition: tuple[Tensor, Tensor], blank: tuple[Tensor, Tensor]) -> Batch:
+    def path(self, batch: Batch, condition: Condition, blank: Condition) -> Batch:
         """Return jumps to states of the teacher's way (UniPC, by turbo's schedule): PAIRS for each noise.
 
         A third go from anywhere on it to anywhere below. The others are jumps that the model is to make (`steps`), half
@@ -644,7 +643,7 @@ class FewStepsObjective(FlowObjective):
         weights = (torch.tan((1 - (s - r)) * math.pi / 2.5) + 1) / (errors.detach() + 1e-6).sqrt()
         return (weights * errors).mean(), {name: errors.mean()}
 
-    def drawn(self, noise: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
+    def drawn(self, noise: Tensor, condition: Condition) -> Tensor:
         """Latents (B,Z,h,w) of noise, in the model's own number of jumps."""
         x = noise
         for s, r in itertools.pairwise(turbo("euler", self.settings.counts[0]).levels):

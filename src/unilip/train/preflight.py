@@ -191,7 +191,6 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
     wanted = {*needed_parts(recipe.objective), *(prefix.split(".")[0] for prefix, _ in recipe.trains)}
     for parts, _ in parse_init(recipe):
         wanted |= set(PARTS) if parts == ("all",) else set(parts)
-    low = recipe.dtype == "bfloat16"
     peaks, operations = [], []
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = UniLIP(config, parts=[part for part in PARTS if part in wanted])
@@ -208,7 +207,7 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
         for size in sizes:
             batch = batch_of(recipe, config, size, edits=recipe.data.edit_share > 0)
             with Alive() as alive:
-                with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                with torch.autocast("cpu", torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
                     loss, _ = objective.loss(batch, 0)
                 loss.backward()
             peaks.append(alive.peak)
@@ -223,9 +222,8 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
         rank, dora = recipe.adapter.rank, recipe.adapter.dora
         trained = sum(rank * (w.shape[0] + w.shape[1]) + w.shape[0] * dora for w in named)  # beside weights (out, in)
         frozen = everything
-    gradients = moved * 4  # alive at the end of the backward pass, and counted by themselves
     rise = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
-    constant = max(0.0, peaks[0] - rise * sizes[0] - gradients)
+    constant = max(0.0, peaks[0] - rise * sizes[0] - moved * 4)  # gradients, alive at the end, count by themselves
     return Step(trained, frozen, max(groups, default=0), everything - sum(groups), (constant, rise), operations[-1])
 
 
