@@ -65,14 +65,12 @@ class Optim:
 
 @dataclass(frozen=True)
 class Understand:
-    """Stage 0: weights of image-text contrast, prediction of the caption's words, next token of answers, and lessons.
-
-    Lessons (`local`, `bind`, `ground`) rest where the data are files.
-    """
+    """Stage 0: weights of image-text contrast, prediction of captions' words, next token of answers, and lessons."""
 
     contrastive: float = 1.0
     words: float = 1.0
     next_token: float = 0.0
+    # lessons, which rest where the data are files:
     local: float = 0.0  # each image token tells concept and colour of what lies on it, its place, and the background
     # hidden states of prompts, read without a picture, tell concept, colour, count and place at the words that say
     # them, the whole at the end
@@ -89,14 +87,11 @@ class Understand:
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Tokenizer stages: L2 in [0,1], perceptual, distillation to the frozen original features, contrast, hinge GAN.
-
-    The original is the encoder that the stage starts from, unless `init` names a "teacher".
-    """
+    """Tokenizer stages: L2 in [0,1], perceptual, distillation to the frozen original features, contrast, hinge GAN."""
 
     pixel: float = 1.0
     perceptual: float = 1.1
-    distill: float = 0.0
+    distill: float = 0.0  # to the encoder that the stage starts from, unless `init` names a "teacher"
     anchor: float = 0.0  # holds the latents to those of the stage's start: what has learned to draw them can go on
     contrastive: float = 0.0  # with captions, read by a language model of `init`, instead of distillation (an ablation)
     gan: float = 0.0
@@ -233,15 +228,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. A step is `accumulate` batches of `batch_size`: their product is the global batch.
-
-    `trains` pairs parameter-name prefixes with a factor on the learning rate; the longest prefix decides, and what none
-    names is frozen.
-    """
+    """A whole run. A step is `accumulate` batches of `batch_size`: their product is the global batch."""
 
     name: str
     model: str
     objective: Understand | Reconstruct | Flow
+    # prefixes of parameters' names with factors on the learning rate; the longest decides, what none names is frozen
     trains: tuple[tuple[str, float], ...]
     steps: int
     batch_size: int  # the most that a process holds at once; processes share the global batch

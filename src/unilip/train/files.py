@@ -53,8 +53,7 @@ class Stream:
 class FileBatches(Batches):
     """Pictures, captions, edits and conversations from files.
 
-    Raises ConfigError: the files have nothing of the kind that the objective learns from; DataError: a place cannot be
-    opened.
+    Raises ConfigError: the files have nothing that the objective learns from; DataError: a place cannot be opened.
     """
 
     def __init__(self, recipe: Recipe, config: UniLIPConfig, processor: Processor | None) -> None:

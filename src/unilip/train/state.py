@@ -83,8 +83,7 @@ class State:
     def save(self, run: Path, step: int, recipe: Recipe) -> Path:
         """Write a checkpoint under a temporary name, rename it, and drop all but the newest `recipe.keep`.
 
-        Several processes write in the background; `settle` waits for the end of it.
-        Raises CheckpointError: it cannot be written; what was there before is whole still.
+        Several processes write in the background until `settle`. Raises CheckpointError: it cannot be; others stay.
         """
         self.settle()
         about = {"recipe": plain(recipe), "step": step, "data": self.data, "frozen": self.frozen, **self.counters}
@@ -150,8 +149,7 @@ class State:
     def restore(self, folder: Path, recipe: Recipe) -> int:
         """Take everything back from a checkpoint of the same recipe, exactly; returns its step.
 
-        Raises ConfigError: other settings now; DamagedCheckpoint: a file is not what was written; CheckpointError:
-        other tensors.
+        Raises ConfigError: other settings; DamagedCheckpoint: not what was written; CheckpointError: other tensors.
         """
         about = inspect(folder)
         require_same(recipe, about["recipe"], folder)
