@@ -149,8 +149,7 @@ class Batches(Dataset[dict[str, Any]]):
         """Give the pictures of a batch the shape of its step, where the recipe has several."""
         if not (sizes := self.recipe.data.sizes):
             return None
-        step = index // self.recipe.accumulate  # all batches of a step have one
-        size = sizes[generator("shape", self.recipe.seed, step).randrange(len(sizes))]
+        size = sizes[generator("shape", self.recipe.seed, index // self.recipe.accumulate).randrange(len(sizes))]
         self.image_size, self.target_size, self.source_cells = size, size, cells(size)
         return size
 
@@ -434,8 +433,7 @@ class EmojiBatches(Batches):
         if edited:
             edit = sample_edit(world, rng, rng.choice(world.edits))
             words = as_written(edit.instruction, rng, wish=False) if written else edit.instruction
-            whole = self.processor.edit_text(words)
-            return until(whole, words, len(words)), words, lessons.of_edit(edit, words, world)
+            return until(self.processor.edit_text(words), words, len(words)), words, lessons.of_edit(edit, words, world)
         task = rng.choice(TRAINED)
         scene = sample_scene(world, rng, task, "train", "generation")
         words = prompt(scene, task, rng, world)

@@ -102,10 +102,9 @@ class FileBatches(Batches):
             batch, place = divmod(sample, self.size)
             return 0, batch * round(self.size * self.recipe.data.text_share) + place
         step, inside = divmod(sample, self.step_samples)
-        turn = self.tasks.pick(step)[1]
         own = self.step_samples // self.recipe.data.lanes
         lane, place = divmod(inside, own)
-        return lane, turn * own + place
+        return lane, self.tasks.pick(step)[1] * own + place
 
     def _take(self, kind: str, sample: int, use: Callable[[Record], T]) -> T:
         """Read a sample and use it; where that cannot be, another one, and so on."""

@@ -86,9 +86,8 @@ def word_loss(logits: Tensor, grounds: Tensor, words: dict[str, Tensor]) -> tupl
 
 def say_loss(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Cross entropy of logits (M,V) with shares of tokens (M,V), and in which rows the likeliest is one of them."""
-    shares = wanted / wanted.sum(-1, keepdim=True)
     right = wanted.gather(-1, logits.argmax(-1, keepdim=True))[:, 0] > 0
-    return F.cross_entropy(logits, shares), right
+    return F.cross_entropy(logits, wanted / wanted.sum(-1, keepdim=True)), right
 
 
 def bind_heads(width: int) -> nn.ModuleDict:

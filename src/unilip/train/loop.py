@@ -314,8 +314,7 @@ class Loop:
                 seconds += time.perf_counter() - begun
                 self.bar.update()
                 if logging_now and processes.first():
-                    samples = (self.step - since) * recipe.batch_size * recipe.accumulate
-                    self.log(terms, samples / max(1e-9, seconds))
+                    self.log(terms, (self.step - since) * recipe.batch_size * recipe.accumulate / max(1e-9, seconds))
                 if logging_now:
                     seconds, since = 0.0, self.step
                 if saving:
@@ -461,8 +460,7 @@ class Loop:
         if processes.first():
             remove(temporary)
         if recipe.adapter.rank:
-            runs = run.parents[recipe.folder.count("/")]
-            save_adapter(model, temporary, building.adapter_base(recipe, runs, final))
+            save_adapter(model, temporary, building.adapter_base(recipe, run.parents[recipe.folder.count("/")], final))
         elif parallel.sharded(self.whole):
             model = gathered(model)
         if processes.first():

@@ -129,8 +129,7 @@ def embed_texts(model: UniLIP, heads: nn.ModuleDict, tokens: Tokens) -> Tensor:
     """Read right-padded texts (B,T) with the LLM: -> unit embedding (B,D) of the last token."""
     hidden = model.mllm(model.mllm.embed(tokens.input_ids), tokens.attention_mask)  # B T D
     last = tokens.attention_mask.sum(-1) - 1
-    rows = torch.arange(len(last), device=last.device)
-    return F.normalize(heads["text"](hidden[rows, last]).float(), dim=-1)
+    return F.normalize(heads["text"](hidden[torch.arange(len(last), device=last.device), last]).float(), dim=-1)
 
 
 def contrast(model: UniLIP, heads: nn.ModuleDict, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -425,14 +424,12 @@ class FlowObjective(Objective):
         """Return the condition (B,T+Q,C) of a batch whose sources have these features (B,N,D), and its mask (B,T+Q)."""
         if "conditions" in batch:
             return batch["conditions"].to(self.model.dtype), batch["condition_mask"]
-        read = partial(read_in_two_passes, self.model.mllm)
-        return self.model.condition(batch["prompts"], features, read)
+        return self.model.condition(batch["prompts"], features, partial(read_in_two_passes, self.model.mllm))
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """Mean squared velocity error, K noises for each condition; before and beside it what else is to be learned."""
         model, settings, k = self.model, self.settings, self.settings.noises
-        features = None if "conditions" in batch else self.source_features(batch)
-        condition, mask = self.conditions(batch, features)
+        condition, mask = self.conditions(batch, None if "conditions" in batch else self.source_features(batch))
         extra, terms = torch.zeros((), device=condition.device), Terms()
         if "marks" in batch:
             extra, terms = self.lesson(condition, batch)
@@ -449,8 +446,7 @@ class FlowObjective(Objective):
         clean = clean.repeat_interleave(k, 0)  # BK Z h w
         noisy = flow.interpolate(clean, noise, sigmas.to(clean))
         self.middle.clear()
-        velocity = model.dit(noisy, timesteps.to(clean.device), condition, mask)
-        loss = flow.flow_loss(velocity, clean, noise)
+        loss = flow.flow_loss(model.dit(noisy, timesteps.to(clean.device), condition, mask), clean, noise)
         terms["flow_edit" if "sources" in batch or "edits" in batch else "flow"] = loss
         if seen is not None:
             told = self.heads["repa"](self.middle.pop())  # BK N D
@@ -594,8 +590,7 @@ class FewStepsObjective(FlowObjective):
         """
         steps, k = self.settings.path, self.settings.noises
         generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
-        shape = (k, *batch["latents"].shape[1:])
-        x = draw_noise(len(generators), shape, generators).flatten(0, 1).to(batch["latents"])
+        x = draw_noise(len(generators), (k, *batch["latents"].shape[1:]), generators).flatten(0, 1).to(batch["latents"])
         schedule, states = turbo("unipc", steps), [x]
 
         def velocity(x: Tensor, timestep: Tensor) -> Tensor:
