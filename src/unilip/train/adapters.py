@@ -31,7 +31,8 @@ def is_adapter(name: str) -> bool:
 def reached(recipe: Recipe, name: str) -> tuple[list[str], float]:
     """Return the prefixes of `trains` that the name of a layer or parameter has, and the factor of the longest."""
     found = {prefix: factor for prefix, factor in recipe.trains if f"{name}.".startswith(f"{prefix}.")}
-    idle = ".time_embed_2." in f"{name}." and not isinstance(recipe.objective, FewSteps)  # gets no gradient
+    # no gradient comes to where jumps go, in a model with few-step weights that learns no jumps
+    idle = ".time_embed_2." in f"{name}." and not isinstance(recipe.objective, FewSteps)
     return ([], 0.0) if idle or not found else (list(found), found[max(found, key=len)])
 
 

@@ -229,7 +229,7 @@ class Batches(Dataset[dict[str, Any]]):
         sources = [source for sources, _, _ in items for source in sources]
         batch = stacked("sources", sources) if sources else {}
         batch |= stacked("targets", [target for _, target, _ in items])
-        if isinstance(self.recipe.objective, FewSteps):  # guides a teacher: one for all pictures, or for each edit
+        if isinstance(self.recipe.objective, FewSteps):  # unconditional: one for all pictures, or one for each edit
             batch["blanks"] = tokenized(self.processor, [whole(None)] * (len(items) if sources else 1))
         kept = [self._kept(text, i) for i, (*_, text) in zip(samples, items, strict=True)]
         texts = [whole(text) for text in kept]
@@ -451,7 +451,7 @@ def until(prompt: Prompt, words: str, end: int) -> Prompt:
 def grounded(processor: Processor, rows: Sequence[Turns], found: Sequence[Sequence[Grounds]]) -> Tensor:
     """Where the words of questions lie in `conversation`, and what they name: (M,4+N).
 
-    Columns: row, column, concept and colour (0 where a question ends), and N image tokens, 1 where they show that.
+    Columns: row, column, concept, colour (0 where a question ends), N image tokens, 1 where they show what is named.
     """
     marks: list[list[int]] = []
     for row, (turns, grounds) in enumerate(zip(rows, found, strict=True)):

@@ -85,7 +85,8 @@ class Worker:
         self, source: Source, kind: str, shard: int, places: Iterable[int]
     ) -> Iterator[tuple[int, dict[str, bytes]]]:
         """Yield the members of each place; a sample that cannot be used keeps its place, with the reason."""
-        usable, found = list[tuple[int, Record, tuple[Any, ...]]](), dict[int, dict[str, bytes]]()
+        usable: list[tuple[int, Record, tuple[Any, ...]]] = []
+        found: dict[int, dict[str, bytes]] = {}
         for place in places:
             try:
                 record = one_text(source.read(kind, shard, place), place)

@@ -73,7 +73,9 @@ def train(
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"stop_after is {stop_after}; it must be at least 1 step.")
     runs, device = Path(runs), torch.device(choose_device(str(device)))
-    restart = restart and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # torchrun's own goes on
+    restart = restart and not int(
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    )  # what torchrun starts again goes on
     final = runs / recipe.folder / "final"
     processes.join(device)
     if processes.told(final.exists()) and not restart:
@@ -196,8 +198,8 @@ class Health:
 
     def broken(self, now: bool) -> tuple[int, list[Any]] | None:
         """Return step and batches of the step that made the row too long; `now` waits for the very last."""
-        latest = self.row.device.type == "cuda" and not now  # stays unseen
-        while len(self._seen) > latest:
+        waiting = 1 if self.row.device.type == "cuda" and not now else 0  # the last, which may not be there yet
+        while len(self._seen) > waiting:
             step, row, event, batches = self._seen.popleft()
             if event is not None:
                 event.synchronize()

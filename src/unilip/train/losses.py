@@ -25,7 +25,7 @@ def contrastive_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor) -
     """Symmetric cross entropy between unit embeddings (B,D), and the share of pictures whose best text is right."""
     with torch.autocast(image.device.type, enabled=False):  # in float32
         scores = image.float() @ text.float().T * scale.float()  # B B
-        target = same / same.sum(-1, keepdim=True)  # `same` is 1 where two captions say the same: all share the answer
+        target = same / same.sum(-1, keepdim=True)  # captions that say the same (1) share the right answer equally
         loss = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
     return loss, (same.gather(1, scores.argmax(1, keepdim=True)) > 0).float().mean()
 
