@@ -227,7 +227,7 @@ class Batches(Dataset[dict[str, Any]]):
     ) -> dict[str, Any]:
         """The batch of (sources, target, text), one source of each after the other; for lessons what TOLD knows."""
         sources = [source for sources, _, _ in items for source in sources]
-        batch = stacked("sources", sources) if sources else {}
+        batch: dict[str, Any] = stacked("sources", sources) if sources else {}
         batch |= stacked("targets", [target for _, target, _ in items])
         if isinstance(self.recipe.objective, FewSteps):  # unconditional: one for all pictures, or one for each edit
             batch["blanks"] = tokenized(self.processor, [whole(None)] * (len(items) if sources else 1))
