@@ -7,7 +7,6 @@ stand on the earlier stage of the same seed; `unilip eval claims` measures them.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,21 +14,16 @@ from typing import Any
 
 from unilip.errors import ConfigError
 from unilip.files import read_table
-from unilip.recipes import record as records
+from unilip.recipes.record import Adapter, Data, FewSteps, Flow, Optim, Recipe, Reconstruct, Shrink, Understand, meant
 
 TABLE: dict[str, Any] = read_table("unilip.recipes", "recipes.json")
-OBJECTIVES: dict[str, Any] = {
-    kind.__name__.lower(): kind
-    for kind in (records.Understand, records.Reconstruct, records.Shrink, records.Flow, records.FewSteps)
-}
+OBJECTIVES: dict[str, Any] = {kind.__name__.lower(): kind for kind in (Understand, Reconstruct, Shrink, Flow, FewSteps)}
 # size -> the group of its stages, and what their texts are filled in with
-SIZES: dict[str, tuple[str, dict[str, str]]] = {
-    **{size: (size, {}) for size in ("tiny", "pico", "nano")},
-    **{size: ("paper", names) for size, names in TABLE["released"].items()},
-}
+SIZES: dict[str, tuple[str, dict[str, str]]] = {size: (size, {}) for size in ("tiny", "pico", "nano")}
+SIZES |= {size: ("paper", names) for size, names in TABLE["released"].items()}
 
 
-def read_stage(group: str, stage: str, size: str, names: Mapping[str, Any], name: str, **common: Any) -> records.Recipe:
+def read_stage(group: str, stage: str, size: str, names: Mapping[str, Any], name: str, **common: Any) -> Recipe:
     """Return a stage of a group of the table as the recipe of that name, for a size with these values."""
     table = TABLE[group]
     own = dict(table["stages"][stage])
@@ -38,10 +32,7 @@ def read_stage(group: str, stage: str, size: str, names: Mapping[str, Any], name
     for key, value in names.items():
         text = text.replace(f'"{{{key}}}"', json.dumps(value)).replace(f"{{{key}}}", str(value))
     settings: dict[str, Any] = json.loads(text)
-    kinds = {
-        "objective": OBJECTIVES[settings.pop("objective")], "optim": records.Optim, "data": records.Data,
-        "adapter": records.Adapter,
-    }  # fmt: skip
+    kinds = {"objective": OBJECTIVES[settings.pop("objective")], "optim": Optim, "data": Data, "adapter": Adapter}
     parts: dict[str, dict[str, Any]] = {part: {} for part in kinds}
     for setting in [setting for setting in settings if "." in setting]:
         part, _, field = setting.partition(".")
@@ -50,23 +41,21 @@ def read_stage(group: str, stage: str, size: str, names: Mapping[str, Any], name
         if isinstance(value, (dict, list)):
             settings[setting] = tuple(value.items() if isinstance(value, dict) else value)
     nested: dict[str, Any] = {part: kind(**parts[part]) for part, kind in kinds.items()}
-    return records.Recipe(name=name, model=size, **nested, **settings)
+    return Recipe(name=name, model=size, **nested, **settings)
 
 
-def ablations() -> list[records.Recipe]:
+def ablations() -> list[Recipe]:
     """Return every ablation of every size."""
     table = TABLE["ablation"]
     return [
-        read_stage(
-            "ablation", stage, size, about["names"], f"ablation/{size}/{stage}", per_seed=True, **about["common"]
-        )
-        for size, about in table["sizes"].items()
+        read_stage("ablation", stage, size, its["names"], f"ablation/{size}/{stage}", per_seed=True, **its["common"])
+        for size, its in table["sizes"].items()
         for stage in table["stages"]
-        if stage not in about["without"]
+        if stage not in its["without"]
     ]
 
 
-def all_recipes() -> dict[str, records.Recipe]:
+def all_recipes() -> dict[str, Recipe]:
     """Return every recipe by name: of each size the stages in their order, one's own adapters, the ablations."""
     stages = (
         read_stage(group, stage, size, names, f"{size}/{stage}")
@@ -77,13 +66,12 @@ def all_recipes() -> dict[str, records.Recipe]:
     return {recipe.name: recipe for recipe in (*stages, *adapters, *ablations())}
 
 
-def get_recipe(name: str) -> records.Recipe:
+def get_recipe(name: str) -> Recipe:
     """Return a recipe by its name, SIZE/STAGE, lora/KIND or ablation/SIZE/VARIANT. Raises ConfigError: none."""
     recipes = all_recipes()
     if name not in recipes:
-        near = difflib.get_close_matches(name, recipes, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"There is no recipe {name!r}.{hint} `unilip train --list` shows all of them.")
+        near = meant(name, recipes)
+        raise ConfigError(f"There is no recipe {name!r}.{near} `unilip train --list` shows all of them.")
     return recipes[name]
 
 

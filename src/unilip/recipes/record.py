@@ -6,14 +6,13 @@ the data, the optimiser and what is written when. `override` changes single fiel
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from unilip.errors import ConfigError
@@ -26,8 +25,6 @@ FREE_TO_CHANGE = (
     "compile", "checks",
 )  # fmt: skip
 CHECK = r"(\w+) (>=|<=) ([\d.]+)(?: @ (\d+))?"  # "local_concept >= 0.9 @ 500"
-
-
 # What a field may be, by the name of its record; and what is said where fields contradict each other.
 RULES: dict[str, Any] = read_table("unilip.recipes", "rules.json")
 
@@ -68,22 +65,20 @@ class Optim:
 
 @dataclass(frozen=True)
 class Understand:
-    """Stage 0: image-text contrast, prediction of the caption's words, next token of answers. Weights of the three.
-
-    `local` weighs what each image token is to tell: concept and colour of what lies on it, its place, and the
-    background. `bind`: what hidden states of prompts, read without a picture, are to tell: concept, colour, count and
-    place at the words that say them, the whole at the end. `ground`: on which image tokens that lies which words of
-    questions name, and which words image tokens say halfway through the language model. All three rest where the data
-    are files. `turns` is the most questions asked about one picture.
-    """
+    """Stage 0: weights of image-text contrast, prediction of captions' words, next token of answers, and lessons."""
 
     contrastive: float = 1.0
     words: float = 1.0
     next_token: float = 0.0
-    local: float = 0.0
+    # lessons, which rest where the data are files:
+    local: float = 0.0  # each image token tells concept and colour of what lies on it, its place, and the background
+    # hidden states of prompts, read without a picture, tell concept, colour, count and place at the words that say
+    # them, the whole at the end
     bind: float = 0.0
+    # on which image tokens that lies which words of questions name, and which words image tokens say halfway through
+    # the language model
     ground: float = 0.0
-    turns: int = 4
+    turns: int = 4  # the most questions asked about one picture
 
     def __post_init__(self) -> None:
         weights = (self.contrastive, self.words, self.next_token, self.local, self.bind, self.ground)
@@ -92,24 +87,19 @@ class Understand:
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Tokenizer stages: L2 in [0,1], perceptual, distillation to the frozen original features, contrast, hinge GAN.
-
-    Contrast with captions, read by a language model that `init` names, can stand in for distillation (an ablation). The
-    GAN, and its discriminator's learning rate, begin at step `gan_start`. The original is the encoder that the stage
-    starts from, unless `init` names a "teacher". `anchor` holds the latents, too, to those of the stage's start: what
-    has learned to draw them can go on. Data augmentation: a share `augment` of the pictures is turned, mirrored and
-    moved, and its colour channels are exchanged. In the emoji world these, and drawings without a name, are not held.
-    """
+    """Tokenizer stages: L2 in [0,1], perceptual, distillation to the frozen original features, contrast, hinge GAN."""
 
     pixel: float = 1.0
     perceptual: float = 1.1
-    distill: float = 0.0
-    anchor: float = 0.0
-    contrastive: float = 0.0
+    distill: float = 0.0  # to the encoder that the stage starts from, unless `init` names a "teacher"
+    anchor: float = 0.0  # holds the latents to those of the stage's start: what has learned to draw them can go on
+    contrastive: float = 0.0  # with captions, read by a language model of `init`, instead of distillation (an ablation)
     gan: float = 0.0
-    gan_start: int = 0
+    gan_start: int = 0  # the step at which the GAN, and its discriminator's learning rate, begin
     lecam: float = 0.001
     perceptual_source: str = "teacher"
+    # share of the pictures that are turned, mirrored and moved, and whose colour channels are exchanged; in the emoji
+    # world these, and drawings without a name, are not held
     augment: float = 0.0
 
     def __post_init__(self) -> None:
@@ -129,26 +119,23 @@ class Shrink(Reconstruct):
 
 @dataclass(frozen=True)
 class Flow:
-    """Generation stages: `noises` noisy copies share one condition; `target` is the latent space that is learned.
+    """Generation stages: velocity of the straight path in the latent space `target`.
 
     "unilip": features of the target picture through the latent head; "dcae": latents of a DC-AE autoencoder, which is
     what a frozen pretrained SANA knows; "separate": as "unilip", by the encoder of another tokenizer that `init` names
-    as autoencoder (an ablation). A share `drop_prompt` of the prompts is the unconditional one. `bind` weighs what the
-    connector's output is to tell, through noise: what words say, and at each query what lies on its latent token; it
-    rests with files. In the first `lesson_steps` nothing else is learned. `repa` weighs how much the middle of the
-    diffusion transformer resembles the encoder's features of the clean target, in the first `repa_until` of the run.
-    A share `redraw` of the sources of edits is encoded and drawn by the model's own tokenizer first, so that it learns
-    to edit what it drew itself.
+    as autoencoder (an ablation).
     """
 
-    noises: int = 1
-    drop_prompt: float = 0.1
-    redraw: float = 0.0
+    noises: int = 1  # noisy copies that share one condition
+    drop_prompt: float = 0.1  # share of the prompts that are the unconditional one
+    redraw: float = 0.0  # share of the edited pictures that its tokenizer draws first: it learns to edit what it drew
     target: str = "unilip"
+    # what the connector's output is to tell, through noise: what words say, and at each query what lies on its latent
+    # token; it rests with files
     bind: float = 0.0
-    lesson_steps: int = 0
-    repa: float = 0.0
-    repa_until: float = 0.4
+    lesson_steps: int = 0  # at first, in which nothing else is learned
+    repa: float = 0.0  # how much the transformer's middle resembles the encoder's features of the clean target
+    repa_until: float = 0.4  # share of the run
 
     def __post_init__(self) -> None:
         lessons = self.lesson_steps and not self.bind
@@ -160,20 +147,19 @@ class Flow:
 class FewSteps(Flow):
     """Few-step stages (RCGM, arXiv 2512.05150): jumps of any length to where the teacher's guided velocity leads.
 
-    The teacher is the diffusion transformer that the run starts from, or that of the "teacher" of `init`, guided at
-    `guidance` (edits: `edit_guidance`). A jump is compared with a step of `stride` along that velocity and `rollouts`
-    jumps of the averaged weights; or, with `path` above 0, with where so many steps of the teacher lead. `steps` are
-    the numbers of jumps that the model is to draw in, its own first.
+    The teacher is the diffusion transformer that the run starts from, or that of the "teacher" of `init`. A jump is
+    compared with a short step along that velocity and jumps of the averaged weights; or, with `path` above 0, with
+    where so many steps of the teacher lead.
     """
 
     noises: int = 3
     drop_prompt: float = 0.0
-    guidance: float = 4.5
+    guidance: float = 4.5  # of the teacher
     edit_guidance: float = 4.5
-    stride: float = 0.01
-    rollouts: int = 2
+    stride: float = 0.01  # of the short step
+    rollouts: int = 2  # jumps of the averaged weights
     path: int = 0
-    steps: str = "4,2,1"
+    steps: str = "4,2,1"  # numbers of jumps that the model is to draw in, its own first
 
     def __post_init__(self) -> None:
         others = self.bind or self.lesson_steps or self.repa or self.drop_prompt or self.target != "unilip"
@@ -189,16 +175,12 @@ class FewSteps(Flow):
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA or DoRA in place of the weights that `trains` names: off at rank 0.
-
-    `targets` names linear layers by the last words of their names, with commas (empty: all that `trains` reaches). The
-    update is scaled by alpha / rank; alpha 0 stands for twice the rank.
-    """
+    """LoRA or DoRA in place of the weights that `trains` names: off at rank 0."""
 
     rank: int = 0
-    alpha: float = 0.0
+    alpha: float = 0.0  # the update is scaled by alpha / rank; 0: twice the rank
     dora: bool = False
-    targets: str = ""
+    targets: str = ""  # linear layers by the last words of their names, with commas; empty: all that `trains` reaches
 
     def __post_init__(self) -> None:
         _check(self, "adapter.", rank=not self.rank and (self.alpha or self.dora or self.targets))
@@ -206,36 +188,26 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Data:
-    """Where batches come from: the emoji world by its name, or files of one's own: `path` says where, docs/data.md how.
-
-    Shares: `edit_share` of steps have edits, `joint` of those take a thing of a second picture, `text_share` adds
-    questions without a picture. `edits` names kinds of the world's edits and how often each comes,
-    "recolour:3,background" (empty: all alike). `image_size` replaces the model's own; `fit` makes pictures square
-    (auto: the centre of what is drawn, the whole of what is talked about); `shapes` are sizes in place of the square,
-    "336x588,448x448" (aspect buckets), one a step. Texts over `max_characters`, or `max_tokens` (0: what the model
-    reads), are left out. Over a share `max_skipped` of samples that cannot be read the run stops. `window` shards are
-    shuffled together; `lanes` are disjoint sets of shards that fill their own part of every step; `keep_gb` bounds
-    remote shards on disk. `cache`: made by `unilip data cache`. `workers`: processes.
-    """
+    """Where batches come from: the emoji world by its name, or files: `path` says where, docs/data.md how."""
 
     source: str = "emoji"
     world: str = "nano"
     path: str = ""
-    image_size: int = 0
-    fit: str = "auto"
-    shapes: str = ""
-    edit_share: float = 0.0
-    edits: str = ""
-    joint: float = 0.0
-    text_share: float = 0.0
-    max_characters: int = 1000
-    max_tokens: int = 0
-    max_skipped: float = 0.01
-    window: int = 4
-    lanes: int = 1
-    keep_gb: float = 50.0
-    cache: str = ""
-    workers: int = 0
+    image_size: int = 0  # in place of the model's own
+    fit: str = "auto"  # to a square; auto: the centre of what is drawn, the whole of what is talked about
+    shapes: str = ""  # sizes in place of the square, "336x588,448x448" (aspect buckets), one a step
+    edit_share: float = 0.0  # of the steps
+    edits: str = ""  # kinds of the world's edits, how often each comes: "recolour:3,background" (empty: all alike)
+    joint: float = 0.0  # share of the edits' steps in which they take a thing of a second picture
+    text_share: float = 0.0  # adds questions without a picture
+    max_characters: int = 1000  # texts over this, or over `max_tokens`, are left out
+    max_tokens: int = 0  # 0: what the model reads
+    max_skipped: float = 0.01  # share of samples that cannot be read, over which the run stops
+    window: int = 4  # shards that are shuffled together
+    lanes: int = 1  # disjoint sets of shards that fill their own part of every step
+    keep_gb: float = 50.0  # bounds remote shards on disk
+    cache: str = ""  # made by `unilip data cache`
+    workers: int = 0  # processes
 
     def __post_init__(self) -> None:
         files = self.source == "files"
@@ -256,59 +228,43 @@ class Data:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. `init` lists where parts start: "part,part=source", a source being a recipe, a path or a hub id.
-
-    `config` pairs fields of the model's config with values that differ from the preset's and the sources'. With
-    `per_seed` every seed has a folder, and "{seed}" in a source stands for the seed. A step is `accumulate` batches of
-    `batch_size`, the most that a process holds at once: their product is the global batch, which processes share.
-    `trains` pairs parameter-name prefixes with a factor on the learning rate; the longest prefix decides, and what none
-    names is frozen.
-
-    `parallel`: ddp (each process has all of the model) or fsdp (each a part). `dtype` is the precision of the
-    arithmetic, `weights_dtype` of trained weights and the optimizer's averages, `reduce_dtype` of gradients between
-    processes. A step that is not finite is skipped; `skip_limit` in a row stop the run. `gradient_checkpointing` keeps
-    only what goes into a layer and computes it again; `selective_checkpointing` keeps matrix products and convolutions
-    as well. `checks` stop a run that goes wrong: a term of the log and what its mean must be, as in "local_concept >=
-    0.9 @ 500".
-    """
+    """A whole run. A step is `accumulate` batches of `batch_size`: their product is the global batch."""
 
     name: str
     model: str
     objective: Understand | Reconstruct | Flow
+    # prefixes of parameters' names with factors on the learning rate; the longest decides, what none names is frozen
     trains: tuple[tuple[str, float], ...]
     steps: int
-    batch_size: int
-    init: tuple[str, ...] = ()
-    config: tuple[tuple[str, str | int | bool], ...] = ()
-    per_seed: bool = False
+    batch_size: int  # the most that a process holds at once; processes share the global batch
+    init: tuple[str, ...] = ()  # where parts start: "part,part=source", a source being a recipe, a path or a hub id
+    config: tuple[tuple[str, str | int | bool], ...] = ()  # what differs from the config of the preset and the sources
+    per_seed: bool = False  # every seed has a folder, and "{seed}" in a source stands for the seed
     optim: Optim = field(default_factory=Optim)
     data: Data = field(default_factory=Data)
     accumulate: int = 1
     ema: float = 0.0
     seed: int = 0
-    dtype: str = "float32"
-    weights_dtype: str = "float32"
-    reduce_dtype: str = "float32"
-    parallel: str = "ddp"
-    skip_limit: int = 5
+    dtype: str = "float32"  # of the arithmetic
+    weights_dtype: str = "float32"  # of trained weights and the optimizer's averages
+    reduce_dtype: str = "float32"  # of gradients between processes
+    parallel: str = "ddp"  # each process has all of the model; "fsdp": a part
+    skip_limit: int = 5  # steps in a row that are not finite, and so skipped, after which the run stops
     adapter: Adapter = field(default_factory=Adapter)
-    gradient_checkpointing: bool = False
-    selective_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # keeps only what goes into a layer, and computes it again
+    selective_checkpointing: bool = False  # keeps matrix products and convolutions as well
     compile: bool = False
     measure_latents: bool = False
     log_every: int = 20
     sample_every: int = 500
     save_every: int = 500
     keep: int = 2
-    checks: tuple[str, ...] = ()
+    checks: tuple[str, ...] = ()  # terms whose means stop a run that goes wrong, as in "local_concept >= 0.9 @ 500"
     note: str = ""
 
     def __post_init__(self) -> None:
-        objective, data = self.objective, self.data
+        objective, data, own = self.objective, self.data, vars(self.objective)
         flow, few = isinstance(objective, Flow), isinstance(objective, FewSteps)
-        bind, repa, redraw, target = (
-            flow and getattr(objective, name) for name in ("bind", "repa", "redraw", "target")
-        )
         reached = {prefix.split(".")[0] for prefix, factor in self.trains if factor > 0}
         _check(
             self, "", name=not re.fullmatch(r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*", self.name),
@@ -316,16 +272,17 @@ class Recipe:
             checks=[check for check in self.checks if not re.fullmatch(CHECK, check)],
             trains=not reached or not all(0 <= factor < math.inf for _, factor in self.trains),
             reached=flow and not reached & {"connector", "dit", "mllm"}, edit_share=data.edit_share and not flow,
-            cached_repa=data.cache and repa, cached_redraw=data.cache and redraw,
-            cached_augment=data.cache and getattr(objective, "augment", 0),
+            cached_repa=data.cache and own.get("repa"), cached_redraw=data.cache and own.get("redraw"),
+            cached_augment=data.cache and own.get("augment"),
             averages=few and (not self.ema or self.weights_dtype != "float32"), few_dit=few and "dit" not in reached,
             decoder=isinstance(objective, Shrink) and reached != {"pixel_decoder"},
             text_share=data.text_share and not (isinstance(objective, Understand) and objective.next_token),
             lanes=self.batch_size * self.accumulate % data.lanes,
             selective=self.selective_checkpointing and (self.gradient_checkpointing or self.compile),
-            latents=self.measure_latents and not isinstance(objective, Reconstruct), joint_bind=data.joint and bind,
-            shapes_bind=data.shapes and self.lessons and getattr(objective, "bind", 0),
-            shapes_talk=data.shapes and isinstance(objective, Understand), shapes_dcae=data.shapes and target == "dcae",
+            latents=self.measure_latents and not isinstance(objective, Reconstruct),
+            joint_bind=data.joint and own.get("bind"), shapes_bind=data.shapes and self.lessons and own.get("bind"),
+            shapes_talk=data.shapes and isinstance(objective, Understand),
+            shapes_dcae=data.shapes and own.get("target") == "dcae",
         )  # fmt: skip
 
     @property
@@ -342,12 +299,8 @@ class Recipe:
 def leaves(record: Any, prefix: str = "") -> dict[str, Any]:
     """Return every settable field of a recipe by dotted name."""
     found: dict[str, Any] = {}
-    for f in dataclasses.fields(record):
-        value = getattr(record, f.name)
-        if dataclasses.is_dataclass(value):
-            found |= leaves(value, f"{prefix}{f.name}.")
-        else:
-            found[prefix + f.name] = value
+    for name, value in vars(record).items():
+        found |= leaves(value, f"{prefix}{name}.") if is_dataclass(value) else {prefix + name: value}
     return found
 
 
@@ -372,14 +325,10 @@ def require_same(recipe: Recipe, before: Mapping[str, Any], made: object) -> Non
 
 def _defaults(recipe: Recipe) -> dict[str, Any]:
     """The default of every setting of a recipe that has one, by dotted name."""
-    found: dict[str, Any] = {}
-    for f in dataclasses.fields(recipe):
-        value = getattr(recipe, f.name)
-        if dataclasses.is_dataclass(value):
-            fresh: Any = type(value)
-            found |= leaves(fresh(), f"{f.name}.")
-        elif f.default is not dataclasses.MISSING:
-            found[f.name] = f.default
+    found = {f.name: f.default for f in fields(recipe) if f.default is not MISSING}
+    parts: dict[str, Any] = {name: type(value) for name, value in vars(recipe).items() if is_dataclass(value)}
+    for name, kind in parts.items():
+        found |= leaves(kind(), f"{name}.")
     return json.loads(json.dumps(found))
 
 
@@ -395,9 +344,9 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
         if not sep:
             raise ConfigError(f"--set takes NAME=VALUE, not {setting!r}.")
         if name not in names:
-            near = _nearest(name, names)
-            hint = f" Did you mean {near}?" if near else ""
-            raise ConfigError(f"{recipe.name} has no setting {name!r}.{hint} All of them: {', '.join(names)}.")
+            ending = [one for one in names if one.split(".")[-1] == name.split(".")[-1]]  # lr: optim.lr
+            near = meant(ending[0] if ending else name, names, cutoff=0.3)
+            raise ConfigError(f"{recipe.name} has no setting {name!r}.{near} All of them: {', '.join(names)}.")
         changes[name] = _parse(name, text.strip(), names[name])
     parts: dict[str, dict[str, Any]] = defaultdict(dict)  # "optim": {"lr": 1e-3}; "" is the recipe itself
     for name, value in (_following(recipe, changes) | changes).items():
@@ -424,20 +373,16 @@ def _following(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _nearest(name: str, names: Iterable[str]) -> str | None:
-    """The name that ends in what was given (lr: optim.lr), else the one that looks most like it."""
-    names = list(names)
-    last = name.split(".")[-1]
-    inside = [n for n in names if n.split(".")[-1] == last]
-    return next(iter(inside or difflib.get_close_matches(name, names, n=1, cutoff=0.3)), None)
+def meant(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """Ask whether the name was meant that looks most like what was given; nothing where none is alike enough."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def _parse(name: str, text: str, old: Any) -> Any:
     try:
         if isinstance(old, bool):
-            if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-                raise ValueError(text)
-            return text.lower() in ("true", "1", "yes")
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
         if isinstance(old, int):
             return int(text)
         if isinstance(old, float):
@@ -446,16 +391,16 @@ def _parse(name: str, text: str, old: Any) -> Any:
             pairs = [part.partition(":") for part in text.split(",") if part]
             return tuple((prefix.strip(), _number(factor) if sep else 1.0) for prefix, sep, factor in pairs)
         if name == "config":  # condition=queries,num_queries=8
-            fields = [[word.strip() for word in part.partition("=")] for part in text.split(",") if part]
+            settings = [[word.strip() for word in part.partition("=")] for part in text.split(",") if part]
             known: dict[str, str | int] = {"true": True, "false": False}
-            known |= {value: int(value) for _, _, value in fields if value.isdigit()}
-            return tuple((field, known.get(value.lower(), value)) for field, _, value in fields)
+            known |= {value: int(value) for _, _, value in settings if value.isdigit()}
+            return tuple((setting, known.get(value.lower(), value)) for setting, _, value in settings)
         if name == "checks":
             return tuple(part.strip() for part in text.split(",") if part.strip())
         if name == "init":  # encoder,mllm=nano/clip,dit=FOLDER: a source ends where the next parts begin
             return tuple(part.strip(", ") for part in re.findall(r"[^=]*=[^,]*|[^=]+$", text.strip(",")))
         return text
-    except ValueError as error:
+    except (KeyError, ValueError) as error:
         raise ConfigError(f"{name}={text!r} cannot be read as {type(old).__name__}, which {old!r} is.") from error
 
 

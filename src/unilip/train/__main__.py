@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found.add_argument("--stop-after", type=int, metavar="N", help="save and stop after N more steps")
     found.add_argument("--device", default="auto", help="auto, cpu or cuda (auto: CUDA where there is one)")
     found.add_argument("--no-progress", action="store_false", dest="progress", help="no progress bar")
-    options = found.parse_args(argv)
+    options = vars(found.parse_args(argv))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("unilip").setLevel(logging.INFO if processes.first() else logging.ERROR)
     from unilip.recipes.catalog import get_recipe
@@ -37,11 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from unilip.train.loop import Interrupted, train
 
     try:
-        recipe = override(get_recipe(options.recipe), options.settings)
-        folder = train(
-            recipe, options.runs, device=options.device, restart=options.restart, progress=options.progress,
-            stop_after=options.stop_after,
-        )  # fmt: skip
+        recipe = override(get_recipe(options.pop("recipe")), options.pop("settings"))
+        folder = train(recipe, **options)
     except Interrupted as error:
         if processes.first():
             print(error, file=sys.stderr)

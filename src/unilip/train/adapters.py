@@ -28,33 +28,31 @@ def is_adapter(name: str) -> bool:
     return any(f".{kind}." in name for kind in adapters.KINDS)
 
 
-def is_idle(recipe: Recipe, name: str) -> bool:
-    """Whether a parameter gets no gradient: where jumps go, in a model with few-step weights that learns no jumps."""
-    return ".time_embed_2." in name and not isinstance(recipe.objective, FewSteps)
+def reached(recipe: Recipe, name: str) -> tuple[list[str], float]:
+    """Return the prefixes of `trains` that the name of a layer or parameter has, and the factor of the longest."""
+    found = {prefix: factor for prefix, factor in recipe.trains if f"{name}.".startswith(f"{prefix}.")}
+    # no gradient comes to where jumps go, in a model with few-step weights that learns no jumps
+    idle = ".time_embed_2." in f"{name}." and not isinstance(recipe.objective, FewSteps)
+    return ([], 0.0) if idle or not found else (list(found), found[max(found, key=len)])
 
 
 def target_layers(recipe: Recipe, model: nn.Module) -> list[str]:
     """Return the linear layers that get an adapter. Raises ConfigError: none, or a prefix of `trains` reaches none."""
     last_words = {word.strip() for word in recipe.adapter.targets.split(",") if word.strip()}
-    factors = dict(recipe.trains)
-    used: set[str] = set()
-    found, seen = [], set()
+    found, seen, used = [], set(), set[str]()
     for name, module in model.named_modules():
-        reached = [prefix for prefix in factors if f"{name}.".startswith(f"{prefix}.")]
-        if not isinstance(module, nn.Linear) or not reached or factors[max(reached, key=len)] <= 0:
-            continue
-        if is_idle(recipe, f"{name}.weight"):
-            continue
-        if name.endswith("lm_head") and not last_words:  # often the embeddings' own weights
+        prefixes, factor = reached(recipe, name)
+        head = name.endswith("lm_head") and not last_words  # often the embeddings' own weights
+        if not isinstance(module, nn.Linear) or factor <= 0 or head:
             continue
         seen.add(name.split(".")[-1])
         if not last_words or any(f".{name}".endswith(f".{word}") for word in last_words):
             found.append(name)
-            used.update(reached)
+            used.update(prefixes)
     idle = [prefix for prefix, factor in recipe.trains if factor > 0 and prefix not in used]
     if idle or not found:
         raise ConfigError(
-            f"adapter: trains names {', '.join(idle or factors)}, where no linear layer is called "
+            f"adapter: trains names {', '.join(idle or dict(recipe.trains))}, where no linear layer is called "
             f"{recipe.adapter.targets or 'anything'}; there are {', '.join(sorted(seen)) or 'none'}. Change trains "
             "(an adapter trains no single parameters) or adapter.targets."
         )

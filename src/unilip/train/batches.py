@@ -123,9 +123,8 @@ class Batches(Dataset[dict[str, Any]]):
     """Shared by all sources; a source supplies single items by the number of the sample."""
 
     def __init__(self, recipe: Recipe, config: UniLIPConfig, processor: Processor | None) -> None:
-        self.recipe = recipe
+        self.recipe, self.size = recipe, recipe.batch_size
         self.objective: Any = recipe.objective
-        self.size = recipe.batch_size
         self.image_size: int | Size = config.image_size
         self.target_size: int | Size = config.image_size
         self.source_cells: int | None = None  # image tokens of a picture to be edited, where it is not the square
@@ -150,8 +149,7 @@ class Batches(Dataset[dict[str, Any]]):
         """Give the pictures of a batch the shape of its step, where the recipe has several."""
         if not (sizes := self.recipe.data.sizes):
             return None
-        step = index // self.recipe.accumulate  # all batches of a step have one
-        size = sizes[generator("shape", self.recipe.seed, step).randrange(len(sizes))]
+        size = sizes[generator("shape", self.recipe.seed, index // self.recipe.accumulate).randrange(len(sizes))]
         self.image_size, self.target_size, self.source_cells = size, size, cells(size)
         return size
 
@@ -192,17 +190,14 @@ class Batches(Dataset[dict[str, Any]]):
         return True
 
     def varied(self, image: Any, sample: int, share: float) -> tuple[Any, bool]:
-        """A picture (H,W,3), and whether it was changed: of a SHARE, half are turned, zoomed and moved by any amount.
-
-        The others turn by right angles. Half of the share is mirrored, and its colour channels are exchanged.
-        """
+        """A picture (H,W,3), and whether it was changed: a SHARE is, half of it mirrored, with channels exchanged."""
         rng = generator("augment", self.recipe.seed, sample)
         if rng.random() >= share:
             return image, False
         high, wide = image.shape[:2]
-        if rng.random() < 0.5:
+        if rng.random() < 0.5:  # turned by right angles
             image = np.rot90(image, rng.randrange(4) if high == wide else 2 * rng.randrange(2))
-        else:
+        else:  # turned, zoomed and moved by any amount
             angle, scale = rng.choice((0, math.tau * rng.random())), 1.18 / 2.35 ** rng.random()  # zoomed up to twice
             a, b = scale * math.cos(angle), scale * math.sin(angle)
             (x, u), (y, v) = ([side * rng.uniform(0.3, 0.7) for _ in range(2)] for side in (wide, high))
@@ -217,37 +212,29 @@ class Batches(Dataset[dict[str, Any]]):
         return generator("task", self.recipe.seed, step).random() < self.recipe.data.edit_share
 
     def generation(self, samples: range) -> dict[str, Any]:
-        items = [self.caption_item(i) for i in samples]
-        kept = [self._kept(text, i) for i, (_, text) in zip(samples, items, strict=True)]
-        return {
-            **stacked("targets", [image for image, _ in items]),
-            **self._blanks([self.processor.generate_text(None)]),
-            **self._prompts(samples, [self.processor.generate_text(text) for text in kept], kept, "told_caption"),
-        }
+        items = [((), *self.caption_item(i)) for i in samples]
+        return self._drawn(samples, items, self.processor.generate_text, "told_caption")
 
     def edits(self, samples: range) -> dict[str, Any]:
         return self._edits(samples, [((source,), *rest) for source, *rest in map(self.edit_item, samples)])
 
     def _edits(self, samples: range, items: Sequence[Any], cells: int | Sequence[int] | None = None) -> dict[str, Any]:
-        """The batch of edits (sources, target, instruction), one source of each after the other."""
         cells = cells or self.source_cells
+        return self._drawn(samples, items, lambda text: self.processor.edit_text(text, cells), "told_edit")
+
+    def _drawn(
+        self, samples: range, items: Sequence[Any], whole: Callable[[str | None], Prompt], told: str
+    ) -> dict[str, Any]:
+        """The batch of (sources, target, text), one source of each after the other; for lessons what TOLD knows."""
+        sources = [source for sources, _, _ in items for source in sources]
+        batch: dict[str, Any] = stacked("sources", sources) if sources else {}
+        batch |= stacked("targets", [target for _, target, _ in items])
+        if isinstance(self.recipe.objective, FewSteps):  # unconditional: one for all pictures, or one for each edit
+            batch["blanks"] = tokenized(self.processor, [whole(None)] * (len(items) if sources else 1))
         kept = [self._kept(text, i) for i, (*_, text) in zip(samples, items, strict=True)]
-        return {
-            **stacked("sources", [source for sources, _, _ in items for source in sources]),
-            **stacked("targets", [target for _, target, _ in items]),
-            **self._blanks([self.processor.edit_text(None, cells)] * len(kept)),
-            **self._prompts(samples, [self.processor.edit_text(text, cells) for text in kept], kept, "told_edit"),
-        }
-
-    def _blanks(self, texts: list[Prompt]) -> dict[str, Any]:
-        """Unconditional prompts, where the objective guides a teacher: one for all pictures, one for each edit."""
-        guided = isinstance(self.recipe.objective, FewSteps)
-        return {"blanks": tokenized(self.processor, texts)} if guided else {}
-
-    def _prompts(self, samples: range, texts: list[Prompt], kept: list[str | None], told: str) -> dict[str, Any]:
-        """Tokens and seeds; with objective.bind also what TOLD, if there is one, knows of texts and tokens."""
+        texts = [whole(text) for text in kept]
         seeds = [stable_hash("noise", self.recipe.seed, i) % (1 << 63) for i in samples]
-        batch: dict[str, Any] = {"prompts": tokenized(self.processor, texts), "seeds": seeds}
+        batch |= {"prompts": tokenized(self.processor, texts), "seeds": seeds}
         if self.objective.bind and self.recipe.lessons:
             found = [getattr(self, told)(i) for i in samples]
             rows = [(text, words, lesson) for text, words, (lesson, _) in zip(texts, kept, found, strict=True)]
@@ -289,10 +276,8 @@ class Batches(Dataset[dict[str, Any]]):
 
     def contrast(self, captions: Sequence[str]) -> dict[str, Any]:
         """Captions for a text tower, right-padded, and which of them say the same (B,B)."""
-        return {
-            "captions": self.processor.tokenize([(c, self.processor.end_id) for c in captions], padding_side="right"),
-            "same": torch.tensor([[float(a == b) for b in captions] for a in captions]),
-        }
+        tokens = self.processor.tokenize([(c, self.processor.end_id) for c in captions], padding_side="right")
+        return {"captions": tokens, "same": torch.tensor([[float(a == b) for b in captions] for a in captions])}
 
     def soft_words(self, captions: Sequence[str]) -> Tensor:
         """Target distribution (B,V) over the tokens of each caption, weighted by inverse document frequency."""
@@ -448,8 +433,7 @@ class EmojiBatches(Batches):
         if edited:
             edit = sample_edit(world, rng, rng.choice(world.edits))
             words = as_written(edit.instruction, rng, wish=False) if written else edit.instruction
-            whole = self.processor.edit_text(words)
-            return until(whole, words, len(words)), words, lessons.of_edit(edit, words, world)
+            return until(self.processor.edit_text(words), words, len(words)), words, lessons.of_edit(edit, words, world)
         task = rng.choice(TRAINED)
         scene = sample_scene(world, rng, task, "train", "generation")
         words = prompt(scene, task, rng, world)
@@ -467,8 +451,7 @@ def until(prompt: Prompt, words: str, end: int) -> Prompt:
 def grounded(processor: Processor, rows: Sequence[Turns], found: Sequence[Sequence[Grounds]]) -> Tensor:
     """Where the words of questions lie in `conversation`, and what they name: (M,4+N).
 
-    Columns: row, column, concept and colour (0 where a question ends), and N image tokens, 1 where they show what is
-    named.
+    Columns: row, column, concept, colour (0 where a question ends), N image tokens, 1 where they show what is named.
     """
     marks: list[list[int]] = []
     for row, (turns, grounds) in enumerate(zip(rows, found, strict=True)):
@@ -503,9 +486,8 @@ def labels(
         if lesson.present:
             present[row] = 0
             present[row, list(lesson.present)] = 1
-    return {
-        "marks": torch.tensor(marks, dtype=torch.long).reshape(-1, 6), "summaries": summaries, "present": present,
-    }  # fmt: skip
+    found = torch.tensor(marks, dtype=torch.long).reshape(-1, 6)
+    return {"marks": found, "summaries": summaries, "present": present}
 
 
 @dataclass
@@ -546,11 +528,8 @@ class Tally:
             )
 
     def summary(self) -> str:
-        parts = []
-        if self.skipped:
-            parts.append(f"{self.skipped.total()} could not be read ({_reasons(self.skipped)})")
-        if self.left_out:
-            parts.append(f"{self.left_out.total()} were over a limit ({_reasons(self.left_out)})")
+        both = (self.skipped, "could not be read"), (self.left_out, "were over a limit")
+        parts = [f"{counts.total()} {what} ({_reasons(counts)})" for counts, what in both if counts]
         return f"of {self.tried} samples {' and '.join(parts)}" if parts else ""
 
 
@@ -559,10 +538,7 @@ def _reasons(counts: Counter[str]) -> str:
 
 
 class _Carried(Dataset[Any]):
-    """Batches whose errors come as values: raised in a worker they would keep the loader, and so its workers, alive.
-
-    A mistake of ours comes as text: not every error can be sent from one process to another.
-    """
+    """Batches whose errors come as values: raised in a worker they would keep the loader, and so its workers, alive."""
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
@@ -572,7 +548,7 @@ class _Carried(Dataset[Any]):
             return self.batches[index]
         except UniLIPError as error:
             return error
-        except Exception:
+        except Exception:  # a mistake of ours, as text: not every error can be sent from one process to another
             return RuntimeError(f"a batch cannot be made:\n{traceback.format_exc()}")
 
 
@@ -598,8 +574,8 @@ def iterate(batches: Batches, start: int) -> Generator[dict[str, Any]]:
             yield batch
     finally:
         _end(set(multiprocessing.active_children()) - others)
-        if tally.summary():
-            logger.info("%s", tally.summary())
+        if summary := tally.summary():
+            logger.info("%s", summary)
 
 
 def _end(workers: Iterable[multiprocessing.process.BaseProcess]) -> None:

@@ -36,7 +36,7 @@ from unilip.recipes.catalog import require_finished
 from unilip.recipes.record import FewSteps, Optim, Recipe, Shrink
 from unilip.sizes import preset, small_decoder
 from unilip.train import processes
-from unilip.train.adapters import add_adapter, is_adapter, is_idle
+from unilip.train.adapters import add_adapter, is_adapter, reached
 from unilip.train.batches import Batches, EmojiBatches
 from unilip.train.cached import check_cache
 from unilip.train.files import FileBatches
@@ -114,10 +114,7 @@ def parse_init(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
 
 
 def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
-    """Build the recipe's model: parts that are needed or named in `init`; later sources win over earlier ones.
-
-    "queries=SOURCE" takes the learned queries alone; they are new where `config` says how many there are.
-    """
+    """Build the recipe's model: parts that are needed or named in `init`; later sources win over earlier ones."""
     config = recipe_config(recipe)
     asked, changes, learned_joint = dict(recipe.config), dict[str, Any](), recipe.data.joint > 0
     loaded: dict[str, nn.Module] = {}
@@ -128,7 +125,7 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
             continue
         opened = open_checkpoint(locate(source, runs))
         opened.require_plain("training needs plain weights")
-        if parts == ("queries",):
+        if parts == ("queries",):  # the learned queries alone
             queries = UniLIP.from_pretrained(opened.path, parts=("mllm",)).mllm.queries.detach()
             continue
         wanted = opened.parts if parts == ("all",) else parts
@@ -137,7 +134,7 @@ def build_model(recipe: Recipe, runs: Path, needed: Iterable[str]) -> UniLIP:
             loaded[part] = getattr(other, part)
             changes |= {name: getattr(other.config, name) for name in FOLLOWS[part]}
         learned_joint = learned_joint or ("dit" in wanted and other.config.sampling.joint)
-        fresh_queries = "mllm.queries" in opened.absent or "num_queries" in asked
+        fresh_queries = "mllm.queries" in opened.absent or "num_queries" in asked  # new where `config` counts them
         if fresh_queries and "mllm" in wanted:
             old, generator = other.mllm.queries, torch.Generator().manual_seed(recipe.seed)
             drawn = torch.randn(1, config.num_queries, old.shape[-1], generator=generator)
@@ -214,12 +211,9 @@ def trained_parameters(recipe: Recipe, model: UniLIP) -> Trained:
     found: Trained = {}
     used: set[str] = set()
     for name, parameter in model.named_parameters():
-        if is_idle(recipe, name):
-            continue
-        matches = {prefix: factor for prefix, factor in recipe.trains if f"{name}.".startswith(f"{prefix}.")}
-        used.update(matches)
-        adapted = not recipe.adapter.rank or is_adapter(name)
-        if matches and adapted and (factor := matches[max(matches, key=len)]) > 0:
+        prefixes, factor = reached(recipe, name)
+        used.update(prefixes)
+        if factor > 0 and (not recipe.adapter.rank or is_adapter(name)):
             found[name] = (parameter, factor)
     if unused := [prefix for prefix, _ in recipe.trains if prefix not in used]:
         raise ConfigError(f"{recipe.name} trains {', '.join(unused)}, which names nothing in {', '.join(model.parts)}.")
@@ -232,10 +226,8 @@ def make_optimizer(optim: Optim, parameters: Sequence[tuple[nn.Parameter, float]
     for parameter, factor in parameters:
         decay = optim.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((factor, decay, parameter.dim() == 0), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": p, "weight_decay": d, "factor": f} for (f, d, _), p in groups.items()],
-        lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True,
-    )  # fmt: skip
+    settings = [{"params": p, "weight_decay": d, "factor": f} for (f, d, _), p in groups.items()]
+    return torch.optim.AdamW(settings, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
 
 
 PRODUCTS = (

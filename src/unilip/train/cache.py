@@ -34,7 +34,7 @@ from unilip.pictures import normalise
 from unilip.recipes.record import Recipe
 from unilip.train.build import build
 from unilip.train.cached import ABOUT, FORMAT, cacheable, digests, read_about, settings_of, shard_path
-from unilip.train.files import FileBatches, kinds_of_recipe
+from unilip.train.files import FileBatches
 from unilip.train.loop import mixed_precision
 from unilip.train.objectives import FlowObjective, to_unit
 
@@ -46,13 +46,12 @@ class Worker:
 
     def __init__(self, recipe: Recipe, runs: str, folder: str, device: str, dtype: str) -> None:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, cache=""))
+        self.objective: Any
         self.model, self.objective, batches = build(recipe, Path(runs))
         assert isinstance(batches, FileBatches)  # `make_cache` saw to it
         self.recipe, self.folder, self.batches = recipe, Path(folder), batches
-        self.kinds = kinds_of_recipe(recipe)
         self.names = cacheable(recipe, self.model, self.objective)
-        self.type = DTYPES[dtype]
-        self.device = torch.device(device)
+        self.type, self.device = DTYPES[dtype], torch.device(device)
         self.model.to(self.device)
         self.objective.to(self.device)
         self.mixed = mixed_precision(recipe, self.device)
@@ -73,7 +72,7 @@ class Worker:
         source = self.batches.sources[number][1]
         made = unusable = 0
         with writing_shard(shard_path(self.folder, number, shard)) as write:
-            for kind in self.kinds:
+            for kind in self.batches.kinds:
                 places, size = range(source.counts(kind)[shard]), self.recipe.batch_size
                 for start in range(0, len(places), size):
                     for place, members in self.make(source, kind, shard, places[start : start + size]):
@@ -108,8 +107,7 @@ class Worker:
     @torch.no_grad()
     def compute(self, kind: str, items: Sequence[tuple[Any, ...]]) -> list[dict[str, np.ndarray]]:
         """Run the frozen parts on what `FileBatches.item` read: -> the arrays of each sample."""
-        batch = self.batches.assemble(kind, items)
-        batch = {name: value.to(self.device) for name, value in batch.items()}
+        batch = {name: value.to(self.device) for name, value in self.batches.assemble(kind, items).items()}
         objective, found = self.objective, dict[str, Any]()
         with self.mixed:
             if isinstance(objective, FlowObjective):
@@ -128,28 +126,26 @@ class Worker:
                 if "features" in self.names:
                     found["features"] = self.model.encoder(pixels)
                 if "teacher" in self.names:
-                    teacher = objective.teacher  # type: ignore[attr-defined]
-                    found["teacher"] = teacher(pixels)
-        return [
-            {name: rows[i].float().cpu().numpy().astype(self.type) for name, rows in found.items()}
-            for i in range(len(items))
-        ]
+                    found["teacher"] = objective.teacher(pixels)
+        return [{name: self._stored(rows[i]) for name, rows in found.items()} for i in range(len(items))]
+
+    def _stored(self, row: Tensor) -> np.ndarray:
+        return row.float().cpu().numpy().astype(self.type)
 
     def _conditions(self, batch: dict[str, Any]) -> list[Tensor]:
         """The conditions of a batch without their padding: (L,C) each."""
-        objective: Any = self.objective
-        conditions, mask = objective.conditions(batch, objective.source_features(batch))
+        conditions, mask = self.objective.conditions(batch, self.objective.source_features(batch))
         return [row[keep.bool()] for row, keep in zip(conditions, mask, strict=True)]
 
     @torch.no_grad()
     def unconditional(self) -> np.ndarray | None:
         """Return the condition (L,C) of a dropped caption, which all of them share."""
-        if "conditions" not in self.names or "caption" not in self.kinds:
+        if "conditions" not in self.names or "caption" not in self.batches.kinds:
             return None
         processor = self.batches.processor
         with self.mixed:
             row = self._conditions({"prompts": processor.tokenize([processor.generate_text(None)]).to(self.device)})[0]
-        return row.float().cpu().numpy().astype(self.type)
+        return self._stored(row)
 
 
 def make_cache(
@@ -210,10 +206,8 @@ def _on_ray(
     absolute = tuple(str(Path(path).absolute()) for path in (runs, folder))
     made = ray.data.from_items(list(tasks)).repartition(len(tasks)).map(
         Worker,  # type: ignore[arg-type]
-        fn_constructor_args=(recipe, *absolute, device, dtype),
-        concurrency=min(workers, len(tasks)),
-        num_cpus=1,
-        num_gpus=1 if device.startswith("cuda") else 0,
+        fn_constructor_args=(recipe, *absolute, device, dtype), concurrency=min(workers, len(tasks)),
+        num_cpus=1, num_gpus=1 if device.startswith("cuda") else 0,
     )  # fmt: skip
     yield from made.iter_rows()
 

@@ -39,7 +39,7 @@ def cacheable(recipe: Recipe, model: UniLIP, objective: Objective) -> tuple[str,
         if not features or (objective.autoencoder is None and "latent_head" not in frozen):
             return ()
         return ("latents", *(("conditions",) if {"mllm", "connector"} <= frozen else features))
-    distilled = isinstance(objective, ReconstructObjective) and objective.weights.distill
+    distilled = isinstance(objective, ReconstructObjective) and objective.settings.distill
     return (*features, *(("teacher",) if distilled else ()))
 
 
@@ -52,8 +52,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 def digests(names: Sequence[str], model: UniLIP, objective: Objective) -> dict[str, str]:
     """Return a fingerprint of the weights behind each part that made what a cache holds."""
-    parts = {part for name in names for part in MAKERS[name] if part in model.parts}
-    modules = {part: getattr(model, part) for part in parts}
+    modules = {part: getattr(model, part) for name in names for part in MAKERS[name] if part in model.parts}
     for name, maker in (("latents", "autoencoder"), ("latents", "target_encoder"), ("teacher", "teacher")):
         if name in names and (module := getattr(objective, maker, None)) is not None:
             modules[maker.replace("_", " ")] = module
@@ -84,9 +83,7 @@ class Cached:
     def __init__(self, original: Source, shards: Shards, pictures: bool, blank: bytes | None) -> None:
         self.location, self.faults, self.notes = original.location, original.faults, original.notes
         self.original, self.shards, self.pictures, self.blank = original, shards, pictures, blank
-
-    def counts(self, kind: str) -> Sequence[int]:
-        return self.shards.counts(kind)
+        self.counts, self.signature = shards.counts, original.signature
 
     def read(self, kind: str, shard: int, place: int) -> Record:
         record = self.shards.read(kind, shard, place)
@@ -96,9 +93,6 @@ class Cached:
         if self.pictures and kind != "text":
             record = dataclasses.replace(record, pictures=self.original.read(kind, shard, place).pictures)
         return dataclasses.replace(record, blank=self.blank)
-
-    def signature(self) -> str:
-        return self.original.signature()
 
     def expect(self, shards: Sequence[int]) -> None:
         self.shards.expect(shards)
@@ -110,8 +104,7 @@ def cached_sources(recipe: Recipe, sources: Sequence[tuple[Weighted, Source]]) -
     """Put a recipe's cache before its sources. Raises ConfigError: of other settings or data, or unfinished."""
     folder = Path(recipe.data.cache).expanduser()
     about = read_about(folder)
-    wanted = settings_of(recipe)
-    if changed := differences(about["settings"], wanted):
+    if changed := differences(about["settings"], settings_of(recipe)):
         raise ConfigError(f"data.cache {folder} was made with other settings: {changed}. Make a new one.")
     pictures = isinstance(recipe.objective, Reconstruct)  # what its pixels are compared with
     blank = folder / "unconditional.npz"

@@ -53,8 +53,7 @@ class Stream:
 class FileBatches(Batches):
     """Pictures, captions, edits and conversations from files.
 
-    Raises ConfigError: the files have nothing of the kind that the objective learns from; DataError: a place cannot be
-    opened.
+    Raises ConfigError: the files have nothing that the objective learns from; DataError: a place cannot be opened.
     """
 
     def __init__(self, recipe: Recipe, config: UniLIPConfig, processor: Processor | None) -> None:
@@ -103,10 +102,9 @@ class FileBatches(Batches):
             batch, place = divmod(sample, self.size)
             return 0, batch * round(self.size * self.recipe.data.text_share) + place
         step, inside = divmod(sample, self.step_samples)
-        turn = self.tasks.pick(step)[1]
         own = self.step_samples // self.recipe.data.lanes
         lane, place = divmod(inside, own)
-        return lane, turn * own + place
+        return lane, self.tasks.pick(step)[1] * own + place
 
     def _take(self, kind: str, sample: int, use: Callable[[Record], T]) -> T:
         """Read a sample and use it; where that cannot be, another one, and so on."""
@@ -139,9 +137,7 @@ class FileBatches(Batches):
     def __getitem__(self, index: int) -> dict[str, Any]:
         self._reading = Reading()
         self.take_shape(index)
-        batch = super().__getitem__(index)
-        batch["reading"] = self._reading
-        return batch
+        return super().__getitem__(index) | {"reading": self._reading}
 
     def item(self, record: Record, kind: str, turns: int = 1) -> Any:
         """Decode a record: (picture), (picture, caption), (source, target, instruction), (picture, caption, turns)."""

@@ -26,30 +26,24 @@ def cell_heads(width: int) -> nn.ModuleDict:
 
 
 def ground_loss(head: nn.Module, states: Tensor, grounds: Tensor) -> tuple[Tensor, Terms]:
-    """What the states (B,L,D) of words tell of where that lies which they name: `grounds` (M,4+N) of `grounded`.
-
-    The loss is the mean over words of the sum over image tokens; the share is of words with all tokens right.
-    """
+    """What the states (B,L,D) of words tell of where that lies which they name: `grounds` (M,4+N) of `grounded`."""
     told, target = head(states[grounds[:, 0], grounds[:, 1]]).float(), grounds[:, 4:].float()
+    # the mean over words of the sum over image tokens
     loss = F.binary_cross_entropy_with_logits(told, target, reduction="sum") / max(len(grounds), 1)
-    right = ((told > 0) == (target > 0)).all(-1)
-    some = target.any(-1)
+    right, some = ((told > 0) == (target > 0)).all(-1), target.any(-1)  # all tokens of a word
     return loss, {"ground": mean(right[some]), "ground_none": mean(right[~some])}
 
 
 def look_loss(layer: TextLayer, x: Tensor, tokens: Tokens, grounds: Tensor, text: TextConfig) -> tuple[Tensor, Terms]:
     """Where words look in a layer whose input is x (B,L,D): at what they name, at no image token if it is not there.
 
-    One head of each group is asked, under the softmax over all that a word sees; the term is its share on what is
-    named.
+    One head of each group is asked, under the softmax over all that a word sees; told is its share on what is named.
     """
     rows, columns, targets = grounds[:, 0], grounds[:, 1], grounds[:, 4:].float()
     attention, normed = layer.self_attn, layer.input_layernorm(x)
     turns = rotation(positions(tokens.attention_mask), text)
-    q, k = (
-        rotate(project(normed).unflatten(-1, (-1, attention.width)).transpose(1, 2), turns)
-        for project in (attention.q_proj, attention.k_proj)
-    )
+    both = (project(normed).unflatten(-1, (-1, attention.width)) for project in (attention.q_proj, attention.k_proj))
+    q, k = (rotate(heads.transpose(1, 2), turns) for heads in both)
     q, k = q[rows, :, columns][:, :: q.shape[1] // k.shape[1]].float(), k[rows].float()  # M G d, M G L d
     logits = (k * q[:, :, None]).sum(-1) / attention.width**0.5  # M G L
     later = torch.arange(x.shape[1], device=x.device) > columns[:, None]
@@ -92,9 +86,8 @@ def word_loss(logits: Tensor, grounds: Tensor, words: dict[str, Tensor]) -> tupl
 
 def say_loss(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Cross entropy of logits (M,V) with shares of tokens (M,V), and in which rows the likeliest is one of them."""
-    shares = wanted / wanted.sum(-1, keepdim=True)
     right = wanted.gather(-1, logits.argmax(-1, keepdim=True))[:, 0] > 0
-    return F.cross_entropy(logits, shares), right
+    return F.cross_entropy(logits, wanted / wanted.sum(-1, keepdim=True)), right
 
 
 def bind_heads(width: int) -> nn.ModuleDict:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
@@ -131,7 +131,7 @@ def run_recipe(
             loop.run(start, stop_after)
         if loop.step < recipe.steps:
             return run
-        with loop.averaged():
+        with loop.state.ema.acting():
             return loop.finish()
 
 
@@ -197,13 +197,11 @@ class Health:
 
     def broken(self, now: bool) -> tuple[int, list[Any]] | None:
         """Return step and batches of the step that made the row too long; `now` waits for the very last."""
-        while self._seen:
-            step, row, event, batches = self._seen[0]
+        waiting = 1 if self.row.device.type == "cuda" and not now else 0  # the last, which may not be there yet
+        while len(self._seen) > waiting:
+            step, row, event, batches = self._seen.popleft()
             if event is not None:
-                if not now and len(self._seen) == 1:
-                    return None
                 event.synchronize()
-            self._seen.popleft()
             if int(row) >= self.limit:
                 return step, batches
         return None
@@ -223,14 +221,15 @@ class Loop:
         self.whole = parallel.share(parallel.Whole(model, objective.heads), recipe)
         named = building.trained_parameters(recipe, model)
         players = [[*named.values(), *((p, 1.0) for p in objective.heads.parameters())]]
+        beside = nn.ModuleDict({"heads": objective.heads})
         self.starts = [0]  # the step at which each optimizer's schedule begins
         if objective.adversary is not None:
+            beside["adversary"] = objective.adversary
             players.append([(p, 1.0) for p in objective.adversary.parameters()])
             self.starts.append(objective.adversary_start)
         parameters = {name: parameter for name, (parameter, _) in named.items()}
-        beside = {"heads": objective.heads, "adversary": objective.adversary}
         optimizers = [building.make_optimizer(recipe.optim, player) for player in players]
-        self.state = State(parameters, beside, optimizers, EMA(parameters, recipe.ema) if recipe.ema else None)
+        self.state = State(parameters, beside, optimizers, EMA(parameters if recipe.ema else {}, recipe.ema))
         self.state.counters = {"skipped": 0, "skipped_in_a_row": 0}
         self.state.data, self.state.frozen = batches.signature, frozen
         self.mixed = mixed_precision(recipe, model.device)
@@ -316,8 +315,7 @@ class Loop:
                 seconds += time.perf_counter() - begun
                 self.bar.update()
                 if logging_now and processes.first():
-                    samples = (self.step - since) * recipe.batch_size * recipe.accumulate
-                    self.log(terms, samples / max(1e-9, seconds))
+                    self.log(terms, (self.step - since) * recipe.batch_size * recipe.accumulate / max(1e-9, seconds))
                 if logging_now:
                     seconds, since = 0.0, self.step
                 if saving:
@@ -337,14 +335,15 @@ class Loop:
         """Accumulate, clip, update, the adversary too; returns the means. A step not finite anywhere is none."""
         recipe, device = self.recipe, self.model.device
         adversary = self.objective.adversary
-        means_before = [] if adversary is None else [b.clone() for b in adversary.buffers()]
+        buffers = [] if adversary is None else list(adversary.buffers())
+        buffers_before = [buffer.clone() for buffer in buffers]
         found: dict[str, list[Tensor]] = {}
         batches = []
         for number in range(self.own_batches):
             batches.append(next(loader))
             batch = to_device(batches[-1], device)
             if self.objective.looks_ahead:
-                with self.averaged(), torch.no_grad(), self.mixed, cpu_attention(recipe, device):
+                with self.state.ema.acting(), torch.no_grad(), self.mixed, cpu_attention(recipe, device):
                     batch |= self.whole(self.objective.ahead, batch, self.step)
             with parallel.accumulating(self.whole, last=number + 1 == self.own_batches):
                 with self.mixed, cpu_attention(recipe, device):
@@ -372,11 +371,9 @@ class Loop:
             optimizer.found_inf = (~whole).float()  # type: ignore[attr-defined]  # fused AdamW then changes nothing
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if adversary is not None:
-            for buffer, before in zip(adversary.buffers(), means_before, strict=True):
-                buffer.copy_(torch.where(whole, buffer, before))
-        if self.state.ema is not None:
-            self.state.ema.update()
+        for buffer, before in zip(buffers, buffers_before, strict=True):
+            buffer.copy_(torch.where(whole, buffer, before))
+        self.state.ema.update()
         self.health.note(self.step + 1, whole, batches)
         return means | {"grad_norm": norms[0]}
 
@@ -436,11 +433,9 @@ class Loop:
         """Write picture grids of a fixed batch, drawn with the averaged weights."""
         if not (processes.first() or parallel.sharded(self.whole)):
             return
-        with self.averaged():
+        with self.state.ema.acting():
             pictures = self.together(self.objective.samples, to_device(self.batches[0], self.model.device))
-        if not processes.first():
-            return
-        for name, rows in pictures.items():
+        for name, rows in pictures.items() if processes.first() else ():
             sheet = rows.float().cpu().permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # R n 3 S S -> 3 RS nS
             if self.writer is not None:
                 self.writer.add_image(name, sheet, self.step)
@@ -449,10 +444,6 @@ class Loop:
                 write_bytes(file, png_bytes(to_images(sheet[None], name)[0]))
             except ImageError as error:
                 logger.warning("no sheet of step %d: %s", self.step, error)
-
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Have the averaged weights in the model, where there are some."""
-        return contextlib.nullcontext() if self.state.ema is None else self.state.ema.acting()
 
     @torch.no_grad()
     def together(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -470,8 +461,7 @@ class Loop:
         if processes.first():
             remove(temporary)
         if recipe.adapter.rank:
-            runs = run.parents[recipe.folder.count("/")]
-            save_adapter(model, temporary, building.adapter_base(recipe, runs, final))
+            save_adapter(model, temporary, building.adapter_base(recipe, run.parents[recipe.folder.count("/")], final))
         elif parallel.sharded(self.whole):
             model = gathered(model)
         if processes.first():

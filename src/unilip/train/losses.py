@@ -22,16 +22,12 @@ LECAM_DECAY = 0.999  # of the running mean scores
 
 
 def contrastive_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric cross entropy between unit embeddings (B,D), and the share of pictures whose best text is right.
-
-    `same` (B,B) is 1 where two captions say the same: all of these share the right answer equally. In float32.
-    """
-    with torch.autocast(image.device.type, enabled=False):
+    """Symmetric cross entropy between unit embeddings (B,D), and the share of pictures whose best text is right."""
+    with torch.autocast(image.device.type, enabled=False):  # in float32
         scores = image.float() @ text.float().T * scale.float()  # B B
-        target = same / same.sum(-1, keepdim=True)
+        target = same / same.sum(-1, keepdim=True)  # captions that say the same (1) share the right answer equally
         loss = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
-    found = same.gather(1, scores.argmax(1, keepdim=True))
-    return loss, (found > 0).float().mean()
+    return loss, (same.gather(1, scores.argmax(1, keepdim=True)) > 0).float().mean()
 
 
 class TeacherPerceptual(nn.Module):
@@ -79,10 +75,9 @@ class LPIPSConvNeXt(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        close = self.lpips(output * 2 - 1, target * 2 - 1).mean()
         at_224 = [F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True) for x in (output, target)]
         a, b = (self.logits(normalise(x)).logits.float() for x in at_224)
-        return (close + 0.1 * F.mse_loss(a, b)) / 1.1
+        return (self.lpips(output * 2 - 1, target * 2 - 1).mean() + 0.1 * F.mse_loss(a, b)) / 1.1
 
 
 class BlurDown(nn.Module):

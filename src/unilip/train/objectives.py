@@ -36,6 +36,7 @@ from unilip.train import lessons, losses
 
 Batch = dict[str, Any]
 Terms = dict[str, Tensor]
+Condition = tuple[Tensor, Tensor]  # (B,L,C) and its mask (B,L)
 LESSON_NOISE = 0.7  # beside conditions of unit size: what is told through it is told clearly
 SHOWN = 8  # pictures in a sample sheet
 
@@ -45,6 +46,7 @@ class Objective:
 
     def __init__(self, recipe: Recipe, model: UniLIP) -> None:
         self.recipe, self.model = recipe, model
+        self.settings: Any = recipe.objective
         self.heads = nn.ModuleDict()
         self.adversary: nn.Module | None = None
         self.adversary_start = 0
@@ -59,6 +61,11 @@ class Objective:
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """Return the loss to minimise and its terms for the log."""
         raise NotImplementedError
+
+    def weighed(self, terms: Terms) -> Tensor:
+        """Return the sum of terms, each by the weight of its name in the objective's settings."""
+        none = torch.zeros((), device=self.model.device)
+        return sum((getattr(self.settings, name) * term for name, term in terms.items()), none)
 
     def adversary_loss(self) -> tuple[Tensor, Terms] | None:
         """Return the discriminator's loss on the pictures of the last `loss` call, where there is one."""
@@ -79,7 +86,7 @@ def make_objective(recipe: Recipe, model: UniLIP, sources: Mapping[str, str]) ->
         Understand: UnderstandObjective, Reconstruct: ReconstructObjective, Shrink: ShrinkObjective,
         Flow: FlowObjective, FewSteps: FewStepsObjective,
     }  # fmt: skip
-    return kinds[type(recipe.objective)](recipe, model, recipe.objective, sources)
+    return kinds[type(recipe.objective)](recipe, model, sources)
 
 
 @contextlib.contextmanager
@@ -114,20 +121,15 @@ def held_error(found: Tensor, wanted: Tensor, held: Tensor) -> Tensor:
 
 def contrast_heads(model: UniLIP) -> dict[str, nn.Module]:
     """Return what joins pooled features and texts in one space, for training only."""
-    width = model.config.text.hidden_size
-    return {
-        "image": nn.Linear(2 * width, width),
-        "text": nn.Linear(width, width),
-        "scale": nn.ParameterDict({"log": nn.Parameter(torch.tensor(2.3))}),
-    }
+    width, scale = model.config.text.hidden_size, nn.ParameterDict({"log": nn.Parameter(torch.tensor(2.3))})
+    return {"image": nn.Linear(2 * width, width), "text": nn.Linear(width, width), "scale": scale}
 
 
 def embed_texts(model: UniLIP, heads: nn.ModuleDict, tokens: Tokens) -> Tensor:
     """Read right-padded texts (B,T) with the LLM: -> unit embedding (B,D) of the last token."""
     hidden = model.mllm(model.mllm.embed(tokens.input_ids), tokens.attention_mask)  # B T D
     last = tokens.attention_mask.sum(-1) - 1
-    rows = torch.arange(len(last), device=last.device)
-    return F.normalize(heads["text"](hidden[rows, last]).float(), dim=-1)
+    return F.normalize(heads["text"](hidden[torch.arange(len(last), device=last.device), last]).float(), dim=-1)
 
 
 def contrast(model: UniLIP, heads: nn.ModuleDict, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -145,10 +147,9 @@ def pool(features: Tensor) -> Tensor:
 class UnderstandObjective(Objective):
     """Contrast between pooled features and the LLM's reading of the caption, word prediction, next token."""
 
-    def __init__(self, recipe: Recipe, model: UniLIP, weights: Understand, sources: Mapping[str, str]) -> None:
+    def __init__(self, recipe: Recipe, model: UniLIP, sources: Mapping[str, str]) -> None:
         super().__init__(recipe, model)
-        self.weights = weights
-        width, vocabulary = model.config.text.hidden_size, model.config.text.vocab_size
+        weights, width, vocabulary = self.settings, model.config.text.hidden_size, model.config.text.vocab_size
         with seeded(recipe.seed):
             first = contrast_heads(model)
             scale = first.pop("scale")
@@ -169,40 +170,33 @@ class UnderstandObjective(Objective):
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """Weighted sum of the terms whose weight is not zero."""
-        weights = self.weights
-        terms: Terms = {}
+        weights, heads = self.settings, self.heads
+        learned, told = Terms(), Terms()
         if "features" in batch:
             features = batch["features"].to(self.model.dtype)  # B N D
         else:
             features = self.model.encoder(normalise(to_unit(batch["images"])))
-        total = torch.zeros((), device=features.device)
         if weights.contrastive:
-            distance, terms["retrieval"] = contrast(self.model, self.heads, features, batch)
-            terms["contrastive"], total = distance, total + weights.contrastive * distance
+            learned["contrastive"], told["retrieval"] = contrast(self.model, heads, features, batch)
         if weights.words:
-            words = F.cross_entropy(self.heads["words"](pool(features)).float(), batch["words"])
-            terms["words"], total = words, total + weights.words * words
+            learned["words"] = F.cross_entropy(heads["words"](pool(features)).float(), batch["words"])
         if weights.local and "cells" in batch:
-            local, found = lessons.local_loss(self.heads["local"], features, batch["cells"])
-            terms |= found | {"local": local}
-            total = total + weights.local * local
+            learned["local"], found = lessons.local_loss(heads["local"], features, batch["cells"])
+            told |= found
         if weights.next_token:
             states = self.read(batch["conversations"], features)
-            answers, terms["token_accuracy"] = self.answer_loss(states, batch["labels"])
-            terms["next_token"], total = answers, total + weights.next_token * answers
+            learned["next_token"], told["token_accuracy"] = self.answer_loss(states, batch["labels"])
             if "grounds" in batch:
-                grounded, found = lessons.ground_loss(self.heads["ground"], states, batch["grounds"])
-                looked, seen = self.look(batch, self.middle.pop())
-                terms |= found | seen | {"grounding": grounded, "looking": looked}
-                total = total + weights.ground * (grounded + looked)
+                told["grounding"], found = lessons.ground_loss(heads["ground"], states, batch["grounds"])
+                told["looking"], seen = self.look(batch, self.middle.pop())
+                learned["ground"] = told["grounding"] + told["looking"]
+                told |= found | seen
         if weights.bind and "lessons" in batch:
-            tokens, mllm = batch["lessons"], self.model.mllm
-            states = mllm(mllm.embed(tokens.input_ids), tokens.attention_mask)  # B T D
-            bound, found = lessons.bind_loss(self.heads["bind"], states, batch, tokens.input_ids.shape[1])
-            terms |= found | {"bind": bound}
-            total = total + weights.bind * bound
+            states = self.read(batch["lessons"])
+            learned["bind"], found = lessons.bind_loss(heads["bind"], states, batch, states.shape[1])
+            told |= found
         self.middle.clear()
-        return total, terms
+        return self.weighed(learned), learned | told  # "ground" is told as the share of words that are right
 
     def look(self, batch: Batch, halfway: Tensor) -> tuple[Tensor, Terms]:
         """What image tokens say, and where words look next, by states (B,T,D) halfway through the language model."""
@@ -216,8 +210,8 @@ class UnderstandObjective(Objective):
         looked, found = lessons.look_loss(layer, halfway, tokens, words, text.t)
         return said + named + looked, {**terms, **more, **found}
 
-    def read(self, tokens: Tokens, features: Tensor) -> Tensor:
-        """Hidden states (B,T,D) of conversations about pictures with these features (B,N,D)."""
+    def read(self, tokens: Tokens, features: Tensor | None = None) -> Tensor:
+        """Hidden states (B,T,D) of texts, or of conversations about pictures with these features (B,N,D)."""
         mllm = self.model.mllm
         return mllm(mllm.embed(tokens.input_ids, tokens.image_slots, features), tokens.attention_mask)
 
@@ -232,11 +226,15 @@ class UnderstandObjective(Objective):
 class ReconstructObjective(Objective):
     """Pixels back from features, while the features stay those of the frozen original (paper, section 3.1)."""
 
-    def __init__(self, recipe: Recipe, model: UniLIP, weights: Reconstruct, sources: Mapping[str, str]) -> None:
+    teacher: Any = None
+    kept_head: Any = None
+    perceptual: nn.Module | None = None
+    adversary: losses.PatchDiscriminator | None = None
+    _pair: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, recipe: Recipe, model: UniLIP, sources: Mapping[str, str]) -> None:
         super().__init__(recipe, model)
-        self.weights: Any = weights
-        self.teacher: Any = None
-        self.kept_head: Any = None
+        weights = self.settings
         if weights.distill or weights.anchor or (weights.perceptual and weights.perceptual_source == "teacher"):
             start = model
             if "teacher" in sources:
@@ -248,63 +246,52 @@ class ReconstructObjective(Objective):
         if weights.contrastive:
             with seeded(recipe.seed):
                 self.heads = nn.ModuleDict(contrast_heads(model))
-        self.perceptual: nn.Module | None = None
         if weights.perceptual:
             lpips = weights.perceptual_source == "lpips"
             self.perceptual = losses.LPIPSConvNeXt() if lpips else losses.TeacherPerceptual(self.teacher)
-        self.adversary: losses.PatchDiscriminator | None = None
         if weights.gan:
             self.adversary_start = weights.gan_start
             with seeded(recipe.seed):
                 self.adversary = losses.PatchDiscriminator()
-        self._pair: tuple[Tensor, Tensor] | None = None
 
     def reconstruct(self, normalised: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised pixels (B,3,H,W) -> features (B,N,D) unless given, latents, pixels in [0,1] (not clamped)."""
         features = self.model.encoder(normalised) if features is None else features.to(self.model.dtype)
-        rows = normalised.shape[-2] // TOKEN_PIXELS
-        latents = self.model.latent_head(features, rows)
+        latents = self.model.latent_head(features, normalised.shape[-2] // TOKEN_PIXELS)
         return features, latents, (self.model.pixel_decoder(latents).float() + 1) / 2
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """L2 + perceptual + distillation + anchor + contrast + (from its start on) the generator's hinge term."""
-        weights = self.weights
-        target = to_unit(batch["images"])
+        weights, target = self.settings, to_unit(batch["images"])
         normalised = normalise(target)
         features, latents, output = self.reconstruct(normalised, batch.get("features"))
-        total, terms = self.pixel_loss(output, target)
+        learned, told = self.pixel_loss(output, target)
         if self.perceptual is not None:
-            perceptual = self.perceptual(output, target)
-            terms["perceptual"], total = perceptual, total + weights.perceptual * perceptual
+            learned["perceptual"] = self.perceptual(output, target)
         if weights.distill or weights.anchor:
             held = batch.get("held", torch.ones(len(target), dtype=torch.bool, device=target.device))
             with torch.no_grad():
                 original = batch["teacher"] if "teacher" in batch else self.teacher(normalised)
             if weights.distill:
-                terms["distill"] = distill = held_error(features, original, held)
-                total = total + weights.distill * distill
+                learned["distill"] = held_error(features, original, held)
             if self.kept_head is not None:
                 with torch.no_grad():
                     wanted = self.kept_head(original.to(features), normalised.shape[-2] // TOKEN_PIXELS).float()
-                terms["anchor"] = anchor = held_error(latents, wanted, held) / wanted.var()
-                total = total + weights.anchor * anchor
+                learned["anchor"] = held_error(latents, wanted, held) / wanted.var()
         if weights.contrastive:
-            distance, terms["retrieval"] = contrast(self.model, self.heads, features, batch)
-            terms["contrastive"], total = distance, total + weights.contrastive * distance
+            learned["contrastive"], told["retrieval"] = contrast(self.model, self.heads, features, batch)
         self._pair = None
         if self.adversary is not None and step >= weights.gan_start:
             self._pair = (target, output.detach())
             self.adversary.requires_grad_(False)  # this term moves the pictures, not their judge
-            fool = -self.adversary(output * 2 - 1).float().mean()
+            learned["gan"] = -self.adversary(output * 2 - 1).float().mean()
             self.adversary.requires_grad_(True)
-            terms["gan"], total = fool, total + weights.gan * fool
-        return total, terms
+        return self.weighed(learned), learned | told
 
-    def pixel_loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Terms]:
-        """The weighed L2 of pictures in [0,1], and their mean PSNR: means of means stay the same."""
-        pixel = F.mse_loss(output, target)
+    def pixel_loss(self, output: Tensor, target: Tensor) -> tuple[Terms, Terms]:
+        """The L2 of pictures in [0,1], which is learned, and their mean PSNR: means of means stay the same."""
         errors = (output.detach() - target).square().mean((1, 2, 3))  # of each picture
-        return self.weights.pixel * pixel, {"pixel": pixel, "psnr": -10 * errors.clamp(min=1e-10).log10().mean()}
+        return {"pixel": F.mse_loss(output, target)}, {"psnr": -10 * errors.clamp(min=1e-10).log10().mean()}
 
     def adversary_loss(self) -> tuple[Tensor, Terms] | None:
         """Hinge loss with LeCam regularisation on the last real and drawn pictures."""
@@ -314,7 +301,7 @@ class ReconstructObjective(Objective):
         hinge = losses.discriminator_loss(real, fake)
         penalty = losses.lecam_penalty(real, fake, self.adversary.means.clone())
         self.adversary.remember(real, fake)
-        return hinge + self.weights.lecam * penalty, {"discriminator": hinge, "lecam": penalty}
+        return hinge + self.settings.lecam * penalty, {"discriminator": hinge, "lecam": penalty}
 
     @torch.no_grad()
     def samples(self, batch: Batch) -> dict[str, Tensor]:
@@ -326,11 +313,10 @@ class ReconstructObjective(Objective):
 class ShrinkObjective(ReconstructObjective):
     """A smaller pixel decoder, from latents of pictures to what the full one draws of them."""
 
-    def __init__(self, recipe: Recipe, model: UniLIP, weights: Shrink, sources: Mapping[str, str]) -> None:
-        super().__init__(recipe, model, weights, {})
+    def __init__(self, recipe: Recipe, model: UniLIP, sources: Mapping[str, str]) -> None:
+        super().__init__(recipe, model, {})
         other = UniLIP.from_pretrained(sources["teacher"], parts=("pixel_decoder",))
-        self.full = other.pixel_decoder
-        self.full.eval().requires_grad_(False)
+        self.full = other.pixel_decoder.eval().requires_grad_(False)
         stages = [list(decoder.decoder.up_blocks)[-3:] for decoder in (model.pixel_decoder, self.full)]
         self.states: tuple[list[Tensor], list[Tensor]] = ([], [])  # of the stages, in a pass through either decoder
         for kept, ours in zip(self.states, stages, strict=True):
@@ -343,8 +329,7 @@ class ShrinkObjective(ReconstructObjective):
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """L2 + perceptual + distance of the stages' states, each in units of the full one's spread."""
-        weights, model = self.weights, self.model
-        normalised = normalise(to_unit(batch["images"]))
+        model, normalised = self.model, normalise(to_unit(batch["images"]))
         with torch.no_grad():
             features = model.encoder(normalised) if "features" not in batch else batch["features"].to(model.dtype)
             latent = model.latent_head(features, normalised.shape[-2] // TOKEN_PIXELS)
@@ -352,14 +337,13 @@ class ShrinkObjective(ReconstructObjective):
                 kept.clear()
             target = (self.full(latent).float() + 1) / 2
         output = (model.pixel_decoder(latent).float() + 1) / 2
-        total, terms = self.pixel_loss(output, target)
+        learned, told = self.pixel_loss(output, target)
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(output, target.clamp(0, 1))
-            total = total + weights.perceptual * terms["perceptual"]
+            learned["perceptual"] = self.perceptual(output, target.clamp(0, 1))
         pairs = zip(self.heads["states"], *self.states, strict=True)  # type: ignore[call-overload]
         away = [F.mse_loss(head(ours).float(), theirs.float()) / theirs.float().var() for head, ours, theirs in pairs]
-        terms["states"] = torch.stack(away).mean()
-        return total + weights.states * terms["states"], terms
+        learned["states"] = torch.stack(away).mean()
+        return self.weighed(learned), learned | told
 
     @torch.no_grad()
     def samples(self, batch: Batch) -> dict[str, Tensor]:
@@ -373,9 +357,9 @@ class ShrinkObjective(ReconstructObjective):
 class FlowObjective(Objective):
     """Velocity of the straight path between latents and noise, under the dual condition (paper, section 3.2)."""
 
-    def __init__(self, recipe: Recipe, model: UniLIP, settings: Flow, sources: Mapping[str, str]) -> None:
+    def __init__(self, recipe: Recipe, model: UniLIP, sources: Mapping[str, str]) -> None:
         super().__init__(recipe, model)
-        self.settings = settings
+        settings = self.settings
         with seeded(recipe.seed):
             if settings.bind and recipe.lessons:
                 c = model.config
@@ -396,15 +380,14 @@ class FlowObjective(Objective):
             blocks = model.dit.transformer.transformer_blocks
             blocks[(len(blocks) - 1) // 3].register_forward_hook(lambda _, __, out: self.middle.append(out))
         self.target_encoder: Encoder | None = None  # of another tokenizer; None: the model's own
+        self.autoencoder: Any = None
+        needed = {"separate": "SOURCE, another tokenizer", "dcae": "FOLDER, a diffusers AutoencoderDC"}
+        if settings.target in needed and "autoencoder" not in sources:
+            raise ConfigError(f"objective.target={settings.target} needs init autoencoder={needed[settings.target]}.")
         if settings.target == "separate":
-            if "autoencoder" not in sources:
-                raise ConfigError("objective.target=separate needs init autoencoder=SOURCE, another tokenizer.")
             other = UniLIP.from_pretrained(sources["autoencoder"], parts=("encoder",)).encoder
             self.target_encoder = other.eval().requires_grad_(False)
-        self.autoencoder: Any = None
         if settings.target == "dcae":
-            if "autoencoder" not in sources:
-                raise ConfigError("objective.target=dcae needs init autoencoder=FOLDER, a diffusers AutoencoderDC.")
             self.autoencoder = load_autoencoder(sources["autoencoder"])
 
     @torch.no_grad()
@@ -437,18 +420,16 @@ class FlowObjective(Objective):
             features = features.index_copy(0, rows, self.model.encoder(normalise(drawn)))
         return features
 
-    def conditions(self, batch: Batch, features: Tensor | None) -> tuple[Tensor, Tensor]:
+    def conditions(self, batch: Batch, features: Tensor | None) -> Condition:
         """Return the condition (B,T+Q,C) of a batch whose sources have these features (B,N,D), and its mask (B,T+Q)."""
         if "conditions" in batch:
             return batch["conditions"].to(self.model.dtype), batch["condition_mask"]
-        read = partial(read_in_two_passes, self.model.mllm)
-        return self.model.condition(batch["prompts"], features, read)
+        return self.model.condition(batch["prompts"], features, partial(read_in_two_passes, self.model.mllm))
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """Mean squared velocity error, K noises for each condition; before and beside it what else is to be learned."""
         model, settings, k = self.model, self.settings, self.settings.noises
-        features = None if "conditions" in batch else self.source_features(batch)
-        condition, mask = self.conditions(batch, features)
+        condition, mask = self.conditions(batch, None if "conditions" in batch else self.source_features(batch))
         extra, terms = torch.zeros((), device=condition.device), Terms()
         if "marks" in batch:
             extra, terms = self.lesson(condition, batch)
@@ -458,16 +439,14 @@ class FlowObjective(Objective):
         likeness = settings.repa > 0 and step < self.repa_end and "targets" in batch
         with torch.no_grad():
             seen = model.encoder(normalise(to_unit(batch["targets"]))) if likeness else None  # B N D
-        ready = "latents" in batch
-        clean = batch["latents"].float() if ready else self.clean_latents(batch["targets"], seen)  # B Z h w
+        clean = batch["latents"].float() if "latents" in batch else self.clean_latents(batch["targets"], seen)
         generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
         noise = draw_noise(len(clean), (k, *clean.shape[1:]), generators).flatten(0, 1).to(clean)  # BK Z h w
         timesteps, sigmas = flow.train_levels(torch.cat([flow.logit_normal(k, g) for g in generators]))
         clean = clean.repeat_interleave(k, 0)  # BK Z h w
         noisy = flow.interpolate(clean, noise, sigmas.to(clean))
         self.middle.clear()
-        velocity = model.dit(noisy, timesteps.to(clean.device), condition, mask)
-        loss = flow.flow_loss(velocity, clean, noise)
+        loss = flow.flow_loss(model.dit(noisy, timesteps.to(clean.device), condition, mask), clean, noise)
         terms["flow_edit" if "sources" in batch or "edits" in batch else "flow"] = loss
         if seen is not None:
             told = self.heads["repa"](self.middle.pop())  # BK N D
@@ -514,7 +493,7 @@ class FlowObjective(Objective):
         rows = [F.interpolate(row, drawn.shape[-2:], mode="bilinear") for row in above]
         return {"drawn": torch.stack([*rows, drawn]).clamp(0, 1)}
 
-    def drawn(self, noise: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
+    def drawn(self, noise: Tensor, condition: Condition) -> Tensor:
         """Latents (B,Z,h,w) of noise, in 20 steps of the published solver."""
         dit, schedule = self.model.dit, flow.make_schedule("dpm++", self.model.config.sampling.flow_shift, 20)
         return flow.sample(lambda x, t: dit(x, t.to(x.device).expand(len(x)), *condition).float(), noise, schedule)
@@ -537,10 +516,8 @@ class FewStepsObjective(FlowObjective):
     `path` the jumps are instead read off the teacher's whole way from noise to picture, PAIRS of each.
     """
 
-    settings: FewSteps
-
-    def __init__(self, recipe: Recipe, model: UniLIP, settings: Flow, sources: Mapping[str, str]) -> None:
-        super().__init__(recipe, model, settings, sources)
+    def __init__(self, recipe: Recipe, model: UniLIP, sources: Mapping[str, str]) -> None:
+        super().__init__(recipe, model, sources)
         self.looks_ahead = not self.settings.path  # at the averaged weights, of which a teacher's path needs nothing
         dit = copy.deepcopy(model.dit)
         if other := sources.get("teacher"):
@@ -560,7 +537,7 @@ class FewStepsObjective(FlowObjective):
         r = torch.where(kinds == 0, 0.0, torch.where(kinds == 1, s * (1 - 0.05 * v), s * v))
         return noise, s.to(clean.device), r.to(clean.device)
 
-    def jump(self, dit: DiT, x: Tensor, s: Tensor, r: Tensor | None, condition: tuple[Tensor, Tensor]) -> Tensor:
+    def jump(self, dit: DiT, x: Tensor, s: Tensor, r: Tensor | None, condition: Condition) -> Tensor:
         """F(x_s, s, r) of a transformer, or its velocity without r: (BK,Z,h,w), float32."""
         with torch.autocast(x.device.type, enabled=self.settings.path > 0 and torch.is_autocast_enabled(x.device.type)):
             there = None if r is None else r * flow.TRAIN_TIMESTEPS
@@ -598,16 +575,14 @@ class FewStepsObjective(FlowObjective):
             x, rest, times = x - way, rest + way, until
         return found | {"start": start, "levels": torch.stack([s, r, h]), "target": target, "rest": rest}
 
-    def guided(
-        self, batch: Batch, x: Tensor, s: Tensor, told: tuple[Tensor, Tensor], blank: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def guided(self, batch: Batch, x: Tensor, s: Tensor, told: Condition, blank: Condition) -> Tensor:
         """Return the teacher's guided velocity (BK,Z,h,w) under a condition (B,L,C) and one without words (B or 1)."""
         scale = self.settings.edit_guidance if "sources" in batch or "edits" in batch else self.settings.guidance
         blank = (blank[0].expand(len(told[0]), -1, -1), blank[1].expand(len(told[0]), -1))
         free, said = (self.jump(self.teacher, x, s, None, condition) for condition in (blank, told))
         return free + scale * (said - free)
 
-    def path(self, batch: Batch, condition: tuple[Tensor, Tensor], blank: tuple[Tensor, Tensor]) -> Batch:
+    def path(self, batch: Batch, condition: Condition, blank: Condition) -> Batch:
         """Return jumps to states of the teacher's way (UniPC, by turbo's schedule): PAIRS for each noise.
 
         A third go from anywhere on it to anywhere below. The others are jumps that the model is to make (`steps`), half
@@ -615,8 +590,7 @@ class FewStepsObjective(FlowObjective):
         """
         steps, k = self.settings.path, self.settings.noises
         generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
-        shape = (k, *batch["latents"].shape[1:])
-        x = draw_noise(len(generators), shape, generators).flatten(0, 1).to(batch["latents"])
+        x = draw_noise(len(generators), (k, *batch["latents"].shape[1:]), generators).flatten(0, 1).to(batch["latents"])
         schedule, states = turbo("unipc", steps), [x]
 
         def velocity(x: Tensor, timestep: Tensor) -> Tensor:
@@ -664,7 +638,7 @@ class FewStepsObjective(FlowObjective):
         weights = (torch.tan((1 - (s - r)) * math.pi / 2.5) + 1) / (errors.detach() + 1e-6).sqrt()
         return (weights * errors).mean(), {name: errors.mean()}
 
-    def drawn(self, noise: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
+    def drawn(self, noise: Tensor, condition: Condition) -> Tensor:
         """Latents (B,Z,h,w) of noise, in the model's own number of jumps."""
         x = noise
         for s, r in itertools.pairwise(turbo("euler", self.settings.counts[0]).levels):

@@ -70,11 +70,8 @@ def shard(whole: Whole, recipe: Recipe) -> nn.Module:
 
     device = whole.model.device.type
     rough = recipe.dtype == "bfloat16" and not isinstance(recipe.objective, FewSteps)  # who takes small differences
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if rough else None,
-        reduce_dtype=getattr(torch, recipe.reduce_dtype),
-        cast_forward_inputs=False,  # autocast does
-    )
+    weights, gradients = torch.bfloat16 if rough else None, getattr(torch, recipe.reduce_dtype)
+    policy = MixedPrecisionPolicy(weights, gradients, cast_forward_inputs=False)  # autocast does
     settings: dict[str, Any] = dict(mesh=init_device_mesh(device, (processes.world(),)), mp_policy=policy)
     if scalars := {p for p in whole.parameters() if p.dim() == 0}:  # cannot be cut
         settings["ignored_params"] = scalars

@@ -7,13 +7,12 @@ A step is run on tensors that have shapes but no content, and what is alive at o
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -172,15 +171,15 @@ def simplified(recipe: Recipe) -> Recipe:
     if isinstance(objective, Shrink):
         raise ConfigError(f"{recipe.name} needs less than the tokenizer's other stages; a preflight is for those.")
     if isinstance(objective, Reconstruct):
-        objective = dataclasses.replace(objective, perceptual_source="teacher", gan_start=0, contrastive=0.0)
+        objective = replace(objective, perceptual_source="teacher", gan_start=0, contrastive=0.0)
     elif isinstance(objective, Flow):
-        objective = dataclasses.replace(objective, target="unilip")
+        objective = replace(objective, target="unilip")
     else:
         raise ConfigError(
             f"{recipe.name} learns from text whose length decides its memory; a preflight is for flow and tokenizer "
             "stages."
         )
-    return dataclasses.replace(recipe, objective=objective)
+    return replace(recipe, objective=objective)
 
 
 def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
@@ -192,7 +191,6 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
     wanted = {*needed_parts(recipe.objective), *(prefix.split(".")[0] for prefix, _ in recipe.trains)}
     for parts, _ in parse_init(recipe):
         wanted |= set(PARTS) if parts == ("all",) else set(parts)
-    low = recipe.dtype == "bfloat16"
     peaks, operations = [], []
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = UniLIP(config, parts=[part for part in PARTS if part in wanted])
@@ -209,7 +207,7 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
         for size in sizes:
             batch = batch_of(recipe, config, size, edits=recipe.data.edit_share > 0)
             with Alive() as alive:
-                with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                with torch.autocast("cpu", torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
                     loss, _ = objective.loss(batch, 0)
                 loss.backward()
             peaks.append(alive.peak)
@@ -224,9 +222,8 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
         rank, dora = recipe.adapter.rank, recipe.adapter.dora
         trained = sum(rank * (w.shape[0] + w.shape[1]) + w.shape[0] * dora for w in named)  # beside weights (out, in)
         frozen = everything
-    gradients = moved * 4  # alive at the end of the backward pass, and counted by themselves
     rise = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
-    constant = max(0.0, peaks[0] - rise * sizes[0] - gradients)
+    constant = max(0.0, peaks[0] - rise * sizes[0] - moved * 4)  # gradients, alive at the end, count by themselves
     return Step(trained, frozen, max(groups, default=0), everything - sum(groups), (constant, rise), operations[-1])
 
 
@@ -315,7 +312,7 @@ def remedies(recipe: Recipe, machine: Hardware, step: Step) -> Iterator[tuple[st
             if count < machine.count or (recipe.batch_size * recipe.accumulate) % count:
                 continue
             words, smallest = f"parallel=fsdp {[*bases][-1]}", [*bases.values()][-1]
-            found = estimate(override(recipe, words.split()), dataclasses.replace(machine, count=count), smallest)
+            found = estimate(override(recipe, words.split()), replace(machine, count=count), smallest)
             if found.fits:
                 yield f"{_options(words)} on {count} of them", found
                 break

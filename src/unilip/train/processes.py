@@ -45,9 +45,8 @@ def first() -> bool:
 
 
 def divided(recipe: Recipe, processes: int) -> Recipe:
-    """Return the recipe with its step cut into batches for so many processes; the samples of a step stay the same.
+    """Return the recipe with its step cut into batches for so many processes, all of which `accumulate` counts.
 
-    Its `accumulate` counts the batches of a step over all processes. One process gets the recipe as it is.
     Raises ConfigError: the samples of a step cannot be shared out equally.
     """
     samples = recipe.batch_size * recipe.accumulate

@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from unilip.errors import CheckpointError, ConfigError
 from unilip.files import crc
 from unilip.recipes.record import Recipe, plain, require_same
 from unilip.train import processes
-from unilip.train.parallel import whole_tensor
 
 logger = logging.getLogger(__name__)
 SHARDS = "shards"
@@ -42,21 +41,18 @@ class DamagedCheckpoint(CheckpointError):
 
 
 class EMA:
-    """Exponential moving average of some parameters, in float32, with a short warm-up of the decay."""
+    """Exponential moving average of some parameters, or none, in float32, with a short warm-up of the decay."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
-        self.decay = decay
-        self.count = 0
-        self.parameters = parameters
+        self.parameters, self.decay, self.count = parameters, decay, 0
         self.average = {name: p.detach().float().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         self.count += 1
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
-        torch._foreach_lerp_(
-            list(self.average.values()), [p.detach().float() for p in self.parameters.values()], 1 - decay
-        )
+        if now := [p.detach().float() for p in self.parameters.values()]:
+            torch._foreach_lerp_(list(self.average.values()), now, 1 - decay)
 
     @contextlib.contextmanager
     def acting(self) -> Iterator[None]:
@@ -77,14 +73,9 @@ class State:
     """Everything that changes: trained weights by name, training-only modules, optimizers, averages, `counters`."""
 
     def __init__(
-        self,
-        parameters: dict[str, nn.Parameter],
-        heads: Mapping[str, nn.Module | None],
-        optimizers: Sequence[torch.optim.Optimizer],
-        ema: EMA | None,
+        self, parameters: dict[str, nn.Parameter], heads: nn.ModuleDict, optimizers: list[torch.optim.AdamW], ema: EMA
     ) -> None:
-        self.parameters, self.optimizers, self.ema = parameters, optimizers, ema
-        self.heads = nn.ModuleDict({name: module for name, module in heads.items() if module is not None})
+        self.parameters, self.heads, self.optimizers, self.ema = parameters, heads, optimizers, ema
         self.counters: dict[str, int] = {}
         self.data = self.frozen = ""  # signatures of the data that the run reads, and of the weights that do not train
         self._pending: Pending | None = None
@@ -92,14 +83,11 @@ class State:
     def save(self, run: Path, step: int, recipe: Recipe) -> Path:
         """Write a checkpoint under a temporary name, rename it, and drop all but the newest `recipe.keep`.
 
-        Several processes write in the background; `settle` waits for the end of it.
-        Raises CheckpointError: it cannot be written; what was there before is whole still.
+        Several processes write in the background until `settle`. Raises CheckpointError: it cannot be; others stay.
         """
         self.settle()
         about = {"recipe": plain(recipe), "step": step, "data": self.data, "frozen": self.frozen, **self.counters}
-        pending = Pending(run, step, recipe.keep, about)
-        if self.ema is not None:
-            pending.about["ema_count"] = self.ema.count
+        pending = Pending(run, step, recipe.keep, about | ({"ema_count": self.ema.count} if self.ema.average else {}))
         if processes.first():
             pending.begin()
         if processes.world() > 1:
@@ -107,7 +95,11 @@ class State:
             self._write_shards(pending)
         else:
             with pending.writing():
-                self._write(pending.temporary)
+                for name, tensors in self._named().items():
+                    if tensors:
+                        stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+                        save_file(stored, pending.temporary / f"{name}.safetensors")
+                torch.save([o.state_dict() for o in self.optimizers], pending.temporary / "optimizer.pt")
             pending.commit()
             pending.check()
         return pending.target
@@ -120,12 +112,8 @@ class State:
             pending.error = processes.told(pending.error)
             pending.check()
 
-    def _write(self, folder: Path) -> None:
-        _save_tensors(self.parameters, folder / "weights.safetensors")
-        _save_tensors(self.heads.state_dict(), folder / "heads.safetensors")
-        if self.ema is not None:
-            _save_tensors(self.ema.average, folder / "ema.safetensors")
-        torch.save([o.state_dict() for o in self.optimizers], folder / "optimizer.pt")
+    def _named(self) -> dict[str, Mapping[str, Tensor]]:
+        return {"weights": self.parameters, "heads": self.heads.state_dict(), "ema": self.ema.average}
 
     def _write_shards(self, pending: Pending) -> None:
         """Begin to write what each process holds, from a copy of it."""
@@ -141,10 +129,9 @@ class State:
 
     def _flat(self) -> dict[str, Tensor]:
         """Every tensor by a name that does not depend on the number of processes."""
-        found: dict[str, Tensor] = {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
-        found |= {f"heads.{name}": t.detach() for name, t in self.heads.state_dict().items()}
-        if self.ema is not None:
-            found |= {f"ema.{name}": t for name, t in self.ema.average.items()}
+        found: dict[str, Tensor] = {}
+        for group, tensors in self._named().items():
+            found |= {f"{group}.{name}": tensor.detach() for name, tensor in tensors.items()}
         for i, (name, parameter) in self._optimized():
             state = self.optimizers[i].state.get(parameter, {})
             found |= {f"optimizer.{i}.{name}.{kind}": torch.as_tensor(value) for kind, value in state.items()}
@@ -162,8 +149,7 @@ class State:
     def restore(self, folder: Path, recipe: Recipe) -> int:
         """Take everything back from a checkpoint of the same recipe, exactly; returns its step.
 
-        Raises ConfigError: other settings now; DamagedCheckpoint: a file is not what was written; CheckpointError:
-        other tensors.
+        Raises ConfigError: other settings; DamagedCheckpoint: not what was written; CheckpointError: other tensors.
         """
         about = inspect(folder)
         require_same(recipe, about["recipe"], folder)
@@ -179,8 +165,7 @@ class State:
                 recipe.name, folder,
             )  # fmt: skip
         self._take_back(folder)
-        if self.ema is not None:
-            self.ema.count = about["ema_count"]
+        self.ema.count = about.get("ema_count", 0)
         self.counters = {name: int(about.get(name, 0)) for name in self.counters}
         return int(about["step"])
 
@@ -189,6 +174,7 @@ class State:
         from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
         from torch.distributed.checkpoint.state_dict_loader import load
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
         reader = FileSystemReader(folder / SHARDS) if (folder / SHARDS).exists() else None
         whole = self._read(folder) if reader is None else {}
@@ -214,7 +200,10 @@ class State:
             alone, together = processes.world() == 1, processes.group("checkpoint")
             load(own, storage_reader=reader, no_dist=alone, process_group=together)
         for name, tensor in whole.items():
-            own[name].copy_(_like(own[name], tensor))
+            to = own[name]
+            if isinstance(to, DTensor):  # of which this process holds a part
+                tensor = distribute_tensor(tensor.to(to.device), to.device_mesh, to.placements, src_data_rank=None)
+            to.copy_(tensor)
 
     def _read(self, folder: Path) -> dict[str, Tensor]:
         """Read the files of one process, under the names of `_flat`."""
@@ -240,8 +229,7 @@ class Pending:
         self.temporary = self.target.with_name(f".{self.target.name}.part")
         self.error: str | None = None
         self.future: Any = None
-        self._lock = threading.Lock()
-        self._done = False
+        self._lock, self._done = threading.Lock(), False
 
     def begin(self) -> None:
         """Make the temporary folder, and clear away those of runs that were killed while they wrote."""
@@ -324,19 +312,3 @@ def inspect(folder: Path) -> dict[str, Any]:
     if complaint:
         raise DamagedCheckpoint(folder, complaint)
     return dict(about)
-
-
-def _like(own: Tensor, value: Any) -> Any:
-    """Cut a whole tensor as this process holds its own, where it holds a part; other values stay."""
-    mesh = getattr(own, "device_mesh", None)
-    if mesh is None or not isinstance(value, Tensor) or value.shape != own.shape:
-        return value
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(own, DTensor)
-    return distribute_tensor(value.to(own.device), mesh, own.placements, src_data_rank=None)
-
-
-def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    if tensors:
-        save_file({name: whole_tensor(t.detach()).cpu().contiguous() for name, t in tensors.items()}, file)
