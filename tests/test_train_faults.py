@@ -111,9 +111,9 @@ def test_the_second_player_keeps_its_means(runs, monkeypatch):
     calls = []
 
     def broken(self, normalised, *more):
-        features, pixels = real(self, normalised, *more)
+        *others, pixels = real(self, normalised, *more)
         calls.append(1)
-        return features, pixels * math.nan if len(calls) == 2 else pixels
+        return *others, pixels * math.nan if len(calls) == 2 else pixels
 
     monkeypatch.setattr(ReconstructObjective, "reconstruct", broken)
     run = train(recipe(*settings, name="tiny/recon"), runs, progress=False).parent
