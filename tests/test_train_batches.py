@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from unilip.emoji.art import STYLES
+from unilip.emoji.art import STYLES, Atlas
 from unilip.emoji.world import World
 from unilip.errors import ConfigError
 from unilip.method.text import Message
@@ -155,6 +155,16 @@ def test_most_pictures_for_the_tokenizer_alone_are_of_drawings_without_a_name(ti
     assert not any(source.is_held(i, True) for i in range(60))
     other = [i for i in range(60) if not np.array_equal(source.image_item(i), source.scenes[i]["image"])]
     assert 0.6 < len(other) / len(strange) < 0.95 and set(other) <= set(strange)
+
+
+def test_art_without_the_drawings_that_have_no_name_is_said_and_still_used(tiny_model, monkeypatch, caplog):
+    pictures = dataclasses.replace(tiny_model.config, image_size=World.pico().image_size)
+    recipe = override(get_recipe("tiny/recon"), ["data.world=pico", "data.path=synthetic"])
+    assert make_batches(recipe, pictures, tiny_model.processor) and "older version" not in caplog.text
+    monkeypatch.setattr(Atlas, "strange", [])
+    source = make_batches(recipe, pictures, tiny_model.processor)
+    assert "older version" in caplog.text and "unilip data prepare emoji" in caplog.text
+    assert all(np.array_equal(source.image_item(i), source.scenes[i]["image"]) for i in range(20))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")

@@ -213,7 +213,11 @@ def unpacked(text: str) -> Tensor:
 
 
 def check_base(model: Any, adapter: Adapter, weight: Callable[[str], Tensor]) -> None:
-    """Compare a model's weights with those that an adapter was trained on. Raises CheckpointError: of another model."""
+    """Compare a model's weights with those that an adapter was trained on, as far as their types tell.
+
+    The log says where they have changed since, or that the adapter does not tell. Raises CheckpointError: of another
+    model.
+    """
     if not adapter.trained_on:
         logger.info("%s does not tell the weights that it was trained on; it names %s", adapter.path, adapter.base)
         return

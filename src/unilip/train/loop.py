@@ -435,7 +435,9 @@ class Loop:
             return
         with self.state.ema.acting():
             pictures = self.together(self.objective.samples, to_device(self.batches[0], self.model.device))
-        for name, rows in pictures.items() if processes.first() else ():
+        if not processes.first():
+            return
+        for name, rows in pictures.items():
             sheet = rows.float().cpu().permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # R n 3 S S -> 3 RS nS
             if self.writer is not None:
                 self.writer.add_image(name, sheet, self.step)
