@@ -39,7 +39,7 @@ class Formatter(logging.Formatter):
         return "\n".join(filter(None, (f"{head}: {fields['cause']}" if error else head, fields["traceback"])))
 
 
-class Handler(logging.StreamHandler[Any]):
+class Handler(logging.StreamHandler):  # type: ignore[type-arg]  # which Python 3.10 has no argument for
     """Writes to what is stderr at the time: a full disk, or a reader that has gone, never stops what it tells of."""
 
     def emit(self, record: logging.LogRecord) -> None:
