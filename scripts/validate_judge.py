@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from unilip.data.seeding import generator
 from unilip.emoji.art import Atlas
 from unilip.emoji.concepts import SHAPES
 from unilip.emoji.dataset import Edits, Scenes, pixels
 from unilip.emoji.judge import VERSION, Judge, judge_edit, judge_prompt, smooth
 from unilip.emoji.world import Obj, Scene, World, relation, sample_background
+from unilip.files import generator
 from unilip.model import UniLIP
 
 BLOB = 0.16  # blur, in sizes of the smallest object, after which nobody would tell what it was

@@ -8,10 +8,10 @@ import tarfile
 import numpy as np
 import pytest
 
-from unilip.data.errors import DataError
 from unilip.emoji import art
 from unilip.emoji.concepts import SHAPES, TONES, concept, concepts
 from unilip.emoji.world import World
+from unilip.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_npm_failures_are_told(tmp_path, monkeypatch):
 
 
 def test_contact_sheet():
-    from unilip.data.sheet import contact_sheet
+    from unilip.pictures import contact_sheet
 
     images = [np.zeros((20, 30, 3), np.uint8)] * 5
     page = contact_sheet(images, columns=2, captions=["a caption that has to be broken into lines"] * 5)

@@ -12,10 +12,10 @@ from PIL import Image
 
 from unilip.data.check import check
 from unilip.data.convert import convert
-from unilip.data.errors import DataError
 from unilip.data.records import Unreadable, clean_text, json_meaning, one_text, read_turns
 from unilip.data.shards import INDEX_SUFFIX, Shards, index_cache
 from unilip.data.sources import Weighted, open_source, parse_mixture
+from unilip.errors import DataError
 from unilip.train.batches import Reading, Tally
 
 

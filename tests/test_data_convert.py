@@ -10,9 +10,9 @@ from PIL import Image
 from support import ShardWriter
 from unilip.cli import main
 from unilip.data.convert import LAYOUTS, convert
-from unilip.data.errors import DataError
 from unilip.data.records import decode_picture
 from unilip.data.sources import open_source
+from unilip.errors import DataError
 
 
 @pytest.fixture(autouse=True)

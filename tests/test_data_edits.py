@@ -8,13 +8,13 @@ import re
 import numpy as np
 import pytest
 
-from unilip.data.errors import DataError
 from unilip.emoji.art import Atlas
 from unilip.emoji.dataset import Edits, Questions, Scenes
 from unilip.emoji.edits import sample_chain, sample_edit, sample_joint
 from unilip.emoji.lessons import cells, of_caption, of_edit
 from unilip.emoji.render import change_mask, render
 from unilip.emoji.world import EDITS, World, overlap, relation
+from unilip.errors import DataError
 
 WORLDS = ("pico", "nano")
 KINDS = [(name, kind) for name in WORLDS for kind in World.preset(name).edits]

@@ -7,7 +7,6 @@ import re
 
 import pytest
 
-from unilip.data.errors import DataError
 from unilip.emoji.art import BACKGROUNDS
 from unilip.emoji.captions import NUMBERS, canonical, caption, counted, indefinite, listed, noun, with_article
 from unilip.emoji.concepts import concept, concepts
@@ -15,6 +14,7 @@ from unilip.emoji.knowledge import CLUES, knowledge, riddles
 from unilip.emoji.questions import KINDS, questions
 from unilip.emoji.tokenizer import SPECIAL_TOKENS, corpus, train_tokenizer
 from unilip.emoji.world import TASKS, Obj, Scene, World, relation, sample_scene
+from unilip.errors import DataError
 
 WORLDS = ("pico", "nano")
 NANO = World.nano()

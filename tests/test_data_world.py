@@ -6,8 +6,6 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from unilip.data.errors import DataError
-from unilip.data.seeding import generator, stable_hash
 from unilip.emoji.art import Atlas
 from unilip.emoji.captions import cell
 from unilip.emoji.concepts import SHAPES, concepts
@@ -26,6 +24,8 @@ from unilip.emoji.world import (
     relation,
     sample_scene,
 )
+from unilip.errors import DataError
+from unilip.files import generator, stable_hash
 
 WORLDS = ("pico", "nano")
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from unilip.chat import joined
-from unilip.data.seeding import generator
 from unilip.emoji import score as emoji
 from unilip.emoji.art import Atlas
 from unilip.emoji.dataset import Edits, pixels
@@ -27,6 +26,7 @@ from unilip.emoji.score import (
 )
 from unilip.emoji.world import Scene, World
 from unilip.errors import UniLIPError
+from unilip.files import generator
 from unilip.pictures import picture_psnr, picture_ssim
 
 WORLD = World.tiny()

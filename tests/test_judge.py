@@ -222,7 +222,7 @@ def test_validation_of_whole_and_broken_scenes(judge, atlas):
 
 
 def test_broken_scenes_differ_from_what_was_asked(atlas):
-    from unilip.data.seeding import generator
+    from unilip.files import generator
 
     data = Scenes(WORLD, atlas, "val", 5, 30, "tokenizer")
     seen_breaks = set()

@@ -8,7 +8,7 @@ import pytest
 from test_readme import blocks
 from unilip import UniLIP, cli
 from unilip.adapters import adapter_names
-from unilip.data.errors import DataError
+from unilip.errors import DataError
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
 

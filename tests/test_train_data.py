@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 
 from support import ShardWriter
-from unilip.data.errors import DataError
 from unilip.data.order import Order
-from unilip.errors import ConfigError
+from unilip.errors import ConfigError, DataError
 from unilip.method.text import Processor
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override

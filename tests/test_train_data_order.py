@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unilip.data.errors import DataError
 from unilip.data.order import BLOCK, Mixture, Order
+from unilip.errors import DataError
 
 COUNTS = [3, 0, 7, 1, 12, 5, 9]
 

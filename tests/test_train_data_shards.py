@@ -15,10 +15,10 @@ from typing import ClassVar
 import pytest
 
 from support import ShardWriter
-from unilip.data.errors import DataError
 from unilip.data.records import Record, Unreadable, clean_text, decode_picture, read_turns
 from unilip.data.shards import INDEX_SUFFIX, Shards, scan
 from unilip.data.sources import expand, open_source, parse_mixture
+from unilip.errors import DataError
 
 
 @pytest.fixture(autouse=True)

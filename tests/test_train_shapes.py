@@ -5,8 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from support import ShardWriter
-from unilip.data.errors import DataError
-from unilip.errors import ConfigError
+from unilip.errors import ConfigError, DataError
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
 from unilip.train.build import make_batches

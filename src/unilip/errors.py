@@ -32,6 +32,10 @@ class PromptError(UniLIPError):
     """A prompt is empty, too long, or the tokenizer lacks the special tokens that it needs."""
 
 
+class DataError(UniLIPError):
+    """Data are missing or broken; or a world, task or edit was asked for that does not exist."""
+
+
 def install(extra: str) -> str:
     """Return how to get an extra of this package, which is in no index: the words that end every such message."""
     return f"install it with pip install '.[{extra}]' in a checkout of UniLIP"

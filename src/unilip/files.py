@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import shutil
 import time
 import zlib
@@ -180,12 +181,20 @@ def content_hash(*parts: object) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(path: Path) -> str:
-    """Return a hash of a file's content, or of a folder's: the names in it and the content of every file."""
-    if path.is_file():
-        return file_hash(path)[:24]
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return content_hash([(file.relative_to(path).as_posix(), file_hash(file)) for file in files])
+def stable_hash(*parts: object) -> int:
+    """Return 64 bits that depend on the text of PARTS alone: the same on every machine and in every run."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def stable_fraction(*parts: object) -> float:
+    """Return a number in [0, 1) that depends on the text of PARTS alone."""
+    return stable_hash(*parts) / 2.0**64
+
+
+def generator(*parts: object) -> random.Random:
+    """Return a fresh generator seeded from PARTS, such as (seed, split, index)."""
+    return random.Random(stable_hash(*parts))
 
 
 def stamp(path: Path) -> list[int]:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from unilip.data.records import KINDS, Record, Source, Unreadable, clean_text, decode_picture, one_text, read_turns
-from unilip.data.sheet import contact_sheet
+from unilip.pictures import contact_sheet
 
 Progress = Callable[[int, int], None]  # told samples read, and to be read
 SHOWN = 32  # samples on the sheet

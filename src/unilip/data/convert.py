@@ -22,11 +22,10 @@ from typing import Any
 
 from PIL import Image
 
-from unilip.data.errors import DataError
 from unilip.data.records import Record, Unreadable, clean_text, decode_picture, one_text
 from unilip.data.shards import INDEX_SUFFIX, is_written, writing_shard
 from unilip.data.sources import open_source
-from unilip.errors import check_choice, differences
+from unilip.errors import DataError, check_choice, differences
 from unilip.files import content_hash, decode_text, lines_of, png_bytes, read_json, write_json
 from unilip.pictures import open_picture
 

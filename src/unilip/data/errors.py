@@ -1,9 +1,3 @@
-"""The one error of the data layer."""
+"""The error of the data layer, under the name that it had."""
 
-from __future__ import annotations
-
-from unilip.errors import UniLIPError
-
-
-class DataError(UniLIPError):
-    """Art is missing or broken, or a world, task or edit was asked for that does not exist."""
+from unilip.errors import DataError as DataError

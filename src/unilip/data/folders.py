@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from unilip.data import records
-from unilip.data.errors import DataError
+from unilip.errors import DataError
 from unilip.files import content_hash, decode_text, mark
 
 logger = logging.getLogger(__name__)

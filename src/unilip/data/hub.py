@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from unilip.data.errors import DataError
 from unilip.data.records import KINDS, Unreadable, kinds_of
 from unilip.data.shards import FORMAT, TEXTS, Shards, writing
-from unilip.errors import reason
+from unilip.errors import DataError, reason
 from unilip.files import content_hash, stamp
 
 SCHEME = "hf:"

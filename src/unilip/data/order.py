@@ -11,8 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from unilip.data.errors import DataError
-from unilip.data.seeding import stable_hash
+from unilip.errors import DataError
+from unilip.files import stable_hash
 
 BLOCK = 10_000  # slots in which a mixture keeps its weights exactly
 

@@ -16,8 +16,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from PIL import Image
 
-from unilip.data.errors import DataError
-from unilip.errors import ImageError, PromptError
+from unilip.errors import DataError, ImageError, PromptError
 from unilip.files import decode_text
 from unilip.pictures import Fit, fit_picture, load_image, open_picture
 from unilip.sampling import check_prompt

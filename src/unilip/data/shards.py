@@ -24,9 +24,8 @@ from typing import Any, BinaryIO
 
 from tqdm.auto import tqdm
 
-from unilip.data.errors import DataError
 from unilip.data.records import KINDS, PICTURES, Record, Unreadable, is_litter, json_meaning, kinds_of, make_record
-from unilip.errors import UniLIPError, reason
+from unilip.errors import DataError, UniLIPError, reason
 from unilip.files import TAIL, content_hash, read_json, replacing, retried, stamp, write_json, write_text
 
 logger = logging.getLogger(__name__)

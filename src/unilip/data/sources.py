@@ -14,10 +14,10 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from unilip.data.errors import DataError
 from unilip.data.folders import Folder, Lines
 from unilip.data.records import Source, is_litter
 from unilip.data.shards import Shards, is_remote
+from unilip.errors import DataError
 
 WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?)")
 

@@ -26,11 +26,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from unilip.data.errors import DataError
-from unilip.data.seeding import stable_hash
 from unilip.emoji.concepts import SHAPES, TONES, concept, concepts
-from unilip.errors import install
-from unilip.files import png_bytes, read_json, read_table, write_bytes
+from unilip.errors import DataError, install
+from unilip.files import png_bytes, read_json, read_table, stable_hash, write_bytes
 from unilip.pictures import open_picture
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from unilip.data.errors import DataError
+from unilip.errors import DataError
 from unilip.files import read_table
 
 SHAPES = ("heart", "circle", "square", "triangle")

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from unilip.data.errors import DataError
-from unilip.data.seeding import generator
 from unilip.emoji.art import Atlas
 from unilip.emoji.captions import as_written, background_words, caption, place_words
 from unilip.emoji.edits import Edit, sample_edit, sample_joint
@@ -21,6 +19,8 @@ from unilip.emoji.knowledge import met_riddles
 from unilip.emoji.questions import questions
 from unilip.emoji.render import render
 from unilip.emoji.world import SPLITS, TASKS, TRAINED, Scene, World, sample_scene
+from unilip.errors import DataError
+from unilip.files import generator
 
 DESCRIBED = 0.33  # share of the questions that ask for a caption
 

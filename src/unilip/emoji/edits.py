@@ -11,12 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-from unilip.data.errors import DataError
 from unilip.emoji.art import BACKGROUNDS
 from unilip.emoji.captions import WORDS, definite, indefinite
 from unilip.emoji.concepts import SHAPES, concept
 from unilip.emoji.questions import BESIDE
 from unilip.emoji.world import RELATIONS, Obj, Scene, World, overlap, place, relation, sample_background, sample_look
+from unilip.errors import DataError
 
 COMBINING = ("add", "replace", "recolour")  # kinds whose target can be a combination that the source is not
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from unilip.data.seeding import stable_hash
 from unilip.emoji.captions import WORDS
 from unilip.emoji.concepts import concept
 from unilip.emoji.world import World
-from unilip.files import read_table
+from unilip.files import read_table, stable_hash
 
 # concept: what kind of thing, then what is true of it and of no other concept here, as in "the KIND that CLUE"
 CLUES: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -7,9 +7,9 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from unilip.data.errors import DataError
 from unilip.emoji.art import BACKGROUNDS, HORIZON, Atlas
 from unilip.emoji.world import Obj, Scene, World
+from unilip.errors import DataError
 from unilip.shapes import Size
 
 

@@ -30,7 +30,6 @@ from tqdm.auto import tqdm
 
 from unilip.adapters import adapter_names, adapter_scale
 from unilip.chat import joined
-from unilip.data.seeding import generator, stable_hash
 from unilip.emoji.art import Atlas
 from unilip.emoji.captions import canonical
 from unilip.emoji.dataset import Edits, Questions, Scenes, pixels
@@ -44,7 +43,7 @@ from unilip.emoji.world import COMPOSITIONAL, TASKS, Scene, World
 from unilip.errors import UniLIPError
 from unilip.fast.loop import Settings
 from unilip.fast.offload import HEAD
-from unilip.files import lines_of, read_json, read_text, write_json, write_lines
+from unilip.files import generator, lines_of, read_json, read_text, stable_hash, write_json, write_lines
 from unilip.method.config import TOKEN_PIXELS
 from unilip.model import DRAWING, UniLIP
 from unilip.pictures import picture_psnr, picture_ssim, to_pixels

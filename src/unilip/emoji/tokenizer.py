@@ -14,15 +14,14 @@ from pathlib import Path
 
 from unilip.checkpoints.tokenizer import FOLDS, QWEN2_SPLIT, WORD
 from unilip.checkpoints.tokenizer import Tokenizer as Trained
-from unilip.data.errors import DataError
-from unilip.data.seeding import generator
 from unilip.emoji.captions import PLAN, WORDS, as_written, canonical, caption, plan
 from unilip.emoji.concepts import concept
 from unilip.emoji.edits import sample_edit
 from unilip.emoji.knowledge import knowledge
 from unilip.emoji.questions import questions
 from unilip.emoji.world import TASKS, World, sample_scene
-from unilip.files import write_text
+from unilip.errors import DataError
+from unilip.files import generator, write_text
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 PAD, EOS = "<|endoftext|>", "<|im_end|>"

@@ -12,11 +12,10 @@ from functools import cache, cached_property, lru_cache
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from unilip.data.errors import DataError
-from unilip.data.seeding import stable_fraction, stable_hash
 from unilip.emoji.art import BACKGROUNDS, HORIZON, HUES, PAINTS, PALETTE, STYLES
 from unilip.emoji.concepts import SHAPES, TONES, concept, concepts, measured
-from unilip.files import read_table
+from unilip.errors import DataError
+from unilip.files import read_table, stable_fraction, stable_hash
 from unilip.method.config import TOKEN_PIXELS
 from unilip.shapes import Size
 

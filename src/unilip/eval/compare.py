@@ -9,12 +9,11 @@ from typing import Any
 
 from PIL import Image
 
-from unilip.data.sheet import contact_sheet
 from unilip.errors import UniLIPError
 from unilip.eval import scores
 from unilip.eval.runs import read_manifest
 from unilip.files import png_bytes, read_json, read_lines, write_bytes, write_text
-from unilip.pictures import open_picture
+from unilip.pictures import contact_sheet, open_picture
 
 SHOWN = 8  # prompts in a page of pictures
 CELL = 256

@@ -20,15 +20,13 @@ from tqdm.auto import tqdm
 from unilip import __version__
 from unilip.checkpoints.hub import Source
 from unilip.checkpoints.read import open_checkpoint
-from unilip.data.seeding import stable_hash
-from unilip.data.sheet import contact_sheet
 from unilip.errors import UniLIPError
 from unilip.eval.benchmarks import Benchmark, Item
 from unilip.eval.runs import PICTURES, RunFolder, batches, model_hash
-from unilip.files import png_bytes, write_bytes, write_json, write_lines
+from unilip.files import png_bytes, stable_hash, write_bytes, write_json, write_lines
 from unilip.machine import Place
 from unilip.model import DRAWING, UniLIP
-from unilip.pictures import Fit, open_picture
+from unilip.pictures import Fit, contact_sheet, open_picture
 
 log = logging.getLogger(__name__)
 

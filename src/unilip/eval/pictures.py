@@ -10,9 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from unilip.data.errors import DataError
 from unilip.data.sources import open_source
-from unilip.errors import ImageError, UniLIPError
+from unilip.errors import DataError, ImageError, UniLIPError
 from unilip.pictures import load_image, open_picture
 
 COLUMNS = ("image", "jpg", "png", "img")  # of datasets, the first that is there

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from unilip.checkpoints.hub import Source
 from unilip.checkpoints.read import open_checkpoint
-from unilip.data.sheet import contact_sheet
 from unilip.errors import ConfigError, UniLIPError, check_choice, reason
 from unilip.eval.pictures import Pictures
 from unilip.eval.runs import RunFolder, model_hash
@@ -38,7 +37,7 @@ from unilip.eval.scores import Rule, csv_text, make_row, write_scores
 from unilip.files import content_hash, file_hash, png_bytes, write_bytes, write_text
 from unilip.machine import Place
 from unilip.model import UniLIP
-from unilip.pictures import PSNR_LIMIT, normalise, psnr, ssim
+from unilip.pictures import PSNR_LIMIT, contact_sheet, normalise, psnr, ssim
 
 log = logging.getLogger(__name__)
 

@@ -30,8 +30,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from unilip.data.errors import DataError
-from unilip.data.seeding import generator, stable_hash
 from unilip.emoji import lessons
 from unilip.emoji.art import Atlas
 from unilip.emoji.captions import PLAN, as_written, caption, plan
@@ -41,7 +39,8 @@ from unilip.emoji.knowledge import knowledge
 from unilip.emoji.lessons import SUMMARY, UNKNOWN, Lesson
 from unilip.emoji.questions import QA, questions
 from unilip.emoji.world import TRAINED, Scene, World, sample_scene
-from unilip.errors import ConfigError, UniLIPError
+from unilip.errors import ConfigError, DataError, UniLIPError
+from unilip.files import generator, stable_hash
 from unilip.method.config import DECODER_PIXELS, TOKEN_PIXELS, UniLIPConfig
 from unilip.method.text import Message, Processor, Prompt, Tokens
 from unilip.recipes.record import FewSteps, Flow, Recipe, Understand

@@ -14,13 +14,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from unilip.data.errors import DataError
 from unilip.data.order import Mixture, Order
 from unilip.data.records import Record, Source, Unreadable, clean_text, one_text, read_turns, square
-from unilip.data.seeding import stable_hash
 from unilip.data.sources import Weighted, open_source, parse_mixture
-from unilip.errors import ConfigError
-from unilip.files import content_hash
+from unilip.errors import ConfigError, DataError
+from unilip.files import content_hash, stable_hash
 from unilip.method.config import UniLIPConfig
 from unilip.method.text import Processor
 from unilip.recipes.record import FewSteps, Flow, Recipe, Understand
