@@ -4,8 +4,6 @@ The examples are scenes that no training saw, with their true captions, answers 
 draws is judged as in its evaluation; a photograph shows what lies outside.
 """
 
-from __future__ import annotations
-
 import contextlib
 import html
 import os

@@ -3,8 +3,6 @@
 The command line turns one into exit code 2, the server into a 4xx. Programming mistakes stay `TypeError` and the like.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Few-step weights: a second timestep embedder, which tells a diffusion transformer where a jump goes."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

@@ -1,7 +1,5 @@
 """Describe a checkpoint, anything that `open_checkpoint` takes, without loading it: plain values ready for JSON."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections import Counter

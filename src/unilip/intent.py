@@ -4,8 +4,6 @@ Plain rules, so that it can be foreseen. In doubt it is a question: words where 
 more, a picture where words were wanted is a wrong answer. "answer:", "draw:" and "edit:" decide.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any, Literal

@@ -4,8 +4,6 @@ In:  files, bytes, Pillow pictures, arrays (H,W[,C]) and tensors ([C,]H,W) of an
 upright 8-bit RGB pictures; pixels (M,3,H,W) normalised by ImageNet's mean and standard deviation; PSNR and SSIM.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import os

@@ -3,8 +3,6 @@
 In:  sides in pixels, or a text such as "448x336". Out: `Size`, width and height, multiples of 28 px.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import re

@@ -3,8 +3,6 @@
 `sizes.json` says how each differs from the released 1b, whose numbers are the defaults of the config's classes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

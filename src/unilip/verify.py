@@ -6,8 +6,6 @@ unconditional rows), `train_t2i*` and `train_edit*` training steps with gradient
 and `train` the schedules. An entry that is not understood is a failed row.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

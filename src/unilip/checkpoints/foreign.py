@@ -4,8 +4,6 @@ Out: files by name, for the authors' code; for transformers, vLLM and SGLang, to
 is an InternVL; and for diffusers.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

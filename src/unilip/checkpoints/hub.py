@@ -3,8 +3,6 @@
 In:  a source as people write it. Out: a local folder or file, fetched where it must be.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

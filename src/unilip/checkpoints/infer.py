@@ -4,8 +4,6 @@ In:  a configuration of ours -> names and shapes of all its tensors. Or names an
 config.json, and the JSON files beside it -> a `UniLIPConfig`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ In:  a folder, a file, a hub id or nothing (the embedded model), in any format t
 Every tensor is accounted for in both directions; nothing is loaded loosely.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

@@ -5,8 +5,6 @@ names with ours. `{i}` is a number, `{p}` weight or bias, `{rest}` anything; sev
 theirs, stacked along its first dimension (fused query, key, value).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache

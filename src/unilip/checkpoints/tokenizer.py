@@ -4,8 +4,6 @@ In:  a folder's tokenizer.json, or vocab.json and merges.txt with what was added
 a checkpoint is ever run, and what a file may ask for is on a short list, so a hostile one is refused.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -3,8 +3,6 @@
 Out: a folder of config.json, model.safetensors (or shards and their index), tokenizer files and a model card.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -4,8 +4,6 @@ In: the words after `unilip`. Out: files, and lines on stdout (paths, answers, o
 and progress on stderr. Exit codes: 0 done, 1 failed or found a difference, 2 bad input, 130 interrupted.
 """
 
-from __future__ import annotations
-
 import difflib
 import itertools
 import logging

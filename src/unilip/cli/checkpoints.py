@@ -1,7 +1,5 @@
 """The verbs about checkpoints: convert, info, verify, demo."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """Command-line parsing: words after `unilip` -> typed options, by the table `verbs.json` and readers of values."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import re

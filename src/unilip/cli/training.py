@@ -1,7 +1,5 @@
 """The verbs of data and training: data NAME, which prepare what training reads, and train."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

@@ -3,8 +3,6 @@
 In: a place that training reads. Out: a report of plain values, and a contact sheet of samples spread evenly over it.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -8,8 +8,6 @@ run, so one that was interrupted goes on with the first shard that is missing.
     blip3o-60k          tar files with jpg + txt, or any other place that training reads
 """
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile

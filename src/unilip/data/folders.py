@@ -7,8 +7,6 @@ A JSONL line, or an entry of a JSON list: {"image", "caption"}, {"source", "inst
 several.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -6,8 +6,6 @@ those of a JSONL line, TRL's `images` and `messages` too; `field=column` renames
 turn.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import replace

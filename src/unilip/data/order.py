@@ -4,8 +4,6 @@ An epoch visits every sample once. Shards are shuffled, then the samples of a fe
 stream reads few shards at a time. Lanes are disjoint sets of shards with streams of their own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 

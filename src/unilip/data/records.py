@@ -5,8 +5,6 @@ Kinds: "image" a picture alone; "caption" picture and text; "edit" source, targe
 with questions and answers; "text" questions and answers without a picture.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -7,8 +7,6 @@ hf:OWNER/NAME?split=train   a Hugging Face dataset, streamed
 A:2,B:1                     a mixture; a number after a colon is a weight (without one: 1)
 """
 
-from __future__ import annotations
-
 import glob
 import re
 from pathlib import Path

@@ -4,8 +4,6 @@ What a caption leaves out is at its default (white background, flat style, the a
 picture up to sizes, and up to places unless they are said too.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections import Counter

@@ -3,8 +3,6 @@
 A drawn shape exists only in a named colour, so the art's own coloured hearts, circles and squares step aside for it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 

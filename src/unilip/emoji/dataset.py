@@ -3,8 +3,6 @@
 Out: dictionaries of uint8 pictures (H, W, 3), strings and scene records; nothing is stored.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

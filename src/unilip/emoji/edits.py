@@ -3,8 +3,6 @@
 Whatever the instruction does not name stays as it is, to the pixel: ``render.change_mask`` says where changes may be.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from contextlib import suppress

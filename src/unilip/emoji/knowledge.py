@@ -1,7 +1,5 @@
 """Things to know about the concepts, in words only: never paired with a picture, so drawing from them is a test."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 

@@ -3,8 +3,6 @@
 Goes in: a scene, a text about it. Comes out: class numbers; 0 is "nothing" in every kind.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass

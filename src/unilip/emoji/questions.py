@@ -1,7 +1,5 @@
 """Scene -> questions with short answers, true by construction; yes and no are equally likely."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Sequence

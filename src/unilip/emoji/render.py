@@ -1,7 +1,5 @@
 """Scene -> RGB picture of world.size, width and height, and the boolean masks (H, W) of which pixels belong to what."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import numpy as np

@@ -3,8 +3,6 @@
 Right cases are on the left, wrong ones on the right, each with what the judge says.
 """
 
-from __future__ import annotations
-
 import html
 from collections.abc import Mapping, Sequence
 from importlib import resources

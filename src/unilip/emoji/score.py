@@ -4,8 +4,6 @@ Out, in a folder: items.jsonl (one judged item a line), pictures/, results.json,
 is seeded by its own key, so a rerun goes on, and no picture depends on its batch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

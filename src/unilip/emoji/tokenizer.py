@@ -4,8 +4,6 @@ In: a world, whose sentences, in lower case and with single spaces, are the corp
 loads. Same world and size, same bytes.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import re

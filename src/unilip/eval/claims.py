@@ -5,8 +5,6 @@ results.json and results.md. A comparison is paired over the same held-out items
 seeds; a difference within two standard errors decides nothing.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

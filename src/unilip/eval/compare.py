@@ -1,7 +1,5 @@
 """Runs side by side: tables with intervals, paired differences, and the same prompts' pictures in a row; see NOTE."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -6,8 +6,6 @@ packages installed this is all:
     python -m lmms_eval --model unilip --model_args pretrained=kanashi6/UniLIP-1B,max_tiles=12 --tasks mme
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Pictures to measure, from where people keep them: what training reads, Parquet files or a saved dataset."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping
 from itertools import islice

@@ -12,8 +12,6 @@ Measures: psnr (range 1.0), ssim (7 x 7 window, range 1.0), ssim_paper (range 2.
 Frechet distance of features: "rfid" with Inception, "fd" with any other. B pictures, F features.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import zipfile

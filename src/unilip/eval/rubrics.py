@@ -4,8 +4,6 @@ The wording is ours (RUBRIC) or, for WISE, ImgEdit and GEdit, read from the auth
 them is part of a score's name. The rules of counting are the authors' (docstrings).
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import math

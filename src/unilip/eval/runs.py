@@ -4,8 +4,6 @@ A killed run goes on in its folder, another run's identity is refused, several p
 on other inputs is known by a fingerprint of their content (`measured`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

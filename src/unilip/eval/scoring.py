@@ -4,8 +4,6 @@ In: a benchmark and its run folder. Out: scores/NAME.json and .jsonl, whose "sco
 what wording. Pictures that are missing are an error; nothing is scored in their place.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -5,8 +5,6 @@ folder: answers.jsonl, and the exact match with the given answers. The published
 SEED, AI2D, MM-Vet) are for lmms-eval and VLMEvalKit, which find the model by `lmms.py` and `vlmevalkit.py`.
 """
 
-from __future__ import annotations
-
 import base64
 import functools
 import re

@@ -4,8 +4,6 @@ Every question gets an answer with a status: "ok", "refused", "unparsable" or "f
 are kept on disk, so a rerun asks only what is open. Nothing that the judge did not say becomes a score.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -3,8 +3,6 @@
 Out: a `Choice`, by what is measured on this processor and how much memory is free; `said` tells it in a line.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 from collections.abc import Mapping

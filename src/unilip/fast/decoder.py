@@ -4,8 +4,6 @@ Equal to the plain decoder up to rounding. No row is computed twice: what a 3x3 
 kept, and of those below is not overwritten yet.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import cast
 

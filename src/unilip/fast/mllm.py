@@ -4,8 +4,6 @@ The decoder is causal and the queries come last: the prompt is read without grad
 and gradients are those of `MLLM.read_with_queries`, for less time and memory.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

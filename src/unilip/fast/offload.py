@@ -1,7 +1,5 @@
 """CPU offload: parts of a model are on the device only while they work; else in memory, or read again by `load`."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 from collections import Counter

@@ -1,7 +1,5 @@
 """Quantisation of linear layers by torchao: weights in int8, int4 or fp8; int8_dynamic, products in int8, too."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib.util

@@ -4,8 +4,6 @@ In:  hidden (B,L,D) with padding mask (B,L); in edits, the positions of the sour
 Out: condition (B,L,C). Attention is bidirectional: the last query changes what the first word becomes.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -6,8 +6,6 @@ Out: latent (M,Z,h,w) by the latent head; pixels (M,3,28h,28w) by the decoder of
 Letters here: c channels, r rows and s columns of a stage (h, w at the coarsest, 32h, 32w at the finest).
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import torch

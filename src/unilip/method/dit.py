@@ -6,8 +6,6 @@ Out: velocity (R,Z,h,w), of a jump the mean velocity on its way.
 Letters: W width, n = h w tokens, d width of a head. Tokens (R,n,W) throughout; a 1x1 convolution is a linear layer.
 """
 
-from __future__ import annotations
-
 import math
 from typing import cast
 

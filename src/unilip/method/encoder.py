@@ -5,8 +5,6 @@ Out: features (M,N,D), N = (H/28)(W/28): LLM input, edit condition, distillation
 InternViT: patches of 14 px (h' w' of them), a class token, pre-norm layers of width E with layer scale.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import torch

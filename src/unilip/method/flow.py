@@ -5,8 +5,6 @@ Training draws levels from the 1000 of the shift-1 schedule; sampling follows a 
 (arXiv 2211.01095, as published), UniPC (arXiv 2302.04867) or Euler. All of them are sums of noise and velocities.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

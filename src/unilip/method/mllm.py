@@ -4,8 +4,6 @@ In:  embeddings (B,T,D) with image slots filled by features (M,N,D), padding mas
 Out: hidden (B,T+Q,D) after the final norm of the causal Qwen2 decoder, and its mask (B,T+Q).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch

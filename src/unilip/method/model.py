@@ -6,8 +6,6 @@ noise -dit, condition-> latent -pixel_decoder-> pixels                          
 words, features -mllm-> words                                                            (ask)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

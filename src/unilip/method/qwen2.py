@@ -4,8 +4,6 @@ RMS norm, grouped-query attention with rotary positions, gated MLP. Letters: d w
 looked at (those before L in a cache, and L).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

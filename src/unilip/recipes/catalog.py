@@ -5,8 +5,6 @@ another one. "{name}" stands for a value of the size. The ablations have equal b
 stand on the earlier stage of the same seed; `unilip eval claims` measures them.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

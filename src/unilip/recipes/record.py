@@ -4,8 +4,6 @@ A `Recipe` says what trains (parameter-name prefixes with learning-rate factors)
 the data, the optimiser and what is written when. `override` changes single fields, by "dotted.name=value".
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import math

@@ -1,7 +1,5 @@
 """The HTTP application: OpenAI's endpoints for pictures and chat, on an engine of this process or on replicas."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import time

@@ -1,7 +1,5 @@
 """Everything that can be wrong with a job is found here, before it is queued, and without the model's weights."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import os

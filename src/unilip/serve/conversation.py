@@ -4,8 +4,6 @@ In:  messages with text, data URLs, pictures in Markdown, pictures of earlier an
 and the question with its history. The model knows no system turn: a system message goes before the user's first words.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The OpenAPI description of the API as one page of HTML that loads nothing: no script, no font, no other host."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Mapping
 from importlib import resources

@@ -8,8 +8,6 @@ Weighted fair queueing: a virtual clock runs at the pace of one equal share of t
 are counted against it, and what waits is served in the order in which it would end if all had their share all the time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -4,8 +4,6 @@ The name is resolved once, every address it has must be a public one, and the co
 was checked; each redirect is checked anew. Standard ports only.
 """
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import ipaddress

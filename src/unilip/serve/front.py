@@ -1,7 +1,5 @@
 """The files of the page, read once: a request can ask for one of these names, and names nothing on the disk."""
 
-from __future__ import annotations
-
 from importlib import resources
 from pathlib import PurePath
 

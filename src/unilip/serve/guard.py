@@ -3,8 +3,6 @@
 Their bodies are whole in memory; others are answered here. Also the last net for errors, and the count of all answers.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import hmac

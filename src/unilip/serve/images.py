@@ -1,7 +1,5 @@
 """OpenAI's endpoints for pictures: JSON or forms in, JSON (base64, or addresses in memory) or streamed events out."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ In:  `Generate`, `Edit`, `Reconstruct`, `Ask`: words, Pillow pictures, settings 
 that act, with their strengths. Out: `Event` while it works, one `Result` at the end, or one of the errors of this file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal

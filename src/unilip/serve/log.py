@@ -1,7 +1,5 @@
 """The log of server and studio: lines that say when, how bad, of which request, what, and why; as text or JSON."""
 
-from __future__ import annotations
-
 import json
 import logging
 import sys

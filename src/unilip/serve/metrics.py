@@ -1,7 +1,5 @@
 """What an operator wants to know of answers, batches and the queue: the page /metrics, in Prometheus' text format."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -4,8 +4,6 @@ The structure of PNG, JPEG, WebP or GIF is walked and its size read before any d
 animated or truncated is refused. What follows the picture (a phone's second picture, a gain map, a film) is cut off.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import io

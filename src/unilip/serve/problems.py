@@ -1,7 +1,5 @@
 """Errors -> answers in OpenAI's shape: {"error": {"message", "type", "param", "code"}}, and when to try again."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

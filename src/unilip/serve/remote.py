@@ -4,8 +4,6 @@ Each replica holds a whole `Engine`. Ray routes a job to the replica with less t
 adds or removes replicas with the load. A job whose replica dies fails with `ReplicaLost`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import itertools

@@ -1,7 +1,5 @@
 """OpenAI's Responses (text, pictures, the tool `image_generation`), told in the terms of chat completions."""
 
-from __future__ import annotations
-
 import json
 import secrets
 import time

@@ -1,7 +1,5 @@
 """From an address to a running server: check who may reach it, take the port, serve, and end in good order."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import ipaddress

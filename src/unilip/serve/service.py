@@ -1,7 +1,5 @@
 """What all routes share: requests that `Guard` let through are read, jobs queued and waited for, pictures encoded."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import contextvars

@@ -1,7 +1,5 @@
 """Pictures that were asked for as a URL, in memory by a name that nobody can guess, for an hour at most."""
 
-from __future__ import annotations
-
 import secrets
 import threading
 import time

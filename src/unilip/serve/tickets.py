@@ -1,7 +1,5 @@
 """What a caller holds of a job that was accepted (`Ticket`), and what the queue holds of it (`Unit`)."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

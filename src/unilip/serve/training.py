@@ -5,8 +5,6 @@ train lora/KIND` leaves it, with the samples in data/; and the adapter of its re
 a process of its own, one at a time; it can be stopped and gone on with.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

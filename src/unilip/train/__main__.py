@@ -6,8 +6,6 @@
 The options are those of `unilip train`. Exit codes: 0 done, 2 bad input, 130 stopped by a signal and saved.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

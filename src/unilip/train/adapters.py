@@ -3,8 +3,6 @@
 Out: a folder that `UniLIP.load_adapter` and `peft.PeftModel.from_pretrained` read.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

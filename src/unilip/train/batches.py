@@ -5,8 +5,6 @@ two batches of two are the same data. Out: pictures, uint8 (B,3,S,S); prompts, `
 (B,T), -100 where nothing is learned; `seeds`, a number for each sample. What a cache holds comes in place of pictures.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import multiprocessing

@@ -4,8 +4,6 @@ Parts start from what `init` names, each with the config that its weights were m
 loosely: a part that does not fit the others is an error that names its tensors.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Iterable, Sequence

@@ -10,8 +10,6 @@ cache:
     teacher        (N,D) the features that distillation holds to: the original encoder
 """
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json

@@ -1,7 +1,5 @@
 """Read a training cache in place of what it was made of, once it is found to fit recipe, data and weights."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

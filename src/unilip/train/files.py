@@ -5,8 +5,6 @@ every sample comes once in an epoch, and any number can be asked for at once. A 
 another of the same place, chosen by its number, and is counted.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 Out: a loss, and the shares told right. B batch, N image tokens, Q queries, L length, M marked words, D width.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ seed and the numbers of its samples, so a resumed run continues bit for bit on t
 process runs this loop; the first one logs, draws and writes the result.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -3,8 +3,6 @@
 In:  pictures (B,3,H,W) in [0,1] unless said otherwise, in [-1,1] for the discriminator. Out: scalars.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any, cast

@@ -4,8 +4,6 @@ Out: `Objective.loss(batch, step)`, a scalar and its named terms; `heads`, weigh
 `adversary_loss`, the second player's where there is one. B batch, K noises per condition, V vocabulary.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import itertools

@@ -4,8 +4,6 @@ Out: a module whose call runs a function of theirs with gradients kept in step. 
 trains keeps its names, its parameters become sharded tensors.
 """
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator

@@ -5,8 +5,6 @@ A step is run on tensors that have shapes but no content, and what is alive at o
 `EFFICIENCY` of the hardware's peak.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import time

@@ -5,8 +5,6 @@ it for any number of processes so that a step holds the same samples, and `own_b
 reads.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import dataclasses
