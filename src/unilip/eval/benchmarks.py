@@ -24,7 +24,7 @@ from PIL import Image
 from unilip.errors import PromptError, UniLIPError, check_choice
 from unilip.eval.pictures import cell, decode, open_dataset
 from unilip.eval.runs import PICTURES
-from unilip.eval.scores import Row, make_row
+from unilip.eval.scores import Row, Rule, make_row
 from unilip.files import content_hash, file_hash, read_json, read_lines, read_table, read_text
 from unilip.sampling import check_prompt
 
@@ -62,8 +62,7 @@ class Benchmark:
     protocol: str
     items: tuple[Item, ...]
     prompts: dict[str, Any]  # what a manifest says of the file: hash, whether it is the published one, how many prompts
-    # of the groups in the overall score; None: the mean over items; empty: the mean of the groups
-    weights: Mapping[str, float] | None = None
+    rule: Rule = field(default_factory=Rule)  # of the overall score
     source: Callable[[Item], Image.Image] | None = None  # the picture that an item edits; None: words alone are drawn
     beside: Callable[[Item], dict[str, Image.Image | bytes]] = lambda item: {}  # by path, what the scorer reads as well
 
@@ -110,7 +109,7 @@ def open_benchmark(
         if item.path in seen:
             raise UniLIPError(f"{path} names {item.key!r} twice; each needs its own, because pictures are named so.")
         seen.add(item.path)
-        if ".." in item.path.split("/") or item.path.startswith("/") or "\\" in item.path or "\0" in item.path:
+        if ".." in item.path.split("/") or "\\" in item.path or "\0" in item.path:
             raise UniLIPError(f"{path} has the name {item.key!r}, which leads out of the run folder; mend the file.")
     if benchmark.prompts["published"] is False and not own_prompts:
         raise UniLIPError(
@@ -157,7 +156,7 @@ def _geneval(path: Path, protocol: str) -> Benchmark:
     def beside(item: Item) -> dict[str, Image.Image | bytes]:
         return {f"{PICTURES}/{item.cluster}/metadata.jsonl": json.dumps(dict(item.data)).encode()}
 
-    return _made("geneval", protocol, items, [file_hash(path)], len(rows), weights={}, beside=beside)
+    return _made("geneval", protocol, items, [file_hash(path)], len(rows), rule=Rule("groups"), beside=beside)
 
 
 def _geneval2(path: Path, protocol: str) -> Benchmark:
@@ -218,8 +217,8 @@ def _wise(path: Path, protocol: str) -> Benchmark:
                 f"protocols number their prompts differently; try --protocol {other}."
             )
         items.append(Item(str(number), prompt, f"{PICTURES}/{number}.png", group, str(number), 1, row))
-    weights = {name: group[2] for name, group in groups.items()}
-    return _made("wise", protocol, items, [file_hash(file) for file in files], len(items), weights=weights)
+    rule = Rule("groups", {name: group[2] for name, group in groups.items()})
+    return _made("wise", protocol, items, [file_hash(file) for file in files], len(items), rule=rule)
 
 
 def wise_files(folder: Path) -> list[Path]:
@@ -280,6 +279,6 @@ def _gedit(path: Path, protocol: str) -> Benchmark:
     def beside(item: Item) -> dict[str, Image.Image | bytes]:
         return {item.path.removesuffix(".png") + "_SRCIMG.png": source(item)}
 
-    made = _made("gedit", protocol, items, [digest], len(items), weights={}, source=source, beside=beside)
+    made = _made("gedit", protocol, items, [digest], len(items), rule=Rule("groups"), source=source, beside=beside)
     made.prompts["published"] = None
     return made

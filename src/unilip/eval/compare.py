@@ -96,9 +96,8 @@ HEAD = (
 def make_tables(runs: Sequence[Scored]) -> dict[str, list[dict[str, Any]]]:
     """Return by column the rows of its table; differences are to the first run of the column."""
     tables: dict[str, list[dict[str, Any]]] = {}
-    firsts: dict[str, Scored] = {}
     for run in runs:
-        rows, first = tables.setdefault(run.column, []), firsts.setdefault(run.column, run)
+        rows, first = tables.setdefault(run.column, []), next(one for one in runs if one.column == run.column)
         about = {"run": run.run, "model": run.summary["model"]}
         left = sum(n for status, n in run.summary["statuses"].items() if status != "ok")
         for split, metrics in run.summary["scores"].items():

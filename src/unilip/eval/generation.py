@@ -102,14 +102,13 @@ def generate(
         if made:
             parts = "drawing" if benchmark.source is None else ("encoder", *DRAWING)
             model = load() if load else UniLIP.from_pretrained(source, device=device, dtype=settings.dtype, parts=parts)
-            total, before = len(items), len(there)
             name = benchmark.name if place.world == 1 else f"{benchmark.name} {place.rank + 1}/{place.world}"
-            with tqdm(total=before + made, initial=before, desc=name, unit="file", disable=not progress) as bar:
+            with tqdm(total=len(there) + made, initial=len(there), desc=name, unit="file", disable=not progress) as bar:
                 for left in filter(None, cut):
                     for path, data in _draw(model, benchmark, left, settings, batch_size, identity).items():
                         write_bytes(output / path, data)
                     bar.update(len(left))
-            log.info("%s: %d of %d files made, %d were there", name, made, total, before)
+            log.info("%s: %d of %d files made, %d were there", name, made, len(items), len(there))
     return {"made": made, "there": len(there), "missing": len(missing(benchmark, output)), "identity": identity}
 
 

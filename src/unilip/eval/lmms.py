@@ -50,14 +50,10 @@ class UniLIP(Base):
         super().__init__()
         place = Place.of_environment()
         self._rank, self._world_size = place.rank, place.world  # which the kit reads as rank and world_size
-        self._device = torch.device(choose_device(device or "auto"))
-        self.model = Model.from_pretrained(pretrained, device=self._device, dtype=dtype, parts=("encoder", "mllm"))
+        self.device = torch.device(choose_device(device or "auto"))
+        self.model = Model.from_pretrained(pretrained, device=self.device, dtype=dtype, parts=("encoder", "mllm"))
         self.batch_size, self.max_tiles = int(batch_size), int(max_tiles)
         self._said: set[str] = set()  # settings of tasks that were ignored, and told
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return an answer to each request, in their order."""

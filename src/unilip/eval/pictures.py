@@ -41,8 +41,6 @@ def decode(data: bytes, name: str) -> Image.Image:
         return load_image(open_picture(data))
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from error
-    except Exception as error:  # whatever the decoder of a format raises for a broken file
-        raise ImageError(f"{name} cannot be decoded ({error}); remove or replace it.") from error
 
 
 def open_pictures(place: str | Path, count: int | None = None) -> Pictures:

@@ -139,9 +139,7 @@ def prepare(image: Image.Image, side: int) -> Image.Image:
         x, y = image.width / width, image.height / height
         box = (left * x, top * y, (left + side) * x, (top + side) * y)
         return image.resize((side, side), Image.Resampling.BICUBIC, box)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return image.crop((left, top, left + side, top + side))
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
 
 
 def to_bytes(images: Sequence[Image.Image]) -> Tensor:
@@ -228,13 +226,12 @@ def evaluate(
             return rows, arrays
 
         table = folder.measured(marks, batch_size, measure, "picture", progress)
-        return None if table is None else _finish(pictures, names, folder, model, table, marks)
+        return None if table is None else _finish(pictures, names, folder, model, table)
 
 
 def _finish(
-    pictures: Pictures, names: Sequence[str], folder: RunFolder, model: UniLIP, table: Sequence[Mapping[str, Any]],
-    marks: Sequence[str],
-) -> dict[str, Any]:  # fmt: skip
+    pictures: Pictures, names: Sequence[str], folder: RunFolder, model: UniLIP, table: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     output, identity = folder.path, folder.identity
     side = identity["settings"]["image_size"]
     columns = [name for name in MEASURES if name in table[0]]
@@ -245,7 +242,7 @@ def _finish(
     about: dict[str, Any] = {
         "task": "recon", "protocol": identity["protocol"], "scorer": f"compared at {side} px", "model": folder.name,
         "model_hash": identity["model"], "settings": identity["settings"],
-        "prompts": {"sha256": content_hash(*marks), "published": None, "count": len(table)},
+        "prompts": {"sha256": content_hash(*(row["mark"] for row in table)), "published": None, "count": len(table)},
         "prompts_scored": len(table), "whole": {},
     }  # fmt: skip
     equal = sum(row.get("psnr", 0) >= PSNR_LIMIT for row in table)

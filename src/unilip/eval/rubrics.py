@@ -29,10 +29,6 @@ KNOWN: dict[str, Any] = read_table("unilip.eval", "rubrics.json")
 OFFICIAL: dict[str, list[str]] = KNOWN["official"]  # SHA-256 of the authors' files that hold their wording
 PLACES: dict[str, dict[str, str]] = KNOWN["places"]  # where these lie in a checkout, by benchmark and protocol
 WORDING: dict[str, str] = KNOWN["wording"]  # ours
-RANGES: dict[str, tuple[float, float]] = {  # the least and the most a score can be: what unjudged items could have had
-    **dict.fromkeys(("correct", "wiscore", "dpg", "soft_tifa_am", "soft_tifa_gm"), (0.0, 1.0)),
-    "score": (1.0, 5.0), **dict.fromkeys(("semantics", "quality", "overall"), (0.0, 10.0)),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

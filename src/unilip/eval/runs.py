@@ -46,7 +46,7 @@ def model_hash(source: Source = None) -> str:
     return content_hash(*parts)[:16]
 
 
-class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
+class RunFolder(contextlib.ExitStack):
     """The folder of one run, which processes of the same run share.
 
     In: path: made if it is not there. identity: what may not differ when the run goes on. place: which process this is.
@@ -55,19 +55,20 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], place: Place, source: Source = None) -> None:
+        super().__init__()
         self.path, self.place, self.name = path, place, "embedded" if source is None else str(source)
         self.identity = json.loads(json.dumps(identity))  # as it is read back
         if path.exists() and not path.is_dir():
             raise UniLIPError(f"{path} is a file, not a folder; give another --output.")
-        self._lock = Lock(
-            path / f".lock-{place.rank}",
+        busy = (
             f"Another process is working in {path}; wait for it, or give another --output. Several processes at once "
-            "need RANK and WORLD_SIZE, as torchrun sets them.",
+            "need RANK and WORLD_SIZE, as torchrun sets them."
         )
+        self.enter_context(Lock(path / f".lock-{place.rank}", busy))
         try:
             self._claim()
         except BaseException:
-            self._lock.release()
+            self.close()
             raise
 
     def _claim(self) -> None:
@@ -141,12 +142,6 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         for file in sorted((self.path / "parts").glob("*.jsonl")):
             known |= {row["mark"]: row for row in read_lines(file, "part of the results") if "mark" in row}
         return known
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._lock.release()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

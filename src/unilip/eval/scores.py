@@ -25,6 +25,10 @@ Row = dict[str, Any]
 Table = Mapping[str, np.ndarray]  # by group sums and counts (2, C), an entry for each of C clusters
 RESAMPLES = 2000
 FOLDER = "scores"
+RANGES: dict[str, tuple[float, float]] = {  # the least and the most a score can be: what unjudged items could have had
+    **dict.fromkeys(("correct", "wiscore", "dpg", "soft_tifa_am", "soft_tifa_gm"), (0.0, 1.0)),
+    "score": (1.0, 5.0), **dict.fromkeys(("semantics", "quality", "overall"), (0.0, 10.0)),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,6 @@ class Rule:
 
     def __post_init__(self) -> None:
         assert self.over in ("items", "groups"), self.over
-
-    @classmethod
-    def of(cls, weights: Mapping[str, float] | None) -> Rule:
-        """Return the rule of a benchmark's weights: None is over items, empty is the plain mean of the groups."""
-        return cls() if weights is None else cls("groups", weights)
 
     def weight(self, groups: Sequence[str]) -> np.ndarray:
         """Return the weights of the groups that are there, which come to one."""
@@ -92,9 +91,7 @@ def interval(samples: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def summarise(
-    rows: Sequence[Row], rule: Rule, ranges: Mapping[str, tuple[float, float]] | None = None
-) -> dict[str, dict[str, Any]]:
+def summarise(rows: Sequence[Row], rule: Rule) -> dict[str, dict[str, Any]]:
     """Return by split the metrics: value, interval, least and most with open items. Raises UniLIPError: no score."""
     metrics = list(dict.fromkeys(name for row in rows if row["scores"] for name in row["scores"]))
     if not metrics:
@@ -107,13 +104,12 @@ def summarise(
     for split in dict.fromkeys(row["split"] for row in rows):
         own = [row for row in rows if row["split"] == split]
         for metric in metrics:
-            table = tabulate(own, metric)
-            if not table:
+            if not (table := tabulate(own, metric)):
                 continue
             low, high = interval(bootstrap(table, rule))
             entry: dict[str, Any] = {"value": combine(table, rule), "low": low, "high": high}
-            if ranges and metric in ranges and any(row["scores"] is None for row in own):
-                for name, value in zip(("least", "most"), ranges[metric], strict=True):
+            if metric in RANGES and any(row["scores"] is None for row in own):
+                for name, value in zip(("least", "most"), RANGES[metric], strict=True):
                     filled = [row if row["scores"] else {**row, "scores": {metric: value}} for row in own]
                     entry[name] = combine(tabulate(filled, metric), rule)
             entry["groups"] = {group: float(s.sum() / n.sum()) for group, (s, n) in table.items()}
@@ -131,10 +127,7 @@ def add_parts(rows: Sequence[Row]) -> dict[str, float]:
     return {name: float(points / count) for name, (points, count) in totals.items() if count}
 
 
-def write_scores(
-    output: Path, name: str, rows: Sequence[Row], rule: Rule, about: Mapping[str, Any],
-    ranges: Mapping[str, tuple[float, float]] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+def write_scores(output: Path, name: str, rows: Sequence[Row], rule: Rule, about: Mapping[str, Any]) -> dict[str, Any]:
     """Write scores/NAME.jsonl, then the summary scores/NAME.json, beside what it is `about`; returns the summary."""
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "scores"
     folder = output / FOLDER
@@ -144,7 +137,7 @@ def write_scores(
         "items": len(rows),
         "statuses": dict(Counter(row["status"] for row in rows)),
         "rule": {"over": rule.over, "weights": dict(rule.weights)},
-        "scores": summarise(rows, rule, ranges),
+        "scores": summarise(rows, rule),
         "parts": add_parts(rows),
         "date": time.strftime("%Y-%m-%d"),
         "rows_sha256": file_hash(folder / f"{slug}.jsonl"),

@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 from unilip.errors import UniLIPError
 from unilip.eval.benchmarks import KNOWN, Benchmark, wise_files
 from unilip.eval.generation import check_pictures, missing
-from unilip.eval.rubrics import JUDGED, RANGES, Rubric, judged_row
+from unilip.eval.rubrics import JUDGED, Rubric, judged_row
 from unilip.eval.runs import PICTURES, read_manifest
-from unilip.eval.scores import FOLDER, Row, Rule, write_scores
+from unilip.eval.scores import FOLDER, Row, write_scores
 from unilip.eval.vlm import STATUSES, RemoteJudge, Terms
 from unilip.files import read_lines
 
@@ -83,11 +83,8 @@ def score_by_judge(
     about["cost"] = judge.tally.to_dict(terms.prices)
     came = {name: judge.tally[name] for name in STATUSES if judge.tally[name]}
     about["questions"] = {"asked": sum(came.values()), **came}
-    return write_scores(output, f"judge-{terms.model}-{rubric.name}", rows, Rule.of(benchmark.weights), about, RANGES)
+    return write_scores(output, f"judge-{terms.model}-{rubric.name}", rows, benchmark.rule, about)
 
-
-# The authors' programs, in their checkouts, and the words that they are called with.
-PROGRAMS: dict[str, list[str]] = KNOWN["programs"]
 
 # The program's words come on its stdin: a key among them would be in every list of processes.
 LAUNCH = (
@@ -115,12 +112,13 @@ def score_officially(
     """
     name = benchmark.name
     folder = Path(checkout).expanduser().resolve()
-    if name not in PROGRAMS:
+    programs: dict[str, list[str]] = KNOWN["programs"]  # in the checkouts, and the words that they are called with
+    if name not in programs:
         raise UniLIPError(
             f"The scorer of {name} has its judge's address and key written into its source, so it cannot be run as it "
             "is; use --judge with --rubric, which asks the same questions."
         )
-    inside, *form = PROGRAMS[name]
+    inside, *form = programs[name]
     program = folder / inside
     if not program.is_file():
         raise UniLIPError(f"There is no {inside} in {folder}; give a checkout of {name}'s repository.")
@@ -156,7 +154,7 @@ def score_officially(
     if lacking:
         log.warning("%s gave no score for %d of %d items", program.name, lacking, len(full))
     about = _about(benchmark, manifest, f"official {inside}{judge}")
-    return write_scores(output, "official", full, Rule.of(benchmark.weights), about, RANGES)
+    return write_scores(output, "official", full, benchmark.rule, about)
 
 
 Found = dict[str, dict[str, float]]

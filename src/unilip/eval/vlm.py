@@ -6,7 +6,6 @@ are kept on disk, so a rerun asks only what is open. Nothing that the judge did 
 
 import hashlib
 import json
-import logging
 import os
 import re
 import threading
@@ -20,8 +19,6 @@ from typing import Any
 
 from unilip.errors import UniLIPError, install, reason
 from unilip.files import write_json
-
-log = logging.getLogger(__name__)
 
 STATUSES = ("ok", "refused", "unparsable", "failed")
 SPENT = ("requests", "from_cache", "retries", "tokens_in", "tokens_out")
@@ -115,7 +112,6 @@ class RemoteJudge:
                 answers = list(pool.map(self._one, questions))
             except BaseException:
                 self._stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
                 raise
         self.tally.update(answer.status for answer in answers)
         return answers

@@ -9,20 +9,15 @@ points, so `python -m unilip.eval.vlmevalkit` adds the model to its table and th
 finds the option that an answer in words names. Such scores are not comparable with those of the kit's own prompt.
 """
 
-from __future__ import annotations
-
 import logging
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from unilip.errors import UniLIPError
-
-if TYPE_CHECKING:
-    from unilip.model import UniLIP
 
 log = logging.getLogger(__name__)
 
