@@ -233,15 +233,12 @@ def _imgedit(path: Path, protocol: str, sources: str | Path | None) -> Benchmark
     if sources is None:
         raise UniLIPError("imgedit needs --sources: the folder of the pictures to edit, from Benchmark.tar of ImgEdit.")
     folder = Path(sources).expanduser()
-    items, missing, digests = [], [], {}
+    items, names = [], []
     for key, row in rows.items():
         prompt, kind, name = _texts(row, path, key, "prompt", "edit_type", "id")
-        if (folder / name).is_file():
-            digests[name] = file_hash(folder / name)
-        else:
-            missing.append(name)
+        names.append(name)
         items.append(Item(key, prompt, f"{PICTURES}/{key}.png", kind, key, 1, row))
-    if missing:
+    if missing := [name for name in names if not (folder / name).is_file()]:
         raise UniLIPError(
             f"{len(missing)} of {len(items)} pictures are not in {folder}, the first is {missing[0]}; give the folder "
             "that holds animal/, style/ and so on as --sources."
@@ -252,7 +249,7 @@ def _imgedit(path: Path, protocol: str, sources: str | Path | None) -> Benchmark
         return decode(file.read_bytes(), str(file))
 
     made = _made("imgedit", protocol, items, [file_hash(path)], len(items), source=source)
-    made.prompts["sources"] = content_hash(digests)
+    made.prompts["sources"] = content_hash({name: file_hash(folder / name) for name in set(names)})
     return made
 
 
@@ -269,9 +266,9 @@ def _gedit(path: Path, protocol: str) -> Benchmark:
         task, language, key, prompt = _texts(row, path, f"row {n}", *columns[:4])
         if task not in KNOWN["gedit"] or language not in ("en", "cn"):
             raise UniLIPError(f"{path}, row {n}: task {task!r} in {language!r} is no GEdit; fetch {HOMES['gedit']}.")
-        place = f"{PICTURES}/fullset/{task}/{language}/{key}.png"
-        wanted = {"row": n, "key": key, "task_type": task, "both": bool(row["Intersection_exist"])}
-        items.append(Item(f"{task}/{language}/{key}", prompt, place, task, f"{language}/{key}", 1, wanted, language))
+        where = f"{task}/{language}/{key}"
+        place = f"{PICTURES}/fullset/{where}.png"
+        items.append(Item(where, prompt, place, task, f"{language}/{key}", 1, {"row": n}, language))
 
     def source(item: Item) -> Image.Image:
         return decode(cell(data[item.data["row"]][pictured]), f"{path}, row {item.data['row']}")

@@ -153,10 +153,8 @@ def _sheet(runs: Sequence[Scored], count: int) -> Image.Image | None:
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
-    value = row.get(name, "")
-    if name in ("difference", "d_low", "d_high") and name in row:
-        return f"{value:+.4f}"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    value, sign = row.get(name, ""), "+" if name in ("difference", "d_low", "d_high") else ""
+    return f"{value:{sign}.4f}" if isinstance(value, float) else str(value)
 
 
 def to_markdown(tables: Mapping[str, Sequence[Mapping[str, Any]]], sheets: Mapping[str, str]) -> str:
