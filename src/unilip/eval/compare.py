@@ -144,8 +144,7 @@ def _sheet(runs: Sequence[Scored], count: int) -> Image.Image | None:
             file = run.folder / rows[key]["picture"]
             if not file.is_file():
                 return None
-            with open_picture(file) as picture:
-                images.append(picture.convert("RGB").resize((CELL, CELL), Image.Resampling.BICUBIC))
+            images.append(open_picture(file).convert("RGB").resize((CELL, CELL), Image.Resampling.BICUBIC))
             own = rows[key]["scores"] or {}
             said = ", ".join(f"{name} {value:.3g}" for name, value in own.items()) or rows[key]["status"]
             captions.append(f"{run.run}: {said}. {rows[key].get('prompt', '')[:90]}")

@@ -170,10 +170,8 @@ def _ask_imgedit(benchmark: Benchmark, rubric: Rubric, item: Item, picture: Path
 def _ask_gedit(benchmark: Benchmark, rubric: Rubric, item: Item, picture: Path) -> list[Question]:
     texts = rubric.texts or {name: WORDING[f"gedit {name}"] for name in ("semantics", "quality")}
     source = picture.with_name(f"{picture.stem}_SRCIMG.png").read_bytes()
-    with open_picture(source) as opened:
-        size = opened.size
     made = decode(picture.read_bytes(), str(picture))
-    result = png_bytes(made.resize(size, Image.Resampling.BICUBIC))  # as the authors' scorer does
+    result = png_bytes(made.resize(open_picture(source).size, Image.Resampling.BICUBIC))  # as the authors' scorer does
     follow = texts["semantics"].replace("<instruction>", item.prompt)
     return [
         Question(f"{item.key}/semantics", (follow, source, result), read_viescore, max_tokens=1400),
