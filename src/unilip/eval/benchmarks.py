@@ -256,8 +256,7 @@ def _imgedit(path: Path, protocol: str, sources: str | Path | None) -> Benchmark
 def _gedit(path: Path, protocol: str) -> Benchmark:
     columns = ["task_type", "instruction_language", "key", "instruction", "Intersection_exist"]
     data, pictured, files = open_dataset(path, "input_image")
-    lacking = [name for name in columns if name not in data.column_names]
-    if lacking:
+    if lacking := [name for name in columns if name not in data.column_names]:
         raise UniLIPError(f"{path} has no column {', '.join(lacking)}; fetch {HOMES['gedit']}.")
     rows = data.select_columns(columns).to_list()
     digest = hashlib.sha256("".join(file_hash(file) for file in files).encode()).hexdigest()

@@ -245,8 +245,7 @@ def _finish(
         "prompts": {"sha256": content_hash(*(row["mark"] for row in table)), "published": None, "count": len(table)},
         "prompts_scored": len(table), "whole": {},
     }  # fmt: skip
-    equal = sum(row.get("psnr", 0) >= PSNR_LIMIT for row in table)
-    if equal:
+    if equal := sum(row.get("psnr", 0) >= PSNR_LIMIT for row in table):
         about["whole"][f"equal pictures, counted as {PSNR_LIMIT:g} dB"] = equal
     if identity["features"]:
         real, made = folder.array(table, "real"), folder.array(table, "made")

@@ -44,8 +44,7 @@ def check_complete(benchmark: Benchmark, output: Path) -> dict[str, Any]:
                 f"{output} is a run of {identity.get('task')} {identity.get('protocol')} with other {name}; give the "
                 "prompts and protocol that it was made with."
             )
-    left = missing(benchmark, output)
-    if left:
+    if left := missing(benchmark, output):
         raise UniLIPError(
             f"{len(left)} of {len(benchmark.items)} pictures are missing in {output}, the first is {left[0].path}; run "
             "the command without --no-generate to make them."
@@ -150,8 +149,7 @@ def score_officially(
             )
     rows = _READERS[name](benchmark, made)
     full = [item.row(rows.get(item.key), "ok" if item.key in rows else "failed") for item in benchmark.items]
-    lacking = sum(row["scores"] is None for row in full)
-    if lacking:
+    if lacking := sum(row["scores"] is None for row in full):
         log.warning("%s gave no score for %d of %d items", program.name, lacking, len(full))
     about = _about(benchmark, manifest, f"official {inside}{judge}")
     return write_scores(output, "official", full, benchmark.rule, about)

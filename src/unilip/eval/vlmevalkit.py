@@ -24,8 +24,7 @@ log = logging.getLogger(__name__)
 
 def split_message(message: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]:
     """Return pictures and text of a message of the kit. Raises UniLIPError: it holds something else, as a video."""
-    other = sorted({str(part["type"]) for part in message} - {"text", "image"})
-    if other:
+    if other := sorted({str(part["type"]) for part in message} - {"text", "image"}):
         raise UniLIPError(f"UniLIP understands texts and images, not {', '.join(other)}; choose another data set.")
     images = [str(part["value"]) for part in message if part["type"] == "image"]
     return images, "\n".join(str(part["value"]) for part in message if part["type"] == "text")
