@@ -103,9 +103,7 @@ class Mixture:
         if self._block is None or self._block[0] != block:
             streams = self._slots[permutation(BLOCK, "mixture", self.seed, self.name, block)]
             before = np.empty(BLOCK, dtype=np.int64)
-            for stream in range(len(self.quota)):
-                own = np.flatnonzero(streams == stream)
-                before[own] = np.arange(len(own))
+            before[np.argsort(streams, kind="stable")] = np.concatenate([np.arange(count) for count in self.quota])
             self._block = block, streams, before
         _, streams, before = self._block
         stream = int(streams[at])

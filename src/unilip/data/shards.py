@@ -189,35 +189,34 @@ def _read_member(file: BinaryIO, offset: int, size: int, check: int) -> bytes | 
 def _sorted(
     size: int, fault: str, found: Mapping[tuple[int, str], Member], meanings: Mapping[tuple[int, str], str]
 ) -> ShardIndex:
-    groups: dict[tuple[int, str], Members] = {}
-    others: dict[tuple[int, str], dict[str, Members]] = {}
+    groups: dict[tuple[int, str], dict[str, Members]] = {}  # by archive and key: by what is between key and ending
     for (archive, name), member in found.items():
         if is_litter(name):
             continue
         folder, slash, file = name.rpartition("/")
-        stem, _, ending = file.partition(".")  # at the first dot, as WebDataset does
-        key, ending = f"{folder}{slash}{stem}", ending.lower()
-        group = groups.setdefault((archive, key), {})
+        key, _, ending = file.partition(".")  # at the first dot, as WebDataset does
+        stem, ending = "", ending.lower()
         if ending not in ENDINGS:  # a name with dots, or what belongs to the sample but is not read
             stem, _, ending = ending.rpartition(".")
             if ending in PICTURES and stem.endswith((".input", ".output")):
                 stem, _, part = stem.rpartition(".")
                 ending = f"{part}.{ending}"
-            group = others.setdefault((archive, key), {}).setdefault(stem, {})
+        group = groups.setdefault((archive, f"{folder}{slash}{key}"), {"": {}}).setdefault(stem, {})
         group[meanings[archive, name] or "metadata" if ending == "json" else ending] = member
     ignored: Counter[str] = Counter()
     named: list[tuple[str, Members]] = []
-    for place, group in groups.items():
-        known = {ending: member for ending, member in group.items() if ending in ENDINGS}
-        ignored.update(group.keys() - known.keys())
+    for (_, key), stems in groups.items():
+        plain = stems.pop("")
+        known = {ending: member for ending, member in plain.items() if ending in ENDINGS}
+        ignored.update(ending or "none" for ending in plain if ending not in known)
         if known:
-            named.append((place[1], known))
-        for stem, other in others.get(place, {}).items():
-            pair = any(ending.rpartition(".")[2] in PICTURES for ending in other) and not TEXTS.isdisjoint(other)
-            if stem and (pair or (not known and not ENDINGS.isdisjoint(other))):
-                named.append((f"{place[1]}.{stem}", other))
+            named.append((key, known))
+        for stem, group in stems.items():
+            pair = any(ending.rpartition(".")[2] in PICTURES for ending in group) and not TEXTS.isdisjoint(group)
+            if pair or not (known or ENDINGS.isdisjoint(group)):
+                named.append((f"{key}.{stem}", group))
             else:
-                ignored.update(".".join(filter(None, (stem, ending))) or "none" for ending in other)
+                ignored.update(".".join(filter(None, (stem, ending))) for ending in group)
     if fault and len(named) > 1 and len(named[-1][1]) < len(named[-2][1]):
         named.pop()  # the sample that the damage cut in two
     texts = any(not TEXTS.isdisjoint(group) for _, group in named)
