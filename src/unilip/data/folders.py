@@ -180,8 +180,8 @@ class Lines(_OneShard):
         for kind in kinds:
             self._found[kind].append((name, values) if offset is None else offset)
         if kinds and len(self._pictures) < MARKED:
-            fields = [field for field in ("image", "source", "target") if field in values]
-            self._pictures += [self.file.parent / values[field] for field in fields if "\0" not in values[field]]
+            named = (values.get(field) for field in ("image", "source", "target"))
+            self._pictures += [self.file.parent / path for path in named if isinstance(path, str) and "\0" not in path]
 
     def _leave(self, name: str, why: str) -> None:
         self.faults.append(f"{self.file}, {name}: {why}")

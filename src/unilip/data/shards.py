@@ -105,12 +105,12 @@ def read_head(path: Path) -> dict[str, Any] | None:
     try:
         with path.open(encoding="utf-8") as file:
             head = json.loads(file.readline(MAX_HEAD))
-        counts = [head["counts"][kind] for kind in KINDS]
-        whole = head["format"] == FORMAT and all(type(n) is int and 0 <= n <= head["size"] for n in counts)
-        whole = whole and isinstance(head["fault"], str) and isinstance(head["ignored"], dict)
+        numbers = [*head["counts"].values(), *head["ignored"].values()]
+        whole = head["format"] == FORMAT and all(type(n) is int and 0 <= n <= head["size"] for n in numbers)
+        whole = whole and set(head["counts"]) == set(KINDS) and isinstance(head["fault"], str)
         whole = whole and bool(head["content"]) and "stamp" in head
         return head if whole and all(len(probe) == 3 for probe in head["probes"]) else None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 
