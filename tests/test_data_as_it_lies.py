@@ -114,6 +114,7 @@ def test_hostile_and_damaged_indices_are_made_anew(tmp_path):
         ({**head, "counts": []}, samples),
         ({**head, "ignored": {"txt": "many"}}, samples),
         ({**head, "probes": [[10**30, 10**30, 0]]}, samples),
+        ({**head, "probes": [[512, 10**14, 0]]}, samples),
         ({**head, "size": 10**30}, samples),
         (head, {**samples, "caption": [["0", {"image": [10**30, 5, 0]}]]}),
         (head, {**samples, "caption": []}),

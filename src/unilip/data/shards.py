@@ -93,10 +93,8 @@ class ShardIndex:
             raise ValueError("its samples are not those of its head")
         for found in samples.values():
             for key, parts in found:
-                for offset, size, check in parts.values():
-                    whole = isinstance(key, str) and type(offset) is type(size) is type(check) is int
-                    if not (whole and offset >= tarfile.BLOCKSIZE and size >= 0 and offset + size <= head["size"]):
-                        raise ValueError("a member has no numbers, or lies outside of the shard")
+                if not isinstance(key, str) or not all(_fits(member, head["size"]) for member in parts.values()):
+                    raise ValueError("a member has no numbers, or lies outside of the shard")
         return cls(head["size"], head["fault"], samples, head["ignored"], head["stamp"])
 
 
@@ -109,9 +107,16 @@ def read_head(path: Path) -> dict[str, Any] | None:
         whole = head["format"] == FORMAT and all(type(n) is int and 0 <= n <= head["size"] for n in numbers)
         whole = whole and set(head["counts"]) == set(KINDS) and isinstance(head["fault"], str)
         whole = whole and bool(head["content"]) and "stamp" in head
-        return head if whole and all(len(probe) == 3 for probe in head["probes"]) else None
+        return head if whole and all(_fits(probe, head["size"]) for probe in head["probes"]) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _fits(member: Sequence[Any], shard: int) -> bool:
+    """Whether what an index says of a member can be true of a shard of so many bytes."""
+    offset, size, check = member
+    numbers = type(offset) is type(size) is type(check) is int
+    return numbers and offset >= tarfile.BLOCKSIZE and 0 <= size <= shard - offset
 
 
 def belongs(head: Mapping[str, Any], path: Path) -> bool:
@@ -120,7 +125,7 @@ def belongs(head: Mapping[str, Any], path: Path) -> bool:
         with path.open("rb") as file:
             whole = os.fstat(file.fileno()).st_size == head["size"]
             return whole and all(_read_member(file, *probe) is not None for probe in head["probes"])
-    except (OSError, OverflowError, TypeError):
+    except OSError:
         return False
 
 
