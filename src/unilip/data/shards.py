@@ -18,7 +18,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -241,13 +240,14 @@ def _sorted(
 class Shards:
     """The samples of tar files, of damaged ones what comes before. Raises DataError: none of the shards can be read."""
 
+    _process: int | None = None  # the one that has the rest
+    _open: OrderedDict[int, tuple[BinaryIO, ShardIndex]]
+    _turn: threading.Lock  # one shard is fetched at a time
+    _coming: dict[int, Future[Path]]
+
     def __init__(self, shards: Sequence[str], location: str, keep_gb: float = 50.0) -> None:
         self.shards, self.location, self.keep_gb = list(shards), location, keep_gb  # at most, of remote ones on disk
         self.faults: list[str] = []
-        self._open: OrderedDict[int, tuple[BinaryIO, ShardIndex]] = OrderedDict()
-        self._turn: threading.Lock | None = None  # one shard is fetched at a time
-        self._coming: dict[int, Future[Path]] = {}
-        self._process = os.getpid()
         self._stamps = self._identify()
         bar = tqdm(range(len(self.shards)), desc="shards", unit="shard", leave=False, delay=5, disable=None)
         self._heads = [self._head(number) for number in bar]
@@ -266,7 +266,8 @@ class Shards:
             raise DataError(f"{location}: none of {len(self.shards)} shards holds a sample{why}.")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": OrderedDict(), "_turn": None, "_coming": {}}
+        own = ("_process", "_open", "_turn", "_coming")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def counts(self, kind: str) -> list[int]:
         return [int(head["counts"][kind]) for head in self._heads]
@@ -296,8 +297,16 @@ class Shards:
         self._own_process()
         for shard in shards:
             if is_remote(self.shards[shard]) and shard not in self._coming and not self._kept(shard).exists():
-                self._turn = self._turn or threading.Lock()
-                self._coming[shard] = later(partial(self._bring, shard), self._turn)
+                coming = self._coming[shard] = Future()
+                # unlike a pool's, such a thread keeps no program from ending
+                threading.Thread(target=self._fetch, args=(shard, coming), daemon=True, name="fetch").start()
+
+    def _fetch(self, shard: int, coming: Future[Path]) -> None:
+        with self._turn:
+            try:
+                coming.set_result(self._bring(shard))
+            except BaseException as error:
+                coming.set_exception(error)
 
     def _identify(self) -> list[Any]:
         """What says that a remote shard is another one than before, of each; None for those on this machine."""
@@ -318,7 +327,10 @@ class Shards:
         if not path.exists():
             with FileLock(str(path.with_suffix(".lock"))):
                 if not path.exists():
-                    self._write(self.shards[shard], path)
+                    try:
+                        self._write(self.shards[shard], path)
+                    except Exception as error:  # of the network, of the format, of a library
+                        raise Unreadable("shard unreachable", f"{self.shards[shard]}: {reason(error)}") from error
                     found = sorted(path.parent.glob("*.tar"), key=lambda p: p.stat().st_mtime)
                     total = sum(p.stat().st_size for p in found)
                     for old in found:  # the longest unused first; an open one stays readable (POSIX)
@@ -331,16 +343,13 @@ class Shards:
         return path
 
     def _write(self, location: str, path: Path) -> None:
-        """Fetch a remote shard, in three attempts. Raises Unreadable: it cannot be."""
-        try:
-            retried(lambda: _get(location, path))
-        except Exception as error:  # each file system has its own
-            raise Unreadable("shard unreachable", f"{location}: {reason(error)}") from error
+        """Fetch a remote shard, in three attempts."""
+        retried(lambda: _get(location, path))
 
     def _own_process(self) -> None:
         """Forget what a parent process opened: a forked one would share its places in files, and has no threads."""
         if self._process != os.getpid():
-            self._open, self._turn, self._coming, self._process = OrderedDict(), None, {}, os.getpid()
+            self._open, self._turn, self._coming, self._process = OrderedDict(), threading.Lock(), {}, os.getpid()
 
     def _head(self, shard: int) -> dict[str, Any]:
         try:
@@ -411,21 +420,6 @@ def index_cache(location: str, version: Any = None, ending: str = INDEX_SUFFIX) 
 
 
 # --- remote shards --------------------------------------------------------------------------------------------------
-
-
-def later(call: Callable[[], Path], turn: threading.Lock) -> Future[Path]:
-    """Call in the background, one after the other. Unlike a pool's, the thread keeps no program from ending."""
-    future: Future[Path] = Future()
-
-    def work() -> None:
-        with turn:
-            try:
-                future.set_result(call())
-            except BaseException as error:
-                future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True, name="fetch").start()
-    return future
 
 
 def remote_stamp(location: str) -> Any:
