@@ -16,6 +16,7 @@ from unilip.data.records import Unreadable, clean_text, json_meaning, one_text, 
 from unilip.data.shards import INDEX_SUFFIX, Shards, index_cache
 from unilip.data.sources import Weighted, open_source, parse_mixture
 from unilip.errors import DataError
+from unilip.files import content_hash
 from unilip.train.batches import Reading, Tally
 
 
@@ -107,6 +108,8 @@ def test_hostile_and_damaged_indices_are_made_anew(tmp_path):
     assert captions(shard) == [LONG[1], SHORT[1]]
     own = index_cache(str(shard))
     head, samples = (json.loads(line) for line in own.read_text().splitlines())
+    rows = (["0", {"image": [10**30, 5, 0]}], ["0", {"image": [512, 10**14, 0]}], ["0", []], ["0", 1], ["0"], 0)
+    others = [{**samples, "caption": [row] * 2} for row in rows]
     odd = [
         ({**head, "counts": {**head["counts"], "caption": 10**12}}, samples),
         ({**head, "counts": {**head["counts"], "caption": -1}}, samples),
@@ -118,6 +121,7 @@ def test_hostile_and_damaged_indices_are_made_anew(tmp_path):
         ({**head, "size": 10**30}, samples),
         (head, {**samples, "caption": [["0", {"image": [10**30, 5, 0]}]]}),
         (head, {**samples, "caption": []}),
+        *(({**head, "content": content_hash(other)}, other) for other in others),
         (head, []),
         ([1], samples),
         ({"format": 1}, samples),

@@ -8,6 +8,7 @@ turn. Members: `jpg` (or png, webp) with `txt`; `input.jpg`, `output.jpg`, `txt`
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -38,6 +39,7 @@ ENDINGS = {
 }  # fmt: skip
 PROBES = 16  # members of a shard that are looked at to tell whether an index is its own
 MAX_HEAD = 1 << 20
+BROKEN = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # of JSON that is not what it should be
 TELLING = (  # what file systems call that which changes with a file
     "size", "ETag", "etag", "Content-MD5", "Digest", "Last-Modified", "LastModified", "last_modified", "mtime",
     "modified", "created", "generation", "md5Hash", "md5", "blob_id", "version_id", "VersionId", "ino",
@@ -84,17 +86,17 @@ class ShardIndex:
         write_text(path, json.dumps(self.head()) + "\n" + json.dumps(self.samples) + "\n")
 
     @classmethod
-    def read(cls, path: Path) -> ShardIndex:
-        """Read an index file back; raises ValueError where it is not whole or says what cannot be."""
-        with path.open(encoding="utf-8") as file:
-            head, samples = json.loads(file.readline()), json.loads(file.readline())
-        if not isinstance(samples, dict) or set(samples) != set(KINDS) or content_hash(samples) != head["content"]:
-            raise ValueError("its samples are not those of its head")
-        for found in samples.values():
-            for key, parts in found:
-                if not isinstance(key, str) or not all(_fits(member, head["size"]) for member in parts.values()):
-                    raise ValueError("a member has no numbers, or lies outside of the shard")
-        return cls(head["size"], head["fault"], samples, head["ignored"], head["stamp"])
+    def read(cls, path: Path) -> ShardIndex | None:
+        """Read an index file back, or return None where it is not whole or says what cannot be."""
+        try:
+            with path.open(encoding="utf-8") as file:
+                head, samples = json.loads(file.readline()), json.loads(file.readline())
+            whole = set(samples) == set(KINDS) and content_hash(samples) == head["content"]
+            for key, parts in itertools.chain(*samples.values()):
+                whole = whole and isinstance(key, str) and all(_fits(member, head["size"]) for member in parts.values())
+            return cls(head["size"], head["fault"], samples, head["ignored"], head["stamp"]) if whole else None
+        except BROKEN:
+            return None
 
 
 def read_head(path: Path) -> dict[str, Any] | None:
@@ -107,7 +109,7 @@ def read_head(path: Path) -> dict[str, Any] | None:
         whole = whole and set(head["counts"]) == set(KINDS) and isinstance(head["fault"], str)
         whole = whole and bool(head["content"]) and "stamp" in head
         return head if whole and all(_fits(probe, head["size"]) for probe in head["probes"]) else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, *BROKEN):
         return None
 
 
@@ -396,10 +398,8 @@ class Shards:
             coming = self._coming.pop(shard, None)
             path = self._bring(shard) if coming is None else coming.result()
             known = self._known(shard)
-            try:
-                index = ShardIndex.read(known[0]) if known and belongs(known[1], path) else self._build(shard)
-            except (ValueError, LookupError, TypeError, RecursionError):  # of an index that is damaged
-                index = self._build(shard)
+            index = ShardIndex.read(known[0]) if known and belongs(known[1], path) else None
+            index = index or self._build(shard)
             file = path.open("rb")
         except OSError as error:
             raise Unreadable("shard unreadable", f"{location}: {error}") from error
