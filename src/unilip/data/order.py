@@ -35,7 +35,6 @@ class Order:
             )
         mixed = filled[permutation(len(filled), "lanes", seed, name)] if lanes > 1 else filled
         self.lanes = [np.sort(mixed[lane::lanes]) for lane in range(lanes)]
-        self._epochs: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def total(self, lane: int = 0) -> int:
         return int(self.counts[self.lanes[lane]].sum())
@@ -68,14 +67,9 @@ class Order:
 
     def _epoch(self, lane: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards of a lane in the order of an epoch, and the running number of samples after each."""
-        key = (lane, epoch)
-        if key not in self._epochs:
-            own = self.lanes[lane]
-            shards = own[permutation(len(own), "shards", self.seed, self.name, lane, epoch)]
-            if len(self._epochs) > 2 * len(self.lanes):
-                self._epochs.clear()
-            self._epochs[key] = shards, np.cumsum(self.counts[shards])
-        return self._epochs[key]
+        own = self.lanes[lane]
+        shards = own[permutation(len(own), "shards", self.seed, self.name, lane, epoch)]
+        return shards, np.cumsum(self.counts[shards])
 
 
 class Mixture:
