@@ -18,7 +18,6 @@ import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -48,6 +47,8 @@ OPEN_SHARDS = 32  # files and indices that a process holds
 
 Member = tuple[int, int, int]  # offset and size of the data, and a checksum of the header and of the data's end
 Members = dict[str, Member]  # by ending
+Head = dict[str, Any]  # what is asked of a shard before any sample is: the first line of its index file
+Samples = dict[str, list[tuple[str, Members]]]  # by kind: key and members; the second line
 
 
 def is_remote(location: str) -> bool:
@@ -58,48 +59,12 @@ def is_remote(location: str) -> bool:
 # --- the index of one shard -----------------------------------------------------------------------------------------
 
 
-@dataclass
-class ShardIndex:
-    """What the index of a shard holds."""
-
-    size: int
-    fault: str  # where a damaged shard ends to be readable
-    samples: dict[str, list[tuple[str, Members]]]  # by kind: key and members
-    ignored: dict[str, int]  # members that are not used, counted by ending
-    stamp: Any = None  # what the shard was then: `unilip.files.stamp`, or what a server says
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return {kind: len(self.samples[kind]) for kind in KINDS}
-
-    def head(self) -> dict[str, Any]:
-        """What is asked of a shard before any sample is: the first line of its index file."""
-        members = [member for found in self.samples.values() for _, parts in found for member in parts.values()]
-        step = max(1, len(members) // PROBES)
-        return {
-            "format": FORMAT, "size": self.size, "fault": self.fault, "counts": self.counts, "ignored": self.ignored,
-            "stamp": self.stamp, "content": content_hash(self.samples),
-            "probes": sorted({tuple(member) for member in [*members[::step], *members[-1:]]}),
-        }  # fmt: skip
-
-    def write(self, path: Path) -> None:
-        write_text(path, json.dumps(self.head()) + "\n" + json.dumps(self.samples) + "\n")
-
-    @classmethod
-    def read(cls, path: Path) -> ShardIndex | None:
-        """Read an index file back, or return None where it is not whole or says what cannot be."""
-        try:
-            with path.open(encoding="utf-8") as file:
-                head, samples = json.loads(file.readline()), json.loads(file.readline())
-            whole = set(samples) == set(KINDS) and content_hash(samples) == head["content"]
-            for key, parts in itertools.chain(*samples.values()):
-                whole = whole and isinstance(key, str) and all(_fits(member, head["size"]) for member in parts.values())
-            return cls(head["size"], head["fault"], samples, head["ignored"], head["stamp"]) if whole else None
-        except BROKEN:
-            return None
+def write_index(path: Path, head: Head, samples: Samples) -> None:
+    """Write the two lines of an index file."""
+    write_text(path, json.dumps(head) + "\n" + json.dumps(samples) + "\n")
 
 
-def read_head(path: Path) -> dict[str, Any] | None:
+def read_head(path: Path) -> Head | None:
     """Return the first line of an index file, or None where it is none of this format."""
     try:
         with path.open(encoding="utf-8") as file:
@@ -113,6 +78,19 @@ def read_head(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def read_samples(path: Path, head: Head) -> Samples | None:
+    """Return the second line of an index file, or None where it is not that of its head, or says what cannot be."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            samples: Samples = json.loads(file.readlines()[1])
+        whole = set(samples) == set(KINDS) and content_hash(samples) == head["content"]
+        for key, parts in itertools.chain(*samples.values()):
+            whole = whole and isinstance(key, str) and all(_fits(member, head["size"]) for member in parts.values())
+        return samples if whole else None
+    except BROKEN:
+        return None
+
+
 def _fits(member: Sequence[Any], shard: int) -> bool:
     """Whether what an index says of a member can be true of a shard of so many bytes."""
     offset, size, check = member
@@ -120,7 +98,7 @@ def _fits(member: Sequence[Any], shard: int) -> bool:
     return numbers and offset >= tarfile.BLOCKSIZE and 0 <= size <= shard - offset
 
 
-def belongs(head: Mapping[str, Any], path: Path) -> bool:
+def belongs(head: Head, path: Path) -> bool:
     """Whether a shard holds what an index says, by its size and by looking where some of its members should be."""
     try:
         with path.open("rb") as file:
@@ -130,8 +108,8 @@ def belongs(head: Mapping[str, Any], path: Path) -> bool:
         return False
 
 
-def scan(path: Path) -> ShardIndex:
-    """Read the headers of a tar file, or several concatenated ones: -> samples, up to where it is damaged, if it is."""
+def scan(path: Path) -> tuple[Head, Samples]:
+    """Make the index of a tar file, or of several concatenated ones, from the headers, as far as they are whole."""
     size, fault, archive = path.stat().st_size, "", 0
     found: dict[tuple[int, str], Member] = {}  # in the order of the shard: archive and name -> member
     meanings: dict[tuple[int, str], str] = {}  # of each json
@@ -159,7 +137,7 @@ def scan(path: Path) -> ShardIndex:
             except (tarfile.TarError, OSError, EOFError) as error:
                 fault = f"no tar file{f' after byte {offset}' if offset else ''} ({error})"
             archive += 1
-    return _sorted(size, fault, found, meanings)
+    return _index(size, fault, found, meanings)
 
 
 def _after(file: BinaryIO, end: int, size: int) -> tuple[str, int | None]:
@@ -192,9 +170,9 @@ def _read_member(file: BinaryIO, offset: int, size: int, check: int) -> bytes | 
     return data if whole else None
 
 
-def _sorted(
+def _index(
     size: int, fault: str, found: Mapping[tuple[int, str], Member], meanings: Mapping[tuple[int, str], str]
-) -> ShardIndex:
+) -> tuple[Head, Samples]:
     groups: dict[tuple[int, str], dict[str, Members]] = {}  # by archive and key: by what is between key and ending
     for (archive, name), member in found.items():
         if is_litter(name):
@@ -226,14 +204,21 @@ def _sorted(
     if fault and len(named) > 1 and len(named[-1][1]) < len(named[-2][1]):
         named.pop()  # the sample that the damage cut in two
     texts = any(not TEXTS.isdisjoint(group) for _, group in named)
-    samples: dict[str, list[tuple[str, Members]]] = {kind: [] for kind in KINDS}
+    samples: Samples = {kind: [] for kind in KINDS}
     for key, group in named:
         kinds = list(kinds_of(group, texts))
         for kind, parts in kinds:
             samples[kind].append((key, parts))
         if not kinds:
             ignored.update(f"{ending} without a picture" for ending in group)
-    return ShardIndex(size, fault, samples, dict(ignored.most_common(9)))
+    members = [member for rows in samples.values() for _, parts in rows for member in parts.values()]
+    probes = {*members[:: max(1, len(members) // PROBES)], *members[-1:]}
+    head = {
+        "format": FORMAT, "size": size, "fault": fault, "counts": {kind: len(rows) for kind, rows in samples.items()},
+        "ignored": dict(ignored.most_common(9)), "stamp": None, "content": content_hash(samples),
+        "probes": sorted(probes),
+    }  # fmt: skip
+    return head, samples
 
 
 # --- shards ---------------------------------------------------------------------------------------------------------
@@ -243,7 +228,7 @@ class Shards:
     """The samples of tar files, of damaged ones what comes before. Raises DataError: none of the shards can be read."""
 
     _process: int | None = None  # the one that has the rest
-    _open: OrderedDict[int, tuple[BinaryIO, ShardIndex]]
+    _open: OrderedDict[int, tuple[BinaryIO, Samples]]
     _turn: threading.Lock  # one shard is fetched at a time
     _coming: dict[int, Future[Path]]
 
@@ -276,8 +261,8 @@ class Shards:
 
     def read(self, kind: str, shard: int, place: int) -> Record:
         self._own_process()
-        file, index = self._opened(shard)
-        key, members = index.samples[kind][place]
+        file, samples = self._opened(shard)
+        key, members = samples[kind][place]
         name = f"{self.shards[shard]}/{key}"
         data: dict[str, bytes] = {}
         for part, member in members.items():
@@ -353,14 +338,14 @@ class Shards:
         if self._process != os.getpid():
             self._open, self._turn, self._coming, self._process = OrderedDict(), threading.Lock(), {}, os.getpid()
 
-    def _head(self, shard: int) -> dict[str, Any]:
+    def _head(self, shard: int) -> Head:
         try:
             known = self._known(shard)
-            return self._build(shard).head() if known is None else known[1]
+            return known[1] if known else self._build(shard)[0]
         except (OSError, Unreadable) as error:
             return {"fault": f"cannot be opened ({error})", "counts": dict.fromkeys(KINDS, 0), "ignored": {}}
 
-    def _known(self, shard: int) -> tuple[Path, dict[str, Any]] | None:
+    def _known(self, shard: int) -> tuple[Path, Head] | None:
         """An index of just this shard, kept or beside it, and its head."""
         location = self.shards[shard]
         own = index_cache(location, self._stamps[shard])
@@ -381,15 +366,16 @@ class Shards:
         with contextlib.suppress(Exception):  # mostly: there is none
             _get(location + INDEX_SUFFIX, own)
 
-    def _build(self, shard: int) -> ShardIndex:
+    def _build(self, shard: int) -> tuple[Head, Samples]:
         path = self._bring(shard)
         before = None if is_remote(self.shards[shard]) else stamp(path)
-        index = replace(scan(path), stamp=before)
+        head, samples = scan(path)
+        head["stamp"] = before
         with contextlib.suppress(OSError):  # a cache folder that cannot be written costs time, not the run
-            index.write(index_cache(self.shards[shard], self._stamps[shard]))
-        return index
+            write_index(index_cache(self.shards[shard], self._stamps[shard]), head, samples)
+        return head, samples
 
-    def _opened(self, shard: int) -> tuple[BinaryIO, ShardIndex]:
+    def _opened(self, shard: int) -> tuple[BinaryIO, Samples]:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
@@ -398,15 +384,15 @@ class Shards:
             coming = self._coming.pop(shard, None)
             path = self._bring(shard) if coming is None else coming.result()
             known = self._known(shard)
-            index = ShardIndex.read(known[0]) if known and belongs(known[1], path) else None
-            index = index or self._build(shard)
+            samples = read_samples(*known) if known and belongs(known[1], path) else None
+            samples = samples or self._build(shard)[1]
             file = path.open("rb")
         except OSError as error:
             raise Unreadable("shard unreadable", f"{location}: {error}") from error
-        if index.counts != self._heads[shard]["counts"]:
+        if {kind: len(rows) for kind, rows in samples.items()} != self._heads[shard]["counts"]:
             file.close()
             raise DataError(f"{location} has changed since the run began; leave shards alone while it reads them.")
-        self._open[shard] = file, index
+        self._open[shard] = file, samples
         while len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)[1][0].close()
         return self._open[shard]
@@ -466,7 +452,7 @@ def writing_shard(path: Path) -> Iterator[Callable[[str, Mapping[str, bytes]], N
     """The same, with the shard's index beside it; see `is_written`."""
     with writing(path) as write:
         yield write
-    scan(path).write(Path(f"{path}{INDEX_SUFFIX}"))
+    write_index(Path(f"{path}{INDEX_SUFFIX}"), *scan(path))
 
 
 def is_written(path: Path) -> bool:
