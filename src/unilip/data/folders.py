@@ -69,8 +69,7 @@ class Folder(_OneShard):
             for kind, parts in records.kinds_of(pictures | beside.get(stem, {}), some):
                 self._found[kind].append(parts)
         self._found["image"].sort(key=lambda parts: parts["image"])
-        talks = [path for path, meaning in jsons.items() if meaning == "json"]
-        self._found["text"] = [{"json": path} for path in talks if key(path) not in plain]
+        self._found["text"] = [{"json": p} for p, meaning in jsons.items() if meaning == "json" and key(p) not in plain]
         self._read = [*found, *texts, *jsons]
         self.faults = [f"{p}: it is not read; name a .jsonl file as the place" for p in files if p.name in LISTS]
         for fault in self.faults:

@@ -41,35 +41,33 @@ class Order:
 
     def place(self, number: int, lane: int = 0) -> tuple[int, int]:
         """Return shard and place of the sample that comes at `number` (from 0, over all epochs) in a lane."""
-        epoch, at = divmod(number, self.total(lane))
-        shards, ends = self._epoch(lane, epoch)
-        first = self._window_of(int(np.searchsorted(ends, at, side="right")))
+        epoch, shards, first, at = self._window(number, lane)
         members = shards[first : first + self.window]
-        before = int(ends[first - 1]) if first else 0
-        sizes = self.counts[members]
-        mixed = permutation(int(sizes.sum()), "samples", self.seed, self.name, lane, epoch, first)
-        at = int(mixed[at - before])
-        inside = np.cumsum(sizes)
-        which = int(np.searchsorted(inside, at, side="right"))
-        return int(members[which]), at - int(inside[which - 1] if which else 0)
+        ends = np.cumsum(self.counts[members])
+        at = int(permutation(int(ends[-1]), "samples", self.seed, self.name, lane, epoch, first)[at])
+        which = int(np.searchsorted(ends, at, side="right"))
+        return int(members[which]), at - int(ends[which - 1] if which else 0)
 
     def ahead(self, number: int, lane: int = 0) -> list[int]:
         """Return the shards of the window after the one that sample `number` is in: what to fetch meanwhile."""
-        epoch, at = divmod(number, self.total(lane))
-        shards, ends = self._epoch(lane, epoch)
-        first = self._window_of(int(np.searchsorted(ends, at, side="right"))) + self.window
+        epoch, shards, first, _ = self._window(number, lane)
+        first += self.window
         if first >= len(shards):
-            shards, first = self._epoch(lane, epoch + 1)[0], 0
+            shards, first = self._shards(lane, epoch + 1), 0
         return [int(shard) for shard in shards[first : first + self.window]]
 
-    def _window_of(self, index: int) -> int:
-        return index - index % self.window
+    def _window(self, number: int, lane: int) -> tuple[int, np.ndarray, int, int]:
+        """Epoch of a sample, shards in its order, which of them begins the window, and the sample's place in that."""
+        epoch, at = divmod(number, self.total(lane))
+        shards = self._shards(lane, epoch)
+        ends = np.cumsum(self.counts[shards])
+        which = int(np.searchsorted(ends, at, side="right"))
+        first = which - which % self.window
+        return epoch, shards, first, at - int(ends[first - 1] if first else 0)
 
-    def _epoch(self, lane: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards of a lane in the order of an epoch, and the running number of samples after each."""
+    def _shards(self, lane: int, epoch: int) -> np.ndarray:
         own = self.lanes[lane]
-        shards = own[permutation(len(own), "shards", self.seed, self.name, lane, epoch)]
-        return shards, np.cumsum(self.counts[shards])
+        return own[permutation(len(own), "shards", self.seed, self.name, lane, epoch)]
 
 
 class Mixture:
