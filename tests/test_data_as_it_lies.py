@@ -16,6 +16,7 @@ from unilip.data.records import Unreadable, clean_text, json_meaning, one_text, 
 from unilip.data.shards import INDEX_SUFFIX, Shards, index_cache
 from unilip.data.sources import Weighted, open_source, parse_mixture
 from unilip.errors import DataError
+from unilip.files import content_hash
 from unilip.train.batches import Reading, Tally
 
 
@@ -107,13 +108,20 @@ def test_hostile_and_damaged_indices_are_made_anew(tmp_path):
     assert captions(shard) == [LONG[1], SHORT[1]]
     own = index_cache(str(shard))
     head, samples = (json.loads(line) for line in own.read_text().splitlines())
+    rows = (["0", {"image": [10**30, 5, 0]}], ["0", {"image": [512, 10**14, 0]}], ["0", []], ["0", 1], ["0"], 0)
+    others = [{**samples, "caption": [row] * 2} for row in rows]
     odd = [
         ({**head, "counts": {**head["counts"], "caption": 10**12}}, samples),
         ({**head, "counts": {**head["counts"], "caption": -1}}, samples),
+        ({**head, "counts": {**head["counts"], "other": "1"}}, samples),
+        ({**head, "counts": []}, samples),
+        ({**head, "ignored": {"txt": "many"}}, samples),
         ({**head, "probes": [[10**30, 10**30, 0]]}, samples),
+        ({**head, "probes": [[512, 10**14, 0]]}, samples),
         ({**head, "size": 10**30}, samples),
         (head, {**samples, "caption": [["0", {"image": [10**30, 5, 0]}]]}),
         (head, {**samples, "caption": []}),
+        *(({**head, "content": content_hash(other)}, other) for other in others),
         (head, []),
         ([1], samples),
         ({"format": 1}, samples),
@@ -386,6 +394,10 @@ def test_lists_of_llava_and_trl(tmp_path):
         assert (source.counts("talk")[0], source.counts("text")[0]) == counts and len(source.faults) == 1
         for kind in ("talk", "text")[: 1 + counts[1]]:
             assert read_turns(source.read(kind, 0, 0).conversation) == (("Why?", "So."),)
+    for said in (None, 5, ["web"], {"set": "web"}, "web"):  # of where a picture is from, not of an edit
+        (tmp_path / "said.jsonl").write_text(json.dumps({"image": "0.jpg", "caption": "a cat", "source": said}))
+        source = open_source(str(tmp_path / "said.jsonl"))
+        assert captions(tmp_path / "said.jsonl") == ["a cat"] and not source.faults and source.signature()
     for bad in ("{}", "[", '[{"x": 1}]', "[1]"):
         (tmp_path / "bad.json").write_text(bad)
         with pytest.raises(DataError, match=r"bad\.json"):

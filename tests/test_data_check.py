@@ -48,6 +48,12 @@ def test_everything_is_told(place):
         assert words in lines
 
 
+def test_a_strip_is_shown(tmp_path):
+    Image.new("RGB", (1000, 3)).save(tmp_path / "strip.png")
+    report, sheet = check(open_source(str(tmp_path)))
+    assert report.read == 1 and not report.bad and sheet is not None
+
+
 def test_a_choice_is_spread_over_all_shards(place):
     report, _ = check(open_source(str(place)), 4)
     assert report.read == 4 and report.counts["caption"] == 40

@@ -152,12 +152,11 @@ class Weights:
 
     def few(self, origin: tables.Origin, dtype: torch.dtype | None, damaged: str) -> Tensor:
         """Read a quantised tensor, which computes in `dtype`, or in the type that it was saved with."""
-        few, pieces = self.quantized[origin.name], dict[str, Tensor]()
+        few = self.quantized[origin.name]
         if origin.parts != 1:
             raise CheckpointError(f"{self.file_of(origin.name)} holds {origin.name} stacked; save it in our format.")
-        for key, name in few.pieces.items():
-            pieces[key] = check_weights(self._where[name].read(name, 0, 1), name, damaged)
-        return few.tensor(pieces, dtype)
+        stored = {key: check_weights(self._where[n].read(n, 0, 1), n, damaged) for key, n in few.pieces.items()}
+        return few.tensor(stored, dtype)
 
     def read(self, origin: tables.Origin) -> Tensor:
         """Read a tensor, or one part of a stacked one, into memory of its own."""

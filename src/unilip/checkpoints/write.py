@@ -233,11 +233,10 @@ def _renamed(opened: read.Checkpoint, kind: str, names: Sequence[str]) -> list[I
     for theirs, group in unmap_names(kind, names).items():
         first, *rest = opened.shape(group[0])
         shape = (first * len(group), *rest, *((1, 1) if POINTWISE.fullmatch(group[0]) else ()))
-        items.append((theirs, shape, opened.dtype(group[0]), partial(_stack, opened, group)))
+        items.append((theirs, shape, opened.dtype(group[0]), partial(_stack, opened, group, shape)))
     return items
 
 
-def _stack(opened: read.Checkpoint, group: Sequence[str]) -> Tensor:
+def _stack(opened: read.Checkpoint, group: Sequence[str], shape: Shape) -> Tensor:
     tensors = [opened.tensor(name) for name in group]
-    whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-    return whole[..., None, None] if POINTWISE.fullmatch(group[0]) else whole
+    return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).reshape(shape)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from unilip.data.records import KINDS, Record, Source, Unreadable, clean_text, decode_picture, one_text, read_turns
-from unilip.pictures import contact_sheet
+from unilip.pictures import contact_sheet, fit_picture
 
 Progress = Callable[[int, int], None]  # told samples read, and to be read
 SHOWN = 32  # samples on the sheet
@@ -133,8 +133,7 @@ def _said(record: Record, kind: str, longest: int) -> tuple[str, str]:
 def _row(pictures: list[Image.Image]) -> Image.Image:
     row = Image.new("RGB", (SIDE * len(pictures), SIDE), "white")
     for i, picture in enumerate(pictures):
-        small = ImageOps.contain(picture, (SIDE, SIDE))
-        row.paste(small, (SIDE * i + (SIDE - small.width) // 2, (SIDE - small.height) // 2))
+        row.paste(fit_picture(picture, (SIDE, SIDE), "pad"), (SIDE * i, 0))
     return row
 
 

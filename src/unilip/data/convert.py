@@ -133,10 +133,11 @@ class Files:
                 raise DataError(f"{archive} is damaged ({error}); download it again.") from error
         return found
 
-    def read(self, name: str) -> bytes:
-        path = self.folder / name
-        if path.is_file():
-            return path.read_bytes()
+    def read(self, name: str, home: Path) -> bytes:
+        """The file of this name: in the folder, in another one that is its home, or in a tar file."""
+        for path in (self.folder / name, home / name):
+            if path.is_file():
+                return path.read_bytes()
         if (inside := name.removeprefix("./")) not in self.packed:
             raise Unreadable("picture missing", f"{name} is neither in {self.folder} nor in a tar file there")
         archive, offset, size = self.packed[inside]
@@ -166,7 +167,7 @@ def sharegpt_4o_image(source: str) -> list[Entry]:
         raise DataError(f"{source} has neither {names}; give the downloaded folder.")
     rows = [(kind, path.name, row) for kind, path in lists.items() if path.exists() for row in read_list(path)]
     return [
-        _entry(kind, [files], _paths(row, kind), row.get("input_prompt"), f"{name}: {row.get('output_image')}")
+        _entry(kind, files, folder, _paths(row, kind), row.get("input_prompt"), f"{name}: {row.get('output_image')}")
         for kind, name, row in rows
     ]
 
@@ -180,13 +181,12 @@ def gpt_image_edit(source: str) -> list[Entry]:
         return [entry for entry in any_place(source) if entry[0] == "edit"]
     if not lists:
         raise DataError(f"{source} holds no .json or .jsonl list of edits; give the folder of the download.")
-    entries: list[Entry] = []
-    for path in lists:
-        bases = [Files(folder)] if path.parent == folder else [Files(folder), Files(path.parent)]
-        for number, row in enumerate(read_list(path)):
-            name = f"{path.name}, entry {number}"
-            entries.append(_entry("edit", bases, _paths(row, "edit"), _instruction(row), name))
-    return entries
+    files = Files(folder)
+    return [
+        _entry("edit", files, path.parent, _paths(row, "edit"), _instruction(row), f"{path.name}, entry {number}")
+        for path in lists
+        for number, row in enumerate(read_list(path))
+    ]
 
 
 def any_place(source: str) -> list[Entry]:
@@ -201,14 +201,13 @@ def any_place(source: str) -> list[Entry]:
     ]
 
 
-def _entry(kind: str, places: Sequence[Files], paths: tuple[str, ...], text: Any, name: str) -> Entry:
-    """An entry of a list: paths of pictures, in the first of the places that has them as files, and a text."""
+def _entry(kind: str, files: Files, home: Path, paths: tuple[str, ...], text: Any, name: str) -> Entry:
+    """An entry of a list, which lies in the folder `home`: paths of pictures, and a text."""
 
     def read() -> Record:
         if not paths:
             raise Unreadable("entry malformed", f"{name} does not name its pictures")
-        homes = [next((files for files in places if (files.folder / path).is_file()), places[0]) for path in paths]
-        pictures = tuple(files.read(path) for files, path in zip(homes, paths, strict=True))
+        pictures = tuple(files.read(path, home) for path in paths)
         return Record(name, pictures, text if isinstance(text, str) else None)
 
     return kind, (name, paths, text), read

@@ -69,8 +69,7 @@ class Folder(_OneShard):
             for kind, parts in records.kinds_of(pictures | beside.get(stem, {}), some):
                 self._found[kind].append(parts)
         self._found["image"].sort(key=lambda parts: parts["image"])
-        talks = [path for path, meaning in jsons.items() if meaning == "json"]
-        self._found["text"] = [{"json": path} for path in talks if key(path) not in plain]
+        self._found["text"] = [{"json": p} for p, meaning in jsons.items() if meaning == "json" and key(p) not in plain]
         self._read = [*found, *texts, *jsons]
         self.faults = [f"{p}: it is not read; name a .jsonl file as the place" for p in files if p.name in LISTS]
         for fault in self.faults:
@@ -150,7 +149,7 @@ class Lines(_OneShard):
         if not isinstance(rows, list):
             raise DataError(f"{file} is no list of samples; give [{{...}}, ...], or a JSONL file.")
         for number, row in enumerate(rows, 1):
-            self._sort(row, (number, row), f"entry {number}")
+            self._sort(row, f"entry {number}")
         if not any(self._found.values()):
             why = f" ({self.faults[0]})" if self.faults else ""
             raise DataError(
@@ -170,18 +169,18 @@ class Lines(_OneShard):
                     except (ValueError, RecursionError) as error:
                         self._leave(f"line {number}", str(error))
                     else:
-                        self._sort(row, offset, f"line {number}")
+                        self._sort(row, f"line {number}", offset)
                 offset += len(line)
 
-    def _sort(self, row: Any, entry: Any, name: str) -> None:
-        row = sample_of(row)
-        if not (kinds := kinds_of_object(row)):
+    def _sort(self, row: Any, name: str, offset: int | None = None) -> None:
+        values, kinds = sample_of(row)
+        if not kinds:
             self._leave(name, "no sample of a known kind")
         for kind in kinds:
-            self._found[kind].append(entry)
+            self._found[kind].append((name, values) if offset is None else offset)
         if kinds and len(self._pictures) < MARKED:
-            fields = [field for field in ("image", "source", "target") if field in row]
-            self._pictures += [self.file.parent / row[field] for field in fields if "\0" not in row[field]]
+            named = (values.get(field) for field in ("image", "source", "target"))
+            self._pictures += [self.file.parent / path for path in named if isinstance(path, str) and "\0" not in path]
 
     def _leave(self, name: str, why: str) -> None:
         self.faults.append(f"{self.file}, {name}: {why}")
@@ -190,16 +189,16 @@ class Lines(_OneShard):
     def read(self, kind: str, shard: int, place: int) -> records.Record:
         entry = self._found[kind][place]
         if isinstance(entry, tuple):
-            name, values = f"{self.file}, entry {entry[0]}", sample_of(entry[1])
+            name, values = f"{self.file}, {entry[0]}", entry[1]
         else:
             name = f"{self.file} at byte {entry}"
             try:
                 with self.file.open("rb") as file:
                     file.seek(entry)
-                    values = sample_of(json.loads(decode_text(file.readline())))
+                    values, kinds = sample_of(json.loads(decode_text(file.readline())))
             except (OSError, ValueError, RecursionError) as error:
                 raise records.Unreadable("line unreadable", f"{name}: {error}") from error
-            if kind not in kinds_of_object(values):
+            if kind not in kinds:
                 raise records.Unreadable("line unreadable", f"{name}: the file has changed since it was opened")
 
         def bring(field: str) -> bytes:
@@ -217,28 +216,21 @@ class Lines(_OneShard):
         return content_hash(self._content.hexdigest(), marks(self._pictures))
 
 
-def sample_of(row: Any) -> Any:
-    """Return a row with the names of ours: TRL has `images` (one of them) and `messages`."""
+def sample_of(row: Any) -> tuple[dict[str, Any], list[str]]:
+    """Return a row with our names, where TRL has `images` (one) and `messages`, and the kinds that it can serve as."""
     if not isinstance(row, Mapping):
-        return row
-    found = dict(row)
-    if isinstance(found.get("messages"), list):
-        found.setdefault("conversations", found["messages"])
-    images = found.get("images")
-    if isinstance(images, list) and len(images) == 1 and "image" not in found:
-        found["image"] = images[0].get("path") if isinstance(images[0], Mapping) else images[0]
-    return found
-
-
-def kinds_of_object(values: object) -> list[str]:
-    """Return the kinds that a JSON object can serve as; an empty list where none."""
-    if not isinstance(values, Mapping):
-        return []
+        return {}, []
+    values = dict(row)
+    if isinstance(values.get("messages"), list):
+        values.setdefault("conversations", values["messages"])
+    images = values.get("images")
+    if isinstance(images, list) and len(images) == 1 and "image" not in values:
+        values["image"] = images[0].get("path") if isinstance(images[0], Mapping) else images[0]
     paths = {key for key in ("image", "source", "target") if isinstance(values.get(key), str)}
     if {"source", "target"} <= paths:
-        return ["image", "edit"]
+        return values, ["image", "edit"]
     talks = isinstance(values.get("conversations"), list)
     if "image" in paths:
-        return ["image", *(["caption"] if "caption" in values else []), *(["talk"] if talks else [])]
+        return values, ["image", *(["caption"] if "caption" in values else []), *(["talk"] if talks else [])]
     pictured = bool(paths) or bool(values.get("image")) or bool(values.get("images"))
-    return ["text"] if talks and not pictured else []
+    return values, ["text"] if talks and not pictured else []

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from unilip.data.records import KINDS, Unreadable, kinds_of
-from unilip.data.shards import FORMAT, TEXTS, Shards, writing
+from unilip.data.records import KINDS, kinds_of
+from unilip.data.shards import TEXTS, Shards, writing
 from unilip.errors import DataError, reason
 from unilip.files import content_hash, stamp
 
@@ -59,7 +59,7 @@ class HubStream(Shards):
     def _head(self, shard: int) -> dict[str, Any]:
         if self._rows is not None:
             counts = {kind: self._rows[shard] * self._kinds[kind] for kind in KINDS}
-            return {"format": FORMAT, "fault": "", "counts": counts, "ignored": {}}
+            return {"fault": "", "counts": counts, "ignored": {}}
         return super()._head(shard)
 
     def _fetch_index(self, location: str, own: Path) -> None:
@@ -68,12 +68,9 @@ class HubStream(Shards):
     def _write(self, location: str, path: Path) -> None:
         """Write the samples of one shard of the stream to a tar file."""
         number = int(location.rpartition("#")[2])
-        try:
-            with writing(path) as write:
-                for i, row in enumerate(self._stream.shard(num_shards=self._stream.num_shards, index=number)):
-                    write(f"{i:08d}", dict(_member(field, row[column]) for field, column in self.columns.items()))
-        except Exception as error:  # of the network, of the format, of the library
-            raise Unreadable("shard unreachable", f"{location}: {reason(error)}") from error
+        with writing(path) as write:
+            for i, row in enumerate(self._stream.shard(num_shards=self._stream.num_shards, index=number)):
+                write(f"{i:08d}", dict(_member(field, row[column]) for field, column in self.columns.items()))
 
 
 def _open(name: str, options: dict[str, str], location: str) -> tuple[Any, list[int] | None, list[Any]]:
@@ -97,13 +94,13 @@ def _open(name: str, options: dict[str, str], location: str) -> tuple[Any, list[
             elif isinstance(getattr(feature, "feature", None), datasets.Image):  # a list of pictures
                 stream = stream.cast_column(column, replace(feature, feature=raw))
         listed = (builder.config.data_files or {}).get(split) or ()
-        files, origins = list(listed), getattr(listed, "origin_metadata", ())
-        parquet = len(files) == stream.num_shards and all(str(file).endswith(".parquet") for file in files)
+        files, origins = list(map(str, listed)), getattr(listed, "origin_metadata", ())
+        parquet = len(files) == stream.num_shards and all(file.endswith(".parquet") for file in files)
         versions = [
             (str(file), str(origin), stamp(Path(str(file))) if Path(str(file)).exists() else None)
             for file, origin in zip_longest(files, origins)
         ]
-        return stream, [rows(str(file)) for file in files] if parquet else None, versions or [str(builder.hash)]
+        return stream, [rows(file) for file in files] if parquet else None, versions or [str(builder.hash)]
     except Exception as error:  # the library documents none
         raise DataError(f"{location} cannot be opened by the datasets library ({reason(error, 300)}).") from error
 

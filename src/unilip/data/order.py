@@ -35,47 +35,39 @@ class Order:
             )
         mixed = filled[permutation(len(filled), "lanes", seed, name)] if lanes > 1 else filled
         self.lanes = [np.sort(mixed[lane::lanes]) for lane in range(lanes)]
-        self._epochs: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def total(self, lane: int = 0) -> int:
         return int(self.counts[self.lanes[lane]].sum())
 
     def place(self, number: int, lane: int = 0) -> tuple[int, int]:
         """Return shard and place of the sample that comes at `number` (from 0, over all epochs) in a lane."""
-        epoch, at = divmod(number, self.total(lane))
-        shards, ends = self._epoch(lane, epoch)
-        first = self._window_of(int(np.searchsorted(ends, at, side="right")))
+        epoch, shards, first, at = self._window(number, lane)
         members = shards[first : first + self.window]
-        before = int(ends[first - 1]) if first else 0
-        sizes = self.counts[members]
-        mixed = permutation(int(sizes.sum()), "samples", self.seed, self.name, lane, epoch, first)
-        at = int(mixed[at - before])
-        inside = np.cumsum(sizes)
-        which = int(np.searchsorted(inside, at, side="right"))
-        return int(members[which]), at - int(inside[which - 1] if which else 0)
+        ends = np.cumsum(self.counts[members])
+        at = int(permutation(int(ends[-1]), "samples", self.seed, self.name, lane, epoch, first)[at])
+        which = int(np.searchsorted(ends, at, side="right"))
+        return int(members[which]), at - int(ends[which - 1] if which else 0)
 
     def ahead(self, number: int, lane: int = 0) -> list[int]:
         """Return the shards of the window after the one that sample `number` is in: what to fetch meanwhile."""
-        epoch, at = divmod(number, self.total(lane))
-        shards, ends = self._epoch(lane, epoch)
-        first = self._window_of(int(np.searchsorted(ends, at, side="right"))) + self.window
+        epoch, shards, first, _ = self._window(number, lane)
+        first += self.window
         if first >= len(shards):
-            shards, first = self._epoch(lane, epoch + 1)[0], 0
+            shards, first = self._shards(lane, epoch + 1), 0
         return [int(shard) for shard in shards[first : first + self.window]]
 
-    def _window_of(self, index: int) -> int:
-        return index - index % self.window
+    def _window(self, number: int, lane: int) -> tuple[int, np.ndarray, int, int]:
+        """Epoch of a sample, shards in its order, which of them begins the window, and the sample's place in that."""
+        epoch, at = divmod(number, self.total(lane))
+        shards = self._shards(lane, epoch)
+        ends = np.cumsum(self.counts[shards])
+        which = int(np.searchsorted(ends, at, side="right"))
+        first = which - which % self.window
+        return epoch, shards, first, at - int(ends[first - 1] if first else 0)
 
-    def _epoch(self, lane: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards of a lane in the order of an epoch, and the running number of samples after each."""
-        key = (lane, epoch)
-        if key not in self._epochs:
-            own = self.lanes[lane]
-            shards = own[permutation(len(own), "shards", self.seed, self.name, lane, epoch)]
-            if len(self._epochs) > 2 * len(self.lanes):
-                self._epochs.clear()
-            self._epochs[key] = shards, np.cumsum(self.counts[shards])
-        return self._epochs[key]
+    def _shards(self, lane: int, epoch: int) -> np.ndarray:
+        own = self.lanes[lane]
+        return own[permutation(len(own), "shards", self.seed, self.name, lane, epoch)]
 
 
 class Mixture:
@@ -103,9 +95,7 @@ class Mixture:
         if self._block is None or self._block[0] != block:
             streams = self._slots[permutation(BLOCK, "mixture", self.seed, self.name, block)]
             before = np.empty(BLOCK, dtype=np.int64)
-            for stream in range(len(self.quota)):
-                own = np.flatnonzero(streams == stream)
-                before[own] = np.arange(len(own))
+            before[np.argsort(streams, kind="stable")] = np.concatenate([np.arange(count) for count in self.quota])
             self._block = block, streams, before
         _, streams, before = self._block
         stream = int(streams[at])

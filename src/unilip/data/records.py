@@ -180,10 +180,9 @@ def caption_of(data: bytes) -> Any:
 
 def read_turns(conversation: Any) -> Turns:
     """Return the questions and answers of LLaVA's (from, value) or OpenAI's (role, content), no system turn."""
-    if isinstance(conversation, (bytes, str)):
+    if isinstance(conversation, bytes):
         try:
-            data = conversation if isinstance(conversation, bytes) else conversation.encode("utf-8", "surrogatepass")
-            conversation = json.loads(decode_text(data))
+            conversation = json.loads(decode_text(conversation))
         except (ValueError, RecursionError) as error:
             raise Unreadable("conversation not JSON", str(error)) from error
     if isinstance(conversation, Mapping):

@@ -8,6 +8,7 @@ turn. Members: `jpg` (or png, webp) with `txt`; `input.jpg`, `output.jpg`, `txt`
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -17,8 +18,6 @@ import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,6 +38,7 @@ ENDINGS = {
 }  # fmt: skip
 PROBES = 16  # members of a shard that are looked at to tell whether an index is its own
 MAX_HEAD = 1 << 20
+BROKEN = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # of JSON that is not what it should be
 TELLING = (  # what file systems call that which changes with a file
     "size", "ETag", "etag", "Content-MD5", "Digest", "Last-Modified", "LastModified", "last_modified", "mtime",
     "modified", "created", "generation", "md5Hash", "md5", "blob_id", "version_id", "VersionId", "ino",
@@ -47,6 +47,8 @@ OPEN_SHARDS = 32  # files and indices that a process holds
 
 Member = tuple[int, int, int]  # offset and size of the data, and a checksum of the header and of the data's end
 Members = dict[str, Member]  # by ending
+Head = dict[str, Any]  # what is asked of a shard before any sample is: the first line of its index file
+Samples = dict[str, list[tuple[str, Members]]]  # by kind: key and members; the second line
 
 
 def is_remote(location: str) -> bool:
@@ -57,75 +59,57 @@ def is_remote(location: str) -> bool:
 # --- the index of one shard -----------------------------------------------------------------------------------------
 
 
-@dataclass
-class ShardIndex:
-    """What the index of a shard holds."""
-
-    size: int
-    fault: str  # where a damaged shard ends to be readable
-    samples: dict[str, list[tuple[str, Members]]]  # by kind: key and members
-    ignored: dict[str, int]  # members that are not used, counted by ending
-    stamp: Any = None  # what the shard was then: `unilip.files.stamp`, or what a server says
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return {kind: len(self.samples[kind]) for kind in KINDS}
-
-    def head(self) -> dict[str, Any]:
-        """What is asked of a shard before any sample is: the first line of its index file."""
-        members = [member for found in self.samples.values() for _, parts in found for member in parts.values()]
-        step = max(1, len(members) // PROBES)
-        return {
-            "format": FORMAT, "size": self.size, "fault": self.fault, "counts": self.counts, "ignored": self.ignored,
-            "stamp": self.stamp, "content": content_hash(self.samples),
-            "probes": sorted({tuple(member) for member in [*members[::step], *members[-1:]]}),
-        }  # fmt: skip
-
-    def write(self, path: Path) -> None:
-        write_text(path, json.dumps(self.head()) + "\n" + json.dumps(self.samples) + "\n")
-
-    @classmethod
-    def read(cls, path: Path) -> ShardIndex:
-        """Read an index file back; raises ValueError where it is not whole or says what cannot be."""
-        with path.open(encoding="utf-8") as file:
-            head, samples = json.loads(file.readline()), json.loads(file.readline())
-        if not isinstance(samples, dict) or set(samples) != set(KINDS) or content_hash(samples) != head["content"]:
-            raise ValueError("its samples are not those of its head")
-        for found in samples.values():
-            for key, parts in found:
-                for offset, size, check in parts.values():
-                    whole = isinstance(key, str) and type(offset) is type(size) is type(check) is int
-                    if not (whole and offset >= tarfile.BLOCKSIZE and size >= 0 and offset + size <= head["size"]):
-                        raise ValueError("a member has no numbers, or lies outside of the shard")
-        return cls(head["size"], head["fault"], samples, head["ignored"], head["stamp"])
+def write_index(path: Path, head: Head, samples: Samples) -> None:
+    """Write the two lines of an index file."""
+    write_text(path, json.dumps(head) + "\n" + json.dumps(samples) + "\n")
 
 
-def read_head(path: Path) -> dict[str, Any] | None:
+def read_head(path: Path) -> Head | None:
     """Return the first line of an index file, or None where it is none of this format."""
     try:
         with path.open(encoding="utf-8") as file:
             head = json.loads(file.readline(MAX_HEAD))
-        counts = [head["counts"][kind] for kind in KINDS]
-        whole = head["format"] == FORMAT and all(type(n) is int and 0 <= n <= head["size"] for n in counts)
-        whole = whole and isinstance(head["fault"], str) and isinstance(head["ignored"], dict)
+        numbers = [*head["counts"].values(), *head["ignored"].values()]
+        whole = head["format"] == FORMAT and all(type(n) is int and 0 <= n <= head["size"] for n in numbers)
+        whole = whole and set(head["counts"]) == set(KINDS) and isinstance(head["fault"], str)
         whole = whole and bool(head["content"]) and "stamp" in head
-        return head if whole and all(len(probe) == 3 for probe in head["probes"]) else None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return head if whole and all(_fits(probe, head["size"]) for probe in head["probes"]) else None
+    except (OSError, *BROKEN):
         return None
 
 
-def belongs(head: Mapping[str, Any], path: Path) -> bool:
+def read_samples(path: Path, head: Head) -> Samples | None:
+    """Return the second line of an index file, or None where it is not that of its head, or says what cannot be."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            samples: Samples = json.loads(file.readlines()[1])
+        whole = set(samples) == set(KINDS) and content_hash(samples) == head["content"]
+        for key, parts in itertools.chain(*samples.values()):
+            whole = whole and isinstance(key, str) and all(_fits(member, head["size"]) for member in parts.values())
+        return samples if whole else None
+    except BROKEN:
+        return None
+
+
+def _fits(member: Sequence[Any], shard: int) -> bool:
+    """Whether what an index says of a member can be true of a shard of so many bytes."""
+    offset, size, check = member
+    numbers = type(offset) is type(size) is type(check) is int
+    return numbers and offset >= tarfile.BLOCKSIZE and 0 <= size <= shard - offset
+
+
+def belongs(head: Head, path: Path) -> bool:
     """Whether a shard holds what an index says, by its size and by looking where some of its members should be."""
     try:
         with path.open("rb") as file:
             whole = os.fstat(file.fileno()).st_size == head["size"]
             return whole and all(_read_member(file, *probe) is not None for probe in head["probes"])
-    except (OSError, OverflowError, TypeError):
+    except OSError:
         return False
 
 
-def scan(path: Path) -> ShardIndex:
-    """Read the headers of a tar file, or several concatenated ones: -> samples, up to where it is damaged, if it is."""
+def scan(path: Path) -> tuple[Head, Samples]:
+    """Make the index of a tar file, or of several concatenated ones, from the headers, as far as they are whole."""
     size, fault, archive = path.stat().st_size, "", 0
     found: dict[tuple[int, str], Member] = {}  # in the order of the shard: archive and name -> member
     meanings: dict[tuple[int, str], str] = {}  # of each json
@@ -153,7 +137,7 @@ def scan(path: Path) -> ShardIndex:
             except (tarfile.TarError, OSError, EOFError) as error:
                 fault = f"no tar file{f' after byte {offset}' if offset else ''} ({error})"
             archive += 1
-    return _sorted(size, fault, found, meanings)
+    return _index(size, fault, found, meanings)
 
 
 def _after(file: BinaryIO, end: int, size: int) -> tuple[str, int | None]:
@@ -186,49 +170,55 @@ def _read_member(file: BinaryIO, offset: int, size: int, check: int) -> bytes | 
     return data if whole else None
 
 
-def _sorted(
+def _index(
     size: int, fault: str, found: Mapping[tuple[int, str], Member], meanings: Mapping[tuple[int, str], str]
-) -> ShardIndex:
-    groups: dict[tuple[int, str], Members] = {}
-    others: dict[tuple[int, str], dict[str, Members]] = {}
+) -> tuple[Head, Samples]:
+    groups: dict[tuple[int, str], dict[str, Members]] = {}  # by archive and key: by what is between key and ending
     for (archive, name), member in found.items():
         if is_litter(name):
             continue
         folder, slash, file = name.rpartition("/")
-        stem, _, ending = file.partition(".")  # at the first dot, as WebDataset does
-        key, ending = f"{folder}{slash}{stem}", ending.lower()
-        group = groups.setdefault((archive, key), {})
+        key, _, ending = file.partition(".")  # at the first dot, as WebDataset does
+        stem, ending = "", ending.lower()
         if ending not in ENDINGS:  # a name with dots, or what belongs to the sample but is not read
             stem, _, ending = ending.rpartition(".")
             if ending in PICTURES and stem.endswith((".input", ".output")):
                 stem, _, part = stem.rpartition(".")
                 ending = f"{part}.{ending}"
-            group = others.setdefault((archive, key), {}).setdefault(stem, {})
+        group = groups.setdefault((archive, f"{folder}{slash}{key}"), {"": {}}).setdefault(stem, {})
         group[meanings[archive, name] or "metadata" if ending == "json" else ending] = member
     ignored: Counter[str] = Counter()
     named: list[tuple[str, Members]] = []
-    for place, group in groups.items():
-        known = {ending: member for ending, member in group.items() if ending in ENDINGS}
-        ignored.update(group.keys() - known.keys())
+    for (_, key), stems in groups.items():
+        plain = stems.pop("")
+        known = {ending: member for ending, member in plain.items() if ending in ENDINGS}
+        ignored.update(ending or "none" for ending in plain if ending not in known)
         if known:
-            named.append((place[1], known))
-        for stem, other in others.get(place, {}).items():
-            pair = any(ending.rpartition(".")[2] in PICTURES for ending in other) and not TEXTS.isdisjoint(other)
-            if stem and (pair or (not known and not ENDINGS.isdisjoint(other))):
-                named.append((f"{place[1]}.{stem}", other))
+            named.append((key, known))
+        for stem, group in stems.items():
+            pair = any(ending.rpartition(".")[2] in PICTURES for ending in group) and not TEXTS.isdisjoint(group)
+            if pair or not (known or ENDINGS.isdisjoint(group)):
+                named.append((f"{key}.{stem}", group))
             else:
-                ignored.update(".".join(filter(None, (stem, ending))) or "none" for ending in other)
+                ignored.update(".".join(filter(None, (stem, ending))) for ending in group)
     if fault and len(named) > 1 and len(named[-1][1]) < len(named[-2][1]):
         named.pop()  # the sample that the damage cut in two
     texts = any(not TEXTS.isdisjoint(group) for _, group in named)
-    samples: dict[str, list[tuple[str, Members]]] = {kind: [] for kind in KINDS}
+    samples: Samples = {kind: [] for kind in KINDS}
     for key, group in named:
         kinds = list(kinds_of(group, texts))
         for kind, parts in kinds:
             samples[kind].append((key, parts))
         if not kinds:
             ignored.update(f"{ending} without a picture" for ending in group)
-    return ShardIndex(size, fault, samples, dict(ignored.most_common(9)))
+    members = [member for rows in samples.values() for _, parts in rows for member in parts.values()]
+    probes = {*members[:: max(1, len(members) // PROBES)], *members[-1:]}
+    head = {
+        "format": FORMAT, "size": size, "fault": fault, "counts": {kind: len(rows) for kind, rows in samples.items()},
+        "ignored": dict(ignored.most_common(9)), "stamp": None, "content": content_hash(samples),
+        "probes": sorted(probes),
+    }  # fmt: skip
+    return head, samples
 
 
 # --- shards ---------------------------------------------------------------------------------------------------------
@@ -237,13 +227,14 @@ def _sorted(
 class Shards:
     """The samples of tar files, of damaged ones what comes before. Raises DataError: none of the shards can be read."""
 
+    _process: int | None = None  # the one that has the rest
+    _open: OrderedDict[int, tuple[BinaryIO, Samples]]
+    _turn: threading.Lock  # one shard is fetched at a time
+    _coming: dict[int, Future[Path]]
+
     def __init__(self, shards: Sequence[str], location: str, keep_gb: float = 50.0) -> None:
         self.shards, self.location, self.keep_gb = list(shards), location, keep_gb  # at most, of remote ones on disk
         self.faults: list[str] = []
-        self._open: OrderedDict[int, tuple[BinaryIO, ShardIndex]] = OrderedDict()
-        self._turn: threading.Lock | None = None  # one shard is fetched at a time
-        self._coming: dict[int, Future[Path]] = {}
-        self._process = os.getpid()
         self._stamps = self._identify()
         bar = tqdm(range(len(self.shards)), desc="shards", unit="shard", leave=False, delay=5, disable=None)
         self._heads = [self._head(number) for number in bar]
@@ -262,15 +253,16 @@ class Shards:
             raise DataError(f"{location}: none of {len(self.shards)} shards holds a sample{why}.")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": OrderedDict(), "_turn": None, "_coming": {}}
+        own = ("_process", "_open", "_turn", "_coming")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def counts(self, kind: str) -> list[int]:
         return [int(head["counts"][kind]) for head in self._heads]
 
     def read(self, kind: str, shard: int, place: int) -> Record:
         self._own_process()
-        file, index = self._opened(shard)
-        key, members = index.samples[kind][place]
+        file, samples = self._opened(shard)
+        key, members = samples[kind][place]
         name = f"{self.shards[shard]}/{key}"
         data: dict[str, bytes] = {}
         for part, member in members.items():
@@ -292,8 +284,16 @@ class Shards:
         self._own_process()
         for shard in shards:
             if is_remote(self.shards[shard]) and shard not in self._coming and not self._kept(shard).exists():
-                self._turn = self._turn or threading.Lock()
-                self._coming[shard] = later(partial(self._bring, shard), self._turn)
+                coming = self._coming[shard] = Future()
+                # unlike a pool's, such a thread keeps no program from ending
+                threading.Thread(target=self._fetch, args=(shard, coming), daemon=True, name="fetch").start()
+
+    def _fetch(self, shard: int, coming: Future[Path]) -> None:
+        with self._turn:
+            try:
+                coming.set_result(self._bring(shard))
+            except BaseException as error:
+                coming.set_exception(error)
 
     def _identify(self) -> list[Any]:
         """What says that a remote shard is another one than before, of each; None for those on this machine."""
@@ -314,7 +314,10 @@ class Shards:
         if not path.exists():
             with FileLock(str(path.with_suffix(".lock"))):
                 if not path.exists():
-                    self._write(self.shards[shard], path)
+                    try:
+                        self._write(self.shards[shard], path)
+                    except Exception as error:  # of the network, of the format, of a library
+                        raise Unreadable("shard unreachable", f"{self.shards[shard]}: {reason(error)}") from error
                     found = sorted(path.parent.glob("*.tar"), key=lambda p: p.stat().st_mtime)
                     total = sum(p.stat().st_size for p in found)
                     for old in found:  # the longest unused first; an open one stays readable (POSIX)
@@ -327,25 +330,22 @@ class Shards:
         return path
 
     def _write(self, location: str, path: Path) -> None:
-        """Fetch a remote shard, in three attempts. Raises Unreadable: it cannot be."""
-        try:
-            retried(lambda: _get(location, path))
-        except Exception as error:  # each file system has its own
-            raise Unreadable("shard unreachable", f"{location}: {reason(error)}") from error
+        """Fetch a remote shard, in three attempts."""
+        retried(lambda: _get(location, path))
 
     def _own_process(self) -> None:
         """Forget what a parent process opened: a forked one would share its places in files, and has no threads."""
         if self._process != os.getpid():
-            self._open, self._turn, self._coming, self._process = OrderedDict(), None, {}, os.getpid()
+            self._open, self._turn, self._coming, self._process = OrderedDict(), threading.Lock(), {}, os.getpid()
 
-    def _head(self, shard: int) -> dict[str, Any]:
+    def _head(self, shard: int) -> Head:
         try:
             known = self._known(shard)
-            return self._build(shard).head() if known is None else known[1]
+            return known[1] if known else self._build(shard)[0]
         except (OSError, Unreadable) as error:
             return {"fault": f"cannot be opened ({error})", "counts": dict.fromkeys(KINDS, 0), "ignored": {}}
 
-    def _known(self, shard: int) -> tuple[Path, dict[str, Any]] | None:
+    def _known(self, shard: int) -> tuple[Path, Head] | None:
         """An index of just this shard, kept or beside it, and its head."""
         location = self.shards[shard]
         own = index_cache(location, self._stamps[shard])
@@ -366,15 +366,16 @@ class Shards:
         with contextlib.suppress(Exception):  # mostly: there is none
             _get(location + INDEX_SUFFIX, own)
 
-    def _build(self, shard: int) -> ShardIndex:
+    def _build(self, shard: int) -> tuple[Head, Samples]:
         path = self._bring(shard)
         before = None if is_remote(self.shards[shard]) else stamp(path)
-        index = replace(scan(path), stamp=before)
+        head, samples = scan(path)
+        head["stamp"] = before
         with contextlib.suppress(OSError):  # a cache folder that cannot be written costs time, not the run
-            index.write(index_cache(self.shards[shard], self._stamps[shard]))
-        return index
+            write_index(index_cache(self.shards[shard], self._stamps[shard]), head, samples)
+        return head, samples
 
-    def _opened(self, shard: int) -> tuple[BinaryIO, ShardIndex]:
+    def _opened(self, shard: int) -> tuple[BinaryIO, Samples]:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
@@ -383,17 +384,15 @@ class Shards:
             coming = self._coming.pop(shard, None)
             path = self._bring(shard) if coming is None else coming.result()
             known = self._known(shard)
-            try:
-                index = ShardIndex.read(known[0]) if known and belongs(known[1], path) else self._build(shard)
-            except (ValueError, LookupError, TypeError, RecursionError):  # of an index that is damaged
-                index = self._build(shard)
+            samples = read_samples(*known) if known and belongs(known[1], path) else None
+            samples = samples or self._build(shard)[1]
             file = path.open("rb")
         except OSError as error:
             raise Unreadable("shard unreadable", f"{location}: {error}") from error
-        if index.counts != self._heads[shard]["counts"]:
+        if {kind: len(rows) for kind, rows in samples.items()} != self._heads[shard]["counts"]:
             file.close()
             raise DataError(f"{location} has changed since the run began; leave shards alone while it reads them.")
-        self._open[shard] = file, index
+        self._open[shard] = file, samples
         while len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)[1][0].close()
         return self._open[shard]
@@ -407,21 +406,6 @@ def index_cache(location: str, version: Any = None, ending: str = INDEX_SUFFIX) 
 
 
 # --- remote shards --------------------------------------------------------------------------------------------------
-
-
-def later(call: Callable[[], Path], turn: threading.Lock) -> Future[Path]:
-    """Call in the background, one after the other. Unlike a pool's, the thread keeps no program from ending."""
-    future: Future[Path] = Future()
-
-    def work() -> None:
-        with turn:
-            try:
-                future.set_result(call())
-            except BaseException as error:
-                future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True, name="fetch").start()
-    return future
 
 
 def remote_stamp(location: str) -> Any:
@@ -468,7 +452,7 @@ def writing_shard(path: Path) -> Iterator[Callable[[str, Mapping[str, bytes]], N
     """The same, with the shard's index beside it; see `is_written`."""
     with writing(path) as write:
         yield write
-    scan(path).write(Path(f"{path}{INDEX_SUFFIX}"))
+    write_index(Path(f"{path}{INDEX_SUFFIX}"), *scan(path))
 
 
 def is_written(path: Path) -> bool:

@@ -63,19 +63,19 @@ def _exists(name: str) -> bool:
 
 def open_source(location: str, keep_gb: float = 50.0) -> Source:
     """Open one place. Raises DataError: there is nothing there, or nothing of a known kind."""
-    if location.startswith("hf:") and not is_remote(location):
+    if is_remote(location):
+        return Shards(expand(location), location, keep_gb)
+    if location.startswith("hf:"):
         from unilip.data.hub import HubStream
 
         return HubStream(location, keep_gb)
-    folder = Path(location) if is_remote(location) else Path(location).expanduser()
-    if not is_remote(location) and _exists(location) and folder.is_dir():
+    folder = Path(location).expanduser()
+    if _exists(location) and folder.is_dir():
         shards = sorted(str(path) for path in folder.glob("*.tar") if not is_litter(path.name))
         return Shards(shards, location, keep_gb) if shards else Folder(folder)
-    if location.lower().endswith((".jsonl", ".ndjson", ".json")) and not is_remote(location):
+    if location.lower().endswith((".jsonl", ".ndjson", ".json")):
         return Lines(folder)
-    if is_remote(location) or ".tar" in location:
-        return Shards(expand(location), location, keep_gb)
-    return Folder(folder)
+    return Shards(expand(location), location, keep_gb) if ".tar" in location else Folder(folder)
 
 
 def expand(pattern: str) -> list[str]:
