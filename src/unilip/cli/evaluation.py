@@ -37,7 +37,7 @@ JUDGE: dict[str, Callable[[str], Any]] = {  # of --judge-set, which says what th
 
 def eval_emoji(o: Options) -> None:
     """Measure a model in the emoji world."""
-    folder = output_of(o, "results", "results")
+    folder = output_of(o, "results")
     device = choose_device(o.device)
     from unilip.emoji import score as emoji
     from unilip.emoji.world import World
@@ -58,7 +58,7 @@ def eval_emoji(o: Options) -> None:
 
 def eval_claims(o: Options) -> None:
     """Test the paper's claims on the ablations that have been trained."""
-    output = output_of(o, "claims")
+    output = output_of(o, "eval-claims")
     device = choose_device(o.device)
     from unilip.eval import claims
 
@@ -85,9 +85,9 @@ def names_of(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",")]
 
 
-def output_of(o: Options, name: str, usual: str = "") -> Path:
+def output_of(o: Options, usual: str) -> Path:
     """Return the run folder, which may be new, but not its parent."""
-    folder = Path(o.output or usual or f"eval-{name}").expanduser()
+    folder = Path(o.output or usual).expanduser()
     if not folder.exists() and not folder.absolute().parent.is_dir():
         raise UniLIPError(f"There is no folder {folder.absolute().parent}; make it first, or give another --output.")
     return folder
@@ -117,10 +117,8 @@ def tell_scores(o: Options, summaries: Sequence[Mapping[str, Any]], output: Path
     """Print scores, each under its protocol and scorer; returns 1 where an item is without one."""
     from unilip.eval.scores import column, tell
 
-    left = 0
-    for summary in summaries:
-        o.report.line(*tell(summary))
-        left += sum(n for status, n in summary["statuses"].items() if status != "ok")
+    o.report.line(*(line for summary in summaries for line in tell(summary)))
+    left = sum(n for summary in summaries for status, n in summary["statuses"].items() if status != "ok")
     told = [{"column": column(summary), **summary} for summary in summaries]
     o.report.end(f"results in {output}", output=str(output), scores=told, open=left, **more)
     if left:
@@ -130,7 +128,7 @@ def tell_scores(o: Options, summaries: Sequence[Mapping[str, Any]], output: Path
 
 def eval_benchmark(name: str, o: Options) -> int:
     """Make a benchmark's pictures, and score them where a scorer is named."""
-    output, terms = output_of(o, name), judge_terms(o)
+    output, terms = output_of(o, f"eval-{name}"), judge_terms(o)
     official, judge, rubric_of, fit = (getattr(o, key, None) for key in ("official", "judge", "rubric", "fit"))
     some = {key: getattr(o, key, None) for key in ("protocol", "sources")}  # only some verbs have any of these
     from unilip.eval.benchmarks import open_benchmark
@@ -174,7 +172,7 @@ def eval_benchmark(name: str, o: Options) -> int:
 
 def eval_recon(o: Options) -> int:
     """Measure how much of pictures survives the tokenizer."""
-    output = output_of(o, "recon")
+    output = output_of(o, "eval-recon")
     device = choose_device(o.device)
     from unilip.eval import recon
     from unilip.eval.pictures import open_pictures
@@ -188,7 +186,7 @@ def eval_recon(o: Options) -> int:
 
 def eval_understand(o: Options) -> int:
     """Ask the questions of a file about pictures."""
-    output = output_of(o, "understand")
+    output = output_of(o, "eval-understand")
     device = choose_device(o.device)
     from unilip.eval import understand
 
@@ -203,7 +201,7 @@ def eval_understand(o: Options) -> int:
 
 def eval_compare(o: Options) -> None:
     """Put runs side by side."""
-    output = output_of(o, "compare")
+    output = output_of(o, "eval-compare")
     from unilip.eval.compare import compare, to_markdown
 
     found = compare(o.words, output, o.pictures)
