@@ -412,17 +412,20 @@ def merge_adapters(model: nn.Module) -> None:
 
 @changes
 def unload_adapters(model: nn.Module, names: list[str] | None = None) -> None:
-    """Take adapters off, all by default; the weights are as if they had never been there."""
+    """Take adapters off, all by default; the weights are as if they had never been there, others act as before."""
     gone = adapter_names(model) if names is None else names
     for adapter in gone:
         _read_in(model).pop(adapter, None)
-    for name, layer in list(adapted_layers(model)):
-        for inner in [inner for inner in layer.lora_A if inner.removeprefix(INNER) in gone]:
-            layer.delete_adapter(inner)
-        if not layer.lora_A:
-            model.set_submodule(name, layer.base_layer)
-    if not adapter_names(model):
-        _tell_few_steps(model, [])
+    with _same_flags(model):
+        for name, layer in list(adapted_layers(model)):  # in the place of one that acts, peft would let another act
+            layer.set_adapter([inner for inner in layer.active_adapters if inner.removeprefix(INNER) not in gone])
+            for inner in [inner for inner in layer.lora_A if inner.removeprefix(INNER) in gone]:
+                layer.delete_adapter(inner)
+            if not layer.lora_A:
+                model.set_submodule(name, layer.base_layer)
+    left = adapter_names(model)
+    _tell_few_steps(model, [name for name in left if adapter_scale(model, name)])
+    if not left:
         vars(model).pop("peft_config", None)  # what peft notes on a model with adapters
 
 
