@@ -314,8 +314,7 @@ def load_adapter(
         layers = dict(adapted_layers(model))
         for layer, tensors in adapter.tensors.items():
             for kind, tensor in tensors.items():
-                with torch.no_grad():
-                    getattr(layers[layer], kind)[INNER + name].weight.copy_(tensor)
+                getattr(layers[layer], kind)[INNER + name].weight.detach().copy_(tensor)
         set_adapters(model, scales | {name: scale})
     except BaseException as error:
         unload_adapters(model, [name])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unilip.cli.options import Options, number, whole
-from unilip.cli.terminal import bars, plural, say, source_of
+from unilip.cli.terminal import bars, pick, plural, say, source_of
 from unilip.errors import UniLIPError
 from unilip.machine import Place, choose_device
 
@@ -44,8 +44,7 @@ def eval_emoji(o: Options) -> None:
     from unilip.model import UniLIP
 
     parts = names_of(o.parts)
-    unknown = sorted(set(parts or ()) - set(emoji.PARTS))
-    if unknown:
+    if unknown := sorted(set(parts or ()) - set(emoji.PARTS)):
         raise UniLIPError(f"--parts names {', '.join(map(repr, unknown))}; allowed: {', '.join(emoji.PARTS)}.")
     world = None if o.world is None else World.preset(o.world)
     model = UniLIP.from_pretrained(source_of(o), device=device, dtype=o.dtype)
@@ -73,11 +72,6 @@ def eval_claims(o: Options) -> None:
         o.report.line(*(f"not trained: {command}" for command in record["missing"].values()))
     o.report.line(output / "results.md")
     o.report.end(f"evidence in {output}", output=str(output), results=found)
-
-
-def pick(o: Options, *names: str) -> dict[str, Any]:
-    """Return options by their names, for a function that calls them so, too."""
-    return {name: getattr(o, name) for name in names}
 
 
 def names_of(text: str | None) -> list[str] | None:

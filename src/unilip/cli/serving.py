@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unilip.cli.options import Options
-from unilip.cli.terminal import adapter_of, describe_model, load, plural, say, source_of
+from unilip.cli.terminal import adapter_of, describe_model, load, pick, plural, say, source_of
 from unilip.errors import UniLIPError, install
 from unilip.machine import choose_device
 
@@ -75,8 +75,7 @@ def serve(o: Options) -> None:
     pixels = int(o.max_pixels * 1e6)
     if o.max_replicas is not None and (o.ray is None or o.max_replicas < o.ray):
         raise UniLIPError("--max-replicas goes with --ray N, and must be at least N.")
-    common: dict[str, Any] = {"max_queue": o.max_queue, "max_batch": o.max_batch, "deadline": o.deadline}
-    common["adapters"] = offered(o)
+    common = pick(o, "max_queue", "max_batch", "deadline") | {"adapters": offered(o)}
     taken = listen(o.host, o.port)
     metrics, trainer = Metrics(), None
     if o.ray is not None:
@@ -158,7 +157,6 @@ def spread(o: Options, common: dict[str, Any]) -> tuple[Any, str]:
         raise UniLIPError("--decoder is for one process; save a model with it, and give that to --ray.")
     most = o.max_replicas or o.ray
     say(f"starting {plural(o.ray, 'replica')} on Ray")
-    common |= {"device": device, "dtype": o.dtype, "performance": o.performance}
-    gpus = 1.0 if device.startswith("cuda") else 0.0
-    engine = RemoteEngine(source_of(o), replicas=o.ray, most=most, gpus=gpus, **common)
+    common |= {"device": device, "gpus": 1.0 if device.startswith("cuda") else 0.0} | pick(o, "dtype", "performance")
+    engine = RemoteEngine(source_of(o), replicas=o.ray, most=most, **common)
     return engine, f"{o.model or f'embedded ({engine.config.name})'} on {o.ray} to {most} replicas ({device})"

@@ -174,8 +174,7 @@ class Destination:
         temporary = self.folder / f".unilip-{os.getpid()}{suffix}.part"
         try:
             notes = png_notes({key: printable(str(value)) for key, value in texts.items() if value is not None})
-            more: dict[str, Any] = {"pnginfo": notes} if suffix == ".png" else {"quality": 95}
-            image.save(temporary, FORMATS[suffix], **more)
+            image.save(temporary, FORMATS[suffix], pnginfo=notes, quality=95)  # each format knows one of these
             path = self._publish(temporary, self._stem(words))
         finally:
             temporary.unlink(missing_ok=True)
@@ -334,6 +333,11 @@ def sides(o: Options) -> dict[str, Any]:
     o.size = drawn(*o.size) if o.size else None
     width, height = o.size or (None, None)
     return {"width": width, "height": height} | ({"max_pixels": most} if most else {})
+
+
+def pick(o: Options, *names: str) -> dict[str, Any]:
+    """Return options by their names, for a function that calls them so, too."""
+    return {name: getattr(o, name) for name in names}
 
 
 def plural(count: int, noun: str) -> str:
