@@ -8,9 +8,8 @@ import hashlib
 import logging
 import os
 import platform
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from unilip.errors import ConfigError, UniLIPError, install
 
@@ -19,8 +18,7 @@ CONTROLS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "
 TRAITS = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU part", "Features")  # of /proc/cpuinfo
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Which of how many processes this is, and which on its own machine."""
 
     rank: int = 0

@@ -250,7 +250,6 @@ class UniLIPPipeline:
         self._interrupt = False
         settings: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         self.num_timesteps = Settings.of(self.model.config, preset, **settings).num_inference_steps
-        draw: Callable[..., ImageOutput]
         draw = self.model.generate if image is None else partial(self.model.edit, image, fit=fit, joint=joint)
         try:
             output = draw(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -84,7 +83,7 @@ def bar_of_steps(o: Options, work: Sequence[Any]) -> bool:
 def prepared(o: Options, what: str, image: str, joint: bool = False) -> tuple[Work, Destination]:
     """Return each request --num-images times, with seeds that count up, and where pictures go; all is checked."""
     found = requests(o, what, image, joint)
-    work = [dataclasses.replace(r, seed=r.seed + i) for r in found for i in range(o.num_images)]
+    work = [r._replace(seed=r.seed + i) for r in found for i in range(o.num_images)]
     sides(o)
     o.negative_prompt = (o.negative_prompt or "").strip() or None  # as everywhere, an empty one is none
     if o.negative_prompt:

@@ -13,9 +13,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unilip import __version__
 from unilip.cli.options import Options
@@ -33,8 +32,7 @@ ADAPTER = "adapter_config.json"
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One thing to do."""
 
     text: str
@@ -131,22 +129,20 @@ class Destination:
 
     def __init__(self, o: Options, count: int) -> None:
         output, self.force, self.metadata = o.output, o.force, o.metadata
-        self.file: Path | None = None
         self.written: list[Path] = []
         path = Path(output or ".").expanduser()
         try:
             path.exists()
         except OSError as error:  # a name that is too long, for instance
             raise UniLIPError(f"--output {str(path)[:60]}... cannot be used: {error.strerror}.") from error
-        if path.is_dir() or (output and (output.endswith(("/", os.sep)) or not path.suffix)):
-            self.folder = path
-        elif path.suffix.lower() not in FORMATS:
+        is_folder = path.is_dir() or (output and (output.endswith(("/", os.sep)) or not path.suffix))
+        self.folder = path if is_folder else path.parent
+        self.file = None if is_folder else path
+        if self.file and path.suffix.lower() not in FORMATS:
             raise UniLIPError(f"{path} has an unknown ending; allowed: {', '.join(FORMATS)}, or a folder.")
-        elif count > 1:
+        if self.file and count > 1:
             raise UniLIPError(f"{path} is one file, but {count} pictures will be made; give a folder as --output.")
-        else:
-            self.folder, self.file = path.parent, path
-        if self.file is not None and self.file.exists() and not self.force:
+        if self.file and path.exists() and not self.force:
             raise UniLIPError(f"{path} exists already; give another --output, or --force to overwrite it.")
         if self.folder.exists() and not self.folder.is_dir():
             raise UniLIPError(f"{self.folder} is a file, not a folder; give another --output.")
@@ -158,10 +154,9 @@ class Destination:
 
     def _stem(self, words: Sequence[str]) -> str:
         """Join words to the stem of a file name, shortened so that the file system takes it with an ending."""
-        try:
+        limit = 255
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows, or a file system that does not say
             limit = os.pathconf(self.folder, "PC_NAME_MAX")
-        except (AttributeError, OSError, ValueError):  # Windows, or a file system that does not say
-            limit = 255
         *long, last = words
         size = (limit - 44) // max(1, len(long))  # in bytes
         return "-".join([*(printable(word).encode()[:size].decode("utf-8", "ignore") for word in long), last])
