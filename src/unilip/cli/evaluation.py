@@ -61,10 +61,8 @@ def eval_claims(o: Options) -> None:
     device = choose_device(o.device)
     from unilip.eval import claims
 
-    given = pick(o, "count", "seeds", "dtype", "batch_size")
-    found = claims.evaluate(
-        o.words[0], output, o.world, parts=names_of(o.parts), device=device, progress=bars(o), **given
-    )
+    given = pick(o, "count", "seeds", "dtype", "batch_size") | {"parts": names_of(o.parts), "device": device}
+    found = claims.evaluate(o.words[0], output, o.world, progress=bars(o), **given)
     for size, record in found["sizes"].items():
         for claim in record["claims"]:
             o.report.line(f"{size} {claim['claim']}. {claim['words']} | {claim['verdict']}")
@@ -136,10 +134,9 @@ def eval_benchmark(name: str, o: Options) -> int:
     if o.drawing:
         device, source = choose_device(o.device), source_of(o)
         given = pick(o, "steps", "guidance_scale", "image_size", "seed", "dtype")
-        made = generation.generate(
-            benchmark, output, source, generation.Settings.resolve(source, fit=fit, **given), batch_size=o.batch_size,
-            device=device, progress=bars(o),
-        )  # fmt: skip
+        settings = generation.Settings.resolve(source, fit=fit, **given)
+        given = pick(o, "batch_size") | {"device": device, "progress": bars(o)}
+        made = generation.generate(benchmark, output, source, settings, **given)
         counts = {key: made[key] for key in ("made", "there", "missing")}
         if place.rank == 0:
             done, there = plural(made["made"], "file"), made["there"]

@@ -129,9 +129,7 @@ class Verb:
         return option if not isinstance(choices, str) else option | {"choices": CHOICES[choices]}
 
 
-VERBS = {
-    name: Verb(**(record | {"options": tuple(named(record["options"]))})) for name, record in TABLE["verbs"].items()
-}
+VERBS = {name: Verb(**record | {"options": [*named(record["options"])]}) for name, record in TABLE["verbs"].items()}
 
 
 class Parser(argparse.ArgumentParser):

@@ -41,10 +41,8 @@ def about(o: Options, model: UniLIP) -> dict[str, Any]:
     from unilip import __version__
     from unilip.demo import examples
 
-    found: dict[str, Any] = {
-        **describe_model(o, model), "performance": o.performance, "version": __version__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }  # fmt: skip
+    parameters = sum(p.numel() for p in model.parameters())
+    found = describe_model(o, model) | {"performance": o.performance, "version": __version__, "parameters": parameters}
     if o.model is None:
         given = examples()
         found |= {"can": CAN, "cannot": CANNOT, "prompts": given["prompts"]}

@@ -311,7 +311,7 @@ def load(o: Options, *parts: str) -> UniLIP:
     return model.compile() if compiled else model
 
 
-def describe_model(o: Options, model: UniLIP) -> dict[str, str]:
+def describe_model(o: Options, model: UniLIP) -> dict[str, Any]:
     """Name a model as reports and metadata do."""
     name = f"embedded ({model.config.name})" if o.model is None else o.model
     name = " + ".join([name, *getattr(o, "adapter", ())])
