@@ -375,6 +375,22 @@ def test_an_offloaded_model_takes_no_adapter(fresh_model, folders):
     assert adapter_names(model) == [] and torch.equal(latent(model), before)
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_what_one_adapter_did_no_other_does_when_it_goes(folders, tiny_folder, low_memory):
+    model = UniLIP.from_pretrained(tiny_folder, low_memory=low_memory)
+    before, flags = latent(model), {name: p.requires_grad for name, p in model.named_parameters()}
+    for name in ("red", "blue", "dora"):
+        model.load_adapter(folders / name)
+    model.set_adapters({"red": 1.0, "dora": 0.5})
+    unload_adapters(model, ["dora"])
+    assert {name: adapter_scale(model, name) for name in adapter_names(model)} == {"red": 1.0, "blue": 0.0}
+    unload_adapters(model, ["red"])
+    assert adapter_scale(model, "blue") == 0 and torch.equal(latent(model), before)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "lora" in name)
+    unload_adapters(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+
+
 def test_low_memory_adds_adapters_to_weights_as_they_are_read(folders, tiny_folder):
     low, plain = UniLIP.from_pretrained(tiny_folder, low_memory=True), UniLIP.from_pretrained(tiny_folder)
     before = latent(low)

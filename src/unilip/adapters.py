@@ -14,7 +14,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,8 @@ class Adapter:
     tensors: Mapping[str, Mapping[str, Tensor]]
     rank: Mapping[str, int]
     alpha: Mapping[str, float]
-    few_steps: tuple[int, ...] = ()  # the numbers of jumps that it teaches its base (`unilip.fewstep`), mostly none
-    trained_on: Mapping[str, str] = field(default_factory=dict)  # values of its base's weights (`sampled`), if it tells
+    few_steps: tuple[int, ...]  # the numbers of jumps that it teaches its base (`unilip.fewstep`), mostly none
+    trained_on: Mapping[str, str]  # values of its base's weights (`sampled`), if it tells
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -213,10 +213,9 @@ def unpacked(text: str) -> Tensor:
 
 
 def check_base(model: Any, adapter: Adapter, weight: Callable[[str], Tensor]) -> None:
-    """Compare a model's weights with those that an adapter was trained on, as far as their types tell.
+    """Compare a model's weights, as far as their types tell, with those that an adapter was trained on.
 
-    The log says where they have changed since, or that the adapter does not tell. Raises CheckpointError: of another
-    model.
+    The log says where they have changed, or that the adapter does not tell. Raises CheckpointError: of another model.
     """
     if not adapter.trained_on:
         logger.info("%s does not tell the weights that it was trained on; it names %s", adapter.path, adapter.base)
@@ -229,9 +228,8 @@ def check_base(model: Any, adapter: Adapter, weight: Callable[[str], Tensor]) ->
     rounded = any(hasattr(tensor, "tensor_data_names") for tensor in weights.values())  # kept in few bits
     if bool(((here - then).abs() <= then.abs() / 128 + 1e-6).all()) or (rounded and apart < 0.3):
         return
-    marks = [content_hash(dict(one))[:8] for one in (adapter.trained_on, now)]
-    both = f"{adapter.path} was trained on {adapter.base} (weights {marks[0]}), and this is {model.config.name}"
-    both += f" ({marks[1]})"
+    old, new = (content_hash(dict(one))[:8] for one in (adapter.trained_on, now))
+    both = f"{adapter.path} was trained on {adapter.base} (weights {old}), and this is {model.config.name} ({new})"
     if torch.cosine_similarity(here, then, 0) < 0.2:
         raise CheckpointError(
             f"{both}, another model of the same shapes. Load it beside the one it was trained on, or train one here."
@@ -300,12 +298,11 @@ def load_adapter(
         set_adapters(model, scales | {name: scale})
         return name
     peft = library()
-    exact = {layer: re.escape(layer) for layer in adapter.tensors}
     rank, alpha = next(iter(adapter.rank.values())), next(iter(adapter.alpha.values()))
     config = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, use_dora=adapter.dora, use_rslora=adapter.rslora, target_modules=list(exact),
-        rank_pattern={exact[layer]: value for layer, value in adapter.rank.items() if value != rank},
-        alpha_pattern={exact[layer]: value for layer, value in adapter.alpha.items() if value != alpha},
+        r=rank, lora_alpha=alpha, use_dora=adapter.dora, use_rslora=adapter.rslora, target_modules=[*adapter.tensors],
+        rank_pattern={re.escape(layer): value for layer, value in adapter.rank.items() if value != rank},
+        alpha_pattern={re.escape(layer): value for layer, value in adapter.alpha.items() if value != alpha},
         lora_dropout=0.0, inference_mode=True, base_model_name_or_path=adapter.base,
     )  # fmt: skip
     try:
@@ -317,8 +314,7 @@ def load_adapter(
         layers = dict(adapted_layers(model))
         for layer, tensors in adapter.tensors.items():
             for kind, tensor in tensors.items():
-                with torch.no_grad():
-                    getattr(layers[layer], kind)[INNER + name].weight.copy_(tensor)
+                getattr(layers[layer], kind)[INNER + name].weight.detach().copy_(tensor)
         set_adapters(model, scales | {name: scale})
     except BaseException as error:
         unload_adapters(model, [name])
@@ -415,18 +411,20 @@ def merge_adapters(model: nn.Module) -> None:
 
 @changes
 def unload_adapters(model: nn.Module, names: list[str] | None = None) -> None:
-    """Take adapters off, all by default; the weights are as if they had never been there."""
+    """Take adapters off, all by default; the weights are as if they had never been there, others act as before."""
     gone = adapter_names(model) if names is None else names
     for adapter in gone:
         _read_in(model).pop(adapter, None)
-    for name, layer in list(adapted_layers(model)):
-        for adapter in gone:
-            for inner in _held(layer, adapter):
+    with _same_flags(model):
+        for name, layer in list(adapted_layers(model)):  # in the place of one that acts, peft would let another act
+            layer.set_adapter([inner for inner in layer.active_adapters if inner.removeprefix(INNER) not in gone])
+            for inner in [inner for inner in layer.lora_A if inner.removeprefix(INNER) in gone]:
                 layer.delete_adapter(inner)
-        if not layer.lora_A:
-            model.set_submodule(name, layer.base_layer)
-    if not adapter_names(model):
-        _tell_few_steps(model, [])
+            if not layer.lora_A:
+                model.set_submodule(name, layer.base_layer)
+    left = adapter_names(model)
+    _tell_few_steps(model, [name for name in left if adapter_scale(model, name)])
+    if not left:
         vars(model).pop("peft_config", None)  # what peft notes on a model with adapters
 
 

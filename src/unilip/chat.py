@@ -148,7 +148,9 @@ class Chat:
         seed = settings.pop("seed", None)
         if seed is not None:
             seed = check_number("seed", seed, 0, 2**62, whole=True)
-        given = () if image is None else tuple(load_image(one) for one in _several(image))
+        brought = getattr(image, "images", image)  # of what was drawn before, for instance
+        several = brought if isinstance(brought, (list, tuple)) else () if image is None else (brought,)
+        given = tuple(map(load_image, several))
         found, words = intent(message, bool(given or self.images))
         if verb is not None:
             check_choice("verb", verb, VERBS)
@@ -211,8 +213,3 @@ class Chat:
         for name in settings:
             check_choice("setting of a chat called", name, sorted(set.union(*known.values())))
         return {name: value for name, value in settings.items() if name in known[verb]}
-
-
-def _several(image: Any) -> list[Any]:
-    images = getattr(image, "images", image)
-    return list(images) if isinstance(images, (list, tuple)) else [images]

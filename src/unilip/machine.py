@@ -8,9 +8,8 @@ import hashlib
 import logging
 import os
 import platform
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from unilip.errors import ConfigError, UniLIPError, install
 
@@ -19,8 +18,7 @@ CONTROLS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "
 TRAITS = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU part", "Features")  # of /proc/cpuinfo
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Which of how many processes this is, and which on its own machine."""
 
     rank: int = 0
@@ -47,9 +45,7 @@ def processor() -> str:
         lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
     except OSError:
         return platform.processor() or platform.machine()
-    found: dict[str, str] = {}
-    for key, _, value in lines:
-        found.setdefault(key.strip(), value.strip())
+    found = {key.strip(): value.strip() for key, _, value in reversed(lines)}  # of the first of several
     limits = (os.environ.get(name, "") for name in ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"))
     traits = "; ".join((*(found.get(key, "") for key in TRAITS), *filter(None, limits)))
     name = found.get("model name") or platform.machine()
@@ -87,17 +83,12 @@ def choose_device(name: str = "auto") -> str:
     return f"cuda:{place.local % gpus}" if name == "cuda" and place.world > 1 else name
 
 
-def start_ray(**options: Any) -> bool:
-    """Join the Ray cluster of RAY_ADDRESS, or start one; False: joined already. Raises ConfigError: Ray is missing."""
+def start_ray(**options: Any) -> None:
+    """Join the Ray cluster of RAY_ADDRESS, or start one, unless that is done. Raises ConfigError: Ray is missing."""
     try:
         import ray
     except ImportError as error:
         raise ConfigError(f"The package ray is missing ({error}); {install('ray')}.") from error
-    if ray.is_initialized():
-        return False
-    if address := os.environ.get("RAY_ADDRESS"):
-        options.pop("num_cpus", None)  # the cluster knows
-    ray.init(
-        address=address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options
-    )
-    return True
+    if not ray.is_initialized():
+        options |= {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+        ray.init(address=os.environ.get("RAY_ADDRESS") or "local", **options)

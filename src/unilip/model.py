@@ -652,7 +652,7 @@ class UniLIP(Network):
 
         def draw(size: Size, places: list[int]) -> Any:
             features = self._features([sources[i] for i in places], [size] * len(places), fit)
-            return self._output(self._latent(features, shapes.rows(size)), output_type)
+            return self._output(self._latent(features, size[1] // TOKEN_PIXELS), output_type)
 
         images = _by_shape(sizes, draw)
         if keep_aspect:
@@ -789,7 +789,7 @@ class UniLIP(Network):
     def _noises(self, sizes: Sequence[Size], generator: Any, given: Tensor | None) -> list[Tensor]:
         """Draw the noise of each picture; or take what is given, for pictures of one size."""
         channels = self.config.dit.latent_channels
-        wanted = [(channels, shapes.rows(size), size[0] // TOKEN_PIXELS) for size in sizes]
+        wanted = [(channels, size[1] // TOKEN_PIXELS, size[0] // TOKEN_PIXELS) for size in sizes]
         if given is None:
             return sampling.draw_noises(wanted, generator)
         if tuple(given.shape) != (expected := (len(wanted), *wanted[0])):

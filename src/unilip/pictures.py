@@ -143,16 +143,15 @@ def _array_to_image(array: np.ndarray) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bit greys; Pillow's own conversion clips them
+    if image.mode.startswith("I"):  # 16 and 32 bit greys; Pillow's own conversion clips them
         grey = np.asarray(image)
-        low, high = grey.min(), grey.max()
-        if image.mode == "F":
-            top = 65535 if high > 255 else 255 if high > 1.5 else 1
-            image = _array_to_image(grey / np.float32(top))
-        elif low < 0 or high > 65535:
-            raise ImageError(f"The image holds greys from {low} to {high}; allowed: 0 to 65535.")
-        else:
-            image = _array_to_image(grey.astype(np.uint16))
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ImageError(f"The image holds greys from {grey.min()} to {grey.max()}; allowed: 0 to 65535.")
+        image = _array_to_image(grey.astype(np.uint16))
+    elif image.mode == "F":
+        grey = np.asarray(image)
+        top = 65535 if grey.max() > 255 else 255 if grey.max() > 1.5 else 1
+        image = _array_to_image(grey / np.float32(top))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

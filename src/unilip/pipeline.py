@@ -83,8 +83,9 @@ class UniLIPPipeline:
         given = {name: value for name, value in options.items() if name not in IGNORED}
         if device_map is not None:
             device = "auto" if device_map == "balanced" else device_map
-        dtype = torch_dtype if dtype is None else dtype
-        return cls(UniLIP.from_pretrained(source, dtype=dtype, device=device, **given))
+        return cls(
+            UniLIP.from_pretrained(source, dtype=torch_dtype if dtype is None else dtype, device=device, **given)
+        )
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
         """Write a folder for `DiffusionPipeline.from_pretrained` and this package; options: dtype, max_shard_size."""
@@ -249,7 +250,6 @@ class UniLIPPipeline:
         self._interrupt = False
         settings: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         self.num_timesteps = Settings.of(self.model.config, preset, **settings).num_inference_steps
-        draw: Callable[..., ImageOutput]
         draw = self.model.generate if image is None else partial(self.model.edit, image, fit=fit, joint=joint)
         try:
             output = draw(

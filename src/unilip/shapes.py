@@ -107,11 +107,6 @@ def grouped(sizes: Sequence[Size]) -> dict[Size, list[int]]:
     return groups
 
 
-def rows(size: Size) -> int:
-    """Return how many rows of image tokens, h, a picture has."""
-    return size[1] // TOKEN_PIXELS
-
-
 def cells(size: Size) -> int:
     """Return how many image tokens, N, a picture has."""
     return size[0] * size[1] // TOKEN_PIXELS**2

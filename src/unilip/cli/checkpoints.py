@@ -91,7 +91,7 @@ def verify(o: Options) -> int:
     device = choose_device(o.device)
     from unilip import verify as numbers
 
-    with bar(o, "entry") as progress:
+    with bar(o.progress, "entry") as progress:
         rows = numbers.verify(checkpoint, expected, o.tolerance, device, o.dtype or "float32", progress)
     good = bool(rows) and all(row.ok for row in rows)
     o.report.line(numbers.format_rows(rows))

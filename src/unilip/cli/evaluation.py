@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unilip.cli.options import Options, number, whole
-from unilip.cli.terminal import bars, plural, say, source_of
+from unilip.cli.terminal import bars, pick, plural, say, source_of
 from unilip.errors import UniLIPError
 from unilip.machine import Place, choose_device
 
@@ -37,15 +37,14 @@ JUDGE: dict[str, Callable[[str], Any]] = {  # of --judge-set, which says what th
 
 def eval_emoji(o: Options) -> None:
     """Measure a model in the emoji world."""
-    folder = output_of(o, "results", "results")
+    folder = output_of(o, "results")
     device = choose_device(o.device)
     from unilip.emoji import score as emoji
     from unilip.emoji.world import World
     from unilip.model import UniLIP
 
     parts = names_of(o.parts)
-    unknown = sorted(set(parts or ()) - set(emoji.PARTS))
-    if unknown:
+    if unknown := sorted(set(parts or ()) - set(emoji.PARTS)):
         raise UniLIPError(f"--parts names {', '.join(map(repr, unknown))}; allowed: {', '.join(emoji.PARTS)}.")
     world = None if o.world is None else World.preset(o.world)
     model = UniLIP.from_pretrained(source_of(o), device=device, dtype=o.dtype)
@@ -58,14 +57,12 @@ def eval_emoji(o: Options) -> None:
 
 def eval_claims(o: Options) -> None:
     """Test the paper's claims on the ablations that have been trained."""
-    output = output_of(o, "claims")
+    output = output_of(o, "eval-claims")
     device = choose_device(o.device)
     from unilip.eval import claims
 
-    given = pick(o, "count", "seeds", "dtype", "batch_size")
-    found = claims.evaluate(
-        o.words[0], output, o.world, parts=names_of(o.parts), device=device, progress=bars(o), **given
-    )
+    given = pick(o, "count", "seeds", "dtype", "batch_size") | {"parts": names_of(o.parts), "device": device}
+    found = claims.evaluate(o.words[0], output, o.world, progress=bars(o), **given)
     for size, record in found["sizes"].items():
         for claim in record["claims"]:
             o.report.line(f"{size} {claim['claim']}. {claim['words']} | {claim['verdict']}")
@@ -75,19 +72,14 @@ def eval_claims(o: Options) -> None:
     o.report.end(f"evidence in {output}", output=str(output), results=found)
 
 
-def pick(o: Options, *names: str) -> dict[str, Any]:
-    """Return options by their names, for a function that calls them so, too."""
-    return {name: getattr(o, name) for name in names}
-
-
 def names_of(text: str | None) -> list[str] | None:
     """Return names with commas between as a list."""
     return None if text is None else [name.strip() for name in text.split(",")]
 
 
-def output_of(o: Options, name: str, usual: str = "") -> Path:
+def output_of(o: Options, usual: str) -> Path:
     """Return the run folder, which may be new, but not its parent."""
-    folder = Path(o.output or usual or f"eval-{name}").expanduser()
+    folder = Path(o.output or usual).expanduser()
     if not folder.exists() and not folder.absolute().parent.is_dir():
         raise UniLIPError(f"There is no folder {folder.absolute().parent}; make it first, or give another --output.")
     return folder
@@ -117,10 +109,8 @@ def tell_scores(o: Options, summaries: Sequence[Mapping[str, Any]], output: Path
     """Print scores, each under its protocol and scorer; returns 1 where an item is without one."""
     from unilip.eval.scores import column, tell
 
-    left = 0
-    for summary in summaries:
-        o.report.line(*tell(summary))
-        left += sum(n for status, n in summary["statuses"].items() if status != "ok")
+    o.report.line(*(line for summary in summaries for line in tell(summary)))
+    left = sum(n for summary in summaries for status, n in summary["statuses"].items() if status != "ok")
     told = [{"column": column(summary), **summary} for summary in summaries]
     o.report.end(f"results in {output}", output=str(output), scores=told, open=left, **more)
     if left:
@@ -130,7 +120,7 @@ def tell_scores(o: Options, summaries: Sequence[Mapping[str, Any]], output: Path
 
 def eval_benchmark(name: str, o: Options) -> int:
     """Make a benchmark's pictures, and score them where a scorer is named."""
-    output, terms = output_of(o, name), judge_terms(o)
+    output, terms = output_of(o, f"eval-{name}"), judge_terms(o)
     official, judge, rubric_of, fit = (getattr(o, key, None) for key in ("official", "judge", "rubric", "fit"))
     some = {key: getattr(o, key, None) for key in ("protocol", "sources")}  # only some verbs have any of these
     from unilip.eval.benchmarks import open_benchmark
@@ -144,10 +134,9 @@ def eval_benchmark(name: str, o: Options) -> int:
     if o.drawing:
         device, source = choose_device(o.device), source_of(o)
         given = pick(o, "steps", "guidance_scale", "image_size", "seed", "dtype")
-        made = generation.generate(
-            benchmark, output, source, generation.Settings.resolve(source, fit=fit, **given), batch_size=o.batch_size,
-            device=device, progress=bars(o),
-        )  # fmt: skip
+        settings = generation.Settings.resolve(source, fit=fit, **given)
+        given = pick(o, "batch_size") | {"device": device, "progress": bars(o)}
+        made = generation.generate(benchmark, output, source, settings, **given)
         counts = {key: made[key] for key in ("made", "there", "missing")}
         if place.rank == 0:
             done, there = plural(made["made"], "file"), made["there"]
@@ -174,7 +163,7 @@ def eval_benchmark(name: str, o: Options) -> int:
 
 def eval_recon(o: Options) -> int:
     """Measure how much of pictures survives the tokenizer."""
-    output = output_of(o, "recon")
+    output = output_of(o, "eval-recon")
     device = choose_device(o.device)
     from unilip.eval import recon
     from unilip.eval.pictures import open_pictures
@@ -188,7 +177,7 @@ def eval_recon(o: Options) -> int:
 
 def eval_understand(o: Options) -> int:
     """Ask the questions of a file about pictures."""
-    output = output_of(o, "understand")
+    output = output_of(o, "eval-understand")
     device = choose_device(o.device)
     from unilip.eval import understand
 
@@ -203,7 +192,7 @@ def eval_understand(o: Options) -> int:
 
 def eval_compare(o: Options) -> None:
     """Put runs side by side."""
-    output = output_of(o, "compare")
+    output = output_of(o, "eval-compare")
     from unilip.eval.compare import compare, to_markdown
 
     found = compare(o.words, output, o.pictures)

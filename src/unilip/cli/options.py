@@ -14,7 +14,6 @@ from unilip.files import read_table
 from unilip.machine import PERFORMANCES
 from unilip.method.config import SAMPLING_PRESETS, SOLVERS, TOKEN_PIXELS
 
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 Reader = Callable[[str], Any]  # of an option's value
 Options = argparse.Namespace  # has what the entry of its verb names, and the `report` of what is done
 
@@ -89,7 +88,7 @@ TABLE: dict[str, Any] = read_table("unilip.cli", "verbs.json")
 READERS: dict[str, Reader] = {reader.__name__: reader for reader in (device_name, picture_size, pixels, origin)}
 READERS["pixel_count"] = whole(TOKEN_PIXELS**2, shapes.MAX_DRAWN)  # of a picture that keeps its source's shape
 MAKERS: dict[str, Callable[..., Reader]] = {"whole": whole, "number": number}
-CHOICES = {"dtypes": DTYPES, "solvers": SOLVERS, "presets": SAMPLING_PRESETS, "performances": PERFORMANCES}
+CHOICES = {"solvers": SOLVERS, "presets": SAMPLING_PRESETS, "performances": PERFORMANCES}
 
 
 def named(options: Sequence[str]) -> Iterator[str]:
@@ -130,9 +129,7 @@ class Verb:
         return option if not isinstance(choices, str) else option | {"choices": CHOICES[choices]}
 
 
-VERBS = {
-    name: Verb(**(record | {"options": tuple(named(record["options"]))})) for name, record in TABLE["verbs"].items()
-}
+VERBS = {name: Verb(**record | {"options": [*named(record["options"])]}) for name, record in TABLE["verbs"].items()}
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,10 +8,9 @@ import threading
 import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from unilip.cli.options import Options
-from unilip.cli.terminal import adapter_of, describe_model, load, plural, say, source_of
+from unilip.cli.terminal import adapter_of, describe_model, load, pick, plural, say, source_of
 from unilip.errors import UniLIPError, install
 from unilip.machine import choose_device
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from unilip.serve.training import Trainer
 
 KEYS = "UNILIP_API_KEY"
-MEGA = 2**20
 CAN = "scenes of one to four flat emoji drawings on a plain background: kinds of things, counts, colours, places."
 CANNOT = (
     "photographs, faces, writing, or anything else than its drawings. It is small and often wrong; its mistakes are "
@@ -43,10 +41,8 @@ def about(o: Options, model: UniLIP) -> dict[str, Any]:
     from unilip import __version__
     from unilip.demo import examples
 
-    found: dict[str, Any] = {
-        **describe_model(o, model), "performance": o.performance, "version": __version__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }  # fmt: skip
+    parameters = sum(p.numel() for p in model.parameters())
+    found = describe_model(o, model) | {"performance": o.performance, "version": __version__, "parameters": parameters}
     if o.model is None:
         given = examples()
         found |= {"can": CAN, "cannot": CANNOT, "prompts": given["prompts"]}
@@ -64,8 +60,6 @@ def serve(o: Options) -> None:
         from unilip.serve.guard import Rules
         from unilip.serve.server import check_access, listen, run
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("unilip"):
-            raise
         raise UniLIPError(f"Serving needs the package {error.name}; {install('serve')}.") from error
     from unilip.serve import log
     from unilip.serve.metrics import Metrics
@@ -75,12 +69,11 @@ def serve(o: Options) -> None:
     keys = tuple(key.strip() for key in given)
     if not all(keys):
         raise UniLIPError(f"An --api-key is empty; give one, or leave it and {KEYS} out.")
-    rules = check_access(o.host, Rules(keys, o.max_body * MEGA, o.rate_limit, origins=tuple(o.allow_origin or ())))
+    rules = check_access(o.host, Rules(keys, o.max_body * 2**20, o.rate_limit, origins=tuple(o.allow_origin or ())))
     pixels = int(o.max_pixels * 1e6)
     if o.max_replicas is not None and (o.ray is None or o.max_replicas < o.ray):
         raise UniLIPError("--max-replicas goes with --ray N, and must be at least N.")
-    common: dict[str, Any] = {"max_queue": o.max_queue, "max_batch": o.max_batch, "deadline": o.deadline}
-    common["adapters"] = offered(o)
+    common = pick(o, "max_queue", "max_batch", "deadline") | {"adapters": offered(o)}
     taken = listen(o.host, o.port)
     metrics, trainer = Metrics(), None
     if o.ray is not None:
@@ -97,19 +90,20 @@ def serve(o: Options) -> None:
             facts["trains"] = trainer is not None
     settings = Settings(name_of(o), rules, pixels, o.allow_url_images, o.metadata, o.drain, o.strict, o.chat, facts)
     app = create_app(engine, settings, metrics, trainer)
-    host, port = taken.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    number, port = taken.getsockname()[:2]
+    host = f"[{number}]" if ":" in number else number
     page = getattr(o, "open", None)  # of the studio: whether to open it
-    seen = "localhost" if host in ("0.0.0.0", "::") else urlsplit(address).netloc.rpartition(":")[0]
+    studio = f"http://{'localhost' if number in ('0.0.0.0', '::') else host}:{port}/"
 
     def started() -> None:
         key = "with an API key" if keys else "for this machine alone"
         if page is None:
+            address = f"http://{host}:{port}"
             say(f"{what}; serving at {address}/v1 {key}, its description at {address}/docs (Ctrl+C ends it)")
             return
-        say(f"{what}; the studio is at http://{seen}:{port}/ {key} (Ctrl+C ends it)")
+        say(f"{what}; the studio is at {studio} {key} (Ctrl+C ends it)")
         if page:
-            threading.Timer(1.0, webbrowser.open, (f"http://{seen}:{port}/",)).start()
+            threading.Timer(1.0, webbrowser.open, (studio,)).start()
 
     run(app, taken, o.drain, started)
     say("ended")
@@ -121,11 +115,10 @@ def training(o: Options, engine: Engine) -> Trainer | None:
     from unilip.serve.training import Trainer
     from unilip.sizes import PRESETS
 
-    base = adapted(source_of(o)).base
     if engine.config.name not in PRESETS:
         return None
-    named = "embedded" if base is None else str(base)
-    where = os.path.abspath(named) if base is not None and os.path.exists(named) else named
+    base = adapted(source_of(o)).base
+    where = "embedded" if base is None else os.path.abspath(base) if os.path.exists(base) else str(base)
     trainer = Trainer(Path(o.runs), where, engine.config.name, str(engine.model.device), engine.lend)
     for name, folder in trainer.kept().items():
         if name not in engine.checker.adapters:
@@ -158,12 +151,10 @@ def spread(o: Options, common: dict[str, Any]) -> tuple[Any, str]:
     except ModuleNotFoundError as error:
         raise UniLIPError(f"--ray needs the package {error.name}; {install('ray')}.") from error
     device = choose_device(o.device)
-    assert o.ray is not None
     if o.decoder is not None:
         raise UniLIPError("--decoder is for one process; save a model with it, and give that to --ray.")
     most = o.max_replicas or o.ray
     say(f"starting {plural(o.ray, 'replica')} on Ray")
-    common |= {"device": device, "dtype": o.dtype, "performance": o.performance}
-    gpus = 1.0 if device.startswith("cuda") else 0.0
-    engine = RemoteEngine(source_of(o), replicas=o.ray, most=most, gpus=gpus, **common)
+    common |= {"device": device, "gpus": 1.0 if device.startswith("cuda") else 0.0} | pick(o, "dtype", "performance")
+    engine = RemoteEngine(source_of(o), replicas=o.ray, most=most, **common)
     return engine, f"{o.model or f'embedded ({engine.config.name})'} on {o.ray} to {most} replicas ({device})"

@@ -12,12 +12,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from unilip import __version__
 from unilip.cli.options import Options
 from unilip.errors import UniLIPError
 from unilip.files import lines_of, png_notes, read_object, read_text
@@ -33,14 +32,12 @@ ADAPTER = "adapter_config.json"
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One thing to do."""
 
     text: str
-    image: str | None  # that the words are about
+    images: tuple[str, ...]  # that the words are about; a joint edit is one of the first
     seed: int  # of the first result
-    others: tuple[str, ...] = ()  # further pictures, which only help with a joint edit
 
 
 def read_prompts(name: str) -> list[dict[str, Any]]:
@@ -108,11 +105,11 @@ def requests(o: Options, what: str, image: str, joint: bool = False) -> list[Req
         if not own and image == "always":
             raise UniLIPError(f"There is no image; give at least one before the {what}.")
         seed = entry.get("seed", o.seed)
-        if joint and check_joint(joint, len(own)):  # all pictures are part of one request, not one of each
-            found.append(Request(text, own[0], seed, tuple(own[1:])))
+        if not own or (joint and check_joint(joint, len(own))):  # all pictures are part of one request
+            found.append(Request(text, tuple(own), seed))
         else:
-            found += [Request(text, path, seed) for path in own or [None]]
-    for path in dict.fromkeys(path for r in found for path in (r.image, *r.others) if path is not None):
+            found += [Request(text, (path,), seed) for path in own]
+    for path in dict.fromkeys(path for request in found for path in request.images):
         load_image(path)
     return found
 
@@ -130,24 +127,22 @@ def printable(text: str) -> str:
 class Destination:
     """Where pictures go: a named file, or a folder in which free names are taken. Files appear whole or not at all."""
 
-    def __init__(self, output: str | None, force: bool, count: int) -> None:
-        self.force = force
-        self.file: Path | None = None
+    def __init__(self, o: Options, count: int) -> None:
+        output, self.force, self.metadata = o.output, o.force, o.metadata
         self.written: list[Path] = []
         path = Path(output or ".").expanduser()
         try:
             path.exists()
         except OSError as error:  # a name that is too long, for instance
             raise UniLIPError(f"--output {str(path)[:60]}... cannot be used: {error.strerror}.") from error
-        if path.is_dir() or (output and (output.endswith(("/", os.sep)) or not path.suffix)):
-            self.folder = path
-        elif path.suffix.lower() not in FORMATS:
+        is_folder = path.is_dir() or (output and (output.endswith(("/", os.sep)) or not path.suffix))
+        self.folder = path if is_folder else path.parent
+        self.file = None if is_folder else path
+        if self.file and path.suffix.lower() not in FORMATS:
             raise UniLIPError(f"{path} has an unknown ending; allowed: {', '.join(FORMATS)}, or a folder.")
-        elif count > 1:
+        if self.file and count > 1:
             raise UniLIPError(f"{path} is one file, but {count} pictures will be made; give a folder as --output.")
-        else:
-            self.folder, self.file = path.parent, path
-        if self.file is not None and self.file.exists() and not force:
+        if self.file and path.exists() and not self.force:
             raise UniLIPError(f"{path} exists already; give another --output, or --force to overwrite it.")
         if self.folder.exists() and not self.folder.is_dir():
             raise UniLIPError(f"{self.folder} is a file, not a folder; give another --output.")
@@ -157,26 +152,25 @@ class Destination:
         if not os.access(base, os.W_OK):
             raise UniLIPError(f"The folder {base} cannot be written to; give another --output.")
 
-    def name(self, *words: str) -> str:
+    def _stem(self, words: Sequence[str]) -> str:
         """Join words to the stem of a file name, shortened so that the file system takes it with an ending."""
-        try:
-            limit = os.pathconf(self.folder if self.folder.exists() else self.folder.absolute().parent, "PC_NAME_MAX")
-        except (AttributeError, OSError, ValueError):  # Windows, or a file system that does not say
-            limit = 255
+        limit = 255
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows, or a file system that does not say
+            limit = os.pathconf(self.folder, "PC_NAME_MAX")
         *long, last = words
         size = (limit - 44) // max(1, len(long))  # in bytes
         return "-".join([*(printable(word).encode()[:size].decode("utf-8", "ignore") for word in long), last])
 
-    def write(self, image: Image.Image, stem: str, texts: Mapping[str, str]) -> Path:
-        """Write a picture under the name asked for, or under the first free one of stem.png, stem-2.png, ..."""
+    def write(self, image: Image.Image, words: Sequence[str], about: Mapping[str, object]) -> Path:
+        """Write a picture under the name asked for, or the first free one of the words: a-b.png, a-b-2.png, ..."""
+        texts = {"Software": f"unilip {__version__}", **about} if self.metadata else {}
         self.folder.mkdir(exist_ok=True)
         suffix = self.file.suffix.lower() if self.file else ".png"
         temporary = self.folder / f".unilip-{os.getpid()}{suffix}.part"
         try:
-            notes = png_notes({key: printable(value) for key, value in texts.items()})
-            more: dict[str, Any] = {"pnginfo": notes} if suffix == ".png" else {"quality": 95}
-            image.save(temporary, FORMATS[suffix], **more)
-            path = self._publish(temporary, stem)
+            notes = png_notes({key: printable(str(value)) for key, value in texts.items() if value is not None})
+            image.save(temporary, FORMATS[suffix], pnginfo=notes, quality=95)  # each format knows one of these
+            path = self._publish(temporary, self._stem(words))
         finally:
             temporary.unlink(missing_ok=True)
         self.written.append(path)
@@ -243,12 +237,12 @@ def bars(o: Options) -> bool:
     return getattr(o, "progress", False) and sys.stderr.isatty()
 
 
-@contextmanager
-def bar(o: Options, unit: str) -> Iterator[Callable[..., None]]:
-    """Show a bar on a terminal; yields what is told how much is done, of how much."""
+@contextlib.contextmanager
+def bar(wanted: bool, unit: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Show a bar on a terminal, if wanted; yields what is told how much is done, of how much."""
     from tqdm.auto import tqdm
 
-    with tqdm(disable=None if o.progress else True, leave=False, unit=unit) as shown:
+    with tqdm(total=total, disable=None if wanted else True, leave=False, unit=unit) as shown:
 
         def progress(done: int, total: int, *_: object) -> None:
             shown.total = total
@@ -317,26 +311,11 @@ def load(o: Options, *parts: str) -> UniLIP:
     return model.compile() if compiled else model
 
 
-def describe_model(o: Options, model: UniLIP) -> dict[str, str]:
+def describe_model(o: Options, model: UniLIP) -> dict[str, Any]:
     """Name a model as reports and metadata do."""
     name = f"embedded ({model.config.name})" if o.model is None else o.model
     name = " + ".join([name, *getattr(o, "adapter", ())])
     return {"model": name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
-
-
-def sampling(o: Options, model: UniLIP) -> dict[str, Any]:
-    """The settings of `generate` and `edit`, the model's own where none are given."""
-    from unilip.fast.loop import Settings
-
-    given = {"num_inference_steps": o.steps, "guidance_scale": o.guidance_scale, "solver": o.solver}
-    settings = Settings.of(model.config, o.preset, **given)
-    return {
-        "preset": o.preset,
-        **{name: getattr(settings, name) for name in given},
-        "negative_prompt": o.negative_prompt,
-        **({"best_of": o.best_of} if getattr(o, "best_of", 1) > 1 else {}),
-        **sides(o),
-    }
 
 
 def sides(o: Options) -> dict[str, Any]:
@@ -349,6 +328,11 @@ def sides(o: Options) -> dict[str, Any]:
     o.size = drawn(*o.size) if o.size else None
     width, height = o.size or (None, None)
     return {"width": width, "height": height} | ({"max_pixels": most} if most else {})
+
+
+def pick(o: Options, *names: str) -> dict[str, Any]:
+    """Return options by their names, for a function that calls them so, too."""
+    return {name: getattr(o, name) for name in names}
 
 
 def plural(count: int, noun: str) -> str:

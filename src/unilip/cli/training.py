@@ -20,7 +20,7 @@ def data_prepare_emoji(o: Options) -> None:
 
     if o.source is not None and not Path(o.source).is_dir():
         raise UniLIPError(f"There is no folder {o.source}; give the one with the npm packages, or leave --source away.")
-    with bar(o, "drawing") as progress:
+    with bar(o.progress, "drawing") as progress:
         path = prepare(Path(o.output) if o.output else None, Path(o.source) if o.source else None, progress)
     o.report.line(path)
     o.report.end("the art is ready", path=str(path))
@@ -32,7 +32,7 @@ def data_convert(o: Options) -> None:
 
     if o.output is None:
         raise UniLIPError("There is no --output; give the folder of the shards.")
-    with bar(o, "sample") as progress:
+    with bar(o.progress, "sample") as progress:
         done = convert(
             o.words[0], o.words[1], Path(o.output), shard_size=o.shard_size, shorter_side=o.shorter_side,
             progress=progress,
@@ -61,7 +61,7 @@ def data_check(o: Options) -> int:
     found, fine = [], True
     places = [place for text in o.words for place in parse_mixture(text)]
     for number, place in enumerate(places, 1):
-        with bar(o, "sample") as progress:
+        with bar(o.progress, "sample") as progress:
             about, sheet = check(open_source(place.location), o.samples, progress=progress)
         o.report.line(*about.lines())
         values = asdict(about)
