@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from unilip.emoji.concepts import SHAPES, TONES, concept, concepts
+from unilip.emoji.concepts import SHAPES, TONES, check_name, concept, concepts
 from unilip.errors import DataError, install
 from unilip.files import png_bytes, read_json, read_table, stable_hash, write_bytes
 from unilip.pictures import open_picture
@@ -249,9 +249,8 @@ class Atlas:
                 "UNILIP_DATA at the folder that holds it. Pictures of your own are read with data.source=files"
             )
         with np.load(file, allow_pickle=False) as stored:
-            keys, ends, data = stored["keys"], stored["ends"], stored["data"].tobytes()
-        starts = [0, *ends[:-1].tolist()]
-        return cls({str(k): data[a:b] for k, a, b in zip(keys, starts, ends.tolist(), strict=True)})
+            keys, ends, data = stored["keys"], stored["ends"].tolist(), stored["data"].tobytes()
+        return cls({str(k): data[a:b] for k, a, b in zip(keys, [0, *ends[:-1]], ends, strict=True)})
 
     @classmethod
     def synthetic(cls, world: World, size: int = 48) -> Atlas:
@@ -336,8 +335,7 @@ class Atlas:
     def _paint(name: str, colour: str | None) -> RGB:
         if colour is None:
             raise DataError(f"the drawn shape {name!r} needs a colour; allowed are {', '.join(PAINTS)}")
-        if colour not in PAINTS:
-            raise DataError(f"unknown colour {colour!r}; allowed are {', '.join(PAINTS)}")
+        check_name("colour", colour, PAINTS)
         return PAINTS[colour]
 
 

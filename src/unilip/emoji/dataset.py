@@ -12,6 +12,7 @@ import numpy as np
 
 from unilip.emoji.art import Atlas
 from unilip.emoji.captions import as_written, background_words, caption, place_words
+from unilip.emoji.concepts import check_name
 from unilip.emoji.edits import Edit, sample_edit, sample_joint
 from unilip.emoji.knowledge import met_riddles
 from unilip.emoji.questions import questions
@@ -50,8 +51,7 @@ class _Items:
     size: int
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise DataError(f"unknown split {self.split!r}; allowed are {', '.join(SPLITS)}")
+        check_name("split", self.split, SPLITS)
 
     def __len__(self) -> int:
         return self.size
