@@ -114,7 +114,6 @@ class _Show:
 
     def __init__(self, model: UniLIP, folder: Path, seed: int, shown: str, source: Sequence[str]) -> None:
         self.model, self.folder, self.seed, self.shown, self.source = model, folder, seed, shown, source
-        self.examples = examples()
         self.result: dict[str, Any] = {"seed": seed, "seconds": {}}
         self.judges = model.config.image_size == judge().world.image_size
 
@@ -146,10 +145,10 @@ class _Show:
         return title, f"{result}, in {self.result['seconds'][part]:.1f} s", body
 
     def generate(self) -> Section:
-        prompts = self.examples["prompts"]
+        prompts = examples()["prompts"]
         with self.timed("generate"):
             made = self.model.generate(prompts, generator=[self.seed] * len(prompts), progress=False)
-        verdicts = [self.drawn(image, **asked) for image, asked in zip(made, self.examples["asked"], strict=True)]
+        verdicts = [self.drawn(image, **asked) for image, asked in zip(made, examples()["asked"], strict=True)]
         cards = [
             _card(_row((self.save(image, "generate-" + re.sub(r"\W+", "-", prompt.lower())), "")), f"“{prompt}”", found)
             for prompt, image, (_, found) in zip(prompts, made, verdicts, strict=True)
@@ -160,7 +159,7 @@ class _Show:
         return self.section("generate", result, note, cards, self.command("generate", prompts[0], seeded=True))
 
     def edit(self) -> Section:
-        edits = self.examples["edits"]
+        edits = examples()["edits"]
         sources, wishes = [load_image(FOLDER / e["source"]) for e in edits], [e["instruction"] for e in edits]
         with self.timed("edit"):
             made = self.model.edit(sources, wishes, generator=[self.seed] * len(edits), progress=False)
@@ -177,7 +176,7 @@ class _Show:
         return self.section("edit", result, note + JUDGED * self.judges, cards, again, wide=True)
 
     def ask(self) -> Section:
-        shown = [*self.examples["pictures"], {"file": None, "questions": self.examples["riddles"]}]
+        shown = [*examples()["pictures"], {"file": None, "questions": examples()["riddles"]}]
         pictures = [entry["file"] and load_image(FOLDER / entry["file"]) for entry in shown]
         about = [picture for entry, picture in zip(shown, pictures, strict=True) for _ in entry["questions"]]
         questions = [question["question"] for entry in shown for question in entry["questions"]]
@@ -214,7 +213,7 @@ class _Show:
         return scores, cards, self.command("reconstruct", f"{names[0]}-source.png")
 
     def reconstruct(self) -> Section:
-        captions = {entry["file"]: entry["caption"] for entry in self.examples["pictures"]}
+        captions = {entry["file"]: entry["caption"] for entry in examples()["pictures"]}
         scores, cards, again = self.redrawn("reconstruct", captions)
         self.result["psnr"] = [round(score, 2) for score in scores]
         note = (
@@ -313,7 +312,7 @@ class _Show:
         template = Template((resources.files("unilip") / "demo.html").read_text(encoding="utf-8"))
         return template.substitute(
             shared=shared, size=config.image_size, times=times, facts=html.escape(facts), sections="".join(sections),
-            after=after, credits=html.escape(self.examples["credits"]), version=__version__,
+            after=after, credits=html.escape(examples()["credits"]), version=__version__,
         )  # fmt: skip
 
 
