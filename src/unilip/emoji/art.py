@@ -11,7 +11,6 @@ import hashlib
 import io
 import logging
 import os
-import re
 import shutil
 import subprocess
 import tarfile
@@ -42,7 +41,7 @@ ATLAS_FILE = "atlas-160.npz"
 HORIZON = 0.6  # share of a background's height above the ground line
 NEAR_HUE = 40.0  # degrees around a drawing's main hue that are painted with it
 VARIANTS = {*TONES.values(), "2640", "2642"}  # skin tones and sexes: the same drawing again
-FLAG = re.compile("1f1[ef]")  # letters of which countries are made
+LETTERS = ("1f1e", "1f1f")  # that flags are made of
 RGB = tuple[int, int, int]
 Drawing = tuple[str, str, str | None]  # style, name, skin tone
 
@@ -173,7 +172,7 @@ class _Package:
         named = {each.codepoint.replace("-fe0f", "") for each in concepts().values()} | set(TABLES["kept out"])
         for code, icon in self.chars.items():
             parts = code.replace("-fe0f", "").split("-")
-            if "-".join(parts) not in named and not VARIANTS & set(parts) and not FLAG.match(code):
+            if "-".join(parts) not in named and not VARIANTS & set(parts) and not code.startswith(LETTERS):
                 found.setdefault(aliases.get(icon, {}).get("parent", icon), "-".join(parts))
         return list(dict.fromkeys(found.values()))
 

@@ -43,6 +43,7 @@ CELLS = 16  # of the coarse grid, along a side of any window
 BLUR = 1.0  # pixels of Gaussian blur of pictures and sprites: edges need not agree to the pixel
 SOFTNESS = (0.0, 1.5, 2.5)  # further blur of a sprite, in pixels, that is tried before it is refused
 MAX_SHARED = 0.3  # share of the smaller of two boxes that may overlap
+CANDIDATES = 10  # kinds of sprites that are tried in full resolution
 SCALES = (0.94, 0.97, 1.03, 1.06)  # of the likeliest sprites, tried in full resolution
 FINALISTS = 3
 KEPT = 768  # sprites at a size, kept ready: about 100 MB
@@ -200,8 +201,6 @@ class Judge:
         layers = torch.stack([self._coarse(look) for look in self.looks])  # L 4 CELLS CELLS
         weights, self._constant = _template(layers)
         self._weights = weights.flatten(1)  # L 8 x CELLS^2
-        kinds = {kind: i for i, kind in enumerate(dict.fromkeys((k.concept, k.style) for k in self.looks))}
-        self._kind_of = torch.tensor([kinds[k.concept, k.style] for k in self.looks])
         sizes = sorted({*world.single_sizes, *world.multi_sizes})
         near = {s for size in sizes for s in (round(size * 0.92), size, round(size * 1.08))}
         tried = {round(sizes[0] * 0.92), *sizes} if len(sizes) > 4 else near  # steps between many are fine already
@@ -329,7 +328,7 @@ class Judge:
             places.append(torch.stack([x, y, torch.full_like(x, size)], 1))
         return torch.cat(merits, 1), torch.cat(places)
 
-    def _candidates(self, scan: Scan, before: Sequence[Found], keep: int = 10) -> list[Place]:
+    def _candidates(self, scan: Scan, before: Sequence[Found]) -> list[Place]:
         """Return the likeliest kinds around the place where a sprite explains most."""
         merits, places = scan
         size = places[:, 2]
@@ -347,14 +346,11 @@ class Judge:
         best, at = merits[:, near].max(1)  # L
         where = places[near[at]].int().tolist()
         # one candidate a kind: colours of one drawing would crowd out the others
-        count = int(self._kind_of.max()) + 1
-        kinds = torch.full((count,), -math.inf).scatter_reduce(0, self._kind_of, best, "amax")
-        chosen = []
-        for kind in kinds.topk(min(keep, count)).indices.tolist():
-            members = (self._kind_of == kind).nonzero()[:, 0]
-            look = int(members[best[members].argmax()])
-            chosen.append((look, *where[look]))
-        return chosen
+        chosen: dict[tuple[str, str], Place] = {}
+        for number in best.argsort(descending=True, stable=True).tolist():
+            look = self.looks[number]
+            chosen.setdefault((look.concept, look.style), (number, *where[number]))
+        return list(chosen.values())[:CANDIDATES]
 
     def _refine(self, left: Tensor, behind: Tensor, candidates: Sequence[Place]) -> tuple[Obj, int, int, int] | None:
         """Try each candidate in full resolution at sizes and places nearby; returns the best (look, x, y, size)."""

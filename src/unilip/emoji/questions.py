@@ -12,7 +12,6 @@ from unilip.emoji.concepts import SHAPES, concept
 from unilip.emoji.world import INVERSE, Obj, Scene, World, reading_order, relation
 
 KINDS = ("identity", "colour", "count", "position", "presence", "background", "style", "caption")
-DESCRIBE: list[str] = WORDS["describe"]
 BESIDE: dict[str, str] = WORDS["beside"]
 SIDES: dict[str, str] = WORDS["sides"]
 
@@ -51,7 +50,7 @@ def describe(scene: Scene, rng: random.Random, world: World) -> QA:
     answer = canonical(scene, "two", world, background=True)
     place = BACKGROUNDS[scene.background].phrases[0]
     orders = (f"{words} {place}" for words in _orders(scene, world))
-    return _qa("caption", rng.choice(DESCRIBE), answer, *orders, about=scene.objects)
+    return _qa("caption", rng.choice(WORDS["describe"]), answer, *orders, about=scene.objects)
 
 
 def _orders(scene: Scene, world: World) -> list[str]:

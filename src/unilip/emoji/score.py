@@ -230,7 +230,8 @@ class Bench:
         for depth in DEPTHS[1:] if whole else range(1, max(item.data["depth"] for item in items) + 1):
             before = 0 if whole else depth - 1
             texts = [joined([edit.instruction for edit in edits[before:depth]]) for edits in rows.values()]
-            results = self._edited([drawn[i, before] for i in rows], texts, [("chain", i, depth) for i in rows])
+            noises = [("chain", i, depth) for i in rows]
+            results = self._sample(self.model.edit, noises, [drawn[i, before] for i in rows], texts)
             again = self.model.reconstruct([copies[i, before] for i in rows]).images
             for i, result, copy in zip(rows, results, again, strict=True):
                 drawn[i, depth], copies[i, depth] = result, np.asarray(copy)
@@ -269,7 +270,8 @@ class Bench:
             return
         edits = [item.data["edit"] for item in items]
         sources = [pixels(edit.source, self.atlas, judge.world) for edit in edits]
-        results = self._edited(sources, [edit.instruction for edit in edits], [(x.key,) for x in items], **sides)
+        texts, noises = [edit.instruction for edit in edits], [(item.key,) for item in items]
+        results = self._sample(self.model.edit, noises, sources, texts, **sides)
         for edit, source, result in zip(edits, sources, results, strict=True):
             yield judged_edit(judge, edit, [source], result)
 
@@ -280,25 +282,20 @@ class Bench:
         for item in items:
             pair = self._held_out(Edits).joint(item.index)
             sources = [pair["source"], pair["other"]]
-            result = self._edited(sources, [pair["instruction"]], [(item.key,)], joint=True)[0]
+            result = self._sample(self.model.edit, [(item.key,)], sources, [pair["instruction"]], joint=True)[0]
             yield judged_edit(self.judge, pair["edit"], sources, result)
 
-    def _edited(
-        self, sources: list[np.ndarray], texts: list[str], noises: Sequence[Sequence[object]], **how: Any
-    ) -> list[np.ndarray]:
+    def _sample(self, ability: Callable[..., Any], noises: Sequence[Any], *given: Any, **how: Any) -> list[np.ndarray]:
+        """Let the model draw or edit what is GIVEN, one noise a picture."""
         generators = [noise_generator(*parts) for parts in noises]
-        how |= {"num_inference_steps": self.steps, "preset": self.preset, "guidance_scale": self.guidance_scale}
-        images = self.model.edit(sources, texts, generator=generators, progress=False, **how).images
-        return [np.asarray(image) for image in images]
+        how = {"guidance_scale": self.guidance_scale, "num_inference_steps": self.steps, "preset": self.preset, **how}
+        return [np.asarray(image) for image in ability(*given, generator=generators, progress=False, **how).images]
 
-    def _draw(self, items: Sequence[Item], **sides: Any) -> list[np.ndarray]:
+    def _draw(self, items: Sequence[Item], **how: Any) -> list[np.ndarray]:
         # the noise belongs to prompt and seed: without guidance, and as people write, it is the same again
-        generators = [noise_generator(item.data.get("noise", item.data["prompt"]), item.data["seed"]) for item in items]
-        guidance = 1.0 if items[0].mode == UNGUIDED else self.guidance_scale
-        how = {"num_inference_steps": self.steps, "preset": self.preset, "guidance_scale": guidance, **sides}
-        prompts = [item.data["prompt"] for item in items]
-        images = self.model.generate(prompts, generator=generators, progress=False, **how).images
-        return [np.asarray(image) for image in images]
+        noises = [(item.data.get("noise", item.data["prompt"]), item.data["seed"]) for item in items]
+        how |= {"guidance_scale": 1.0} if items[0].mode == UNGUIDED else {}
+        return self._sample(self.model.generate, noises, [item.data["prompt"] for item in items], **how)
 
     def _perform_recon(self, items: Sequence[Item]) -> Iterator[Shown]:
         truths = [pixels(item.data["scene"], self.atlas, self.world) for item in items]
@@ -345,7 +342,8 @@ class Bench:
         asked = [{"kinds": (item.data["kind"],), "seen": item.data["seen"]} for item in items]
         entries = [self._held_out(Edits, **how)[item.index] for how, item in zip(asked, items, strict=True)]
         sources = [entry["source"] for entry in entries]
-        results = self._edited(sources, [entry["instruction"] for entry in entries], [(item.key,) for item in items])
+        texts, noises = [entry["instruction"] for entry in entries], [(item.key,) for item in items]
+        results = self._sample(self.model.edit, noises, sources, texts)
         copies = self.model.reconstruct(sources).images
         for entry, result, copy in zip(entries, results, copies, strict=True):
             record, shown = judged_edit(self.judge, entry["edit"], [entry["source"]], result)

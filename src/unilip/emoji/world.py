@@ -242,10 +242,8 @@ class World:
         """Whether SCENE may be used: training lacks what is held out, for "generation" also ``generation_held_out``."""
         check_name("split", split, SPLITS)
         check_name("purpose", purpose, PURPOSES)
-        if split == "val":
-            return True
         barred = self.generation_held_out if purpose == "generation" else ()
-        return self.seen(scene) and not any(obj.concept in barred for obj in scene.objects)
+        return split == "val" or (self.seen(scene) and not any(obj.concept in barred for obj in scene.objects))
 
     def pool(self, purpose: str) -> tuple[str, ...]:
         """Return the concepts that scenes are made of for PURPOSE unless a caller names others."""
