@@ -12,7 +12,7 @@ from unilip.emoji.concepts import SHAPES, concept
 from unilip.emoji.world import INVERSE, Obj, Scene, World, reading_order, relation
 
 KINDS = ("identity", "colour", "count", "position", "presence", "background", "style", "caption")
-BESIDE: dict[str, str] = WORDS["beside"]
+BESIDE: dict[str, str] = {where: words[0] for where, words in WORDS["relations"].items()}
 SIDES: dict[str, str] = WORDS["sides"]
 
 

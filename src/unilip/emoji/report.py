@@ -89,14 +89,9 @@ def _number(name: str, value: float | None) -> str:
 
 
 def _totals(found: Mapping[str, Any]) -> str:
-    names = {"right": "Mean of the groups", "seen": "seen", "unseen": "unseen"}
-    controls = {
-        "swapped prompts": "judged against another prompt",
-        "another picture": "asked about another picture",
-    }
     said, checked = (
-        ", ".join(f"{words} {_number(name, found[name])}" for name, words in kind.items() if name in found)
-        for kind in (names, controls)
+        ", ".join(f"{words} {_number(name, found[name])}" for name, words in WORDS[kind].items() if name in found)
+        for kind in ("means", "controls")
     )
     return f"{said}.{checked and f' Control: {checked}.'}"
 
