@@ -127,8 +127,7 @@ class _Maker:
 
     def scene(self, count: int | None = None) -> Scene:
         """Draw a scene of COUNT things, by default of one or two."""
-        if count is None:
-            count = 1 if self.rng.random() < 0.5 else 2
+        count = count or (1 if self.rng.random() < 0.5 else 2)
         return self.lay_out(self.objects(self.names(count)))
 
     def scene_with(self, names: list[str], more: float, style: str | None = None, colours: float = 0.3) -> Scene:
