@@ -114,12 +114,13 @@ class _Show:
 
     def __init__(self, model: UniLIP, folder: Path, seed: int, shown: str, source: Sequence[str]) -> None:
         self.model, self.folder, self.seed, self.shown, self.source = model, folder, seed, shown, source
-        self.examples = examples()
         self.result: dict[str, Any] = {"seed": seed, "seconds": {}}
-        self.judges = model.config.image_size == judge().world.image_size
+        self.size = model.config.image_size
+        self.judges = self.size == judge().world.image_size
 
     def save(self, image: Image.Image, name: str) -> str:
-        image.save(self.folder / f"{name}.png", optimize=True)
+        """Save a picture in the model's size; returns the name of the file."""
+        fit_square(image, self.size).save(self.folder / f"{name}.png", optimize=True)
         return f"{name}.png"
 
     @contextlib.contextmanager
@@ -127,9 +128,6 @@ class _Show:
         start = time.perf_counter()
         yield
         self.result["seconds"][part] = round(time.perf_counter() - start, 2)
-
-    def square(self, image: Image.Image) -> Image.Image:
-        return fit_square(image, self.model.config.image_size)
 
     def command(self, *words: str, seeded: bool = False) -> str:
         """A command that does one of the block again; names of pictures become paths."""
@@ -146,10 +144,10 @@ class _Show:
         return title, f"{result}, in {self.result['seconds'][part]:.1f} s", body
 
     def generate(self) -> Section:
-        prompts = self.examples["prompts"]
+        prompts = examples()["prompts"]
         with self.timed("generate"):
             made = self.model.generate(prompts, generator=[self.seed] * len(prompts), progress=False)
-        verdicts = [self.drawn(image, **asked) for image, asked in zip(made, self.examples["asked"], strict=True)]
+        verdicts = [self.drawn(image, **asked) for image, asked in zip(made, examples()["asked"], strict=True)]
         cards = [
             _card(_row((self.save(image, "generate-" + re.sub(r"\W+", "-", prompt.lower())), "")), f"“{prompt}”", found)
             for prompt, image, (_, found) in zip(prompts, made, verdicts, strict=True)
@@ -160,15 +158,15 @@ class _Show:
         return self.section("generate", result, note, cards, self.command("generate", prompts[0], seeded=True))
 
     def edit(self) -> Section:
-        edits = self.examples["edits"]
+        edits = examples()["edits"]
         sources, wishes = [load_image(FOLDER / e["source"]) for e in edits], [e["instruction"] for e in edits]
         with self.timed("edit"):
             made = self.model.edit(sources, wishes, generator=[self.seed] * len(edits), progress=False)
         cards, names = [], ["edit-" + Path(e["source"]).stem.removesuffix("-before") for e in edits]
         verdicts = [self.edited(image, edit) for image, edit in zip(made, edits, strict=True)]
         for edit, name, source, image, (_, found) in zip(edits, names, sources, made, verdicts, strict=True):
-            before = self.save(self.square(source), f"{name}-source")
-            target = self.save(self.square(load_image(FOLDER / edit["target"])), f"{name}-wanted")
+            before = self.save(source, f"{name}-source")
+            target = self.save(load_image(FOLDER / edit["target"]), f"{name}-wanted")
             row = _row((before, "before"), (self.save(image, name), "after"), (target, "as it should be"))
             cards.append(_card(row, f"“{edit['instruction']}”", found))
         note = "The features of the picture are part of the condition, so that what is not named can stay as it was."
@@ -177,7 +175,7 @@ class _Show:
         return self.section("edit", result, note + JUDGED * self.judges, cards, again, wide=True)
 
     def ask(self) -> Section:
-        shown = [*self.examples["pictures"], {"file": None, "questions": self.examples["riddles"]}]
+        shown = [*examples()["pictures"], {"file": None, "questions": examples()["riddles"]}]
         pictures = [entry["file"] and load_image(FOLDER / entry["file"]) for entry in shown]
         about = [picture for entry, picture in zip(shown, pictures, strict=True) for _ in entry["questions"]]
         questions = [question["question"] for entry in shown for question in entry["questions"]]
@@ -193,7 +191,7 @@ class _Show:
                 words = f'<span class="soft">{html.escape(question["question"])}</span><br>'
                 said = html.escape(answer) or "<i>nothing</i>"
                 lines += f"<p>{words}{said} {_mark(right, f'truth: {truth[0]}')}</p>"
-            row = picture and _row((self.save(self.square(picture), f"ask-{Path(entry['file']).stem}"), ""))
+            row = picture and _row((self.save(picture, f"ask-{Path(entry['file']).stem}"), ""))
             cards.append(_card(row or "", "" if picture else "Without a picture", lines))
         self.result["answers"] = told
         again = self.command("ask", f"ask-{Path(shown[0]['file']).stem}.png", questions[0])
@@ -207,14 +205,13 @@ class _Show:
             made = self.model.reconstruct(pictures)
         scores, cards, names = [], [], [f"{part}-{Path(name).stem}" for name in captions]
         for name, caption, source, image in zip(names, captions.values(), pictures, made, strict=True):
-            square = self.square(source)
-            scores.append(picture_psnr(square, image))
-            before, after = self.save(square, f"{name}-source"), self.save(image, name)
+            scores.append(picture_psnr(fit_square(source, self.size), image))
+            before, after = self.save(source, f"{name}-source"), self.save(image, name)
             cards.append(_card(_row((before, "source"), (after, f"again, {scores[-1]:.1f} dB")), caption))
         return scores, cards, self.command("reconstruct", f"{names[0]}-source.png")
 
     def reconstruct(self) -> Section:
-        captions = {entry["file"]: entry["caption"] for entry in self.examples["pictures"]}
+        captions = {entry["file"]: entry["caption"] for entry in examples()["pictures"]}
         scores, cards, again = self.redrawn("reconstruct", captions)
         self.result["psnr"] = [round(score, 2) for score in scores]
         note = (
@@ -302,18 +299,18 @@ class _Show:
         config, seconds = self.model.config, sum(self.result["seconds"].values())
         facts = (
             f"Model {config.name}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} million parameters, "
-            f"{config.image_size} px, on {self.model.device.type}, seed {self.seed}. "
+            f"{self.size} px, on {self.model.device.type}, seed {self.seed}. "
             f"{loaded[:1].upper() + loaded[1:]}{', ' if loaded else 'In '}{seconds:.1f} s of work."
         )
-        times = max(1, 224 // config.image_size)  # pictures are shown at a whole multiple of their size
+        times = max(1, 224 // self.size)  # pictures are shown at a whole multiple of their size
         teach = "pip install '.[train]' && unilip demo --learn   # two minutes: a thing that it never saw"
         learn = "" if self.source else f"<pre>{html.escape(teach)}</pre>"
         after = learn + self.command("studio") + self.command("generate", "a green cactus", "--num-images", "4")
         shared = (resources.files("unilip") / "serve" / "page" / "style.css").read_text(encoding="utf-8")
         template = Template((resources.files("unilip") / "demo.html").read_text(encoding="utf-8"))
         return template.substitute(
-            shared=shared, size=config.image_size, times=times, facts=html.escape(facts), sections="".join(sections),
-            after=after, credits=html.escape(self.examples["credits"]), version=__version__,
+            shared=shared, size=self.size, times=times, facts=html.escape(facts), sections="".join(sections),
+            after=after, credits=html.escape(examples()["credits"]), version=__version__,
         )  # fmt: skip
 
 

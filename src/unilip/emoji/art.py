@@ -11,7 +11,6 @@ import hashlib
 import io
 import logging
 import os
-import re
 import shutil
 import subprocess
 import tarfile
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from unilip.emoji.concepts import SHAPES, TONES, concept, concepts
+from unilip.emoji.concepts import SHAPES, TONES, check_name, concept, concepts
 from unilip.errors import DataError, install
 from unilip.files import png_bytes, read_json, read_table, stable_hash, write_bytes
 from unilip.pictures import open_picture
@@ -42,7 +41,7 @@ ATLAS_FILE = "atlas-160.npz"
 HORIZON = 0.6  # share of a background's height above the ground line
 NEAR_HUE = 40.0  # degrees around a drawing's main hue that are painted with it
 VARIANTS = {*TONES.values(), "2640", "2642"}  # skin tones and sexes: the same drawing again
-FLAG = re.compile("1f1[ef]")  # letters of which countries are made
+LETTERS = ("1f1e", "1f1f")  # that flags are made of
 RGB = tuple[int, int, int]
 Drawing = tuple[str, str, str | None]  # style, name, skin tone
 
@@ -173,7 +172,7 @@ class _Package:
         named = {each.codepoint.replace("-fe0f", "") for each in concepts().values()} | set(TABLES["kept out"])
         for code, icon in self.chars.items():
             parts = code.replace("-fe0f", "").split("-")
-            if "-".join(parts) not in named and not VARIANTS & set(parts) and not FLAG.match(code):
+            if "-".join(parts) not in named and not VARIANTS & set(parts) and not code.startswith(LETTERS):
                 found.setdefault(aliases.get(icon, {}).get("parent", icon), "-".join(parts))
         return list(dict.fromkeys(found.values()))
 
@@ -249,9 +248,8 @@ class Atlas:
                 "UNILIP_DATA at the folder that holds it. Pictures of your own are read with data.source=files"
             )
         with np.load(file, allow_pickle=False) as stored:
-            keys, ends, data = stored["keys"], stored["ends"], stored["data"].tobytes()
-        starts = [0, *ends[:-1].tolist()]
-        return cls({str(k): data[a:b] for k, a, b in zip(keys, starts, ends.tolist(), strict=True)})
+            keys, ends, data = stored["keys"], stored["ends"].tolist(), stored["data"].tobytes()
+        return cls({str(k): data[a:b] for k, a, b in zip(keys, [0, *ends[:-1]], ends, strict=True)})
 
     @classmethod
     def synthetic(cls, world: World, size: int = 48) -> Atlas:
@@ -336,8 +334,7 @@ class Atlas:
     def _paint(name: str, colour: str | None) -> RGB:
         if colour is None:
             raise DataError(f"the drawn shape {name!r} needs a colour; allowed are {', '.join(PAINTS)}")
-        if colour not in PAINTS:
-            raise DataError(f"unknown colour {colour!r}; allowed are {', '.join(PAINTS)}")
+        check_name("colour", colour, PAINTS)
         return PAINTS[colour]
 
 

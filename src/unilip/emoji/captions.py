@@ -151,10 +151,7 @@ def background_words(scene: Scene, rng: random.Random, world: World) -> str:
 
 def as_written(text: str, rng: random.Random, wish: bool = True) -> str:
     """Give TEXT forms in which people type it; only a WISH, which names what to draw, gets "draw" before it."""
-    body = text
-    if wish and rng.random() < 0.3:
-        for article in ("a ", "an ", "the "):
-            body = body.removeprefix(article)
+    body = re.sub("^(a|an|the) ", "", text) if wish and rng.random() < 0.3 else text
     form = rng.random()
     if not wish:
         body = f"{rng.choice(('please', 'can you', 'now'))} {body}" if form < 0.25 else body

@@ -3,6 +3,7 @@
 A drawn shape exists only in a named colour, so the art's own coloured hearts, circles and squares step aside for it.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 
@@ -46,8 +47,13 @@ def concepts() -> dict[str, Concept]:
 @cache
 def measured() -> dict[str, dict[str, dict[str, list[str]]]]:
     """Return, by style and concept, "clashes": plain backgrounds that hide it; "natural": its colours unpainted."""
-    found: dict[str, dict[str, dict[str, list[str]]]] = read_table("unilip.emoji", "measured.json")
-    return found
+    return dict(read_table("unilip.emoji", "measured.json"))
+
+
+def check_name(what: str, given: str, allowed: Collection[str]) -> None:
+    """Raise DataError where a name is none of those ALLOWED."""
+    if given not in allowed:
+        raise DataError(f"unknown {what} {given!r}; allowed are {', '.join(allowed)}")
 
 
 def concept(name: str) -> Concept:

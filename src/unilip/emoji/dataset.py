@@ -12,6 +12,7 @@ import numpy as np
 
 from unilip.emoji.art import Atlas
 from unilip.emoji.captions import as_written, background_words, caption, place_words
+from unilip.emoji.concepts import check_name
 from unilip.emoji.edits import Edit, sample_edit, sample_joint
 from unilip.emoji.knowledge import met_riddles
 from unilip.emoji.questions import questions
@@ -50,8 +51,7 @@ class _Items:
     size: int
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise DataError(f"unknown split {self.split!r}; allowed are {', '.join(SPLITS)}")
+        check_name("split", self.split, SPLITS)
 
     def __len__(self) -> int:
         return self.size
@@ -60,9 +60,6 @@ class _Items:
         if not -self.size <= i < self.size:
             raise IndexError(f"index {i} is out of range for {self.size} items")
         return generator(what, self.seed, self.split, i % self.size)
-
-    def _pixels(self, scene: Scene) -> np.ndarray:
-        return pixels(scene, self.atlas, self.world)
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class Scenes(_Items):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         scene, task, text = self.draw(i)
-        return {"image": self._pixels(scene), "caption": text, "scene": scene, "task": task}
+        return {"image": pixels(scene, self.atlas, self.world), "caption": text, "scene": scene, "task": task}
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ class Questions(_Items):
                 described = captions and (not others or rng.random() < DESCRIBED)
                 qa = rng.choice(captions if described else others)
                 about = {"question": qa.question, "answer": qa.answer, "accepted": qa.accepted, "kind": qa.kind}
-                return {"image": self._pixels(scene), **about, "scene": scene}
+                return {"image": pixels(scene, self.atlas, self.world), **about, "scene": scene}
         raise DataError(f"no scene can answer questions of the kinds {self.kinds}")
 
 
@@ -129,10 +126,10 @@ class Edits(_Items):
         """Return edit I of two pictures: dict(source, other, target, instruction, edit)."""
         rng = self._generator("joint", i)
         edit, other = sample_joint(self.world, rng, self.split)
-        source, second, target = (self._pixels(scene) for scene in (edit.source, other, edit.target))
+        source, second, target = (pixels(scene, self.atlas, self.world) for scene in (edit.source, other, edit.target))
         return {"source": source, "other": second, "target": target, "instruction": edit.instruction, "edit": edit}
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         edit = self.draw(i)
-        source, target = self._pixels(edit.source), self._pixels(edit.target)
+        source, target = (pixels(scene, self.atlas, self.world) for scene in (edit.source, edit.target))
         return {"source": source, "target": target, "instruction": edit.instruction, "kind": edit.kind, "edit": edit}

@@ -7,7 +7,6 @@ import random
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 
 from unilip.emoji.art import BACKGROUNDS
 from unilip.emoji.captions import WORDS, definite, indefinite
@@ -112,24 +111,24 @@ class _Maker:
         """Draw what NAMES look like, in one style and a share COLOURS of them painted; no places yet."""
         style = style or self.any_style()
         sizes = self.world.sizes(max(2, len(names)))
-        look = partial(sample_look, self.world, self.rng, style=style, colour_rate=colours)
-        return [replace(look(name), size=self.rng.choice(sizes)) for name in names]
+        looks = (sample_look(self.world, self.rng, name, style, colours) for name in names)
+        return [replace(look, size=self.rng.choice(sizes)) for look in looks]
 
     def lay_out(self, objects: Sequence[Obj], horizon: bool = True, where: str | None = None) -> Scene:
+        """Give OBJECTS a background and places; more than two, or one above the other, are in no landscape."""
         if all(obj.concept in SHAPES for obj in objects):
             objects = [replace(obj, style=self.world.default_style) for obj in objects]
-        horizon = horizon and where not in ("above", "below")
+        horizon = horizon and len(objects) < 3 and where not in ("above", "below")
         background = sample_background(self.world, self.rng, objects, horizon=horizon)
         placed = place(self.world, self.rng, objects, background, where) if background else None
         if not background or not placed:
             raise _Unfit
         return Scene(background, placed)
 
-    def scene(self, count: int | None = None, horizon: bool = True) -> Scene:
+    def scene(self, count: int | None = None) -> Scene:
         """Draw a scene of COUNT things, by default of one or two."""
-        if count is None:
-            count = 1 if self.rng.random() < 0.5 else 2
-        return self.lay_out(self.objects(self.names(count)), horizon)
+        count = count or (1 if self.rng.random() < 0.5 else 2)
+        return self.lay_out(self.objects(self.names(count)))
 
     def scene_with(self, names: list[str], more: float, style: str | None = None, colours: float = 0.3) -> Scene:
         """Draw a scene of one of NAMES and, in a share MORE, of another thing after it."""
@@ -158,15 +157,13 @@ class _Maker:
 
     def add(self, given: Scene | None = None) -> Edit:
         if given is None:
-            count = self.count()
-            objects = self.objects(self.names(count))
+            objects = self.objects(self.names(self.count()))
             where = self.rng.choice(RELATIONS)
-            target = self.lay_out(objects, horizon=count == 2, where=where)
+            target = self.lay_out(objects, where=where)
         else:
             where = self.rng.choice(RELATIONS)
             names = [n for n in self.world.pool("generation") if n not in {obj.concept for obj in given.objects}]
-            look = sample_look(self.world, self.rng, self.rng.choice(names), self.shown_style(given), 0.3)
-            look = replace(look, size=self.rng.choice(self.world.sizes(len(given.objects) + 1)))
+            look = self.objects([self.rng.choice(names)], self.shown_style(given))[0]
             target = self.put_beside(look, given, where)
         new, *others = target.objects
         source = Scene(target.background, tuple(others))
@@ -175,13 +172,11 @@ class _Maker:
         return Edit(source, f"{verb} {words} {BESIDE[where]} {definite(others[0])}", target, "add")
 
     def remove(self, given: Scene | None = None) -> Edit:
-        if given is None:
-            count = self.count()
-            given = self.scene(count, horizon=count == 2)
-        gone = self.rng.choice(given.objects)
-        target = Scene(given.background, tuple(obj for obj in given.objects if obj is not gone))
+        source = given or self.scene(self.count())
+        gone = self.rng.choice(source.objects)
+        target = Scene(source.background, tuple(obj for obj in source.objects if obj is not gone))
         words = self.rng.choice(("remove {}", "delete {}", "erase {}", "take {} away")).format(definite(gone))
-        return Edit(given, words, target, "remove")
+        return Edit(source, words, target, "remove")
 
     def replace(self, given: Scene | None = None) -> Edit:
         source = given or self.scene()
@@ -241,8 +236,7 @@ class _Maker:
     def background(self) -> Edit:
         target = self.scene()
         horizon = all(self.world.grounded(obj) for obj in target.objects)
-        other = target.background
-        before = sample_background(self.world, self.rng, target.objects, horizon=horizon, other_than=other)
+        before = sample_background(self.world, self.rng, target.objects, horizon, other_than=target.background)
         if before is None:
             raise _Unfit
         found = BACKGROUNDS[target.background]

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import permutations
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ CELLS = 16  # of the coarse grid, along a side of any window
 BLUR = 1.0  # pixels of Gaussian blur of pictures and sprites: edges need not agree to the pixel
 SOFTNESS = (0.0, 1.5, 2.5)  # further blur of a sprite, in pixels, that is tried before it is refused
 MAX_SHARED = 0.3  # share of the smaller of two boxes that may overlap
+CANDIDATES = 10  # kinds of sprites that are tried in full resolution
 SCALES = (0.94, 0.97, 1.03, 1.06)  # of the likeliest sprites, tried in full resolution
 FINALISTS = 3
 KEPT = 768  # sprites at a size, kept ready: about 100 MB
@@ -103,15 +104,6 @@ class Verdict:
     ok: bool
     parts: dict[str, bool] = field(default_factory=dict)
     reason: str = ""
-
-
-class _Look(NamedTuple):
-    """How an object can look: the arguments of Atlas.sprite without the size."""
-
-    concept: str
-    style: str
-    colour: str | None
-    tone: str | None
 
 
 def to_lab(rgb: np.ndarray) -> np.ndarray:
@@ -200,7 +192,7 @@ class Judge:
     def __init__(self, world: World, atlas: Atlas) -> None:
         self.world, self.atlas = world, atlas
         self.looks = [
-            _Look(name, style, colour, tone)
+            Obj(name, style, colour, tone)  # without place and size
             for name in (*world.concepts, *world.extra)
             for style in (world.styles if name not in SHAPES else (world.default_style,))
             for colour in (*(() if name in SHAPES else (None,)), *world.colours_of(name, style))
@@ -209,15 +201,12 @@ class Judge:
         layers = torch.stack([self._coarse(look) for look in self.looks])  # L 4 CELLS CELLS
         weights, self._constant = _template(layers)
         self._weights = weights.flatten(1)  # L 8 x CELLS^2
-        kinds = {kind: i for i, kind in enumerate(dict.fromkeys((k.concept, k.style) for k in self.looks))}
-        self._kind_of = torch.tensor([kinds[k.concept, k.style] for k in self.looks])
         sizes = sorted({*world.single_sizes, *world.multi_sizes})
-        self.sizes = sorted({s for size in sizes for s in (round(size * 0.92), size, round(size * 1.08))})
-        if len(sizes) > 4:  # steps are fine already
-            self.sizes = [round(sizes[0] * 0.92), *sizes]
-        self.sizes = [s for s in self.sizes if s <= world.image_size]
+        near = {s for size in sizes for s in (round(size * 0.92), size, round(size * 1.08))}
+        tried = {round(sizes[0] * 0.92), *sizes} if len(sizes) > 4 else near  # steps between many are fine already
+        self.sizes = sorted(s for s in tried if s <= world.image_size)
 
-    def _coarse(self, look: _Look) -> Tensor:
+    def _coarse(self, look: Obj) -> Tensor:
         """Colour x alpha and alpha of a look on the coarse grid: (4, CELLS, CELLS)."""
         if look.colour is None or look.concept in SHAPES:
             sprite = self.atlas.sprite(look.concept, look.style, CELLS * 3, look.colour, look.tone)
@@ -272,7 +261,6 @@ class Judge:
         layers = self._fine(look, size)[0]
         window = (..., slice(y, y + size), slice(x, x + size))
         wide = (..., slice(max(0, y - 2), y + size + 2), slice(max(0, x - 2), x + size + 2))
-        total = remaining[wide].sum()
         drawn = torch.zeros_like(left)
         drawn[window] = layers[:3] - layers[3] * behind[window]
         score, softness = -1.0, 0.0
@@ -280,7 +268,7 @@ class Judge:
             soft = _blur(layers[None], softer, "constant")[0] if softer else layers
             rest = left.clone()
             rest[window] -= soft[:3] - soft[3] * behind[window]
-            explained = 1 - float((rest**2).sum(0)[wide].sum() / total.clamp_min(1e-6))
+            explained = 1 - float((rest**2).sum(0)[wide].sum() / remaining[wide].sum().clamp_min(1e-6))
             if explained > score:
                 score, softness = explained, softer
         seen = float(busy[wide].sum()) >= MIN_AREA * smallest
@@ -340,7 +328,7 @@ class Judge:
             places.append(torch.stack([x, y, torch.full_like(x, size)], 1))
         return torch.cat(merits, 1), torch.cat(places)
 
-    def _candidates(self, scan: Scan, before: Sequence[Found], keep: int = 10) -> list[Place]:
+    def _candidates(self, scan: Scan, before: Sequence[Found]) -> list[Place]:
         """Return the likeliest kinds around the place where a sprite explains most."""
         merits, places = scan
         size = places[:, 2]
@@ -358,16 +346,13 @@ class Judge:
         best, at = merits[:, near].max(1)  # L
         where = places[near[at]].int().tolist()
         # one candidate a kind: colours of one drawing would crowd out the others
-        count = int(self._kind_of.max()) + 1
-        kinds = torch.full((count,), -math.inf).scatter_reduce(0, self._kind_of, best, "amax")
-        chosen = []
-        for kind in kinds.topk(min(keep, count)).indices.tolist():
-            members = (self._kind_of == kind).nonzero()[:, 0]
-            look = int(members[best[members].argmax()])
-            chosen.append((look, *where[look]))
-        return chosen
+        chosen: dict[tuple[str, str], Place] = {}
+        for number in best.argsort(descending=True, stable=True).tolist():
+            look = self.looks[number]
+            chosen.setdefault((look.concept, look.style), (number, *where[number]))
+        return list(chosen.values())[:CANDIDATES]
 
-    def _refine(self, left: Tensor, behind: Tensor, candidates: Sequence[Place]) -> tuple[_Look, int, int, int] | None:
+    def _refine(self, left: Tensor, behind: Tensor, candidates: Sequence[Place]) -> tuple[Obj, int, int, int] | None:
         """Try each candidate in full resolution at sizes and places nearby; returns the best (look, x, y, size)."""
         scene = _scene(left, behind)
         energy = (left**2).sum(0, keepdim=True)
@@ -397,7 +382,7 @@ class Judge:
         return float(merit.max()), index, x0 + dx, y0 + dy, s
 
     @lru_cache(maxsize=KEPT)  # noqa: B019 - a judge lives as long as its run
-    def _fine(self, look: _Look, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _fine(self, look: Obj, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Colour x alpha and alpha of a sprite, blurred as the picture is (4, size, size), and its template."""
         sprite = self.atlas.sprite(look.concept, look.style, size, look.colour, look.tone)
         layers = _blur(_premultiply(sprite)[None], BLUR, "constant")
@@ -409,19 +394,20 @@ class Judge:
             return replace(found, colour=self._name_blob(found, image, behind))
         colours = self.world.colours_of(found.concept, found.style)
         tones = (None, *self.world.tones) if concept(found.concept).toned and not colours else (None,)
-        looks = [_Look(found.concept, found.style, colour, tone) for colour in colours or (None,) for tone in tones]
-        nearest = self._nearest(looks, found, image, behind) if len(looks) > 1 else looks[0]
+        looks = [Obj(found.concept, found.style, colour, tone) for colour in colours or (None,) for tone in tones]
+        place = (int(found.box[0]), int(found.box[1]), int(found.size))
+        nearest = self._nearest(looks, place, image, behind) if len(looks) > 1 else looks[0]
         return replace(found, colour=nearest.colour, tone=nearest.tone)
 
-    def _nearest(self, looks: Sequence[_Look], found: Found, image: Tensor, behind: Tensor) -> _Look:
-        x, y, size = int(found.box[0]), int(found.box[1]), int(found.size)
+    def _nearest(self, looks: Sequence[Obj], place: tuple[int, int, int], image: Tensor, behind: Tensor) -> Obj:
+        x, y, size = place
         window = (slice(None), slice(y, y + size), slice(x, x + size))
         layers = [self._fine(look, size)[0] for look in looks]
         labs = [_lab_of(each[:3] + (1 - each[3]) * behind[window]) for each in layers]
         spread = np.stack(labs).std(0).sum(-1) * (layers[0][3].numpy() > 0.8)
         weight = (spread > 0.5 * spread.max()).astype(np.float32)
         seen = _mean(_lab_of(image[window]), weight)
-        scale = np.array([1 if concept(found.concept).toned else LIGHTNESS_WEIGHT, 1, 1])  # skin differs in lightness
+        scale = np.array([1 if concept(looks[0].concept).toned else LIGHTNESS_WEIGHT, 1, 1])  # skin: light or dark
         return looks[int(np.argmin([np.linalg.norm((_mean(lab, weight) - seen) * scale) for lab in labs]))]
 
     def _name_blob(self, found: Found, image: Tensor, behind: Tensor) -> str | None:
@@ -446,11 +432,10 @@ class Judge:
             return (None,)
         if obj.colour is not None:
             return (obj.colour,)
-        found = Found(obj.concept, obj.style, None, (0.0, 0.0, float(obj.size), float(obj.size)), 1.0)
-        layers = self._fine(_Look(obj.concept, obj.style, None, obj.tone), obj.size)[0]
+        layers = self._fine(Obj(obj.concept, obj.style, None, obj.tone), obj.size)[0]
         behind = torch.full_like(layers[:3], 0.6)
-        looks = [_Look(obj.concept, obj.style, name, None) for name in colours]
-        near = self._nearest(looks, found, layers[:3] + (1 - layers[3]) * behind, behind).colour
+        looks = [Obj(obj.concept, obj.style, name, None) for name in colours]
+        near = self._nearest(looks, (0, 0, obj.size), layers[:3] + (1 - layers[3]) * behind, behind).colour
         return (near, *(name for name in colours if name != near and self.world.looks(obj, name)))
 
 

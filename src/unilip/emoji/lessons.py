@@ -157,8 +157,7 @@ def _find(text: str, phrases: dict[str, tuple[int, ...]]) -> list[tuple[int, str
     found = []
     for phrase in sorted(phrases, key=len, reverse=True):
         pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, phrase.split())) + r"(?!\w)"
-        match = re.search(pattern, text, re.IGNORECASE)
-        if match:
+        if match := re.search(pattern, text, re.IGNORECASE):
             found.append((match.end(), phrase, phrases[phrase]))
             text = f"{text[: match.start()]}{chr(0) * (match.end() - match.start())}{text[match.end() :]}"
     return found

@@ -12,8 +12,7 @@ from unilip.emoji.concepts import SHAPES, concept
 from unilip.emoji.world import INVERSE, Obj, Scene, World, reading_order, relation
 
 KINDS = ("identity", "colour", "count", "position", "presence", "background", "style", "caption")
-DESCRIBE: list[str] = WORDS["describe"]
-BESIDE: dict[str, str] = WORDS["beside"]
+BESIDE: dict[str, str] = {where: words[0] for where, words in WORDS["relations"].items()}
 SIDES: dict[str, str] = WORDS["sides"]
 
 
@@ -51,7 +50,7 @@ def describe(scene: Scene, rng: random.Random, world: World) -> QA:
     answer = canonical(scene, "two", world, background=True)
     place = BACKGROUNDS[scene.background].phrases[0]
     orders = (f"{words} {place}" for words in _orders(scene, world))
-    return _qa("caption", rng.choice(DESCRIBE), answer, *orders, about=scene.objects)
+    return _qa("caption", rng.choice(WORDS["describe"]), answer, *orders, about=scene.objects)
 
 
 def _orders(scene: Scene, world: World) -> list[str]:
@@ -68,9 +67,7 @@ def _called(obj: Obj, world: World) -> tuple[str, str, str]:
     return concept(obj.concept).phrase, obj.concept, counted(obj, 1, world, style=False)
 
 
-def _identity(scene: Scene, rng: random.Random, world: World) -> QA | None:
-    if not scene.objects:
-        return None
+def _identity(scene: Scene, rng: random.Random, world: World) -> QA:
     groups = grouped(reading_order(scene))
     obj, count = groups[0]
     if len(scene.objects) == 1:
@@ -78,10 +75,9 @@ def _identity(scene: Scene, rng: random.Random, world: World) -> QA | None:
         return _qa("identity", question, *_called(obj, world), noun(obj, world), about=scene.objects)
     if len(groups) == 1:
         question = rng.choice(("What are these?", "What do you see?", "What is in the picture?"))
-        many = concept(obj.concept).plural
-        exact, phrase = counted(obj, count, world, style=False), concept(obj.concept).phrase
-        forms = [exact, f"{NUMBERS[count]} {many}", noun(obj, world, True), phrase]
-        return _qa("identity", question, many, *forms, about=scene.objects)
+        thing, exact = concept(obj.concept), counted(obj, count, world, style=False)
+        forms = [exact, f"{NUMBERS[count]} {thing.plural}", noun(obj, world, True), thing.phrase]
+        return _qa("identity", question, thing.plural, *forms, about=scene.objects)
     question = rng.choice(("What is in the picture?", "What do you see?", "Which things are in the picture?"))
     named = [concept(obj.concept).phrase if count == 1 else concept(obj.concept).plural for obj, count in groups]
     forms = [*map(listed, permutations(named)), *_orders(scene, world)]
@@ -125,9 +121,7 @@ def _alike(scene: Scene, name: str) -> list[Obj]:
     return [obj for obj in scene.objects if obj.concept == name]
 
 
-def _count(scene: Scene, rng: random.Random, world: World) -> QA | None:
-    if not scene.objects:
-        return None
+def _count(scene: Scene, rng: random.Random, world: World) -> QA:
     total = len(scene.objects)
     obj = rng.choice(scene.objects)
     about = _alike(scene, obj.concept)
@@ -147,7 +141,7 @@ def _count(scene: Scene, rng: random.Random, world: World) -> QA | None:
 
 
 def _position(scene: Scene, rng: random.Random, world: World) -> QA | None:
-    if not scene.objects or len({o.concept for o in scene.objects}) != len(scene.objects):
+    if len({o.concept for o in scene.objects}) != len(scene.objects):
         return None
     pairs = [(a, b, where) for a, b in permutations(scene.objects, 2) if (where := relation(a, b))]
     if not pairs or rng.random() < 0.5:
@@ -182,10 +176,8 @@ def _place(scene: Scene, rng: random.Random, world: World) -> QA:
     return _yes_no("position", [obj] if truth else (), f"Is {thing} {place}?")
 
 
-def _presence(scene: Scene, rng: random.Random, world: World, split: str) -> QA | None:
+def _presence(scene: Scene, rng: random.Random, world: World, split: str) -> QA:
     present = list(dict.fromkeys(o.concept for o in scene.objects))
-    if not present:
-        return None
     truth = rng.random() < 0.5
     name = rng.choice(present) if truth else _absent(present, rng, world, split)
     start = rng.choice(("Is there {}?", "Is there {} in the picture?", "Do you see {}?", "Can you see {}?"))
@@ -217,7 +209,7 @@ def _background(scene: Scene, rng: random.Random, world: World) -> QA:
 
 
 def _style(scene: Scene, rng: random.Random, world: World) -> QA | None:
-    if len(world.styles) < 2 or not scene.objects or all(o.concept in SHAPES for o in scene.objects):
+    if len(world.styles) < 2 or all(o.concept in SHAPES for o in scene.objects):
         return None
     style = world.style_of(scene)
     question = rng.choice(("What style is this?", "In which style is this drawn?", "What is the style of the picture?"))

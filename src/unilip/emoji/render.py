@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 from unilip.emoji.art import BACKGROUNDS, HORIZON, Atlas
+from unilip.emoji.concepts import check_name
 from unilip.emoji.world import Obj, Scene, World
-from unilip.errors import DataError
 from unilip.shapes import Size
 
 
@@ -22,8 +22,7 @@ def render(scene: Scene, atlas: Atlas, world: World) -> Image.Image:
 
 @lru_cache(maxsize=128)
 def _background(name: str, size: Size) -> Image.Image:
-    if name not in BACKGROUNDS:
-        raise DataError(f"unknown background {name!r}; allowed are {', '.join(BACKGROUNDS)}")
+    check_name("background", name, BACKGROUNDS)
     pixels = np.repeat(np.round(background_rows(name, size[1]))[:, None], size[0], axis=1).astype(np.uint8)  # (H, W, 3)
     return Image.fromarray(pixels)
 
@@ -47,9 +46,8 @@ def object_mask(obj: Obj, atlas: Atlas, world: World, above: int = 0) -> np.ndar
 
 def change_mask(source: Scene, target: Scene, atlas: Atlas, world: World) -> np.ndarray:
     """Return where an edit from SOURCE to TARGET may change pixels: boolean (H, W)."""
-    shared = set(source.objects) & set(target.objects)
     mask = np.full(world.size[::-1], source.background != target.background)
-    for obj in shared:
+    for obj in set(source.objects) & set(target.objects):
         mask &= ~object_mask(obj, atlas, world, 254)
     for obj in set(source.objects) ^ set(target.objects):
         mask |= object_mask(obj, atlas, world)

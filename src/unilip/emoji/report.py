@@ -27,8 +27,8 @@ def write_report(folder: Path, results: Mapping[str, Any], records: Mapping[str,
         found = results[f"emoji-{part}"]
         lines += [f"## emoji-{part}", "", *table(part, found), ""]
         page += [f"<h2>emoji-{part}</h2><p>{html.escape(TITLES[part])}</p><table>"]
-        head, rows = _rows(found)
-        for tag, row in (("th", head), *(("td", row) for row in rows)):
+        for n, row in enumerate(_rows(found)):
+            tag = "td" if n else "th"
             page += ["<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"]
         page += [f"</table><p>{html.escape(_totals(found))}</p>", *_cases(records[part])]
     template = Template((resources.files("unilip.emoji") / "report.html").read_text(encoding="utf-8"))
@@ -39,9 +39,9 @@ def write_report(folder: Path, results: Mapping[str, Any], records: Mapping[str,
 
 def table(part: str, found: Mapping[str, Any]) -> list[str]:
     """Return lines of Markdown that tell a part: what it is about, a table with a row a group, and the means."""
-    head, rows = _rows(found)
-    cells = [f"| {' | '.join(row)} |" for row in (head, *rows)]
-    cells.insert(1, f"|{'---|' * len(head)}")
+    rows = _rows(found)
+    cells = [f"| {' | '.join(row)} |" for row in rows]
+    cells.insert(1, f"|{'---|' * len(rows[0])}")
     return [f"{TITLES[part][0].upper()}{TITLES[part][1:]}.", "", *cells, "", _totals(found)]
 
 
@@ -55,15 +55,16 @@ def describe(results: Mapping[str, Any]) -> str:
     )
 
 
-def _rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Return the cells of a table: its head, then a row a group."""
     groups = dict(found["groups"])
     for name, words in (("as people write", "seen, as people write"), ("no guidance", "all, no guidance")):
         if name in found:
             groups[words] = found[name]
     parts = list(dict.fromkeys(name for row in groups.values() for name in row.get("parts", {})))
     numbers = [name for name in COLUMNS if any(name in row for row in groups.values())]
-    head = ["group", "right", "95 %", *parts, *(COLUMNS[name] for name in numbers), "prompts", "items"]
-    rows = [
+    rows = [["group", "right", "95 %", *parts, *(COLUMNS[name] for name in numbers), "prompts", "items"]]
+    rows += [
         [
             group,
             _number("right", row["right"]),
@@ -75,7 +76,7 @@ def _rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         ]
         for group, row in groups.items()
     ]
-    return head, rows
+    return rows
 
 
 def _number(name: str, value: float | None) -> str:
@@ -88,14 +89,9 @@ def _number(name: str, value: float | None) -> str:
 
 
 def _totals(found: Mapping[str, Any]) -> str:
-    names = {"right": "Mean of the groups", "seen": "seen", "unseen": "unseen"}
-    controls = {
-        "swapped prompts": "judged against another prompt",
-        "another picture": "asked about another picture",
-    }
     said, checked = (
-        ", ".join(f"{words} {_number(name, found[name])}" for name, words in kind.items() if name in found)
-        for kind in (names, controls)
+        ", ".join(f"{words} {_number(name, found[name])}" for name, words in WORDS[kind].items() if name in found)
+        for kind in ("means", "controls")
     )
     return f"{said}.{checked and f' Control: {checked}.'}"
 

@@ -5,7 +5,6 @@ is seeded by its own key, so a rerun goes on, and no picture depends on its batc
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import logging
@@ -16,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -134,7 +134,7 @@ class Bench:
         own = Settings.of(model.config, preset, num_inference_steps=steps, guidance_scale=guidance_scale)
         self.preset, self.steps, self.guidance_scale = preset, own.num_inference_steps, float(own.guidance_scale)
 
-    @functools.cache  # noqa: B019 - a bench lives as long as its run
+    @cache  # noqa: B019 - a bench lives as long as its run
     def judge_of(self, size: Size) -> Judge:
         return Judge(self.world.shaped(size), self.atlas)
 
@@ -155,10 +155,10 @@ class Bench:
 
     def _plan_recon(self) -> Iterator[Item]:
         size = CHEAP * self.count
-        asked: dict[str, dict[str, Any]] = {"held-out scenes": {}}
+        held_out = partial(self._held_out, Scenes, size, purpose="tokenizer")
+        data = {"held-out scenes": held_out()}
         if self.world.extra:
-            asked["held-out concepts"] = {"tasks": ("single",), "pool": self.world.extra}
-        data = {group: self._held_out(Scenes, size, purpose="tokenizer", **how) for group, how in asked.items()}
+            data["held-out concepts"] = held_out(tasks=("single",), pool=self.world.extra)
         groups = {group: [scenes.draw(i)[:2] for i in range(size)] for group, scenes in data.items()}
         if "recolour" in self.world.edits:  # what a perfect edit to an unseen pair would have to draw
             edits = self._held_out(Edits, size, kinds=("recolour",), seen=False)
@@ -190,13 +190,13 @@ class Bench:
             yield Item(f"gen/{UNGUIDED}/{item.key}", UNGUIDED, n, item.data, UNGUIDED)
 
     def _generation_groups(self) -> dict[str, Scenes]:
-        asked: dict[str, dict[str, Any]] = {}
+        held_out, groups = partial(self._held_out, Scenes, purpose="generation"), dict[str, Scenes]()
         for task in TASKS:
             for seen in (True, False) if task in COMPOSITIONAL else (True,):
-                asked[f"{task}, {'seen' if seen else 'unseen'}"] = {"tasks": (task,), "seen": seen}
+                groups[f"{task}, {'seen' if seen else 'unseen'}"] = held_out(tasks=(task,), seen=seen)
         if pool := self.world.generation_held_out:
-            asked["concepts never generated"] = {"tasks": ("single",), "pool": pool}
-        return {group: self._held_out(Scenes, purpose="generation", **how) for group, how in asked.items()}
+            groups["concepts never generated"] = held_out(tasks=("single",), pool=pool)
+        return groups
 
     def _plan_edit(self) -> Iterator[Item]:
         for kind in self.world.edits:
@@ -230,7 +230,8 @@ class Bench:
         for depth in DEPTHS[1:] if whole else range(1, max(item.data["depth"] for item in items) + 1):
             before = 0 if whole else depth - 1
             texts = [joined([edit.instruction for edit in edits[before:depth]]) for edits in rows.values()]
-            results = self._edited([drawn[i, before] for i in rows], texts, [("chain", i, depth) for i in rows])
+            noises = [("chain", i, depth) for i in rows]
+            results = self._sample(self.model.edit, noises, [drawn[i, before] for i in rows], texts)
             again = self.model.reconstruct([copies[i, before] for i in rows]).images
             for i, result, copy in zip(rows, results, again, strict=True):
                 drawn[i, depth], copies[i, depth] = result, np.asarray(copy)
@@ -265,11 +266,12 @@ class Bench:
         judge, sides = self.judge_of(size), {"width": size[0], "height": size[1]}
         if "edit" not in items[0].data:
             for item, picture in zip(items, self._draw(items, **sides), strict=True):
-                yield judged(judge, picture, item), picture
+                yield judged(judge, judge.read(picture), item), picture
             return
         edits = [item.data["edit"] for item in items]
         sources = [pixels(edit.source, self.atlas, judge.world) for edit in edits]
-        results = self._edited(sources, [edit.instruction for edit in edits], [(x.key,) for x in items], **sides)
+        texts, noises = [edit.instruction for edit in edits], [(item.key,) for item in items]
+        results = self._sample(self.model.edit, noises, sources, texts, **sides)
         for edit, source, result in zip(edits, sources, results, strict=True):
             yield judged_edit(judge, edit, [source], result)
 
@@ -280,25 +282,20 @@ class Bench:
         for item in items:
             pair = self._held_out(Edits).joint(item.index)
             sources = [pair["source"], pair["other"]]
-            result = self._edited(sources, [pair["instruction"]], [(item.key,)], joint=True)[0]
+            result = self._sample(self.model.edit, [(item.key,)], sources, [pair["instruction"]], joint=True)[0]
             yield judged_edit(self.judge, pair["edit"], sources, result)
 
-    def _edited(
-        self, sources: list[np.ndarray], texts: list[str], noises: Sequence[Sequence[object]], **how: Any
-    ) -> list[np.ndarray]:
+    def _sample(self, ability: Callable[..., Any], noises: Sequence[Any], *given: Any, **how: Any) -> list[np.ndarray]:
+        """Let the model draw or edit what is GIVEN, one noise a picture."""
         generators = [noise_generator(*parts) for parts in noises]
-        how |= {"num_inference_steps": self.steps, "preset": self.preset, "guidance_scale": self.guidance_scale}
-        images = self.model.edit(sources, texts, generator=generators, progress=False, **how).images
-        return [np.asarray(image) for image in images]
+        how = {"guidance_scale": self.guidance_scale, "num_inference_steps": self.steps, "preset": self.preset, **how}
+        return [np.asarray(image) for image in ability(*given, generator=generators, progress=False, **how).images]
 
-    def _draw(self, items: Sequence[Item], **sides: Any) -> list[np.ndarray]:
+    def _draw(self, items: Sequence[Item], **how: Any) -> list[np.ndarray]:
         # the noise belongs to prompt and seed: without guidance, and as people write, it is the same again
-        generators = [noise_generator(item.data.get("noise", item.data["prompt"]), item.data["seed"]) for item in items]
-        guidance = 1.0 if items[0].mode == UNGUIDED else self.guidance_scale
-        how = {"num_inference_steps": self.steps, "preset": self.preset, "guidance_scale": guidance, **sides}
-        prompts = [item.data["prompt"] for item in items]
-        images = self.model.generate(prompts, generator=generators, progress=False, **how).images
-        return [np.asarray(image) for image in images]
+        noises = [(item.data.get("noise", item.data["prompt"]), item.data["seed"]) for item in items]
+        how |= {"guidance_scale": 1.0} if items[0].mode == UNGUIDED else {}
+        return self._sample(self.model.generate, noises, [item.data["prompt"] for item in items], **how)
 
     def _perform_recon(self, items: Sequence[Item]) -> Iterator[Shown]:
         truths = [pixels(item.data["scene"], self.atlas, self.world) for item in items]
@@ -312,7 +309,7 @@ class Bench:
                 "ssim": round(picture_ssim(result, truth), 4),
                 "feature_distance": round(measure_features(after[n], before[n]), 5),
             }
-            yield judged(self.judge, result, item) | measured, np.concatenate([truth, result], axis=1)
+            yield judged(self.judge, self.judge.read(result), item) | measured, np.concatenate([truth, result], axis=1)
 
     def _perform_vqa(self, items: Sequence[Item]) -> Iterator[Shown]:
         size = CHEAP * self.count + 1  # the control asks about the next one's picture
@@ -345,7 +342,8 @@ class Bench:
         asked = [{"kinds": (item.data["kind"],), "seen": item.data["seen"]} for item in items]
         entries = [self._held_out(Edits, **how)[item.index] for how, item in zip(asked, items, strict=True)]
         sources = [entry["source"] for entry in entries]
-        results = self._edited(sources, [entry["instruction"] for entry in entries], [(item.key,) for item in items])
+        texts, noises = [entry["instruction"] for entry in entries], [(item.key,) for item in items]
+        results = self._sample(self.model.edit, noises, sources, texts)
         copies = self.model.reconstruct(sources).images
         for entry, result, copy in zip(entries, results, copies, strict=True):
             record, shown = judged_edit(self.judge, entry["edit"], [entry["source"]], result)
@@ -358,9 +356,8 @@ def wish(scene: Scene, task: str, world: World) -> dict[str, Any]:
     return {"scene": scene, "task": task, "prompt": canonical(scene, task, world)}
 
 
-def judged(judge: Judge, seen: np.ndarray | Reading, item: Item) -> Record:
-    """Return the verdict on a picture, or what was read off it, of the scene that an item asks for."""
-    reading = seen if isinstance(seen, Reading) else judge.read(seen)
+def judged(judge: Judge, reading: Reading, item: Item) -> Record:
+    """Return the verdict on what was read off a picture of the scene that an item asks for."""
     verdict = judge_prompt(reading, item.data["scene"], item.data["task"], judge.world)
     return {**vars(verdict), "text": item.data["prompt"]}
 
@@ -480,10 +477,12 @@ def evaluate(
         _perform(bench, folder, part, items, batch_size, progress)
     records = {part: [folder.records[item.key] for item in items] for part, items in planned.items()}
     seconds = round(sum(record["seconds"] for entries in records.values() for record in entries), 1)
+    device = f"{model.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
     results: dict[str, Any] = {
         "model": model.config.name,
         **{"fingerprint" if name == "model" else name: value for name, value in identity.items()},
-        "count": count, "seeds": seeds, "date": time.strftime("%Y-%m-%d"), "device": _device(model),
+        "count": count, "seeds": seeds, "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else device,
         "seconds": seconds, "torch": torch.__version__,
     }  # fmt: skip
     results |= {f"emoji-{part}": summarise(part, entries, world) for part, entries in records.items()}
@@ -519,12 +518,6 @@ def world_of(model: UniLIP) -> World:
         f"No emoji world has pictures of {model.config.image_size} pixels ({sizes}); only the embedded models can be "
         "evaluated here."
     )
-
-
-def _device(model: UniLIP) -> str:
-    if model.device.type == "cuda":
-        return torch.cuda.get_device_name(model.device)
-    return f"{model.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def _perform(bench: Bench, folder: Folder, part: str, items: Sequence[Item], batch_size: int, progress: bool) -> None:

@@ -13,7 +13,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from unilip.emoji.art import BACKGROUNDS, HORIZON, HUES, PAINTS, PALETTE, STYLES
-from unilip.emoji.concepts import SHAPES, TONES, concept, concepts, measured
+from unilip.emoji.concepts import SHAPES, TONES, check_name, concept, concepts, measured
 from unilip.errors import DataError
 from unilip.files import read_table, stable_fraction, stable_hash
 from unilip.method.config import TOKEN_PIXELS
@@ -34,21 +34,19 @@ STRANGERS = 0.75  # share of the scenes to reconstruct that are of nothing else
 INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 KNOWN: dict[str, Any] = read_table("unilip.emoji", "worlds.json")
-# Painted colours that would vanish on a background that does not carry their name.
-COLOUR_CLASHES: dict[str, list[str]] = KNOWN["colour clashes"]
 
 
 @dataclass(frozen=True)
 class Obj:
-    """One drawn object: a square box of SIZE pixels with its top left corner at (x, y)."""
+    """One drawn object: a square box of SIZE pixels with its top left corner at (x, y); without them, how it looks."""
 
     concept: str
     style: str
     colour: str | None
     tone: str | None
-    x: int
-    y: int
-    size: int
+    x: int = 0
+    y: int = 0
+    size: int = 0
 
     @property
     def box(self) -> tuple[int, int, int, int]:
@@ -150,7 +148,7 @@ class World:
     @classmethod
     def preset(cls, name: str) -> World:
         """Return the world called NAME; raises DataError, naming them all, where there is none."""
-        _check("world", name, ("nano", "pico", "tiny"))
+        check_name("world", name, ("nano", "pico", "tiny"))
         world: World = getattr(cls, name)()
         return world
 
@@ -158,21 +156,19 @@ class World:
     @cache
     def nano(cls) -> World:
         """224 pixels, three styles, all concepts. The art's own coloured hearts and shapes give way to ours."""
-        shapes = {name for name in concepts() if name.split()[-1] in SHAPES and name != "broken heart"}
-        drawable = [name for name in concepts() if name not in shapes]
+        drawable = [name for name in concepts() if name.split()[-1] not in SHAPES or name == "broken heart"]
         # what pico knows stays in use here, so that one example prompt serves both worlds
         plain = [name for name in drawable if name not in (*KNOWN["pico"]["concepts"], "boy", "girl", "broken heart")]
         shuffled = sorted(plain, key=lambda name: stable_hash("held out of nano", name))
+        badly = KNOWN["badly recoloured"]
         paintable = {
-            name: frozenset(style for style, badly in KNOWN["badly recoloured"].items() if name not in badly)
-            for name in KNOWN["recolourable"]
-            if name in drawable
+            name: frozenset(style for style in badly if name not in badly[style]) for name in KNOWN["recolourable"]
         }
         return cls(
             name="nano", concepts=(*(name for name in drawable if name not in shuffled[:24]), *SHAPES),
             extra=tuple(shuffled[:24]), generation_held_out=tuple(shuffled[24:48]), styles=tuple(STYLES),
             colours=tuple(PALETTE), backgrounds=tuple(BACKGROUNDS), edits=EDITS, tones=tuple(TONES),
-            recolourable={name: found for name, found in paintable.items() if found}, **_fields("nano"),
+            recolourable=paintable, **_fields("nano"),
         )  # fmt: skip
 
     @classmethod
@@ -244,16 +240,14 @@ class World:
 
     def allowed(self, scene: Scene, split: str, purpose: str) -> bool:
         """Whether SCENE may be used: training lacks what is held out, for "generation" also ``generation_held_out``."""
-        _check("split", split, SPLITS)
-        _check("purpose", purpose, PURPOSES)
-        if split == "val":
-            return True
+        check_name("split", split, SPLITS)
+        check_name("purpose", purpose, PURPOSES)
         barred = self.generation_held_out if purpose == "generation" else ()
-        return self.seen(scene) and not any(obj.concept in barred for obj in scene.objects)
+        return split == "val" or (self.seen(scene) and not any(obj.concept in barred for obj in scene.objects))
 
     def pool(self, purpose: str) -> tuple[str, ...]:
         """Return the concepts that scenes are made of for PURPOSE unless a caller names others."""
-        _check("purpose", purpose, PURPOSES)
+        check_name("purpose", purpose, PURPOSES)
         barred = self.generation_held_out if purpose == "generation" else ()
         return tuple(name for name in self.concepts if name not in barred)
 
@@ -268,7 +262,7 @@ class World:
     def clashes(self, obj: Obj, background: str) -> bool:
         """Whether OBJ would hardly show on BACKGROUND."""
         if obj.colour is not None:
-            return obj.colour == background or obj.colour in COLOUR_CLASHES.get(background, ())
+            return obj.colour in (background, *KNOWN["colour clashes"].get(background, ()))
         return background in measured()["clashes"].get(obj.style, {}).get(obj.concept, ())
 
     def looks(self, obj: Obj, colour: str) -> bool:
@@ -316,11 +310,6 @@ def _fields(name: str) -> dict[str, Any]:
         found["concepts"] += SHAPES
         found["recolourable"] = dict.fromkeys(found["recolourable"], frozenset(("flat",)))
     return found
-
-
-def _check(what: str, given: str, allowed: Sequence[str]) -> None:
-    if given not in allowed:
-        raise DataError(f"unknown {what} {given!r}; allowed are {', '.join(allowed)}")
 
 
 def overlap(a: Obj, b: Obj, gap: int = 0) -> bool:
@@ -417,7 +406,7 @@ def sample_scene(
     SEEN asks for combinations that training has (True) or lacks (False; by default in validation, for COMPOSITIONAL
     tasks); of a pool of never-seen concepts it is not looked at.
     """
-    _check("task", task, TASKS)
+    check_name("task", task, TASKS)
     candidates = tuple(pool) if pool is not None else world.pool(purpose)
     if seen is None:
         seen = split == "train" or task not in COMPOSITIONAL
@@ -481,7 +470,7 @@ def sample_look(world: World, rng: random.Random, name: str, style: str, colour_
     colours = world.colours_of(name, style)
     colour = rng.choice(colours) if colours and (name in SHAPES or rng.random() < colour_rate) else None
     tone = rng.choice(world.tones) if world.tones and concept(name).toned and rng.random() < 0.5 else None
-    return Obj(name, style, colour, tone, 0, 0, 0)
+    return Obj(name, style, colour, tone)
 
 
 def sample_background(
