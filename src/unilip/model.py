@@ -80,12 +80,14 @@ class Part:
     load_state_dict = sampling.changes(nn.Module.load_state_dict)
 
 
-HELD = {kind: type(f"Held{kind.__name__}", (Part, kind), {"__module__": __name__}) for kind in PARTS.values()}
+HELD = {name: type(f"Held{kind.__name__}", (Part, kind), {"__module__": __name__}) for name, kind in PARTS.items()}
 globals().update({held.__name__: held for held in HELD.values()})  # where pickle looks for them
 
 
 class UniLIP(Network):
     """The model. `parts` names what is built; a tokenizer checkpoint, for instance, has no LLM and no DiT."""
+
+    kinds = HELD
 
     def __init__(
         self, config: UniLIPConfig, processor: Processor | None = None, parts: Sequence[str] = tuple(PARTS)
@@ -95,7 +97,7 @@ class UniLIP(Network):
         self.runtime = sampling.Runtime()
         children: Any = self.children()
         for part in children:
-            part.__class__, part.runtime = HELD[type(part)], sampling.Runtime(gate=self.runtime.gate)
+            part.runtime = sampling.Runtime(gate=self.runtime.gate)
 
     # --- making and keeping ---
 
