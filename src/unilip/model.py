@@ -26,7 +26,6 @@ from unilip import adapters, pictures, sampling, shapes
 from unilip.chat import Chat
 from unilip.checkpoints import read, write
 from unilip.checkpoints.hub import Adapted, Source
-from unilip.checkpoints.tokenizer import load_tokenizer
 from unilip.errors import ImageError, PromptError, UniLIPError, check_choice, check_flag, check_number
 from unilip.fast.choose import choose
 from unilip.fast.loop import BUCKET, Compiled, Settings
@@ -185,9 +184,8 @@ class UniLIP(Network):
             logger.info("%s", chosen.said)
             dtype, kinds, low_memory = chosen.dtype, chosen.quantization, chosen.low_memory
         config = opened.config if other is None else opened.config.replace(decoder=other.config.decoder)
-        tokenizer = None if opened.tokenizer_path is None else load_tokenizer(opened.tokenizer_path)
         with Unmade():
-            model = cls(config, None if tokenizer is None else Processor(tokenizer, config), wanted)
+            model = cls(config, Processor(opened.tokenizer, config) if opened.tokenizer else None, wanted)
         drawing = drawing and not beside
         for adapter in beside:
             adapters.fitting(model, adapter, opened.tensor)  # complains before weights are read
@@ -406,7 +404,8 @@ class UniLIP(Network):
         self._check_latent(latent)
         if decode is not None or torch.is_grad_enabled():
             return super().from_latent(latent, decode)
-        return sampling.decode(self, self.runtime, latent)
+        with self.using("pixel_decoder"):
+            return super().from_latent(latent, lambda scaled: sampling.decode(self, self.runtime, scaled))
 
     def condition(
         self, tokens: Tokens, features: Tensor | None = None, read: Reader | None = None
@@ -417,20 +416,9 @@ class UniLIP(Network):
         with self.using("mllm", "connector"):
             return super().condition(tokens, features, read)
 
-    def draw(self, *values: Any, **named: Any) -> Tensor:
-        """Draw latents plainly; see `Network.draw`."""
-        with self.using("mllm", "connector", "dit"):
-            return super().draw(*values, **named)
-
-    def flow_loss(self, *values: Any, **named: Any) -> Tensor:
-        """Return the velocity error; see `Network.flow_loss`."""
-        with self.using("encoder", "latent_head", "mllm", "connector", "dit"):
-            return super().flow_loss(*values, **named)
-
-    def tokenizer_loss(self, *values: Any, **named: Any) -> Tensor:
-        """Return the error of pictures and features; see `Network.tokenizer_loss`."""
-        with self.using("encoder", "latent_head", "pixel_decoder"):
-            return super().tokenizer_loss(*values, **named)
+    draw = sampling.works(Network.draw, "mllm", "connector", "dit")
+    flow_loss = sampling.works(Network.flow_loss, "encoder", "latent_head", "mllm", "connector", "dit")
+    tokenizer_loss = sampling.works(Network.tokenizer_loss, "encoder", "latent_head", "pixel_decoder")
 
     # --- the four abilities ---
 
@@ -520,7 +508,7 @@ class UniLIP(Network):
 
     def _best(self, latents: Tensor, processor: Processor, prompts: Sequence[str], count: int) -> Tensor:
         """Keep one of each COUNT latents (M COUNT,Z,h,w) of prompts (M): where the model best sees its prompt."""
-        pixels, side = sampling.decode(self, self.runtime, latents), self.config.image_size
+        pixels, side = self.from_latent(latents), self.config.image_size
         if pixels.shape[-2:] != (side, side):  # as `ask` reads pictures
             pixels = nn.functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
         features = self.features(pictures.normalise(pixels))
@@ -818,7 +806,7 @@ class UniLIP(Network):
     def _output(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return latents
-        pixels = sampling.decode(self, self.runtime, latents)
+        pixels = self.from_latent(latents)
         if output_type == "pt":
             return pixels
         if output_type == "np":

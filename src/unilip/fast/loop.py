@@ -140,11 +140,11 @@ def denoise(
     def make(rows: PreparedCondition, times: Tensor) -> Run:
         """Return a loop that may run once: which step it is in is counted."""
         both = len(rows.mask) > count
-        own = rows.part(slice(count, None)) if both else rows
+        own = rows[count:] if both else rows
         there = times.device if twin is None else next(twin.parameters()).device
         steps = zip(times.split(1), times.to(there).split(1), strict=True)
         if both and twin is not None:
-            theirs = rows.part(slice(0, count)).map(lambda tensor: tensor.to(there))
+            theirs = rows[:count].map(lambda tensor: tensor.to(there))
 
         def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
             modulation, their_modulation = next(steps)

@@ -25,6 +25,7 @@ class Offload:
         self._held: Counter[str] = Counter()
         self._model = [model]  # in a list: a module that knew its owner would be a part of itself
         self._load = load
+        self.reads = load is not None  # weights from the checkpoint, each time
         at_home = parts if load is None else ()
         self._home = {part: list(own_tensors(model.get_submodule(part))) for part in at_home}
 
@@ -45,11 +46,6 @@ class Offload:
                 if not self._held[part]:
                     del self._held[part]
                     self._drop(part)
-
-    @property
-    def reads(self) -> bool:
-        """Whether weights are read from the checkpoint each time."""
-        return self._load is not None
 
     @property
     def present(self) -> set[str]:
