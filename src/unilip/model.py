@@ -773,7 +773,6 @@ class UniLIP(Network):
         """Load pictures, and say at which size each is read."""
         given = {"height": height, "width": width, "image_size": image_size, "max_pixels": max_pixels}
         side, sources = self.config.image_size, _pictures(image, fit)
-        shapes.targets([(side, side)], side, **given)  # complains where there is no picture, too
         return sources, shapes.targets([s.size if fit == "resize" else (side, side) for s in sources], side, **given)
 
     def _noises(self, sizes: Sequence[Size], generator: Any, given: Tensor | None) -> list[Tensor]:
