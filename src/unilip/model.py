@@ -101,6 +101,7 @@ class UniLIP(Network):
     # --- making and keeping ---
 
     @classmethod
+    @torch.no_grad()
     def from_config(cls, config: UniLIPConfig, seed: int = 0, parts: Sequence[str] = tuple(PARTS)) -> UniLIP:
         """Build a float32 model with random weights that depend on `seed` alone; the connector copies the LLM's end."""
         if not isinstance(config, UniLIPConfig):
@@ -114,7 +115,14 @@ class UniLIP(Network):
                 model = cls(config, parts=parts)
         finally:
             torch.set_default_dtype(usual)
-        initialise(model, seed)
+        generator = torch.Generator().manual_seed(seed)
+        if "encoder" in parts:
+            tower = model.encoder.vision_tower
+            draw_small(tower, generator, tower.embeddings.cls_token, tower.embeddings.position_embeddings)
+        if "mllm" in parts:
+            draw_small(model.mllm.language_model, generator, model.mllm.queries)
+            if "connector" in parts:
+                copy_from_llm(model.connector, model.mllm)
         return model.eval()
 
     @classmethod
@@ -176,13 +184,12 @@ class UniLIP(Network):
         other = None if decoder is None else read.open_decoder(opened, decoder)
         if performance != "exact":
             numbers = sum(math.prod(opened.shape(n)) for n in opened.names if n.partition(".")[0] in wanted)
-            chosen = choose(
+            dtype, kinds, low_memory, said = choose(
                 performance, opened.config, numbers, where, low_memory=low_memory,
                 dtype=None if dtype is None else read.parse_dtype(dtype),
                 quantization={} if opened.quantized else kinds,
             )  # fmt: skip
-            logger.info("%s", chosen.said)
-            dtype, kinds, low_memory = chosen.dtype, chosen.quantization, chosen.low_memory
+            logger.info("%s", said)
         config = opened.config if other is None else opened.config.replace(decoder=other.config.decoder)
         with Unmade():
             model = cls(config, Processor(opened.tokenizer, config) if opened.tokenizer else None, wanted)
@@ -208,7 +215,6 @@ class UniLIP(Network):
             source = other if other is not None and part == "pixel_decoder" else opened
             leave = later if part == "mllm" else ()
             read.load_into(model, source, dtype=dtype, device=where, parts=(part,), leave=leave, settle=settle)
-            model.get_submodule(part).eval()
             give_back()
 
         if low_memory:
@@ -721,16 +727,13 @@ class UniLIP(Network):
         if stream:
             return self._stream(columns, answers[0])
         for column in columns:
-            sampling.check_ids(self, column)
-            for answer, token in zip(answers, column, strict=True):
-                answer.take(token)
+            sampling.take(self, answers, column)
         return [answer.text for answer in answers] if several else answers[0].text
 
     def _stream(self, columns: Generator[list[int], None, None], answer: sampling.TextStream) -> Iterator[str]:
         with contextlib.closing(columns):
             for column in columns:
-                sampling.check_ids(self, column)
-                if piece := answer.take(column[0]):
+                if piece := sampling.take(self, [answer], column)[0]:
                     yield piece
         if piece := answer.rest():
             yield piece
@@ -811,19 +814,6 @@ class UniLIP(Network):
         if output_type == "np":
             return np.ascontiguousarray(pixels.movedim(1, -1).cpu().numpy())
         return pictures.to_images(pixels)
-
-
-@torch.no_grad()
-def initialise(network: Network, seed: int) -> None:
-    """Give a network built under `seed` the start of training: small weights, small queries, a copied connector."""
-    generator = torch.Generator().manual_seed(seed)
-    if "encoder" in network.parts:
-        tower = network.encoder.vision_tower
-        draw_small(tower, generator, tower.embeddings.cls_token, tower.embeddings.position_embeddings)
-    if "mllm" in network.parts:
-        draw_small(network.mllm.language_model, generator, network.mllm.queries)
-        if "connector" in network.parts:
-            copy_from_llm(network.connector, network.mllm)
 
 
 def draw_small(module: nn.Module, generator: torch.Generator, *others: Tensor) -> None:

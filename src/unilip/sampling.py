@@ -252,11 +252,12 @@ def not_finite(part: str, dtype: torch.dtype, where: str = "") -> UniLIPError:
     )
 
 
-def check_ids(network: Network, ids: Sequence[int]) -> None:
-    """Raise the error of the language model where an id of `answer` is -1, and say of which answers."""
+def take(network: Network, answers: Sequence[TextStream], ids: Sequence[int]) -> list[str]:
+    """Add the next id to each answer; return the text that became final by it. Raises UniLIPError: -1, no number."""
     if broken := [str(row) for row, token in enumerate(ids, 1) if token < 0]:
         where = f" for answer {', '.join(broken)} of {len(ids)}" if len(ids) > 1 else ""
         raise not_finite("mllm", next(network.mllm.parameters()).dtype, where)
+    return [answer.take(token) for answer, token in zip(answers, ids, strict=True)]
 
 
 def decode(network: Network, runtime: Runtime, latent: Tensor) -> Tensor:
@@ -408,9 +409,7 @@ def write_out(network: Network, runtime: Runtime, processor: Processor, prompts:
         return logits
 
     for column in answer(network, runtime, processor, texts, None, max_new_tokens=PLAN_TOKENS, adjust=constrained):
-        check_ids(network, column)
-        for written, token in zip(answers, column, strict=True):
-            written.take(token)
+        take(network, answers, column)
     plans = []
     for written, prompt in zip(answers, prompts, strict=True):
         try:

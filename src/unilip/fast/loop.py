@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 Step = Callable[[Tensor, Tensor, PreparedCondition], Tensor]  # latents, modulation, condition -> velocity
 Run = Callable[[Tensor], Tensor]  # noise -> latents
 Make = Callable[[PreparedCondition, Tensor], Run]  # condition, modulations -> what may run once
-BUCKET = 128  # compiled steps see conditions of a multiple of this many tokens
+BUCKET = 128  # compiled steps see conditions padded to a multiple of this many tokens, so prompts share their code
 
 
 @dataclass(frozen=True)
@@ -168,10 +168,7 @@ def denoise(
 
 
 class Compiled:
-    """Compiled step and decoder of a network, and on CUDA a recorded graph of the whole loop for each shape.
-
-    Conditions are left-padded to a multiple of `bucket` tokens, so that prompts of different lengths share their code.
-    """
+    """Compiled step and decoder of a network, and on CUDA a recorded graph of the whole loop for each shape."""
 
     def __init__(self, network: Network, bucket: int = BUCKET, **options: Any) -> None:
         self.bucket, self.network = bucket, network
@@ -181,13 +178,11 @@ class Compiled:
         self._decode = torch.compile(fast_decoder.decode, dynamic=False, **options)
 
     def step(self, latent: Tensor, modulation: Tensor, condition: PreparedCondition) -> Tensor:
-        """See `fast.dit.step`."""
         what = "the step of the transformer for %d rows of %dx%d cells under conditions of %d tokens"
         with self.telling(what, len(latent), *latent.shape[-2:], condition.mask.shape[-1]):
             return self._step(self.network.dit.transformer, latent, modulation, condition)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """See `fast.decoder.decode`."""
         with self.telling("the decoder for %d pictures of %dx%d cells", len(latent), *latent.shape[-2:]):
             return self._decode(self.network.pixel_decoder.decoder, latent)
 
