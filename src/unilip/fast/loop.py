@@ -229,10 +229,10 @@ class RecordedLoop:
             for _ in range(2):  # compiles, and lets the libraries choose and reserve what they need
                 make(self.condition, self.modulations)(self.noise)
         torch.cuda.current_stream(noise.device).wait_stream(side)
-        run = make(self.condition, self.modulations)
+        self.run = make(self.condition, self.modulations)  # kept, with whatever else the graph reads
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.latents = run(self.noise)
+            self.latents = self.run(self.noise)
 
     def __call__(self, noise: Tensor, condition: PreparedCondition, modulations: Tensor) -> Tensor:
         """Copy the inputs in, replay, and copy the latents out."""
