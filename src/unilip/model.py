@@ -192,7 +192,7 @@ class UniLIP(Network):
             logger.info("%s", said)
         config = opened.config if other is None else opened.config.replace(decoder=other.config.decoder)
         with Unmade():
-            model = cls(config, Processor(opened.tokenizer, config) if opened.tokenizer else None, wanted)
+            model = cls(config, None if opened.tokenizer is None else Processor(opened.tokenizer, config), wanted)
         drawing = drawing and not beside
         for adapter in beside:
             adapters.fitting(model, adapter, opened.tensor)  # complains before weights are read

@@ -140,13 +140,11 @@ class Runtime:
         """Return a copy of the transformer on the second device, if there is one, with the weights of this moment."""
         if self.second is None:
             return None
-        current = list(dit.parameters())
-        copied = [] if self._twin is None else list(self._twin.parameters())
-        if [one.dtype for one in copied] != [one.dtype for one in current]:
+        types = [one.dtype for one in dit.parameters()]
+        if self._twin is None or [one.dtype for one in self._twin.parameters()] != types:
             self._twin = copy.deepcopy(dit).to(self.second).eval()
-        else:
-            for there, here in zip(copied, current, strict=True):
-                there.copy_(here)
+        for there, here in zip(self._twin.parameters(), dit.parameters(), strict=True):
+            there.copy_(here)
         return self._twin
 
 

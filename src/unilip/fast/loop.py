@@ -30,7 +30,6 @@ from unilip.method.model import Network
 
 logger = logging.getLogger(__name__)
 
-Step = Callable[[Tensor, Tensor, PreparedCondition], Tensor]  # latents, modulation, condition -> velocity
 Run = Callable[[Tensor], Tensor]  # noise -> latents
 Make = Callable[[PreparedCondition, Tensor], Run]  # condition, modulations -> what may run once
 BUCKET = 128  # compiled steps see conditions padded to a multiple of this many tokens, so prompts share their code
@@ -121,7 +120,7 @@ def denoise(
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw latents (R,Z,h,w) from noise; under guidance R unconditional rows come first, or go to `twin`, a copy."""
-    planned = plan(settings.solver, settings.flow_shift, settings.num_inference_steps).to(noise.device)
+    planned = plan(settings.solver, settings.flow_shift, settings.num_inference_steps, noise.device)
     guided = settings.guided_steps()
     net, count = dit.transformer, len(noise)
     if settings.jumps:
@@ -135,7 +134,7 @@ def denoise(
         calls = sum(now or not any(guided) for now in guided)
         multiply = products.multiply(packable(net), len(condition.mask) * noise[0, 0].numel(), calls)
 
-    one: Step = functools.partial(step, net, multiply=multiply) if compiled is None else compiled.step
+    one = functools.partial(step, net, multiply=multiply) if compiled is None else compiled.step
 
     def make(rows: PreparedCondition, times: Tensor) -> Run:
         """Return a loop that may run once: which step it is in is counted."""

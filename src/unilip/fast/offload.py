@@ -26,8 +26,7 @@ class Offload:
         self._model = [model]  # in a list: a module that knew its owner would be a part of itself
         self._load = load
         self.reads = load is not None  # weights from the checkpoint, each time
-        at_home = parts if load is None else ()
-        self._home = {part: list(own_tensors(model.get_submodule(part))) for part in at_home}
+        self._home = {part: list(own_tensors(model.get_submodule(part))) for part in (() if self.reads else parts)}
 
     @contextlib.contextmanager
     def using(self, *parts: str) -> Iterator[None]:
