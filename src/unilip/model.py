@@ -254,10 +254,9 @@ class UniLIP(Network):
     merge_adapters, unload_adapters = adapters.merge_adapters, adapters.unload_adapters
 
     @sampling.changes
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UniLIP:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._check_resting("The parts of this model come and go; give device and type when it is loaded.")
-        super()._apply(fn, recurse)
-        return self
+        return super()._apply(fn, recurse)
 
     @sampling.changes
     def load_state_dict(self, *values: Any, **named: Any) -> Any:
