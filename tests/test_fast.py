@@ -61,8 +61,8 @@ def test_prepared_steps_are_the_plain_transformer() -> None:
                     found["in place"] = step(net, latent, times, prepared)
                     if k == len(timestep) == 1:
                         rows = torch.tensor([2, 0, 2, 1])
-                        found["selected"] = step(net, latent[rows], times, prepared.select(rows))
-                        found["part"] = step(net, latent[1:], times, prepared.part(slice(1, None)))
+                        found["selected"] = step(net, latent[rows], times, prepared[rows])
+                        found["part"] = step(net, latent[1:], times, prepared[1:])
                         wanted |= {"selected": expected[rows], "part": expected[1:]}
                 distances |= {how: apart(found[how], wanted[how]) for how in found}
                 where = f"{name} {size} x{k} at {len(timestep)} timesteps"

@@ -47,32 +47,32 @@ def test_what_each_word_chooses(measured: Callable[[dict[str, float]], None], mo
     monkeypatch.setattr(choose, "spare_memory", lambda: free)
 
     def check(word: str, wanted: tuple[Any, ...], **given: Any) -> None:
-        found = choose.choose(word, preset("1b"), 10**9, CPU, **given)
-        if (found.dtype, dict(found.quantization), found.low_memory, found.packing) != wanted or word not in found.said:
+        *found, said = choose.choose(word, preset("1b"), 10**9, CPU, **given)
+        if tuple(found) != wanted or word not in said:
             wrong.append((word, given, wanted, found))
 
     for times, speed in ((AMX, (few, none)), (VNNI, (one, EIGHT)), (BOTH, (few, EIGHT)), (OLD, (one, none))):
         measured(times)
-        check("exact", (one, none, False, True))
-        check("auto", (one, none, False, True))
-        check("speed", (*speed, False, True))
-        check("memory", (few, dict.fromkeys(QUANTIZED, "int8"), True, False))
+        check("exact", (one, none, False))
+        check("auto", (one, none, False))
+        check("speed", (*speed, False))
+        check("memory", (few, dict.fromkeys(QUANTIZED, "int8"), True))
     measured(VNNI)
-    check("speed", (few, EIGHT, False, True), dtype=few)
-    check("speed", (one, {"mllm": "int4"}, True, True), quantization={"mllm": "int4"}, low_memory=True)
-    check("memory", (one, none, False, False), dtype=one, quantization={}, low_memory=False)
+    check("speed", (few, EIGHT, False), dtype=few)
+    check("speed", (one, {"mllm": "int4"}, True), quantization={"mllm": "int4"}, low_memory=True)
+    check("memory", (one, none, False), dtype=one, quantization={}, low_memory=False)
     missing = "torchao"
-    check("speed", (one, none, False, True))
-    check("memory", (few, none, True, False))
+    check("speed", (one, none, False))
+    check("memory", (few, none, True))
     free = 4 * 10**9
-    check("auto", (one, none, True, True))
-    check("auto", (one, none, False, True), low_memory=False)
-    check("auto", (few, none, False, True), dtype=few)  # which fits
-    check("speed", (one, none, False, True))
+    check("auto", (one, none, True))
+    check("auto", (one, none, False), low_memory=False)
+    check("auto", (few, none, False), dtype=few)  # which fits
+    check("speed", (one, none, False))
     assert not wrong, "\n".join(map(str, wrong))
     measured({name: ms for name, ms in VNNI.items() if name != "bfloat16"})  # of a build that cannot
-    check("speed", (one, none, False, True))
-    assert not wrong and "bfloat16" not in choose.choose("speed", preset("1b"), 1, CPU).said
+    check("speed", (one, none, False))
+    assert not wrong and "bfloat16" not in choose.choose("speed", preset("1b"), 1, CPU)[-1]
 
 
 def test_small_products_are_not_slowed_down() -> None:

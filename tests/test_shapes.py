@@ -90,6 +90,14 @@ def test_what_cannot_be_a_size_is_refused(tiny_model, picture):
         hook.remove()
 
 
+def test_a_side_is_that_of_the_picture_and_not_of_a_square(tiny_model, caplog):
+    """A square of that side would be too large, and is neither drawn nor spoken of."""
+    assert tiny_model.encode(Image.new("RGB", (4, 400)), height=4900).shape[1] == 2 * 175
+    tiny_model.encode(Image.new("RGB", (30, 20)), height=50)
+    said = [record.getMessage().split(":")[0] for record in caplog.records]
+    assert said == ["49x4900 is rounded to 56x4900", "75x50 is rounded to 84x56"]
+
+
 def test_fit_and_its_undoing(picture):
     for source in ((100, 50), (50, 100), (70, 70)):
         for size in ((84, 56), (56, 84), (56, 56)):

@@ -2,9 +2,11 @@
 
 import copy
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -380,6 +382,21 @@ def test_a_loop_that_can_be_recorded_is_recorded_once_for_a_shape_and_its_weight
 
     monkeypatch.setattr(loop, "RecordedLoop", fail)
     assert run(num_inference_steps=5) == 8.0  # runs all the same
+
+
+def test_what_a_graph_reads_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph reads memory: were a tensor that its loop alone knows freed, it would read whatever comes there next."""
+    monkeypatch.setattr(torch, "cuda", MagicMock())
+    condition = PreparedCondition(((torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4, 2)),), torch.ones(1, 1, 1, 4))
+    weights = torch.ones(2)
+    kept = weakref.ref(weights)
+
+    def recorded(weights: Tensor) -> loop.RecordedLoop:
+        return loop.RecordedLoop(lambda rows, times: lambda noise: noise * weights.sum(), weights, condition, weights)
+
+    found = recorded(weights)
+    del weights
+    assert kept() is not None and torch.equal(found.latents, torch.full((2,), 2.0))
 
 
 @pytest.mark.gpu

@@ -26,7 +26,6 @@ from unilip import adapters, pictures, sampling, shapes
 from unilip.chat import Chat
 from unilip.checkpoints import read, write
 from unilip.checkpoints.hub import Adapted, Source
-from unilip.checkpoints.tokenizer import load_tokenizer
 from unilip.errors import ImageError, PromptError, UniLIPError, check_choice, check_flag, check_number
 from unilip.fast.choose import choose
 from unilip.fast.loop import BUCKET, Compiled, Settings
@@ -80,12 +79,14 @@ class Part:
     load_state_dict = sampling.changes(nn.Module.load_state_dict)
 
 
-HELD = {kind: type(f"Held{kind.__name__}", (Part, kind), {"__module__": __name__}) for kind in PARTS.values()}
+HELD = {name: type(f"Held{kind.__name__}", (Part, kind), {"__module__": __name__}) for name, kind in PARTS.items()}
 globals().update({held.__name__: held for held in HELD.values()})  # where pickle looks for them
 
 
 class UniLIP(Network):
     """The model. `parts` names what is built; a tokenizer checkpoint, for instance, has no LLM and no DiT."""
+
+    kinds = HELD
 
     def __init__(
         self, config: UniLIPConfig, processor: Processor | None = None, parts: Sequence[str] = tuple(PARTS)
@@ -95,11 +96,12 @@ class UniLIP(Network):
         self.runtime = sampling.Runtime()
         children: Any = self.children()
         for part in children:
-            part.__class__, part.runtime = HELD[type(part)], sampling.Runtime(gate=self.runtime.gate)
+            part.runtime = sampling.Runtime(gate=self.runtime.gate)
 
     # --- making and keeping ---
 
     @classmethod
+    @torch.no_grad()
     def from_config(cls, config: UniLIPConfig, seed: int = 0, parts: Sequence[str] = tuple(PARTS)) -> UniLIP:
         """Build a float32 model with random weights that depend on `seed` alone; the connector copies the LLM's end."""
         if not isinstance(config, UniLIPConfig):
@@ -113,7 +115,14 @@ class UniLIP(Network):
                 model = cls(config, parts=parts)
         finally:
             torch.set_default_dtype(usual)
-        initialise(model, seed)
+        generator = torch.Generator().manual_seed(seed)
+        if "encoder" in parts:
+            tower = model.encoder.vision_tower
+            draw_small(tower, generator, tower.embeddings.cls_token, tower.embeddings.position_embeddings)
+        if "mllm" in parts:
+            draw_small(model.mllm.language_model, generator, model.mllm.queries)
+            if "connector" in parts:
+                copy_from_llm(model.connector, model.mllm)
         return model.eval()
 
     @classmethod
@@ -175,17 +184,15 @@ class UniLIP(Network):
         other = None if decoder is None else read.open_decoder(opened, decoder)
         if performance != "exact":
             numbers = sum(math.prod(opened.shape(n)) for n in opened.names if n.partition(".")[0] in wanted)
-            chosen = choose(
+            dtype, kinds, low_memory, said = choose(
                 performance, opened.config, numbers, where, low_memory=low_memory,
                 dtype=None if dtype is None else read.parse_dtype(dtype),
                 quantization={} if opened.quantized else kinds,
             )  # fmt: skip
-            logger.info("%s", chosen.said)
-            dtype, kinds, low_memory = chosen.dtype, chosen.quantization, chosen.low_memory
+            logger.info("%s", said)
         config = opened.config if other is None else opened.config.replace(decoder=other.config.decoder)
-        tokenizer = None if opened.tokenizer_path is None else load_tokenizer(opened.tokenizer_path)
         with Unmade():
-            model = cls(config, None if tokenizer is None else Processor(tokenizer, config), wanted)
+            model = cls(config, None if opened.tokenizer is None else Processor(opened.tokenizer, config), wanted)
         drawing = drawing and not beside
         for adapter in beside:
             adapters.fitting(model, adapter, opened.tensor)  # complains before weights are read
@@ -208,7 +215,6 @@ class UniLIP(Network):
             source = other if other is not None and part == "pixel_decoder" else opened
             leave = later if part == "mllm" else ()
             read.load_into(model, source, dtype=dtype, device=where, parts=(part,), leave=leave, settle=settle)
-            model.get_submodule(part).eval()
             give_back()
 
         if low_memory:
@@ -248,10 +254,9 @@ class UniLIP(Network):
     merge_adapters, unload_adapters = adapters.merge_adapters, adapters.unload_adapters
 
     @sampling.changes
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UniLIP:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._check_resting("The parts of this model come and go; give device and type when it is loaded.")
-        super()._apply(fn, recurse)
-        return self
+        return super()._apply(fn, recurse)
 
     @sampling.changes
     def load_state_dict(self, *values: Any, **named: Any) -> Any:
@@ -404,7 +409,8 @@ class UniLIP(Network):
         self._check_latent(latent)
         if decode is not None or torch.is_grad_enabled():
             return super().from_latent(latent, decode)
-        return sampling.decode(self, self.runtime, latent)
+        with self.using("pixel_decoder"):
+            return super().from_latent(latent, lambda scaled: sampling.decode(self, self.runtime, scaled))
 
     def condition(
         self, tokens: Tokens, features: Tensor | None = None, read: Reader | None = None
@@ -415,20 +421,9 @@ class UniLIP(Network):
         with self.using("mllm", "connector"):
             return super().condition(tokens, features, read)
 
-    def draw(self, *values: Any, **named: Any) -> Tensor:
-        """Draw latents plainly; see `Network.draw`."""
-        with self.using("mllm", "connector", "dit"):
-            return super().draw(*values, **named)
-
-    def flow_loss(self, *values: Any, **named: Any) -> Tensor:
-        """Return the velocity error; see `Network.flow_loss`."""
-        with self.using("encoder", "latent_head", "mllm", "connector", "dit"):
-            return super().flow_loss(*values, **named)
-
-    def tokenizer_loss(self, *values: Any, **named: Any) -> Tensor:
-        """Return the error of pictures and features; see `Network.tokenizer_loss`."""
-        with self.using("encoder", "latent_head", "pixel_decoder"):
-            return super().tokenizer_loss(*values, **named)
+    draw = sampling.works(Network.draw, "mllm", "connector", "dit")
+    flow_loss = sampling.works(Network.flow_loss, "encoder", "latent_head", "mllm", "connector", "dit")
+    tokenizer_loss = sampling.works(Network.tokenizer_loss, "encoder", "latent_head", "pixel_decoder")
 
     # --- the four abilities ---
 
@@ -518,7 +513,7 @@ class UniLIP(Network):
 
     def _best(self, latents: Tensor, processor: Processor, prompts: Sequence[str], count: int) -> Tensor:
         """Keep one of each COUNT latents (M COUNT,Z,h,w) of prompts (M): where the model best sees its prompt."""
-        pixels, side = sampling.decode(self, self.runtime, latents), self.config.image_size
+        pixels, side = self.from_latent(latents), self.config.image_size
         if pixels.shape[-2:] != (side, side):  # as `ask` reads pictures
             pixels = nn.functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
         features = self.features(pictures.normalise(pixels))
@@ -731,16 +726,13 @@ class UniLIP(Network):
         if stream:
             return self._stream(columns, answers[0])
         for column in columns:
-            sampling.check_ids(self, column)
-            for answer, token in zip(answers, column, strict=True):
-                answer.take(token)
+            sampling.take(self, answers, column)
         return [answer.text for answer in answers] if several else answers[0].text
 
     def _stream(self, columns: Generator[list[int], None, None], answer: sampling.TextStream) -> Iterator[str]:
         with contextlib.closing(columns):
             for column in columns:
-                sampling.check_ids(self, column)
-                if piece := answer.take(column[0]):
+                if piece := sampling.take(self, [answer], column)[0]:
                     yield piece
         if piece := answer.rest():
             yield piece
@@ -783,7 +775,6 @@ class UniLIP(Network):
         """Load pictures, and say at which size each is read."""
         given = {"height": height, "width": width, "image_size": image_size, "max_pixels": max_pixels}
         side, sources = self.config.image_size, _pictures(image, fit)
-        shapes.targets([(side, side)], side, **given)  # complains where there is no picture, too
         return sources, shapes.targets([s.size if fit == "resize" else (side, side) for s in sources], side, **given)
 
     def _noises(self, sizes: Sequence[Size], generator: Any, given: Tensor | None) -> list[Tensor]:
@@ -816,25 +807,12 @@ class UniLIP(Network):
     def _output(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return latents
-        pixels = sampling.decode(self, self.runtime, latents)
+        pixels = self.from_latent(latents)
         if output_type == "pt":
             return pixels
         if output_type == "np":
             return np.ascontiguousarray(pixels.movedim(1, -1).cpu().numpy())
         return pictures.to_images(pixels)
-
-
-@torch.no_grad()
-def initialise(network: Network, seed: int) -> None:
-    """Give a network built under `seed` the start of training: small weights, small queries, a copied connector."""
-    generator = torch.Generator().manual_seed(seed)
-    if "encoder" in network.parts:
-        tower = network.encoder.vision_tower
-        draw_small(tower, generator, tower.embeddings.cls_token, tower.embeddings.position_embeddings)
-    if "mllm" in network.parts:
-        draw_small(network.mllm.language_model, generator, network.mllm.queries)
-        if "connector" in network.parts:
-            copy_from_llm(network.connector, network.mllm)
 
 
 def draw_small(module: nn.Module, generator: torch.Generator, *others: Tensor) -> None:

@@ -31,6 +31,7 @@ from unilip.method.model import Network
 from unilip.method.text import IMG_CONTEXT, TEXT_END, TURN_END, TURN_START, Message, Processor, Prompt
 
 Generators = torch.Generator | int | Sequence[torch.Generator | int] | None
+Random = torch.Generator | Sequence[torch.Generator] | None  # as `check_generator` makes them
 Progress = bool | Mapping[str, Any]  # whether to show a bar, or how: arguments of tqdm
 MAX_PROMPT_CHARACTERS = 8_000
 REWRITE = "Write this out as one description of a picture, with each thing, its colour and its place. Only that: "
@@ -82,15 +83,15 @@ class Gate:
                 self._works -= not change
 
 
-def works(function: F, change: bool = False) -> F:
-    """Let a method, or a function of a model, have that for itself, from its first computation to its last."""
+def works(function: F, *parts: str, change: bool = False) -> F:
+    """Let a method, or a function of a model, have that for itself to its last computation, PARTS on the device."""
 
     @functools.wraps(function)
     def alone(model: Any, *values: Any, **named: Any) -> Any:
         runtime = getattr(model, "runtime", None)
         if runtime is None:  # a network that nobody else can be using
             return function(model, *values, **named)
-        with runtime.gate.taken(change):
+        with runtime.gate.taken(change), model.using(*parts) if parts else contextlib.nullcontext():
             if change:
                 runtime.forget()
             return function(model, *values, **named)
@@ -139,13 +140,11 @@ class Runtime:
         """Return a copy of the transformer on the second device, if there is one, with the weights of this moment."""
         if self.second is None:
             return None
-        current = list(dit.parameters())
-        copied = [] if self._twin is None else list(self._twin.parameters())
-        if [one.dtype for one in copied] != [one.dtype for one in current]:
+        types = [one.dtype for one in dit.parameters()]
+        if self._twin is None or [one.dtype for one in self._twin.parameters()] != types:
             self._twin = copy.deepcopy(dit).to(self.second).eval()
-        else:
-            for there, here in zip(copied, current, strict=True):
-                there.copy_(here)
+        for there, here in zip(self._twin.parameters(), dit.parameters(), strict=True):
+            there.copy_(here)
         return self._twin
 
 
@@ -218,17 +217,13 @@ def check_generator(generator: Any) -> torch.Generator | list[torch.Generator] |
     return torch.Generator().manual_seed(check_number("generator", generator, -(2**63), 2**64 - 1, whole=True))
 
 
-def draw_noise(
-    count: int, shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None
-) -> Tensor:
+def draw_noise(count: int, shape: Sequence[int], generator: Random) -> Tensor:
     """Draw float32 CPU noise (count, *shape), the same in any batch: by one generator in order, or one for each."""
     draws = draw_noises([shape] * count, generator)
     return torch.stack(draws) if draws else torch.empty(0, *shape)
 
 
-def draw_noises(
-    shapes: Sequence[Sequence[int]], generator: torch.Generator | Sequence[torch.Generator] | None
-) -> list[Tensor]:
+def draw_noises(shapes: Sequence[Sequence[int]], generator: Random) -> list[Tensor]:
     """Draw the noise of each of several pictures, whose shapes may differ, as `draw_noise` does."""
     generators: list[torch.Generator | None]
     generators = list(generator) if isinstance(generator, Sequence) else [generator] * len(shapes)
@@ -255,23 +250,19 @@ def not_finite(part: str, dtype: torch.dtype, where: str = "") -> UniLIPError:
     )
 
 
-def check_ids(network: Network, ids: Sequence[int]) -> None:
-    """Raise the error of the language model where an id of `answer` is -1, and say of which answers."""
+def take(network: Network, answers: Sequence[TextStream], ids: Sequence[int]) -> list[str]:
+    """Add the next id to each answer; return the text that became final by it. Raises UniLIPError: -1, no number."""
     if broken := [str(row) for row, token in enumerate(ids, 1) if token < 0]:
         where = f" for answer {', '.join(broken)} of {len(ids)}" if len(ids) > 1 else ""
         raise not_finite("mllm", next(network.mllm.parameters()).dtype, where)
+    return [answer.take(token) for answer, token in zip(answers, ids, strict=True)]
 
 
 def decode(network: Network, runtime: Runtime, latent: Tensor) -> Tensor:
-    """Pixels (M,3,H,W) in [0,1] of latents (M,Z,h,w) in the DiT's scale."""
-
-    def run(z: Tensor) -> Tensor:
-        if runtime.compiled is not None and runtime.strips == 1:
-            return check_finite(runtime.compiled.decode(z), "pixel_decoder")
-        return check_finite(decoder.decode(network.pixel_decoder.decoder, z, runtime.strips), "pixel_decoder")
-
-    with runtime.using("pixel_decoder"):
-        return network.from_latent(latent, run)
+    """Decode latents (M,Z,h,w) in the decoder's own scale: -> (M,3,H,W), about in [-1,1]."""
+    if runtime.compiled is not None and runtime.strips == 1:
+        return check_finite(runtime.compiled.decode(latent), "pixel_decoder")
+    return check_finite(decoder.decode(network.pixel_decoder.decoder, latent, runtime.strips), "pixel_decoder")
 
 
 def liking(
@@ -329,7 +320,7 @@ def draw(
         condition, mask = network.condition(tokens, features)
         check_finite(condition, "mllm or connector")
     with runtime.using("dit"):
-        prepared = prepare(network.dit.transformer, condition, mask).select(rows.to(device))
+        prepared = prepare(network.dit.transformer, condition, mask)[rows.to(device)]
         # a bar alone does not keep the loop from being recorded as one graph
         shown = progress is not False
         watched = on_step is not None or (shown and runtime.compiled is None)
@@ -416,9 +407,7 @@ def write_out(network: Network, runtime: Runtime, processor: Processor, prompts:
         return logits
 
     for column in answer(network, runtime, processor, texts, None, max_new_tokens=PLAN_TOKENS, adjust=constrained):
-        check_ids(network, column)
-        for written, token in zip(answers, column, strict=True):
-            written.take(token)
+        take(network, answers, column)
     plans = []
     for written, prompt in zip(answers, prompts, strict=True):
         try:

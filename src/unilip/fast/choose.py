@@ -1,12 +1,11 @@
 """One word for what counts chooses how a model is run: type, few bits, packed weights, strips, parts that come and go.
 
-Out: a `Choice`, by what is measured on this processor and how much memory is free; `said` tells it in a line.
+Out: types and what comes and goes, by what is measured on this processor and how much memory is free.
 """
 
 import importlib.util
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
@@ -19,17 +18,6 @@ DECIBELS = 60  # "auto" rounds no further than float32, and leaves no exact pict
 ROOM = 2**30  # bytes that a picture needs beside the weights
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How a model is loaded and run; with `low_memory` parts come and go, and pictures are decoded in strips."""
-
-    dtype: torch.dtype
-    quantization: dict[str, str]
-    low_memory: bool
-    packing: bool
-    said: str
-
-
 def choose(
     performance: str,
     config: UniLIPConfig,
@@ -39,8 +27,11 @@ def choose(
     dtype: torch.dtype | None = None,
     quantization: Mapping[str, str] | None = None,
     low_memory: bool | None = None,
-) -> Choice:
-    """Choose for a model of so many weights; what is given besides stays as it is, and the rest is chosen around it."""
+) -> tuple[torch.dtype, dict[str, str], bool, str]:
+    """Choose for a model of so many weights; what is given besides stays as it is, and the rest is chosen around it.
+
+    Returns the type, the kinds of few bits by part, whether parts come and go, and all that in a line.
+    """
     few, small = importlib.util.find_spec("torchao") is not None, performance == "memory"
     precision, kinds, why = torch.float32, dict[str, str](), list[str]()
     if small:
@@ -58,7 +49,7 @@ def choose(
     said = f"performance {performance}: {', '.join([name_of(precision), *bits])}, "
     said += "one part in memory at a time, decoded in strips" if small else "all parts in memory"
     said += f" ({'; '.join(why)})" if why else ""
-    return Choice(precision, kinds, small, performance != "memory", said)
+    return precision, kinds, small, said
 
 
 def fast_types(

@@ -29,12 +29,8 @@ class PreparedCondition:
         """Return the same with every tensor changed."""
         return PreparedCondition(tuple((change(k), change(v)) for k, v in self.keys_values), change(self.mask))
 
-    def select(self, rows: Tensor) -> PreparedCondition:
-        """Take rows by index (R,), with repetition: one condition may serve several noises."""
-        return self.map(lambda tensor: tensor.index_select(0, rows))
-
-    def part(self, rows: slice) -> PreparedCondition:
-        """Take a range of rows, without a copy."""
+    def __getitem__(self, rows: slice | Tensor) -> PreparedCondition:
+        """Take a range of rows, without a copy; or rows by index (R,), with repetition, to serve several noises."""
         return self.map(lambda tensor: tensor[rows])
 
     def copy_(self, other: PreparedCondition) -> None:

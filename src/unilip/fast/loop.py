@@ -30,10 +30,9 @@ from unilip.method.model import Network
 
 logger = logging.getLogger(__name__)
 
-Step = Callable[[Tensor, Tensor, PreparedCondition], Tensor]  # latents, modulation, condition -> velocity
 Run = Callable[[Tensor], Tensor]  # noise -> latents
 Make = Callable[[PreparedCondition, Tensor], Run]  # condition, modulations -> what may run once
-BUCKET = 128  # compiled steps see conditions of a multiple of this many tokens
+BUCKET = 128  # compiled steps see conditions padded to a multiple of this many tokens, so prompts share their code
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def denoise(
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw latents (R,Z,h,w) from noise; under guidance R unconditional rows come first, or go to `twin`, a copy."""
-    planned = plan(settings.solver, settings.flow_shift, settings.num_inference_steps).to(noise.device)
+    planned = plan(settings.solver, settings.flow_shift, settings.num_inference_steps, noise.device)
     guided = settings.guided_steps()
     net, count = dit.transformer, len(noise)
     if settings.jumps:
@@ -135,16 +134,16 @@ def denoise(
         calls = sum(now or not any(guided) for now in guided)
         multiply = products.multiply(packable(net), len(condition.mask) * noise[0, 0].numel(), calls)
 
-    one: Step = functools.partial(step, net, multiply=multiply) if compiled is None else compiled.step
+    one = functools.partial(step, net, multiply=multiply) if compiled is None else compiled.step
 
     def make(rows: PreparedCondition, times: Tensor) -> Run:
         """Return a loop that may run once: which step it is in is counted."""
         both = len(rows.mask) > count
-        own = rows.part(slice(count, None)) if both else rows
+        own = rows[count:] if both else rows
         there = times.device if twin is None else next(twin.parameters()).device
         steps = zip(times.split(1), times.to(there).split(1), strict=True)
         if both and twin is not None:
-            theirs = rows.part(slice(0, count)).map(lambda tensor: tensor.to(there))
+            theirs = rows[:count].map(lambda tensor: tensor.to(there))
 
         def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
             modulation, their_modulation = next(steps)
@@ -168,10 +167,7 @@ def denoise(
 
 
 class Compiled:
-    """Compiled step and decoder of a network, and on CUDA a recorded graph of the whole loop for each shape.
-
-    Conditions are left-padded to a multiple of `bucket` tokens, so that prompts of different lengths share their code.
-    """
+    """Compiled step and decoder of a network, and on CUDA a recorded graph of the whole loop for each shape."""
 
     def __init__(self, network: Network, bucket: int = BUCKET, **options: Any) -> None:
         self.bucket, self.network = bucket, network
@@ -181,13 +177,11 @@ class Compiled:
         self._decode = torch.compile(fast_decoder.decode, dynamic=False, **options)
 
     def step(self, latent: Tensor, modulation: Tensor, condition: PreparedCondition) -> Tensor:
-        """See `fast.dit.step`."""
         what = "the step of the transformer for %d rows of %dx%d cells under conditions of %d tokens"
         with self.telling(what, len(latent), *latent.shape[-2:], condition.mask.shape[-1]):
             return self._step(self.network.dit.transformer, latent, modulation, condition)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """See `fast.decoder.decode`."""
         with self.telling("the decoder for %d pictures of %dx%d cells", len(latent), *latent.shape[-2:]):
             return self._decode(self.network.pixel_decoder.decoder, latent)
 
@@ -234,10 +228,10 @@ class RecordedLoop:
             for _ in range(2):  # compiles, and lets the libraries choose and reserve what they need
                 make(self.condition, self.modulations)(self.noise)
         torch.cuda.current_stream(noise.device).wait_stream(side)
-        run = make(self.condition, self.modulations)
+        self.run = make(self.condition, self.modulations)  # kept, with whatever else the graph reads
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.latents = run(self.noise)
+            self.latents = self.run(self.noise)
 
     def __call__(self, noise: Tensor, condition: PreparedCondition, modulations: Tensor) -> Tensor:
         """Copy the inputs in, replay, and copy the latents out."""

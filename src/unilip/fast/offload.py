@@ -25,48 +25,40 @@ class Offload:
         self._held: Counter[str] = Counter()
         self._model = [model]  # in a list: a module that knew its owner would be a part of itself
         self._load = load
-        at_home = parts if load is None else ()
-        self._home = {part: list(own_tensors(model.get_submodule(part))) for part in at_home}
+        self.reads = load is not None  # weights from the checkpoint, each time
+        self._home = {part: list(own_tensors(model.get_submodule(part))) for part in (() if self.reads else parts)}
 
     @contextlib.contextmanager
     def using(self, *parts: str) -> Iterator[None]:
         """Have parts on the device within the block."""
-        taken = []
-        try:
+        with contextlib.ExitStack() as held:
             for part in parts:
-                taken.append(part)
-                self._held[part] += 1
-                if self._held[part] == 1:
-                    self._bring(part)
+                held.enter_context(self._having(part))
+            yield
+
+    @contextlib.contextmanager
+    def _having(self, part: str) -> Iterator[None]:
+        self._held[part] += 1
+        try:
+            if self._held[part] == 1:
+                if self._load is not None:
+                    self._load(self._model[0], part)
+                replace(self._home.get(part, ()), lambda tensor: tensor.to(self.device, non_blocking=True))
             yield
         finally:
-            for part in taken:
-                self._held[part] -= 1
-                if not self._held[part]:
-                    del self._held[part]
-                    self._drop(part)
-
-    @property
-    def reads(self) -> bool:
-        """Whether weights are read from the checkpoint each time."""
-        return self._load is not None
+            self._held[part] -= 1
+            if not self._held[part]:
+                del self._held[part]
+                if self._load is not None:
+                    empty(self._model[0].get_submodule(part))
+                    give_back()
+                for module, name, tensor in self._home.get(part, ()):
+                    setattr(module, name, tensor)  # nothing is copied back: the weights have not changed
 
     @property
     def present(self) -> set[str]:
         """The parts that are on the device."""
         return {part for part in self._held if "." not in part}
-
-    def _bring(self, part: str) -> None:
-        if self._load is not None:
-            self._load(self._model[0], part)
-        replace(self._home.get(part, ()), lambda tensor: tensor.to(self.device, non_blocking=True))
-
-    def _drop(self, part: str) -> None:
-        if self._load is not None:
-            empty(self._model[0].get_submodule(part))
-            give_back()
-        for module, name, tensor in self._home.get(part, ()):
-            setattr(module, name, tensor)  # nothing is copied back: the weights have not changed
 
 
 def give_back() -> int:

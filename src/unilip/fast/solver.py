@@ -3,8 +3,6 @@
 A `Plan` is read off `method.flow.sample` on unit vectors; `integrate` follows it with no tiny kernels and no waiting.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,13 +21,10 @@ class Plan:
     weights: Tensor  # (S,S+1), of the noise and of each velocity in the state after each step
     carried: Tensor  # (S,S), of what was added from outside after step j, in the state after step i
 
-    def to(self, device: torch.device | str) -> Plan:
-        return Plan(self.timesteps.to(device), self.weights.to(device), self.carried.to(device))
-
 
 @lru_cache(maxsize=32)
-def plan(solver: str, shift: float, steps: int) -> Plan:
-    """Return the plan of a solver by name, on the CPU; the same object each time."""
+def plan(solver: str, shift: float, steps: int, device: torch.device | str = "cpu") -> Plan:
+    """Return the plan of a solver by name; the same object each time."""
     schedule = make_schedule(solver, shift, steps)
     units = torch.eye(2 * steps + 1, dtype=torch.float64).view(2 * steps + 1, 1, -1, 1, 1)
     states: list[Tensor] = []
@@ -42,8 +37,8 @@ def plan(solver: str, shift: float, steps: int) -> Plan:
         return state + units[1 + steps + i]
 
     sample(velocity, units[0], schedule, on_step)
-    table = torch.stack(states).float()
-    return Plan(schedule.timesteps, table[:, : steps + 1], table[:, steps + 1 :])
+    table = torch.stack(states).float().to(device)
+    return Plan(schedule.timesteps.to(device), table[:, : steps + 1], table[:, steps + 1 :])
 
 
 def integrate(

@@ -37,15 +37,15 @@ class Network(nn.Module):
     mllm: MLLM
     connector: Connector
     dit: DiT
+    kinds = PARTS  # what the parts are built as; a subclass may have more to them
 
     def __init__(self, config: UniLIPConfig, parts: Sequence[str] = tuple(PARTS)) -> None:
         super().__init__()
         for name in parts:
             check_choice("part", name, PARTS)
-        self.config = config
-        self.parts = tuple(name for name in PARTS if name in parts)
+        self.config, self.parts = config, tuple(name for name in PARTS if name in parts)
         for name in self.parts:
-            self.add_module(name, PARTS[name](config))
+            self.add_module(name, self.kinds[name](config))
 
     # --- the tokenizer ---
 
