@@ -132,7 +132,6 @@ class FileBatches(Batches):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         self._reading = Reading()
-        self.take_shape(index)
         return super().__getitem__(index) | {"reading": self._reading}
 
     def item(self, record: Record, kind: str, turns: int = 1) -> Any:
@@ -205,12 +204,9 @@ class FileBatches(Batches):
         kind = next(kind for kind in ("talk", "caption") if kind in self.streams)
         return self._take(kind, index, lambda record: self.text(record, "caption", kind))
 
-    def edit_item(self, index: int) -> tuple[Any, Any, str]:
-        return self._take("edit", index, lambda record: self._conditioned(record, "edit", index))
-
-    def edits(self, samples: range) -> dict[str, Any]:
-        told = {"edits": True} if self.recipe.data.cache else {}  # which holds nothing that tells them from captions
-        return super().edits(samples) | told
+    def edit_item(self, index: int) -> tuple[Sequence[Any], Any, str]:
+        source, target, text = self._take("edit", index, lambda record: self._conditioned(record, "edit", index))
+        return (source,), target, text
 
     def questions_item(self, index: int, turns: int) -> tuple[Any, str, Turns]:
         return self._take(self.kinds[0], index, lambda record: self.item(record, self.kinds[0], turns))
