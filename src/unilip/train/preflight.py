@@ -103,24 +103,18 @@ class Alive(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         self.operations += operations_of(function.overloadpacket, args, kwargs or {}, result)
         given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage(), given)
+        for storage in (t.untyped_storage() for t in tree_iter(result) if isinstance(t, Tensor)):
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._known and key not in given:
+                self._known.add(key)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, key, size)
         return result
 
-    def _count(self, storage: Any, given: set[int]) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known or key in given:
-            return
-        self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-        def gone() -> None:
-            self._known.discard(key)
-            self.now -= size
-
-        weakref.finalize(storage, gone)
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
 
 
 def operations_of(function: Any, args: Any, kwargs: Any, result: Any) -> int:

@@ -159,8 +159,6 @@ def told(value: Any) -> Any:
 
 
 def mean_(values: Tensor) -> Tensor:
-    """Replace values (on the run's device) by their mean over the processes, without waiting for it."""
-    if group("control") is None:
-        return values
+    """Replace values (on the run's device) by their mean over the several processes, without waiting for it."""
     dist.all_reduce(values)
     return values.div_(world())
