@@ -158,8 +158,6 @@ class Batches(Dataset[dict[str, Any]]):
     lesson_item: Callable[[int], tuple[Prompt, str, Lesson]]  # whole prompt, what somebody wrote of it, what that says
     told: Callable[[int, bool], tuple[Lesson, np.ndarray]]  # what caption or instruction says, and of each token
 
-    # what a batch is
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         samples = range(index * self.size, (index + 1) * self.size)
         step = index // self.recipe.accumulate  # all batches of a step have one shape and one task
@@ -323,8 +321,6 @@ class EmojiBatches(Batches):
             scenes, pairs = replace(self.scenes, world=world.shaped(size)), self.edit_pairs
             self.shaped[size] = scenes, pairs and replace(pairs, world=scenes.world)
         self.knowledge = knowledge(world, "train")
-        if isinstance(recipe.objective, Understand) and recipe.objective.words:
-            _ = self.word_weights  # likewise
 
     def take_shape(self, size: Size) -> None:
         super().take_shape(size)

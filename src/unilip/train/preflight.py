@@ -174,7 +174,7 @@ def simplified(recipe: Recipe) -> Recipe:
     return replace(recipe, objective=objective)
 
 
-def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
+def measure(recipe: Recipe) -> Step:
     """Run a recipe's step on tensors without content, at two batch sizes."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -196,7 +196,7 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
             parameter.requires_grad_(True)
         if recipe.gradient_checkpointing or recipe.selective_checkpointing:
             enable_checkpointing(model, recipe.selective_checkpointing)
-        for size in sizes:
+        for size in (1, 2):
             batch = batch_of(recipe, config, size, edits=recipe.data.edit_share > 0)
             with Alive() as alive:
                 with torch.autocast("cpu", torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
@@ -214,8 +214,8 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
         rank, dora = recipe.adapter.rank, recipe.adapter.dora
         trained = sum(rank * (w.shape[0] + w.shape[1]) + w.shape[0] * dora for w in named)  # beside weights (out, in)
         frozen = everything
-    rise = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
-    constant = max(0.0, peaks[0] - rise * sizes[0] - moved * 4)  # gradients, alive at the end, count by themselves
+    rise = float(peaks[1] - peaks[0])
+    constant = max(0.0, peaks[0] - rise - moved * 4)  # gradients, alive at the end, count by themselves
     return Step(trained, frozen, max(groups, default=0), everything - sum(groups), (constant, rise), operations[-1])
 
 

@@ -48,8 +48,6 @@ def divided(recipe: Recipe, processes: int) -> Recipe:
     Raises ConfigError: the samples of a step cannot be shared out equally.
     """
     samples = recipe.batch_size * recipe.accumulate
-    if processes == 1:
-        return recipe
     own = samples // processes
     if samples % processes:
         raise ConfigError(
