@@ -324,9 +324,8 @@ def require_same(recipe: Recipe, before: Mapping[str, Any], made: object) -> Non
 def _defaults(recipe: Recipe) -> dict[str, Any]:
     """The default of every setting of a recipe that has one, by dotted name."""
     found = {f.name: f.default for f in fields(recipe) if f.default is not MISSING}
-    parts: dict[str, Any] = {name: type(value) for name, value in vars(recipe).items() if is_dataclass(value)}
-    for name, kind in parts.items():
-        found |= leaves(kind(), f"{name}.")
+    for name in ("objective", "optim", "data", "adapter"):
+        found |= leaves(type(getattr(recipe, name))(), f"{name}.")
     return json.loads(json.dumps(found))
 
 

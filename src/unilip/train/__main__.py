@@ -1,7 +1,4 @@
-"""`torchrun -m unilip.train RECIPE`: a run in the processes that torchrun starts, one for each GPU.
-
-    torchrun --nproc-per-node 8 -m unilip.train 1b/sft --set parallel=fsdp
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m unilip.train 3b/pretrain
+"""`torchrun -m unilip.train RECIPE`: a run in the processes that torchrun starts, one for each GPU (docs/training.md).
 
 The options are those of `unilip train`. Exit codes: 0 done, 2 bad input, 130 stopped by a signal and saved.
 """

@@ -142,39 +142,33 @@ class Batches(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.recipe.steps * self.recipe.accumulate
 
-    def take_shape(self, index: int) -> Size | None:
-        """Give the pictures of a batch the shape of its step, where the recipe has several."""
-        if not (sizes := self.recipe.data.sizes):
-            return None
-        size = sizes[generator("shape", self.recipe.seed, index // self.recipe.accumulate).randrange(len(sizes))]
+    def take_shape(self, size: Size) -> None:
+        """Give the pictures from now on a width and height."""
         self.image_size, self.target_size, self.source_cells = size, size, cells(size)
-        return size
 
-    # What a source has, by the number of a sample. Only one with lessons has the last five.
+    # What a source has, by the number of a sample. Only one with lessons has the last four.
+    image_item: Callable[[int], Any]
     caption: Callable[[int], str]
     caption_item: Callable[[int], tuple[Any, str]]  # picture and caption
     questions_item: Callable[[int, int], tuple[Any, str, Turns]]  # picture, caption, so many question-answer turns
-    edit_item: Callable[[int], tuple[Any, Any, str]]  # source, target, instruction
+    edit_item: Callable[[int], tuple[Sequence[Any], Any, str]]  # sources, target, instruction
     text_item: Callable[[int], tuple[str, str]]  # a question and answer without picture
     cells: Callable[[int], np.ndarray]  # what lies on each image token of the picture of `questions_item` (N,3)
     grounds: Callable[[int, int], list[Grounds]]  # for each of its questions, where what its words name lies
     lesson_item: Callable[[int], tuple[Prompt, str, Lesson]]  # whole prompt, what somebody wrote of it, what that says
-    told_caption: Callable[[int], tuple[Lesson, np.ndarray]]  # what a caption says, and lets one know of each token
-    told_edit: Callable[[int], tuple[Lesson, np.ndarray]]  # what an instruction says, and what is to lie on each token
-
-    def image_item(self, index: int) -> Any:
-        return self.caption_item(index)[0]
-
-    # what a batch is
+    told: Callable[[int, bool], tuple[Lesson, np.ndarray]]  # what caption or instruction says, and of each token
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         samples = range(index * self.size, (index + 1) * self.size)
+        step = index // self.recipe.accumulate  # all batches of a step have one shape and one task
+        if sizes := self.recipe.data.sizes:
+            self.take_shape(sizes[generator("shape", self.recipe.seed, step).randrange(len(sizes))])
         objective = self.recipe.objective
         if isinstance(objective, Understand):
             return self.understanding(samples, objective)
         if isinstance(objective, Flow):
-            step = index // self.recipe.accumulate  # all batches of a step have one task
-            return self.edits(samples) if self.is_edit(step) else self.generation(samples)
+            edit = self.is_edit(step)
+            return self.drawn(samples, [self.edit_item(i) if edit else ((), *self.caption_item(i)) for i in samples])
         if objective.contrastive:
             items = [self.caption_item(i) for i in samples]
             return stacked("images", [image for image, _ in items]) | self.contrast([text for _, text in items])
@@ -208,32 +202,26 @@ class Batches(Dataset[dict[str, Any]]):
     def is_edit(self, step: int) -> bool:
         return generator("task", self.recipe.seed, step).random() < self.recipe.data.edit_share
 
-    def generation(self, samples: range) -> dict[str, Any]:
-        items = [((), *self.caption_item(i)) for i in samples]
-        return self._drawn(samples, items, self.processor.generate_text, "told_caption")
+    def drawn(self, samples: range, items: Sequence[tuple[Sequence[Any], Any, str]]) -> dict[str, Any]:
+        """Pictures to draw by (sources, target, text): edits where there are sources, one of each after the other."""
+        each = len(items[0][0])
+        counts = [self.source_cells or self.processor.num_image_tokens] * each
 
-    def edits(self, samples: range) -> dict[str, Any]:
-        return self._edits(samples, [((source,), *rest) for source, *rest in map(self.edit_item, samples)])
+        def whole(text: str | None) -> Prompt:
+            return self.processor.edit_text(text, counts) if each else self.processor.generate_text(text)
 
-    def _edits(self, samples: range, items: Sequence[Any], cells: int | Sequence[int] | None = None) -> dict[str, Any]:
-        cells = cells or self.source_cells
-        return self._drawn(samples, items, lambda text: self.processor.edit_text(text, cells), "told_edit")
-
-    def _drawn(
-        self, samples: range, items: Sequence[Any], whole: Callable[[str | None], Prompt], told: str
-    ) -> dict[str, Any]:
-        """The batch of (sources, target, text), one source of each after the other; for lessons what TOLD knows."""
-        sources = [source for sources, _, _ in items for source in sources]
-        batch: dict[str, Any] = stacked("sources", sources) if sources else {}
+        batch: dict[str, Any] = stacked("sources", [one for sources, _, _ in items for one in sources]) if each else {}
         batch |= stacked("targets", [target for _, target, _ in items])
         if isinstance(self.recipe.objective, FewSteps):  # unconditional: one for all pictures, or one for each edit
-            batch["blanks"] = tokenized(self.processor, [whole(None)] * (len(items) if sources else 1))
+            batch["blanks"] = tokenized(self.processor, [whole(None)] * (len(items) if each else 1))
         kept = [self._kept(text, i) for i, (*_, text) in zip(samples, items, strict=True)]
         texts = [whole(text) for text in kept]
         seeds = [stable_hash("noise", self.recipe.seed, i) % (1 << 63) for i in samples]
         batch |= {"prompts": tokenized(self.processor, texts), "seeds": seeds}
+        if each and self.recipe.data.cache:  # which holds nothing that tells edits from captions
+            batch["edits"] = True
         if self.objective.bind and self.recipe.lessons:
-            found = [getattr(self, told)(i) for i in samples]
+            found = [self.told(i, each > 0) for i in samples]
             rows = [(text, words, lesson) for text, words, (lesson, _) in zip(texts, kept, found, strict=True)]
             batch |= labels(self.processor, batch["prompts"], rows)
             batch["cells"] = torch.from_numpy(np.stack([cells for _, cells in found]))
@@ -333,22 +321,10 @@ class EmojiBatches(Batches):
             scenes, pairs = replace(self.scenes, world=world.shaped(size)), self.edit_pairs
             self.shaped[size] = scenes, pairs and replace(pairs, world=scenes.world)
         self.knowledge = knowledge(world, "train")
-        if isinstance(recipe.objective, Understand) and recipe.objective.words:
-            _ = self.word_weights  # likewise
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if size := self.take_shape(index):
-            self.scenes, self.edit_pairs = self.shaped[size]
-        return super().__getitem__(index)
-
-    def edits(self, samples: range) -> dict[str, Any]:
-        """Sources, instructions, targets; in a share of the steps two sources of each, one after the other."""
-        step = samples.start // (self.size * self.recipe.accumulate)
-        if generator("joint", self.recipe.seed, step).random() >= self.recipe.data.joint:
-            return super().edits(samples)
-        found = [self.edit_pairs.joint(i) for i in samples]
-        items = [((item["source"], item["other"]), item["target"], item["instruction"]) for item in found]
-        return self._edits(samples, items, [self.source_cells or self.processor.num_image_tokens] * 2)
+    def take_shape(self, size: Size) -> None:
+        super().take_shape(size)
+        self.scenes, self.edit_pairs = self.shaped[size]
 
     def is_strange(self, scene: Scene) -> bool:
         return any(obj.concept in self.scenes.world.strangers for obj in scene.objects)
@@ -396,22 +372,23 @@ class EmojiBatches(Batches):
     def cells(self, index: int) -> np.ndarray:
         return lessons.cells(self.shown(index)[2], self.scenes.world)
 
-    def edit_item(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
-        item = self.edit_pairs[index]
-        return item["source"], item["target"], item["instruction"]
+    def edit_item(self, index: int) -> tuple[list[np.ndarray], np.ndarray, str]:
+        """An edit of one picture; in a share of the steps, of two."""
+        step = index // (self.size * self.recipe.accumulate)
+        joint = generator("joint", self.recipe.seed, step).random() < self.recipe.data.joint
+        item = self.edit_pairs.joint(index) if joint else self.edit_pairs[index]
+        return [item[name] for name in ("source", "other") if name in item], item["target"], item["instruction"]
 
-    def told_caption(self, index: int) -> tuple[Lesson, np.ndarray]:
+    def told(self, index: int, edited: bool) -> tuple[Lesson, np.ndarray]:
         world = self.scenes.world
+        if edited:
+            edit = self.edit_pairs.draw(index)
+            return lessons.of_edit(edit, edit.instruction, world), lessons.cells(edit.target, world)
         scene, _, text = self.scenes.draw(index)
         lesson, found = lessons.of_caption(text, scene, world), lessons.cells(scene, world)
         if sum(values[lessons.MARK.index("place")] != UNKNOWN for _, values in lesson.marks) < len(scene.objects):
             found[:, :2] = UNKNOWN  # a layout that the words leave open
         return lesson, found
-
-    def told_edit(self, index: int) -> tuple[Lesson, np.ndarray]:
-        edit = self.edit_pairs.draw(index)
-        world = self.scenes.world
-        return lessons.of_edit(edit, edit.instruction, world), lessons.cells(edit.target, world)
 
     def text_item(self, index: int) -> tuple[str, str]:
         """A question about the world, or a caption to be written out with all places."""

@@ -31,7 +31,7 @@ from unilip.method.qwen2 import Layers
 from unilip.method.text import Processor
 from unilip.model import UniLIP
 from unilip.recipes.catalog import require_finished
-from unilip.recipes.record import FewSteps, Optim, Recipe, Shrink
+from unilip.recipes.record import FewSteps, Optim, Recipe, Shrink, Understand
 from unilip.sizes import preset, small_decoder
 from unilip.train import processes
 from unilip.train.adapters import add_adapter, is_adapter, reached
@@ -74,7 +74,10 @@ def build(recipe: Recipe, runs: Path) -> tuple[UniLIP, Objective, Batches]:
 
 def make_batches(recipe: Recipe, config: UniLIPConfig, processor: Processor | None) -> Batches:
     """Open a recipe's data."""
-    return {"emoji": EmojiBatches, "files": FileBatches}[recipe.data.source](recipe, config, processor)
+    batches = {"emoji": EmojiBatches, "files": FileBatches}[recipe.data.source](recipe, config, processor)
+    if isinstance(recipe.objective, Understand) and recipe.objective.words:
+        _ = batches.word_weights  # before loader workers fork: they share it
+    return batches
 
 
 def locate(source: str, runs: Path) -> str:

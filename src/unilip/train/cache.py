@@ -73,16 +73,15 @@ class Worker:
             for kind in self.batches.kinds:
                 places, size = range(source.counts(kind)[shard]), self.recipe.batch_size
                 for start in range(0, len(places), size):
-                    for place, members in self.make(source, kind, shard, places[start : start + size]):
+                    found = self.make(source, kind, shard, places[start : start + size])
+                    for place, members in sorted(found.items()):  # the order of a shard is that of its source
                         write(f"{kind}{place:08d}", members)
                         made += 1
                         unusable += not members[f"{kind}.npz"]
         return task | {"made": made, "unusable": unusable}
 
-    def make(
-        self, source: Source, kind: str, shard: int, places: Iterable[int]
-    ) -> Iterator[tuple[int, dict[str, bytes]]]:
-        """Yield the members of each place; a sample that cannot be used keeps its place, with the reason."""
+    def make(self, source: Source, kind: str, shard: int, places: Iterable[int]) -> dict[int, dict[str, bytes]]:
+        """Return the members of each place; a sample that cannot be used keeps its place, with the reason."""
         usable: list[tuple[int, Record, tuple[Any, ...]]] = []
         found: dict[int, dict[str, bytes]] = {}
         for place in places:
@@ -100,7 +99,7 @@ class Worker:
                 if value is not None:
                     text = value if isinstance(value, (str, bytes)) else json.dumps(value)
                     found[place][name] = text.encode() if isinstance(text, str) else text
-        yield from sorted(found.items())  # the order of a shard is that of its source
+        return found
 
     @torch.no_grad()
     def compute(self, kind: str, items: Sequence[tuple[Any, ...]]) -> list[dict[str, np.ndarray]]:

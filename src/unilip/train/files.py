@@ -33,16 +33,26 @@ WORDS = {"image": "pictures", "caption": "pictures with captions", "edit": "edit
 
 
 class Stream:
-    """The samples of one kind in all sources that have it, mixed by weight."""
+    """The samples of one kind in all sources that have it, mixed by weight. Raises ConfigError: none has."""
 
-    def __init__(self, kind: str, sources: Sequence[tuple[Weighted, Source]], recipe: Recipe, lanes: int) -> None:
-        data = recipe.data
-        self.sources = [source for _, source in sources]
+    def __init__(self, kind: str, sources: Sequence[tuple[Weighted, Source]], recipe: Recipe) -> None:
+        having = [(place, source) for place, source in sources if sum(source.counts(kind)) and place.weight]
+        if not having:
+            have = {k: sum(sum(source.counts(k)) for _, source in sources) for k in WORDS}
+            told = {k: count for k, count in have.items() if count and (k != "image" or count == sum(have.values()))}
+            found = ", ".join(f"{count} {WORDS[k]}" for k, count in told.items())
+            hint = "; for edits alone set data.edit_share=1" if kind == "caption" and have["edit"] else ""
+            raise ConfigError(
+                f"data.path {recipe.data.path} holds no {WORDS[kind]}, which {recipe.name} learns from. "
+                f"It holds {found or 'nothing else'}{hint}."
+            )
+        lanes = 1 if kind == "text" else recipe.data.lanes
+        self.sources = [source for _, source in having]
         self.orders = [
-            Order(source.counts(kind), recipe.seed, f"{place.location} ({WORDS[kind]})", data.window, lanes)
-            for place, source in sources
+            Order(source.counts(kind), recipe.seed, f"{place.location} ({WORDS[kind]})", recipe.data.window, lanes)
+            for place, source in having
         ]
-        weights = [place.weight for place, _ in sources]
+        weights = [place.weight for place, _ in having]
         self.mixtures = [Mixture(weights, recipe.seed, f"data.path ({kind}, {lane})") for lane in range(lanes)]
 
 
@@ -54,39 +64,23 @@ class FileBatches(Batches):
 
     def __init__(self, recipe: Recipe, config: UniLIPConfig, processor: Processor | None) -> None:
         super().__init__(recipe, config, processor)
-        data, objective = recipe.data, recipe.objective
-        if isinstance(objective, (Understand, Flow)):
+        data = recipe.data
+        if isinstance(recipe.objective, (Understand, Flow)):
             _ = self.processor  # texts need one
         self.sources = [(place, open_source(place.location, data.keep_gb)) for place in parse_mixture(data.path)]
         if data.cache:
             self.sources = cached_sources(recipe, self.sources)
         self.kinds = kinds_of_recipe(recipe)
-        self.streams = {kind: self._stream(kind) for kind in self.kinds}
+        self.streams = {kind: Stream(kind, self.sources, recipe) for kind in self.kinds}
         self.samples = sum(sum(source.counts(kind)) for kind in self.kinds for _, source in self.sources)
         self.signature = content_hash([(place.weight, source.signature()) for place, source in self.sources])
         for _, source in self.sources:
             for note in source.notes:
                 logger.warning("%s: %s", source.location, note)
         self.step_samples = recipe.batch_size * recipe.accumulate
-        share = data.edit_share if isinstance(objective, Flow) else 0.0
-        self.tasks = Mixture([1 - share, share], recipe.seed, "data.edit_share")
+        self.tasks = Mixture([1 - data.edit_share, data.edit_share], recipe.seed, "data.edit_share")
         self.longest = data.max_tokens or (processor.max_tokens if processor else 0)
         self._reading = Reading()
-        if isinstance(objective, Understand) and objective.words:
-            _ = self.word_weights  # before loader workers fork
-
-    def _stream(self, kind: str) -> Stream:
-        having = [(place, source) for place, source in self.sources if sum(source.counts(kind)) and place.weight]
-        if not having:
-            have = {k: sum(sum(source.counts(k)) for _, source in self.sources) for k in WORDS}
-            told = {k: count for k, count in have.items() if count and (k != "image" or count == sum(have.values()))}
-            found = ", ".join(f"{count} {WORDS[k]}" for k, count in told.items())
-            hint = "; for edits alone set data.edit_share=1" if kind == "caption" and have["edit"] else ""
-            raise ConfigError(
-                f"data.path {self.recipe.data.path} holds no {WORDS[kind]}, which {self.recipe.name} learns from. "
-                f"It holds {found or 'nothing else'}{hint}."
-            )
-        return Stream(kind, having, self.recipe, 1 if kind == "text" else self.recipe.data.lanes)
 
     def is_edit(self, step: int) -> bool:
         """Whether the batches of a step hold edits: exactly the share of them, in every 10,000 steps."""
@@ -132,7 +126,6 @@ class FileBatches(Batches):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         self._reading = Reading()
-        self.take_shape(index)
         return super().__getitem__(index) | {"reading": self._reading}
 
     def item(self, record: Record, kind: str, turns: int = 1) -> Any:
@@ -202,15 +195,11 @@ class FileBatches(Batches):
         return self._take("caption", index, lambda record: self._conditioned(record, "caption", index))
 
     def caption(self, index: int) -> str:
-        kind = next(kind for kind in ("talk", "caption") if kind in self.streams)
-        return self._take(kind, index, lambda record: self.text(record, "caption", kind))
+        return self._take(self.kinds[0], index, lambda record: self.text(record, "caption", self.kinds[0]))
 
-    def edit_item(self, index: int) -> tuple[Any, Any, str]:
-        return self._take("edit", index, lambda record: self._conditioned(record, "edit", index))
-
-    def edits(self, samples: range) -> dict[str, Any]:
-        told = {"edits": True} if self.recipe.data.cache else {}  # which holds nothing that tells them from captions
-        return super().edits(samples) | told
+    def edit_item(self, index: int) -> tuple[Sequence[Any], Any, str]:
+        source, target, text = self._take("edit", index, lambda record: self._conditioned(record, "edit", index))
+        return (source,), target, text
 
     def questions_item(self, index: int, turns: int) -> tuple[Any, str, Turns]:
         return self._take(self.kinds[0], index, lambda record: self.item(record, self.kinds[0], turns))

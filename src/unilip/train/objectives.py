@@ -43,7 +43,7 @@ class Objective:
     """Interface of all. `sources` says where weights beside the model come from: teacher, autoencoder."""
 
     def __init__(self, recipe: Recipe, model: UniLIP) -> None:
-        self.recipe, self.model = recipe, model
+        self.model = model
         self.settings: Any = recipe.objective
         self.heads = nn.ModuleDict()
         self.adversary: nn.Module | None = None
@@ -470,20 +470,15 @@ class FlowObjective(Objective):
         model = self.model
         if self.autoencoder is None and "pixel_decoder" not in model.parts:
             return {}
-        config, prompts = model.config, batch["prompts"]
+        prompts = batch["prompts"]
         few: Batch = {name: value[:SHOWN] for name, value in batch.items() if isinstance(value, Tensor)}
         if "sources" in batch:  # one or several for each prompt
             each = len(batch["sources"]) // len(prompts.input_ids)
             few["sources"] = batch["sources"][: each * SHOWN]
         few["prompts"] = Tokens(*(tensor[:SHOWN] for tensor in vars(prompts).values()))
         condition = self.conditions(few, None if "conditions" in few else self.source_features(few))
-        grid = (config.grid, config.grid)
-        if "latents" in few:
-            grid = few["latents"].shape[-2:]
-        elif self.autoencoder is None:
-            grid = (few["targets"].shape[-2] // TOKEN_PIXELS, few["targets"].shape[-1] // TOKEN_PIXELS)
-        shape = (config.dit.latent_channels, *grid)
-        noise = draw_noise(len(few["prompts"].input_ids), shape, torch.Generator().manual_seed(0)).to(model.device)
+        clean = few["latents"] if "latents" in few else self.clean_latents(few["targets"])
+        noise = draw_noise(len(clean), clean.shape[1:], torch.Generator().manual_seed(0)).to(model.device)
         drawn = self.pixels(self.drawn(noise, condition))
         above = [to_unit(few["sources"][i::each]) for i in range(each)] if "sources" in few else []
         above += [to_unit(few["targets"])] if "targets" in few else []

@@ -103,24 +103,18 @@ class Alive(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         self.operations += operations_of(function.overloadpacket, args, kwargs or {}, result)
         given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage(), given)
+        for storage in (t.untyped_storage() for t in tree_iter(result) if isinstance(t, Tensor)):
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._known and key not in given:
+                self._known.add(key)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, key, size)
         return result
 
-    def _count(self, storage: Any, given: set[int]) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known or key in given:
-            return
-        self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-        def gone() -> None:
-            self._known.discard(key)
-            self.now -= size
-
-        weakref.finalize(storage, gone)
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
 
 
 def operations_of(function: Any, args: Any, kwargs: Any, result: Any) -> int:
@@ -180,7 +174,7 @@ def simplified(recipe: Recipe) -> Recipe:
     return replace(recipe, objective=objective)
 
 
-def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
+def measure(recipe: Recipe) -> Step:
     """Run a recipe's step on tensors without content, at two batch sizes."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -202,7 +196,7 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
             parameter.requires_grad_(True)
         if recipe.gradient_checkpointing or recipe.selective_checkpointing:
             enable_checkpointing(model, recipe.selective_checkpointing)
-        for size in sizes:
+        for size in (1, 2):
             batch = batch_of(recipe, config, size, edits=recipe.data.edit_share > 0)
             with Alive() as alive:
                 with torch.autocast("cpu", torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
@@ -220,8 +214,8 @@ def measure(recipe: Recipe, sizes: tuple[int, int] = (1, 2)) -> Step:
         rank, dora = recipe.adapter.rank, recipe.adapter.dora
         trained = sum(rank * (w.shape[0] + w.shape[1]) + w.shape[0] * dora for w in named)  # beside weights (out, in)
         frozen = everything
-    rise = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
-    constant = max(0.0, peaks[0] - rise * sizes[0] - moved * 4)  # gradients, alive at the end, count by themselves
+    rise = float(peaks[1] - peaks[0])
+    constant = max(0.0, peaks[0] - rise - moved * 4)  # gradients, alive at the end, count by themselves
     return Step(trained, frozen, max(groups, default=0), everything - sum(groups), (constant, rise), operations[-1])
 
 

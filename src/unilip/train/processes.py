@@ -48,8 +48,6 @@ def divided(recipe: Recipe, processes: int) -> Recipe:
     Raises ConfigError: the samples of a step cannot be shared out equally.
     """
     samples = recipe.batch_size * recipe.accumulate
-    if processes == 1:
-        return recipe
     own = samples // processes
     if samples % processes:
         raise ConfigError(
@@ -159,8 +157,6 @@ def told(value: Any) -> Any:
 
 
 def mean_(values: Tensor) -> Tensor:
-    """Replace values (on the run's device) by their mean over the processes, without waiting for it."""
-    if group("control") is None:
-        return values
+    """Replace values (on the run's device) by their mean over the several processes, without waiting for it."""
     dist.all_reduce(values)
     return values.div_(world())

@@ -6,8 +6,6 @@ runs/NAME/final/                                                       the resul
 Either kind is read by any number of processes. `state.json`, written last, has the size and CRC of every other file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -57,16 +55,75 @@ class EMA:
     @contextlib.contextmanager
     def acting(self) -> Iterator[None]:
         """Have the averages in the model inside the block; afterwards it is exactly what it was."""
-        with torch.no_grad():
-            kept = {name: p.detach().clone() for name, p in self.parameters.items()}
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self.average[name])
+        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
         try:
+            self._put(self.average)
             yield
         finally:
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.copy_(kept[name])
+            self._put(kept)
+
+    @torch.no_grad()
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
+
+
+class Pending:
+    """A checkpoint on its way from a temporary name to its own."""
+
+    finishing: threading.Thread  # where several processes write
+
+    def __init__(self, run: Path, step: int, keep: int, about: dict[str, Any]) -> None:
+        self.run, self.keep, self.about = run, keep, about
+        self.target = run / f"step_{step:08d}"
+        self.temporary = self.target.with_name(f".{self.target.name}.part")
+        self.error: str | None = None
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Note an error of writing, and leave nothing behind."""
+        try:
+            yield
+        except WRITING as error:
+            self.fail(error)
+
+    def finish(self, future: Any) -> None:
+        """Wait for the files of all processes, and make them a checkpoint."""
+        try:
+            future.result()
+        except BaseException as error:  # CheckpointException of all processes' errors is no Exception
+            self.fail(error)
+        if processes.first():
+            self.commit()
+
+    def commit(self) -> None:
+        """Describe the files, rename the folder, and drop the oldest."""
+        if self.error is not None:
+            return
+        with self.writing():
+            files = [file for file in sorted(self.temporary.rglob("*")) if file.is_file()]
+            self.about["files"] = {str(file.relative_to(self.temporary)): crc(file) for file in files}
+            (self.temporary / "state.json").write_text(json.dumps(self.about, indent=1), encoding="utf-8")
+            shutil.rmtree(self.target, ignore_errors=True)
+            os.replace(self.temporary, self.target)
+            newest_ones = [folder for folder in wholes(self.run) if folder <= self.target][: self.keep]
+            for old in self.run.glob("step_*"):
+                if old < self.target and old not in newest_ones:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def fail(self, error: BaseException) -> None:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        telling = [line for line in lines if "Error" in line or "error" in line]
+        self.error = (telling or lines)[-1].strip()
+        if processes.first():
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise CheckpointError(
+                f"{self.target} cannot be written ({self.error}); the last whole checkpoint is kept. Make room and "
+                "give the same command again."
+            )
 
 
 class State:
@@ -80,7 +137,7 @@ class State:
         self.data = self.frozen = ""  # signatures of the data that the run reads, and of the weights that do not train
         self._pending: Pending | None = None
 
-    def save(self, run: Path, step: int, recipe: Recipe) -> Path:
+    def save(self, run: Path, step: int, recipe: Recipe) -> None:
         """Write a checkpoint under a temporary name, rename it, and drop all but the newest `recipe.keep`.
 
         Several processes write in the background until `settle`. Raises CheckpointError: it cannot be; others stay.
@@ -89,10 +146,13 @@ class State:
         about = {"recipe": plain(recipe), "step": step, "data": self.data, "frozen": self.frozen, **self.counters}
         pending = Pending(run, step, recipe.keep, about | ({"ema_count": self.ema.count} if self.ema.average else {}))
         if processes.first():
-            pending.begin()
+            with pending.writing():
+                for left in run.glob(".step_*.part"):  # of runs that were killed while they wrote
+                    shutil.rmtree(left, ignore_errors=True)
+                pending.temporary.mkdir(parents=True)
         if processes.world() > 1:
-            self._pending = pending
             self._write_shards(pending)
+            self._pending = pending
         else:
             with pending.writing():
                 for name, tensors in self._named().items():
@@ -102,13 +162,12 @@ class State:
                 torch.save([o.state_dict() for o in self.optimizers], pending.temporary / "optimizer.pt")
             pending.commit()
             pending.check()
-        return pending.target
 
     def settle(self) -> None:
         """Wait for the checkpoint being written; all processes must ask. Raises CheckpointError: it could not be."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.finish()
+            pending.finishing.join()
             pending.error = processes.told(pending.error)
             pending.check()
 
@@ -123,9 +182,9 @@ class State:
         pending.check()
         tensors = {name: t.detach().clone() if t.device.type == "cpu" else t for name, t in self._flat().items()}
         where, together = pending.temporary / SHARDS, processes.group("checkpoint")
-        pending.future = async_save(tensors, checkpoint_id=where, process_group=together)
-        if processes.first():  # makes them a checkpoint
-            pending.future.add_done_callback(lambda _: pending.finish())
+        future = async_save(tensors, checkpoint_id=where, process_group=together)
+        pending.finishing = threading.Thread(target=pending.finish, args=(future,))
+        pending.finishing.start()
 
     def _flat(self) -> dict[str, Tensor]:
         """Every tensor by a name that does not depend on the number of processes."""
@@ -218,76 +277,6 @@ class State:
             return found
         except Exception as error:  # each of three formats has its own errors
             raise DamagedCheckpoint(folder, error) from error
-
-
-class Pending:
-    """A checkpoint on its way from a temporary name to its own."""
-
-    def __init__(self, run: Path, step: int, keep: int, about: dict[str, Any]) -> None:
-        self.run, self.keep, self.about = run, keep, about
-        self.target = run / f"step_{step:08d}"
-        self.temporary = self.target.with_name(f".{self.target.name}.part")
-        self.error: str | None = None
-        self.future: Any = None
-        self._lock, self._done = threading.Lock(), False
-
-    def begin(self) -> None:
-        """Make the temporary folder, and clear away those of runs that were killed while they wrote."""
-        with self.writing():
-            for left in self.run.glob(".step_*.part"):
-                shutil.rmtree(left, ignore_errors=True)
-            self.temporary.mkdir(parents=True)
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Note an error of writing, and leave nothing behind."""
-        try:
-            yield
-        except WRITING as error:
-            self.fail(error)
-
-    def finish(self) -> None:
-        """Wait for the files, and make them a checkpoint, once."""
-        with self._lock:
-            if self._done:
-                return
-            self._done = True
-            if self.future is not None:
-                try:
-                    self.future.result()
-                except BaseException as error:  # CheckpointException of all processes' errors is no Exception
-                    self.fail(error)
-            if processes.first():
-                self.commit()
-
-    def commit(self) -> None:
-        """Describe the files, rename the folder, and drop the oldest."""
-        if self.error is not None:
-            return
-        with self.writing():
-            files = [file for file in sorted(self.temporary.rglob("*")) if file.is_file()]
-            self.about["files"] = {str(file.relative_to(self.temporary)): crc(file) for file in files}
-            (self.temporary / "state.json").write_text(json.dumps(self.about, indent=1), encoding="utf-8")
-            shutil.rmtree(self.target, ignore_errors=True)
-            os.replace(self.temporary, self.target)
-            newest_ones = [folder for folder in wholes(self.run) if folder <= self.target][: self.keep]
-            for old in self.run.glob("step_*"):
-                if old < self.target and old not in newest_ones:
-                    shutil.rmtree(old, ignore_errors=True)
-
-    def fail(self, error: BaseException) -> None:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        telling = [line for line in lines if "Error" in line or "error" in line]
-        self.error = (telling or lines)[-1].strip()
-        if processes.first():
-            shutil.rmtree(self.temporary, ignore_errors=True)
-
-    def check(self) -> None:
-        if self.error is not None:
-            raise CheckpointError(
-                f"{self.target} cannot be written ({self.error}); the last whole checkpoint is kept. Make room and "
-                "give the same command again."
-            )
 
 
 def wholes(run: Path) -> list[Path]:
