@@ -16,6 +16,7 @@ from PIL import Image
 
 from support import failures
 from unilip import cli, demo
+from unilip.adapters import adapter_names
 from unilip.cli.options import TABLE
 from unilip.cli.terminal import read_prompts, slug
 from unilip.emoji.render import render
@@ -253,6 +254,30 @@ def test_adapters_act_as_strongly_as_told(run, fresh_model, tmp_path):
         assert code == 2 and message in err
     assert run("generate", "a star", *QUICK, "--low-memory", "--adapter", "mine", "--output", "low.png")[0] == 0
     assert abs(pixels("low.png").astype(int) - shown["whole"]).max() <= 1
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(run, fresh_model, tmp_path, monkeypatch):
+    """A shell leaves `--output=~/x` as it is, and so does Python's own `from_pretrained("~/x")`."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    home = tmp_path / "home"
+    home.mkdir()
+    assert run("generate", "a star", *QUICK, "--output=~/star.png")[0] == 0 and (home / "star.png").is_file()
+    assert run("train", "tiny/clip", "--runs=~/runs", "--stop-after=1", "--device=cpu", "--no-progress")[0] == 0
+    assert (home / "runs" / "tiny" / "clip").is_dir() and not list(tmp_path.glob("~*"))
+    pytest.importorskip("peft")
+    from unilip.info import describe
+    from unilip.recipes.catalog import get_recipe
+    from unilip.recipes.record import override
+    from unilip.train.adapters import add_adapter, save_adapter
+
+    model = fresh_model()
+    model.save_pretrained(home / "model")
+    add_adapter(override(get_recipe("tiny/sft"), ["adapter.rank=2", "trains=dit", "adapter.targets=to_q"]), model)
+    save_adapter(model, home / "mine", "../model")
+    assert adapter_names(UniLIP.from_pretrained("~/mine")) == ["mine"] and describe("~/mine")["kind"] == "adapter"
+    plain = UniLIP.from_pretrained("~/model")
+    plain.load_adapter("~/mine")
+    assert run("generate", "a star", *QUICK, "--adapter=~/mine:0.5", "--output", "half.png")[0] == 0
 
 
 # --- answers --------------------------------------------------------------------------------------------------------

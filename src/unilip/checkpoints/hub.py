@@ -74,7 +74,7 @@ def adapted(source: Source) -> Adapted:
             "as --adapter, or to model.load_adapter."
         )
     place = os.path.normpath(folder / named) if named.startswith("..") else named
-    return Adapted(None if named == "embedded" else place, ((str(source), 1.0),))
+    return Adapted(None if named == "embedded" else place, ((os.path.expanduser(str(source)), 1.0),))
 
 
 FETCHING: dict[str, Any] = {

@@ -106,7 +106,7 @@ def demo(o: Options) -> None:
     device = choose_device(o.device)
     from unilip import demo as page
 
-    folder = Path(o.output or "demo").expanduser()
+    folder = Path(o.output or "demo")
     page.check_folder(folder)
     page.examples()
     options = (*(("--model", o.model) if o.model else ()), *(word for one in o.adapter for word in ("--adapter", one)))

@@ -79,7 +79,7 @@ def names_of(text: str | None) -> list[str] | None:
 
 def output_of(o: Options, usual: str) -> Path:
     """Return the run folder, which may be new, but not its parent."""
-    folder = Path(o.output or usual).expanduser()
+    folder = Path(o.output or usual)
     if not folder.exists() and not folder.absolute().parent.is_dir():
         raise UniLIPError(f"There is no folder {folder.absolute().parent}; make it first, or give another --output.")
     return folder

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,6 +89,7 @@ TABLE: dict[str, Any] = read_table("unilip.cli", "verbs.json")
 READERS: dict[str, Reader] = {reader.__name__: reader for reader in (device_name, picture_size, pixels, origin)}
 READERS["pixel_count"] = whole(TOKEN_PIXELS**2, shapes.MAX_DRAWN)  # of a picture that keeps its source's shape
 MAKERS: dict[str, Callable[..., Reader]] = {"whole": whole, "number": number}
+PLACES = ("DIR", "FILE", "MODEL", "PATH")  # what a shell does not expand behind an equals sign: --runs=~/runs
 CHOICES = {"solvers": SOLVERS, "presets": SAMPLING_PRESETS, "performances": PERFORMANCES}
 
 
@@ -122,7 +124,9 @@ class Verb:
         for changes in (*(TABLE["shared"][group] for group in self.like), self.changes):
             option |= changes.get(name, {})
         kind, choices = option.get("type"), option.get("choices")
-        if isinstance(kind, str):
+        if option.get("metavar") in PLACES:
+            option["type"] = os.path.expanduser
+        elif isinstance(kind, str):
             option["type"] = READERS[kind]
         elif kind is not None:  # {"whole": {"low": 1, "high": 64}}
             option["type"] = next(MAKERS[maker](**limits) for maker, limits in kind.items())

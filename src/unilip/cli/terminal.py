@@ -130,7 +130,7 @@ class Destination:
     def __init__(self, o: Options, count: int) -> None:
         output, self.force, self.metadata = o.output, o.force, o.metadata
         self.written: list[Path] = []
-        path = Path(output or ".").expanduser()
+        path = Path(output or ".")
         try:
             path.exists()
         except OSError as error:  # a name that is too long, for instance
@@ -253,9 +253,9 @@ def bar(wanted: bool, unit: str, total: int | None = None) -> Iterator[Callable[
 
 def adapter_of(text: str) -> tuple[str, float]:
     """Split PATH[:SCALE]; a path may hold colons. Raises UniLIPError: no adapter, or a scale that is not finite."""
-    folder, scale = text, 1.0
-    path, _, tail = text.rpartition(":")
-    if path and not os.path.isdir(text):
+    folder, scale = os.path.expanduser(text), 1.0
+    path, _, tail = folder.rpartition(":")
+    if path and not os.path.isdir(folder):
         with contextlib.suppress(ValueError):
             folder, scale = path, float(tail)
     if not math.isfinite(scale):
