@@ -119,7 +119,7 @@ class Engine(Serving):
 
     def stats(self) -> Stats:
         with self._changed:
-            return Stats(len(self._queue), len(self._running), dict(self._served), dict(self._failed))
+            return Stats(len(self._queue), len(self._running))
 
     def ahead(self, ticket: Ticket) -> int:
         with self._changed:
@@ -155,7 +155,6 @@ class Engine(Serving):
             if unit.alive and limit is not None and now > limit:
                 text = f"The request was not done within its {now - unit.ticket.submitted:.0f} s; send it again later."
                 unit.ticket._end(DeadlineExceeded(text, 1.0))
-                self._failed[unit.ticket.verb] += 1
         self._queue = deque(unit for unit in self._queue if unit.alive)
 
     def _forget(self) -> None:
@@ -264,9 +263,7 @@ class Engine(Serving):
     def _fail_all(self, batch: Sequence[Unit]) -> None:
         for unit in batch:
             text = "The model failed on this request; the server's log says why. Sending it again may help."
-            if unit.ticket._end(EngineFailed(text, 1.0)):
-                with self._changed:
-                    self._failed[unit.ticket.verb] += 1
+            unit.ticket._end(EngineFailed(text, 1.0))
 
     def _run(self, batch: list[Unit]) -> None:
         verb, acting = batch[0].ticket.verb, batch[0].ticket.job.adapters
@@ -317,7 +314,7 @@ class Engine(Serving):
             made[unit.index] = (_shaped(unit, image), unit.seed)
             if len(made) == getattr(ticket.job, "count", 1) and not ticket.done:
                 images, seeds = zip(*(made[i] for i in sorted(made)), strict=True)
-                self._count(ticket)
+                self._failures = 0
                 ticket._succeed(images=images, seeds=seeds, plan=plan)
 
     def _sketch(self, batch: Sequence[Unit], done: int, before: Tensor | None, now: Tensor) -> None:
@@ -339,16 +336,11 @@ class Engine(Serving):
             unit = batch[row]
             unit.ticket._emit(Event("partial", image=_shaped(unit, image), picture=unit.index, number=number))
 
-    def _count(self, ticket: Ticket) -> None:
-        with self._changed:
-            self._served[ticket.verb] += 1
-            self._failures = 0
-
     def _reconstruct(self, batch: list[Unit]) -> None:
         squares = [unit.squares[0] for unit in batch]
         images = self.model.reconstruct(squares, width=squares[0].width, height=squares[0].height).images
+        self._failures = 0
         for unit, square, image in zip(batch, squares, images, strict=True):
-            self._count(unit.ticket)
             unit.ticket._succeed(images=(_shaped(unit, image),), psnr=(picture_psnr(square, image),))
 
     def _answer(self, batch: list[Unit]) -> None:
@@ -377,7 +369,7 @@ class Engine(Serving):
                     if piece:
                         unit.ticket._emit(Event("text", count, stream.limit, piece))
                     if stream.reason:
-                        self._count(unit.ticket)
+                        self._failures = 0
                         told = {"text": stream.text, "finish_reason": stream.reason, "completion_tokens": count}
                         unit.ticket._succeed(seeds=(unit.seed,), **told)
                 self._checkpoint(batch)

@@ -24,12 +24,10 @@ YIELDED = "The queue is full and this client holds most of it, so others came fi
 
 @dataclass(frozen=True)
 class Stats:
-    """A snapshot of an engine: pictures and questions waiting and being worked on, and counts since it started."""
+    """A snapshot of an engine: pictures and questions waiting and being worked on."""
 
     queued: int
     running: int
-    served: Mapping[str, int]
-    failed: Mapping[str, int]
 
 
 class Serving(ABC):
@@ -45,8 +43,6 @@ class Serving(ABC):
         self.max_queue, self.max_batch, self.deadline = max_queue, max_batch, deadline
         self._changed = threading.Condition()
         self.draining = False  # whether nothing new is taken
-        self._served: Counter[str] = Counter()
-        self._failed: Counter[str] = Counter()
         self._pace = 0.0  # seconds per unit, a moving average
 
     @property
@@ -84,7 +80,7 @@ class Serving(ABC):
 
     @abstractmethod
     def stats(self) -> Stats:
-        """Return counts for metrics and health pages."""
+        """Return what waits and what is worked on, for metrics and health pages."""
 
     @abstractmethod
     def ahead(self, ticket: Ticket) -> int:
