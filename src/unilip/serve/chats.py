@@ -1,7 +1,5 @@
 """OpenAI's chat completions and Responses: a conversation in, words or a picture out, whole or as a stream."""
 
-from __future__ import annotations
-
 import dataclasses
 import secrets
 import time
@@ -65,27 +63,6 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-async def start(service: Service, request: Request, body: schema.Chat, apart: bool = False) -> Talk:
-    """Read a conversation, and queue what its last message wants."""
-    talk, settings, engine = Talk(service, request, body, apart), service.settings, service.engine
-    reader = Reader(service, settings.max_pixels)
-    if settings.allow_url_images:
-        await talk.in_time(None, reader.prefetch, body)
-    pool = service.decoders if has_pictures(body) else None
-    found = await talk.in_time(pool, read_conversation, body, reader, engine.checker, settings.chat)
-    common = service.drawing(body)
-    if found.verb == "generate":
-        jobs: list[Job] = [Generate(found.text, **common)]
-    elif found.verb == "edit":
-        jobs = service.edits(found.pictures, found.text, body.joint, common | {"keep_aspect": body.size is None})
-    else:
-        most = min(body.max_completion_tokens or body.max_tokens or 128, engine.limits.new_tokens)
-        jobs = [dataclasses.replace(found.ask, lower=True, max_new_tokens=most, adapters=common["adapters"])]
-    talk.text = found.text
-    await talk.submit(jobs)
-    return talk
-
-
 class Talk(Work):
     """One answer of a conversation, whole or in pieces; where pictures are `apart`, they are never Markdown."""
 
@@ -133,9 +110,7 @@ class Talk(Work):
 
     def usage(self, results: Sequence[Result]) -> dict[str, Any]:
         read = sum(result.prompt_tokens for result in results)
-        made = sum(result.completion_tokens for result in results)
-        if self.drawn:
-            made = self.picture_usage(results)["output_tokens"]
+        made = self.picture_usage(results)["output_tokens"] if self.drawn else results[0].completion_tokens
         return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 
     def whole(self, results: Sequence[Result]) -> dict[str, Any]:
@@ -193,6 +168,27 @@ class Talk(Work):
                 yield self.chunk({}, choice["finish_reason"], unilip=value["unilip"])
                 if options.include_usage:
                     yield self.chunk(None, usage=value["usage"])
+
+
+async def start(service: Service, request: Request, body: schema.Chat, apart: bool = False) -> Talk:
+    """Read a conversation, and queue what its last message wants."""
+    talk, settings, engine = Talk(service, request, body, apart), service.settings, service.engine
+    reader = Reader(service, settings.max_pixels)
+    if settings.allow_url_images:
+        await talk.in_time(None, reader.prefetch, body)
+    pool = service.decoders if has_pictures(body) else None
+    verb, text, pictures, ask = await talk.in_time(pool, read_conversation, body, reader, engine.checker, settings.chat)
+    common = service.drawing(body)
+    if verb == "generate":
+        jobs: list[Job] = [Generate(text, **common)]
+    elif verb == "edit":
+        jobs = service.edits(pictures, text, body.joint, common | {"keep_aspect": body.size is None})
+    else:
+        most = min(body.max_completion_tokens or body.max_tokens or 128, engine.limits.new_tokens)
+        jobs = [dataclasses.replace(ask, lower=True, max_new_tokens=most, adapters=common["adapters"])]
+    talk.text = text
+    await talk.submit(jobs)
+    return talk
 
 
 def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:

@@ -27,7 +27,7 @@ from unilip.sampling import NOT_TAUGHT
 from unilip.serve import schema
 from unilip.serve.fetch import fetch
 from unilip.serve.guard import FILES, STARTED, Rules
-from unilip.serve.jobs import Ask, Cancelled, DeadlineExceeded, Edit, Job, QueueFull, Result, Strengths
+from unilip.serve.jobs import Ask, DeadlineExceeded, Edit, Job, QueueFull, Result, Strengths
 from unilip.serve.metrics import Metrics
 from unilip.serve.pictures import FORMATS, decode, encode, sized
 from unilip.serve.problems import Trouble, dumps, trouble
@@ -50,7 +50,6 @@ KEEP_ALIVE_SECONDS = 15.0
 NOT_STORED = {"Cache-Control": "no-store"}
 WAITING = ": waiting\n\n"  # a comment, which keeps a stream open
 
-After = Callable[[int, Image.Image], Image.Image]
 Files = list[tuple[str, bytes]]  # of a form, by the names of their fields
 B = TypeVar("B", bound=schema.Body)
 T = TypeVar("T")
@@ -223,7 +222,7 @@ class Work:
     request: Request
     body: Any  # of `schema`
     tickets: list[Ticket] = field(default_factory=list)
-    after: After | None = None
+    after: Callable[[int, Image.Image], Image.Image] | None = None
 
     @property
     def left(self) -> float | None:
@@ -265,24 +264,18 @@ class Work:
     async def finished(self) -> list[Result]:
         """Wait for all results; a client that leaves meanwhile cancels them."""
 
-        async def follow() -> None:
-            async for _ in merged(self.tickets, ends=True):
-                pass
-
         async def listen() -> None:
             while (await self.request.receive())["type"] != "http.disconnect":
                 pass
+            self.cancel()
 
-        work, gone = asyncio.ensure_future(follow()), asyncio.ensure_future(listen())
+        listening = asyncio.ensure_future(listen())
         try:
-            await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise Cancelled("The client left.")
-            work.result()
+            async for _ in merged(self.tickets):
+                pass
             return [ticket.result(0) for ticket in self.tickets]
         finally:
-            work.cancel()
-            gone.cancel()
+            listening.cancel()
             self.cancel()
 
     async def told(self, patience: float) -> AsyncGenerator[tuple[str, Any], None]:

@@ -1,6 +1,4 @@
-"""What the engine of one process and that of replicas share: which jobs are taken, what is counted, how it ends."""
-
-from __future__ import annotations
+"""What the engine of one process and that of replicas share: which jobs are taken, which give way, how it ends."""
 
 import math
 import threading
@@ -9,16 +7,14 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from unilip.errors import UniLIPError, check_number
 from unilip.serve.checks import Checker
 from unilip.serve.jobs import Draining, Job, QueueFull
 from unilip.serve.tickets import Ticket, Unit
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
+S = TypeVar("S", bound="Serving")
 YIELDED = "The queue is full and this client holds most of it, so others came first; send this again in {:.0f} s."
 
 
@@ -130,7 +126,7 @@ class Serving(ABC):
     def close(self, timeout: float = 0.0) -> None:
         """Drain for at most `timeout` seconds, and end."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self: S) -> S:
         return self
 
     def __exit__(self, *error: object) -> None:
