@@ -66,10 +66,8 @@ class Reader:
             path = urlsplit(url).path
         except ValueError as error:
             raise ImageError("The image URL is malformed; send the picture as a data URL.") from error
-        if path.startswith(FILES):
-            found = self.service.store.get(path.removeprefix(FILES))
-            if found is not None:
-                return found[0]
+        if path.startswith(FILES) and (found := self.service.store.get(path.removeprefix(FILES))):
+            return found[0]
         if not self.service.settings.allow_url_images:
             raise ImageError("This server fetches no pictures by address; send data URLs (data:image/png;base64,...).")
         if url not in self.fetched:

@@ -140,7 +140,7 @@ class Engine(Serving):
         ticket = units[0].ticket
         places = Counter(unit.ticket for unit in self._queue)
         self._make_room(places, ticket, len(units), self.max_queue, len(self._running))
-        ticket._on_cancel, ticket.since = self._forget, self._clock
+        ticket._on_cancel, ticket.since = self._sweep, self._clock
         self._queue.extend(units)
         self._changed.notify_all()
 
@@ -148,18 +148,15 @@ class Engine(Serving):
         return list({unit.ticket: None for unit in [*self._queue, *self._running]})
 
     def _sweep(self) -> None:
-        """Fail what is past its deadline, and drop what nobody waits for."""
-        now = time.monotonic()
-        for unit in [*self._queue, *self._running]:
-            limit = unit.ticket.deadline
-            if unit.alive and limit is not None and now > limit:
-                text = f"The request was not done within its {now - unit.ticket.submitted:.0f} s; send it again later."
-                unit.ticket._end(DeadlineExceeded(text, 1.0))
-        self._queue = deque(unit for unit in self._queue if unit.alive)
-
-    def _forget(self) -> None:
+        """Fail what is past its deadline, and drop what nobody waits for; takes the lock, held or not."""
         with self._changed:
-            self._sweep()
+            now = time.monotonic()
+            for unit in [*self._queue, *self._running]:
+                limit, waited = unit.ticket.deadline, now - unit.ticket.submitted
+                if unit.alive and limit is not None and now > limit:
+                    text = f"The request was not done within its {waited:.0f} s; send it again later."
+                    unit.ticket._end(DeadlineExceeded(text, 1.0))
+            self._queue = deque(unit for unit in self._queue if unit.alive)
             self._changed.notify_all()
 
     def _order(self) -> list[Unit]:
@@ -210,8 +207,7 @@ class Engine(Serving):
     def _watch(self) -> None:
         """Let deadlines pass while the worker is busy, or hangs."""
         while not self._closed:
-            with self._changed:
-                self._sweep()
+            self._sweep()
             time.sleep(0.5)
 
     # --- the worker
@@ -281,8 +277,7 @@ class Engine(Serving):
     def _checkpoint(self, batch: Sequence[Unit]) -> None:
         """Between two steps: let deadlines pass, and stop when nobody waits any more."""
         self._moved = time.monotonic()
-        with self._changed:
-            self._sweep()
+        self._sweep()
         if not any(unit.alive for unit in batch):
             raise _Stop
 

@@ -88,8 +88,6 @@ def _walk_png(data: bytes) -> tuple[int, int, int]:
     for _ in range(MAX_PIECES):
         length, name = struct.unpack_from(">I4s", data, place)
         end = place + 12 + length
-        if end > len(data):
-            raise IndexError
         if zlib.crc32(memoryview(data)[place + 4 : end - 4]) != struct.unpack_from(">I", data, end - 4)[0]:
             raise ImageError("The PNG is damaged: a checksum does not fit. Save it anew.")
         if place == 8:
@@ -128,9 +126,7 @@ def _walk_jpeg(data: bytes) -> tuple[int, int, int]:
             place += 2 + length
             if marker == 0xDA:  # the compressed picture follows
                 found = _JPEG_END.search(data, place)
-                if found is None:
-                    raise IndexError
-                place = found.start()
+                place = found.start() if found else len(data)  # at which there is nothing
     raise ImageError(f"The JPEG has more than {MAX_PIECES} segments; save it anew.")
 
 

@@ -297,9 +297,7 @@ class Work:
                 yield "partial", {"b64_json": data, "partial_image_index": event.number, "size": size}
 
     def events(self, source: AsyncGenerator[str, None], done: str = "") -> StreamingResponse:
-        """Send server-sent events, at last `done`; an error on the way becomes the last event but that, and who stops
-        reading cancels the jobs.
-        """
+        """Send server-sent events, an error as the last of them, then `done`; who stops reading cancels the jobs."""
 
         async def body() -> AsyncGenerator[str, None]:
             try:
