@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from unilip.intent import intent
 from unilip.serve import responses, schema
-from unilip.serve.conversation import TAKEN, Reader, as_json, has_pictures, read_conversation, wants_json
+from unilip.serve.conversation import TAKEN, Reader, as_json, read_conversation, wants_json
 from unilip.serve.describe import json_body
 from unilip.serve.jobs import Generate, Job, Result
 from unilip.serve.pictures import FORMATS
@@ -108,22 +108,21 @@ class Talk(Work):
             found["wrapped"] = f"The model wrote no JSON object; its words{cut} are the field `answer` of one."
         return found | self.notes()
 
-    def usage(self, results: Sequence[Result]) -> dict[str, Any]:
-        read = sum(result.prompt_tokens for result in results)
-        made = self.picture_usage(results)["output_tokens"] if self.drawn else results[0].completion_tokens
-        return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
-
     def whole(self, results: Sequence[Result]) -> dict[str, Any]:
         if self.drawn:
             content, reason = self.pictures(results), "stop"
+            made = self.picture_usage(results)["output_tokens"]
         else:
+            made = results[0].completion_tokens
             text, cut = _cut(results[0].text, self.stops)
             content = {"content": as_json(text)[0] if self.json else text}
             # an object is whole, whatever came after it
             reason = "stop" if cut or self.json else results[0].finish_reason
         message = {"role": "assistant", "refusal": None, **content}
         choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
-        more = {"choices": [choice], "usage": self.usage(results), "unilip": self.about(results)}
+        read = sum(result.prompt_tokens for result in results)
+        usage = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+        more = {"choices": [choice], "usage": usage, "unilip": self.about(results)}
         return {**self.head("chat.completion"), **more}
 
     async def pieces(self) -> AsyncGenerator[tuple[str, Any], None]:
@@ -176,7 +175,8 @@ async def start(service: Service, request: Request, body: schema.Chat, apart: bo
     reader = Reader(service, settings.max_pixels)
     if settings.allow_url_images:
         await talk.in_time(None, reader.prefetch, body)
-    pool = service.decoders if has_pictures(body) else None
+    with_pictures = any(part.image_url is not None or "](data:" in (part.text or "") for part in body.parts)
+    pool = service.decoders if with_pictures else None
     verb, text, pictures, ask = await talk.in_time(pool, read_conversation, body, reader, engine.checker, settings.chat)
     common = service.drawing(body)
     if verb == "generate":

@@ -75,11 +75,6 @@ class Reader:
         return self.fetched[url]
 
 
-def has_pictures(body: Chat) -> bool:
-    """Whether a conversation may bring pictures."""
-    return any(part.image_url is not None or "](data:" in (part.text or "") for part in body.parts)
-
-
 def read_conversation(
     body: Chat, reader: Reader, able: Checker, chat: str = "auto"
 ) -> tuple[str, str, tuple[Image.Image, ...], Ask]:

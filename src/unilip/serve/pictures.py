@@ -199,13 +199,6 @@ def encode(image: Image.Image, form: str = "png", quality: int = 95, about: Mapp
     return out.getvalue()
 
 
-def sized(image: Image.Image, size: tuple[int, int], keep_aspect: bool) -> Image.Image:
-    """Scale a picture to a size (width, height), or into it."""
-    if keep_aspect:
-        return ImageOps.contain(image, size, Image.Resampling.BICUBIC)
-    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
-
-
 def outside_kept(
     result: Image.Image, source: Image.Image, mask: Image.Image, fit: Any, longest: int = 2048
 ) -> Image.Image:

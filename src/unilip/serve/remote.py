@@ -128,8 +128,7 @@ class RemoteEngine(Serving):
     def stats(self) -> Stats:
         with self._changed:  # what waits inside a replica counts as waiting
             running = sum(count for ticket, count in self._open.items() if ticket.started is not None)
-            queued = sum(self._open.values()) - running
-            return Stats(queued, running)
+            return Stats(sum(self._open.values()) - running, running)
 
     def ahead(self, ticket: Ticket) -> int:
         with self._changed:

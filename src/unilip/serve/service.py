@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from fastapi import Request
-from PIL import Image
+from PIL import Image, ImageOps
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -29,7 +29,7 @@ from unilip.serve.fetch import fetch
 from unilip.serve.guard import FILES, STARTED, Rules
 from unilip.serve.jobs import Ask, DeadlineExceeded, Edit, Job, QueueFull, Result, Strengths
 from unilip.serve.metrics import Metrics
-from unilip.serve.pictures import FORMATS, decode, encode, sized
+from unilip.serve.pictures import FORMATS, decode, encode
 from unilip.serve.problems import Trouble, dumps, trouble
 from unilip.serve.serving import Serving
 from unilip.serve.store import Store
@@ -337,7 +337,9 @@ class Work:
         """Return the file of a picture of the ticket `number`, at the size that was asked for, and that size."""
         body, shaped = self.body, image if self.after is None else self.after(number, image)
         if body.size is not None:
-            shaped = sized(shaped, body.size, self.after is not None or bool(getattr(body, "keep_aspect", False)))
+            inside = self.after is not None or getattr(body, "keep_aspect", False)
+            scale = ImageOps.contain if inside else Image.Image.resize
+            shaped = scale(shaped, body.size, Image.Resampling.BICUBIC)
         quality = 95 if body.output_compression is None else body.output_compression
         return encode(shaped, body.output_format, quality, about), f"{shaped.width}x{shaped.height}"
 
