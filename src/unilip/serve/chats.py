@@ -53,7 +53,7 @@ def routes(service: Service) -> APIRouter:
         """The same as chat completions, by OpenAI's Responses: text, pictures, the tool image_generation."""
         fields = await service.load(request)
         ours = await run_in_threadpool(responses.read, fields, service.conversations)
-        body = await service.parse(schema.Chat, ours)
+        body = await run_in_threadpool(schema.read, schema.Chat, ours, service.settings.strict)
         talk = await start(service, request, body, apart=True)
         answer = responses.Answer(fields, ours, service.conversations, service.named(body))
         if body.stream:

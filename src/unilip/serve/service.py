@@ -121,12 +121,9 @@ class Service:
             raise Trouble(400, "The body must be a JSON object: {...}.", "invalid_json")
         return fields
 
-    async def parse(self, kind: type[B], fields: dict[str, Any]) -> B:
-        """Check what was read from JSON, outside the event loop. Raises UniLIPError, ValidationError: `schema.read`."""
-        return await run_in_threadpool(schema.read, kind, fields, self.settings.strict)
-
     async def read(self, request: Request, kind: type[B]) -> B:
-        return await self.parse(kind, await self.load(request))
+        """Read a JSON body and check it, outside the event loop. Raises UniLIPError, ValidationError: `schema.read`."""
+        return await run_in_threadpool(schema.read, kind, await self.load(request), self.settings.strict)
 
     async def form(self, request: Request, kind: type[B], *allowed: str, most: int = MAX_FILES + 1) -> tuple[B, Files]:
         """Read a form in memory: its fields, checked, and its files, called as `allowed`, in their order."""
@@ -222,7 +219,7 @@ class Work:
     request: Request
     body: Any  # of `schema`
     tickets: list[Ticket] = field(default_factory=list)
-    after: Callable[[int, Image.Image], Image.Image] | None = None
+    after: Callable[[Image.Image], Image.Image] | None = None
 
     @property
     def left(self) -> float | None:
@@ -292,7 +289,7 @@ class Work:
             elif event.kind == "text":
                 yield "text", event.text
             elif event.image is not None:
-                shown, size = await run_in_threadpool(self.encoded, event.image, number)
+                shown, size = await run_in_threadpool(self.encoded, event.image)
                 data = base64.b64encode(shown).decode()
                 yield "partial", {"b64_json": data, "partial_image_index": event.number, "size": size}
 
@@ -333,9 +330,9 @@ class Work:
         found = {"ignored": self.body.ignored, "unread": unread, "warning": warning}
         return {name: value for name, value in found.items() if value}
 
-    def encoded(self, image: Image.Image, number: int, about: Mapping[str, Any] | None = None) -> tuple[bytes, str]:
-        """Return the file of a picture of the ticket `number`, at the size that was asked for, and that size."""
-        body, shaped = self.body, image if self.after is None else self.after(number, image)
+    def encoded(self, image: Image.Image, about: Mapping[str, Any] | None = None) -> tuple[bytes, str]:
+        """Return the file of a picture, at the size that was asked for, and that size."""
+        body, shaped = self.body, image if self.after is None else self.after(image)
         if body.size is not None:
             inside = self.after is not None or getattr(body, "keep_aspect", False)
             scale = ImageOps.contain if inside else Image.Image.resize
@@ -346,7 +343,7 @@ class Work:
     def picture_data(self, results: Sequence[Result]) -> list[dict[str, Any]]:
         """Encode all pictures of some results, in base64 or kept under an address."""
         service, data = self.service, []
-        for number, (ticket, result) in enumerate(zip(self.tickets, results, strict=True)):
+        for ticket, result in zip(self.tickets, results, strict=True):
             for i, image in enumerate(result.images):
                 about: dict[str, Any] = {"model": service.settings.model_name, "verb": ticket.verb}
                 if adapters := result.settings.get("adapters"):
@@ -360,7 +357,7 @@ class Work:
                     entry["plan"] = about["plan"] = result.plan
                 if result.psnr:
                     entry["psnr"] = round(result.psnr[i], 3) if math.isfinite(result.psnr[i]) else None
-                encoded, entry["size"] = self.encoded(image, number, about if service.settings.metadata else None)
+                encoded, entry["size"] = self.encoded(image, about if service.settings.metadata else None)
                 if getattr(self.body, "response_format", "b64_json") == "url":
                     name = service.store.put(encoded, FORMATS[self.body.output_format])
                     entry["url"] = f"{str(self.request.base_url).rstrip('/')}{FILES}{name}"
