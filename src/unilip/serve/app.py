@@ -59,7 +59,8 @@ def create_app(
     )
     app.state.engine, app.state.settings, app.state.metrics, app.state.server = engine, settings, metrics, service
     app.add_middleware(Guard, rules=settings.rules, metrics=metrics)
-    metrics.watch(lambda: engine.stats().queued, lambda: engine.stats().running)
+    metrics.queued.set_function(lambda: engine.stats().queued)
+    metrics.running.set_function(lambda: engine.stats().running)
 
     async def failed(request: Request, error: Exception) -> Response:
         return trouble(error).response()

@@ -1,7 +1,5 @@
 """OpenAI's chat completions and Responses: a conversation in, words or a picture out, whole or as a stream."""
 
-from __future__ import annotations
-
 import dataclasses
 import secrets
 import time
@@ -14,7 +12,7 @@ from starlette.responses import Response
 
 from unilip.intent import intent
 from unilip.serve import responses, schema
-from unilip.serve.conversation import TAKEN, Reader, as_json, has_pictures, read_conversation, wants_json
+from unilip.serve.conversation import TAKEN, Reader, as_json, read_conversation, wants_json
 from unilip.serve.describe import json_body
 from unilip.serve.jobs import Generate, Job, Result
 from unilip.serve.pictures import FORMATS
@@ -55,7 +53,7 @@ def routes(service: Service) -> APIRouter:
         """The same as chat completions, by OpenAI's Responses: text, pictures, the tool image_generation."""
         fields = await service.load(request)
         ours = await run_in_threadpool(responses.read, fields, service.conversations)
-        body = await service.parse(schema.Chat, ours)
+        body = await run_in_threadpool(schema.read, schema.Chat, ours, service.settings.strict)
         talk = await start(service, request, body, apart=True)
         answer = responses.Answer(fields, ours, service.conversations, service.named(body))
         if body.stream:
@@ -63,27 +61,6 @@ def routes(service: Service) -> APIRouter:
         return JSON(answer.finish(await run_in_threadpool(talk.whole, await talk.finished())))
 
     return router
-
-
-async def start(service: Service, request: Request, body: schema.Chat, apart: bool = False) -> Talk:
-    """Read a conversation, and queue what its last message wants."""
-    talk, settings, engine = Talk(service, request, body, apart), service.settings, service.engine
-    reader = Reader(service, settings.max_pixels)
-    if settings.allow_url_images:
-        await talk.in_time(None, reader.prefetch, body)
-    pool = service.decoders if has_pictures(body) else None
-    found = await talk.in_time(pool, read_conversation, body, reader, engine.checker, settings.chat)
-    common = service.drawing(body)
-    if found.verb == "generate":
-        jobs: list[Job] = [Generate(found.text, **common)]
-    elif found.verb == "edit":
-        jobs = service.edits(found.pictures, found.text, body.joint, common | {"keep_aspect": body.size is None})
-    else:
-        most = min(body.max_completion_tokens or body.max_tokens or 128, engine.limits.new_tokens)
-        jobs = [dataclasses.replace(found.ask, lower=True, max_new_tokens=most, adapters=common["adapters"])]
-    talk.text = found.text
-    await talk.submit(jobs)
-    return talk
 
 
 class Talk(Work):
@@ -131,24 +108,21 @@ class Talk(Work):
             found["wrapped"] = f"The model wrote no JSON object; its words{cut} are the field `answer` of one."
         return found | self.notes()
 
-    def usage(self, results: Sequence[Result]) -> dict[str, Any]:
-        read = sum(result.prompt_tokens for result in results)
-        made = sum(result.completion_tokens for result in results)
-        if self.drawn:
-            made = self.picture_usage(results)["output_tokens"]
-        return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
-
     def whole(self, results: Sequence[Result]) -> dict[str, Any]:
         if self.drawn:
             content, reason = self.pictures(results), "stop"
+            made = self.picture_usage(results)["output_tokens"]
         else:
+            made = results[0].completion_tokens
             text, cut = _cut(results[0].text, self.stops)
             content = {"content": as_json(text)[0] if self.json else text}
             # an object is whole, whatever came after it
             reason = "stop" if cut or self.json else results[0].finish_reason
         message = {"role": "assistant", "refusal": None, **content}
         choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
-        more = {"choices": [choice], "usage": self.usage(results), "unilip": self.about(results)}
+        read = sum(result.prompt_tokens for result in results)
+        usage = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+        more = {"choices": [choice], "usage": usage, "unilip": self.about(results)}
         return {**self.head("chat.completion"), **more}
 
     async def pieces(self) -> AsyncGenerator[tuple[str, Any], None]:
@@ -193,6 +167,28 @@ class Talk(Work):
                 yield self.chunk({}, choice["finish_reason"], unilip=value["unilip"])
                 if options.include_usage:
                     yield self.chunk(None, usage=value["usage"])
+
+
+async def start(service: Service, request: Request, body: schema.Chat, apart: bool = False) -> Talk:
+    """Read a conversation, and queue what its last message wants."""
+    talk, settings, engine = Talk(service, request, body, apart), service.settings, service.engine
+    reader = Reader(service, settings.max_pixels)
+    if settings.allow_url_images:
+        await talk.in_time(None, reader.prefetch, body)
+    with_pictures = any(part.image_url is not None or "](data:" in (part.text or "") for part in body.parts)
+    pool = service.decoders if with_pictures else None
+    verb, text, pictures, ask = await talk.in_time(pool, read_conversation, body, reader, engine.checker, settings.chat)
+    common = service.drawing(body)
+    if verb == "generate":
+        jobs: list[Job] = [Generate(text, **common)]
+    elif verb == "edit":
+        jobs = service.edits(pictures, text, body.joint, common | {"keep_aspect": body.size is None})
+    else:
+        most = min(body.max_completion_tokens or body.max_tokens or 128, engine.limits.new_tokens)
+        jobs = [dataclasses.replace(ask, lower=True, max_new_tokens=most, adapters=common["adapters"])]
+    talk.text = text
+    await talk.submit(jobs)
+    return talk
 
 
 def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:

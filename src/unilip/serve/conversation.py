@@ -66,10 +66,8 @@ class Reader:
             path = urlsplit(url).path
         except ValueError as error:
             raise ImageError("The image URL is malformed; send the picture as a data URL.") from error
-        if path.startswith(FILES):
-            found = self.service.store.get(path.removeprefix(FILES))
-            if found is not None:
-                return found[0]
+        if path.startswith(FILES) and (found := self.service.store.get(path.removeprefix(FILES))):
+            return found[0]
         if not self.service.settings.allow_url_images:
             raise ImageError("This server fetches no pictures by address; send data URLs (data:image/png;base64,...).")
         if url not in self.fetched:
@@ -77,24 +75,12 @@ class Reader:
         return self.fetched[url]
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What the last message wants: `pictures` are those to change, `ask` is the question with all that was before."""
+def read_conversation(
+    body: Chat, reader: Reader, able: Checker, chat: str = "auto"
+) -> tuple[str, str, tuple[Image.Image, ...], Ask]:
+    """Return what the last message wants: verb, text, pictures to change; and the question with all that was before.
 
-    verb: str
-    text: str
-    pictures: tuple[Image.Image, ...]
-    ask: Ask
-
-
-def has_pictures(body: Chat) -> bool:
-    """Whether a conversation may bring pictures."""
-    return any(part.image_url is not None or "](data:" in (part.text or "") for part in body.parts)
-
-
-def read_conversation(body: Chat, reader: Reader, able: Checker, chat: str = "auto") -> Wanted:
-    """Read all messages. A question after a picture that the model made is about that one, not about earlier ones.
-
+    A question after a picture that the model made is about that one, not about earlier ones.
     Raises ImageError, PromptError: a picture cannot be read; the last message is not the user's, or empty.
     """
     if body.messages[-1].role in ("system", "developer", "assistant"):
@@ -136,7 +122,7 @@ def read_conversation(body: Chat, reader: Reader, able: Checker, chat: str = "au
         question.text + words_of_form, question.images, tuple(turns), temperature=body.temperature or 0.0,
         top_p=1.0 if body.top_p is None else body.top_p, seed=body.seed, max_tiles=body.max_tiles or 1,
     )  # fmt: skip
-    return Wanted(verb, words, told.shown, ask)
+    return verb, words, told.shown, ask
 
 
 def _decide(body: Chat, text: str, has_picture: bool, verbs: tuple[str, ...], chat: str) -> tuple[str, str]:

@@ -119,7 +119,7 @@ class Engine(Serving):
 
     def stats(self) -> Stats:
         with self._changed:
-            return Stats(len(self._queue), len(self._running), dict(self._served), dict(self._failed))
+            return Stats(len(self._queue), len(self._running))
 
     def ahead(self, ticket: Ticket) -> int:
         with self._changed:
@@ -140,7 +140,7 @@ class Engine(Serving):
         ticket = units[0].ticket
         places = Counter(unit.ticket for unit in self._queue)
         self._make_room(places, ticket, len(units), self.max_queue, len(self._running))
-        ticket._on_cancel, ticket.since = self._forget, self._clock
+        ticket._on_cancel, ticket.since = self._sweep, self._clock
         self._queue.extend(units)
         self._changed.notify_all()
 
@@ -148,19 +148,15 @@ class Engine(Serving):
         return list({unit.ticket: None for unit in [*self._queue, *self._running]})
 
     def _sweep(self) -> None:
-        """Fail what is past its deadline, and drop what nobody waits for."""
-        now = time.monotonic()
-        for unit in [*self._queue, *self._running]:
-            limit = unit.ticket.deadline
-            if unit.alive and limit is not None and now > limit:
-                text = f"The request was not done within its {now - unit.ticket.submitted:.0f} s; send it again later."
-                unit.ticket._end(DeadlineExceeded(text, 1.0))
-                self._failed[unit.ticket.verb] += 1
-        self._queue = deque(unit for unit in self._queue if unit.alive)
-
-    def _forget(self) -> None:
+        """Fail what is past its deadline, and drop what nobody waits for; takes the lock, held or not."""
         with self._changed:
-            self._sweep()
+            now = time.monotonic()
+            for unit in [*self._queue, *self._running]:
+                limit, waited = unit.ticket.deadline, now - unit.ticket.submitted
+                if unit.alive and limit is not None and now > limit:
+                    text = f"The request was not done within its {waited:.0f} s; send it again later."
+                    unit.ticket._end(DeadlineExceeded(text, 1.0))
+            self._queue = deque(unit for unit in self._queue if unit.alive)
             self._changed.notify_all()
 
     def _order(self) -> list[Unit]:
@@ -211,8 +207,7 @@ class Engine(Serving):
     def _watch(self) -> None:
         """Let deadlines pass while the worker is busy, or hangs."""
         while not self._closed:
-            with self._changed:
-                self._sweep()
+            self._sweep()
             time.sleep(0.5)
 
     # --- the worker
@@ -264,9 +259,7 @@ class Engine(Serving):
     def _fail_all(self, batch: Sequence[Unit]) -> None:
         for unit in batch:
             text = "The model failed on this request; the server's log says why. Sending it again may help."
-            if unit.ticket._end(EngineFailed(text, 1.0)):
-                with self._changed:
-                    self._failed[unit.ticket.verb] += 1
+            unit.ticket._end(EngineFailed(text, 1.0))
 
     def _run(self, batch: list[Unit]) -> None:
         verb, acting = batch[0].ticket.verb, batch[0].ticket.job.adapters
@@ -284,8 +277,7 @@ class Engine(Serving):
     def _checkpoint(self, batch: Sequence[Unit]) -> None:
         """Between two steps: let deadlines pass, and stop when nobody waits any more."""
         self._moved = time.monotonic()
-        with self._changed:
-            self._sweep()
+        self._sweep()
         if not any(unit.alive for unit in batch):
             raise _Stop
 
@@ -317,7 +309,7 @@ class Engine(Serving):
             made[unit.index] = (_shaped(unit, image), unit.seed)
             if len(made) == getattr(ticket.job, "count", 1) and not ticket.done:
                 images, seeds = zip(*(made[i] for i in sorted(made)), strict=True)
-                self._count(ticket)
+                self._failures = 0
                 ticket._succeed(images=images, seeds=seeds, plan=plan)
 
     def _sketch(self, batch: Sequence[Unit], done: int, before: Tensor | None, now: Tensor) -> None:
@@ -339,16 +331,11 @@ class Engine(Serving):
             unit = batch[row]
             unit.ticket._emit(Event("partial", image=_shaped(unit, image), picture=unit.index, number=number))
 
-    def _count(self, ticket: Ticket) -> None:
-        with self._changed:
-            self._served[ticket.verb] += 1
-            self._failures = 0
-
     def _reconstruct(self, batch: list[Unit]) -> None:
         squares = [unit.squares[0] for unit in batch]
         images = self.model.reconstruct(squares, width=squares[0].width, height=squares[0].height).images
+        self._failures = 0
         for unit, square, image in zip(batch, squares, images, strict=True):
-            self._count(unit.ticket)
             unit.ticket._succeed(images=(_shaped(unit, image),), psnr=(picture_psnr(square, image),))
 
     def _answer(self, batch: list[Unit]) -> None:
@@ -377,7 +364,7 @@ class Engine(Serving):
                     if piece:
                         unit.ticket._emit(Event("text", count, stream.limit, piece))
                     if stream.reason:
-                        self._count(unit.ticket)
+                        self._failures = 0
                         told = {"text": stream.text, "finish_reason": stream.reason, "completion_tokens": count}
                         unit.ticket._succeed(seeds=(unit.seed,), **told)
                 self._checkpoint(batch)

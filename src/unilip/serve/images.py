@@ -92,7 +92,7 @@ def decoded(work: Work, files: Files) -> list[Image.Image]:
         if mask.size != source.size:
             sizes = f"{mask.width}x{mask.height} px, the picture {source.width}x{source.height}"
             raise Trouble(400, f"The mask has {sizes}; make them equal.", "invalid_mask", "mask")
-        work.after = lambda job, result: outside_kept(result, source, mask, body.fit)
+        work.after = lambda result: outside_kept(result, source, mask, body.fit)
     return images
 
 

@@ -1,6 +1,5 @@
 """What an operator wants to know of answers, batches and the queue: the page /metrics, in Prometheus' text format."""
 
-from collections.abc import Callable
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -21,8 +20,8 @@ class Metrics:
         self.batch_size = seconds("unilip_batch_size", "Pictures or questions in a batch", ("verb",), buckets=_SIZES)
         self.batch_seconds = seconds("unilip_batch_seconds", "Seconds that a batch took", ("verb",))
         self.results = counter("unilip_results", "Pictures and answers made", ("verb",))
-        self._queued = Gauge("unilip_queue_length", "Pictures and questions that wait", registry=own)
-        self._running = Gauge("unilip_running", "Pictures and questions in the present batch", registry=own)
+        self.queued = Gauge("unilip_queue_length", "Pictures and questions that wait", registry=own)
+        self.running = Gauge("unilip_running", "Pictures and questions in the present batch", registry=own)
 
     def batch(self, verb: str, size: int, seconds: float) -> None:
         """Count a batch; an engine's `on_batch`."""
@@ -33,11 +32,6 @@ class Metrics:
     def answer(self, route: str, status: int, seconds: float) -> None:
         self.requests.labels(route, str(status)).inc()
         self.latency.labels(route).observe(seconds)
-
-    def watch(self, queued: Callable[[], float], running: Callable[[], float]) -> None:
-        """Ask these for the state of the queue whenever the page is read."""
-        self._queued.set_function(queued)
-        self._running.set_function(running)
 
     def page(self) -> bytes:
         return generate_latest(self.registry)

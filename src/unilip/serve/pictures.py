@@ -88,8 +88,6 @@ def _walk_png(data: bytes) -> tuple[int, int, int]:
     for _ in range(MAX_PIECES):
         length, name = struct.unpack_from(">I4s", data, place)
         end = place + 12 + length
-        if end > len(data):
-            raise IndexError
         if zlib.crc32(memoryview(data)[place + 4 : end - 4]) != struct.unpack_from(">I", data, end - 4)[0]:
             raise ImageError("The PNG is damaged: a checksum does not fit. Save it anew.")
         if place == 8:
@@ -128,9 +126,7 @@ def _walk_jpeg(data: bytes) -> tuple[int, int, int]:
             place += 2 + length
             if marker == 0xDA:  # the compressed picture follows
                 found = _JPEG_END.search(data, place)
-                if found is None:
-                    raise IndexError
-                place = found.start()
+                place = found.start() if found else len(data)  # at which there is nothing
     raise ImageError(f"The JPEG has more than {MAX_PIECES} segments; save it anew.")
 
 
@@ -201,13 +197,6 @@ def encode(image: Image.Image, form: str = "png", quality: int = 95, about: Mapp
         exif[0x010E] = json.dumps(note, ensure_ascii=True)  # ImageDescription
     image.save(out, form.upper(), quality=quality, exif=exif)
     return out.getvalue()
-
-
-def sized(image: Image.Image, size: tuple[int, int], keep_aspect: bool) -> Image.Image:
-    """Scale a picture to a size (width, height), or into it."""
-    if keep_aspect:
-        return ImageOps.contain(image, size, Image.Resampling.BICUBIC)
-    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 def outside_kept(

@@ -128,8 +128,7 @@ class RemoteEngine(Serving):
     def stats(self) -> Stats:
         with self._changed:  # what waits inside a replica counts as waiting
             running = sum(count for ticket, count in self._open.items() if ticket.started is not None)
-            queued = sum(self._open.values()) - running
-            return Stats(queued, running, dict(self._served), dict(self._failed))
+            return Stats(sum(self._open.values()) - running, running)
 
     def ahead(self, ticket: Ticket) -> int:
         with self._changed:
@@ -166,10 +165,7 @@ class RemoteEngine(Serving):
             with self._changed:
                 count = self._open.pop(ticket)
                 if ticket.succeeded and ticket.started is not None:
-                    self._served[ticket.verb] += 1
                     self._count_pace((time.monotonic() - ticket.started) / count)
-                elif ticket.done:
-                    self._failed[ticket.verb] += 1
                 self._changed.notify_all()
 
     async def _pass_on(self, ticket: Ticket, stream: Any) -> None:

@@ -64,19 +64,18 @@ def read(kind: type[B], fields: dict[str, Any], strict: bool, form: bool = False
     the form of the answer or is almost one that there is; `strict` refuses all of it.
     Raises UniLIPError: a field is written almost like one that there is; ValidationError: pydantic's.
     """
+    if strict:
+        return kind.model_validate(fields)
     kept, ignored = {}, []
     for name, value in fields.items():
         field = kind.model_fields.get(name)
-        hollow = name in HOLLOW and bool(value)
         empty = value is None or (value == "" and (form or name == "negative_prompt"))
         empty = empty or ((form or kind is Chat) and (name, str(value)) == ("seed", "-1"))
-        if empty and not strict and field is not None and not field.is_required():
-            continue
-        if (field is None or hollow) and not strict:
-            if field is None and (near := difflib.get_close_matches(name, kind.model_fields, 1, 0.88)):
-                raise UniLIPError(f"There is no parameter {name.encode('unicode_escape').decode()}; it is {near[0]}.")
+        if field is None and (near := difflib.get_close_matches(name, kind.model_fields, 1, 0.88)):
+            raise UniLIPError(f"There is no parameter {name.encode('unicode_escape').decode()}; it is {near[0]}.")
+        if field is None or (name in HOLLOW and value):
             ignored.append(name.encode("ascii", "backslashreplace").decode()[:64])
-        else:
+        elif field.is_required() or not empty:
             kept[name] = value
     body = kind.model_validate(kept)
     body._ignored = tuple(ignored[:32])

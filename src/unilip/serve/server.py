@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import ipaddress
-import logging
 import select
 import signal
 import socket
@@ -18,8 +17,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from unilip.errors import UniLIPError
 from unilip.serve.guard import Rules, network
-
-logger = logging.getLogger(__name__)
 
 MIN_KEY = 16
 MAX_HEADER_BYTES = 64 * 1024

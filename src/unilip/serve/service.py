@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from fastapi import Request
-from PIL import Image
+from PIL import Image, ImageOps
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -27,9 +27,9 @@ from unilip.sampling import NOT_TAUGHT
 from unilip.serve import schema
 from unilip.serve.fetch import fetch
 from unilip.serve.guard import FILES, STARTED, Rules
-from unilip.serve.jobs import Ask, Cancelled, DeadlineExceeded, Edit, Job, QueueFull, Result, Strengths
+from unilip.serve.jobs import Ask, DeadlineExceeded, Edit, Job, QueueFull, Result, Strengths
 from unilip.serve.metrics import Metrics
-from unilip.serve.pictures import FORMATS, decode, encode, sized
+from unilip.serve.pictures import FORMATS, decode, encode
 from unilip.serve.problems import Trouble, dumps, trouble
 from unilip.serve.serving import Serving
 from unilip.serve.store import Store
@@ -50,7 +50,6 @@ KEEP_ALIVE_SECONDS = 15.0
 NOT_STORED = {"Cache-Control": "no-store"}
 WAITING = ": waiting\n\n"  # a comment, which keeps a stream open
 
-After = Callable[[int, Image.Image], Image.Image]
 Files = list[tuple[str, bytes]]  # of a form, by the names of their fields
 B = TypeVar("B", bound=schema.Body)
 T = TypeVar("T")
@@ -122,12 +121,9 @@ class Service:
             raise Trouble(400, "The body must be a JSON object: {...}.", "invalid_json")
         return fields
 
-    async def parse(self, kind: type[B], fields: dict[str, Any]) -> B:
-        """Check what was read from JSON, outside the event loop. Raises UniLIPError, ValidationError: `schema.read`."""
-        return await run_in_threadpool(schema.read, kind, fields, self.settings.strict)
-
     async def read(self, request: Request, kind: type[B]) -> B:
-        return await self.parse(kind, await self.load(request))
+        """Read a JSON body and check it, outside the event loop. Raises UniLIPError, ValidationError: `schema.read`."""
+        return await run_in_threadpool(schema.read, kind, await self.load(request), self.settings.strict)
 
     async def form(self, request: Request, kind: type[B], *allowed: str, most: int = MAX_FILES + 1) -> tuple[B, Files]:
         """Read a form in memory: its fields, checked, and its files, called as `allowed`, in their order."""
@@ -223,7 +219,7 @@ class Work:
     request: Request
     body: Any  # of `schema`
     tickets: list[Ticket] = field(default_factory=list)
-    after: After | None = None
+    after: Callable[[Image.Image], Image.Image] | None = None
 
     @property
     def left(self) -> float | None:
@@ -265,24 +261,18 @@ class Work:
     async def finished(self) -> list[Result]:
         """Wait for all results; a client that leaves meanwhile cancels them."""
 
-        async def follow() -> None:
-            async for _ in merged(self.tickets, ends=True):
-                pass
-
         async def listen() -> None:
             while (await self.request.receive())["type"] != "http.disconnect":
                 pass
+            self.cancel()
 
-        work, gone = asyncio.ensure_future(follow()), asyncio.ensure_future(listen())
+        listening = asyncio.ensure_future(listen())
         try:
-            await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise Cancelled("The client left.")
-            work.result()
+            async for _ in merged(self.tickets):
+                pass
             return [ticket.result(0) for ticket in self.tickets]
         finally:
-            work.cancel()
-            gone.cancel()
+            listening.cancel()
             self.cancel()
 
     async def told(self, patience: float) -> AsyncGenerator[tuple[str, Any], None]:
@@ -299,14 +289,12 @@ class Work:
             elif event.kind == "text":
                 yield "text", event.text
             elif event.image is not None:
-                shown, size = await run_in_threadpool(self.encoded, event.image, number)
+                shown, size = await run_in_threadpool(self.encoded, event.image)
                 data = base64.b64encode(shown).decode()
                 yield "partial", {"b64_json": data, "partial_image_index": event.number, "size": size}
 
     def events(self, source: AsyncGenerator[str, None], done: str = "") -> StreamingResponse:
-        """Send server-sent events, at last `done`; an error on the way becomes the last event but that, and who stops
-        reading cancels the jobs.
-        """
+        """Send server-sent events, an error as the last of them, then `done`; who stops reading cancels the jobs."""
 
         async def body() -> AsyncGenerator[str, None]:
             try:
@@ -342,18 +330,20 @@ class Work:
         found = {"ignored": self.body.ignored, "unread": unread, "warning": warning}
         return {name: value for name, value in found.items() if value}
 
-    def encoded(self, image: Image.Image, number: int, about: Mapping[str, Any] | None = None) -> tuple[bytes, str]:
-        """Return the file of a picture of the ticket `number`, at the size that was asked for, and that size."""
-        body, shaped = self.body, image if self.after is None else self.after(number, image)
+    def encoded(self, image: Image.Image, about: Mapping[str, Any] | None = None) -> tuple[bytes, str]:
+        """Return the file of a picture, at the size that was asked for, and that size."""
+        body, shaped = self.body, image if self.after is None else self.after(image)
         if body.size is not None:
-            shaped = sized(shaped, body.size, self.after is not None or bool(getattr(body, "keep_aspect", False)))
+            inside = self.after is not None or getattr(body, "keep_aspect", False)
+            scale = ImageOps.contain if inside else Image.Image.resize
+            shaped = scale(shaped, body.size, Image.Resampling.BICUBIC)
         quality = 95 if body.output_compression is None else body.output_compression
         return encode(shaped, body.output_format, quality, about), f"{shaped.width}x{shaped.height}"
 
     def picture_data(self, results: Sequence[Result]) -> list[dict[str, Any]]:
         """Encode all pictures of some results, in base64 or kept under an address."""
         service, data = self.service, []
-        for number, (ticket, result) in enumerate(zip(self.tickets, results, strict=True)):
+        for ticket, result in zip(self.tickets, results, strict=True):
             for i, image in enumerate(result.images):
                 about: dict[str, Any] = {"model": service.settings.model_name, "verb": ticket.verb}
                 if adapters := result.settings.get("adapters"):
@@ -367,7 +357,7 @@ class Work:
                     entry["plan"] = about["plan"] = result.plan
                 if result.psnr:
                     entry["psnr"] = round(result.psnr[i], 3) if math.isfinite(result.psnr[i]) else None
-                encoded, entry["size"] = self.encoded(image, number, about if service.settings.metadata else None)
+                encoded, entry["size"] = self.encoded(image, about if service.settings.metadata else None)
                 if getattr(self.body, "response_format", "b64_json") == "url":
                     name = service.store.put(encoded, FORMATS[self.body.output_format])
                     entry["url"] = f"{str(self.request.base_url).rstrip('/')}{FILES}{name}"

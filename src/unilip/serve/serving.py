@@ -1,6 +1,4 @@
-"""What the engine of one process and that of replicas share: which jobs are taken, what is counted, how it ends."""
-
-from __future__ import annotations
+"""What the engine of one process and that of replicas share: which jobs are taken, which give way, how it ends."""
 
 import math
 import threading
@@ -9,27 +7,23 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from unilip.errors import UniLIPError, check_number
 from unilip.serve.checks import Checker
 from unilip.serve.jobs import Draining, Job, QueueFull
 from unilip.serve.tickets import Ticket, Unit
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
+S = TypeVar("S", bound="Serving")
 YIELDED = "The queue is full and this client holds most of it, so others came first; send this again in {:.0f} s."
 
 
 @dataclass(frozen=True)
 class Stats:
-    """A snapshot of an engine: pictures and questions waiting and being worked on, and counts since it started."""
+    """A snapshot of an engine: pictures and questions waiting and being worked on."""
 
     queued: int
     running: int
-    served: Mapping[str, int]
-    failed: Mapping[str, int]
 
 
 class Serving(ABC):
@@ -45,8 +39,6 @@ class Serving(ABC):
         self.max_queue, self.max_batch, self.deadline = max_queue, max_batch, deadline
         self._changed = threading.Condition()
         self.draining = False  # whether nothing new is taken
-        self._served: Counter[str] = Counter()
-        self._failed: Counter[str] = Counter()
         self._pace = 0.0  # seconds per unit, a moving average
 
     @property
@@ -84,7 +76,7 @@ class Serving(ABC):
 
     @abstractmethod
     def stats(self) -> Stats:
-        """Return counts for metrics and health pages."""
+        """Return what waits and what is worked on, for metrics and health pages."""
 
     @abstractmethod
     def ahead(self, ticket: Ticket) -> int:
@@ -134,7 +126,7 @@ class Serving(ABC):
     def close(self, timeout: float = 0.0) -> None:
         """Drain for at most `timeout` seconds, and end."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self: S) -> S:
         return self
 
     def __exit__(self, *error: object) -> None:

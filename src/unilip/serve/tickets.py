@@ -90,11 +90,10 @@ class Ticket:
     async def result_async(self) -> Result:
         """Wait for the result in an event loop; a task that is cancelled meanwhile cancels the job."""
         try:
-            async for _ in merged([self], ends=True):
+            async for _ in merged([self]):
                 pass
-        except asyncio.CancelledError:
+        finally:
             self.cancel()
-            raise
         return self.result(0)
 
     # --- for the engine
@@ -137,17 +136,15 @@ class Ticket:
             return True
 
 
-async def merged(
-    tickets: Sequence[Ticket], patience: float | None = None, ends: bool = False
-) -> AsyncIterator[tuple[int, Event | None]]:
+async def merged(tickets: Sequence[Ticket], patience: float | None = None) -> AsyncIterator[tuple[int, Event | None]]:
     """Yield the events of several tickets as they come, and None after `patience` seconds in which nothing happens.
 
-    Ends when all tickets have; with `ends` it waits for that alone. Raises UniLIPError: what one of them ended with.
+    Ends when all tickets have. Raises UniLIPError: what one of them ended with.
     """
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
 
     def forward(number: int, event: Event) -> None:
-        if (event.kind == "end" or not ends) and not loop.is_closed():
+        if not loop.is_closed():
             loop.call_soon_threadsafe(queue.put_nowait, (number, event))
 
     for number, ticket in enumerate(tickets):
