@@ -32,14 +32,16 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
     name = next((" ".join(plain[:n]) for n in (3, 2, 1) if " ".join(plain[:n]) in VERBS), None)
     if name is None:
         _help_or_complain(argv, plain)
-    verb = VERBS[name]
-    found = make_parser(name, verb).parse_intermixed_args(argv[len(name.split()) :], Options())
+    verb, given = VERBS[name], argv[len(name.split()) :]
+    end = given.index("--") if "--" in given else len(given)  # behind it are words alone, even if they begin with -
+    found = make_parser(name, verb).parse_intermixed_args(given[:end], Options())
+    found.words = [*found.words, *given[end + 1 :]]
     least, most = verb.words
     if not least <= len(found.words) <= (math.inf if most is None else most):
-        given = f"{len(found.words)} were given: {' '.join(found.words)}" if found.words else "nothing was given"
+        told = f"{len(found.words)} were given: {' '.join(found.words)}" if found.words else "nothing was given"
         loose = [word for word in found.words if "=" in word and "--set" in argv]
         hint = f" Each setting has a --set of its own: --set {' --set '.join(loose)}." if loose else ""
-        raise UniLIPError(f"`unilip {name} {verb.usage}` is how it works, but {given}.{hint}")
+        raise UniLIPError(f"`unilip {name} {verb.usage}` is how it works, but {told}.{hint}")
     return name, found
 
 

@@ -79,8 +79,11 @@ def _entry(line: str, where: str) -> dict[str, Any]:
     return entry
 
 
-def requests(o: Options, what: str, image: str, joint: bool = False) -> list[Request]:
-    """Turn words and --prompts into requests, all checked; `image`: "never", "maybe" or "always" part of one."""
+def requests(o: Options, what: str, image: str, together: bool = False) -> list[Request]:
+    """Turn words and --prompts into requests, all checked; `image`: "never", "maybe" or "always" part of one.
+
+    Each picture has a request of its own, unless all of a line's belong `together`.
+    """
     if o.prompts is not None:
         if image == "never" and o.words:
             raise UniLIPError("A prompt and --prompts FILE were given; give one of them, not both.")
@@ -105,7 +108,9 @@ def requests(o: Options, what: str, image: str, joint: bool = False) -> list[Req
         if not own and image == "always":
             raise UniLIPError(f"There is no image; give at least one before the {what}.")
         seed = entry.get("seed", o.seed)
-        if not own or (joint and check_joint(joint, len(own))):  # all pictures are part of one request
+        if together and image == "always":
+            check_joint(together, len(own))
+        if together or not own:
             found.append(Request(text, tuple(own), seed))
         else:
             found += [Request(text, (path,), seed) for path in own]
@@ -142,7 +147,7 @@ class Destination:
             raise UniLIPError(f"{path} has an unknown ending; allowed: {', '.join(FORMATS)}, or a folder.")
         if self.file and count > 1:
             raise UniLIPError(f"{path} is one file, but {count} pictures will be made; give a folder as --output.")
-        if self.file and path.exists() and not self.force:
+        if self.file and os.path.lexists(path) and not self.force:
             raise UniLIPError(f"{path} exists already; give another --output, or --force to overwrite it.")
         if self.folder.exists() and not self.folder.is_dir():
             raise UniLIPError(f"{self.folder} is a file, not a folder; give another --output.")
