@@ -100,10 +100,20 @@ def test_nonsense_is_asked_again_and_then_unparsable(serve):
     assert ask(judge)[0][0].value is True
 
 
-@pytest.mark.parametrize("said", ["", completion("x") | {"choices": []}])
-def test_empty_answers_are_unparsable(serve, said):
-    judge = serve(lambda request, n: said)
+PARTS = completion("", message={"content": [{"type": "text", "text": "yes"}]})
+
+
+@pytest.mark.parametrize("said", ["", *({"choices": one} for one in ([], None, 1, ["x"], [None], [{}])), [], 1, PARTS])
+def test_empty_answers_and_those_of_another_form_are_unparsable(serve, said):
+    judge = serve(lambda request, n: said if isinstance(said, str) else (200, {}, said))
     assert ask(judge)[0][0].status == "unparsable"
+
+
+def test_what_is_no_character_is_kept_and_no_count_is_no_cost(serve, tmp_path):
+    judge = serve(lambda request, n: completion("yes \ud800") | {"usage": {"prompt_tokens": "many"}})
+    for _ in range(2):
+        (answer,), tally = ask(judge, 1, lambda text: "yes" in text or None, cache=tmp_path)
+        assert (answer.status, answer.text) == ("ok", "yes \ud800") and tally.to_dict((1.0, 1.0))["cost"] == 0
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])

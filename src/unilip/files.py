@@ -70,8 +70,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write UTF-8 text whole or not at all; half a surrogate pair, as of a file's name, is escaped as in JSON."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -163,16 +163,19 @@ class RemoteJudge:
         except Exception as error:  # timeouts, lost connections, what the server says after all retries, broken JSON
             self._count("requests", retries=self.terms.retries)
             return Answer(question.key, "failed", reason=reason(error, 300))
-        spent = {"retries": raw.retries_taken}
-        if reply.usage:
-            spent |= {"tokens_in": reply.usage.prompt_tokens or 0, "tokens_out": reply.usage.completion_tokens or 0}
-        self._count("requests", **spent)
-        choice = reply.choices[0] if getattr(reply, "choices", None) else None
-        if choice is None or choice.message is None:
+        usage, choices = getattr(reply, "usage", None), getattr(reply, "choices", None)  # whatever came is in them
+        spent = {"tokens_in": getattr(usage, "prompt_tokens", 0), "tokens_out": getattr(usage, "completion_tokens", 0)}
+        spent = {name: count if isinstance(count, int) else 0 for name, count in spent.items()}
+        self._count("requests", retries=raw.retries_taken, **spent)
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        message = getattr(choice, "message", None)
+        said = getattr(message, "content", None) or ""
+        if message is None or not isinstance(said, str):
             return Answer(question.key, "unparsable", reason="the answer holds no message")
-        text = THOUGHTS.sub("", choice.message.content or "").strip()
-        if choice.message.refusal or choice.finish_reason == "content_filter":
-            return Answer(question.key, "refused", text, reason=str(choice.message.refusal or "filtered"))
+        text = THOUGHTS.sub("", said).strip()
+        refusal = getattr(message, "refusal", None)
+        if refusal or getattr(choice, "finish_reason", None) == "content_filter":
+            return Answer(question.key, "refused", text, reason=str(refusal or "filtered"))
         value = question.read(text)
         if value is None:
             status = "refused" if REFUSAL.match(text) else "unparsable"
@@ -189,7 +192,7 @@ class RemoteJudge:
         digest = hashlib.sha256()
         settings = (self.terms.url, self.terms.model, question.system, question.max_tokens)
         for part in (json.dumps(settings), *question.parts):
-            data = part.encode() if isinstance(part, str) else part
+            data = part.encode("utf-8", "backslashreplace") if isinstance(part, str) else part
             digest.update(len(data).to_bytes(8, "big") + data)
         name = digest.hexdigest()
         return self.terms.cache / name[:2] / f"{name}.json"
