@@ -184,7 +184,8 @@ def content_hash(*parts: object) -> str:
 def stable_hash(*parts: object) -> int:
     """Return 64 bits that depend on the text of PARTS alone: the same on every machine and in every run."""
     text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    data = text.encode("utf-8", "backslashreplace")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 def stable_fraction(*parts: object) -> float:

@@ -88,6 +88,7 @@ def set_up(debug: bool) -> None:
         warnings.simplefilter("ignore")
         for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
             os.environ.setdefault(name, "error")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         for name in ("torchao", "torch.utils._pytree"):  # optional kernels that do not load, deprecations within
             logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -94,7 +94,7 @@ def interval(samples: np.ndarray) -> tuple[float, float]:
 def summarise(rows: Sequence[Row], rule: Rule) -> dict[str, dict[str, Any]]:
     """Return by split the metrics: value, interval, least and most with open items. Raises UniLIPError: no score."""
     metrics = list(dict.fromkeys(name for row in rows if row["scores"] for name in row["scores"]))
-    if not metrics:
+    if not metrics and any(row["scores"] is None for row in rows):  # else only the whole was measured, as rfid
         counts = Counter(row["status"] for row in rows)
         raise UniLIPError(
             f"None of {len(rows)} items has a score ({', '.join(f'{n} {status}' for status, n in counts.items())}); "
