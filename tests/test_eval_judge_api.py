@@ -134,6 +134,14 @@ def test_answers_are_kept_and_not_asked_again(serve, tmp_path):
     assert len(judge.requests) == 5  # another judge, another answer
 
 
+def test_a_damaged_answer_is_asked_again(serve, tmp_path):
+    judge = serve(lambda request, n: "yes")
+    for text in ("", "{}", "[]", '{"text": 3}', "{"):
+        ask(judge, cache=tmp_path)
+        next(tmp_path.rglob("*.json")).write_text(text)
+    assert ask(judge, cache=tmp_path)[0][0].status == "ok" and len(judge.requests) == 6
+
+
 def test_what_had_no_score_is_asked_again(serve, tmp_path):
     judge = serve(lambda request, n: "I'm sorry, I cannot." if n == 0 else "yes")
     assert ask(judge, cache=tmp_path)[0][0].status == "refused"

@@ -5,6 +5,7 @@ and progress on stderr. Exit codes: 0 done, 1 failed or found a difference, 2 ba
 """
 
 import difflib
+import errno
 import itertools
 import logging
 import math
@@ -104,6 +105,8 @@ def explain(error: Exception, verb: str = "") -> tuple[str, int]:
         extra = "serve" if verb in ("serve", "studio") else EXTRAS.get((error.name or "").partition(".")[0])
         how = install(extra) if extra else f"install it with pip install {error.name}"
         return f"the package {error.name} is missing; {how}.", 1
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{error.strerror}: {str(error.filename)[:60]}...; give a shorter one.", 2
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}; --debug shows where.", 1
     return f"unexpected {type(error).__name__}: {text[:300]}; --debug shows where it happened.", 1

@@ -80,6 +80,8 @@ def names_of(text: str | None) -> list[str] | None:
 def output_of(o: Options, usual: str) -> Path:
     """Return the run folder, which may be new, but not its parent."""
     folder = Path(o.output or usual)
+    if folder.exists() and not folder.is_dir():
+        raise UniLIPError(f"{folder} is a file, not a folder; give another --output.")
     if not folder.exists() and not folder.absolute().parent.is_dir():
         raise UniLIPError(f"There is no folder {folder.absolute().parent}; make it first, or give another --output.")
     return folder

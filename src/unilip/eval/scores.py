@@ -154,7 +154,7 @@ def read_scores(run: Path) -> list[tuple[dict[str, Any], list[Row]]]:
     found = []
     for file in files:
         summary, rows = read_json(file, "scores"), file.with_suffix(".jsonl")
-        if rows.is_file() and file_hash(rows) != summary.get("rows_sha256"):
+        if not isinstance(summary, dict) or (rows.is_file() and file_hash(rows) != summary.get("rows_sha256")):
             raise UniLIPError(f"{rows} is not what {file.name} was made of; score the run again.")
         found.append((summary, read_lines(rows, "rows of scores")))
     return found

@@ -4,6 +4,7 @@ Every question gets an answer with a status: "ok", "refused", "unparsable" or "f
 are kept on disk, so a rerun asks only what is open. Nothing that the judge did not say becomes a score.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -118,12 +119,12 @@ class RemoteJudge:
 
     def _one(self, question: Question) -> Answer:
         place = self._place(question)
-        if place is not None and place.is_file():
-            stored = json.loads(place.read_text(encoding="utf-8"))
-            value = question.read(stored["text"])
-            if value is not None:
-                self._count("from_cache")
-                return Answer(question.key, "ok", stored["text"], value, cached=True)
+        kept: Any = None
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not there, or damaged: asked anew
+            kept = None if place is None else json.loads(place.read_text(encoding="utf-8"))["text"]
+        if isinstance(kept, str) and (value := question.read(kept)) is not None:
+            self._count("from_cache")
+            return Answer(question.key, "ok", kept, value, cached=True)
         answer = Answer(question.key, "failed", reason="not asked")
         for _ in range(ATTEMPTS):
             if self._stop.is_set():
