@@ -601,6 +601,20 @@ def test_generate_as_a_program(tiny_folder, tmp_path):
     assert os.listdir(tmp_path) == ["a-star-0.png"]
 
 
+def test_closed_streams_are_empty_ones(tiny_folder, tmp_path):
+    words = shlex.join(["-m", "unilip", "generate", "--model", str(tiny_folder), *QUICK])
+    for more, code, out in (
+        ("a star 2>&-", 0, "a-star-0.png\n"),
+        ("--prompts - <&-", 2, ""),
+        ("a star >&- 2>&-", 0, ""),
+    ):
+        command = f"{sys.executable} {words} {more}"
+        done = subprocess.run(
+            command, shell=True, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (code, out), done.stderr
+
+
 def test_a_wrong_verb_as_a_program(tmp_path):
     done = program("generat", "a star", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""

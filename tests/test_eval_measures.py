@@ -368,7 +368,7 @@ def test_damaged_questions_are_told(tmp_path):
         '{"question": "a", "image": "x.png"}': "--images", '{"question": "a", "image": "!!!"}': "neither base64",
         '{"question": "a", "image": 3}': "path or base64", '{"question": "a", "answer": ["b"]}': "list",
         '{"question": "a", "id": 1}\n{"question": "b", "id": "1"}': "twice",
-        '{"question": "\\ud800"}': "question 0: .*surrogate", json.dumps({"question": "a" * 9000}): "question 0: .*8000",
+        '{"question": "\\ud800"}': "question 0: .*surrogate",
     }  # fmt: skip
     for text, message in cases.items():
         (tmp_path / "a.jsonl").write_text(text)

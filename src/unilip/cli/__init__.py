@@ -116,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug, name = "--debug" in argv, ""
+    for closed in (one for one in ("stdin", "stdout", "stderr") if getattr(sys, one) is None):  # by who called
+        setattr(sys, closed, open(os.devnull, "r" if closed == "stdin" else "w"))  # noqa: SIM115
     try:
         name, found = parse(argv)
         set_up(debug)
