@@ -615,6 +615,18 @@ def test_closed_streams_are_empty_ones(tiny_folder, tmp_path):
         assert (done.returncode, done.stdout) == (code, out), done.stderr
 
 
+def test_a_locale_that_lacks_letters_ends_no_work(tiny_folder, tmp_path):
+    words = [sys.executable, "-m", "unilip", "generate", "--model", str(tiny_folder), *QUICK, "--prompts", "-"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for more, count in ((["--json"], 1), ([], 2)):
+        done = subprocess.run(
+            words + more, cwd=tmp_path, env=environment, capture_output=True, input="über 猫".encode()
+        )
+        assert done.returncode == 0 and len(os.listdir(tmp_path)) == count, done.stderr
+        if more:
+            assert json.loads(done.stdout)["images"][0]["prompt"] == "über 猫"
+
+
 def test_a_wrong_verb_as_a_program(tmp_path):
     done = program("generat", "a star", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""

@@ -6,6 +6,7 @@ and progress on stderr. Exit codes: 0 done, 1 failed or found a difference, 2 ba
 
 import difflib
 import errno
+import io
 import itertools
 import logging
 import math
@@ -118,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug, name = "--debug" in argv, ""
     for closed in (one for one in ("stdin", "stdout", "stderr") if getattr(sys, one) is None):  # by who called
         setattr(sys, closed, open(os.devnull, "r" if closed == "stdin" else "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what the locale lacks ends no work that is half done
     try:
         name, found = parse(argv)
         set_up(debug)

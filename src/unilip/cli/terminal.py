@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unilip import __version__
 from unilip.cli.options import Options
 from unilip.errors import UniLIPError
-from unilip.files import lines_of, png_notes, read_object, read_text
+from unilip.files import decode_text, lines_of, png_notes, read_object, read_text
 from unilip.machine import choose_device
 
 if TYPE_CHECKING:
@@ -43,7 +43,10 @@ class Request(NamedTuple):
 def read_prompts(name: str) -> list[dict[str, Any]]:
     """Read prompts or JSON objects, one a line; `-` is standard input. Raises UniLIPError: none, or a bad line."""
     try:
-        text = sys.stdin.read() if name == "-" else read_text(Path(name), "file of prompts")
+        given = (
+            getattr(sys.stdin, "buffer", sys.stdin).read() if name == "-" else read_text(Path(name), "file of prompts")
+        )
+        text = given if isinstance(given, str) else decode_text(given)
     except UnicodeDecodeError as error:
         raise UniLIPError(f"--prompts - is no {error.encoding} text ({error.reason}); give UTF-8.") from error
     lines = [(i, line.strip("\ufeff \t")) for i, line in enumerate(lines_of(text), 1)]
@@ -127,6 +130,16 @@ def slug(text: str) -> str:
 def printable(text: str) -> str:
     """Return a text that every file and terminal can hold: what is no Unicode of a file's name is written as \\xNN."""
     return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON, with escapes only where stdout cannot hold the text."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    print(text)
 
 
 class Destination:
@@ -223,9 +236,7 @@ class Report:
         """Print the JSON object, or a last remark on stderr."""
         seconds = time.perf_counter() - self.started
         if self.as_json:
-            told = {**self.record, **more, "seconds": round(seconds, 3)}
-            text = json.dumps(told, ensure_ascii=False)
-            print(text if printable(text) == text else json.dumps(told))
+            print_json({**self.record, **more, "seconds": round(seconds, 3)})
         elif note:
             before = f"loaded in {self.record['load_seconds']:.1f} s, " if "load_seconds" in self.record else ""
             say(f"{note} ({before}{'then ' if before else ''}{seconds:.1f} s)")
