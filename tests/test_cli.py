@@ -38,7 +38,7 @@ def run(tiny_folder, tmp_path, monkeypatch, capsys):
 
     def call(verb, *words):
         model = ["--model", str(tiny_folder)] if "--model" in cli.VERBS[verb].options else []
-        code = cli.main([*verb.split(), *words, *model])
+        code = cli.main([*verb.split(), *model, *words])
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -94,6 +94,12 @@ def test_free_names_are_taken_and_nothing_is_overwritten(run):
     assert run("generate", "a star", *QUICK, "--output", "a-star-0.png", "--force")[0] == 0
     assert Image.open("a-star-0.png").size == (56, 56)
     assert not [name for name in os.listdir() if name.endswith(".part")]
+
+
+def test_a_link_to_nowhere_is_a_file_that_exists(run):
+    Path("link.png").symlink_to("nowhere")
+    code, _, err = run("generate", "a star", *QUICK, "--output", "link.png")
+    assert code == 2 and "exists already" in err
 
 
 def test_force_in_a_folder_does_not_overwrite_this_run(run):
@@ -153,6 +159,13 @@ def test_edit_follows_one_instruction_on_every_image(run, pictures):
 def test_options_may_stand_anywhere(run, pictures):
     code, out, _ = run("edit", pictures[0], "--seed", "3", pictures[1], *QUICK, "make it blue")
     assert code == 0 and out.split() == ["cat-make-it-blue-3.png", "wide-make-it-blue-3.png"]
+
+
+def test_words_behind_two_dashes_are_no_options(run, picture):
+    picture().save("-cat.png")
+    words = [*QUICK, "--", "-cat.png", "make it blue"]
+    assert run("edit", *words)[:2] == (0, "-cat-make-it-blue-0.png\n")
+    assert run("generate", *QUICK, "three", "--", "--json")[:2] == (0, "three-json-0.png\n")
 
 
 def test_reconstruct_reports_psnr(run, pictures):
@@ -296,6 +309,17 @@ def test_ask_about_several_images(run, pictures, tiny_model):
     report = json.loads(run("ask", *pictures, "What is this?", "--together", "--max-new-tokens", "4", "--json")[1])
     assert [answer["images"] for answer in report["answers"]] == [pictures]
     assert report["answers"][0]["answer"] == tiny_model.ask(pictures, "What is this?", max_new_tokens=4)
+
+
+def test_each_line_asked_together_is_a_question_of_its_own(run, pictures):
+    lines = [{"prompt": "Who?", "image": pictures, "seed": 4}, {"prompt": "Who?", "image": pictures[0]}]
+    Path("q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["--prompts", "q.jsonl", "--together", "--max-new-tokens", "4", "--json"]
+    report = json.loads(run("ask", *words)[1])
+    assert [answer["images"] for answer in report["answers"]] == [pictures, pictures[:1]]
+    Path("q.jsonl").write_text(json.dumps(lines[0]) + "\n" + json.dumps({**lines[0], "seed": 5}))
+    first, second = json.loads(run("ask", *words, "--temperature", "9")[1])["answers"]
+    assert first["answer"] != second["answer"]  # each has its seed
 
 
 def test_ask_without_an_image(run, tiny_model):
@@ -575,6 +599,32 @@ def test_generate_as_a_program(tiny_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["images"][0]["path"] == "a-star-0.png" and done.stderr == ""
     assert os.listdir(tmp_path) == ["a-star-0.png"]
+
+
+def test_closed_streams_are_empty_ones(tiny_folder, tmp_path):
+    words = shlex.join(["-m", "unilip", "generate", "--model", str(tiny_folder), *QUICK])
+    for more, code, out in (
+        ("a star 2>&-", 0, "a-star-0.png\n"),
+        ("--prompts - <&-", 2, ""),
+        ("a star >&- 2>&-", 0, ""),
+    ):
+        command = f"{sys.executable} {words} {more}"
+        done = subprocess.run(
+            command, shell=True, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (code, out), done.stderr
+
+
+def test_a_locale_that_lacks_letters_ends_no_work(tiny_folder, tmp_path):
+    words = [sys.executable, "-m", "unilip", "generate", "--model", str(tiny_folder), *QUICK, "--prompts", "-"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for more, count in ((["--json"], 1), ([], 2)):
+        done = subprocess.run(
+            words + more, cwd=tmp_path, env=environment, capture_output=True, input="über 猫".encode()
+        )
+        assert done.returncode == 0 and len(os.listdir(tmp_path)) == count, done.stderr
+        if more:
+            assert json.loads(done.stdout)["images"][0]["prompt"] == "über 猫"
 
 
 def test_a_wrong_verb_as_a_program(tmp_path):

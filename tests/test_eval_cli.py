@@ -118,6 +118,8 @@ def test_understand(run, tmp_path):
         ("eval recon", ["nothing"], "Give a folder of pictures"),
         ("eval recon", [".", "--protocol", "300"], "invalid choice"),
         ("eval compare", ["nothing"], "no folder nothing"),
+        ("eval compare", [".", "--output", __file__], "is a file"),
+        ("eval recon", ["a" * 300], "give a shorter one"),
         ("eval wise", ["--output", "no/such/folder"], "no folder"),
         ("eval wise", ["--judge", "http://x/v1", "--judge-model", "m", "--judge-set", "prices=1"], "two prices"),
         ("eval wise", ["--judge", "http://x/v1", "--judge-model", "m", "--judge-set", "wait=1"], "workers, retries"),

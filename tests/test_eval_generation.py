@@ -356,6 +356,10 @@ def test_two_runs_at_once_in_a_folder_are_refused(tmp_path):
         ("wise", '{"a": 1}', "not a list"),
         ("imgedit", "[]", "not an object"),
         ("imgedit", '{"../x": {"id": "a.jpg", "prompt": "p", "edit_type": "add"}}', "leads out of"),
+        *(
+            ("imgedit", json.dumps({key: {"id": "a.jpg", "prompt": "p", "edit_type": "add"}}), "the name")
+            for key in ("a" * 300, "\ud800", "a\0b")
+        ),
     ],
 )
 def test_damaged_prompt_files_say_what_is_wrong(name, text, message, tmp_path):
@@ -365,6 +369,16 @@ def test_damaged_prompt_files_say_what_is_wrong(name, text, message, tmp_path):
     sources = {"sources": tmp_path} if name == "imgedit" else {}
     with pytest.raises(UniLIPError, match=message):
         open_benchmark(name, file, own_prompts=True, **sources)
+
+
+def test_names_that_are_no_unicode_are_drawn(draw, tmp_path):
+    try:
+        (tmp_path / "p").mkdir()
+        (tmp_path / "p" / os.fsdecode(b"\xff.txt")).write_text("a cat")
+    except (OSError, UnicodeError):
+        pytest.skip("the file system has Unicode names alone")
+    draw(open_benchmark("dpg", tmp_path / "p", own_prompts=True), tmp_path / "run")
+    assert os.listdir(os.fsencode(tmp_path / "run" / "images")) == [b"\xff.png"]
 
 
 def test_edits_without_their_pictures_are_refused(prompts, tmp_path):

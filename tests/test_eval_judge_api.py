@@ -100,10 +100,20 @@ def test_nonsense_is_asked_again_and_then_unparsable(serve):
     assert ask(judge)[0][0].value is True
 
 
-@pytest.mark.parametrize("said", ["", completion("x") | {"choices": []}])
-def test_empty_answers_are_unparsable(serve, said):
-    judge = serve(lambda request, n: said)
+PARTS = completion("", message={"content": [{"type": "text", "text": "yes"}]})
+
+
+@pytest.mark.parametrize("said", ["", *({"choices": one} for one in ([], None, 1, ["x"], [None], [{}])), [], 1, PARTS])
+def test_empty_answers_and_those_of_another_form_are_unparsable(serve, said):
+    judge = serve(lambda request, n: said if isinstance(said, str) else (200, {}, said))
     assert ask(judge)[0][0].status == "unparsable"
+
+
+def test_what_is_no_character_is_kept_and_no_count_is_no_cost(serve, tmp_path):
+    judge = serve(lambda request, n: completion("yes \ud800") | {"usage": {"prompt_tokens": "many"}})
+    for _ in range(2):
+        (answer,), tally = ask(judge, 1, lambda text: "yes" in text or None, cache=tmp_path)
+        assert (answer.status, answer.text) == ("ok", "yes \ud800") and tally.to_dict((1.0, 1.0))["cost"] == 0
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -122,6 +132,14 @@ def test_answers_are_kept_and_not_asked_again(serve, tmp_path):
     other = RemoteJudge(Terms(judge.url, "another", key="k", cache=tmp_path))
     other.ask(questions(1))
     assert len(judge.requests) == 5  # another judge, another answer
+
+
+def test_a_damaged_answer_is_asked_again(serve, tmp_path):
+    judge = serve(lambda request, n: "yes")
+    for text in ("", "{}", "[]", '{"text": 3}', "{"):
+        ask(judge, cache=tmp_path)
+        next(tmp_path.rglob("*.json")).write_text(text)
+    assert ask(judge, cache=tmp_path)[0][0].status == "ok" and len(judge.requests) == 6
 
 
 def test_what_had_no_score_is_asked_again(serve, tmp_path):

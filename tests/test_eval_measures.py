@@ -227,6 +227,30 @@ def test_equal_pictures_are_counted_and_said(tiny_folder, photos, tmp_path, monk
     assert summary["whole"] == {"equal pictures, counted as 100 dB": 2}
 
 
+def test_the_distance_of_features_alone_and_a_part_that_is_damaged(tiny_folder, photos, tmp_path):
+    given = (tiny_folder, open_pictures(photos), tmp_path / "run")
+    more = {"measures": ["rfid"], "extractor": ("fd[means]", Means())}
+    assert run_recon(*given, **more)["whole"]["fd[means]"] > 0
+    part = next((tmp_path / "run/parts").glob("*.npz"))
+    part.write_bytes(b"")
+    with pytest.raises(UniLIPError, match=rf"remove {part.stem}\.jsonl"):
+        run_recon(*given, **more)
+    part.with_suffix(".jsonl").unlink()
+    assert run_recon(*given, **more)["whole"]["fd[means]"] > 0
+
+
+def test_a_row_without_a_picture_is_named(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    cells = [{"image": {"bytes": None, "path": "nothing.png"}}, {"image": None}]
+    parquet.write_table(pa.Table.from_pylist(cells), tmp_path / "a.parquet")
+    pictures = open_pictures(tmp_path / "a.parquet")
+    for index in range(2):
+        with pytest.raises(ImageError):
+            pictures.load(index)
+
+
 def test_other_measures_in_the_same_folder_are_refused(tiny_folder, photos, tmp_path):
     pictures = open_pictures(photos, 2)
     run_recon(tiny_folder, pictures, tmp_path / "run", measures=["psnr"])
@@ -344,6 +368,7 @@ def test_damaged_questions_are_told(tmp_path):
         '{"question": "a", "image": "x.png"}': "--images", '{"question": "a", "image": "!!!"}': "neither base64",
         '{"question": "a", "image": 3}': "path or base64", '{"question": "a", "answer": ["b"]}': "list",
         '{"question": "a", "id": 1}\n{"question": "b", "id": "1"}': "twice",
+        '{"question": "\\ud800"}': "question 0: .*surrogate",
     }  # fmt: skip
     for text, message in cases.items():
         (tmp_path / "a.jsonl").write_text(text)

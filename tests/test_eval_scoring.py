@@ -318,7 +318,8 @@ def test_the_official_wise_program_gets_its_key_but_no_list_of_processes_shows_i
     summary = scoring.score_officially(benchmark, folder, tmp_path, **given)
     assert summary["scores"][""]["wiscore"]["value"] == 1.0 and summary["statuses"] == {"ok": 12}
     program = tmp_path / "vllm_eval.py"
-    program.write_text(program.read_text().replace("[:None]", "[:3]"))
+    program.write_text(program.read_text().replace("[:None]", "[:4]").replace('"score": 1', '"score": SCORE'))
+    program.write_text(program.read_text().replace("SCORE", "1 if row is not rows[0] else None"))
     summary = scoring.score_officially(benchmark, folder, tmp_path, **given)
     assert summary["statuses"] == {"ok": 3, "failed": 9}, "scores of the earlier call were counted"
 
@@ -330,9 +331,31 @@ def test_a_program_that_fails_or_is_missing_is_told(made, tmp_path):
     write_program(tmp_path, "evaluation/evaluate_images.py", "import mmdet_that_is_missing")
     with pytest.raises(UniLIPError, match=r"mmdet_that_is_missing.*--official-python"):
         scoring.score_officially(benchmark, folder, tmp_path, prompts="", python=sys.executable)
+    for given, told in (({"python": "no/python"}, "no program no/python"), ({"arguments": "'a"}, "close its quotes")):
+        with pytest.raises(UniLIPError, match=told):
+            scoring.find_program(benchmark, tmp_path, **given)
+    for text in ("import sys; sys.stdout.buffer.write(b'\\xff'); sys.exit(3)", "open(sys.argv[3], 'w').write('{}')"):
+        write_program(tmp_path, "evaluation/evaluate_images.py", f"import sys; {text}")
+        with pytest.raises(UniLIPError, match=r"log\.txt"):
+            scoring.score_officially(benchmark, folder, tmp_path, prompts="")
     edits, edited = made("imgedit")
     with pytest.raises(UniLIPError, match="--rubric"):
         scoring.score_officially(edits, edited, tmp_path, prompts="")
+
+
+def test_the_scorers_python_may_be_given_from_here(made, tmp_path, monkeypatch):
+    benchmark, folder = made("dpg")
+    write_program(tmp_path, "dpg_bench/compute_dpg_bench.py", """
+        import os, sys
+        given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+        with open(given["--res-path"], "w") as stream:
+            for name in os.listdir(given["--image-root-path"]):
+                stream.write(name + ", 1.0, 0.5, 0.5, 0.0, 0.5\\n")
+    """)  # fmt: skip
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    assert scoring.score_officially(benchmark, folder, ".", prompts="", python="env/python")["statuses"]["ok"]
 
 
 # --- averages and intervals -----------------------------------------------------------------------------------------

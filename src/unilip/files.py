@@ -70,8 +70,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write UTF-8 text whole or not at all; half a surrogate pair, as of a file's name, is escaped as in JSON."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -184,7 +184,8 @@ def content_hash(*parts: object) -> str:
 def stable_hash(*parts: object) -> int:
     """Return 64 bits that depend on the text of PARTS alone: the same on every machine and in every run."""
     text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    data = text.encode("utf-8", "backslashreplace")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 def stable_fraction(*parts: object) -> float:

@@ -5,6 +5,8 @@ and progress on stderr. Exit codes: 0 done, 1 failed or found a difference, 2 ba
 """
 
 import difflib
+import errno
+import io
 import itertools
 import logging
 import math
@@ -32,14 +34,16 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
     name = next((" ".join(plain[:n]) for n in (3, 2, 1) if " ".join(plain[:n]) in VERBS), None)
     if name is None:
         _help_or_complain(argv, plain)
-    verb = VERBS[name]
-    found = make_parser(name, verb).parse_intermixed_args(argv[len(name.split()) :], Options())
+    verb, given = VERBS[name], argv[len(name.split()) :]
+    end = given.index("--") if "--" in given else len(given)  # behind it are words alone, even if they begin with -
+    found = make_parser(name, verb).parse_intermixed_args(given[:end], Options())
+    found.words = [*found.words, *given[end + 1 :]]
     least, most = verb.words
     if not least <= len(found.words) <= (math.inf if most is None else most):
-        given = f"{len(found.words)} were given: {' '.join(found.words)}" if found.words else "nothing was given"
+        told = f"{len(found.words)} were given: {' '.join(found.words)}" if found.words else "nothing was given"
         loose = [word for word in found.words if "=" in word and "--set" in argv]
         hint = f" Each setting has a --set of its own: --set {' --set '.join(loose)}." if loose else ""
-        raise UniLIPError(f"`unilip {name} {verb.usage}` is how it works, but {given}.{hint}")
+        raise UniLIPError(f"`unilip {name} {verb.usage}` is how it works, but {told}.{hint}")
     return name, found
 
 
@@ -86,6 +90,7 @@ def set_up(debug: bool) -> None:
         warnings.simplefilter("ignore")
         for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
             os.environ.setdefault(name, "error")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         for name in ("torchao", "torch.utils._pytree"):  # optional kernels that do not load, deprecations within
             logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -101,6 +106,8 @@ def explain(error: Exception, verb: str = "") -> tuple[str, int]:
         extra = "serve" if verb in ("serve", "studio") else EXTRAS.get((error.name or "").partition(".")[0])
         how = install(extra) if extra else f"install it with pip install {error.name}"
         return f"the package {error.name} is missing; {how}.", 1
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{error.strerror}: {str(error.filename)[:60]}...; give a shorter one.", 2
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}; --debug shows where.", 1
     return f"unexpected {type(error).__name__}: {text[:300]}; --debug shows where it happened.", 1
@@ -110,6 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug, name = "--debug" in argv, ""
+    for closed in (one for one in ("stdin", "stdout", "stderr") if getattr(sys, one) is None):  # by who called
+        setattr(sys, closed, open(os.devnull, "r" if closed == "stdin" else "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what the locale lacks ends no work that is half done
     try:
         name, found = parse(argv)
         set_up(debug)

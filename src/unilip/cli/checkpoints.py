@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unilip.cli.options import Options
-from unilip.cli.terminal import bar, describe_model, load, plural, say
+from unilip.cli.terminal import bar, describe_model, load, plural, print_json, say
 from unilip.errors import UniLIPError, check_choice
 from unilip.machine import choose_device
 
@@ -42,9 +42,10 @@ def info(o: Options) -> None:
     from unilip.info import describe, machine
 
     found = (machine if o.machine else describe)(o.words[0] if o.words else None)
-    if o.json or o.machine:
-        print(json.dumps(found, ensure_ascii=False) if o.json else machine_table(found))
-        return
+    if o.json:
+        return print_json(found)
+    if o.machine:
+        return print(machine_table(found))
     config, parts = found.pop("config", None), found.pop("parts")
     dropped = Counter(found.pop("dropped", {}).values())
     found["left_out"] = [f"{plural(count, 'tensor')}: {reason}" for reason, count in dropped.items()]

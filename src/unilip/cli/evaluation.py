@@ -80,6 +80,8 @@ def names_of(text: str | None) -> list[str] | None:
 def output_of(o: Options, usual: str) -> Path:
     """Return the run folder, which may be new, but not its parent."""
     folder = Path(o.output or usual)
+    if folder.exists() and not folder.is_dir():
+        raise UniLIPError(f"{folder} is a file, not a folder; give another --output.")
     if not folder.exists() and not folder.absolute().parent.is_dir():
         raise UniLIPError(f"There is no folder {folder.absolute().parent}; make it first, or give another --output.")
     return folder
@@ -128,8 +130,13 @@ def eval_benchmark(name: str, o: Options) -> int:
 
     benchmark = open_benchmark(name, o.prompts, own_prompts=o.own_prompts, **some).first(o.count)
     rubric = read_rubric(name, benchmark.protocol, rubric_of)
-    from unilip.eval import generation, scoring
+    from unilip.eval import generation, scoring, vlm
 
+    if official:  # complains before anything is drawn
+        called = {"python": o.official_python, "arguments": o.official_args, "terms": terms}
+        scoring.find_program(benchmark, official, **called)
+    elif terms is not None:
+        vlm.RemoteJudge(terms)
     place, counts = Place.of_environment(), dict[str, Any]()
     if o.drawing:
         device, source = choose_device(o.device), source_of(o)
@@ -153,8 +160,7 @@ def eval_benchmark(name: str, o: Options) -> int:
         say(f"waiting for {plural(len(left), 'file')} of other processes")
         time.sleep(5)
     if official:
-        given = {"python": o.official_python, "arguments": o.official_args, "terms": terms}
-        scored = scoring.score_officially(benchmark, output, official, prompts=o.prompts or "", **given)
+        scored = scoring.score_officially(benchmark, output, official, prompts=o.prompts or "", **called)
     else:
         assert terms is not None
         scored = scoring.score_by_judge(benchmark, output, terms, rubric=rubric, progress=bars(o))

@@ -158,12 +158,7 @@ def reconstruct(o: Options) -> None:
 
 def ask(o: Options) -> None:
     """Answer questions about pictures, or without any."""
-    work = requests(o, "question", "maybe")
-    if o.together:
-        seen: dict[str, tuple[str, ...]] = {}
-        for request in work:
-            seen[request.text] = (*seen.get(request.text, ()), *request.images)
-        work = [Request(text, images, o.seed) for text, images in seen.items()]
+    work = requests(o, "question", "maybe", o.together)
     model = load(o, "encoder", "mllm")
     choices = {name: getattr(o, name) for name in ("max_new_tokens", "temperature", "top_p", "max_tiles")}
     o.report.loaded(**describe_model(o, model), settings=choices)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unilip import __version__
 from unilip.cli.options import Options
 from unilip.errors import UniLIPError
-from unilip.files import lines_of, png_notes, read_object, read_text
+from unilip.files import decode_text, lines_of, png_notes, read_object, read_text
 from unilip.machine import choose_device
 
 if TYPE_CHECKING:
@@ -43,7 +43,10 @@ class Request(NamedTuple):
 def read_prompts(name: str) -> list[dict[str, Any]]:
     """Read prompts or JSON objects, one a line; `-` is standard input. Raises UniLIPError: none, or a bad line."""
     try:
-        text = sys.stdin.read() if name == "-" else read_text(Path(name), "file of prompts")
+        given = (
+            getattr(sys.stdin, "buffer", sys.stdin).read() if name == "-" else read_text(Path(name), "file of prompts")
+        )
+        text = given if isinstance(given, str) else decode_text(given)
     except UnicodeDecodeError as error:
         raise UniLIPError(f"--prompts - is no {error.encoding} text ({error.reason}); give UTF-8.") from error
     lines = [(i, line.strip("\ufeff \t")) for i, line in enumerate(lines_of(text), 1)]
@@ -79,8 +82,11 @@ def _entry(line: str, where: str) -> dict[str, Any]:
     return entry
 
 
-def requests(o: Options, what: str, image: str, joint: bool = False) -> list[Request]:
-    """Turn words and --prompts into requests, all checked; `image`: "never", "maybe" or "always" part of one."""
+def requests(o: Options, what: str, image: str, together: bool = False) -> list[Request]:
+    """Turn words and --prompts into requests, all checked; `image`: "never", "maybe" or "always" part of one.
+
+    Each picture has a request of its own, unless all of a line's belong `together`.
+    """
     if o.prompts is not None:
         if image == "never" and o.words:
             raise UniLIPError("A prompt and --prompts FILE were given; give one of them, not both.")
@@ -105,7 +111,9 @@ def requests(o: Options, what: str, image: str, joint: bool = False) -> list[Req
         if not own and image == "always":
             raise UniLIPError(f"There is no image; give at least one before the {what}.")
         seed = entry.get("seed", o.seed)
-        if not own or (joint and check_joint(joint, len(own))):  # all pictures are part of one request
+        if together and image == "always":
+            check_joint(together, len(own))
+        if together or not own:
             found.append(Request(text, tuple(own), seed))
         else:
             found += [Request(text, (path,), seed) for path in own]
@@ -122,6 +130,16 @@ def slug(text: str) -> str:
 def printable(text: str) -> str:
     """Return a text that every file and terminal can hold: what is no Unicode of a file's name is written as \\xNN."""
     return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON, with escapes only where stdout cannot hold the text."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    print(text)
 
 
 class Destination:
@@ -142,7 +160,7 @@ class Destination:
             raise UniLIPError(f"{path} has an unknown ending; allowed: {', '.join(FORMATS)}, or a folder.")
         if self.file and count > 1:
             raise UniLIPError(f"{path} is one file, but {count} pictures will be made; give a folder as --output.")
-        if self.file and path.exists() and not self.force:
+        if self.file and os.path.lexists(path) and not self.force:
             raise UniLIPError(f"{path} exists already; give another --output, or --force to overwrite it.")
         if self.folder.exists() and not self.folder.is_dir():
             raise UniLIPError(f"{self.folder} is a file, not a folder; give another --output.")
@@ -218,9 +236,7 @@ class Report:
         """Print the JSON object, or a last remark on stderr."""
         seconds = time.perf_counter() - self.started
         if self.as_json:
-            told = {**self.record, **more, "seconds": round(seconds, 3)}
-            text = json.dumps(told, ensure_ascii=False)
-            print(text if printable(text) == text else json.dumps(told))
+            print_json({**self.record, **more, "seconds": round(seconds, 3)})
         elif note:
             before = f"loaded in {self.record['load_seconds']:.1f} s, " if "load_seconds" in self.record else ""
             say(f"{note} ({before}{'then ' if before else ''}{seconds:.1f} s)")

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +35,7 @@ from unilip.sampling import check_prompt
 KNOWN: dict[str, Any] = read_table("unilip.eval", "benchmarks.json")
 PUBLISHED: dict[str, Sequence[str]] = KNOWN["published"]  # SHA-256 -> benchmark, protocol or "", what it is
 HOMES: dict[str, str] = KNOWN["homes"]
+NO_NAME = re.compile(r"[\\\0\ud800-\udc7f\udd00-\udfff]")  # characters that no file's name has on every system
 PROTOCOLS: dict[str, list[str]] = KNOWN["protocols"]
 
 
@@ -109,8 +112,9 @@ def open_benchmark(
         if item.path in seen:
             raise UniLIPError(f"{path} names {item.key!r} twice; each needs its own, because pictures are named so.")
         seen.add(item.path)
-        if ".." in item.path.split("/") or "\\" in item.path or "\0" in item.path:
-            raise UniLIPError(f"{path} has the name {item.key!r}, which leads out of the run folder; mend the file.")
+        parts = [part.encode("utf-8", "replace") for part in item.path.split("/")]
+        if b".." in parts or max(map(len, parts)) > 240 or NO_NAME.search(item.path):
+            raise UniLIPError(f"{path} has the name {item.key[:60]!r}, which leads out of the run's folder or is none.")
     if benchmark.prompts["published"] is False and not own_prompts:
         raise UniLIPError(
             f"{path} is not the published file of {name} (SHA-256 {benchmark.prompts['sha256'][:16]}...); fetch "
@@ -184,7 +188,7 @@ def _dpg(path: Path, protocol: str) -> Benchmark:
     digest = hashlib.sha256()
     items = []
     for file in sorted(path.glob("*.txt")):
-        digest.update(f"{file.name}\0{file_hash(file)}\n".encode())
+        digest.update(os.fsencode(file.name) + f"\0{file_hash(file)}\n".encode())
         prompt = read_text(file, "prompt").strip()
         if "." in file.stem:
             raise UniLIPError(f"{file.name} has a dot in its name; the scorer of DPG would not find its questions.")
@@ -270,7 +274,8 @@ def _gedit(path: Path, protocol: str) -> Benchmark:
         items.append(Item(where, prompt, place, task, f"{language}/{key}", 1, {"row": n}, language))
 
     def source(item: Item) -> Image.Image:
-        return decode(cell(data[item.data["row"]][pictured]), f"{path}, row {item.data['row']}")
+        name = f"{path}, row {item.data['row']}"
+        return decode(cell(data[item.data["row"]][pictured], name), name)
 
     def beside(item: Item) -> dict[str, Image.Image | bytes]:
         return {item.path.removesuffix(".png") + "_SRCIMG.png": source(item)}

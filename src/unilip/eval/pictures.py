@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from unilip.data.sources import open_source
-from unilip.errors import DataError, ImageError, UniLIPError
+from unilip.errors import DataError, ImageError, UniLIPError, reason
 from unilip.pictures import load_image, open_picture
 
 COLUMNS = ("image", "jpg", "png", "img")  # of datasets, the first that is there
@@ -49,7 +49,7 @@ def open_pictures(place: str | Path, count: int | None = None) -> Pictures:
     if path.suffix == ".parquet" or any(path.glob("*.parquet")) or (path / "dataset_info.json").is_file():
         data, column, _ = open_dataset(path)
         size = len(data) if count is None else min(len(data), count)
-        return Pictures(size, lambda i: (f"{i:08d}", cell(data[i][column])))
+        return Pictures(size, lambda i: (f"{i:08d}", cell(data[i][column], f"{place}, row {i}")))
     try:
         source = open_source(str(place))
         shards = source.counts("image")
@@ -91,6 +91,10 @@ def open_dataset(path: Path, column: str | None = None) -> tuple[Any, str, list[
     return data.cast_column(column, datasets.Image(decode=False)), column, files
 
 
-def cell(value: Mapping[str, Any]) -> bytes:
-    """Return the bytes of a picture as datasets stores it: {"bytes", "path"}."""
-    return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+def cell(value: Mapping[str, Any] | None, name: str) -> bytes:
+    """Return the bytes of a picture as datasets stores it, {"bytes", "path"}. Raises ImageError, naming it: none."""
+    try:
+        held = value or {"bytes": b""}
+        return Path(held["path"]).read_bytes() if held["bytes"] is None else bytes(held["bytes"])
+    except (OSError, TypeError) as error:
+        raise ImageError(f"{name} holds no picture ({reason(error)}); remove or replace it.") from error

@@ -10,6 +10,7 @@ import json
 import logging
 import platform
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 from unilip import __version__
 from unilip.checkpoints.hub import ADAPTER, Source
 from unilip.checkpoints.read import open_checkpoint
-from unilip.errors import UniLIPError
+from unilip.errors import UniLIPError, reason
 from unilip.files import Lock, content_hash, file_hash, read_json, read_lines, write_bytes, write_json, write_lines
 from unilip.machine import Place
 
@@ -133,8 +134,14 @@ class RunFolder(contextlib.ExitStack):
         """Return a stored array of rows of `measured`."""
         parts: dict[str, np.ndarray] = {}
         for part in {row["part"] for row in rows}:
-            with np.load(self.path / "parts" / f"{part}.npz", allow_pickle=False) as stored:
-                parts[part] = stored[name]
+            file = self.path / "parts" / f"{part}.npz"
+            try:
+                with np.load(file, allow_pickle=False) as stored:
+                    parts[part] = stored[name]
+            except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+                raise UniLIPError(
+                    f"{file} cannot be read ({reason(error, 100)}); remove {part}.jsonl beside it, and run again."
+                ) from error
         return np.stack([parts[row["part"]][row["n"]] for row in rows])
 
     def _kept(self) -> dict[str, dict[str, Any]]:

@@ -94,7 +94,7 @@ def interval(samples: np.ndarray) -> tuple[float, float]:
 def summarise(rows: Sequence[Row], rule: Rule) -> dict[str, dict[str, Any]]:
     """Return by split the metrics: value, interval, least and most with open items. Raises UniLIPError: no score."""
     metrics = list(dict.fromkeys(name for row in rows if row["scores"] for name in row["scores"]))
-    if not metrics:
+    if not metrics and any(row["scores"] is None for row in rows):  # else only the whole was measured, as rfid
         counts = Counter(row["status"] for row in rows)
         raise UniLIPError(
             f"None of {len(rows)} items has a score ({', '.join(f'{n} {status}' for status, n in counts.items())}); "
@@ -154,7 +154,7 @@ def read_scores(run: Path) -> list[tuple[dict[str, Any], list[Row]]]:
     found = []
     for file in files:
         summary, rows = read_json(file, "scores"), file.with_suffix(".jsonl")
-        if rows.is_file() and file_hash(rows) != summary.get("rows_sha256"):
+        if not isinstance(summary, dict) or (rows.is_file() and file_hash(rows) != summary.get("rows_sha256")):
             raise UniLIPError(f"{rows} is not what {file.name} was made of; score the run again.")
         found.append((summary, read_lines(rows, "rows of scores")))
     return found

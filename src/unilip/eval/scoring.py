@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from unilip.errors import UniLIPError
+from unilip.errors import UniLIPError, reason
 from unilip.eval.benchmarks import KNOWN, Benchmark, wise_files
 from unilip.eval.generation import check_pictures, missing
 from unilip.eval.rubrics import JUDGED, Rubric, judged_row
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 CHUNK = 64  # items whose pictures are in memory at once
 OURS = Rubric()
+PROGRAMS: dict[str, list[str]] = KNOWN["programs"]
 
 
 def check_complete(benchmark: Benchmark, output: Path) -> dict[str, Any]:
@@ -92,44 +93,53 @@ LAUNCH = (
 )
 
 
-def score_officially(
-    benchmark: Benchmark,
-    output: Path,
-    checkout: str | Path,
-    *,
-    prompts: str | Path,
-    python: str | None = None,
-    arguments: str = "",
+def find_program(
+    benchmark: Benchmark, checkout: str | Path, *, python: str | None = None, arguments: str = "",
     terms: Terms | None = None,
-) -> dict[str, Any]:
-    """Run the scorer of a benchmark's authors on a run; returns the summary that scores/official.json holds.
+) -> tuple[Path, str, list[str]]:  # fmt: skip
+    """Return the checkout, the interpreter and more words of the authors' program. Raises UniLIPError: there is none.
 
-    In: checkout: of the authors' repository. prompts: the prompt file of the run. python: the scorer's interpreter;
-    this one by default. arguments: more words for it, such as GenEval's --model-path. terms: wise only, the judge that
-    it asks.
-    Raises UniLIPError: no such program, it failed, or its results lack items.
+    In: checkout: of the authors' repository. python: the scorer's interpreter; this one by default. arguments: more
+    words for it, such as GenEval's --model-path. terms: wise only, the judge that it asks.
     """
-    name = benchmark.name
-    folder = Path(checkout).expanduser().resolve()
-    programs: dict[str, list[str]] = KNOWN["programs"]  # in the checkouts, and the words that they are called with
-    if name not in programs:
+    name, folder = benchmark.name, Path(checkout).expanduser().resolve()
+    if name not in PROGRAMS:
         raise UniLIPError(
             f"The scorer of {name} has its judge's address and key written into its source, so it cannot be run as it "
             "is; use --judge with --rubric, which asks the same questions."
         )
-    inside, *form = programs[name]
-    program = folder / inside
-    if not program.is_file():
-        raise UniLIPError(f"There is no {inside} in {folder}; give a checkout of {name}'s repository.")
+    if not (folder / PROGRAMS[name][0]).is_file():
+        raise UniLIPError(f"There is no {PROGRAMS[name][0]} in {folder}; give a checkout of {name}'s repository.")
     if name == "wise" and (benchmark.protocol != "verified" or terms is None):
         raise UniLIPError("WISE's official scorer is for --protocol verified, and needs --judge and --judge-model.")
+    interpreter = shutil.which(python or sys.executable)
+    if interpreter is None:
+        raise UniLIPError(f"There is no program {python}; give the scorer's Python as --official-python.")
+    try:
+        return folder, os.path.abspath(interpreter), shlex.split(arguments)
+    except ValueError as error:
+        raise UniLIPError(f"--official-args {arguments} cannot be split ({error}); close its quotes.") from error
+
+
+def score_officially(
+    benchmark: Benchmark, output: Path, checkout: str | Path, *, prompts: str | Path, terms: Terms | None = None,
+    **given: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Run the scorer of a benchmark's authors on a run; returns the summary that scores/official.json holds.
+
+    In: prompts: the prompt file of the run. The rest is as for `find_program`.
+    Raises UniLIPError: no such program, it failed, or its results lack items.
+    """
+    name = benchmark.name
+    folder, python, more = find_program(benchmark, checkout, terms=terms, **given)
+    inside, *form = PROGRAMS[name]  # in the checkouts, and the words that they are called with
+    program = folder / inside
     manifest = check_complete(benchmark, output)
     root, made = output.resolve(), output.resolve() / FOLDER / "official-files"
     shutil.rmtree(made, ignore_errors=True)  # results of an earlier call are not those of this one
     made.mkdir(parents=True)
     size = manifest["identity"]["settings"]["image_size"]
-    more, judge = shlex.split(arguments), ""
-    given = {"images": root / PICTURES, "made": made, "size": size, "checkout": folder, "terms": terms}
+    judge, given = "", {"images": root / PICTURES, "made": made, "size": size, "checkout": folder, "terms": terms}
     if name == "wise" and terms is not None:
         given["timeout"], judge = math.ceil(terms.timeout), f", judge {terms.model}"
         more += ["--api_key", terms.key or os.environ.get("OPENAI_API_KEY") or "none"]
@@ -137,8 +147,8 @@ def score_officially(
     for file in wise_files(source) if name == "wise" and source.is_dir() else [source]:
         words = [str(program), *(word.format(prompts=file, stem=file.stem, **given) for word in form), *more]
         log.info("running %s", program)
-        command = [python or sys.executable, "-c", LAUNCH]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, input=json.dumps(words) + "\n")
+        talk: dict[str, Any] = {"input": json.dumps(words) + "\n", "encoding": "utf-8", "errors": "replace"}
+        done = subprocess.run([python, "-c", LAUNCH], cwd=root, capture_output=True, **talk)
         with (made / "log.txt").open("a", encoding="utf-8") as stream:
             stream.write(done.stdout + done.stderr)
         if done.returncode:
@@ -147,7 +157,15 @@ def score_officially(
                 f"{program.name} ended with code {done.returncode}: {last[:200]}; all that it said is in "
                 f"{made / 'log.txt'}. It may need its own environment: --official-python."
             )
-    rows = _READERS[name](benchmark, made)
+    try:
+        rows = _READERS[name](benchmark, made)
+    except UniLIPError:
+        raise
+    except (OSError, LookupError, TypeError, ArithmeticError, ValueError) as error:
+        raise UniLIPError(
+            f"{program.name} left no results that can be read ({reason(error, 200)}); all that it said is in "
+            f"{made / 'log.txt'}."
+        ) from error
     full = [item.row(rows.get(item.key), "ok" if item.key in rows else "failed") for item in benchmark.items]
     if lacking := sum(row["scores"] is None for row in full):
         log.warning("%s gave no score for %d of %d items", program.name, lacking, len(full))
@@ -187,7 +205,7 @@ def _read_dpg(benchmark: Benchmark, made: Path) -> Found:
 
 def _read_wise(benchmark: Benchmark, made: Path) -> Found:
     rows = [row for file in sorted(made.glob("*_scores.jsonl")) for row in read_lines(file, "results of WISE")]
-    return {str(row["prompt_id"]): {"wiscore": float(row["score"])} for row in rows}
+    return {str(row["prompt_id"]): {"wiscore": float(row["score"])} for row in rows if row["score"] is not None}
 
 
 _READERS = {"geneval": _read_geneval, "geneval2": _read_geneval2, "dpg": _read_dpg, "wise": _read_wise}

@@ -16,13 +16,14 @@ from typing import Any
 
 from unilip.checkpoints.hub import Source
 from unilip.data.records import IMAGE_SUFFIXES
-from unilip.errors import ImageError, UniLIPError
+from unilip.errors import ImageError, PromptError, UniLIPError
 from unilip.eval.pictures import decode
 from unilip.eval.runs import RunFolder, model_hash
 from unilip.eval.scores import Rule, make_row, write_scores
 from unilip.files import content_hash, file_hash, read_json, read_lines, write_lines
 from unilip.machine import Place
 from unilip.model import UniLIP
+from unilip.sampling import check_prompt
 
 NAMES = {  # of a question's fields, the first that is there
     "question": ("question", "text", "prompt"), "image": ("image", "image_path", "images"),
@@ -89,6 +90,10 @@ def _read(row: Mapping[str, Any], n: int, path: Path, folder: Path) -> Asked:
     where = f"{path}, question {key}"
     if not isinstance(text, str) or not text.strip():
         raise UniLIPError(f'{where} has no question; write {{"question": "..."}}.')
+    try:
+        check_prompt(text, "question")
+    except PromptError as error:
+        raise UniLIPError(f"{where}: {error}") from error
     if isinstance(answer, (list, dict)):
         raise UniLIPError(f"{where}: the answer is {type(answer).__name__}; give a text, or leave it out.")
     found = tuple(_image(image, where, folder) for image in (images if isinstance(images, list) else [images]))

@@ -4,6 +4,7 @@ Every question gets an answer with a status: "ok", "refused", "unparsable" or "f
 are kept on disk, so a rerun asks only what is open. Nothing that the judge did not say becomes a score.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -118,12 +119,12 @@ class RemoteJudge:
 
     def _one(self, question: Question) -> Answer:
         place = self._place(question)
-        if place is not None and place.is_file():
-            stored = json.loads(place.read_text(encoding="utf-8"))
-            value = question.read(stored["text"])
-            if value is not None:
-                self._count("from_cache")
-                return Answer(question.key, "ok", stored["text"], value, cached=True)
+        kept: Any = None
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not there, or damaged: asked anew
+            kept = None if place is None else json.loads(place.read_text(encoding="utf-8"))["text"]
+        if isinstance(kept, str) and (value := question.read(kept)) is not None:
+            self._count("from_cache")
+            return Answer(question.key, "ok", kept, value, cached=True)
         answer = Answer(question.key, "failed", reason="not asked")
         for _ in range(ATTEMPTS):
             if self._stop.is_set():
@@ -163,16 +164,19 @@ class RemoteJudge:
         except Exception as error:  # timeouts, lost connections, what the server says after all retries, broken JSON
             self._count("requests", retries=self.terms.retries)
             return Answer(question.key, "failed", reason=reason(error, 300))
-        spent = {"retries": raw.retries_taken}
-        if reply.usage:
-            spent |= {"tokens_in": reply.usage.prompt_tokens or 0, "tokens_out": reply.usage.completion_tokens or 0}
-        self._count("requests", **spent)
-        choice = reply.choices[0] if getattr(reply, "choices", None) else None
-        if choice is None or choice.message is None:
+        usage, choices = getattr(reply, "usage", None), getattr(reply, "choices", None)  # whatever came is in them
+        spent = {"tokens_in": getattr(usage, "prompt_tokens", 0), "tokens_out": getattr(usage, "completion_tokens", 0)}
+        spent = {name: count if isinstance(count, int) else 0 for name, count in spent.items()}
+        self._count("requests", retries=raw.retries_taken, **spent)
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        message = getattr(choice, "message", None)
+        said = getattr(message, "content", None) or ""
+        if message is None or not isinstance(said, str):
             return Answer(question.key, "unparsable", reason="the answer holds no message")
-        text = THOUGHTS.sub("", choice.message.content or "").strip()
-        if choice.message.refusal or choice.finish_reason == "content_filter":
-            return Answer(question.key, "refused", text, reason=str(choice.message.refusal or "filtered"))
+        text = THOUGHTS.sub("", said).strip()
+        refusal = getattr(message, "refusal", None)
+        if refusal or getattr(choice, "finish_reason", None) == "content_filter":
+            return Answer(question.key, "refused", text, reason=str(refusal or "filtered"))
         value = question.read(text)
         if value is None:
             status = "refused" if REFUSAL.match(text) else "unparsable"
@@ -189,7 +193,7 @@ class RemoteJudge:
         digest = hashlib.sha256()
         settings = (self.terms.url, self.terms.model, question.system, question.max_tokens)
         for part in (json.dumps(settings), *question.parts):
-            data = part.encode() if isinstance(part, str) else part
+            data = part.encode("utf-8", "backslashreplace") if isinstance(part, str) else part
             digest.update(len(data).to_bytes(8, "big") + data)
         name = digest.hexdigest()
         return self.terms.cache / name[:2] / f"{name}.json"

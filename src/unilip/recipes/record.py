@@ -390,7 +390,7 @@ def _parse(name: str, text: str, old: Any) -> Any:
         if name == "config":  # condition=queries,num_queries=8
             settings = [[word.strip() for word in part.partition("=")] for part in text.split(",") if part]
             known: dict[str, str | int] = {"true": True, "false": False}
-            known |= {value: int(value) for _, _, value in settings if value.isdigit()}
+            known |= {value: int(value) for _, _, value in settings if value.isdecimal()}
             return tuple((setting, known.get(value.lower(), value)) for setting, _, value in settings)
         if name == "checks":
             return tuple(part.strip() for part in text.split(",") if part.strip())
