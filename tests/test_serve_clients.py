@@ -82,6 +82,10 @@ def test_what_would_change_the_form_of_an_answer_is_refused_in_words(client):
         ({"response_format": {"type": "json_schema", "json_schema": {"strict": True}}}, "cannot be held to a form"),
         ({"response_format": {"type": "json_schema"}}, "cannot be held to a form"),
         ({"response_format": {"type": "xml"}}, 'can be "text", "json_object" or "json_schema"'),
+        ({"response_format": "json_object"}, "response_format must be an object"),
+        ({"stop": ["a"] * 5}, "stop may have at most 4 entries"),
+        ({"adapters": {"a": "much"}}, "adapters.a must be a number"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "content.0.type must be 'text' or"),
         ({"temperature": "hot"}, "temperature must be a number"),
         ({"temperature": 5}, "temperature must be at most 2"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
@@ -98,6 +102,8 @@ def test_what_would_change_the_form_of_an_answer_is_refused_in_words(client):
         message = found.json()["error"]["message"]
         assert found.status_code == 400 and words in message, (sent, message)
         assert "Input should" not in message and "validation" not in message and "size: size" not in message
+    found = client.post("/v1/images/generations", json={"prompt": "a", "response_format": "URL"})
+    assert found.json()["error"]["message"] == "response_format must be 'b64_json' or 'url'"
 
 
 def test_empty_fields_of_a_form_are_not_sent(client):
