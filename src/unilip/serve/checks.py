@@ -13,7 +13,7 @@ from PIL import Image
 
 from unilip import sampling, shapes
 from unilip.adapters import read_adapter
-from unilip.errors import LARGEST, PromptError, UniLIPError, check_choice, check_number
+from unilip.errors import PromptError, UniLIPError, check_choice, check_number
 from unilip.fast.loop import Settings
 from unilip.fewstep import few_config
 from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
@@ -24,6 +24,7 @@ from unilip.serve.tickets import Ticket, Unit
 from unilip.shapes import Size
 
 TINY = 1e-6  # a temperature below is greedy, as its limit is; dividing by it would overflow
+MAX_STRENGTH = 100.0  # of an adapter: far beyond, the model overflows, and would count as broken
 NEEDS = {
     "generate": ("mllm", "connector", "dit", "pixel_decoder"),
     "edit": ("encoder", "mllm", "connector", "dit", "pixel_decoder"),
@@ -84,7 +85,7 @@ class Checker:
             raise UniLIPError(f"This needs {', '.join(missing)}, but the model has {', '.join(self.parts)} only.")
         for name, scale in job.adapters:
             check_choice("adapter", name, self.adapters)
-            check_number(f"The strength of {name}", scale, -LARGEST)
+            check_number(f"The strength of {name}", scale, -MAX_STRENGTH, MAX_STRENGTH)
         acting = {name: float(scale) for name, scale in job.adapters if scale}
         job = dataclasses.replace(job, adapters=tuple(sorted(acting.items())))
         ticket = Ticket(verb, job, deadline)
