@@ -209,6 +209,12 @@ def test_responses_draw_and_go_on(official):
     assert changed.to_dict()["unilip"]["verb"] == "edit" and changed.output[0].type == "image_generation_call"
     asked = official.responses.create(model="x", input="What is this?", max_output_tokens=3, **more)
     assert asked.output[0].type == "message" and asked.usage.input_tokens > 1
+    begun = [{"role": "system", "content": "Be brief."}, *USER]
+    said = official.responses.create(model="x", input=begun, instructions="Be kind.", max_output_tokens=3)
+    whole = [*begun, {"role": "assistant", "content": said.output_text}, {"role": "user", "content": "Why?"}]
+    on = {"input": "Why?", "previous_response_id": said.id}
+    kept, sent = (official.responses.create(model="x", max_output_tokens=3, **one) for one in (on, {"input": whole}))
+    assert kept.usage == sent.usage, "the system message of the input is kept, the instructions are not"
     forced = official.responses.create(
         model="x", input="a cat", tools=DRAW, tool_choice={"type": "image_generation"}, extra_body=QUICK
     )
@@ -233,6 +239,11 @@ def test_responses_take_pictures_and_stream(official):
     drawn = list(official.responses.create(model="x", input="Draw a cat", tools=DRAW, stream=True, extra_body=QUICK))
     assert drawn[-1].type == "response.completed" and opened(drawn[-1].response.output[0].result).size == (64, 64)
     assert "response.image_generation_call.completed" in [event.type for event in drawn]
+    parts = [{"type": "input_text", "text": "make it blue"}, *[{"type": "input_image", "image_url": url}] * 2]
+    asked = {"input": [{"role": "user", "content": parts}], "extra_body": QUICK | {"joint": False}}
+    two = list(official.responses.create(model="x", tools=DRAW, stream=True, **asked))
+    added, done = ([e.item.id for e in two if e.type == f"response.output_item.{kind}"] for kind in ("added", "done"))
+    assert added == done == [one.id for one in two[-1].response.output] and len(done) == 2
 
 
 def test_what_responses_refuse(client):
