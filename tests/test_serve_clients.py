@@ -110,8 +110,16 @@ def test_empty_fields_of_a_form_are_not_sent(client):
     empty = ("seed", "negative_prompt", "size", "quality", "n", "user")
     form = {"prompt": "a", "steps": "1"} | dict.fromkeys(empty, "")
     for more in ({}, {"seed": "-1"}):
-        found = client.post("/v1/images/edits", data=form | more, files={"image": png()})
+        found = client.post("/v1/images/edits", data=form | more | {"mask": ""}, files={"image": png()})
         assert found.status_code == 200, found.text
+    page = b"".join(  # as a browser sends a field for a file where none was chosen
+        b'--a\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n' % one
+        for one in ((b"prompt", b"", b"a"), (b"steps", b"", b"1"), (b"image", b'; filename="a.png"', png()),
+                    (b"mask", b'; filename=""', b""))
+    )  # fmt: skip
+    kind = {"Content-Type": "multipart/form-data; boundary=a"}
+    found = client.post("/v1/images/edits", content=page + b"--a--\r\n", headers=kind)
+    assert found.status_code == 200, found.text
     drawn = client.post("/v1/images/generations", json={"prompt": "a", "steps": 1, "output_format": None,
                         "response_format": None, "negative_prompt": "", "size": None})  # fmt: skip
     assert drawn.status_code == 200, drawn.text

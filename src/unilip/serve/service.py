@@ -148,10 +148,12 @@ class Service:
             if isinstance(value, UploadFile):
                 if name not in allowed:
                     raise Trouble(400, f"There is no file field {shown!r}.", "invalid_form", shown)
-                files.append((name, await value.read()))
+                if (data := await value.read()) or value.filename:  # neither: none was chosen
+                    files.append((name, data))
                 await value.close()
             elif name in allowed:
-                raise Trouble(400, f"{shown} must be a file, not text.", "invalid_form", shown)
+                if value:
+                    raise Trouble(400, f"{shown} must be a file, not text.", "invalid_form", shown)
             elif name in fields:
                 raise Trouble(400, f"{shown} was given twice.", "invalid_form", shown)
             else:
