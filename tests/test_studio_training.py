@@ -87,7 +87,8 @@ def test_stopped_it_is_gone_on_with_and_failed_it_says_why(offered, picture):
 def test_what_is_wrong_is_said_and_nothing_written(offered, picture, monkeypatch):
     client, trainer = offered
     cases = {
-        "1 to 40 of a-z": {"name": "../x"}, "takes 5 to 50": {"count": 4}, "kind of training": {"kind": "dream"},
+        "1 to 40 of a-z": {"name": "../x"}, "takes 5 to 50": {"count": 4},
+        "kind of training": {"kind": "dream", "texts": json.dumps(["я" * 8000] * 5, ensure_ascii=False)},
         "steps is 0": {"steps": "0"}, "must be a JSON list": {"texts": "?"},
         "5 pictures and 0 texts were sent; 1 for each": {"texts": "[]"},
         "5 pictures and 2 texts were sent; 2 for each": {"kind": "edit", "texts": '["a", "b"]'},

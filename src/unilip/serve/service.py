@@ -133,7 +133,8 @@ class Service:
         """Read a form in memory: its fields, checked, and its files, called as `allowed`, in their order."""
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise Trouble(400, "Send a form: multipart/form-data with the file `image`.", "invalid_form")
-        parser = MultiPartParser(request.headers, request.stream(), max_files=most, max_fields=64, max_part_size=2**16)
+        limits = {"max_files": most, "max_fields": 64, "max_part_size": most * 2**14}  # all of a training's texts
+        parser = MultiPartParser(request.headers, request.stream(), **limits)
         # what has no room in memory was refused before; nothing is spooled to disk
         parser.spool_max_size = self.settings.rules.max_body + 1
         try:
