@@ -125,6 +125,12 @@ def test_empty_fields_of_a_form_are_not_sent(client):
     assert drawn.status_code == 200, drawn.text
 
 
+def test_the_name_of_a_picture_leaves_its_markdown_whole(client):
+    wish = [{"role": "user", "content": "draw a `cat` [1](2) \\"}]
+    said = talk(client, messages=wish, steps=1).json()["choices"][0]["message"]["content"]
+    assert "\n![a  cat   1  2   ](data:image/png;base64," in said, said[:200]
+
+
 def test_more_tokens_than_fit_are_lowered(client, tiny_model):
     for field in ("max_tokens", "max_completion_tokens"):
         for most in (1000, 2048, 200_000):
