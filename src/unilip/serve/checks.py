@@ -96,7 +96,7 @@ class Checker:
         else:
             count = 1 if isinstance(job, Ask) else check_number("count", job.count, 1, self.limits.count, whole=True)
             seed = secrets.randbelow(2**31) if job.seed is None else job.seed
-            check_number("seed", seed, 0, MAX_SEED - count, whole=True)
+            seed = check_number("seed", seed, 0, MAX_SEED - count, whole=True)
             units = self._answer(ticket, job, seed) if isinstance(job, Ask) else self._picture(ticket, job, seed)
         for unit in units:
             unit.key = (*unit.key, job.adapters)
