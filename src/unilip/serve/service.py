@@ -246,7 +246,7 @@ class Work:
     async def submit(self, jobs: Sequence[Job]) -> None:
         """Queue all jobs, or none."""
         engine = self.service.engine
-        most = max(engine.limits.count, MAX_FILES)
+        most = min(max(engine.limits.count, MAX_FILES), engine.max_queue)  # more would never find room
         pictures = sum(getattr(job, "count", 1) for job in jobs)
         if pictures > most:
             raise Trouble(400, f"{pictures} pictures would be made; at most {most}.", "too_many", "n")
