@@ -69,6 +69,7 @@ def test_jobs_have_their_adapters(engine, expected):
         engine.submit(job).result(60)
     for strengths, message in (
         ((("green", 1.0),), "no adapter 'green'; allowed: red, blue"), ((("red", float("nan")),), "strength of red"),
+        ((("red", -1e6),), "must be a number between -100 and 100"),
     ):  # fmt: skip
         with pytest.raises(UniLIPError, match=message):
             engine.submit(Generate("a star", adapters=strengths))

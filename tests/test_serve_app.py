@@ -639,6 +639,7 @@ def test_a_full_queue_is_429(tiny_model):
         assert refusal(found, 429, "queue_full") and int(found.headers["retry-after"]) >= 1
         stream = client.post("/v1/images/generations", json={**body, "stream": True})
         refusal(stream, 429, "queue_full")  # before the stream begins
+        refusal(client.post("/v1/images/generations", json={**body, "n": 2}), 400, "too_many")  # they never had room
         hold.set()
         for thread in threads:
             thread.join(20)

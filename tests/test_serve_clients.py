@@ -82,6 +82,10 @@ def test_what_would_change_the_form_of_an_answer_is_refused_in_words(client):
         ({"response_format": {"type": "json_schema", "json_schema": {"strict": True}}}, "cannot be held to a form"),
         ({"response_format": {"type": "json_schema"}}, "cannot be held to a form"),
         ({"response_format": {"type": "xml"}}, 'can be "text", "json_object" or "json_schema"'),
+        ({"response_format": "json_object"}, "response_format must be an object"),
+        ({"stop": ["a"] * 5}, "stop may have at most 4 entries"),
+        ({"adapters": {"a": "much"}}, "adapters.a must be a number"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "content.0.type must be 'text' or"),
         ({"temperature": "hot"}, "temperature must be a number"),
         ({"temperature": 5}, "temperature must be at most 2"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
@@ -98,17 +102,33 @@ def test_what_would_change_the_form_of_an_answer_is_refused_in_words(client):
         message = found.json()["error"]["message"]
         assert found.status_code == 400 and words in message, (sent, message)
         assert "Input should" not in message and "validation" not in message and "size: size" not in message
+    found = client.post("/v1/images/generations", json={"prompt": "a", "response_format": "URL"})
+    assert found.json()["error"]["message"] == "response_format must be 'b64_json' or 'url'"
 
 
 def test_empty_fields_of_a_form_are_not_sent(client):
     empty = ("seed", "negative_prompt", "size", "quality", "n", "user")
     form = {"prompt": "a", "steps": "1"} | dict.fromkeys(empty, "")
     for more in ({}, {"seed": "-1"}):
-        found = client.post("/v1/images/edits", data=form | more, files={"image": png()})
+        found = client.post("/v1/images/edits", data=form | more | {"mask": ""}, files={"image": png()})
         assert found.status_code == 200, found.text
+    page = b"".join(  # as a browser sends a field for a file where none was chosen
+        b'--a\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n' % one
+        for one in ((b"prompt", b"", b"a"), (b"steps", b"", b"1"), (b"image", b'; filename="a.png"', png()),
+                    (b"mask", b'; filename=""', b""))
+    )  # fmt: skip
+    kind = {"Content-Type": "multipart/form-data; boundary=a"}
+    found = client.post("/v1/images/edits", content=page + b"--a--\r\n", headers=kind)
+    assert found.status_code == 200, found.text
     drawn = client.post("/v1/images/generations", json={"prompt": "a", "steps": 1, "output_format": None,
                         "response_format": None, "negative_prompt": "", "size": None})  # fmt: skip
     assert drawn.status_code == 200, drawn.text
+
+
+def test_the_name_of_a_picture_leaves_its_markdown_whole(client):
+    wish = [{"role": "user", "content": "draw a `cat` [1](2) \\"}]
+    said = talk(client, messages=wish, steps=1).json()["choices"][0]["message"]["content"]
+    assert "\n![a  cat   1  2   ](data:image/png;base64," in said, said[:200]
 
 
 def test_more_tokens_than_fit_are_lowered(client, tiny_model):
@@ -203,6 +223,12 @@ def test_responses_draw_and_go_on(official):
     assert changed.to_dict()["unilip"]["verb"] == "edit" and changed.output[0].type == "image_generation_call"
     asked = official.responses.create(model="x", input="What is this?", max_output_tokens=3, **more)
     assert asked.output[0].type == "message" and asked.usage.input_tokens > 1
+    begun = [{"role": "system", "content": "Be brief."}, *USER]
+    said = official.responses.create(model="x", input=begun, instructions="Be kind.", max_output_tokens=3)
+    whole = [*begun, {"role": "assistant", "content": said.output_text}, {"role": "user", "content": "Why?"}]
+    on = {"input": "Why?", "previous_response_id": said.id}
+    kept, sent = (official.responses.create(model="x", max_output_tokens=3, **one) for one in (on, {"input": whole}))
+    assert kept.usage == sent.usage, "the system message of the input is kept, the instructions are not"
     forced = official.responses.create(
         model="x", input="a cat", tools=DRAW, tool_choice={"type": "image_generation"}, extra_body=QUICK
     )
@@ -227,6 +253,11 @@ def test_responses_take_pictures_and_stream(official):
     drawn = list(official.responses.create(model="x", input="Draw a cat", tools=DRAW, stream=True, extra_body=QUICK))
     assert drawn[-1].type == "response.completed" and opened(drawn[-1].response.output[0].result).size == (64, 64)
     assert "response.image_generation_call.completed" in [event.type for event in drawn]
+    parts = [{"type": "input_text", "text": "make it blue"}, *[{"type": "input_image", "image_url": url}] * 2]
+    asked = {"input": [{"role": "user", "content": parts}], "extra_body": QUICK | {"joint": False}}
+    two = list(official.responses.create(model="x", tools=DRAW, stream=True, **asked))
+    added, done = ([e.item.id for e in two if e.type == f"response.output_item.{kind}"] for kind in ("added", "done"))
+    assert added == done == [one.id for one in two[-1].response.output] and len(done) == 2
 
 
 def test_what_responses_refuse(client):
@@ -344,8 +375,9 @@ def test_streams_show_pictures_on_the_way(official, tiny_model):
                 if count == 1:
                     expected.append(straight_on(tiny_model, 4, 2.0, preset="balanced", **settings))
                 assert all(difference(a, b) < 0.5 for a, b in zip(sketches, expected, strict=False)), count
-    few = list(official.images.generate(prompt="a", stream=True, partial_images=3, extra_body={"steps": 1}))
-    assert [event.type for event in few] == ["image_generation.completed"], "there is nothing on the way"
+    for steps, possible in ((1, 0), (2, 0), (3, 1), (4, 2), (5, 3)):
+        few = list(official.images.generate(prompt="a", stream=True, partial_images=3, extra_body={"steps": steps}))
+        assert [event.partial_image_index for event in few[:-1]] == list(range(possible))
     many = list(official.images.generate(prompt="a", n=2, stream=True, partial_images=1, extra_body=more))
     assert [event.type for event in many].count("image_generation.partial_image") == 2
     tool = [{"type": "image_generation", "partial_images": 2, "output_format": "png"}]

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from unilip.errors import ImageError, PromptError, UniLIPError
 from unilip.serve.engine import Engine, Limits
@@ -122,7 +123,7 @@ def test_sampled_answers_repeat_with_their_seed(engine):
     def answer(seed):
         return engine.submit(Ask("What is this?", max_new_tokens=10, temperature=2.0, seed=seed)).result(60).text
 
-    assert answer(1) == answer(1)
+    assert answer(1) == answer(1) == answer(np.int64(1)) == answer(torch.tensor(1))
     assert len({answer(seed) for seed in range(4)}) > 1
 
 

@@ -143,6 +143,8 @@ def test_bombs_are_refused_by_their_header_alone(monkeypatch):
     for bomb in bombs:
         with pytest.raises(ImageError, match="px"):
             decode(bomb, LIMIT)
+    with pytest.raises(ImageError, match=r"40000x1 px.* at most 32768 a side"):
+        decode(png(40_000, 1, b"\0"), LIMIT)
 
 
 def test_compressed_text_and_profiles_do_not_unfold():

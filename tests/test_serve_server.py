@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from unittest import mock
 
 import httpx
 import openai
@@ -22,13 +23,14 @@ from unilip.serve.app import Settings, create_app
 from unilip.serve.engine import Engine
 from unilip.serve.guard import Rules
 from unilip.serve.server import check_access, is_local, listen, make_server
+from unilip.serve.training import Trainer
 
 
 @contextmanager
-def running(engine, drain=20, **rules):
+def running(engine, drain=20, trainer=None, **rules):
     """A server in a thread: (its address, the server, its thread)."""
     taken = listen("127.0.0.1", 0)
-    app = create_app(engine, Settings("tiny", Rules(**{"rate_limit": 0, **rules})))
+    app = create_app(engine, Settings("tiny", Rules(**{"rate_limit": 0, **rules})), trainer=trainer)
     server = make_server(app, drain)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
     thread.start()
@@ -111,6 +113,18 @@ def test_a_signal_lets_accepted_work_finish(engine):
         assert not thread.is_alive() and not engine.alive
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{address}/health")
+
+
+def test_two_signals_end_all_at_once(engine, caplog):
+    trainer = mock.Mock(spec=Trainer)
+    with running(engine, trainer=trainer) as (address, server, thread), ThreadPoolExecutor(1) as pool:
+        found = pool.submit(httpx.post, f"{address}/v1/images/generations", json=LONG, timeout=60)
+        wait_for(lambda: engine.stats().running)
+        for _ in range(2):
+            server.handle_exit(signal.SIGINT, None)
+        assert found.result().status_code == 503
+        thread.join(10)
+    assert trainer.close.called and not engine.alive and not caplog.records
 
 
 def test_work_that_takes_too_long_at_the_end_is_given_up(engine):

@@ -87,9 +87,13 @@ def test_stopped_it_is_gone_on_with_and_failed_it_says_why(offered, picture):
 def test_what_is_wrong_is_said_and_nothing_written(offered, picture, monkeypatch):
     client, trainer = offered
     cases = {
-        "1 to 40 of a-z": {"name": "../x"}, "takes 5 to 50": {"count": 4}, "kind of training": {"kind": "dream"},
-        "steps is 0": {"steps": "0"}, "need 5 texts": {"texts": "[]"}, "must be a JSON list": {"texts": "?"},
-        "Picture 5 has no text": {"texts": json.dumps(["a"] * 4 + [" "])},
+        "1 to 40 of a-z": {"name": "../x"}, "takes 5 to 50": {"count": 4},
+        "kind of training": {"kind": "dream", "texts": json.dumps(["я" * 8000] * 5, ensure_ascii=False)},
+        "steps is 0": {"steps": "0"}, "must be a JSON list": {"texts": "?"},
+        "5 pictures and 0 texts were sent; 1 for each": {"texts": "[]"},
+        "5 pictures and 2 texts were sent; 2 for each": {"kind": "edit", "texts": '["a", "b"]'},
+        "text of picture 5 is empty": {"texts": json.dumps(["a"] * 4 + [" "])},
+        "text of picture 2 has 9000 characters; 8000 are read": {"texts": json.dumps(["a", "a" * 9000, "a", "a", "a"])},
     }  # fmt: skip
     for message, fields in cases.items():
         answer = ask(client, picture, **fields)

@@ -92,7 +92,7 @@ class Talk(Work):
         urls = [f"data:{media};base64,{entry['b64_json']}" for entry in self.picture_data(results)]
         if self.apart:
             return {"content": "", "images": [{"type": "image_url", "image_url": {"url": url}} for url in urls]}
-        label = " ".join(self.text.split())[:80].translate(str.maketrans("[]()!", "     "))
+        label = " ".join(self.text.split())[:80].translate(str.maketrans("[]()!`\\", " " * 7))
         note = f"*{TAKEN[self.tickets[0].verb]}*\n\n" if self.by_words else ""
         return {"content": note + "\n".join(f"![{label}]({url})" for url in urls)}
 

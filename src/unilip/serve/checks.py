@@ -13,7 +13,7 @@ from PIL import Image
 
 from unilip import sampling, shapes
 from unilip.adapters import read_adapter
-from unilip.errors import LARGEST, PromptError, UniLIPError, check_choice, check_number
+from unilip.errors import PromptError, UniLIPError, check_choice, check_number
 from unilip.fast.loop import Settings
 from unilip.fewstep import few_config
 from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
@@ -24,6 +24,7 @@ from unilip.serve.tickets import Ticket, Unit
 from unilip.shapes import Size
 
 TINY = 1e-6  # a temperature below is greedy, as its limit is; dividing by it would overflow
+MAX_STRENGTH = 100.0  # of an adapter: far beyond, the model overflows, and would count as broken
 NEEDS = {
     "generate": ("mllm", "connector", "dit", "pixel_decoder"),
     "edit": ("encoder", "mllm", "connector", "dit", "pixel_decoder"),
@@ -84,7 +85,7 @@ class Checker:
             raise UniLIPError(f"This needs {', '.join(missing)}, but the model has {', '.join(self.parts)} only.")
         for name, scale in job.adapters:
             check_choice("adapter", name, self.adapters)
-            check_number(f"The strength of {name}", scale, -LARGEST)
+            check_number(f"The strength of {name}", scale, -MAX_STRENGTH, MAX_STRENGTH)
         acting = {name: float(scale) for name, scale in job.adapters if scale}
         job = dataclasses.replace(job, adapters=tuple(sorted(acting.items())))
         ticket = Ticket(verb, job, deadline)
@@ -95,7 +96,7 @@ class Checker:
         else:
             count = 1 if isinstance(job, Ask) else check_number("count", job.count, 1, self.limits.count, whole=True)
             seed = secrets.randbelow(2**31) if job.seed is None else job.seed
-            check_number("seed", seed, 0, MAX_SEED - count, whole=True)
+            seed = check_number("seed", seed, 0, MAX_SEED - count, whole=True)
             units = self._answer(ticket, job, seed) if isinstance(job, Ask) else self._picture(ticket, job, seed)
         for unit in units:
             unit.key = (*unit.key, job.adapters)

@@ -317,9 +317,9 @@ class Engine(Serving):
         settings, wanted = batch[0].ticket.settings, {}
         steps = settings["num_inference_steps"]
         for row, unit in enumerate(batch):
-            partials = getattr(unit.ticket.job, "partials", 0)
-            places = [round(k * steps / (partials + 1)) for k in range(1, partials + 1)]
-            if unit.alive and done in places and done < steps:
+            partials = min(getattr(unit.ticket.job, "partials", 0), steps - 2)  # the first step has no direction yet
+            places = [max(k + 1, round(k * steps / (partials + 1))) for k in range(1, partials + 1)]
+            if unit.alive and done in places:
                 wanted[row] = places.index(done)
         if not wanted or before is None:
             return

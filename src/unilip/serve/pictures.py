@@ -53,7 +53,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     if width < 1 or height < 1:
         raise ImageError(f"The image is {width}x{height} px; both sides must be at least 1.")
     if width * height > max_pixels or max(width, height) > MAX_SIDE:
-        raise ImageError(f"The image is {width}x{height} px; at most {max_pixels} pixels are read. Scale it down.")
+        left = f"{max_pixels} pixels are left of what a request may send, at most {MAX_SIDE} a side"
+        raise ImageError(f"The image is {width}x{height} px; {left}. Scale it down.")
     image = open_picture(data[:end], (kind.upper(),))
     if image.size != (width, height):
         raise ImageError("The image gives two different sizes for itself; save it anew.")

@@ -1,6 +1,7 @@
 """Errors -> answers in OpenAI's shape: {"error": {"message", "type", "param", "code"}}, and when to try again."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,18 +74,22 @@ def trouble(error: Exception) -> Trouble:
 
 # What is said of pydantic's complaints by their type, and of some fields whatever is wrong with them.
 SAID: dict[str, dict[str, str]] = read_table("unilip.serve", "problems.json")
+_KINDS = ("string_type", "list_type", "dict_type")  # a way that was not meant at all
+_WAY = re.compile(r"body|str|bool|constrained-.*|(list|dict|literal)\[.*", re.DOTALL)  # of several that a field has
 
 
 def validation(errors: Sequence[Mapping[str, Any]]) -> Trouble:
-    """Turn pydantic's complaints into one: the first, and how many more there are. What was sent is not repeated."""
-    first = errors[0]
-    named = [str(part) for part in first["loc"] if part not in ("body", "str")]
-    parts = [part for part in named if not part.startswith(("list[", "constrained-"))]
+    """Turn pydantic's complaints into one: of the way that went furthest, and how many more there are.
+
+    What was sent is not repeated.
+    """
+    first = max(errors, key=lambda one: (len(one["loc"]), one["type"] not in _KINDS))
+    parts = [str(part) for part in first["loc"] if not _WAY.fullmatch(str(part))]
     place = ".".join(parts).encode("ascii", "backslashreplace").decode()[:200]
     message = str(first["msg"]).removeprefix("Value error, ")
-    field, known = parts[0] if parts else "", SAID["words"].get(first["type"])
-    if field in SAID["fields"] and first["type"] in ("literal_error", "too_long", "extra_forbidden", "model_type"):
-        place, known = field, SAID["fields"][field]
+    known = SAID["words"].get(first["type"])
+    if place in SAID["fields"] and first["type"] in ("literal_error", "too_long", "extra_forbidden"):
+        known = SAID["fields"][place]
     if known is not None:
         message = known.format(**first.get("ctx", {}))
     more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""

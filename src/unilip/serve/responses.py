@@ -112,7 +112,7 @@ class Answer:
         message = said["choices"][0]["message"]
         pictures = message.get("images", ())
         content = pictures or message["content"]
-        history = [one for one in self.chat["messages"] if one["role"] != "system"]
+        history = self.chat["messages"][1 if self.fields.get("instructions") else 0 :]  # which are of this one alone
         if self.fields.get("store") is not False:
             kept = json.dumps([*history, {"role": "assistant", "content": content}]).encode()
             self.kept.put(kept, "application/json", self.id)
@@ -149,6 +149,9 @@ class Answer:
                 done = self.finish(value)
         done["output"][0]["id"] = item["id"]
         for number, one in enumerate(done["output"]):
+            if number:
+                begun = picture("", "in_progress") | {"id": one["id"]}
+                yield self.event("output_item.added", output_index=number, item=begun)
             if drawn:
                 yield self.event("image_generation_call.completed", output_index=number, item_id=one["id"])
             else:

@@ -155,6 +155,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
         if self.force_exit:
             await asyncio.to_thread(self.engine.drain, 0)
+            await self.lifespan.shutdown()  # which uvicorn leaves out; a training would go on with nobody to stop it
         await draining
 
 

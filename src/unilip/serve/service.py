@@ -129,7 +129,8 @@ class Service:
         """Read a form in memory: its fields, checked, and its files, called as `allowed`, in their order."""
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise Trouble(400, "Send a form: multipart/form-data with the file `image`.", "invalid_form")
-        parser = MultiPartParser(request.headers, request.stream(), max_files=most, max_fields=64, max_part_size=2**16)
+        limits = {"max_files": most, "max_fields": 64, "max_part_size": most * 2**14}  # all of a training's texts
+        parser = MultiPartParser(request.headers, request.stream(), **limits)
         # what has no room in memory was refused before; nothing is spooled to disk
         parser.spool_max_size = self.settings.rules.max_body + 1
         try:
@@ -144,10 +145,12 @@ class Service:
             if isinstance(value, UploadFile):
                 if name not in allowed:
                     raise Trouble(400, f"There is no file field {shown!r}.", "invalid_form", shown)
-                files.append((name, await value.read()))
+                if (data := await value.read()) or value.filename:  # neither: none was chosen
+                    files.append((name, data))
                 await value.close()
             elif name in allowed:
-                raise Trouble(400, f"{shown} must be a file, not text.", "invalid_form", shown)
+                if value:
+                    raise Trouble(400, f"{shown} must be a file, not text.", "invalid_form", shown)
             elif name in fields:
                 raise Trouble(400, f"{shown} was given twice.", "invalid_form", shown)
             else:
@@ -239,7 +242,7 @@ class Work:
     async def submit(self, jobs: Sequence[Job]) -> None:
         """Queue all jobs, or none."""
         engine = self.service.engine
-        most = max(engine.limits.count, MAX_FILES)
+        most = min(max(engine.limits.count, MAX_FILES), engine.max_queue)  # more would never find room
         pictures = sum(getattr(job, "count", 1) for job in jobs)
         if pictures > most:
             raise Trouble(400, f"{pictures} pictures would be made; at most {most}.", "too_many", "n")

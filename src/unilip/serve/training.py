@@ -118,10 +118,7 @@ class Trainer:
             what = "pairs" if kind == "edit" else "pictures"
             raise UniLIPError(f"{len(samples)} {what} were given; a training takes {FEWEST} to {MOST}.")
         for number, (text, _) in enumerate(samples, 1):
-            try:
-                check_prompt(text)
-            except UniLIPError:
-                raise UniLIPError(f"Picture {number} has no text; say what is in it, or what was changed.") from None
+            check_prompt(text, f"text of picture {number}")
         run = self.root / name
         with self._lock:
             self._check_free()
@@ -275,7 +272,8 @@ def routes(service: Service, trainer: Trainer) -> APIRouter:
         given = [data for _, data in files]
         each = 2 if body.kind == "edit" else 1
         if len(body.texts) * each != len(given):
-            raise Trouble(400, f"{len(given)} pictures need {len(given) // each} texts.", "invalid_form")
+            what = f"{len(given)} pictures and {len(body.texts)} texts were sent"
+            raise Trouble(400, f"{what}; {each} for each text are needed.", "invalid_form")
         images, _ = await Work(service, request, body).in_time(service.decoders, service.decode_all, given)
         samples = [(text, images[i * each : (i + 1) * each]) for i, text in enumerate(body.texts)]
         await run_in_threadpool(trainer.begin, body.name, body.kind, body.steps, samples)
