@@ -672,7 +672,7 @@ class UniLIP(Network):
         """Answer a question about pictures.
 
         Args:
-            image: a picture, a list of pictures that one question is about, or None; of several questions, a list.
+            image: a picture, several that one question is about, or None; of several questions, one for each or all.
             question: one question, or a list of them (answered as a batch).
             history: earlier turns as {"role": "user" | "assistant", "content": text, "images": [...]}.
             temperature, top_p, generator: greedy at temperature 0, else sampled.
@@ -696,7 +696,8 @@ class UniLIP(Network):
         if isinstance(chosen, list):
             raise UniLIPError("ask takes one generator or seed, not a list of them.")
         questions, several = _as_list(question), isinstance(question, (list, tuple))
-        subjects = list(image) if several and isinstance(image, (list, tuple)) else [image] * len(questions)
+        given = pictures.each(image) if several else [image]
+        subjects = given * len(questions) if len(given) == 1 else given
         if len(subjects) != len(questions):
             raise UniLIPError(f"{len(subjects)} images and {len(questions)} questions were given; give as many.")
         if stream and several:
@@ -853,12 +854,9 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _pictures(value: Any, fit: str = "resize") -> list[Image.Image]:
-    """Load one picture or several; a batch (B,3,H,W) or (B,H,W,3) is several."""
+    """Load one picture or several."""
     check_choice("way to fit an image called", fit, pictures.FITS, ImageError)
-    if isinstance(value, ImageOutput):
-        value = value.images
-    batch = isinstance(value, (Tensor, np.ndarray)) and value.ndim == 4
-    return [pictures.load_image(image) for image in (list(value) if batch else _as_list(value))]
+    return [pictures.load_image(image) for image in pictures.each(value)]
 
 
 def _check_alike(sizes: Sequence[Size]) -> None:

@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -97,6 +97,13 @@ def load_image(image: ImageLike) -> Image.Image:
         raise
     except Exception as error:  # whatever the decoder of a format raises for a broken file
         raise ImageError(f"{name} cannot be decoded ({error}); it may be cut off. Give a whole PNG or JPEG.") from error
+
+
+def each(value: Any) -> list[Any]:
+    """Take one picture or several as a list: a list, a batch (B,3,H,W) or (B,H,W,3), what has `images`, are several."""
+    value = getattr(value, "images", value)
+    batch = isinstance(value, (Tensor, np.ndarray)) and value.ndim == 4
+    return list(value) if batch or isinstance(value, (list, tuple)) else [value]
 
 
 def check_size(width: int, height: int, name: str = "The image") -> None:
