@@ -795,12 +795,18 @@ class UniLIP(Network):
             raise UniLIPError(f"callback_on_step_end is {callback!r}; give f(model, step, timestep, values).")
 
         def on_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
-            given = callback(self, step, timestep, {"latents": latents})
+            stopped = False
+            try:
+                given = callback(self, step, timestep, {"latents": latents.clone()})  # which it may write into
+            except sampling.Stopped as told:
+                given, stopped = told.args[0], True
             if not isinstance(result := {} if given is None else given, Mapping):
                 raise UniLIPError(f"callback_on_step_end returned {type(result).__name__}; give {{'latents': tensor}}.")
             changed, wanted = result.get("latents"), list(latents.shape)
             if changed is not None and _shape(changed) != str(wanted):
                 raise UniLIPError(f"callback_on_step_end returned latents {_shape(changed)}; they must be {wanted}.")
+            if stopped:
+                raise sampling.Stopped(latents if changed is None else changed.to(latents))
             return changed
 
         return on_step
