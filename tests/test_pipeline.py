@@ -233,6 +233,14 @@ def test_loras_by_the_names_of_diffusers(tiny_folder, tmp_path):
     assert torch.equal(draw(), bare) and pipe.get_active_adapters() == []
     pipe.enable_lora()
     assert torch.equal(draw(), red)
+    pipe.disable_lora()
+    pipe.load_lora_weights(tmp_path / "blue", adapter_name="third")
+    pipe.enable_lora()
+    assert pipe.get_active_adapters() == ["red", "third"]
+    with pytest.raises(UniLIPError, match="There is no adapter r; loaded: blue, red, third"):
+        pipe.model.unload_adapters(["r"])
+    pipe.model.unload_adapters("third")
+    assert torch.equal(draw(), red) and pipe.get_list_adapters() == {"model": ["blue", "red"]}
     pipe.set_adapters(["red", "blue"])
     assert torch.equal(draw(), both)
     with pytest.raises(UniLIPError, match="1 weights were given for 2 adapters"):

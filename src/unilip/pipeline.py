@@ -170,9 +170,10 @@ class UniLIPPipeline:
 
     def enable_lora(self) -> None:
         """Switch on again what `disable_lora` switched off."""
-        if not self.get_active_adapters():
-            loaded = adapters.adapter_names(self.model)
-            self.model.set_adapters({name: scale for name, scale in self._scales.items() if name in loaded})
+        names = adapters.adapter_names(self.model)
+        scales = {name: adapters.adapter_scale(self.model, name) or self._scales.get(name) for name in names}
+        self.model.set_adapters({name: scale for name, scale in scales.items() if scale})
+        self._scales = {}
 
     def fuse_lora(self, *, lora_scale: float = 1.0) -> None:
         """Add the acting adapters to the weights, `lora_scale` times as strongly as they act, and take them off."""
