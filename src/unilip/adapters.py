@@ -117,7 +117,7 @@ class Adapter:
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """Read an adapter's folder. Raises CheckpointError: none of LoRA, damaged, or its settings and tensors disagree."""
-    path = Path(check_path("folder", folder)).expanduser()
+    path = Path(os.path.expanduser(check_path("folder", folder)))
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise CheckpointError(f"{path} is no adapter; give a folder with {CONFIG} and {WEIGHTS}, as peft writes it.")
     settings = read_json(path / CONFIG, REMEDY)
