@@ -175,6 +175,12 @@ def test_a_model_for_drawing_keeps_its_head_where_plans_need_it(
             draw(made, plan=True)
 
 
+def test_a_quantised_model_can_be_pickled(fresh_model: Callable[..., UniLIP]) -> None:
+    pytest.importorskip("torchao")
+    model = fresh_model().quantize("int8")
+    assert torch.equal(draw(pickle.loads(pickle.dumps(model))), draw(model))
+
+
 # --- weights that change between calls --------------------------------------------------------------------------------
 
 
