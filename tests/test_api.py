@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def table(model: UniLIP, red: Image.Image) -> dict[str, Callable[[Any], Any]]:
         "require": lambda v: model.require(v),
         "load_adapter": lambda v: one.load_adapter(v),
         "set_adapters": lambda v: one.set_adapters(v),
+        "unload_adapters": lambda v: one.unload_adapters(v),
         "preset": preset,
         "from_config config": lambda v: UniLIP.from_config(v, parts=["latent_head"]),
         "from_config seed": lambda v: UniLIP.from_config(config, seed=v, parts=["latent_head"]),
@@ -145,6 +147,38 @@ def test_numbers_of_other_kinds_and_results_as_inputs(tiny_model: UniLIP, pictur
         assert apart(tiny_model.decode(values, output_type="pt").images, tiny_model.from_latent(latent).detach()) < 5e-6
     assert made["pil"]._repr_html_().count("<img") == 2 and "[2, 3, 56, 56]" in made["pt"]._repr_html_()
     assert ImageOutput([])._repr_html_() == ""
+    assert len(tiny_model.decode(tiny_model.encode([]))) == 0
+
+
+def test_loading_minds_no_default_device_and_needs_parts(tiny_folder: Path, fresh_model: Callable[..., UniLIP]) -> None:
+    plain, config = fresh_model(), preset("tiny")
+    with torch.device("meta"):
+        built = UniLIP.from_config(config), UniLIP.from_pretrained(tiny_folder)
+    for model in built:
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, plain.state_dict()[name]), name
+    with pytest.raises(UniLIPError, match=r"parts is \[\]; name one or more of encoder, "):
+        UniLIP.from_pretrained(tiny_folder, parts=[])
+
+
+def test_a_model_for_drawing_keeps_its_head_where_plans_need_it(
+    tmp_path: Path, fresh_model: Callable[..., UniLIP]
+) -> None:
+    planner = fresh_model(sampling=replace(preset("tiny").sampling, plan="Place: "))
+    for model, folder in ((planner, tmp_path / "planner"), (fresh_model(), tmp_path / "plain")):
+        model.save_pretrained(folder)
+    for low_memory in (False, True):
+        made = UniLIP.from_pretrained(tmp_path / "planner", parts="drawing", low_memory=low_memory)
+        assert torch.equal(draw(made), draw(planner))
+        made = UniLIP.from_pretrained(tmp_path / "plain", parts="drawing", low_memory=low_memory)
+        with pytest.raises(UniLIPError, match="plan is True, but"):
+            draw(made, plan=True)
+
+
+def test_a_quantised_model_can_be_pickled(fresh_model: Callable[..., UniLIP]) -> None:
+    pytest.importorskip("torchao")
+    model = fresh_model().quantize("int8")
+    assert torch.equal(draw(pickle.loads(pickle.dumps(model))), draw(model))
 
 
 # --- weights that change between calls --------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Questions: pictures, histories, batches, streams and sampling; the cache changes no answer."""
 
+import numpy as np
 import pytest
 import torch
 
+from unilip import ImageOutput
 from unilip.errors import ImageError, PromptError, UniLIPError
 from unilip.method.mllm import next_token
 from unilip.method.text import Message
@@ -91,6 +93,12 @@ def test_a_list_of_questions(prompt, tiny_model, picture):
     assert same_as(pixels, [picture(seed=s) for s in (0, 1, 2)])
     texts, pixels = prompt(picture(), QUESTIONS[:2])
     assert same_as(pixels, [picture(), picture()])
+    images = [picture(seed=s) for s in range(3)]
+    for several in (images, ImageOutput(images), np.stack(images)):  # one for each question, whatever holds them
+        texts, pixels = prompt(several, QUESTIONS)
+        assert texts == [tiny_model.processor.chat_text([Message("user", q, (1,))]) for q in QUESTIONS]
+        assert same_as(pixels, images)
+        assert same_as(prompt(several[:1], QUESTIONS[:2])[1], images[:1] * 2)
 
 
 def test_tiles_of_a_picture_share_one_image_slot(prompt, tiny_model, picture):

@@ -103,6 +103,7 @@ CASES = {
     "one bad image of two": (["reconstruct", "{broken}/good.png", "{broken}/cut.png"], "truncated"),
     "no image": (["edit", "make it red", "--model", "{model}"], "There is no image"),
     "no image to reconstruct": (["reconstruct", "--model", "{model}"], "IMAGE [IMAGE ...]` is how it works"),
+    "a home of nobody": (["info", "~nobody-is-so/model"], "There is no checkpoint at ~nobody-is-so/model"),
     "images and no instruction": (["edit", "{broken}/good.png", "{broken}/good.png"], "There is no instruction"),
     "an image and no question": (["ask", "{broken}/good.png", "--model", "{model}"], "There is no question"),
     # words

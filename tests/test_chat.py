@@ -49,6 +49,9 @@ def test_a_message_brings_a_picture_of_its_own(tiny_model):
     assert same(reply.images[0], drawn(tiny_model, "edit", photo, "make it blue", generator=3))
     assert chat("a car", verb="edit").verb == "edit" and chat("draw: a car").text == "a car"
     assert 0 <= chat.replies[-1].seed < 2**31
+    for output_type in ("pil", "np", "pt"):
+        several = tiny_model.reconstruct([photo, photo], output_type=output_type)
+        assert len(chat("make it blue", several).images) == len(chat("make it blue", several.images).images) == 2
 
 
 def test_changes_from_the_original(tiny_model):

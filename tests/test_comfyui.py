@@ -302,6 +302,8 @@ def test_reconstruct_tells_the_psnr(node, tiny_model, image):
         peak_signal_noise_ratio(a, b.numpy().astype(float), data_range=1) for a, b in zip(seen, made, strict=True)
     ]
     assert psnr == pytest.approx(np.mean(wanted), abs=1e-3)
+    half = node("UniLIPReconstruct", model=tiny_model, image=image.bfloat16(), fit="resize")[0]
+    assert half.dtype == torch.float32 and len(half) == len(image)
 
 
 def test_pictures_of_any_shape(node, tiny_model):
@@ -331,8 +333,10 @@ def test_the_bar_moves_and_cancel_stops(node, comfy, tiny_model):
         ("UniLIPGenerate", {"prompt": " ", **DRAW}, "is empty"),
         ("UniLIPEdit", {"image": torch.zeros(4, 4), "instruction": "x", "fit": "pad", **DRAW}, r"\(B,H,W,3\)"),
         ("UniLIPEdit", {"image": torch.zeros(1, 4, 4, 3), "instruction": "x", "fit": "melt", **DRAW}, "melt"),
+        ("UniLIPEdit", {"image": torch.zeros(0, 4, 4, 3), "instruction": "x", "fit": "pad", **DRAW}, r"not \(0,"),
+        ("UniLIPReconstruct", {"image": torch.zeros(0, 4, 4, 3), "fit": "pad"}, r"not \(0,"),
     ],
-    ids=["empty", "shape", "fit"],
+    ids=["empty", "shape", "fit", "none to edit", "none to reconstruct"],
 )
 def test_bad_input_is_explained(node, tiny_model, name, inputs, message):
     with pytest.raises(UniLIPError, match=message):

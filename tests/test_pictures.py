@@ -4,6 +4,7 @@ import io
 import itertools
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,6 +192,15 @@ def test_arrays():
     assert pixel(np.full((2, 2), 7, np.uint8)) == pixel(np.full((2, 2, 1), 7, np.uint8)) == (7, 7, 7)
     assert pixel(np.zeros((1, 1, 4), np.uint8)) == (255, 255, 255)
     assert pixel(np.ones((1, 1), bool)) == (255, 255, 255)
+    for order in "<>":  # of the bytes
+        assert pixel(np.full((1, 1), 257 * 7, f"{order}u2")) == (7, 7, 7)
+        assert pixel(np.full((1, 1), 7 / 255, f"{order}f4")) == (7, 7, 7)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (2, 1), "red").save(tmp_path / "red.png")
+    assert load_image("~/red.png").size == load_image(Path("~/red.png")).size == (2, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8])

@@ -101,6 +101,19 @@ def test_the_callback_gets_the_pipeline_and_may_replace_latents(pipe):
     assert seen[0][2] > seen[-1][2]
     assert made.abs().max() == 0
 
+    def in_place(given, step, timestep, tensors):
+        tensors["latents"] *= 0.5
+        return tensors
+
+    def anew(given, step, timestep, tensors):
+        return {"latents": tensors["latents"] * 0.5}
+
+    made = [
+        pipe("stars", num_inference_steps=3, output_type="latent", generator=0, callback_on_step_end=callback).images
+        for callback in (in_place, anew)
+    ]
+    torch.testing.assert_close(*made, atol=1e-4, rtol=0)
+
 
 def test_the_callback_gets_only_the_tensors_it_names(pipe):
     seen = []
@@ -126,6 +139,22 @@ def test_an_interrupt_leaves_out_the_rest_and_lasts_for_one_call(pipe):
     assert pipe.interrupt
     pipe("stars", num_inference_steps=1)
     assert not pipe.interrupt
+
+
+def test_an_interrupt_stops_pictures_of_every_shape_and_what_it_returns_is_checked(pipe, picture):
+    def stopping(result):
+        def callback(pipe, step, timestep, tensors):
+            pipe._interrupt = True
+            return result
+
+        return {"num_inference_steps": 3, "generator": 0, "callback_on_step_end": callback}
+
+    sources = [picture(112, 28), picture(), picture(112, 28)]
+    assert [image.size for image in pipe("blue", image=sources, **stopping(None))] == [one.size for one in sources]
+    assert same(pipe("stars", **stopping({"latents": None})).images, pipe("stars", **stopping({})).images)
+    for wrong in ([1], torch.zeros(1), {"latents": torch.zeros(1, 32, 1, 2)}):
+        with pytest.raises(UniLIPError, match="callback_on_step_end returned"):
+            pipe("stars", **stopping(wrong))
 
 
 def test_from_pretrained_to_and_save(tiny_folder, tmp_path):
@@ -204,6 +233,14 @@ def test_loras_by_the_names_of_diffusers(tiny_folder, tmp_path):
     assert torch.equal(draw(), bare) and pipe.get_active_adapters() == []
     pipe.enable_lora()
     assert torch.equal(draw(), red)
+    pipe.disable_lora()
+    pipe.load_lora_weights(tmp_path / "blue", adapter_name="third")
+    pipe.enable_lora()
+    assert pipe.get_active_adapters() == ["red", "third"]
+    with pytest.raises(UniLIPError, match="There is no adapter r; loaded: blue, red, third"):
+        pipe.model.unload_adapters(["r"])
+    pipe.model.unload_adapters("third")
+    assert torch.equal(draw(), red) and pipe.get_list_adapters() == {"model": ["blue", "red"]}
     pipe.set_adapters(["red", "blue"])
     assert torch.equal(draw(), both)
     with pytest.raises(UniLIPError, match="1 weights were given for 2 adapters"):

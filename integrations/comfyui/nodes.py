@@ -124,9 +124,9 @@ def pictures(image: Tensor) -> list[Any]:
     """Turn an IMAGE (B,H,W,3) into Pillow pictures."""
     from unilip.pictures import load_image
 
-    if image.dim() != 4 or image.shape[-1] not in (3, 4):
+    if image.dim() != 4 or image.shape[-1] not in (3, 4) or not len(image):
         raise UniLIPError(f"An IMAGE is (B,H,W,3), not {tuple(image.shape)}; connect a picture.")
-    return [load_image(one.clamp(0, 1).cpu().numpy()) for one in image]
+    return [load_image(one.movedim(-1, 0).clamp(0, 1)) for one in image]
 
 
 def to_image(pixels: Tensor) -> Tensor:

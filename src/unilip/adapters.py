@@ -117,7 +117,7 @@ class Adapter:
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """Read an adapter's folder. Raises CheckpointError: none of LoRA, damaged, or its settings and tensors disagree."""
-    path = Path(check_path("folder", folder)).expanduser()
+    path = Path(os.path.expanduser(check_path("folder", folder)))
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise CheckpointError(f"{path} is no adapter; give a folder with {CONFIG} and {WEIGHTS}, as peft writes it.")
     settings = read_json(path / CONFIG, REMEDY)
@@ -317,7 +317,7 @@ def load_adapter(
                 getattr(layers[layer], kind)[INNER + name].weight.detach().copy_(tensor)
         set_adapters(model, scales | {name: scale})
     except BaseException as error:
-        unload_adapters(model, [name])
+        unload_adapters(model, [one for one in adapter_names(model) if one == name])
         set_adapters(model, scales)
         if isinstance(error, (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError, ImportError)):
             raise UniLIPError(f"{path} could not be put into the model ({error}).") from error
@@ -343,6 +343,13 @@ def put_in(model: nn.Module, config: Any, name: str) -> None:
     model.train(training)
 
 
+def _known(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise UniLIPError where an adapter is not loaded."""
+    loaded = adapter_names(model)
+    if unknown := [str(name) for name in names if name not in loaded]:
+        raise UniLIPError(f"There is no adapter {', '.join(unknown)}; loaded: {', '.join(loaded) or 'none'}.")
+
+
 @changes
 def set_adapters(model: nn.Module, scales: Mapping[str, float]) -> None:
     """Make exactly these loaded adapters act, each as strongly as said; an empty mapping switches all off.
@@ -351,9 +358,7 @@ def set_adapters(model: nn.Module, scales: Mapping[str, float]) -> None:
     """
     if not isinstance(scales, Mapping):
         raise UniLIPError(f"scales is {scales!r}; give a mapping from names of adapters to numbers.")
-    if unknown := sorted(set(scales) - set(adapter_names(model))):
-        loaded = ", ".join(adapter_names(model)) or "none"
-        raise UniLIPError(f"There is no adapter {', '.join(unknown)}; loaded: {loaded}.")
+    _known(model, scales)
     for name, scale in scales.items():
         check_number(f"The scale of adapter {name}", scale, -LARGEST)
     taken = _read_in(model)
@@ -382,7 +387,8 @@ def adapter_scale(model: nn.Module, name: str) -> float:
             root = layer.r[inner] ** 0.5 if layer.use_rslora.get(inner) else layer.r[inner]
             acts = inner in layer.active_adapters
             return float(layer.scaling[inner] / layer.lora_alpha[inner] * root) if acts else 0.0
-    raise UniLIPError(f"There is no adapter {name}; loaded: {', '.join(adapter_names(model)) or 'none'}.")
+    _known(model, [name])
+    return 0.0
 
 
 @changes
@@ -410,9 +416,14 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 @changes
-def unload_adapters(model: nn.Module, names: list[str] | None = None) -> None:
-    """Take adapters off, all by default; the weights are as if they had never been there, others act as before."""
-    gone = adapter_names(model) if names is None else names
+def unload_adapters(model: nn.Module, names: str | Sequence[str] | None = None) -> None:
+    """Take one adapter off or several, all by default, as if they had never been there; others act as before.
+
+    Raises UniLIPError: one of them is not loaded.
+    """
+    given: Any = names
+    gone = adapter_names(model) if given is None else list(given) if isinstance(given, (list, tuple, set)) else [given]
+    _known(model, gone)
     for adapter in gone:
         _read_in(model).pop(adapter, None)
     with _same_flags(model):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from unilip.errors import PromptError, check_choice, check_flag, check_number
 from unilip.intent import Intent, intent
-from unilip.pictures import as_html, load_image
+from unilip.pictures import as_html, each, load_image
 from unilip.sampling import check_prompt
 
 if TYPE_CHECKING:
@@ -148,9 +148,7 @@ class Chat:
         seed = settings.pop("seed", None)
         if seed is not None:
             seed = check_number("seed", seed, 0, 2**62, whole=True)
-        brought = getattr(image, "images", image)  # of what was drawn before, for instance
-        several = brought if isinstance(brought, (list, tuple)) else () if image is None else (brought,)
-        given = tuple(map(load_image, several))
+        given = () if image is None else tuple(map(load_image, each(image)))
         found, words = intent(message, bool(given or self.images))
         if verb is not None:
             check_choice("verb", verb, VERBS)

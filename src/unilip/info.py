@@ -23,7 +23,7 @@ def describe(source: Source = None) -> dict[str, Any]:
 
     Raises CheckpointError: it cannot be opened.
     """
-    folder = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
+    folder = Path(os.path.expanduser(source)) if isinstance(source, (str, os.PathLike)) else None
     if folder is not None and (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
         return _describe_adapter(folder)
     opened = open_checkpoint(source)

@@ -71,6 +71,13 @@ class ImageOutput:
         return pictures.as_html(self.images)
 
 
+@contextlib.contextmanager
+def _on_the_cpu() -> Iterator[None]:
+    """Make tensors there where no device is named, whatever PyTorch's default is."""
+    with torch.device("cpu"):
+        yield
+
+
 class Part:
     """A part of a `UniLIP`: what moves it, casts it or gives it other weights waits for the model's work."""
 
@@ -101,6 +108,7 @@ class UniLIP(Network):
     # --- making and keeping ---
 
     @classmethod
+    @_on_the_cpu()
     @torch.no_grad()
     def from_config(cls, config: UniLIPConfig, seed: int = 0, parts: Sequence[str] = tuple(PARTS)) -> UniLIP:
         """Build a float32 model with random weights that depend on `seed` alone; the connector copies the LLM's end."""
@@ -126,6 +134,7 @@ class UniLIP(Network):
         return model.eval()
 
     @classmethod
+    @_on_the_cpu()
     def from_pretrained(
         cls,
         source: Source | read.Checkpoint = None,
@@ -148,7 +157,7 @@ class UniLIP(Network):
                 has no instructions for that).
             device: where to put them; the CPU by default, "auto" for CUDA where there is one.
             parts: load only these (of encoder, latent_head, pixel_decoder, mllm, connector, dit), or "drawing": the
-                last four, without the language head, which pictures have no use for.
+                last four, without the language head where pictures have no use for it.
             quantization: "int8", "int4" or "fp8": weight-only quantisation of linear layers; "int8_dynamic": as
                 int8, and in connector and DiT products in int8, whose inputs are rounded as they come; or a kind for
                 each of some parts, as a mapping or "dit=int8_dynamic,mllm=int8"; "none". Needs torchao.
@@ -177,6 +186,8 @@ class UniLIP(Network):
         wanted = opened.parts if parts is None else DRAWING if drawing else _names(parts)
         beside = [adapters.read_adapter(folder) for folder, _ in opened.adapters]
         wanted = tuple(dict.fromkeys([*wanted, *(part for adapter in beside for part in adapter.parts)]))
+        if not wanted:
+            raise UniLIPError(f"parts is {parts!r}; name one or more of {', '.join(opened.parts)}.")
         if missing := sorted(set(wanted) - set(opened.parts)):
             raise UniLIPError(f"{opened.path} has no {', '.join(missing)}; it holds: {', '.join(opened.parts)}.")
         if decoder is not None and "pixel_decoder" not in wanted:
@@ -193,7 +204,7 @@ class UniLIP(Network):
         config = opened.config if other is None else opened.config.replace(decoder=other.config.decoder)
         with Unmade():
             model = cls(config, None if opened.tokenizer is None else Processor(opened.tokenizer, config), wanted)
-        drawing = drawing and not beside
+        drawing = drawing and not beside and not opened.config.sampling.plan  # which the head writes
         for adapter in beside:
             adapters.fitting(model, adapter, opened.tensor)  # complains before weights are read
         if drawing and not opened.config.text.tie_embeddings:
@@ -390,6 +401,8 @@ class UniLIP(Network):
                 raise UniLIPError(f"height is {height}, but {why}.")
         self._check_latent(values) if latents else self._check_features(values, rows)
         values = values.to(self.device)
+        if not len(values):
+            return ImageOutput([])
         return ImageOutput(self._output(values if latents else self._latent(values, rows), output_type))
 
     def to_latent(self, features: Tensor, height: int | None = None) -> Tensor:
@@ -488,6 +501,8 @@ class UniLIP(Network):
         size = shapes.targets([(side, side)], side, height=height, width=width, image_size=image_size)[0]
         negatives, on_step = _negatives(negative_prompt, len(prompts), settings), self._step(callback_on_step_end)
         latents = _noise(latents)
+        if plan is True and not hasattr(self.mllm.language_model, "lm_head"):
+            raise UniLIPError("plan is True, but the model was loaded for drawing, without its head; load all parts.")
         best_of = check_number("best_of", best_of, 1, MOST_TRIES, whole=True)
         if best_of > 1:
             self.require("encoder", "pixel_decoder")
@@ -672,7 +687,7 @@ class UniLIP(Network):
         """Answer a question about pictures.
 
         Args:
-            image: a picture, a list of pictures that one question is about, or None; of several questions, a list.
+            image: a picture, several that one question is about, or None; of several questions, one for each or all.
             question: one question, or a list of them (answered as a batch).
             history: earlier turns as {"role": "user" | "assistant", "content": text, "images": [...]}.
             temperature, top_p, generator: greedy at temperature 0, else sampled.
@@ -696,7 +711,8 @@ class UniLIP(Network):
         if isinstance(chosen, list):
             raise UniLIPError("ask takes one generator or seed, not a list of them.")
         questions, several = _as_list(question), isinstance(question, (list, tuple))
-        subjects = list(image) if several and isinstance(image, (list, tuple)) else [image] * len(questions)
+        given = pictures.each(image) if several else [image]
+        subjects = given * len(questions) if len(given) == 1 else given
         if len(subjects) != len(questions):
             raise UniLIPError(f"{len(subjects)} images and {len(questions)} questions were given; give as many.")
         if stream and several:
@@ -794,12 +810,18 @@ class UniLIP(Network):
             raise UniLIPError(f"callback_on_step_end is {callback!r}; give f(model, step, timestep, values).")
 
         def on_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
-            given = callback(self, step, timestep, {"latents": latents})
+            stopped = False
+            try:
+                given = callback(self, step, timestep, {"latents": latents.clone()})  # which it may write into
+            except sampling.Stopped as told:
+                given, stopped = told.args[0], True
             if not isinstance(result := {} if given is None else given, Mapping):
                 raise UniLIPError(f"callback_on_step_end returned {type(result).__name__}; give {{'latents': tensor}}.")
             changed, wanted = result.get("latents"), list(latents.shape)
             if changed is not None and _shape(changed) != str(wanted):
                 raise UniLIPError(f"callback_on_step_end returned latents {_shape(changed)}; they must be {wanted}.")
+            if stopped:
+                raise sampling.Stopped(latents if changed is None else changed.to(latents))
             return changed
 
         return on_step
@@ -853,12 +875,9 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _pictures(value: Any, fit: str = "resize") -> list[Image.Image]:
-    """Load one picture or several; a batch (B,3,H,W) or (B,H,W,3) is several."""
+    """Load one picture or several."""
     check_choice("way to fit an image called", fit, pictures.FITS, ImageError)
-    if isinstance(value, ImageOutput):
-        value = value.images
-    batch = isinstance(value, (Tensor, np.ndarray)) and value.ndim == 4
-    return [pictures.load_image(image) for image in (list(value) if batch else _as_list(value))]
+    return [pictures.load_image(image) for image in pictures.each(value)]
 
 
 def _check_alike(sizes: Sequence[Size]) -> None:

@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ def load_image(image: ImageLike) -> Image.Image:
         name = str(image)
         if re.match("https?:/", name):
             raise ImageError(f"{name} is an address; download it, and give the file.")
-        image = open_picture(image)
+        image = open_picture(os.path.expanduser(image))
     elif isinstance(image, (bytes, io.IOBase)):  # what a file holds, or one that is open
         held = image if isinstance(image, bytes) else image.read()
         image = open_picture(bytes(held)) if isinstance(held, (bytes, bytearray)) else image
@@ -97,6 +97,13 @@ def load_image(image: ImageLike) -> Image.Image:
         raise
     except Exception as error:  # whatever the decoder of a format raises for a broken file
         raise ImageError(f"{name} cannot be decoded ({error}); it may be cut off. Give a whole PNG or JPEG.") from error
+
+
+def each(value: Any) -> list[Any]:
+    """Take one picture or several as a list: a list, a batch (B,3,H,W) or (B,H,W,3), what has `images`, are several."""
+    value = getattr(value, "images", value)
+    batch = isinstance(value, (Tensor, np.ndarray)) and value.ndim == 4
+    return list(value) if batch or isinstance(value, (list, tuple)) else [value]
 
 
 def check_size(width: int, height: int, name: str = "The image") -> None:
@@ -125,7 +132,7 @@ def _array_to_image(array: np.ndarray) -> Image.Image:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)) or 0 in array.shape:
         raise ImageError(f"An image array must be (H,W), (H,W,3) or (H,W,4), not {array.shape}.")
-    if array.dtype == np.uint16:
+    if array.dtype.newbyteorder("=") == np.uint16:
         low = array // 257  # 0..65535 to 0..255, in two bytes a value
         return Image.fromarray((low + (array - low * 257 > 128)).astype(np.uint8))
     if array.dtype.kind in "iu":

@@ -27,16 +27,12 @@ from unilip.fast.loop import Settings
 from unilip.method.config import UniLIPConfig
 from unilip.model import ImageOutput, UniLIP, check_progress
 from unilip.pictures import Fit, ImageLike
-from unilip.sampling import Generators, Progress
+from unilip.sampling import Generators, Progress, Stopped
 
 logger = logging.getLogger(__name__)
 IGNORED = ("low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "safety_checker")  # options of diffusers
 TENSOR_INPUTS = ("latents",)  # what a callback can be given and can replace
 PipelineCallback = Callable[["UniLIPPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
-
-
-class _Interrupted(Exception):
-    """Ends the sampling early; its only argument are the latents as they are."""
 
 
 class UniLIPPipeline:
@@ -174,9 +170,10 @@ class UniLIPPipeline:
 
     def enable_lora(self) -> None:
         """Switch on again what `disable_lora` switched off."""
-        if not self.get_active_adapters():
-            loaded = adapters.adapter_names(self.model)
-            self.model.set_adapters({name: scale for name, scale in self._scales.items() if name in loaded})
+        names = adapters.adapter_names(self.model)
+        scales = {name: adapters.adapter_scale(self.model, name) or self._scales.get(name) for name in names}
+        self.model.set_adapters({name: scale for name, scale in scales.items() if scale})
+        self._scales = {}
 
     def fuse_lora(self, *, lora_scale: float = 1.0) -> None:
         """Add the acting adapters to the weights, `lora_scale` times as strongly as they act, and take them off."""
@@ -244,21 +241,18 @@ class UniLIPPipeline:
             given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
             result = callback_on_step_end(self, step, timestep, given) if callback_on_step_end is not None else None
             if self._interrupt:
-                raise _Interrupted((result or {}).get("latents", tensors["latents"]))
+                raise Stopped(result)
             return result
 
         self._interrupt = False
         settings: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         self.num_timesteps = Settings.of(self.model.config, preset, **settings).num_inference_steps
         draw = self.model.generate if image is None else partial(self.model.edit, image, fit=fit, joint=joint)
-        try:
-            output = draw(
-                prompt, negative_prompt=negative_prompt, height=height, width=width, preset=preset,
-                **settings, generator=generator,
-                num_images_per_prompt=1 if num_images_per_prompt is None else num_images_per_prompt, latents=latents,
-                callback_on_step_end=None if callback_on_step_end is None else on_step, output_type=output_type,
-                progress=self._progress_bar_config,
-            )  # fmt: skip
-        except _Interrupted as stopped:
-            output = self.model.decode(stopped.args[0], output_type=output_type)
+        output = draw(
+            prompt, negative_prompt=negative_prompt, height=height, width=width, preset=preset,
+            **settings, generator=generator,
+            num_images_per_prompt=1 if num_images_per_prompt is None else num_images_per_prompt, latents=latents,
+            callback_on_step_end=None if callback_on_step_end is None else on_step, output_type=output_type,
+            progress=self._progress_bar_config,
+        )  # fmt: skip
         return output if return_dict else (output.images,)

@@ -56,6 +56,10 @@ OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class Stopped(Exception):
+    """Leaves out the steps to come: a callback's raises it with what it returns, and it goes on with the latents."""
+
+
 class Gate:
     """The lock of a model: one thread at a time works with it, or changes it; the others wait.
 
@@ -333,11 +337,14 @@ def draw(
                 bar.update()
                 return None if on_step is None else on_step(step, timestep, latents)
 
-            latents = loop.denoise(
-                network.dit, prepared, noise.to(device), settings, compiled=runtime.compiled,
-                twin=runtime.twin(network.dit),
-                products=None if runtime.offload is not None else runtime.products, on_step=after if watched else None,
-            )  # fmt: skip
+            try:
+                latents = loop.denoise(
+                    network.dit, prepared, noise.to(device), settings, compiled=runtime.compiled,
+                    twin=runtime.twin(network.dit), on_step=after if watched else None,
+                    products=None if runtime.offload is not None else runtime.products,
+                )  # fmt: skip
+            except Stopped as stopped:
+                latents = stopped.args[0]
         return check_finite(latents, "dit", prepared.keys_values[0][0].dtype)
 
 

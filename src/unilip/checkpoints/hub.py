@@ -64,7 +64,7 @@ def adapted(source: Source) -> Adapted:
     if isinstance(source, Adapted):
         inner = adapted(source.base)
         return Adapted(inner.base, (*inner.adapters, *source.adapters))
-    folder = None if source is None else Path(source).expanduser()
+    folder = None if source is None else Path(os.path.expanduser(source))
     if folder is None or not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
         return Adapted(source)
     named = str(read_json(folder / ADAPTER, REMEDY).get("base_model_name_or_path") or "").removeprefix("all=")
@@ -99,7 +99,7 @@ def resolve(source: str | os.PathLike[str] | None = None, *, revision: str | Non
     Nothing, or "embedded" where no file is called so, is the model that the package carries.
     Raises CheckpointError: nothing is there.
     """
-    path = Path("" if source is None else source).expanduser()
+    path = Path(os.path.expanduser("" if source is None else source))
     if source is None or (str(source) == "embedded" and not path.exists()):
         path = embedded()
     if path.exists():

@@ -87,7 +87,7 @@ def _write_folder(
 ) -> Path:
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    folder = Path(os.path.abspath(folder.expanduser()))
+    folder = Path(os.path.abspath(os.path.expanduser(folder)))
     wanted = None if dtype is None else read.parse_dtype(dtype)
     if wanted is not None:
         items = [(n, shape, wanted if t.is_floating_point else t, get) for n, shape, t, get in items]

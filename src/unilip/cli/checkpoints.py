@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from unilip.machine import choose_device
 def convert(o: Options) -> None:
     """Rewrite a checkpoint in another format."""
     source, target = o.words
-    folder = Path(target).expanduser()
+    folder = Path(os.path.expanduser(target))
     if folder.is_dir() and any(folder.iterdir()) and not o.force:
         raise UniLIPError(f"{target} is not empty; give a new folder, or --force to replace a UniLIP checkpoint there.")
     from unilip.checkpoints import read, write

@@ -73,6 +73,7 @@ def quantise(module: nn.Module, kind: str) -> None:
                 layer.weight = nn.Parameter(by_rows(weight.detach(), chosen), requires_grad=False)
             else:
                 torchao("quantization").quantize_(layer, chosen)
+                vars(layer).pop("extra_repr", None)  # torchao's own, which pickle cannot take
         except (NotImplementedError, AssertionError, ImportError, RuntimeError) as error:
             raise UniLIPError(
                 f"torchao cannot quantise to {kind} here ({weight.dtype} on {weight.device}: {reason(error)}); int8 "
