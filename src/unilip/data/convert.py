@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from unilip.data.records import Record, Unreadable, clean_text, decode_picture, one_text
+from unilip.data.records import Record, Unreadable, clean_text, decode_picture, filled, one_text
 from unilip.data.shards import INDEX_SUFFIX, is_written, writing_shard
 from unilip.data.sources import open_source
 from unilip.errors import DataError, check_choice, differences
@@ -154,7 +154,7 @@ def read_list(path: Path) -> list[Mapping[str, Any]]:
         rows = json.loads(text) if listed else [json.loads(line) for line in lines_of(text) if line.strip()]
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is no JSON list that can be read ({error}).") from error
-    return [row for row in rows if isinstance(row, Mapping)]
+    return [filled(row) for row in rows if isinstance(row, Mapping)]
 
 
 def sharegpt_4o_image(source: str) -> list[Entry]:
