@@ -413,7 +413,9 @@ def test_changed_settings_are_refused_and_restart_begins_anew(fork):
     assert [line["step"] for line in log_of(run)] == [1] and not (run / "samples").exists()
     assert (run / "final" / "recipe.json").read_text() == old, "the old result stays until there is a new one"
     (run / "final" / "model.safetensors").unlink()
-    train(changed, fork, progress=False, restart=True)
+    assert train(changed, fork, progress=False, stop_after=1) == run, "it goes on, whatever result lies there"
+    assert train(changed, fork, progress=False) == train(changed, fork, progress=False) == run / "final"
+    assert [line["step"] for line in log_of(run)] == [1, 2, 3, 4]
     assert json.loads((run / "final" / "recipe.json").read_text()) == plain(changed)
     assert UniLIP.from_pretrained(run / "final")
 

@@ -33,6 +33,7 @@ from unilip.machine import choose_device
 from unilip.method.config import UniLIPConfig
 from unilip.model import UniLIP
 from unilip.pictures import normalise, to_images
+from unilip.recipes.catalog import RESTARTED, is_finished
 from unilip.recipes.record import CHECK, Optim, Recipe, plain, require_same
 from unilip.train import build as building
 from unilip.train import parallel, processes
@@ -75,7 +76,7 @@ def train(
         restart = False
     final = runs / recipe.folder / "final"
     processes.join(device)
-    if processes.told(final.exists()) and not restart:
+    if processes.told(is_finished(final.parent)) and not restart:
         if (final / "recipe.json").exists():  # not the result of other settings
             require_same(recipe, read_json(final / "recipe.json"), final)
         logger.info("%s has finished already (%s); restart to train it again.", recipe.name, final)
@@ -115,6 +116,7 @@ def run_recipe(
                 held.enter_context(Lock(run / ".lock", busy))
             if restart and processes.first():  # what an earlier run wrote, but for its result and its tokenizer
                 names = ("step_*", "damaged_step_*", ".*.part", "tensorboard", "samples", "log.jsonl", "skipped_*.pt")
+                (run / RESTARTED).touch()
                 for old in [old for name in names for old in run.glob(name)]:
                     remove(old)
         model.to(device)
@@ -470,6 +472,7 @@ class Loop:
             (temporary / "recipe.json").write_text(json.dumps(plain(recipe), indent=1), encoding="utf-8")
             remove(final)
             os.replace(temporary, final)
+            remove(run / RESTARTED)
         processes.wait()
         return final
 
