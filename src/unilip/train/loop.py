@@ -71,7 +71,7 @@ def train(
     """
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"stop_after is {stop_after}; it must be at least 1 step.")
-    runs, device = Path(runs), torch.device(choose_device(str(device)))
+    runs, device = Path(runs).expanduser(), torch.device(choose_device(str(device)))
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # what torchrun starts once more goes on
         restart = False
     final = runs / recipe.folder / "final"
