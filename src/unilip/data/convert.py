@@ -8,6 +8,7 @@ run, so one that was interrupted goes on with the first shard that is missing.
     blip3o-60k          tar files with jpg + txt, or any other place that training reads
 """
 
+import contextlib
 import io
 import json
 import tarfile
@@ -136,8 +137,9 @@ class Files:
     def read(self, name: str, home: Path) -> bytes:
         """The file of this name: in the folder, in another one that is its home, or in a tar file."""
         for path in (self.folder / name, home / name):
-            if path.is_file():
-                return path.read_bytes()
+            with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+                if path.is_file():
+                    return path.read_bytes()
         if (inside := name.removeprefix("./")) not in self.packed:
             raise Unreadable("picture missing", f"{name} is neither in {self.folder} nor in a tar file there")
         archive, offset, size = self.packed[inside]
