@@ -262,8 +262,8 @@ class Loop:
         self.health.row.fill_(self.state.counters["skipped_in_a_row"])
         log = self.run_folder / "log.jsonl"
         if processes.first() and log.exists():  # a killed run logged steps that come again now
-            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            write_text(log, "".join(line for line in lines if json.loads(line)["step"] <= step))
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            write_text(log, "".join(line for line in lines if step_of(line) <= step))
         return step
 
     @contextlib.contextmanager
@@ -475,6 +475,14 @@ class Loop:
             remove(run / RESTARTED)
         processes.wait()
         return final
+
+
+def step_of(line: str) -> float:
+    """Return the step of a line of the log; infinity where it was cut off, or a power cut left something else."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("}\n") else math.inf
+    except (ValueError, LookupError, TypeError):
+        return math.inf
 
 
 @torch.no_grad()
