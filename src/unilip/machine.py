@@ -30,7 +30,7 @@ class Place(NamedTuple):
         """Read RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them. Raises UniLIPError: no such place."""
         rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         local = os.environ.get("LOCAL_RANK", "0")
-        if not (rank.isdigit() and world.isdigit() and local.isdigit() and int(rank) < int(world)):
+        if not (rank.isdecimal() and world.isdecimal() and local.isdecimal() and int(rank) < int(world)):
             raise UniLIPError(
                 f"RANK is {rank!r}, WORLD_SIZE {world!r} and LOCAL_RANK {local!r}; they are numbers, and RANK counts "
                 "from 0 and must be less than WORLD_SIZE. Start with torchrun, or unset all of them."

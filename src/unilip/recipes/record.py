@@ -22,7 +22,7 @@ FREE_TO_CHANGE = (
     "log_every", "sample_every", "save_every", "keep", "note", "data.workers", "parallel", "reduce_dtype", "skip_limit",
     "compile", "checks",
 )  # fmt: skip
-CHECK = r"(\w+) (>=|<=) ([\d.]+)(?: @ (\d+))?"  # "local_concept >= 0.9 @ 500"
+CHECK = r"(\w+) (>=|<=) (\d+\.?\d*|\.\d+)(?: @ (\d+))?"  # "local_concept >= 0.9 @ 500"
 # What a field may be, by the name of its record; and what is said where fields contradict each other.
 RULES: dict[str, Any] = read_table("unilip.recipes", "rules.json")
 
@@ -390,7 +390,7 @@ def _parse(name: str, text: str, old: Any) -> Any:
         if name == "config":  # condition=queries,num_queries=8
             settings = [[word.strip() for word in part.partition("=")] for part in text.split(",") if part]
             known: dict[str, str | int] = {"true": True, "false": False}
-            known |= {value: int(value) for _, _, value in settings if value.isdigit()}
+            known |= {value: int(value) for _, _, value in settings if value.isdecimal()}
             return tuple((setting, known.get(value.lower(), value)) for setting, _, value in settings)
         if name == "checks":
             return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -81,7 +81,7 @@ def edit_kinds(text: str, known: Sequence[str]) -> list[str] | None:
     """Read kinds of edits such as "recolour:3,background", as often as it says; None for "". Raises ConfigError."""
     kinds: list[str] = []
     for name, _, times in (part.strip().partition(":") for part in text.split(",") if part.strip()):
-        if name not in known or not (times or "1").isdigit() or not int(times or "1"):
+        if name not in known or not (times or "1").isdecimal() or not int(times or "1"):
             raise ConfigError(f"data.edits is {text!r}; write KIND or KIND:TIMES, with kinds of {', '.join(known)}.")
         kinds += [name] * int(times or "1")
     return kinds or None
