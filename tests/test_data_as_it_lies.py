@@ -398,6 +398,13 @@ def test_lists_of_llava_and_trl(tmp_path):
         (tmp_path / "said.jsonl").write_text(json.dumps({"image": "0.jpg", "caption": "a cat", "source": said}))
         source = open_source(str(tmp_path / "said.jsonl"))
         assert captions(tmp_path / "said.jsonl") == ["a cat"] and not source.faults and source.signature()
+    row = {"image": None, "source": "0.jpg", "target": "0.jpg", "instruction": "no", "messages": None}
+    (tmp_path / "null.jsonl").write_text(json.dumps(row))  # as tables write what a row has not
+    source = open_source(str(tmp_path / "null.jsonl"))
+    assert [len(source.read(kind, 0, 0).pictures) for kind in ("image", "edit")] == [1, 2]
+    turns = [{"from": None, "role": who, "value": None, "content": "So."} for who in ("user", "assistant")]
+    assert read_turns({"conversations": None, "messages": turns}) == (("So.", "So."),)
+    assert json_meaning(b'{"messages": null, "caption": null, "text": "a cat"}') == "about"
     for bad in ("{}", "[", '[{"x": 1}]', "[1]"):
         (tmp_path / "bad.json").write_text(bad)
         with pytest.raises(DataError, match=r"bad\.json"):

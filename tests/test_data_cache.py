@@ -181,6 +181,9 @@ def test_a_cache_that_does_not_fit_is_refused(place, tiny_folder, tmp_path, fres
     about = json.loads((cache / ABOUT).read_text())
     (cache / ABOUT).write_text(json.dumps(about | {"format": 99}))
     refused(use, "has the format 99")
+    for broken in ("[]", "null", '{"format": 2}'):
+        (cache / ABOUT).write_text(broken)
+        refused(use, "is no cache")
     (cache / ABOUT).write_text(json.dumps(about))
     writer = ShardWriter(place, "part", 5)
     writer.write("c0", {"png": encoded(picture()), "txt": b"one only"})

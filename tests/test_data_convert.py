@@ -75,6 +75,12 @@ def test_sharegpt(sharegpt, tmp_path):
     assert record.pictures[0] == original, "bytes stay as they are"
 
 
+def test_a_name_that_no_file_can_have_is_of_a_missing_picture(tmp_path):
+    rows = [{"input_prompt": "draw", "output_image": name} for name in ("a" * 5000, "no\0.png", "\ud800.png")]
+    (tmp_path / "text_to_image.json").write_text(json.dumps(rows))
+    assert convert("sharegpt-4o-image", str(tmp_path), tmp_path / "out").skipped == {"picture missing": 3}
+
+
 @pytest.mark.parametrize("form", ["fields", "conversation", "lines", "shards"])
 def test_gpt_image_edit(tmp_path, paint, form):
     place = tmp_path / "gpt"

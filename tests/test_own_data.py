@@ -11,6 +11,7 @@ from unilip.adapters import adapter_names
 from unilip.errors import DataError
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
+from unilip.train.__main__ import main
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "training.md"
 SMALL = ("steps=1", "batch_size=2", "accumulate=1", "model=tiny", "data.workers=0", "data.image_size=0", "ema=0")
@@ -67,12 +68,25 @@ def test_what_follows_from_the_data(home):
     assert settled("pico/sft", "data.path=synthetic") == settled("pico/sft", "data.path=nowhere") == ("emoji", 0.6)
     assert settled("pico/pretrain", "data.path=my-pairs", "data.source=emoji") == ("emoji", 0.3)
     assert settled("lora/edit", "data.path=my-captions") == ("files", 1.0), "an edit is not learned from captions"
+    assert settled("pico/sft", "data.path=both:0,my-captions") == ("files", 0.0), "what has no weight does not count"
     Path("art").mkdir()
     Path("art/atlas-flat.npz").touch()
     assert settled("pico/sft", "data.path=art") == ("emoji", 0.6)
     Path("empty").mkdir()
     with pytest.raises(DataError, match="holds no pictures"):
         settled("pico/sft", "data.path=empty")
+
+
+def test_the_module_takes_the_options_of_the_command(home, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(home))
+    for words, message in (
+        (["--data", "nowhere"], "nowhere is not a folder"), (["--device", "foo"], "There is no device 'foo'"),
+        (["--data", "my-captions:0"], "every place the weight 0"), (["--data", "both:0,my-pairs"], "It holds 3 edits"),
+    ):  # fmt: skip
+        assert main(["lora/style", *words]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["tiny/clip", "--runs=~/mine", "--stop-after", "1", "--device", "cpu", "--no-progress"]) == 0
+    assert (home / "mine/tiny/clip/step_00000001").is_dir() and not Path("~").exists()
 
 
 def test_the_wrong_kind_of_data_is_told(home, tiny_folder, capsys):

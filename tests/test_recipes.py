@@ -271,6 +271,8 @@ def test_bad_values_are_refused(setting, word):
 def test_records_check_themselves():
     for wrong in (
         lambda: record(objective=Flow()),
+        lambda: record(checks=("loss <= .",)),
+        lambda: record(checks=("loss <= 1.2.3",)),
         lambda: record(measure_latents=True, objective=Flow(), trains=(("dit", 1.0),)),
         lambda: Understand(contrastive=0, words=0, next_token=0),
         lambda: Understand(turns=0),

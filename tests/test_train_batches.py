@@ -212,7 +212,7 @@ def test_kinds_of_edits_come_as_often_as_the_recipe_says(tiny_model):
     assert len({opened("tiny/sft", tiny_model).edit_pairs[i]["kind"] for i in range(100)}) > 2
 
 
-@pytest.mark.parametrize("text", ["repaint", "recolour:0", "recolour:many", "recolour:-1"])
+@pytest.mark.parametrize("text", ["repaint", "recolour:0", "recolour:many", "recolour:-1", "recolour:²"])
 def test_unknown_kinds_of_edits_are_refused(tiny_model, text):
     with pytest.raises(ConfigError, match=r"data.edits .*KIND:TIMES"):
         opened("tiny/sft", tiny_model, "data.edit_share=1", f"data.edits={text}")

@@ -440,7 +440,10 @@ def test_a_hub_dataset_is_streamed_shard_by_shard(dataset, cache, monkeypatch, t
         open_source(f"hf:{dataset}")
     with pytest.raises(DataError, match="no column pic"):
         open_source(f"hf:{dataset}?image=pic&caption=prompt")
-    with pytest.raises(DataError, match="sets captions; allowed"):
-        open_source(f"hf:{dataset}?captions=prompt")
+    for query in ("captions=prompt", "captions"):
+        with pytest.raises(DataError, match="sets captions; allowed"):
+            open_source(f"hf:{dataset}?{query}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_source("hf:~/hub?image=picture&caption=prompt").counts("caption") == [3, 3]
     with pytest.raises(DataError, match="cannot be opened by the datasets library"):
         open_source(f"hf:{dataset}?split=test&image=picture&caption=prompt")

@@ -292,8 +292,8 @@ def test_a_run_killed_while_it_wrote_resumes_from_the_last_whole_checkpoint(fork
     part.mkdir()
     (part / "weights.safetensors").write_bytes(b"half")
     (run / "step_00000003").mkdir()  # a folder without state.json is none of ours
-    with (run / "log.jsonl").open("a") as file:
-        file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
+    with (run / "log.jsonl").open("ab") as file:
+        file.write(b'{"step": 3, "loss": 1.0}\n\0\0\xff{"step": 1}\n{}\n{"step": 4, "lo')
     train(recon(), fork, progress=False)
     assert [line["step"] for line in log_of(run)] == [1, 2, 3, 4], "steps that came again are logged once"
     assert not part.exists()
@@ -308,6 +308,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(fork, file, c
     train(recon("save_every=1"), fork, progress=False, stop_after=1)
     assert f"step_00000002 is damaged ({file}" in caplog.text and "Taking the one before" in caplog.text
     assert [line["step"] for line in log_of(run)] == [1, 2], "step 2 came again, after step 1"
+    (run / "step_00000002" / "state.json").write_text("{}")
+    train(recon("save_every=1"), fork, progress=False, stop_after=1)
+    assert [line["step"] for line in log_of(run)] == [1, 2]
     shutil.rmtree(run / "step_00000001")
     shutil.rmtree(run / "step_00000002")
     shutil.copytree(fork / "kept", run / "step_00000002")
@@ -413,7 +416,9 @@ def test_changed_settings_are_refused_and_restart_begins_anew(fork):
     assert [line["step"] for line in log_of(run)] == [1] and not (run / "samples").exists()
     assert (run / "final" / "recipe.json").read_text() == old, "the old result stays until there is a new one"
     (run / "final" / "model.safetensors").unlink()
-    train(changed, fork, progress=False, restart=True)
+    assert train(changed, fork, progress=False, stop_after=1) == run, "it goes on, whatever result lies there"
+    assert train(changed, fork, progress=False) == train(changed, fork, progress=False) == run / "final"
+    assert [line["step"] for line in log_of(run)] == [1, 2, 3, 4]
     assert json.loads((run / "final" / "recipe.json").read_text()) == plain(changed)
     assert UniLIP.from_pretrained(run / "final")
 

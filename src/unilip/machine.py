@@ -74,6 +74,10 @@ def choose_device(name: str = "auto") -> str:
     mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if gpus else "mps" if mps else "cpu"
+    try:
+        torch.device(name)
+    except RuntimeError:
+        raise UniLIPError(f"There is no device {name!r}; allowed: auto, cpu, cuda, cuda:N, mps.") from None
     if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= gpus:
         have = f"has {gpus} CUDA device{'s' if gpus > 1 else ''}, numbered from 0" if gpus else "offers no CUDA device"
         raise UniLIPError(f"device {name}: PyTorch {have} here; use cpu, or auto.")

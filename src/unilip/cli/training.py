@@ -97,7 +97,7 @@ def data_cache(o: Options) -> None:
 def train(o: Options) -> None:
     """Run a training recipe, or go on with it."""
     from unilip.files import read_json
-    from unilip.recipes.catalog import all_recipes, get_recipe, require_finished
+    from unilip.recipes.catalog import all_recipes, get_recipe, is_finished, require_finished
     from unilip.recipes.record import changed_settings, leaves, override
 
     if o.listing:
@@ -114,7 +114,7 @@ def train(o: Options) -> None:
     if o.preflight:
         return estimate(o, recipe)
     final = Path(o.runs) / recipe.folder / "final"
-    if not o.restart and (final / "recipe.json").is_file():
+    if not o.restart and is_finished(final.parent) and (final / "recipe.json").is_file():
         if not changed_settings(recipe, read_json(final / "recipe.json", "recipe of the result")):
             o.report.record |= {"recipe": recipe.name, "finished": True, "path": str(final)}
             o.report.line(final)

@@ -8,6 +8,7 @@ run, so one that was interrupted goes on with the first shard that is missing.
     blip3o-60k          tar files with jpg + txt, or any other place that training reads
 """
 
+import contextlib
 import io
 import json
 import tarfile
@@ -20,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from unilip.data.records import Record, Unreadable, clean_text, decode_picture, one_text
+from unilip.data.records import Record, Unreadable, clean_text, decode_picture, filled, one_text
 from unilip.data.shards import INDEX_SUFFIX, is_written, writing_shard
 from unilip.data.sources import open_source
 from unilip.errors import DataError, check_choice, differences
@@ -136,8 +137,9 @@ class Files:
     def read(self, name: str, home: Path) -> bytes:
         """The file of this name: in the folder, in another one that is its home, or in a tar file."""
         for path in (self.folder / name, home / name):
-            if path.is_file():
-                return path.read_bytes()
+            with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+                if path.is_file():
+                    return path.read_bytes()
         if (inside := name.removeprefix("./")) not in self.packed:
             raise Unreadable("picture missing", f"{name} is neither in {self.folder} nor in a tar file there")
         archive, offset, size = self.packed[inside]
@@ -154,7 +156,7 @@ def read_list(path: Path) -> list[Mapping[str, Any]]:
         rows = json.loads(text) if listed else [json.loads(line) for line in lines_of(text) if line.strip()]
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is no JSON list that can be read ({error}).") from error
-    return [row for row in rows if isinstance(row, Mapping)]
+    return [filled(row) for row in rows if isinstance(row, Mapping)]
 
 
 def sharegpt_4o_image(source: str) -> list[Entry]:

@@ -220,7 +220,7 @@ def sample_of(row: Any) -> tuple[dict[str, Any], list[str]]:
     """Return a row with our names, where TRL has `images` (one) and `messages`, and the kinds that it can serve as."""
     if not isinstance(row, Mapping):
         return {}, []
-    values = dict(row)
+    values = records.filled(row)
     if isinstance(values.get("messages"), list):
         values.setdefault("conversations", values["messages"])
     images = values.get("images")
@@ -231,6 +231,6 @@ def sample_of(row: Any) -> tuple[dict[str, Any], list[str]]:
         return values, ["image", "edit"]
     talks = isinstance(values.get("conversations"), list)
     if "image" in paths:
-        return values, ["image", *(["caption"] if "caption" in values else []), *(["talk"] if talks else [])]
+        return values, ["image", *(["caption"] if "caption" in row else []), *(["talk"] if talks else [])]
     pictured = bool(paths) or bool(values.get("image")) or bool(values.get("images"))
     return values, ["text"] if talks and not pictured else []

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from itertools import zip_longest
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -32,12 +33,12 @@ class HubStream(Shards):
 
     def __init__(self, location: str, keep_gb: float = 50.0) -> None:
         name, _, query = location.removeprefix(SCHEME).partition("?")
-        given = dict(parse_qsl(query, strict_parsing=True)) if query else {}
+        given = dict(parse_qsl(query, keep_blank_values=True))
         options: dict[str, str] = {key: given.pop(key) for key in ("split", "name", "revision") if key in given}
         if unknown := sorted(set(given) - set(MEMBERS)):
             allowed = ", ".join(("split", "name", "revision", *MEMBERS))
             raise DataError(f"{location} sets {', '.join(unknown)}; allowed: {allowed}.")
-        self._stream, self._rows, self._versions = _open(name, options, location)
+        self._stream, self._rows, self._versions = _open(expanduser(name), options, location)
         columns = set(self._stream.column_names or ())
         theirs = {field: name for field, name in TRL.items() if field not in columns}
         named = {field: field for field in MEMBERS} | theirs | given

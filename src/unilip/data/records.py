@@ -164,7 +164,7 @@ def json_meaning(data: bytes) -> str:
         value = json.loads(decode_text(data))
     except (ValueError, RecursionError):
         return "json"
-    if not isinstance(value, Mapping) or {"conversations", "messages"} & value.keys():
+    if not isinstance(value, Mapping) or {"conversations", "messages"} & filled(value).keys():
         return "json"
     return "about" if caption_of(data) is not None else ""
 
@@ -175,7 +175,13 @@ def caption_of(data: bytes) -> Any:
         value = json.loads(decode_text(data))
     except (ValueError, RecursionError) as error:
         raise Unreadable("metadata not JSON", str(error)) from error
-    return value.get("caption", value.get("text")) if isinstance(value, Mapping) else value
+    row = filled(value) if isinstance(value, Mapping) else {"caption": value}
+    return row.get("caption", row.get("text"))
+
+
+def filled(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row without the fields that are null, which tables write where a row has nothing."""
+    return {field: value for field, value in row.items() if value is not None}
 
 
 def read_turns(conversation: Any) -> Turns:
@@ -186,11 +192,12 @@ def read_turns(conversation: Any) -> Turns:
         except (ValueError, RecursionError) as error:
             raise Unreadable("conversation not JSON", str(error)) from error
     if isinstance(conversation, Mapping):
-        conversation = conversation.get("conversations", conversation.get("messages"))
+        row = filled(conversation)
+        conversation = row.get("conversations", row.get("messages"))
     if not isinstance(conversation, (list, tuple)) or not all(isinstance(turn, Mapping) for turn in conversation):
         raise Unreadable("conversation malformed", "it must be a list of turns {from, value} or {role, content}")
     spoken = []
-    for turn in conversation:
+    for turn in map(filled, conversation):
         role = SPEAKERS.get(str(turn.get("from", turn.get("role"))))
         value = turn.get("value", turn.get("content"))
         if isinstance(value, list):  # parts, as OpenAI and TRL have them

@@ -40,14 +40,15 @@ def parse_mixture(text: str) -> list[Weighted]:
         parts = parts[count:]
         if name:
             found.append(Weighted(match[1], float(match[2])) if match and not _exists(name) else Weighted(name))
-    if not found:
-        raise DataError("data.path names no place; give a folder, shards, a .jsonl file or hf:NAME.")
+    if not any(place.weight for place in found):
+        none = "gives every place the weight 0" if found else "names no place"
+        raise DataError(f"data.path {none}; give a folder, shards, a .jsonl file or hf:NAME.")
     return found
 
 
 def local_sources(text: str) -> list[Source] | None:
     """Open the places of a mixture; None where one is remote, not there, or art. Raises DataError: of no known kind."""
-    names = [place.location for place in parse_mixture(text)]
+    names = [place.location for place in parse_mixture(text) if place.weight]
     art = (file for name in names for file in Path(name).expanduser().glob("atlas-*.npz"))
     if not all(_exists(name) for name in names) or any(art):
         return None

@@ -22,7 +22,7 @@ FREE_TO_CHANGE = (
     "log_every", "sample_every", "save_every", "keep", "note", "data.workers", "parallel", "reduce_dtype", "skip_limit",
     "compile", "checks",
 )  # fmt: skip
-CHECK = r"(\w+) (>=|<=) ([\d.]+)(?: @ (\d+))?"  # "local_concept >= 0.9 @ 500"
+CHECK = r"(\w+) (>=|<=) (\d+\.?\d*|\.\d+)(?: @ (\d+))?"  # "local_concept >= 0.9 @ 500"
 # What a field may be, by the name of its record; and what is said where fields contradict each other.
 RULES: dict[str, Any] = read_table("unilip.recipes", "rules.json")
 

@@ -20,6 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     found.add_argument("recipe", help="its name; `unilip train --list` shows them all")
     found.add_argument("--runs", default="runs", metavar="DIR", help="folder of all runs (runs)")
     found.add_argument("--set", action="append", default=[], dest="settings", metavar="NAME=VALUE", help="repeatable")
+    found.add_argument(
+        "--data", action="append", dest="settings", type="data.path={}".format, metavar="PLACE",
+        help="what to learn from: --set data.path",
+    )  # fmt: skip
     found.add_argument("--restart", action="store_true", help="begin anew, even where checkpoints exist")
     found.add_argument("--stop-after", type=int, metavar="N", help="save and stop after N more steps")
     found.add_argument("--device", default="auto", help="auto, cpu or cuda (auto: CUDA where there is one)")

@@ -297,12 +297,12 @@ class EmojiBatches(Batches):
                 f"data.world {recipe.data.world} draws {world.image_size} px, the model reads {config.image_size}; "
                 "choose the world of the model's size."
             )
-        if recipe.data.path not in ("", "synthetic") and not any(Path(recipe.data.path).glob("atlas-*.npz")):
+        place = Path(recipe.data.path).expanduser() if recipe.data.path else None
+        if place and recipe.data.path != "synthetic" and not any(place.glob("atlas-*.npz")):
             raise ConfigError(
                 f"data.path {recipe.data.path} holds no art of the emoji world; to train on files of your own set "
                 "data.source=files as well."
             )
-        place = Path(recipe.data.path) if recipe.data.path else None
         atlas = Atlas.synthetic(world) if recipe.data.path == "synthetic" else Atlas.load(place)
         self.atlas = atlas.warm(world.training)  # before loader workers fork: they share what is decoded here
         purpose = "generation" if isinstance(recipe.objective, Flow) else "tokenizer"

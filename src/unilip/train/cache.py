@@ -166,7 +166,7 @@ def make_cache(
         raise ConfigError(f"data.source is {recipe.data.source}; a cache is made of data.source=files.")
     if dtype not in DTYPES:
         raise ConfigError(f"The dtype of a cache is {dtype!r}; allowed: {', '.join(DTYPES)}.")
-    folder = Path(folder)
+    folder, runs = Path(folder).expanduser(), Path(runs).expanduser()
     worker = Worker(recipe, str(runs), str(folder), "cpu" if ray else device, dtype)
     if not worker.names:
         trained = ", ".join(prefix for prefix, factor in recipe.trains if factor)

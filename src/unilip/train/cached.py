@@ -148,7 +148,9 @@ def read_about(folder: Path) -> dict[str, Any]:
     """Read `cache.json`."""
     try:
         about: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if about.get("format") == FORMAT:
+            _ = [about[key] for key in ("names", "settings", "sources", "weights")]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"data.cache {folder} is no cache ({error}); make one with `unilip data cache`.") from error
     if about.get("format") != FORMAT:
         raise ConfigError(f"data.cache {folder} has the format {about.get('format')}, not {FORMAT}. Make a new one.")

@@ -36,7 +36,8 @@ class Stream:
     """The samples of one kind in all sources that have it, mixed by weight. Raises ConfigError: none has."""
 
     def __init__(self, kind: str, sources: Sequence[tuple[Weighted, Source]], recipe: Recipe) -> None:
-        having = [(place, source) for place, source in sources if sum(source.counts(kind)) and place.weight]
+        sources = [(place, source) for place, source in sources if place.weight]
+        having = [(place, source) for place, source in sources if sum(source.counts(kind))]
         if not having:
             have = {k: sum(sum(source.counts(k)) for _, source in sources) for k in WORDS}
             told = {k: count for k, count in have.items() if count and (k != "image" or count == sum(have.values()))}

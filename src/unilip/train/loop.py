@@ -33,6 +33,7 @@ from unilip.machine import choose_device
 from unilip.method.config import UniLIPConfig
 from unilip.model import UniLIP
 from unilip.pictures import normalise, to_images
+from unilip.recipes.catalog import RESTARTED, is_finished
 from unilip.recipes.record import CHECK, Optim, Recipe, plain, require_same
 from unilip.train import build as building
 from unilip.train import parallel, processes
@@ -70,12 +71,12 @@ def train(
     """
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"stop_after is {stop_after}; it must be at least 1 step.")
-    runs, device = Path(runs), torch.device(choose_device(str(device)))
+    runs, device = Path(runs).expanduser(), torch.device(choose_device(str(device)))
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # what torchrun starts once more goes on
         restart = False
     final = runs / recipe.folder / "final"
     processes.join(device)
-    if processes.told(final.exists()) and not restart:
+    if processes.told(is_finished(final.parent)) and not restart:
         if (final / "recipe.json").exists():  # not the result of other settings
             require_same(recipe, read_json(final / "recipe.json"), final)
         logger.info("%s has finished already (%s); restart to train it again.", recipe.name, final)
@@ -115,6 +116,7 @@ def run_recipe(
                 held.enter_context(Lock(run / ".lock", busy))
             if restart and processes.first():  # what an earlier run wrote, but for its result and its tokenizer
                 names = ("step_*", "damaged_step_*", ".*.part", "tensorboard", "samples", "log.jsonl", "skipped_*.pt")
+                (run / RESTARTED).touch()
                 for old in [old for name in names for old in run.glob(name)]:
                     remove(old)
         model.to(device)
@@ -260,8 +262,8 @@ class Loop:
         self.health.row.fill_(self.state.counters["skipped_in_a_row"])
         log = self.run_folder / "log.jsonl"
         if processes.first() and log.exists():  # a killed run logged steps that come again now
-            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            write_text(log, "".join(line for line in lines if json.loads(line)["step"] <= step))
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            write_text(log, "".join(line for line in lines if step_of(line) <= step))
         return step
 
     @contextlib.contextmanager
@@ -470,8 +472,17 @@ class Loop:
             (temporary / "recipe.json").write_text(json.dumps(plain(recipe), indent=1), encoding="utf-8")
             remove(final)
             os.replace(temporary, final)
+            remove(run / RESTARTED)
         processes.wait()
         return final
+
+
+def step_of(line: str) -> float:
+    """Return the step of a line of the log; infinity where it was cut off, or a power cut left something else."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("}\n") else math.inf
+    except (ValueError, LookupError, TypeError):
+        return math.inf
 
 
 @torch.no_grad()

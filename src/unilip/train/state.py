@@ -290,12 +290,13 @@ def inspect(folder: Path) -> dict[str, Any]:
     if processes.first():
         try:
             about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            _ = about["recipe"], about["step"]
             for name, written in about.get("files", {}).items():
                 found = crc(folder / name) if (folder / name).exists() else [-1, 0]
                 if found != list(written):
                     complaint = f"{name} is " + ("missing" if found[0] < 0 else "not what was written")
                     break
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
             complaint = f"state.json: {error}"
     complaint, about = processes.told((complaint, about))
     if complaint:
