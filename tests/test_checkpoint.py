@@ -149,6 +149,10 @@ def test_nothing_there(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="could not be fetched from the hub"):
         open_checkpoint("nobody/nothing")
+    with pytest.raises(CheckpointError, match="There is no checkpoint at ~nobody-of-that-name"):
+        open_checkpoint("~nobody-of-that-name")
+    with pytest.raises(CheckpointError, match="name too long"):
+        describe("a" * 5000)
 
 
 def test_truncated_weights(broken: Path) -> None:

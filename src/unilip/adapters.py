@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from unilip.checkpoints.hub import ADAPTER, REMEDY, read_json
+from unilip.checkpoints.hub import ADAPTER, REMEDY, local, read_json
 from unilip.errors import LARGEST, CheckpointError, UniLIPError, check_number, install
 from unilip.fast.offload import HEAD, Offload
 from unilip.fewstep import add_embedder, few_config
@@ -117,7 +117,7 @@ class Adapter:
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """Read an adapter's folder. Raises CheckpointError: none of LoRA, damaged, or its settings and tensors disagree."""
-    path = Path(check_path("folder", folder)).expanduser()
+    path = local(check_path("folder", folder))
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise CheckpointError(f"{path} is no adapter; give a folder with {CONFIG} and {WEIGHTS}, as peft writes it.")
     settings = read_json(path / CONFIG, REMEDY)

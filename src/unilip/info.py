@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from unilip.adapters import CONFIG, WEIGHTS, read_adapter
-from unilip.checkpoints.hub import Source, adapted
+from unilip.checkpoints.hub import Source, adapted, local
 from unilip.checkpoints.read import open_checkpoint
 from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS
 from unilip.errors import CheckpointError
@@ -23,7 +23,7 @@ def describe(source: Source = None) -> dict[str, Any]:
 
     Raises CheckpointError: it cannot be opened.
     """
-    folder = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
+    folder = local(source) if isinstance(source, (str, os.PathLike)) else None
     if folder is not None and (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
         return _describe_adapter(folder)
     opened = open_checkpoint(source)

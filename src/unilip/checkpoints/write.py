@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from unilip.checkpoints import read
 from unilip.checkpoints.foreign import authors_configs, diffusers_files, internvl_files
-from unilip.checkpoints.hub import BESIDE, CARD, INDEX, Source, model_card, previous_of, push_to_hub, read_json
+from unilip.checkpoints.hub import BESIDE, CARD, INDEX, Source, local, model_card, previous_of, push_to_hub, read_json
 from unilip.checkpoints.infer import expected_shapes
 from unilip.checkpoints.tables import HEAD, PARTS, POINTWISE, QUERIES, Shape, check_shapes, unmap_names
 from unilip.checkpoints.tokenizer import TOKENIZER_FILES
@@ -87,7 +87,7 @@ def _write_folder(
 ) -> Path:
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    folder = Path(os.path.abspath(folder.expanduser()))
+    folder = Path(os.path.abspath(local(folder)))
     wanted = None if dtype is None else read.parse_dtype(dtype)
     if wanted is not None:
         items = [(n, shape, wanted if t.is_floating_point else t, get) for n, shape, t, get in items]

@@ -16,11 +16,11 @@ from unilip.machine import choose_device
 def convert(o: Options) -> None:
     """Rewrite a checkpoint in another format."""
     source, target = o.words
-    folder = Path(target).expanduser()
+    from unilip.checkpoints import hub, read, write
+
+    folder = hub.local(target)
     if folder.is_dir() and any(folder.iterdir()) and not o.force:
         raise UniLIPError(f"{target} is not empty; give a new folder, or --force to replace a UniLIP checkpoint there.")
-    from unilip.checkpoints import read, write
-
     write.parse_size(o.max_shard_size)
     dtype = read.parse_dtype("auto" if o.dtype is None else o.dtype)
     if read.open_checkpoint(source).adapters:
