@@ -297,7 +297,11 @@ def test_saving_again_replaces_shards_and_keeps_bystanders(tmp_path: Path, tiny_
     (folder / "trainer.json").write_text("{}")
     (folder / "samples").mkdir()
     (folder / "samples" / "a.txt").write_text("a")
+    links = {"self": ".", "samples/up": "..", "gone": "nowhere", "card": "README.md"}
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
     tiny_model.save_pretrained(folder)
+    assert {name: os.readlink(folder / name) for name in links} == links, "links stay links"
     assert sorted(p.name for p in folder.glob("model*")) == ["model.safetensors"]
     assert (folder / "trainer.json").exists()
     assert (folder / "samples" / "a.txt").read_text() == "a"

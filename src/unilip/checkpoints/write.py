@@ -156,8 +156,8 @@ def _replacing(folder: Path) -> Iterator[Path]:
             yield new
             for old in folder.iterdir() if folder.exists() else ():
                 if not (old.name in theirs or _WEIGHTS.fullmatch(old.name) or (new / old.name).exists()):
-                    if old.is_dir():
-                        shutil.copytree(old, new / old.name, copy_function=_link)
+                    if old.is_dir() and not old.is_symlink():
+                        shutil.copytree(old, new / old.name, symlinks=True, copy_function=_link)
                     else:
                         _link(old, new / old.name)
             if folder.exists():
@@ -171,11 +171,11 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 
 def _link(old: str | Path, new: str | Path) -> None:
-    """Bring a bystander along without moving it: a hard link, or a copy where there are none."""
+    """Bring a bystander along without moving it: a hard link, or a copy where there are none; a link stays one."""
     try:
-        os.link(old, new)
-    except OSError:
-        shutil.copy2(old, new)
+        os.link(old, new, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(old, new, follow_symlinks=False)
 
 
 def push_model(model: Any, repo_id: str, *, dtype: read.DType = None, **options: Any) -> str:
