@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from unilip.checkpoints import hub, write
@@ -331,6 +332,22 @@ def test_an_interrupted_save_leaves_the_old_checkpoint_whole(
     with pytest.raises(KeyboardInterrupt):
         tiny_model.save_pretrained(tmp_path / "new", max_shard_size="1MB")
     assert not (tmp_path / "new").exists()
+
+
+def test_what_cannot_be_written_is_one_clear_line(
+    tmp_path: Path, tiny_model: UniLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file" / "m", tmp_path / ("x" * 250)):
+        with pytest.raises(CheckpointError, match=r"cannot be written \(.*give another folder"):
+            tiny_model.save_pretrained(folder)
+    monkeypatch.setattr(write, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(.*No space left.*Make room"):
+        tiny_model.save_pretrained(tmp_path / "m")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_crash_between_the_two_renames_is_mended(tmp_path: Path, tiny_model: UniLIP) -> None:

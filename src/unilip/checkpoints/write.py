@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from unilip.checkpoints.hub import BESIDE, CARD, INDEX, Source, local, model_car
 from unilip.checkpoints.infer import expected_shapes
 from unilip.checkpoints.tables import HEAD, PARTS, POINTWISE, QUERIES, Shape, check_shapes, unmap_names
 from unilip.checkpoints.tokenizer import TOKENIZER_FILES
-from unilip.errors import CheckpointError, check_choice
+from unilip.errors import CheckpointError, check_choice, reason
 from unilip.fast.quantise import flatten
 from unilip.files import remove, replacing
 from unilip.method.config import FORMAT, UniLIPConfig
@@ -95,7 +96,7 @@ def _write_folder(
     pattern = "model{suffix}.safetensors"
     split = split_torch_state_dict_into_shards(empty, filename_pattern=pattern, max_shard_size=limit)
     by_name = {item[0]: item for item in items}
-    with _replacing(folder) as new:
+    with _one_line(folder), _replacing(folder) as new:
         weights, words = (new / name if INDEX in files else new for name in ("model", "tokenizer"))
         weights.mkdir(exist_ok=True)
         for file, names in split.filename_to_tensors.items():
@@ -133,6 +134,16 @@ def _write_shard(path: Path, items: Sequence[Item], metadata: dict[str, str]) ->
         tensors[name] = read.cast(sound.to("cpu", copy=True), dtype, name).contiguous()
     save_file(tensors, path, metadata)
     path.chmod(mode)
+
+
+@contextlib.contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    """Say why a folder could not be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = f"{str(folder)[:200]} cannot be written ({reason(error, 120)}); what was there is whole"
+        raise CheckpointError(f"{why}. Make room, or give another folder.") from error
 
 
 @contextlib.contextmanager
