@@ -95,7 +95,8 @@ class TorchFile:
         if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
             raise CheckpointError(f"{path} is not a dictionary of tensors.")
         for name, value in state.items():
-            plain = isinstance(name, str) and value.layout == torch.strided and not value.is_quantized
+            whole = (value.layout, value.is_quantized, value.is_meta) == (torch.strided, False, False)
+            plain = isinstance(name, str) and whole
             if not plain or value.nbytes > value.untyped_storage().nbytes():  # a view may repeat few numbers endlessly
                 why = f"{path} holds {str(name)[:120]} in a form that is not supported"
                 raise CheckpointError(f"{why}; save it as plain.")
@@ -123,6 +124,8 @@ class Weights:
                 if pointer:
                     raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there.")
                 opened = SafeFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+            except CheckpointError:  # says it itself
+                raise
             except (SafetensorError, OSError, ValueError) as error:
                 raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch or save it again.") from error
             self.metadata |= opened.metadata
