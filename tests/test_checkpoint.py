@@ -132,7 +132,7 @@ def test_dtypes_by_name() -> None:
     assert parse_dtype(None) == torch.float32
     assert parse_dtype("bfloat16") == torch.bfloat16
     assert parse_dtype("auto") is None
-    for wrong in ("int8", "float99", "nn", torch.int64):
+    for wrong in ("int8", "float99", "nn", torch.int64, "float8_e5m2", torch.float8_e4m3fn):
         with pytest.raises(CheckpointError, match="allowed: float32"):
             parse_dtype(wrong)
 
@@ -165,7 +165,7 @@ def test_truncated_weights(broken: Path) -> None:
 
 def test_a_git_lfs_pointer(broken: Path) -> None:
     (broken / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(CheckpointError, match="git lfs pull"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a Git LFS pointer.*git lfs pull` there\.$"):
         open_checkpoint(broken)
 
 
@@ -217,9 +217,29 @@ class Trap:
 def test_code_in_a_pickle_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"encoder.weight": torch.zeros(1), "trap": Trap()}, tmp_path / "evil.pth")
-    with pytest.raises(CheckpointError, match="could run code; it was refused"):
+    with pytest.raises(CheckpointError, match=r"evil\.pth holds more than tensors.*could run code; it was refused"):
         open_checkpoint(tmp_path / "evil.pth")
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e5m2])
+def test_weights_that_are_no_numbers_to_compute_with_are_refused(stored: torch.dtype, broken: Path) -> None:
+    state = load_file(broken / "model.safetensors")
+    (broken / "model.safetensors").unlink()
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        state["mllm.queries"] = torch.ones_like(state["mllm.queries"]).to(stored)
+        (save_file if name.endswith("safetensors") else torch.save)(state, broken / name)
+        if not (name.endswith("bin") and stored.is_floating_point):  # the one type there that has a wider range
+            with pytest.raises(CheckpointError, match=r"holds mllm\.queries in .*; convert it to BF16"):
+                open_checkpoint(broken)
+        (broken / name).unlink()
+
+
+def test_a_head_of_another_type_differs_from_the_embedding(broken: Path) -> None:
+    state = load_file(broken / "model.safetensors")
+    state["mllm.language_model.lm_head.weight"] = state["mllm.language_model.lm_head.weight"].to(torch.float8_e4m3fn)
+    save_file(state, broken / "model.safetensors")
+    assert describe(broken)["language_head"] == "stored, differs from the token embedding"
 
 
 def test_bad_torch_files(tmp_path: Path) -> None:
@@ -671,6 +691,7 @@ def test_hostile_weights_and_foreign_configs_are_errors_of_ours(tiny_folder: Pat
     for state in (
         {"mlp1.0.weight": torch.zeros(1).expand(10**12)},
         {"mlp1.0.weight": torch.zeros(2, 2).to_sparse()},
+        {"mlp1.0.weight": torch.zeros(2, device="meta")},
         {5: torch.zeros(1)},
     ):
         torch.save(state, path)
