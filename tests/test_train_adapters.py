@@ -282,6 +282,8 @@ def test_faulty_settings_and_tensors_change_nothing(fresh_model, folders, tmp_pa
         "alpha list": {"lora_alpha": [2]},
         "pattern of nothing": {"alpha_pattern": {".*to_q": 7}}, "pattern": {"rank_pattern": {"to_q": 5}},
         "patterns": {"rank_pattern": [3]}, "turned": {"fan_in_fan_out": True}, "no kind": {"peft_type": None},
+        "whole name": {"alpha_pattern": {"^to_q": 7}}, "changed base": {"init_lora_weights": "pissa_niter_4"},
+        "after words": {"alora_invocation_tokens": [1, 2]},
         "a list": {"peft_type": ["LORA"]}, "dora": {"use_dora": True}, "biased": {"lora_bias": True},
         "nan": {"tensors": good | {first: good[first] * float("nan")}},
         "integers": {"tensors": good | {first: good[first].int()}},

@@ -35,6 +35,8 @@ PREFIX = "base_model.model."  # of every name in peft's files
 KINDS = ("lora_A", "lora_B", "lora_magnitude_vector")  # of weights that an adapter has
 MAPPING, TRAINED_ON = "auto_mapping", "trained_on"  # what peft lets say of the base; in it, values of its weights
 LAYERS, VALUES = 4, 64  # of each part, of each layer: so many tell a model from another
+FOREIGN = ("fan_in_fan_out", "layer_replication", "use_qalora", "lora_bias", "use_bdlora", "alora_invocation_tokens")
+CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that peft takes off the weights of the base
 FEW_STEPS = "few_steps"  # in the settings: what peft does not know, it says and leaves alone
 logger = logging.getLogger(__name__)
 INNER = "adapter_"  # peft makes attributes of names, so that "train" or "half" would hide what a module has already
@@ -127,7 +129,10 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         raise CheckpointError(f"{path} is damaged ({error}){REMEDY}.") from error
     if (kind := settings.get("peft_type")) != "LORA":
         raise CheckpointError(f"{path} is an adapter of the kind {kind}; LORA (and DoRA) can be loaded.")
-    if odd := [key for key in ("fan_in_fan_out", "layer_replication", "use_qalora", "lora_bias") if settings.get(key)]:
+    odd = [key for key in FOREIGN if settings.get(key)]
+    if str(settings.get("init_lora_weights")).startswith(CHANGING):
+        odd.append(f"init_lora_weights {settings['init_lora_weights']!r}, which changes the weights of its base")
+    if odd:
         raise CheckpointError(f"{path / CONFIG} uses {', '.join(odd)}, which is not supported; train it without.")
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in stored.items():
@@ -176,7 +181,7 @@ def _setting(path: Path, settings: Mapping[str, Any], name: str, pattern: str, l
 
 
 def _ends(layer: str, pattern: str) -> bool:
-    return f".{layer}".endswith(f".{pattern.removeprefix('^')}")
+    return f".{layer}".endswith(f".{pattern}") or f"^{layer}" == pattern
 
 
 def called(folder: str | os.PathLike[str]) -> str:
