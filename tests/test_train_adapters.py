@@ -479,6 +479,19 @@ def test_a_transformer_copied_for_guidance_has_the_adapters_of_the_moment(fresh_
     assert wrong == []
 
 
+def test_an_adapter_may_stand_on_another_but_not_on_itself(fresh_model, folders, tiny_folder, tmp_path):
+    lower = variant(folders / "red", tmp_path / "lower", base_model_name_or_path=str(tiny_folder))
+    upper = variant(folders / "blue", tmp_path / "upper", base_model_name_or_path="../lower")
+    beside = fresh_model()
+    for folder in (lower, upper):
+        beside.load_adapter(folder)
+    assert torch.equal(latent(UniLIP.from_pretrained(upper)), latent(beside))
+    assert describe(upper)["base"] == f"{tiny_folder} + {lower}"
+    ring = variant(folders / "red", tmp_path / "ring", base_model_name_or_path="../ring")
+    with pytest.raises(CheckpointError, match=r"ring holds an adapter of \.\./ring"):
+        UniLIP.from_pretrained(ring)
+
+
 def test_an_adapter_is_known_as_one(folders, tmp_path):
     several = variant(folders / "red", tmp_path / "red", base_model_name_or_path="encoder=a,mllm=b")
     with pytest.raises(CheckpointError, match="holds an adapter of encoder=a,mllm=b; load that"):

@@ -69,8 +69,11 @@ def local(source: str | os.PathLike[str]) -> Path:
     return path
 
 
-def adapted(source: Source) -> Adapted:
-    """Tell a model's own source from its adapters. Raises CheckpointError: an adapter names no model, or several."""
+def adapted(source: Source, above: tuple[Path, ...] = ()) -> Adapted:
+    """Tell a model's own source from its adapters, which may stand on one another (`above` are those looked at).
+
+    Raises CheckpointError: an adapter names no model, several, or itself.
+    """
     if isinstance(source, Adapted):
         inner = adapted(source.base)
         return Adapted(inner.base, (*inner.adapters, *source.adapters))
@@ -78,13 +81,14 @@ def adapted(source: Source) -> Adapted:
     if folder is None or not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
         return Adapted(source)
     named = str(read_json(folder / ADAPTER, REMEDY).get("base_model_name_or_path") or "").removeprefix("all=")
-    if not named or "=" in named:
+    if not named or "=" in named or folder.resolve() in above:
         raise CheckpointError(
             f"{folder} holds an adapter of {named or 'a model that it does not name'}; load that, and give this folder "
             "as --adapter, or to model.load_adapter."
         )
     place = os.path.normpath(folder / named) if named.startswith("..") else named
-    return Adapted(None if named == "embedded" else place, ((os.path.expanduser(str(source)), 1.0),))
+    inner = Adapted() if named == "embedded" else adapted(place, (*above, folder.resolve()))
+    return Adapted(inner.base, (*inner.adapters, (os.path.expanduser(str(source)), 1.0)))
 
 
 FETCHING: dict[str, Any] = {
