@@ -18,7 +18,7 @@ from unilip.checkpoints import hub, write
 from unilip.checkpoints.hub import needed_files, push_to_hub, resolve
 from unilip.checkpoints.read import Weights, load_into, open_checkpoint, parse_dtype
 from unilip.checkpoints.write import parse_size, save
-from unilip.errors import CheckpointError
+from unilip.errors import CheckpointError, UniLIPError
 from unilip.info import describe
 from unilip.model import PARTS, UniLIP
 from unilip.sizes import preset
@@ -524,6 +524,10 @@ def test_hub_ids_reach_the_client(monkeypatch: pytest.MonkeyPatch, tiny_folder: 
     ):
         with pytest.raises(CheckpointError, match=message):
             open_checkpoint("owner/name", **options)
+    opened = open_checkpoint(tiny_folder)
+    for options, message in (({"devise": "cpu"}, "no option for loading"), ({"variant": "x"}, "opened already")):
+        with pytest.raises(UniLIPError, match=message):
+            UniLIP.from_pretrained(opened, **options)
     with pytest.raises(CheckpointError, match="names one revision"):
         open_checkpoint("owner/name@v1", revision="v2")
     with pytest.raises(CheckpointError, match=r"some/tokenizer/1b_unilip\.pth"):
