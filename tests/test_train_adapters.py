@@ -492,6 +492,14 @@ def test_an_adapter_may_stand_on_another_but_not_on_itself(fresh_model, folders,
         UniLIP.from_pretrained(ring)
 
 
+def test_merged_weights_are_stored_as_the_bases_were(fresh_model, folders, tmp_path):
+    fresh_model().save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    adapter = variant(folders / "red", tmp_path / "red", base_model_name_or_path="../half")
+    for words, stored in (((), "bfloat16"), (("--dtype", "float16"), "float16")):
+        assert cli.main(["convert", str(adapter), str(tmp_path / stored), *words]) == 0
+        assert list(describe(tmp_path / stored)["dtypes"]) == [stored]
+
+
 def test_an_adapter_is_known_as_one(folders, tmp_path):
     several = variant(folders / "red", tmp_path / "red", base_model_name_or_path="encoder=a,mllm=b")
     with pytest.raises(CheckpointError, match="holds an adapter of encoder=a,mllm=b; load that"):

@@ -23,12 +23,15 @@ def convert(o: Options) -> None:
         raise UniLIPError(f"{target} is not empty; give a new folder, or --force to replace a UniLIP checkpoint there.")
     write.parse_size(o.max_shard_size)
     dtype = read.parse_dtype("auto" if o.dtype is None else o.dtype)
-    if read.open_checkpoint(source).adapters:
+    opened = read.open_checkpoint(source)
+    if opened.adapters:
         from unilip.model import UniLIP
 
         check_choice("format to merge an adapter into", o.to, ("unilip", "diffusers"))
-        model = UniLIP.from_pretrained(source, dtype="auto")
+        stored = {opened.dtype(name) for name in opened.names}
+        model = UniLIP.from_pretrained(source)
         model.merge_adapters()
+        dtype = dtype or (stored.pop() if len(stored) == 1 else None)  # the same on every machine
         model.save_pretrained(folder, dtype=dtype, max_shard_size=o.max_shard_size, to=o.to)
         path = folder
     else:
