@@ -487,6 +487,8 @@ def test_an_adapter_may_stand_on_another_but_not_on_itself(fresh_model, folders,
         beside.load_adapter(folder)
     assert torch.equal(latent(UniLIP.from_pretrained(upper)), latent(beside))
     assert describe(upper)["base"] == f"{tiny_folder} + {lower}"
+    with pytest.raises(UniLIPError, match="lower, upper: adapters lie beside the weights; merge or unload them"):
+        beside.save_pretrained(tmp_path / "saved")
     ring = variant(folders / "red", tmp_path / "ring", base_model_name_or_path="../ring")
     with pytest.raises(CheckpointError, match=r"ring holds an adapter of \.\./ring"):
         UniLIP.from_pretrained(ring)

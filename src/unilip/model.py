@@ -246,6 +246,8 @@ class UniLIP(Network):
         """Write config, weights (sharded above `max_shard_size`) and tokenizer, whole; `to` "diffusers", too."""
         check_choice("format to save in", to, ("unilip", "diffusers"))
         self._check_resting("A model whose parts come and go cannot be saved; load it plainly to save it.")
+        if beside := adapters.adapter_names(self):
+            raise UniLIPError(f"{', '.join(beside)}: adapters lie beside the weights; merge or unload them, then save.")
         write.save(
             self, self.config, sampling.check_path("folder", folder), max_shard_size=max_shard_size, dtype=dtype, to=to,
             tokenizer=self.processor.tokenizer if self.processor else None,
