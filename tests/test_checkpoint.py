@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from unilip.checkpoints import hub, write
 from unilip.checkpoints.hub import needed_files, push_to_hub, resolve
 from unilip.checkpoints.read import Weights, load_into, open_checkpoint, parse_dtype
 from unilip.checkpoints.write import parse_size, save
-from unilip.errors import CheckpointError
+from unilip.errors import CheckpointError, UniLIPError
 from unilip.info import describe
 from unilip.model import PARTS, UniLIP
 from unilip.sizes import preset
@@ -131,7 +132,7 @@ def test_dtypes_by_name() -> None:
     assert parse_dtype(None) == torch.float32
     assert parse_dtype("bfloat16") == torch.bfloat16
     assert parse_dtype("auto") is None
-    for wrong in ("int8", "float99", "nn", torch.int64):
+    for wrong in ("int8", "float99", "nn", torch.int64, "float8_e5m2", torch.float8_e4m3fn):
         with pytest.raises(CheckpointError, match="allowed: float32"):
             parse_dtype(wrong)
 
@@ -149,6 +150,10 @@ def test_nothing_there(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="could not be fetched from the hub"):
         open_checkpoint("nobody/nothing")
+    with pytest.raises(CheckpointError, match="There is no checkpoint at ~nobody-of-that-name"):
+        open_checkpoint("~nobody-of-that-name")
+    with pytest.raises(CheckpointError, match="name too long"):
+        describe("a" * 5000)
 
 
 def test_truncated_weights(broken: Path) -> None:
@@ -160,7 +165,7 @@ def test_truncated_weights(broken: Path) -> None:
 
 def test_a_git_lfs_pointer(broken: Path) -> None:
     (broken / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(CheckpointError, match="git lfs pull"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a Git LFS pointer.*git lfs pull` there\.$"):
         open_checkpoint(broken)
 
 
@@ -212,9 +217,29 @@ class Trap:
 def test_code_in_a_pickle_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"encoder.weight": torch.zeros(1), "trap": Trap()}, tmp_path / "evil.pth")
-    with pytest.raises(CheckpointError, match="could run code; it was refused"):
+    with pytest.raises(CheckpointError, match=r"evil\.pth holds more than tensors.*could run code; it was refused"):
         open_checkpoint(tmp_path / "evil.pth")
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e5m2])
+def test_weights_that_are_no_numbers_to_compute_with_are_refused(stored: torch.dtype, broken: Path) -> None:
+    state = load_file(broken / "model.safetensors")
+    (broken / "model.safetensors").unlink()
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        state["mllm.queries"] = torch.ones_like(state["mllm.queries"]).to(stored)
+        (save_file if name.endswith("safetensors") else torch.save)(state, broken / name)
+        if not (name.endswith("bin") and stored.is_floating_point):  # the one type there that has a wider range
+            with pytest.raises(CheckpointError, match=r"holds mllm\.queries in .*; convert it to BF16"):
+                open_checkpoint(broken)
+        (broken / name).unlink()
+
+
+def test_a_head_of_another_type_differs_from_the_embedding(broken: Path) -> None:
+    state = load_file(broken / "model.safetensors")
+    state["mllm.language_model.lm_head.weight"] = state["mllm.language_model.lm_head.weight"].to(torch.float8_e4m3fn)
+    save_file(state, broken / "model.safetensors")
+    assert describe(broken)["language_head"] == "stored, differs from the token embedding"
 
 
 def test_bad_torch_files(tmp_path: Path) -> None:
@@ -293,7 +318,11 @@ def test_saving_again_replaces_shards_and_keeps_bystanders(tmp_path: Path, tiny_
     (folder / "trainer.json").write_text("{}")
     (folder / "samples").mkdir()
     (folder / "samples" / "a.txt").write_text("a")
+    links = {"self": ".", "samples/up": "..", "gone": "nowhere", "card": "README.md"}
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
     tiny_model.save_pretrained(folder)
+    assert {name: os.readlink(folder / name) for name in links} == links, "links stay links"
     assert sorted(p.name for p in folder.glob("model*")) == ["model.safetensors"]
     assert (folder / "trainer.json").exists()
     assert (folder / "samples" / "a.txt").read_text() == "a"
@@ -323,6 +352,22 @@ def test_an_interrupted_save_leaves_the_old_checkpoint_whole(
     with pytest.raises(KeyboardInterrupt):
         tiny_model.save_pretrained(tmp_path / "new", max_shard_size="1MB")
     assert not (tmp_path / "new").exists()
+
+
+def test_what_cannot_be_written_is_one_clear_line(
+    tmp_path: Path, tiny_model: UniLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file" / "m", tmp_path / ("x" * 250)):
+        with pytest.raises(CheckpointError, match=r"cannot be written \(.*give another folder"):
+            tiny_model.save_pretrained(folder)
+    monkeypatch.setattr(write, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(.*No space left.*Make room"):
+        tiny_model.save_pretrained(tmp_path / "m")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_crash_between_the_two_renames_is_mended(tmp_path: Path, tiny_model: UniLIP) -> None:
@@ -479,6 +524,10 @@ def test_hub_ids_reach_the_client(monkeypatch: pytest.MonkeyPatch, tiny_folder: 
     ):
         with pytest.raises(CheckpointError, match=message):
             open_checkpoint("owner/name", **options)
+    opened = open_checkpoint(tiny_folder)
+    for options, message in (({"devise": "cpu"}, "no option for loading"), ({"variant": "x"}, "opened already")):
+        with pytest.raises(UniLIPError, match=message):
+            UniLIP.from_pretrained(opened, **options)
     with pytest.raises(CheckpointError, match="names one revision"):
         open_checkpoint("owner/name@v1", revision="v2")
     with pytest.raises(CheckpointError, match=r"some/tokenizer/1b_unilip\.pth"):
@@ -646,6 +695,7 @@ def test_hostile_weights_and_foreign_configs_are_errors_of_ours(tiny_folder: Pat
     for state in (
         {"mlp1.0.weight": torch.zeros(1).expand(10**12)},
         {"mlp1.0.weight": torch.zeros(2, 2).to_sparse()},
+        {"mlp1.0.weight": torch.zeros(2, device="meta")},
         {5: torch.zeros(1)},
     ):
         torch.save(state, path)

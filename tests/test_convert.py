@@ -103,6 +103,19 @@ def test_authors_to_ours_and_back_is_bit_exact(tmp_path: Path) -> None:
             assert written[name] == value
 
 
+def test_sizes_and_samplers_go_there_and_back(tmp_path: Path, fresh_model: Callable[..., UniLIP]) -> None:
+    sampling = {"num_inference_steps": 7, "guidance_scale": 1.0, "solver": "euler", "plan": "Describe.", "joint": True}
+    config = preset("tiny").replace(image_size=112, sampling=sampling)
+    fresh_model(image_size=112, sampling=config.sampling).save_pretrained(tmp_path / "ours")
+    back = convert(convert(tmp_path / "ours", tmp_path / "theirs", to="authors"), tmp_path / "back")
+    assert open_checkpoint(back).config.replace(name="tiny") == config
+    data = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    for wrong in ({"sampling": 5}, {"sampling": {"speed": 1}}, {"image_size": "112"}, {"image_size": 57}):
+        (tmp_path / "theirs" / "config.json").write_text(json.dumps(data | wrong))
+        with pytest.raises(CheckpointError, match="makes no sense"):
+            open_checkpoint(tmp_path / "theirs")
+
+
 def test_fused_attention_is_split_and_stacked(tmp_path: Path) -> None:
     opened = open_checkpoint(PARITY)
     fused = load_file(PARITY / "model.safetensors")["model.vision_tower.encoder.layers.1.attn.qkv.weight"]

@@ -19,6 +19,7 @@ from unilip.checkpoints.write import convert
 from unilip.errors import UniLIPError
 from unilip.fast.offload import HEAD
 from unilip.fast.quantise import is_quantised, quantise
+from unilip.info import describe
 from unilip.method.config import QUANTIZATIONS
 from unilip.model import UniLIP
 
@@ -216,6 +217,7 @@ def test_quantised_files_are_torchaos_and_read_strictly(tiny_folder: Path, tmp_p
     model = UniLIP.from_pretrained(tiny_folder, quantization="int8")
     model.save_pretrained(tmp_path / "few")
     file = tmp_path / "few" / "model.safetensors"
+    assert describe(file.parent)["language_head"] == "stored, differs from the token embedding"
     with safe_open(file, "pt") as opened:
         metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in load_file(file)}
     theirs, left = layout.unflatten_tensor_state_dict(tensors, metadata)

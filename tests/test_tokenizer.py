@@ -127,6 +127,11 @@ def test_hostile_and_broken_files_are_refused_at_once(tmp_path: Path) -> None:
             Tokenizer(files)
     with pytest.raises(CheckpointError, match="tokenizer"):
         load_tokenizer(tmp_path / "nothing")
+    for odd in ([1], [[1]], 7, "word"):
+        with pytest.raises(CheckpointError, match="known_words is no list of words"):
+            Tokenizer(
+                {"tokenizer.json": whole.encode(), "tokenizer_config.json": json.dumps({"known_words": odd}).encode()}
+            )
     for odd in ([1], {"content": {}}, 7, None):
         named = json.dumps({"pad_token": odd, "additional_special_tokens": odd}).encode()
         assert Tokenizer({"tokenizer.json": whole.encode(), "tokenizer_config.json": named}).pad_id is None

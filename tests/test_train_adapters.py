@@ -282,6 +282,8 @@ def test_faulty_settings_and_tensors_change_nothing(fresh_model, folders, tmp_pa
         "alpha list": {"lora_alpha": [2]},
         "pattern of nothing": {"alpha_pattern": {".*to_q": 7}}, "pattern": {"rank_pattern": {"to_q": 5}},
         "patterns": {"rank_pattern": [3]}, "turned": {"fan_in_fan_out": True}, "no kind": {"peft_type": None},
+        "whole name": {"alpha_pattern": {"^to_q": 7}}, "changed base": {"init_lora_weights": "pissa_niter_4"},
+        "after words": {"alora_invocation_tokens": [1, 2]},
         "a list": {"peft_type": ["LORA"]}, "dora": {"use_dora": True}, "biased": {"lora_bias": True},
         "nan": {"tensors": good | {first: good[first] * float("nan")}},
         "integers": {"tensors": good | {first: good[first].int()}},
@@ -475,6 +477,29 @@ def test_a_transformer_copied_for_guidance_has_the_adapters_of_the_moment(fresh_
             wrong.append(number)
         before = after
     assert wrong == []
+
+
+def test_an_adapter_may_stand_on_another_but_not_on_itself(fresh_model, folders, tiny_folder, tmp_path):
+    lower = variant(folders / "red", tmp_path / "lower", base_model_name_or_path=str(tiny_folder))
+    upper = variant(folders / "blue", tmp_path / "upper", base_model_name_or_path="../lower")
+    beside = fresh_model()
+    for folder in (lower, upper):
+        beside.load_adapter(folder)
+    assert torch.equal(latent(UniLIP.from_pretrained(upper)), latent(beside))
+    assert describe(upper)["base"] == f"{tiny_folder} + {lower}"
+    with pytest.raises(UniLIPError, match="lower, upper: adapters lie beside the weights; merge or unload them"):
+        beside.save_pretrained(tmp_path / "saved")
+    ring = variant(folders / "red", tmp_path / "ring", base_model_name_or_path="../ring")
+    with pytest.raises(CheckpointError, match=r"ring holds an adapter of \.\./ring"):
+        UniLIP.from_pretrained(ring)
+
+
+def test_merged_weights_are_stored_as_the_bases_were(fresh_model, folders, tmp_path):
+    fresh_model().save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    adapter = variant(folders / "red", tmp_path / "red", base_model_name_or_path="../half")
+    for words, stored in (((), "bfloat16"), (("--dtype", "float16"), "float16")):
+        assert cli.main(["convert", str(adapter), str(tmp_path / stored), *words]) == 0
+        assert list(describe(tmp_path / stored)["dtypes"]) == [stored]
 
 
 def test_an_adapter_is_known_as_one(folders, tmp_path):

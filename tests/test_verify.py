@@ -59,6 +59,16 @@ def test_a_group_without_its_inputs_fails_and_says_which(tmp_path: Path) -> None
     assert "recon.pixel_values is not recorded" in row.note
 
 
+@pytest.mark.parametrize("group", ["edit", "train_edit", "recon112"])
+def test_inputs_of_another_kind_fail_and_say_so(group: str, tmp_path: Path) -> None:
+    recorded = load_file(PARITY / "expected.safetensors")
+    for entry in ("attention_mask", "pixel_values", "und_image"):
+        value = recorded.get(f"{group}.{entry}")
+        for other in () if value is None else (value[:0], torch.tensor(1), value[:1, ..., :-1].clone()):
+            rows = verify(PARITY, subset(tmp_path, group, **{entry: other}))
+            assert rows and not all(row.ok for row in rows) and len(format_rows(rows)) < 5000
+
+
 def test_a_checkpoint_without_the_parts_fails_and_says_which(tmp_path: Path) -> None:
     state = {k: v for k, v in load_file(PARITY / "model.safetensors").items() if "model.vae_decoder." in k}
     data = convert(PARITY, tmp_path / "ours") / "config.json"

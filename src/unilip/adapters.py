@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from unilip.checkpoints.hub import ADAPTER, REMEDY, read_json
+from unilip.checkpoints.hub import ADAPTER, REMEDY, local, read_json
 from unilip.errors import LARGEST, CheckpointError, UniLIPError, check_number, install
 from unilip.fast.offload import HEAD, Offload
 from unilip.fewstep import add_embedder, few_config
@@ -35,6 +35,8 @@ PREFIX = "base_model.model."  # of every name in peft's files
 KINDS = ("lora_A", "lora_B", "lora_magnitude_vector")  # of weights that an adapter has
 MAPPING, TRAINED_ON = "auto_mapping", "trained_on"  # what peft lets say of the base; in it, values of its weights
 LAYERS, VALUES = 4, 64  # of each part, of each layer: so many tell a model from another
+FOREIGN = ("fan_in_fan_out", "layer_replication", "use_qalora", "lora_bias", "use_bdlora", "alora_invocation_tokens")
+CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that peft takes off the weights of the base
 FEW_STEPS = "few_steps"  # in the settings: what peft does not know, it says and leaves alone
 logger = logging.getLogger(__name__)
 INNER = "adapter_"  # peft makes attributes of names, so that "train" or "half" would hide what a module has already
@@ -117,7 +119,7 @@ class Adapter:
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """Read an adapter's folder. Raises CheckpointError: none of LoRA, damaged, or its settings and tensors disagree."""
-    path = Path(os.path.expanduser(check_path("folder", folder)))
+    path = local(check_path("folder", folder))
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise CheckpointError(f"{path} is no adapter; give a folder with {CONFIG} and {WEIGHTS}, as peft writes it.")
     settings = read_json(path / CONFIG, REMEDY)
@@ -127,7 +129,10 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         raise CheckpointError(f"{path} is damaged ({error}){REMEDY}.") from error
     if (kind := settings.get("peft_type")) != "LORA":
         raise CheckpointError(f"{path} is an adapter of the kind {kind}; LORA (and DoRA) can be loaded.")
-    if odd := [key for key in ("fan_in_fan_out", "layer_replication", "use_qalora", "lora_bias") if settings.get(key)]:
+    odd = [key for key in FOREIGN if settings.get(key)]
+    if str(settings.get("init_lora_weights")).startswith(CHANGING):
+        odd.append(f"init_lora_weights {settings['init_lora_weights']!r}, which changes the weights of its base")
+    if odd:
         raise CheckpointError(f"{path / CONFIG} uses {', '.join(odd)}, which is not supported; train it without.")
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in stored.items():
@@ -176,7 +181,7 @@ def _setting(path: Path, settings: Mapping[str, Any], name: str, pattern: str, l
 
 
 def _ends(layer: str, pattern: str) -> bool:
-    return f".{layer}".endswith(f".{pattern.removeprefix('^')}")
+    return f".{layer}".endswith(f".{pattern}") or f"^{layer}" == pattern
 
 
 def called(folder: str | os.PathLike[str]) -> str:

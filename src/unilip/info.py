@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from unilip.adapters import CONFIG, WEIGHTS, read_adapter
-from unilip.checkpoints.hub import Source, adapted
+from unilip.checkpoints.hub import Adapted, Source, adapted, local
 from unilip.checkpoints.read import open_checkpoint
 from unilip.checkpoints.tables import EMBEDDING, HEAD, KINDS
 from unilip.errors import CheckpointError
@@ -23,7 +23,7 @@ def describe(source: Source = None) -> dict[str, Any]:
 
     Raises CheckpointError: it cannot be opened.
     """
-    folder = Path(os.path.expanduser(source)) if isinstance(source, (str, os.PathLike)) else None
+    folder = local(source) if isinstance(source, (str, os.PathLike)) else None
     if folder is not None and (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
         return _describe_adapter(folder)
     opened = open_checkpoint(source)
@@ -79,7 +79,8 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
     adapter = read_adapter(folder)
     base = adapter.base
     with contextlib.suppress(CheckpointError):
-        base = str(adapted(folder).base or "embedded")
+        whole = adapted(folder)
+        base = str(Adapted(whole.base, whole.adapters[:-1]))
     parameters: Counter[str] = Counter()
     for layer, tensors in adapter.tensors.items():
         parameters[layer.split(".")[0]] += sum(tensor.numel() for tensor in tensors.values())

@@ -25,7 +25,7 @@ from tqdm.std import tqdm
 from unilip import adapters, pictures, sampling, shapes
 from unilip.chat import Chat
 from unilip.checkpoints import read, write
-from unilip.checkpoints.hub import Adapted, Source
+from unilip.checkpoints.hub import Adapted, Source, check_fetching
 from unilip.errors import ImageError, PromptError, UniLIPError, check_choice, check_flag, check_number
 from unilip.fast.choose import choose
 from unilip.fast.loop import BUCKET, Compiled, Settings
@@ -179,6 +179,8 @@ class UniLIP(Network):
         low_memory = None if low_memory is None else check_flag("low_memory", low_memory)
         check_choice("performance", performance, PERFORMANCES)
         kinds = None if quantization is None else kinds_of(quantization)
+        if isinstance(source, read.Checkpoint) and (late := check_fetching(fetching)):
+            raise UniLIPError(f"{source.path} is opened already; give {', '.join(late)} to open_checkpoint.")
         opened = source if isinstance(source, read.Checkpoint) else read.open_checkpoint(source, **fetching)
         if kinds:
             opened.require_plain(f"cannot be quantised to {quantization} anew", alone=False)
@@ -255,6 +257,8 @@ class UniLIP(Network):
         """Write config, weights (sharded above `max_shard_size`) and tokenizer, whole; `to` "diffusers", too."""
         check_choice("format to save in", to, ("unilip", "diffusers"))
         self._check_resting("A model whose parts come and go cannot be saved; load it plainly to save it.")
+        if beside := adapters.adapter_names(self):
+            raise UniLIPError(f"{', '.join(beside)}: adapters lie beside the weights; merge or unload them, then save.")
         write.save(
             self, self.config, sampling.check_path("folder", folder), max_shard_size=max_shard_size, dtype=dtype, to=to,
             tokenizer=self.processor.tokenizer if self.processor else None,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from unilip.checkpoints.hub import Source
 from unilip.checkpoints.read import Checkpoint, Weights, load_into, open_checkpoint
 from unilip.checkpoints.tables import Origin
-from unilip.errors import CheckpointError
+from unilip.errors import CheckpointError, reason
 from unilip.fast.offload import Unmade
 from unilip.method.decoder import resize_to_tokens
 from unilip.method.flow import TRAIN_TIMESTEPS, make_schedule, train_levels
@@ -85,6 +85,10 @@ def verify(
                 if error.args[0] not in INPUTS:
                     raise
                 why = f"{group}.{error.args[0]} is not recorded"
+            except (CheckpointError, torch.OutOfMemoryError):
+                raise
+            except (RuntimeError, IndexError, TypeError, ValueError, ArithmeticError) as error:
+                why = f"cannot be computed from what is recorded with it: {reason(error, 120)}"
         for entry in sorted(set(record) - INPUTS):
             name, ours = f"{group}.{entry}", results.get(entry)
             failed = Row(name, math.inf, tolerance, False, why)
@@ -178,7 +182,8 @@ def generation(model: Network, opened: Checkpoint, record: Record) -> Results:
 @torch.enable_grad()
 def training(model: Network, opened: Checkpoint, record: Record) -> Results:
     """A step of flow matching: condition, velocity, loss, three gradients."""
-    ids, mask, marked = record["input_ids"], record["attention_mask"].bool(), record["labels"] != -100
+    ids, marked = record["input_ids"], record["labels"] != -100
+    mask = record["attention_mask"].bool().expand_as(ids)
     behind = marked.long().flip(-1).cumsum(-1).flip(-1)  # theirs has the queries among the prompt: the last Q marked
     queries = marked & (behind <= opened.config.num_queries)
     prompt = mask & ~queries

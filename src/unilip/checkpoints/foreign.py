@@ -5,12 +5,13 @@ is an InternVL; and for diffusers.
 """
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from unilip.checkpoints.hub import INDEX, template
 from unilip.checkpoints.tokenizer import Tokenizer
 from unilip.errors import CheckpointError
-from unilip.method.config import UniLIPConfig
+from unilip.method.config import SamplingConfig, UniLIPConfig
 
 Json = dict[str, Any]
 
@@ -66,7 +67,7 @@ def diffusers_files(config: UniLIPConfig) -> dict[str, Json | str]:
 
 def authors_configs(config: UniLIPConfig, image_token_id: int | None = None) -> dict[str, Json]:
     """Return the authors' config.json and the configs beside it. Raises CheckpointError: they cannot say the model."""
-    t, d, c = config.text, config.dit, config.decoder
+    t, d, c, sampling = config.text, config.dit, config.decoder, config.sampling
     means = ""
     if d.interpolation_scale is None or d.plain_blocks:
         means = "a DiT with a position embedding and SANA's blocks, and this model has dit.interpolation_scale "
@@ -85,10 +86,13 @@ def authors_configs(config: UniLIPConfig, image_token_id: int | None = None) -> 
         "unilip_factor": config.latent_factor, "mllm_path": hub, "mllm_hf_path": f"{hub}-hf",
         "dit_path": f"Efficient-Large-Model/Sana_{'1600M' if large else '600M'}_512px_diffusers",
         "hidden_size": t.hidden_size, **_multimodal(config, image_token_id),
+        # what theirs has no place for, where it is not what their files mean
+        **({} if config.image_size == config.vision.image_size else {"image_size": config.image_size}),
+        **({} if sampling == SamplingConfig(flow_shift=sampling.flow_shift) else {"sampling": asdict(sampling)}),
     }  # fmt: skip
     dit = _part("dit", d) | ({"few_steps": list(d.few_steps)} if d.few_steps else {})
     decoder = config.to_dict()["decoder"]
     halves = ("block_types", "block_out_channels", "layers_per_block", "qkv_multiscales")
     vae = _part("vae", c) | {f"{half}_{name}": decoder[name] for half in ("encoder", "decoder") for name in halves}
-    scheduler = {**FIXED["scheduler"], "flow_shift": config.sampling.flow_shift}
+    scheduler = {**FIXED["scheduler"], "flow_shift": sampling.flow_shift}
     return {"config.json": main, "dit_config.json": dit, "vae_config.json": vae, "scheduler_config.json": scheduler}

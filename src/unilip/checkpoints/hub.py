@@ -59,22 +59,36 @@ class Adapted:
 Source = str | os.PathLike[str] | Adapted | None
 
 
-def adapted(source: Source) -> Adapted:
-    """Tell a model's own source from its adapters. Raises CheckpointError: an adapter names no model, or several."""
+def local(source: str | os.PathLike[str]) -> Path:
+    """Return where a source would be on this machine. Raises CheckpointError: no file system takes such a name."""
+    path = Path(os.path.expanduser(source))  # unlike a path's own way it leaves strangers' homes as they are
+    try:
+        path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{str(path)[:80]} cannot be read ({error.strerror}); give another path.") from error
+    return path
+
+
+def adapted(source: Source, above: tuple[Path, ...] = ()) -> Adapted:
+    """Tell a model's own source from its adapters, which may stand on one another (`above` are those looked at).
+
+    Raises CheckpointError: an adapter names no model, several, or itself.
+    """
     if isinstance(source, Adapted):
         inner = adapted(source.base)
         return Adapted(inner.base, (*inner.adapters, *source.adapters))
-    folder = None if source is None else Path(os.path.expanduser(source))
+    folder = None if source is None else local(source)
     if folder is None or not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
         return Adapted(source)
     named = str(read_json(folder / ADAPTER, REMEDY).get("base_model_name_or_path") or "").removeprefix("all=")
-    if not named or "=" in named:
+    if not named or "=" in named or folder.resolve() in above:
         raise CheckpointError(
             f"{folder} holds an adapter of {named or 'a model that it does not name'}; load that, and give this folder "
             "as --adapter, or to model.load_adapter."
         )
     place = os.path.normpath(folder / named) if named.startswith("..") else named
-    return Adapted(None if named == "embedded" else place, ((os.path.expanduser(str(source)), 1.0),))
+    inner = Adapted() if named == "embedded" else adapted(place, (*above, folder.resolve()))
+    return Adapted(inner.base, (*inner.adapters, (os.path.expanduser(str(source)), 1.0)))
 
 
 FETCHING: dict[str, Any] = {
@@ -99,7 +113,7 @@ def resolve(source: str | os.PathLike[str] | None = None, *, revision: str | Non
     Nothing, or "embedded" where no file is called so, is the model that the package carries.
     Raises CheckpointError: nothing is there.
     """
-    path = Path(os.path.expanduser("" if source is None else source))
+    path = local("" if source is None else source)
     if source is None or (str(source) == "embedded" and not path.exists()):
         path = embedded()
     if path.exists():

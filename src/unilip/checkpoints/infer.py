@@ -117,6 +117,8 @@ def _infer(kind: str, data: Json, shapes: Shapes, beside: Mapping[str, Json], na
     changes["latent_factor"] = float(factor)
     if "scheduler_config.json" in beside:
         changes["sampling"] = _sampling(beside["scheduler_config.json"])
+    if kind == "authors":  # what is ours alone, if it came from here
+        changes |= {name: data[name] for name in ("image_size", "sampling") if name in data}
     return base.replace(**changes, name=released or name or kind)
 
 

@@ -95,7 +95,8 @@ class TorchFile:
         if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
             raise CheckpointError(f"{path} is not a dictionary of tensors.")
         for name, value in state.items():
-            plain = isinstance(name, str) and value.layout == torch.strided and not value.is_quantized
+            whole = (value.layout, value.is_quantized, value.is_meta) == (torch.strided, False, False)
+            plain = isinstance(name, str) and whole
             if not plain or value.nbytes > value.untyped_storage().nbytes():  # a view may repeat few numbers endlessly
                 why = f"{path} holds {str(name)[:120]} in a form that is not supported"
                 raise CheckpointError(f"{why}; save it as plain.")
@@ -123,6 +124,8 @@ class Weights:
                 if pointer:
                     raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there.")
                 opened = SafeFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+            except CheckpointError:  # says it itself
+                raise
             except (SafetensorError, OSError, ValueError) as error:
                 raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch or save it again.") from error
             self.metadata |= opened.metadata
@@ -236,6 +239,9 @@ class Checkpoint:
         self._origins, self.dropped = tables.map_names(kind, weights.shapes)  # dropped: their name -> why
         self.notes: list[str] = []  # remarks for people
         self.adapters: tuple[tuple[str, float], ...] = ()  # that belong beside it: folders and strengths
+        for name, origin in self._origins.items():
+            if not (found := weights.dtype(origin.name)).is_floating_point:
+                raise CheckpointError(f"{weights.file_of(origin.name)} holds {name} in {found}; convert it to BF16.")
         self._untie()
         shapes = {name: self.shape(name) for name in self._origins}
         if kind == "unilip" or data.get("format") == FORMAT:
@@ -314,6 +320,9 @@ class Checkpoint:
         return tensor.flatten(1) if tables.POINTWISE.fullmatch(name) else tensor
 
     def same(self, one: str, other: str) -> bool:
+        """Whether two tensors are stored with the same type and numbers; one in few bits is like no other."""
+        if {one, other} & self.quantized or self.dtype(one) != self.dtype(other):
+            return False
         return self.shape(one) == self.shape(other) and torch.equal(self.tensor(one), self.tensor(other))
 
     def require_plain(self, why: str, alone: bool = True) -> None:
@@ -415,11 +424,11 @@ def _kind(path: Path, data: Mapping[str, Any], names: Iterable[str]) -> str:
 
 
 def parse_dtype(dtype: DType) -> torch.dtype | None:
-    """Return a floating type from its name; None is float32. Raises CheckpointError: not a floating type of torch."""
+    """Return a floating type from its name; None is float32. Raises CheckpointError: none that is computed in."""
     if isinstance(dtype, str) and dtype == "auto":
         return None  # as stored, or float32 where that is as fast
     found = torch.float32 if dtype is None else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:  # none computes in fp8
         raise CheckpointError(f"There is no dtype {dtype!r}; allowed: float32, bfloat16, float16, auto.")
     return found
 

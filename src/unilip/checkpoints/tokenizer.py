@@ -60,7 +60,10 @@ class Tokenizer:
         self.vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)  # ids by token
         names = self._settings("tokenizer_config.json"), self._settings("special_tokens_map.json")
         self.pad_id = next((self.token_id(n) for n in (_content(s.get("pad_token")) for s in names) if n), None)
-        self.known = frozenset(names[0].get("known_words") or ())
+        known = names[0].get("known_words") or ()
+        if not isinstance(known, (list, tuple)) or not all(isinstance(word, str) for word in known):
+            raise self._damaged("known_words is no list of words", "tokenizer_config.json")
+        self.known = frozenset(known)
         # people's words never become these: special tokens, and anything else that looks like markup
         self._reserved = {t["content"]: t["id"] for t in added if t.get("special") or t["content"][:1] == "<"}
 

@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unilip.checkpoints import read
 from unilip.checkpoints.foreign import authors_configs, diffusers_files, internvl_files
-from unilip.checkpoints.hub import BESIDE, CARD, INDEX, Source, model_card, previous_of, push_to_hub, read_json
+from unilip.checkpoints.hub import BESIDE, CARD, INDEX, Source, local, model_card, previous_of, push_to_hub, read_json
 from unilip.checkpoints.infer import expected_shapes
 from unilip.checkpoints.tables import HEAD, PARTS, POINTWISE, QUERIES, Shape, check_shapes, unmap_names
 from unilip.checkpoints.tokenizer import TOKENIZER_FILES
-from unilip.errors import CheckpointError, check_choice
+from unilip.errors import CheckpointError, check_choice, reason
 from unilip.fast.quantise import flatten
 from unilip.files import remove, replacing
 from unilip.method.config import FORMAT, UniLIPConfig
@@ -87,7 +88,7 @@ def _write_folder(
 ) -> Path:
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    folder = Path(os.path.abspath(os.path.expanduser(folder)))
+    folder = Path(os.path.abspath(local(folder)))
     wanted = None if dtype is None else read.parse_dtype(dtype)
     if wanted is not None:
         items = [(n, shape, wanted if t.is_floating_point else t, get) for n, shape, t, get in items]
@@ -95,7 +96,7 @@ def _write_folder(
     pattern = "model{suffix}.safetensors"
     split = split_torch_state_dict_into_shards(empty, filename_pattern=pattern, max_shard_size=limit)
     by_name = {item[0]: item for item in items}
-    with _replacing(folder) as new:
+    with _one_line(folder), _replacing(folder) as new:
         weights, words = (new / name if INDEX in files else new for name in ("model", "tokenizer"))
         weights.mkdir(exist_ok=True)
         for file, names in split.filename_to_tensors.items():
@@ -136,6 +137,16 @@ def _write_shard(path: Path, items: Sequence[Item], metadata: dict[str, str]) ->
 
 
 @contextlib.contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    """Say why a folder could not be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = f"{str(folder)[:200]} cannot be written ({reason(error, 120)}); what was there is whole"
+        raise CheckpointError(f"{why}. Make room, or give another folder.") from error
+
+
+@contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
     """Yield a hidden sibling folder that takes the place of `folder` once all is written, or vanishes on any error."""
     previous = previous_of(folder)
@@ -156,8 +167,8 @@ def _replacing(folder: Path) -> Iterator[Path]:
             yield new
             for old in folder.iterdir() if folder.exists() else ():
                 if not (old.name in theirs or _WEIGHTS.fullmatch(old.name) or (new / old.name).exists()):
-                    if old.is_dir():
-                        shutil.copytree(old, new / old.name, copy_function=_link)
+                    if old.is_dir() and not old.is_symlink():
+                        shutil.copytree(old, new / old.name, symlinks=True, copy_function=_link)
                     else:
                         _link(old, new / old.name)
             if folder.exists():
@@ -171,11 +182,11 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 
 def _link(old: str | Path, new: str | Path) -> None:
-    """Bring a bystander along without moving it: a hard link, or a copy where there are none."""
+    """Bring a bystander along without moving it: a hard link, or a copy where there are none; a link stays one."""
     try:
-        os.link(old, new)
-    except OSError:
-        shutil.copy2(old, new)
+        os.link(old, new, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(old, new, follow_symlinks=False)
 
 
 def push_model(model: Any, repo_id: str, *, dtype: read.DType = None, **options: Any) -> str:

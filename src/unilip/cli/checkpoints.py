@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -17,19 +16,22 @@ from unilip.machine import choose_device
 def convert(o: Options) -> None:
     """Rewrite a checkpoint in another format."""
     source, target = o.words
-    folder = Path(os.path.expanduser(target))
+    from unilip.checkpoints import hub, read, write
+
+    folder = hub.local(target)
     if folder.is_dir() and any(folder.iterdir()) and not o.force:
         raise UniLIPError(f"{target} is not empty; give a new folder, or --force to replace a UniLIP checkpoint there.")
-    from unilip.checkpoints import read, write
-
     write.parse_size(o.max_shard_size)
     dtype = read.parse_dtype("auto" if o.dtype is None else o.dtype)
-    if read.open_checkpoint(source).adapters:
+    opened = read.open_checkpoint(source)
+    if opened.adapters:
         from unilip.model import UniLIP
 
         check_choice("format to merge an adapter into", o.to, ("unilip", "diffusers"))
-        model = UniLIP.from_pretrained(source, dtype="auto")
+        stored = {opened.dtype(name) for name in opened.names}
+        model = UniLIP.from_pretrained(source)
         model.merge_adapters()
+        dtype = dtype or (stored.pop() if len(stored) == 1 else None)  # the same on every machine
         model.save_pretrained(folder, dtype=dtype, max_shard_size=o.max_shard_size, to=o.to)
         path = folder
     else:
