@@ -78,7 +78,7 @@ SAID: dict[str, dict[str, str]] = read_table("unilip.serve", "problems.json")
 def validation(errors: Sequence[Mapping[str, Any]]) -> Trouble:
     """Turn pydantic's complaints into one: the first, and how many more there are. What was sent is not repeated."""
     first = errors[0]
-    named = [str(part) for part in first["loc"] if part not in ("body", "str")]
+    named = [str(part) for part in first["loc"] if part not in ("body", "query", "str")]
     parts = [part for part in named if not part.startswith(("list[", "constrained-"))]
     place = ".".join(parts).encode("ascii", "backslashreplace").decode()[:200]
     message = str(first["msg"]).removeprefix("Value error, ")
