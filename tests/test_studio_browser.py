@@ -515,7 +515,7 @@ def test_an_adapter_is_trained(visitor, fresh_model, tmp_path, picture):
     model.save_pretrained(tmp_path / "base")
     for i in range(6):
         picture(80, 60, i).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text(f"a red star, number {i}" if i else "")
+        (tmp_path / f"{i}.txt").write_text(f"a red star,\nnumber {i}" if i else "")
     files = [str(path) for path in sorted(tmp_path.glob("[0-9].*"))]
     with serving(model, tmp_path) as (address, _):
         visitor.driver.get(address)
@@ -523,6 +523,7 @@ def test_an_adapter_is_trained(visitor, fresh_model, tmp_path, picture):
         visitor.one("#train-count", "5 to 50 pictures")
         visitor.driver.find_element("css selector", "#train-files").send_keys("\n".join(files))
         visitor.one("#train-count", "5 of 6 pictures are complete")
+        assert visitor.all("#train-rows input")[1].get_attribute("value") == "a red star, number 1"
         assert not visitor.one("#train-go").is_enabled()
         visitor.type("#train-rows .row input", "a red star")
         visitor.type("#train-form [name=name]", "stars")
