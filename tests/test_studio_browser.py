@@ -370,6 +370,11 @@ def test_errors_are_told_in_words_and_nothing_is_lost(visitor, tmp_path):
     visitor.shoot("14-error")
     visitor.click("#show-settings")
     visitor.click("#values [type=reset]")
+    for odd in ("9007199254740993", "1e"):  # rounded, and nothing, for JavaScript
+        visitor.type("#values [name=seed]", odd)
+        visitor.click("#go")
+        visitor.one("#note", "Seed of the settings is no number")
+    visitor.click("#values [type=reset]")
     visitor.click("#settings .close")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"this is no picture")

@@ -329,7 +329,6 @@ function settings() {
   const found = {};
   for (const field of $('values').elements) {
     if (!field.name || field.value === '' || (field.type === 'radio' && !field.checked)) continue;
-    if (field.type === 'number' && !Number.isFinite(field.valueAsNumber)) continue;
     const plain = field.type === 'number' || field.name === 'image_size';
     found[field.name] = plain ? Number(field.value) : field.value;
   }
@@ -375,6 +374,8 @@ async function perform(given) {
   const verb = given || auto ? found.verb : $('mode').value;
   const pictures = given?.pictures ?? (verb === 'generate' ? [] : pictureNow());
   if (!words && verb !== 'reconstruct') return note('There are no words; say what you want.');
+  const odd = [...$('values').elements].find((field) => field.validity.badInput || field.valueAsNumber > Number.MAX_SAFE_INTEGER);
+  if (odd) return note(`${odd.labels[0].textContent.trim()} of the settings is no number that can be used; up to ${Number.MAX_SAFE_INTEGER} can.`);
   if (!pictures.length && (verb === 'edit' || verb === 'reconstruct')) return note('Add a picture first, or draw one.');
   const before = {attached, words: $('words').value, mode: $('mode').value};
   if (!given) {
