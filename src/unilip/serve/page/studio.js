@@ -314,6 +314,7 @@ function warning(words, verb = verbNow()) {
 }
 
 async function attach(files) {
+  note('');
   for (const file of files) {
     const name = file.name || 'the picture';
     const good = KINDS.includes(file.type) && await createImageBitmap(file).then(() => true, () => false);
@@ -668,9 +669,10 @@ function wire() {
   const over = () => $($('train').open && !$('train-form').hidden ? 'train' : 'composer');
   document.ondragleave = (event) => { if (!event.relatedTarget) over().classList.remove('over'); };
   document.ondrop = (event) => {
+    const files = [...event.dataTransfer.files];
+    if (!files.length) return;  // words that are dragged go where they are dropped
     event.preventDefault();
     over().classList.remove('over');
-    const files = [...event.dataTransfer.files];
     if (over().id === 'train') takeToTrain(files);
     else if (!$('train').open) attach(files);
   };
