@@ -205,6 +205,11 @@ def test_the_page_says_what_its_model_is_and_offers_what_it_can(visitor):
     assert "cpu, float32, performance: auto" in facts
     assert len(visitor.all("#prompts button")) == 4 and len(visitor.all("#samples img")) == 4
     visitor.shoot("1-start")
+    visitor.size(*PHONE)
+    every = "for (const e of document.querySelectorAll('header [hidden]')) e.hidden = false;"
+    assert visitor.driver.execute_script(every + "return document.querySelector('header').offsetHeight") < 56, "one line"
+    visitor.size(*DESK)
+    visitor.driver.refresh()
 
 
 def test_draw(visitor):

@@ -180,7 +180,7 @@ async function remove(...entries) {
 
 function view(entry, other = null) {
   const both = other ? [other, entry] : [entry];
-  $('viewed').replaceChildren(make('b', {textContent: entry.words}), make('br'), make('span', {className: 'soft', textContent: factsOf(entry)}));
+  $('viewed').replaceChildren(make('b', {textContent: entry.words}), make('span', {className: 'soft', textContent: factsOf(entry)}));
   $('views').replaceChildren(...both.map((one) => {
     const figure = picture(one.blob, one.words);
     if (other) figure.append(make('figcaption', {textContent: one.seed === undefined ? one.words : `${one.words} · seed ${one.seed}`}));
