@@ -207,7 +207,7 @@ def test_the_page_says_what_its_model_is_and_offers_what_it_can(visitor):
     visitor.shoot("1-start")
     visitor.size(*PHONE)
     every = "for (const e of document.querySelectorAll('header [hidden]')) e.hidden = false;"
-    assert visitor.driver.execute_script(every + "return document.querySelector('header').offsetHeight") < 56, "one line"
+    assert visitor.driver.execute_script(every + "return document.querySelector('header').offsetHeight") < 56
     visitor.size(*DESK)
     visitor.driver.refresh()
 
