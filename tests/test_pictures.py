@@ -177,8 +177,9 @@ def test_exif_rotation(orientation, tmp_path):
     exif[0x0112] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
     loaded = load_image(tmp_path / "a.png")
-    assert loaded.size == (4, 2)
-    assert loaded.getpixel((0, 0)) == (255, 0, 0)
+    for upright in (loaded, load_image(loaded), load_image(loaded.copy())):  # what was turned is not turned again
+        assert upright.size == (4, 2)
+        assert upright.getpixel((0, 0)) == (255, 0, 0)
 
 
 # --- arrays and tensors -----------------------------------------------------------------------------------------------

@@ -104,6 +104,8 @@ def test_what_is_wrong_is_said_and_nothing_written(offered, picture, monkeypatch
     assert not trainer.root.exists()
     monkeypatch.setattr("unilip.train.preflight.preflight", lambda recipe, machine: pytest.fail(recipe.model))
     assert client.get("/v1/training/estimate", params={"kind": "style", "steps": 0}).status_code == 400
+    answer = client.get("/v1/training/estimate", params={"kind": "style", "steps": ""})
+    assert answer.json()["error"]["message"] == "steps must be a whole number"
 
 
 def test_what_it_takes_is_estimated(offered, monkeypatch):

@@ -124,7 +124,10 @@ def upright(image: Image.Image) -> Image.Image:
         turn = TURNS.get(image.getexif().get(0x0112, 1))
     except Exception:  # of struct, of XML, of text that is no number
         turn = None
-    return image if turn is None else image.transpose(turn)
+    if turn is not None:
+        image = image.transpose(turn)  # which copies what the picture says of itself: loaded again, it stays upright
+        image.info = {name: said for name, said in image.info.items() if name == "transparency"}
+    return image
 
 
 def _array_to_image(array: np.ndarray) -> Image.Image:

@@ -75,7 +75,9 @@ def trouble(error: Exception) -> Trouble:
 # What is said of pydantic's complaints by their type, and of some fields whatever is wrong with them.
 SAID: dict[str, dict[str, str]] = read_table("unilip.serve", "problems.json")
 _KINDS = ("string_type", "list_type", "dict_type")  # a way that was not meant at all
-_WAY = re.compile(r"body|str|bool|constrained-.*|(list|dict|literal)\[.*", re.DOTALL)  # of several that a field has
+_WAY = re.compile(
+    r"body|query|str|bool|constrained-.*|(list|dict|literal)\[.*", re.DOTALL
+)  # of several that a field has
 
 
 def validation(errors: Sequence[Mapping[str, Any]]) -> Trouble:

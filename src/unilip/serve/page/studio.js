@@ -180,7 +180,7 @@ async function remove(...entries) {
 
 function view(entry, other = null) {
   const both = other ? [other, entry] : [entry];
-  $('viewed').replaceChildren(make('b', {textContent: entry.words}), make('br'), make('span', {className: 'soft', textContent: factsOf(entry)}));
+  $('viewed').replaceChildren(make('b', {textContent: entry.words}), make('span', {className: 'soft', textContent: factsOf(entry)}));
   $('views').replaceChildren(...both.map((one) => {
     const figure = picture(one.blob, one.words);
     if (other) figure.append(make('figcaption', {textContent: one.seed === undefined ? one.words : `${one.words} · seed ${one.seed}`}));
@@ -314,6 +314,7 @@ function warning(words, verb = verbNow()) {
 }
 
 async function attach(files) {
+  note('');
   for (const file of files) {
     const name = file.name || 'the picture';
     const good = KINDS.includes(file.type) && await createImageBitmap(file).then(() => true, () => false);
@@ -329,7 +330,6 @@ function settings() {
   const found = {};
   for (const field of $('values').elements) {
     if (!field.name || field.value === '' || (field.type === 'radio' && !field.checked)) continue;
-    if (field.type === 'number' && !Number.isFinite(field.valueAsNumber)) continue;
     const plain = field.type === 'number' || field.name === 'image_size';
     found[field.name] = plain ? Number(field.value) : field.value;
   }
@@ -375,6 +375,8 @@ async function perform(given) {
   const verb = given || auto ? found.verb : $('mode').value;
   const pictures = given?.pictures ?? (verb === 'generate' ? [] : pictureNow());
   if (!words && verb !== 'reconstruct') return note('There are no words; say what you want.');
+  const odd = [...$('values').elements].find((field) => field.validity.badInput || field.valueAsNumber > Number.MAX_SAFE_INTEGER);
+  if (odd) return note(`${odd.labels[0].textContent.trim()} of the settings is no number that can be used; up to ${Number.MAX_SAFE_INTEGER} can.`);
   if (!pictures.length && (verb === 'edit' || verb === 'reconstruct')) return note('Add a picture first, or draw one.');
   const before = {attached, words: $('words').value, mode: $('mode').value};
   if (!given) {
@@ -667,9 +669,10 @@ function wire() {
   const over = () => $($('train').open && !$('train-form').hidden ? 'train' : 'composer');
   document.ondragleave = (event) => { if (!event.relatedTarget) over().classList.remove('over'); };
   document.ondrop = (event) => {
+    const files = [...event.dataTransfer.files];
+    if (!files.length) return;  // words that are dragged go where they are dropped
     event.preventDefault();
     over().classList.remove('over');
-    const files = [...event.dataTransfer.files];
     if (over().id === 'train') takeToTrain(files);
     else if (!$('train').open) attach(files);
   };

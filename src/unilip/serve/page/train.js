@@ -32,7 +32,7 @@ export async function take(files) {
   const stem = (name) => name.replace(/\.[^.]*$/, '').replace(/\.(input|output)$/, '');
   const texts = new Map();
   for (const file of [...files].sort((a, b) => a.name.localeCompare(b.name, undefined, {numeric: true}))) {
-    if (file.name.endsWith('.txt')) texts.set(stem(file.name), (await file.text()).trim());
+    if (file.name.endsWith('.txt')) texts.set(stem(file.name), (await file.text()).trim().replace(/\s+/g, ' '));
     else {
       const blob = await smaller(file).catch(() => null);
       if (blob) items.push({name: stem(file.name), blob, text: ''});
