@@ -267,6 +267,17 @@ def test_a_file_that_was_replaced_is_not_read_by_its_old_index(tiny_model: UniLI
         low.generate("a star", num_inference_steps=1, progress=False)
 
 
+def test_torch_weights_that_were_replaced_are_not_read(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copyfile(tiny_folder / "config.json", tmp_path / "config.json")
+    weights = load_file(tiny_folder / "model.safetensors")
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    opened = open_checkpoint(tmp_path)
+    assert torch.equal(opened.tensor("mllm.queries"), weights["mllm.queries"])
+    torch.save({name: tensor + 1 for name, tensor in weights.items()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin was replaced after it had been opened"):
+        opened.tensor("mllm.queries")
+
+
 def test_torch_weights_old_and_new_load_like_safetensors(tiny_folder: Path, tiny_model: UniLIP, tmp_path: Path) -> None:
     for zipped in (True, False):
         folder = tmp_path / str(zipped)

@@ -60,8 +60,7 @@ class SafeFile:
         shape, size = self.shapes[name], (end - begin) // parts
         data = torch.empty(size, dtype=torch.uint8)
         with self.path.open("rb") as file:
-            if _stamp(file) != self._stamp:
-                raise CheckpointError(f"{self.path} was replaced after it had been opened; load the model again.")
+            _require_same(file, self._stamp, self.path)
             file.seek(begin + part * size)
             if size and file.readinto(data.numpy().data) != size:
                 raise CheckpointError(f"{self.path} was cut off while it was read; fetch or save it again.")
@@ -74,6 +73,11 @@ def _stamp(file: BinaryIO) -> tuple[int, int, int]:
     return known.st_ino, known.st_size, known.st_mtime_ns
 
 
+def _require_same(file: BinaryIO, before: tuple[int, int, int], path: Path) -> None:
+    if _stamp(file) != before:
+        raise CheckpointError(f"{path} was replaced after it had been opened; load the model again.")
+
+
 class TorchFile:
     """A file of torch.save with tensors only, whatever else it would like to be: code inside it is never run."""
 
@@ -82,6 +86,7 @@ class TorchFile:
         try:
             with path.open("rb") as file:
                 mapped = file.read(4) == b"PK\3\4"  # else it has the format before 2020
+                self._stamp = _stamp(file)
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
             why = f"{path} holds more than tensors, and loading it could run code; it was refused"
@@ -106,6 +111,8 @@ class TorchFile:
 
     def read(self, name: str, part: int, parts: int) -> Tensor:
         tensor = self._state[name]
+        with self.path.open("rb") as file:  # which is mapped: what is written over it, the tensor has become
+            _require_same(file, self._stamp, self.path)
         return (tensor if parts == 1 else tensor.chunk(parts)[part]).detach().clone()
 
 
