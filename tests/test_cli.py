@@ -495,14 +495,32 @@ def test_examples_are_whole():
     assert accepts("A panda.", answers) and not accepts("a cat", answers)
 
 
+def section(line="", cards=(), again=""):
+    return {"line": line, "cards": cards, "again": again}
+
+
+def test_a_page_of_the_demo_holds_hostile_words_as_words(tmp_path):
+    bad, quoted = "<script>alert('1')</script>", '"><img src=x onerror=a>'
+    show = demo._Show(UniLIP.from_pretrained(), tmp_path, 0, bad, ("--model", bad))
+    told = {"question": bad, "answer": bad, "truth": bad, "right": False}
+    cards = [demo.Card({f"{quoted}.png": bad}, bad, (False, bad), [told, told | {"answer": ""}])]
+    parts = dict.fromkeys(("generate", "edit", "ask", "reconstruct", "outside"), section(bad, cards, show.command(bad)))
+    page = show.page(parts, bad)
+    assert "<script" not in page and "<img src=x" not in page and page.count("&lt;script&gt;") > 5 * 8
+    assert "<i>nothing</i>" in page
+
+
 def test_the_demo_teaches_a_new_thing(tmp_path, monkeypatch, capsys):
     """Three steps teach nothing, and that is what it then says; only the embedded model is taught."""
     short = override(catalog.get_recipe("lora/concept"), ["steps=3"])
     monkeypatch.setattr(catalog, "get_recipe", lambda name: short)
     show = demo._Show(UniLIP.from_pretrained(), tmp_path, 0, "", ())
-    title, line, body = show.learn()
-    assert show.result["learned"] == [0, 0] and "0 of 16 right before, 0 after" in line and "lora/concept" in body
-    assert len(list(tmp_path.glob("learn-*.png"))) == 9 and title == "Learn"
+    result, cards, again = show.learn()
+    assert show.result["learned"] == [0, 0] and "0 of 16 right before, 0 after" in result and "lora/concept" in again
+    assert len(list(tmp_path.glob("learn-*.png"))) == 9 and len(cards) == 5
+    show.result["seconds"] = {"learn": show.seconds}
+    parts = dict.fromkeys(("generate", "edit", "ask", "reconstruct", "outside", "learn"), section(result, cards, again))
+    assert "stands in no training picture" in show.page(parts, "") and "(it is not)" in show.page(parts, "")
     assert cli.main(["demo", "--learn", "--model", "nowhere", "--output", str(tmp_path / "demo")]) == 2
     monkeypatch.setitem(sys.modules, "peft", None)
     assert cli.main(["demo", "--learn", "--output", str(tmp_path / "demo")]) == 2, "before anything is drawn"

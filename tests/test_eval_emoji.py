@@ -16,6 +16,7 @@ from unilip.emoji.art import Atlas
 from unilip.emoji.dataset import Edits, pixels
 from unilip.emoji.edits import sample_chain
 from unilip.emoji.questions import KINDS
+from unilip.emoji.report import write_report
 from unilip.emoji.score import (
     PARTS,
     Bench,
@@ -117,6 +118,16 @@ def test_a_run_writes_all_it_promises(finished):
     page = (folder / "index.html").read_text()
     assert page.count("<figure>") > 10 and "http" not in page
     assert "| group |" in (folder / "results.md").read_text()
+
+
+def test_the_pages_hold_hostile_words_as_words(finished, tmp_path):
+    _, results = finished
+    bad, quoted = "<script>alert('1')</script>", '"><img src=x onerror=a>'
+    record = {"group": bad, "ok": False, "index": 0, "text": quoted, "reason": bad, "picture": f"{quoted}.png"}
+    write_report(tmp_path, results | {"model": bad, "device": bad}, {"gen": [record, record | {"ok": True}]})
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "<img src=x" not in page and page.count("&lt;script&gt;") == 6
+    assert page.index('class="right"') < page.index('class="wrong"') and page.count("<figure>") == 2
 
 
 def test_a_finished_run_draws_nothing_again(finished, tiny_model, monkeypatch):

@@ -12,6 +12,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from unilip.method.flow import make_schedule
+from unilip.serve import describe
 from unilip.serve.app import Settings, create_app
 from unilip.serve.conversation import Reader, read_conversation
 from unilip.serve.engine import Engine
@@ -181,6 +182,12 @@ def test_the_root_says_what_this_is_and_the_description_loads_nothing(client):
     assert page.status_code == 200 and "max_tokens" in page.text and "/v1/images/edits" in page.text
     assert "<script" not in page.text and "http://" not in page.text and "https://" not in page.text
     assert "default-src 'none'" in page.headers["content-security-policy"]
+    hostile = {"title": "<script>", "version": "<script>", "description": "<script>"}
+    field = {"type": "<script>", "description": "<script>"}
+    body = {"content": {"application/json": {"schema": {"properties": {"<script>": field}}}}}
+    call = {"description": "<script>", "requestBody": body}
+    bad = describe.page({"info": hostile, "paths": {"/<script>": {"post": call}}})
+    assert "<script" not in bad and bad.count("&lt;script&gt;") == 10
     assert "$ref" not in str(client.get("/openapi.json").json()["paths"]["/v1/chat/completions"]["post"]["requestBody"])
 
 

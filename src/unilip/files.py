@@ -130,6 +130,17 @@ def read_table(package: str, name: str) -> Any:
     return json.loads((resources.files(package) / name).read_text(encoding="utf-8"))
 
 
+def fill_page(package: str, name: str, /, **values: Any) -> str:
+    """Fill a page of HTML, a Jinja template that lies in a package: values are escaped, and none may be missing."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    pages = Environment(
+        loader=PackageLoader(package, ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return pages.get_template(name).render(values)
+
+
 def lines_of(text: str) -> list[str]:
     r"""Split text at \n and \r\n alone: U+2028 and its kin may stand inside a JSON string."""
     return [line.removesuffix("\r") for line in text.split("\n")]

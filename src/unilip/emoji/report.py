@@ -3,15 +3,12 @@
 Right cases are on the left, wrong ones on the right, each with what the judge says.
 """
 
-import html
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from unilip.emoji.captions import WORDS
-from unilip.files import write_text
+from unilip.files import fill_page, write_text
 
 Record = dict[str, Any]
 SHOWN = 4  # right ones and wrong ones of each group
@@ -22,19 +19,15 @@ COLUMNS: dict[str, str] = WORDS["columns"]
 def write_report(folder: Path, results: Mapping[str, Any], records: Mapping[str, Sequence[Record]]) -> None:
     """Write results.md and index.html to FOLDER: tables, a row a group, and right and wrong cases side by side."""
     title, world, setting = f"{results['model']} in the emoji world", results["world"], describe(results)
-    lines, page = [f"# {title} {world!r}", "", setting, ""], list[str]()
+    lines, parts = [f"# {title} {world!r}", "", setting, ""], []
     for part in filter(records.__contains__, TITLES):
         found = results[f"emoji-{part}"]
         lines += [f"## emoji-{part}", "", *table(part, found), ""]
-        page += [f"<h2>emoji-{part}</h2><p>{html.escape(TITLES[part])}</p><table>"]
-        for n, row in enumerate(_rows(found)):
-            tag = "td" if n else "th"
-            page += ["<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"]
-        page += [f"</table><p>{html.escape(_totals(found))}</p>", *_cases(records[part])]
-    template = Template((resources.files("unilip.emoji") / "report.html").read_text(encoding="utf-8"))
-    about = {"title": html.escape(f"{title} {world}"), "setting": html.escape(setting), "parts": "\n".join(page)}
+        shown = {"rows": _rows(found), "totals": _totals(found), "cases": _cases(records[part])}
+        parts.append({"name": f"emoji-{part}", "title": TITLES[part], **shown})
+    page = fill_page("unilip.emoji", "report.html", title=f"{title} {world}", setting=setting, parts=parts)
     write_text(folder / "results.md", "\n".join(lines))
-    write_text(folder / "index.html", template.substitute(about))
+    write_text(folder / "index.html", page)
 
 
 def table(part: str, found: Mapping[str, Any]) -> list[str]:
@@ -96,25 +89,16 @@ def _totals(found: Mapping[str, Any]) -> str:
     return f"{said}.{checked and f' Control: {checked}.'}"
 
 
-def _cases(entries: Sequence[Record]) -> list[str]:
-    """Show of each group up to SHOWN right and SHOWN wrong items, of as many different prompts as there are."""
+def _cases(entries: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:
+    """Choose of each group up to SHOWN right and SHOWN wrong items, of as many different prompts as there are."""
     first: dict[tuple[str, bool, int], Record] = {}
     for record in entries:
         first.setdefault((record["group"], record["ok"], record["index"]), record)
     chosen = list(first.values())  # a second picture of one prompt only where prompts run out
     chosen += [record for record in entries if record not in chosen]
-    out = []
-    for group in dict.fromkeys(record["group"] for record in entries):
-        out += [f"<h3>{html.escape(group)}</h3>", '<div class="two">']
-        for kind in ("right", "wrong"):
-            column = [record for record in chosen if record["group"] == group and record["ok"] == (kind == "right")]
-            figures = map(_figure, column[:SHOWN])
-            out += [f'<div class="{kind}"><h4>{kind}</h4><div class="items">', *figures, "</div></div>"]
-        out.append("</div>")
-    return out
-
-
-def _figure(record: Record) -> str:
-    text, reason, source = (html.escape(record[name]) for name in ("text", "reason", "picture"))
-    caption = f"<figcaption><b>{text}</b> {reason}</figcaption>"
-    return f'<figure><img loading="lazy" src="{source}" alt="{text}">{caption}</figure>'
+    cases: dict[str, dict[str, list[Record]]] = {}
+    for record in chosen:
+        column = cases.setdefault(record["group"], {"right": [], "wrong": []})["right" if record["ok"] else "wrong"]
+        if len(column) < SHOWN:
+            column.append(record)
+    return cases

@@ -1,11 +1,9 @@
 """The OpenAPI description of the API as one page of HTML that loads nothing: no script, no font, no other host."""
 
-import html
 from collections.abc import Mapping
-from importlib import resources
-from string import Template
 from typing import Any
 
+from unilip.files import fill_page
 from unilip.serve.schema import Body
 
 LIMITS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "maxLength": "≤ {} characters",
@@ -60,16 +58,11 @@ def kind_of(field: Mapping[str, Any]) -> str:
 
 def page(description: Mapping[str, Any]) -> str:
     """Return the page."""
-    parts = []
+    calls = []
     for path, methods in description["paths"].items():
         for method, about in methods.items():
             content: dict[str, Any] = next(iter(about.get("requestBody", {}).get("content", {}).values()), {})
-            rows = ""
-            for name, field in content.get("schema", {}).get("properties", {}).items():
-                cells = (kind_of(field), str(field.get("description", "")))
-                rows += f"<tr><td><code>{html.escape(name)}</code>" + "".join(f"<td>{html.escape(c)}" for c in cells)
-            head = f"<code>{method.upper()} {html.escape(path)}</code> {html.escape(about.get('description', ''))}"
-            parts.append(f"<details><summary>{head}</summary><table>{rows}</table></details>")
-    info = {name: html.escape(description["info"][name]) for name in ("title", "version", "description")}
-    template = Template((resources.files("unilip") / "serve" / "docs.html").read_text(encoding="utf-8"))
-    return template.substitute(info, parts="".join(parts))
+            fields = content.get("schema", {}).get("properties", {})
+            rows = [(name, kind_of(field), field.get("description", "")) for name, field in fields.items()]
+            calls.append((f"{method.upper()} {path}", about.get("description", ""), rows))
+    return fill_page("unilip.serve", "docs.html", info=description["info"], calls=calls)
