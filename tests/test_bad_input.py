@@ -106,6 +106,9 @@ CASES = {
     "a home of nobody": (["info", "~nobody-is-so/model"], "There is no checkpoint at ~nobody-is-so/model"),
     "images and no instruction": (["edit", "{broken}/good.png", "{broken}/good.png"], "There is no instruction"),
     "an image and no question": (["ask", "{broken}/good.png", "--model", "{model}"], "There is no question"),
+    "a question about a missing image": (["ask", "nope.png", "--model", "{model}"], "There is no file nope.png"),
+    "a second image that is missing": (["ask", "{broken}/good.png", "No.JPG"], "There is no file No.JPG"),
+    "an edit without words": (["edit", "{broken}/good.png", "a/b.webp"], "There is no file a/b.webp"),
     # words
     "an empty prompt": (["generate", "  ", "--model", "{model}"], "The prompt is empty"),
     "no prompt": (["generate", "--model", "{model}"], "There is no prompt"),
@@ -153,7 +156,9 @@ CASES = {
     # verbs, options, recipes
     "an unknown verb": (["draw", "a star"], "All of them: generate"),
     "half a verb": (["data"], "data prepare emoji"),
-    "an unknown option": ([*GENERATE, "--step", "3"], "--step"),
+    "an unknown option": ([*GENERATE, "--step", "3"], "Did you mean --steps?"),
+    "half an option": ([*GENERATE, "--out=x.png"], "Did you mean --output?"),
+    "an option like no other": ([*GENERATE, "--zzz"], "--zzz. See `unilip generate --help`"),
     "an option of another verb": (["info", "--steps", "3"], "--steps"),
     "too many words": (["convert", "a", "b", "c"], "3 were given: a b c"),
     "two settings after one --set": (["train", "r", "--set", "a=1", "b=2"], "of its own: --set b=2"),

@@ -36,7 +36,10 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
         _help_or_complain(argv, plain)
     verb, given = VERBS[name], argv[len(name.split()) :]
     end = given.index("--") if "--" in given else len(given)  # behind it are words alone, even if they begin with -
-    found = make_parser(name, verb).parse_intermixed_args(given[:end], Options())
+    found, unknown = make_parser(name, verb).parse_known_intermixed_args(given[:end], Options())
+    if unknown:
+        hint = did_you_mean(unknown[0].partition("=")[0], verb.options)
+        raise UniLIPError(f"unrecognized arguments: {' '.join(unknown)}.{hint} See `unilip {name} --help`.")
     found.words = [*found.words, *given[end + 1 :]]
     least, most = verb.words
     if not least <= len(found.words) <= (math.inf if most is None else most):
@@ -63,9 +66,14 @@ def _help_or_complain(argv: list[str], plain: list[str]) -> NoReturn:
     if not rest and prefix:
         raise UniLIPError(f"The verbs there are: {', '.join(names)}.")
     given = " ".join([*prefix, *(rest or argv)[:1]])
-    near = difflib.get_close_matches(given, [*names, *{name.split()[0] for name in names}], n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(given, [*names, *{name.split()[0] for name in names}])
     raise UniLIPError(f"There is no verb {given!r}.{hint} All of them: {', '.join(names)}.")
+
+
+def did_you_mean(given: str, names: Sequence[str]) -> str:
+    """Return a sentence that asks for the name nearest to what was given; empty where none is near."""
+    near = difflib.get_close_matches(given, names, n=1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def _below(words: list[str]) -> list[str]:

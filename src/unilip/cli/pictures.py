@@ -25,8 +25,9 @@ def paint(
     o.report.loaded(**about, settings=settings)
     tell_unread(o, model, work)
     made = []
+    of_steps = o.progress and len(work) <= o.batch_size  # a single batch has the bar of its steps, see `shown`
     for batch in shown(o, work):
-        output = draw(batch, settings)
+        output = draw(batch, settings | {"progress": of_steps})
         for i, (request, image) in enumerate(zip(batch, output.images, strict=True)):
             named: dict[str, Any] = {"prompt": request.text, "seed": request.seed}
             named |= {"image": request.images[0]} if request.images else {}
@@ -67,17 +68,12 @@ def tell_unread(o: Options, model: UniLIP, work: Work) -> None:
 
 
 def shown(o: Options, work: Sequence[Any], unit: str = "picture") -> Iterator[Sequence[Any]]:
-    """Yield batches under a bar over all that is to be done; a single batch has the bar of its steps instead."""
-    with bar(o.progress and not bar_of_steps(o, work), unit, len(work)) as progress:
+    """Yield batches under a bar over all that is to be done, if there are several."""
+    with bar(o.progress and len(work) > o.batch_size, unit, len(work)) as progress:
         for start in range(0, len(work), o.batch_size):
             batch = work[start : start + o.batch_size]
             yield batch
             progress(start + len(batch), len(work))
-
-
-def bar_of_steps(o: Options, work: Sequence[Any]) -> bool:
-    """Whether the steps of a batch have a bar."""
-    return o.progress and len(work) <= o.batch_size
 
 
 def prepared(o: Options, what: str, image: str, joint: bool = False) -> tuple[Work, Destination]:
@@ -100,7 +96,7 @@ def generate(o: Options) -> None:
 
     def draw(batch: Work, settings: dict[str, Any]) -> ImageOutput:
         return model.generate(
-            [r.text for r in batch], generator=[r.seed for r in batch], progress=bar_of_steps(o, work),
+            [r.text for r in batch], generator=[r.seed for r in batch],
             plan={"yes": True, "no": False}.get(o.plan, "auto"), **settings,
         )  # fmt: skip
 
@@ -120,7 +116,7 @@ def edit(o: Options) -> None:
             same = list(together)
             images += model.edit(
                 list(sources or [r.images[0] for r in same]), [r.text for r in same], joint=o.joint, fit=o.fit,
-                keep_aspect=o.keep_aspect, progress=bar_of_steps(o, work), generator=[r.seed for r in same], **settings,
+                keep_aspect=o.keep_aspect, generator=[r.seed for r in same], **settings,
             ).images  # fmt: skip
         return ImageOutput(images)
 

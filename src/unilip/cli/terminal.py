@@ -96,9 +96,12 @@ def requests(o: Options, what: str, image: str, together: bool = False) -> list[
     elif image == "never":
         images, entries = [], [{"prompt": " ".join(o.words)}]
     else:
-        images, entries = o.words[:-1], [{"prompt": o.words[-1]}]
-        if os.path.isfile(o.words[-1]):
-            raise UniLIPError(f"There is no {what} behind {o.words[-1]}; give it last, in quotes.")
+        *images, last = o.words
+        entries = [{"prompt": last}]
+        if os.path.isfile(last):
+            raise UniLIPError(f"There is no {what} behind {last}; give it last, in quotes.")
+        if last.lower().endswith(tuple(FORMATS)) and len(last.split()) == 1:  # a name of a picture, and no words
+            raise UniLIPError(f"There is no file {last}; check the path, and give the {what} last, in quotes.")
     from unilip.pictures import load_image
     from unilip.sampling import check_joint, check_prompt
 
