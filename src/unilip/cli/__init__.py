@@ -23,7 +23,8 @@ from unilip.errors import UniLIPError, install, reason
 
 EXTRAS = {  # package -> extra of ours that brings it
     "matplotlib": "eval", "openai": "eval", "datasets": "eval", "pyarrow": "eval", "peft": "train",
-    "tensorboard": "train", "webdataset": "train", "ray": "ray", "torchao": "quantize",
+    "tensorboard": "train", "webdataset": "train", "ray": "ray", "torchao": "quantize", "fastapi": "serve",
+    "starlette": "serve", "pydantic": "serve", "uvicorn": "serve", "prometheus_client": "serve",
 }  # fmt: skip
 
 
@@ -103,15 +104,15 @@ def set_up(debug: bool) -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def explain(error: Exception, verb: str = "") -> tuple[str, int]:
-    """Turn an error into one line and an exit code; `verb` is what was called."""
+def explain(error: Exception) -> tuple[str, int]:
+    """Turn an error into one line and an exit code."""
     text = reason(error)
     if isinstance(error, UniLIPError):
         return text, 2
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
         return "memory ran out; try a smaller --batch-size or picture, --dtype bfloat16, or another --device.", 1
     if isinstance(error, ModuleNotFoundError):
-        extra = "serve" if verb in ("serve", "studio") else EXTRAS.get((error.name or "").partition(".")[0])
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
         how = install(extra) if extra else f"install it with pip install {error.name}"
         return f"the package {error.name} is missing; {how}.", 1
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
@@ -124,7 +125,7 @@ def explain(error: Exception, verb: str = "") -> tuple[str, int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    debug, name = "--debug" in argv, ""
+    debug = "--debug" in argv
     for closed in (one for one in ("stdin", "stdout", "stderr") if getattr(sys, one) is None):  # by who called
         setattr(sys, closed, open(os.devnull, "r" if closed == "stdin" else "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -145,6 +146,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        line, code = explain(error, name)
+        line, code = explain(error)
         say(f"error: {line}")
         return code

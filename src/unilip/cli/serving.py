@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from unilip.cli.options import Options
 from unilip.cli.terminal import adapter_of, describe_model, load, pick, plural, say, source_of
-from unilip.errors import UniLIPError, install
+from unilip.errors import UniLIPError
 from unilip.machine import choose_device
 
 if TYPE_CHECKING:
@@ -55,14 +55,11 @@ def about(o: Options, model: UniLIP) -> dict[str, Any]:
 
 def serve(o: Options) -> None:
     """Serve until a signal ends it."""
-    try:
-        from unilip.serve.app import Settings, create_app
-        from unilip.serve.guard import Rules
-        from unilip.serve.server import check_access, listen, run
-    except ModuleNotFoundError as error:
-        raise UniLIPError(f"Serving needs the package {error.name}; {install('serve')}.") from error
     from unilip.serve import log
+    from unilip.serve.app import Settings, create_app
+    from unilip.serve.guard import Rules
     from unilip.serve.metrics import Metrics
+    from unilip.serve.server import check_access, listen, run
 
     log.set_up("debug" if o.debug else o.log_level, o.log_format, o.access_log)
     given = o.api_key or [key for key in os.environ.get(KEYS, "").split(",") if key.strip()]
@@ -146,10 +143,8 @@ def offered(o: Options) -> dict[str, tuple[str, float]]:
 
 def spread(o: Options, common: dict[str, Any]) -> tuple[Any, str]:
     """Start the replicas."""
-    try:
-        from unilip.serve.remote import RemoteEngine
-    except ModuleNotFoundError as error:
-        raise UniLIPError(f"--ray needs the package {error.name}; {install('ray')}.") from error
+    from unilip.serve.remote import RemoteEngine
+
     device = choose_device(o.device)
     if o.decoder is not None:
         raise UniLIPError("--decoder is for one process; save a model with it, and give that to --ray.")
