@@ -254,7 +254,7 @@ def test_what_comes_next_is_fetched_meanwhile_and_the_disk_is_bounded(write_shar
     with serving(folder) as address:
         source = Shards([f"{address}/part-00000{i}.tar" for i in range(2)], "x", keep_gb=1.5 * size / 1e9)
         source.expect([1])
-        source._coming[1].result()
+        source._coming[1].join()
         assert tars() == ["part-000001.tar"]
         assert source.read("caption", 1, 0).text == b"caption 4" and len(tars()) == 1
         assert source.read("caption", 0, 0).text == b"caption 0"

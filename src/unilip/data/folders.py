@@ -30,19 +30,7 @@ BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark, too
 READ = (*records.IMAGE_SUFFIXES, ".txt", ".json", ".jsonl", ".csv")
 
 
-class _OneShard:
-    """What a folder and a list share: all their samples are one shard, and nothing has to be fetched."""
-
-    _found: dict[str, list[Any]]
-
-    def counts(self, kind: str) -> list[int]:
-        return [len(self._found[kind])]
-
-    def expect(self, shards: Sequence[int]) -> None:
-        """Nothing has to be fetched."""
-
-
-class Folder(_OneShard):
+class Folder(records.Source):
     """The samples of a folder. Raises DataError: there is no such folder, or it holds no pictures."""
 
     def __init__(self, folder: Path) -> None:
@@ -68,7 +56,7 @@ class Folder(_OneShard):
             samples.setdefault(sample, {})[f"{part}.{path.suffix[1:].lower()}".lstrip(".")] = path
         plain = {stem for stem, path in samples if path is not None}
         some = not plain.isdisjoint(beside)  # then a picture without a text misses its own
-        self._found = {kind: [] for kind in records.KINDS}
+        self._found: dict[str, list[Any]] = {kind: [] for kind in records.KINDS}
         for (stem, _), pictures in samples.items():
             for kind, parts in records.kinds_of(pictures | beside.get(stem, {}), some):
                 self._found[kind].append(parts)
@@ -84,6 +72,9 @@ class Folder(_OneShard):
         lonely.update(p.suffix.lower() or p.name for p in files if p.suffix.lower() not in READ)
         told = ", ".join(f"{what} ({count:,})" for what, count in lonely.most_common(9) if count)
         self.notes = [f"files that no sample has a use for: {told}"] if told else []
+
+    def counts(self, kind: str) -> list[int]:
+        return [len(self._found[kind])]
 
     def read(self, kind: str, shard: int, place: int) -> records.Record:
         parts: dict[str, Path] = self._found[kind][place]
@@ -128,7 +119,7 @@ def marks(paths: Sequence[Path]) -> list[Any]:
     return found
 
 
-class Lines(_OneShard):
+class Lines(records.Source):
     """The samples of a JSONL file, or of a JSON list as LLaVA has it. Raises DataError: unreadable, or no sample.
 
     In: kind: of every entry, whatever it lacks (empty: what its fields say). fetch: reads a picture by its path in the
@@ -139,19 +130,17 @@ class Lines(_OneShard):
         self.location, self.file, self.kind, self._fetch = str(file), file, kind, fetch
         self.faults: list[str] = []  # lines of no known kind, which are left out
         self.notes: list[str] = []
-        self._found = {kind: [] for kind in records.KINDS}  # offsets of lines, or entries of the list
+        self._found: dict[str, list[Any]] = {kind: [] for kind in records.KINDS}  # offsets of lines, or entries
         self._content = hashlib.blake2b(digest_size=12)
         self._pictures: list[Path] = []
         try:
             with file.open("rb") as opened:
-                if opened.read(64).lstrip(BLANK).startswith(b"["):
-                    opened.seek(0)
+                if opened.peek(64).lstrip(BLANK).startswith(b"["):
                     data = opened.read()
                     self._content.update(data)
                     for number, row in enumerate(json.loads(decode_text(data)), 1):
                         self._sort(row, f"entry {number}")
                 else:
-                    opened.seek(0)
                     self._scan(opened)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{file} is no JSON list, [{{...}}, ...], and no JSONL file ({error}).") from error
@@ -191,6 +180,9 @@ class Lines(_OneShard):
         if kinds and self._fetch is None and len(self._pictures) < MARKED:
             named = (values.get(field) for field in ("image", "source", "target"))
             self._pictures += [self.file.parent / path for path in named if isinstance(path, str) and "\0" not in path]
+
+    def counts(self, kind: str) -> list[int]:
+        return [len(self._found[kind])]
 
     def read(self, kind: str, shard: int, place: int) -> records.Record:
         entry = self._found[kind][place]

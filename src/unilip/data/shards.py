@@ -17,7 +17,7 @@ import threading
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -229,8 +229,8 @@ class Shards:
 
     _process: int | None = None  # the one that has the rest
     _open: OrderedDict[int, tuple[BinaryIO, Samples]]
-    _turn: threading.Lock  # one shard is fetched at a time
-    _coming: dict[int, Future[Path]]
+    _turn: threading.Lock  # one shard is fetched ahead at a time
+    _coming: dict[int, threading.Thread]
 
     def __init__(self, shards: Sequence[str], location: str, keep_gb: float = 50.0) -> None:
         self.shards, self.location, self.keep_gb = list(shards), location, keep_gb  # at most, of remote ones on disk
@@ -284,16 +284,13 @@ class Shards:
         self._own_process()
         for shard in shards:
             if is_remote(self.shards[shard]) and shard not in self._coming and not self._kept(shard).exists():
-                coming = self._coming[shard] = Future()
                 # unlike a pool's, such a thread keeps no program from ending
-                threading.Thread(target=self._fetch, args=(shard, coming), daemon=True, name="fetch").start()
+                self._coming[shard] = threading.Thread(target=self._fetch, args=(shard,), daemon=True, name="fetch")
+                self._coming[shard].start()
 
-    def _fetch(self, shard: int, coming: Future[Path]) -> None:
-        with self._turn:
-            try:
-                coming.set_result(self._bring(shard))
-            except BaseException as error:
-                coming.set_exception(error)
+    def _fetch(self, shard: int) -> None:
+        with self._turn, contextlib.suppress(Exception):  # who reads the shard tries again, and is told
+            self._bring(shard)
 
     def _identify(self) -> list[Any]:
         """What says that a remote shard is another one than before, of each; None for those on this machine."""
@@ -381,8 +378,8 @@ class Shards:
             return self._open[shard]
         location = self.shards[shard]
         try:
-            coming = self._coming.pop(shard, None)
-            path = self._bring(shard) if coming is None else coming.result()
+            self._coming.pop(shard, None)
+            path = self._bring(shard)  # which waits where another thread or process has begun
             known = self._known(shard)
             samples = read_samples(*known) if known and belongs(known[1], path) else None
             samples = samples or self._build(shard)[1]
