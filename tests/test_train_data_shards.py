@@ -275,6 +275,19 @@ def test_a_fetch_is_tried_again_and_then_counted(write_shards, tmp_path, monkeyp
         source.read("caption", 0, 0)
 
 
+def test_what_could_not_be_fetched_ahead_or_is_gone_again_is_fetched_when_it_is_read(write_shards, tmp_path, cache):
+    folder = write_shards(tmp_path / "s", captions=8)
+    with serving(folder) as address:
+        source = open_source(f"{address}/part-{{000000..000001}}.tar")
+        Server.failing = 3
+        for shard in range(2):
+            source.expect([shard])
+            source._coming[shard].join()
+        assert tars() == ["part-000000.tar"] * 3 + ["part-000001.tar"] and len(list(cache.glob("*.tar"))) == 1
+        next(cache.glob("*.tar")).unlink()  # as another process does that needs the room
+        assert texts(source) == [f"caption {i}" for i in range(8)] and len(tars()) == 6
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
