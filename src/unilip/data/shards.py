@@ -227,6 +227,7 @@ def _index(
 class Shards:
     """The samples of tar files, of damaged ones what comes before. Raises DataError: none of the shards can be read."""
 
+    beside = True  # whether an index may lie beside a remote shard
     _process: int | None = None  # the one that has the rest
     _open: OrderedDict[int, tuple[BinaryIO, Samples]]
     _turn: threading.Lock  # one shard is fetched ahead at a time
@@ -348,8 +349,9 @@ class Shards:
         own = index_cache(location, self._stamps[shard])
         head = read_head(own)
         if is_remote(location):
-            if head is None:
-                self._fetch_index(location, own)
+            if head is None and self.beside:
+                with contextlib.suppress(Exception):  # mostly: none lies there
+                    _get(location + INDEX_SUFFIX, own)
                 head = read_head(own)
             return None if head is None else (own, head)
         if head is not None and head["stamp"] == stamp(Path(location)):
@@ -357,11 +359,6 @@ class Shards:
         beside = Path(location + INDEX_SUFFIX)
         head = read_head(beside)
         return (beside, head) if head is not None and belongs(head, Path(location)) else None
-
-    def _fetch_index(self, location: str, own: Path) -> None:
-        """Bring the index that lies beside a remote shard, if one does."""
-        with contextlib.suppress(Exception):  # mostly: there is none
-            _get(location + INDEX_SUFFIX, own)
 
     def _build(self, shard: int) -> tuple[Head, Samples]:
         path = self._bring(shard)
