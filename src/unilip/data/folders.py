@@ -3,8 +3,8 @@
 A folder, any depth: `NAME.jpg` + `NAME.txt`; `NAME.input.jpg`, `NAME.output.jpg` + `NAME.txt` for an edit; with
 `NAME.json` instead of or beside the text, a conversation about the picture. It is what a WebDataset shard unpacks to.
 A JSONL line, or an entry of a JSON list: {"image", "caption"}, {"source", "instruction", "target"} or {"image",
-"conversations"}, also with TRL's {"images", "messages"}; paths are relative to the file. A caption may be a list of
-several.
+"conversations"}, also with TRL's {"images", "messages"} and as published lists of edits name them; paths are relative
+to the file. A caption may be a list of several.
 """
 
 import hashlib
