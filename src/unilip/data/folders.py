@@ -242,11 +242,12 @@ def sample_of(row: Any, kind: str = "") -> tuple[dict[str, Any], list[str]]:
     if talks:
         return values, [] if pictured else ["text"]
     if not values.keys() & {"image", "images"}:
-        edit = published(values, "edit")
+        edit, caption = published(values, "edit"), published(values, "caption")
         if is_picture(edit["source"]) and is_picture(edit["target"]):
             return edit, ["image", "edit"]
-        if is_picture(values.get("output_image")) and "input_prompt" in values and "input_image" not in row:
-            return published(values, "caption"), ["image", "caption"]
+        drawn = {"input_prompt", "output_image"} <= values.keys() and "input_image" not in row  # nor one that is null
+        if drawn and is_picture(caption["image"]):
+            return caption, ["image", "caption"]
     return values, []
 
 
