@@ -411,6 +411,66 @@ def test_lists_of_llava_and_trl(tmp_path):
             open_source(str(tmp_path / "bad.json"))
 
 
+def test_lists_of_published_edits_are_read_and_texts_under_their_names_are_no_pictures(tmp_path):
+    for name in ("0.jpg", "1.jpg"):
+        (tmp_path / name).write_bytes(jpg("blue" if name == "1.jpg" else "red"))
+    turns = [{"from": "human", "value": "<image>\nWhy?"}, {"from": "gpt", "value": "So."}]
+    talk = {"conversations": turns, "input": "0.jpg", "output": "1.jpg", "instruction": "no"}
+    rows = {
+        "edit": [
+            {"input": "0.jpg", "output": ["1.JPG"], "prompt": "redden"},
+            {"input_image": ["0.jpg"], "output_image": "1.jpg", "input_prompt": "redden"},
+            {"source": "of the web", "input": "0.jpg", "target_image": "1.jpg", "edit_instruction": "redden"},
+        ],
+        "caption": [
+            {"input_prompt": "a red square", "output_image": "0.jpg"},
+            {"image": "0.jpg", "caption": "a square", "input": "0.jpg", "output": "1.jpg", "prompt": "no"},
+        ],
+        "talk": [{**talk, "image": "0.jpg"}],
+        "text": [talk],
+        "": [
+            {"instruction": "Say so.", "input": "", "output": "So."},  # questions and answers in words
+            {"instruction": "Name it.", "input": "0.jpg", "output": "A square."},
+            {"prompt": "a cat", "input": "a dog", "output": "0.jpg"},
+            {"target": "1.jpg", "instruction": "an edit without its source"},
+            {"input_image": None, "output_image": "1.jpg", "input_prompt": "an edit without its source"},
+            {"image": ["0.jpg", "1.jpg"], "conversations": turns},  # a talk about two pictures
+            {"images": ["0.jpg", "1.jpg"], "prompt": "Which is red?"},
+            {"image": ["0.jpg", "1.jpg"], "caption": "two squares"},
+        ],
+    }
+    for kind, samples in rows.items():
+        for row in samples:
+            for file, text in (("l.json", json.dumps([row, {"conversations": turns}])), ("l.jsonl", json.dumps(row))):
+                (tmp_path / file).write_text(text + "\n" + json.dumps({"conversations": turns}) * (file == "l.jsonl"))
+                source = open_source(str(tmp_path / file))
+                counts = {k: source.counts(k)[0] - (k == "text") for k in ("caption", "edit", "talk", "text")}
+                assert {k for k, count in counts.items() if count} == ({kind} if kind else set()), (row, counts)
+                assert bool(source.faults) == (not kind), row
+    (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, rows["edit"][1:] + rows["caption"])))
+    source = open_source(str(tmp_path / "l.jsonl"))
+    for i in range(2):
+        record = source.read("edit", 0, i)
+        assert (record.pictures, record.text) == ((jpg("red"), jpg("blue")), "redden")
+    assert captions(tmp_path / "l.jsonl") == ["a red square", "a square"]
+    before = source.signature()
+    (tmp_path / "1.jpg").write_bytes(jpg("green", 60))
+    assert open_source(str(tmp_path / "l.jsonl")).signature() != before, "pictures under these names count"
+
+
+def test_a_list_is_known_by_its_content(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(jpg())
+    rows = [json.dumps({"image": "0.jpg", "caption": text}) for text in ("one", "two")]
+    (tmp_path / "lines.json").write_text("\n\n" + "\n".join(rows))
+    (tmp_path / "list.jsonl").write_text("\ufeff\n[" + ",\n".join(rows) + "]")
+    for name in ("lines.json", "list.jsonl"):
+        assert captions(tmp_path / name) == ["one", "two"]
+    for text in (json.dumps({"a": {"image": "0.jpg"}}, indent=1), "\n".join([*rows, "{half"])):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(DataError, match=r"other\.json is no JSON list"):
+            open_source(str(tmp_path / "other.json"))
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 

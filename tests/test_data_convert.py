@@ -110,6 +110,17 @@ def test_gpt_image_edit(tmp_path, paint, form):
     assert done.skipped == ({} if form == "shards" else {"entry malformed": 1})
 
 
+def test_lines_that_are_no_entries_are_left_out_and_counted(tmp_path, paint):
+    for name in ("0", "1"):
+        paint(tmp_path / "gpt" / f"{name}.png", int(name))
+    row = json.dumps({"input": "0.png", "output": "1.png", "instruction": "edit"})
+    (tmp_path / "gpt" / "list.jsonl").write_text("\n".join([row, "{half", "[5]", row]))
+    (tmp_path / "gpt" / "none.json").write_text("[]")
+    done = convert("gpt-image-edit", str(tmp_path / "gpt"), tmp_path / "out")
+    assert done.samples == {"edit": 2} and done.skipped == {"line unreadable": 1, "entry malformed": 1}
+    assert all("list.jsonl at byte" in name for name in done.named)
+
+
 def test_blip3o_is_checked_and_cut_anew(tmp_path, paint):
     writer = ShardWriter(tmp_path / "in", "00000")
     for i in range(5):

@@ -254,7 +254,7 @@ def test_what_comes_next_is_fetched_meanwhile_and_the_disk_is_bounded(write_shar
     with serving(folder) as address:
         source = Shards([f"{address}/part-00000{i}.tar" for i in range(2)], "x", keep_gb=1.5 * size / 1e9)
         source.expect([1])
-        source._coming[1].result()
+        source._coming[1].join()
         assert tars() == ["part-000001.tar"]
         assert source.read("caption", 1, 0).text == b"caption 4" and len(tars()) == 1
         assert source.read("caption", 0, 0).text == b"caption 0"
@@ -273,6 +273,19 @@ def test_a_fetch_is_tried_again_and_then_counted(write_shards, tmp_path, monkeyp
     Path(next(Path(os.environ["UNILIP_CACHE"]).glob("*.tar"))).unlink()
     with pytest.raises(Unreadable, match="shard unreachable"):
         source.read("caption", 0, 0)
+
+
+def test_what_could_not_be_fetched_ahead_or_is_gone_again_is_fetched_when_it_is_read(write_shards, tmp_path, cache):
+    folder = write_shards(tmp_path / "s", captions=8)
+    with serving(folder) as address:
+        source = open_source(f"{address}/part-{{000000..000001}}.tar")
+        Server.failing = 3
+        for shard in range(2):
+            source.expect([shard])
+            source._coming[shard].join()
+        assert tars() == ["part-000000.tar"] * 3 + ["part-000001.tar"] and len(list(cache.glob("*.tar"))) == 1
+        next(cache.glob("*.tar")).unlink()  # as another process does that needs the room
+        assert texts(source) == [f"caption {i}" for i in range(8)] and len(tars()) == 6
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

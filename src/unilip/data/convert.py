@@ -10,29 +10,25 @@ run, so one that was interrupted goes on with the first shard that is missing.
 
 import contextlib
 import io
-import json
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from unilip.data.records import Record, Unreadable, clean_text, decode_picture, filled, one_text
+from unilip.data.folders import Lines
+from unilip.data.records import Record, Source, Unreadable, clean_text, decode_picture, one_text
 from unilip.data.shards import INDEX_SUFFIX, is_written, writing_shard
 from unilip.data.sources import open_source
 from unilip.errors import DataError, check_choice, differences
-from unilip.files import content_hash, decode_text, lines_of, png_bytes, read_json, write_json
+from unilip.files import content_hash, png_bytes, read_json, write_json
 from unilip.pictures import open_picture
 
-SOURCES = ("input", "input_image", "source", "source_image")  # what the lists of edits call their parts
-TARGETS = ("output", "output_image", "target", "target_image")
-TEXTS = ("instruction", "edit_instruction", "input_prompt", "prompt", "edit")
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-Entry = tuple[str, tuple[Any, ...], Callable[[], Record]]  # kind; what tells it from another; reads it, or `Unreadable`
+Place = tuple[str, Source]  # the kind of samples that are taken from a source
 
 
 @dataclass
@@ -61,11 +57,19 @@ def convert(
     Raises DataError: an unknown layout, or nothing of it in the folder.
     """
     check_choice("layout", layout, LAYOUTS, DataError)
-    if not (entries := LAYOUTS[layout](source)):
+    places = LAYOUTS[layout](source)
+    contents = {place: place.signature() for _, place in places}
+    entries = [
+        (kind, place, shard, at)
+        for kind, place in places
+        for shard, count in enumerate(place.counts(kind))
+        for at in range(count)
+    ]
+    if not entries:
         raise DataError(f"{source} holds no sample of the layout {layout}.")
     about = {
         "layout": layout, "shard_size": shard_size, "shorter_side": shorter_side, "entries": len(entries),
-        "content": content_hash([(kind, *identity) for kind, identity, _ in entries]),
+        "content": content_hash([(kind, contents[place], shard, at) for kind, place, shard, at in entries]),
     }  # fmt: skip
     note = output / f".{layout}.json"
     before = read_json(note) if note.exists() else about
@@ -78,9 +82,10 @@ def convert(
         part = entries[start : start + shard_size]
         if not is_written(path):
             with writing_shard(path) as write:
-                for i, (kind, _, read) in enumerate(part, start):
+                for i, (kind, place, shard, at) in enumerate(part, start):
                     try:
-                        write(f"{i:08d}", members(kind, one_text(read(), i), shorter_side))
+                        record = one_text(place.read(kind, shard, at), i)
+                        write(f"{i:08d}", members(kind, record, shorter_side))
                         result.samples[kind] += 1
                     except Unreadable as error:
                         result.skipped[error.reason] += 1
@@ -134,7 +139,7 @@ class Files:
                 raise DataError(f"{archive} is damaged ({error}); download it again.") from error
         return found
 
-    def read(self, name: str, home: Path) -> bytes:
+    def read(self, home: Path, name: str) -> bytes:
         """The file of this name: in the folder, in another one that is its home, or in a tar file."""
         for path in (self.folder / name, home / name):
             with contextlib.suppress(OSError, ValueError):  # a name that no file can have
@@ -148,71 +153,34 @@ class Files:
             return file.read(size)
 
 
-def read_list(path: Path) -> list[Mapping[str, Any]]:
-    """Read a JSON list of objects, or one object a line."""
-    try:
-        text = decode_text(path.read_bytes())
-        listed = text.lstrip().startswith("[")
-        rows = json.loads(text) if listed else [json.loads(line) for line in lines_of(text) if line.strip()]
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON list that can be read ({error}).") from error
-    return [filled(row) for row in rows if isinstance(row, Mapping)]
-
-
-def sharegpt_4o_image(source: str) -> list[Entry]:
-    """Entries of FreedomIntelligence/ShareGPT-4o-Image: 45 k pictures of prompts, 46 k edits."""
+def sharegpt_4o_image(source: str) -> list[Place]:
+    """FreedomIntelligence/ShareGPT-4o-Image: 45 k pictures of prompts, 46 k edits."""
     folder = _folder(source)
-    files = Files(folder)
     lists = {"caption": folder / "text_to_image.json", "edit": folder / "text_and_image_to_image.json"}
     if not any(path.exists() for path in lists.values()):
         names = " nor ".join(path.name for path in lists.values())
         raise DataError(f"{source} has neither {names}; give the downloaded folder.")
-    rows = [(kind, path.name, row) for kind, path in lists.items() if path.exists() for row in read_list(path)]
-    return [
-        _entry(kind, files, folder, _paths(row, kind), row.get("input_prompt"), f"{name}: {row.get('output_image')}")
-        for kind, name, row in rows
-    ]
+    files = Files(folder)
+    return [(kind, Lines(path, kind, partial(files.read, folder))) for kind, path in lists.items() if path.exists()]
 
 
-def gpt_image_edit(source: str) -> list[Entry]:
-    """Entries of UCSC-VLAA/GPT-Image-Edit-1.5M: every JSON list of edits in the folder, paths relative to it."""
+def gpt_image_edit(source: str) -> list[Place]:
+    """UCSC-VLAA/GPT-Image-Edit-1.5M: every JSON list of edits in the folder, paths relative to it, or its shards."""
     folder = _folder(source)
     found = [p for p in folder.rglob("*") if p.suffix in (".json", ".jsonl")]
     lists = sorted(p for p in found if not p.name.endswith(INDEX_SUFFIX))
     if not lists and any(folder.glob("*.tar")):  # shards with input, output and text, as it is published, too
-        return [entry for entry in any_place(source) if entry[0] == "edit"]
+        return [("edit", open_source(source))]
     if not lists:
         raise DataError(f"{source} holds no .json or .jsonl list of edits; give the folder of the download.")
     files = Files(folder)
-    return [
-        _entry("edit", files, path.parent, _paths(row, "edit"), _instruction(row), f"{path.name}, entry {number}")
-        for path in lists
-        for number, row in enumerate(read_list(path))
-    ]
+    return [("edit", Lines(path, "edit", partial(files.read, path.parent))) for path in lists]
 
 
-def any_place(source: str) -> list[Entry]:
-    """Entries of a place that training reads as it is: captions and edits, checked and cut into new shards."""
+def any_place(source: str) -> list[Place]:
+    """A place that training reads as it is: captions and edits, checked and cut into new shards."""
     place = open_source(source)
-    content = place.signature()
-    return [
-        (kind, (content, shard, i), partial(place.read, kind, shard, i))
-        for kind in ("caption", "edit")
-        for shard, count in enumerate(place.counts(kind))
-        for i in range(count)
-    ]
-
-
-def _entry(kind: str, files: Files, home: Path, paths: tuple[str, ...], text: Any, name: str) -> Entry:
-    """An entry of a list, which lies in the folder `home`: paths of pictures, and a text."""
-
-    def read() -> Record:
-        if not paths:
-            raise Unreadable("entry malformed", f"{name} does not name its pictures")
-        pictures = tuple(files.read(path, home) for path in paths)
-        return Record(name, pictures, text if isinstance(text, str) else None)
-
-    return kind, (name, paths, text), read
+    return [("caption", place), ("edit", place)]
 
 
 def _folder(source: str) -> Path:
@@ -222,41 +190,7 @@ def _folder(source: str) -> Path:
     return folder
 
 
-def _first(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The value of the first of these names that a row has; a list with one entry counts as that entry."""
-    for name in names:
-        value = row.get(name)
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]
-        if isinstance(value, str):
-            return value
-    return None
-
-
-def _paths(row: Mapping[str, Any], kind: str) -> tuple[str, ...]:
-    """Paths of the pictures of a row; empty where it does not name what it needs."""
-    target = _first(row, TARGETS)
-    if kind == "caption":
-        return (target,) if target is not None else ()
-    both = row.get("image", row.get("images"))
-    if isinstance(both, list) and len(both) == 2 and all(isinstance(path, str) for path in both):
-        return both[0], both[1]
-    source = _first(row, SOURCES)
-    return (source, target) if source is not None and target is not None else ()
-
-
-def _instruction(row: Mapping[str, Any]) -> str | None:
-    """The instruction of a row: a field, or what the human says in its conversation."""
-    found = _first(row, TEXTS)
-    turns = row.get("conversations")
-    if found is None and isinstance(turns, list):
-        asked = [turn for turn in turns if isinstance(turn, Mapping) and turn.get("from") in ("human", "user")]
-        value = asked[0].get("value") if asked else None
-        found = value.replace("<image>", "").strip() if isinstance(value, str) else None
-    return found
-
-
-LAYOUTS: dict[str, Callable[[str], list[Entry]]] = {
+LAYOUTS: dict[str, Callable[[str], list[Place]]] = {
     "gpt-image-edit": gpt_image_edit,
     "sharegpt-4o-image": sharegpt_4o_image,
     "blip3o-60k": any_place,

@@ -3,8 +3,8 @@
 A folder, any depth: `NAME.jpg` + `NAME.txt`; `NAME.input.jpg`, `NAME.output.jpg` + `NAME.txt` for an edit; with
 `NAME.json` instead of or beside the text, a conversation about the picture. It is what a WebDataset shard unpacks to.
 A JSONL line, or an entry of a JSON list: {"image", "caption"}, {"source", "instruction", "target"} or {"image",
-"conversations"}, also with TRL's {"images", "messages"}; paths are relative to the file. A caption may be a list of
-several.
+"conversations"}, also with TRL's {"images", "messages"} and as published lists of edits name them; paths are relative
+to the file. A caption may be a list of several.
 """
 
 import hashlib
@@ -12,9 +12,9 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from unilip.data import records
 from unilip.errors import DataError
@@ -23,22 +23,14 @@ from unilip.files import content_hash, decode_text, mark
 logger = logging.getLogger(__name__)
 MARKED = 4096  # files whose content a signature looks at
 LISTS = ("metadata.jsonl", "metadata.csv")  # of other programs, which say what the texts are
+SOURCES = ("input", "input_image", "source", "source_image")  # what published lists of edits call their parts
+TARGETS = ("output", "output_image", "target", "target_image")
+INSTRUCTIONS = ("instruction", "edit_instruction", "input_prompt", "prompt", "edit")
+BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark, too
 READ = (*records.IMAGE_SUFFIXES, ".txt", ".json", ".jsonl", ".csv")
 
 
-class _OneShard:
-    """What a folder and a list share: all their samples are one shard, and nothing has to be fetched."""
-
-    _found: dict[str, list[Any]]
-
-    def counts(self, kind: str) -> list[int]:
-        return [len(self._found[kind])]
-
-    def expect(self, shards: Sequence[int]) -> None:
-        """Nothing has to be fetched."""
-
-
-class Folder(_OneShard):
+class Folder(records.Source):
     """The samples of a folder. Raises DataError: there is no such folder, or it holds no pictures."""
 
     def __init__(self, folder: Path) -> None:
@@ -64,7 +56,7 @@ class Folder(_OneShard):
             samples.setdefault(sample, {})[f"{part}.{path.suffix[1:].lower()}".lstrip(".")] = path
         plain = {stem for stem, path in samples if path is not None}
         some = not plain.isdisjoint(beside)  # then a picture without a text misses its own
-        self._found = {kind: [] for kind in records.KINDS}
+        self._found: dict[str, list[Any]] = {kind: [] for kind in records.KINDS}
         for (stem, _), pictures in samples.items():
             for kind, parts in records.kinds_of(pictures | beside.get(stem, {}), some):
                 self._found[kind].append(parts)
@@ -80,6 +72,9 @@ class Folder(_OneShard):
         lonely.update(p.suffix.lower() or p.name for p in files if p.suffix.lower() not in READ)
         told = ", ".join(f"{what} ({count:,})" for what, count in lonely.most_common(9) if count)
         self.notes = [f"files that no sample has a use for: {told}"] if told else []
+
+    def counts(self, kind: str) -> list[int]:
+        return [len(self._found[kind])]
 
     def read(self, kind: str, shard: int, place: int) -> records.Record:
         parts: dict[str, Path] = self._found[kind][place]
@@ -124,67 +119,70 @@ def marks(paths: Sequence[Path]) -> list[Any]:
     return found
 
 
-class Lines(_OneShard):
-    """The samples of a JSONL file, or of a JSON list as LLaVA has it. Raises DataError: unreadable, or no sample."""
+class Lines(records.Source):
+    """The samples of a JSONL file, or of a JSON list as LLaVA has it. Raises DataError: unreadable, or no sample.
 
-    def __init__(self, file: Path) -> None:
-        self.location, self.file = str(file), file
+    In: kind: of every entry, whatever it lacks (empty: what its fields say). fetch: reads a picture by its path in the
+    list, in place of the files that lie beside it.
+    """
+
+    def __init__(self, file: Path, kind: str = "", fetch: Callable[[str], bytes] | None = None) -> None:
+        self.location, self.file, self.kind, self._fetch = str(file), file, kind, fetch
         self.faults: list[str] = []  # lines of no known kind, which are left out
         self.notes: list[str] = []
-        self._found = {kind: [] for kind in records.KINDS}  # offsets of lines, or entries of the list
+        self._found: dict[str, list[Any]] = {kind: [] for kind in records.KINDS}  # offsets of lines, or entries
         self._content = hashlib.blake2b(digest_size=12)
         self._pictures: list[Path] = []
-        rows: Any = []
         try:
-            if file.suffix.lower() == ".json":
-                data = file.read_bytes()
-                self._content.update(data)
-                rows = json.loads(decode_text(data))
-            else:
-                self._scan()
+            with file.open("rb") as opened:
+                if opened.peek(64).lstrip(BLANK).startswith(b"["):
+                    data = opened.read()
+                    self._content.update(data)
+                    for number, row in enumerate(json.loads(decode_text(data)), 1):
+                        self._sort(row, f"entry {number}")
+                else:
+                    self._scan(opened)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{file} is no JSON that can be read ({error}).") from error
+            raise DataError(f"{file} is no JSON list, [{{...}}, ...], and no JSONL file ({error}).") from error
         except OSError as error:
             raise DataError(f"{file} cannot be read ({error.strerror}).") from error
-        if not isinstance(rows, list):
-            raise DataError(f"{file} is no list of samples; give [{{...}}, ...], or a JSONL file.")
-        for number, row in enumerate(rows, 1):
-            self._sort(row, f"entry {number}")
-        if not any(self._found.values()):
+        if not kind and not any(self._found.values()):
             why = f" ({self.faults[0]})" if self.faults else ""
             raise DataError(
                 f'{file} holds no sample{why}; its lines must be like {{"image": ..., "caption": ...}}, '
                 '{"source": ..., "instruction": ..., "target": ...} or {"image": ..., "conversations": [...]}.'
             )
 
-    def _scan(self) -> None:
+    def _scan(self, lines: BinaryIO) -> None:
         """Sort the lines by where they begin; the file is not kept in memory."""
-        with self.file.open("rb") as lines:
-            offset = 0
-            for number, line in enumerate(lines, 1):
-                self._content.update(line)
-                if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                    try:
-                        row = json.loads(decode_text(line))
-                    except (ValueError, RecursionError) as error:
-                        self._leave(f"line {number}", str(error))
-                    else:
-                        self._sort(row, f"line {number}", offset)
-                offset += len(line)
+        offset = 0
+        for number, line in enumerate(lines, 1):
+            self._content.update(line)
+            if line.strip(BLANK):
+                row, why = None, ""
+                try:
+                    row = json.loads(decode_text(line))
+                except (ValueError, RecursionError) as error:
+                    if self.file.suffix.lower() == ".json":  # something else in JSON
+                        raise
+                    why = str(error)
+                self._sort(row, f"line {number}", offset, why)
+            offset += len(line)
 
-    def _sort(self, row: Any, name: str, offset: int | None = None) -> None:
-        values, kinds = sample_of(row)
+    def _sort(self, row: Any, name: str, offset: int | None = None, why: str = "") -> None:
+        values, kinds = sample_of(row, self.kind)
         if not kinds:
-            self._leave(name, "no sample of a known kind")
+            why = why or "no sample of a known kind"
+            self.faults.append(f"{self.file}, {name}: {why}")
+            logger.warning("%s, %s is left out: %s", self.file, name, why)
         for kind in kinds:
             self._found[kind].append((name, values) if offset is None else offset)
-        if kinds and len(self._pictures) < MARKED:
+        if kinds and self._fetch is None and len(self._pictures) < MARKED:
             named = (values.get(field) for field in ("image", "source", "target"))
             self._pictures += [self.file.parent / path for path in named if isinstance(path, str) and "\0" not in path]
 
-    def _leave(self, name: str, why: str) -> None:
-        self.faults.append(f"{self.file}, {name}: {why}")
-        logger.warning("%s, %s is left out: %s", self.file, name, why)
+    def counts(self, kind: str) -> list[int]:
+        return [len(self._found[kind])]
 
     def read(self, kind: str, shard: int, place: int) -> records.Record:
         entry = self._found[kind][place]
@@ -195,14 +193,18 @@ class Lines(_OneShard):
             try:
                 with self.file.open("rb") as file:
                     file.seek(entry)
-                    values, kinds = sample_of(json.loads(decode_text(file.readline())))
+                    values, kinds = sample_of(json.loads(decode_text(file.readline())), self.kind)
             except (OSError, ValueError, RecursionError) as error:
                 raise records.Unreadable("line unreadable", f"{name}: {error}") from error
             if kind not in kinds:
                 raise records.Unreadable("line unreadable", f"{name}: the file has changed since it was opened")
 
         def bring(field: str) -> bytes:
-            return records.read_bytes(self.file.parent / os.path.expanduser(values[field]), "picture")
+            if not isinstance(path := values.get(field), str):
+                raise records.Unreadable("entry malformed", f"{name} does not name its pictures")
+            if self._fetch is not None:
+                return self._fetch(path)
+            return records.read_bytes(self.file.parent / os.path.expanduser(path), "picture")
 
         if kind == "edit":
             return records.Record(name, (bring("source"), bring("target")), values.get("instruction"))
@@ -212,15 +214,19 @@ class Lines(_OneShard):
         return records.Record(name, (bring(field),), values.get("caption"), values.get("conversations"))
 
     def signature(self) -> str:
-        """Return a hash of the list, and of size and end of the pictures that it names first."""
+        """Return a hash of the list, and of size and end of the pictures beside it that it names first."""
         return content_hash(self._content.hexdigest(), marks(self._pictures))
 
 
-def sample_of(row: Any) -> tuple[dict[str, Any], list[str]]:
-    """Return a row with our names, where TRL has `images` (one) and `messages`, and the kinds that it can serve as."""
-    if not isinstance(row, Mapping):
-        return {}, []
-    values = records.filled(row)
+def sample_of(row: Any, kind: str = "") -> tuple[dict[str, Any], list[str]]:
+    """Return a row with our names, where TRL has `images` (one) and `messages`, and the kinds that it can serve as.
+
+    A kind that is given is what it serves as, whatever it lacks. Otherwise the names of published lists, of which some
+    mean texts elsewhere, count only where a row is of no other kind and they name files of pictures.
+    """
+    values = records.filled(row) if isinstance(row, Mapping) else {}
+    if kind:
+        return published(values, kind), [kind]
     if isinstance(values.get("messages"), list):
         values.setdefault("conversations", values["messages"])
     images = values.get("images")
@@ -233,4 +239,41 @@ def sample_of(row: Any) -> tuple[dict[str, Any], list[str]]:
     if "image" in paths:
         return values, ["image", *(["caption"] if "caption" in row else []), *(["talk"] if talks else [])]
     pictured = bool(paths) or bool(values.get("image")) or bool(values.get("images"))
-    return values, ["text"] if talks and not pictured else []
+    if talks:
+        return values, [] if pictured else ["text"]
+    if not values.keys() & {"image", "images"}:
+        edit, caption = published(values, "edit"), published(values, "caption")
+        if is_picture(edit["source"]) and is_picture(edit["target"]):
+            return edit, ["image", "edit"]
+        drawn = {"input_prompt", "output_image"} <= values.keys() and "input_image" not in row  # nor one that is null
+        if drawn and is_picture(caption["image"]):
+            return caption, ["image", "caption"]
+    return values, []
+
+
+def is_picture(name: Any) -> bool:
+    """Whether a value of a row is the name of a picture, by its ending."""
+    return isinstance(name, str) and name.lower().endswith(records.IMAGE_SUFFIXES)
+
+
+def published(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The fields of a caption or an edit, None where a row does not have them under one of the published names."""
+    source, target, text = (_first(values, names) for names in (SOURCES, TARGETS, INSTRUCTIONS))
+    if kind == "caption":
+        return {"image": target, "caption": text}
+    pair = values.get("image", values.get("images"))
+    if isinstance(pair, list) and len(pair) == 2 and all(isinstance(path, str) for path in pair):
+        source, target = pair
+    turns = values.get("conversations")
+    if text is None and isinstance(turns, list):
+        asked = [turn for turn in turns if isinstance(turn, Mapping) and turn.get("from") in ("human", "user")]
+        said = asked[0].get("value") if asked else None
+        text = said.replace(records.PICTURE_MARK, "").strip() if isinstance(said, str) else None
+    return {"source": source, "target": target, "instruction": text}
+
+
+def _first(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The first text under these names; a list with one entry counts as that entry."""
+    found = (values.get(name) for name in names)
+    plain = (value[0] if isinstance(value, list) and len(value) == 1 else value for value in found)
+    return next((value for value in plain if isinstance(value, str)), None)

@@ -31,6 +31,8 @@ MEMBERS = {  # by field
 class HubStream(Shards):
     """The samples of a dataset. Raises DataError: it cannot be opened, or has no columns that make a sample."""
 
+    beside = False
+
     def __init__(self, location: str, keep_gb: float = 50.0) -> None:
         name, _, query = location.removeprefix(SCHEME).partition("?")
         given = dict(parse_qsl(query, keep_blank_values=True))
@@ -62,9 +64,6 @@ class HubStream(Shards):
             counts = {kind: self._rows[shard] * self._kinds[kind] for kind in KINDS}
             return {"fault": "", "counts": counts, "ignored": {}}
         return super()._head(shard)
-
-    def _fetch_index(self, location: str, own: Path) -> None:
-        """Nothing lies beside a shard of a stream."""
 
     def _write(self, location: str, path: Path) -> None:
         """Write the samples of one shard of the stream to a tar file."""

@@ -61,8 +61,11 @@ class Source(Protocol):
 
     def counts(self, kind: str) -> Sequence[int]: ...  # how many samples of a kind each shard has
     def read(self, kind: str, shard: int, place: int) -> Record: ...  # one sample; raises `Unreadable`
-    def expect(self, shards: Sequence[int]) -> None: ...  # hear which shards will be wanted next
     def signature(self) -> str: ...  # a hash of the names, sizes and parts of the content of all samples
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Hear which shards will be wanted next; nothing has to be fetched unless a source says how."""
+        return
 
 
 def kinds_of(members: Mapping[str, T], texts: bool = True) -> Iterator[tuple[str, dict[str, T]]]:

@@ -17,7 +17,7 @@ import threading
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -227,10 +227,11 @@ def _index(
 class Shards:
     """The samples of tar files, of damaged ones what comes before. Raises DataError: none of the shards can be read."""
 
+    beside = True  # whether an index may lie beside a remote shard
     _process: int | None = None  # the one that has the rest
     _open: OrderedDict[int, tuple[BinaryIO, Samples]]
-    _turn: threading.Lock  # one shard is fetched at a time
-    _coming: dict[int, Future[Path]]
+    _turn: threading.Lock  # one shard is fetched ahead at a time
+    _coming: dict[int, threading.Thread]
 
     def __init__(self, shards: Sequence[str], location: str, keep_gb: float = 50.0) -> None:
         self.shards, self.location, self.keep_gb = list(shards), location, keep_gb  # at most, of remote ones on disk
@@ -284,16 +285,13 @@ class Shards:
         self._own_process()
         for shard in shards:
             if is_remote(self.shards[shard]) and shard not in self._coming and not self._kept(shard).exists():
-                coming = self._coming[shard] = Future()
                 # unlike a pool's, such a thread keeps no program from ending
-                threading.Thread(target=self._fetch, args=(shard, coming), daemon=True, name="fetch").start()
+                self._coming[shard] = threading.Thread(target=self._fetch, args=(shard,), daemon=True, name="fetch")
+                self._coming[shard].start()
 
-    def _fetch(self, shard: int, coming: Future[Path]) -> None:
-        with self._turn:
-            try:
-                coming.set_result(self._bring(shard))
-            except BaseException as error:
-                coming.set_exception(error)
+    def _fetch(self, shard: int) -> None:
+        with self._turn, contextlib.suppress(Exception):  # who reads the shard tries again, and is told
+            self._bring(shard)
 
     def _identify(self) -> list[Any]:
         """What says that a remote shard is another one than before, of each; None for those on this machine."""
@@ -351,8 +349,9 @@ class Shards:
         own = index_cache(location, self._stamps[shard])
         head = read_head(own)
         if is_remote(location):
-            if head is None:
-                self._fetch_index(location, own)
+            if head is None and self.beside:
+                with contextlib.suppress(Exception):  # mostly: none lies there
+                    _get(location + INDEX_SUFFIX, own)
                 head = read_head(own)
             return None if head is None else (own, head)
         if head is not None and head["stamp"] == stamp(Path(location)):
@@ -360,11 +359,6 @@ class Shards:
         beside = Path(location + INDEX_SUFFIX)
         head = read_head(beside)
         return (beside, head) if head is not None and belongs(head, Path(location)) else None
-
-    def _fetch_index(self, location: str, own: Path) -> None:
-        """Bring the index that lies beside a remote shard, if one does."""
-        with contextlib.suppress(Exception):  # mostly: there is none
-            _get(location + INDEX_SUFFIX, own)
 
     def _build(self, shard: int) -> tuple[Head, Samples]:
         path = self._bring(shard)
@@ -381,8 +375,8 @@ class Shards:
             return self._open[shard]
         location = self.shards[shard]
         try:
-            coming = self._coming.pop(shard, None)
-            path = self._bring(shard) if coming is None else coming.result()
+            self._coming.pop(shard, None)
+            path = self._bring(shard)  # which waits where another thread or process has begun
             known = self._known(shard)
             samples = read_samples(*known) if known and belongs(known[1], path) else None
             samples = samples or self._build(shard)[1]

@@ -1,3 +1,0 @@
-"""The error of the data layer, under the name that it had."""
-
-from unilip.errors import DataError as DataError
