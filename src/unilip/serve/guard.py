@@ -10,10 +10,10 @@ import ipaddress
 import logging
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cachetools import LRUCache
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -57,7 +57,8 @@ class Guard:
     def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics) -> None:
         self.app, self.rules, self.metrics = app, rules, metrics
         self._keys = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in rules.api_keys]
-        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # requests that a caller had left, and when
+        # requests that a caller had left, and when
+        self._left = LRUCache[str, tuple[float, float]](MAX_CALLERS)
         self._guesses = min(WRONG_KEYS, rules.rate_limit or WRONG_KEYS)
         self._reading = 0
 
@@ -174,11 +175,9 @@ class Guard:
         if not most:
             return
         now = time.monotonic()
-        left, then = self._left.pop(caller, (float(most), now))
+        left, then = self._left.get(caller, (float(most), now))
         left = min(most, left + (now - then) * most / 60)
         self._left[caller] = (left - 1 if left >= 1 else left, now)
-        if len(self._left) > MAX_CALLERS:
-            self._left.popitem(last=False)
         if left < 1:
             wait = (1 - left) * 60 / most
             text = f"More than {most} requests a minute; wait {max(1, round(wait))} s."
