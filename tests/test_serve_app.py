@@ -404,6 +404,15 @@ def test_batches_are_measured(tiny_model):
         assert 'unilip_batch_size_sum{verb="generate"} 2.0' in client.get("/metrics").text
 
 
+def test_pictures_that_were_given_up_are_no_results(engine):
+    client = client_for(engine)
+    for more in ({"n": 2, **QUICK}, {"n": 3, "steps": 200, "deadline": 0.05}, {"stream": True, **QUICK}):
+        client.post("/v1/images/generations", json={"prompt": "a", **more})
+    client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2})
+    page = client.get("/metrics").text
+    assert 'unilip_results_total{verb="generate"} 3.0' in page and 'unilip_results_total{verb="ask"} 1.0' in page
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

@@ -432,7 +432,7 @@ def test_a_model_that_learned_no_long_conversations_hears_what_came_since_the_pi
     ):
         config = SimpleNamespace(sampling=SimpleNamespace(recall=recall))
         body = Chat(messages=messages, modalities=["text"])
-        reader = Reader(SimpleNamespace(decode=decode), 10**6)
+        reader = Reader(SimpleNamespace(decode=lambda data: decode(data, 10**6)))
         *_, ask = read_conversation(body, reader, SimpleNamespace(config=config, verbs=("ask",)))
         assert [turn.text for turn in ask.history] == turns, (recall, messages)
         assert ask.question in ("What is this?", "What color is it?")

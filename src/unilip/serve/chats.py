@@ -138,7 +138,7 @@ class Talk(Work):
                 if ready > sent:
                     yield "text", text[sent:ready]
                     sent = ready
-        said = await run_in_threadpool(self.whole, [ticket.result(0) for ticket in self.tickets])
+        said = await run_in_threadpool(self.whole, self.results())
         rest = said["choices"][0]["message"]["content"] if self.json else text[sent:]
         if rest and not self.drawn:
             yield "text", rest
@@ -172,7 +172,7 @@ class Talk(Work):
 async def start(service: Service, request: Request, body: schema.Chat, apart: bool = False) -> Talk:
     """Read a conversation, and queue what its last message wants."""
     talk, settings, engine = Talk(service, request, body, apart), service.settings, service.engine
-    reader = Reader(service, settings.max_pixels)
+    reader = Reader(talk)
     if settings.allow_url_images:
         await talk.in_time(None, reader.prefetch, body)
     with_pictures = any(part.image_url is not None or "](data:" in (part.text or "") for part in body.parts)

@@ -21,7 +21,7 @@ from unilip.serve.guard import FILES
 from unilip.serve.jobs import Ask
 from unilip.serve.pictures import from_data_url
 from unilip.serve.schema import Chat, ChatMessage
-from unilip.serve.service import Service
+from unilip.serve.service import Work
 
 MAX_PICTURES = 16
 _MARKDOWN = re.compile(r"!\[[^\[\]]{0,200}\]\((data:image/[a-z]{1,8};base64,[A-Za-z0-9+/=]+)\)")
@@ -39,8 +39,7 @@ _NOTES = re.compile("|".join(rf"\*{re.escape(note)}\*" for note in TAKEN.values(
 class Reader:
     """Turns addresses of pictures into pictures, within the limits of one request."""
 
-    service: Service
-    max_pixels: int
+    work: Work
     count: int = 0
     fetched: dict[str, bytes] = field(default_factory=dict)
 
@@ -55,9 +54,7 @@ class Reader:
         self.count += 1
         if self.count > MAX_PICTURES:
             raise ImageError(f"The conversation has more than {MAX_PICTURES} pictures; leave old ones out.")
-        image = self.service.decode(self._bytes(url), self.max_pixels)
-        self.max_pixels -= image.width * image.height
-        return image
+        return self.work.decode(self._bytes(url))
 
     def _bytes(self, url: str) -> bytes:
         if url[:5].lower() == "data:":
@@ -66,12 +63,13 @@ class Reader:
             path = urlsplit(url).path
         except ValueError as error:
             raise ImageError("The image URL is malformed; send the picture as a data URL.") from error
-        if path.startswith(FILES) and (found := self.service.store.get(path.removeprefix(FILES))):
+        service = self.work.service
+        if path.startswith(FILES) and (found := service.store.get(path.removeprefix(FILES))):
             return found[0]
-        if not self.service.settings.allow_url_images:
+        if not service.settings.allow_url_images:
             raise ImageError("This server fetches no pictures by address; send data URLs (data:image/png;base64,...).")
         if url not in self.fetched:
-            self.fetched[url] = self.service.fetch(url, self.service.settings.rules.max_body)
+            self.fetched[url] = service.fetch(url, service.settings.rules.max_body)
         return self.fetched[url]
 
 
