@@ -3,18 +3,17 @@
 import math
 import threading
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TypeVar
 
 from unilip.errors import UniLIPError, check_number
 from unilip.serve.checks import Checker
 from unilip.serve.jobs import Draining, Job, QueueFull
 from unilip.serve.tickets import Ticket, Unit
 
-S = TypeVar("S", bound="Serving")
 YIELDED = "The queue is full and this client holds most of it, so others came first; send this again in {:.0f} s."
 
 
@@ -26,7 +25,7 @@ class Stats:
     running: int
 
 
-class Serving(ABC):
+class Serving(AbstractContextManager["Serving"]):
     """Takes jobs for a model, as many as there is room for, with a fair share for each client."""
 
     def __init__(self, checker: Checker, max_queue: int, max_batch: int, deadline: float | None) -> None:
@@ -125,9 +124,6 @@ class Serving(ABC):
     @abstractmethod
     def close(self, timeout: float = 0.0) -> None:
         """Drain for at most `timeout` seconds, and end."""
-
-    def __enter__(self: S) -> S:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
