@@ -88,22 +88,18 @@ class Serving(AbstractContextManager["Serving"]):
         """
         waiting = sum(places.values())
         wait = max(1.0, math.ceil((self._pace or 0.5) * (waiting + busy)))
-        held: Counter[str] = Counter()
-        for ticket, count in places.items():
-            held[ticket.client] += count
-        own, free = held[newcomer.client] + more, room - waiting
-        leaving: list[Ticket] = []
-        while free < more:
+        kept = dict(places)
+        while sum(kept.values()) + more > room:
+            held: Counter[str] = Counter()
+            for ticket, count in kept.items():
+                held[ticket.client] += count
             most = max(held, key=held.__getitem__, default="")
-            theirs = (one for one in reversed([*places]) if one.client == most and one not in leaving)
-            last = next((one for one in theirs if one.started is None), None)
-            if last is None or held[most] <= own:
+            last = next((one for one in reversed(kept) if one.client == most and one.started is None), None)
+            if last is None or held[most] <= held[newcomer.client] + more:
                 text = f"{waiting} of at most {room} pictures are waiting, and this request adds {more}"
                 raise QueueFull(f"{text}; send it again in {wait:.0f} s.", wait)
-            leaving.append(last)
-            held[most] -= places[last]
-            free += places[last]
-        for other in leaving:
+            del kept[last]
+        for other in places.keys() - kept.keys():
             other._drop(QueueFull(YIELDED.format(wait), wait))
 
     def _count_pace(self, seconds: float) -> None:
