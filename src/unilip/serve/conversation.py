@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 from PIL import Image
@@ -18,7 +19,6 @@ from unilip.intent import intent
 from unilip.sampling import check_prompt
 from unilip.serve.checks import Checker
 from unilip.serve.guard import FILES
-from unilip.serve.jobs import Ask
 from unilip.serve.pictures import from_data_url
 from unilip.serve.schema import Chat, ChatMessage
 from unilip.serve.service import Work
@@ -75,8 +75,8 @@ class Reader:
 
 def read_conversation(
     body: Chat, reader: Reader, able: Checker, chat: str = "auto"
-) -> tuple[str, str, tuple[Image.Image, ...], Ask]:
-    """Return what the last message wants: verb, text, pictures to change; and the question with all that was before.
+) -> tuple[str, str, tuple[Image.Image, ...], dict[str, Any]]:
+    """Return what the last message wants: verb, text, pictures to change; and as an `Ask` has it, with what was before.
 
     A question after a picture that the model made is about that one, not about earlier ones.
     Raises ImageError, PromptError: a picture cannot be read; the last message is not the user's, or empty.
@@ -116,11 +116,8 @@ def read_conversation(
         raise PromptError("The last message has no words; ask something, or say what to draw.")
     # a model of single plain questions is asked plainly; its words become the object
     words_of_form = _form(body, [turn.text for turn in (*turns, question)]) if recall else ""
-    ask = Ask(
-        question.text + words_of_form, question.images, tuple(turns), temperature=body.temperature or 0.0,
-        top_p=1.0 if body.top_p is None else body.top_p, seed=body.seed, max_tiles=body.max_tiles or 1,
-    )  # fmt: skip
-    return verb, words, told.shown, ask
+    asked = {"question": question.text + words_of_form, "images": question.images, "history": tuple(turns)}
+    return verb, words, told.shown, asked
 
 
 def _decide(body: Chat, text: str, has_picture: bool, verbs: tuple[str, ...], chat: str) -> tuple[str, str]:

@@ -33,8 +33,7 @@ def routes(service: Service) -> APIRouter:
     async def generations(request: Request) -> Response:
         """Draw pictures of a prompt."""
         body = await service.read(request, schema.Generations)
-        job = Generate(body.prompt, count=body.n or 1, plan=body.plan, best_of=body.best_of, **service.drawing(body))
-        return await answer(Work(service, request, body), [job], "image_generation")
+        return await answer(Work(service, request, body), [service.job(Generate, body)], "image_generation")
 
     @router.post("/variations", responses=ANSWER, openapi_extra=form_body(schema.Variations, IMAGE))
     @router.post("/edits", responses=ANSWER, openapi_extra=form_body(schema.Edits, IMAGE | {"mask": 1}))
@@ -46,8 +45,7 @@ def routes(service: Service) -> APIRouter:
             check_joint(body.joint, sum(name != "mask" for name, _ in files))
         work = Work(service, request, body)
         images = await work.in_time(service.decoders, decoded, work, files)
-        common = service.drawing(body) | {"count": body.n or 1, "fit": body.fit, "keep_aspect": body.keeps_aspect}
-        return await answer(work, service.edits(images, body.prompt, body.joint, common), "image_edit")
+        return await answer(work, service.edits(images, body, keep_aspect=body.keeps_aspect), "image_edit")
 
     @router.post("/reconstructions", responses=ANSWER, openapi_extra=form_body(schema.Reconstructions, IMAGE))
     async def reconstructions(request: Request) -> Response:
@@ -55,8 +53,8 @@ def routes(service: Service) -> APIRouter:
         body, files = await service.form(request, schema.Reconstructions, "image", "image[]")
         work = Work(service, request, body)
         images = await work.in_time(service.decoders, decoded, work, files)
-        more = (body.size, body.image_size, body.fit, body.keep_aspect, service.strengths(body))
-        return await answer(work, [Reconstruct(image, *more) for image in images], "image_reconstruction")
+        jobs = [service.job(Reconstruct, body, image=image) for image in images]
+        return await answer(work, jobs, "image_reconstruction")
 
     @router.get(FILES.removeprefix(router.prefix) + "{name}", responses={200: {"content": {"image/png": {}}}})
     async def file(name: str) -> Response:

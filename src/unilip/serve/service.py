@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextvars
+import dataclasses
 import json
 import logging
 import math
@@ -52,6 +53,7 @@ WAITING = ": waiting\n\n"  # a comment, which keeps a stream open
 
 Files = list[tuple[str, bytes]]  # of a form, by the names of their fields
 B = TypeVar("B", bound=schema.Body)
+J = TypeVar("J", bound=Job)
 T = TypeVar("T")
 
 
@@ -174,26 +176,26 @@ class Service:
 
     # --- working
 
-    def drawing(self, body: schema.Drawing) -> dict[str, Any]:
-        """The settings of a drawing, as a job takes them."""
-        steps, limit = body.steps, self.engine.limits.steps
-        if steps is None and body.quality is not None and body.preset is None:
-            usual = self.engine.config.sampling.num_inference_steps
-            steps = min(max(1, round(schema.QUALITY[body.quality] * usual)), limit)
-        same = {name: getattr(body, name) for name in ("seed", "solver", "negative_prompt", "size", "image_size")}
-        partials = (body.partial_images or 0) if getattr(body, "stream", False) else 0
-        own = {"steps": steps, "guidance_scale": body.guidance, "preset": body.preset or "quality"}
-        return same | own | {"partials": partials, "adapters": self.strengths(body)}
+    def job(self, kind: type[J], body: schema.Pictures, **own: Any) -> J:
+        """Make a job of a request: its fields of the same names, others of another, and what is the job's `own`."""
+        said = {**dict(body), "adapters": self.strengths(body)}
+        said |= {"guidance_scale": said.get("guidance"), "count": said.get("n")}
+        said["partials"] = said.get("partial_images") if said.get("stream") else None
+        if isinstance(body, schema.Drawing) and body.quality and body.steps is None and body.preset is None:
+            usual, most = self.engine.config.sampling.num_inference_steps, self.engine.limits.steps
+            said["steps"] = min(max(1, round(schema.QUALITY[body.quality] * usual)), most)
+        known = [one.name for one in dataclasses.fields(kind)]
+        return kind(**{name: value for name, value in (said | own).items() if name in known and value is not None})
 
     def together(self, joint: bool | None, count: int) -> bool:
         """Whether COUNT pictures belong to one edit, as OpenAI has it: else each is changed by itself."""
         return count > 1 and (self.engine.config.sampling.joint if joint is None else joint)
 
-    def edits(self, images: Sequence[Image.Image], text: str, joint: bool | None, common: dict[str, Any]) -> list[Job]:
+    def edits(self, images: Sequence[Image.Image], body: schema.Edits | schema.Chat, **own: Any) -> list[Edit]:
         """One edit for each picture; or a joint one of the first, where that is asked for or the model learned it."""
-        if self.together(joint, len(images)):
-            return [Edit(images[0], text, others=tuple(images[1:]), **common)]
-        return [Edit(image, text, **common) for image in images]
+        if self.together(body.joint, len(images)):
+            return [self.job(Edit, body, image=images[0], others=tuple(images[1:]), **own)]
+        return [self.job(Edit, body, image=image, **own) for image in images]
 
 
 def named_event(name: str, **fields: Any) -> str:
