@@ -93,11 +93,10 @@ class Guard:
                 return
             if scope["path"] not in OPEN and not scope["path"].startswith(OPEN_BELOW):
                 self._check_caller(scope, headers)
-                body = await self._read(scope, receive)
+                body = await self._read(scope, headers, receive)
             if not body and has_body:
                 added.append(CLOSE)
-            untouched = scope["method"] in BODILESS and not has_body
-            await self.app(scope, receive if untouched else replay(body, receive), marked)
+            await self.app(scope, replay(body, receive), marked)
         except Trouble as found:
             added.append(CLOSE)
             await found.response()(scope, receive, marked)
@@ -183,16 +182,16 @@ class Guard:
             text = f"More than {most} requests a minute; wait {max(1, round(wait))} s."
             raise Trouble(429, text, "rate_limit_exceeded", retry_after=wait)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+    async def _read(self, scope: Scope, headers: Mapping[str, str], receive: Receive) -> bytes:
         """Return the whole body, which counts in `_reading`. Raises Trouble; ClientDisconnect: the client left."""
         if scope["method"] in BODILESS:
             return b""
         most = min(MAX_TEXT, self.rules.max_body) if scope["path"] in TEXTS else self.rules.max_body
         text = f"The body is larger than {most} bytes; send less, or smaller pictures."
         too_large = Trouble(413, text, "body_too_large")
-        for name, value in scope["headers"]:
-            if name == b"content-length" and value.isdigit() and int(value[:18]) > most:
-                raise too_large
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:18]) > most:
+            raise too_large
         data, end, more = bytearray(), time.monotonic() + BODY_SECONDS, True
         try:
             while more:
