@@ -171,6 +171,7 @@ def test_pictures_are_forgotten():
     store = Store(max_bytes=10)
     first, second = store.put(b"x" * 6, "image/png"), store.put(b"y" * 6, "image/png")
     assert store.get(first) is None and store.get(second) == (b"y" * 6, "image/png")
+    assert store.get(store.put(b"z" * 11, "image/png")) is None and store.get(second), "too large for it"
     assert (brief := Store(seconds=0)).get(brief.put(b"x", "image/png")) is None
 
 
