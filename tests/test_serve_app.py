@@ -171,6 +171,7 @@ def test_pictures_are_forgotten():
     store = Store(max_bytes=10)
     first, second = store.put(b"x" * 6, "image/png"), store.put(b"y" * 6, "image/png")
     assert store.get(first) is None and store.get(second) == (b"y" * 6, "image/png")
+    assert store.get(store.put(b"z" * 11, "image/png")) is None and store.get(second), "too large for it"
     assert (brief := Store(seconds=0)).get(brief.put(b"x", "image/png")) is None
 
 
@@ -402,6 +403,15 @@ def test_batches_are_measured(tiny_model):
         client.post("/v1/images/generations", json={"prompt": "a", "n": 2, **QUICK})
         engine.drain(10)
         assert 'unilip_batch_size_sum{verb="generate"} 2.0' in client.get("/metrics").text
+
+
+def test_pictures_that_were_given_up_are_no_results(engine):
+    client = client_for(engine)
+    for more in ({"n": 2, **QUICK}, {"n": 3, "steps": 200, "deadline": 0.05}, {"stream": True, **QUICK}):
+        client.post("/v1/images/generations", json={"prompt": "a", **more})
+    client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2})
+    page = client.get("/metrics").text
+    assert 'unilip_results_total{verb="generate"} 3.0' in page and 'unilip_results_total{verb="ask"} 1.0' in page
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

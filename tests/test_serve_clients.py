@@ -439,17 +439,17 @@ def test_a_model_that_learned_no_long_conversations_hears_what_came_since_the_pi
     ):
         config = SimpleNamespace(sampling=SimpleNamespace(recall=recall))
         body = Chat(messages=messages, modalities=["text"])
-        reader = Reader(SimpleNamespace(decode=decode), 10**6)
+        reader = Reader(SimpleNamespace(decode=lambda data: decode(data, 10**6)))
         *_, ask = read_conversation(body, reader, SimpleNamespace(config=config, verbs=("ask",)))
-        assert [turn.text for turn in ask.history] == turns, (recall, messages)
-        assert ask.question in ("What is this?", "What color is it?")
+        assert [turn.text for turn in ask["history"]] == turns, (recall, messages)
+        assert ask["question"] in ("What is this?", "What color is it?")
         assert len(body.ignored) == left + ("attached_files" in str(messages)), body.ignored
         assert ("messages 1 to 2" in str(body.ignored)) == bool(left)
         body = Chat(messages=messages, modalities=["text"], response_format=JSON_OBJECT)
         *_, ask = read_conversation(body, reader, SimpleNamespace(config=config, verbs=("ask",)))
-        assert ("JSON" in ask.question) == recall, "what knows plain questions only is asked plainly"
+        assert ("JSON" in ask["question"]) == recall, "what knows plain questions only is asked plainly"
         form = [{"role": "system", "content": "Answer in JSON of this schema: {}"}, *messages]
         body = Chat(messages=form, modalities=["text"], response_format=JSON_OBJECT)
         *_, ask = read_conversation(body, reader, SimpleNamespace(config=config, verbs=("ask",)))
-        said = ask.question + "".join(turn.text for turn in ask.history)
+        said = ask["question"] + "".join(turn.text for turn in ask["history"])
         assert ("schema" in said) == recall and ("the system message" in body.ignored) != recall

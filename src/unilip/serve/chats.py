@@ -1,6 +1,5 @@
 """OpenAI's chat completions and Responses: a conversation in, words or a picture out, whole or as a stream."""
 
-import dataclasses
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -14,7 +13,7 @@ from unilip.intent import intent
 from unilip.serve import responses, schema
 from unilip.serve.conversation import TAKEN, Reader, as_json, read_conversation, wants_json
 from unilip.serve.describe import json_body
-from unilip.serve.jobs import Generate, Job, Result
+from unilip.serve.jobs import Ask, Generate, Job, Result
 from unilip.serve.pictures import FORMATS
 from unilip.serve.problems import JSON, dumps
 from unilip.serve.service import KEEP_ALIVE_SECONDS, WAITING, Service, Work
@@ -138,7 +137,7 @@ class Talk(Work):
                 if ready > sent:
                     yield "text", text[sent:ready]
                     sent = ready
-        said = await run_in_threadpool(self.whole, [ticket.result(0) for ticket in self.tickets])
+        said = await run_in_threadpool(self.whole, self.results())
         rest = said["choices"][0]["message"]["content"] if self.json else text[sent:]
         if rest and not self.drawn:
             yield "text", rest
@@ -172,20 +171,20 @@ class Talk(Work):
 async def start(service: Service, request: Request, body: schema.Chat, apart: bool = False) -> Talk:
     """Read a conversation, and queue what its last message wants."""
     talk, settings, engine = Talk(service, request, body, apart), service.settings, service.engine
-    reader = Reader(service, settings.max_pixels)
+    reader = Reader(talk)
     if settings.allow_url_images:
         await talk.in_time(None, reader.prefetch, body)
     with_pictures = any(part.image_url is not None or "](data:" in (part.text or "") for part in body.parts)
     pool = service.decoders if with_pictures else None
     verb, text, pictures, ask = await talk.in_time(pool, read_conversation, body, reader, engine.checker, settings.chat)
-    common = service.drawing(body)
+    jobs: Sequence[Job]
     if verb == "generate":
-        jobs: list[Job] = [Generate(text, **common)]
+        jobs = [service.job(Generate, body, prompt=text)]
     elif verb == "edit":
-        jobs = service.edits(pictures, text, body.joint, common | {"keep_aspect": body.size is None})
+        jobs = service.edits(pictures, body, prompt=text, keep_aspect=body.size is None)
     else:
         most = min(body.max_completion_tokens or body.max_tokens or 128, engine.limits.new_tokens)
-        jobs = [dataclasses.replace(ask, lower=True, max_new_tokens=most, adapters=common["adapters"])]
+        jobs = [service.job(Ask, body, **ask, max_new_tokens=most, lower=True)]
     talk.text = text
     await talk.submit(jobs)
     return talk

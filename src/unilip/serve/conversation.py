@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 from PIL import Image
@@ -18,10 +19,9 @@ from unilip.intent import intent
 from unilip.sampling import check_prompt
 from unilip.serve.checks import Checker
 from unilip.serve.guard import FILES
-from unilip.serve.jobs import Ask
 from unilip.serve.pictures import from_data_url
 from unilip.serve.schema import Chat, ChatMessage
-from unilip.serve.service import Service
+from unilip.serve.service import Work
 
 MAX_PICTURES = 16
 _MARKDOWN = re.compile(r"!\[[^\[\]]{0,200}\]\((data:image/[a-z]{1,8};base64,[A-Za-z0-9+/=]+)\)")
@@ -39,8 +39,7 @@ _NOTES = re.compile("|".join(rf"\*{re.escape(note)}\*" for note in TAKEN.values(
 class Reader:
     """Turns addresses of pictures into pictures, within the limits of one request."""
 
-    service: Service
-    max_pixels: int
+    work: Work
     count: int = 0
     fetched: dict[str, bytes] = field(default_factory=dict)
 
@@ -55,9 +54,7 @@ class Reader:
         self.count += 1
         if self.count > MAX_PICTURES:
             raise ImageError(f"The conversation has more than {MAX_PICTURES} pictures; leave old ones out.")
-        image = self.service.decode(self._bytes(url), self.max_pixels)
-        self.max_pixels -= image.width * image.height
-        return image
+        return self.work.decode(self._bytes(url))
 
     def _bytes(self, url: str) -> bytes:
         if url[:5].lower() == "data:":
@@ -66,19 +63,20 @@ class Reader:
             path = urlsplit(url).path
         except ValueError as error:
             raise ImageError("The image URL is malformed; send the picture as a data URL.") from error
-        if path.startswith(FILES) and (found := self.service.store.get(path.removeprefix(FILES))):
+        service = self.work.service
+        if path.startswith(FILES) and (found := service.store.get(path.removeprefix(FILES))):
             return found[0]
-        if not self.service.settings.allow_url_images:
+        if not service.settings.allow_url_images:
             raise ImageError("This server fetches no pictures by address; send data URLs (data:image/png;base64,...).")
         if url not in self.fetched:
-            self.fetched[url] = self.service.fetch(url, self.service.settings.rules.max_body)
+            self.fetched[url] = service.fetch(url, service.settings.rules.max_body)
         return self.fetched[url]
 
 
 def read_conversation(
     body: Chat, reader: Reader, able: Checker, chat: str = "auto"
-) -> tuple[str, str, tuple[Image.Image, ...], Ask]:
-    """Return what the last message wants: verb, text, pictures to change; and the question with all that was before.
+) -> tuple[str, str, tuple[Image.Image, ...], dict[str, Any]]:
+    """Return what the last message wants: verb, text, pictures to change; and as an `Ask` has it, with what was before.
 
     A question after a picture that the model made is about that one, not about earlier ones.
     Raises ImageError, PromptError: a picture cannot be read; the last message is not the user's, or empty.
@@ -118,11 +116,8 @@ def read_conversation(
         raise PromptError("The last message has no words; ask something, or say what to draw.")
     # a model of single plain questions is asked plainly; its words become the object
     words_of_form = _form(body, [turn.text for turn in (*turns, question)]) if recall else ""
-    ask = Ask(
-        question.text + words_of_form, question.images, tuple(turns), temperature=body.temperature or 0.0,
-        top_p=1.0 if body.top_p is None else body.top_p, seed=body.seed, max_tiles=body.max_tiles or 1,
-    )  # fmt: skip
-    return verb, words, told.shown, ask
+    asked = {"question": question.text + words_of_form, "images": question.images, "history": tuple(turns)}
+    return verb, words, told.shown, asked
 
 
 def _decide(body: Chat, text: str, has_picture: bool, verbs: tuple[str, ...], chat: str) -> tuple[str, str]:

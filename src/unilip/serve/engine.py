@@ -63,7 +63,7 @@ class Engine(Serving):
         with Engine(UniLIP.from_pretrained()) as engine:
             ticket = engine.submit(Generate("three yellow stars", seed=7), deadline=60)
             for event in ticket.events():              # or: async for event in ticket.events_async()
-                print(event.kind, event.step, "of", event.steps)
+                show(event.kind, event.step, event.steps)
             picture = ticket.result().images[0]        # or: await ticket.result_async()
 
     Should a batch fail, its members are tried one by one.

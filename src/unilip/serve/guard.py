@@ -10,10 +10,10 @@ import ipaddress
 import logging
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cachetools import LRUCache
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -57,7 +57,8 @@ class Guard:
     def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics) -> None:
         self.app, self.rules, self.metrics = app, rules, metrics
         self._keys = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in rules.api_keys]
-        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # requests that a caller had left, and when
+        # requests that a caller had left, and when
+        self._left = LRUCache[str, tuple[float, float]](MAX_CALLERS)
         self._guesses = min(WRONG_KEYS, rules.rate_limit or WRONG_KEYS)
         self._reading = 0
 
@@ -92,11 +93,10 @@ class Guard:
                 return
             if scope["path"] not in OPEN and not scope["path"].startswith(OPEN_BELOW):
                 self._check_caller(scope, headers)
-                body = await self._read(scope, receive)
+                body = await self._read(scope, headers, receive)
             if not body and has_body:
                 added.append(CLOSE)
-            untouched = scope["method"] in BODILESS and not has_body
-            await self.app(scope, receive if untouched else replay(body, receive), marked)
+            await self.app(scope, replay(body, receive), marked)
         except Trouble as found:
             added.append(CLOSE)
             await found.response()(scope, receive, marked)
@@ -174,26 +174,24 @@ class Guard:
         if not most:
             return
         now = time.monotonic()
-        left, then = self._left.pop(caller, (float(most), now))
+        left, then = self._left.get(caller, (float(most), now))
         left = min(most, left + (now - then) * most / 60)
         self._left[caller] = (left - 1 if left >= 1 else left, now)
-        if len(self._left) > MAX_CALLERS:
-            self._left.popitem(last=False)
         if left < 1:
             wait = (1 - left) * 60 / most
             text = f"More than {most} requests a minute; wait {max(1, round(wait))} s."
             raise Trouble(429, text, "rate_limit_exceeded", retry_after=wait)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+    async def _read(self, scope: Scope, headers: Mapping[str, str], receive: Receive) -> bytes:
         """Return the whole body, which counts in `_reading`. Raises Trouble; ClientDisconnect: the client left."""
         if scope["method"] in BODILESS:
             return b""
         most = min(MAX_TEXT, self.rules.max_body) if scope["path"] in TEXTS else self.rules.max_body
         text = f"The body is larger than {most} bytes; send less, or smaller pictures."
         too_large = Trouble(413, text, "body_too_large")
-        for name, value in scope["headers"]:
-            if name == b"content-length" and value.isdigit() and int(value[:18]) > most:
-                raise too_large
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:18]) > most:
+            raise too_large
         data, end, more = bytearray(), time.monotonic() + BODY_SECONDS, True
         try:
             while more:

@@ -15,8 +15,8 @@ from unilip.serve.describe import form_body, json_body
 from unilip.serve.guard import FILES
 from unilip.serve.jobs import Generate, Job, Reconstruct
 from unilip.serve.pictures import decode_mask, outside_kept
-from unilip.serve.problems import JSON, Trouble, dumps
-from unilip.serve.service import KEEP_ALIVE_SECONDS, MAX_FILES, WAITING, Files, Service, Work
+from unilip.serve.problems import JSON, Trouble
+from unilip.serve.service import KEEP_ALIVE_SECONDS, MAX_FILES, WAITING, Files, Service, Work, named_event
 
 QUEUE_SECONDS = 0.5  # between two words on the place in the queue, where progress is asked for
 ANSWER: dict[int | str, dict[str, Any]] = {
@@ -33,8 +33,7 @@ def routes(service: Service) -> APIRouter:
     async def generations(request: Request) -> Response:
         """Draw pictures of a prompt."""
         body = await service.read(request, schema.Generations)
-        job = Generate(body.prompt, count=body.n or 1, plan=body.plan, best_of=body.best_of, **service.drawing(body))
-        return await answer(Work(service, request, body), [job], "image_generation")
+        return await answer(Work(service, request, body), [service.job(Generate, body)], "image_generation")
 
     @router.post("/variations", responses=ANSWER, openapi_extra=form_body(schema.Variations, IMAGE))
     @router.post("/edits", responses=ANSWER, openapi_extra=form_body(schema.Edits, IMAGE | {"mask": 1}))
@@ -46,8 +45,7 @@ def routes(service: Service) -> APIRouter:
             check_joint(body.joint, sum(name != "mask" for name, _ in files))
         work = Work(service, request, body)
         images = await work.in_time(service.decoders, decoded, work, files)
-        common = service.drawing(body) | {"count": body.n or 1, "fit": body.fit, "keep_aspect": body.keeps_aspect}
-        return await answer(work, service.edits(images, body.prompt, body.joint, common), "image_edit")
+        return await answer(work, service.edits(images, body, keep_aspect=body.keeps_aspect), "image_edit")
 
     @router.post("/reconstructions", responses=ANSWER, openapi_extra=form_body(schema.Reconstructions, IMAGE))
     async def reconstructions(request: Request) -> Response:
@@ -55,8 +53,8 @@ def routes(service: Service) -> APIRouter:
         body, files = await service.form(request, schema.Reconstructions, "image", "image[]")
         work = Work(service, request, body)
         images = await work.in_time(service.decoders, decoded, work, files)
-        more = (body.size, body.image_size, body.fit, body.keep_aspect, service.strengths(body))
-        return await answer(work, [Reconstruct(image, *more) for image in images], "image_reconstruction")
+        jobs = [service.job(Reconstruct, body, image=image) for image in images]
+        return await answer(work, jobs, "image_reconstruction")
 
     @router.get(FILES.removeprefix(router.prefix) + "{name}", responses={200: {"content": {"image/png": {}}}})
     async def file(name: str) -> Response:
@@ -86,9 +84,9 @@ def decoded(work: Work, files: Files) -> list[Image.Image]:
         text = "A mask belongs to one picture, but each of several is changed here; send one, or joint=true."
     if text:
         raise Trouble(400, text, "invalid_mask", "fit" if body.fit == "crop" else "mask")
-    images, left = service.decode_all(sources)
+    images = [work.decode(data) for data in sources]
     if masks:
-        mask, source = service.decode(masks[0], left, decode_mask), images[0]
+        mask, source = work.decode(masks[0], decode_mask), images[0]
         if mask.size != source.size:
             sizes = f"{mask.width}x{mask.height} px, the picture {source.width}x{source.height}"
             raise Trouble(400, f"The mask has {sizes}; make them equal.", "invalid_mask", "mask")
@@ -122,18 +120,15 @@ async def picture_events(work: Work, kind: str, extra: dict[str, Any]) -> AsyncG
     quality = {"standard": "medium", "hd": "high", None: "auto"}.get(body.quality, body.quality)
     same = {"background": "opaque", "output_format": body.output_format, "quality": quality}
 
-    def event_of(name: str, **fields: Any) -> str:
-        return f"event: {kind}.{name}\ndata: {dumps({'type': f'{kind}.{name}', **fields})}\n\n"
-
     async for told, value in work.told(QUEUE_SECONDS if body.include_progress else KEEP_ALIVE_SECONDS):
         if told == "waiting":
             ahead = work.service.engine.ahead(work.tickets[0]) if body.include_progress else 0
-            yield event_of("queued", ahead=ahead) if ahead else WAITING
+            yield named_event(f"{kind}.queued", ahead=ahead) if ahead else WAITING
         elif told == "step" and body.include_progress:
-            yield event_of("progress", **value)
+            yield named_event(f"{kind}.progress", **value)
         elif told == "partial":
-            yield event_of("partial_image", **value, created_at=int(time.time()), **same)
-    results = [ticket.result(0) for ticket in work.tickets]
+            yield named_event(f"{kind}.partial_image", **value, created_at=int(time.time()), **same)
+    results = work.results()
     usage = work.picture_usage(results)
     for entry in await run_in_threadpool(work.picture_data, results):
-        yield event_of("completed", **entry, created_at=int(time.time()), **same, usage=usage, **extra)
+        yield named_event(f"{kind}.completed", **entry, created_at=int(time.time()), **same, usage=usage, **extra)

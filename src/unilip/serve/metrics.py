@@ -19,7 +19,7 @@ class Metrics:
         self.latency = seconds("unilip_request_seconds", "Seconds from a request to the end of its answer", ("route",))
         self.batch_size = seconds("unilip_batch_size", "Pictures or questions in a batch", ("verb",), buckets=_SIZES)
         self.batch_seconds = seconds("unilip_batch_seconds", "Seconds that a batch took", ("verb",))
-        self.results = counter("unilip_results", "Pictures and answers made", ("verb",))
+        self.results = counter("unilip_results", "Pictures and answers given", ("verb",))
         self.queued = Gauge("unilip_queue_length", "Pictures and questions that wait", registry=own)
         self.running = Gauge("unilip_running", "Pictures and questions in the present batch", registry=own)
 
@@ -27,7 +27,6 @@ class Metrics:
         """Count a batch; an engine's `on_batch`."""
         self.batch_size.labels(verb).observe(size)
         self.batch_seconds.labels(verb).observe(seconds)
-        self.results.labels(verb).inc(size)
 
     def answer(self, route: str, status: int, seconds: float) -> None:
         self.requests.labels(route, str(status)).inc()

@@ -7,8 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from unilip.errors import UniLIPError
-from unilip.serve.problems import dumps
-from unilip.serve.service import WAITING
+from unilip.serve.service import WAITING, named_event
 from unilip.serve.store import Store
 
 DRAWING = ("size", "quality", "output_format", "output_compression", "partial_images")
@@ -122,8 +121,7 @@ class Answer:
 
     def event(self, kind: str, **more: Any) -> str:
         self.number += 1
-        body = {"type": f"response.{kind}", "sequence_number": self.number, **more}
-        return f"event: response.{kind}\ndata: {dumps(body)}\n\n"
+        return named_event(f"response.{kind}", sequence_number=self.number, **more)
 
     async def events(self, pieces: AsyncIterator[tuple[str, Any]], drawn: bool) -> AsyncGenerator[str, None]:
         for kind in ("created", "in_progress"):

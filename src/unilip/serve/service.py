@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextvars
+import dataclasses
 import json
 import logging
 import math
@@ -52,6 +53,7 @@ WAITING = ": waiting\n\n"  # a comment, which keeps a stream open
 
 Files = list[tuple[str, bytes]]  # of a form, by the names of their fields
 B = TypeVar("B", bound=schema.Body)
+J = TypeVar("J", bound=Job)
 T = TypeVar("T")
 
 
@@ -78,7 +80,7 @@ class Service:
         self.store, self.conversations = Store(), Store(64 * 2**20)
         self.decoders = ThreadPoolExecutor(DECODERS, "unilip-decoder")  # a pool of its own, so that text need not wait
         self._fetchers = threading.BoundedSemaphore(FETCHERS)
-        self._counting, self._pixels = threading.RLock(), 0
+        self._counting, self.pixels = threading.RLock(), 0  # of all pictures in memory
 
     @property
     def names(self) -> list[str]:
@@ -159,27 +161,9 @@ class Service:
             raise Trouble(400, "There is no picture; send it as the file `image`.", "invalid_form", "image")
         return schema.read(kind, fields, self.settings.strict, form=True), files
 
-    def decode(self, data: bytes, max_pixels: int, how: Callable[[bytes, int], Image.Image] = decode) -> Image.Image:
-        """Decode a picture in one of the decoders' threads: memory is what a decoder needs most."""
-        if self._pixels > IN_MEMORY * self.settings.max_pixels:
-            raise QueueFull("Too many pictures are being read at once; send the request again.", 2.0)
-        image = how(data, max_pixels)
-        size = image.width * image.height
-        self._count_pixels(size)
-        weakref.finalize(image, self._count_pixels, -size)  # given back with the picture's memory
-        return image
-
-    def decode_all(self, files: Sequence[bytes]) -> tuple[list[Image.Image], int]:
-        """Decode the pictures of one request, which share `max_pixels`; return them and what is left of that."""
-        images, left = [], self.settings.max_pixels
-        for data in files:
-            images.append(self.decode(data, left))
-            left -= images[-1].width * images[-1].height
-        return images, left
-
-    def _count_pixels(self, change: int) -> None:
+    def count_pixels(self, change: int) -> None:
         with self._counting:
-            self._pixels += change
+            self.pixels += change
 
     def fetch(self, url: str, max_bytes: int) -> bytes:
         """Fetch a picture in the calling thread; slow hosts must not keep all threads."""
@@ -192,26 +176,31 @@ class Service:
 
     # --- working
 
-    def drawing(self, body: schema.Drawing) -> dict[str, Any]:
-        """The settings of a drawing, as a job takes them."""
-        steps, limit = body.steps, self.engine.limits.steps
-        if steps is None and body.quality is not None and body.preset is None:
-            usual = self.engine.config.sampling.num_inference_steps
-            steps = min(max(1, round(schema.QUALITY[body.quality] * usual)), limit)
-        same = {name: getattr(body, name) for name in ("seed", "solver", "negative_prompt", "size", "image_size")}
-        partials = (body.partial_images or 0) if getattr(body, "stream", False) else 0
-        own = {"steps": steps, "guidance_scale": body.guidance, "preset": body.preset or "quality"}
-        return same | own | {"partials": partials, "adapters": self.strengths(body)}
+    def job(self, kind: type[J], body: schema.Pictures, **own: Any) -> J:
+        """Make a job of a request: its fields of the same names, others of another, and what is the job's `own`."""
+        said = {**dict(body), "adapters": self.strengths(body)}
+        said |= {"guidance_scale": said.get("guidance"), "count": said.get("n")}
+        said["partials"] = said.get("partial_images") if said.get("stream") else None
+        if isinstance(body, schema.Drawing) and body.quality and body.steps is None and body.preset is None:
+            usual, most = self.engine.config.sampling.num_inference_steps, self.engine.limits.steps
+            said["steps"] = min(max(1, round(schema.QUALITY[body.quality] * usual)), most)
+        known = [one.name for one in dataclasses.fields(kind)]
+        return kind(**{name: value for name, value in (said | own).items() if name in known and value is not None})
 
     def together(self, joint: bool | None, count: int) -> bool:
         """Whether COUNT pictures belong to one edit, as OpenAI has it: else each is changed by itself."""
         return count > 1 and (self.engine.config.sampling.joint if joint is None else joint)
 
-    def edits(self, images: Sequence[Image.Image], text: str, joint: bool | None, common: dict[str, Any]) -> list[Job]:
+    def edits(self, images: Sequence[Image.Image], body: schema.Edits | schema.Chat, **own: Any) -> list[Edit]:
         """One edit for each picture; or a joint one of the first, where that is asked for or the model learned it."""
-        if self.together(joint, len(images)):
-            return [Edit(images[0], text, others=tuple(images[1:]), **common)]
-        return [Edit(image, text, **common) for image in images]
+        if self.together(body.joint, len(images)):
+            return [self.job(Edit, body, image=images[0], others=tuple(images[1:]), **own)]
+        return [self.job(Edit, body, image=image, **own) for image in images]
+
+
+def named_event(name: str, **fields: Any) -> str:
+    """A server-sent event that has its name inside as well, as OpenAI's have."""
+    return f"event: {name}\ndata: {dumps({'type': name, **fields})}\n\n"
 
 
 @dataclass
@@ -223,6 +212,9 @@ class Work:
     body: Any  # of `schema`
     tickets: list[Ticket] = field(default_factory=list)
     after: Callable[[Image.Image], Image.Image] | None = None
+
+    def __post_init__(self) -> None:
+        self.pixels = self.service.settings.max_pixels  # that its pictures may still have together
 
     @property
     def left(self) -> float | None:
@@ -238,6 +230,18 @@ class Work:
             return await asyncio.wait_for(future, self.left)
         except asyncio.TimeoutError:
             raise DeadlineExceeded("The request's time was over before its pictures were read.", 1.0) from None
+
+    def decode(self, data: bytes, how: Callable[[bytes, int], Image.Image] = decode) -> Image.Image:
+        """Decode one of its pictures in one of the decoders' threads: memory is what a decoder needs most."""
+        service = self.service
+        if service.pixels > IN_MEMORY * service.settings.max_pixels:
+            raise QueueFull("Too many pictures are being read at once; send the request again.", 2.0)
+        image = how(data, self.pixels)
+        size = image.width * image.height
+        self.pixels -= size
+        service.count_pixels(size)
+        weakref.finalize(image, service.count_pixels, -size)  # given back with the picture's memory
+        return image
 
     async def submit(self, jobs: Sequence[Job]) -> None:
         """Queue all jobs, or none."""
@@ -273,10 +277,17 @@ class Work:
         try:
             async for _ in merged(self.tickets):
                 pass
-            return [ticket.result(0) for ticket in self.tickets]
+            return self.results()
         finally:
             listening.cancel()
             self.cancel()
+
+    def results(self) -> list[Result]:
+        """What came of all jobs, counted. Raises UniLIPError: what one of them ended with."""
+        found = [ticket.result(0) for ticket in self.tickets]
+        for ticket, result in zip(self.tickets, found, strict=True):
+            self.service.metrics.results.labels(ticket.verb).inc(len(result.images) or 1)
+        return found
 
     async def told(self, patience: float) -> AsyncGenerator[tuple[str, Any], None]:
         """Yield kinds and values as the jobs go on: "waiting", where nothing came for `patience` seconds; "step", those

@@ -3,18 +3,17 @@
 import math
 import threading
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TypeVar
 
 from unilip.errors import UniLIPError, check_number
 from unilip.serve.checks import Checker
 from unilip.serve.jobs import Draining, Job, QueueFull
 from unilip.serve.tickets import Ticket, Unit
 
-S = TypeVar("S", bound="Serving")
 YIELDED = "The queue is full and this client holds most of it, so others came first; send this again in {:.0f} s."
 
 
@@ -26,7 +25,7 @@ class Stats:
     running: int
 
 
-class Serving(ABC):
+class Serving(AbstractContextManager["Serving"]):
     """Takes jobs for a model, as many as there is room for, with a fair share for each client."""
 
     def __init__(self, checker: Checker, max_queue: int, max_batch: int, deadline: float | None) -> None:
@@ -89,22 +88,18 @@ class Serving(ABC):
         """
         waiting = sum(places.values())
         wait = max(1.0, math.ceil((self._pace or 0.5) * (waiting + busy)))
-        held: Counter[str] = Counter()
-        for ticket, count in places.items():
-            held[ticket.client] += count
-        own, free = held[newcomer.client] + more, room - waiting
-        leaving: list[Ticket] = []
-        while free < more:
+        kept = dict(places)
+        while sum(kept.values()) + more > room:
+            held: Counter[str] = Counter()
+            for ticket, count in kept.items():
+                held[ticket.client] += count
             most = max(held, key=held.__getitem__, default="")
-            theirs = (one for one in reversed([*places]) if one.client == most and one not in leaving)
-            last = next((one for one in theirs if one.started is None), None)
-            if last is None or held[most] <= own:
+            last = next((one for one in reversed(kept) if one.client == most and one.started is None), None)
+            if last is None or held[most] <= held[newcomer.client] + more:
                 text = f"{waiting} of at most {room} pictures are waiting, and this request adds {more}"
                 raise QueueFull(f"{text}; send it again in {wait:.0f} s.", wait)
-            leaving.append(last)
-            held[most] -= places[last]
-            free += places[last]
-        for other in leaving:
+            del kept[last]
+        for other in places.keys() - kept.keys():
             other._drop(QueueFull(YIELDED.format(wait), wait))
 
     def _count_pace(self, seconds: float) -> None:
@@ -125,9 +120,6 @@ class Serving(ABC):
     @abstractmethod
     def close(self, timeout: float = 0.0) -> None:
         """Drain for at most `timeout` seconds, and end."""
-
-    def __enter__(self: S) -> S:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

@@ -186,12 +186,11 @@ class Trainer:
         self._state = self._state | found
 
     def stop(self) -> None:
-        """Stop the training under way: it saves itself, and can be gone on with."""
-        if self.running:
-            again = self._state["status"] == "stopping"
+        """Stop the training under way: it saves itself, and can be gone on with; asked again, it goes on saving."""
+        if self._state["status"] == "running":
             self._state = self._state | {"status": "stopping"}
             with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGTERM if os.name == "nt" or again else signal.SIGINT)
+                self._process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGINT)
 
     def close(self) -> None:
         """Stop, and wait until all is saved."""
@@ -269,12 +268,12 @@ def routes(service: Service, trainer: Trainer) -> APIRouter:
     async def begin(request: Request) -> Response:
         """Train an adapter: files `image` in the order of `texts`; of edits each is followed by its result."""
         body, files = await service.form(request, Asked, "image", most=MOST * 2)
-        given = [data for _, data in files]
         each = 2 if body.kind == "edit" else 1
-        if len(body.texts) * each != len(given):
-            what = f"{len(given)} pictures and {len(body.texts)} texts were sent"
+        if len(body.texts) * each != len(files):
+            what = f"{len(files)} pictures and {len(body.texts)} texts were sent"
             raise Trouble(400, f"{what}; {each} for each text are needed.", "invalid_form")
-        images, _ = await Work(service, request, body).in_time(service.decoders, service.decode_all, given)
+        work = Work(service, request, body)
+        images = await work.in_time(service.decoders, lambda: [work.decode(data) for _, data in files])
         samples = [(text, images[i * each : (i + 1) * each]) for i, text in enumerate(body.texts)]
         await run_in_threadpool(trainer.begin, body.name, body.kind, body.steps, samples)
         return await told()
