@@ -365,9 +365,8 @@ def judged(judge: Judge, reading: Reading, item: Item) -> Record:
 def judged_edit(judge: Judge, edit: Edit, sources: Sequence[np.ndarray], result: np.ndarray) -> Shown:
     """Return what is kept of the verdict on an edit, and a picture to look at: sources, result, exact target."""
     verdict, target = judge_edit(judge, result, edit), pixels(edit.target, judge.atlas, judge.world)
-    parts = {"done": verdict.done, "rest kept": verdict.kept}
-    about = {"ok": verdict.ok, "parts": parts, "reason": verdict.reason, "text": edit.instruction}
-    return {**about, "psnr_outside": verdict.psnr_outside}, np.concatenate([*sources, result, target], axis=1)
+    record = {**vars(verdict), "text": edit.instruction, "psnr_outside": psnr_outside(judge, result, edit)}
+    return record, np.concatenate([*sources, result, target], axis=1)
 
 
 def other_shapes(world: World) -> tuple[Size, Size]:
