@@ -159,12 +159,15 @@ def test_more_items_keep_those_that_are_there(tiny_model, tmp_path):
     assert after.startswith(before) and len(after) > len(before)
 
 
-def test_another_run_in_the_same_folder_is_refused(finished, tiny_model, fresh_model):
+def test_another_run_in_the_same_folder_is_refused(finished, tiny_model, fresh_model, tmp_path):
     folder, _ = finished
     with pytest.raises(UniLIPError, match="steps"):
         evaluate(tiny_model, folder, **{**SMALL, "steps": 2})
     with pytest.raises(UniLIPError, match="model"):
         evaluate(fresh_model(seed=1), folder, **SMALL)
+    evaluate(tiny_model, tmp_path, parts=("riddle",), preset="fast", **SMALL)
+    with pytest.raises(UniLIPError, match=r"preset \(fast there, None here\)"):
+        evaluate(tiny_model, tmp_path, parts=("riddle",), **SMALL)
 
 
 def test_what_cannot_be_is_refused(tiny_model, tmp_path, fresh_model):

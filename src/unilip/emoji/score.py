@@ -38,7 +38,7 @@ from unilip.emoji.questions import KINDS
 from unilip.emoji.render import change_mask
 from unilip.emoji.report import Record, write_report
 from unilip.emoji.world import COMPOSITIONAL, TASKS, Scene, World
-from unilip.errors import UniLIPError
+from unilip.errors import UniLIPError, differences
 from unilip.fast.loop import Settings
 from unilip.fast.offload import HEAD
 from unilip.files import generator, lines_of, read_json, read_text, stable_hash, write_json, write_lines
@@ -397,13 +397,8 @@ class Folder:
                 raise UniLIPError(f"{path} holds items but no run.json; give an empty folder.")
             write_json(file, identity)
         before = read_json(file, "manifest")
-        other = [name for name in identity if before.get(name) != identity[name]]
-        if other:
-            name = other[0]
-            raise UniLIPError(
-                f"{path} holds results of another run: {', '.join(other)} differ ({name} is {before.get(name)!r} "
-                f"there, {identity[name]!r} here). Give an empty folder, or remove this one."
-            )
+        if other := differences(before, dict.fromkeys(before) | identity):
+            raise UniLIPError(f"{path} holds another run: {other}. Give an empty folder, or remove this one.")
         if self._items.is_file():
             for line in lines_of(read_text(self._items)):
                 with contextlib.suppress(json.JSONDecodeError):  # of a run that was killed while it wrote
