@@ -38,7 +38,7 @@ from unilip.emoji.questions import KINDS
 from unilip.emoji.render import change_mask
 from unilip.emoji.report import Record, write_report
 from unilip.emoji.world import COMPOSITIONAL, TASKS, Scene, World
-from unilip.errors import UniLIPError, differences
+from unilip.errors import UniLIPError, check_choice, differences
 from unilip.fast.loop import Settings
 from unilip.fast.offload import HEAD
 from unilip.files import generator, lines_of, read_json, read_text, stable_hash, write_json, write_lines
@@ -494,10 +494,8 @@ def check_parts(parts: Sequence[str] | None, model: UniLIP) -> tuple[str, ...]:
         if not able:
             raise UniLIPError(f"A model with {', '.join(model.parts)} only can do none of {', '.join(PARTS)}.")
         return able
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown or not parts:
-        raise UniLIPError(f"There is no part {', '.join(unknown) or '(none given)'}; allowed: {', '.join(PARTS)}.")
-    for part in parts:
+    for part in parts or ("",):  # none is no choice
+        check_choice("part", part, PARTS)
         model.require(*NEEDS[part])
     return tuple(part for part in PARTS if part in parts)
 

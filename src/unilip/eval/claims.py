@@ -27,7 +27,7 @@ from unilip.emoji.art import Atlas
 from unilip.emoji.captions import canonical
 from unilip.emoji.dataset import Edits, Scenes
 from unilip.emoji.world import World
-from unilip.errors import UniLIPError
+from unilip.errors import UniLIPError, check_choice
 from unilip.files import read_json, read_lines, read_table, write_json, write_text
 from unilip.method.flow import logit_normal
 from unilip.model import UniLIP
@@ -328,11 +328,11 @@ def evaluate(
     size: str | None = None,
     *,
     parts: Sequence[str] | None = None,
-    count: int | None = None,
-    seeds: int | None = None,
+    count: int = COUNT,
+    seeds: int = SEEDS,
     device: str = "cpu",
     dtype: str | None = None,
-    batch_size: int | None = None,
+    batch_size: int = 24,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure the ablations in RUNS and write the evidence to OUTPUT; returns what results.json holds.
@@ -342,15 +342,13 @@ def evaluate(
     Raises UniLIPError: an unknown part or size, no ablation, or the original encoder is missing.
     """
     runs, output = Path(runs).expanduser(), Path(output)
-    count, seeds = COUNT if count is None else count, SEEDS if seeds is None else seeds
     if count < 1 or seeds < 1:
         raise UniLIPError(f"count is {count} and seeds is {seeds}; both must be at least 1.")
     chosen = tuple(PARTS if parts is None else parts)
-    unknown = sorted(set(chosen) - set(PARTS))
-    if unknown or not chosen:
-        raise UniLIPError(f"There is no part {', '.join(unknown) or '(none given)'}; allowed: {', '.join(PARTS)}.")
-    if size is not None and size not in ORIGINALS:
-        raise UniLIPError(f"There are no ablations of the size {size!r}; allowed: {', '.join(ORIGINALS)}.")
+    for part in chosen or ("",):  # none is no choice
+        check_choice("part", part, PARTS)
+    if size is not None:
+        check_choice("size", size, ORIGINALS)
     if not runs.is_dir():
         raise UniLIPError(f"There is no folder {runs}; give the folder of all runs (--runs of unilip train).")
     trained = {name: found for name in ORIGINALS if size in (None, name) and (found := find_runs(runs, name))}
@@ -364,7 +362,7 @@ def evaluate(
         "count": count, "seeds": seeds, "data_seed": emoji.DATA_SEED, "sizes": {},
     }  # fmt: skip
     for name, found in trained.items():
-        lab = Lab(name, count, seeds, device, dtype, batch_size or 24, progress)
+        lab = Lab(name, count, seeds, device, dtype, batch_size, progress)
         original = measure_tokenizers(lab, runs, found, output) if "tokenizer" in chosen else None
         if "generation" in chosen:
             measure_generators(lab, found, output)
