@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 
 PARTS = ("tokenizer", "generation")
 COUNT, SEEDS = 12, 2  # prompts of each group, pictures of each prompt
-CHEAP = 5  # so many times COUNT reconstructions, and questions of each kind
 NOISES = 4  # of each held-out sample of the flow loss
 ORIGINAL = "original"  # stands for the encoder that no tokenizer training has touched
 
@@ -167,7 +166,7 @@ class Lab:
     @torch.no_grad()
     def distance(self, model: UniLIP, original: UniLIP) -> dict[str, dict[str, float]]:
         """Return 1 less the cosine of two encoders' features of held-out scenes, mean over the tokens."""
-        data = Scenes(self.world, self.atlas, "val", emoji.DATA_SEED, CHEAP * self.count, "tokenizer")
+        data = Scenes(self.world, self.atlas, "val", emoji.DATA_SEED, emoji.CHEAP * self.count, "tokenizer")
         found: dict[str, float] = {}
         for i in range(len(data)):
             pixels = to_pixels([Image.fromarray(data[i]["image"])])
@@ -178,7 +177,7 @@ class Lab:
     @torch.no_grad()
     def flow_loss(self, model: UniLIP) -> dict[str, dict[str, float]]:
         """Return the flow loss of held-out captions and edits, item by item, each with NOISES noises of its own."""
-        size, processor = CHEAP * self.count, model.processor
+        size, processor = emoji.CHEAP * self.count, model.processor
         assert processor is not None, "a model that generates has a tokenizer"
         scenes = Scenes(self.world, self.atlas, "val", emoji.DATA_SEED, size, "generation")
         edits = Edits(self.world, self.atlas, "val", emoji.DATA_SEED, size)
@@ -245,7 +244,7 @@ def judged(folder: Path, count: int, seeds: int) -> dict[str, dict[str, float]]:
     """Read the judged items of a folder of `unilip eval emoji`: measure -> prompt -> mean over its pictures."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     names = {"vqa": "answers", "gen": "generation", "edit": "edits", "riddle": "riddles"}
-    sizes = {"recon": CHEAP * count, "vqa": CHEAP * count, "riddle": 2 * count}
+    sizes = {"recon": emoji.CHEAP * count, "vqa": emoji.CHEAP * count, "riddle": 2 * count}
     for record in read_lines(folder / "items.jsonl", "list of judged items"):
         part, number = record["part"], int(record["key"].rpartition("/")[2])
         last = {"edit": max(1, seeds // 2), "gen": seeds, "riddle": seeds}.get(part, math.inf)
@@ -338,7 +337,7 @@ def evaluate(
     """Measure the ablations in RUNS and write the evidence to OUTPUT; returns what results.json holds.
 
     In: size: of ORIGINALS; by default all that have a finished ablation. parts: of PARTS; all by default. count:
-    prompts of each group; reconstructions and questions CHEAP times as many. seeds: pictures of each prompt.
+    prompts of each group; reconstructions and questions emoji.CHEAP times as many. seeds: pictures of each prompt.
     Raises UniLIPError: an unknown part or size, no ablation, or the original encoder is missing.
     """
     runs, output = Path(runs).expanduser(), Path(output)
