@@ -152,11 +152,16 @@ def test_an_interrupted_run_goes_on_to_the_same_results(finished, tiny_model, tm
 
 
 def test_more_items_keep_those_that_are_there(tiny_model, tmp_path):
-    evaluate(tiny_model, tmp_path, parts=("riddle",), **SMALL)
-    before = (tmp_path / "items.jsonl").read_text()
-    evaluate(tiny_model, tmp_path, parts=("riddle",), **{**SMALL, "count": 2})
-    after = (tmp_path / "items.jsonl").read_text()
-    assert after.startswith(before) and len(after) > len(before)
+    def lines(folder, part, count):
+        evaluate(tiny_model, folder, parts=(part,), **{**SMALL, "count": count})
+        return [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+
+    before, after = (lines(tmp_path / "vqa", "vqa", count) for count in (1, 2))
+    assert [row for row in after if row["key"] in {row["key"] for row in before}] == before and len(after) > len(before)
+    # a key is another prompt's where there are more prompts before it: it is drawn, too
+    (_, grown), fresh = [lines(tmp_path / "grown", "riddle", n) for n in (1, 2)], lines(tmp_path / "new", "riddle", 2)
+    told = [sorted((row["key"], row["group"], row["text"]) for row in rows) for rows in (grown, fresh)]
+    assert told[0] == told[1] and len(told[0]) == 4
 
 
 def test_another_run_in_the_same_folder_is_refused(finished, tiny_model, fresh_model, tmp_path):

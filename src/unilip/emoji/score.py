@@ -404,7 +404,16 @@ class Folder:
                 with contextlib.suppress(json.JSONDecodeError):  # of a run that was killed while it wrote
                     record = json.loads(line)
                     self.records[record["key"]] = record
-            write_lines(self._items, self.records.values())
+            self.write()
+
+    def has(self, item: Item) -> bool:
+        """Whether an item is done, with these words: with another count, a key can be that of another prompt."""
+        record = self.records.get(item.key)
+        return record is not None and record["text"] == item.data.get("prompt", record["text"])
+
+    def write(self) -> None:
+        """Write the list of items anew, each once."""
+        write_lines(self._items, self.records.values())
 
     def add(self, item: Item, record: Record, picture: np.ndarray) -> None:
         name = re.sub(r"[^a-z0-9]+", "-", item.key.split("/", 1)[1].lower())
@@ -469,6 +478,7 @@ def evaluate(
     planned = {part: bench.plan(part) for part in chosen}
     for part, items in planned.items():
         _perform(bench, folder, part, items, batch_size, progress)
+    folder.write()
     records = {part: [folder.records[item.key] for item in items] for part, items in planned.items()}
     seconds = round(sum(record["seconds"] for entries in records.values() for record in entries), 1)
     device = f"{model.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
@@ -513,7 +523,7 @@ def world_of(model: UniLIP) -> World:
 
 
 def _perform(bench: Bench, folder: Folder, part: str, items: Sequence[Item], batch_size: int, progress: bool) -> None:
-    left = [item for item in items if item.key not in folder.records]
+    left = [item for item in items if not folder.has(item)]
     before = len(items) - len(left)
     with tqdm(total=len(items), initial=before, desc=f"emoji-{part}", unit="item", disable=not progress) as bar:
         for batch in _batches(left, batch_size):
