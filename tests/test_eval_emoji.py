@@ -26,6 +26,7 @@ from unilip.emoji.score import (
 )
 from unilip.emoji.world import Scene, World
 from unilip.errors import UniLIPError
+from unilip.eval.compare import load_runs
 from unilip.files import generator
 from unilip.pictures import picture_psnr, picture_ssim
 
@@ -117,6 +118,13 @@ def test_a_run_writes_all_it_promises(finished):
     page = (folder / "index.html").read_text()
     assert page.count("<figure>") > 10 and "http" not in page
     assert "| group |" in (folder / "results.md").read_text()
+
+
+def test_a_comparison_tells_the_same_shares(finished):
+    folder, results = finished
+    shares = {run.summary["task"]: run.summary["scores"][""]["right"]["value"] for run in load_runs([folder])}
+    parts = [f"emoji-{part}" for part in PARTS if part != "joint"]
+    assert shares == {part: pytest.approx(results[part]["right"], abs=1e-4) for part in parts}
 
 
 def test_a_finished_run_draws_nothing_again(finished, tiny_model, monkeypatch):
