@@ -181,8 +181,8 @@ def validate_judge(
         if not verdict.ok:
             misses.append(f"edit, item {index}, {item['instruction']}: {verdict.reason}")
         undone = judge_edit(judge, item["source"], item["edit"])
-        ignored[item["kind"]].append(not undone.done)
-        if undone.done:
+        ignored[item["kind"]].append(not undone.parts["done"])
+        if undone.parts["done"]:
             misses.append(f"edit left undone, item {index}, {item['instruction']}: accepted")
     return {
         "judge": VERSION,

@@ -172,7 +172,7 @@ CASES = {
     "art from nowhere": (["data", "prepare", "emoji", "--source", "nowhere"], "There is no folder nowhere"),
     "art from an empty folder": (["data", "prepare", "emoji", "--source", "{broken}/empty"], "expected"),
     "an unknown part of the evaluation": (["eval", "emoji", "--parts", "gen,song"], "'song'"),
-    "an unknown world": (["eval", "emoji", "--world", "mega"], "unknown world"),
+    "an unknown world": (["eval", "emoji", "--world", "mega"], "no world 'mega'"),
     "results in a missing folder": (["eval", "emoji", "--output", "no/such"], "There is no folder"),
 }  # fmt: skip
 

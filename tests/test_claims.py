@@ -197,7 +197,7 @@ def test_a_flow_loss_is_that_of_training(runs, fresh_model):
     lab = claims.Lab("tiny", 1, 1, "cpu", None, 2)
     model = fresh_model()
     found = lab.flow_loss(model)
-    assert len(found["flow"]) == len(found["flow_edit"]) == claims.CHEAP and found == lab.flow_loss(model)
+    assert len(found["flow"]) == len(found["flow_edit"]) == claims.emoji.CHEAP and found == lab.flow_loss(model)
     assert 0.5 < np.mean(list(found["flow"].values())) / np.mean(list(found["flow_edit"].values())) < 2
 
 

@@ -254,7 +254,7 @@ def test_a_world_checks_itself():
         replace(pico, guests=("car",))
     with pytest.raises(DataError, match="paint among concepts"):
         replace(pico, paint=("tractor",))
-    with pytest.raises(DataError, match=r"unknown background"):
+    with pytest.raises(DataError, match=r"no background"):
         render(Scene("plaid", ()), Atlas({}), pico)
 
 

@@ -27,6 +27,7 @@ from unilip.emoji.score import (
 )
 from unilip.emoji.world import Scene, World
 from unilip.errors import UniLIPError
+from unilip.eval.compare import load_runs
 from unilip.files import generator
 from unilip.pictures import picture_psnr, picture_ssim
 
@@ -130,6 +131,13 @@ def test_the_pages_hold_hostile_words_as_words(finished, tmp_path):
     assert page.index('class="right"') < page.index('class="wrong"') and page.count("<figure>") == 2
 
 
+def test_a_comparison_tells_the_same_shares(finished):
+    folder, results = finished
+    shares = {run.summary["task"]: run.summary["scores"][""]["right"]["value"] for run in load_runs([folder])}
+    parts = [f"emoji-{part}" for part in PARTS if part != "joint"]
+    assert shares == {part: pytest.approx(results[part]["right"], abs=1e-4) for part in parts}
+
+
 def test_a_finished_run_draws_nothing_again(finished, tiny_model, monkeypatch):
     folder, results = finished
     monkeypatch.setattr(Bench, "perform", lambda *_: pytest.fail("an item was made again"))
@@ -163,19 +171,27 @@ def test_an_interrupted_run_goes_on_to_the_same_results(finished, tiny_model, tm
 
 
 def test_more_items_keep_those_that_are_there(tiny_model, tmp_path):
-    evaluate(tiny_model, tmp_path, parts=("riddle",), **SMALL)
-    before = (tmp_path / "items.jsonl").read_text()
-    evaluate(tiny_model, tmp_path, parts=("riddle",), **{**SMALL, "count": 2})
-    after = (tmp_path / "items.jsonl").read_text()
-    assert after.startswith(before) and len(after) > len(before)
+    def lines(folder, part, count):
+        evaluate(tiny_model, folder, parts=(part,), **{**SMALL, "count": count})
+        return [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+
+    before, after = (lines(tmp_path / "vqa", "vqa", count) for count in (1, 2))
+    assert [row for row in after if row["key"] in {row["key"] for row in before}] == before and len(after) > len(before)
+    # a key is another prompt's where there are more prompts before it: it is drawn, too
+    (_, grown), fresh = [lines(tmp_path / "grown", "riddle", n) for n in (1, 2)], lines(tmp_path / "new", "riddle", 2)
+    told = [sorted((row["key"], row["group"], row["text"]) for row in rows) for rows in (grown, fresh)]
+    assert told[0] == told[1] and len(told[0]) == 4
 
 
-def test_another_run_in_the_same_folder_is_refused(finished, tiny_model, fresh_model):
+def test_another_run_in_the_same_folder_is_refused(finished, tiny_model, fresh_model, tmp_path):
     folder, _ = finished
     with pytest.raises(UniLIPError, match="steps"):
         evaluate(tiny_model, folder, **{**SMALL, "steps": 2})
     with pytest.raises(UniLIPError, match="model"):
         evaluate(fresh_model(seed=1), folder, **SMALL)
+    evaluate(tiny_model, tmp_path, parts=("riddle",), preset="fast", **SMALL)
+    with pytest.raises(UniLIPError, match=r"preset \(fast there, None here\)"):
+        evaluate(tiny_model, tmp_path, parts=("riddle",), **SMALL)
 
 
 def test_what_cannot_be_is_refused(tiny_model, tmp_path, fresh_model):

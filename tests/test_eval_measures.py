@@ -256,7 +256,7 @@ def test_other_measures_in_the_same_folder_are_refused(tiny_folder, photos, tmp_
     run_recon(tiny_folder, pictures, tmp_path / "run", measures=["psnr"])
     with pytest.raises(UniLIPError, match="another run: measures"):
         run_recon(tiny_folder, pictures, tmp_path / "run", measures=["psnr", "ssim"])
-    with pytest.raises(UniLIPError, match="no measure psnr2"):
+    with pytest.raises(UniLIPError, match="no measure 'psnr2'"):
         run_recon(tiny_folder, pictures, tmp_path / "run", measures=["psnr2"])
 
 

@@ -181,7 +181,7 @@ def test_missing_and_foreign_pictures_are_not_scored(made, judge, tmp_path):
     other, _ = made("wise")
     with pytest.raises(UniLIPError, match=r"no folder of a run"):
         judge(benchmark, tmp_path, lambda request, n: "yes")
-    with pytest.raises(UniLIPError, match=r"a run of imgedit"):
+    with pytest.raises(UniLIPError, match=r"another run: task \(imgedit there, wise here\), .* prompts: sha256 \("):
         judge(other, folder, lambda request, n: "yes")
     kept = (folder / "images/97.png").read_bytes()
     (folder / "images/97.png").unlink()

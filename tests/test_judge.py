@@ -21,6 +21,7 @@ from unilip.emoji.judge import (
     found_relation,
     judge_edit,
     judge_prompt,
+    psnr_outside,
     read_background,
     smooth,
     to_lab,
@@ -180,8 +181,8 @@ def test_every_kind_of_edit_is_accepted_when_done_and_refused_when_not(judge, at
         for item in (data[i] for i in range(4)):
             verdict = judge_edit(judge, item["target"], item["edit"])
             assert verdict.ok, (kind, verdict)
-            assert verdict.psnr_outside in (None, 100.0)
-            assert not judge_edit(judge, item["source"], item["edit"]).done, kind
+            assert psnr_outside(judge, item["target"], item["edit"]) in (None, 100.0)
+            assert not judge_edit(judge, item["source"], item["edit"]).parts["done"], kind
 
 
 def test_an_edit_that_spoils_the_rest_is_not_kept(judge, atlas):
@@ -191,9 +192,9 @@ def test_an_edit_that_spoils_the_rest_is_not_kept(judge, atlas):
     moved = replace(target, objects=(thing("cat", 3, 33), target.objects[1]))
     other = replace(target, background="green")
     for spoilt in (moved, other):
-        verdict = judge_edit(judge, draw(spoilt, atlas), edit)
-        assert verdict.done and not verdict.kept and not verdict.ok
-        assert verdict.psnr_outside is not None and verdict.psnr_outside < 30
+        verdict, outside = (check(judge, draw(spoilt, atlas), edit) for check in (judge_edit, psnr_outside))
+        assert verdict.parts == {"done": True, "rest kept": False} and not verdict.ok
+        assert outside is not None and outside < 30
 
 
 def test_something_new_on_the_wrong_side_is_not_done(judge, atlas):
@@ -204,7 +205,7 @@ def test_something_new_on_the_wrong_side_is_not_done(judge, atlas):
     edit = Edit(source, "add a dog to the left of the cat", target, "add")
     assert judge_edit(judge, draw(target, atlas), edit).ok
     above = replace(target, objects=(thing("dog", 30, 3), target.objects[1]))
-    assert not judge_edit(judge, draw(above, atlas), edit).done
+    assert not judge_edit(judge, draw(above, atlas), edit).parts["done"]
 
 
 # --- the judge as a whole -------------------------------------------------------------------------------------------

@@ -49,7 +49,13 @@ Kind = type[UniLIPError]
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """Return which values are others there than they are here, in words; empty: none."""
-    return ", ".join(f"{k} ({there.get(k)} there, {v} here)" for k, v in here.items() if there.get(k) != v)
+
+    def told(old: Any, new: Any) -> str:
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            return f": {differences(old, dict.fromkeys(old) | dict(new))}"
+        return f" ({old} there, {new} here)"
+
+    return ", ".join(f"{k}{told(there.get(k), v)}" for k, v in here.items() if there.get(k) != v)
 
 
 def check_choice(what: str, value: object, allowed: Iterable[str], kind: Kind = UniLIPError) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from unilip.cli.options import Options, number, whole
 from unilip.cli.terminal import bars, pick, plural, say, source_of
-from unilip.errors import UniLIPError
+from unilip.errors import UniLIPError, check_choice
 from unilip.machine import Place, choose_device
 
 if TYPE_CHECKING:
@@ -44,13 +44,12 @@ def eval_emoji(o: Options) -> None:
     from unilip.model import UniLIP
 
     parts = names_of(o.parts)
-    if unknown := sorted(set(parts or ()) - set(emoji.PARTS)):
-        raise UniLIPError(f"--parts names {', '.join(map(repr, unknown))}; allowed: {', '.join(emoji.PARTS)}.")
+    for part in parts or ():  # before the model is read
+        check_choice("part", part, emoji.PARTS)
     world = None if o.world is None else World.preset(o.world)
     model = UniLIP.from_pretrained(source_of(o), device=device, dtype=o.dtype)
-    given = pick(o, "count", "seeds", "steps", "guidance_scale", "preset", "batch_size") | {"parts": parts}
-    given = {name: value for name, value in given.items() if value is not None}
-    results = emoji.evaluate(model, folder, world, progress=bars(o), **given)
+    given = pick(o, "count", "seeds", "steps", "guidance_scale", "preset", "batch_size")
+    results = emoji.evaluate(model, folder, world, parts=parts, progress=bars(o), **given)
     o.report.line(folder / "results.md", folder / "index.html")
     o.report.end("measured", output=str(folder), results=results)
 
@@ -175,9 +174,8 @@ def eval_recon(o: Options) -> int:
     from unilip.eval.pictures import open_pictures
 
     pictures = open_pictures(o.words[0], o.count)
-    given = pick(o, "features", "batch_size", "dtype") | {"device": device, "progress": bars(o)}
-    given |= {"protocol": o.protocol or "256", "measures": names_of(o.measures) or ()}
-    summary = recon.evaluate(pictures, output, source_of(o), **given)
+    given = pick(o, "protocol", "features", "batch_size", "dtype") | {"measures": names_of(o.measures) or ()}
+    summary = recon.evaluate(pictures, output, source_of(o), device=device, progress=bars(o), **given)
     return 0 if summary is None else tell_scores(o, [summary], output)
 
 

@@ -350,8 +350,8 @@ def sides(o: Options) -> dict[str, Any]:
 
 
 def pick(o: Options, *names: str) -> dict[str, Any]:
-    """Return options by their names, for a function that calls them so, too."""
-    return {name: getattr(o, name) for name in names}
+    """Return options by their names, for a function that calls them so, too, and has its own values where none is."""
+    return {name: value for name in names if (value := getattr(o, name)) is not None}
 
 
 def plural(count: int, noun: str) -> str:

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from unilip.emoji.concepts import SHAPES, TONES, check_name, concept, concepts
-from unilip.errors import DataError, install
+from unilip.emoji.concepts import SHAPES, TONES, concept, concepts
+from unilip.errors import DataError, check_choice, install
 from unilip.files import png_bytes, read_json, read_table, stable_hash, write_bytes
 from unilip.pictures import open_picture
 
@@ -334,7 +334,7 @@ class Atlas:
     def _paint(name: str, colour: str | None) -> RGB:
         if colour is None:
             raise DataError(f"the drawn shape {name!r} needs a colour; allowed are {', '.join(PAINTS)}")
-        check_name("colour", colour, PAINTS)
+        check_choice("colour", colour, PAINTS, DataError)
         return PAINTS[colour]
 
 

@@ -3,7 +3,6 @@
 A drawn shape exists only in a named colour, so the art's own coloured hearts, circles and squares step aside for it.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 
@@ -48,12 +47,6 @@ def concepts() -> dict[str, Concept]:
 def measured() -> dict[str, dict[str, dict[str, list[str]]]]:
     """Return, by style and concept, "clashes": plain backgrounds that hide it; "natural": its colours unpainted."""
     return dict(read_table("unilip.emoji", "measured.json"))
-
-
-def check_name(what: str, given: str, allowed: Collection[str]) -> None:
-    """Raise DataError where a name is none of those ALLOWED."""
-    if given not in allowed:
-        raise DataError(f"unknown {what} {given!r}; allowed are {', '.join(allowed)}")
 
 
 def concept(name: str) -> Concept:

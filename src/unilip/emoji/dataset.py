@@ -12,13 +12,12 @@ import numpy as np
 
 from unilip.emoji.art import Atlas
 from unilip.emoji.captions import as_written, background_words, caption, place_words
-from unilip.emoji.concepts import check_name
 from unilip.emoji.edits import Edit, sample_edit, sample_joint
 from unilip.emoji.knowledge import met_riddles
 from unilip.emoji.questions import questions
 from unilip.emoji.render import render
 from unilip.emoji.world import SPLITS, TASKS, TRAINED, Scene, World, sample_scene
-from unilip.errors import DataError
+from unilip.errors import DataError, check_choice
 from unilip.files import generator
 
 DESCRIBED = 0.33  # share of the questions that ask for a caption
@@ -51,7 +50,7 @@ class _Items:
     size: int
 
     def __post_init__(self) -> None:
-        check_name("split", self.split, SPLITS)
+        check_choice("split", self.split, SPLITS, DataError)
 
     def __len__(self) -> int:
         return self.size

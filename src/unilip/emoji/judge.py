@@ -504,31 +504,15 @@ def _compare(reading: Reading, asked: Scene, world: World) -> tuple[dict[str, bo
     return parts, pairs
 
 
-@dataclass(frozen=True)
-class EditVerdict:
-    """DONE: the instruction was followed. KEPT: what it does not name is still there. PSNR_OUTSIDE the mask, in dB."""
+def judge_edit(judge: Judge, result: np.ndarray | Image.Image, edit: Edit) -> Verdict:
+    """Compare the RESULT of an edit with its target scene, object by object.
 
-    done: bool
-    kept: bool
-    psnr_outside: float | None
-    parts: dict[str, bool] = field(default_factory=dict)
-    reason: str = ""
-
-    @property
-    def ok(self) -> bool:
-        return self.done and self.kept
-
-
-def judge_edit(judge: Judge, result: np.ndarray | Image.Image, edit: Edit) -> EditVerdict:
-    """Compare the RESULT of an edit with its target scene, object by object, and outside the mask pixel by pixel.
-
-    Objects have to be within PLACE_TOLERANCE of their place, a new one on the side named.
+    Parts: done (the instruction was followed); rest kept (what it does not name is still there). Objects have to be
+    within PLACE_TOLERANCE of their place, a new one on the side named.
     """
     world, target = judge.world, edit.target
-    pixels = np.asarray(result)
-    reading = judge.read(pixels)
-    parts, pairs = _compare(reading, target, world)
-    style = parts.pop("style", True)
+    reading = judge.read(result)
+    seen, pairs = _compare(reading, target, world)
     before = set(edit.source.objects)
     tolerance = PLACE_TOLERANCE * world.image_size
 
@@ -539,29 +523,25 @@ def judge_edit(judge: Judge, result: np.ndarray | Image.Image, edit: Edit) -> Ed
         tone = obj.tone == found.tone or not concept(obj.concept).toned or not world.tones
         return found.colour in judge.colours_as(obj) and tone and (obj.concept in SHAPES or found.style == obj.style)
 
-    fits = parts["objects"] and parts["count"]
+    fits = seen["objects"] and seen["count"]
     changed = [(found, obj) for found, obj in pairs if obj not in before]
     same = [(found, obj) for found, obj in pairs if obj in before]
-    parts["kept"] = bool(pairs) and all(there(f, o) and alike(f, o) for f, o in same)
     if edit.kind == "background":
-        done = parts["background"]
+        done = seen["background"]
     elif edit.kind == "add":
-        parts["place"] = bool(changed) and all(
-            found_relation(f, g) == relation(o, p) for f, o in changed for g, p in same[:1]
-        )
-        done = fits and parts["place"] and all(alike(f, o) for f, o in changed)
+        beside = all(found_relation(f, g) == relation(o, p) for f, o in changed for g, p in same[:1])
+        done = fits and bool(changed) and beside and all(alike(f, o) for f, o in changed)
     elif edit.kind == "remove":
         done = fits
     elif edit.kind == "style":
-        done = bool(pairs) and style
+        done = bool(pairs) and seen.get("style", True)
     else:  # replace, move, recolour, skin_tone: the object is where and as the target says
-        parts["place"] = bool(changed) and all(there(f, o) for f, o in changed)
-        parts["looks"] = bool(changed) and all(alike(f, o) for f, o in changed)
-        done = fits and parts["place"] and parts["looks"]
-    kept = parts["kept"] and (fits if edit.kind == "background" else parts["background"])
+        done = fits and bool(changed) and all(there(f, o) and alike(f, o) for f, o in changed)
+    kept = bool(pairs) and all(there(f, o) and alike(f, o) for f, o in same)
+    kept = kept and (fits if edit.kind == "background" else seen["background"])
     wrong = [*([] if done else [f"{edit.kind} not done"]), *([] if kept else ["rest not kept"])]
     reason = f"{', '.join(wrong)}: saw {reading}" if wrong else ""
-    return EditVerdict(done, kept, psnr_outside(judge, pixels, edit), parts, reason)
+    return Verdict(not wrong, {"done": done, "rest kept": kept}, reason)
 
 
 def psnr_outside(judge: Judge, result: np.ndarray, edit: Edit) -> float | None:

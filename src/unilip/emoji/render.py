@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 from unilip.emoji.art import BACKGROUNDS, HORIZON, Atlas
-from unilip.emoji.concepts import check_name
 from unilip.emoji.world import Obj, Scene, World
+from unilip.errors import DataError, check_choice
 from unilip.shapes import Size
 
 
@@ -22,7 +22,7 @@ def render(scene: Scene, atlas: Atlas, world: World) -> Image.Image:
 
 @lru_cache(maxsize=128)
 def _background(name: str, size: Size) -> Image.Image:
-    check_name("background", name, BACKGROUNDS)
+    check_choice("background", name, BACKGROUNDS, DataError)
     pixels = np.repeat(np.round(background_rows(name, size[1]))[:, None], size[0], axis=1).astype(np.uint8)  # (H, W, 3)
     return Image.fromarray(pixels)
 

@@ -38,7 +38,7 @@ from unilip.emoji.questions import KINDS
 from unilip.emoji.render import change_mask
 from unilip.emoji.report import Record, write_report
 from unilip.emoji.world import COMPOSITIONAL, TASKS, Scene, World
-from unilip.errors import UniLIPError
+from unilip.errors import UniLIPError, check_choice, differences
 from unilip.fast.loop import Settings
 from unilip.fast.offload import HEAD
 from unilip.files import generator, lines_of, read_json, read_text, stable_hash, write_json, write_lines
@@ -365,9 +365,8 @@ def judged(judge: Judge, reading: Reading, item: Item) -> Record:
 def judged_edit(judge: Judge, edit: Edit, sources: Sequence[np.ndarray], result: np.ndarray) -> Shown:
     """Return what is kept of the verdict on an edit, and a picture to look at: sources, result, exact target."""
     verdict, target = judge_edit(judge, result, edit), pixels(edit.target, judge.atlas, judge.world)
-    parts = {"done": verdict.done, "rest kept": verdict.kept}
-    about = {"ok": verdict.ok, "parts": parts, "reason": verdict.reason, "text": edit.instruction}
-    return {**about, "psnr_outside": verdict.psnr_outside}, np.concatenate([*sources, result, target], axis=1)
+    record = {**vars(verdict), "text": edit.instruction, "psnr_outside": psnr_outside(judge, result, edit)}
+    return record, np.concatenate([*sources, result, target], axis=1)
 
 
 def other_shapes(world: World) -> tuple[Size, Size]:
@@ -398,19 +397,23 @@ class Folder:
                 raise UniLIPError(f"{path} holds items but no run.json; give an empty folder.")
             write_json(file, identity)
         before = read_json(file, "manifest")
-        other = [name for name in identity if before.get(name) != identity[name]]
-        if other:
-            name = other[0]
-            raise UniLIPError(
-                f"{path} holds results of another run: {', '.join(other)} differ ({name} is {before.get(name)!r} "
-                f"there, {identity[name]!r} here). Give an empty folder, or remove this one."
-            )
+        if other := differences(before, dict.fromkeys(before) | identity):
+            raise UniLIPError(f"{path} holds another run: {other}. Give an empty folder, or remove this one.")
         if self._items.is_file():
             for line in lines_of(read_text(self._items)):
                 with contextlib.suppress(json.JSONDecodeError):  # of a run that was killed while it wrote
                     record = json.loads(line)
                     self.records[record["key"]] = record
-            write_lines(self._items, self.records.values())
+            self.write()
+
+    def has(self, item: Item) -> bool:
+        """Whether an item is done, with these words: with another count, a key can be that of another prompt."""
+        record = self.records.get(item.key)
+        return record is not None and record["text"] == item.data.get("prompt", record["text"])
+
+    def write(self) -> None:
+        """Write the list of items anew, each once."""
+        write_lines(self._items, self.records.values())
 
     def add(self, item: Item, record: Record, picture: np.ndarray) -> None:
         name = re.sub(r"[^a-z0-9]+", "-", item.key.split("/", 1)[1].lower())
@@ -475,6 +478,7 @@ def evaluate(
     planned = {part: bench.plan(part) for part in chosen}
     for part, items in planned.items():
         _perform(bench, folder, part, items, batch_size, progress)
+    folder.write()
     records = {part: [folder.records[item.key] for item in items] for part, items in planned.items()}
     seconds = round(sum(record["seconds"] for entries in records.values() for record in entries), 1)
     device = f"{model.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
@@ -500,10 +504,8 @@ def check_parts(parts: Sequence[str] | None, model: UniLIP) -> tuple[str, ...]:
         if not able:
             raise UniLIPError(f"A model with {', '.join(model.parts)} only can do none of {', '.join(PARTS)}.")
         return able
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown or not parts:
-        raise UniLIPError(f"There is no part {', '.join(unknown) or '(none given)'}; allowed: {', '.join(PARTS)}.")
-    for part in parts:
+    for part in parts or ("",):  # none is no choice
+        check_choice("part", part, PARTS)
         model.require(*NEEDS[part])
     return tuple(part for part in PARTS if part in parts)
 
@@ -521,7 +523,7 @@ def world_of(model: UniLIP) -> World:
 
 
 def _perform(bench: Bench, folder: Folder, part: str, items: Sequence[Item], batch_size: int, progress: bool) -> None:
-    left = [item for item in items if item.key not in folder.records]
+    left = [item for item in items if not folder.has(item)]
     before = len(items) - len(left)
     with tqdm(total=len(items), initial=before, desc=f"emoji-{part}", unit="item", disable=not progress) as bar:
         for batch in _batches(left, batch_size):

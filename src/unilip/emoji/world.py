@@ -13,8 +13,8 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from unilip.emoji.art import BACKGROUNDS, HORIZON, HUES, PAINTS, PALETTE, STYLES
-from unilip.emoji.concepts import SHAPES, TONES, check_name, concept, concepts, measured
-from unilip.errors import DataError
+from unilip.emoji.concepts import SHAPES, TONES, concept, concepts, measured
+from unilip.errors import DataError, check_choice
 from unilip.files import read_table, stable_fraction, stable_hash
 from unilip.method.config import TOKEN_PIXELS
 from unilip.shapes import Size
@@ -148,7 +148,7 @@ class World:
     @classmethod
     def preset(cls, name: str) -> World:
         """Return the world called NAME; raises DataError, naming them all, where there is none."""
-        check_name("world", name, ("nano", "pico", "tiny"))
+        check_choice("world", name, ("nano", "pico", "tiny"), DataError)
         world: World = getattr(cls, name)()
         return world
 
@@ -240,14 +240,14 @@ class World:
 
     def allowed(self, scene: Scene, split: str, purpose: str) -> bool:
         """Whether SCENE may be used: training lacks what is held out, for "generation" also ``generation_held_out``."""
-        check_name("split", split, SPLITS)
-        check_name("purpose", purpose, PURPOSES)
+        check_choice("split", split, SPLITS, DataError)
+        check_choice("purpose", purpose, PURPOSES, DataError)
         barred = self.generation_held_out if purpose == "generation" else ()
         return split == "val" or (self.seen(scene) and not any(obj.concept in barred for obj in scene.objects))
 
     def pool(self, purpose: str) -> tuple[str, ...]:
         """Return the concepts that scenes are made of for PURPOSE unless a caller names others."""
-        check_name("purpose", purpose, PURPOSES)
+        check_choice("purpose", purpose, PURPOSES, DataError)
         barred = self.generation_held_out if purpose == "generation" else ()
         return tuple(name for name in self.concepts if name not in barred)
 
@@ -406,7 +406,7 @@ def sample_scene(
     SEEN asks for combinations that training has (True) or lacks (False; by default in validation, for COMPOSITIONAL
     tasks); of a pool of never-seen concepts it is not looked at.
     """
-    check_name("task", task, TASKS)
+    check_choice("task", task, TASKS, DataError)
     candidates = tuple(pool) if pool is not None else world.pool(purpose)
     if seen is None:
         seen = split == "train" or task not in COMPOSITIONAL

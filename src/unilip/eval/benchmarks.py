@@ -69,6 +69,11 @@ class Benchmark:
     source: Callable[[Item], Image.Image] | None = None  # the picture that an item edits; None: words alone are drawn
     beside: Callable[[Item], dict[str, Image.Image | bytes]] = lambda item: {}  # by path, what the scorer reads as well
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run of it is of: task, protocol, prompts."""
+        return {"task": self.name, "protocol": self.protocol, "prompts": self.prompts}
+
     def first(self, count: int | None) -> Benchmark:
         """Return the benchmark with its first COUNT prompts only; with all of them for None."""
         kept = set(list(dict.fromkeys(item.cluster for item in self.items))[:count])

@@ -27,7 +27,7 @@ from unilip.emoji.art import Atlas
 from unilip.emoji.captions import canonical
 from unilip.emoji.dataset import Edits, Scenes
 from unilip.emoji.world import World
-from unilip.errors import UniLIPError
+from unilip.errors import UniLIPError, check_choice
 from unilip.files import read_json, read_lines, read_table, write_json, write_text
 from unilip.method.flow import logit_normal
 from unilip.model import UniLIP
@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 
 PARTS = ("tokenizer", "generation")
 COUNT, SEEDS = 12, 2  # prompts of each group, pictures of each prompt
-CHEAP = 5  # so many times COUNT reconstructions, and questions of each kind
 NOISES = 4  # of each held-out sample of the flow loss
 ORIGINAL = "original"  # stands for the encoder that no tokenizer training has touched
 
@@ -167,7 +166,7 @@ class Lab:
     @torch.no_grad()
     def distance(self, model: UniLIP, original: UniLIP) -> dict[str, dict[str, float]]:
         """Return 1 less the cosine of two encoders' features of held-out scenes, mean over the tokens."""
-        data = Scenes(self.world, self.atlas, "val", emoji.DATA_SEED, CHEAP * self.count, "tokenizer")
+        data = Scenes(self.world, self.atlas, "val", emoji.DATA_SEED, emoji.CHEAP * self.count, "tokenizer")
         found: dict[str, float] = {}
         for i in range(len(data)):
             pixels = to_pixels([Image.fromarray(data[i]["image"])])
@@ -178,7 +177,7 @@ class Lab:
     @torch.no_grad()
     def flow_loss(self, model: UniLIP) -> dict[str, dict[str, float]]:
         """Return the flow loss of held-out captions and edits, item by item, each with NOISES noises of its own."""
-        size, processor = CHEAP * self.count, model.processor
+        size, processor = emoji.CHEAP * self.count, model.processor
         assert processor is not None, "a model that generates has a tokenizer"
         scenes = Scenes(self.world, self.atlas, "val", emoji.DATA_SEED, size, "generation")
         edits = Edits(self.world, self.atlas, "val", emoji.DATA_SEED, size)
@@ -245,7 +244,7 @@ def judged(folder: Path, count: int, seeds: int) -> dict[str, dict[str, float]]:
     """Read the judged items of a folder of `unilip eval emoji`: measure -> prompt -> mean over its pictures."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     names = {"vqa": "answers", "gen": "generation", "edit": "edits", "riddle": "riddles"}
-    sizes = {"recon": CHEAP * count, "vqa": CHEAP * count, "riddle": 2 * count}
+    sizes = {"recon": emoji.CHEAP * count, "vqa": emoji.CHEAP * count, "riddle": 2 * count}
     for record in read_lines(folder / "items.jsonl", "list of judged items"):
         part, number = record["part"], int(record["key"].rpartition("/")[2])
         last = {"edit": max(1, seeds // 2), "gen": seeds, "riddle": seeds}.get(part, math.inf)
@@ -328,29 +327,27 @@ def evaluate(
     size: str | None = None,
     *,
     parts: Sequence[str] | None = None,
-    count: int | None = None,
-    seeds: int | None = None,
+    count: int = COUNT,
+    seeds: int = SEEDS,
     device: str = "cpu",
     dtype: str | None = None,
-    batch_size: int | None = None,
+    batch_size: int = 24,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure the ablations in RUNS and write the evidence to OUTPUT; returns what results.json holds.
 
     In: size: of ORIGINALS; by default all that have a finished ablation. parts: of PARTS; all by default. count:
-    prompts of each group; reconstructions and questions CHEAP times as many. seeds: pictures of each prompt.
+    prompts of each group; reconstructions and questions emoji.CHEAP times as many. seeds: pictures of each prompt.
     Raises UniLIPError: an unknown part or size, no ablation, or the original encoder is missing.
     """
     runs, output = Path(runs).expanduser(), Path(output)
-    count, seeds = COUNT if count is None else count, SEEDS if seeds is None else seeds
     if count < 1 or seeds < 1:
         raise UniLIPError(f"count is {count} and seeds is {seeds}; both must be at least 1.")
     chosen = tuple(PARTS if parts is None else parts)
-    unknown = sorted(set(chosen) - set(PARTS))
-    if unknown or not chosen:
-        raise UniLIPError(f"There is no part {', '.join(unknown) or '(none given)'}; allowed: {', '.join(PARTS)}.")
-    if size is not None and size not in ORIGINALS:
-        raise UniLIPError(f"There are no ablations of the size {size!r}; allowed: {', '.join(ORIGINALS)}.")
+    for part in chosen or ("",):  # none is no choice
+        check_choice("part", part, PARTS)
+    if size is not None:
+        check_choice("size", size, ORIGINALS)
     if not runs.is_dir():
         raise UniLIPError(f"There is no folder {runs}; give the folder of all runs (--runs of unilip train).")
     trained = {name: found for name in ORIGINALS if size in (None, name) and (found := find_runs(runs, name))}
@@ -364,7 +361,7 @@ def evaluate(
         "count": count, "seeds": seeds, "data_seed": emoji.DATA_SEED, "sizes": {},
     }  # fmt: skip
     for name, found in trained.items():
-        lab = Lab(name, count, seeds, device, dtype, batch_size or 24, progress)
+        lab = Lab(name, count, seeds, device, dtype, batch_size, progress)
         original = measure_tokenizers(lab, runs, found, output) if "tokenizer" in chosen else None
         if "generation" in chosen:
             measure_generators(lab, found, output)

@@ -50,6 +50,8 @@ def load_runs(folders: Sequence[str | Path]) -> list[Scored]:
 
 
 def _emoji(path: Path, name: str) -> list[Scored]:
+    from unilip.emoji.score import ASIDE  # with torch, which no other run needs here
+
     results = read_json(path / "results.json", "results")
     rows = read_lines(path / "items.jsonl", "items")
     found = []
@@ -60,7 +62,7 @@ def _emoji(path: Path, name: str) -> list[Scored]:
                 picture=row["picture"], prompt=row.get("text", ""),
             )
             for row in rows
-            if row["part"] == part and row["group"] != "no guidance"
+            if row["part"] == part and row["group"] not in ASIDE
         ]  # fmt: skip
         summary: dict[str, Any] = {
             "task": f"emoji-{part}", "protocol": f"world {results['world']}, {results['count']} prompts a group",

@@ -82,10 +82,7 @@ def generate(
     """
     settings = settings or Settings.resolve(source)
     place = place or Place.of_environment()
-    identity = {
-        "task": benchmark.name, "protocol": benchmark.protocol, "prompts": benchmark.prompts,
-        "model": model_hash(source), "settings": asdict(settings),
-    }  # fmt: skip
+    identity = {**benchmark.identity, "model": model_hash(source), "settings": asdict(settings)}
     with RunFolder(output, identity, place, source):
         items = benchmark.items
         if place.rank == 0:

@@ -188,9 +188,8 @@ def evaluate(
     Raises UniLIPError: an unknown measure or protocol, a missing package, or another run's folder.
     """
     place = place or Place.of_environment()
-    unknown = [name for name in measures if name not in MEASURES]
-    if unknown or not measures:
-        raise UniLIPError(f"There is no measure {', '.join(unknown) or '(none)'}; allowed: {', '.join(MEASURES)}.")
+    for name in measures or ("",):  # none is no choice
+        check_choice("measure", name, MEASURES)
     config = open_checkpoint(source).config
     check_choice("protocol", protocol, PROTOCOLS)
     side = config.image_size if protocol == "native" else int(protocol)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from unilip import __version__
 from unilip.checkpoints.hub import ADAPTER, Source
 from unilip.checkpoints.read import open_checkpoint
-from unilip.errors import UniLIPError, reason
+from unilip.errors import UniLIPError, differences, reason
 from unilip.files import Lock, content_hash, file_hash, read_json, read_lines, write_bytes, write_json, write_lines
 from unilip.machine import Place
 
@@ -87,12 +87,10 @@ class RunFolder(contextlib.ExitStack):
             write_json(file, {"model": self.name, "identity": self.identity, "environments": [now]})
         before = read_manifest(self.path)
         known = before["identity"]
-        other = [name for name in {**known, **self.identity} if known.get(name) != self.identity.get(name)]
-        if other:
-            there, here = (repr(of.get(other[0]))[:120] for of in (known, self.identity))
+        if other := differences(known, dict.fromkeys(known) | self.identity):
             raise UniLIPError(
-                f"{self.path} holds another run: {', '.join(other)} differ ({other[0]} is {there} there, {here} here). "
-                "Nothing was changed; give another --output, or the settings of that run."
+                f"{self.path} holds another run: {other}. Nothing was changed; give another --output, or the settings "
+                "of that run."
             )
         if self.place.rank == 0 and now not in before["environments"]:
             log.warning("%s was begun with other versions or processes; both are noted in %s", self.path, MANIFEST)

@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from unilip.errors import UniLIPError, reason
+from unilip.errors import UniLIPError, differences, reason
 from unilip.eval.benchmarks import KNOWN, Benchmark, wise_files
 from unilip.eval.generation import check_pictures, missing
 from unilip.eval.rubrics import JUDGED, Rubric, judged_row
@@ -39,12 +39,8 @@ def check_complete(benchmark: Benchmark, output: Path) -> dict[str, Any]:
     """Return the manifest of a run whose pictures are all there. Raises UniLIPError: another run, missing pictures."""
     manifest = read_manifest(output)
     identity = manifest["identity"]
-    for name, here in (("task", benchmark.name), ("protocol", benchmark.protocol), ("prompts", benchmark.prompts)):
-        if identity.get(name) != json.loads(json.dumps(here)):
-            raise UniLIPError(
-                f"{output} is a run of {identity.get('task')} {identity.get('protocol')} with other {name}; give the "
-                "prompts and protocol that it was made with."
-            )
+    if other := differences(identity, benchmark.identity):
+        raise UniLIPError(f"{output} holds another run: {other}. Give the prompts and protocol that it was made with.")
     if left := missing(benchmark, output):
         raise UniLIPError(
             f"{len(left)} of {len(benchmark.items)} pictures are missing in {output}, the first is {left[0].path}; run "

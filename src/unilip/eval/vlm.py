@@ -88,10 +88,6 @@ class Tally(Counter[str]):
         return found
 
 
-class JudgeStopped(UniLIPError):
-    """The judge cannot be asked at all: wrong address, key or name. Answers so far are kept."""
-
-
 class RemoteJudge:
     """Asks many questions of one judge. Raises UniLIPError: the `openai` package is missing."""
 
@@ -106,7 +102,7 @@ class RemoteJudge:
         self._lock, self._stop = threading.Lock(), threading.Event()
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """Answer each question, in order. Raises JudgeStopped: a wrong address, key or model; answers are kept."""
+        """Answer each question, in order. Raises UniLIPError: a wrong address, key or model; answers are kept."""
         self._stop.clear()
         with ThreadPoolExecutor(max_workers=self.terms.workers) as pool:
             try:
@@ -153,7 +149,7 @@ class RemoteJudge:
             reply = raw.parse()
         except (e.AuthenticationError, e.PermissionDeniedError, e.NotFoundError) as error:
             self._stop.set()
-            raise JudgeStopped(
+            raise UniLIPError(
                 f"The judge {self.terms.model} at {self.terms.url} does not answer us ({reason(error, 300)}); check "
                 "--judge, --judge-model and OPENAI_API_KEY. Pictures and answers so far are kept."
             ) from error
