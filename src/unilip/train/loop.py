@@ -354,11 +354,12 @@ class Loop:
                 terms = terms | second[1]
             for name, value in {"loss": loss, **terms}.items():
                 found.setdefault(name, []).append(value.detach())
-        parallel.average_rest(self.whole, adversary)
+        if adversary is not None:
+            parallel.average_adversary(adversary)
         norms = []
         for optimizer in self.state.optimizers:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norms.append(parallel.clip(parameters, recipe.optim.grad_clip))
+            norms.append(parallel.whole_tensor(nn.utils.clip_grad_norm_(parameters, recipe.optim.grad_clip)))
         means = {name: torch.stack(values).mean() for name, values in found.items()}
         if processes.world() > 1:
             together = processes.mean_(torch.stack([value.float() for value in means.values()]))
