@@ -496,13 +496,11 @@ def frozen_signature(model: UniLIP) -> str:
 
 def gathered(model: UniLIP) -> UniLIP:
     """Return a model of whole tensors on the CPU, in the first process; an empty one in the others, which help."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     with torch.device("meta"):
         copy = UniLIP(model.config, model.processor, parts=model.parts)
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        one = parallel.whole_tensor(tensor)
-        if processes.first():
-            tensors[name] = one.cpu()
     if processes.first():
         copy.load_state_dict(tensors, assign=True)
     return copy
