@@ -99,9 +99,8 @@ def data_cache(o: Options) -> None:
 
 def train(o: Options) -> None:
     """Run a training recipe, or go on with it; of torchrun's processes the first one tells what all of them do."""
-    from unilip.files import read_json
-    from unilip.recipes.catalog import all_recipes, get_recipe, is_finished, require_finished
-    from unilip.recipes.record import changed_settings, leaves, override
+    from unilip.recipes.catalog import all_recipes, get_recipe, require_finished
+    from unilip.recipes.record import finished, leaves, override
 
     place = Place.of_environment()
     if place.rank:
@@ -120,16 +119,12 @@ def train(o: Options) -> None:
         logger.info(f"follows from the data: {', '.join(follow)}")
     if o.preflight:
         return estimate(o, recipe)
-    final = Path(o.runs) / recipe.folder / "final"
-    alone = place.world == 1  # what several are to do the loop decides for all of them
-    if alone and not o.restart and is_finished(final.parent) and (final / "recipe.json").is_file():
-        if not changed_settings(recipe, read_json(final / "recipe.json", "recipe of the result")):
-            o.report.record |= {"recipe": recipe.name, "finished": True, "path": str(final)}
-            o.report.line(final)
-            o.report.end(f"{recipe.name} had finished; --restart trains it again")
-            return
-    elif alone and "torch" not in sys.modules:  # the loop sees the same, after seconds of imports
-        for text in recipe.init:
+    if place.world == 1:  # what the loop sees as well, after seconds of imports; there for all processes alike
+        if not o.restart and (result := finished(recipe, Path(o.runs))):
+            o.report.record |= {"recipe": recipe.name, "finished": True, "path": str(result)}
+            o.report.line(result)
+            return o.report.end(f"{recipe.name} had finished; --restart trains it again")
+        for text in recipe.init if "torch" not in sys.modules else ():
             require_finished(text.replace("{seed}", str(recipe.seed)).partition("=")[2], Path(o.runs))
     device = choose_device(o.device)
     from unilip.train import loop
@@ -140,10 +135,10 @@ def train(o: Options) -> None:
     except loop.Interrupted as error:
         logger.info(f"{error} That is: {again(o)}")
         raise SystemExit(130) from None
-    finished = folder.name == "final"
-    o.report.record |= {"recipe": recipe.name, "device": device, "finished": finished, "path": str(folder)}
+    whole = folder.name == "final"
+    o.report.record |= {"recipe": recipe.name, "device": device, "finished": whole, "path": str(folder)}
     o.report.line(folder)
-    o.report.end("finished" if finished else f"stopped and saved; `{again(o)}` goes on from there")
+    o.report.end("finished" if whole else f"stopped and saved; `{again(o)}` goes on from there")
 
 
 def again(o: Options) -> str:

@@ -28,13 +28,12 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from unilip.errors import ConfigError, ImageError, UniLIPError
-from unilip.files import Lock, content_hash, png_bytes, read_json, remove, write_bytes, write_text
+from unilip.files import Lock, content_hash, png_bytes, remove, write_bytes, write_text
 from unilip.machine import choose_device
 from unilip.method.config import UniLIPConfig
 from unilip.model import UniLIP
 from unilip.pictures import normalise, to_images
-from unilip.recipes.catalog import RESTARTED, is_finished
-from unilip.recipes.record import CHECK, Optim, Recipe, plain, require_same
+from unilip.recipes.record import CHECK, RESTARTED, Optim, Recipe, finished, plain
 from unilip.train import build as building
 from unilip.train import parallel, processes
 from unilip.train.adapters import save_adapter
@@ -74,13 +73,10 @@ def train(
     runs, device = Path(runs).expanduser(), torch.device(choose_device(str(device)))
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # what torchrun starts once more goes on
         restart = False
-    final = runs / recipe.folder / "final"
     processes.join(device)
-    if processes.told(is_finished(final.parent)) and not restart:
-        if (final / "recipe.json").exists():  # not the result of other settings
-            require_same(recipe, read_json(final / "recipe.json"), final)
-        logger.info("%s has finished already (%s); restart to train it again.", recipe.name, final)
-        return final
+    if not restart and (result := processes.told(finished(recipe, runs))):
+        logger.info("%s has finished already (%s); restart to train it again.", recipe.name, result)
+        return Path(result)
     torch.set_flush_denormal(True)  # gradients near 1e-40 make a CPU's backward pass three to five times slower
     try:
         return run_recipe(recipe, runs, device, restart, progress, stop_after)
@@ -88,8 +84,8 @@ def train(
         if error.errno not in FULL:
             raise
         raise UniLIPError(
-            f"{final.parent} cannot be written ({error}); the last whole checkpoint is kept. Make room and give the "
-            "same command again."
+            f"{runs / recipe.folder} cannot be written ({error}); the last whole checkpoint is kept. Make room and "
+            "give the same command again."
         ) from error
     except RuntimeError as error:  # torch's, wherever the loop was when the worker died
         if "DataLoader worker" not in str(error):
