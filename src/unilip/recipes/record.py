@@ -309,17 +309,11 @@ def plain(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(leaves(recipe), allow_nan=False))
 
 
-def changed_settings(recipe: Recipe, before: Mapping[str, Any]) -> str:
-    """Say which settings differ from an earlier run's (a new one had its present default); empty: none."""
-    now = plain(recipe)
-    before = _defaults(recipe) | dict(before)
-    names = [name for name in {**now, **before} if name not in FREE_TO_CHANGE and now.get(name) != before.get(name)]
-    return ", ".join(f"{name} ({before.get(name)} -> {now.get(name)})" for name in names)
-
-
 def require_same(recipe: Recipe, before: Mapping[str, Any], made: object) -> None:
-    """Raise ConfigError where what a run MADE was made with other settings BEFORE than the recipe's."""
-    if changed := changed_settings(recipe, before):
+    """Raise ConfigError where what a run MADE had other settings BEFORE (a new one had its present default)."""
+    now, before = plain(recipe), _defaults(recipe) | dict(before)
+    names = [name for name in {**now, **before} if name not in FREE_TO_CHANGE and now.get(name) != before.get(name)]
+    if changed := ", ".join(f"{name} ({before.get(name)} -> {now.get(name)})" for name in names):
         raise ConfigError(f"{made} was made with other settings: {changed}. Restart the run, or use another folder.")
 
 
