@@ -424,6 +424,20 @@ def test_a_stopped_training_names_the_command_that_goes_on(run, monkeypatch):
     assert code == 0 and shlex.split(command) == ["train", "tiny/recon", *given]
 
 
+def test_of_several_processes_the_first_tells_what_all_do(run, monkeypatch):
+    from unilip.train import loop
+
+    monkeypatch.setattr(loop, "train", lambda recipe, runs, **_: Path(runs) / recipe.name)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        for more in ((), ("--json",)):
+            code, out, err = run("train", "tiny/recon", "--runs", "r", "--device", "cpu", *more)
+            assert code == 0 and len(out.splitlines()) == lines
+            assert ("`torchrun ... -m unilip train tiny/recon --runs r --device cpu`" in err) == (lines and not more)
+    assert run("train", "tiny/nothing")[2].startswith("unilip: error in process 1: There is no recipe")
+
+
 # --- art and evaluation ---------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "unilip"
-PRINTING = ("cli/", "train/__main__.py")  # files, and folders
+PRINTING = ("cli/",)  # files, and folders
 LIGHT = ("__init__.py", "cli/")  # what starting imports
 HEAVY = {"torch", "torchvision", "transformers", "diffusers"}
 TOKENIZER_IDS = set(range(151665, 151668))  # <img>, </img>, <IMG_CONTEXT>: the tokenizer is asked for them by name

@@ -1,6 +1,9 @@
 """The commands of docs/training.md on one's own pictures, as they are written, on a tiny model and for a step."""
 
+import json
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,6 @@ from unilip.adapters import adapter_names
 from unilip.errors import DataError
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
-from unilip.train.__main__ import main
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "training.md"
 SMALL = ("steps=1", "batch_size=2", "accumulate=1", "model=tiny", "data.workers=0", "data.image_size=0", "ema=0")
@@ -77,15 +79,26 @@ def test_what_follows_from_the_data(home):
         settled("pico/sft", "data.path=empty")
 
 
-def test_the_module_takes_the_options_of_the_command(home, monkeypatch, capsys):
+def test_the_module_is_the_command(home, monkeypatch, capsys):
+    """`torchrun -m unilip.train` runs what `unilip train` does, with all its options."""
     monkeypatch.setenv("HOME", str(home))
+
+    def train(*words):
+        monkeypatch.setattr(sys, "argv", ["train", *words])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_module("unilip.train", run_name="__main__")
+        said = capsys.readouterr()
+        return stopped.value.code, said.out, said.err
+
     for words, message in (
-        (["--data", "nowhere"], "nowhere is not a folder"), (["--device", "foo"], "There is no device 'foo'"),
+        (["--data", "nowhere"], "nowhere is not a folder"), (["--device", "foo"], "there is no device 'foo'"),
         (["--data", "my-captions:0"], "every place the weight 0"), (["--data", "both:0,my-pairs"], "It holds 3 edits"),
     ):  # fmt: skip
-        assert main(["lora/style", *words]) == 2
-        assert message in capsys.readouterr().err
-    assert main(["tiny/clip", "--runs=~/mine", "--stop-after", "1", "--device", "cpu", "--no-progress"]) == 0
+        code, _, said = train("lora/style", *words)
+        assert code == 2 and message in said
+    some = ("tiny/clip", "--runs=~/mine", "--stop-after", "1", "--device", "cpu", "--no-progress", "--json")
+    code, out, _ = train(*some)
+    assert code == 0 and json.loads(out)["path"] == str(home / "mine/tiny/clip")
     assert (home / "mine/tiny/clip/step_00000001").is_dir() and not Path("~").exists()
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from functools import partial
 
 import pytest
@@ -21,10 +22,10 @@ from unilip.recipes.record import (
     Reconstruct,
     Shrink,
     Understand,
-    changed_settings,
     leaves,
     override,
     plain,
+    require_same,
 )
 from unilip.sizes import PRESETS, preset
 from unilip.train.build import BESIDE, parse_init, trained_parameters
@@ -66,7 +67,7 @@ def check_plain_record(name):
     recipe = get_recipe(name)
     assert recipe.name == name and (name.startswith("lora/") or recipe.model == name.split("/")[-2])
     assert json.loads(json.dumps(plain(recipe))) == plain(recipe)
-    assert changed_settings(recipe, plain(recipe)) == ""
+    require_same(recipe, plain(recipe), "it")
     assert override(recipe, [f"{k}={v}" for k, v in leaves(recipe).items() if isinstance(v, (int, float))]) == recipe
 
 
@@ -306,8 +307,12 @@ def test_init_must_name_parts_and_a_source(init):
 def test_changed_settings_are_told_but_for_those_free_to_change():
     recipe = get_recipe("tiny/sft")
     free = override(recipe, ["save_every=9", "data.workers=2", "note=x", "keep=1", "log_every=3", "sample_every=4"])
-    assert changed_settings(free, plain(recipe)) == "" and set(FREE_TO_CHANGE) <= set(leaves(recipe))
+    require_same(free, plain(recipe), "it")
+    assert set(FREE_TO_CHANGE) <= set(leaves(recipe))
     other = override(recipe, ["optim.lr=1", "objective.noises=3"])
-    assert changed_settings(other, plain(recipe)) == "objective.noises (1 -> 3), optim.lr (0.0001 -> 1.0)"
+    told = "it was made with other settings: objective.noises (1 -> 3), optim.lr (0.0001 -> 1.0). Restart"
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        require_same(other, plain(recipe), "it")
     earlier = {k: v for k, v in plain(recipe).items() if k not in ("optim.lr", "data.world")}
-    assert changed_settings(recipe, earlier) == "data.world (nano -> tiny)", "a new setting had its default before"
+    with pytest.raises(ConfigError, match=re.escape("settings: data.world (nano -> tiny). Restart")):
+        require_same(recipe, earlier, "it")  # a new setting had its default before

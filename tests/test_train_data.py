@@ -99,7 +99,7 @@ def test_a_run_goes_on_in_the_middle_of_a_shard(shards, tiny_model, workers):
     whole = list(iterate(opened("tiny/sft", place, tiny_model, *settings), 0))
     rest = list(iterate(opened("tiny/sft", place, tiny_model, *settings), 4))
     assert len(rest) == 3 and all(same(a, b) for a, b in zip(whole[4:], rest, strict=True))
-    assert {"sources" in batch for batch in whole} == {True, False} and "reading" not in whole[0]
+    assert {"sources" in batch for batch in whole} == {True, False} and "tried" not in whole[0]
 
 
 def test_a_parent_that_reads_meanwhile_disturbs_no_worker(shards, tiny_model):

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import unilip.emoji.tokenizer
+from unilip import cli
 from unilip.errors import CheckpointError, UniLIPError
 from unilip.recipes.catalog import get_recipe
 from unilip.recipes.record import override
-from unilip.train.__main__ import main
 from unilip.train.loop import Health, Loop, train
 from unilip.train.objectives import ReconstructObjective, UnderstandObjective
 from unilip.train.state import wholes
@@ -197,10 +197,10 @@ def test_every_process_says_what_stopped_it(world, monkeypatch, capsys):
     logger = logging.getLogger("unilip")
     before = logger.level
     try:
-        assert main(["tiny/clip", "--set", "steps=none"]) == 2
+        assert cli.main(["train", "tiny/clip", "--set", "steps=none"]) == 2
     finally:
         logger.setLevel(before)
-    assert capsys.readouterr().err.startswith("error in process 1: " if world == 2 else "error: ")
+    assert capsys.readouterr().err.startswith(f"unilip: error{' in process 1' if world == 2 else ''}: steps='none'")
 
 
 # --- what a step must not do ------------------------------------------------------------------------------------------

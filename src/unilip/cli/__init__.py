@@ -147,5 +147,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         line, code = explain(error)
-        say(f"error: {line}")
+        several = os.environ.get("WORLD_SIZE", "1") != "1"
+        say(f"error{' in process ' + os.environ.get('RANK', '?') if several else ''}: {line}")
         return code

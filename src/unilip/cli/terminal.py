@@ -220,7 +220,7 @@ class Report:
     """Tells what was done: line by line for people and pipes, or as one JSON object at the end."""
 
     def __init__(self, verb: str, as_json: bool) -> None:
-        self.as_json = as_json
+        self.as_json, self.silent = as_json, False
         self.record: dict[str, Any] = {"verb": verb}
         self.started = time.perf_counter()
 
@@ -232,12 +232,14 @@ class Report:
         return f"loaded in {seconds:.1f} s"
 
     def line(self, *texts: object) -> None:
-        for text in texts if not self.as_json else ():
+        for text in texts if not (self.as_json or self.silent) else ():
             print(printable(str(text)), flush=True)
 
     def end(self, note: str = "", **more: Any) -> None:
         """Print the JSON object, or a last remark on stderr."""
         seconds = time.perf_counter() - self.started
+        if self.silent:
+            return
         if self.as_json:
             print_json({**self.record, **more, "seconds": round(seconds, 3)})
         elif note:

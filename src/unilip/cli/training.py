@@ -1,6 +1,7 @@
 """The verbs of data and training: data NAME, which prepare what training reads, and train."""
 
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,9 @@ from typing import Any
 from unilip.cli.options import Options
 from unilip.cli.terminal import FORMATS, bar, bars, plural, say
 from unilip.errors import UniLIPError
-from unilip.machine import choose_device
+from unilip.machine import Place, choose_device
+
+logger = logging.getLogger(__name__)
 
 
 def data_prepare_emoji(o: Options) -> None:
@@ -95,11 +98,14 @@ def data_cache(o: Options) -> None:
 
 
 def train(o: Options) -> None:
-    """Run a training recipe, or go on with it."""
-    from unilip.files import read_json
-    from unilip.recipes.catalog import all_recipes, get_recipe, is_finished, require_finished
-    from unilip.recipes.record import changed_settings, leaves, override
+    """Run a training recipe, or go on with it; of torchrun's processes the first one tells what all of them do."""
+    from unilip.recipes.catalog import all_recipes, get_recipe, require_finished
+    from unilip.recipes.record import finished, leaves, override
 
+    place = Place.of_environment()
+    if place.rank:
+        logging.getLogger("unilip").setLevel(logging.ERROR)
+        o.report.silent = True
     if o.listing:
         return list_recipes(o, list(all_recipes().values()))
     if not o.words:
@@ -110,18 +116,15 @@ def train(o: Options) -> None:
     named = {text.partition("=")[0] for text in o.settings}
     before, after = leaves(get_recipe(o.words[0])), leaves(recipe)
     if follow := [f"{n}={after[n]}" for n in after if after[n] != before[n] and n not in named]:
-        say(f"follows from the data: {', '.join(follow)}")
+        logger.info(f"follows from the data: {', '.join(follow)}")
     if o.preflight:
         return estimate(o, recipe)
-    final = Path(o.runs) / recipe.folder / "final"
-    if not o.restart and is_finished(final.parent) and (final / "recipe.json").is_file():
-        if not changed_settings(recipe, read_json(final / "recipe.json", "recipe of the result")):
-            o.report.record |= {"recipe": recipe.name, "finished": True, "path": str(final)}
-            o.report.line(final)
-            o.report.end(f"{recipe.name} had finished; --restart trains it again")
-            return
-    elif "torch" not in sys.modules:  # the loop sees the same, after seconds of imports
-        for text in recipe.init:
+    if place.world == 1:  # what the loop sees as well, after seconds of imports; there for all processes alike
+        if not o.restart and (result := finished(recipe, Path(o.runs))):
+            o.report.record |= {"recipe": recipe.name, "finished": True, "path": str(result)}
+            o.report.line(result)
+            return o.report.end(f"{recipe.name} had finished; --restart trains it again")
+        for text in recipe.init if "torch" not in sys.modules else ():
             require_finished(text.replace("{seed}", str(recipe.seed)).partition("=")[2], Path(o.runs))
     device = choose_device(o.device)
     from unilip.train import loop
@@ -130,12 +133,12 @@ def train(o: Options) -> None:
     try:
         folder = loop.train(recipe, o.runs, device=device, **given)
     except loop.Interrupted as error:
-        say(f"{error} That is: {again(o)}")
+        logger.info(f"{error} That is: {again(o)}")
         raise SystemExit(130) from None
-    finished = folder.name == "final"
-    o.report.record |= {"recipe": recipe.name, "device": device, "finished": finished, "path": str(folder)}
+    whole = folder.name == "final"
+    o.report.record |= {"recipe": recipe.name, "device": device, "finished": whole, "path": str(folder)}
     o.report.line(folder)
-    o.report.end("finished" if finished else f"stopped and saved; `{again(o)}` goes on from there")
+    o.report.end("finished" if whole else f"stopped and saved; `{again(o)}` goes on from there")
 
 
 def again(o: Options) -> str:
@@ -143,7 +146,8 @@ def again(o: Options) -> str:
     words = ["unilip", "train", *o.words, *(word for text in o.settings for word in ("--set", text))]
     words += ["--runs", o.runs] if o.runs != "runs" else []
     words += ["--device", o.device] if o.device != "auto" else []
-    return shlex.join([*words, *([] if o.progress else ["--no-progress"])])
+    words += [] if o.progress else ["--no-progress"]
+    return f"{'torchrun ... -m ' if Place.of_environment().world > 1 else ''}{shlex.join(words)}"
 
 
 def estimate(o: Options, recipe: Any) -> None:

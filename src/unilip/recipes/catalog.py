@@ -16,7 +16,6 @@ from unilip.recipes.record import Adapter, Data, FewSteps, Flow, Optim, Recipe, 
 
 TABLE: dict[str, Any] = read_table("unilip.recipes", "recipes.json")
 OBJECTIVES: dict[str, Any] = {kind.__name__.lower(): kind for kind in (Understand, Reconstruct, Shrink, Flow, FewSteps)}
-RESTARTED = ".restarted"  # lies in a run until it has a new result; the old one stays as long
 # size -> the group of its stages, and what their texts are filled in with
 SIZES: dict[str, tuple[str, dict[str, str]]] = {size: (size, {}) for size in ("tiny", "pico", "nano")}
 SIZES |= {size: ("paper", names) for size, names in TABLE["released"].items()}
@@ -72,11 +71,6 @@ def get_recipe(name: str) -> Recipe:
         near = meant(name, recipes)
         raise ConfigError(f"There is no recipe {name!r}.{near} `unilip train --list` shows all of them.")
     return recipes[name]
-
-
-def is_finished(run: Path) -> bool:
-    """Whether a run has a result, and was not restarted since."""
-    return (run / "final").exists() and not (run / RESTARTED).exists()
 
 
 def require_finished(source: str, runs: Path) -> None:

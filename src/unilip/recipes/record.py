@@ -11,10 +11,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from unilip.errors import ConfigError
-from unilip.files import read_table
+from unilip.files import read_json, read_table
 from unilip.method.config import TOKEN_PIXELS
 from unilip.shapes import Size, nearest, parse
 
@@ -23,6 +24,7 @@ FREE_TO_CHANGE = (
     "compile", "checks",
 )  # fmt: skip
 CHECK = r"(\w+) (>=|<=) (\d+\.?\d*|\.\d+)(?: @ (\d+))?"  # "local_concept >= 0.9 @ 500"
+RESTARTED = ".restarted"  # lies in a run until it has a new result; the old one stays as long
 # What a field may be, by the name of its record; and what is said where fields contradict each other.
 RULES: dict[str, Any] = read_table("unilip.recipes", "rules.json")
 
@@ -307,18 +309,25 @@ def plain(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(leaves(recipe), allow_nan=False))
 
 
-def changed_settings(recipe: Recipe, before: Mapping[str, Any]) -> str:
-    """Say which settings differ from an earlier run's (a new one had its present default); empty: none."""
-    now = plain(recipe)
-    before = _defaults(recipe) | dict(before)
-    names = [name for name in {**now, **before} if name not in FREE_TO_CHANGE and now.get(name) != before.get(name)]
-    return ", ".join(f"{name} ({before.get(name)} -> {now.get(name)})" for name in names)
-
-
 def require_same(recipe: Recipe, before: Mapping[str, Any], made: object) -> None:
-    """Raise ConfigError where what a run MADE was made with other settings BEFORE than the recipe's."""
-    if changed := changed_settings(recipe, before):
+    """Raise ConfigError where what a run MADE had other settings BEFORE (a new one had its present default)."""
+    now, before = plain(recipe), _defaults(recipe) | dict(before)
+    names = [name for name in {**now, **before} if name not in FREE_TO_CHANGE and now.get(name) != before.get(name)]
+    if changed := ", ".join(f"{name} ({before.get(name)} -> {now.get(name)})" for name in names):
         raise ConfigError(f"{made} was made with other settings: {changed}. Restart the run, or use another folder.")
+
+
+def finished(recipe: Recipe, runs: Path) -> Path | None:
+    """Return the folder of a recipe's result; None: there is none yet, or it was restarted since.
+
+    Raises ConfigError: it is the result of other settings; UniLIPError: what says so cannot be read.
+    """
+    final = runs / recipe.folder / "final"
+    if not final.exists() or (final.parent / RESTARTED).exists():
+        return None
+    if (final / "recipe.json").exists():
+        require_same(recipe, read_json(final / "recipe.json", "recipe of the result"), final)
+    return final
 
 
 def _defaults(recipe: Recipe) -> dict[str, Any]:

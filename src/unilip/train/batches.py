@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
+from unilip.data.records import Unreadable
 from unilip.emoji import lessons
 from unilip.emoji.art import Atlas
 from unilip.emoji.captions import PLAN, as_written, caption, plan
@@ -464,15 +465,6 @@ def labels(
     return {"marks": found, "summaries": summaries, "present": present}
 
 
-@dataclass
-class Reading:
-    """How many samples a batch `tried`, those `left_out` (over a limit) or `skipped`: (reason, detail)."""
-
-    tried: int = 0
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    left_out: list[tuple[str, str]] = field(default_factory=list)
-
-
 class Tally:
     """Counts by reason what this process did not use, says so in the log, and stops where it is too much."""
 
@@ -484,20 +476,24 @@ class Tally:
         self.tried = 0
         self.skipped: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
+        self.last = ""  # of those skipped
 
-    def add(self, reading: Reading) -> None:
-        """Count a batch's. Raises DataError: more than the allowed share cannot be read."""
-        self.tried += reading.tried
-        for reason, detail in reading.skipped:
-            self.skipped[reason] += 1
+    def add(self, tried: Sequence[Unreadable | None]) -> None:
+        """Count a batch's samples, each with what is wrong. Raises DataError: more than allowed cannot be read."""
+        self.tried += len(tried)
+        for problem in (problem for problem in tried if problem is not None):
+            if problem.left_out:
+                self.left_out[problem.reason] += 1
+                continue
+            self.skipped[problem.reason] += 1
+            self.last = problem.detail
             if self.skipped.total() <= self.NAMED:
-                logger.warning("a sample is skipped: %s", detail)
-        self.left_out.update(reason for reason, _ in reading.left_out)
+                logger.warning("a sample is skipped: %s", problem.detail)
         expected = self.most * max(self.tried, self.least)
         if self.skipped.total() > expected + 3 * math.sqrt(expected):  # three deviations: not by chance
             raise DataError(
                 f"{self.skipped.total()} of {self.tried} samples cannot be read ({_reasons(self.skipped)}), the last: "
-                f"{reading.skipped[-1][1]}. Mend the data (`unilip data check` lists what is wrong), or allow a "
+                f"{self.last}. Mend the data (`unilip data check` lists what is wrong), or allow a "
                 f"larger share with data.max_skipped, which is {self.most:g}."
             )
 
@@ -543,8 +539,7 @@ def iterate(batches: Batches, start: int) -> Generator[dict[str, Any]]:
         for batch in loader:
             if isinstance(batch, Exception):
                 raise batch
-            if (reading := batch.pop("reading", None)) is not None:
-                tally.add(reading)
+            tally.add(batch.pop("tried", ()))
             yield batch
     finally:
         _end(set(multiprocessing.active_children()) - others)

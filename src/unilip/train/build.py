@@ -222,12 +222,12 @@ def trained_parameters(recipe: Recipe, model: UniLIP) -> Trained:
 
 
 def make_optimizer(optim: Optim, parameters: Sequence[tuple[nn.Parameter, float]]) -> torch.optim.AdamW:
-    """Fused AdamW, a group per (rate factor, decayed, single number); vectors and scales are not decayed."""
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    """Fused AdamW, a group per (rate factor, decay); vectors are not decayed."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter, factor in parameters:
         decay = optim.weight_decay if parameter.dim() > 1 else 0.0
-        groups.setdefault((factor, decay, parameter.dim() == 0), []).append(parameter)
-    settings = [{"params": p, "weight_decay": d, "factor": f} for (f, d, _), p in groups.items()]
+        groups.setdefault((factor, decay), []).append(parameter)
+    settings = [{"params": p, "weight_decay": d, "factor": f} for (f, d), p in groups.items()]
     return torch.optim.AdamW(settings, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
 
 

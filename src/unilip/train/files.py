@@ -21,7 +21,7 @@ from unilip.method.config import UniLIPConfig
 from unilip.method.text import Processor
 from unilip.recipes.record import FewSteps, Flow, Recipe, Understand
 from unilip.shapes import Size
-from unilip.train.batches import Batches, Reading, Turns, conversation, stack
+from unilip.train.batches import Batches, Turns, conversation, stack
 from unilip.train.cached import cached_sources
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class FileBatches(Batches):
         self.step_samples = recipe.batch_size * recipe.accumulate
         self.tasks = Mixture([1 - data.edit_share, data.edit_share], recipe.seed, "data.edit_share")
         self.longest = data.max_tokens or (processor.max_tokens if processor else 0)
-        self._reading = Reading()
+        self._tried: list[Unreadable | None] = []  # for each sample of a batch that was read: what is wrong with it
 
     def is_edit(self, step: int) -> bool:
         """Whether the batches of a step hold edits: exactly the share of them, in every 10,000 steps."""
@@ -108,7 +108,7 @@ class FileBatches(Batches):
         for attempt in range(1, ATTEMPTS + 1):
             if (shard, place) not in tried:
                 tried.add((shard, place))
-                self._reading.tried += 1
+                self._tried.append(None)
                 name = ""  # what goes wrong before the record is there names its file itself
                 try:
                     record = one_text(source.read(kind, shard, place), sample)
@@ -116,8 +116,7 @@ class FileBatches(Batches):
                     return use(record)
                 except Unreadable as error:
                     problem = f"{name}{error}"
-                    noted = self._reading.left_out if error.left_out else self._reading.skipped
-                    noted.append((error.reason, problem))
+                    self._tried[-1] = Unreadable(error.reason, problem, error.left_out)
             draw = stable_hash("instead", self.recipe.seed, kind, sample, attempt) % order.total(lane)
             shard, place = order.place(draw, lane)  # another of the same source and lane
         raise DataError(
@@ -126,8 +125,8 @@ class FileBatches(Batches):
         )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        self._reading = Reading()
-        return super().__getitem__(index) | {"reading": self._reading}
+        self._tried = []
+        return super().__getitem__(index) | {"tried": self._tried}
 
     def item(self, record: Record, kind: str, turns: int = 1) -> Any:
         """Decode a record: (picture), (picture, caption), (source, target, instruction), (picture, caption, turns)."""

@@ -28,13 +28,12 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from unilip.errors import ConfigError, ImageError, UniLIPError
-from unilip.files import Lock, content_hash, png_bytes, read_json, remove, write_bytes, write_text
+from unilip.files import Lock, content_hash, png_bytes, remove, write_bytes, write_text
 from unilip.machine import choose_device
 from unilip.method.config import UniLIPConfig
 from unilip.model import UniLIP
 from unilip.pictures import normalise, to_images
-from unilip.recipes.catalog import RESTARTED, is_finished
-from unilip.recipes.record import CHECK, Optim, Recipe, plain, require_same
+from unilip.recipes.record import CHECK, RESTARTED, Optim, Recipe, finished, plain
 from unilip.train import build as building
 from unilip.train import parallel, processes
 from unilip.train.adapters import save_adapter
@@ -74,13 +73,10 @@ def train(
     runs, device = Path(runs).expanduser(), torch.device(choose_device(str(device)))
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # what torchrun starts once more goes on
         restart = False
-    final = runs / recipe.folder / "final"
     processes.join(device)
-    if processes.told(is_finished(final.parent)) and not restart:
-        if (final / "recipe.json").exists():  # not the result of other settings
-            require_same(recipe, read_json(final / "recipe.json"), final)
-        logger.info("%s has finished already (%s); restart to train it again.", recipe.name, final)
-        return final
+    if not restart and (result := processes.told(finished(recipe, runs))):
+        logger.info("%s has finished already (%s); restart to train it again.", recipe.name, result)
+        return Path(result)
     torch.set_flush_denormal(True)  # gradients near 1e-40 make a CPU's backward pass three to five times slower
     try:
         return run_recipe(recipe, runs, device, restart, progress, stop_after)
@@ -88,8 +84,8 @@ def train(
         if error.errno not in FULL:
             raise
         raise UniLIPError(
-            f"{final.parent} cannot be written ({error}); the last whole checkpoint is kept. Make room and give the "
-            "same command again."
+            f"{runs / recipe.folder} cannot be written ({error}); the last whole checkpoint is kept. Make room and "
+            "give the same command again."
         ) from error
     except RuntimeError as error:  # torch's, wherever the loop was when the worker died
         if "DataLoader worker" not in str(error):
@@ -354,11 +350,12 @@ class Loop:
                 terms = terms | second[1]
             for name, value in {"loss": loss, **terms}.items():
                 found.setdefault(name, []).append(value.detach())
-        parallel.average_rest(self.whole, adversary)
+        if adversary is not None:
+            parallel.average_adversary(adversary)
         norms = []
         for optimizer in self.state.optimizers:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norms.append(parallel.clip(parameters, recipe.optim.grad_clip))
+            norms.append(parallel.whole_tensor(nn.utils.clip_grad_norm_(parameters, recipe.optim.grad_clip)))
         means = {name: torch.stack(values).mean() for name, values in found.items()}
         if processes.world() > 1:
             together = processes.mean_(torch.stack([value.float() for value in means.values()]))
@@ -495,13 +492,11 @@ def frozen_signature(model: UniLIP) -> str:
 
 def gathered(model: UniLIP) -> UniLIP:
     """Return a model of whole tensors on the CPU, in the first process; an empty one in the others, which help."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     with torch.device("meta"):
         copy = UniLIP(model.config, model.processor, parts=model.parts)
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        one = parallel.whole_tensor(tensor)
-        if processes.first():
-            tensors[name] = one.cpu()
     if processes.first():
         copy.load_state_dict(tensors, assign=True)
     return copy

@@ -118,8 +118,8 @@ def held_error(found: Tensor, wanted: Tensor, held: Tensor) -> Tensor:
 
 
 def contrast_heads(model: UniLIP) -> dict[str, nn.Module]:
-    """Return what joins pooled features and texts in one space, for training only."""
-    width, scale = model.config.text.hidden_size, nn.ParameterDict({"log": nn.Parameter(torch.tensor(2.3))})
+    """Return what joins pooled features and texts in one space, for training only; `scale` as a row, to be shared."""
+    width, scale = model.config.text.hidden_size, nn.ParameterDict({"log": nn.Parameter(torch.tensor([2.3]))})
     return {"image": nn.Linear(2 * width, width), "text": nn.Linear(width, width), "scale": scale}
 
 
@@ -149,9 +149,7 @@ class UnderstandObjective(Objective):
         super().__init__(recipe, model)
         weights, width, vocabulary = self.settings, model.config.text.hidden_size, model.config.text.vocab_size
         with seeded(recipe.seed):
-            first = contrast_heads(model)
-            scale = first.pop("scale")
-            self.heads = nn.ModuleDict({**first, "words": nn.Linear(2 * width, vocabulary), "scale": scale})
+            self.heads = nn.ModuleDict({**contrast_heads(model), "words": nn.Linear(2 * width, vocabulary)})
             if weights.local and recipe.lessons:
                 self.heads["local"] = heads = lessons.cell_heads(width)
                 heads["place"] = nn.Linear(width, model.config.num_image_tokens)  # features tell their own, too

@@ -71,8 +71,6 @@ def shard(whole: Whole, recipe: Recipe) -> nn.Module:
     weights, gradients = torch.bfloat16 if rough else None, getattr(torch, recipe.reduce_dtype)
     policy = MixedPrecisionPolicy(weights, gradients, cast_forward_inputs=False)  # autocast does
     settings: dict[str, Any] = dict(mesh=init_device_mesh(device, (processes.world(),)), mp_policy=policy)
-    if scalars := {p for p in whole.parameters() if p.dim() == 0}:  # cannot be cut
-        settings["ignored_params"] = scalars
     for modules in units(whole.model):
         fully_shard(modules, **settings)
     # Sharded again after the forward pass, so that outside of a step every parameter is this process's own part.
@@ -104,29 +102,14 @@ def accumulating(module: nn.Module, last: bool) -> contextlib.AbstractContextMan
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else contextlib.nullcontext()
 
 
-def average_rest(module: nn.Module, adversary: nn.Module | None) -> None:
-    """Average gradients of single numbers beside a module's sharded ones, the adversary's, and its running means."""
-    held = [p for p in module.parameters() if p.dim() == 0] if sharded(module) else []
-    held += [] if adversary is None else adversary.state_dict(keep_vars=True).values()
-    found = [t.grad if isinstance(t, nn.Parameter) else t for t in held]
+def average_adversary(adversary: nn.Module) -> None:
+    """Average the second player's gradients and running means, which no module keeps in step."""
+    found = [t.grad if isinstance(t, nn.Parameter) else t for t in adversary.state_dict(keep_vars=True).values()]
     tensors = [t for t in found if t is not None]
-    if processes.world() > 1 and tensors:
+    if processes.world() > 1:
         flat = processes.mean_(torch.cat([t.detach().flatten().float() for t in tensors]))
         for tensor, value in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(value.view_as(tensor))
-
-
-def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """Scale gradients, sharded ones among them, so that their norm together is at most `limit`; returns the norm."""
-    parts = [p for p in parameters if hasattr(p, "full_tensor")]
-    rest = [p for p in parameters if not hasattr(p, "full_tensor")]
-    if not parts or not rest:
-        return whole_tensor(nn.utils.clip_grad_norm_(parameters, limit))
-    gradients = [[p.grad for p in some if p.grad is not None] for some in (parts, rest)]
-    norm = torch.stack([whole_tensor(nn.utils.get_total_norm(some)) for some in gradients]).norm()
-    for some in (parts, rest):
-        nn.utils.clip_grads_with_norm_(some, limit, norm)
-    return norm
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

@@ -254,7 +254,10 @@ class State:
         own = self._flat()
         fits = {name: own[name].shape == shape for name, (shape, _) in stored.items() if name in own}
         if strange := sorted(name for name in {**own, **stored} if not fits.get(name)):
-            raise CheckpointError(f"{folder} does not fit the model: {', '.join(strange[:4])}.")
+            raise CheckpointError(
+                f"{folder} does not fit the model: {', '.join(strange[:4])}. It is of another model, or an earlier "
+                "version wrote it; go on with what made it, or restart the run."
+            )
         if reader:
             alone, together = processes.world() == 1, processes.group("checkpoint")
             load(own, storage_reader=reader, no_dist=alone, process_group=together)
