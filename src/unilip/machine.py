@@ -70,13 +70,13 @@ def choose_device(device: Any = "auto") -> str:
     """Return a device that is there; "auto": CUDA, Apple's GPU or the CPU. Raises UniLIPError: there is none such."""
     import torch
 
-    name = str(device) if isinstance(device, torch.device) else device
+    name = str(device) if isinstance(device, (str, torch.device)) else ""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if gpus else "mps" if mps else "cpu"
     try:
-        is_known = isinstance(name, str) and torch.device(name).type in ("cpu", "cuda", "mps")
+        is_known = torch.device(name).type in ("cpu", "cuda", "mps")
     except RuntimeError:
         is_known = False
     if not is_known:

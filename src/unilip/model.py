@@ -25,8 +25,7 @@ from tqdm.std import tqdm
 
 from unilip import adapters, pictures, sampling, shapes
 from unilip.chat import Chat
-from unilip.checkpoints import read, write
-from unilip.checkpoints.hub import Adapted, Source, check_fetching
+from unilip.checkpoints import hub, read, write
 from unilip.errors import ImageError, PromptError, UniLIPError, check_choice, check_flag, check_number
 from unilip.fast.choose import choose
 from unilip.fast.loop import BUCKET, Compiled, Settings
@@ -35,6 +34,7 @@ from unilip.fast.quantise import is_quantised, kinds_of, quantise
 from unilip.machine import PERFORMANCES, choose_device
 from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
 from unilip.method.connector import copy_from_llm
+from unilip.method.flow import OnStep
 from unilip.method.model import PARTS, Network, Reader
 from unilip.method.text import Message, Processor, Prompt, Tokens
 from unilip.pictures import Fit, ImageLike, fit_picture, to_pixels, unfit_square
@@ -70,6 +70,37 @@ class ImageOutput:
         if not all(isinstance(image, Image.Image) for image in self.images):
             return f"<pre>{type(self.images).__name__} {list(getattr(self.images, 'shape', ()))}</pre>"
         return pictures.as_html(self.images)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a model's weights are read from, part by part, and what becomes of them."""
+
+    checkpoint: read.Checkpoint
+    decoder: read.Checkpoint | None  # has the pixel decoder in its place
+    dtype: read.DType
+    device: torch.device
+    kinds: Mapping[str, str]  # of quantisation, by part
+    later: Sequence[str]  # what of the language model is not read with it
+
+    def load(self, model: nn.Module, part: str) -> None:
+        """Give a part of a model its weights, quantised, with the adapters that act in them."""
+        kind = self.kinds.get(part.partition(".")[0])
+        holes = 0  # bytes of weights that were quantised since their memory was last given back
+
+        def settle(name: str, layer: nn.Module) -> None:
+            nonlocal holes
+            adapters.take_in(model, name, layer)
+            if kind:
+                holes += sum(p.nbytes for p in layer.parameters())
+                quantise(layer, kind)
+                if holes > HOLES:
+                    holes = give_back()
+
+        source = self.decoder if self.decoder is not None and part == "pixel_decoder" else self.checkpoint
+        leave = self.later if part == "mllm" else ()
+        read.load_into(model, source, dtype=self.dtype, device=self.device, parts=(part,), leave=leave, settle=settle)
+        give_back()
 
 
 class Held(nn.Module):
@@ -147,7 +178,7 @@ class UniLIP(Held, Network):
     @sampling.on_the_cpu()
     def from_pretrained(
         cls,
-        source: Source | read.Checkpoint = None,
+        source: hub.Source | read.Checkpoint = None,
         *,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -183,13 +214,13 @@ class UniLIP(Held, Network):
 
         Raises CheckpointError: missing, truncated, of an unknown kind, or not exactly the weights that the model needs.
         """
-        if not (source is None or isinstance(source, (str, os.PathLike, Adapted, read.Checkpoint))):
+        if not (source is None or isinstance(source, (str, os.PathLike, hub.Adapted, read.Checkpoint))):
             raise UniLIPError(f"source is {source!r}; give a folder, a file or a hub id as text or path.")
         where = torch.device(choose_device("cpu" if device is None else device))
         low_memory = None if low_memory is None else check_flag("low_memory", low_memory)
         check_choice("performance", performance, PERFORMANCES)
         kinds = None if quantization is None else kinds_of(quantization)
-        if isinstance(source, read.Checkpoint) and (late := check_fetching(fetching)):
+        if isinstance(source, read.Checkpoint) and (late := hub.check_fetching(fetching)):
             raise UniLIPError(f"{source.path} is opened already; give {', '.join(late)} to open_checkpoint.")
         opened = source if isinstance(source, read.Checkpoint) else read.open_checkpoint(source, **fetching)
         if kinds:
@@ -223,31 +254,14 @@ class UniLIP(Held, Network):
             del model.mllm.language_model.lm_head
         later = (f"{HEAD}.weight",) if low_memory or drawing else ()
 
-        holes = 0  # bytes of weights that were quantised since their memory was last given back
-
-        def settle(name: str, layer: nn.Module) -> None:
-            nonlocal holes
-            adapters.take_in(model, name, layer)
-            if kind := (kinds or {}).get(name.partition(".")[0]):
-                holes += sum(p.nbytes for p in layer.parameters())
-                quantise(layer, kind)
-                if holes > HOLES:
-                    holes = give_back()
-
-        def load(model: nn.Module, part: str) -> None:
-            source = other if other is not None and part == "pixel_decoder" else opened
-            leave = later if part == "mllm" else ()
-            read.load_into(model, source, dtype=dtype, device=where, parts=(part,), leave=leave, settle=settle)
-            give_back()
-
+        weights = Weights(opened, other, dtype, where, kinds or {}, later)
         if low_memory:
             empty(model.to(read.parse_dtype(dtype)))  # nothing is there yet: only what it says of itself changes
-            offload = model.runtime.offload = Offload(model, model.parts, where, load)
-            offload.stored, offload.quantized = opened.tensor, bool(opened.weights.quantized)
+            model.runtime.offload = Offload(model, model.parts, where, weights)
             model.enable_tiling()
         else:
             for part in model.parts:
-                load(model, part)
+                weights.load(model, part)
         if performance == "memory":
             model.runtime.products = None
         for adapter, (folder, scale) in zip(beside, opened.adapters, strict=True):
@@ -801,7 +815,7 @@ class UniLIP(Held, Network):
             raise UniLIPError(f"latents are {list(given.shape)}; noise for these pictures is {list(expected)}.")
         return list(given.float())
 
-    def _step(self, callback: StepCallback | None) -> sampling.OnStep | None:
+    def _step(self, callback: StepCallback | None) -> OnStep | None:
         if callback is None:
             return None
         if not callable(callback):

@@ -27,6 +27,7 @@ from unilip.fast.loop import Compiled, Settings
 from unilip.fast.offload import HEAD, Offload
 from unilip.fast.products import Products
 from unilip.method.dit import DiT
+from unilip.method.flow import OnStep
 from unilip.method.text import IMG_CONTEXT, TEXT_END, TURN_END, TURN_START, Message, Processor, Prompt
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ NOT_TAUGHT = "this model has not learned from edits of several pictures: what it
 FORBIDDEN = (TURN_START, TURN_END, TEXT_END, IMG_CONTEXT)  # control tokens, which nobody means as words
 SEEN = "Do you see {}?"  # what the best of several pictures is chosen by
 
-OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
