@@ -256,8 +256,8 @@ def fitting(model: Any, adapter: Adapter, stored: Callable[[str], Tensor] | None
             f"{adapter.path} does not fit the model: {', '.join(strange[:3])}. It was made for {adapter.base} and "
             f"{len(adapter.tensors)} of its layers."
         )
-    source = getattr(_offload(model), "source", None)
-    read = stored if source is None else source.checkpoint.tensor
+    loader = getattr(_offload(model), "loader", None)
+    read = stored if loader is None else loader.checkpoint.tensor
 
     def weight(layer: str) -> Tensor:
         if read is not None:
@@ -289,13 +289,13 @@ def load_adapter(
     scales = {other: adapter_scale(model, other) for other in others}
     check_number(f"The scale of adapter {name}", scale, -LARGEST)
     offload = _offload(model)
-    if offload is not None and offload.source is None:
+    if offload is not None and offload.loader is None:
         raise UniLIPError("The weights of this model rest elsewhere; load adapters first, then enable_cpu_offload.")
     adapter = folder if isinstance(folder, Adapter) else fitting(model, read_adapter(folder))
     if offload is not None:
         tied = HEAD in adapter.tensors and model.config.text.tie_embeddings
-        if tied or offload.source.checkpoint.quantized or _lacks_embedder(model, adapter):
-            why = "has quantised weights" if offload.source.checkpoint.quantized else f"has no place for {path}"
+        if tied or offload.loader.checkpoint.quantized or _lacks_embedder(model, adapter):
+            why = "has quantised weights" if offload.loader.checkpoint.quantized else f"has no place for {path}"
             raise UniLIPError(
                 f"This model reads its weights each time and {why}; merge the adapter into the plain model first, with "
                 "`unilip convert`, or load it without low_memory."

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import itertools
 import logging
 import math
 import os
@@ -36,7 +35,7 @@ from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
 from unilip.method.connector import copy_from_llm
 from unilip.method.flow import OnStep
 from unilip.method.model import PARTS, Network, Reader
-from unilip.method.text import Message, Processor, Prompt, Tokens
+from unilip.method.text import Processor, Prompt, Tokens
 from unilip.pictures import Fit, ImageLike, fit_picture, to_pixels, unfit_square
 from unilip.shapes import Size
 
@@ -73,7 +72,7 @@ class ImageOutput:
 
 
 @dataclass(frozen=True)
-class Weights:
+class Loader:
     """Where a model's weights are read from, part by part, and what becomes of them."""
 
     checkpoint: read.Checkpoint
@@ -253,15 +252,14 @@ class UniLIP(Held, Network):
         if drawing and not opened.config.text.tie_embeddings:
             del model.mllm.language_model.lm_head
         later = (f"{HEAD}.weight",) if low_memory or drawing else ()
-
-        weights = Weights(opened, other, dtype, where, kinds or {}, later)
+        loader = Loader(opened, other, dtype, where, kinds or {}, later)
         if low_memory:
             empty(model.to(read.parse_dtype(dtype)))  # nothing is there yet: only what it says of itself changes
-            model.runtime.offload = Offload(model, model.parts, where, weights)
+            model.runtime.offload = Offload(model, model.parts, where, loader)
             model.enable_tiling()
         else:
             for part in model.parts:
-                weights.load(model, part)
+                loader.load(model, part)
         if performance == "memory":
             model.runtime.products = None
         for adapter, (folder, scale) in zip(beside, opened.adapters, strict=True):
@@ -729,19 +727,13 @@ class UniLIP(Held, Network):
         if not questions:
             return []
 
-        squares: list[Image.Image] = []
-
-        def cut(images: Any) -> tuple[int, ...]:
-            given = [] if images is None else _pictures(images)
-            tiles = [pictures.tile(picture, processor.image_size, max_tiles) for picture in given]
-            squares.extend(itertools.chain.from_iterable(tiles))
-            return tuple(map(len, tiles))
-
         texts: list[Prompt] = []
+        squares: list[Image.Image] = []
         for text, images in zip(questions, subjects, strict=True):
-            turns = [_turn(turn, cut) for turn in history]
-            turns.append(Message("user", sampling.check_prompt(text, "question"), cut(images)))
-            texts.append(processor.chat_text(turns))
+            turns = [*map(_turn, history), ("user", text, "question", images)]
+            asked, seen = sampling.conversation(processor, turns, max_tiles)
+            texts.append(asked)
+            squares += seen
         processor.tokenize(texts)  # complains before anything is computed
         columns = sampling.answer(
             self, processor, texts, self.features(to_pixels(squares)) if squares else None,
@@ -922,8 +914,8 @@ def check_progress(value: Any) -> sampling.Progress:
     return value
 
 
-def _turn(turn: Any, cut: Callable[[Any], tuple[int, ...]]) -> Message:
-    """Read an earlier turn of a conversation; `cut` takes its pictures and counts the squares of each."""
+def _turn(turn: Any) -> sampling.Turn:
+    """Read an earlier turn of a conversation."""
     if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
         raise PromptError('A turn of the history must be {"role": ..., "content": text}, with "images" if it has any.')
-    return Message(turn["role"], sampling.check_prompt(turn["content"], "message"), cut(turn.get("images")))
+    return turn["role"], turn["content"], "message", turn.get("images")

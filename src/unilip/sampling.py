@@ -12,11 +12,12 @@ import functools
 import os
 import re
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.std import tqdm
 
@@ -29,12 +30,14 @@ from unilip.fast.products import Products
 from unilip.method.dit import DiT
 from unilip.method.flow import OnStep
 from unilip.method.text import IMG_CONTEXT, TEXT_END, TURN_END, TURN_START, Message, Processor, Prompt
+from unilip.pictures import each, load_image, tile
 
 if TYPE_CHECKING:
     from unilip.model import UniLIP
 
 Generators = torch.Generator | int | Sequence[torch.Generator | int] | None
 Random = torch.Generator | Sequence[torch.Generator] | None  # as `check_generator` makes them
+Turn = tuple[str, Any, str, Any]  # who speaks, the words, what errors call them, pictures: none, one or several
 Progress = bool | Mapping[str, Any]  # whether to show a bar, or how: arguments of tqdm
 MAX_PROMPT_CHARACTERS = 8_000
 REWRITE = "Write this out as one description of a picture, with each thing, its colour and its place. Only that: "
@@ -205,6 +208,18 @@ def check_plan(value: Any) -> bool | str:
     if isinstance(value, bool) or value == "auto":
         return cast("bool | str", value)
     raise UniLIPError(f"plan is {value!r}; it must be True, False or 'auto'.")
+
+
+def conversation(processor: Processor, turns: Iterable[Turn], max_tiles: int) -> tuple[Prompt, list[Image.Image]]:
+    """Return what is read of a conversation: its prompt, and the squares that its pictures are cut into."""
+    messages: list[Message] = []
+    squares: list[Image.Image] = []
+    for role, words, what, images in turns:
+        text, given = check_prompt(words, what), [] if images is None else each(images)
+        tiles = [tile(load_image(image), processor.image_size, max_tiles) for image in given]
+        messages.append(Message(role, text, tuple(map(len, tiles))))
+        squares += [square for picture in tiles for square in picture]
+    return processor.chat_text(messages), squares
 
 
 def check_generator(generator: Any) -> torch.Generator | list[torch.Generator] | None:
