@@ -122,7 +122,7 @@ class Held(nn.Module):
 
     def _check_resting(self, otherwise: str) -> None:
         """Raise an error where parts come and go."""
-        if self.runtime.offload is not None:
+        if adapters.offload_of(self) is not None:
             raise UniLIPError(otherwise)
 
 
