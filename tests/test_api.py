@@ -323,7 +323,7 @@ def test_a_change_waits_for_the_work_of_other_threads_and_is_refused_within_ones
     for made in (copy.deepcopy(fresh_model()), pickle.loads(pickle.dumps(fresh_model()))):
         made.to(torch.float32).generate("a", **LATENT)
         assert type(pickle.loads(pickle.dumps(made.dit))) is type(copy.deepcopy(made.dit)) is type(made.dit)
-        assert made.dit.runtime.gate is made.runtime.gate  # so the copy's parts wait for the copy
+        assert made.dit.runtime is made.runtime  # so the copy's parts wait for the copy
     assert not wrong, "\n".join(wrong)
 
 

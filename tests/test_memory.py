@@ -1,7 +1,9 @@
 """Less memory, the same answers: parts that come and go, strips, few bits, and nothing kept after an interruption."""
 
+import copy
 import gc
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,37 @@ def test_parts_read_from_disk_as_needed_give_the_same(
     assert all(float((a - b).abs().max()) < 1e-5 for a, b in zip(ours[:3], expected[:3], strict=True))  # in strips
     assert seen == {"dit"}  # nothing else was there while it worked
     assert held(model) == set()
+
+
+def test_copies_of_a_model_that_is_read_each_time_are_models_of_their_own(tiny_folder: Path) -> None:
+    model = UniLIP.from_pretrained(tiny_folder, low_memory=True)
+    assert model.runtime.offload is not None
+    model.runtime.offload.adapters["a"] = (None, 0.0)  # switched off
+    drawn = draw(model)
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        made.unload_adapters("a")
+        assert held(made) == set() and torch.equal(draw(made), drawn) and unilip.adapters.adapter_names(model) == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["low_memory", "offload"])
+def test_parts_that_come_and_go_are_not_cast(kind: str, tiny_folder: Path, fresh_model: Callable[..., UniLIP]) -> None:
+    low = kind == "low_memory"
+    model = UniLIP.from_pretrained(tiny_folder, low_memory=True) if low else fresh_model().enable_cpu_offload("cpu")
+    for whole in (model, model.dit):
+        with pytest.raises(UniLIPError, match="give device and type when it is loaded"):
+            whole.half()
+        with pytest.raises(UniLIPError, match="load the folder instead"):
+            whole.load_state_dict({})
+    assert draw(model).isfinite().all() and type(model.dit)(model.config).half()  # which is a part of no model
+
+
+def test_what_pytorch_takes_for_the_usual_device_changes_nothing(
+    tiny_model: UniLIP, tiny_folder: Path, picture: Callable[..., Image.Image]
+) -> None:
+    for model in (tiny_model, UniLIP.from_pretrained(tiny_folder, low_memory=True)):
+        expected = everything(model, picture())
+        with torch.device("meta"):
+            assert same(everything(model, picture()), expected)
 
 
 def test_low_memory_keeps_the_type(tiny_folder: Path) -> None:
@@ -210,6 +243,16 @@ def test_quantised_models_draw_nearly_the_same(
         assert torch.equal(draw(again, output_type="latent"), near)
     again = UniLIP.from_pretrained(tmp_path / "x", dtype="bfloat16")
     assert torch.equal(draw(again), draw(again.to(torch.bfloat16))) and draw(again).isfinite().all()
+
+
+def test_a_quantised_model_moves_but_is_not_cast(fresh_model: Callable[..., UniLIP]) -> None:
+    pytest.importorskip("torchao")
+    model = fresh_model().quantize("int8")
+    drawn = draw(model)
+    for whole in (model, model.dit):
+        with pytest.raises(UniLIPError, match="keep their type; cast before quantising"):
+            whole.half()
+    assert torch.equal(draw(model.to("cpu").float()), drawn)
 
 
 def test_quantised_files_are_torchaos_and_read_strictly(tiny_folder: Path, tmp_path: Path) -> None:

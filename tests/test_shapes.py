@@ -205,9 +205,7 @@ def test_squares_are_bit_equal_to_the_plain_way(tiny_model, picture):
     settings = Settings.of(tiny_model.config, num_inference_steps=3)
     from unilip import sampling
 
-    assert torch.equal(
-        first, sampling.draw(tiny_model, tiny_model.runtime, tiny_model.processor, ["a", "a dog"], settings, noise)
-    )
+    assert torch.equal(first, sampling.draw(tiny_model, tiny_model.processor, ["a", "a dog"], settings, noise))
     source = picture(56, 56)
     edited = tiny_model.edit(source, "blue", generator=5, **QUICK).images[0]
     for same in ({"image_size": 56}, {"height": 56, "width": 56}, {"max_pixels": 3136}, {"keep_aspect": True}):

@@ -19,7 +19,7 @@ from unilip.checkpoints.read import open_checkpoint
 from unilip.errors import UniLIPError
 from unilip.fast import loop
 from unilip.fast.dit import PreparedCondition
-from unilip.fast.loop import PRESETS, Compiled, Preset, Settings
+from unilip.fast.loop import PRESETS, Compiled, Settings
 from unilip.fast.solver import integrate
 from unilip.method.text import Tokens
 from unilip.model import UniLIP
@@ -257,7 +257,7 @@ def test_an_unknown_preset_lists_the_known_ones(tiny_model: UniLIP) -> None:
 
 def test_guidance_in_the_first_steps_alone(tiny_model: UniLIP, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = draw(tiny_model, num_inference_steps=10)
-    monkeypatch.setitem(PRESETS, "early", Preset(guided=0.4))
+    monkeypatch.setitem(PRESETS, "early", {"guided": 0.4})
     assert evaluations(tiny_model, preset="early", num_inference_steps=10) == 14  # 4 steps of 10 are guided
     assert relative(draw(tiny_model, preset="early", num_inference_steps=10), exact) > 1e-3
     assert Settings(guided=0.4).guided_steps() == [True] * 8 + [False] * 12
@@ -427,8 +427,8 @@ def test_presets_on_the_command_line(tiny_folder: Path, tmp_path: Path, capsys: 
     fast = PRESETS["fast"]
     assert (settings["preset"], settings["num_inference_steps"], settings["solver"]) == (
         "fast",
-        fast.num_inference_steps,
-        fast.solver,
+        fast["num_inference_steps"],
+        fast["solver"],
     )
     assert cli.main(["generate", *common, "--preset", "fast", "--steps", "2"]) == 0
     assert json.loads(capsys.readouterr().out)["settings"]["num_inference_steps"] == 2

@@ -64,13 +64,14 @@ def adapter_names(model: nn.Module) -> list[str]:
     return sorted(beside | {*_read_in(model)})
 
 
-def _offload(model: Any) -> Offload | None:
+def offload_of(model: Any) -> Offload | None:
+    """Return how a model's parts, or those of the model that this is a part of, come and go, if they do."""
     return getattr(getattr(model, "runtime", None), "offload", None)
 
 
 def _read_in(model: nn.Module) -> dict[str, tuple[Adapter, float]]:
     """Return the adapters, with strengths, of a model whose weights take them in as they are read."""
-    return getattr(_offload(model), "adapters", {})
+    return getattr(offload_of(model), "adapters", {})
 
 
 @torch.no_grad()
@@ -256,7 +257,8 @@ def fitting(model: Any, adapter: Adapter, stored: Callable[[str], Tensor] | None
             f"{adapter.path} does not fit the model: {', '.join(strange[:3])}. It was made for {adapter.base} and "
             f"{len(adapter.tensors)} of its layers."
         )
-    read = stored or getattr(_offload(model), "stored", None)
+    loader = getattr(offload_of(model), "loader", None)
+    read = stored if loader is None else loader.checkpoint.tensor
 
     def weight(layer: str) -> Tensor:
         if read is not None:
@@ -287,14 +289,14 @@ def load_adapter(
         raise UniLIPError(f"An adapter {name} is loaded already; give another name, or unload first.")
     scales = {other: adapter_scale(model, other) for other in others}
     check_number(f"The scale of adapter {name}", scale, -LARGEST)
-    offload = _offload(model)
-    if offload is not None and not offload.reads:
+    offload = offload_of(model)
+    if offload is not None and offload.loader is None:
         raise UniLIPError("The weights of this model rest elsewhere; load adapters first, then enable_cpu_offload.")
     adapter = folder if isinstance(folder, Adapter) else fitting(model, read_adapter(folder))
     if offload is not None:
         tied = HEAD in adapter.tensors and model.config.text.tie_embeddings
-        if tied or offload.quantized or _lacks_embedder(model, adapter):
-            why = "has quantised weights" if offload.quantized else f"has no place for {path}"
+        if tied or offload.loader.checkpoint.quantized or _lacks_embedder(model, adapter):
+            why = "has quantised weights" if offload.loader.checkpoint.quantized else f"has no place for {path}"
             raise UniLIPError(
                 f"This model reads its weights each time and {why}; merge the adapter into the plain model first, with "
                 "`unilip convert`, or load it without low_memory."

@@ -66,18 +66,21 @@ def spare_memory() -> int:
     return free
 
 
-def choose_device(name: str = "auto") -> str:
-    """Return a device that is there; "auto": CUDA, Apple's GPU or the CPU. Raises UniLIPError: it is not there."""
+def choose_device(device: Any = "auto") -> str:
+    """Return a device that is there; "auto": CUDA, Apple's GPU or the CPU. Raises UniLIPError: there is none such."""
     import torch
 
+    name = str(device) if isinstance(device, (str, torch.device)) else ""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if gpus else "mps" if mps else "cpu"
     try:
-        torch.device(name)
+        is_known = torch.device(name).type in ("cpu", "cuda", "mps")
     except RuntimeError:
-        raise UniLIPError(f"There is no device {name!r}; allowed: auto, cpu, cuda, cuda:N, mps.") from None
+        is_known = False
+    if not is_known:
+        raise UniLIPError(f"There is no device {device!r}; allowed: auto, cpu, cuda, cuda:N, mps.")
     if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= gpus:
         have = f"has {gpus} CUDA device{'s' if gpus > 1 else ''}, numbered from 0" if gpus else "offers no CUDA device"
         raise UniLIPError(f"device {name}: PyTorch {have} here; use cpu, or auto.")

@@ -7,8 +7,8 @@ Pillow, numpy or torch has them; answers; features (M,N,D) and latents (M,Z,h,w)
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-import itertools
 import logging
 import math
 import os
@@ -24,18 +24,18 @@ from tqdm.std import tqdm
 
 from unilip import adapters, pictures, sampling, shapes
 from unilip.chat import Chat
-from unilip.checkpoints import read, write
-from unilip.checkpoints.hub import Adapted, Source, check_fetching
+from unilip.checkpoints import hub, read, write
 from unilip.errors import ImageError, PromptError, UniLIPError, check_choice, check_flag, check_number
 from unilip.fast.choose import choose
 from unilip.fast.loop import BUCKET, Compiled, Settings
 from unilip.fast.offload import HEAD, Offload, Unmade, empty, give_back
-from unilip.fast.quantise import kinds_of, quantise
+from unilip.fast.quantise import is_quantised, kinds_of, quantise
 from unilip.machine import PERFORMANCES, choose_device
 from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
 from unilip.method.connector import copy_from_llm
+from unilip.method.flow import OnStep
 from unilip.method.model import PARTS, Network, Reader
-from unilip.method.text import Message, Processor, Prompt, Tokens
+from unilip.method.text import Processor, Prompt, Tokens
 from unilip.pictures import Fit, ImageLike, fit_picture, to_pixels, unfit_square
 from unilip.shapes import Size
 
@@ -71,26 +71,66 @@ class ImageOutput:
         return pictures.as_html(self.images)
 
 
-@contextlib.contextmanager
-def _on_the_cpu() -> Iterator[None]:
-    """Make tensors there where no device is named, whatever PyTorch's default is."""
-    with torch.device("cpu"):
-        yield
+@dataclass(frozen=True)
+class Loader:
+    """Where a model's weights are read from, part by part, and what becomes of them."""
+
+    checkpoint: read.Checkpoint
+    decoder: read.Checkpoint | None  # has the pixel decoder in its place
+    dtype: read.DType
+    device: torch.device
+    kinds: Mapping[str, str]  # of quantisation, by part
+    later: Sequence[str]  # what of the language model is not read with it
+
+    def load(self, model: nn.Module, part: str) -> None:
+        """Give a part of a model its weights, quantised, with the adapters that act in them."""
+        kind = self.kinds.get(part.partition(".")[0])
+        holes = 0  # bytes of weights that were quantised since their memory was last given back
+
+        def settle(name: str, layer: nn.Module) -> None:
+            nonlocal holes
+            adapters.take_in(model, name, layer)
+            if kind:
+                holes += sum(p.nbytes for p in layer.parameters())
+                quantise(layer, kind)
+                if holes > HOLES:
+                    holes = give_back()
+
+        source = self.decoder if self.decoder is not None and part == "pixel_decoder" else self.checkpoint
+        leave = self.later if part == "mllm" else ()
+        read.load_into(model, source, dtype=self.dtype, device=self.device, parts=(part,), leave=leave, settle=settle)
+        give_back()
 
 
-class Part:
-    """A part of a `UniLIP`: what moves it, casts it or gives it other weights waits for the model's work."""
+class Held(nn.Module):
+    """A `UniLIP` or a part of one: what moves it, casts it or gives it other weights waits for the model's work."""
 
     runtime: sampling.Runtime
-    _apply = sampling.changes(nn.Module._apply)
-    load_state_dict = sampling.changes(nn.Module.load_state_dict)
+
+    @sampling.changes
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._check_resting("The parts of this model come and go; give device and type when it is loaded.")
+        if is_quantised(self) and any(fn(torch.empty(0, dtype=p.dtype)).dtype != p.dtype for p in self.parameters()):
+            raise UniLIPError("Quantised weights keep their type; cast before quantising, or give dtype when loading.")
+        return super()._apply(fn, recurse)
+
+    @sampling.changes
+    def load_state_dict(self, *values: Any, **named: Any) -> Any:
+        """Take other weights; see `torch.nn.Module`."""
+        self._check_resting("The parts of this model come and go; save these weights and load the folder instead.")
+        return super().load_state_dict(*values, **named)
+
+    def _check_resting(self, otherwise: str) -> None:
+        """Raise an error where parts come and go."""
+        if adapters.offload_of(self) is not None:
+            raise UniLIPError(otherwise)
 
 
-HELD = {name: type(f"Held{kind.__name__}", (Part, kind), {"__module__": __name__}) for name, kind in PARTS.items()}
+HELD = {name: type(f"Held{kind.__name__}", (Held, kind), {"__module__": __name__}) for name, kind in PARTS.items()}
 globals().update({held.__name__: held for held in HELD.values()})  # where pickle looks for them
 
 
-class UniLIP(Network):
+class UniLIP(Held, Network):
     """The model. `parts` names what is built; a tokenizer checkpoint, for instance, has no LLM and no DiT."""
 
     kinds = HELD
@@ -103,12 +143,12 @@ class UniLIP(Network):
         self.runtime = sampling.Runtime()
         children: Any = self.children()
         for part in children:
-            part.runtime = sampling.Runtime(gate=self.runtime.gate)
+            part.runtime = self.runtime
 
     # --- making and keeping ---
 
     @classmethod
-    @_on_the_cpu()
+    @sampling.on_the_cpu()
     @torch.no_grad()
     def from_config(cls, config: UniLIPConfig, seed: int = 0, parts: Sequence[str] = tuple(PARTS)) -> UniLIP:
         """Build a float32 model with random weights that depend on `seed` alone; the connector copies the LLM's end."""
@@ -134,10 +174,10 @@ class UniLIP(Network):
         return model.eval()
 
     @classmethod
-    @_on_the_cpu()
+    @sampling.on_the_cpu()
     def from_pretrained(
         cls,
-        source: Source | read.Checkpoint = None,
+        source: hub.Source | read.Checkpoint = None,
         *,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -173,13 +213,13 @@ class UniLIP(Network):
 
         Raises CheckpointError: missing, truncated, of an unknown kind, or not exactly the weights that the model needs.
         """
-        if not (source is None or isinstance(source, (str, os.PathLike, Adapted, read.Checkpoint))):
+        if not (source is None or isinstance(source, (str, os.PathLike, hub.Adapted, read.Checkpoint))):
             raise UniLIPError(f"source is {source!r}; give a folder, a file or a hub id as text or path.")
-        where = _device("cpu" if device is None else device)
+        where = torch.device(choose_device("cpu" if device is None else device))
         low_memory = None if low_memory is None else check_flag("low_memory", low_memory)
         check_choice("performance", performance, PERFORMANCES)
         kinds = None if quantization is None else kinds_of(quantization)
-        if isinstance(source, read.Checkpoint) and (late := check_fetching(fetching)):
+        if isinstance(source, read.Checkpoint) and (late := hub.check_fetching(fetching)):
             raise UniLIPError(f"{source.path} is opened already; give {', '.join(late)} to open_checkpoint.")
         opened = source if isinstance(source, read.Checkpoint) else read.open_checkpoint(source, **fetching)
         if kinds:
@@ -212,32 +252,14 @@ class UniLIP(Network):
         if drawing and not opened.config.text.tie_embeddings:
             del model.mllm.language_model.lm_head
         later = (f"{HEAD}.weight",) if low_memory or drawing else ()
-
-        holes = 0  # bytes of weights that were quantised since their memory was last given back
-
-        def settle(name: str, layer: nn.Module) -> None:
-            nonlocal holes
-            adapters.take_in(model, name, layer)
-            if kind := (kinds or {}).get(name.partition(".")[0]):
-                holes += sum(p.nbytes for p in layer.parameters())
-                quantise(layer, kind)
-                if holes > HOLES:
-                    holes = give_back()
-
-        def load(model: nn.Module, part: str) -> None:
-            source = other if other is not None and part == "pixel_decoder" else opened
-            leave = later if part == "mllm" else ()
-            read.load_into(model, source, dtype=dtype, device=where, parts=(part,), leave=leave, settle=settle)
-            give_back()
-
+        loader = Loader(opened, other, dtype, where, kinds or {}, later)
         if low_memory:
             empty(model.to(read.parse_dtype(dtype)))  # nothing is there yet: only what it says of itself changes
-            offload = model.runtime.offload = Offload(model, model.parts, where, load)
-            offload.stored, offload.quantized = opened.tensor, bool(opened.weights.quantized)
+            model.runtime.offload = Offload(model, model.parts, where, loader)
             model.enable_tiling()
         else:
             for part in model.parts:
-                load(model, part)
+                loader.load(model, part)
         if performance == "memory":
             model.runtime.products = None
         for adapter, (folder, scale) in zip(beside, opened.adapters, strict=True):
@@ -268,22 +290,6 @@ class UniLIP(Network):
     load_adapter, set_adapters = adapters.load_adapter, adapters.set_adapters
     merge_adapters, unload_adapters = adapters.merge_adapters, adapters.unload_adapters
 
-    @sampling.changes
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._check_resting("The parts of this model come and go; give device and type when it is loaded.")
-        return super()._apply(fn, recurse)
-
-    @sampling.changes
-    def load_state_dict(self, *values: Any, **named: Any) -> Any:
-        """Take other weights; see `torch.nn.Module`."""
-        self._check_resting("The parts of this model come and go; save these weights and load the folder instead.")
-        return super().load_state_dict(*values, **named)
-
-    def _check_resting(self, otherwise: str) -> None:
-        """Raise an error where parts come and go."""
-        if self.runtime.offload is not None:
-            raise UniLIPError(otherwise)
-
     @property
     def device(self) -> torch.device:
         """Where the work is done: where the weights are, or where they are brought to."""
@@ -305,10 +311,15 @@ class UniLIP(Network):
                 "load a whole UniLIP checkpoint."
             )
 
-    def using(self, *parts: str) -> contextlib.AbstractContextManager[None]:
-        """Have parts on the device within the block; for whoever calls `model.encoder` and its like directly."""
+    @contextlib.contextmanager
+    def using(self, *parts: str) -> Iterator[None]:
+        """Have the model for oneself, and parts on the device, within the block; to call `model.encoder` and its like.
+
+        Afterwards they are gone if parts come and go at all.
+        """
         self.require(*(part.partition(".")[0] for part in parts))
-        return self.runtime.using(*parts)
+        with self.runtime.taken(), self.runtime.held(*parts):
+            yield
 
     # --- speed and memory ---
 
@@ -333,7 +344,7 @@ class UniLIP(Network):
         runtime = self.runtime
         if runtime.compiled is not None or runtime.second is not None or runtime.offload is not None:
             raise UniLIPError("A compiled, split or offloaded model cannot be offloaded; choose one of them.")
-        where = _device(device)
+        where = torch.device(choose_device(device))
         runtime.offload = Offload(self.to("cpu"), self.parts, where)
         return self
 
@@ -348,7 +359,7 @@ class UniLIP(Network):
         """Draw the unconditional half by a copy of the diffusion transformer on a second device, kept up to date."""
         self.require("dit")
         self._check_resting("A model whose parts come and go cannot be split over devices; choose one of the two.")
-        self.runtime.second = _device(device)
+        self.runtime.second = torch.device(choose_device(device))
         return self
 
     @sampling.changes
@@ -417,7 +428,7 @@ class UniLIP(Network):
 
     def _latent(self, features: Tensor, rows: int | None = None) -> Tensor:
         """Do what `to_latent` does, and look at the result, for which training does not wait."""
-        with self.runtime.using("latent_head"):
+        with self.using("latent_head"):
             dtype = next(self.latent_head.parameters()).dtype
             return sampling.check_finite(self.to_latent(features, rows), "latent_head", dtype)
 
@@ -427,7 +438,7 @@ class UniLIP(Network):
         if decode is not None or torch.is_grad_enabled():
             return super().from_latent(latent, decode)
         with self.using("pixel_decoder"):
-            return super().from_latent(latent, lambda scaled: sampling.decode(self, self.runtime, scaled))
+            return super().from_latent(latent, functools.partial(sampling.decode, self))
 
     def condition(
         self, tokens: Tokens, features: Tensor | None = None, read: Reader | None = None
@@ -504,7 +515,6 @@ class UniLIP(Network):
         side, processor = self.config.image_size, self._processor()
         size = shapes.targets([(side, side)], side, height=height, width=width, image_size=image_size)[0]
         negatives, on_step = _negatives(negative_prompt, len(prompts), settings), self._step(callback_on_step_end)
-        latents = _noise(latents)
         if plan is True and not hasattr(self.mllm.language_model, "lm_head"):
             raise UniLIPError("plan is True, but the model was loaded for drawing, without its head; load all parts.")
         best_of = check_number("best_of", best_of, 1, MOST_TRIES, whole=True)
@@ -519,12 +529,11 @@ class UniLIP(Network):
         noise = torch.stack(self._noises([size] * (len(prompts) * copies * best_of), generator, latents))
         plans: tuple[str, ...] = ()
         if plan is True or (plan == "auto" and self.config.sampling.plan and size[0] == size[1]):
-            plans = tuple(sampling.write_out(self, self.runtime, processor, prompts))
+            plans = tuple(sampling.write_out(self, processor, prompts))
             if plan == "auto":
                 plans = tuple(new if sampling.keeps(new, old) else old for new, old in zip(plans, prompts, strict=True))
         latents = sampling.draw(
-            self, self.runtime, processor, plans or prompts, settings, noise, negatives=negatives, on_step=on_step,
-            progress=progress,
+            self, processor, plans or prompts, settings, noise, negatives=negatives, on_step=on_step, progress=progress,
         )  # fmt: skip
         if best_of > 1:
             latents = self._best(latents, processor, [text for text in prompts for _ in range(copies)], best_of)
@@ -537,7 +546,7 @@ class UniLIP(Network):
             pixels = nn.functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
         features = self.features(pictures.normalise(pixels))
         asked = [prompt for prompt in prompts for _ in range(count)]
-        liked = sampling.liking(self, self.runtime, processor, asked, features).view(-1, count)
+        liked = sampling.liking(self, processor, asked, features).view(-1, count)
         chosen = liked.argmax(1) + count * torch.arange(len(prompts), device=liked.device)
         return latents[chosen.to(latents.device)]
 
@@ -592,7 +601,7 @@ class UniLIP(Network):
         copies = check_number("num_images_per_prompt", num_images_per_prompt, 1, MOST_IMAGES, whole=True)
         generator, progress = sampling.check_generator(generator), check_progress(progress)
         self._check_output(output_type, "encoder", "mllm", "connector", "dit", keep_aspect=keep_aspect)
-        processor, on_step, latents = self._processor(), self._step(callback_on_step_end), _noise(latents)
+        processor, on_step = self._processor(), self._step(callback_on_step_end)
         sources, sizes = self._sources(image, fit, height, width, image_size, max_pixels)
         if not sources or not prompts:
             return ImageOutput([])
@@ -625,7 +634,7 @@ class UniLIP(Network):
             else:
                 features = self._features([sources[i] for i in used], [size] * len(used), fit)
             latents = sampling.draw(
-                self, self.runtime, processor, [prompts[i] for i in own], settings,
+                self, processor, [prompts[i] for i in own], settings,
                 torch.stack([noises[place] for place in places]),
                 features=features, cells=cells if joint else None,
                 source_of=[used.index(source_of[i]) for i in own], negatives=[negatives[i] for i in own],
@@ -633,11 +642,8 @@ class UniLIP(Network):
             )  # fmt: skip
             return self._output(latents, output_type)
 
-        images = _by_shape(wanted, draw)
-        if keep_aspect:
-            found = [sources[source].size for source in source_of for _ in range(copies)]
-            images = [unfit_square(picture, size, fit) for picture, size in zip(images, found, strict=True)]
-        return ImageOutput(images)
+        originals = [sources[source].size for source in source_of for _ in range(copies)]
+        return ImageOutput(_by_shape(wanted, draw, originals if keep_aspect else (), fit))
 
     @sampling.works
     @torch.no_grad()
@@ -668,10 +674,7 @@ class UniLIP(Network):
             features = self._features([sources[i] for i in places], [size] * len(places), fit)
             return self._output(self._latent(features, size[1] // TOKEN_PIXELS), output_type)
 
-        images = _by_shape(sizes, draw)
-        if keep_aspect:
-            images = [unfit_square(picture, source.size, fit) for picture, source in zip(images, sources, strict=True)]
-        return ImageOutput(images)
+        return ImageOutput(_by_shape(sizes, draw, [source.size for source in sources] if keep_aspect else (), fit))
 
     @sampling.works
     @torch.no_grad()
@@ -724,22 +727,16 @@ class UniLIP(Network):
         if not questions:
             return []
 
-        squares: list[Image.Image] = []
-
-        def cut(images: Any) -> tuple[int, ...]:
-            given = [] if images is None else _pictures(images)
-            tiles = [pictures.tile(picture, processor.image_size, max_tiles) for picture in given]
-            squares.extend(itertools.chain.from_iterable(tiles))
-            return tuple(map(len, tiles))
-
         texts: list[Prompt] = []
+        squares: list[Image.Image] = []
         for text, images in zip(questions, subjects, strict=True):
-            turns = [_turn(turn, cut) for turn in history]
-            turns.append(Message("user", sampling.check_prompt(text, "question"), cut(images)))
-            texts.append(processor.chat_text(turns))
+            turns = [*map(_turn, history), ("user", text, "question", images)]
+            asked, seen = sampling.conversation(processor, turns, max_tiles)
+            texts.append(asked)
+            squares += seen
         processor.tokenize(texts)  # complains before anything is computed
         columns = sampling.answer(
-            self, self.runtime, processor, texts, self.features(to_pixels(squares)) if squares else None,
+            self, processor, texts, self.features(to_pixels(squares)) if squares else None,
             max_new_tokens=most, temperature=temperature, top_p=top_p, generator=chosen,
         )  # fmt: skip
         answers = [sampling.TextStream(processor, most) for _ in texts]
@@ -803,11 +800,14 @@ class UniLIP(Network):
         wanted = [(channels, size[1] // TOKEN_PIXELS, size[0] // TOKEN_PIXELS) for size in sizes]
         if given is None:
             return sampling.draw_noises(wanted, generator)
+        if not (isinstance(given, Tensor) and given.is_floating_point() and given.isfinite().all()):
+            numbers = "a tensor of floating-point numbers, none infinite or NaN"
+            raise UniLIPError(f"latents is {_shape(given)}; give {numbers}.")
         if tuple(given.shape) != (expected := (len(wanted), *wanted[0])):
             raise UniLIPError(f"latents are {list(given.shape)}; noise for these pictures is {list(expected)}.")
         return list(given.float())
 
-    def _step(self, callback: StepCallback | None) -> sampling.OnStep | None:
+    def _step(self, callback: StepCallback | None) -> OnStep | None:
         if callback is None:
             return None
         if not callable(callback):
@@ -861,18 +861,6 @@ def _names(parts: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _device(device: torch.device | str) -> torch.device:
-    try:
-        chosen = choose_device(str(device) if isinstance(device, torch.device) else device)
-        if torch.device(chosen).type not in ("cpu", "cuda", "mps"):
-            raise ValueError(device)
-        return device if isinstance(device, torch.device) else torch.device(chosen)
-    except UniLIPError:
-        raise
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise UniLIPError(f"There is no device {device!r}; allowed: auto, cpu, cuda, cuda:N, mps.") from error
-
-
 def _as_list(value: Any) -> list[Any]:
     """Take one or several as a list: a list or tuple is several, anything else is one."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
@@ -890,13 +878,17 @@ def _check_alike(sizes: Sequence[Size]) -> None:
         raise ImageError(f"One tensor cannot hold pictures of {named} px; give height and width, or a picture a call.")
 
 
-def _by_shape(sizes: Sequence[Size], draw: Callable[[Size, list[int]], Any]) -> Any:
-    """Draw pictures of one size after the other, and put them in order; of one size alone, as they are."""
+def _by_shape(
+    sizes: Sequence[Size], draw: Callable[[Size, list[int]], Any], originals: Sequence[Size], fit: Fit
+) -> Any:
+    """Draw pictures of one size after the other, and put them in order; of one size alone, as they are.
+
+    Where there are ORIGINALS, each gets back the shape that it had before it was made to FIT.
+    """
     made = {size: draw(size, places) for size, places in shapes.grouped(sizes).items()}
-    if len(made) == 1:
-        return made[sizes[0]]
     left = {size: iter(images) for size, images in made.items()}
-    return [next(left[size]) for size in sizes]
+    images = made[sizes[0]] if len(made) == 1 else [next(left[size]) for size in sizes]
+    return [unfit_square(one, size, fit) for one, size in zip(images, originals, strict=True)] if originals else images
 
 
 def _shape(values: Any) -> str:
@@ -912,13 +904,6 @@ def _negatives(given: Any, count: int, settings: Settings) -> list[str | None]:
     return [sampling.check_negative(prompt, settings) for prompt in several]
 
 
-def _noise(latents: Any) -> Tensor | None:
-    """Take noise to begin with: a tensor of numbers, or none."""
-    if latents is None or (isinstance(latents, Tensor) and latents.is_floating_point() and latents.isfinite().all()):
-        return latents
-    raise UniLIPError(f"latents is {_shape(latents)}; give a tensor of floating-point numbers, none infinite or NaN.")
-
-
 def check_progress(value: Any) -> sampling.Progress:
     """Take whether to show a bar, or tqdm's arguments for it."""
     if not isinstance(value, Mapping):
@@ -929,8 +914,8 @@ def check_progress(value: Any) -> sampling.Progress:
     return value
 
 
-def _turn(turn: Any, cut: Callable[[Any], tuple[int, ...]]) -> Message:
-    """Read an earlier turn of a conversation; `cut` takes its pictures and counts the squares of each."""
+def _turn(turn: Any) -> sampling.Turn:
+    """Read an earlier turn of a conversation."""
     if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
         raise PromptError('A turn of the history must be {"role": ..., "content": text}, with "images" if it has any.')
-    return Message(turn["role"], sampling.check_prompt(turn["content"], "message"), cut(turn.get("images")))
+    return turn["role"], turn["content"], "message", turn.get("images")

@@ -1,7 +1,7 @@
 """A request becomes a batch, and a batch a result: the one place for the model, the server, commands and evaluation.
 
-In:  a network and its `Runtime`, checked prompts, features of pictures, settings. Out: features, latents, pixels in
-[0,1], answers token by token. Parts bring themselves to the device.
+In:  a model, checked prompts, features of pictures, settings. Out: features, latents, pixels in [0,1], answers token by
+token. Parts bring themselves to the device.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import functools
 import os
 import re
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.std import tqdm
 
@@ -27,11 +28,16 @@ from unilip.fast.loop import Compiled, Settings
 from unilip.fast.offload import HEAD, Offload
 from unilip.fast.products import Products
 from unilip.method.dit import DiT
-from unilip.method.model import Network
+from unilip.method.flow import OnStep
 from unilip.method.text import IMG_CONTEXT, TEXT_END, TURN_END, TURN_START, Message, Processor, Prompt
+from unilip.pictures import each, load_image, tile
+
+if TYPE_CHECKING:
+    from unilip.model import UniLIP
 
 Generators = torch.Generator | int | Sequence[torch.Generator | int] | None
 Random = torch.Generator | Sequence[torch.Generator] | None  # as `check_generator` makes them
+Turn = tuple[str, Any, str, Any]  # who speaks, the words, what errors call them, pictures: none, one or several
 Progress = bool | Mapping[str, Any]  # whether to show a bar, or how: arguments of tqdm
 MAX_PROMPT_CHARACTERS = 8_000
 REWRITE = "Write this out as one description of a picture, with each thing, its colour and its place. Only that: "
@@ -52,7 +58,6 @@ NOT_TAUGHT = "this model has not learned from edits of several pictures: what it
 FORBIDDEN = (TURN_START, TURN_END, TEXT_END, IMG_CONTEXT)  # control tokens, which nobody means as words
 SEEN = "Do you see {}?"  # what the best of several pictures is chosen by
 
-OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -60,18 +65,55 @@ class Stopped(Exception):
     """Leaves out the steps to come: a callback's raises it with what it returns, and it goes on with the latents."""
 
 
-class Gate:
-    """The lock of a model: one thread at a time works with it, or changes it; the others wait.
+@contextlib.contextmanager
+def on_the_cpu() -> Iterator[None]:
+    """Make tensors there where no device is named, whatever PyTorch's default is."""
+    is_usual = torch.get_default_device().type == "cpu"  # else every operation would take a little longer
+    with contextlib.nullcontext() if is_usual else torch.device("cpu"):
+        yield
 
-    A change from within its own thread's work, as in a callback, is refused. `changes` counts them, so that an answer
-    taken word by word is not finished by another model.
+
+def works(function: F, *parts: str, change: bool = False) -> F:
+    """Let a method, or a function of a model, have that for itself to its last computation, PARTS on the device."""
+
+    @functools.wraps(function)
+    def alone(model: Any, *values: Any, **named: Any) -> Any:
+        runtime = getattr(model, "runtime", None)
+        if runtime is None:  # a network that nobody else can be using
+            return function(model, *values, **named)
+        with runtime.taken(change), on_the_cpu(), model.using(*parts) if parts else contextlib.nullcontext():
+            if change:
+                runtime.forget()
+            return function(model, *values, **named)
+
+    return cast(F, alone)
+
+
+changes = functools.partial(works, change=True)  # of what changes its model; nothing recorded before is used again
+
+
+@dataclass
+class Runtime:
+    """How a model is run: what comes and goes, what is compiled, a second device for half of the guidance, strips.
+
+    And its lock: one thread at a time works with the model, or changes it; the others wait. A change from within its
+    own thread's work, as in a callback, is refused. `changes` counts them, so that an answer taken word by word is not
+    finished by another model.
     """
 
-    def __init__(self) -> None:
-        self._lock, self._works, self.changes = threading.RLock(), 0, 0
+    offload: Offload | None = None
+    compiled: Compiled | None = None
+    second: torch.device | None = None
+    strips: int = 1
+    products: Products | None = field(default_factory=Products)
+    changes: int = 0
+    _works: int = 0
+    _twin: DiT | None = None
+    _lock: Any = field(default_factory=threading.RLock)
 
-    def __reduce__(self) -> tuple[type[Gate], tuple[()]]:
-        return Gate, ()  # a copy of a model has a lock of its own
+    def __reduce__(self) -> tuple[Any, ...]:
+        kept = None if self.products is None else Products()
+        return Runtime, (self.offload, None, self.second, self.strips, kept)  # of a copy: the rest knows this model
 
     @contextlib.contextmanager
     def taken(self, change: bool = False) -> Iterator[None]:
@@ -86,54 +128,12 @@ class Gate:
             finally:
                 self._works -= not change
 
-
-def works(function: F, *parts: str, change: bool = False) -> F:
-    """Let a method, or a function of a model, have that for itself to its last computation, PARTS on the device."""
-
-    @functools.wraps(function)
-    def alone(model: Any, *values: Any, **named: Any) -> Any:
-        runtime = getattr(model, "runtime", None)
-        if runtime is None:  # a network that nobody else can be using
-            return function(model, *values, **named)
-        with runtime.gate.taken(change), model.using(*parts) if parts else contextlib.nullcontext():
-            if change:
-                runtime.forget()
-            return function(model, *values, **named)
-
-    return cast(F, alone)
-
-
-changes = functools.partial(works, change=True)  # of what changes its model; nothing recorded before is used again
-
-
-@dataclass
-class Runtime:
-    """How a network is run: what comes and goes, what is compiled, a second device for half of the guidance, strips."""
-
-    offload: Offload | None = None
-    compiled: Compiled | None = None
-    second: torch.device | None = None
-    strips: int = 1
-    products: Products | None = field(default_factory=Products)
-    gate: Gate = field(default_factory=Gate)
-    _twin: DiT | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept = None if self.products is None else Products()
-        return self.__dict__ | {"compiled": None, "_twin": None, "products": kept}  # of a copy: these know this network
-
-    @contextlib.contextmanager
-    def using(self, *parts: str) -> Iterator[None]:
-        """Have the model for oneself, and these parts on the device; gone afterwards if parts come and go at all."""
-        with self.gate.taken(), self.held(*parts):
-            yield
-
     def held(self, *parts: str) -> contextlib.AbstractContextManager[None]:
-        """Have parts on the device without keeping the model; to be entered and left within `gate.taken()`."""
+        """Have parts on the device without keeping the model; to be entered and left within `taken()`."""
         return contextlib.nullcontext() if self.offload is None else self.offload.using(*parts)
 
     def forget(self) -> None:
-        """Drop what was recorded and copied of the network; for whoever changes it."""
+        """Drop what was recorded and copied of the model; for whoever changes it."""
         self._twin = None
         for kept in (self.compiled, self.products):
             if kept is not None:
@@ -210,6 +210,18 @@ def check_plan(value: Any) -> bool | str:
     raise UniLIPError(f"plan is {value!r}; it must be True, False or 'auto'.")
 
 
+def conversation(processor: Processor, turns: Iterable[Turn], max_tiles: int) -> tuple[Prompt, list[Image.Image]]:
+    """Return what is read of a conversation: its prompt, and the squares that its pictures are cut into."""
+    messages: list[Message] = []
+    squares: list[Image.Image] = []
+    for role, words, what, images in turns:
+        text, given = check_prompt(words, what), [] if images is None else each(images)
+        tiles = [tile(load_image(image), processor.image_size, max_tiles) for image in given]
+        messages.append(Message(role, text, tuple(map(len, tiles))))
+        squares += [square for picture in tiles for square in picture]
+    return processor.chat_text(messages), squares
+
+
 def check_generator(generator: Any) -> torch.Generator | list[torch.Generator] | None:
     """Take generators, or whole numbers as seeds of them; one, or a list with one for each picture."""
     if generator is None or isinstance(generator, torch.Generator):
@@ -254,30 +266,29 @@ def not_finite(part: str, dtype: torch.dtype, where: str = "") -> UniLIPError:
     )
 
 
-def take(network: Network, answers: Sequence[TextStream], ids: Sequence[int]) -> list[str]:
+def take(model: UniLIP, answers: Sequence[TextStream], ids: Sequence[int]) -> list[str]:
     """Add the next id to each answer; return the text that became final by it. Raises UniLIPError: -1, no number."""
     if broken := [str(row) for row, token in enumerate(ids, 1) if token < 0]:
         where = f" for answer {', '.join(broken)} of {len(ids)}" if len(ids) > 1 else ""
-        raise not_finite("mllm", next(network.mllm.parameters()).dtype, where)
+        raise not_finite("mllm", next(model.mllm.parameters()).dtype, where)
     return [answer.take(token) for answer, token in zip(answers, ids, strict=True)]
 
 
-def decode(network: Network, runtime: Runtime, latent: Tensor) -> Tensor:
+def decode(model: UniLIP, latent: Tensor) -> Tensor:
     """Decode latents (M,Z,h,w) in the decoder's own scale: -> (M,3,H,W), about in [-1,1]."""
+    runtime = model.runtime
     if runtime.compiled is not None and runtime.strips == 1:
         return check_finite(runtime.compiled.decode(latent), "pixel_decoder")
-    return check_finite(decoder.decode(network.pixel_decoder.decoder, latent, runtime.strips), "pixel_decoder")
+    return check_finite(decoder.decode(model.pixel_decoder.decoder, latent, runtime.strips), "pixel_decoder")
 
 
-def liking(
-    network: Network, runtime: Runtime, processor: Processor, prompts: Sequence[str], features: Tensor
-) -> Tensor:
+def liking(model: UniLIP, processor: Processor, prompts: Sequence[str], features: Tensor) -> Tensor:
     """How much likelier is yes than no, in log-probability (M,), asked whether pictures (M,N,D) show prompts (M)."""
     questions = [SEEN.format(prompt.rstrip(" .!?")) for prompt in prompts]
     tokens = processor.tokenize([processor.chat_text([Message("user", text, (1,))]) for text in questions])
     tokens = tokens.to(features.device)
-    with runtime.using("mllm", HEAD):
-        mllm = network.mllm
+    with model.using("mllm", HEAD):
+        mllm = model.mllm
         hidden = mllm(mllm.embed(tokens.input_ids, tokens.image_slots, features), tokens.attention_mask)[:, -1]
         logits = check_finite(mllm.logits(hidden), "mllm", hidden.dtype)
     yes, no = ([processor.ids(word)[0] for word in words] for words in (("yes", "Yes"), ("no", "No")))
@@ -285,8 +296,7 @@ def liking(
 
 
 def draw(
-    network: Network,
-    runtime: Runtime,
+    model: UniLIP,
     processor: Processor,
     prompts: Sequence[str],
     settings: Settings,
@@ -305,7 +315,7 @@ def draw(
     is several. source_of: which source each prompt edits. negatives: what guidance moves each away from (None: the
     unconditional prompt). on_step: f(step, timestep, latents) after each step; may return latents in their place.
     """
-    device = next(network.parameters()).device if runtime.offload is None else runtime.offload.device
+    device, runtime = model.device, model.runtime
     index = torch.arange(len(prompts)).repeat_interleave(len(noise) // len(prompts))
     write: Callable[[str | None], Prompt] = processor.generate_text
     if features is not None:
@@ -320,11 +330,11 @@ def draw(
     if features is not None:
         features = features.to(device)[torch.tensor([source for source, _ in asked], device=device)]
     tokens = processor.tokenize([write(text) for _, text in asked]).to(device)
-    with runtime.using("mllm", "connector"):
-        condition, mask = network.condition(tokens, features)
+    with model.using("mllm", "connector"):
+        condition, mask = model.condition(tokens, features)
         check_finite(condition, "mllm or connector")
-    with runtime.using("dit"):
-        prepared = prepare(network.dit.transformer, condition, mask)[rows.to(device)]
+    with model.using("dit"):
+        prepared = prepare(model.dit.transformer, condition, mask)[rows.to(device)]
         # a bar alone does not keep the loop from being recorded as one graph
         shown = progress is not False
         watched = on_step is not None or (shown and runtime.compiled is None)
@@ -339,8 +349,8 @@ def draw(
 
             try:
                 latents = loop.denoise(
-                    network.dit, prepared, noise.to(device), settings, compiled=runtime.compiled,
-                    twin=runtime.twin(network.dit), on_step=after if watched else None,
+                    model.dit, prepared, noise.to(device), settings, compiled=runtime.compiled,
+                    twin=runtime.twin(model.dit), on_step=after if watched else None,
                     products=None if runtime.offload is not None else runtime.products,
                 )  # fmt: skip
             except Stopped as stopped:
@@ -349,8 +359,7 @@ def draw(
 
 
 def answer(
-    network: Network,
-    runtime: Runtime,
+    model: UniLIP,
     processor: Processor,
     prompts: Sequence[str | Prompt],
     features: Tensor | None,
@@ -366,44 +375,44 @@ def answer(
     `adjust` may change logits (B,V) before an id is chosen. Between two ids others may use the model. Raises
     UniLIPError: it was changed since the call.
     """
-    device = next(network.parameters()).device if runtime.offload is None else runtime.offload.device
-    tokens, state = processor.tokenize(prompts).to(device), runtime.gate.changes
+    runtime = model.runtime
+    tokens, state = processor.tokenize(prompts).to(model.device), runtime.changes
 
     def rows() -> Generator[list[int], None, None]:
         held = contextlib.ExitStack()
         try:
-            with runtime.gate.taken(), torch.no_grad():
+            with runtime.taken(), torch.no_grad():
                 held.enter_context(runtime.held("mllm", HEAD))
-                embeddings = network.mllm.embed(tokens.input_ids, tokens.image_slots, features)
-            columns = network.mllm.answer(
+                embeddings = model.mllm.embed(tokens.input_ids, tokens.image_slots, features)
+            columns = model.mllm.answer(
                 embeddings, tokens.attention_mask, end_id=processor.end_id, max_new_tokens=max_new_tokens,
                 temperature=temperature, top_p=top_p, generator=generator, adjust=adjust,
             )  # fmt: skip
             while True:
-                with runtime.gate.taken():
-                    if runtime.gate.changes != state:
+                with runtime.taken():
+                    if runtime.changes != state:
                         raise UniLIPError("The model was changed while it gave this answer; ask again.")
                     column = next(columns, None)
                 if column is None:
                     return
                 yield column.tolist()
         finally:
-            with runtime.gate.taken():
+            with runtime.taken():
                 held.close()
 
     return rows()
 
 
-def write_out(network: Network, runtime: Runtime, processor: Processor, prompts: Sequence[str]) -> list[str]:
+def write_out(model: UniLIP, processor: Processor, prompts: Sequence[str]) -> list[str]:
     """Let the language model write prompts out, greedily; one that comes to nothing stays what it was.
 
     A model that was trained for it decodes under lexical constraints, where a prompt says no place by itself: all words
     of the prompt in their order, and besides them places alone.
     """
-    asked = network.config.sampling.plan or REWRITE
+    asked = model.config.sampling.plan or REWRITE
     texts = [processor.chat_text([Message("user", asked + prompt)]) for prompt in prompts]
     answers = [TextStream(processor, PLAN_TOKENS) for _ in texts]
-    held = [network.config.sampling.plan and SAID.isdisjoint(words_in(one.lower())) for one in prompts]
+    held = [model.config.sampling.plan and SAID.isdisjoint(words_in(one.lower())) for one in prompts]
 
     def constrained(logits: Tensor) -> Tensor:
         for row, written, prompt, is_held in zip(logits, answers, prompts, held, strict=True):
@@ -413,8 +422,8 @@ def write_out(network: Network, runtime: Runtime, processor: Processor, prompts:
                 row[next(fitting, processor.end_id)] = torch.finfo(row.dtype).max
         return logits
 
-    for column in answer(network, runtime, processor, texts, None, max_new_tokens=PLAN_TOKENS, adjust=constrained):
-        take(network, answers, column)
+    for column in answer(model, processor, texts, None, max_new_tokens=PLAN_TOKENS, adjust=constrained):
+        take(model, answers, column)
     plans = []
     for written, prompt in zip(answers, prompts, strict=True):
         try:

@@ -33,6 +33,7 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
+DAMAGES = (SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ class SafeFile:
         """Read one of several equal pieces of a tensor, along its first dimension."""
         begin, end = self._places[name]
         shape, size = self.shapes[name], (end - begin) // parts
-        data = torch.empty(size, dtype=torch.uint8)
+        data = torch.empty(size, dtype=torch.uint8, device="cpu")
         with self.path.open("rb") as file:
             _require_same(file, self._stamp, self.path)
             file.seek(begin + part * size)
@@ -91,9 +92,6 @@ class TorchFile:
         except pickle.UnpicklingError as error:
             why = f"{path} holds more than tensors, and loading it could run code; it was refused"
             raise CheckpointError(f"{why}. Save its tensors alone.") from error
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            why = f"{path} is truncated or damaged ({reason(error, 300)})"
-            raise CheckpointError(f"{why}; fetch or save it again.") from error
         for wrapper in ("state_dict", "model"):
             if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
                 state = state[wrapper]
@@ -133,8 +131,9 @@ class Weights:
                 opened = SafeFile(path) if path.suffix == ".safetensors" else TorchFile(path)
             except CheckpointError:  # says it itself
                 raise
-            except (SafetensorError, OSError, ValueError) as error:
-                raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch or save it again.") from error
+            except DAMAGES as error:
+                why = f"{path} is truncated or damaged ({reason(error, 300)})"
+                raise CheckpointError(f"{why}; fetch or save it again.") from error
             self.metadata |= opened.metadata
             self.shapes |= opened.shapes
             self._where |= dict.fromkeys(opened.shapes, opened)
@@ -271,6 +270,9 @@ class Checkpoint:
         self.absent = tuple(name for name in tables.KINDS[kind].absent if name in expected and name not in shapes)
         tables.check_shapes(shapes, expected, str(path), self.absent)
         self.tokenizer_path = folder if _has_tokenizer(folder) else None
+
+    def __deepcopy__(self, memo: Any) -> "Checkpoint":
+        return self  # a copy of a model reads the same files
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:

@@ -17,7 +17,6 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]  # by name of a tensor
 Rule = tuple[str, tuple[str, ...], str]  # templates of their name and of ours; none of ours: dropped, for a reason
 
-PARTS = ("encoder", "latent_head", "pixel_decoder", "mllm", "connector", "dit")
 QUERIES = "mllm.queries"
 # 1x1 convolutions that are linear layers in our transformer: others store (O,I,1,1), we (O,I)
 POINTWISE = re.compile(r"dit\.transformer\.transformer_blocks\.\d+\.ff\.conv_(inverted|point)\.weight")

@@ -23,12 +23,13 @@ from unilip.checkpoints import read
 from unilip.checkpoints.foreign import authors_configs, diffusers_files, internvl_files
 from unilip.checkpoints.hub import BESIDE, CARD, INDEX, Source, local, model_card, previous_of, push_to_hub, read_json
 from unilip.checkpoints.infer import expected_shapes
-from unilip.checkpoints.tables import HEAD, PARTS, POINTWISE, QUERIES, Shape, check_shapes, unmap_names
+from unilip.checkpoints.tables import HEAD, POINTWISE, QUERIES, Shape, check_shapes, unmap_names
 from unilip.checkpoints.tokenizer import TOKENIZER_FILES
 from unilip.errors import CheckpointError, check_choice, reason
 from unilip.fast.quantise import flatten
 from unilip.files import remove, replacing
 from unilip.method.config import FORMAT, UniLIPConfig
+from unilip.method.model import PARTS
 
 Files = Mapping[str, Mapping[str, Any] | str]  # content by name
 Item = tuple[str, Shape, torch.dtype, Callable[[], Tensor]]  # name, shape, stored type, how to get it
@@ -222,7 +223,7 @@ def convert(
             metadata["created"] = ",".join(opened.absent)
         files = _own_files(opened.config, items, opened.tokenizer, dtype, to)
     elif to == "authors":
-        _require(opened, PARTS, "the authors' format holds whole models only")
+        _require(opened, tuple(PARTS), "the authors' format holds whole models only")
         files = authors_configs(opened.config, opened.image_token_id)
         items = _renamed(opened, "authors", opened.names)
     else:

@@ -1,4 +1,4 @@
-"""CPU offload: parts of a model are on the device only while they work; else in memory, or read again by `load`."""
+"""CPU offload: parts of a model are on the device only while they work; else in memory, or in their file."""
 
 import contextlib
 import ctypes
@@ -11,22 +11,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 HEAD = "mllm.language_model.lm_head"  # a part inside a part: only answers need it
-Load = Callable[[nn.Module, str], None]  # reads a part of a model
 
 
 class Offload:
     """Brings parts of a model to a device: from the first `using` that names one to the end of the last such block."""
 
-    def __init__(self, model: nn.Module, parts: Sequence[str], device: torch.device, load: Load | None = None) -> None:
+    def __init__(self, model: nn.Module, parts: Sequence[str], device: torch.device, loader: Any = None) -> None:
         self.device = device
-        self.quantized = False  # whether the checkpoint's own weights are
+        self.loader = loader  # where weights are read from each time, if they are: `unilip.model.Loader`
         self.adapters: dict[str, tuple[Any, float]] = {}  # with strengths: added to weights whenever these are read
-        self.stored: Callable[[str], Tensor] | None = None  # a tensor of the checkpoint, by name
         self._held: Counter[str] = Counter()
         self._model = [model]  # in a list: a module that knew its owner would be a part of itself
-        self._load = load
-        self.reads = load is not None  # weights from the checkpoint, each time
-        self._home = {part: list(own_tensors(model.get_submodule(part))) for part in (() if self.reads else parts)}
+        self._home = {part: list(own_tensors(model.get_submodule(part))) for part in parts if loader is None}
 
     @contextlib.contextmanager
     def using(self, *parts: str) -> Iterator[None]:
@@ -41,15 +37,15 @@ class Offload:
         self._held[part] += 1
         try:
             if self._held[part] == 1:
-                if self._load is not None:
-                    self._load(self._model[0], part)
+                if self.loader is not None:
+                    self.loader.load(self._model[0], part)
                 replace(self._home.get(part, ()), lambda tensor: tensor.to(self.device, non_blocking=True))
             yield
         finally:
             self._held[part] -= 1
             if not self._held[part]:
                 del self._held[part]
-                if self._load is not None:
+                if self.loader is not None:
                     empty(self._model[0].get_submodule(part))
                     give_back()
                 for module, name, tensor in self._home.get(part, ()):

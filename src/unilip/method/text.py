@@ -14,6 +14,7 @@ from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from unilip.errors import CheckpointError, PromptError, check_choice
 from unilip.method.config import UniLIPConfig
@@ -136,12 +137,9 @@ class Processor:
         length = max((len(row) for row in rows), default=0)
         if length > self.max_tokens:
             raise PromptError(f"The prompt has {length} tokens; the model reads at most {self.max_tokens}. Shorten it.")
-        ids = torch.full((len(rows), length), self.pad_id, dtype=torch.long)
-        mask = torch.zeros(len(rows), length, dtype=torch.long)
-        for i, row in enumerate(rows):
-            place = slice(length - len(row), length) if padding_side == "left" else slice(0, len(row))
-            ids[i, place] = torch.tensor(row, dtype=torch.long)
-            mask[i, place] = 1
+        read = [torch.tensor(row, dtype=torch.long) for row in rows]
+        ids = pad_sequence(read, True, self.pad_id, padding_side)
+        mask = pad_sequence([torch.ones_like(row) for row in read], True, 0, padding_side)
         return Tokens(ids, mask, (ids == self.image_id) & mask.bool())
 
     def decode(self, ids: Tensor | Sequence[Sequence[int]]) -> list[str]:

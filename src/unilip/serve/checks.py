@@ -17,8 +17,8 @@ from unilip.errors import PromptError, UniLIPError, check_choice, check_number
 from unilip.fast.loop import Settings
 from unilip.fewstep import few_config
 from unilip.method.config import TOKEN_PIXELS, UniLIPConfig
-from unilip.method.text import Message, Processor, Prompt
-from unilip.pictures import fit_picture, load_image, tile
+from unilip.method.text import Processor, Prompt
+from unilip.pictures import fit_picture, load_image
 from unilip.serve.jobs import MAX_SEED, Ask, Edit, Generate, Job, Reconstruct
 from unilip.serve.tickets import Ticket, Unit
 from unilip.shapes import Size
@@ -167,7 +167,7 @@ class Checker:
         return [Unit(ticket, key, i, seed + i, read, seen, text) for i in range(job.count)]
 
     def _answer(self, ticket: Ticket, job: Ask, seed: int) -> list[Unit]:
-        limits, processor, squares = self.limits, self._processor, list[Image.Image]()
+        limits, processor = self.limits, self._processor
         assert processor is not None
         check_number("max_new_tokens", job.max_new_tokens, 1, limits.new_tokens, whole=True)
         check_number("max_tiles", job.max_tiles, 1, limits.tiles, whole=True)
@@ -178,15 +178,9 @@ class Checker:
         if pictures > limits.images:
             raise UniLIPError(f"The conversation has {pictures} pictures; at most {limits.images} are read.")
 
-        def cut(images: Sequence[Image.Image]) -> tuple[int, ...]:
-            tiles = [tile(load_image(image), processor.image_size, job.max_tiles) for image in images]
-            squares.extend(square for picture in tiles for square in picture)
-            return tuple(len(picture) for picture in tiles)
-
         said = [(turn.role, turn.text, "message", turn.images) for turn in job.history]
         said.append(("user", job.question, "question", job.images))
-        turns = [Message(role, sampling.check_prompt(words, what), cut(images)) for role, words, what, images in said]
-        text = processor.chat_text(turns)
+        text, squares = sampling.conversation(processor, said, job.max_tiles)
         ticket.prompt_tokens = length = self._count_tokens(text)
         room = self.config.text.max_positions - length
         if job.lower and 0 < room < job.max_new_tokens:

@@ -345,7 +345,7 @@ class Engine(Serving):
         squares = [square for unit in batch for square in unit.squares]
         features = model.features(to_pixels(squares)) if squares else None
         columns = answer(
-            model, model.runtime, processor, [unit.text for unit in batch], features,
+            model, processor, [unit.text for unit in batch], features,
             max_new_tokens=max(job.max_new_tokens for job in jobs), temperature=jobs[0].temperature,
             top_p=jobs[0].top_p, generator=torch.Generator().manual_seed(batch[0].seed),
         )  # fmt: skip

@@ -640,7 +640,7 @@ class FewStepsObjective(FlowObjective):
 
 def turbo(solver: str, steps: int) -> flow.Schedule:
     """Return a solver's schedule with the shift that few steps are drawn with."""
-    return flow.make_schedule(solver, PRESETS["turbo"].flow_shift or 1.0, steps)
+    return flow.make_schedule(solver, PRESETS["turbo"]["flow_shift"], steps)
 
 
 def wide(levels: Tensor) -> Tensor:
