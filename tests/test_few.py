@@ -63,7 +63,7 @@ def test_a_jump_to_its_own_start_is_the_velocity_that_was_and_others_are_not(
         plain = tiny_model.dit(latent, times, condition, mask)
         assert torch.equal(few_model.dit(latent, times, condition, mask), plain)
         assert torch.equal(few_model.dit(latent, times, condition, mask, times), plain)
-        assert torch.equal(few_model.dit.transformer.modulate(times, times), tiny_model.dit.transformer.modulate(times))
+        assert torch.equal(few_model.dit.modulate(times, times), tiny_model.dit.modulate(times))
         assert apart(few_model.dit(latent, times, condition, mask, times / 2), plain) > 1e-3
         embedder: Any = few_model.dit.transformer.time_embed_2
         for parameter in embedder.parameters():

@@ -156,10 +156,7 @@ class Transformer(nn.Module):
         return x if scale is None else x + grid_positions((h, w), x.shape[-1], base, scale, x.device).to(x.dtype)
 
     def modulate(self, timestep: Tensor, target: Tensor | None = None) -> Tensor:
-        """Timesteps (R,), and those to jump to -> modulations (R,8,W): six of the blocks, two of the end.
-
-        A jump to its own start has that of the plain velocity.
-        """
+        """Timesteps (R,), and those to jump to -> modulations (R,8,W): six of the blocks, two of the end."""
         time, blocks = self.time_embed(timestep, self.proj_out.weight.dtype)
         if target is not None:
             if self.time_embed_2 is None:
@@ -198,3 +195,7 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Return the velocity (R,Z,h,w) of latents (R,Z,h,w) at timesteps (R,) under conditions (B,L,C), mask (B,L)."""
         return self.transformer(latent, timestep, condition, mask, target)
+
+    def modulate(self, timesteps: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return the modulations (S,8,W) of timesteps (S,); a jump to its own start has that of the plain velocity."""
+        return self.transformer.modulate(timesteps, targets)
