@@ -17,7 +17,7 @@ from unilip.data.shards import INDEX_SUFFIX, Shards, index_cache
 from unilip.data.sources import Weighted, open_source, parse_mixture
 from unilip.errors import DataError
 from unilip.files import content_hash
-from unilip.train.batches import Reading, Tally
+from unilip.train.batches import Tally
 
 
 @pytest.fixture(autouse=True)
@@ -497,7 +497,7 @@ def test_names_with_commas_colons_and_brackets_are_names(tmp_path, monkeypatch):
 
 
 def test_half_of_a_small_set_is_too_much(tmp_path):
-    bad = Reading(tried=2, skipped=[("picture unreadable", "x")])
+    bad = [Unreadable("picture unreadable", "x"), None]
     small = Tally(0.01, samples=20)
     with pytest.raises(DataError, match="cannot be read"):
         for _ in range(10):
