@@ -3,10 +3,12 @@
 import base64
 import io
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import openai
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
@@ -149,8 +151,6 @@ def test_the_smallest_temperature_is_greedy(client):
 
 
 def test_edits_in_a_chat_keep_the_shape(client):
-    import base64
-
     url = "data:image/png;base64," + base64.b64encode(png()).decode()
     parts = [{"type": "text", "text": "make it blue"}, {"type": "image_url", "image_url": {"url": url}}]
     for size, expected in ((None, (56, 28)), ("auto", (56, 28)), ("64x64", (64, 64))):
@@ -196,8 +196,6 @@ def test_the_root_says_what_this_is_and_the_description_loads_nothing(client):
 
 @pytest.fixture(scope="module")
 def official(client):
-    import openai
-
     return openai.OpenAI(api_key="none", base_url=f"{LOCAL}/v1", http_client=client, max_retries=0)
 
 
@@ -206,8 +204,6 @@ DRAW = [{"type": "image_generation", "size": "64x64", "output_format": "jpeg"}]
 
 
 def opened(b64):
-    import base64
-
     return Image.open(io.BytesIO(base64.b64decode(b64)))
 
 
@@ -242,9 +238,35 @@ def test_responses_draw_and_go_on(official):
     assert forced.output[0].type == "image_generation_call"
 
 
-def test_responses_take_pictures_and_stream(official):
-    import base64
+def test_answers_of_responses_are_known_by_their_ids(official):
+    """So the AI SDK (item_reference), LangChain and OpenAI's guide (image_generation_call) send earlier ones."""
+    create = partial(official.responses.create, model="x", max_output_tokens=3, extra_body=QUICK)
+    whole = create(input="What is this?")
+    *_, streamed = create(input="What is this?", stream=True)
+    asked, more = {"role": "user", "content": "What is this?"}, {"role": "user", "content": "Why?"}
+    expected = create(input=[asked, {"role": "assistant", "content": whole.output_text}, more])
+    for said in (whole, streamed.response):
+        by_id = create(input=[asked, {"type": "item_reference", "id": said.output[0].id}, more])
+        assert (by_id.output_text, by_id.usage) == (expected.output_text, expected.usage)
+    two = [{"type": "input_image", "image_url": "data:image/png;base64," + base64.b64encode(png()).decode()}] * 2
+    parts = [{"type": "input_text", "text": "make it blue"}, *two]
+    drawn = create(input=[{"role": "user", "content": parts}], tools=DRAW, extra_body=QUICK | {"joint": False})
+    pictures = [{"type": "image_generation_call", "id": one.id} for one in drawn.output]
+    wish = {"role": "user", "content": "make it green"}
+    for number, picture in enumerate(pictures):
+        sent = picture | {"result": drawn.output[number].result}
+        made = [
+            create(input=given, tools=DRAW) for given in ([sent, wish], [picture, wish], [wish, picture], [wish, sent])
+        ]
+        assert {one.output[0].result for one in made} == {made[0].output[0].result}
+        assert [one.to_dict()["unilip"]["verb"] for one in made] == ["edit"] * 4
+    lost = create(input="What is this?", store=False).output[0].id
+    for name in (lost, f"{whole.output[0].id[:-1]}1", "msg_", None):
+        with pytest.raises(openai.BadRequestError, match="names an item of no response that is kept"):
+            create(input=[{"type": "item_reference", "id": name}, more])
 
+
+def test_responses_take_pictures_and_stream(official):
     url = "data:image/png;base64," + base64.b64encode(png()).decode()
     parts = [{"type": "input_text", "text": "What is this?"}, {"type": "input_image", "image_url": url}]
     message = [{"role": "user", "content": parts}]

@@ -37,7 +37,7 @@ def read(fields: Mapping[str, Any], kept: Store) -> dict[str, Any]:
     chat |= {"response_format": form} if form else {}
     if "max_output_tokens" in fields:
         chat["max_tokens"] = fields["max_output_tokens"]
-    messages = _messages(fields.get("input"))
+    messages = _messages(fields.get("input"), kept)
     if (earlier := fields.get("previous_response_id")) is not None:
         found = kept.get(str(earlier))
         if found is None:
@@ -48,12 +48,12 @@ def read(fields: Mapping[str, Any], kept: Store) -> dict[str, Any]:
     return chat | {"messages": messages}
 
 
-def _messages(given: Any) -> list[dict[str, Any]]:
+def _messages(given: Any, kept: Store) -> list[dict[str, Any]]:
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     if not isinstance(given, list):
         raise UniLIPError("input must be text, or a list of messages.")
-    messages = []
+    messages, kind = list[dict[str, Any]](), None
     for item in given:
         kind = item.get("type", "message") if isinstance(item, dict) else None
         if kind == "message":
@@ -63,11 +63,27 @@ def _messages(given: Any) -> list[dict[str, Any]]:
         elif kind == "image_generation_call" and isinstance(item.get("result"), str):
             url = f"data:image/png;base64,{item['result']}"
             messages.append({"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": url}}]})
+        elif kind in ("image_generation_call", "item_reference"):
+            messages.append(_kept(str(item.get("id")), kept))
         elif kind == "function_call_output":
             messages.append({"role": "tool", "content": str(item.get("output", ""))})
         elif kind not in ("function_call", "reasoning"):
             raise UniLIPError("input holds an item that is not understood; messages with text and pictures are.")
+    if kind == "image_generation_call":  # OpenAI's guide names the picture after the words about it
+        last = max((n for n, one in enumerate(messages) if one["role"] == "user"), default=-1)
+        messages.append(messages.pop(last))
     return messages
+
+
+def _kept(name: str, kept: Store) -> dict[str, Any]:
+    """Return the answer that is an item of a kept response, by the item's id."""
+    _, key, number = f"{name}__".split("_")[:3]
+    if found := kept.get(f"resp_{key}"):
+        content = json.loads(found[0])[-1]["content"]
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        if number in map(str, range(len(parts))):
+            return {"role": "assistant", "content": [parts[int(number)]]}
+    raise UniLIPError("input names an item of no response that is kept; send the item itself.")
 
 
 def _part(part: Any) -> Any:
@@ -84,7 +100,8 @@ class Answer:
 
     def __init__(self, fields: Mapping[str, Any], chat: Mapping[str, Any], kept: Store, model: str) -> None:
         self.fields, self.chat, self.kept, self.model = fields, chat, kept, model
-        self.id, self.created, self.number = f"resp_{secrets.token_hex(16)}", int(time.time()), -1
+        self.key, self.created, self.number = secrets.token_hex(16), int(time.time()), -1
+        self.id = f"resp_{self.key}"
 
     def whole(self, status: str, output: Sequence[Any] = (), said: Mapping[str, Any] | None = None) -> dict[str, Any]:
         used = (said or {}).get("usage") or {}
@@ -115,7 +132,8 @@ class Answer:
         if self.fields.get("store") is not False:
             kept = json.dumps([*history, {"role": "assistant", "content": content}]).encode()
             self.kept.put(kept, "application/json", self.id)
-        output = [picture(one["image_url"]["url"]) for one in pictures] or [text(message["content"])]
+        output = [self.picture(n, one["image_url"]["url"]) for n, one in enumerate(pictures)]
+        output = output or [self.text(message["content"])]
         cut = said["choices"][0]["finish_reason"] == "length"
         return self.whole("incomplete" if cut else "completed", output, said)
 
@@ -126,7 +144,7 @@ class Answer:
     async def events(self, pieces: AsyncIterator[tuple[str, Any]], drawn: bool) -> AsyncGenerator[str, None]:
         for kind in ("created", "in_progress"):
             yield self.event(kind, response=self.whole("in_progress"))
-        item = picture("", "in_progress") if drawn else text("", "in_progress") | {"content": []}
+        item = self.picture(0, "", "in_progress") if drawn else self.text("", "in_progress") | {"content": []}
         where: dict[str, Any] = {"output_index": 0, "item_id": item["id"]}
         inside = where | {"content_index": 0}
         yield self.event("output_item.added", output_index=0, item=item)
@@ -134,7 +152,7 @@ class Answer:
             for kind in ("in_progress", "generating"):
                 yield self.event(f"image_generation_call.{kind}", **where)
         else:
-            yield self.event("content_part.added", **inside, part=text("")["content"][0])
+            yield self.event("content_part.added", **inside, part=self.text("")["content"][0])
         async for kind, value in pieces:
             if kind == "partial":
                 shown = {"partial_image_b64": value["b64_json"], "partial_image_index": value["partial_image_index"]}
@@ -145,10 +163,9 @@ class Answer:
                 yield self.event("output_text.delta", **inside, delta=value, logprobs=[])
             elif kind == "end":
                 done = self.finish(value)
-        done["output"][0]["id"] = item["id"]
         for number, one in enumerate(done["output"]):
             if number:
-                begun = picture("", "in_progress") | {"id": one["id"]}
+                begun = self.picture(number, "", "in_progress")
                 yield self.event("output_item.added", output_index=number, item=begun)
             if drawn:
                 yield self.event("image_generation_call.completed", output_index=number, item_id=one["id"])
@@ -158,15 +175,15 @@ class Answer:
             yield self.event("output_item.done", output_index=number, item=one)
         yield self.event("incomplete" if done["status"] == "incomplete" else "completed", response=done)
 
+    def text(self, words: str, status: str = "completed") -> dict[str, Any]:
+        """The item of words; its id says where `_kept` finds it."""
+        part = {"type": "output_text", "text": words, "annotations": [], "logprobs": []}
+        item = {"id": f"msg_{self.key}_0", "type": "message", "role": "assistant", "status": status}
+        return item | {"content": [part]}
 
-def text(words: str, status: str = "completed") -> dict[str, Any]:
-    """An item of words."""
-    part = {"type": "output_text", "text": words, "annotations": [], "logprobs": []}
-    item = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "status": status}
-    return item | {"content": [part]}
-
-
-def picture(url: str, status: str = "completed") -> dict[str, Any]:
-    """An item of a picture, from its data URL."""
-    result = url.partition(",")[2] or None
-    return {"id": f"ig_{secrets.token_hex(12)}", "type": "image_generation_call", "status": status, "result": result}
+    def picture(self, number: int, url: str, status: str = "completed") -> dict[str, Any]:
+        """An item of a picture, from its data URL."""
+        result = url.partition(",")[2] or None
+        return {
+            "id": f"ig_{self.key}_{number}", "type": "image_generation_call", "status": status, "result": result,
+        }  # fmt: skip
