@@ -218,7 +218,10 @@ def test_responses_answer_as_chats_do(official, client):
 
 def test_responses_draw_and_go_on(official):
     drawn = official.responses.create(model="x", input="Draw a cat", tools=DRAW, extra_body=QUICK)
-    assert drawn.status == "completed" and [item.type for item in drawn.output] == ["image_generation_call"]
+    assert drawn.status == "completed"
+    kinds = [item.type for item in drawn.output]
+    assert kinds == ["image_generation_call", "message"], "without words the Agents SDK asks for the same again"
+    assert drawn.output_text == "*Drawn; begin with “answer:” to ask instead.*"
     picture = opened(drawn.output[0].result)
     assert picture.size == (64, 64) and picture.format == "JPEG"
     more = {"previous_response_id": drawn.id, "tools": DRAW, "extra_body": QUICK}
@@ -235,7 +238,7 @@ def test_responses_draw_and_go_on(official):
     forced = official.responses.create(
         model="x", input="a cat", tools=DRAW, tool_choice={"type": "image_generation"}, extra_body=QUICK
     )
-    assert forced.output[0].type == "image_generation_call"
+    assert forced.output[0].type == "image_generation_call" and forced.output_text == ""
 
 
 def test_answers_of_responses_are_known_by_their_ids(official):
@@ -251,7 +254,7 @@ def test_answers_of_responses_are_known_by_their_ids(official):
     two = [{"type": "input_image", "image_url": "data:image/png;base64," + base64.b64encode(png()).decode()}] * 2
     parts = [{"type": "input_text", "text": "make it blue"}, *two]
     drawn = create(input=[{"role": "user", "content": parts}], tools=DRAW, extra_body=QUICK | {"joint": False})
-    pictures = [{"type": "image_generation_call", "id": one.id} for one in drawn.output]
+    pictures = [{"type": "image_generation_call", "id": one.id} for one in drawn.output[:-1]]
     wish = {"role": "user", "content": "make it green"}
     for number, picture in enumerate(pictures):
         sent = picture | {"result": drawn.output[number].result}
@@ -260,6 +263,14 @@ def test_answers_of_responses_are_known_by_their_ids(official):
         ]
         assert {one.output[0].result for one in made} == {made[0].output[0].result}
         assert [one.to_dict()["unilip"]["verb"] for one in made] == ["edit"] * 4
+    whole_answer = [one.to_dict() for one in drawn.output]
+    by_id = [{"type": "item_reference", "id": one.id} for one in drawn.output]
+    sent = [{"input": [*one, wish]} for one in (whole_answer, by_id)]
+    more_of_it = [{"input": [wish], "previous_response_id": drawn.id}, *sent]
+    for joint in (True, False):
+        made = [create(**one, tools=DRAW, extra_body=QUICK | {"joint": joint}) for one in more_of_it]
+        results = [[item.result for item in one.output[:-1]] for one in made]
+        assert results == [results[0]] * 3 and len(results[0]) == 2 - joint, "both pictures are of one answer"
     lost = create(input="What is this?", store=False).output[0].id
     for name in (lost, f"{whole.output[0].id[:-1]}1", "msg_", None):
         with pytest.raises(openai.BadRequestError, match="names an item of no response that is kept"):
@@ -286,7 +297,10 @@ def test_responses_take_pictures_and_stream(official):
     asked = {"input": [{"role": "user", "content": parts}], "extra_body": QUICK | {"joint": False}}
     two = list(official.responses.create(model="x", tools=DRAW, stream=True, **asked))
     added, done = ([e.item.id for e in two if e.type == f"response.output_item.{kind}"] for kind in ("added", "done"))
-    assert added == done == [one.id for one in two[-1].response.output] and len(done) == 2
+    assert added == done == [one.id for one in two[-1].response.output]
+    assert [one.type for one in two[-1].response.output] == [*["image_generation_call"] * 2, "message"]
+    deltas = [event.delta for event in two if event.type == "response.output_text.delta"]
+    assert deltas == [two[-1].response.output_text] == ["*Changed; begin with “answer:” to ask instead.*"]
 
 
 def test_what_responses_refuse(client):
