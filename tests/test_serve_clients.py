@@ -453,6 +453,8 @@ def test_recorded_requests_of_real_clients_are_answered(client):
             body["steps"] = 1
             body["max_output_tokens" if path.endswith("responses") else "max_tokens"] = 3
             body.pop("previous_response_id", None)
+            if isinstance(given := body.get("input"), list):  # without what was kept for another server
+                body["input"] = [one for one in given if set(one) != {"type", "id"}]
             found = client.post(path, json=body)
             answered.add((name, path))
             if found.status_code != 200:
