@@ -1,4 +1,4 @@
-"""LangChain: a chat model with tools bound, invoked, streamed, in a batch; by the Responses API, where it also draws."""
+"""LangChain: a chat model with tools bound, invoked, streamed, in a batch; the Responses API, which also draws."""
 
 import base64
 import json
