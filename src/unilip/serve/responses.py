@@ -185,7 +185,7 @@ class Answer:
     def begun(self, number: int, item: dict[str, Any]) -> Iterator[str]:
         """The events of an item of which nothing is there yet."""
         where, parts = {"output_index": number, "item_id": item["id"]}, item.pop("content", [])
-        begin = {"status": "in_progress"} | ({"content": []} if parts else {})
+        begin: dict[str, Any] = {"status": "in_progress"} | ({"content": []} if parts else {})
         yield self.event("output_item.added", output_index=number, item=item | begin)
         for part in parts:
             yield self.event("content_part.added", **where, content_index=0, part=part)
