@@ -401,6 +401,21 @@ def test_transformers_answers_from_an_export_as_we_do(tmp_path: Path) -> None:
     assert differing == []
 
 
+def test_a_picture_of_any_size_is_one_square_for_transformers(tmp_path: Path, tiny_folder: Path) -> None:
+    """InternVL's processor asks for tiles on its own, whatever the file of settings says."""
+    pil = pytest.importorskip("transformers.models.got_ocr2.image_processing_pil_got_ocr2")
+    folder, side = (
+        convert(tiny_folder, tmp_path / "internvl", to="transformers"),
+        open_checkpoint(tiny_folder).config.image_size,
+    )
+    processor = pil.GotOcr2ImageProcessorPil.from_pretrained(folder)
+    image = load_image(Path(str(resources.files("unilip"))) / "weights" / "examples" / "panda.png").resize((640, 480))
+    read = processor(image, crop_to_patches=True, return_tensors="pt")
+    assert read["num_patches"].tolist() == [1]
+    torch.testing.assert_close(read["pixel_values"], to_pixels([fit_square(image, side)]), atol=1e-5, rtol=0)
+    assert len(processor(image, crop_to_patches=True, max_patches=12)["pixel_values"]) == 13
+
+
 def test_what_cannot_be_internvl_is_refused(
     tmp_path: Path, fresh_model: Callable[..., UniLIP], tiny_folder: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import dataclasses
 import io
 import json
 import sys
@@ -432,6 +433,42 @@ def test_the_class_for_lmms_eval(tiny_folder, tmp_path, monkeypatch, caplog):
     asked = {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9, "num_beams": 4, "do_sample": True}
     assert model._settings(asked) == {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9}
     assert "num_beams cannot be followed" in caplog.text and model._settings({"num_beams": 1})["temperature"] == 0
+
+
+@pytest.mark.parametrize("recall", [True, False])
+def test_the_kits_cut_into_tiles_what_a_model_may_know(recall, fresh_model, tmp_path, monkeypatch):
+    """A model of plain questions has read single squares alone; tiles depend on no other question of the batch."""
+    from types import SimpleNamespace
+
+    from unilip.eval.lmms import UniLIP
+    from unilip.eval.vlmevalkit import make_class
+
+    monkeypatch.delenv("RANK", raising=False)
+    saved = fresh_model()
+    sampling = dataclasses.replace(saved.config.sampling, recall=recall)
+    saved.config = dataclasses.replace(saved.config, sampling=sampling)
+    saved.save_pretrained(folder := str(tmp_path / "model"))
+    picture = Image.open(paint(tmp_path / "x.png", 0)).resize((600, 300))
+    shown = [[picture], [picture] * 3]
+
+    def asked(model, **given):
+        tiles = []
+        monkeypatch.setattr(model.model, "ask", lambda p, q, max_tiles, **_: tiles.append(max_tiles) or [""] * len(p))
+        if hasattr(model, "generate_inner"):
+            for pictures in shown:
+                model.generate_inner([{"type": "image", "value": str(tmp_path / "x.png")} for _ in pictures])
+        else:
+            model.task_dict = {"task": {"test": shown}}
+            arguments = [("What?", {}, list, n, "task", "test") for n in range(len(shown))]
+            model.generate_until([SimpleNamespace(args=args) for args in arguments])
+        return tiles
+
+    common = {"device": "cpu", "dtype": "float32"}
+    kit = make_class(type("Base", (), {}))
+    for given, expected in (({}, [12, 4] if recall else [1]), ({"max_tiles": 6}, [6, 2])):
+        found = asked(UniLIP(pretrained=folder, batch_size=2, **common, **given))
+        assert found == expected
+        assert asked(kit(path=folder, **common, **given)) == (expected * 2)[:2]
 
 
 def test_the_file_for_their_repository_registers_the_same_class(monkeypatch):

@@ -3,10 +3,12 @@
 import base64
 import io
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import openai
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
@@ -149,8 +151,6 @@ def test_the_smallest_temperature_is_greedy(client):
 
 
 def test_edits_in_a_chat_keep_the_shape(client):
-    import base64
-
     url = "data:image/png;base64," + base64.b64encode(png()).decode()
     parts = [{"type": "text", "text": "make it blue"}, {"type": "image_url", "image_url": {"url": url}}]
     for size, expected in ((None, (56, 28)), ("auto", (56, 28)), ("64x64", (64, 64))):
@@ -196,8 +196,6 @@ def test_the_root_says_what_this_is_and_the_description_loads_nothing(client):
 
 @pytest.fixture(scope="module")
 def official(client):
-    import openai
-
     return openai.OpenAI(api_key="none", base_url=f"{LOCAL}/v1", http_client=client, max_retries=0)
 
 
@@ -206,8 +204,6 @@ DRAW = [{"type": "image_generation", "size": "64x64", "output_format": "jpeg"}]
 
 
 def opened(b64):
-    import base64
-
     return Image.open(io.BytesIO(base64.b64decode(b64)))
 
 
@@ -222,7 +218,10 @@ def test_responses_answer_as_chats_do(official, client):
 
 def test_responses_draw_and_go_on(official):
     drawn = official.responses.create(model="x", input="Draw a cat", tools=DRAW, extra_body=QUICK)
-    assert drawn.status == "completed" and [item.type for item in drawn.output] == ["image_generation_call"]
+    assert drawn.status == "completed"
+    kinds = [item.type for item in drawn.output]
+    assert kinds == ["image_generation_call", "message"], "without words the Agents SDK asks for the same again"
+    assert drawn.output_text == "*Drawn; begin with “answer:” to ask instead.*"
     picture = opened(drawn.output[0].result)
     assert picture.size == (64, 64) and picture.format == "JPEG"
     more = {"previous_response_id": drawn.id, "tools": DRAW, "extra_body": QUICK}
@@ -239,12 +238,48 @@ def test_responses_draw_and_go_on(official):
     forced = official.responses.create(
         model="x", input="a cat", tools=DRAW, tool_choice={"type": "image_generation"}, extra_body=QUICK
     )
-    assert forced.output[0].type == "image_generation_call"
+    assert forced.output[0].type == "image_generation_call" and forced.output_text == ""
+
+
+def test_answers_of_responses_are_known_by_their_ids(official):
+    """So the AI SDK (item_reference), LangChain and OpenAI's guide (image_generation_call) send earlier ones."""
+    create = partial(official.responses.create, model="x", max_output_tokens=3, extra_body=QUICK)
+    whole = create(input="What is this?")
+    *_, streamed = create(input="What is this?", stream=True)
+    asked, more = {"role": "user", "content": "What is this?"}, {"role": "user", "content": "Why?"}
+    expected = create(input=[asked, {"role": "assistant", "content": whole.output_text}, more])
+    for said in (whole, streamed.response):
+        by_id = create(input=[asked, {"type": "item_reference", "id": said.output[0].id}, more])
+        assert (by_id.output_text, by_id.usage) == (expected.output_text, expected.usage)
+    two = [{"type": "input_image", "image_url": "data:image/png;base64," + base64.b64encode(png()).decode()}] * 2
+    parts = [{"type": "input_text", "text": "make it blue"}, *two]
+    drawn = create(input=[{"role": "user", "content": parts}], tools=DRAW, extra_body=QUICK | {"joint": False})
+    pictures = [{"type": "image_generation_call", "id": one.id} for one in drawn.output[:-1]]
+    wish = {"role": "user", "content": "make it green"}
+    for number, picture in enumerate(pictures):
+        sent = picture | {"result": drawn.output[number].result}
+        made = [
+            create(input=given, tools=DRAW) for given in ([sent, wish], [picture, wish], [wish, picture], [wish, sent])
+        ]
+        assert {one.output[0].result for one in made} == {made[0].output[0].result}
+        assert [one.to_dict()["unilip"]["verb"] for one in made] == ["edit"] * 4
+    whole_answer = [one.to_dict() for one in drawn.output]
+    by_id = [{"type": "item_reference", "id": one.id} for one in drawn.output]
+    sent = [{"input": [*one, wish]} for one in (whole_answer, by_id)]
+    more_of_it = [{"input": [wish], "previous_response_id": drawn.id}, *sent]
+    for joint in (True, False):
+        made = [create(**one, tools=DRAW, extra_body=QUICK | {"joint": joint}) for one in more_of_it]
+        first, *others = [[opened(item.result) for item in one.output[:-1]] for one in made]
+        assert len(first) == 2 - joint, "both pictures are of one answer"
+        for other in others:  # up to rounding: two pictures may share a batch or not
+            assert all(difference(a, b) <= 1 for a, b in zip(first, other, strict=True))
+    lost = create(input="What is this?", store=False).output[0].id
+    for name in (lost, f"{whole.output[0].id[:-1]}1", "msg_", None):
+        with pytest.raises(openai.BadRequestError, match="names an item of no response that is kept"):
+            create(input=[{"type": "item_reference", "id": name}, more])
 
 
 def test_responses_take_pictures_and_stream(official):
-    import base64
-
     url = "data:image/png;base64," + base64.b64encode(png()).decode()
     parts = [{"type": "input_text", "text": "What is this?"}, {"type": "input_image", "image_url": url}]
     message = [{"role": "user", "content": parts}]
@@ -264,7 +299,10 @@ def test_responses_take_pictures_and_stream(official):
     asked = {"input": [{"role": "user", "content": parts}], "extra_body": QUICK | {"joint": False}}
     two = list(official.responses.create(model="x", tools=DRAW, stream=True, **asked))
     added, done = ([e.item.id for e in two if e.type == f"response.output_item.{kind}"] for kind in ("added", "done"))
-    assert added == done == [one.id for one in two[-1].response.output] and len(done) == 2
+    assert added == done == [one.id for one in two[-1].response.output]
+    assert [one.type for one in two[-1].response.output] == [*["image_generation_call"] * 2, "message"]
+    deltas = [event.delta for event in two if event.type == "response.output_text.delta"]
+    assert deltas == [two[-1].response.output_text] == ["*Changed; begin with “answer:” to ask instead.*"]
 
 
 def test_what_responses_refuse(client):
@@ -417,6 +455,8 @@ def test_recorded_requests_of_real_clients_are_answered(client):
             body["steps"] = 1
             body["max_output_tokens" if path.endswith("responses") else "max_tokens"] = 3
             body.pop("previous_response_id", None)
+            if isinstance(given := body.get("input"), list):  # without what was kept for another server
+                body["input"] = [one for one in given if set(one) != {"type", "id"}]
             found = client.post(path, json=body)
             answered.add((name, path))
             if found.status_code != 200:

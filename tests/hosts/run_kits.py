@@ -17,7 +17,7 @@ pytestmark = pytest.mark.hosts
 KITS = Path(__file__).parent / "kits"
 LMMS = ("lmms-eval", "loguru", "pytablewriter", "dataproperty", "tabledata", "pathvalidate", "typepy", "mbstrdecoder",
         "tcolorpy", "chardet", "evaluate", "sacrebleu", "portalocker", "tabulate", "lxml", "colorama", "jsonlines",
-        "tenacity")  # fmt: skip
+        "tenacity", "pytz")  # fmt: skip
 COMFYUI = ("torchsde", "trampoline", "torchvision==0.28.0", "einops", "scipy", "av", "kornia", "kornia-rs", "spandrel",
            "comfy-kitchen", "alembic", "mako", "sqlalchemy", "greenlet", "pydantic-settings", "python-dotenv",
            "sentencepiece", "psutil", "markupsafe")  # fmt: skip

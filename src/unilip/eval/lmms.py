@@ -38,21 +38,23 @@ class UniLIP(Base):
     """The model class: `generate_until` answers; likelihoods and several rounds are not offered.
 
     In: pretrained: what `UniLIP.from_pretrained` takes (None: the embedded model). device, dtype: CUDA if there is one,
-    as stored. batch_size: questions at once. max_tiles: squares that a picture is cut into at most.
+    as stored. batch_size: questions at once. max_tiles: squares that a picture is cut into at most; unsaid, 12, or one
+    for a model of plain questions.
     """
 
     is_simple = True
 
     def __init__(
         self, pretrained: str | None = None, device: str | None = None, dtype: str = "auto", batch_size: int | str = 1,
-        max_tiles: int | str = 12, **_: Any,
+        max_tiles: int | str | None = None, **_: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         place = Place.of_environment()
         self._rank, self._world_size = place.rank, place.world  # which the kit reads as rank and world_size
         self.device = torch.device(choose_device(device or "auto"))
         self.model = Model.from_pretrained(pretrained, device=self.device, dtype=dtype, parts=("encoder", "mllm"))
-        self.batch_size, self.max_tiles = int(batch_size), int(max_tiles)
+        self.batch_size = int(batch_size)
+        self.max_tiles = int(max_tiles or (12 if self.model.config.sampling.recall else 1))
         self._said: set[str] = set()  # settings of tasks that were ignored, and told
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -67,15 +69,15 @@ class UniLIP(Base):
                     visuals = to_visual(self.task_dict[task][split][doc_id])
                     pictures.append([visual for visual in visuals or () if visual is not None])
                     texts.append(text.replace("<image>", "").strip())
-                    settings.append(self._settings(options))
+                    tiles = max(1, self.max_tiles // max(1, len(pictures[-1])))
+                    settings.append(self._settings(options) | {"max_tiles": tiles})
                     until = options.get("until") or ()
                     stops.append([until] if isinstance(until, str) else list(until))
-                tiles = max(1, self.max_tiles // max(1, max(len(images) for images in pictures)))
                 alike = all(one == settings[0] for one in settings)  # else one is asked after the other
                 said: list[str] = []
                 for n in range(0, len(batch), len(batch) if alike else 1):
                     part = slice(n, None if alike else n + 1)
-                    said += self.model.ask(pictures[part], texts[part], max_tiles=tiles, **settings[n])
+                    said += self.model.ask(pictures[part], texts[part], **settings[n])
                 answers += [cut(answer, stop) for answer, stop in zip(said, stops, strict=True)]
                 bar.update(len(batch))
         return answers

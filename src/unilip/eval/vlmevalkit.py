@@ -40,7 +40,7 @@ def make_class(base: type) -> type:
         INTERLEAVE = True
 
         def __init__(
-            self, path: str | None = None, device: str | None = None, dtype: str = "auto", max_tiles: int = 12,
+            self, path: str | None = None, device: str | None = None, dtype: str = "auto", max_tiles: int | None = None,
             max_new_tokens: int = 1024, temperature: float = 0.0, top_p: float = 1.0, plain: bool = False,
             **ignored: Any,
         ) -> None:  # fmt: skip
@@ -52,7 +52,7 @@ def make_class(base: type) -> type:
                 log.warning("%s cannot be followed and is left out", ", ".join(sorted(ignored)))
             device = choose_device(device or "auto")
             self.model: UniLIP = UniLIP.from_pretrained(path, device=device, dtype=dtype, parts=("encoder", "mllm"))
-            self.max_tiles, self.plain = max_tiles, plain
+            self.max_tiles, self.plain = max_tiles or (12 if self.model.config.sampling.recall else 1), plain
             self.settings: dict[str, Any] = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
 
         def use_custom_prompt(self, dataset: str) -> bool:
@@ -89,7 +89,7 @@ def main(words: Sequence[str]) -> None:
 
     parser = argparse.ArgumentParser(prog="python -m unilip.eval.vlmevalkit", description=__doc__, allow_abbrev=False)
     parser.add_argument("--path", help="folder, file or hub id; the embedded model by default")
-    parser.add_argument("--max-tiles", type=int, default=12)
+    parser.add_argument("--max-tiles", type=int, help="12 by default, or 1 for a model of plain questions")
     parser.add_argument("--plain", action="store_true", help="ask the questions alone")
     found, rest = parser.parse_known_args(list(words))
     script = Path("run.py")

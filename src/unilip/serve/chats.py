@@ -89,10 +89,11 @@ class Talk(Work):
         """The content of an answer with pictures: Markdown for those who show text, parts for those who know them."""
         media = FORMATS[self.body.output_format]
         urls = [f"data:{media};base64,{entry['b64_json']}" for entry in self.picture_data(results)]
-        if self.apart:
-            return {"content": "", "images": [{"type": "image_url", "image_url": {"url": url}} for url in urls]}
-        label = " ".join(self.text.split())[:80].translate(str.maketrans("[]()!`\\", " " * 7))
         note = f"*{TAKEN[self.tickets[0].verb]}*\n\n" if self.by_words else ""
+        if self.apart:
+            images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+            return {"content": note.strip(), "images": images}
+        label = " ".join(self.text.split())[:80].translate(str.maketrans("[]()!`\\", " " * 7))
         return {"content": note + "\n".join(f"![{label}]({url})" for url in urls)}
 
     def about(self, results: Sequence[Result]) -> dict[str, Any]:

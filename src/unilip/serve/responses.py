@@ -3,7 +3,7 @@
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 from unilip.errors import UniLIPError
@@ -37,7 +37,7 @@ def read(fields: Mapping[str, Any], kept: Store) -> dict[str, Any]:
     chat |= {"response_format": form} if form else {}
     if "max_output_tokens" in fields:
         chat["max_tokens"] = fields["max_output_tokens"]
-    messages = _messages(fields.get("input"))
+    messages = _messages(fields.get("input"), kept)
     if (earlier := fields.get("previous_response_id")) is not None:
         found = kept.get(str(earlier))
         if found is None:
@@ -48,12 +48,12 @@ def read(fields: Mapping[str, Any], kept: Store) -> dict[str, Any]:
     return chat | {"messages": messages}
 
 
-def _messages(given: Any) -> list[dict[str, Any]]:
+def _messages(given: Any, kept: Store) -> list[dict[str, Any]]:
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     if not isinstance(given, list):
         raise UniLIPError("input must be text, or a list of messages.")
-    messages = []
+    messages, kind = list[dict[str, Any]](), None
     for item in given:
         kind = item.get("type", "message") if isinstance(item, dict) else None
         if kind == "message":
@@ -63,11 +63,34 @@ def _messages(given: Any) -> list[dict[str, Any]]:
         elif kind == "image_generation_call" and isinstance(item.get("result"), str):
             url = f"data:image/png;base64,{item['result']}"
             messages.append({"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": url}}]})
+        elif kind in ("image_generation_call", "item_reference"):
+            messages.append(_kept(str(item.get("id")), kept))
         elif kind == "function_call_output":
             messages.append({"role": "tool", "content": str(item.get("output", ""))})
         elif kind not in ("function_call", "reasoning"):
             raise UniLIPError("input holds an item that is not understood; messages with text and pictures are.")
-    return messages
+    if kind == "image_generation_call":  # OpenAI's guide names the picture after the words about it
+        last = max((n for n, one in enumerate(messages) if one["role"] == "user"), default=-1)
+        messages.append(messages.pop(last))
+    whole = list[dict[str, Any]]()
+    for one in messages:  # the items of one answer belong together
+        same = whole and one["role"] == whole[-1]["role"] == "assistant"
+        if same and isinstance(one["content"], list) and isinstance(whole[-1]["content"], list):
+            whole[-1] = {"role": "assistant", "content": [*whole[-1]["content"], *one["content"]]}
+        else:
+            whole.append(one)
+    return whole
+
+
+def _kept(name: str, kept: Store) -> dict[str, Any]:
+    """Return the answer that is an item of a kept response, by the item's id."""
+    _, key, number = f"{name}__".split("_")[:3]
+    if found := kept.get(f"resp_{key}"):
+        content = json.loads(found[0])[-1]["content"]
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        if number in map(str, range(len(parts))):
+            return {"role": "assistant", "content": [parts[int(number)]]}
+    raise UniLIPError("input names an item of no response that is kept; send the item itself.")
 
 
 def _part(part: Any) -> Any:
@@ -84,7 +107,8 @@ class Answer:
 
     def __init__(self, fields: Mapping[str, Any], chat: Mapping[str, Any], kept: Store, model: str) -> None:
         self.fields, self.chat, self.kept, self.model = fields, chat, kept, model
-        self.id, self.created, self.number = f"resp_{secrets.token_hex(16)}", int(time.time()), -1
+        self.key, self.created, self.number = secrets.token_hex(16), int(time.time()), -1
+        self.id = f"resp_{self.key}"
 
     def whole(self, status: str, output: Sequence[Any] = (), said: Mapping[str, Any] | None = None) -> dict[str, Any]:
         used = (said or {}).get("usage") or {}
@@ -109,13 +133,14 @@ class Answer:
     def finish(self, said: Mapping[str, Any]) -> dict[str, Any]:
         """The response object at the end; the conversation is kept with it."""
         message = said["choices"][0]["message"]
-        pictures = message.get("images", ())
-        content = pictures or message["content"]
+        words, pictures = message["content"], message.get("images", ())
+        content = [*pictures, {"type": "text", "text": words}] if pictures else words
         history = self.chat["messages"][1 if self.fields.get("instructions") else 0 :]  # which are of this one alone
         if self.fields.get("store") is not False:
             kept = json.dumps([*history, {"role": "assistant", "content": content}]).encode()
             self.kept.put(kept, "application/json", self.id)
-        output = [picture(one["image_url"]["url"]) for one in pictures] or [text(message["content"])]
+        output = [self.picture(n, one["image_url"]["url"]) for n, one in enumerate(pictures)]
+        output.append(self.text(len(output), words))  # beside pictures, too: the Agents SDK goes on until words come
         cut = said["choices"][0]["finish_reason"] == "length"
         return self.whole("incomplete" if cut else "completed", output, said)
 
@@ -126,15 +151,10 @@ class Answer:
     async def events(self, pieces: AsyncIterator[tuple[str, Any]], drawn: bool) -> AsyncGenerator[str, None]:
         for kind in ("created", "in_progress"):
             yield self.event(kind, response=self.whole("in_progress"))
-        item = picture("", "in_progress") if drawn else text("", "in_progress") | {"content": []}
-        where: dict[str, Any] = {"output_index": 0, "item_id": item["id"]}
+        for event in self.begun(0, first := self.picture(0) if drawn else self.text(0)):
+            yield event
+        where: dict[str, Any] = {"output_index": 0, "item_id": first["id"]}
         inside = where | {"content_index": 0}
-        yield self.event("output_item.added", output_index=0, item=item)
-        if drawn:
-            for kind in ("in_progress", "generating"):
-                yield self.event(f"image_generation_call.{kind}", **where)
-        else:
-            yield self.event("content_part.added", **inside, part=text("")["content"][0])
         async for kind, value in pieces:
             if kind == "partial":
                 shown = {"partial_image_b64": value["b64_json"], "partial_image_index": value["partial_image_index"]}
@@ -145,28 +165,40 @@ class Answer:
                 yield self.event("output_text.delta", **inside, delta=value, logprobs=[])
             elif kind == "end":
                 done = self.finish(value)
-        done["output"][0]["id"] = item["id"]
         for number, one in enumerate(done["output"]):
+            where = {"output_index": number, "item_id": one["id"]}
+            inside = where | {"content_index": 0}
             if number:
-                begun = picture("", "in_progress") | {"id": one["id"]}
-                yield self.event("output_item.added", output_index=number, item=begun)
-            if drawn:
-                yield self.event("image_generation_call.completed", output_index=number, item_id=one["id"])
+                for event in self.begun(number, self.picture(number) if "result" in one else self.text(number)):
+                    yield event
+            if "result" in one:
+                yield self.event("image_generation_call.completed", **where)
             else:
-                yield self.event("output_text.done", **inside, text=one["content"][0]["text"], logprobs=[])
+                words = one["content"][0]["text"]
+                if number and words:
+                    yield self.event("output_text.delta", **inside, delta=words, logprobs=[])
+                yield self.event("output_text.done", **inside, text=words, logprobs=[])
                 yield self.event("content_part.done", **inside, part=one["content"][0])
             yield self.event("output_item.done", output_index=number, item=one)
         yield self.event("incomplete" if done["status"] == "incomplete" else "completed", response=done)
 
+    def begun(self, number: int, item: dict[str, Any]) -> Iterator[str]:
+        """The events of an item of which nothing is there yet."""
+        where, parts = {"output_index": number, "item_id": item["id"]}, item.pop("content", [])
+        begin: dict[str, Any] = {"status": "in_progress"} | ({"content": []} if parts else {})
+        yield self.event("output_item.added", output_index=number, item=item | begin)
+        for part in parts:
+            yield self.event("content_part.added", **where, content_index=0, part=part)
+        for kind in () if parts else ("in_progress", "generating"):
+            yield self.event(f"image_generation_call.{kind}", **where)
 
-def text(words: str, status: str = "completed") -> dict[str, Any]:
-    """An item of words."""
-    part = {"type": "output_text", "text": words, "annotations": [], "logprobs": []}
-    item = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "status": status}
-    return item | {"content": [part]}
+    def text(self, number: int, words: str = "") -> dict[str, Any]:
+        """The item of words; its id says where `_kept` finds it."""
+        part = {"type": "output_text", "text": words, "annotations": [], "logprobs": []}
+        item = {"id": f"msg_{self.key}_{number}", "type": "message", "role": "assistant", "status": "completed"}
+        return item | {"content": [part]}
 
-
-def picture(url: str, status: str = "completed") -> dict[str, Any]:
-    """An item of a picture, from its data URL."""
-    result = url.partition(",")[2] or None
-    return {"id": f"ig_{secrets.token_hex(12)}", "type": "image_generation_call", "status": status, "result": result}
+    def picture(self, number: int, url: str = "") -> dict[str, Any]:
+        """An item of a picture, from its data URL."""
+        item = {"id": f"ig_{self.key}_{number}", "type": "image_generation_call", "status": "completed"}
+        return item | {"result": url.partition(",")[2] or None}

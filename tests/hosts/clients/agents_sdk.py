@@ -1,4 +1,4 @@
-"""OpenAI's Agents SDK with its default, the Responses API: a tool at hand, a picture, a stream."""
+"""OpenAI's Agents SDK with its default, the Responses API: a tool at hand, a picture, a stream; draws and changes."""
 
 import asyncio
 import base64
@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from agents import Agent, Runner, function_tool, set_default_openai_client, set_tracing_disabled
+from agents import Agent, ImageGenerationTool, Runner, function_tool, set_default_openai_client, set_tracing_disabled
 from openai import AsyncOpenAI
 
 
@@ -30,6 +30,11 @@ async def main() -> None:
     async for _ in streamed.stream_events():
         pass
     assert streamed.final_output == whole.final_output
+    painter = Agent(name="hand", model="unilip", tools=[ImageGenerationTool({"type": "image_generation"})])
+    drawn = await Runner.run(painter, "Draw a cat", max_turns=1)
+    wish = [*drawn.to_input_list(), {"role": "user", "content": "make the background blue"}]
+    changed = await Runner.run(painter, wish, max_turns=1)
+    assert [one.raw_item.type for one in changed.new_items] == ["image_generation_call", "message"]
     print(json.dumps({"version": version("openai-agents"), "answer": whole.final_output}))
 
 

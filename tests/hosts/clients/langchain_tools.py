@@ -1,4 +1,4 @@
-"""LangChain: a chat model with tools bound, invoked, streamed and in a batch; and by the Responses API."""
+"""LangChain: a chat model with tools bound, invoked, streamed, in a batch; the Responses API, which also draws."""
 
 import base64
 import json
@@ -30,4 +30,8 @@ assert "".join(chunk.content for chunk in bound.stream([message])) == answer.con
 assert [one.content for one in bound.batch([[message]] * 2)] == [answer.content] * 2
 other = ChatOpenAI(model="unilip", base_url=url, api_key="none", use_responses_api=True)
 said = other.bind_tools([weather]).invoke([message])
+painter = other.bind_tools([{"type": "image_generation"}])
+wish = HumanMessage("Draw a cat")
+changed = painter.invoke([wish, painter.invoke([wish]), HumanMessage("make the background blue")])
+assert [part["type"] for part in changed.content] == ["image_generation_call", "text"], changed.content
 print(json.dumps({"version": version("langchain-openai"), "answer": answer.content, "responses": said.text}))
