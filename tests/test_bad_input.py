@@ -95,6 +95,7 @@ CASES = {
     "recorded numbers that are none": (["verify", "{model}", "{broken}/weights.txt"], "no safetensors file"),
     # pictures
     "a missing image": (["edit", "nowhere.png", "make it red", "--model", "{model}"], "There is no image file"),
+    "a folder of images": (["edit", ".", "make it red", "--model", "{model}"], "(Is a directory); give one"),
     "an unreadable image": (["reconstruct", "{broken}/text.png", "--model", "{model}"], "not an image"),
     "a truncated image": (["reconstruct", "{broken}/cut.png", "--model", "{model}"], "truncated"),
     "an empty image": (["ask", "{broken}/nothing.png", "What?", "--model", "{model}"], "not an image"),

@@ -145,10 +145,17 @@ def broken(tiny_folder: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_folder, tmp_path / "broken")
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="There is no checkpoint at"):
         open_checkpoint(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="could not be fetched from the hub"):
+        open_checkpoint("nobody/nothing")
+
+    def unknown(*args: object, **options: object) -> None:
+        raise OSError("Repository Not Found")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", unknown)
+    with pytest.raises(CheckpointError, match="Repository Not Found"):  # not that nothing of it lies on this machine
         open_checkpoint("nobody/nothing")
     with pytest.raises(CheckpointError, match="There is no checkpoint at ~nobody-of-that-name"):
         open_checkpoint("~nobody-of-that-name")

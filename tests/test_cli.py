@@ -1,5 +1,6 @@
 """Every verb of the command line, from its words to its files, on the tiny model."""
 
+import errno
 import io
 import json
 import os
@@ -210,6 +211,12 @@ def test_no_name_of_a_source_loses_a_picture(run, picture):
     assert run("reconstruct", *names, "--output", "again", "--device", "cpu")[0] == 0 and len(os.listdir("again")) == 4
     code, _, err = run("generate", "a star", *QUICK, "--output", "x" * 300 + ".png")
     assert code == 2 and "too long" in err
+    for number in (errno.EACCES, errno.EROFS, errno.ENOTDIR):  # of a run's folder, say
+        line, code = cli.explain(OSError(number, os.strerror(number), "ro/runs"))
+        assert code == 2 and line == f"{os.strerror(number)}: ro/runs; give another place."
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert cli.explain(full) == ("No space left on device; make room, and give the same command again.", 1)
+    assert cli.explain(UniLIPError(f"runs cannot be written ({full})."))[1] == 1  # a full disk is no bad input
 
 
 def test_an_equal_picture_is_counted_and_not_averaged(run, pictures, monkeypatch):

@@ -182,6 +182,19 @@ def test_prepare_names_a_drawing_that_the_package_lacks(tmp_path):
         art.prepare(tmp_path / "out", folder)
 
 
+def test_a_place_that_cannot_be_written_to_is_told_before_the_drawing(tmp_path, monkeypatch):
+    pytest.importorskip("resvg_py")
+    drawn = []
+    monkeypatch.setattr(art, "_rasterise", drawn.append)
+    monkeypatch.setattr(art.os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    with pytest.raises(DataError, match=r"cannot be written to.*--output"):
+        art.prepare(tmp_path, fake_source(tmp_path / "source"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        art.prepare(tmp_path / "file" / "art", tmp_path / "source")
+    assert drawn == []
+
+
 def test_npm_failures_are_told(tmp_path, monkeypatch):
     class Failed:
         returncode, stderr = 1, "no network"

@@ -189,12 +189,15 @@ def test_the_embedded_model_plans_pairs_that_it_never_met():
         "a cat and an octopus on a pink background",
     ]
     prompts += ["a panda next to a fish", "Draw me a red star and a house!"]
+    prompts += ["an image of a cat in front of a pink background", "a picture of an orange bell"]
     plans = model.generate(prompts, num_inference_steps=1, output_type="latent", progress=False).plans
     assert all(" in the " in plan and sampling.keeps(plan, prompt) for plan, prompt in zip(plans, prompts, strict=True))
     wide = model.generate(prompts, num_inference_steps=1, output_type="latent", progress=False, height=84, width=140)
     assert wide.plans == (), "what fits above each other in a square need not in another shape"
     said = "a dog below a bus on a blue background"  # places of its own are not written anew in the order of its words
     assert model.generate(said, num_inference_steps=1, output_type="latent", progress=False).plans == (said,)
+    endless = ("a red ball", "a car 🚗")  # "of of of ..." to the limit; nothing fits behind the last word but one
+    assert model.generate(endless, num_inference_steps=1, output_type="latent", progress=False).plans == endless
 
 
 def test_a_plan_is_what_the_language_model_writes_and_what_is_drawn(fresh_model, monkeypatch):

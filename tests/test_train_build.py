@@ -1,6 +1,7 @@
 """Recipe -> model: where parts start, that they fit each other, what trains and at which rate."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -191,6 +192,15 @@ def test_the_tokenizer_of_a_world_is_trained_once_and_whole(tmp_path, monkeypatc
     again = world_processor("tiny", preset("tiny"), tmp_path / "tokenizer")
     assert len(times) == 1 and first.tokenizer.vocabulary == again.tokenizer.vocabulary
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+    def meanwhile(world, size, folder):  # two trainings that were started in the same second
+        shutil.copytree(tmp_path / "tokenizer", tmp_path / "other")
+        return train(world, size, folder, sentences=300)
+
+    monkeypatch.setattr(tokenizers, "train_tokenizer", meanwhile)
+    other = world_processor("tiny", preset("tiny"), tmp_path / "other")
+    assert other.tokenizer.vocabulary == first.tokenizer.vocabulary
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "tokenizer"]
 
 
 # --- what trains ------------------------------------------------------------------------------------------------------

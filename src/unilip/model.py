@@ -421,7 +421,10 @@ class UniLIP(Held, Network):
         return ImageOutput(self._output(values if latents else self._latent(values, rows), output_type))
 
     def to_latent(self, features: Tensor, height: int | None = None) -> Tensor:
-        """Return the latent (M,Z,h,w) in the diffusion transformer's scale, float32, of features (M,N,D)."""
+        """Return the latent (M,Z,h,w) in the diffusion transformer's scale, float32, of features (M,N,D).
+
+        `height` in tokens belongs to features of pictures that were not square.
+        """
         self._check_features(features, height)
         with self.using("latent_head"):
             return super().to_latent(features, height)
@@ -772,7 +775,9 @@ class UniLIP(Held, Network):
             raise UniLIPError(f"Features are (M,N,{width}), and latents (M,Z,h,w), not {_shape(features)}.")
         count = features.shape[1]
         if height is None and math.isqrt(count) ** 2 != count:
-            raise UniLIPError(f"{count} features make no square picture; give `height` to to_latent.")
+            raise UniLIPError(
+                f"{count} features make no square picture; give `height`, in tokens to to_latent, in pixels to decode."
+            )
         if height is not None and count % check_number("height", height, 1, max(1, count), whole=True):
             raise UniLIPError(f"height is {height}; it must divide the {count} features of a picture.")
 

@@ -52,6 +52,8 @@ def open_picture(source: bytes | str | os.PathLike[str], formats: Sequence[str] 
         image = Image.open(io.BytesIO(data), formats=tuple(formats))
     except FileNotFoundError as error:
         raise ImageError(f"There is no image file {name}; check the path.") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise ImageError(f"{name} is not an image file to be read ({error.strerror}); give one, or several.") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large to decode ({error}); scale it down first.") from error
     except Exception as error:  # what the readers of formats raise for foreign or broken bytes

@@ -47,11 +47,11 @@ PLACES = WHERE | {"white", "background"}  # what a plan may add to a prompt
 SAID = WHERE | {"above", "below", "over", "under"}  # what a prompt says of places by itself
 ARTICLES = {"a", "an"}  # of which a plan has those of the prompt
 PLAN_TOKENS = 128
-CANDIDATES = 32  # likeliest tokens that a plan may go on by; where none fits, it ends
+CANDIDATES = 32  # likeliest tokens that a plan may go on by; where none fits, there is no plan
 SMALL_WORDS = frozenset(  # what a plan may leave out of a prompt, or says by places
     words_in(
         "a an the and of with on in at to is are it me my i draw paint make create show generate please picture image "
-        "photo drawing want would like can you could some above below over under next beside near together"
+        "photo drawing want would like can you could some above below over under next beside near together front"
     )
 )
 NOT_TAUGHT = "this model has not learned from edits of several pictures: what it draws may be anything"
@@ -407,7 +407,7 @@ def write_out(model: UniLIP, processor: Processor, prompts: Sequence[str]) -> li
     """Let the language model write prompts out, greedily; one that comes to nothing stays what it was.
 
     A model that was trained for it decodes under lexical constraints, where a prompt says no place by itself: all words
-    of the prompt in their order, and besides them places alone.
+    of the prompt in their order, and besides them places alone. What does not come to an end so comes to nothing.
     """
     asked = model.config.sampling.plan or REWRITE
     texts = [processor.chat_text([Message("user", asked + prompt)]) for prompt in prompts]
@@ -416,18 +416,19 @@ def write_out(model: UniLIP, processor: Processor, prompts: Sequence[str]) -> li
 
     def constrained(logits: Tensor) -> Tensor:
         for row, written, prompt, is_held in zip(logits, answers, prompts, held, strict=True):
-            likeliest = row.topk(min(CANDIDATES, len(row))).indices.tolist() if is_held and not written.reason else []
-            fitting = (token for token in likeliest if may_follow(written, token, prompt))
-            if likeliest:
-                row[next(fitting, processor.end_id)] = torch.finfo(row.dtype).max
+            if is_held and not written.reason:
+                likeliest = row.topk(min(CANDIDATES, len(row))).indices.tolist()
+                best = next((token for token in likeliest if may_follow(written, token, prompt)), None)
+                written.reason = "" if best is not None else "length"  # cut short
+                row[processor.end_id if best is None else best] = torch.finfo(row.dtype).max
         return logits
 
     for column in answer(model, processor, texts, None, max_new_tokens=PLAN_TOKENS, adjust=constrained):
         take(model, answers, column)
     plans = []
-    for written, prompt in zip(answers, prompts, strict=True):
+    for written, prompt, is_held in zip(answers, prompts, held, strict=True):
         try:
-            plans.append(check_prompt(written.text))
+            plans.append(prompt if is_held and written.reason != "stop" else check_prompt(written.text))
         except PromptError:
             plans.append(prompt)
     return plans
@@ -450,7 +451,7 @@ def may_follow(plan: TextStream, token: int, prompt: str) -> bool:
         if word in wanted[turn : turn + 1]:
             wanted = wanted[turn + 1 :]
         elif word in ARTICLES and turn < len(wanted):
-            if {word, *wanted[:turn]} >= ARTICLES:
+            if next((other for other in reversed(wanted[:turn]) if other in ARTICLES), word) != word:
                 return False
         elif word not in PLACES | SMALL_WORDS:
             begun = i == len(found) - 1 and text.endswith(word)

@@ -3,6 +3,7 @@
 In:  a source as people write it. Out: a local folder or file, fetched where it must be.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -175,8 +176,10 @@ def _fetch(
             return Path(snapshot_download(repo, local_files_only=True, **options))
         try:
             there = HfApi(token=options["token"]).list_repo_files(repo, revision=options["revision"])
-        except Exception:  # no network: perhaps it was fetched before
-            return Path(snapshot_download(repo, local_files_only=True, **options))
+        except Exception:  # no network: perhaps it was fetched before; if not, this is why
+            with contextlib.suppress(Exception):
+                return Path(snapshot_download(repo, local_files_only=True, **options))
+            raise
         files = needed_files(there, variant)
         if not any(name.endswith(SUFFIXES) for name in files):
             single = [name for name in there if name.endswith(FILE_SUFFIXES)]

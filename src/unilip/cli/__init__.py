@@ -27,6 +27,12 @@ EXTRAS = {  # package -> extra of ours that brings it
     "starlette": "serve", "pydantic": "serve", "uvicorn": "serve", "prometheus_client": "serve",
 }  # fmt: skip
 
+OTHER = "another place"
+PLACES = {  # what to do about a file or folder that was named
+    errno.ENAMETOOLONG: "a shorter one", errno.EACCES: OTHER, errno.EROFS: OTHER, errno.ENOTDIR: OTHER,
+    errno.EISDIR: OTHER,
+}  # fmt: skip
+
 
 def parse(argv: Sequence[str]) -> tuple[str, Options]:
     """Return a verb's name and options. Raises UniLIPError: unknown, or out of range; SystemExit: help was printed."""
@@ -107,18 +113,21 @@ def set_up(debug: bool) -> None:
 def explain(error: Exception) -> tuple[str, int]:
     """Turn an error into one line and an exit code."""
     text = reason(error)
+    full = os.strerror(errno.ENOSPC) in text
     if isinstance(error, UniLIPError):
-        return text, 2
+        return text, 1 if full else 2
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
         return "memory ran out; try a smaller --batch-size or picture, --dtype bfloat16, or another --device.", 1
     if isinstance(error, ModuleNotFoundError):
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         how = install(extra) if extra else f"install it with pip install {error.name}"
         return f"the package {error.name} is missing; {how}.", 1
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return f"{error.strerror}: {str(error.filename)[:60]}...; give a shorter one.", 2
+    if isinstance(error, OSError) and error.filename and error.errno in PLACES:
+        name = str(error.filename)
+        return f"{error.strerror}: {name[:200]}{'...' if name[200:] else ''}; give {PLACES[error.errno]}.", 2
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}; --debug shows where.", 1
+        advice = "make room, and give the same command again" if full else "--debug shows where"
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}; {advice}.", 1
     return f"unexpected {type(error).__name__}: {text[:300]}; --debug shows where it happened.", 1
 
 

@@ -114,6 +114,9 @@ def prepare(
         packages = {name: _open_package(style, Path(source), Path(scratch)) for name, style in STYLES.items()}
     codes = [concept(name).tone_codepoint(tone) if tone else concept(name).codepoint for _, name, tone in work]
     work += [(style, code, None) for style, package in packages.items() for code in package.others()]
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):  # before minutes of drawing
+        raise DataError(f"the folder {folder} cannot be written to; give another (--output DIR)")
     sprites: dict[str, bytes] = {}
     for done, ((style, name, tone), code) in enumerate(zip_longest(work, codes)):
         sprites[_key(style, name, tone)] = _rasterise(*packages[style].svg(code or name, name))

@@ -201,9 +201,13 @@ def world_processor(world: str, config: UniLIPConfig, folder: Path) -> Processor
     from unilip.emoji.tokenizer import train_tokenizer
     from unilip.emoji.world import World
 
-    if not folder.exists():
-        with replacing(folder) as temporary:
-            train_tokenizer(World.preset(world), config.text.vocab_size, temporary)
+    try:
+        if not folder.exists():
+            with replacing(folder) as temporary:
+                train_tokenizer(World.preset(world), config.text.vocab_size, temporary)
+    except OSError:
+        if not folder.exists():  # else another training made it meanwhile, the same
+            raise
     return Processor(load_tokenizer(folder), config)
 
 
