@@ -18,7 +18,7 @@ from unilip.model import UniLIP
 from unilip.recipes.record import Flow, Recipe, Reconstruct, leaves
 from unilip.train.objectives import FlowObjective, Objective, ReconstructObjective
 
-FORMAT = 2
+FORMAT = 3
 ABOUT = "cache.json"
 FREE = (  # data settings that change nothing about a sample by itself
     "world", "path", "edit_share", "text_share", "workers", "max_skipped", "window", "lanes", "keep_gb", "cache",
