@@ -1,5 +1,6 @@
 """Adapters: trained in place of weights, kept in peft's format, loaded, weighed, stacked, merged, taken off."""
 
+import copy
 import json
 import logging
 import shutil
@@ -408,6 +409,9 @@ def test_low_memory_adds_adapters_to_weights_as_they_are_read(folders, tiny_fold
         drawn = latent(low)
         assert torch.allclose(drawn, latent(plain), atol=1e-4), number
         assert torch.equal(drawn, before) == (number in (4, 5))
+    copied, wanted = copy.deepcopy(low), latent(plain)
+    low.set_adapters({})
+    assert torch.allclose(latent(copied), wanted, atol=1e-4) and torch.equal(latent(low), before), "each has its own"
     with pytest.raises(UniLIPError, match="without low_memory to merge"):
         low.merge_adapters()
     low.unload_adapters()

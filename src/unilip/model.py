@@ -7,6 +7,7 @@ Pillow, numpy or torch has them; answers; features (M,N,D) and latents (M,Z,h,w)
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import logging
@@ -215,7 +216,7 @@ class UniLIP(Network):
 
         holes = 0  # bytes of weights that were quantised since their memory was last given back
 
-        def settle(name: str, layer: nn.Module) -> None:
+        def settle(model: nn.Module, name: str, layer: nn.Module) -> None:
             nonlocal holes
             adapters.take_in(model, name, layer)
             if kind := (kinds or {}).get(name.partition(".")[0]):
@@ -227,7 +228,8 @@ class UniLIP(Network):
         def load(model: nn.Module, part: str) -> None:
             source = other if other is not None and part == "pixel_decoder" else opened
             leave = later if part == "mllm" else ()
-            read.load_into(model, source, dtype=dtype, device=where, parts=(part,), leave=leave, settle=settle)
+            own = functools.partial(settle, model)  # of a copy, whose adapters are its own
+            read.load_into(model, source, dtype=dtype, device=where, parts=(part,), leave=leave, settle=own)
             give_back()
 
         if low_memory:

@@ -67,7 +67,11 @@ def convert(
     ]
     if not entries:
         raise DataError(f"{source} holds no sample of the layout {layout}.")
-    packed = [path for path in sorted(Path(source).expanduser().rglob("*.tar")) if output.resolve() not in path.resolve().parents]
+    packed = [
+        path
+        for path in sorted(Path(source).expanduser().rglob("*.tar"))
+        if output.resolve() not in path.resolve().parents
+    ]
     about = {
         "layout": layout, "shard_size": shard_size, "shorter_side": shorter_side, "entries": len(entries),
         "content": content_hash([(kind, contents[place]) for kind, place in places], marks(packed)),
