@@ -170,6 +170,7 @@ def test_a_cache_that_does_not_fit_is_refused(place, tiny_folder, tmp_path, fres
     refused(override(use, ["trains=dit,encoder"]), "holds features, latents, which change while")
     fresh_model(seed=9).save_pretrained(tmp_path / "other")
     refused(override(use, [f"init=all={tmp_path / 'other'}"]), "other weights of encoder, latent_head")
+    refused(override(use, ["config=image_size=84"]), "other weights of .*image size")
     refused(override(use, [f"data.cache={tmp_path / 'nothing'}"]), "is no cache")
     other = tmp_path / "more"
     other.mkdir()

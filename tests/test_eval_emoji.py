@@ -3,6 +3,7 @@
 In: the tiny model and world. Out: results, compared between runs, and what a perfect and a broken model would get.
 """
 
+import copy
 import json
 import shutil
 from types import SimpleNamespace
@@ -216,6 +217,10 @@ def test_another_run_in_the_same_folder_is_refused(finished, tiny_model, fresh_m
         evaluate(tiny_model, folder, **{**SMALL, "steps": 2})
     with pytest.raises(UniLIPError, match="model"):
         evaluate(fresh_model(seed=1), folder, **SMALL)
+    retold = copy.deepcopy(tiny_model)
+    retold.processor.tokenizer.files["tokenizer_config.json"] = b"{}"
+    with pytest.raises(UniLIPError, match="another run: tokenizer"):
+        evaluate(retold, folder, **SMALL)
     evaluate(tiny_model, tmp_path, parts=("riddle",), preset="fast", **SMALL)
     with pytest.raises(UniLIPError, match=r"preset \(fast there, None here\)"):
         evaluate(tiny_model, tmp_path, parts=("riddle",), **SMALL)

@@ -443,6 +443,13 @@ def test_the_class_for_lmms_eval(tiny_folder, tmp_path, monkeypatch, caplog):
     asked = {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9, "num_beams": 4, "do_sample": True}
     assert model._settings(asked) == {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9}
     assert "num_beams cannot be followed" in caplog.text and model._settings({"num_beams": 1})["temperature"] == 0
+    model.max_tiles, asked = 4, []
+    model.task_dict = {"task": {"test": [{"images": [picture] * count} for count in (1, 2)]}}
+    monkeypatch.setattr(model.model, "ask", lambda p, q, max_tiles, **_: asked.append((len(p), max_tiles)) or ["x"])
+    model.generate_until(
+        [SimpleNamespace(args=("What?", {}, lambda d: d["images"], n, "task", "test")) for n in (0, 1)]
+    )
+    assert asked == [(1, 4), (1, 2)], "a picture has the tiles that it has alone, whatever its batch"
 
 
 def test_the_file_for_their_repository_registers_the_same_class(monkeypatch):

@@ -497,6 +497,7 @@ def evaluate(
         "model": fingerprint(model), "world": world.name, "atlas": atlas.fingerprint, "judge": VERSION,
         "steps": bench.steps, "guidance_scale": bench.guidance_scale,
         "dtype": str(model.dtype).removeprefix("torch."), "data_seed": DATA_SEED,
+        **({"tokenizer": model.processor.tokenizer.fingerprint} if model.processor else {}),
         **({} if preset == "quality" else {"preset": preset}),
     }  # fmt: skip
     folder = Folder(Path(output), identity)

@@ -67,15 +67,15 @@ class UniLIP(Base):
                     visuals = to_visual(self.task_dict[task][split][doc_id])
                     pictures.append([visual for visual in visuals or () if visual is not None])
                     texts.append(text.replace("<image>", "").strip())
-                    settings.append(self._settings(options))
+                    tiles = max(1, self.max_tiles // max(1, len(pictures[-1])))
+                    settings.append({**self._settings(options), "max_tiles": tiles})
                     until = options.get("until") or ()
                     stops.append([until] if isinstance(until, str) else list(until))
-                tiles = max(1, self.max_tiles // max(1, max(len(images) for images in pictures)))
                 alike = all(one == settings[0] for one in settings)  # else one is asked after the other
                 said: list[str] = []
                 for n in range(0, len(batch), len(batch) if alike else 1):
                     part = slice(n, None if alike else n + 1)
-                    said += self.model.ask(pictures[part], texts[part], max_tiles=tiles, **settings[n])
+                    said += self.model.ask(pictures[part], texts[part], **settings[n])
                 answers += [cut(answer, stop) for answer, stop in zip(said, stops, strict=True)]
                 bar.update(len(batch))
         return answers
