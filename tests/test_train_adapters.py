@@ -394,6 +394,21 @@ def test_what_one_adapter_did_no_other_does_when_it_goes(folders, tiny_folder, l
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_at_strength_0_an_adapter_is_off_whatever_is_loaded_later(folders, tiny_folder, low_memory):
+    model = UniLIP.from_pretrained(tiny_folder, low_memory=low_memory)
+    before = latent(model)
+    model.load_adapter(folders / "dora")
+    assert not torch.equal(latent(model), before)
+    for off in ({}, {"dora": 0.0}):
+        model.set_adapters(off)
+        assert torch.equal(latent(model), before), off
+    model.load_adapter(folders / "red", scale=0.0)
+    assert torch.equal(latent(model), before)
+    model.set_adapters({"dora": 1.0})
+    assert not torch.equal(latent(model), before)
+
+
 def test_low_memory_adds_adapters_to_weights_as_they_are_read(folders, tiny_folder):
     low, plain = UniLIP.from_pretrained(tiny_folder, low_memory=True), UniLIP.from_pretrained(tiny_folder)
     before = latent(low)
