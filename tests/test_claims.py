@@ -48,6 +48,7 @@ def test_seeds_that_differ_make_a_difference_uncertain():
     assert difference(near, other, "psnr")[1] < 0.1 < 1 < difference(far, other, "psnr")[1]
     assert score(far, "psnr")["spread"] == pytest.approx(4 / 2**0.5) and score(near[:1], "psnr")["spread"] is None
     assert score(far, "psnr")["mean"] == pytest.approx(20.1)
+    assert claims.cell("psnr", score([run_of("a", {"psnr": [20.0]})], "psnr")) == "20.00", "one item has no error"
 
 
 def test_only_common_items_count_and_one_is_not_enough():
@@ -109,6 +110,8 @@ def test_a_claim_holds_where_all_its_statements_do(psnr, answers, verdict):
     runs["b"][0].recipe["steps"] = 10
     twice = {name: [several[0], dataclasses.replace(several[0], seed=1)] for name, several in runs.items()}
     assert conclude(claim, twice)["verdict"] == verdict
+    twice["b"][1] = dataclasses.replace(twice["b"][1], recipe={**twice["b"][1].recipe, "steps": 20})
+    assert conclude(claim, twice)["verdict"] == "not comparable: the budgets differ"
 
 
 def test_a_budget_has_the_first_stage_in_it():
@@ -211,7 +214,10 @@ def test_judged_items_are_averaged_over_the_pictures_of_a_prompt(tmp_path):
     edit = {"part": "edit", "group": "add, seen", "index": 0, "ok": False, "psnr_outside": 20.0}
     rows.append({"key": "edit/add, seen/0000/0", **edit})
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = claims.judged(tmp_path, count=2, seeds=2)
+    groups = {"gen": {"single, seen": {"prompts": 1, "items": 2}}, "edit": {"add, seen": {"prompts": 1, "items": 1}}}
+    results = {"seeds": 2, **{f"emoji-{part}": {"groups": own} for part, own in groups.items()}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    found = claims.judged(tmp_path)
     assert found["generation"] == {"single, seen/0000": 0.5}  # not the control, nor what an earlier run asked besides
     assert found["edits"] == {"add, seen/0000": 0.0} and found["psnr_outside"] == {"add, seen/0000": 20.0}
 

@@ -194,6 +194,33 @@ def test_a_signature_changes_with_the_data_and_not_with_its_place(tmp_path):
     assert open_source(str(tmp_path / "b" / "tars")).signature() != first[2]
 
 
+def test_another_beginning_of_a_long_text_is_another_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNILIP_CACHE", str(tmp_path / "indices"))
+    rest, found = "a square on a white background, " * 4, []
+    for word in ("red", "tan"):
+        (tmp_path / "pairs").mkdir(exist_ok=True)
+        (tmp_path / "pairs" / "0.jpg").write_bytes(jpg())
+        (tmp_path / "pairs" / "0.txt").write_text(f"{word} {rest}")
+        write_tar(tmp_path / "tars" / "s.tar", pairs(("0", f"{word} {rest}".encode())))
+        sources = [open_source(str(tmp_path / place)) for place in ("pairs", "tars")]
+        found.append([source.signature() for source in sources])
+    assert [old == new for old, new in zip(*found, strict=True)] == [False, False]
+    assert all(source.read("caption", 0, 0).text.startswith(b"tan") for source in sources)
+
+
+def test_pictures_at_the_end_of_a_list_count_as_well(tmp_path, monkeypatch):
+    monkeypatch.setattr("unilip.data.folders.MARKED", 12)
+    rows = [{"source": f"{i}.jpg", "target": f"{i}.jpg", "instruction": "x"} for i in range(64)]
+    for i in range(64):
+        (tmp_path / f"{i}.jpg").write_bytes(jpg(size=60))
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    before = open_source(str(tmp_path / "list.jsonl")).signature()
+    for i in range(32, 64):
+        (tmp_path / f"{i}.jpg").write_bytes(jpg("blue", 61))
+    source = open_source(str(tmp_path / "list.jsonl"))
+    assert source.signature() != before and 2 <= len(source._pictures) <= 5
+
+
 # --- nothing left out without a word ----------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from unilip.recipes.record import override
 from unilip.train.batches import iterate
 from unilip.train.build import build
 from unilip.train.cache import make_cache
-from unilip.train.cached import ABOUT
+from unilip.train.cached import ABOUT, FORMAT
 from unilip.train.files import unpacked
 
 TOLERANCE = dict(rtol=2e-6, atol=2e-6)
@@ -170,6 +170,7 @@ def test_a_cache_that_does_not_fit_is_refused(place, tiny_folder, tmp_path, fres
     refused(override(use, ["trains=dit,encoder"]), "holds features, latents, which change while")
     fresh_model(seed=9).save_pretrained(tmp_path / "other")
     refused(override(use, [f"init=all={tmp_path / 'other'}"]), "other weights of encoder, latent_head")
+    refused(override(use, ["config=image_size=84"]), "other weights of .*image size")
     refused(override(use, [f"data.cache={tmp_path / 'nothing'}"]), "is no cache")
     other = tmp_path / "more"
     other.mkdir()
@@ -181,7 +182,7 @@ def test_a_cache_that_does_not_fit_is_refused(place, tiny_folder, tmp_path, fres
     about = json.loads((cache / ABOUT).read_text())
     (cache / ABOUT).write_text(json.dumps(about | {"format": 99}))
     refused(use, "has the format 99")
-    for broken in ("[]", "null", '{"format": 2}'):
+    for broken in ("[]", "null", json.dumps({"format": FORMAT})):
         (cache / ABOUT).write_text(broken)
         refused(use, "is no cache")
     (cache / ABOUT).write_text(json.dumps(about))

@@ -156,6 +156,17 @@ def test_an_interrupted_conversion_goes_on(sharegpt, tmp_path):
     assert not list(cut.glob(".*.part"))
 
 
+def test_a_download_that_was_completed_is_not_taken_for_the_same(sharegpt, tmp_path):
+    whole = (sharegpt / "part_0.tar").read_bytes()
+    (sharegpt / "part_0.tar").unlink()
+    out = sharegpt / "shards"
+    assert convert("sharegpt-4o-image", str(sharegpt), out).skipped["picture missing"] == 3
+    assert not convert("sharegpt-4o-image", str(sharegpt), out).samples, "all shards are there"
+    (sharegpt / "part_0.tar").write_bytes(whole)
+    with pytest.raises(DataError, match="shards of another conversion: content"):
+        convert("sharegpt-4o-image", str(sharegpt), out)
+
+
 def test_what_is_no_download_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     for layout in LAYOUTS:

@@ -3,7 +3,9 @@
 In: the tiny model and world. Out: results, compared between runs, and what a perfect and a broken model would get.
 """
 
+import copy
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +29,7 @@ from unilip.emoji.score import (
 )
 from unilip.emoji.world import Scene, World
 from unilip.errors import UniLIPError
-from unilip.eval.compare import load_runs
+from unilip.eval.compare import load_runs, make_tables
 from unilip.files import generator
 from unilip.pictures import picture_psnr, picture_ssim
 
@@ -97,7 +99,8 @@ def test_a_run_writes_all_it_promises(finished):
         assert 0 <= results[f"emoji-{part}"]["right"] <= 1
     assert set(results["emoji-vqa"]["groups"]) == set(KINDS) - {"style"}
     assert {"two, seen", "two, unseen", "single, seen"} <= set(results["emoji-gen"]["groups"])
-    assert "no guidance" in results["emoji-gen"] and "swapped prompts" in results["emoji-gen"]
+    assert "no guidance" in results["emoji-gen"]
+    assert "swapped prompts" not in results["emoji-gen"], "with one prompt a group there is none to swap it with"
     assert (
         "as captions" in results["emoji-gen"]["as people write"]
         and "as people write" not in results["emoji-gen"]["groups"]
@@ -136,6 +139,31 @@ def test_a_comparison_tells_the_same_shares(finished):
     shares = {run.summary["task"]: run.summary["scores"][""]["right"]["value"] for run in load_runs([folder])}
     parts = [f"emoji-{part}" for part in PARTS if part != "joint"]
     assert shares == {part: pytest.approx(results[part]["right"], abs=1e-4) for part in parts}
+
+
+def test_a_comparison_leaves_out_what_an_earlier_run_asked_besides(tiny_model, tmp_path):
+    def shares(folder):
+        return {run.column: (run.summary["scores"][""]["right"]["items"], len(run.rows)) for run in load_runs([folder])}
+
+    few = {**SMALL, "parts": ("vqa", "riddle")}
+    evaluate(tiny_model, tmp_path / "fresh", **few)
+    evaluate(tiny_model, tmp_path / "used", **{**few, "count": 2, "seeds": 2})
+    evaluate(tiny_model, tmp_path / "used", **{**SMALL, "parts": ("joint", "gen"), "count": 2})
+    assert {column.split()[0] for column in shares(tmp_path / "used")} == {"emoji-gen", "emoji-joint"}
+    evaluate(tiny_model, tmp_path / "used", **few)
+    assert shares(tmp_path / "used") == shares(tmp_path / "fresh")
+    lines = (tmp_path / "used" / "items.jsonl").read_text().splitlines()
+    (tmp_path / "used" / "items.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    with pytest.raises(UniLIPError, match=r"is not what results\.json was made of"):
+        load_runs([tmp_path / "used"])
+
+
+def test_pictures_judged_by_other_art_are_in_another_table(finished, tmp_path):
+    folder, results = finished
+    shutil.copytree(folder, tmp_path / "other")
+    (tmp_path / "other" / "results.json").write_text(json.dumps(results | {"atlas": "another"}))
+    tables = make_tables(load_runs([folder, tmp_path / "other"]))
+    assert len(tables) == 2 * len([part for part in PARTS if f"emoji-{part}" in results])
 
 
 def test_a_finished_run_draws_nothing_again(finished, tiny_model, monkeypatch):
@@ -189,6 +217,10 @@ def test_another_run_in_the_same_folder_is_refused(finished, tiny_model, fresh_m
         evaluate(tiny_model, folder, **{**SMALL, "steps": 2})
     with pytest.raises(UniLIPError, match="model"):
         evaluate(fresh_model(seed=1), folder, **SMALL)
+    retold = copy.deepcopy(tiny_model)
+    retold.processor.tokenizer.files["tokenizer_config.json"] = b"{}"
+    with pytest.raises(UniLIPError, match="another run: tokenizer"):
+        evaluate(retold, folder, **SMALL)
     evaluate(tiny_model, tmp_path, parts=("riddle",), preset="fast", **SMALL)
     with pytest.raises(UniLIPError, match=r"preset \(fast there, None here\)"):
         evaluate(tiny_model, tmp_path, parts=("riddle",), **SMALL)

@@ -18,6 +18,7 @@ from unilip.eval import benchmarks, generation, runs
 from unilip.eval.benchmarks import open_benchmark
 from unilip.eval.generation import Settings, generate, picture_seeds
 from unilip.eval.runs import RunFolder
+from unilip.eval.scores import column
 from unilip.machine import Place
 
 NAMES = ("geneval", "geneval2", "dpg", "wise", "imgedit", "gedit")
@@ -297,8 +298,11 @@ def test_other_sources_under_the_same_names_are_refused(prompts, draw, tmp_path)
     draw(before.first(1), tmp_path / "run")
     for n, name in enumerate(("animal/1.jpg", "for_add/2.jpg")):
         paint(tmp_path / "other" / name, n + 5)
+    other = open_benchmark("imgedit", sources=tmp_path / "other", **given)
     with pytest.raises(UniLIPError, match="another run: prompts"):
-        draw(open_benchmark("imgedit", sources=tmp_path / "other", **given), tmp_path / "run")
+        draw(other, tmp_path / "run")
+    about = {"task": "imgedit", "protocol": "p", "scorer": "s"}
+    assert column({**about, "prompts": before.prompts}) != column({**about, "prompts": other.prompts}), "other tables"
     assert draw(before, tmp_path / "run")["made"] == 1
 
 

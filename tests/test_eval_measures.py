@@ -20,7 +20,7 @@ from unilip.eval import compare, recon, understand
 from unilip.eval.benchmarks import open_benchmark
 from unilip.eval.generation import Settings, generate
 from unilip.eval.pictures import open_pictures
-from unilip.eval.scores import Rule, column, write_scores
+from unilip.eval.scores import Rule, column, read_scores, write_scores
 from unilip.machine import Place
 from unilip.pictures import IMAGENET_MEAN, IMAGENET_STD, PSNR_LIMIT
 
@@ -94,6 +94,8 @@ def test_a_torchscript_extractor(tmp_path):
         name.startswith("fd[means ")
         and extract(torch.full((2, 3, 8, 8), 7, dtype=torch.uint8)).tolist() == [[7] * 3] * 2
     )
+    (tmp_path / "means.pt").rename(tmp_path / "my-inception.pt")
+    assert recon.open_extractor(str(tmp_path / "my-inception.pt"))[0].startswith("rfid[my-inception "), "which one"
     (tmp_path / "bad.pt").write_bytes(b"no script")
     with pytest.raises(UniLIPError, match="no TorchScript"):
         recon.open_extractor(str(tmp_path / "bad.pt"))
@@ -355,6 +357,15 @@ def test_questions_are_asked_once_and_known_by_their_pictures(ask, tmp_path):
         ask(QUESTIONS, max_new_tokens=3)
 
 
+def test_other_pictures_are_another_table_and_no_old_score_stays(ask, tmp_path):
+    (_, _, (first,)), (_, _, (other,)) = ask(QUESTIONS), ask(QUESTIONS, images="b", output="other")
+    assert column(first) != column(other) and first["prompts"]["sha256"] == other["prompts"]["sha256"]
+    assert column(ask(QUESTIONS)[2][0]) == column(first)
+    assert ask([{"question": "And now?"}])[2] == []
+    with pytest.raises(UniLIPError, match="has no scores"):
+        read_scores(tmp_path / "run")
+
+
 def test_processes_share_the_questions(ask):
     answers, first, found = ask(QUESTIONS, place=Place(1, 2))
     assert found is None and answers == [] and len(first) == 1
@@ -433,6 +444,13 @@ def test_the_class_for_lmms_eval(tiny_folder, tmp_path, monkeypatch, caplog):
     asked = {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9, "num_beams": 4, "do_sample": True}
     assert model._settings(asked) == {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9}
     assert "num_beams cannot be followed" in caplog.text and model._settings({"num_beams": 1})["temperature"] == 0
+    model.max_tiles, asked = 4, []
+    model.task_dict = {"task": {"test": [{"images": [picture] * count} for count in (1, 2)]}}
+    monkeypatch.setattr(model.model, "ask", lambda p, q, max_tiles, **_: asked.append((len(p), max_tiles)) or ["x"])
+    model.generate_until(
+        [SimpleNamespace(args=("What?", {}, lambda d: d["images"], n, "task", "test")) for n in (0, 1)]
+    )
+    assert asked == [(1, 4), (1, 2)], "a picture has the tiles that it has alone, whatever its batch"
 
 
 @pytest.mark.parametrize("recall", [True, False])
@@ -539,6 +557,14 @@ def test_scores_of_other_scorers_are_other_tables(tmp_path):
     assert "judge a" in text and "judge b" in text
     listed = list(csv.DictReader((tmp_path / "out/compare.csv").open()))
     assert {row["column"] for row in listed} == set(tables)
+
+
+def test_one_prompt_makes_no_interval_of_a_difference(tmp_path):
+    for name, value in (("a", 1.0), ("b", 0.5)):
+        write_run(tmp_path / name, [value])
+    ((_, b),) = compare.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")["tables"].values()
+    assert b["difference"] == -0.5 and b["d_low"] is None and b["low"] is None
+    assert "| 0.5000 |  |  | 1 |" in (tmp_path / "out/compare.md").read_text()
 
 
 def test_pictures_are_side_by_side(tiny_folder, tiny_model, tmp_path):

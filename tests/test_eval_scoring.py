@@ -76,6 +76,7 @@ def judge():
         (rubrics.read_viescore, '{"score": [7, 4], "reasoning": "he said "no" to it"}', 4.0),
         (rubrics.read_viescore, '{"score": [7]}', None),
         (rubrics.read_viescore, '{"score": [11, 2]}', None),
+        (rubrics.read_viescore, '{"score": "10"}', None),
         (rubrics.read_viescore, "good", None),
     ],
 )  # fmt: skip
@@ -383,6 +384,19 @@ def test_the_interval_is_that_of_the_mean():
     assert entry["value"] == pytest.approx(values.mean())
     assert entry["low"] == pytest.approx(values.mean() - half, abs=0.03)
     assert entry["high"] == pytest.approx(values.mean() + half, abs=0.03)
+
+
+def test_one_prompt_has_no_interval():
+    one = rows_of([1.0])
+    several = [{**row, "cluster": "p"} for row in rows_of([0.0, 1.0])]  # pictures of it
+    for rows, rule, spread in (
+        (one, Rule(), False), (several, Rule(), False), (one + rows_of([0.0], "h"), Rule("groups"), False),
+        (one + rows_of([0.0], "h"), Rule(), True), (one + rows_of([0.0, 1.0], "h"), Rule("groups"), True),
+    ):  # fmt: skip
+        entry = summarise(rows, rule)[""]["m"]
+        assert [entry[bound] is not None for bound in ("low", "high")] == [spread, spread]
+    about = {"task": "t", "protocol": "p", "scorer": "s", "statuses": {}, "parts": {}}
+    assert "1.0000  no interval of one prompt, 1 items" in tell({**about, "scores": summarise(one, Rule())})[1]
 
 
 def test_pictures_of_one_prompt_are_not_independent():

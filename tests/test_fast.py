@@ -289,6 +289,20 @@ def test_packed_weights_multiply_alike(times: dict[str, float]) -> None:
                     assert torch.equal(multiply(other, rows), other(rows))
 
 
+def test_moved_columns_are_another_weight() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.randn(24, 48, dtype=dtype)
+        changed = [
+            weight.roll(8, 1),
+            weight.roll(8, 0),
+            weight.flip(1),
+            -weight,
+            weight.clone().index_fill_(0, torch.tensor(3), 0),
+        ]
+        assert products.stamp(weight.clone()) == products.stamp(weight)
+        assert products.stamp(weight) not in [products.stamp(one) for one in changed]
+
+
 def test_the_way_is_the_one_that_was_measured_fastest(times: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     shape = (256, 64, 64)
     cases: list[tuple[dict[str, float], int, str]] = [

@@ -1,5 +1,6 @@
 """Adapters: trained in place of weights, kept in peft's format, loaded, weighed, stacked, merged, taken off."""
 
+import copy
 import json
 import logging
 import shutil
@@ -393,6 +394,21 @@ def test_what_one_adapter_did_no_other_does_when_it_goes(folders, tiny_folder, l
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_at_strength_0_an_adapter_is_off_whatever_is_loaded_later(folders, tiny_folder, low_memory):
+    model = UniLIP.from_pretrained(tiny_folder, low_memory=low_memory)
+    before = latent(model)
+    model.load_adapter(folders / "dora")
+    assert not torch.equal(latent(model), before)
+    for off in ({}, {"dora": 0.0}):
+        model.set_adapters(off)
+        assert torch.equal(latent(model), before), off
+    model.load_adapter(folders / "red", scale=0.0)
+    assert torch.equal(latent(model), before)
+    model.set_adapters({"dora": 1.0})
+    assert not torch.equal(latent(model), before)
+
+
 def test_low_memory_adds_adapters_to_weights_as_they_are_read(folders, tiny_folder):
     low, plain = UniLIP.from_pretrained(tiny_folder, low_memory=True), UniLIP.from_pretrained(tiny_folder)
     before = latent(low)
@@ -408,6 +424,9 @@ def test_low_memory_adds_adapters_to_weights_as_they_are_read(folders, tiny_fold
         drawn = latent(low)
         assert torch.allclose(drawn, latent(plain), atol=1e-4), number
         assert torch.equal(drawn, before) == (number in (4, 5))
+    copied, wanted = copy.deepcopy(low), latent(plain)
+    low.set_adapters({})
+    assert torch.allclose(latent(copied), wanted, atol=1e-4) and torch.equal(latent(low), before), "each has its own"
     with pytest.raises(UniLIPError, match="without low_memory to merge"):
         low.merge_adapters()
     low.unload_adapters()

@@ -192,6 +192,8 @@ def test_the_tokenizer_of_a_world_is_trained_once_and_whole(tmp_path, monkeypatc
     again = world_processor("tiny", preset("tiny"), tmp_path / "tokenizer")
     assert len(times) == 1 and first.tokenizer.vocabulary == again.tokenizer.vocabulary
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+    other = world_processor("pico", preset("pico"), tmp_path / "tokenizer")
+    assert len(times) == 2 and other.tokenizer.vocabulary != first.tokenizer.vocabulary
 
     def meanwhile(world, size, folder):  # two trainings that were started in the same second
         shutil.copytree(tmp_path / "tokenizer", tmp_path / "other")

@@ -358,6 +358,18 @@ def test_other_frozen_weights_between_two_runs_are_refused(fork):
         train(recon("save_every=1"), fork, progress=False)
 
 
+def test_another_teacher_between_two_runs_is_refused(fork, fresh_model):
+    recipe = quick(*QUICK, "save_every=1", "objective.gan=0", name="tiny/recon_distill")
+    recipe = override(recipe, [f"init={','.join(recipe.init)},teacher={fork / 'teacher'}"])
+    fresh_model(seed=5).save_pretrained(fork / "teacher")
+    train(recipe, fork, progress=False, stop_after=1)
+    train(recipe, fork, progress=False, stop_after=1)
+    shutil.rmtree(fork / "teacher")
+    fresh_model(seed=6).save_pretrained(fork / "teacher")
+    with pytest.raises(ConfigError, match="does not train are others than when"):
+        train(recipe, fork, progress=False)
+
+
 def test_other_data_between_two_runs_are_noticed(fork, tmp_path, picture, caplog):
     place = tmp_path / "mine"
     place.mkdir()
@@ -369,6 +381,13 @@ def test_other_data_between_two_runs_are_noticed(fork, tmp_path, picture, caplog
     assert "were added, removed or replaced" not in caplog.text
     picture(60, 60, 9).save(place / "3.png")
     train(recipe, fork, progress=False, stop_after=1)
+    assert "were added, removed or replaced" in caplog.text
+
+
+def test_other_art_between_two_runs_is_noticed(fork, monkeypatch, caplog):
+    train(recon("save_every=1"), fork, progress=False, stop_after=1)
+    monkeypatch.setattr("unilip.emoji.art.Atlas.fingerprint", "another")
+    train(recon("save_every=1"), fork, progress=False, stop_after=1)
     assert "were added, removed or replaced" in caplog.text
 
 

@@ -373,7 +373,8 @@ def set_adapters(model: nn.Module, scales: Mapping[str, float]) -> None:
         taken[name] = (taken.pop(name)[0], scales.get(name, 0.0))  # in the order in which they are to act
     with _same_flags(model):
         for _, layer in adapted_layers(model):
-            active = {inner: scales[name] for name in scales for inner in _held(layer, name)}
+            # at strength 0 it is off, for a DoRA that acts so still has the lengths of the weights' columns changed
+            active = {inner: scale for name, scale in scales.items() if scale for inner in _held(layer, name)}
             layer.set_adapter(list(active))
             for inner, scale in active.items():
                 layer.set_scale(inner, scale)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PART = ".part"  # ending of what is not finished
-TAIL = 64  # bytes at the end of a file's data that, with its size, tell pictures apart without reading them whole
+TAIL = 4096  # bytes at the end of a file's data that, with its size, tell pictures apart; texts are mostly no longer
 
 
 @contextlib.contextmanager

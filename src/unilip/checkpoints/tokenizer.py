@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 
 from unilip.errors import CheckpointError, reason
-from unilip.files import read_table
+from unilip.files import content_hash, read_table
 
 TABLE: dict[str, Any] = read_table("unilip.checkpoints", "tables.json")["tokenizer"]
 TOKENIZER_FILES: tuple[str, ...] = tuple(TABLE["files"])
@@ -70,6 +70,11 @@ class Tokenizer:
     def __len__(self) -> int:
         """One more than the highest id: how many rows an embedding of it needs."""
         return max(self.vocabulary.values(), default=-1) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change when any of its files does."""
+        return content_hash(*(part for file in sorted(self.files.items()) for part in file))[:16]
 
     def token_id(self, name: str) -> int | None:
         return self.vocabulary.get(name)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from unilip.data.folders import Lines
+from unilip.data.folders import Lines, marks
 from unilip.data.records import Record, Source, Unreadable, clean_text, decode_picture, one_text
 from unilip.data.shards import INDEX_SUFFIX, is_written, writing_shard
 from unilip.data.sources import open_source
@@ -67,9 +67,14 @@ def convert(
     ]
     if not entries:
         raise DataError(f"{source} holds no sample of the layout {layout}.")
+    packed = [
+        path
+        for path in sorted(Path(source).expanduser().rglob("*.tar"))
+        if output.resolve() not in path.resolve().parents
+    ]
     about = {
         "layout": layout, "shard_size": shard_size, "shorter_side": shorter_side, "entries": len(entries),
-        "content": content_hash([(kind, contents[place], shard, at) for kind, place, shard, at in entries]),
+        "content": content_hash([(kind, contents[place]) for kind, place in places], marks(packed)),
     }  # fmt: skip
     note = output / f".{layout}.json"
     before = read_json(note) if note.exists() else about

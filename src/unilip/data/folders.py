@@ -21,7 +21,7 @@ from unilip.errors import DataError
 from unilip.files import content_hash, decode_text, mark
 
 logger = logging.getLogger(__name__)
-MARKED = 4096  # files whose content a signature looks at
+MARKED = 4096  # files whose content a signature looks at, spread over all
 LISTS = ("metadata.jsonl", "metadata.csv")  # of other programs, which say what the texts are
 SOURCES = ("input", "input_image", "source", "source_image")  # what published lists of edits call their parts
 TARGETS = ("output", "output_image", "target", "target_image")
@@ -109,11 +109,11 @@ def _bytes(path: Path) -> bytes:
 
 
 def marks(paths: Sequence[Path]) -> list[Any]:
-    """Size and checksum of the end of files, of so many that it takes a moment; None for one that cannot be read."""
-    found: list[Any] = []
-    for path in paths[:: max(1, len(paths) // MARKED)]:
+    """Size of files, and of so many that it takes a moment a checksum of the end; None for one that cannot be read."""
+    found, step = list[Any](), max(1, len(paths) // MARKED)
+    for number, path in enumerate(paths):
         try:
-            found.append(mark(path))
+            found.append(path.stat().st_size if number % step else mark(path))
         except (OSError, ValueError):  # ValueError: a name that no file can have
             found.append(None)
     return found
@@ -132,7 +132,7 @@ class Lines(records.Source):
         self.notes: list[str] = []
         self._found: dict[str, list[Any]] = {kind: [] for kind in records.KINDS}  # offsets of lines, or entries
         self._content = hashlib.blake2b(digest_size=12)
-        self._pictures: list[Path] = []
+        self._pictures, self._lines, self._every = list[list[Path]](), 0, 1  # of every so many lines
         try:
             with file.open("rb") as opened:
                 if opened.peek(64).lstrip(BLANK).startswith(b"["):
@@ -177,9 +177,16 @@ class Lines(records.Source):
             logger.warning("%s, %s is left out: %s", self.file, name, why)
         for kind in kinds:
             self._found[kind].append((name, values) if offset is None else offset)
-        if kinds and self._fetch is None and len(self._pictures) < MARKED:
+        if kinds and self._lines % self._every == 0:
             named = (values.get(field) for field in ("image", "source", "target"))
-            self._pictures += [self.file.parent / path for path in named if isinstance(path, str) and "\0" not in path]
+            self._pictures.append([self._place(path) for path in named if isinstance(path, str)])
+            if len(self._pictures) > MARKED // 3:
+                self._pictures, self._every = self._pictures[::2], 2 * self._every
+        self._lines += bool(kinds)
+
+    def _place(self, path: str) -> Path:
+        """Where a picture lies that the list names."""
+        return self.file.parent / os.path.expanduser(path)
 
     def counts(self, kind: str) -> list[int]:
         return [len(self._found[kind])]
@@ -204,7 +211,7 @@ class Lines(records.Source):
                 raise records.Unreadable("entry malformed", f"{name} does not name its pictures")
             if self._fetch is not None:
                 return self._fetch(path)
-            return records.read_bytes(self.file.parent / os.path.expanduser(path), "picture")
+            return records.read_bytes(self._place(path), "picture")
 
         if kind == "edit":
             return records.Record(name, (bring("source"), bring("target")), values.get("instruction"))
@@ -214,8 +221,8 @@ class Lines(records.Source):
         return records.Record(name, (bring(field),), values.get("caption"), values.get("conversations"))
 
     def signature(self) -> str:
-        """Return a hash of the list, and of size and end of the pictures beside it that it names first."""
-        return content_hash(self._content.hexdigest(), marks(self._pictures))
+        """Return a hash of the list, and of size and end of pictures beside it, of lines spread over all."""
+        return content_hash(self._content.hexdigest(), marks([path for line in self._pictures for path in line]))
 
 
 def sample_of(row: Any, kind: str = "") -> tuple[dict[str, Any], list[str]]:

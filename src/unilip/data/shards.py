@@ -28,7 +28,7 @@ from unilip.errors import DataError, UniLIPError, reason
 from unilip.files import TAIL, content_hash, read_json, replacing, retried, stamp, write_json, write_text
 
 logger = logging.getLogger(__name__)
-FORMAT = 2  # of the index files
+FORMAT = 3  # of the index files
 INDEX_SUFFIX = ".index.json"
 ZEROS = bytes(tarfile.BLOCKSIZE)
 TEXTS = {"txt", "texts", "about", "json"}  # a text, several in JSON, metadata with a caption, a conversation

@@ -12,7 +12,7 @@ import math
 import platform
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -41,7 +41,7 @@ from unilip.emoji.world import COMPOSITIONAL, TASKS, Scene, World
 from unilip.errors import UniLIPError, check_choice, differences
 from unilip.fast.loop import Settings
 from unilip.fast.offload import HEAD
-from unilip.files import generator, lines_of, read_json, read_text, stable_hash, write_json, write_lines
+from unilip.files import generator, lines_of, read_json, read_lines, read_text, stable_hash, write_json, write_lines
 from unilip.method.config import TOKEN_PIXELS
 from unilip.model import DRAWING, UniLIP
 from unilip.pictures import picture_psnr, picture_ssim, to_pixels
@@ -427,6 +427,31 @@ class Folder:
         self.records[item.key] = record
 
 
+def read_counted(folder: Path) -> tuple[dict[str, Any], list[Record]]:
+    """Return the results of a folder, and the items that are counted in them: no controls, and none of other runs.
+
+    Raises UniLIPError: the items are not those of the results, as where a run with more of them was killed.
+    """
+    results, items = read_json(folder / "results.json", "results"), folder / "items.jsonl"
+    groups = {part: found["groups"] for part in PARTS if (found := results.get(f"emoji-{part}"))}
+    seeds = {"gen": results["seeds"], "riddle": results["seeds"], "edit": max(1, results["seeds"] // 2)}
+
+    def counts(record: Record) -> bool:
+        part, own = record["part"], groups.get(record["part"], {})
+        if record["group"] not in own or int(record["key"].rpartition("/")[2]) >= seeds.get(part, math.inf):
+            return False
+        numbered = own.values() if part == "riddle" else [own[record["group"]]]  # riddles have numbers of all groups
+        return bool(record["index"] < sum(row["prompts"] for row in numbered))
+
+    rows = [record for record in read_lines(items, "list of judged items") if counts(record)]
+    found = Counter((record["part"], record["group"]) for record in rows)
+    if found != {(part, name): row["items"] for part, own in groups.items() for name, row in own.items()}:
+        raise UniLIPError(
+            f"{items} is not what results.json was made of; let the evaluation of {folder} run to its end."
+        )
+    return results, rows
+
+
 def fingerprint(model: UniLIP) -> str:
     """Return sixteen hex digits of configuration and weights."""
     digest = hashlib.blake2b(digest_size=8)
@@ -472,6 +497,7 @@ def evaluate(
         "model": fingerprint(model), "world": world.name, "atlas": atlas.fingerprint, "judge": VERSION,
         "steps": bench.steps, "guidance_scale": bench.guidance_scale,
         "dtype": str(model.dtype).removeprefix("torch."), "data_seed": DATA_SEED,
+        **({"tokenizer": model.processor.tokenizer.fingerprint} if model.processor else {}),
         **({} if preset == "quality" else {"preset": preset}),
     }  # fmt: skip
     folder = Folder(Path(output), identity)
@@ -551,12 +577,12 @@ def summarise(part: str, records: Sequence[Record], world: World) -> dict[str, A
     proper = {name: row for name, row in found["groups"].items() if name not in ASIDE}
     for kind in ("seen", "unseen") if part in ("gen", "edit") else ():
         shares = [row["right"] for name, row in proper.items() if name.endswith(f", {kind}")]
-        found |= {kind: _share(shares)} if shares else {}
+        found |= _mean(kind, shares)
     found["right"] = _share([row["right"] for row in proper.values()])
     if part == "gen":
         for name, entries in groups.items():
-            found["groups"][name][SWAPPED] = _swap_prompts(entries, world)
-        found[SWAPPED] = _share([row[SWAPPED] for row in proper.values()])
+            found["groups"][name] |= _swap_prompts(entries, world)
+        found |= _mean(SWAPPED, [row[SWAPPED] for row in proper.values() if SWAPPED in row])
         found |= {name: found["groups"].pop(name) for name in ASIDE if name in groups}
         if WRITTEN in groups:
             plain = {record["key"]: record["ok"] for record in records}
@@ -566,7 +592,7 @@ def summarise(part: str, records: Sequence[Record], world: World) -> dict[str, A
         concepts = [record["concept"] for record in records]
         moved = concepts[len(concepts) // 2 :] + concepts[: len(concepts) // 2]
         swapped = [r["seen"] == [c] for r, c in zip(records, moved, strict=True) if r["concept"] != c]
-        found[SWAPPED] = _share(swapped) if swapped else 0.0
+        found |= _mean(SWAPPED, swapped)
     if part == "vqa":
         found[UNSEEN_PICTURE] = _share([record["control"] for record in records])
     return found
@@ -602,12 +628,17 @@ def _share(values: Sequence[float]) -> float:
     return round(float(np.mean(values)), 4)
 
 
-def _swap_prompts(entries: Sequence[Record], world: World) -> float:
-    """Judge every picture against the next prompt of its group that asks for something else."""
+def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Return the mean under its name; nothing where there is none to be had."""
+    return {name: _share(values)} if values else {}
+
+
+def _swap_prompts(entries: Sequence[Record], world: World) -> dict[str, float]:
+    """Judge every picture against the next prompt of its group that asks for something else, if there is one."""
     right = []
     for n, record in enumerate(entries):
         other = next((e for e in (*entries[n + 1 :], *entries[:n]) if e["text"] != record["text"]), None)
         if other is not None:
             asked, reading = Scene.from_dict(other["scene"]), Reading.from_dict(record["reading"])
             right.append(judge_prompt(reading, asked, other["task"], world).ok)
-    return _share(right) if right else 0.0
+    return _mean(SWAPPED, right)

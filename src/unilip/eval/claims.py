@@ -28,7 +28,7 @@ from unilip.emoji.captions import canonical
 from unilip.emoji.dataset import Edits, Scenes
 from unilip.emoji.world import World
 from unilip.errors import UniLIPError, check_choice
-from unilip.files import read_json, read_lines, read_table, write_json, write_text
+from unilip.files import read_json, read_table, write_json, write_text
 from unilip.method.flow import logit_normal
 from unilip.model import UniLIP
 from unilip.pictures import to_pixels
@@ -147,7 +147,7 @@ class Lab:
             model, folder, self.world, self.atlas, parts=parts, count=self.count, seeds=self.seeds,
             batch_size=self.batch_size, progress=self.progress,
         )  # fmt: skip
-        return judged(folder, self.count, self.seeds)
+        return judged(folder)
 
     def once(self, file: Path, measure: Callable[..., dict[str, Any]], **models: UniLIP) -> dict[str, Any]:
         """Return what was measured before of models with the same weights in the same way, or measure it."""
@@ -240,17 +240,12 @@ def measure_generators(lab: Lab, found: Mapping[str, Sequence[Run]], output: Pat
             run.values |= lab.once(place / "flow.json", lab.flow_loss, model=model)
 
 
-def judged(folder: Path, count: int, seeds: int) -> dict[str, dict[str, float]]:
+def judged(folder: Path) -> dict[str, dict[str, float]]:
     """Read the judged items of a folder of `unilip eval emoji`: measure -> prompt -> mean over its pictures."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     names = {"vqa": "answers", "gen": "generation", "edit": "edits", "riddle": "riddles"}
-    sizes = {"recon": emoji.CHEAP * count, "vqa": emoji.CHEAP * count, "riddle": 2 * count}
-    for record in read_lines(folder / "items.jsonl", "list of judged items"):
-        part, number = record["part"], int(record["key"].rpartition("/")[2])
-        last = {"edit": max(1, seeds // 2), "gen": seeds, "riddle": seeds}.get(part, math.inf)
-        if record["group"] in emoji.ASIDE or record["index"] >= sizes.get(part, count) or number >= last:
-            continue  # a control, or of an earlier run with more prompts
-        prompt = f"{record['group']}/{record['index']:04d}"
+    for record in emoji.read_counted(folder)[1]:
+        part, prompt = record["part"], f"{record['group']}/{record['index']:04d}"
         values = {names[part]: float(record["ok"])} if part in names else {}
         values |= {key: record[key] for key in ("psnr", "ssim", "psnr_outside") if record.get(key) is not None}
         for name, value in values.items():
@@ -259,14 +254,15 @@ def judged(folder: Path, count: int, seeds: int) -> dict[str, dict[str, float]]:
 
 
 def score(runs: Sequence[Run], measure: str) -> dict[str, Any] | None:
-    """Return mean over items and seeds, spread over seeds (None of one), error of the item mean; None: not measured."""
+    """Return mean over items and seeds, spread over seeds and error of the item mean (None of one); None: no values."""
     means = [list(run.values[measure].values()) for run in runs if run.values.get(measure)]
     if not means:
         return None
     by_seed = [float(np.mean(values)) for values in means]
     spread = float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
-    errors = [float(np.std(v, ddof=1)) / math.sqrt(len(v)) if len(v) > 1 else 0.0 for v in means]
-    return {"mean": float(np.mean(by_seed)), "spread": spread, "error": float(np.mean(errors)), "seeds": len(by_seed)}
+    errors = [float(np.std(v, ddof=1)) / math.sqrt(len(v)) for v in means if len(v) > 1]
+    error = float(np.mean(errors)) if errors else None
+    return {"mean": float(np.mean(by_seed)), "spread": spread, "error": error, "seeds": len(by_seed)}
 
 
 def difference(a: Sequence[Run], b: Sequence[Run], measure: str) -> tuple[float, float] | None:
@@ -303,11 +299,11 @@ def conclude(claim: Claim, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """Return a claim's verdict: reproduced, not, undecided within the spread, or not measured; and if of one seed."""
     statements = [check(statement, runs) for statement in claim.statements]
     verdicts = {s["verdict"] for s in statements}
-    budgets = {name: budget(runs[name][0], runs) for name in claim.variants if name in runs}
+    budgets = {name: [budget(run, runs) for run in runs[name]] for name in claim.variants if name in runs}
     seeds = min((len(runs[name]) for name in budgets), default=0)
     if "missing" in verdicts:
         verdict = "not measured"
-    elif len(set(budgets.values())) > 1:
+    elif len({samples for several in budgets.values() for samples in several}) > 1:
         verdict = "not comparable: the budgets differ"
     elif verdicts == {"yes"}:
         verdict = "reproduced"
@@ -430,7 +426,7 @@ def cell(measure: str, found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     error = found["error"] if found["spread"] is None else found["spread"]
-    return f"{number(measure, found['mean'])} ± {number(measure, error)}"
+    return number(measure, found["mean"]) + ("" if error is None else f" ± {number(measure, error)}")
 
 
 def number(measure: str, value: float) -> str:

@@ -10,7 +10,7 @@ from PIL import Image
 from unilip.errors import UniLIPError
 from unilip.eval import scores
 from unilip.eval.runs import read_manifest
-from unilip.files import png_bytes, read_json, read_lines, write_bytes, write_text
+from unilip.files import png_bytes, write_bytes, write_text
 from unilip.pictures import contact_sheet, open_picture
 
 SHOWN = 8  # prompts in a page of pictures
@@ -50,10 +50,9 @@ def load_runs(folders: Sequence[str | Path]) -> list[Scored]:
 
 
 def _emoji(path: Path, name: str) -> list[Scored]:
-    from unilip.emoji.score import ASIDE  # with torch, which no other run needs here
+    from unilip.emoji.score import read_counted  # with torch, which no other run needs here
 
-    results = read_json(path / "results.json", "results")
-    rows = read_lines(path / "items.jsonl", "items")
+    results, rows = read_counted(path)
     found = []
     for part in dict.fromkeys(row["part"] for row in rows):
         own = [
@@ -62,12 +61,13 @@ def _emoji(path: Path, name: str) -> list[Scored]:
                 picture=row["picture"], prompt=row.get("text", ""),
             )
             for row in rows
-            if row["part"] == part and row["group"] not in ASIDE
+            if row["part"] == part
         ]  # fmt: skip
         summary: dict[str, Any] = {
             "task": f"emoji-{part}", "protocol": f"world {results['world']}, {results['count']} prompts a group",
-            "scorer": f"emoji judge {results['judge']}", "model": results["model"], "rule": {"over": "groups"},
-            "statuses": {"ok": len(own)}, "scores": scores.summarise(own, scores.Rule("groups")),
+            "scorer": f"emoji judge {results['judge']}, art {results['atlas']}", "model": results["model"],
+            "rule": {"over": "groups"}, "statuses": {"ok": len(own)},
+            "scores": scores.summarise(own, scores.Rule("groups")),
         }  # fmt: skip
         found.append(Scored(name, path, scores.column(summary), summary, own))
     return found
@@ -84,7 +84,7 @@ def difference(a: Scored, b: Scored, metric: str, split: str) -> dict[str, Any] 
     rows = [sorted((r for r in one.rows if r["key"] in shared), key=lambda r: str(r["key"])) for one in (a, b)]
     ours, theirs = (scores.tabulate(own, metric) for own in rows)
     rule = scores.Rule(**a.summary["rule"])  # each bootstrap has the same seed: it draws the same prompts for both
-    low, high = scores.interval(scores.bootstrap(theirs, rule) - scores.bootstrap(ours, rule))
+    low, high = scores.interval(scores.bootstrap(theirs, rule) - scores.bootstrap(ours, rule), ours, rule)
     value = scores.combine(theirs, rule) - scores.combine(ours, rule)
     return {"difference": value, "d_low": low, "d_high": high, "shared": len(shared)}
 
@@ -154,8 +154,8 @@ def _sheet(runs: Sequence[Scored], count: int) -> Image.Image | None:
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
-    value, sign = row.get(name, ""), "+" if name in ("difference", "d_low", "d_high") else ""
-    return f"{value:{sign}.4f}" if isinstance(value, float) else str(value)
+    value, sign = row.get(name), "+" if name in ("difference", "d_low", "d_high") else ""
+    return f"{value:{sign}.4f}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def to_markdown(tables: Mapping[str, Sequence[Mapping[str, Any]]], sheets: Mapping[str, str]) -> str:

@@ -9,7 +9,8 @@ it.
     native     the model's own size
 
 Measures: psnr (range 1.0), ssim (7 x 7 window, range 1.0), ssim_paper (range 2.0, which reads higher), lpips, and the
-Frechet distance of features: "rfid" with Inception, "fd" with any other. B pictures, F features.
+Frechet distance of features: "rfid" with Inception, "fd" with any other; of a file with its name and hash. B pictures,
+F features.
 """
 
 import logging
@@ -98,7 +99,7 @@ def open_extractor(source: str, model: UniLIP | None = None, device: str = "cpu"
     except (RuntimeError, zipfile.BadZipFile) as error:
         first = reason(error, 160)
         raise UniLIPError(f"{file} is no TorchScript file ({first}), such as inception-2015-12-05.pt.") from error
-    title = "rfid" if "inception" in file.name.lower() else f"fd[{file.stem} {file_hash(file)[:8]}]"
+    title = f"{'rfid' if 'inception' in file.name.lower() else 'fd'}[{file.stem} {file_hash(file)[:8]}]"
 
     @torch.no_grad()
     def extract(pictures: Tensor) -> Tensor:

@@ -137,7 +137,8 @@ def read_viescore(text: str) -> float | None:
     """Read the least of the scores (0 to 10) in {"score": [a, b]}; there must be two."""
     found = re.search(r"\{.*\}", text, re.DOTALL)
     try:
-        values = [float(score) for score in json.loads(found[0] if found else "{}")["score"]]
+        given = json.loads(found[0] if found else "{}")["score"]
+        values = [float(score) for score in given] if isinstance(given, list) else []
     except (ValueError, TypeError, KeyError):
         listed = re.search(r'"score"\s*:\s*\[\s*(\d+(?:\.\d+)?)\s*,\s*(\d+(?:\.\d+)?)\s*\]', text)
         values = [float(score) for score in listed.groups()] if listed else []

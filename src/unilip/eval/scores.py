@@ -85,8 +85,11 @@ def bootstrap(table: Table, rule: Rule) -> np.ndarray:
     return weighted
 
 
-def interval(samples: np.ndarray) -> tuple[float, float]:
-    """Return the middle 95 % of samples."""
+def interval(samples: np.ndarray, table: Table, rule: Rule) -> tuple[float | None, float | None]:
+    """Return the middle 95 % of samples of a table; None where there is one cluster, which says nothing of others."""
+    clusters = [entry.shape[1] for entry in table.values()]
+    if (sum(clusters) if rule.over == "items" else max(clusters)) < 2:
+        return None, None
     low, high = np.percentile(samples, [2.5, 97.5])
     return float(low), float(high)
 
@@ -106,7 +109,7 @@ def summarise(rows: Sequence[Row], rule: Rule) -> dict[str, dict[str, Any]]:
         for metric in metrics:
             if not (table := tabulate(own, metric)):
                 continue
-            low, high = interval(bootstrap(table, rule))
+            low, high = interval(bootstrap(table, rule), table, rule)
             entry: dict[str, Any] = {"value": combine(table, rule), "low": low, "high": high}
             if metric in RANGES and any(row["scores"] is None for row in own):
                 for name, value in zip(("least", "most"), RANGES[metric], strict=True):
@@ -174,6 +177,8 @@ def column(summary: Mapping[str, Any]) -> str:
     if prompts and not prompts.get("published"):
         own = "own " if prompts.get("published") is False else ""
         marks.append(f"{own}prompts {str(prompts.get('sha256'))[:8]}")
+    if prompts.get("sources"):
+        marks.append(f"pictures {prompts['sources'][:8]}")
     if prompts.get("count") and summary.get("prompts_scored") not in (None, prompts["count"]):
         marks.append(f"{summary['prompts_scored']} of {prompts['count']} prompts")
     return "; ".join([f"{summary['task']} {summary['protocol']}", summary["scorer"], *marks])
@@ -186,10 +191,9 @@ def tell(summary: Mapping[str, Any]) -> list[str]:
         for name, entry in metrics.items():
             title = f"{name} ({split})" if split else name
             bounds = f"; {entry['least']:.4f} to {entry['most']:.4f} with the open ones" if "least" in entry else ""
-            lines.append(
-                f"  {title:<20} {entry['value']:.4f}  95 % {entry['low']:.4f} to {entry['high']:.4f}, "
-                f"{entry['items']} items{bounds}"
-            )
+            low, high = entry["low"], entry["high"]
+            spread = "no interval of one prompt" if low is None else f"95 % {low:.4f} to {high:.4f}"
+            lines.append(f"  {title:<20} {entry['value']:.4f}  {spread}, {entry['items']} items{bounds}")
             if len(entry["groups"]) > 1:
                 lines += [f"    {group:<18} {value:.4f}" for group, value in entry["groups"].items()]
     if summary["parts"]:

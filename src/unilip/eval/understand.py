@@ -19,8 +19,8 @@ from unilip.data.records import IMAGE_SUFFIXES
 from unilip.errors import ImageError, PromptError, UniLIPError
 from unilip.eval.pictures import decode
 from unilip.eval.runs import RunFolder, model_hash
-from unilip.eval.scores import Rule, make_row, write_scores
-from unilip.files import content_hash, file_hash, read_json, read_lines, write_lines
+from unilip.eval.scores import FOLDER, Rule, make_row, write_scores
+from unilip.files import content_hash, file_hash, read_json, read_lines, remove, write_lines
 from unilip.machine import Place
 from unilip.model import UniLIP
 from unilip.sampling import check_prompt
@@ -171,9 +171,13 @@ def evaluate(
     about = {
         "task": f"understand {name}", "protocol": identity["protocol"], "scorer": "exact match, without case and marks",
         "model": folder.name, "model_hash": identity["model"], "settings": settings,
-        "prompts": {"sha256": sheet.sha256, "published": None, "count": len(sheet.questions)},
+        "prompts": {
+            "sha256": sheet.sha256, "published": None, "count": len(sheet.questions), "sources": content_hash(*marks),
+        },
         "prompts_scored": len(rows),
     }  # fmt: skip
+    if not rows:  # nor may the score of other questions stay
+        remove(output / FOLDER / "understand.json")
     return [write_scores(output, "understand", rows, Rule(), about)] if rows else []
 
 

@@ -67,10 +67,10 @@ class Packed:
 
 
 def stamp(weight: Tensor) -> tuple[Any, ...]:
-    """Return what changes when a weight (D,C) does: for each row the sum of its bits, read as whole numbers."""
+    """Return what changes when a weight (D,C) does: of rows and columns the sums of its bits, as whole numbers."""
     bits = weight.detach().contiguous()
     words = bits.view(torch.int64 if bits.nbytes // len(bits) % 8 == 0 else torch.int16)
-    return weight.dtype, weight.shape, words.sum(1).numpy().tobytes()
+    return weight.dtype, weight.shape, *(words.sum(side).numpy().tobytes() for side in (0, 1))
 
 
 class Products:

@@ -306,6 +306,7 @@ class EmojiBatches(Batches):
             )
         atlas = Atlas.synthetic(world) if recipe.data.path == "synthetic" else Atlas.load(place)
         self.atlas = atlas.warm(world.training)  # before loader workers fork: they share what is decoded here
+        self.signature = atlas.fingerprint
         purpose = "generation" if isinstance(recipe.objective, Flow) else "tokenizer"
         purpose = "understanding" if isinstance(recipe.objective, Understand) else purpose
         if purpose == "tokenizer" and world.strangers and not atlas.strange:

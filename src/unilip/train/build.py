@@ -201,6 +201,7 @@ def world_processor(world: str, config: UniLIPConfig, folder: Path) -> Processor
     from unilip.emoji.tokenizer import train_tokenizer
     from unilip.emoji.world import World
 
+    folder = folder / f"{world}-{config.text.vocab_size}"  # a run that was begun anew may be of another world
     try:
         if not folder.exists():
             with replacing(folder) as temporary:

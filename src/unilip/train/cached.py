@@ -18,7 +18,7 @@ from unilip.model import UniLIP
 from unilip.recipes.record import Flow, Recipe, Reconstruct, leaves
 from unilip.train.objectives import FlowObjective, Objective, ReconstructObjective
 
-FORMAT = 2
+FORMAT = 3
 ABOUT = "cache.json"
 FREE = (  # data settings that change nothing about a sample by itself
     "world", "path", "edit_share", "text_share", "workers", "max_skipped", "window", "lanes", "keep_gb", "cache",
@@ -57,8 +57,10 @@ def digests(names: Sequence[str], model: UniLIP, objective: Objective) -> dict[s
     if "autoencoder" in modules:
         modules.pop("latent_head", None)
     found = {name: fingerprint(module) for name, module in modules.items()}
+    found["image size"] = str(model.config.image_size)
     if "conditions" in names:
         found["condition"] = json.dumps((model.config.condition, model.config.substitute_features))
+        found["tokenizer"] = model.processor.tokenizer.fingerprint if model.processor else ""
     if "latents" in names and "autoencoder" not in modules:
         found["latent scale"] = json.dumps((model.config.latent_mean, model.config.latent_factor))
     return found

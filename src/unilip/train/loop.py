@@ -213,7 +213,7 @@ class Loop:
         if recipe.weights_dtype == "bfloat16":  # and so the optimizer's averages of them
             for parameter, _ in building.trained_parameters(recipe, model).values():
                 parameter.data = parameter.data.bfloat16()
-        frozen = frozen_signature(model)
+        frozen = frozen_signature(model, objective)
         self.whole = parallel.share(parallel.Whole(model, objective.heads), recipe)
         named = building.trained_parameters(recipe, model)
         players = [[*named.values(), *((p, 1.0) for p in objective.heads.parameters())]]
@@ -483,9 +483,11 @@ def step_of(line: str) -> float:
 
 
 @torch.no_grad()
-def frozen_signature(model: UniLIP) -> str:
-    """Return a hash of the weights that do not train: names, shapes, and some values of each."""
-    frozen = [(name, w, max(1, w.numel() // 64)) for name, w in model.named_parameters() if not w.requires_grad]
+def frozen_signature(model: UniLIP, objective: Objective) -> str:
+    """Return a hash of the weights that do not train, a teacher's too: names, shapes, and some values of each."""
+    beside = {name: one for name, one in vars(objective).items() if isinstance(one, nn.Module) and one is not model}
+    named = [*model.named_parameters(), *(pair for one in beside.items() for pair in one[1].named_parameters(one[0]))]
+    frozen = [(name, w, max(1, w.numel() // 64)) for name, w in named if not w.requires_grad]
     some = [w.detach().flatten()[::step].float().cpu().numpy().tobytes().hex() for _, w, step in frozen]
     return content_hash([(name, list(w.shape), text) for (name, w, _), text in zip(frozen, some, strict=True)])
 
