@@ -1,4 +1,4 @@
-"""Programs that bring this package in, or bring it people: evaluation kits, ComfyUI, Open WebUI.
+"""Programs that bring this package in, or bring it people: evaluation kits, transformers, ComfyUI, Open WebUI.
 
 ComfyUI and VLMEvalKit are in no registry: UNILIP_COMFYUI and UNILIP_VLMEVALKIT name checkouts of them. Open WebUI needs
 selenium, chromium and chromedriver beside.
@@ -40,6 +40,12 @@ def test_lmms_eval(place, tmp_path):
     python = beside(place / "lmms-eval", LMMS)
     found = run([python, KITS / "lmms_task.py", PICTURE, tmp_path], "lmms-eval", tmp_path)
     assert "panda" in found["answer"][0] and found["right"] > 0
+
+
+def test_transformers(place, tmp_path):
+    python = beside(place / "transformers", ("torchvision==0.28.0",))
+    found = run([python, KITS / "transformers_export.py", PICTURE, tmp_path], "transformers", tmp_path)
+    assert "panda" in found["answer"][0] and not found["differing"]
 
 
 def test_vlmevalkit(place, tmp_path):

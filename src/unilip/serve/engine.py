@@ -154,7 +154,7 @@ class Engine(Serving):
             for unit in [*self._queue, *self._running]:
                 limit, waited = unit.ticket.deadline, now - unit.ticket.submitted
                 if unit.alive and limit is not None and now > limit:
-                    text = f"The request was not done within its {waited:.0f} s; send it again later."
+                    text = f"The request was not done within its {round(waited, 2):g} s; send it again later."
                     unit.ticket._end(DeadlineExceeded(text, 1.0))
             self._queue = deque(unit for unit in self._queue if unit.alive)
             self._changed.notify_all()

@@ -153,7 +153,8 @@ class RemoteEngine(Serving):
             stream = self._handle.options(stream=True).run.remote(ticket.job, seconds, ticket.client)
             await asyncio.wait_for(self._pass_on(ticket, stream), seconds)
         except asyncio.TimeoutError:
-            ticket._end(DeadlineExceeded(f"The request was not done within its {seconds:.0f} s; send it again.", 1.0))
+            text = f"The request was not done within its {round(seconds or 0, 2):g} s; send it again."
+            ticket._end(DeadlineExceeded(text, 1.0))
         except asyncio.CancelledError:
             pass
         except Exception as error:  # whatever Ray raises for an actor that died
