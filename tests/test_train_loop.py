@@ -665,6 +665,11 @@ def test_a_folder_of_pictures_continues_a_trained_model(fork):
     assert set(terms) == {"flow"} and loss.isfinite() and model.processor.image_size == 56
 
 
+def test_a_check_of_nothing_is_told(fork, caplog):
+    train(recon("checks=retreival >= 0.9 @ 1", "save_every=1"), fork, progress=False, stop_after=1)
+    assert "retreival >= 0.9 @ 1 is not looked at: there was no retreival; the terms are loss, pixel" in caplog.text
+
+
 def test_a_stage_that_goes_wrong_stops_and_can_be_made_to_go_on(tmp_path):
     with pytest.raises(ConfigError, match=r'checks has .retrieval > 2.; write "TERM >= NUMBER"'):
         quick("checks=retrieval > 2", name="tiny/clip")
@@ -672,4 +677,6 @@ def test_a_stage_that_goes_wrong_stops_and_can_be_made_to_go_on(tmp_path):
     with pytest.raises(UniLIPError, match=r"tiny/clip stops at step 3: words is [\d.]+ over its last 3 steps"):
         train(wrong, tmp_path, progress=False)
     assert not (tmp_path / "tiny/clip/final").exists() and wholes(tmp_path / "tiny/clip")[0].name == "step_00000003"
+    with pytest.raises(UniLIPError, match=r"stopped at step 3 because of its checks"):
+        train(wrong, tmp_path, progress=False)
     assert train(override(wrong, ["checks="]), tmp_path, progress=False).name == "final"

@@ -226,7 +226,7 @@ class Loop:
         parameters = {name: parameter for name, (parameter, _) in named.items()}
         optimizers = [building.make_optimizer(recipe.optim, player) for player in players]
         self.state = State(parameters, beside, optimizers, EMA(parameters if recipe.ema else {}, recipe.ema))
-        self.state.counters = {"skipped": 0, "skipped_in_a_row": 0}
+        self.state.counters = {"skipped": 0, "skipped_in_a_row": 0, "failed": 0}
         self.state.data, self.state.frozen = batches.signature, frozen
         self.mixed = mixed_precision(recipe, model.device)
         self.health = Health(model.device, recipe.skip_limit)
@@ -398,19 +398,23 @@ class Loop:
             recent = self.recent.setdefault(name, deque(maxlen=CHECKED))
             if name in terms:
                 recent.append(terms[name])
-            if self.step != int(at or self.recipe.steps) or not recent:
+            if self.step != int(at or self.recipe.steps):
+                continue
+            if not recent:
+                logger.warning("%s is not looked at: there was no %s; the terms are %s", check, name, ", ".join(terms))
                 continue
             mean = float(torch.stack(list(recent)).mean())
             if not (mean >= float(bound) if sign == ">=" else mean <= float(bound)):
-                self.save()
+                self.save(failed=self.step)
                 raise UniLIPError(
                     f"{self.recipe.name} stops at step {self.step}: {name} is {mean:.3g} over its last {len(recent)} "
                     f"steps, and must be {sign} {bound}. Look for what is wrong, or train longer; with --set checks= "
                     "the run goes on from here as it is."
                 )
 
-    def save(self) -> None:
-        self.state.counters = {"skipped": int(self.health.total), "skipped_in_a_row": int(self.health.row)}
+    def save(self, failed: int = 0) -> None:
+        counters = {"skipped": int(self.health.total), "skipped_in_a_row": int(self.health.row)}
+        self.state.counters = {**counters, "failed": failed}
         self.state.save(self.run_folder, self.step, self.recipe)
 
     def log(self, terms: dict[str, Tensor], rate: float) -> None:

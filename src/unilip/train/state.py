@@ -212,6 +212,11 @@ class State:
         """
         about = inspect(folder)
         require_same(recipe, about["recipe"], folder)
+        if about.get("failed") and about["recipe"].get("checks") == list(recipe.checks):
+            raise ConfigError(
+                f"{recipe.name} stopped at step {about['failed']} because of its checks ({', '.join(recipe.checks)}). "
+                "Look for what is wrong and restart the run; with --set checks= it goes on from there as it is."
+            )
         if self.frozen and about.get("frozen", self.frozen) != self.frozen:
             raise ConfigError(
                 f"The weights that {recipe.name} does not train are others than when {folder} was made; "
