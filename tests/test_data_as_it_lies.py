@@ -485,13 +485,16 @@ def test_lists_of_published_edits_are_read_and_texts_under_their_names_are_no_pi
     assert open_source(str(tmp_path / "l.jsonl")).signature() != before, "pictures under these names count"
 
 
-def test_a_list_is_known_by_its_content(tmp_path):
+def test_a_list_called_json_is_known_by_its_content_and_lines_are_lines(tmp_path):
     (tmp_path / "0.jpg").write_bytes(jpg())
     rows = [json.dumps({"image": "0.jpg", "caption": text}) for text in ("one", "two")]
     (tmp_path / "lines.json").write_text("\n\n" + "\n".join(rows))
-    (tmp_path / "list.jsonl").write_text("\ufeff\n[" + ",\n".join(rows) + "]")
-    for name in ("lines.json", "list.jsonl"):
+    (tmp_path / "list.json").write_text("\ufeff\n[" + ",\n".join(rows) + "]")
+    for name in ("lines.json", "list.json"):
         assert captions(tmp_path / name) == ["one", "two"]
+    (tmp_path / "list.jsonl").write_text(f"[{', '.join(rows)}]")  # nothing is guessed of what its name denies
+    with pytest.raises(DataError, match=r"list\.jsonl, line 1"):
+        open_source(str(tmp_path / "list.jsonl"))
     for text in (json.dumps({"a": {"image": "0.jpg"}}, indent=1), "\n".join([*rows, "{half"])):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(DataError, match=r"other\.json is no JSON list"):

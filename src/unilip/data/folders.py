@@ -135,7 +135,8 @@ class Lines(records.Source):
         self._pictures, self._lines, self._every = list[list[Path]](), 0, 1  # of every so many lines
         try:
             with file.open("rb") as opened:
-                if opened.peek(64).lstrip(BLANK).startswith(b"["):
+                may_be_whole = kind != "" or file.suffix.lower() == ".json"  # what is called lines is read as lines
+                if may_be_whole and opened.peek(64).lstrip(BLANK).startswith(b"["):
                     data = opened.read()
                     self._content.update(data)
                     for number, row in enumerate(json.loads(decode_text(data)), 1):

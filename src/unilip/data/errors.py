@@ -1,0 +1,3 @@
+"""The error of the data layer, under the name that it had."""
+
+from unilip.errors import DataError as DataError
