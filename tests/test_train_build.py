@@ -196,7 +196,7 @@ def test_the_tokenizer_of_a_world_is_trained_once_and_whole(tmp_path, monkeypatc
     assert len(times) == 2 and other.tokenizer.vocabulary != first.tokenizer.vocabulary
 
     def meanwhile(world, size, folder):  # two trainings that were started in the same second
-        shutil.copytree(tmp_path / "tokenizer", tmp_path / "other")
+        shutil.copytree(tmp_path / "tokenizer", tmp_path / "other", dirs_exist_ok=True)
         return train(world, size, folder, sentences=300)
 
     monkeypatch.setattr(tokenizers, "train_tokenizer", meanwhile)
