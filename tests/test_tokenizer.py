@@ -59,6 +59,7 @@ def test_ids_and_texts_equal_those_of_transformers(tmp_path: Path) -> None:
         for text in TEXTS:
             ids = ours.encode(text, special=True)
             assert ids == theirs(text, add_special_tokens=False)["input_ids"], text
+            assert ours(text, add_special_tokens=False) == ours(text) == {"input_ids": ids}
             assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 

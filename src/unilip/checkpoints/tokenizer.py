@@ -79,8 +79,8 @@ class Tokenizer:
     def token_id(self, name: str) -> int | None:
         return self.vocabulary.get(name)
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        """Tokenize as transformers' tokenizers do, special tokens recognised."""
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """Tokenize as transformers' tokenizers do, special tokens recognised; Qwen2's adds none, asked to or not."""
         return {"input_ids": self.encode(text, special=True)}
 
     def encode(self, text: str, special: bool) -> list[int]:
