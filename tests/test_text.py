@@ -107,6 +107,8 @@ def test_a_prompt_is_stripped_and_otherwise_kept():
 
 def test_a_prompt_beyond_the_positions_is_refused(processor):
     assert processor.max_tokens == 512 - 8
+    with pytest.raises(PromptError, match="no prompt"):
+        processor.tokenize([])
     with pytest.raises(PromptError, match=r"600 tokens.*504"):
         processor.tokenize(["0" * 600])
 

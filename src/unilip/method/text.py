@@ -133,10 +133,12 @@ class Processor:
         """Tokenize prompts and pad them to the longest: -> `Tokens` of (B,T).
 
         Raises:
-            PromptError: a prompt is longer than the model's positions allow.
+            PromptError: a prompt is longer than the model's positions allow, or there is none.
         """
         rows = [self.ids(text) for text in texts]
-        length = max((len(row) for row in rows), default=0)
+        if not rows:
+            raise PromptError("There is no prompt to tokenize; give one or more.")
+        length = max(map(len, rows))
         if length > self.max_tokens:
             raise PromptError(f"The prompt has {length} tokens; the model reads at most {self.max_tokens}. Shorten it.")
         read = [torch.tensor(row, dtype=torch.long) for row in rows]
